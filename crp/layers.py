@@ -1,0 +1,113 @@
+"""Names of a model's layers: finding them, checking them, and their output shapes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]]) -> list[str]:
+    """Names of all layers of the given types, in the order of ``model.named_modules()``.
+
+    Parameters
+    ----------
+    model : nn.Module
+    types : iterable of module types
+        For example ``[nn.Conv2d, nn.Linear]``; subclasses count.
+
+    Returns
+    -------
+    list of str
+    """
+    kinds = tuple(types)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Model inside the wrappers of `torch.compile` and `DataParallel`, whose layer names have no prefix."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(model).__name__} is a scripted or traced model: its layers cannot carry rules. "
+            "Pass the Python model it was made from."
+        )
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> dict[str, nn.Module]:
+    """Modules of the given names.
+
+    Raises
+    ------
+    KeyError
+        If a name is not in the model; the message gives the nearest names that are.
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for name in names:
+        if name not in modules or name == "":
+            raise LayerNotFoundError(name, modules, role)
+        found[name] = modules[name]
+    return found
+
+
+class LayerNotFoundError(KeyError, ValueError):
+    """A layer name that is not in the model.
+
+    A `KeyError`, as for the drop-in contract, and a `ValueError`, as it is a bad argument.
+    """
+
+    def __init__(self, name: object, known: Iterable[str], role: str = "layer") -> None:
+        near = difflib.get_close_matches(str(name), [k for k in known if k], n=3, cutoff=0.3)
+        hint = ", ".join(repr(n) for n in near) or "none; see model.named_modules()"
+        self.message = f"<{role}> {name!r} not found in model; nearest names: {hint}"
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: Iterable[str]) -> dict[str, torch.Size]:
+    """Output shape of each layer, without the batch axis, from one forward pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+    single_sample : Tensor of shape (1, *input shape)
+    record_layers : iterable of str
+
+    Returns
+    -------
+    dict of str to torch.Size
+        Layers that the forward pass does not reach are absent.
+
+    Raises
+    ------
+    KeyError
+        If a layer is not in the model.
+    """
+    shapes: dict[str, torch.Size] = {}
+    handles = []
+
+    def keep(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            shapes[name] = output.shape[1:]
+
+    try:
+        for name, module in find_layers(model, record_layers, "record_layer").items():
+            handles.append(module.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out)))
+        with torch.no_grad():
+            model(single_sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
