@@ -1,0 +1,438 @@
+"""Conditional attribution: relevance that flows through chosen concepts only, and the graph of concepts it flows through.
+
+The engine knows nothing about rules. It runs the model inside a composite's context, sends initial relevance back, and masks it
+at the conditioned layers. A composite whose ``encoding`` is ``"multiplier"`` propagates relevance divided by activation
+(``R = a * m``); any other propagates relevance itself, as zennit does. In both, the gradient of the data is its relevance.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from zennit.core import Composite
+
+from crp.concept_graph import AttributionGraph as AttributionGraph
+from crp.concepts import ChannelConcept
+from crp.conditions import Grid, MaskMap, Rows, Settings, check_conditions, check_targets
+from crp.engine import ORDER_MESSAGE, Backward, ForwardPass, attached, check_layers, is_multiplier
+from crp.layers import unwrap
+from crp.types import AttributionGraphResults, AttributionResults, Condition
+
+attrResult = AttributionResults
+attrGraphResult = AttributionGraphResults
+
+
+class CondAttribution:
+    """Conditional attribution of a model's predictions.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Wrappers of `torch.compile` and `DataParallel` are taken off, so that layers keep their names.
+    device : torch.device or str, optional
+        Where the data is moved; the device of the model's parameters by default.
+    overwrite_data_grad : bool
+        Whether each call replaces ``data.grad`` of data that requires a gradient, or adds to it.
+    no_param_grad : bool
+        Kept for compatibility and without effect: parameters never take part in autograd during a call, and their
+        ``requires_grad`` is as before after it.
+
+    Attributes
+    ----------
+    MODEL_OUTPUT_NAME : str
+        Key of the targets in a condition, ``"y"``; may be changed.
+
+    Notes
+    -----
+    Concept Relevance Propagation, Achtibat et al., "From attribution maps to human-understandable explanations through Concept
+    Relevance Propagation", Nature Machine Intelligence 5 (2023), section "Methods".
+
+    Subclasses may override `relevance_init`, `heatmap_modifier`, `backward`, `broadcast` and `select_output`.
+
+    Examples
+    --------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)).eval()
+    >>> attribution = CondAttribution(net)
+    >>> result = attribution(torch.ones(1, 4), [{"y": 1}, {"y": 1, "0": [2]}], record_layer=["0"])
+    >>> result.relevances["0"].shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str | None = None,
+        overwrite_data_grad: bool = True,
+        no_param_grad: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        self.MODEL_OUTPUT_NAME = "y"
+        self.model = unwrap(model)
+        parameter = next(self.model.parameters(), torch.empty(0))
+        self.device = parameter.device if device is None else torch.device(device)
+        self.overwrite_data_grad = overwrite_data_grad
+        self.no_param_grad = no_param_grad
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, device={str(self.device)!r})"
+
+    def __call__(
+        self,
+        data: Tensor,
+        conditions: Sequence[Condition],
+        composite: Composite | None = None,
+        record_layer: Sequence[str] = (),
+        mask_map: MaskMap = ChannelConcept.mask,
+        start_layer: str | None = None,
+        init_rel: Any = None,
+        on_device: torch.device | str | None = None,
+        exclude_parallel: bool = True,
+    ) -> AttributionResults:
+        """Relevance of the data, and of recorded layers, for every (sample, condition).
+
+        Parameters
+        ----------
+        data : Tensor of shape (samples, *input shape)
+            It need not require a gradient.
+        conditions : list of dict
+            ``{layer name: concept ids, "y": targets}``. Relevance flows through these concepts of these layers only; it starts
+            at the targets (several are summed). As many conditions as samples are paired with them; otherwise every sample
+            meets every condition, and rows come sample by sample. An empty list of ids lets nothing through.
+        composite : zennit.core.Composite, optional
+            Rules and canonizers: one of ours or of zennit's. None is the plain gradient.
+        record_layer : sequence of str
+            Layers whose activations and relevances are returned, beside those that are conditioned or started from. A layer
+            that is called several times is recorded at its last call; ``"name#0"`` names the first.
+        mask_map : callable or dict of str to callable
+            ``(row, concept ids, layer name) -> function of the gradient``, for all layers or for each.
+        start_layer : str, optional
+            Where relevance starts, in place of the output; targets are then ignored.
+        init_rel : Tensor, number or callable, optional
+            Initial relevance in place of the output's own value: a tensor that broadcasts to (rows, *output shape), a constant, or
+            a function of the output of shape (rows, *output shape).
+        on_device : torch.device or str, optional
+            Where the results are moved.
+        exclude_parallel : bool
+            Whether relevance flows through the conditioned layers only, and not past them through parallel branches. Layers of
+            a condition are then named from the output to the input.
+
+        Returns
+        -------
+        AttributionResults
+            ``heatmap, activations, relevances, prediction``, one row per (sample, condition) in the caller's order.
+
+        Raises
+        ------
+        KeyError
+            If a layer is not in the model.
+        ValueError, TypeError, IndexError
+            If conditions, data, targets or initial relevance do not fit; the message names which, and what would be right.
+        RuntimeError
+            If the layers of a condition are not in order (with ``exclude_parallel``).
+        """
+        inputs, rows = self._plan(data, conditions, start_layer, init_rel, record_layer)
+        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
+        with attached(composite or Composite(), self.model) as model:
+            passed = self._forward(model, inputs, rows, composite, call)
+            result, relevance = self._backward_rows(passed, rows, call, last=True)
+        self._fill_grad(data, rows, relevance)
+        return result
+
+    def generate(
+        self,
+        data: Tensor,
+        conditions: Sequence[Condition],
+        composite: Composite | None = None,
+        record_layer: Sequence[str] = (),
+        mask_map: MaskMap = ChannelConcept.mask,
+        start_layer: str | None = None,
+        init_rel: Any = None,
+        batch_size: int = 10,
+        on_device: torch.device | str | None = None,
+        exclude_parallel: bool = True,
+        verbose: bool = True,
+    ) -> Iterator[AttributionResults]:
+        """Attribute many conditions in parts of ``batch_size`` rows, so that memory does not grow with their number.
+
+        Takes the parameters of `__call__`, and gives the same rows in the same order. While the generator waits, the model is
+        untouched. Composites in multiplier encoding, and the plain gradient, need one forward pass for all parts.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows per part; the last one may have fewer.
+        verbose : bool
+            Whether to show a progress bar.
+
+        Yields
+        ------
+        AttributionResults
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        data, rows = self._plan(data, conditions, start_layer, init_rel, record_layer)
+        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
+        return self._generate(data, rows, composite, call, batch_size, verbose)
+
+    def relevance_init(self, prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
+        """Initial relevance; override it to start from anything else.
+
+        Parameters
+        ----------
+        prediction : Tensor of shape (rows, *output shape)
+            Model output, or activation of the start layer.
+        target_list : sequence, or None
+            Targets of each row; None for a row, or for all, is the whole output.
+        init_rel : Tensor, number, callable or None
+            As in `__call__`.
+
+        Returns
+        -------
+        Tensor of shape (rows, *output shape)
+        """
+        if isinstance(init_rel, Tensor):
+            selection = init_rel
+        elif callable(init_rel):
+            selection = init_rel(prediction)
+        elif init_rel is None:
+            selection = prediction
+        elif isinstance(init_rel, int | float | np.number):
+            selection = torch.full_like(prediction, float(init_rel))
+        else:
+            raise TypeError(f"init_rel must be a tensor, a number or a callable, not {type(init_rel).__name__}")
+        try:
+            selection = selection.to(prediction).expand_as(prediction)
+        except RuntimeError:
+            raise ValueError(
+                f"init_rel has shape {tuple(selection.shape)}; it must broadcast to (rows, *output shape) = {tuple(prediction.shape)}"
+            ) from None
+        if not target_list:
+            return selection
+        masked = torch.zeros_like(selection)
+        for row, targets in enumerate(target_list):
+            index = (row,) if targets is None else (row, targets)
+            masked[index] = selection[index]
+        return masked
+
+    def heatmap_modifier(self, data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
+        """Heatmap from ``data.grad``, the relevance of the data; override it for inputs without a channel axis.
+
+        Parameters
+        ----------
+        data : Tensor of shape (rows, channels, *space)
+        on_device : torch.device or str, optional
+
+        Returns
+        -------
+        Tensor of shape (rows, *space)
+            Sum over the channels.
+        """
+        assert data.grad is not None
+        heatmap = data.grad.detach().sum(dim=1)
+        return heatmap.to(on_device) if on_device else heatmap
+
+    def backward(
+        self,
+        pred: Tensor,
+        grad_mask: Tensor,
+        partial_backward: bool,
+        layer_names: Sequence[str],
+        layer_out: Mapping[str, Tensor],
+        generate: bool = False,
+    ) -> None:
+        """Send ``grad_mask`` from ``pred`` back into the data, for one condition per sample.
+
+        Parameters
+        ----------
+        pred : Tensor of shape (samples, *output shape)
+        grad_mask : Tensor of the same shape
+            What starts at ``pred``.
+        partial_backward : bool
+            Whether to go from conditioned layer to conditioned layer only.
+        layer_names : sequence of str
+            Conditioned layers, from the output to the input.
+        layer_out : mapping of str to Tensor
+            Outputs of the conditioned layers.
+        generate : bool
+            Whether the graph is needed again.
+        """
+        root, grad, origin = pred, grad_mask.to(pred), "the start"
+        for name in layer_names if partial_backward else ():
+            (reached,) = torch.autograd.grad(root, layer_out[name], grad, retain_graph=True, allow_unused=True)
+            if reached is None:
+                raise RuntimeError(ORDER_MESSAGE.format(origin, name))
+            root, grad, origin = layer_out[name], reached, repr(name)
+        torch.autograd.backward(root, grad, retain_graph=generate)
+
+    def broadcast(self, data: Tensor, conditions: Sequence[Condition]) -> tuple[Tensor, Sequence[Condition]]:
+        """Pair data with conditions, one row each; override it for another pairing.
+
+        Parameters
+        ----------
+        data : Tensor of shape (samples, *input shape)
+        conditions : sequence of dict
+
+        Returns
+        -------
+        data : Tensor of shape (rows, *input shape)
+        conditions : sequence of dict, one per row
+        """
+        rows = Rows.broadcast(len(data), conditions)
+        return data[list(rows.samples)], list(rows.conditions)
+
+    def select_output(self, output: Any) -> Tensor:
+        """Tensor to explain in what the model returns: itself, or its ``logits``; override it for anything else."""
+        output = getattr(output, "logits", output)
+        if isinstance(output, Mapping):
+            output = output.get("logits", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
+                "override CondAttribution.select_output to choose the tensor to explain"
+            )
+        return output
+
+    def _generate(
+        self, data: Tensor, rows: Rows, composite: Composite | None, call: Settings, batch_size: int, verbose: bool
+    ) -> Iterator[AttributionResults]:
+        passed, passed_samples = None, None
+        # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
+        keeps = is_multiplier(composite) or composite is None
+        parts = rows.chunks(batch_size)
+        for number, part in enumerate(tqdm(parts, disable=not verbose, dynamic_ncols=True)):
+            samples = sorted(set(part.samples))
+            local = Rows(tuple(samples.index(s) for s in part.samples), part.conditions)
+            part_call = call.part(number, batch_size, len(rows))
+            last = number == len(parts) - 1
+            if keeps and passed is not None and samples == passed_samples:
+                result, _ = self._backward_rows(passed, local, part_call, last)
+            else:
+                with attached(composite or Composite(), self.model) as model:
+                    passed = self._forward(model, data[samples], rows, composite, call)
+                    result, _ = self._backward_rows(passed, local, part_call, last or not keeps)
+                passed_samples = samples
+            if not keeps or last:
+                passed = None
+            yield result
+
+    def _forward(self, model: nn.Module, data: Tensor, rows: Rows, composite: Composite | None, call: Settings) -> ForwardPass:
+        conditioned = rows.layers(range(len(rows)), self.MODEL_OUTPUT_NAME)
+        check_layers(model, conditioned, "conditions")
+        check_layers(model, call.record, "record_layer")
+        start = [] if call.start is None else [call.start]
+        names = [*call.record, *conditioned, *start]
+        return ForwardPass.run(model, data, names, self.select_output, is_multiplier(composite))
+
+    def _backward_rows(
+        self, passed: ForwardPass, rows: Rows, call: Settings, last: bool
+    ) -> tuple[AttributionResults, Tensor]:
+        """All rows of one forward pass; also gives the relevance of the data, (rows, *input shape)."""
+        conditioned = rows.layers(range(len(rows)), self.MODEL_OUTPUT_NAME)
+        uses = {name: passed.use(name, "condition") for name in conditioned}
+        uses |= {name: passed.use(name, "record") for name in call.record if name not in uses and passed.called(name)}
+        if call.start is not None:
+            uses[call.start] = passed.use(call.start, "start")
+        if missing := [name for name in call.record if name not in uses]:
+            warnings.warn(f"layers {missing} are not called in the forward pass; nothing is recorded", stacklevel=3)
+
+        root = passed.output if call.start is None else uses[call.start].output
+        samples = torch.tensor(rows.samples, device=root.device)
+        prediction = root.detach().index_select(0, samples)
+        start = self._start(prediction, rows, call, passed.multiplier)
+        relevance = passed.data.new_zeros(len(rows), *passed.data.shape[1:])
+        recorded = {name: torch.zeros_like(use.output.detach().index_select(0, samples)) for name, use in uses.items()}
+
+        every = list(range(len(rows)))
+        groups = rows.groups(self.MODEL_OUTPUT_NAME) if call.exclude_parallel else [every]
+        for number, group in enumerate(groups):
+            index = torch.tensor(group, device=root.device)
+            grid = Grid([rows.samples[i] for i in group], len(passed.data), root.device)
+            flow = Backward(passed, root, uses, grid, Rows(tuple(grid.samples), tuple(rows.conditions[i] for i in group)), call)
+            cotangent = grid.scatter(start.index_select(0, index))
+            layers = flow.rows.layers(range(len(group)), self.MODEL_OUTPUT_NAME)
+            overridden = type(self).backward is not CondAttribution.backward
+            if overridden or (layers and not call.exclude_parallel):
+                gradient, seen = flow.by_slot(cotangent, layers, self.backward)
+            else:
+                gradient, seen = flow.by_layer(cotangent, layers, keep_graph=not last or number < len(groups) - 1)
+            if gradient is not None:
+                relevance[index] = grid.gather(gradient)
+            for name, found in seen.items():
+                recorded[name][index] = grid.gather(found).to(recorded[name])
+
+        activations = {name: use.output.detach().index_select(0, samples) for name, use in uses.items()}
+        if passed.multiplier:
+            recorded = {name: activations[name] * multiplier for name, multiplier in recorded.items()}
+        explained = passed.data.detach().index_select(0, samples.to(passed.data.device))
+        explained.grad = relevance
+        move = (lambda t: t.to(call.on_device)) if call.on_device else (lambda t: t)
+        result = AttributionResults(
+            self.heatmap_modifier(explained, call.on_device),
+            {name: move(activation) for name, activation in activations.items()},
+            {name: move(found) for name, found in recorded.items()},
+            move(prediction),
+        )
+        return result, relevance
+
+    def _start(self, prediction: Tensor, rows: Rows, call: Settings, multiplier: bool) -> Tensor:
+        """What starts at the root, (rows, *output shape): initial relevance, or that divided by the output."""
+        targets = None if call.start is not None else rows.targets(self.MODEL_OUTPUT_NAME)
+        targets = check_targets(targets, prediction, self.MODEL_OUTPUT_NAME)
+        default = call.init_rel is None and type(self).relevance_init is CondAttribution.relevance_init
+        if multiplier and default:
+            return self.relevance_init(torch.ones_like(prediction), targets, None)
+        start = self.relevance_init(prediction.clone(), targets, call.init_rel).to(prediction)
+        if start.shape != prediction.shape:
+            raise ValueError(
+                f"the initial relevance has shape {tuple(start.shape)}; it must be (rows, *output shape) = "
+                f"{tuple(prediction.shape)}"
+            )
+        # An output of exactly 0 has nothing to distribute.
+        return torch.where(prediction == 0, 0, start / prediction) if multiplier else start
+
+    def _fill_grad(self, data: Tensor, rows: Rows, relevance: Tensor) -> None:
+        if not (data.requires_grad and data.is_leaf) or type(self).broadcast is not CondAttribution.broadcast:
+            return
+        samples = torch.tensor(rows.samples, device=relevance.device)
+        grad = torch.zeros_like(data).index_add_(0, samples.to(data.device), relevance.to(data))
+        if data.grad is not None and not self.overwrite_data_grad:
+            warnings.warn("data.grad is filled; relevance is added to it, as overwrite_data_grad is False", stacklevel=3)
+            grad = grad + data.grad
+        data.grad = grad
+
+    def _plan(
+        self, data: Tensor, conditions: Sequence[Condition], start: str | None, init_rel: Any, record: Sequence[str]
+    ) -> tuple[Tensor, Rows]:
+        """Check everything that can be checked before the model runs."""
+        if isinstance(record, str):
+            raise TypeError(f"record_layer must be a list of layer names, not the string {record!r}")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead")
+        if not isinstance(data, Tensor) or not data.is_floating_point():
+            kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
+            raise TypeError(f"data must be a floating-point tensor, which relevance can be assigned to, not {kind}")
+        if data.dim() == 0 or len(data) == 0:
+            raise ValueError(f"data has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
+        finite = torch.isfinite(data).flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"data has NaN or infinite values in samples {(~finite).nonzero().flatten().tolist()}")
+        if any(name == self.MODEL_OUTPUT_NAME for name, _ in self.model.named_modules()):
+            raise ValueError(
+                f"the model has a layer called {self.MODEL_OUTPUT_NAME!r}, which names the output in conditions; "
+                "set attribution.MODEL_OUTPUT_NAME to another name"
+            )
+        conditions = check_conditions(conditions, self.MODEL_OUTPUT_NAME, start, init_rel is not None)
+        check_layers(self.model, [] if start is None else [start], "start_layer")
+        if type(self).broadcast is CondAttribution.broadcast:
+            rows = Rows.broadcast(len(data), conditions)
+        else:
+            data, conditions = self.broadcast(data, conditions)
+            rows = Rows(tuple(range(len(data))), tuple(conditions))
+        return data.to(self.device), rows

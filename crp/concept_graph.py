@@ -1,0 +1,143 @@
+"""The graph of concepts that a prediction flows through."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from zennit.core import Composite
+
+from crp.concepts import Concept
+from crp.graph import ModelGraph
+from crp.types import AttributionGraphResults, Node
+
+if TYPE_CHECKING:
+    from crp.attribution import CondAttribution
+
+
+class AttributionGraph:
+    """Decomposes a concept, in the context of one prediction, into the concepts of the layers that feed it.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    graph : ModelGraph
+        Which layer feeds which, from `crp.graph.trace_model_graph`.
+    layer_map : dict of str to Concept
+        Concept type of each layer.
+    """
+
+    def __init__(self, attribution: CondAttribution, graph: ModelGraph, layer_map: Mapping[str, Concept]) -> None:
+        self.attribution = attribution
+        self.graph = graph
+        self.set_layer_map(layer_map)
+
+    def set_layer_map(self, layer_map: Mapping[str, Concept]) -> None:
+        """Set the concept type of each layer."""
+        self.layer_map = dict(layer_map)
+        self.mask_map = {name: concept.mask for name, concept in layer_map.items()}
+
+    def __call__(
+        self,
+        sample: Tensor,
+        composite: Composite | None,
+        concept_id: Hashable,
+        layer_name: str,
+        target: int | None = None,
+        width: Sequence[int] = (4, 2),
+        parent_c_id: Hashable | None = None,
+        parent_layer: str | None = None,
+        abs_norm: bool = True,
+        batch_size: int = 16,
+        verbose: bool = True,
+    ) -> AttributionGraphResults:
+        """Decompose a concept level by level.
+
+        Parameters
+        ----------
+        sample : Tensor of shape (1, *input shape)
+        composite : zennit.core.Composite, optional
+        concept_id : int
+            Concept to decompose.
+        layer_name : str
+            Its layer.
+        target : int, optional
+            Decompose in the context of this output; otherwise relevance starts at the concept (or its parent).
+        width : sequence of int
+            Number of concepts kept per input layer at each level; its length is the number of levels.
+        parent_c_id : int, optional
+            Concept in whose context ``concept_id`` is decomposed.
+        parent_layer : str, optional
+            Layer of ``parent_c_id``.
+        abs_norm : bool
+            Whether connections carry shares of a layer's relevance, or relevance.
+        batch_size : int
+            Conditions attributed at a time.
+        verbose : bool
+            Whether to show progress bars.
+
+        Returns
+        -------
+        AttributionGraphResults
+            ``nodes, connections``. Levels below the first layer of the model are absent.
+
+        Raises
+        ------
+        ValueError
+            If ``sample`` is more than one sample, or only one of ``parent_c_id`` and ``parent_layer`` is given.
+        KeyError
+            If a layer has no entry in ``layer_map``.
+        """
+        if len(sample) != 1:
+            raise ValueError(f"an attribution graph belongs to one sample; sample has {len(sample)}")
+        if (parent_c_id is None) != (parent_layer is None):
+            raise ValueError(f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none")
+        self._check_mapped([layer_name])
+        context: dict[str, Any] = {layer_name: [concept_id]} if parent_layer is None else {parent_layer: [parent_c_id]}
+        start_layer = None
+        if target is not None:
+            context[self.attribution.MODEL_OUTPUT_NAME] = [target]
+        else:
+            start_layer = layer_name if parent_layer is None else parent_layer
+
+        nodes: list[Node] = [(layer_name, concept_id)]
+        connections: dict[Node, list[tuple[str, Hashable, float]]] = {}
+        level = list(nodes)
+        for n_kept in width:
+            inputs = list(dict.fromkeys(name for layer, _ in level for name in self.graph.find_input_layers(layer)))
+            self._check_mapped(inputs)
+            if not inputs:
+                break
+            parts = self.attribution.generate(
+                sample, [{layer: [concept], **context} for layer, concept in level], composite, record_layer=inputs,
+                mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size, exclude_parallel=False,
+                verbose=verbose,
+            )  # fmt: skip
+            relevant = (self._most_relevant(part.relevances, row, abs_norm, n_kept) for part in parts
+                        for row in range(len(part.heatmap)))  # fmt: skip
+            lower: list[Node] = []
+            for node, found in zip(level, relevant, strict=True):
+                for name in self.graph.find_input_layers(node[0]):
+                    connections.setdefault(node, []).extend((name, concept, value) for concept, value in found[name])
+                    lower.extend((name, concept) for concept, _ in found[name])
+            nodes += lower
+            level = lower
+        return AttributionGraphResults(nodes, connections)
+
+    def _most_relevant(
+        self, relevances: Mapping[str, Tensor], row: int, abs_norm: bool, n_kept: int
+    ) -> dict[str, list[tuple[int, float]]]:
+        found = {}
+        for name in relevances:
+            if name in self.layer_map:
+                value = self.layer_map[name].attribute(relevances[name][[row]], abs_norm=abs_norm)[0]
+                order = torch.argsort(value, descending=True, stable=True)[:n_kept].tolist()
+                found[name] = [(concept, value[concept].item()) for concept in order]
+        return found
+
+    def _check_mapped(self, layers: Iterable[str]) -> None:
+        for name in layers:
+            if name not in self.layer_map:
+                raise KeyError(f"layer_map has no concept for layer {name!r}; it has {sorted(self.layer_map)}")

@@ -1,0 +1,204 @@
+"""Conditions as data: checked, broadcast over the samples and grouped, before the model runs.
+
+A condition is a dict ``{layer name: concept ids, "y": targets}``. With n samples and n conditions they are paired; with other
+counts every sample meets every condition, samples first. Each (sample, condition) is a *row* of the result. Rows are computed
+in a *grid* of slots x samples: the forward pass sees each sample once, and slot k holds the k-th condition of every sample.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crp.types import Condition, MaskFactory, MaskFn
+
+
+def check_conditions(
+    conditions: Sequence[Condition], output_name: str, start_layer: str | None = None, has_init: bool = False
+) -> list[Condition]:
+    """Conditions as a list, or an error that names the one that is wrong.
+
+    Parameters
+    ----------
+    conditions : sequence of mappings
+    output_name : str
+        Key of the targets, ``"y"`` by default.
+    start_layer : str, optional
+        Where the backward pass begins instead of the output.
+    has_init : bool
+        Whether an initial relevance is given.
+
+    Raises
+    ------
+    TypeError
+        If ``conditions`` is no sequence of mappings.
+    ValueError
+        If it is empty, a target list is empty, or nothing says where relevance starts.
+    """
+    if isinstance(conditions, Mapping) or not isinstance(conditions, Sequence):
+        raise TypeError(f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list")
+    if not conditions:
+        raise ValueError(f"conditions is empty; give at least one, such as [{{{output_name!r}: [0]}}]")
+    for i, condition in enumerate(conditions):
+        if not isinstance(condition, Mapping):
+            raise TypeError(f"conditions[{i}] must be a dict, not {type(condition).__name__}: {condition!r}")
+        targets = condition.get(output_name)
+        if targets is not None and np.size(_plain(targets)) == 0:
+            raise ValueError(f"conditions[{i}][{output_name!r}] is empty; name at least one output, or leave it out")
+        if targets is None and start_layer is None and not has_init:
+            raise ValueError(
+                f"Either {output_name} in 'conditions' or 'start_layer' or 'init_rel' must be defined; "
+                f"conditions[{i}] is {dict(condition)!r}"
+            )
+    if start_layer is not None and any(output_name in condition for condition in conditions):
+        warnings.warn(
+            f"{output_name!r} has no effect in conditions, since the backward pass begins at start_layer {start_layer!r}",
+            stacklevel=4,
+        )
+    return list(conditions)
+
+
+def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: str) -> list[Any] | None:
+    """Raise an `IndexError` if a row's target is not among the outputs; targets that are no integers are left to torch."""
+    for row, target in enumerate(targets or ()):
+        if target is None:
+            continue
+        if prediction.dim() < 2:
+            raise ValueError(
+                f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
+                "Leave it out and give init_rel instead."
+            )
+        ids, size = np.asarray(_plain(target)), prediction.shape[1]
+        if ids.dtype.kind in "iu" and ((ids < -size) | (ids >= size)).any():
+            raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
+    return targets
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of an attribution that do not depend on the row."""
+
+    record: Sequence[str]
+    mask_map: MaskMap
+    start: str | None
+    init_rel: Any
+    on_device: torch.device | str | None
+    exclude_parallel: bool
+
+    def part(self, number: int, batch_size: int, n_rows: int) -> Settings:
+        """The same for the part of the rows that begins at ``number * batch_size``.
+
+        An initial relevance with a row for each of all rows is cut; one for the rows of a part serves every part.
+        """
+        if not isinstance(self.init_rel, Tensor) or self.init_rel.dim() == 0:
+            return self
+        begin = number * batch_size if len(self.init_rel) == n_rows else 0
+        rows = min(batch_size, n_rows - number * batch_size)
+        return self if len(self.init_rel) == 1 else replace(self, init_rel=self.init_rel[begin : begin + rows])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which sample and which condition each row of the result has."""
+
+    samples: tuple[int, ...]
+    conditions: tuple[Condition, ...]
+
+    @classmethod
+    def broadcast(cls, n_samples: int, conditions: Sequence[Condition]) -> Rows:
+        """Pair samples with conditions where they are equally many; otherwise every sample meets every condition."""
+        if n_samples == len(conditions):
+            return cls(tuple(range(n_samples)), tuple(conditions))
+        samples = np.repeat(np.arange(n_samples), len(conditions))
+        return cls(tuple(samples.tolist()), tuple(conditions) * n_samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def chunks(self, size: int) -> list[Rows]:
+        """Consecutive parts of at most ``size`` rows."""
+        starts = range(0, len(self), size)
+        return [Rows(self.samples[i : i + size], self.conditions[i : i + size]) for i in starts]
+
+    def groups(self, output_name: str) -> list[list[int]]:
+        """Row numbers, grouped by the set of conditioned layers."""
+        found: dict[frozenset[str], list[int]] = {}
+        for row, condition in enumerate(self.conditions):
+            found.setdefault(frozenset(condition) - {output_name}, []).append(row)
+        return list(found.values())
+
+    def layers(self, rows: Sequence[int], output_name: str) -> list[str]:
+        """Layers named by the conditions of these rows, in the order in which they are first named."""
+        return list(dict.fromkeys(n for row in rows for n in self.conditions[row] if n != output_name))
+
+    def targets(self, output_name: str) -> list[Any] | None:
+        """Targets of each row (None where a row has none), or None if no row has any."""
+        targets = [condition.get(output_name) for condition in self.conditions]
+        return None if all(t is None for t in targets) else targets
+
+
+class Grid:
+    """Places some rows in slots x samples, and back.
+
+    Parameters
+    ----------
+    samples : sequence of int
+        Sample of each row.
+    n_samples : int
+    device : torch.device
+    """
+
+    def __init__(self, samples: Sequence[int], n_samples: int, device: torch.device) -> None:
+        used = [0] * n_samples
+        place = []
+        for sample in samples:
+            place.append(used[sample] * n_samples + sample)
+            used[sample] += 1
+        self.n_samples, self.n_slots = n_samples, max(used)
+        self.samples, self.place = list(samples), place
+        # Row i in place i needs no moving: paired samples and conditions, or one sample.
+        self._identity = place == list(range(self.n_slots * n_samples))
+        self._index = torch.tensor(place, device=device)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """(rows, ...) to (slots, samples, ...); places without a row are 0."""
+        if not self._identity:
+            rows = rows.new_zeros(self.n_slots * self.n_samples, *rows.shape[1:]).index_copy(0, self._index, rows)
+        return rows.reshape(self.n_slots, self.n_samples, *rows.shape[1:])
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """(slots, samples, ...) to (rows, ...)."""
+        flat = grid.flatten(0, 1)
+        return flat if self._identity else flat.index_select(0, self._index)
+
+    def masks(self, rows: Sequence[Condition], layer: str, mask_map: MaskMap) -> list[list[MaskFn]]:
+        """Mask functions of one layer for each slot; each acts on a gradient of shape (samples, ...)."""
+        make = _factory(mask_map, layer)
+        found: list[list[MaskFn]] = [[] for _ in range(self.n_slots)]
+        for sample, place, condition in zip(self.samples, self.place, rows, strict=True):
+            if layer in condition:
+                found[place // self.n_samples].append(make(sample, condition[layer], layer))
+        return found
+
+
+MaskMap = MaskFactory | Mapping[str, MaskFactory]
+
+
+def _factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
+    if callable(mask_map):
+        return mask_map
+    if not isinstance(mask_map, Mapping):
+        raise ValueError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
+    if layer not in mask_map:
+        raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
+    return mask_map[layer]
+
+
+def _plain(ids: Any) -> Any:
+    return ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids

@@ -1,0 +1,154 @@
+"""Hooks that the engine puts on layers: masking the backward flow, and keeping a layer's output apart to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import RemovableHandleList
+
+from crp.graph import tracing
+from crp.types import MaskFn
+
+
+@dataclass
+class Flow:
+    """Gradient of a tensor as it arrives: kept, then masked. Only its first arrival counts, until `reset`.
+
+    (A tensor that is first an input and then a root of a backward pass sees its gradient twice.)
+    """
+
+    gradient: Tensor | None = None
+    mask: Callable[[Tensor], Tensor] | None = None
+    arrived: bool = False
+
+    def reset(self, mask: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Forget what arrived, and mask with ``mask`` from now on."""
+        self.gradient, self.mask, self.arrived = None, mask, False
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        """Tensor hook."""
+        if self.arrived:
+            return None
+        self.arrived, self.gradient = True, grad
+        return None if self.mask is None else self.mask(grad)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer: its output, and the flow of gradient into it. (The flow never holds the output: no cycle.)"""
+
+    output: Tensor
+    flow: Flow
+
+
+@dataclass
+class Tap:
+    """Forward hook that keeps every output of a layer apart; the model goes on with a copy, which it may change in place."""
+
+    name: str
+    uses: list[Use] = field(default_factory=list)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Forward hook."""
+        if tracing():
+            return None
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer {self.name!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
+                "name a layer inside it, or after it, that returns one"
+            )
+        use = Use(output, Flow())
+        if output.requires_grad:
+            output.register_hook(use.flow)
+        self.uses.append(use)
+        return output.clone()
+
+
+class MaskHook:
+    """Hook, in zennit's protocol, that applies mask functions to the gradient of a layer's output.
+
+    Parameters
+    ----------
+    fn_list : list of callable
+        Functions of the gradient; applied in order to a copy, so that a parallel branch sharing the gradient is not touched.
+    """
+
+    def __init__(self, fn_list: list[MaskFn]) -> None:
+        self.fn_list = fn_list
+
+    def post_forward(self, module: nn.Module, input: Any, output: Any) -> None:
+        """Forward hook: listen to the gradient of the (first) output."""
+        first = output[0] if isinstance(output, tuple) else output
+        if first.requires_grad:
+            first.register_hook(lambda grad: self.backward(module, grad))
+
+    def backward(self, module: nn.Module, grad: Tensor) -> Tensor:
+        """Mask a copy of the gradient."""
+        return apply_masks(self.fn_list, grad)
+
+    def copy(self) -> MaskHook:
+        """Return a hook that shares the list of functions."""
+        return type(self)(self.fn_list)
+
+    def remove(self) -> None:
+        """Forget the functions."""
+        self.fn_list.clear()
+
+    def register(self, module: nn.Module) -> RemovableHandleList:
+        """Put the hook on a module."""
+        return RemovableHandleList([self, module.register_forward_hook(self.post_forward)])
+
+
+class FeatVisHook:
+    """Hook, in zennit's protocol, that hands a layer's activation and relevance to a feature visualization.
+
+    Parameters
+    ----------
+    FV : FeatureVisualization
+        Its ``analyze_activation`` and ``analyze_relevance`` are called.
+    concept : Concept
+    layer_name : str
+    dict_inputs : dict
+        ``"sample_indices"`` and ``"targets"`` of the current batch.
+    on_device : str or torch.device, optional
+        Where the tensors are moved first.
+    """
+
+    def __init__(self, FV: Any, concept: Any, layer_name: str, dict_inputs: dict[str, Any], on_device: Any = None) -> None:
+        self.FV, self.concept, self.layer_name = FV, concept, layer_name
+        self.dict_inputs, self.on_device = dict_inputs, on_device
+
+    def post_forward(self, module: nn.Module, input: Any, output: Tensor) -> None:
+        """Forward hook: analyze the activation, and the relevance once it comes."""
+        self._analyze(self.FV.analyze_activation, output)
+        if output.requires_grad:
+            output.register_hook(lambda grad: self._analyze(self.FV.analyze_relevance, grad))
+
+    def _analyze(self, analyze: Callable[..., object], tensor: Tensor) -> None:
+        tensor = tensor.detach().to(self.on_device) if self.on_device else tensor.detach()
+        indices, targets = self.dict_inputs["sample_indices"], self.dict_inputs["targets"]
+        analyze(tensor, self.layer_name, self.concept, indices, targets)
+
+    def copy(self) -> FeatVisHook:
+        """Return a hook for the same feature visualization."""
+        return type(self)(self.FV, self.concept, self.layer_name, self.dict_inputs, self.on_device)
+
+    def remove(self) -> None:
+        """Do nothing: there is no state."""
+
+    def register(self, module: nn.Module) -> RemovableHandleList:
+        """Put the hook on a module."""
+        return RemovableHandleList([module.register_forward_hook(self.post_forward)])
+
+
+def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
+    """Apply mask functions in order; ``grad`` itself, which other branches may share or which may be expanded, is kept."""
+    if functions:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    for function in functions:
+        grad = function(grad)
+    return grad
