@@ -1,0 +1,163 @@
+"""A layer as a function of its input and its parameters, which rules modify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+from zennit.types import ConvolutionStandard, ConvolutionTranspose
+
+Modifier = Callable[[Tensor], Tensor]
+
+_TRANSPOSED = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+_modified: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def same(parameter: Tensor) -> Tensor:
+    """Parameter as it is."""
+    return parameter
+
+
+def positive(parameter: Tensor) -> Tensor:
+    """Positive part."""
+    return parameter.clamp(min=0)
+
+
+def negative(parameter: Tensor) -> Tensor:
+    """Negative part."""
+    return parameter.clamp(max=0)
+
+
+def square(parameter: Tensor) -> Tensor:
+    """Square."""
+    return parameter.square()
+
+
+def ones(parameter: Tensor) -> Tensor:
+    """Ones in place of every entry."""
+    return torch.ones_like(parameter)
+
+
+@dataclass(frozen=True)
+class Boosted:
+    """Parameter plus ``gamma`` times a part of it."""
+
+    gamma: float
+    part: Modifier
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """Modify a parameter."""
+        return parameter + self.gamma * self.part(parameter)
+
+
+def signs(a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Positive and negative part of a layer's input; None for the negative part where there is none, as behind a ReLU."""
+    if (a.detach() >= 0).all():
+        return a, None
+    return a.clamp(min=0), a.clamp(max=0)
+
+
+class Layer:
+    """Linear, convolutional or transposed convolutional module, or any module without parameters, as a function.
+
+    Parameters
+    ----------
+    module : nn.Module
+    zero_params : tuple of str
+        Parameters that count as zero.
+    input : Tensor, optional
+        What the module was given in this forward call.
+    output : Tensor, optional
+        What the module gave, with its graph; spares running it once more.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        zero_params: tuple[str, ...] = (),
+        input: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> None:
+        self.module = module
+        self.zero_params = zero_params
+        self.input = input
+        self.output = output
+        extra = [name for name, _ in module.named_parameters(recurse=True) if name not in ("weight", "bias")]
+        if extra and not hasattr(module, "parametrizations"):
+            raise TypeError(
+                f"{type(module).__name__} has parameters {extra}; rules treat modules whose parameters are "
+                "'weight' and 'bias' (Linear, Conv1-3d, ConvTranspose1-3d and the like), or that have none"
+            )
+
+    def __call__(self, a: Tensor, modifier: Modifier = same, bias: bool = True) -> Tensor:
+        """Layer's output for the input ``a``, with modified parameters, differentiable in ``a`` only.
+
+        Parameters
+        ----------
+        a : Tensor of shape (batch, *input shape)
+        modifier : callable
+            Applied to weight and bias (cached as long as they do not change).
+        bias : bool
+            Whether the bias takes part.
+
+        Returns
+        -------
+        Tensor of shape (batch, *output shape)
+        """
+        if getattr(self.module, "weight", None) is None:
+            return self._forward(a, {})
+        module = self.module
+        w, b = self._parameter("weight", modifier), self._parameter("bias", modifier) if bias else None
+        assert w is not None
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            return F.linear(a, w, b)
+        if isinstance(module, ConvolutionStandard) and type(module).forward in _PLAIN_FORWARDS:
+            return module._conv_forward(a, w, b)
+        if isinstance(module, ConvolutionTranspose) and type(module) in _TRANSPOSED and module.padding_mode == "zeros":
+            return _TRANSPOSED[type(module)](
+                a, w, b, module.stride, module.padding, module.output_padding, module.groups, module.dilation
+            )
+        return self._forward(a, {"weight": w, "bias": b})
+
+    def itself(self, a: Tensor) -> Tensor:
+        """Layer with its own parameters; the output of this forward call where it serves."""
+        if self.output is not None and not self.zero_params:
+            return self.output
+        return self(a)
+
+    def _parameter(self, name: str, modifier: Modifier) -> Tensor | None:
+        parameter = getattr(self.module, name, None)
+        if parameter is None or (name == "bias" and name in self.zero_params):
+            return None
+        if name in self.zero_params:
+            return torch.zeros_like(parameter)
+        return parameter.detach() if modifier is same else modified(parameter, modifier)
+
+    def _forward(self, a: Tensor, parameters: dict[str, Tensor | None]) -> Tensor:
+        own = {name: self.module._parameters[name] for name in parameters if name in self.module._parameters}
+        try:
+            self.module._parameters.update({name: parameters[name] for name in own})  # type: ignore[misc]
+            return self.module.forward(a)
+        finally:
+            self.module._parameters.update(own)
+
+
+_PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+
+
+def modified(parameter: Tensor, modifier: Modifier) -> Tensor:
+    """Parameter modified by ``modifier``, computed once as long as the parameter does not change."""
+    state = (parameter._version, parameter.data_ptr(), parameter.device, parameter.dtype)
+    known = _modified.setdefault(parameter, {})
+    if known.get(modifier, (None,))[0] != state:
+        with torch.no_grad():
+            known[modifier] = (state, modifier(parameter.detach()))
+    return known[modifier][1]

@@ -1,0 +1,97 @@
+"""zennit's rules inside our composites: relevance in, relevance out, at a layer where multipliers travel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit import rules as zennit_rules
+from zennit.core import BasicHook, Hook, ParamMod
+
+from crp.rules.base import Rule
+from crp.rules.layer import Layer
+from crp.rules.lrp import Pass
+
+
+def lift(hook: Hook) -> Rule:
+    """Rule that does in multiplier encoding what a zennit hook does in relevance encoding.
+
+    Parameters
+    ----------
+    hook : Rule, zennit.core.BasicHook or zennit.rules.Pass
+        One of our rules is returned as it is.
+
+    Raises
+    ------
+    TypeError
+        If the hook has a backward pass of its own, which cannot be known to treat relevance.
+    """
+    if isinstance(hook, Rule):
+        return hook
+    if isinstance(hook, zennit_rules.Pass):
+        return Pass()
+    if isinstance(hook, BasicHook) and type(hook).backward is BasicHook.backward:
+        return Lifted(hook)
+    raise TypeError(
+        f"{type(hook).__name__} cannot be used in this composite: neither a crp rule nor a zennit BasicHook. "
+        "Use it in a zennit composite, which propagates relevance."
+    )
+
+
+class Lifted(Rule):
+    """A zennit `BasicHook` with ``R = m * y`` in and ``R / a`` out (0 where ``a`` is 0).
+
+    At the model's input relevance is handed out as it is.
+
+    Parameters
+    ----------
+    hook : zennit.core.BasicHook
+    """
+
+    settings = ("hook",)
+
+    def __init__(self, hook: BasicHook) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
+        """Return the layer's output, with the hook's rule as its gradient."""
+        # The hook's modified forward passes are run now, so that the backward pass needs nothing of the module any more.
+        inputs, outputs = [], []
+        for in_mod, param_mod, out_mod in zip(
+            self.hook.input_modifiers, self.hook.param_modifiers, self.hook.output_modifiers, strict=True
+        ):
+            given = in_mod(a.detach().clone()).detach().clone().requires_grad_()
+            with ParamMod.ensure(param_mod)(layer.module) as modified:
+                outputs.append(out_mod(modified.forward(given)))
+            inputs.append(given)
+        leaf = self.entry.find(a) if self.entry is not None else None
+        if leaf is not None:
+            return _Propagate.apply(leaf, y, None, self.hook, inputs, outputs)
+        return _Propagate.apply(a, y, a.detach(), self.hook, inputs, outputs)
+
+    def check(self, module: nn.Module) -> None:
+        """Accept every module: the hook's own modifiers decide."""
+
+
+class _Propagate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, y: Tensor, divisor: Tensor | None, hook: BasicHook, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> Tensor:
+        ctx.y, ctx.divisor, ctx.hook, ctx.tensors = y.clone(), divisor, hook, (inputs, outputs)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        inputs, outputs = ctx.tensors
+        relevance = grads[0] * ctx.y
+        gradients = torch.autograd.grad(
+            outputs, inputs, ctx.hook.gradient_mapper(relevance, outputs), retain_graph=True
+        )
+        relevance = ctx.hook.reducer(inputs, gradients)
+        if ctx.divisor is not None:
+            relevance = torch.where(ctx.divisor == 0, 0.0, relevance / ctx.divisor)
+        return relevance.detach(), None, None, None, None, None
