@@ -1,8 +1,9 @@
-"""Conditional attribution: relevance that flows through chosen concepts only, and the graph of concepts it flows through.
+"""Conditional attribution: relevance that flows through chosen concepts only.
 
-The engine knows nothing about rules. It runs the model inside a composite's context, sends initial relevance back, and masks it
-at the conditioned layers. A composite whose ``encoding`` is ``"multiplier"`` propagates relevance divided by activation
-(``R = a * m``); any other propagates relevance itself, as zennit does. In both, the gradient of the data is its relevance.
+The engine knows nothing about rules. It runs the model inside a composite's context, sends initial relevance back,
+and masks it at the conditioned layers. A composite whose ``encoding`` is ``"multiplier"`` propagates relevance
+divided by activation (``R = a * m``); any other propagates relevance itself, as zennit does. In both, the gradient of
+the data is its relevance.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from zennit.core import Composite
 
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
-from crp.conditions import Grid, MaskMap, Rows, Settings, check_conditions, check_targets
+from crp.conditions import MaskMap, Rows, Settings, check_conditions, check_data, check_targets, initial_relevance
 from crp.engine import ORDER_MESSAGE, Backward, ForwardPass, attached, check_layers, is_multiplier
 from crp.layers import unwrap
 from crp.types import AttributionGraphResults, AttributionResults, Condition
@@ -50,8 +50,8 @@ class CondAttribution:
 
     Notes
     -----
-    Concept Relevance Propagation, Achtibat et al., "From attribution maps to human-understandable explanations through Concept
-    Relevance Propagation", Nature Machine Intelligence 5 (2023), section "Methods".
+    Concept Relevance Propagation, Achtibat et al., "From attribution maps to human-understandable explanations
+    through Concept Relevance Propagation", Nature Machine Intelligence 5 (2023), section "Methods".
 
     Subclasses may override `relevance_init`, `heatmap_modifier`, `backward`, `broadcast` and `select_output`.
 
@@ -102,26 +102,27 @@ class CondAttribution:
         data : Tensor of shape (samples, *input shape)
             It need not require a gradient.
         conditions : list of dict
-            ``{layer name: concept ids, "y": targets}``. Relevance flows through these concepts of these layers only; it starts
-            at the targets (several are summed). As many conditions as samples are paired with them; otherwise every sample
-            meets every condition, and rows come sample by sample. An empty list of ids lets nothing through.
+            ``{layer name: concept ids, "y": targets}``. Relevance flows through these concepts of these layers only;
+            it starts at the targets (several are summed). As many conditions as samples are paired with them;
+            otherwise every sample meets every condition, and rows come sample by sample. An empty list of ids lets
+            nothing through.
         composite : zennit.core.Composite, optional
             Rules and canonizers: one of ours or of zennit's. None is the plain gradient.
         record_layer : sequence of str
-            Layers whose activations and relevances are returned, beside those that are conditioned or started from. A layer
-            that is called several times is recorded at its last call; ``"name#0"`` names the first.
+            Layers whose activations and relevances are returned, beside those that are conditioned or started from. A
+            layer that is called several times is recorded at its last call; ``"name#0"`` names the first.
         mask_map : callable or dict of str to callable
             ``(row, concept ids, layer name) -> function of the gradient``, for all layers or for each.
         start_layer : str, optional
             Where relevance starts, in place of the output; targets are then ignored.
         init_rel : Tensor, number or callable, optional
-            Initial relevance in place of the output's own value: a tensor that broadcasts to (rows, *output shape), a constant, or
-            a function of the output of shape (rows, *output shape).
+            Initial relevance in place of the output's own value: a tensor that broadcasts to (rows, *output shape), a
+            constant, or a function of the output of shape (rows, *output shape).
         on_device : torch.device or str, optional
             Where the results are moved.
         exclude_parallel : bool
-            Whether relevance flows through the conditioned layers only, and not past them through parallel branches. Layers of
-            a condition are then named from the output to the input.
+            Whether relevance flows through the conditioned layers only, and not past them through parallel branches.
+            Layers of a condition are then named from the output to the input.
 
         Returns
         -------
@@ -133,7 +134,8 @@ class CondAttribution:
         KeyError
             If a layer is not in the model.
         ValueError, TypeError, IndexError
-            If conditions, data, targets or initial relevance do not fit; the message names which, and what would be right.
+            If conditions, data, targets or initial relevance do not fit; the message names which, and what would be
+            right.
         RuntimeError
             If the layers of a condition are not in order (with ``exclude_parallel``).
         """
@@ -161,8 +163,9 @@ class CondAttribution:
     ) -> Iterator[AttributionResults]:
         """Attribute many conditions in parts of ``batch_size`` rows, so that memory does not grow with their number.
 
-        Takes the parameters of `__call__`, and gives the same rows in the same order. While the generator waits, the model is
-        untouched. Composites in multiplier encoding, and the plain gradient, need one forward pass for all parts.
+        Takes the parameters of `__call__`, and gives the same rows in the same order. While the generator waits, the
+        model is untouched. Composites in multiplier encoding, and the plain gradient, need one forward pass for all
+        parts.
 
         Parameters
         ----------
@@ -197,29 +200,7 @@ class CondAttribution:
         -------
         Tensor of shape (rows, *output shape)
         """
-        if isinstance(init_rel, Tensor):
-            selection = init_rel
-        elif callable(init_rel):
-            selection = init_rel(prediction)
-        elif init_rel is None:
-            selection = prediction
-        elif isinstance(init_rel, int | float | np.number):
-            selection = torch.full_like(prediction, float(init_rel))
-        else:
-            raise TypeError(f"init_rel must be a tensor, a number or a callable, not {type(init_rel).__name__}")
-        try:
-            selection = selection.to(prediction).expand_as(prediction)
-        except RuntimeError:
-            raise ValueError(
-                f"init_rel has shape {tuple(selection.shape)}; it must broadcast to (rows, *output shape) = {tuple(prediction.shape)}"
-            ) from None
-        if not target_list:
-            return selection
-        masked = torch.zeros_like(selection)
-        for row, targets in enumerate(target_list):
-            index = (row,) if targets is None else (row, targets)
-            masked[index] = selection[index]
-        return masked
+        return initial_relevance(prediction, target_list, init_rel)
 
     def heatmap_modifier(self, data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
         """Heatmap from ``data.grad``, the relevance of the data; override it for inputs without a channel axis.
@@ -322,8 +303,10 @@ class CondAttribution:
                 passed = None
             yield result
 
-    def _forward(self, model: nn.Module, data: Tensor, rows: Rows, composite: Composite | None, call: Settings) -> ForwardPass:
-        conditioned = rows.layers(range(len(rows)), self.MODEL_OUTPUT_NAME)
+    def _forward(
+        self, model: nn.Module, data: Tensor, rows: Rows, composite: Composite | None, call: Settings
+    ) -> ForwardPass:
+        conditioned = rows.layers(self.MODEL_OUTPUT_NAME)
         check_layers(model, conditioned, "conditions")
         check_layers(model, call.record, "record_layer")
         start = [] if call.start is None else [call.start]
@@ -334,7 +317,7 @@ class CondAttribution:
         self, passed: ForwardPass, rows: Rows, call: Settings, last: bool
     ) -> tuple[AttributionResults, Tensor]:
         """All rows of one forward pass; also gives the relevance of the data, (rows, *input shape)."""
-        conditioned = rows.layers(range(len(rows)), self.MODEL_OUTPUT_NAME)
+        conditioned = rows.layers(self.MODEL_OUTPUT_NAME)
         uses = {name: passed.use(name, "condition") for name in conditioned}
         uses |= {name: passed.use(name, "record") for name in call.record if name not in uses and passed.called(name)}
         if call.start is not None:
@@ -343,36 +326,21 @@ class CondAttribution:
             warnings.warn(f"layers {missing} are not called in the forward pass; nothing is recorded", stacklevel=3)
 
         root = passed.output if call.start is None else uses[call.start].output
-        samples = torch.tensor(rows.samples, device=root.device)
-        prediction = root.detach().index_select(0, samples)
+        prediction = rows.select(root)
         start = self._start(prediction, rows, call, passed.multiplier)
-        relevance = passed.data.new_zeros(len(rows), *passed.data.shape[1:])
-        recorded = {name: torch.zeros_like(use.output.detach().index_select(0, samples)) for name, use in uses.items()}
+        custom = type(self).backward is not CondAttribution.backward
+        passes = Backward(passed.data, root, uses, call, self.MODEL_OUTPUT_NAME, self.backward, custom)
+        relevance, recorded = passes.run(rows, start, last)
 
-        every = list(range(len(rows)))
-        groups = rows.groups(self.MODEL_OUTPUT_NAME) if call.exclude_parallel else [every]
-        for number, group in enumerate(groups):
-            index = torch.tensor(group, device=root.device)
-            grid = Grid([rows.samples[i] for i in group], len(passed.data), root.device)
-            flow = Backward(passed, root, uses, grid, Rows(tuple(grid.samples), tuple(rows.conditions[i] for i in group)), call)
-            cotangent = grid.scatter(start.index_select(0, index))
-            layers = flow.rows.layers(range(len(group)), self.MODEL_OUTPUT_NAME)
-            overridden = type(self).backward is not CondAttribution.backward
-            if overridden or (layers and not call.exclude_parallel):
-                gradient, seen = flow.by_slot(cotangent, layers, self.backward)
-            else:
-                gradient, seen = flow.by_layer(cotangent, layers, keep_graph=not last or number < len(groups) - 1)
-            if gradient is not None:
-                relevance[index] = grid.gather(gradient)
-            for name, found in seen.items():
-                recorded[name][index] = grid.gather(found).to(recorded[name])
-
-        activations = {name: use.output.detach().index_select(0, samples) for name, use in uses.items()}
+        activations = {name: rows.select(use.output) for name, use in uses.items()}
         if passed.multiplier:
             recorded = {name: activations[name] * multiplier for name, multiplier in recorded.items()}
-        explained = passed.data.detach().index_select(0, samples.to(passed.data.device))
+        explained = rows.select(passed.data)
         explained.grad = relevance
-        move = (lambda t: t.to(call.on_device)) if call.on_device else (lambda t: t)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(call.on_device) if call.on_device else tensor
+
         result = AttributionResults(
             self.heatmap_modifier(explained, call.on_device),
             {name: move(activation) for name, activation in activations.items()},
@@ -403,7 +371,9 @@ class CondAttribution:
         samples = torch.tensor(rows.samples, device=relevance.device)
         grad = torch.zeros_like(data).index_add_(0, samples.to(data.device), relevance.to(data))
         if data.grad is not None and not self.overwrite_data_grad:
-            warnings.warn("data.grad is filled; relevance is added to it, as overwrite_data_grad is False", stacklevel=3)
+            warnings.warn(
+                "data.grad is filled; relevance is added to it, as overwrite_data_grad is False", stacklevel=3
+            )
             grad = grad + data.grad
         data.grad = grad
 
@@ -411,18 +381,9 @@ class CondAttribution:
         self, data: Tensor, conditions: Sequence[Condition], start: str | None, init_rel: Any, record: Sequence[str]
     ) -> tuple[Tensor, Rows]:
         """Check everything that can be checked before the model runs."""
+        check_data(data)
         if isinstance(record, str):
             raise TypeError(f"record_layer must be a list of layer names, not the string {record!r}")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead")
-        if not isinstance(data, Tensor) or not data.is_floating_point():
-            kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-            raise TypeError(f"data must be a floating-point tensor, which relevance can be assigned to, not {kind}")
-        if data.dim() == 0 or len(data) == 0:
-            raise ValueError(f"data has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
-        finite = torch.isfinite(data).flatten(1).all(1)
-        if not finite.all():
-            raise ValueError(f"data has NaN or infinite values in samples {(~finite).nonzero().flatten().tolist()}")
         if any(name == self.MODEL_OUTPUT_NAME for name, _ in self.model.named_modules()):
             raise ValueError(
                 f"the model has a layer called {self.MODEL_OUTPUT_NAME!r}, which names the output in conditions; "

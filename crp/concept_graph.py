@@ -93,7 +93,9 @@ class AttributionGraph:
         if len(sample) != 1:
             raise ValueError(f"an attribution graph belongs to one sample; sample has {len(sample)}")
         if (parent_c_id is None) != (parent_layer is None):
-            raise ValueError(f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none")
+            raise ValueError(
+                f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none"
+            )
         self._check_mapped([layer_name])
         context: dict[str, Any] = {layer_name: [concept_id]} if parent_layer is None else {parent_layer: [parent_c_id]}
         start_layer = None

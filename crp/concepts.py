@@ -1,9 +1,10 @@
 """What a concept is: a part of a layer's output that can be masked, scored and ranked.
 
-A concept type answers three questions about one layer: how the backward flow is restricted to some of its concepts (`mask`,
-`mask_rf`), how relevant or active each concept was (`attribute`, `scores`), and where (`get_rf_indices`). Channels are the
-concepts of "From attribution maps to human-understandable explanations through Concept Relevance Propagation"
-(Achtibat et al., Nature Machine Intelligence 2023); subclass `Concept` for heads, directions, or anything else.
+A concept type answers three questions about one layer: how the backward flow is restricted to some of its concepts
+(`mask`, `mask_rf`), how relevant or active each concept was (`attribute`, `scores`), and where (`get_rf_indices`).
+Channels are the concepts of "From attribution maps to human-understandable explanations through Concept Relevance
+Propagation" (Achtibat et al., Nature Machine Intelligence 2023); subclass `Concept` for heads, directions, or
+anything else.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class ConceptScores(NamedTuple):
 class Concept:
     """Interface of a concept type.
 
-    `mask` is enough for conditional attribution, `attribute` for relevant concepts and attribution graphs; reference mining
-    needs `scores` (or `reference_sampling`, from which the base class derives it), receptive-field references `mask_rf`.
+    `mask` is enough for conditional attribution, `attribute` for relevant concepts and attribution graphs; reference
+    mining needs `scores` (or `reference_sampling`, from which the base class derives it), receptive-field references
+    `mask_rf`.
     """
 
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
@@ -93,7 +95,7 @@ class ChannelConcept(Concept):
     """
 
     @staticmethod
-    def mask(batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:  # type: ignore[override]
+    def mask(batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
         """Keep only some channels of one row.
 
         Parameters
@@ -126,9 +128,7 @@ class ChannelConcept(Concept):
         return mask_fn
 
     @staticmethod
-    def mask_rf(  # type: ignore[override]
-        batch_id: int, neuron_ids: Mapping[int, Any], layer_name: str | None = None
-    ) -> MaskFn:
+    def mask_rf(batch_id: int, neuron_ids: Mapping[int, Any], layer_name: str | None = None) -> MaskFn:
         """Keep only single positions of some channels of one row.
 
         Parameters
@@ -188,7 +188,7 @@ class ChannelConcept(Concept):
     def scores(self, relevance: Tensor, layer_name: str | None = None) -> ConceptScores:
         """Sum, maximum and its position for every channel, accumulated in at least float32."""
         flat = _positions(relevance, layer_name)
-        if not torch.promote_types(flat.dtype, torch.float32) == flat.dtype:
+        if torch.promote_types(flat.dtype, torch.float32) != flat.dtype:
             flat = flat.float()
         if flat.shape[-1] == 1:
             value = flat[..., 0]

@@ -1,8 +1,9 @@
 """Conditions as data: checked, broadcast over the samples and grouped, before the model runs.
 
-A condition is a dict ``{layer name: concept ids, "y": targets}``. With n samples and n conditions they are paired; with other
-counts every sample meets every condition, samples first. Each (sample, condition) is a *row* of the result. Rows are computed
-in a *grid* of slots x samples: the forward pass sees each sample once, and slot k holds the k-th condition of every sample.
+A condition is a dict ``{layer name: concept ids, "y": targets}``. With n samples and n conditions they are paired;
+with other counts every sample meets every condition, samples first. Each (sample, condition) is a *row* of the
+result. Rows are computed in a *grid* of slots x samples: the forward pass sees each sample once, and slot k holds the
+k-th condition of every sample.
 """
 
 from __future__ import annotations
@@ -58,14 +59,40 @@ def check_conditions(
             )
     if start_layer is not None and any(output_name in condition for condition in conditions):
         warnings.warn(
-            f"{output_name!r} has no effect in conditions, since the backward pass begins at start_layer {start_layer!r}",
+            f"{output_name!r} has no effect in conditions: the backward pass begins at start_layer {start_layer!r}",
             stacklevel=4,
         )
     return list(conditions)
 
 
+def check_data(data: Tensor) -> None:
+    """Raise a clear error if relevance cannot be assigned to the data.
+
+    Raises
+    ------
+    TypeError
+        If it is no floating-point tensor.
+    ValueError
+        If it is empty, or has NaN or infinite values; the message names the samples.
+    RuntimeError
+        In inference mode.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
+        )
+    if not isinstance(data, Tensor) or not data.is_floating_point():
+        kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
+        raise TypeError(f"data must be a floating-point tensor, which relevance can be assigned to, not {kind}")
+    if data.dim() == 0 or len(data) == 0:
+        raise ValueError(f"data has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
+    finite = torch.isfinite(data).flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f"data has NaN or infinite values in samples {(~finite).nonzero().flatten().tolist()}")
+
+
 def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: str) -> list[Any] | None:
-    """Raise an `IndexError` if a row's target is not among the outputs; targets that are no integers are left to torch."""
+    """Raise an `IndexError` if a row's target is not among the outputs; what is no integer is left to torch."""
     for row, target in enumerate(targets or ()):
         if target is None:
             continue
@@ -78,6 +105,34 @@ def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: st
         if ids.dtype.kind in "iu" and ((ids < -size) | (ids >= size)).any():
             raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
     return targets
+
+
+def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
+    """What relevance starts with; see `CondAttribution.relevance_init`."""
+    if isinstance(init_rel, Tensor):
+        selection = init_rel
+    elif callable(init_rel):
+        selection = init_rel(prediction)
+    elif init_rel is None:
+        selection = prediction
+    elif isinstance(init_rel, int | float | np.number):
+        selection = torch.full_like(prediction, float(init_rel))
+    else:
+        raise TypeError(f"init_rel must be a tensor, a number or a callable, not {type(init_rel).__name__}")
+    try:
+        selection = selection.to(prediction).expand_as(prediction)
+    except RuntimeError:
+        raise ValueError(
+            f"init_rel has shape {tuple(selection.shape)}; it must broadcast to (rows, *output shape) = "
+            f"{tuple(prediction.shape)}"
+        ) from None
+    if not target_list:
+        return selection
+    masked = torch.zeros_like(selection)
+    for row, targets in enumerate(target_list):
+        index = (row,) if targets is None else (row, targets)
+        masked[index] = selection[index]
+    return masked
 
 
 @dataclass(frozen=True)
@@ -121,6 +176,17 @@ class Rows:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def part(self, rows: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        return Rows(tuple(self.samples[i] for i in rows), tuple(self.conditions[i] for i in rows))
+
+    def select(self, samples: Tensor) -> Tensor:
+        """(samples, ...) to (rows, ...), detached; a view where that is the same."""
+        samples = samples.detach()
+        if self.samples == tuple(range(len(samples))):
+            return samples
+        return samples.index_select(0, torch.tensor(self.samples, device=samples.device))
+
     def chunks(self, size: int) -> list[Rows]:
         """Consecutive parts of at most ``size`` rows."""
         starts = range(0, len(self), size)
@@ -133,9 +199,9 @@ class Rows:
             found.setdefault(frozenset(condition) - {output_name}, []).append(row)
         return list(found.values())
 
-    def layers(self, rows: Sequence[int], output_name: str) -> list[str]:
-        """Layers named by the conditions of these rows, in the order in which they are first named."""
-        return list(dict.fromkeys(n for row in rows for n in self.conditions[row] if n != output_name))
+    def layers(self, output_name: str) -> list[str]:
+        """Layers named by the conditions, in the order in which they are first named."""
+        return list(dict.fromkeys(name for condition in self.conditions for name in condition if name != output_name))
 
     def targets(self, output_name: str) -> list[Any] | None:
         """Targets of each row (None where a row has none), or None if no row has any."""

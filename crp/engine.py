@@ -1,6 +1,7 @@
 """One forward pass, and gradient flow through it: what `CondAttribution` is built from.
 
-Everything that is put on the user's model is put there by `attached` and `ForwardPass.run`, and is gone when they are left.
+Everything that is put on the user's model is put there by `attached` and `ForwardPass.run`, and is gone when they are
+left.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from crp.conditions import Grid, Rows, Settings
 from crp.hooks import Tap, Use, apply_masks
 from crp.layers import LayerNotFoundError, find_layers
 from crp.types import MaskFn
+
+#: Key of the data among the layers; no layer has this name.
+DATA = ""
 
 ORDER_MESSAGE = (
     "The layer names must be ordered according to their succession in the model if 'exclude_parallel'=True: "
@@ -158,7 +162,9 @@ class ForwardPass:
         uses = self.taps[name].uses
         if number:
             if int(number) >= len(uses):
-                raise ValueError(f"layer {name!r} is called {len(uses)} times in the forward pass; there is no {layer!r}")
+                raise ValueError(
+                    f"layer {name!r} is called {len(uses)} times in the forward pass; there is no {layer!r}"
+                )
             return uses[int(number)]
         if not uses:
             raise ValueError(f"layer {layer!r} is not called in the forward pass: it has no {role}")
@@ -166,7 +172,9 @@ class ForwardPass:
             names = ", ".join(f"{layer}#{i}" for i in range(len(uses)))
             if role != "record":
                 raise ValueError(f"layer {layer!r} is called {len(uses)} times in the forward pass; name one: {names}")
-            warnings.warn(f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=7)
+            warnings.warn(
+                f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=7
+            )
         return uses[-1]
 
     def called(self, layer: str) -> bool:
@@ -194,17 +202,17 @@ def flow(
     gradient : Tensor of shape (slots, *target shape), or None if the flow does not reach ``target``
     recorded : dict of str to Tensor of shape (slots, *record shape)
     """
-    inputs = {None: target} | _between(root, target, records)
+    inputs = {DATA: target, **_between(root, target, records)}
     if len(cotangent) == 1:
         found = torch.autograd.grad(
             root, list(inputs.values()), cotangent[0], retain_graph=keep_graph, allow_unused=True
         )
-        gradients = [None if g is None else g[None] for g in found]
+        gradients: list[Tensor | None] = [None if g is None else g[None] for g in found]
     else:
         gradients = _batched(root, list(inputs.values()), cotangent)
     reached = dict(zip(inputs, gradients, strict=True))
-    gradient = reached.pop(None)
-    return gradient, {name: g for name, g in reached.items() if name is not None and g is not None}
+    gradient = reached.pop(DATA)
+    return gradient, {name: g for name, g in reached.items() if g is not None}
 
 
 def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor | None]:
@@ -221,14 +229,14 @@ def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tens
     return [None if slots[0] is None else torch.stack(slots) for slots in found]
 
 
-def _between(root: Tensor, target: Tensor, records: dict[str, Tensor]) -> dict[str | None, Tensor]:
+def _between(root: Tensor, target: Tensor, records: dict[str, Tensor]) -> dict[str, Tensor]:
     """Records that depend on ``target``; all of them, where it is a leaf such as the data."""
     records = {name: t for name, t in records.items() if t.requires_grad and t is not root and t is not target}
     goal = target.grad_fn
     if not records or goal is None:
-        return dict(records)
+        return records
     leads: dict[Any, bool] = {goal: True}
-    stack = [root.grad_fn]
+    stack: list[Any] = [root.grad_fn]
     while stack:
         node = stack[-1]
         below = [] if node in leads else [n for n, _ in node.next_functions if n is not None]
@@ -242,34 +250,68 @@ def _between(root: Tensor, target: Tensor, records: dict[str, Tensor]) -> dict[s
 
 @dataclass
 class Backward:
-    """Backward passes of one group of rows through one forward pass.
+    """Backward passes of all rows through one forward pass.
 
     Attributes
     ----------
-    passed : ForwardPass
+    data : Tensor of shape (samples, *input shape)
     root : Tensor of shape (samples, ...)
         Where the flow starts: the model's output or a layer's.
     uses : dict of str to Use
         Conditioned, recorded and start layers.
-    grid : Grid
-    rows : Rows
     call : Settings
+    output_name : str
+    backward : callable
+        `CondAttribution.backward`, or what overrides it.
+    custom : bool
+        Whether it is overridden.
     """
 
-    passed: ForwardPass
+    data: Tensor
     root: Tensor
     uses: dict[str, Use]
-    grid: Grid
-    rows: Rows
     call: Settings
+    output_name: str
+    backward: Callable[..., None]
+    custom: bool
+
+    def run(self, rows: Rows, start: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Send ``start``, of shape (rows, *root shape), back.
+
+        Returns
+        -------
+        relevance : Tensor of shape (rows, *data shape)
+        recorded : dict of str to Tensor of shape (rows, *output shape of the layer)
+        """
+        n = len(self.data)
+        outputs = {DATA: self.data} | {name: use.output for name, use in self.uses.items()}
+        found = {name: t.detach().new_zeros(len(rows), *t.shape[1:]) for name, t in outputs.items()}
+        groups = rows.groups(self.output_name) if self.call.exclude_parallel else [list(range(len(rows)))]
+        for number, group in enumerate(groups):
+            part = rows.part(group)
+            layers = [name for name in part.layers(self.output_name) if name != self.call.start]
+            grid = Grid(part.samples, n, start.device)
+            index = torch.tensor(group, device=start.device)
+            cotangent = grid.scatter(start if len(groups) == 1 else start.index_select(0, index))
+            if self.custom or (layers and not self.call.exclude_parallel):
+                grids = self.by_slot(part, grid, cotangent, layers)
+            else:
+                grids = self.by_layer(part, grid, cotangent, layers, not last or number < len(groups) - 1)
+            for name, values in grids.items():
+                values = grid.gather(values).to(found[name])
+                found[name] = values if len(groups) == 1 else found[name].index_copy(0, index, values)
+        relevance = found.pop(DATA)
+        return relevance, found
 
     def by_layer(
-        self, cotangent: Tensor, layers: Sequence[str], keep_graph: bool
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        self, rows: Rows, grid: Grid, cotangent: Tensor, layers: Sequence[str], keep_graph: bool
+    ) -> dict[str, Tensor]:
         """From conditioned layer to conditioned layer to the data, all slots at once.
 
         Parameters
         ----------
+        rows : Rows
+        grid : Grid
         cotangent : Tensor of shape (slots, samples, *root shape)
         layers : sequence of str
             From the output to the input.
@@ -277,62 +319,62 @@ class Backward:
 
         Returns
         -------
-        gradient : Tensor of shape (slots, *data shape), or None if nothing reaches the data
-        recorded : dict of str to Tensor of shape (slots, *output shape of the layer)
+        dict of str to Tensor of shape (slots, samples, ...)
+            What arrives at each layer, and (`DATA`) at the data.
         """
         root, origin = self.root, "the start"
         outputs = {name: use.output for name, use in self.uses.items()}
-        recorded, cotangent = self._begin(cotangent)
-        layers = [name for name in layers if name != self.call.start]
+        recorded, cotangent = self._begin(rows, grid, cotangent)
         if layers and (cotangent == cotangent[:1]).all():
             cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
         for name in layers:
-            target = self.uses[name].output
+            target = outputs[name]
             gradient, seen = flow(root, cotangent, target, outputs) if target.requires_grad else (None, {})
             if gradient is None:
                 raise RuntimeError(ORDER_MESSAGE.format(origin, name))
-            recorded = seen | {name: gradient} | recorded
-            root, origin, cotangent = target, repr(name), self._masked(name, gradient)
-        gradient, seen = flow(root, cotangent, self.passed.data, outputs, keep_graph)
-        recorded = seen | recorded
-        return gradient, {name: found.expand(self.grid.n_slots, *found.shape[1:]) for name, found in recorded.items()}
+            recorded = {**seen, name: gradient, **recorded}
+            masks = grid.masks(rows.conditions, name, self.call.mask_map)
+            root, origin, cotangent = target, repr(name), _masked(masks, gradient)
+        gradient, seen = flow(root, cotangent, self.data, outputs, keep_graph)
+        recorded = {**seen, **recorded}
+        if gradient is not None:
+            recorded[DATA] = gradient
+        return {name: values.expand(grid.n_slots, *values.shape[1:]) for name, values in recorded.items()}
 
-    def by_slot(
-        self, cotangent: Tensor, layers: Sequence[str], backward: Callable[..., None]
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Slot after slot through ``backward``, masking where the flow passes; parameters and results as `by_layer`."""
-        begun, cotangent = self._begin(cotangent)
-        layers = [name for name in layers if name != self.call.start]
-        masks = {name: self._masks(name) for name in layers}
-        layer_out = {name: use.output for name, use in self.uses.items()}
-        gradients, recorded = [], {n: cotangent.new_zeros(len(cotangent), *t.shape) for n, t in layer_out.items()}
-        data = self.passed.data
+    def by_slot(self, rows: Rows, grid: Grid, cotangent: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Slot after slot, masking where the flow passes; parameters and result as in `by_layer`."""
+        begun, cotangent = self._begin(rows, grid, cotangent)
+        masks = {name: grid.masks(rows.conditions, name, self.call.mask_map) for name in layers}
+        outputs = {name: use.output for name, use in self.uses.items()}
+        found = {n: t.detach().new_zeros(len(cotangent), *t.shape) for n, t in ({DATA: self.data} | outputs).items()}
         for slot, start in enumerate(cotangent):
             for name, use in self.uses.items():
                 use.flow.reset(partial(apply_masks, masks[name][slot]) if name in masks else None)
-            data.grad = None
-            backward(self.root, start, self.call.exclude_parallel, layers, layer_out, True)
-            gradients.append(torch.zeros_like(data) if data.grad is None else data.grad)
-            for name, use in self.uses.items():
-                if use.flow.gradient is not None:
-                    recorded[name][slot] = use.flow.gradient
+            self.data.grad = None
+            self.backward(self.root, start, self.call.exclude_parallel, layers, outputs, True)
+            arrived = {DATA: self.data.grad} | {name: use.flow.gradient for name, use in self.uses.items()}
+            for key, gradient in arrived.items():
+                if gradient is not None:
+                    found[key][slot] = gradient
+            for use in self.uses.values():
                 use.flow.reset()
-        return torch.stack(gradients), recorded | begun
+        self.data.grad = None
+        return found | begun
 
-    def _begin(self, cotangent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _begin(self, rows: Rows, grid: Grid, cotangent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Record and mask what starts at the start layer."""
         name = self.call.start
         if name is None:
             return {}, cotangent
-        conditioned = any(name in condition for condition in self.rows.conditions)
-        return {name: cotangent}, self._masked(name, cotangent) if conditioned else cotangent
+        return {name: cotangent}, _masked(grid.masks(rows.conditions, name, self.call.mask_map), cotangent)
 
-    def _masked(self, layer: str, gradient: Tensor) -> Tensor:
-        gradient = gradient.expand(self.grid.n_slots, *gradient.shape[1:])
-        return torch.stack([apply_masks(fns, g) for fns, g in zip(self._masks(layer), gradient, strict=True)])
 
-    def _masks(self, layer: str) -> list[list[MaskFn]]:
-        return self.grid.masks(self.rows.conditions, layer, self.call.mask_map)
+def _masked(masks: list[list[MaskFn]], gradient: Tensor) -> Tensor:
+    """Mask each slot of a gradient of shape (slots, samples, ...) with its own functions."""
+    if not any(masks):
+        return gradient
+    gradient = gradient.expand(len(masks), *gradient.shape[1:])
+    return torch.stack([apply_masks(fns, g) for fns, g in zip(masks, gradient, strict=True)])
 
 
 def _base(layer: str, known: dict[str, nn.Module]) -> str:

@@ -39,7 +39,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer: its output, and the flow of gradient into it. (The flow never holds the output: no cycle.)"""
+    """One call of a layer: its output, and the flow of gradient into it, which never holds the output (no cycle)."""
 
     output: Tensor
     flow: Flow
@@ -47,7 +47,7 @@ class Use:
 
 @dataclass
 class Tap:
-    """Forward hook that keeps every output of a layer apart; the model goes on with a copy, which it may change in place."""
+    """Forward hook that keeps every output of a layer apart; the model goes on with a copy."""
 
     name: str
     uses: list[Use] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Tap:
             )
         use = Use(output, Flow())
         if output.requires_grad:
-            output.register_hook(use.flow)
+            output.register_hook(use.flow)  # type: ignore[no-untyped-call]
         self.uses.append(use)
         return output.clone()
 
@@ -74,7 +74,8 @@ class MaskHook:
     Parameters
     ----------
     fn_list : list of callable
-        Functions of the gradient; applied in order to a copy, so that a parallel branch sharing the gradient is not touched.
+        Functions of the gradient; applied in order to a copy, so that a parallel branch sharing the gradient is not
+        touched.
     """
 
     def __init__(self, fn_list: list[MaskFn]) -> None:
@@ -118,7 +119,9 @@ class FeatVisHook:
         Where the tensors are moved first.
     """
 
-    def __init__(self, FV: Any, concept: Any, layer_name: str, dict_inputs: dict[str, Any], on_device: Any = None) -> None:
+    def __init__(
+        self, FV: Any, concept: Any, layer_name: str, dict_inputs: dict[str, Any], on_device: Any = None
+    ) -> None:
         self.FV, self.concept, self.layer_name = FV, concept, layer_name
         self.dict_inputs, self.on_device = dict_inputs, on_device
 
@@ -126,7 +129,9 @@ class FeatVisHook:
         """Forward hook: analyze the activation, and the relevance once it comes."""
         self._analyze(self.FV.analyze_activation, output)
         if output.requires_grad:
-            output.register_hook(lambda grad: self._analyze(self.FV.analyze_relevance, grad))
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda grad: self._analyze(self.FV.analyze_relevance, grad)
+            )
 
     def _analyze(self, analyze: Callable[..., object], tensor: Tensor) -> None:
         tensor = tensor.detach().to(self.on_device) if self.on_device else tensor.detach()
@@ -146,7 +151,7 @@ class FeatVisHook:
 
 
 def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
-    """Apply mask functions in order; ``grad`` itself, which other branches may share or which may be expanded, is kept."""
+    """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
     if functions:
         grad = grad.clone(memory_format=torch.contiguous_format)
     for function in functions:

@@ -1,9 +1,9 @@
 r"""Merging batch norm into the linear layer before it.
 
-In evaluation mode batch norm is affine, :math:`y = s \odot (x - \mu) + \beta` with :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}`, so
-that a linear layer before it can take it in: :math:`w' = s \odot w,\; b' = s \odot (b - \mu) + \beta`. Rules then see the weights
-that data really meet. The merge is exact (the batch norm is not executed while merged), follows the order of execution, and is undone by putting the
-very same parameters back.
+In evaluation mode batch norm is affine, :math:`y = s \odot (x - \mu) + \beta` with :math:`s = \gamma / \sqrt{\sigma^2
++ \epsilon}`, so that a linear layer before it can take it in: :math:`w' = s \odot w,\; b' = s \odot (b - \mu) +
+\beta`. Rules then see the weights that data really meet. The merge is exact (the batch norm is not executed while
+merged), follows the order of execution, and is undone by putting the very same parameters back.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _merged: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class MergeBatchNorm(Canonizer):  # type: ignore[misc]
     """Merge every batch norm into the linear or convolutional layer whose output it alone reads.
 
-    Which layers these are is found by one traced forward pass, at the first call of the model; the answer is kept for the model.
-    Batch norms without such a layer, in training mode, or without running statistics are left alone.
+    Which layers these are is found by one traced forward pass, at the first call of the model; the answer is kept for
+    the model. Batch norms without such a layer, in training mode, or without running statistics are left alone.
 
     Attributes
     ----------
@@ -143,11 +143,17 @@ def _find_pairs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             pairs.append((pair.first, pair.second))
         else:
             left[pair.second_name] = reason
-    left |= {name: why for name, why in found.unpaired.items() if any(isinstance(m, BatchNorm) and n == name for m, n in names.items())}
+    left |= {
+        name: why
+        for name, why in found.unpaired.items()
+        if any(isinstance(m, BatchNorm) and n == name for m, n in names.items())
+    }
     return _Plan(structure, tuple(pairs), left)
 
 
-def _obstacle(linear: nn.Module, norm: nn.Module, dims: dict[nn.Module, int]) -> str | None:
+def _obstacle(linear: nn.Module, norm: Any, dims: dict[nn.Module, int]) -> str | None:
+    if "forward" in vars(norm):
+        return "its forward is replaced"
     if norm.training:
         return "it is in training mode"
     if norm.running_mean is None:
@@ -159,18 +165,22 @@ def _obstacle(linear: nn.Module, norm: nn.Module, dims: dict[nn.Module, int]) ->
     return None
 
 
-def _merged_parameters(linear: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+def _merged_parameters(linear: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Parameters of the linear layer with batch norm in it; computed again only when a parameter has changed."""
     sources = [linear.weight, linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    state = (id(norm), norm.eps, *((t.data_ptr(), t._version, t.dtype, t.device) if t is not None else None for t in sources))
-    known = _merged.get(linear)
+    state = (
+        id(norm),
+        norm.eps,
+        *((t.data_ptr(), t._version, t.dtype, t.device) if t is not None else None for t in sources),
+    )
+    known = _merged.get(linear)  # type: ignore[no-untyped-call]
     if known is None or known[0] != state:
         known = _merged[linear] = (state, *_compute(linear, norm))
     return known[1], known[2]
 
 
 @torch.no_grad()
-def _compute(linear: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+def _compute(linear: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
     weight = linear.weight
     precise = torch.promote_types(weight.dtype, torch.float32)
     mean, var = norm.running_mean.to(precise), norm.running_var.to(precise)
@@ -181,18 +191,20 @@ def _compute(linear: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Param
     bias = bias * scale
     if norm.bias is not None:
         bias = bias + norm.bias.to(precise)
-    merged = (_output_channels_first(linear, weight.to(precise)) * scale.reshape(_scale_shape(linear, weight))).reshape(weight.shape)
+    merged = (_output_channels_first(linear, weight.to(precise)) * scale.reshape(_scale_shape(linear, weight))).reshape(
+        weight.shape
+    )
     return tuple(nn.Parameter(t.to(weight.dtype), requires_grad=False) for t in (merged, bias))  # type: ignore[return-value]
 
 
-def _output_channels_first(linear: nn.Module, weight: Tensor) -> Tensor:
-    """Weight with its groups apart, where the layer is a transposed convolution: (groups, in / groups, out / groups, *kernel)."""
+def _output_channels_first(linear: Any, weight: Tensor) -> Tensor:
+    """Weight of a transposed convolution as (groups, in / groups, out / groups, *kernel); others as they are."""
     if isinstance(linear, ConvolutionTranspose):
         return weight.reshape(linear.groups, -1, *weight.shape[1:])
     return weight
 
 
-def _scale_shape(linear: nn.Module, weight: Tensor) -> tuple[int, ...]:
+def _scale_shape(linear: Any, weight: Tensor) -> tuple[int, ...]:
     if isinstance(linear, ConvolutionTranspose):
         return (linear.groups, 1, weight.shape[1], *(1,) * (weight.dim() - 2))
     return (-1, *(1,) * (weight.dim() - 1))

@@ -25,7 +25,8 @@ NameMap = Sequence[tuple[Sequence[str], Hook | None]]
 class Composite(ZennitComposite):  # type: ignore[misc]
     """Maps layers to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
-    Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's relevance.
+    Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's
+    relevance.
 
     Parameters
     ----------
@@ -40,8 +41,8 @@ class Composite(ZennitComposite):  # type: ignore[misc]
 
     Notes
     -----
-    The first match wins: names, then the first layer, then types. A rule of None leaves a layer to the ordinary chain rule. Rules
-    are those of `crp.rules`, or zennit's `BasicHook`.
+    The first match wins: names, then the first layer, then types. A rule of None leaves a layer to the ordinary chain
+    rule. Rules are those of `crp.rules`, or zennit's `BasicHook`.
     """
 
     encoding: ClassVar[str] = "multiplier"
@@ -189,7 +190,9 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(self, *args, **kwargs)
         outermost = "keywords" not in vars(self)
         if outermost:
-            self.keywords = {k: v for k, v in list(bound.arguments.items())[1:] if v is not signature.parameters[k].default}
+            self.keywords = {
+                k: v for k, v in list(bound.arguments.items())[1:] if v is not signature.parameters[k].default
+            }
         init(self, *args, **kwargs)
 
     return wrapper
@@ -202,6 +205,6 @@ def _plain(key: str, value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_plain(key, entry) for entry in value]
-    raise TypeError(f"the keyword {key!r} of the composite holds a {type(value).__name__}, which cannot be described by value")
-
-
+    raise TypeError(
+        f"the keyword {key!r} of the composite holds a {type(value).__name__}, which cannot be described by value"
+    )

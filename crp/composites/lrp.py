@@ -1,9 +1,10 @@
 """Presets of layer-wise relevance propagation.
 
-They differ in the rule for convolutions and in that for the first layer; dense layers always get ε. ε on dense and z⁺ or αβ on
-convolutional layers is the "composite" strategy of Kohlbrenner et al., "Towards best practice in explaining neural network
-decisions with LRP" (IJCNN 2020); ε, γ and zᴮ by depth is Montavon et al., "Layer-wise relevance propagation: an overview" (2019),
-section 10.3; the flat first layer is Lapuschkin et al., Nature Communications 10 (2019).
+They differ in the rule for convolutions and in that for the first layer; dense layers always get ε. ε on dense and z⁺
+or αβ on convolutional layers is the "composite" strategy of Kohlbrenner et al., "Towards best practice in explaining
+neural network decisions with LRP" (IJCNN 2020); ε, γ and zᴮ by depth is Montavon et al., "Layer-wise relevance
+propagation: an overview" (2019), section 10.3; the flat first layer is Lapuschkin et al., Nature Communications 10
+(2019).
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ class EpsilonGammaBox(_ByType):
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
     low, high : float, Tensor or nested list
-        Smallest and largest value that the input can have, after preprocessing; tensors broadcast, such as (1, 3, 1, 1).
+        Smallest and largest value that the input can have, after preprocessing; tensors broadcast, such as (1, 3, 1,
+        1).
     gamma : float
         γ of the convolutions.
     epsilon, stabilizer, layer_map, first_map, zero_params

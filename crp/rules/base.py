@@ -5,13 +5,13 @@ Theory
 What travels backward is the *multiplier* :math:`m` (DeepLIFT's word); relevance is :math:`R = a \odot m`. Take a layer
 :math:`y = f(a)` and a differentiable *surrogate* :math:`z(a)` of it. Every rule of the LRP family sends
 
-.. math:: m_a = \left(\frac{\partial z}{\partial a}\right)^{\!\top} \frac{y \odot m_y}{z + \varepsilon \operatorname{sign} z}
+.. math:: m_a = (\partial z / \partial a)^\top \; \frac{y \odot m_y}{z + \varepsilon \operatorname{sign} z}
 
-back, for a surrogate that says which contributions count: :math:`z = f` is LRP-0, the layer with its positive weights is
-:math:`z^+`, and so on. In relevances this is the familiar :math:`R_a = \sum_j \frac{a_i w_{ij}}{z_j} R_j` (Bach et al., PLoS ONE
-2015, eq. 56; Montavon et al., "Layer-wise relevance propagation: an overview", 2019, eq. 10.2). Where :math:`z = 0` nothing
-contributed, and nothing is handed on. Additions, concatenations, poolings and reshapes need no rule: for them the ordinary
-chain rule on :math:`m` is already LRP-0.
+back, for a surrogate that says which contributions count: :math:`z = f` is LRP-0, the layer with its positive weights
+is :math:`z^+`, and so on. In relevances this is the familiar :math:`R_a = \sum_j \frac{a_i w_{ij}}{z_j} R_j` (Bach et
+al., PLoS ONE 2015, eq. 56; Montavon et al., "Layer-wise relevance propagation: an overview", 2019, eq. 10.2). Where
+:math:`z = 0` nothing contributed, and nothing is handed on. Additions, concatenations, poolings and reshapes need no
+rule: for them the ordinary chain rule on :math:`m` is already LRP-0.
 
 A new rule is one method, `Rule.surrogate`:
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Entry:
 
     def enter(self, data: Tensor) -> Tensor:
         """Pass on the model's input so that the multiplier that comes back to it leaves it as relevance."""
-        inner = AsRelevance.apply(data)
+        inner: Tensor = AsRelevance.apply(data)
         self._inputs = [(ref, leaf) for ref, leaf in self._inputs if ref() is not None]
         self._inputs.append((weakref.ref(inner), data))
         return inner
@@ -74,7 +74,9 @@ class Entry:
         """Model input that ``tensor`` is, or is an elementwise image of; None if there is none."""
         for ref, leaf in self._inputs:
             inner = ref()
-            if inner is tensor or (inner is not None and inner.shape == tensor.shape and _is_elementwise(tensor, inner)):
+            if inner is tensor or (
+                inner is not None and inner.shape == tensor.shape and _is_elementwise(tensor, inner)
+            ):
                 return leaf
         return None
 
@@ -104,7 +106,7 @@ class Rule(Hook):  # type: ignore[misc]
     #: Whether relevance is independent of the input's value, so that it cannot be expressed as a multiplier.
     at_input = False
     #: Module attributes of a rule that are settings; `__repr__` shows them.
-    settings: tuple[str, ...] = ("stabilizer", "zero_params")
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")
 
     def __init__(
         self, stabilizer: float | Callable[[Tensor], Tensor] = 1e-6, zero_params: str | Sequence[str] | None = None
@@ -162,16 +164,16 @@ class Rule(Hook):  # type: ignore[misc]
             below = (z if denominator is None else denominator).detach()
             above = weight * y if self.multiplier else weight
             scales.append(torch.where(below == 0, 0.0, above / self._stabilize(below)).to(z.dtype))
-        return Redirect.apply(y, len(terms), *(term.z for term in terms), *scales)
+        return cast(Tensor, Redirect.apply(y, len(terms), *(term.z for term in terms), *scales))
 
     def _source(self, a: Tensor) -> Tensor:
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""
         if not self.at_input:
-            return a if self.multiplier else AsRelevance.apply(a)
+            return a if self.multiplier else cast(Tensor, AsRelevance.apply(a))
         leaf = self.entry.find(a) if self.entry is not None else None
         if leaf is not None:
-            return Unit.apply(leaf, a)
-        return UnitMultiplier.apply(a) if self.multiplier else Unit.apply(a, a)
+            return cast(Tensor, Unit.apply(leaf, a))
+        return cast(Tensor, UnitMultiplier.apply(a) if self.multiplier else Unit.apply(a, a))
 
     def copy(self) -> Rule:
         """Rule of the same settings for another module."""
@@ -201,11 +203,13 @@ class Rule(Hook):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # Hook state is per registration; what is left are the settings.
-        return {k: v for k, v in vars(self).items() if k not in ("stored_tensors", "tensor_handles", "entry", "_before")}
+        return {
+            k: v for k, v in vars(self).items() if k not in ("stored_tensors", "tensor_handles", "entry", "_before")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Hook.__init__(self)
-        vars(self).update(state, entry=None, _before=[])
+        self.__dict__.update(state, entry=None, _before=[])
 
 
 class Redirect(torch.autograd.Function):
@@ -238,7 +242,7 @@ class AsRelevance(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """Multiply with the value."""
         (a,) = ctx.saved_tensors
-        return grads[0] * a
+        return cast(Tensor, grads[0] * a)
 
 
 class Unit(torch.autograd.Function):

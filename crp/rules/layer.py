@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Boosted:
 
 
 def signs(a: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Positive and negative part of a layer's input; None for the negative part where there is none, as behind a ReLU."""
+    """Positive and negative part of a layer's input; None where there is no negative part, as behind a ReLU."""
     if (a.detach() >= 0).all():
         return a, None
     return a.clamp(min=0), a.clamp(max=0)
@@ -120,7 +121,7 @@ class Layer:
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return F.linear(a, w, b)
         if isinstance(module, ConvolutionStandard) and type(module).forward in _PLAIN_FORWARDS:
-            return module._conv_forward(a, w, b)
+            return cast(Tensor, module._conv_forward(a, w, b))
         if isinstance(module, ConvolutionTranspose) and type(module) in _TRANSPOSED and module.padding_mode == "zeros":
             return _TRANSPOSED[type(module)](
                 a, w, b, module.stride, module.padding, module.output_padding, module.groups, module.dilation
@@ -145,7 +146,7 @@ class Layer:
         own = {name: self.module._parameters[name] for name in parameters if name in self.module._parameters}
         try:
             self.module._parameters.update({name: parameters[name] for name in own})  # type: ignore[misc]
-            return self.module.forward(a)
+            return cast(Tensor, self.module.forward(a))
         finally:
             self.module._parameters.update(own)
 
@@ -156,8 +157,8 @@ _PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 def modified(parameter: Tensor, modifier: Modifier) -> Tensor:
     """Parameter modified by ``modifier``, computed once as long as the parameter does not change."""
     state = (parameter._version, parameter.data_ptr(), parameter.device, parameter.dtype)
-    known = _modified.setdefault(parameter, {})
-    if known.get(modifier, (None,))[0] != state:
+    known: dict[Modifier, tuple[object, Tensor]] = _modified.setdefault(parameter, {})  # type: ignore[no-untyped-call]
+    if modifier not in known or known[modifier][0] != state:
         with torch.no_grad():
             known[modifier] = (state, modifier(parameter.detach()))
     return known[modifier][1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class Lifted(Rule):
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, with the hook's rule as its gradient."""
-        # The hook's modified forward passes are run now, so that the backward pass needs nothing of the module any more.
+        # Run the modified forward passes now, so that the backward pass needs nothing of the module any more.
         inputs, outputs = [], []
         for in_mod, param_mod, out_mod in zip(
             self.hook.input_modifiers, self.hook.param_modifiers, self.hook.output_modifiers, strict=True
@@ -67,9 +67,8 @@ class Lifted(Rule):
                 outputs.append(out_mod(modified.forward(given)))
             inputs.append(given)
         leaf = self.entry.find(a) if self.entry is not None else None
-        if leaf is not None:
-            return _Propagate.apply(leaf, y, None, self.hook, inputs, outputs)
-        return _Propagate.apply(a, y, a.detach(), self.hook, inputs, outputs)
+        target, divisor = (a, a.detach()) if leaf is None else (leaf, None)
+        return cast(Tensor, _Propagate.apply(target, y, divisor, self.hook, inputs, outputs))
 
     def check(self, module: nn.Module) -> None:
         """Accept every module: the hook's own modifiers decide."""
@@ -78,7 +77,13 @@ class Lifted(Rule):
 class _Propagate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, y: Tensor, divisor: Tensor | None, hook: BasicHook, inputs: list[Tensor], outputs: list[Tensor]
+        ctx: Any,
+        a: Tensor,
+        y: Tensor,
+        divisor: Tensor | None,
+        hook: BasicHook,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
     ) -> Tensor:
         ctx.y, ctx.divisor, ctx.hook, ctx.tensors = y.clone(), divisor, hook, (inputs, outputs)
         ctx.mark_dirty(y)

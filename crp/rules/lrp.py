@@ -1,15 +1,17 @@
 r"""The rules of layer-wise relevance propagation, for affine layers.
 
 Notation: input :math:`a`, weight :math:`w`, bias :math:`b`, :math:`z = \sum_i a_i w_i + b`; :math:`(\cdot)^+` and
-:math:`(\cdot)^-` are positive and negative parts. The overview of all of them is Montavon, Binder, Lapuschkin, Samek and Müller,
-"Layer-wise relevance propagation: an overview", in *Explainable AI* (2019), table 10.1; each rule names the paper it comes from.
-The bias takes its share of the relevance and keeps it; ``zero_params="bias"`` gives that share to the inputs.
+:math:`(\cdot)^-` are positive and negative parts. The overview of all of them is Montavon, Binder, Lapuschkin, Samek
+and Müller, "Layer-wise relevance propagation: an overview", in *Explainable AI* (2019), table 10.1; each rule names
+the paper it comes from. The bias takes its share of the relevance and keeps it; ``zero_params="bias"`` gives that
+share to the inputs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ class Epsilon(Rule):
     zero_params : str or sequence of str, optional
     """
 
-    settings = ("epsilon", "zero_params")
+    settings: ClassVar[tuple[str, ...]] = ("epsilon", "zero_params")
 
     def __init__(self, epsilon: Stabilize = 1e-6, zero_params: Names = None) -> None:
         super().__init__(epsilon, zero_params)
@@ -55,7 +57,7 @@ class LRP0(Epsilon):
     zero_params : str or sequence of str, optional
     """
 
-    settings = ("zero_params",)
+    settings: ClassVar[tuple[str, ...]] = ("zero_params",)
 
     def __init__(self, zero_params: Names = None) -> None:
         super().__init__(0.0, zero_params)
@@ -71,7 +73,7 @@ class Norm(Epsilon):
     stabilizer : float or callable
     """
 
-    settings = ("stabilizer",)
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer",)
 
     def __init__(self, stabilizer: Stabilize = 1e-6) -> None:
         super().__init__(stabilizer)
@@ -80,16 +82,17 @@ class Norm(Epsilon):
 class Pass(Rule):
     """Identity: an elementwise layer hands relevance on as it is, :math:`R_a = R_y`.
 
-    In multiplier encoding :math:`m_a = m_y \\, y / a`; relevance at an input of exactly 0 is not handed on.
+    In multiplier encoding ``m_a = m_y * y / a``; relevance at an input of exactly 0 is not handed on.
     """
 
-    settings = ()
+    settings: ClassVar[tuple[str, ...]] = ()
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise ValueError(
-                f"Pass needs an elementwise layer; {type(layer.module).__name__} maps {tuple(a.shape)} to {tuple(y.shape)}"
+                f"Pass needs an elementwise layer; {type(layer.module).__name__} maps {tuple(a.shape)} to "
+                f"{tuple(y.shape)}"
             )
         return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, 1, a, torch.ones_like(y))
 
@@ -104,7 +107,8 @@ class Pass(Rule):
 class ZPlus(Rule):
     r"""z⁺ rule, :math:`R_i = \sum_j \frac{a_i^+ w_{ij}^+ + a_i^- w_{ij}^-}{\sum_{i'} (\cdot) + b_j^+} R_j`.
 
-    Montavon et al., Pattern Recognition 65 (2017), eq. 17, extended to inputs of any sign; the same as αβ with α = 1, β = 0.
+    Montavon et al., Pattern Recognition 65 (2017), eq. 17, extended to inputs of any sign; the same as αβ with α = 1,
+    β = 0.
 
     Parameters
     ----------
@@ -135,7 +139,7 @@ class AlphaBeta(Rule):
         If α or β is negative or α − β is not 1 (up to rounding).
     """
 
-    settings = ("alpha", "beta", "stabilizer", "zero_params")
+    settings: ClassVar[tuple[str, ...]] = ("alpha", "beta", "stabilizer", "zero_params")
 
     def __init__(
         self, alpha: float = 2.0, beta: float = 1.0, stabilizer: Stabilize = 1e-6, zero_params: Names = None
@@ -156,9 +160,10 @@ class AlphaBeta(Rule):
 class Gamma(Rule):
     r"""γ rule: contributions of the output's own sign count 1 + γ times.
 
-    Montavon et al. (2019), table 10.1, generalised to inputs and outputs of any sign (Andéol et al., "Learning domain invariant
-    representations by joint Wasserstein distance minimization", 2021): for :math:`z_j > 0` with weights :math:`w + \gamma w^+` on
-    positive and :math:`w + \gamma w^-` on negative inputs, for :math:`z_j < 0` the other way round.
+    Montavon et al. (2019), table 10.1, generalised to inputs and outputs of any sign (Andéol et al., "Learning domain
+    invariant representations by joint Wasserstein distance minimization", 2021): for :math:`z_j > 0` with weights
+    :math:`w + \gamma w^+` on positive and :math:`w + \gamma w^-` on negative inputs, for :math:`z_j < 0` the other
+    way round.
 
     Parameters
     ----------
@@ -173,7 +178,7 @@ class Gamma(Rule):
         If ``gamma`` is negative.
     """
 
-    settings = ("gamma", "stabilizer", "zero_params")
+    settings: ClassVar[tuple[str, ...]] = ("gamma", "stabilizer", "zero_params")
 
     def __init__(self, gamma: float = 0.25, stabilizer: Stabilize = 1e-6, zero_params: Names = None) -> None:
         super().__init__(stabilizer, zero_params)
@@ -191,7 +196,7 @@ class Gamma(Rule):
 
 
 class WSquare(Rule):
-    r"""w² rule, :math:`R_i = \sum_j \frac{w_{ij}^2}{\sum_{i'} w_{i'j}^2 + b_j^2} R_j`, for the input layer of unbounded data.
+    r"""w² rule, :math:`R_i = \sum_j \frac{w_{ij}^2}{\sum_{i'} w_{i'j}^2 + b_j^2} R_j`, at unbounded inputs.
 
     Montavon et al. (2017), eq. 12, whose nets have no bias: ``zero_params="bias"`` for these.
 
@@ -209,7 +214,7 @@ class WSquare(Rule):
 
 
 class Flat(Rule):
-    r"""Flat rule, :math:`R_i = \sum_j \frac{1}{\sum_{i'} 1} R_j`: every input in reach gets the same, for the input layer.
+    r"""Flat rule, :math:`R_i = \sum_j \frac{1}{\sum_{i'} 1} R_j`: the same for every input in reach.
 
     Lapuschkin et al., Nature Communications 10 (2019), supplementary note 2.
 
@@ -219,7 +224,7 @@ class Flat(Rule):
     """
 
     at_input = True
-    settings = ("stabilizer",)
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer",)
 
     def __init__(self, stabilizer: Stabilize = 1e-6) -> None:
         super().__init__(stabilizer)
@@ -230,7 +235,9 @@ class Flat(Rule):
 
 
 class ZBox(Rule):
-    r"""zᴮ rule, :math:`R_i = \sum_j \frac{a_i w_{ij} - l_i w_{ij}^+ - h_i w_{ij}^-}{\sum_{i'} (\cdot)} R_j`, for bounded inputs.
+    r"""zᴮ rule, for inputs between bounds :math:`l` and :math:`h`.
+
+    .. math:: R_i = \sum_j \frac{a_i w_{ij} - l_i w_{ij}^+ - h_i w_{ij}^-}{\sum_{i'} (\cdot)} R_j
 
     Montavon et al. (2017), eq. 14. Conserves relevance.
 
@@ -248,7 +255,7 @@ class ZBox(Rule):
     """
 
     at_input = True
-    settings = ("low", "high", "stabilizer", "zero_params")
+    settings: ClassVar[tuple[str, ...]] = ("low", "high", "stabilizer", "zero_params")
 
     def __init__(
         self, low: float | Tensor, high: float | Tensor, stabilizer: Stabilize = 1e-6, zero_params: Names = None
@@ -271,4 +278,3 @@ def _contributions(layer: Layer, a: Tensor, up: Callable[[Tensor], Tensor], down
     above, below = signs(a)
     z = layer(above, up)
     return z if below is None else z + layer(below, down, bias=False)
-
