@@ -1,0 +1,44 @@
+"""The live peer: zennit-crp 0.6.0, installed without its dependencies into a folder and run in its own process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PEER = "zennit-crp==0.6.0"
+DRIVER = Path(__file__).parent / "peer_driver.py"
+
+
+def install_peer(folder: Path) -> None:
+    """Install the peer with pip; skip only where no index answers."""
+    options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), PEER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    if done.returncode and "(from versions: none)" in done.stderr:
+        pytest.skip(f"pip cannot reach a package index to install {PEER}: {done.stderr.strip().splitlines()[0]}")
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)} failed:\n{done.stderr}")
+
+
+@pytest.fixture(scope="session")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """The peer's results by module of cases, case and name."""
+    installed, results = tmp_path_factory.mktemp("peer"), tmp_path_factory.mktemp("peer_results")
+    install_peer(installed)
+    command = [sys.executable, "-I", str(DRIVER), str(installed), str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    if done.returncode:
+        pytest.fail(f"the peer's process failed:\n{done.stderr[-4000:]}")
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for file in results.glob("*.npz"):
+        cases = found.setdefault(file.stem, defaultdict(dict))
+        with np.load(file) as arrays:
+            for key, value in arrays.items():
+                case, _, name = key.partition("/")
+                cases[case][name] = value
+    return found

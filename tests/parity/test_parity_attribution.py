@@ -1,0 +1,15 @@
+"""`CondAttribution`, `AttributionGraph` and `ChannelConcept` against zennit-crp 0.6.0, run live."""
+
+from __future__ import annotations
+
+import parity_cases
+import pytest
+from parity_compare import assert_parity
+
+pytestmark = pytest.mark.peer
+
+
+@pytest.mark.parametrize("name", parity_cases.CASES)
+def test_attribution(name, peer):
+    case = parity_cases.CASES[name]
+    assert_parity(case.compute(), peer["parity_cases"][name], case.wrong)
