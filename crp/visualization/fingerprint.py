@@ -1,0 +1,295 @@
+"""Fingerprints: sha256 over the content of models, composites, datasets and functions.
+
+Two objects that would compute the same have the same fingerprint, wherever and however often they are built; whatever
+decides about a result (a rule's epsilon, a weight, a function's code, a default, a value it closes over) changes it.
+Classes and functions of installed libraries count by name; functions that are met as values, such as a rule's
+modifiers, by their code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import re
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from zennit.canonizers import Canonizer
+from zennit.core import Composite, Hook
+
+from crp.layers import unwrap
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+#: What hooks and composites keep of past calls, and what is on a model at the moment: no part of what they are.
+_RUNTIME = frozenset(
+    {"stored_tensors", "tensor_handles", "handles", "hook_refs", "active", "entry", "_entry", "_before"}
+)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+_BY_REPR = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice, PurePath)
+
+
+def fingerprint(value: object) -> str:
+    """Fingerprint of any value: a function, a concept, a tensor, a dict of settings.
+
+    Parameters
+    ----------
+    value : object
+        Functions count by name, code, defaults, and the values of their closure and of the globals that they read;
+        objects by class and attributes; tensors and arrays by their bytes.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Notes
+    -----
+    A function that changes what it closes over, such as a list that it appends to, changes its fingerprint.
+    """
+    return _Walk().digest(value).hex()
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """Fingerprint of a model: its class, its modules with their settings, and all parameters and buffers.
+
+    Neither the device nor `torch.compile` and `DataParallel` wrappers matter.
+    """
+    return _Walk().digest(unwrap(model)).hex()
+
+
+def fingerprint_composite(composite: Composite | None) -> str:
+    """Fingerprint of a composite: its rules and canonizers with all their settings, in order."""
+    return fingerprint(composite)
+
+
+def fingerprint_dataset(dataset: Any, samples: int = 8) -> str:
+    """Fingerprint of a dataset: its class, its length, and the content of a few samples, evenly spread.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Anything with a length that gives samples by index.
+    samples : int
+        How many samples are read, twice each. Where the two differ, as with random augmentation, only their shape
+        counts; a sample that raises counts as that.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
+    n = len(dataset)
+    indices = sorted({int(i) for i in np.linspace(0, n - 1, min(n, samples))}) if n else []
+    return fingerprint(("dataset", type(dataset).__qualname__, n, [_sample(dataset, i) for i in indices]))
+
+
+def _sample(dataset: Any, index: int) -> object:
+    try:
+        first, second = dataset[index], dataset[index]
+    except Exception:
+        return "no sample"
+    return first if fingerprint(first) == fingerprint(second) else _shape(first)
+
+
+def _shape(value: object) -> object:
+    if isinstance(value, Tensor | np.ndarray):
+        return tuple(value.shape), str(value.dtype)
+    if isinstance(value, list | tuple):
+        return [_shape(entry) for entry in value]
+    return type(value).__qualname__
+
+
+class _Walk:
+    """One walk over a value; everything below it is hashed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[object, bytes]] = {}
+        self._path: dict[int, int] = {}
+
+    def digest(self, value: object) -> bytes:
+        """Digest of any value."""
+        if isinstance(value, _PLAIN) and type(value) in _PLAIN:
+            return _hash(type(value).__name__, repr(value).encode())
+        known = self._known.get(id(value))
+        if known is not None:
+            return known[1]
+        if id(value) in self._path:  # a cycle: what counts is how far up it leads
+            return _hash("cycle", str(len(self._path) - self._path[id(value)]).encode())
+        self._path[id(value)] = len(self._path)
+        try:
+            result = self._digest(value)
+        finally:
+            del self._path[id(value)]
+        self._known[id(value)] = (value, result)  # the value is kept, or its id could be another's
+        return result
+
+    def _all(self, kind: str, values: Iterable[object]) -> bytes:
+        return _hash(kind, *map(self.digest, values))
+
+    def _mapping(self, items: Mapping[Any, Any]) -> bytes:
+        return _hash("mapping", *sorted(self.digest(key) + self.digest(entry) for key, entry in items.items()))
+
+    def _digest(self, value: Any) -> bytes:
+        if isinstance(value, Tensor):
+            return _tensor(value)
+        if isinstance(value, np.ndarray):
+            if value.dtype.hasobject:
+                return self._all("objects", [value.shape, value.tolist()])
+            return _hash("array", f"{value.dtype} {value.shape}".encode(), np.ascontiguousarray(value).data)
+        if isinstance(value, np.generic):
+            return _hash("number", f"{value.dtype}".encode(), value.tobytes())
+        if isinstance(value, Enum):
+            return _hash("enum", f"{type(value).__qualname__}.{value.name}".encode())
+        if isinstance(value, _BY_REPR):
+            return _hash("repr", type(value).__name__.encode(), str(value).encode())
+        if isinstance(value, Image.Image):
+            return _hash("image", f"{value.mode} {value.size}".encode(), value.tobytes())
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, types.ModuleType):
+            return _hash("module", value.__name__.encode())
+        if isinstance(value, type):
+            return self._class(value)
+        if callable(value) and (found := self._function(value)) is not None:
+            return found
+        return self._container(value)
+
+    def _container(self, value: Any) -> bytes:
+        if type(value) in (list, tuple):
+            return self._all(type(value).__name__, value)
+        if type(value) in (set, frozenset):
+            return _hash("set", *sorted(map(self.digest, value)))
+        if type(value) is dict:
+            return self._mapping(value)
+        return self._object(value)
+
+    def _function(self, value: Any) -> bytes | None:
+        """Digest of something that is called by what it is made of; None for other callable objects."""
+        if isinstance(value, functools.partial):
+            return self._all("partial", [value.func, value.args, value.keywords])
+        if isinstance(value, types.MethodType):
+            return self._all("method", [value.__self__, value.__func__])
+        if isinstance(value, types.FunctionType):
+            return _hash(
+                "function",
+                value.__qualname__.encode(),
+                self._code(value.__code__),
+                *map(self.digest, (value.__defaults__, value.__kwdefaults__)),
+                *(self.digest(_content(cell)) for cell in value.__closure__ or ()),
+                *([] if _is_library(value.__module__) else self._globals(value)),
+            )
+        name = getattr(value, "__qualname__", None)
+        if isinstance(name, str) and not hasattr(value, "__dict__"):  # built in
+            owner = getattr(value, "__self__", None)
+            bound = b"" if owner is None or isinstance(owner, types.ModuleType) else self.digest(owner)
+            return _hash("builtin", f"{getattr(value, '__module__', None)}.{name}".encode(), bound)
+        return None
+
+    def _code(self, code: types.CodeType) -> bytes:
+        constants = [self._code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+        counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+        return _hash(
+            "code",
+            code.co_code,
+            getattr(code, "co_exceptiontable", b""),
+            *map(self.digest, (constants, code.co_names, code.co_freevars, counts)),
+        )
+
+    def _globals(self, function: types.FunctionType) -> list[bytes]:
+        """Digests of what a function reads from its module: values, and functions of the user's own."""
+        found = []
+        for name in sorted(_names(function.__code__)):
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                if isinstance(value, types.ModuleType):
+                    continue
+                if isinstance(value, type) or (callable(value) and _is_library(getattr(value, "__module__", None))):
+                    value = getattr(value, "__qualname__", type(value).__qualname__)
+                found.append(_hash(name, self.digest(value)))
+        return found
+
+    def _class(self, value: type) -> bytes:
+        if _is_library(value.__module__):
+            return _hash("class", f"{value.__module__}.{value.__qualname__}".encode())
+        methods = {
+            name: getattr(entry, "__func__", getattr(entry, "fget", entry))
+            for name, entry in vars(value).items()
+            if isinstance(entry, types.FunctionType | staticmethod | classmethod | property | int | float | str | tuple)
+            and name not in ("__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__")
+        }
+        bases = [base for base in value.__bases__ if base is not object]
+        return _hash("class", value.__qualname__.encode(), self._mapping(methods), *map(self.digest, bases))
+
+    def _module(self, module: nn.Module) -> bytes:
+        parts = [
+            f"{name}\0{type(m).__qualname__}\0{_ADDRESS.sub('', m.extra_repr())}".encode()
+            for name, m in module.named_modules(remove_duplicate=False)
+        ]
+        state = {name: entry for name, entry in module.state_dict().items() if entry is not None}
+        state |= {name: buffer for name, buffer in module.named_buffers() if name not in state}
+        return _hash("network", *parts, *(_hash(name, self.digest(state[name])) for name in sorted(state)))
+
+    def _object(self, value: Any) -> bytes:
+        """Class and state of an object."""
+        kind = self.digest(type(value))
+        if isinstance(value, Composite) and "keywords" in vars(value):
+            return _hash("composite", kind, self._mapping(value.keywords))
+        if isinstance(value, Hook | Composite | Canonizer):
+            return _hash("rule", kind, self._mapping({k: v for k, v in vars(value).items() if k not in _RUNTIME}))
+        try:
+            _, arguments, *rest = value.__reduce_ex__(4)
+            parts = [arguments, *(entry if k == 0 else list(entry or ()) for k, entry in enumerate(rest[:3]))]
+        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError):
+            with contextlib.suppress(TypeError):
+                return _hash("object", kind, self._mapping(vars(value)))
+            parts = [_ADDRESS.sub("", repr(value))]
+        return _hash("object", kind, *map(self.digest, parts))
+
+
+def _hash(kind: str, *parts: Any) -> bytes:
+    result = hashlib.sha256(kind.encode())
+    for part in parts:
+        result.update(memoryview(part).nbytes.to_bytes(8, "little"))
+        result.update(part)
+    return result.digest()
+
+
+def _tensor(tensor: Tensor) -> bytes:
+    if tensor.is_meta:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} on the meta device has no content to fingerprint")
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    content = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _hash("tensor", f"{tensor.dtype} {tuple(tensor.shape)}".encode(), content.data)
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return "empty"
+
+
+def _names(code: types.CodeType) -> set[str]:
+    nested = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*nested)
+
+
+@functools.cache
+def _is_library(module: str | None) -> bool:
+    """Whether a module is installed, rather than the user's own."""
+    root = (module or "").partition(".")[0]
+    if root in sys.stdlib_module_names or root == "crp":
+        return root != "__main__"
+    origin = getattr(sys.modules.get(root), "__file__", None) or ""
+    return "site-packages" in origin or "dist-packages" in origin

@@ -1,0 +1,104 @@
+"""One writer per folder: a lock that names its owner, and is no obstacle once the owner is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crp.visualization.manifest import TableError
+from crp.visualization.shards import write_atomic
+
+_PATTERN = "lock-*.json"
+
+
+class TableLockedError(TableError, RuntimeError):
+    """Another run writes into the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for writing.
+
+    Every run that wants the folder leaves a file of its own first and then looks for others, so that of two runs at
+    most one goes on. A file whose process is gone is removed. A process on another machine cannot be asked, and counts
+    as alive.
+
+    Raises
+    ------
+    TableLockedError
+        At once, if another run that may be alive holds the folder; the message names it.
+    """
+    own = folder / f"lock-{uuid.uuid4().hex}.json"
+    write_atomic(own, json.dumps(_owner()).encode())
+    try:
+        for other in sorted(folder.glob(_PATTERN)):
+            if other == own:
+                continue
+            owner = _read(other)
+            if owner is not None and _is_alive(owner):
+                raise TableLockedError(
+                    f"{folder} is being written by process {owner.get('pid')} on {owner.get('host')}; wait for it, or "
+                    f"mine into another folder. If that process is gone, delete {other}"
+                )
+            other.unlink(missing_ok=True)
+        yield
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _owner() -> dict[str, Any]:
+    return {"pid": os.getpid(), "started": _started(os.getpid()), "host": socket.gethostname(), **_machine()}
+
+
+def _machine() -> dict[str, str]:
+    """What tells one boot of a machine, and one of its process namespaces, from another; empty where unknown."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"boot": boot, "namespace": str(Path("/proc/self/ns/pid").readlink())}
+    return {"boot": "", "namespace": ""}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(path.read_text())
+    except FileNotFoundError:  # released in the meantime
+        return None
+    except ValueError:
+        owner = None
+    return owner if isinstance(owner, dict) else {"pid": "unknown", "host": "unknown"}
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    here = _owner()
+    if owner.get("host") != here["host"]:
+        return True
+    if owner.get("boot") != here["boot"]:
+        return False
+    if owner.get("namespace") != here["namespace"] or not isinstance(owner.get("pid"), int):
+        return True
+    started = _started(owner["pid"])
+    return started is not None and started == owner.get("started")
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in the system's own unit; "" where the system does not tell, None if it is dead."""
+    if Path("/proc/self/stat").exists():
+        try:
+            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if state in "ZX" else fields[18]
+    if os.name != "nt":  # there, signal 0 ends the process
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return ""
+    return ""

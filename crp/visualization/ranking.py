@@ -1,0 +1,321 @@
+"""Questions to a mined table: best samples of a concept, classes of a concept, concepts of a class.
+
+All of them read the table block by block. The order is total (value, then sample, then target), so that it depends neither
+on batches nor on shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from crp.visualization.manifest import Array, Block
+from crp.visualization.shards import write_atomic
+from crp.visualization.store import Table
+
+
+class References(NamedTuple):
+    """Best samples of every concept, best first.
+
+    Attributes
+    ----------
+    sample : array of shape (references, concepts)
+        Dataset index (int64).
+    value : array of shape (references, concepts)
+        Relevance or activation.
+    position : array of shape (references, concepts)
+        Index of the concept's maximum in the flattened space (int64).
+    target : array of shape (references, concepts)
+        Target that the relevance belongs to (int64).
+    """
+
+    sample: Array
+    value: Array
+    position: Array
+    target: Array
+
+
+class ClassStatistics(NamedTuple):
+    """Classes of a concept, best first.
+
+    Attributes
+    ----------
+    targets : array of shape (classes,)
+        Class (int64).
+    value : array of shape (classes,)
+        Mean of the concept's best values on samples of the class.
+    """
+
+    targets: Array
+    value: Array
+
+
+class ClassMeans(NamedTuple):
+    """Mean value of every concept on the rows of every class.
+
+    Attributes
+    ----------
+    targets : array of shape (classes,)
+        Class (int64), ascending.
+    value : array of shape (classes, concepts)
+        Of normed relevances, this is the share of each concept in the class.
+    rows : array of shape (classes,)
+        Number of rows of the class (int64).
+    """
+
+    targets: Array
+    value: Array
+    rows: Array
+
+
+def list_targets(table: Table) -> Array:
+    """Classes of the table's rows (int64), ascending."""
+    targets: Array = np.unique(table.rows().target)
+    return targets[targets >= 0]
+
+
+def top_k(
+    table: Table,
+    layer: str,
+    mode: str = "relevance",
+    target: str = "sum",
+    normed: bool = True,
+    k: int = 40,
+    *,
+    of_class: int | None = None,
+    samples: Iterable[int] | None = None,
+    concepts: int | Sequence[int] | None = None,
+    cache: bool = False,
+) -> References:
+    """Best samples of every concept of a layer.
+
+    Parameters
+    ----------
+    table : Table
+    layer : str
+    mode : {"relevance", "activation"}
+        For relevance each (sample, target) is a candidate, for activation each sample.
+    target : {"sum", "max"}
+        Rank by the sum over a concept's positions, or by the largest value among them.
+    normed : bool
+        Rank by the concept's share in the sum of absolute values of all concepts.
+    k : int
+        How many.
+    of_class : int, optional
+        Only samples of this class.
+    samples : iterable of int, optional
+        Only these samples.
+    concepts : int or sequence of int, optional
+        All by default.
+    cache : bool
+        Keep the answer beside the table, and take it from there as long as the table is the same.
+
+    Returns
+    -------
+    References
+        Arrays of shape (min(k, candidates), concepts). The order is value descending, then sample and target ascending.
+
+    Raises
+    ------
+    KeyError
+        If the table has no such layer or class; the message names those it has.
+    ValueError, IndexError
+        If the mode, the kind or a concept was not mined, or ``k`` is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    if of_class is not None:
+        _check_class(table, of_class)
+    chosen = None if samples is None else sorted({int(i) for i in samples})
+    some = concepts if concepts is None or isinstance(concepts, int) else [int(c) for c in concepts]
+    blocks = table.blocks(layer, mode, target, normed, concepts=some, of_class=of_class, samples=chosen)
+
+    def compute() -> tuple[Array, ...]:
+        best: References | None = None
+        for block in _once_per_sample(blocks) if mode == "activation" else blocks:
+            best = _merge(best, _best_of_block(block, k), k)
+        if best is None:
+            width = table.n_concepts(layer) if some is None else np.size(some)
+            ids = np.zeros((0, width), np.int64)
+            return References(ids, ids.astype(np.float32), ids, ids)
+        return best
+
+    query = ["top_k", layer, mode, target, normed, k, of_class, chosen, some]
+    return References(*_cached(table, query, compute, cache))
+
+
+def class_statistics(
+    table: Table,
+    layer: str,
+    concept: int,
+    mode: str = "relevance",
+    target: str = "sum",
+    normed: bool = True,
+    *,
+    mean_n: int = 10,
+    cache: bool = False,
+) -> ClassStatistics:
+    """Classes for which a concept is most relevant, or that activate it most.
+
+    Parameters
+    ----------
+    table : Table
+    layer : str
+    concept : int
+    mode, target, normed, cache
+        As for `top_k`.
+    mean_n : int
+        How many of a class's best values are averaged; all, if it has fewer.
+
+    Returns
+    -------
+    ClassStatistics
+        All classes, by descending value; of equal ones the smaller class first.
+    """
+    if mean_n < 1:
+        raise ValueError(f"mean_n must be at least 1, not {mean_n}")
+    n = table.n_concepts(layer)
+    if not -n <= concept < n:
+        raise IndexError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {concept}")
+    blocks = table.blocks(layer, mode, target, normed, concepts=None if cache else concept)
+
+    def compute() -> tuple[Array, ...]:
+        best: dict[int, Array] = {}
+        for block in blocks:
+            for label, value in _by_class(block):
+                joined = np.concatenate([best[label], value]) if label in best else value
+                best[label] = np.partition(joined, -mean_n, axis=0)[-mean_n:] if len(joined) > mean_n else joined
+        targets = sorted(best)
+        # Sorted, so that the sum does not depend on the order of shards.
+        means = [np.sort(best[label], axis=0)[::-1].mean(axis=0) for label in targets]
+        return np.array(targets, np.int64), np.array(means)
+
+    query = ["class_statistics", layer, mode, target, normed, mean_n]  # cached for all concepts at once
+    targets, value = _cached(table, query, compute, cache)
+    value = value[:, concept if cache else 0]
+    order = np.argsort(-value, kind="stable")
+    return ClassStatistics(targets[order], value[order])
+
+
+def class_means(
+    table: Table,
+    layer: str,
+    mode: str = "relevance",
+    target: str = "sum",
+    normed: bool = True,
+    *,
+    cache: bool = False,
+) -> ClassMeans:
+    """Mean of every concept over all rows of each class; for normed relevances, its share in the class's relevance.
+
+    Parameters
+    ----------
+    table, layer, mode, target, normed, cache
+        As for `top_k`.
+
+    Returns
+    -------
+    ClassMeans
+    """
+    blocks = table.blocks(layer, mode, target, normed)
+
+    def compute() -> tuple[Array, ...]:
+        total: dict[int, Array] = {}
+        count: dict[int, int] = {}
+        dtype = np.dtype(np.float32)
+        for block in blocks:
+            dtype = block.value.dtype
+            for label, value in _by_class(block):
+                total[label] = total.get(label, 0.0) + value.sum(axis=0, dtype=np.float64)
+                count[label] = count.get(label, 0) + len(value)
+        targets = sorted(total)
+        means = [(total[label] / count[label]).astype(dtype) for label in targets]
+        return np.array(targets, np.int64), np.array(means), np.array([count[label] for label in targets], np.int64)
+
+    return ClassMeans(*_cached(table, ["class_means", layer, mode, target, normed], compute, cache))
+
+
+def _check_class(table: Table, of_class: int) -> None:
+    targets = list_targets(table)
+    if of_class not in targets:
+        near = targets[np.argsort(np.abs(targets - of_class), kind="stable")[:5]]
+        raise KeyError(
+            f"no row of the table in {table.path} has target {of_class}; it has {len(targets)} targets, nearest: "
+            f"{', '.join(map(str, np.sort(near)))}"
+        )
+
+
+def _once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Without the further rows of a sample that has several targets; its activation does not depend on them."""
+    last = -1
+    for block in blocks:
+        first = np.diff(block.sample, prepend=last) != 0
+        last = int(block.sample[-1])
+        yield Block(*(column[first] for column in block))
+
+
+def _best_of_block(block: Block, k: int) -> References:
+    """Best rows of every concept; of equal ones the first, as rows ascend."""
+    n = len(block.value)
+    if n <= k:
+        row = np.broadcast_to(np.arange(n)[:, None], block.value.shape)
+    else:
+        least = np.partition(block.value, n - k, axis=0)[n - k]
+        above, equal = block.value > least, block.value == least
+        keep = above | (equal & (np.cumsum(equal, axis=0) <= k - above.sum(axis=0)))
+        row = np.nonzero(keep.T)[1].reshape(-1, k).T
+    take = np.take_along_axis
+    return References(block.sample[row], take(block.value, row, 0), take(block.position, row, 0), block.target[row])
+
+
+def _merge(best: References | None, new: References, k: int) -> References:
+    if best is not None:
+        new = References(*(np.concatenate(pair) for pair in zip(best, new, strict=True)))
+    order = np.lexsort((new.target, new.sample, -new.value), axis=0)[:k]
+    return References(*(np.take_along_axis(column, order, 0) for column in new))
+
+
+def _by_class(block: Block) -> Iterator[tuple[int, Array]]:
+    order = np.argsort(block.target, kind="stable")
+    targets, begin = np.unique(block.target[order], return_index=True)
+    value = block.value[order]
+    for label, rows in zip(targets.tolist(), np.split(value, begin[1:]), strict=True):
+        if label >= 0:
+            yield label, rows
+
+
+def _cached(table: Table, query: object, compute: Callable[[], tuple[Array, ...]], cache: bool) -> tuple[Array, ...]:
+    """Answer of a query from the table's derived files, or computed.
+
+    A file is named after the table's content and the query, and holds a hash of itself: a stale or damaged one is not used.
+    """
+    if not cache:
+        return compute()
+    key = hashlib.sha256(json.dumps([table.digest, query]).encode()).hexdigest()[:32]
+    path = table.path / "derived" / f"{key}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+        with safe_open(path, framework="numpy") as file:
+            answer = tuple(file.get_tensor(str(i)) for i in range(len(file.keys())))
+            if file.metadata()["sha256"] == _hash(answer):
+                return answer
+    answer = tuple(np.ascontiguousarray(array) for array in compute())
+    content = save({str(i): array for i, array in enumerate(answer)}, metadata={"sha256": _hash(answer)})
+    with contextlib.suppress(OSError):  # a folder that cannot be written can still be read
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, content)
+    return answer
+
+
+def _hash(arrays: Iterable[Array]) -> str:
+    result = hashlib.sha256()
+    for array in arrays:
+        result.update(f"{array.dtype} {array.shape}".encode())
+        result.update(np.ascontiguousarray(array).data)
+    return result.hexdigest()

@@ -1,0 +1,139 @@
+"""Shard files: one stretch of a dataset each, complete or absent, and checked before their content is believed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from crp.visualization.manifest import Array, ShardRecord, TableCorruptError
+
+_REDO = "mine again with the same arguments to redo it"
+#: Files that were found to be what their sha256 says, as (path, size, time of change, sha256).
+_believed: set[tuple[str, int, int, str]] = set()
+
+
+def write_shard(
+    folder: Path, identity: str, start: int, stop: int, arrays: Mapping[str, Array], skipped: Mapping[int, str]
+) -> ShardRecord:
+    """Write a shard; its name follows from its content, so that writing it again changes nothing.
+
+    Parameters
+    ----------
+    folder : Path
+        ``<table>/shards``.
+    identity : str
+        Which table the shard belongs to.
+    start, stop : int
+    arrays : dict of str to array
+        ``"sample"`` and ``"target"`` of shape (rows,), and for layers ``"<mode>.<field>/<layer>"``.
+    skipped : dict of int to str
+
+    Returns
+    -------
+    ShardRecord
+    """
+    rows = len(arrays["sample"])
+    described = {"table": identity, "start": start, "stop": stop}
+    described["skipped"] = {str(i): skipped[i] for i in sorted(skipped)}
+    # One entry, as safetensors writes several in arbitrary order.
+    content = save(dict(arrays), metadata={"crp": json.dumps(described)})
+    sha = hashlib.sha256(content).hexdigest()
+    file = f"{start}-{stop}-{sha[:8]}.safetensors"
+    write_atomic(folder / file, content)
+    return ShardRecord(file, sha, start, stop, rows, _concepts(arrays), dict(skipped))
+
+
+def read_record(path: Path, identity: str) -> ShardRecord | None:
+    """Record of a shard file that no manifest lists; None if it is damaged or belongs to another table."""
+    with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        sha = _sha256(path)
+        with safe_open(path, framework="numpy") as file:
+            described = json.loads(file.metadata()["crp"])
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        if path.name.endswith(f"-{sha[:8]}.safetensors") and described.pop("table") == identity:
+            concepts = {key.partition("/")[2]: shape[1] for key, shape in shapes.items() if len(shape) == 2}
+            entry = {"file": path.name, "sha256": sha, "rows": shapes["sample"][0], "concepts": concepts, **described}
+            return ShardRecord.from_json(entry, path)
+    return None
+
+
+@contextlib.contextmanager
+def open_shard(folder: Path, record: ShardRecord) -> Iterator[Any]:
+    """Memory-mapped shard, whose content is what the manifest says.
+
+    Raises
+    ------
+    TableCorruptError
+        If the file is missing, damaged or another one; the message names it and says what to do.
+    """
+    path = folder / record.file
+    try:
+        check_shard(folder, record)
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise TableCorruptError(f"{path} is damaged ({error}); {_REDO}") from error
+
+
+def check_shard(folder: Path, record: ShardRecord) -> None:
+    """Raise a `TableCorruptError` unless the file is there and has the sha256 of its record (computed once)."""
+    path = folder / record.file
+    try:
+        status = path.stat()
+        known = (str(path.resolve()), status.st_size, status.st_mtime_ns, record.sha256)
+        if known in _believed:
+            return
+        sha = _sha256(path)
+    except OSError as error:
+        raise TableCorruptError(f"{path} cannot be read ({error.strerror}); {_REDO}") from error
+    if sha != record.sha256:
+        raise TableCorruptError(
+            f"{path} is damaged: its sha256 is {sha[:16]}…, the manifest says {record.sha256[:16]}…; {_REDO}"
+        )
+    _believed.add(known)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file that is complete or absent, also after a crash: written beside, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(handle, view) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name != "nt":  # the rename is safe once the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _sha256(path: Path) -> str:
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()
+
+
+def _concepts(arrays: Mapping[str, Array]) -> dict[str, int]:
+    return {key.partition("/")[2]: int(array.shape[1]) for key, array in arrays.items() if np.ndim(array) == 2}

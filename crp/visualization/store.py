@@ -1,0 +1,415 @@
+"""The mined table: how relevant and how active every concept was on every sample, in shards beside a manifest.
+
+One row per (sample, target). For every layer and mode a row holds the sum and the maximum over each concept's
+positions, the position of the maximum, and the sums of absolute values that norm them. ``manifest.json`` says what was
+mined (fingerprints of model, composite, dataset, ...) and lists the shards with their sha256; ``derived/`` holds cached
+queries and may be deleted. A shard counts from the moment the manifest lists it, and each (sample, target) counts once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from crp.visualization.lock import TableLockedError as TableLockedError
+from crp.visualization.manifest import KINDS as KINDS
+from crp.visualization.manifest import MODES as MODES
+from crp.visualization.manifest import (
+    VERSION,
+    Array,
+    Block,
+    Coverage,
+    Rows,
+    ShardRecord,
+    TableCorruptError,
+    TableHeader,
+    TableMismatchError,
+    TableNotFoundError,
+    get_coverage,
+)
+from crp.visualization.manifest import TableError as TableError
+from crp.visualization.shards import check_shard, open_shard, read_record, write_atomic
+
+#: Added to the norm of a row, as zennit-crp does.
+STABILIZER = 1e-10
+_ELSEWHERE = "use another folder, or mine with overwrite=True to discard it"
+_BLOCK_BYTES = 32 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
+
+class Table:
+    """A mined table on disk; `crp.visualization.mining.mine` makes one, `open` reads one.
+
+    Attributes
+    ----------
+    path : Path
+    header : TableHeader
+    shards : list of ShardRecord
+        In the order of their ranges.
+    """
+
+    def __init__(self, path: str | Path, header: TableHeader, shards: Iterable[ShardRecord] = ()) -> None:
+        self.path = Path(path)
+        self.header = header
+        self.shards = sorted(shards, key=_order)
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether a folder holds a table."""
+        return (Path(path) / "manifest.json").is_file()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Table:
+        """Table in a folder.
+
+        Raises
+        ------
+        TableNotFoundError
+            If nothing was mined there.
+        TableCorruptError
+            If the manifest is damaged, or lists files that no shard has.
+        """
+        manifest = Path(path) / "manifest.json"
+        try:
+            content = json.loads(manifest.read_bytes())
+        except FileNotFoundError:
+            raise TableNotFoundError(f"nothing was mined into {path}: it has no manifest.json") from None
+        except ValueError as error:
+            raise TableCorruptError(f"{manifest} is damaged: {error}") from error
+        try:
+            if content.pop("version") != VERSION:
+                raise TableCorruptError(f"{manifest} is not of version {VERSION}, which this version of crp reads")
+            shards = [ShardRecord.from_json(entry, manifest) for entry in content.pop("shards")]
+            content |= {key: tuple(map(str, content[key])) for key in ("layers", "modes", "kinds")}
+            return cls(path, TableHeader(**content), shards)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise TableCorruptError(f"{manifest} is no manifest of a table: {error!r}") from error
+
+    @classmethod
+    def create(cls, path: str | Path, header: TableHeader) -> Table:
+        """Table without shards in a folder, which is made."""
+        table = cls(path, header)
+        (table.path / "shards").mkdir(parents=True, exist_ok=True)
+        table._save()
+        return table
+
+    @staticmethod
+    def discard(path: str | Path) -> None:
+        """Delete the table in a folder, if there is one, and nothing else."""
+        (Path(path) / "manifest.json").unlink(missing_ok=True)
+        for name in ("shards", "derived"):
+            for file in (Path(path) / name).glob("*.safetensors"):
+                file.unlink()
+
+    def __repr__(self) -> str:
+        return f"Table({str(self.path)!r}, {len(self.layers)} layers, {len(self.shards)} shards)"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers, in the order of the model."""
+        return self.header.layers
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """What was recorded of ``"relevance"`` and ``"activation"``."""
+        return self.header.modes
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What was recorded of ``"sum"`` and ``"max"``."""
+        return self.header.kinds
+
+    @property
+    def n_samples(self) -> int:
+        """Length of the dataset."""
+        return self.header.n_samples
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Fingerprints of what was mined."""
+        return self.header.fingerprints
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the libraries it was mined with."""
+        return self.header.versions
+
+    @property
+    def digest(self) -> str:
+        """Hash of the whole content; equal for tables of equal content."""
+        return hashlib.sha256("".join([self.header.identity, *(s.sha256 for s in self.shards)]).encode()).hexdigest()
+
+    @property
+    def n_rows(self) -> int:
+        """Number of (sample, target) rows."""
+        return sum(s.rows if not self._earlier(i) else len(self._ids(i)[0].sample) for i, s in enumerate(self.shards))
+
+    def n_concepts(self, layer: str) -> int:
+        """Number of concepts of a layer.
+
+        Raises
+        ------
+        KeyError
+            If the layer was not mined; the message names the nearest that were.
+        ValueError
+            If the table has no rows yet.
+        """
+        if layer not in self.layers:
+            near = difflib.get_close_matches(layer, self.layers, n=3, cutoff=0.3) or self.layers[:5]
+            raise KeyError(f"layer {layer!r} was not mined into {self.path}; nearest: {', '.join(map(repr, near))}")
+        for shard in self.shards:
+            if layer in shard.concepts:
+                return shard.concepts[layer]
+        raise ValueError(f"the table in {self.path} has no rows: no sample was mined that has a target")
+
+    def check(self, **fingerprints: str) -> None:
+        """Raise a `TableMismatchError` that names which of the given fingerprints differ from the table's."""
+        theirs = self.fingerprints
+        differ = [key for key, value in fingerprints.items() if theirs.get(key) != value]
+        if differ:
+            details = ", ".join(f"{k} {theirs.get(k, 'none')[:8]} there, {fingerprints[k][:8]} here" for k in differ)
+            versions = ", ".join(f"{key} {version}" for key, version in self.versions.items())
+            raise TableMismatchError(
+                f"the table in {self.path} was mined with another {' and another '.join(differ)} (fingerprints: "
+                f"{details}; mined with {versions}); {_ELSEWHERE}"
+            )
+
+    def check_header(self, header: TableHeader) -> None:
+        """Raise a `TableMismatchError` that names what differs, unless rows of ``header`` belong into this table."""
+        self.check(**header.fingerprints)
+        for name in ("n_samples", "layers", "modes", "kinds"):
+            there, here = getattr(self.header, name), getattr(header, name)
+            if there != here:
+                raise TableMismatchError(
+                    f"the table in {self.path} was mined with {name} = {there}, not {here}; {_ELSEWHERE}"
+                )
+
+    def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
+        """Which samples of a range were mined, skipped and missed."""
+        return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
+
+    def rows(self) -> Rows:
+        """Sample and target of every row, in the order of `blocks`."""
+        found = [self._ids(i)[0] for i in range(len(self.shards))]
+        if not found:
+            return Rows(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return Rows(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+    def blocks(
+        self,
+        layer: str,
+        mode: str = "relevance",
+        target: str = "sum",
+        normed: bool = False,
+        *,
+        concepts: int | Sequence[int] | None = None,
+        of_class: int | None = None,
+        samples: Iterable[int] | None = None,
+    ) -> Iterator[Block]:
+        """Values of a layer, some rows at a time.
+
+        Parameters
+        ----------
+        layer : str
+        mode : {"relevance", "activation"}
+        target : {"sum", "max"}
+            Sum over a concept's positions, or the largest value among them.
+        normed : bool
+            Divide by the sum over all concepts of the row's absolute values.
+        concepts : int or sequence of int, optional
+            All by default, in their order.
+        of_class : int, optional
+            Only rows of this target.
+        samples : iterable of int, optional
+            Only rows of these samples.
+
+        Yields
+        ------
+        Block
+            Of at most 32 MiB of values; rows ascend in (sample, target) within a shard.
+
+        Raises
+        ------
+        KeyError, ValueError, IndexError
+            If the layer, the mode, the kind or a concept was not mined.
+        """
+        for name, given, there in (("mode", mode, self.modes), ("target", target, self.kinds)):
+            if given not in there:
+                raise ValueError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
+        columns = self._concept_ids(layer, concepts)
+        wanted = None if samples is None else np.unique(np.fromiter(samples, dtype=np.int64))
+        return self._blocks(layer, f"{mode}.{target}", f"{mode}.position/{layer}", normed, columns, of_class, wanted)
+
+    def column(
+        self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
+    ) -> Block:
+        """All values of one concept, as a `Block` of arrays of shape (rows,)."""
+        found = list(self.blocks(layer, mode, target, normed, concepts=concept))
+        if not found:
+            raise ValueError(f"the table in {self.path} has no rows")
+        sample, ids, value, position = (np.concatenate(part) for part in zip(*found, strict=True))
+        return Block(sample, ids, value[:, 0], position[:, 0])
+
+    def verify(self) -> list[str]:
+        """Check every shard against the manifest, byte by byte; returns what is wrong, nothing if all is well."""
+        problems = []
+        for shard in self.shards:
+            try:
+                with open_shard(self.path / "shards", shard) as file:
+                    sample, target = file.get_tensor("sample"), file.get_tensor("target")
+                inside = ((sample >= shard.start) & (sample < shard.stop)).all()
+                step, next_target = np.diff(sample), np.diff(target) > 0
+                if len(sample) != shard.rows or not inside or not ((step > 0) | ((step == 0) & next_target)).all():
+                    problems.append(f"{shard.file}: its rows do not ascend from {shard.start} to {shard.stop - 1}")
+            except TableCorruptError as error:
+                problems.append(str(error))
+        return problems
+
+    def add(self, shard: ShardRecord) -> None:
+        """Commit a shard that `write_shard` wrote; it replaces one of the same range."""
+        for layer, n in shard.concepts.items():
+            known = next((s.concepts[layer] for s in self.shards if layer in s.concepts), n)
+            if known != n:
+                span = f"samples {shard.start} to {shard.stop - 1}"
+                raise ValueError(f"{span} give {n} concepts for layer {layer!r}, earlier ones {known}")
+        replaced = [s for s in self.shards if (s.start, s.stop) == (shard.start, shard.stop)]
+        self._change([s for s in self.shards if s not in replaced] + [shard])
+        for old in replaced:
+            if old.file != shard.file:
+                (self.path / "shards" / old.file).unlink(missing_ok=True)
+
+    def adopt(self) -> int:
+        """Commit the shards in the folder that belong to this table and that the manifest does not list yet.
+
+        This is how a table takes in what a run that was killed, or that had no access to the manifest, has written.
+
+        Returns
+        -------
+        int
+            How many.
+        """
+        known = {shard.file for shard in self.shards}
+        files = sorted((self.path / "shards").glob("*.safetensors"))
+        found = [read_record(file, self.header.identity) for file in files if file.name not in known]
+        ranges = {(shard.start, shard.stop) for shard in self.shards}
+        new = [record for record in found if record is not None and (record.start, record.stop) not in ranges]
+        if new:
+            self._change([*self.shards, *new])
+        return len(new)
+
+    def drop_damaged(self) -> list[str]:
+        """Forget shards whose files are missing or damaged, so that their samples count as missing; returns why."""
+        problems = {}
+        for shard in self.shards:
+            try:
+                check_shard(self.path / "shards", shard)
+            except TableCorruptError as error:
+                problems[shard.file] = str(error)
+        if problems:
+            self._change([shard for shard in self.shards if shard.file not in problems])
+        return list(problems.values())
+
+    def clean(self) -> None:
+        """Delete what writes that were cut off have left behind."""
+        for folder in (self.path, self.path / "shards", self.path / "derived"):
+            for file in folder.glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
+
+    def _blocks(
+        self,
+        layer: str,
+        field: str,
+        position: str,
+        normed: bool,
+        columns: Array | None,
+        of_class: int | None,
+        wanted: Array | None,
+    ) -> Iterator[Block]:
+        span, columns = _span(columns)
+        for i, shard in enumerate(self.shards):
+            if not shard.rows:
+                continue
+            (sample, target), row = self._ids(i)
+            keep = np.ones(len(sample), bool) if of_class is None else target == of_class
+            if wanted is not None:
+                keep &= np.isin(sample, wanted)
+            sample, target, row = sample[keep], target[keep], row[keep]
+            with open_shard(self.path / "shards", shard) as file:
+                for part in _parts(row, _BLOCK_BYTES // (8 * shard.concepts[layer]) or 1):
+                    begin, end = int(row[part][0]), int(row[part][-1]) + 1
+                    inner = row[part] - begin
+                    value = file.get_slice(f"{field}/{layer}")[begin:end, span][inner]
+                    where = file.get_slice(position)[begin:end, span][inner]
+                    if normed:
+                        norm = file.get_slice(f"{field}_norm/{layer}")[begin:end][inner]
+                        value = value / (norm + norm.dtype.type(STABILIZER))[:, None]
+                    if columns is not None:
+                        value, where = value[:, columns], where[:, columns]
+                    yield Block(sample[part], target[part], value, where.astype(np.int64))
+
+    def _ids(self, index: int) -> tuple[Rows, Array]:
+        """Sample and target of a shard's rows that no earlier shard holds, and their place in the shard."""
+        shard = self.shards[index]
+        with open_shard(self.path / "shards", shard) as file:
+            sample, target = file.get_tensor("sample"), file.get_tensor("target")
+        keep = np.ones(len(sample), bool)
+        for other in self._earlier(index):
+            inside = (sample >= other.start) & (sample < other.stop)
+            keep &= ~(inside & ~np.isin(sample, list(other.skipped)))
+        return Rows(sample[keep], target[keep]), np.flatnonzero(keep)
+
+    def _earlier(self, index: int) -> list[ShardRecord]:
+        """Shards before this one whose ranges overlap with its range."""
+        shard = self.shards[index]
+        return [other for other in self.shards[:index] if other.stop > shard.start]
+
+    def _concept_ids(self, layer: str, concepts: int | Sequence[int] | None) -> Array | None:
+        n = self.n_concepts(layer)
+        if concepts is None:
+            return None
+        ids = np.atleast_1d(np.asarray(concepts, dtype=np.int64))
+        for i in ids[(ids < -n) | (ids >= n)][:1]:
+            raise IndexError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {i}")
+        return ids % n
+
+    def _change(self, shards: Iterable[ShardRecord]) -> None:
+        before, self.shards = self.shards, sorted(shards, key=_order)
+        try:
+            self._save()
+        except BaseException:
+            self.shards = before
+            raise
+        for file in (self.path / "derived").glob("*.safetensors"):  # answers about the table as it was
+            file.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        content = {"version": VERSION, **asdict(self.header), "shards": [shard.to_json() for shard in self.shards]}
+        write_atomic(self.path / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _order(shard: ShardRecord) -> tuple[int, int, str]:
+    return shard.start, shard.stop, shard.file
+
+
+def _span(columns: Array | None) -> tuple[slice, Array | None]:
+    """Columns as a slice that holds them all, and their places in it."""
+    if columns is None or not len(columns):
+        return slice(None), columns
+    return slice(int(columns.min()), int(columns.max()) + 1), columns - columns.min()
+
+
+def _parts(rows: Array, size: int) -> Iterator[slice]:
+    """Slices of ``rows`` (ascending) that each span at most ``size`` numbers."""
+    begin = 0
+    while begin < len(rows):
+        end = int(np.searchsorted(rows, rows[begin] + size))
+        yield slice(begin, end)
+        begin = end
