@@ -179,7 +179,7 @@ class ModelGraph:
     def __init__(self, record: Trace) -> None:
         self.layer_names: list[str] = []
         self._record = record
-        called = dict.fromkeys(call.layer for call in record.calls)
+        called = dict.fromkeys(call.layer for call in record.calls if call.layer)
         self.layer_node_map = {layer: GraphNode(number, layer) for number, layer in enumerate(called)}
         self.id_node_map = {node.id: node for node in self.layer_node_map.values()}
         leaves = {call.layer for call in record.calls if call.is_leaf}

@@ -381,7 +381,7 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model's buffers and the random number generators back."""
     buffers = [
-        (module, name, buffer, _version(buffer), buffer.clone())
+        (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -391,7 +391,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, name, buffer, version, saved in buffers:
+            for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer
-                if version != _version(buffer):
+                if not torch.equal(buffer, saved):  # batch norm does not count its changes as versions
                     buffer.copy_(saved)

@@ -1,0 +1,63 @@
+"""Names of layers: found, checked, and seen through wrappers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from crp.layers import LayerNotFoundError, find_layers, get_layer_names, get_output_shapes, unwrap
+
+
+def test_layer_names_are_those_of_named_modules_in_their_order(vgg_bn):
+    assert get_layer_names(vgg_bn, [nn.Conv2d]) == ["features.0", "features.3", "features.7"]
+    assert get_layer_names(vgg_bn, [nn.Linear, nn.Conv2d])[-2:] == ["classifier.1", "classifier.4"]
+    assert get_layer_names(vgg_bn, []) == []
+
+
+def test_subclasses_count_as_their_type(vgg_bn):
+    assert get_layer_names(vgg_bn, [nn.modules.batchnorm._BatchNorm]) == ["features.1", "features.4", "features.8"]
+
+
+def test_found_layers_are_the_modules(vgg_bn):
+    found = find_layers(vgg_bn, ["features.3", "classifier"])
+    assert found == {"features.3": vgg_bn.features[3], "classifier": vgg_bn.classifier}
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError])
+def test_unknown_layer_is_named_with_its_neighbours(vgg_bn, error):
+    with pytest.raises(error) as caught:
+        find_layers(vgg_bn, ["features.0", "feature.3"], "record_layer")
+    assert str(caught.value).startswith("<record_layer> 'feature.3' not found in model; nearest names: 'features.3'")
+
+
+def test_the_model_itself_is_no_layer(vgg_bn):
+    with pytest.raises(LayerNotFoundError, match="''"):
+        find_layers(vgg_bn, [""])
+
+
+def test_wrappers_are_looked_through(mlp):
+    assert unwrap(nn.DataParallel(torch.compile(mlp))) is mlp
+    assert unwrap(mlp) is mlp
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_scripted_models_are_refused(mlp):
+    with pytest.raises(TypeError, match="Pass the Python model"):
+        unwrap(torch.jit.script(mlp))
+
+
+def test_output_shapes_are_without_the_batch_axis(vgg_bn, images, untouched):
+    with untouched(vgg_bn):
+        shapes = get_output_shapes(vgg_bn, images[:1], ["features.0", "features.10", "classifier"])
+    assert shapes == {"features.0": (6, 16, 16), "features.10": (8, 4, 4), "classifier": (5,)}
+
+
+def test_output_shapes_leave_no_hook_behind_an_exception(vgg_bn, images, untouched):
+    with untouched(vgg_bn), pytest.raises(RuntimeError):
+        get_output_shapes(vgg_bn, images[:, :1], ["features.0"])
+
+
+def test_output_shapes_check_the_names_first(mlp, vectors):
+    with pytest.raises(LayerNotFoundError, match="'7'"):
+        get_output_shapes(mlp, vectors, ["7"])
