@@ -344,20 +344,52 @@ def other_shapes_conditioned() -> Results:
     )
 
 
-@case()
+class OwnHeatmap(CondAttribution):
+    def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
+        return data.grad.detach().abs().amax(dim=-1)
+
+    def relevance_init(self, prediction: Tensor, target_list: object, init_rel: object) -> Tensor:
+        return super().relevance_init(2 * prediction, target_list, init_rel)
+
+
+class OwnPairs(CondAttribution):
+    def broadcast(self, data: Tensor, conditions: list) -> tuple[Tensor, list]:
+        conditions = [condition for condition in conditions for _ in range(len(data))]
+        data = torch.cat([data] * (len(conditions) // len(data)))
+        data.retain_grad()
+        return data, conditions
+
+
+class OwnBackward(CondAttribution):
+    def backward(self, pred: Tensor, grad_mask: Tensor, *args: object, **keywords: object) -> None:
+        super().backward(pred, grad_mask.clamp(min=0) * 3, *args, **keywords)
+
+
+@case(conv2="S1")
 def subclass_methods() -> Results:
     """The methods that users override."""
+    conditions = [{"y": [1], "conv2": [0, 3]}, {"y": [2], "conv2": [5]}, {"y": [0], "conv2": [1]}]
+    results = {}
+    for kind in (OwnHeatmap, OwnPairs, OwnBackward):
+        for flow in (True, False):
+            attr = kind(plain_net())(images(2), conditions, plus_flat(), ["conv1"], exclude_parallel=flow)
+            results[f"{kind.__name__}_{flow}"] = flat_attribution(attr)
+    parts = OwnBackward(plain_net()).generate(images(1), conditions, plus_flat(), batch_size=2, verbose=False)
+    results |= {f"generate{i}": flat_attribution(part) for i, part in enumerate(parts)}
+    return prefixed(**results)
 
-    class Tokens(CondAttribution):
-        def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-            return data.grad.detach().abs().amax(dim=-1)
 
-        def relevance_init(self, prediction: Tensor, target_list: object, init_rel: object) -> Tensor:
-            return super().relevance_init(2 * prediction, target_list, init_rel)
-
-    attribution, data = Tokens(plain_net()), images(2)
-    results = flat_attribution(attribution(data, [{"y": [1]}, {"y": [2]}], plus_flat(), ["conv2"]))
-    return results | {"data_grad": array(data.grad)}
+@case()
+def gradient_of_the_data() -> Results:
+    """``data.grad`` is the relevance, summed over the rows of a sample."""
+    attribution = CondAttribution(plain_net())
+    conditions = [{"y": [0], "conv2": [1]}, {"y": [4], "conv2": [2, 3]}, {"y": [2]}]
+    results = {}
+    for name, rows in {"zip": 3, "product": 2}.items():
+        data = images(rows)
+        attribution(data, conditions, plus_flat(), exclude_parallel=False)
+        results[name] = array(data.grad)
+    return results
 
 
 def generated(attribution: CondAttribution, data: Tensor, conditions: list, **keywords: object) -> Results:
