@@ -309,22 +309,16 @@ class CondAttribution:
         conditioned = rows.layers(self.MODEL_OUTPUT_NAME)
         check_layers(model, conditioned, "conditions")
         check_layers(model, call.record, "record_layer")
-        start = [] if call.start is None else [call.start]
-        names = [*call.record, *conditioned, *start]
-        return ForwardPass.run(model, data, names, self.select_output, is_multiplier(composite))
+        layers = dict.fromkeys(call.record, "record") | dict.fromkeys(conditioned, "condition")
+        if call.start is not None:
+            layers[call.start] = "start"
+        return ForwardPass.run(model, data, layers, self.select_output, is_multiplier(composite))
 
     def _backward_rows(
         self, passed: ForwardPass, rows: Rows, call: Settings, last: bool
     ) -> tuple[AttributionResults, Tensor]:
         """All rows of one forward pass; also gives the relevance of the data, (rows, *input shape)."""
-        conditioned = rows.layers(self.MODEL_OUTPUT_NAME)
-        uses = {name: passed.use(name, "condition") for name in conditioned}
-        uses |= {name: passed.use(name, "record") for name in call.record if name not in uses and passed.called(name)}
-        if call.start is not None:
-            uses[call.start] = passed.use(call.start, "start")
-        if missing := [name for name in call.record if name not in uses]:
-            warnings.warn(f"layers {missing} are not called in the forward pass; nothing is recorded", stacklevel=3)
-
+        uses = passed.uses
         root = passed.output if call.start is None else uses[call.start].output
         prediction = rows.select(root)
         start = self._start(prediction, rows, call, passed.multiplier)

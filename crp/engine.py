@@ -111,7 +111,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-@dataclass
+@dataclass(frozen=True)
 class ForwardPass:
     """What one forward pass leaves behind for any number of backward passes.
 
@@ -120,66 +120,79 @@ class ForwardPass:
     data : Tensor of shape (samples, *input shape)
         Leaf that the gradient is asked for.
     output : Tensor of shape (samples, *output shape)
-    taps : dict of str to Tap
-        Outputs of the layers that are conditioned or recorded.
+    uses : dict of str to Use
+        Conditioned, recorded and start layers.
     multiplier : bool
-        Whether the flow is relevance divided by activation.
+        Whether what flows is relevance divided by activation.
     """
 
     data: Tensor
     output: Tensor
-    taps: dict[str, Tap]
+    uses: dict[str, Use]
     multiplier: bool
 
     @classmethod
     def run(
-        cls, model: nn.Module, data: Tensor, layers: Iterable[str], output: Callable[[Any], Tensor], multiplier: bool
+        cls,
+        model: nn.Module,
+        data: Tensor,
+        layers: dict[str, str],
+        select_output: Callable[[Any], Tensor],
+        multiplier: bool,
     ) -> ForwardPass:
-        """Run the model on ``data``, tapping the named layers (``"name#1"`` is the second use of a layer)."""
+        """Run the model on ``data``, tapping layers.
+
+        Parameters
+        ----------
+        model : nn.Module
+        data : Tensor of shape (samples, *input shape)
+        layers : dict of str to str
+            Layer name to its role: ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is the second use of a layer.
+        select_output : callable
+            Tensor to explain in what the model returns.
+        multiplier : bool
+        """
         known = dict(model.named_modules())
-        taps = {}
+        taps = {name: Tap(name) for name in (_base(layer, known) for layer in layers)}
         handles = []
         try:
-            for name in dict.fromkeys(_base(layer, known) for layer in layers):
-                taps[name] = Tap(name)
-                handles.append(known[name].register_forward_hook(taps[name]))
+            for name, tap in taps.items():
+                handles.append(known[name].register_forward_hook(tap))
             leaf = data.detach().requires_grad_()
             with torch.enable_grad():
-                result = output(model(leaf))
+                output = select_output(model(leaf))
         finally:
             for handle in handles:
                 handle.remove()
-        if not result.requires_grad:
+        if not output.requires_grad:
             raise ValueError(
-                f"the model's output (dtype {result.dtype}) does not depend on the data in a differentiable way; "
+                f"the model's output (dtype {output.dtype}) does not depend on the data in a differentiable way; "
                 "explain a tensor before rounding, argmax or detach"
             )
-        return cls(leaf, result, taps, multiplier)
+        uses = {layer: _use(layer, taps[_base(layer, known)].uses, role) for layer, role in layers.items()}
+        return cls(leaf, output, {layer: use for layer, use in uses.items() if use is not None}, multiplier)
 
-    def use(self, layer: str, role: str) -> Use:
-        """Tapped call of a layer; the only one, or the one its name says."""
-        name, _, number = layer.rpartition("#") if layer not in self.taps else (layer, "", "")
-        uses = self.taps[name].uses
-        if number:
-            if int(number) >= len(uses):
-                raise ValueError(
-                    f"layer {name!r} is called {len(uses)} times in the forward pass; there is no {layer!r}"
-                )
-            return uses[int(number)]
-        if not uses:
-            raise ValueError(f"layer {layer!r} is not called in the forward pass: it has no {role}")
-        if len(uses) > 1:
-            names = ", ".join(f"{layer}#{i}" for i in range(len(uses)))
-            if role != "record":
-                raise ValueError(f"layer {layer!r} is called {len(uses)} times in the forward pass; name one: {names}")
-            warnings.warn(
-                f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=7
-            )
-        return uses[-1]
 
-    def called(self, layer: str) -> bool:
-        """Whether the forward pass reached the layer."""
-        return layer not in self.taps or bool(self.taps[layer].uses)
+def _use(layer: str, uses: list[Use], role: str) -> Use | None:
+    """Call of a layer that is meant; None for a layer to record that is not called."""
+    name, _, number = layer.rpartition("#")
+    if number.isdigit() and uses and len(uses) <= int(number):
+        raise ValueError(f"layer {name!r} is called {len(uses)} times in the forward pass; there is no {layer!r}")
+    if not uses and role == "record":
+        warnings.warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded", stacklevel=6)
+        return None
+    if not uses:
+        raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
+    if name and number.isdigit():
+        return uses[int(number)]
+    if len(uses) > 1:
+        names = ", ".join(f"{layer}#{i}" for i in range(len(uses)))
+        if role != "record":
+            raise ValueError(f"layer {layer!r} is called {len(uses)} times in the forward pass; name one: {names}")
+        warnings.warn(
+            f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=6
+        )
+    return uses[-1]
 
 
 def flow(
