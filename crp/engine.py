@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from zennit.core import Composite
 
 from crp.conditions import Grid, Rows, Settings
 from crp.hooks import Tap, Use, apply_masks
-from crp.layers import LayerNotFoundError, find_layers
+from crp.layers import find_layers
 from crp.types import MaskFn
 
 #: Key of the data among the layers; no layer has this name.
@@ -147,13 +147,13 @@ class ForwardPass:
         model : nn.Module
         data : Tensor of shape (samples, *input shape)
         layers : dict of str to str
-            Layer name to its role: ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is the second use of a layer.
+            Layer name to its role, ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is its second use.
         select_output : callable
             Tensor to explain in what the model returns.
         multiplier : bool
         """
         known = dict(model.named_modules())
-        taps = {name: Tap(name) for name in (_base(layer, known) for layer in layers)}
+        taps = {name: Tap(name) for name, _ in (_split(layer, known) for layer in layers)}
         handles = []
         try:
             for name, tap in taps.items():
@@ -169,30 +169,30 @@ class ForwardPass:
                 f"the model's output (dtype {output.dtype}) does not depend on the data in a differentiable way; "
                 "explain a tensor before rounding, argmax or detach"
             )
-        uses = {layer: _use(layer, taps[_base(layer, known)].uses, role) for layer, role in layers.items()}
+        uses = {}
+        for layer, role in layers.items():
+            name, number = _split(layer, known)
+            uses[layer] = _use(name, number, taps[name].uses, role)
         return cls(leaf, output, {layer: use for layer, use in uses.items() if use is not None}, multiplier)
 
 
-def _use(layer: str, uses: list[Use], role: str) -> Use | None:
+def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | None:
     """Call of a layer that is meant; None for a layer to record that is not called."""
-    name, _, number = layer.rpartition("#")
-    if number.isdigit() and uses and len(uses) <= int(number):
-        raise ValueError(f"layer {name!r} is called {len(uses)} times in the forward pass; there is no {layer!r}")
     if not uses and role == "record":
         warnings.warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded", stacklevel=6)
         return None
     if not uses:
         raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
-    if name and number.isdigit():
-        return uses[int(number)]
-    if len(uses) > 1:
+    if number is not None and number >= len(uses):
+        raise ValueError(f"layer {layer!r} is called {len(uses)} times; there is no {layer}#{number}")
+    if number is None and len(uses) > 1:
         names = ", ".join(f"{layer}#{i}" for i in range(len(uses)))
         if role != "record":
             raise ValueError(f"layer {layer!r} is called {len(uses)} times in the forward pass; name one: {names}")
         warnings.warn(
             f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=6
         )
-    return uses[-1]
+    return uses[-1 if number is None else number]
 
 
 def flow(
@@ -390,20 +390,15 @@ def _masked(masks: list[list[MaskFn]], gradient: Tensor) -> Tensor:
     return torch.stack([apply_masks(fns, g) for fns, g in zip(masks, gradient, strict=True)])
 
 
-def _base(layer: str, known: dict[str, nn.Module]) -> str:
+def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
+    """Name of a layer and number of its use, ``"name#1"`` being the second."""
     name, _, number = layer.rpartition("#")
-    if layer not in known and number.isdigit():
-        layer = name
-    if layer not in known or layer == "":
-        raise LayerNotFoundError(layer, known)
-    return layer
+    if layer in known or name not in known or not number.isdigit():
+        return layer, None
+    return name, int(number)
 
 
 def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
     known = dict(model.named_modules())
-    for layer in layers:
-        try:
-            _base(layer, known)
-        except LayerNotFoundError:
-            find_layers(model, [layer], role)
+    find_layers(model, [_split(layer, known)[0] for layer in layers], role)
