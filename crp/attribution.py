@@ -20,7 +20,8 @@ from zennit.core import Composite
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap, Rows, Settings, check_conditions, check_data, check_targets, initial_relevance
-from crp.engine import ORDER_MESSAGE, Backward, ForwardPass, attached, check_layers, is_multiplier
+from crp.engine import ORDER_MESSAGE, Backward, ForwardPass, check_layers
+from crp.guard import attached, is_multiplier
 from crp.layers import unwrap
 from crp.types import AttributionGraphResults, AttributionResults, Condition
 

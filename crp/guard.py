@@ -1,0 +1,89 @@
+"""Composites on a model, and the model as it was found afterwards."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from torch import nn
+from zennit.core import Composite
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+def is_multiplier(composite: Composite | None) -> bool:
+    """Whether a composite propagates relevance divided by activation, as ours do, and not relevance itself."""
+    return getattr(composite, "encoding", None) == "multiplier"
+
+
+@contextmanager
+def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
+    """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
+
+    Threads that share a model take turns. Leaving, also by an exception, leaves the model as it was found.
+    """
+    with _locks_guard:
+        lock = _locks.setdefault(model, threading.RLock())
+    guard = nullcontext() if is_multiplier(composite) else _restored_on_error(model)
+    with lock, _evaluating(model), _without_parameter_gradients(model), guard:
+        try:
+            with composite.context(model) as modified:
+                yield modified
+        finally:
+            composite.remove()  # the context does not, where registering itself failed
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    if training:
+        warnings.warn(
+            f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
+            "Settings model.eval() first to say so.",
+            stacklevel=6,
+        )
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    # A canonizer that raises half-way never hands out what would undo its first half.
+    states = [
+        (vars(module), dict(vars(module)), {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict | set)})
+        for module in model.modules()
+    ]
+    values = [(tensor, tensor.data) for tensor in [*model.parameters(), *model.buffers()]]
+    try:
+        yield
+    except BaseException:
+        for attributes, before, collections in states:
+            attributes.clear()
+            attributes.update(before)
+            for name, entries in collections.items():
+                attributes[name].clear()
+                attributes[name].update(entries)
+        for tensor, data in values:
+            tensor.data = data
+        raise
