@@ -1,7 +1,7 @@
 """Questions to a mined table: best samples of a concept, classes of a concept, concepts of a class.
 
-All of them read the table block by block. The order is total (value, then sample, then target), so that it depends neither
-on batches nor on shards.
+All of them read the table block by block. The order is total (value, then sample, then target), so that it depends
+neither on batches nor on shards.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def top_k(
 
     Returns
     -------
-    References
+    top : References
         Arrays of shape (min(k, candidates), concepts). The order is value descending, then sample and target ascending.
 
     Raises
@@ -294,17 +294,18 @@ def _by_class(block: Block) -> Iterator[tuple[int, Array]]:
 def _cached(table: Table, query: object, compute: Callable[[], tuple[Array, ...]], cache: bool) -> tuple[Array, ...]:
     """Answer of a query from the table's derived files, or computed.
 
-    A file is named after the table's content and the query, and holds a hash of itself: a stale or damaged one is not used.
+    A file is named after the table's content and the query, and holds a hash of itself, so that a stale or damaged one
+    is not used.
     """
     if not cache:
         return compute()
     key = hashlib.sha256(json.dumps([table.digest, query]).encode()).hexdigest()[:32]
     path = table.path / "derived" / f"{key}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
-        with safe_open(path, framework="numpy") as file:
-            answer = tuple(file.get_tensor(str(i)) for i in range(len(file.keys())))
-            if file.metadata()["sha256"] == _hash(answer):
-                return answer
+    unusable = (OSError, SafetensorError, KeyError, TypeError, ValueError)
+    with contextlib.suppress(*unusable), safe_open(path, framework="numpy") as file:
+        answer = tuple(file.get_tensor(str(i)) for i in range(len(file.keys())))
+        if file.metadata()["sha256"] == _hash(answer):
+            return answer
     answer = tuple(np.ascontiguousarray(array) for array in compute())
     content = save({str(i): array for i, array in enumerate(answer)}, metadata={"sha256": _hash(answer)})
     with contextlib.suppress(OSError):  # a folder that cannot be written can still be read
