@@ -2,6 +2,31 @@
 
 ``asked`` is the call as a user writes it; ``right`` gets the same figures from zennit-crp in a way that avoids the
 defect. Ours must give the figures of ``right`` when ``asked``.
+
+======  ===============================================================================================
+S1      relevance recorded at a conditioned layer is masked, and doubled with ``exclude_parallel``
+S2, S3  conditions with different layers: rows change their order; a zip becomes a product
+S4      ``init_rel`` that is a float is ignored
+S5      a condition without target shifts the targets of the others
+S6      ``generate`` takes targets as channels of the start layer
+S7      ``generate`` mixes several samples
+S9      ``overwrite_data_grad=False``: heatmaps contain those of earlier groups of conditions
+S10     masks write into a gradient that a parallel branch shares
+S14     layers whose names contain numbers are merged
+S15     activation statistics know only the first of several targets
+S16     a sample that is not finite comes first everywhere
+S19     the masks of a concept class of the user are not used for reference heatmaps
+S20     a second run replaces the first
+C1      a last batch of one sample raises
+C2      ``generate`` with a callable ``init_rel`` and no target raises
+C3      concept ids in a tensor raise
+C12     a mask raises where the gradient is an expanded tensor
+C13     ``record_layer`` as a tuple raises
+N1      receptive-field heatmaps after the first batch of references are not masked
+N2      ``compute_stats(norm=True)`` turns the sign where the largest mean is negative
+======  ===============================================================================================
+
+S and C are the numbers of the project's list of such defects; the two N were found here.
 """
 
 from __future__ import annotations
@@ -383,9 +408,24 @@ def concept_ids_as_a_tensor() -> tuple[Compute, Compute]:
     return lambda: references(torch.tensor([[2, 0]])), lambda: references([2, 0])
 
 
-@defect("rf")
+@defect("N1")
 def receptive_fields_in_batches() -> tuple[Compute, Compute]:
     return lambda: references([1, 6], 3, rf=True), lambda: references([1, 6], 32, rf=True)
+
+
+@defect("N2")
+def normed_statistics_of_a_negative_concept() -> tuple[Compute, Compute]:
+    def means(norm: bool) -> Results:
+        with visualization(layer_map={"conv1": ChannelConcept()}) as fv:
+            fv.run(plus_flat(), 0, 90, 30)
+            targets, values = fv.compute_stats(2, "conv1", "activation", norm=norm)
+            return {"targets": np.array(targets), "values": array(values)}
+
+    def right() -> Results:
+        found = means(norm=False)
+        return found | {"values": found["values"] / abs(found["values"][0])}
+
+    return lambda: means(norm=True), right
 
 
 class Mirrored(ChannelConcept):

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from crp.helper import load_maximization, load_stat_targets, load_statistics
 from parity_cases import Case, plus_flat
-from parity_nets import CLASSES, Images, MultiLabelImages, Results, array, normalise, plain_net, prefixed
+from parity_nets import CLASSES, Images, MultiLabelImages, Results, array, normalise, prefixed, untied_net
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
+from crp.helper import load_maximization, load_stat_targets, load_statistics
 from crp.visualization import FeatureVisualization
 
 LAYERS = ("conv1", "conv2", "fc1")
@@ -47,7 +47,7 @@ def visualization(
 ) -> Iterator[FeatureVisualization]:
     """An index in a folder that lasts as long as the context; nothing is printed."""
     keywords.setdefault("layer_map", {layer: ChannelConcept() for layer in LAYERS})
-    attribution = CondAttribution(keywords.pop("model", None) or plain_net())
+    attribution = CondAttribution(keywords.pop("model", None) or untied_net())
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
@@ -119,7 +119,7 @@ def mining_several_targets() -> Results:
         return tables(fv)
 
 
-@case()
+@case(**{"activation/conv1/normed/values": "N2"})
 def statistics() -> Results:
     """Classes for which a concept is most relevant or most active."""
     results: Results = {}

@@ -46,26 +46,31 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def plain_net(seed: int = 0) -> nn.Module:
+def plain_net(seed: int = 0, activation: type[nn.Module] = nn.ReLU, pool: type[nn.Module] = nn.MaxPool2d) -> nn.Module:
     """Two convolutions and two linear layers, the first followed by batch norm."""
     return settle(
         nn.Sequential(
             OrderedDict(
                 conv1=nn.Conv2d(3, 6, 3, padding=1),
                 bn1=nn.BatchNorm2d(6),
-                relu1=nn.ReLU(),
+                relu1=activation(),
                 pool1=nn.AvgPool2d(2),
                 conv2=nn.Conv2d(6, 8, 3, padding=1),
-                relu2=nn.ReLU(),
-                pool2=nn.MaxPool2d(2),
+                relu2=activation(),
+                pool2=pool(2),
                 flat=nn.Flatten(),
                 fc1=nn.Linear(72, 10),
-                relu3=nn.ReLU(),
+                relu3=activation(),
                 fc2=nn.Linear(10, CLASSES),
             )
         ),
         seed,
     )
+
+
+def untied_net() -> nn.Module:
+    """The same without exact zeros in activations and relevances, which would tie samples."""
+    return plain_net(0, nn.LeakyReLU, nn.AvgPool2d)
 
 
 class ResidualNet(nn.Module):
