@@ -82,7 +82,7 @@ def adjacent_pairs(record: Trace, first: ModuleTypes, second: ModuleTypes) -> Ad
     pairs: list[Pair] = []
     unpaired: dict[str, str] = {}
     for call in record.calls:
-        if isinstance(call.module, second) and call.layer not in unpaired:
+        if isinstance(call.module, second):
             found = _partner(record, call, first)
             if isinstance(found, Call):
                 pairs.append(Pair(found.layer, found.module, call.layer, call.module))
@@ -114,7 +114,7 @@ def _partner(record: Trace, call: Call, first: ModuleTypes) -> Call | str:
     if others := _names(reader for reader in node.readers if not _ran_in(reader, call, maker)):
         return f"input comes from {maker.layer!r}, whose output is also read by {others}"
     for one in (maker, call):
-        for name, parameter in one.module.named_parameters(recurse=False):
+        for name, parameter in one.module.named_parameters():
             readers = record.parameter_readers.get(id(parameter), [])
             if others := _names(reader for reader in readers if not _ran_in(reader, one)):
                 return f"{name} of {one.layer!r} is also read by {others}"
