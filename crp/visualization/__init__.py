@@ -1,0 +1,33 @@
+"""Feature visualization: mining a dataset for reference samples of concepts, and showing them.
+
+Names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crp.visualization.cache import Cache, ImageCache
+    from crp.visualization.feature import FeatureVisualization
+    from crp.visualization.mining import mine
+    from crp.visualization.results import export
+    from crp.visualization.store import Table
+
+__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Table", "export", "mine"]
+
+_HOMES = {
+    "Cache": "cache",
+    "FeatureVisualization": "feature",
+    "ImageCache": "cache",
+    "Table": "store",
+    "export": "results",
+    "mine": "mining",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,259 @@
+"""Best samples of every concept, gathered batch by batch in memory and saved as zennit-crp's files.
+
+`FeatureVisualization` ranks from its table instead; these classes are for analyses in memory (one call of
+`analyze_layer` per batch), and say under which folder name the table can be read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from crp.concepts import Concept
+from crp.visualization import folders
+from crp.visualization.folders import FolderName
+
+#: Samples kept for each concept, as in zennit-crp.
+SAMPLE_SIZE = 40
+
+
+class Ranking(NamedTuple):
+    """Samples of every concept, best first: three tensors of shape (samples, concepts)."""
+
+    sample: Tensor
+    value: Tensor
+    position: Tensor
+
+    def best(self, size: int) -> Ranking:
+        """First ``size`` samples by value, in descending order; ties by sample."""
+        order = self.sample.argsort(dim=0, stable=True)
+        order = order.gather(0, self.value.gather(0, order).argsort(dim=0, descending=True, stable=True))[:size]
+        return Ranking(*(tensor.gather(0, order) for tensor in self))
+
+    def joined(self, other: Ranking) -> Ranking:
+        """Samples of both."""
+        return Ranking(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+
+
+class _Accumulator:
+    """Rankings in memory, and their files; what `Maximization` and `Statistics` share."""
+
+    _per_target: bool
+
+    def __init__(
+        self, mode: str = "relevance", max_target: str = "sum", abs_norm: bool = False, path: str | Path | None = None
+    ) -> None:
+        name = FolderName.checked(mode, self._per_target, max_target, abs_norm)
+        self.mode, self.max_target, self.abs_norm = name.mode, name.max_target, name.abs_norm
+        self.sub_folder = Path(str(name))
+        self.PATH = Path(path or "") / self.sub_folder
+        self.SAMPLE_SIZE = SAMPLE_SIZE
+        self._rankings: dict[Any, Ranking] = {}
+
+    def delete_result_arrays(self) -> None:
+        """Forget what was gathered."""
+        self._rankings = {}
+
+    def collect_results(self, path_list: Sequence[str], d_index: tuple[int, int] | None = None) -> list[str]:
+        """Join partial results into one, and delete their files once it is saved.
+
+        Parameters
+        ----------
+        path_list : sequence of str
+            What `_save_results` returned for ranges of the dataset.
+        d_index : (int, int), optional
+            Range of the joint result, if it is a partial one again.
+
+        Returns
+        -------
+        list of str
+            Path of each ranking's files, up to ``data.npy``.
+        """
+        self.delete_result_arrays()
+        keys = [self._key(prefix) for prefix in path_list]
+        for key, prefix in tqdm(list(zip(keys, path_list, strict=True)), desc="Collecting", dynamic_ncols=True):
+            top = folders.read_top(prefix)
+            self._add(key, Ranking(*(torch.from_numpy(np.array(array)) for array in top)))
+        saved = self._save_results(d_index)
+        for prefix in set(path_list) - set(saved):
+            folders.remove_top(prefix)
+        return saved
+
+    def _save_results(self, d_index: tuple[int, int] | None = None) -> list[str]:
+        saved = []
+        for key, ranking in self._rankings.items():
+            arrays = (tensor.cpu().numpy() for tensor in ranking)
+            saved.append(folders.write_top(self._prefix(key, d_index), folders.Top(*arrays)))
+        self.delete_result_arrays()
+        return saved
+
+    def _add(self, key: Any, ranking: Ranking) -> None:
+        known = self._rankings.get(key)
+        self._rankings[key] = (ranking if known is None else ranking.joined(known)).best(self.SAMPLE_SIZE)
+
+    def _key(self, prefix: str) -> Any:
+        raise NotImplementedError
+
+    def _prefix(self, key: Any, d_index: tuple[int, int] | None) -> str:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.mode!r}, {self.max_target!r}, {self.abs_norm}, {str(self.PATH.parent)!r})"
+
+
+class Maximization(_Accumulator):
+    """Best samples of every concept of a layer.
+
+    Parameters
+    ----------
+    mode : {"relevance", "activation"}
+    max_target : {"sum", "max"}
+        Rank by the sum over a concept's positions, or by their maximum.
+    abs_norm : bool
+        Rank by shares: each sample's values are divided by the sum of their absolute values.
+    path : str or Path, optional
+        Folder in which the result folder lies; the working directory by default.
+
+    Attributes
+    ----------
+    PATH : Path
+        Result folder; it is made when something is saved.
+    SAMPLE_SIZE : int
+        Samples kept for each concept, 40 by default.
+    """
+
+    _per_target = False
+
+    @property
+    def d_c_sorted(self) -> dict[str, Tensor]:
+        """Samples of each layer, each of shape (samples, concepts), best first."""
+        return {layer: ranking.sample for layer, ranking in self._rankings.items()}
+
+    @property
+    def rel_c_sorted(self) -> dict[str, Tensor]:
+        """Values of each layer."""
+        return {layer: ranking.value for layer, ranking in self._rankings.items()}
+
+    @property
+    def rf_c_sorted(self) -> dict[str, Tensor]:
+        """Positions of the maximum of each layer."""
+        return {layer: ranking.position for layer, ranking in self._rankings.items()}
+
+    def analyze_layer(
+        self, rel: Tensor, concept: Concept, layer_name: str, data_indices: Any, targets: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Add a batch.
+
+        Parameters
+        ----------
+        rel : Tensor of shape (batch, *layer shape)
+            Relevance or activation. Rows that are not finite are left out.
+        concept : Concept
+        layer_name : str
+        data_indices : sequence, array or tensor of int, of shape (batch,)
+            Dataset index of each row.
+        targets : sequence, array or tensor of int, of shape (batch,)
+
+        Returns
+        -------
+        sample, value, position, target : Tensors of shape (rows, concepts)
+            The whole batch, sorted for each concept.
+        """
+        finite = torch.isfinite(rel.flatten(1)).all(1)
+        indices, labels = (torch.as_tensor(x, device=rel.device)[finite] for x in (data_indices, targets))
+        order, value, position = concept.reference_sampling(rel[finite], layer_name, self.max_target, self.abs_norm)
+        result = indices[order], value, position, labels[order]
+        self.concatenate_with_results(layer_name, *result[:3])
+        return result
+
+    def concatenate_with_results(
+        self, layer_name: str, d_c_sorted: Tensor, rel_c_sorted: Tensor, rf_c_sorted: Tensor
+    ) -> None:
+        """Add samples, values and positions of shape (samples, concepts) to a layer's, and keep the best."""
+        self._add(layer_name, Ranking(d_c_sorted, rel_c_sorted, rf_c_sorted))
+
+    def sort_result_array(self, layer_name: str) -> None:
+        """Sort a layer's samples and keep the best."""
+        self._rankings[layer_name] = self._rankings[layer_name].best(self.SAMPLE_SIZE)
+
+    def _key(self, prefix: str) -> str:
+        return _partial(prefix)
+
+    def _prefix(self, key: str, d_index: tuple[int, int] | None) -> str:
+        return folders.max_prefix(self.PATH, key, d_index)
+
+
+class Statistics(_Accumulator):
+    """Best samples of every concept of a layer, for each target apart; made as `Maximization` is."""
+
+    _per_target = True
+
+    @property
+    def d_c_sorted(self) -> dict[int, dict[str, Tensor]]:
+        """Samples of each target and layer, each of shape (samples, concepts), best first."""
+        return self._nested("sample")
+
+    @property
+    def rel_c_sorted(self) -> dict[int, dict[str, Tensor]]:
+        """Values of each target and layer."""
+        return self._nested("value")
+
+    @property
+    def rf_c_sorted(self) -> dict[int, dict[str, Tensor]]:
+        """Positions of the maximum of each target and layer."""
+        return self._nested("position")
+
+    def analyze_layer(
+        self, d_c_sorted: Tensor, rel_c_sorted: Tensor, rf_c_sorted: Tensor, t_c_sorted: Tensor, layer_name: str
+    ) -> None:
+        """Add a batch as `Maximization.analyze_layer` returns it: four tensors of shape (rows, concepts)."""
+        for target in sorted(set(t_c_sorted[:, 0].tolist())):
+            # Every column holds the same rows in another order, hence each target equally often.
+            chosen = (t_c_sorted == target).t()
+            parts = (x.t()[chosen].view(len(chosen), -1).t() for x in (d_c_sorted, rel_c_sorted, rf_c_sorted))
+            self.concatenate_with_results(layer_name, int(target), *parts)
+
+    def concatenate_with_results(
+        self, layer_name: str, target: int, d_c_sorted: Tensor, rel_c_sorted: Tensor, rf_c_sorted: Tensor
+    ) -> None:
+        """Add samples, values and positions of shape (samples, concepts) to a target's, and keep the best."""
+        self._add((target, layer_name), Ranking(d_c_sorted, rel_c_sorted, rf_c_sorted))
+
+    def sort_result_array(self, layer_name: str, target: int) -> None:
+        """Sort a target's samples and keep the best."""
+        self._rankings[target, layer_name] = self._rankings[target, layer_name].best(self.SAMPLE_SIZE)
+
+    def _save_results(self, d_index: tuple[int, int] | None = None) -> list[str]:
+        targets = {target for target, _ in self._rankings}
+        saved = super()._save_results(d_index)
+        if d_index is None:
+            folders.write_targets(self.PATH, targets)
+        return saved
+
+    def _key(self, prefix: str) -> tuple[int, str]:
+        return int(_partial(prefix)), folders.layer_name(Path(prefix).parent.name)
+
+    def _prefix(self, key: tuple[int, str], d_index: tuple[int, int] | None) -> str:
+        target, layer = key
+        return folders.stats_prefix(self.PATH, layer, target, d_index)
+
+    def _nested(self, field: str) -> dict[int, dict[str, Tensor]]:
+        nested: dict[int, dict[str, Tensor]] = {}
+        for (target, layer), ranking in self._rankings.items():
+            nested.setdefault(target, {})[layer] = getattr(ranking, field)
+        return nested
+
+
+def _partial(prefix: str) -> str:
+    """Name before the range in ``<name>_<start>_<stop>_``, where the name may end like a range itself."""
+    match = re.fullmatch(r"(.+)_\d+_\d+_", Path(prefix).name)
+    if match is None:
+        raise ValueError(f"{prefix!r} is no partial result; it must end in '_<start>_<stop>_'")
+    return folders.layer_name(match[1])

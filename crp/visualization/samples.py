@@ -1,0 +1,154 @@
+"""Samples of a dataset as `FeatureVisualization` reads them: to show, to mine, and to tell apart from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crp.attribution import CondAttribution
+from crp.visualization.fingerprint import fingerprint_dataset, fingerprint_model
+from crp.visualization.references import stacked
+
+
+class SampleAccess:
+    """How samples are read, prepared and labelled; the part of `FeatureVisualization` that subclasses override."""
+
+    attribution: CondAttribution
+    dataset: Any
+    preprocess_fn: Callable[[Tensor], Tensor] | None
+    device: torch.device
+    _fingerprints: dict[str, tuple[object, str]]
+
+    def preprocess_data(self, data: Tensor) -> Tensor:
+        """Prepare samples of shape (samples, ...) for the model: apply ``preprocess_fn``."""
+        return self.preprocess_fn(data) if callable(self.preprocess_fn) else data
+
+    def multitarget_to_single(self, multi_target: Any) -> Iterable[Any]:
+        """Classes of a sample's label, one after the other; override it for labels that are not one class.
+
+        A sample is mined once for each class, and not at all if there is none.
+        """
+        return [multi_target]
+
+    def get_data_sample(self, index: int, preprocessing: bool = True) -> tuple[Tensor, Any]:
+        """One sample of the dataset; override it for datasets that do not give a pair of a tensor and a class.
+
+        Parameters
+        ----------
+        index : int
+        preprocessing : bool
+            Whether `preprocess_data` is applied. Without it, the sample is as it is shown.
+
+        Returns
+        -------
+        data : Tensor of shape (1, ...)
+            On ``device``; it requires a gradient.
+        target : object
+            The label.
+
+        Raises
+        ------
+        TypeError
+            If the dataset gives anything else; the message says what to do.
+        """
+        item = self.dataset[int(index)]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            found = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
+            raise TypeError(
+                f"dataset[{index}] gives {found}; it must give a pair (tensor, class). Wrap the dataset, or override "
+                "FeatureVisualization.get_data_sample"
+            )
+        data, target = item
+        if not isinstance(data, Tensor) or not data.is_floating_point():
+            found = f"a tensor of {data.dtype}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
+            raise TypeError(
+                f"dataset[{index}] gives {found}; relevance needs a floating-point tensor. Convert it in the dataset "
+                "(images, for example, by torchvision.transforms.ToTensor), and explain tokens from their embedding on"
+            )
+        data = data.to(self.device).unsqueeze(0)
+        if preprocessing:
+            data = self.preprocess_data(data)
+        return data.detach().requires_grad_(), target
+
+    def get_data_concurrently(self, indices: Any, preprocessing: bool = False) -> tuple[Tensor, Any]:
+        """Samples of the dataset as a batch, read one after the other: a dataset need not be safe for threads.
+
+        Parameters
+        ----------
+        indices : sequence, array or tensor of int
+        preprocessing : bool
+            As in `get_data_sample`.
+
+        Returns
+        -------
+        data : Tensor of shape (samples, ...)
+        labels : list, or the label itself for a single sample
+
+        Raises
+        ------
+        ValueError
+            If the samples differ in shape; the message names the sample.
+        """
+        numbers = [int(i) for i in indices]
+        samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)
+        return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
+
+    def _identity(self) -> dict[str, str]:
+        model = self.attribution.model
+        tensors = [*model.parameters(), *model.buffers()]
+        # The fingerprint reads all weights; whether they changed since is told faster.
+        state = repr(model), [(t.data_ptr(), t._version, t.detach().sum(dtype=torch.float64).item()) for t in tensors]
+        return {
+            "model": self._remembered("model", state, lambda: fingerprint_model(model)),
+            "dataset": self._remembered(
+                "dataset", (id(self.dataset), len(self.dataset)), lambda: fingerprint_dataset(self.dataset)
+            ),
+        }
+
+    def _preparation(self) -> object:
+        own = type(self).get_data_sample, function_of(self.preprocess_data)
+        default = SampleAccess.get_data_sample, SampleAccess.preprocess_data
+        return self.preprocess_fn if own == default else (*own, self.preprocess_fn)
+
+    def _remembered(self, name: str, state: object, compute: Callable[[], str]) -> str:
+        if self._fingerprints.get(name, (None,))[0] != state:
+            self._fingerprints[name] = state, compute()
+        return self._fingerprints[name][1]
+
+
+class Prepared:
+    """Dataset of what an overridden `get_data_sample` gives."""
+
+    def __init__(self, visualization: SampleAccess) -> None:
+        self._visualization = visualization
+
+    def __len__(self) -> int:
+        return len(self._visualization.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        data, target = self._visualization.get_data_sample(index, preprocessing=True)
+        return data[0].detach(), target
+
+
+class Classes:
+    """`SampleAccess.multitarget_to_single`, and what it raised last."""
+
+    def __init__(self, method: Callable[[Any], Iterable[Any]]) -> None:
+        self._method = method
+        self.error: Exception | None = None
+
+    def __call__(self, label: Any) -> list[Any]:
+        """Classes of a label."""
+        try:
+            return list(self._method(label))
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def function_of(method: Any) -> Any:
+    """Function behind a bound method, whose fingerprint does not depend on the object."""
+    return getattr(method, "__func__", method)
