@@ -289,7 +289,7 @@ def _names(code: types.CodeType) -> set[str]:
 def _is_library(module: str | None) -> bool:
     """Whether a module is installed, rather than the user's own."""
     root = (module or "").partition(".")[0]
-    if root in sys.stdlib_module_names or root == "crp":
-        return root != "__main__"
+    if root == "__main__":  # its file may be that of pytest or of a notebook's kernel
+        return False
     origin = getattr(sys.modules.get(root), "__file__", None) or ""
-    return "site-packages" in origin or "dist-packages" in origin
+    return root == "crp" or root in sys.stdlib_module_names or "site-packages" in origin or "dist-packages" in origin

@@ -188,14 +188,17 @@ def class_statistics(
 
     def compute() -> tuple[Array, ...]:
         best: dict[int, Array] = {}
+        dtype = np.dtype(np.float32)
         for block in blocks:
+            dtype = block.value.dtype
             for label, value in _by_class(block):
                 joined = np.concatenate([best[label], value]) if label in best else value
                 best[label] = np.partition(joined, -mean_n, axis=0)[-mean_n:] if len(joined) > mean_n else joined
         targets = sorted(best)
-        # Sorted, so that the sum does not depend on the order of shards.
-        means = [np.sort(best[label], axis=0)[::-1].mean(axis=0) for label in targets]
-        return np.array(targets, np.int64), np.array(means)
+        # Sorted, and concept by concept, so that the sum depends neither on shards nor on the other concepts.
+        ordered = [np.sort(np.ascontiguousarray(best[label].T), axis=1) for label in targets]
+        means = [value.mean(axis=1, dtype=np.float64).astype(dtype) for value in ordered]
+        return np.array(targets, np.int64), np.array(means).reshape(len(targets), -1)
 
     query = ["class_statistics", layer, mode, target, normed, mean_n]  # cached for all concepts at once
     targets, value = _cached(table, query, compute, cache)

@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from table_maker import Source, make_header, make_table
+
+from crp.visualization import lock, shards
+from crp.visualization.lock import locked
+from crp.visualization.manifest import ShardRecord
+from crp.visualization.store import (
+    Table,
+    TableCorruptError,
+    TableError,
+    TableLockedError,
+    TableMismatchError,
+    TableNotFoundError,
+)
+
+
+def content(table: Table) -> dict[str, Any]:
+    """All rows of a table, in the order of samples and targets."""
+    found: dict[str, Any] = {}
+    for layer in table.layers:
+        for mode in table.modes:
+            for kind in table.kinds:
+                columns = zip(*table.blocks(layer, mode, kind, normed=True), strict=True)
+                sample, target, value, position = (np.concatenate(column) for column in columns)
+                order = np.lexsort((target, sample))
+                found[layer, mode, kind] = [c[order].tolist() for c in (sample, target, value, position)]
+    return found
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def test_a_table_gives_back_what_was_written(tmp_path: Path) -> None:
+    table, source = make_table(tmp_path)
+    table = Table.open(tmp_path)
+    assert (table.layers, table.modes, table.kinds) == (("a", "b"), ("relevance", "activation"), ("sum", "max"))
+    assert (table.n_samples, table.n_rows, table.n_concepts("a")) == (100, len(source.sample), 5)
+    rows = table.rows()
+    assert rows.sample.tolist() == source.sample.tolist()
+    assert rows.target.tolist() == source.target.tolist()
+    for mode in table.modes:
+        for kind in table.kinds:
+            block = [np.concatenate(c) for c in zip(*table.blocks("b", mode, kind), strict=True)]
+            assert block[2].tolist() == source.columns[f"{mode}.{kind}/b"].tolist()
+            assert block[3].tolist() == source.columns[f"{mode}.position/b"].tolist()
+            assert (block[2].dtype, block[3].dtype, block[0].dtype) == (np.float32, np.int64, np.int64)
+            column = table.column("b", 3, mode, kind, normed=True)
+            value = block[2][:, 3] / (np.abs(block[2]).sum(1) + np.float32(1e-10))
+            assert column.value.tolist() == value.tolist()
+            assert column.position.tolist() == block[3][:, 3].tolist()
+    assert table.verify() == []
+
+
+def test_large_targets_stay_exact(tmp_path: Path) -> None:
+    source = Source()
+    large = [16777217, 2**53 + 1, 2**63 - 1]
+    source.target[-3:] = large
+    table = Table.create(tmp_path, make_header())
+    table.add(source.write(table, 0, 100))
+    assert Table.open(tmp_path).rows().target[-3:].tolist() == large
+
+
+@pytest.mark.parametrize("layer", ["a/b", "../../evil", "/etc/evil", "enc_1_2_.a", "é 漢 <script>", "__metadata__", "C:\\x"])
+def test_layer_names_are_never_file_names(tmp_path: Path, layer: str) -> None:
+    folder = tmp_path / "deep" / "down"
+    table, source = make_table(folder, layers=(layer, "enc_1_2_.b"))
+    assert table.column(layer, 2).value.tolist() == source.columns[f"relevance.sum/{layer}"][:, 2].tolist()
+    names = [file.name for file in tmp_path.rglob("*") if file.is_file()]
+    assert sorted(names) == sorted(["manifest.json", *(shard.file for shard in table.shards)])
+
+
+def test_coverage_tells_seen_skipped_and_missing(tmp_path: Path) -> None:
+    table, source = make_table(tmp_path, [(10, 20), (20, 30), (50, 60), (55, 70)])
+    table.add(source.write(table, 80, 90, {83: "broken", 85: "not finite"}))
+    coverage = Table.open(tmp_path).coverage()
+    assert coverage.seen == [(10, 30), (50, 70), (80, 90)]
+    assert coverage.missing == [(0, 10), (30, 50), (70, 80), (90, 100)]
+    assert coverage.skipped == {83: "broken", 85: "not finite"}
+    assert table.coverage(15, 84) == ([(15, 30), (50, 70), (80, 84)], {83: "broken"}, [(30, 50), (70, 80)])
+    assert table.coverage(12, 28).missing == []
+
+
+def test_a_sample_counts_once_and_a_skipped_one_where_it_was_mined(tmp_path: Path) -> None:
+    reference, source = make_table(tmp_path / "reference", [(0, 100)])
+    table = Table.create(tmp_path / "table", reference.header)
+    table.add(source.write(table, 0, 60, {7: "broken", 8: "broken"}))
+    assert 7 in table.coverage().skipped
+    table.add(source.write(table, 5, 100, {8: "broken still"}))
+    assert table.coverage().skipped == {8: "broken still"}
+    table.add(source.write(table, 8, 9))
+    assert table.coverage() == ([(0, 100)], {}, [])
+    assert content(table) == content(reference)
+    assert table.n_rows == reference.n_rows
+
+
+def test_a_range_mined_again_replaces_its_shard(tmp_path: Path) -> None:
+    table, source = make_table(tmp_path, [(0, 50)])
+    table.add(source.write(table, 50, 100, {60: "broken"}))
+    table.add(source.write(table, 50, 100))
+    assert table.coverage().skipped == {}
+    assert {file.name for file in (tmp_path / "shards").iterdir()} == {shard.file for shard in table.shards}
+
+
+def test_equal_content_has_an_equal_digest(tmp_path: Path) -> None:
+    tables = [make_table(tmp_path / str(i), ranges)[0] for i, ranges in enumerate([[(0, 50), (50, 100)]] * 2)]
+    assert tables[0].digest == tables[1].digest == Table.open(tables[0].path).digest
+    swapped, _ = make_table(tmp_path / "swapped", [(50, 100), (0, 50)])
+    assert swapped.digest == tables[0].digest
+    other, _ = make_table(tmp_path / "other", [(0, 50), (50, 100)], seed=1)
+    assert other.digest != tables[0].digest
+
+
+def test_shards_of_another_number_of_concepts_are_refused(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path, [(0, 50)])
+    with pytest.raises(ValueError, match=r"samples 50 to 99 give 6 concepts for layer 'a', earlier ones 5"):
+        table.add(Source(n_concepts=6).write(table, 50, 100))
+    assert len(Table.open(tmp_path).shards) == 1
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_no_table(tmp_path: Path) -> None:
+    assert not Table.exists(tmp_path / "none")
+    with pytest.raises(TableNotFoundError, match=r"nothing was mined into .*none: it has no manifest.json") as caught:
+        Table.open(tmp_path / "none")
+    assert isinstance(caught.value, FileNotFoundError | TableError)
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path)
+    table.check(model="m" * 64, dataset="d" * 64)
+    with pytest.raises(TableMismatchError, match="mined with another model and another dataset .*torch 2.4.*overwrite"):
+        table.check(model="x" * 64, composite="c" * 64, dataset="y" * 64)
+    table.check_header(make_header())
+    with pytest.raises(TableMismatchError, match="another composite"):
+        table.check_header(make_header(composite="x" * 64))
+    with pytest.raises(TableMismatchError, match=r"n_samples = 100, not 50"):
+        table.check_header(make_header(50))
+    with pytest.raises(TableMismatchError, match=r"layers = \('a', 'b'\), not \('a',\)"):
+        table.check_header(make_header(layers=["a"]))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["shards"][0].update(file="../outside.safetensors"),
+        lambda m: m["shards"][0].update(file="/etc/passwd"),
+        lambda m: m["shards"][0].update(file="0-40-aaaaaaaa.safetensors/../../x"),
+        lambda m: m["shards"][0].update(file=3),
+        lambda m: m["shards"][0].update(start=-1),
+        lambda m: m["shards"][0].update(stop=0),
+        lambda m: m["shards"][0].update(rows=1.5),
+        lambda m: m["shards"][0].update(skipped={"70": "not in range"}),
+        lambda m: m["shards"][0].update(sha256="no hash"),
+        lambda m: m["shards"][0].update(concepts=[1]),
+        lambda m: m["shards"][0].update(more=1),
+        lambda m: m["shards"].__setitem__(0, []),
+        lambda m: m.update(shards=None),
+        lambda m: m.update(version=2),
+        lambda m: m.update(more=1),
+        lambda m: m.pop("version"),
+        lambda m: m.update(layers=1),
+    ],
+)
+def test_a_manifest_is_not_believed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    make_table(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(TableCorruptError, match=r"manifest\.json"):
+        Table.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, damage: bytes) -> None:
+    make_table(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(damage)
+    with pytest.raises(TableCorruptError, match=r"manifest\.json"):
+        Table.open(tmp_path)
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+
+
+@pytest.mark.parametrize(
+    "damage", [flipped, lambda data: data[:-10], lambda _: b"", lambda data: b"\xff" * 8 + data[8:], None]
+)
+def test_a_damaged_shard_is_named_and_never_read(tmp_path: Path, damage: Callable[[bytes], bytes] | None) -> None:
+    table, _ = make_table(tmp_path)
+    content(table)
+    file = tmp_path / "shards" / table.shards[1].file
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(TableCorruptError, match=rf"{file.name}.*mine again"):
+        content(Table.open(tmp_path))
+    (problem,) = table.verify()
+    assert file.name in problem
+    # To mine again is to drop it first: its samples are then missing.
+    (problem,) = table.drop_damaged()
+    assert file.name in problem
+    assert Table.open(tmp_path).coverage().missing == [(40, 100)]
+    assert table.adopt() == 0
+
+
+def test_a_header_that_lies_is_no_shard(tmp_path: Path) -> None:
+    table, source = make_table(tmp_path, [(0, 40)])
+    fake = b"\xff\xff\xff\xff\x00\x00\x00\x00" + b"{}"
+    sha = shards.hashlib.sha256(fake).hexdigest()
+    name = f"40-100-{sha[:8]}.safetensors"
+    (tmp_path / "shards" / name).write_bytes(fake)
+    assert table.adopt() == 0
+    table.add(ShardRecord(name, sha, 40, 100, 60, {"a": 5, "b": 5}))
+    with pytest.raises(TableCorruptError, match=name):
+        content(table)
+    assert name in table.verify()[0]
+
+
+def test_rows_of_other_samples_are_found(tmp_path: Path) -> None:
+    table, source = make_table(tmp_path, [(0, 40)])
+    wrong = shards.write_shard(tmp_path / "shards", table.header.identity, 40, 100, source.arrays(30, 100), {})
+    table.add(wrong)
+    (problem,) = table.verify()
+    assert wrong.file in problem
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def test_adopt_takes_in_what_the_manifest_misses(tmp_path: Path) -> None:
+    reference, source = make_table(tmp_path / "reference")
+    table = Table.create(tmp_path / "table", reference.header)
+    for start, stop in ((0, 40), (40, 100)):
+        source.write(table, start, stop, {})
+    foreign = Table(tmp_path / "table", make_header(model="x" * 64))
+    source.write(foreign, 0, 50)
+    (tmp_path / "table" / "shards" / "0-10-aaaaaaaa.safetensors").write_bytes(b"something")
+    assert table.adopt() == 2
+    assert table.shards == reference.shards
+    assert table.digest == Table.open(table.path).digest == reference.digest
+    assert table.adopt() == 0
+
+
+def test_discard_deletes_the_table_and_nothing_else(tmp_path: Path) -> None:
+    make_table(tmp_path)
+    (tmp_path / "mine.txt").write_text("x")
+    (tmp_path / "shards" / "notes.txt").write_text("x")
+    Table.discard(tmp_path)
+    assert not Table.exists(tmp_path)
+    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == ["mine.txt", "notes.txt"]
+
+
+def test_clean_deletes_what_a_killed_write_left(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path)
+    left = [".manifest.json.0123abcd.tmp", "shards/.0-40-aaaaaaaa.safetensors.0123abcd.tmp"]
+    kept = [".hidden.tmp", "mine.tmp"]
+    for name in left + kept:
+        (tmp_path / name).write_text("half")
+    table.clean()
+    assert [(tmp_path / name).exists() for name in left + kept] == [False, False, True, True]
+
+
+def calls_of(module: Any, name: str) -> Callable[[pytest.MonkeyPatch, int], list[int]]:
+    """Make the n-th call fail with ENOSPC."""
+
+    def fail_at(patch: pytest.MonkeyPatch, n: int) -> list[int]:
+        calls: list[int] = []
+        original = getattr(module, name)
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == n:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*args, **kwargs)
+
+        patch.setattr(module, name, replaced)
+        return calls
+
+    return fail_at
+
+
+@pytest.mark.parametrize(
+    "fail_at", [calls_of(os, "open"), calls_of(os, "write"), calls_of(os, "fsync"), calls_of(Path, "replace")]
+)
+def test_a_full_disk_loses_nothing_that_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: Callable[[pytest.MonkeyPatch, int], list[int]]
+) -> None:
+    reference, source = make_table(tmp_path / "reference", [(0, 40), (40, 70), (70, 100)])
+    for n in range(1, 50):
+        folder = tmp_path / str(n)
+        table, _ = make_table(folder, [(0, 40)])
+        with monkeypatch.context() as patch:
+            calls = fail_at(patch, n)
+            try:
+                for start, stop in ((40, 70), (70, 100)):
+                    table.add(source.write(table, start, stop))
+                finished = True
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                finished = False
+        assert not list(folder.rglob("*.tmp"))
+        found = Table.open(folder)
+        # Where the very last step fails, a file is there that was not reported: never the other way round.
+        assert set(map(str, table.shards)) <= set(map(str, found.shards))
+        assert table.shards[0].start == 0
+        assert found.verify() == []
+        for start, stop in ((40, 70), (70, 100)):
+            if found.coverage(start, stop).missing:
+                found.add(source.write(found, start, stop))
+        assert found.digest == reference.digest
+        assert content(found) == content(reference)
+        if finished:
+            break
+    assert n > 2
+
+
+# --- lock --------------------------------------------------------------------------------------------------------------
+
+
+def owner(**changes: Any) -> str:
+    return json.dumps(lock._owner() | changes)
+
+
+def test_a_second_run_fails_at_once(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        with pytest.raises(TableLockedError, match=rf"written by process {os.getpid()} on"), locked(tmp_path):
+            pass
+        assert len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_is_released_after_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+        raise KeyboardInterrupt
+    with locked(tmp_path):
+        pass
+
+
+def test_a_live_process_holds_and_a_dead_one_does_not(tmp_path: Path) -> None:
+    code = "import sys; sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    other = tmp_path / "lock-other.json"
+    other.write_text(owner(pid=process.pid, started=lock._started(process.pid)))
+    try:
+        with pytest.raises(TableLockedError, match=f"process {process.pid} "), locked(tmp_path):
+            pass
+        process.kill()
+        while lock._started(process.pid) is not None:  # a zombie, until it is waited for, is dead too
+            pass
+        with locked(tmp_path):
+            assert not other.exists()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_alive"),
+    [
+        ({}, True),
+        ({"started": "1"}, False),  # another process of this number
+        ({"boot": "another"}, False),  # the machine was started anew
+        ({"host": "elsewhere"}, True),
+        ({"namespace": "another container"}, True),
+        ({"pid": "?"}, True),
+    ],
+)
+def test_who_counts_as_alive(tmp_path: Path, changes: dict[str, Any], is_alive: bool) -> None:
+    other = tmp_path / "lock-other.json"
+    other.write_text(owner(**changes))
+    if is_alive:
+        with pytest.raises(TableLockedError, match=r"delete .*lock-other\.json"), locked(tmp_path):
+            pass
+        assert other.exists()
+    else:
+        with locked(tmp_path):
+            assert not other.exists()
+
+
+def test_an_unreadable_lock_counts(tmp_path: Path) -> None:
+    (tmp_path / "lock-other.json").write_text("{")
+    with pytest.raises(TableLockedError, match="process unknown on unknown"), locked(tmp_path):
+        pass
