@@ -20,7 +20,7 @@ from zennit.core import Composite
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap, Rows, Settings, check_conditions, check_data, check_targets, initial_relevance
-from crp.engine import ORDER_MESSAGE, Backward, ForwardPass, check_layers
+from crp.engine import ORDER_MESSAGE, Backward, ForwardPass, check_layers, tensor_in
 from crp.guard import attached, is_multiplier
 from crp.layers import unwrap
 from crp.types import AttributionGraphResults, AttributionResults, Condition
@@ -142,9 +142,10 @@ class CondAttribution:
         """
         inputs, rows = self._plan(data, conditions, start_layer, init_rel, record_layer)
         call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
+        samples, local = rows.distinct(self._masks_in_flow(rows, call))
         with attached(composite or Composite(), self.model) as model:
-            passed = self._forward(model, inputs, rows, composite, call)
-            result, relevance = self._backward_rows(passed, rows, call, last=True)
+            passed = self._forward(model, inputs, samples, rows, composite, call)
+            result, relevance = self._backward_rows(passed, local, call, last=True)
         self._fill_grad(data, rows, relevance)
         return result
 
@@ -271,15 +272,7 @@ class CondAttribution:
 
     def select_output(self, output: Any) -> Tensor:
         """Tensor to explain in what the model returns: itself, or its ``logits``; override it for anything else."""
-        output = getattr(output, "logits", output)
-        if isinstance(output, Mapping):
-            output = output.get("logits", output)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
-                "override CondAttribution.select_output to choose the tensor to explain"
-            )
-        return output
+        return tensor_in(output)
 
     def _generate(
         self, data: Tensor, rows: Rows, composite: Composite | None, call: Settings, batch_size: int, verbose: bool
@@ -289,23 +282,34 @@ class CondAttribution:
         keeps = is_multiplier(composite) or composite is None
         parts = rows.chunks(batch_size)
         for number, part in enumerate(tqdm(parts, disable=not verbose, dynamic_ncols=True)):
-            samples = sorted(set(part.samples))
-            local = Rows(tuple(samples.index(s) for s in part.samples), part.conditions)
+            samples, local = part.distinct(self._masks_in_flow(rows, call))
             part_call = call.part(number, batch_size, len(rows))
             last = number == len(parts) - 1
             if keeps and passed is not None and samples == passed_samples:
                 result, _ = self._backward_rows(passed, local, part_call, last)
             else:
                 with attached(composite or Composite(), self.model) as model:
-                    passed = self._forward(model, data[samples], rows, composite, call)
+                    passed = self._forward(model, data, samples, rows, composite, call)
                     result, _ = self._backward_rows(passed, local, part_call, last or not keeps)
                 passed_samples = samples
             if not keeps or last:
                 passed = None
             yield result
 
+    def _masks_in_flow(self, rows: Rows, call: Settings) -> bool:
+        """Whether masks act while the gradient flows; every row then needs a sample of its own."""
+        if type(self).backward is not CondAttribution.backward:
+            return True
+        return not call.exclude_parallel and any(name != call.start for name in rows.layers(self.MODEL_OUTPUT_NAME))
+
     def _forward(
-        self, model: nn.Module, data: Tensor, rows: Rows, composite: Composite | None, call: Settings
+        self,
+        model: nn.Module,
+        data: Tensor,
+        samples: list[int],
+        rows: Rows,
+        composite: Composite | None,
+        call: Settings,
     ) -> ForwardPass:
         conditioned = rows.layers(self.MODEL_OUTPUT_NAME)
         check_layers(model, conditioned, "conditions")
@@ -313,6 +317,7 @@ class CondAttribution:
         layers = dict.fromkeys(call.record, "record") | dict.fromkeys(conditioned, "condition")
         if call.start is not None:
             layers[call.start] = "start"
+        data = data if samples == list(range(len(data))) else data[samples]
         return ForwardPass.run(model, data, layers, self.select_output, is_multiplier(composite))
 
     def _backward_rows(
@@ -323,8 +328,8 @@ class CondAttribution:
         root = passed.output if call.start is None else uses[call.start].output
         prediction = rows.select(root)
         start = self._start(prediction, rows, call, passed.multiplier)
-        custom = type(self).backward is not CondAttribution.backward
-        passes = Backward(passed.data, root, uses, call, self.MODEL_OUTPUT_NAME, self.backward, custom)
+        backward = self.backward if self._masks_in_flow(rows, call) else None
+        passes = Backward(passed.data, root, uses, call, self.MODEL_OUTPUT_NAME, backward)
         relevance, recorded = passes.run(rows, start, last)
 
         activations = {name: rows.select(use.output) for name, use in uses.items()}

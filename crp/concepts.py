@@ -187,6 +187,8 @@ class ChannelConcept(Concept):
 
     def scores(self, relevance: Tensor, layer_name: str | None = None) -> ConceptScores:
         """Sum, maximum and its position for every channel, accumulated in at least float32."""
+        if type(self).reference_sampling is not ChannelConcept.reference_sampling:
+            return super().scores(relevance, layer_name)  # a subclass with a ranking of its own
         flat = _positions(relevance, layer_name)
         if torch.promote_types(flat.dtype, torch.float32) != flat.dtype:
             flat = flat.float()

@@ -180,6 +180,20 @@ class Rows:
         """Some of the rows."""
         return Rows(tuple(self.samples[i] for i in rows), tuple(self.conditions[i] for i in rows))
 
+    def distinct(self, repeat: bool) -> tuple[list[int], Rows]:
+        """Samples that these rows need, and the rows in terms of them.
+
+        Parameters
+        ----------
+        repeat : bool
+            Whether every row gets a sample of its own.
+        """
+        if repeat:
+            return list(self.samples), Rows(tuple(range(len(self))), self.conditions)
+        samples = sorted(set(self.samples))
+        place = {sample: i for i, sample in enumerate(samples)}
+        return samples, Rows(tuple(place[sample] for sample in self.samples), self.conditions)
+
     def select(self, samples: Tensor) -> Tensor:
         """(samples, ...) to (rows, ...), detached; a view where that is the same."""
         samples = samples.detach()
@@ -243,14 +257,11 @@ class Grid:
         flat = grid.flatten(0, 1)
         return flat if self._identity else flat.index_select(0, self._index)
 
-    def masks(self, rows: Sequence[Condition], layer: str, mask_map: MaskMap) -> list[list[MaskFn]]:
-        """Mask functions of one layer for each slot; each acts on a gradient of shape (samples, ...)."""
-        make = _factory(mask_map, layer)
-        found: list[list[MaskFn]] = [[] for _ in range(self.n_slots)]
-        for sample, place, condition in zip(self.samples, self.place, rows, strict=True):
-            if layer in condition:
-                found[place // self.n_samples].append(make(sample, condition[layer], layer))
-        return found
+
+def row_masks(rows: Mapping[int, Condition], layer: str, mask_map: MaskMap) -> list[MaskFn]:
+    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...)."""
+    make = _factory(mask_map, layer)
+    return [make(row, condition[layer], layer) for row, condition in rows.items() if layer in condition]
 
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]

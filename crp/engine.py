@@ -1,13 +1,12 @@
 """One forward pass, and gradient flow through it: what `CondAttribution` is built from.
 
-Everything that is put on the user's model is put there by `attached` and `ForwardPass.run`, and is gone when they are
-left.
+`ForwardPass` keeps what one run of the model gave; `Backward` sends relevance back through it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crp.conditions import Grid, Rows, Settings
+from crp.conditions import Grid, Rows, Settings, row_masks
 from crp.hooks import Tap, Use, apply_masks
 from crp.layers import find_layers
-from crp.types import MaskFn
+from crp.types import Condition
 
 #: Key of the data among the layers; no layer has this name.
 DATA = ""
@@ -114,6 +113,19 @@ def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | No
     return uses[-1 if number is None else number]
 
 
+def tensor_in(output: Any) -> Tensor:
+    """Tensor to explain in what a model returns: itself, or its ``logits``."""
+    output = getattr(output, "logits", output)
+    if isinstance(output, Mapping):
+        output = output.get("logits", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
+            "override CondAttribution.select_output to choose the tensor to explain"
+        )
+    return output
+
+
 def flow(
     root: Tensor, cotangent: Tensor, target: Tensor, records: dict[str, Tensor], keep_graph: bool = True
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -193,10 +205,8 @@ class Backward:
         Conditioned, recorded and start layers.
     call : Settings
     output_name : str
-    backward : callable
-        `CondAttribution.backward`, or what overrides it.
-    custom : bool
-        Whether it is overridden.
+    backward : callable or None
+        `CondAttribution.backward`, or what overrides it, where masks act while the gradient flows.
     """
 
     data: Tensor
@@ -204,8 +214,7 @@ class Backward:
     uses: dict[str, Use]
     call: Settings
     output_name: str
-    backward: Callable[..., None]
-    custom: bool
+    backward: Callable[..., None] | None
 
     def run(self, rows: Rows, start: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Send ``start``, of shape (rows, *root shape), back.
@@ -215,48 +224,46 @@ class Backward:
         relevance : Tensor of shape (rows, *data shape)
         recorded : dict of str to Tensor of shape (rows, *output shape of the layer)
         """
-        n = len(self.data)
         outputs = {DATA: self.data} | {name: use.output for name, use in self.uses.items()}
         found = {name: t.detach().new_zeros(len(rows), *t.shape[1:]) for name, t in outputs.items()}
         groups = rows.groups(self.output_name) if self.call.exclude_parallel else [list(range(len(rows)))]
         for number, group in enumerate(groups):
-            part = rows.part(group)
-            layers = [name for name in part.layers(self.output_name) if name != self.call.start]
-            grid = Grid(part.samples, n, start.device)
-            index = torch.tensor(group, device=start.device)
-            cotangent = grid.scatter(start if len(groups) == 1 else start.index_select(0, index))
-            if self.custom or (layers and not self.call.exclude_parallel):
-                grids = self.by_slot(part, grid, cotangent, layers)
+            layers = [name for name in rows.part(group).layers(self.output_name) if name != self.call.start]
+            keep_graph = not last or number < len(groups) - 1
+            if self.backward is None:
+                arrived = self.by_layer(rows.part(group), start[group], layers, keep_graph)
             else:
-                grids = self.by_layer(part, grid, cotangent, layers, not last or number < len(groups) - 1)
-            for name, values in grids.items():
-                values = grid.gather(values).to(found[name])
+                arrived = self.in_flow({row: rows.conditions[row] for row in group}, start, layers, self.backward)
+            index = torch.tensor(group, device=start.device)
+            for name, values in arrived.items():
+                values = values.to(found[name])
                 found[name] = values if len(groups) == 1 else found[name].index_copy(0, index, values)
         relevance = found.pop(DATA)
         return relevance, found
 
-    def by_layer(
-        self, rows: Rows, grid: Grid, cotangent: Tensor, layers: Sequence[str], keep_graph: bool
-    ) -> dict[str, Tensor]:
-        """From conditioned layer to conditioned layer to the data, all slots at once.
+    def by_layer(self, rows: Rows, start: Tensor, layers: Sequence[str], keep_graph: bool) -> dict[str, Tensor]:
+        """From conditioned layer to conditioned layer to the data; rows of one sample share the forward pass.
 
         Parameters
         ----------
         rows : Rows
-        grid : Grid
-        cotangent : Tensor of shape (slots, samples, *root shape)
+        start : Tensor of shape (rows, *root shape)
         layers : sequence of str
             From the output to the input.
         keep_graph : bool
+            Whether the graph is needed again.
 
         Returns
         -------
-        dict of str to Tensor of shape (slots, samples, ...)
+        dict of str to Tensor of shape (rows, ...)
             What arrives at each layer, and (`DATA`) at the data.
         """
-        root, origin = self.root, "the start"
+        grid = Grid(rows.samples, len(self.data), start.device)
+        conditions = dict(enumerate(rows.conditions))
         outputs = {name: use.output for name, use in self.uses.items()}
-        recorded, cotangent = self._begin(rows, grid, cotangent)
+        recorded, start = self._begin(conditions, start)
+        recorded = {name: grid.scatter(values) for name, values in recorded.items()}
+        root, origin, cotangent = self.root, "the start", grid.scatter(start)
         if layers and (cotangent == cotangent[:1]).all():
             cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
         for name in layers:
@@ -265,48 +272,55 @@ class Backward:
             if gradient is None:
                 raise RuntimeError(ORDER_MESSAGE.format(origin, name))
             recorded = {**seen, name: gradient, **recorded}
-            masks = grid.masks(rows.conditions, name, self.call.mask_map)
-            root, origin, cotangent = target, repr(name), _masked(masks, gradient)
+            masks = row_masks(conditions, name, self.call.mask_map)
+            masked = apply_masks(masks, grid.gather(gradient.expand(grid.n_slots, *gradient.shape[1:])))
+            root, origin, cotangent = target, repr(name), grid.scatter(masked)
         gradient, seen = flow(root, cotangent, self.data, outputs, keep_graph)
         recorded = {**seen, **recorded}
         if gradient is not None:
             recorded[DATA] = gradient
-        return {name: values.expand(grid.n_slots, *values.shape[1:]) for name, values in recorded.items()}
+        return {name: grid.gather(v.expand(grid.n_slots, *v.shape[1:])) for name, v in recorded.items()}
 
-    def by_slot(self, rows: Rows, grid: Grid, cotangent: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Slot after slot, masking where the flow passes; parameters and result as in `by_layer`."""
-        begun, cotangent = self._begin(rows, grid, cotangent)
-        masks = {name: grid.masks(rows.conditions, name, self.call.mask_map) for name in layers}
+    def in_flow(
+        self, conditions: dict[int, Condition], start: Tensor, layers: Sequence[str], backward: Callable[..., None]
+    ) -> dict[str, Tensor]:
+        """Through ``backward``, masking where the flow passes; every row has a sample of its own.
+
+        Parameters
+        ----------
+        conditions : dict of int to Condition
+            Condition of each row that takes part.
+        start : Tensor of shape (rows of all groups, *root shape)
+        layers : sequence of str
+        backward : callable
+            As `CondAttribution.backward`.
+
+        Returns
+        -------
+        dict of str to Tensor of shape (rows that take part, ...)
+        """
+        index = torch.tensor(list(conditions), device=start.device)
+        begun, start = self._begin(conditions, torch.zeros_like(start).index_copy_(0, index, start[index]))
         outputs = {name: use.output for name, use in self.uses.items()}
-        found = {n: t.detach().new_zeros(len(cotangent), *t.shape) for n, t in ({DATA: self.data} | outputs).items()}
-        for slot, start in enumerate(cotangent):
-            for name, use in self.uses.items():
-                use.flow.reset(partial(apply_masks, masks[name][slot]) if name in masks else None)
+        for name, use in self.uses.items():
+            masks = row_masks(conditions, name, self.call.mask_map) if name in layers else []
+            use.flow.reset(partial(apply_masks, masks) if masks else None)
+        self.data.grad = None
+        try:
+            backward(self.root, start, self.call.exclude_parallel, layers, outputs, True)
+            arrived = {DATA: self.data.grad} | {name: use.flow.gradient for name, use in self.uses.items()} | begun
+        finally:
             self.data.grad = None
-            self.backward(self.root, start, self.call.exclude_parallel, layers, outputs, True)
-            arrived = {DATA: self.data.grad} | {name: use.flow.gradient for name, use in self.uses.items()}
-            for key, gradient in arrived.items():
-                if gradient is not None:
-                    found[key][slot] = gradient
             for use in self.uses.values():
                 use.flow.reset()
-        self.data.grad = None
-        return found | begun
+        return {name: values[index] for name, values in arrived.items() if values is not None}
 
-    def _begin(self, rows: Rows, grid: Grid, cotangent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _begin(self, conditions: dict[int, Condition], start: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Record and mask what starts at the start layer."""
         name = self.call.start
         if name is None:
-            return {}, cotangent
-        return {name: cotangent}, _masked(grid.masks(rows.conditions, name, self.call.mask_map), cotangent)
-
-
-def _masked(masks: list[list[MaskFn]], gradient: Tensor) -> Tensor:
-    """Mask each slot of a gradient of shape (slots, samples, ...) with its own functions."""
-    if not any(masks):
-        return gradient
-    gradient = gradient.expand(len(masks), *gradient.shape[1:])
-    return torch.stack([apply_masks(fns, g) for fns, g in zip(masks, gradient, strict=True)])
+            return {}, start
+        return {name: start}, apply_masks(row_masks(conditions, name, self.call.mask_map), start)
 
 
 def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:

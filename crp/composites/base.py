@@ -59,7 +59,7 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         first_map: LayerMap = (),
         name_map: NameMap = (),
     ) -> None:
-        if not (canonizers is None or canonizers == "auto" or isinstance(canonizers, Sequence)):
+        if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
             raise TypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
         self.auto = isinstance(canonizers, str)
         self.layer_map = [(types, hook and lift(hook)) for types, hook in layer_map]

@@ -87,6 +87,10 @@ class Pass(Rule):
 
     settings: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self) -> None:
+        # Enough to keep the quotient finite; any more would lose relevance near 0.
+        super().__init__(1e-30)
+
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:

@@ -1,0 +1,178 @@
+"""Batch norm is merged exactly, in the order of execution, and undone bit for bit."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from crp.canonizers import MergeBatchNorm, for_model
+
+PAIRS = {
+    "linear": (lambda b: nn.Linear(5, 6, bias=b), nn.BatchNorm1d, (4, 5)),
+    "conv1d": (lambda b: nn.Conv1d(4, 6, 3, bias=b), nn.BatchNorm1d, (2, 4, 7)),
+    "conv2d": (lambda b: nn.Conv2d(4, 6, 3, padding=1, bias=b), nn.BatchNorm2d, (2, 4, 5, 5)),
+    "grouped": (lambda b: nn.Conv2d(4, 6, 3, groups=2, bias=b), nn.BatchNorm2d, (2, 4, 5, 5)),
+    "depthwise": (lambda b: nn.Conv2d(6, 6, 3, groups=6, bias=b), nn.BatchNorm2d, (2, 6, 5, 5)),
+    "conv3d": (lambda b: nn.Conv3d(2, 6, 2, bias=b), nn.BatchNorm3d, (2, 2, 3, 3, 3)),
+    "transposed": (lambda b: nn.ConvTranspose2d(4, 6, 3, stride=2, bias=b), nn.BatchNorm2d, (2, 4, 3, 3)),
+    "transposed_grouped": (lambda b: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=b), nn.BatchNorm1d, (2, 4, 5)),
+}
+
+
+def randomize(norm):
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    if norm.track_running_stats:
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return norm
+
+
+class Merged:
+    """Context in which a model's batch norms are merged after its first call."""
+
+    def __init__(self, model, data):
+        self.model, self.data = model, data
+
+    def __enter__(self):
+        (self.canonizer,) = MergeBatchNorm().apply(self.model)
+        self.output = self.model(self.data)
+        return self
+
+    def __exit__(self, *_):
+        self.canonizer.remove()
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_merge_is_exact_and_undone_bit_for_bit(name, bias, affine, untouched):
+    make, norm, shape = PAIRS[name]
+    model = nn.Sequential(make(bias), randomize(norm(6, affine=affine, eps=1e-3))).double().eval()
+    data = torch.randn(shape, dtype=torch.float64)
+    reference = model(data).detach()
+    with untouched(model), Merged(model, data) as merged:
+        assert merged.canonizer.left == {}
+        torch.testing.assert_close(merged.output, reference, rtol=1e-13, atol=1e-13)
+        hidden = model[0](data)
+        torch.testing.assert_close(hidden, reference, rtol=1e-13, atol=1e-13)
+        assert model[1](hidden) is hidden  # not executed
+
+
+def test_order_is_that_of_execution_and_not_of_registration(untouched):
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm2 = randomize(nn.BatchNorm2d(3))
+            self.conv1, self.conv2 = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.norm1 = randomize(nn.BatchNorm2d(3))
+
+        def forward(self, x):
+            return self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+
+    model, data = Swapped().double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    reference = model(data).detach()
+    with untouched(model), Merged(model, data) as merged:
+        torch.testing.assert_close(merged.output, reference, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(model.conv1(data), model.norm1(model.conv1(data)))
+        assert merged.canonizer.left == {}
+
+
+class Branching(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(3, 3, 1), randomize(nn.BatchNorm2d(3)), how
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.how == "added":
+            return self.norm(y) + y
+        if self.how == "relu":
+            return self.norm(torch.relu(y))
+        if self.how == "twice":
+            return self.norm(self.norm(y))
+        return self.norm(torch.cat([y[:, :1], y[:, 1:]], 1))
+
+
+@pytest.mark.parametrize("how", ["added", "relu", "twice", "cat"])
+def test_batch_norm_that_does_not_alone_read_a_linear_layer_is_left_alone_with_a_reason(how, untouched):
+    model, data = Branching(how).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    reference = model(data).detach()
+    with untouched(model), Merged(model, data) as merged:
+        assert torch.equal(merged.output, reference)
+        assert list(merged.canonizer.left) == ["norm"]
+        assert merged.canonizer.left["norm"]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "reason"),
+    [
+        (nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).eval(), (2, 5, 5), "another axis"),
+        (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, track_running_stats=False)).eval(), (4, 5), "no running"),
+        (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).train(), (4, 5), "training mode"),
+        (
+            nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.BatchNorm1d(6)).eval(),
+            (4, 5),
+            "computed, not stored",
+        ),
+    ],
+    ids=["tokens", "no_statistics", "training", "weight_norm"],
+)
+def test_batch_norm_that_is_not_a_fixed_affine_map_is_left_alone(model, shape, reason, untouched):
+    # (a forward pass in training mode updates running statistics, whoever makes it)
+    guard = untouched(model) if not model.training else contextlib.nullcontext()
+    with guard, Merged(model, torch.randn(shape)) as merged:
+        assert reason in merged.canonizer.left["1"]
+
+
+def test_merged_weights_are_those_of_today():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), randomize(nn.BatchNorm2d(4))).double().eval()
+    data = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    with Merged(model, data):
+        first = model[0].weight
+    with Merged(model, data):
+        assert model[0].weight is first  # computed once
+    with torch.no_grad():
+        model[1].running_var.mul_(2)
+    with Merged(model, data) as merged:
+        assert model[0].weight is not first
+    torch.testing.assert_close(merged.output, model(data), rtol=1e-12, atol=1e-13)
+
+
+def test_a_changed_structure_is_traced_again():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), randomize(nn.BatchNorm2d(4))).double().eval()
+    data = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    with Merged(model, data) as merged:
+        assert merged.canonizer.left == {}
+    model.insert(1, nn.ReLU())
+    reference = model(data).detach()
+    with Merged(model, data) as merged:
+        assert list(merged.canonizer.left) == ["2"]
+        assert torch.equal(merged.output, reference)
+
+
+def test_a_model_that_is_gone_is_not_kept():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    with Merged(model, torch.randn(1, 3, 2, 2)):
+        pass
+    gone = weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_float32_merge_is_computed_once_rounded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), randomize(nn.BatchNorm2d(4, eps=1e-3))).eval()
+    data = torch.randn(2, 3, 6, 6)
+    reference = model.double()(data.double()).detach()
+    model.float()
+    with Merged(model, data) as merged:
+        torch.testing.assert_close(merged.output.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_auto_merges_batch_norm():
+    assert [type(c) for c in for_model(nn.Linear(2, 2))] == [MergeBatchNorm]

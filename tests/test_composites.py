@@ -1,0 +1,201 @@
+"""Composites: which rule reaches which layer, and that inside one the input's gradient is its relevance."""
+
+import json
+import pickle
+
+import pytest
+import torch
+import zennit.composites
+import zennit.rules
+from torch import nn
+from zennit.canonizers import SequentialMergeBatchNorm
+
+import crp.composites as composites
+from crp.attribution import CondAttribution
+from crp.composites import Composite, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
+
+NAMES = ["epsilon_alpha2_beta1", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat"]
+
+
+def make(name, *args, **keywords):
+    box = {"low": -4.0, "high": 4.0} if name == "epsilon_gamma_box" else {}
+    return composites.get(name, *args, **box, **keywords)
+
+
+def relevance(model, data, target, composite):
+    with composite.context(model):
+        leaf = data.clone().requires_grad_()
+        return torch.autograd.grad(model(leaf)[:, target].sum(), leaf)[0]
+
+
+def test_registry_lists_and_builds_every_preset():
+    assert composites.names() == NAMES
+    assert [type(make(name)).name for name in NAMES] == NAMES
+
+
+def test_registry_names_what_there_is():
+    with pytest.raises(KeyError, match="no composite 'epsilon_plus_flatt'; there are epsilon_alpha2_beta1"):
+        composites.get("epsilon_plus_flatt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_preset_is_rebuilt_by_repr_pickle_and_description(name, vgg_bn, images):
+    composite = make(name, epsilon=1e-3, canonizers=None)
+    reference = relevance(vgg_bn, images, 1, composite)
+    description = json.loads(json.dumps(composite.describe()))
+    for again in (
+        eval(repr(composite), vars(composites)),
+        pickle.loads(pickle.dumps(composite)),
+        composites.get(description["name"], **description["keywords"]),
+    ):
+        assert repr(again) == repr(composite)
+        assert torch.equal(relevance(vgg_bn, images, 1, again), reference)
+
+
+def test_tensor_bounds_survive_the_description(vgg_bn, images):
+    low, high = torch.full((1, 3, 1, 1), -4.0), torch.full((1, 3, 1, 1), 5.0)
+    composite = EpsilonGammaBox(low=low, high=high)
+    description = json.loads(json.dumps(composite.describe()))
+    again = composites.get(description["name"], **description["keywords"])
+    assert torch.equal(relevance(vgg_bn, images, 1, again), relevance(vgg_bn, images, 1, composite))
+
+
+def test_description_refuses_what_cannot_be_sent():
+    with pytest.raises(TypeError, match="keyword 'canonizers' of the composite holds a SequentialMergeBatchNorm"):
+        EpsilonPlus([SequentialMergeBatchNorm()]).describe()
+    with pytest.raises(TypeError, match="Composite is not in the registry"):
+        Composite().describe()
+
+
+@pytest.mark.parametrize("name", ["epsilon_plus", "epsilon_plus_flat"])
+def test_relevance_is_conserved_where_biases_count_as_zero(name, vgg_bn, images):
+    composite = make(name, epsilon=1e-15, stabilizer=1e-15, zero_params="bias")
+    total = relevance(vgg_bn, images, 2, composite).flatten(1).sum(1)
+    torch.testing.assert_close(total, vgg_bn(images)[:, 2].detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_shortcuts_need_no_canonizer_to_conserve_relevance(resnet, images):
+    # LRP-0, as z+ loses what outputs without any positive contribution are given
+    composite = Composite(layer_map=[((nn.Conv2d, nn.Linear), LRP0("bias"))])
+    total = relevance(resnet, images, 2, composite).flatten(1).sum(1)
+    torch.testing.assert_close(total, resnet(images)[:, 2].detach(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("net", ["vgg_bn", "resnet"])
+def test_model_predicts_as_before_and_is_untouched_afterwards(name, net, images, request, untouched):
+    model = request.getfixturevalue(net)
+    reference = model(images).detach()
+    with untouched(model), make(name).context(model):
+        torch.testing.assert_close(model(images.requires_grad_()), reference, rtol=1e-12, atol=1e-13)
+
+
+def test_rules_by_name_come_before_the_first_layer_and_types(mlp):
+    composite = Composite(
+        layer_map=[(nn.Linear, ZPlus())],
+        first_map=[(nn.Linear, Flat())],
+        name_map=[(["0"], Gamma()), (["2"], None)],
+    )
+    linear = [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
+    context = {}
+    found = {name: composite.mapping(context, name, mlp.get_submodule(name)) for name in linear}
+    assert linear[:2] == ["0", "2"]
+    assert [type(found[name]) for name in linear[:2]] == [Gamma, type(None)]
+    assert isinstance(found[linear[2]], Flat)  # the first that no name takes
+    assert all(isinstance(found[name], ZPlus) for name in linear[3:])
+
+
+def test_layer_map_of_a_preset_comes_before_its_own(vgg_bn, images):
+    ours = EpsilonPlus(layer_map=[(nn.Conv2d, LRP0())])
+    only = Composite(layer_map=[(nn.Conv2d, LRP0()), (nn.Linear, Epsilon())])
+    torch.testing.assert_close(relevance(vgg_bn, images, 0, ours), relevance(vgg_bn, images, 0, only))
+
+
+def test_composite_without_rules_is_gradient_times_input(vgg_bn, images):
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(vgg_bn(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(relevance(vgg_bn, images, 1, Composite(None)), images * gradient)
+
+
+def test_zennit_rules_inside_our_composite_agree_with_a_zennit_composite(vgg_bn, images):
+    for module in vgg_bn.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
+    layer_map = [
+        (nn.Conv2d, zennit.rules.Gamma(0.3, stabilizer=1e-15)),
+        (nn.Linear, zennit.rules.Epsilon(1e-15)),
+    ]
+    ours = Composite([SequentialMergeBatchNorm()], layer_map=layer_map)
+    theirs = zennit.composites.LayerMapComposite(
+        [(nn.ReLU, zennit.rules.Pass()), (nn.BatchNorm2d, zennit.rules.Pass()), *layer_map],
+        canonizers=[SequentialMergeBatchNorm()],
+    )
+    attribution = CondAttribution(vgg_bn)
+    found = attribution(images, [{"y": 1}], ours).heatmap
+    expected = attribution(images, [{"y": 1}], theirs).heatmap
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+
+
+def test_our_rules_inside_a_zennit_composite_propagate_relevance(mlp, vectors):
+    ours = zennit.composites.LayerMapComposite([(nn.ReLU, zennit.rules.Pass()), (nn.Linear, ZPlus())])
+    theirs = zennit.composites.LayerMapComposite([(nn.ReLU, zennit.rules.Pass()), (nn.Linear, zennit.rules.ZPlus())])
+
+    class Rows(CondAttribution):
+        def heatmap_modifier(self, data, on_device=None):
+            return data.grad
+
+    attribution = Rows(mlp)
+    found, expected = (attribution(vectors, [{"y": 1}], c).heatmap for c in (ours, theirs))
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_zennit_canonizers_are_accepted(vgg_bn, images, untouched):
+    for module in vgg_bn.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0  # zennit's merge leaves it in
+    with untouched(vgg_bn):
+        theirs = relevance(vgg_bn, images, 1, EpsilonPlus([SequentialMergeBatchNorm()], stabilizer=1e-15))
+    ours = relevance(vgg_bn, images, 1, EpsilonPlus(stabilizer=1e-15))
+    torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-12)
+
+
+def test_canonizers_can_be_switched_off(vgg_bn, images):
+    with_merge = relevance(vgg_bn, images, 1, EpsilonPlus())
+    without, empty = (relevance(vgg_bn, images, 1, EpsilonPlus(c)) for c in (None, []))
+    assert torch.equal(without, empty)
+    assert not torch.allclose(without, with_merge, rtol=1e-2)
+
+
+def test_smooth_activations_hand_relevance_on():
+    model = nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 2)).double()
+    data = torch.randn(3, 5, dtype=torch.float64)
+    composite = EpsilonPlus(epsilon=1e-15, stabilizer=1e-15, zero_params="bias")
+    total = relevance(model, data, 1, composite).sum(1)
+    torch.testing.assert_close(total, model(data)[:, 1].detach(), rtol=1e-8, atol=1e-10)
+    gradient_times_input = relevance(model, data, 1, Composite(None)).sum(1)
+    assert not torch.allclose(total, gradient_times_input, rtol=1e-2)
+
+
+@pytest.mark.parametrize("canonizers", ["automatic", 3, SequentialMergeBatchNorm()])
+def test_canonizers_of_another_kind_are_refused(canonizers):
+    with pytest.raises(TypeError, match='canonizers must be "auto", a list of canonizers or None'):
+        EpsilonPlusFlat(canonizers)
+
+
+def test_box_needs_its_bounds():
+    with pytest.raises(TypeError, match="low"):
+        EpsilonGammaBox()
+    with pytest.raises(ValueError, match="low must be below high"):
+        EpsilonGammaBox(low=1, high=-1)
+
+
+def test_failure_while_registering_leaves_the_model_untouched(vgg_bn, untouched):
+    class Refusing(ZPlus):
+        def check(self, module):
+            raise TypeError("not this one")
+
+    composite = Composite(layer_map=[(nn.Linear, Refusing()), (nn.Conv2d, ZBox(-1, 1))])
+    with untouched(vgg_bn), pytest.raises(TypeError, match="not this one"), composite.context(vgg_bn):
+        pass
