@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from crp.demo.data import Digits
 from crp.demo.net import DigitNet
+from crp.visualization.shards import write_atomic
 
 LEARNING_RATE = 3e-3
 
@@ -108,8 +110,6 @@ def _train_epoch(
 
 def _save(path: Path, net: DigitNet, optimizer: torch.optim.Optimizer, settings: dict[str, object], done: int) -> None:
     """Write the checkpoint so that the file is either the old or the new one, whole."""
-    from safetensors.torch import save
-
     tensors = dict(net.state_dict())
     state = optimizer.state_dict()["state"]
     for (name, _), slots in zip(net.named_parameters(), state.values(), strict=True):
@@ -119,18 +119,11 @@ def _save(path: Path, net: DigitNet, optimizer: torch.optim.Optimizer, settings:
         {"settings": json.dumps(settings), "epochs_done": str(done), "digest": _digest(_ordered(tensors))},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomic(path, content)
 
 
 def _load(path: Path, net: DigitNet, optimizer: torch.optim.Optimizer, settings: dict[str, object]) -> int:
     """Fill the network and the optimizer from the checkpoint, if there is one; returns how many epochs are done."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         return 0
     try:

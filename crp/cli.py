@@ -1,0 +1,57 @@
+"""The command line, ``crp``. What a command needs is imported when it runs, so that ``crp --help`` is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from crp import __version__
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="crp")
+def cli() -> None:
+    """Relevance propagation for PyTorch models."""
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="crp-demo",
+    show_default=True,
+    help="Folder for the network, the index and the report.",
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True, help="Passes over the data.")
+@click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of split and training.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per step.")
+@click.option("--overwrite", is_flag=True, help="Discard an earlier demo in the folder that had other settings.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, quiet: bool) -> None:
+    """Find a planted shortcut in a network; offline, in less than a minute.
+
+    Trains a small network on real handwritten digits of which one class carries a mark, mines what every concept of
+    the network was relevant for, and writes OUT/report.html, which names the concept that lives on the mark. After
+    an interruption, the same command goes on where it stopped.
+    """
+    try:
+        from crp.demo.run import DemoError, run_demo
+
+        try:
+            figures = run_demo(
+                out, epochs=epochs, seed=seed, batch_size=batch_size, overwrite=overwrite, verbose=not quiet
+            )
+        except DemoError as error:
+            raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo(f"\nInterrupted. What is done is kept in {out}; the same command goes on from there.", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    click.echo(str(figures))
+
+
+def main() -> None:
+    """Entry point of the command ``crp``."""
+    cli(prog_name="crp")
