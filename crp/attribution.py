@@ -58,6 +58,7 @@ class CondAttribution:
 
     Examples
     --------
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)).eval()
     >>> attribution = CondAttribution(net)
     >>> result = attribution(torch.ones(1, 4), [{"y": 1}, {"y": 1, "0": [2]}], record_layer=["0"])

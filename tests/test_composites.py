@@ -53,6 +53,12 @@ def test_preset_is_rebuilt_by_repr_pickle_and_description(name, vgg_bn, images):
         assert torch.equal(relevance(vgg_bn, images, 1, again), reference)
 
 
+def test_composite_of_one_s_own_shows_its_rules():
+    composite = Composite(None, layer_map=[(nn.Linear, ZPlus())])
+    assert "ZPlus(stabilizer=1e-06" in repr(composite)
+    assert repr(pickle.loads(pickle.dumps(composite))) == repr(composite)
+
+
 def test_tensor_bounds_survive_the_description(vgg_bn, images):
     low, high = torch.full((1, 3, 1, 1), -4.0), torch.full((1, 3, 1, 1), 5.0)
     composite = EpsilonGammaBox(low=low, high=high)

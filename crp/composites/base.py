@@ -22,6 +22,23 @@ LayerMap = Sequence[tuple[type | tuple[type, ...], Hook | None]]
 NameMap = Sequence[tuple[Sequence[str], Hook | None]]
 
 
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    """Constructor that keeps its arguments in ``keywords``; the outermost one wins."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: Composite, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        outermost = "keywords" not in vars(self)
+        if outermost:
+            self.keywords = {
+                k: v for k, v in list(bound.arguments.items())[1:] if v is not signature.parameters[k].default
+            }
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
 class Composite(ZennitComposite):  # type: ignore[misc]
     """Maps layers to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
@@ -141,6 +158,8 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         return functools.partial(type(self), **self.keywords), ()
 
 
+Composite.__init__ = _remembering(Composite.__init__)  # type: ignore[method-assign]
+
 C = TypeVar("C", bound=type[Composite])
 _registry: dict[str, type[Composite]] = {}
 
@@ -179,23 +198,6 @@ def get(name: str, **keywords: Any) -> Composite:
 def names() -> list[str]:
     """Names of all registered composites."""
     return sorted(_registry)
-
-
-def _remembering(init: Callable[..., None]) -> Callable[..., None]:
-    """Constructor that keeps its arguments in ``keywords``; the outermost one wins."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def wrapper(self: Composite, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        outermost = "keywords" not in vars(self)
-        if outermost:
-            self.keywords = {
-                k: v for k, v in list(bound.arguments.items())[1:] if v is not signature.parameters[k].default
-            }
-        init(self, *args, **kwargs)
-
-    return wrapper
 
 
 def _plain(key: str, value: Any) -> Any:

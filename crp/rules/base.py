@@ -15,6 +15,8 @@ rule: for them the ordinary chain rule on :math:`m` is already LRP-0.
 
 A new rule is one method, `Rule.surrogate`:
 
+>>> from crp.rules import Rule
+>>> from crp.rules.layer import positive
 >>> class PositiveWeights(Rule):
 ...     def surrogate(self, layer, a):
 ...         return layer(a, positive)
