@@ -294,9 +294,8 @@ class FeatureVisualization(ReferenceQueries):
         self, act: Tensor, layer_name: str, concept: Concept, data_indices: Any, targets: Any
     ) -> None:
         """Rank a batch's activation in memory; a sample with several targets counts once in ``ActMax``."""
-        _, first = np.unique(np.asarray(data_indices), return_index=True)
-        self.ActMax.analyze_layer(
-            act[first], concept, layer_name, np.asarray(data_indices)[first], np.asarray(targets)[first]
-        )
+        indices, labels = (torch.as_tensor(ids).cpu().numpy() for ids in (data_indices, targets))
+        _, first = np.unique(indices, return_index=True)
+        self.ActMax.analyze_layer(act[first], concept, layer_name, indices[first], labels[first])
         each = Maximization("activation", self.ActStats.max_target, self.ActStats.abs_norm)
         self.ActStats.analyze_layer(*each.analyze_layer(act, concept, layer_name, data_indices, targets), layer_name)
