@@ -307,6 +307,30 @@ def mask_maps() -> Results:
     )
 
 
+@case(conv2="S1")
+def masks_by_row() -> Results:
+    """A mask function that looks up what it keeps by the number of its row."""
+    kept = seeded(6, 8, 6, 6, seed=23) > 0
+
+    def look_up(row: int, concept_ids: list[int], layer_name: str | None = None) -> object:
+        def mask(grad: Tensor) -> Tensor:
+            grad = grad.clone()
+            grad[row] *= kept[(row + concept_ids[0]) % 6]
+            return grad
+
+        return mask
+
+    attribution = CondAttribution(plain_net())
+    conditions = [{"y": [0], "conv2": [1]}, {"y": [4], "conv2": [2]}, {"y": [2], "conv2": [4]}]
+    results = {}
+    for flow in (True, False):
+        for rows in (1, 2, 3):
+            attr = attribution(images(rows), conditions, plus_flat(), mask_map=look_up, exclude_parallel=flow)
+            results[f"{rows}_{flow}"] = flat_attribution(attr)
+    results["generate"] = generated(attribution, images(1), conditions, mask_map=look_up, batch_size=2)
+    return prefixed(**results)
+
+
 @case()
 def other_shapes() -> Results:
     """Maps as outputs, tables and signals."""
