@@ -23,7 +23,9 @@ def make_header(n_samples: int = 100, layers: Sequence[str] = LAYERS, **fingerpr
 class Source:
     """Values of every row of an imagined mining run; few distinct ones, so that there are many ties."""
 
-    def __init__(self, n_samples: int = 100, n_concepts: int = 5, layers: Sequence[str] = LAYERS, seed: int = 0) -> None:
+    def __init__(
+        self, n_samples: int = 100, n_concepts: int = 5, layers: Sequence[str] = LAYERS, seed: int = 0
+    ) -> None:
         generator = np.random.default_rng(seed)
         self.layers = layers
         pairs = [(i, t) for i in range(n_samples) for t in sorted({int(t) for t in generator.integers(0, 4, i % 3)})]
@@ -50,7 +52,9 @@ class Source:
         return write_shard(folder, table.header.identity, start, stop, arrays, skipped or {})
 
 
-def make_table(path: Path, ranges: Iterable[tuple[int, int]] = ((0, 40), (40, 100)), **source: Any) -> tuple[Table, Source]:
+def make_table(
+    path: Path, ranges: Iterable[tuple[int, int]] = ((0, 40), (40, 100)), **source: Any
+) -> tuple[Table, Source]:
     made = Source(**source)
     table = Table.create(path, make_header(layers=made.layers))
     for start, stop in ranges:

@@ -118,7 +118,7 @@ def test_fingerprints_are_the_same_in_another_process() -> None:
     assert found.strip() == str([fingerprint_composite(COMPOSITES[n]()) for n in names] + [fingerprint_model(net())])
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def net(slope: float = 0.1, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -164,7 +164,7 @@ def test_tensors_of_any_kind(dtype: torch.dtype) -> None:
         fingerprint(tensor.to("meta"))
 
 
-# --- datasets ------------------------------------------------------------------------------------------------------------
+# --- datasets -------------------------------------------------------------------------------------
 
 
 class Data:
@@ -209,7 +209,7 @@ def test_random_and_broken_samples_do_not_change_a_dataset() -> None:
     assert fingerprint_dataset([]) == fingerprint_dataset([])
 
 
-# --- functions -----------------------------------------------------------------------------------------------------------
+# --- functions ------------------------------------------------------------------------------------
 
 FACTOR = 2.0
 

@@ -34,6 +34,10 @@ class SampleError(RuntimeError):
         return f"sample {self.index}: {self.reason}"
 
 
+class LabelError(ValueError):
+    """A label that names no classes."""
+
+
 class Problem(NamedTuple):
     """Why a sample has no rows, and the exception that says so, where it is at hand."""
 
@@ -43,7 +47,8 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, error: Exception, doing: str = "") -> Problem:
         """Problem that an exception tells of, in words that do not change from run to run."""
-        text = _ADDRESS.sub("", f"{type(error).__name__}: {error}".strip().splitlines()[0])[:300]
+        text = str(error) if isinstance(error, LabelError) else f"{type(error).__name__}: {error}"
+        text = _ADDRESS.sub("", text.strip().splitlines()[0])[:300]
         # Exceptions of worker processes stay there: not every one can be pickled.
         return cls(f"{doing}{text}", error if get_worker_info() is None else None)
 
@@ -90,8 +95,8 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
 
     Raises
     ------
-    ValueError, TypeError
-        If the label names no classes.
+    LabelError
+        If they are no classes.
     """
     if single_targets is None and label is None and not needed:
         return [-1]
@@ -102,13 +107,13 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
             found.append(operator.index(target))
         except TypeError:
             what = "label" if single_targets is None else "target"
-            raise TypeError(
+            raise LabelError(
                 f"{what} {target!r} is no integer class; single_targets (of FeatureVisualization: "
                 "multitarget_to_single) turns a label into classes"
             ) from None
     for target in found:
         if not 0 <= target < 1 << 63:
-            raise ValueError(f"target {target} is no class; classes count from 0")
+            raise LabelError(f"target {target} is no class; classes count from 0")
     return sorted(set(found))
 
 

@@ -202,7 +202,8 @@ def prepare(
             raise TypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
     if composite is not None and not isinstance(composite, Composite):
         raise TypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
-    sizes = {"batch_size": (batch_size, 1), "shard_size": (shard_size or 1, 1), "num_workers": (num_workers, 0)}
+    shard_size = SHARD_BATCHES * batch_size if shard_size is None else shard_size
+    sizes = {"batch_size": (batch_size, 1), "shard_size": (shard_size, 1), "num_workers": (num_workers, 0)}
     for name, (value, least) in sizes.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
@@ -241,7 +242,7 @@ def prepare(
         shape=tuple(first.shape[1:]),
         dtype=first.dtype,
         batch_size=batch_size,
-        shard_size=shard_size or SHARD_BATCHES * batch_size,
+        shard_size=shard_size,
         preprocess=preprocess,
         single_targets=single_targets,
         num_workers=num_workers,

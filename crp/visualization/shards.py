@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -50,7 +49,8 @@ def write_shard(
     sha = hashlib.sha256(content).hexdigest()
     file = f"{start}-{stop}-{sha[:8]}.safetensors"
     write_atomic(folder / file, content)
-    return ShardRecord(file, sha, start, stop, rows, _concepts(arrays), dict(skipped))
+    concepts = _concepts({key: array.shape for key, array in arrays.items()})
+    return ShardRecord(file, sha, start, stop, rows, concepts, dict(skipped))
 
 
 def read_record(path: Path, identity: str) -> ShardRecord | None:
@@ -61,7 +61,7 @@ def read_record(path: Path, identity: str) -> ShardRecord | None:
             described = json.loads(file.metadata()["crp"])
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         if path.name.endswith(f"-{sha[:8]}.safetensors") and described.pop("table") == identity:
-            concepts = {key.partition("/")[2]: shape[1] for key, shape in shapes.items() if len(shape) == 2}
+            concepts = _concepts(shapes)
             entry = {"file": path.name, "sha256": sha, "rows": shapes["sample"][0], "concepts": concepts, **described}
             return ShardRecord.from_json(entry, path)
     return None
@@ -135,5 +135,5 @@ def _sha256(path: Path) -> str:
     return result.hexdigest()
 
 
-def _concepts(arrays: Mapping[str, Array]) -> dict[str, int]:
-    return {key.partition("/")[2]: int(array.shape[1]) for key, array in arrays.items() if np.ndim(array) == 2}
+def _concepts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return {key.partition("/")[2]: int(shape[1]) for key, shape in sorted(shapes.items()) if len(shape) == 2}
