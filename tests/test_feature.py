@@ -357,7 +357,7 @@ def test_C10_odd_datasets_get_a_hint(tmp_path, kind):
             return ODD[kind]
 
     fv = make_fv(tmp_path, Odd())
-    with pytest.raises(TypeError, match=r"dataset\[2\] gives .*(get_data_sample|ToTensor|floating-point)"):
+    with pytest.raises(TypeError, match=r"dataset\[2\] gives .*(get_data_sample|floating-point)"):
         fv.get_data_sample(2)
     with pytest.raises(Exception, match=r"dataset|sample|float"):
         fv.run(EpsilonPlus(), 0, 12, **QUIET)
@@ -384,6 +384,20 @@ def test_data_samples(tmp_path):
     assert torch.equal(batch, fv.dataset.data[[5, 1]]) and labels == [2, 1]
     batch, label = fv.get_data_concurrently(torch.tensor([5]), preprocessing=True)
     assert torch.equal(batch[0], fv.dataset.data[5] * 2) and label == 2
+
+
+def test_integers_may_be_converted_by_preprocessing(tmp_path):
+    dataset = Images()
+    dataset.data = (dataset.data * 50).clamp(-127, 127).to(torch.int8)
+    fv = mined(tmp_path, dataset, preprocess_fn=lambda x: x.double() / 255)
+    assert fv.get_data_sample(3)[0].requires_grad and not fv.get_data_sample(3, False)[0].requires_grad
+    samples, heatmaps = fv.get_max_reference(1, "first", composite=EpsilonPlus(), plot_fn=None)[1]
+    assert samples.dtype == torch.int8 and heatmaps.dtype == torch.float64
+
+
+def test_no_indices_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="indices is empty"):
+        make_fv(tmp_path).get_data_concurrently([])
 
 
 def test_S13_a_dataset_with_state_is_read_by_one_thread(tmp_path):

@@ -124,7 +124,7 @@ def write_top(prefix: str, top: Top) -> str:
 
 def write_targets(folder: Path, targets: Iterable[int]) -> None:
     """Write ``targets.npy``; as strings, which is what zennit-crp writes."""
-    write_array(folder / "targets.npy", np.array([str(target) for target in sorted(targets)], dtype=str))
+    write_array(folder / "targets.npy", np.array(sorted(targets), dtype=str))
 
 
 def read_targets(folder: Path) -> np.ndarray:

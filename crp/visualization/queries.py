@@ -319,7 +319,7 @@ class ReferenceQueries(SampleAccess):
         chosen = References(*(array[slice(*ranks), index] for array in top))
         if not np.any(chosen.value):
             warnings.warn(
-                f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references: they are any samples",
+                f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references; their order means nothing",
                 stacklevel=4,
             )
         return chosen

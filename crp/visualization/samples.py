@@ -45,7 +45,8 @@ class SampleAccess:
         Returns
         -------
         data : Tensor of shape (1, ...)
-            On ``device``; it requires a gradient.
+            On ``device``; it requires a gradient, unless it holds integers that `preprocess_data` is to
+            convert.
         target : object
             The label.
 
@@ -62,16 +63,20 @@ class SampleAccess:
                 "FeatureVisualization.get_data_sample"
             )
         data, target = item
-        if not isinstance(data, Tensor) or not data.is_floating_point():
-            found = f"a tensor of {data.dtype}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
+        if not isinstance(data, Tensor):
             raise TypeError(
-                f"dataset[{index}] gives {found}; relevance needs a floating-point tensor. Convert it in the dataset "
-                "(images, for example, by torchvision.transforms.ToTensor), and explain tokens from their embedding on"
+                f"dataset[{index}] gives a {type(data).__name__}; it must be a tensor. Convert it in the dataset, images "
+                "for example by torchvision.transforms.ToTensor, or override FeatureVisualization.get_data_sample"
             )
         data = data.to(self.device).unsqueeze(0)
         if preprocessing:
             data = self.preprocess_data(data)
-        return data.detach().requires_grad_(), target
+            if not data.is_floating_point():
+                raise TypeError(
+                    f"dataset[{index}] gives a tensor of {data.dtype} after preprocess_data; relevance needs a "
+                    "floating-point tensor. Convert it there, and explain tokens from their embedding on"
+                )
+        return data.detach().requires_grad_(data.is_floating_point()), target
 
     def get_data_concurrently(self, indices: Any, preprocessing: bool = False) -> tuple[Tensor, Any]:
         """Samples of the dataset as a batch, read one after the other: a dataset need not be safe for threads.
@@ -90,9 +95,11 @@ class SampleAccess:
         Raises
         ------
         ValueError
-            If the samples differ in shape; the message names the sample.
+            If there are no indices, or the samples differ in shape; the message names the sample.
         """
         numbers = [int(i) for i in indices]
+        if not numbers:
+            raise ValueError("indices is empty; name at least one sample")
         samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)
         return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
 
