@@ -18,7 +18,7 @@ def install_peer(folder: Path) -> None:
     """Install the peer with pip; skip only where no index answers."""
     options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), PEER]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     if done.returncode and "(from versions: none)" in done.stderr:
         pytest.skip(f"pip cannot reach a package index to install {PEER}: {done.stderr.strip().splitlines()[0]}")
     if done.returncode:
@@ -31,7 +31,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[s
     installed, results = tmp_path_factory.mktemp("peer"), tmp_path_factory.mktemp("peer_results")
     install_peer(installed)
     command = [sys.executable, "-I", str(DRIVER), str(installed), str(results)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     if done.returncode:
         pytest.fail(f"the peer's process failed:\n{done.stderr[-4000:]}")
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}

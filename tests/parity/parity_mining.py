@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from parity_cases import Case, plus_flat
+from parity_cases import plus_flat
 from parity_nets import CLASSES, Images, MultiLabelImages, Results, array, normalise, prefixed, untied_net
+from parity_registry import Case, case_decorator
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,14 +27,8 @@ SIZE = 90
 CASES: dict[str, Case] = {}
 
 
-def case(**wrong: str) -> Callable[[Callable[[], Results]], Callable[[], Results]]:
-    """Register a case; ``ActStats="S15"`` marks the tables whose name contains ``ActStats`` as wrong in zennit-crp."""
-
-    def register(compute: Callable[[], Results]) -> Callable[[], Results]:
-        CASES[compute.__name__] = Case(compute, {f"*{table}*": number for table, number in wrong.items()})
-        return compute
-
-    return register
+#: ``@case(ActStats="S15")`` marks the tables whose name contains ``ActStats`` as wrong in zennit-crp.
+case = case_decorator(CASES, "*{}*")
 
 
 class MultiLabelVisualization(FeatureVisualization):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-CASE_MODULES = ("parity_cases", "parity_mining", "parity_defects")
+CASE_MODULES = ("parity_cases", "parity_generation", "parity_mining", "parity_defects", "parity_mining_defects")
 
 
 def main(peer_folder: str, out_folder: str) -> None:

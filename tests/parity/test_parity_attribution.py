@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import parity_cases
+import parity_generation
 import pytest
 from parity_compare import assert_parity
 
@@ -10,6 +11,12 @@ pytestmark = pytest.mark.peer
 
 
 @pytest.mark.parametrize("name", parity_cases.CASES)
-def test_attribution(name, peer):
+def test_call(name, peer):
     case = parity_cases.CASES[name]
     assert_parity(case.compute(), peer["parity_cases"][name], case.wrong)
+
+
+@pytest.mark.parametrize("name", parity_generation.CASES)
+def test_generation_and_graph(name, peer):
+    case = parity_generation.CASES[name]
+    assert_parity(case.compute(), peer["parity_generation"][name], case.wrong)
