@@ -8,10 +8,10 @@ the data is its relevance.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,9 +19,19 @@ from zennit.core import Composite
 
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
-from crp.conditions import MaskMap, Rows, Settings, check_conditions, check_data, check_targets, initial_relevance
-from crp.engine import ORDER_MESSAGE, Backward, ForwardPass, check_layers, tensor_in
-from crp.guard import attached, is_multiplier
+from crp.conditions import (
+    MaskMap,
+    Rows,
+    Settings,
+    check_conditions,
+    check_data,
+    check_start,
+    check_targets,
+    initial_relevance,
+    mask_factory,
+)
+from crp.engine import Backward, ForwardPass, check_layers, fill_grad, send_back, tensor_in
+from crp.guard import attached, check_composite, is_multiplier
 from crp.layers import unwrap
 from crp.types import AttributionGraphResults, AttributionResults, Condition
 
@@ -141,13 +151,14 @@ class CondAttribution:
         RuntimeError
             If the layers of a condition are not in order (with ``exclude_parallel``).
         """
-        inputs, rows = self._plan(data, conditions, start_layer, init_rel, record_layer)
         call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
+        inputs, rows = self._plan(data, conditions, composite, call)
         samples, local = rows.distinct(self._masks_in_flow(rows, call))
         with attached(composite or Composite(), self.model) as model:
             passed = self._forward(model, inputs, samples, rows, composite, call)
             result, relevance = self._backward_rows(passed, local, call, last=True)
-        self._fill_grad(data, rows, relevance)
+        if type(self).broadcast is CondAttribution.broadcast:
+            fill_grad(data, rows.samples, relevance, self.overwrite_data_grad)
         return result
 
     def generate(
@@ -181,10 +192,10 @@ class CondAttribution:
         ------
         AttributionResults
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        data, rows = self._plan(data, conditions, start_layer, init_rel, record_layer)
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
+        data, rows = self._plan(data, conditions, composite, call)
         return self._generate(data, rows, composite, call, batch_size, verbose)
 
     def relevance_init(self, prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
@@ -247,13 +258,8 @@ class CondAttribution:
         generate : bool
             Whether the graph is needed again.
         """
-        root, grad, origin = pred, grad_mask.to(pred), "the start"
-        for name in layer_names if partial_backward else ():
-            (reached,) = torch.autograd.grad(root, layer_out[name], grad, retain_graph=True, allow_unused=True)
-            if reached is None:
-                raise RuntimeError(ORDER_MESSAGE.format(origin, name))
-            root, grad, origin = layer_out[name], reached, repr(name)
-        torch.autograd.backward(root, grad, retain_graph=generate)
+        steps = {name: layer_out[name] for name in layer_names} if partial_backward else {}
+        send_back(pred, grad_mask.to(pred), steps, generate)
 
     def broadcast(self, data: Tensor, conditions: Sequence[Condition]) -> tuple[Tensor, Sequence[Condition]]:
         """Pair data with conditions, one row each; override it for another pairing.
@@ -327,13 +333,13 @@ class CondAttribution:
         """All rows of one forward pass; also gives the relevance of the data, (rows, *input shape)."""
         uses = passed.uses
         root = passed.output if call.start is None else uses[call.start].output
-        prediction = rows.select(root)
+        prediction = rows.select(root, copy=not last)
         start = self._start(prediction, rows, call, passed.multiplier)
         backward = self.backward if self._masks_in_flow(rows, call) else None
         passes = Backward(passed.data, root, uses, call, self.MODEL_OUTPUT_NAME, backward)
         relevance, recorded = passes.run(rows, start, last)
 
-        activations = {name: rows.select(use.output) for name, use in uses.items()}
+        activations = {name: rows.select(use.output, copy=not last) for name, use in uses.items()}
         if passed.multiplier:
             recorded = {name: activations[name] * multiplier for name, multiplier in recorded.items()}
         explained = rows.select(passed.data)
@@ -357,44 +363,34 @@ class CondAttribution:
         default = call.init_rel is None and type(self).relevance_init is CondAttribution.relevance_init
         if multiplier and default:
             return self.relevance_init(torch.ones_like(prediction), targets, None)
-        start = self.relevance_init(prediction.clone(), targets, call.init_rel).to(prediction)
-        if start.shape != prediction.shape:
-            raise ValueError(
-                f"the initial relevance has shape {tuple(start.shape)}; it must be (rows, *output shape) = "
-                f"{tuple(prediction.shape)}"
-            )
+        start = self.relevance_init(prediction.clone(), targets, call.initial(prediction))
+        check_start(start, prediction)
+        start = start.to(prediction)
         # An output of exactly 0 has nothing to distribute.
         return torch.where(prediction == 0, 0, start / prediction) if multiplier else start
 
-    def _fill_grad(self, data: Tensor, rows: Rows, relevance: Tensor) -> None:
-        if not (data.requires_grad and data.is_leaf) or type(self).broadcast is not CondAttribution.broadcast:
-            return
-        samples = torch.tensor(rows.samples, device=relevance.device)
-        grad = torch.zeros_like(data).index_add_(0, samples.to(data.device), relevance.to(data))
-        if data.grad is not None and not self.overwrite_data_grad:
-            warnings.warn(
-                "data.grad is filled; relevance is added to it, as overwrite_data_grad is False", stacklevel=3
-            )
-            grad = grad + data.grad
-        data.grad = grad
-
     def _plan(
-        self, data: Tensor, conditions: Sequence[Condition], start: str | None, init_rel: Any, record: Sequence[str]
+        self, data: Tensor, conditions: Sequence[Condition], composite: Composite | None, call: Settings
     ) -> tuple[Tensor, Rows]:
         """Check everything that can be checked before the model runs."""
         check_data(data)
-        if isinstance(record, str):
-            raise TypeError(f"record_layer must be a list of layer names, not the string {record!r}")
+        check_composite(composite)
+        if isinstance(call.record, str) or not isinstance(call.record, Iterable):
+            raise TypeError(f"record_layer must be a list of layer names, not {call.record!r}")
         if any(name == self.MODEL_OUTPUT_NAME for name, _ in self.model.named_modules()):
             raise ValueError(
                 f"the model has a layer called {self.MODEL_OUTPUT_NAME!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
-        conditions = check_conditions(conditions, self.MODEL_OUTPUT_NAME, start, init_rel is not None)
-        check_layers(self.model, [] if start is None else [start], "start_layer")
+        conditions = check_conditions(conditions, self.MODEL_OUTPUT_NAME, call.start, call.init_rel is not None)
+        check_layers(self.model, [] if call.start is None else [call.start], "start_layer")
         if type(self).broadcast is CondAttribution.broadcast:
             rows = Rows.broadcast(len(data), conditions)
         else:
             data, conditions = self.broadcast(data, conditions)
+            if len(data) != len(conditions):
+                raise ValueError(f"broadcast gave {len(data)} samples and {len(conditions)} conditions; pair them")
             rows = Rows(tuple(range(len(data))), tuple(conditions))
+        for layer in rows.layers(self.MODEL_OUTPUT_NAME):
+            mask_factory(call.mask_map, layer)
         return data.to(self.device), rows

@@ -9,6 +9,7 @@ anything else.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -117,7 +118,7 @@ class ChannelConcept(Concept):
         IndexError
             By the function, if the layer has no such channel.
         """
-        channels = as_ids(concept_ids)
+        channels = as_ids(concept_ids, layer_name)
 
         def mask_fn(grad: Tensor) -> Tensor:
             drop = torch.ones(_channels(grad, layer_name), dtype=torch.bool)
@@ -145,14 +146,17 @@ class ChannelConcept(Concept):
         callable
             Function of a gradient of shape (rows, channels, *space); it works in place and returns the gradient.
         """
+        if not isinstance(neuron_ids, Mapping):
+            raise TypeError(f"layer {layer_name!r}: mask_rf needs {{channel: positions}}, not {neuron_ids!r}")
+        kept = [(as_ids(channel, layer_name), as_ids(at, layer_name)) for channel, at in neuron_ids.items()]
 
         def mask_fn(grad: Tensor) -> Tensor:
             row = grad[batch_id]
             flat = row.reshape(_channels(grad, layer_name), -1)
             keep = torch.zeros_like(flat, dtype=torch.bool)
-            for channel, positions in neuron_ids.items():
-                (channel,) = _in_range([int(channel)], flat.shape[0], layer_name)
-                keep[channel, _in_range(as_ids(positions), flat.shape[1], layer_name, "position")] = True
+            for channel, positions in kept:
+                _in_range(channel, flat.shape[0], layer_name)
+                keep[channel, _in_range(positions, flat.shape[1], layer_name, "position")] = True
             grad[batch_id] = flat.masked_fill(~keep, 0).reshape(row.shape)
             return grad
 
@@ -165,7 +169,7 @@ class ChannelConcept(Concept):
     def attribute(
         self, relevance: Tensor, mask: Tensor | None = None, layer_name: str | None = None, abs_norm: bool = True
     ) -> Tensor:
-        """Relevance of every channel.
+        """Relevance of every channel, summed in at least float32.
 
         Parameters
         ----------
@@ -187,19 +191,9 @@ class ChannelConcept(Concept):
 
     def scores(self, relevance: Tensor, layer_name: str | None = None) -> ConceptScores:
         """Sum, maximum and its position for every channel, accumulated in at least float32."""
-        if type(self).reference_sampling is not ChannelConcept.reference_sampling:
-            return super().scores(relevance, layer_name)  # a subclass with a ranking of its own
-        flat = _positions(relevance, layer_name)
-        if torch.promote_types(flat.dtype, torch.float32) != flat.dtype:
-            flat = flat.float()
-        if flat.shape[-1] == 1:
-            value = flat[..., 0]
-            return ConceptScores(value, value, torch.zeros_like(value, dtype=torch.int64))
-        if flat.device.type == "cpu":  # torch's argmax on the CPU costs seven times numpy's
-            position = torch.from_numpy(flat.detach().numpy().argmax(-1))
-        else:
-            position = flat.argmax(-1)
-        return ConceptScores(flat.sum(-1), flat.gather(-1, position[..., None])[..., 0], position)
+        if self._ranks_itself() and type(self).scores is ChannelConcept.scores:
+            return super().scores(relevance, layer_name)
+        return _channel_scores(relevance, layer_name)
 
     def reference_sampling(
         self,
@@ -226,12 +220,28 @@ class ChannelConcept(Concept):
         """
         if max_target not in ("sum", "max"):
             raise ValueError(f"max_target must be 'sum' or 'max', not {max_target!r}")
-        scores = self.scores(relevance, layer_name)
+        scores = (_channel_scores if self._ranks_itself() else self.scores)(relevance, layer_name)
         value = getattr(scores, max_target)
         if abs_norm:
             value = normalize(value)
         value, order = value.sort(dim=0, descending=True, stable=True)
         return order, value, scores.position.gather(0, order)
+
+    def _ranks_itself(self) -> bool:
+        """Whether a subclass has a `reference_sampling` of its own, which may call this one's."""
+        return type(self).reference_sampling is not ChannelConcept.reference_sampling
+
+
+def _channel_scores(relevance: Tensor, layer_name: str | None) -> ConceptScores:
+    flat = _positions(relevance, layer_name)
+    if flat.shape[-1] == 1:
+        value = flat[..., 0]
+        return ConceptScores(value, value, torch.zeros_like(value, dtype=torch.int64))
+    if flat.device.type == "cpu":  # torch's argmax on the CPU costs seven times numpy's
+        position = torch.from_numpy(flat.detach().numpy().argmax(-1))
+    else:
+        position = flat.argmax(-1)
+    return ConceptScores(flat.sum(-1), flat.gather(-1, position[..., None])[..., 0], position)
 
 
 def normalize(value: Tensor, stabilizer: float = 1e-10) -> Tensor:
@@ -251,16 +261,23 @@ def normalize(value: Tensor, stabilizer: float = 1e-10) -> Tensor:
     return value / (value.abs().sum(-1, keepdim=True) + stabilizer)
 
 
-def as_ids(ids: Any) -> list[int]:
-    """Concept ids as a list of int, from an int, a sequence, an array or a tensor."""
-    if isinstance(ids, Tensor | np.ndarray):
-        ids = ids.reshape(-1).tolist()
-    elif not isinstance(ids, Iterable):
-        ids = [ids]
-    result = [int(i) for i in ids]
-    if any(r != i for r, i in zip(result, ids, strict=True)):
-        raise TypeError(f"concept ids must be integers, not {ids!r}")
-    return result
+def as_ids(ids: Any, layer_name: str | None = None) -> list[int]:
+    """Concept ids as a list of int, from an int, a sequence, an array or a tensor.
+
+    Raises
+    ------
+    TypeError
+        If they are anything else, such as a boolean mask; the message names the layer, where it is given.
+    """
+    listed = ids.reshape(-1).tolist() if isinstance(ids, Tensor | np.ndarray) else ids
+    listed = list(listed) if isinstance(listed, Iterable) and not isinstance(ids, str | Mapping) else [listed]
+    try:
+        if any(isinstance(i, bool | np.bool_) for i in listed):
+            raise TypeError
+        return [operator.index(i) for i in listed]
+    except TypeError:
+        where = "" if layer_name is None else f"layer {layer_name!r}: "
+        raise TypeError(f"{where}concept ids must be integers, not {ids!r}") from None
 
 
 def _channels(tensor: Tensor, layer_name: str | None) -> int:
@@ -271,6 +288,7 @@ def _channels(tensor: Tensor, layer_name: str | None) -> int:
 
 def _positions(relevance: Tensor, layer_name: str | None) -> Tensor:
     _channels(relevance, layer_name)
+    relevance = relevance.to(torch.promote_types(relevance.dtype, torch.float32))
     return relevance.reshape(*relevance.shape[:2], -1)
 
 

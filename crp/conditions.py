@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def check_conditions(
     Raises
     ------
     TypeError
-        If ``conditions`` is no sequence of mappings.
+        If ``conditions`` is no sequence of mappings of strings, or targets are no integers.
     ValueError
         If it is empty, a target list is empty, or nothing says where relevance starts.
     """
@@ -49,9 +50,12 @@ def check_conditions(
     for i, condition in enumerate(conditions):
         if not isinstance(condition, Mapping):
             raise TypeError(f"conditions[{i}] must be a dict, not {type(condition).__name__}: {condition!r}")
+        for layer in condition:
+            if not isinstance(layer, str):
+                raise TypeError(f"conditions[{i}]: layers are named by strings, not {layer!r}")
         targets = condition.get(output_name)
-        if targets is not None and np.size(_plain(targets)) == 0:
-            raise ValueError(f"conditions[{i}][{output_name!r}] is empty; name at least one output, or leave it out")
+        if targets is not None:
+            _check_target(targets, f"conditions[{i}][{output_name!r}]")
         if targets is None and start_layer is None and not has_init:
             raise ValueError(
                 f"Either {output_name} in 'conditions' or 'start_layer' or 'init_rel' must be defined; "
@@ -74,25 +78,19 @@ def check_data(data: Tensor) -> None:
         If it is no floating-point tensor.
     ValueError
         If it is empty, or has NaN or infinite values; the message names the samples.
-    RuntimeError
-        In inference mode.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
-        )
     if not isinstance(data, Tensor) or not data.is_floating_point():
         kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
         raise TypeError(f"data must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
         raise ValueError(f"data has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
-    finite = torch.isfinite(data).flatten(1).all(1)
+    finite = torch.isfinite(data).reshape(len(data), -1).all(1)
     if not finite.all():
         raise ValueError(f"data has NaN or infinite values in samples {(~finite).nonzero().flatten().tolist()}")
 
 
 def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: str) -> list[Any] | None:
-    """Raise an `IndexError` if a row's target is not among the outputs; what is no integer is left to torch."""
+    """Raise an `IndexError` if a row's target is not among the outputs."""
     for row, target in enumerate(targets or ()):
         if target is None:
             continue
@@ -101,24 +99,45 @@ def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: st
                 f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
                 "Leave it out and give init_rel instead."
             )
-        ids, size = np.asarray(_plain(target)), prediction.shape[1]
-        if ids.dtype.kind in "iu" and ((ids < -size) | (ids >= size)).any():
+        ids, size = _target_ids(target), prediction.shape[1]
+        if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
             raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
     return targets
 
 
+def _check_target(targets: Any, what: str) -> None:
+    ids = _target_ids(targets)
+    if ids.size == 0:
+        raise ValueError(f"{what} is empty; name at least one output, or leave it out")
+    if ids.dtype.kind not in "iu" and (ids.dtype.kind, ids.ndim) != ("b", 1):
+        raise TypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
+
+
+def _target_ids(targets: Any) -> np.ndarray:
+    """Targets as an array of int, or of bool for a mask of the outputs; of another kind if they are neither."""
+    if isinstance(targets, list | tuple):
+        targets = [_plain(target) for target in targets]
+    try:
+        return np.asarray(_plain(targets))
+    except ValueError:  # ragged
+        return np.asarray(None)
+
+
 def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
     """What relevance starts with; see `CondAttribution.relevance_init`."""
-    if isinstance(init_rel, Tensor):
-        selection = init_rel
-    elif callable(init_rel):
-        selection = init_rel(prediction)
-    elif init_rel is None:
+    given = init_rel(prediction) if callable(init_rel) and not isinstance(init_rel, Tensor) else init_rel
+    if init_rel is None:
         selection = prediction
-    elif isinstance(init_rel, int | float | np.number):
-        selection = torch.full_like(prediction, float(init_rel))
+    elif isinstance(given, Tensor):
+        selection = given
+    elif isinstance(given, Real):
+        selection = torch.full_like(prediction, float(given))
+    elif callable(init_rel):
+        raise TypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")
     else:
-        raise TypeError(f"init_rel must be a tensor, a number or a callable, not {type(init_rel).__name__}")
+        raise TypeError(f"init_rel must be a tensor, a number or a function, not {type(given).__name__}")
+    if init_rel is not None and not torch.isfinite(selection).all():
+        raise ValueError("init_rel has NaN or infinite values")
     try:
         selection = selection.to(prediction).expand_as(prediction)
     except RuntimeError:
@@ -135,6 +154,15 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     return masked
 
 
+def check_start(start: Any, prediction: Tensor) -> None:
+    """Raise a `ValueError` if initial relevance has not the shape of the prediction."""
+    if getattr(start, "shape", None) != prediction.shape:
+        got = f"the shape {tuple(start.shape)}" if isinstance(start, Tensor) else f"the type {type(start).__name__}"
+        raise ValueError(
+            f"the initial relevance has {got}; it must be a tensor of (rows, *output shape) = {tuple(prediction.shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """The arguments of an attribution that do not depend on the row."""
@@ -145,17 +173,27 @@ class Settings:
     init_rel: Any
     on_device: torch.device | str | None
     exclude_parallel: bool
+    #: First of the rows that are computed now, how many there are in a part, and in all parts.
+    begin: int = 0
+    batch_size: int = 0
+    n_rows: int = 0
 
     def part(self, number: int, batch_size: int, n_rows: int) -> Settings:
-        """The same for the part of the rows that begins at ``number * batch_size``.
+        """The same for the part of the rows that begins at ``number * batch_size``."""
+        return replace(self, begin=number * batch_size, batch_size=min(batch_size, n_rows), n_rows=n_rows)
 
-        An initial relevance with a row for each of all rows is cut; one for the rows of a part serves every part.
+    def initial(self, prediction: Tensor) -> Any:
+        """``init_rel`` for these rows.
+
+        A tensor with a row for each of all rows is cut; one for the rows of a part serves every part.
         """
-        if not isinstance(self.init_rel, Tensor) or self.init_rel.dim() == 0:
-            return self
-        begin = number * batch_size if len(self.init_rel) == n_rows else 0
-        rows = min(batch_size, n_rows - number * batch_size)
-        return self if len(self.init_rel) == 1 else replace(self, init_rel=self.init_rel[begin : begin + rows])
+        given = self.init_rel
+        if not isinstance(given, Tensor) or given.dim() != prediction.dim():
+            return given
+        if len(given) not in (self.n_rows, self.batch_size):
+            return given
+        begin = self.begin if len(given) == self.n_rows else 0
+        return given[begin : begin + len(prediction)]
 
 
 @dataclass(frozen=True)
@@ -194,11 +232,11 @@ class Rows:
         place = {sample: i for i, sample in enumerate(samples)}
         return samples, Rows(tuple(place[sample] for sample in self.samples), self.conditions)
 
-    def select(self, samples: Tensor) -> Tensor:
-        """(samples, ...) to (rows, ...), detached; a view where that is the same."""
+    def select(self, samples: Tensor, copy: bool = False) -> Tensor:
+        """(samples, ...) to (rows, ...), detached; where that is the same, a view, unless ``copy``."""
         samples = samples.detach()
         if self.samples == tuple(range(len(samples))):
-            return samples
+            return samples.clone() if copy else samples
         return samples.index_select(0, torch.tensor(self.samples, device=samples.device))
 
     def chunks(self, size: int) -> list[Rows]:
@@ -207,10 +245,10 @@ class Rows:
         return [Rows(self.samples[i : i + size], self.conditions[i : i + size]) for i in starts]
 
     def groups(self, output_name: str) -> list[list[int]]:
-        """Row numbers, grouped by the set of conditioned layers."""
-        found: dict[frozenset[str], list[int]] = {}
+        """Row numbers, grouped by the conditioned layers in their order."""
+        found: dict[tuple[str, ...], list[int]] = {}
         for row, condition in enumerate(self.conditions):
-            found.setdefault(frozenset(condition) - {output_name}, []).append(row)
+            found.setdefault(tuple(name for name in condition if name != output_name), []).append(row)
         return list(found.values())
 
     def layers(self, output_name: str) -> list[str]:
@@ -260,20 +298,27 @@ class Grid:
 
 def row_masks(rows: Mapping[int, Condition], layer: str, mask_map: MaskMap) -> list[MaskFn]:
     """Mask functions of one layer, each for one row of a gradient of shape (rows, ...)."""
-    make = _factory(mask_map, layer)
-    return [make(row, condition[layer], layer) for row, condition in rows.items() if layer in condition]
+    make = mask_factory(mask_map, layer)
+    masks = [make(row, condition[layer], layer) for row, condition in rows.items() if layer in condition]
+    for mask in masks:
+        if not callable(mask):
+            raise TypeError(f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}")
+    return masks
 
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]
 
 
-def _factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
+def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
+    """Mask factory of one layer, or an error that says what ``mask_map`` lacks."""
     if callable(mask_map):
         return mask_map
     if not isinstance(mask_map, Mapping):
         raise ValueError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
     if layer not in mask_map:
         raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
+    if not callable(mask_map[layer]):
+        raise TypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
     return mask_map[layer]
 
 

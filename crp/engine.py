@@ -75,29 +75,45 @@ class ForwardPass:
         handles = []
         try:
             for name, tap in taps.items():
-                handles.append(known[name].register_forward_hook(tap))
-            leaf = data.detach().requires_grad_()
+                handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
+            # Tensors made in inference mode cannot take part in autograd, but copies can.
+            leaf = (data.clone() if data.is_inference() else data.detach()).requires_grad_()
             with torch.enable_grad():
-                output = select_output(model(leaf))
+                output = select_output(model(leaf.clone()))  # a model may change its input in place
         finally:
             for handle in handles:
                 handle.remove()
-        if not output.requires_grad:
-            raise ValueError(
-                f"the model's output (dtype {output.dtype}) does not depend on the data in a differentiable way; "
-                "explain a tensor before rounding, argmax or detach"
-            )
+        _check_explained("the model's output", output)
+        _check_batch("the model's output", output, len(leaf))
         uses = {}
         for layer, role in layers.items():
             name, number = _split(layer, known)
-            uses[layer] = _use(name, number, taps[name].uses, role)
-        return cls(leaf, output, {layer: use for layer, use in uses.items() if use is not None}, multiplier)
+            use = _use(name, number, taps[name].uses, role)
+            if use is not None:
+                uses[layer] = use
+                _check_batch(f"the output of layer {layer!r}", use.output, len(leaf))
+                if role == "start":
+                    _check_explained(f"the output of start_layer {layer!r}", use.output)
+        return cls(leaf, output, uses, multiplier)
+
+
+def _check_explained(what: str, tensor: Tensor) -> None:
+    if not tensor.requires_grad:
+        raise ValueError(
+            f"{what} (dtype {tensor.dtype}) does not depend on the data in a differentiable way; "
+            "explain a tensor before rounding, argmax or detach"
+        )
+
+
+def _check_batch(what: str, tensor: Tensor, n_samples: int) -> None:
+    if tensor.dim() == 0 or len(tensor) != n_samples:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; its first axis must be that of {n_samples} samples")
 
 
 def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | None:
     """Call of a layer that is meant; None for a layer to record that is not called."""
     if not uses and role == "record":
-        warnings.warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded", stacklevel=6)
+        warnings.warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded", stacklevel=5)
         return None
     if not uses:
         raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
@@ -108,7 +124,7 @@ def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | No
         if role != "record":
             raise ValueError(f"layer {layer!r} is called {len(uses)} times in the forward pass; name one: {names}")
         warnings.warn(
-            f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=6
+            f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=5
         )
     return uses[-1 if number is None else number]
 
@@ -157,6 +173,17 @@ def flow(
     reached = dict(zip(inputs, gradients, strict=True))
     gradient = reached.pop(DATA)
     return gradient, {name: g for name, g in reached.items() if g is not None}
+
+
+def send_back(root: Tensor, cotangent: Tensor, steps: Mapping[str, Tensor], keep_graph: bool) -> None:
+    """Send a cotangent from ``root`` from step to step, and into the leaves."""
+    origin = "the start"
+    for name, target in steps.items():
+        (reached,) = torch.autograd.grad(root, target, cotangent, retain_graph=True, allow_unused=True)
+        if reached is None:
+            raise RuntimeError(ORDER_MESSAGE.format(origin, name))
+        root, cotangent, origin = target, reached, repr(name)
+    torch.autograd.backward(root, cotangent, retain_graph=keep_graph)
 
 
 def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor | None]:
@@ -279,7 +306,10 @@ class Backward:
         recorded = {**seen, **recorded}
         if gradient is not None:
             recorded[DATA] = gradient
-        return {name: grid.gather(v.expand(grid.n_slots, *v.shape[1:])) for name, v in recorded.items()}
+        # What all slots share becomes each row's own, so that the caller may write into it.
+        shared = {name for name, values in recorded.items() if len(values) < grid.n_slots}
+        arrived = {name: grid.gather(v.expand(grid.n_slots, *v.shape[1:])) for name, v in recorded.items()}
+        return {name: values.contiguous() if name in shared else values for name, values in arrived.items()}
 
     def in_flow(
         self, conditions: dict[int, Condition], start: Tensor, layers: Sequence[str], backward: Callable[..., None]
@@ -323,6 +353,17 @@ class Backward:
         return {name: start}, apply_masks(row_masks(conditions, name, self.call.mask_map), start)
 
 
+def fill_grad(data: Tensor, samples: Sequence[int], relevance: Tensor, overwrite: bool) -> None:
+    """Put the relevance of each sample, summed over its rows, into ``data.grad``, where data require a gradient."""
+    if not (data.requires_grad and data.is_leaf):
+        return
+    grad = torch.zeros_like(data).index_add_(0, torch.tensor(samples, device=data.device), relevance.to(data))
+    if data.grad is not None and not overwrite:
+        warnings.warn("data.grad is filled; relevance is added to it, as overwrite_data_grad is False", stacklevel=3)
+        grad = grad + data.grad
+    data.grad = grad
+
+
 def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
     """Name of a layer and number of its use, ``"name#1"`` being the second."""
     name, _, number = layer.rpartition("#")
@@ -334,4 +375,7 @@ def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
 def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
     known = dict(model.named_modules())
+    for layer in layers:
+        if not isinstance(layer, str):
+            raise TypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
     find_layers(model, [_split(layer, known)[0] for layer in layers], role)

@@ -8,10 +8,11 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import nn
 from zennit.core import Composite
 
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
 
@@ -20,21 +21,46 @@ def is_multiplier(composite: Composite | None) -> bool:
     return getattr(composite, "encoding", None) == "multiplier"
 
 
+def check_composite(composite: object) -> None:
+    """Raise a `TypeError` if it is neither a composite nor None."""
+    if composite is not None and not isinstance(composite, Composite):
+        raise TypeError(
+            f"composite must be None, or a composite of crp.composites or zennit, such as EpsilonPlusFlat(), "
+            f"not {composite!r}"
+        )
+
+
 @contextmanager
 def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
     """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
 
-    Threads that share a model take turns. Leaving, also by an exception, leaves the model as it was found.
+    Threads that share a model or a composite take turns. Leaving, also by an exception, leaves the model as it was
+    found.
+
+    Raises
+    ------
+    RuntimeError
+        In inference mode.
     """
-    with _locks_guard:
-        lock = _locks.setdefault(model, threading.RLock())
-    guard = nullcontext() if is_multiplier(composite) else _restored_on_error(model)
-    with lock, _evaluating(model), _without_parameter_gradients(model), guard:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
+        )
+    guard = _restored_on_error(model) if composite.canonizers else nullcontext()
+    with (
+        _lock(model), _lock(composite), _evaluating(model), _without_parameter_gradients(model), _uncompiled(model),
+        guard,
+    ):  # fmt: skip
         try:
             with composite.context(model) as modified:
                 yield modified
         finally:
             composite.remove()  # the context does not, where registering itself failed
+
+
+def _lock(owner: object) -> threading.RLock:
+    with _locks_guard:
+        return _locks.setdefault(owner, threading.RLock())
 
 
 @contextmanager
@@ -65,6 +91,19 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    # Hooks and canonizers act on modules as they are written, not on what ``module.compile()`` made of them.
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 @contextmanager

@@ -52,8 +52,8 @@ class Tap:
     name: str
     uses: list[Use] = field(default_factory=list)
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        """Forward hook."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Forward hook, with keywords."""
         if tracing():
             return None
         if not isinstance(output, Tensor):
@@ -61,11 +61,13 @@ class Tap:
                 f"layer {self.name!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
                 "name a layer inside it, or after it, that returns one"
             )
-        use = Use(output, Flow())
-        if output.requires_grad:
-            output.register_hook(use.flow)  # type: ignore[no-untyped-call]
+        # Dropout and the like return their input, which what flows past the layer reads too.
+        passed_on = any(output is given for given in (*args, *kwargs.values()))
+        use = Use(output.clone() if passed_on else output, Flow())
+        if use.output.requires_grad:
+            use.output.register_hook(use.flow)  # type: ignore[no-untyped-call]
         self.uses.append(use)
-        return output.clone()
+        return use.output.clone()
 
 
 class MaskHook:
@@ -155,5 +157,9 @@ def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
     if functions:
         grad = grad.clone(memory_format=torch.contiguous_format)
     for function in functions:
-        grad = function(grad)
+        masked = function(grad)
+        if getattr(masked, "shape", None) != grad.shape:
+            got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
+            raise TypeError(f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}")
+        grad = masked
     return grad
