@@ -65,8 +65,8 @@ class SampleAccess:
         data, target = item
         if not isinstance(data, Tensor):
             raise TypeError(
-                f"dataset[{index}] gives a {type(data).__name__}; it must be a tensor. Convert it in the dataset, images "
-                "for example by torchvision.transforms.ToTensor, or override FeatureVisualization.get_data_sample"
+                f"dataset[{index}] gives a {type(data).__name__}; it must be a tensor. Convert it in the dataset "
+                "(images by torchvision.transforms.ToTensor), or override FeatureVisualization.get_data_sample"
             )
         data = data.to(self.device).unsqueeze(0)
         if preprocessing:
