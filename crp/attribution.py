@@ -365,7 +365,7 @@ class CondAttribution:
             return self.relevance_init(torch.ones_like(prediction), targets, None)
         start = self.relevance_init(prediction.clone(), targets, call.initial(prediction))
         check_start(start, prediction)
-        start = start.to(prediction)
+        start = start.detach().to(prediction)
         # An output of exactly 0 has nothing to distribute.
         return torch.where(prediction == 0, 0, start / prediction) if multiplier else start
 

@@ -1,0 +1,87 @@
+"""Composites, small nets and comparisons that the tests of the engine share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
+from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
+from zennit.core import Composite
+
+from crp.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+from crp.types import AttributionResults
+
+
+def zennit_flat() -> Composite:
+    return ZennitEpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
+
+
+#: Every way in which relevance travels: plain gradient, relevance itself, and multipliers.
+COMPOSITES: dict[str, Callable[[], Composite | None]] = {
+    "gradient": lambda: None,
+    "zennit_plus": ZennitEpsilonPlus,
+    "zennit_flat": zennit_flat,
+    "plus": EpsilonPlus,
+    "plus_flat": EpsilonPlusFlat,
+    "gamma_box": lambda: EpsilonGammaBox(low=-4.0, high=4.0),
+}
+#: One of each kind, where the rules do not matter.
+KINDS = {name: COMPOSITES[name] for name in ("gradient", "zennit_flat", "plus_flat")}
+
+
+class Net(nn.Module):
+    """Named layers, wired by a function ``(net, x) -> output``."""
+
+    def __init__(self, wiring: Callable[..., object], **layers: nn.Module) -> None:
+        super().__init__()
+        self.wiring = wiring
+        self.calls = 0
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> object:
+        self.calls += 1
+        return self.wiring(self, x)
+
+
+def net(wiring: Callable[..., object], **layers: nn.Module) -> Net:
+    return Net(wiring, **layers).double().eval()
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> bool:
+    """Whether two tensors of one shape differ by no more than ``tolerance`` of the largest value."""
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def same(found: AttributionResults, wanted: AttributionResults, tolerance: float = 1e-12) -> bool:
+    """Whether two results agree in every tensor, and are about the same layers."""
+    pairs = [(found.heatmap, wanted.heatmap), (found.prediction, wanted.prediction)]
+    for one, other in ((found.activations, wanted.activations), (found.relevances, wanted.relevances)):
+        assert set(one) == set(other)
+        pairs += [(one[name], other[name]) for name in one]
+    return all(close(one, other, tolerance) for one, other in pairs)
+
+
+def stack(parts: Iterable[AttributionResults]) -> AttributionResults:
+    """Parts of a generator as one result."""
+    parts = list(parts)
+    return AttributionResults(
+        torch.cat([part.heatmap for part in parts]),
+        {name: torch.cat([part.activations[name] for part in parts]) for name in parts[0].activations},
+        {name: torch.cat([part.relevances[name] for part in parts]) for name in parts[0].relevances},
+        torch.cat([part.prediction for part in parts]),
+    )
+
+
+def rows(result: AttributionResults, index: list[int]) -> AttributionResults:
+    """Some rows of a result."""
+    return AttributionResults(
+        result.heatmap[index],
+        {name: value[index] for name, value in result.activations.items()},
+        {name: value[index] for name, value in result.relevances.items()},
+        result.prediction[index],
+    )
