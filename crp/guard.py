@@ -69,7 +69,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     if training:
         warnings.warn(
             f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
-            "Settings model.eval() first to say so.",
+            "Call model.eval() first to say so.",
             stacklevel=6,
         )
     try:
