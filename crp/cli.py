@@ -28,7 +28,7 @@ def cli() -> None:
 @click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True, help="Passes over the data.")
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of split and training.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per step.")
-@click.option("--overwrite", is_flag=True, help="Discard an earlier demo in the folder that had other settings.")
+@click.option("--overwrite", is_flag=True, help="Discard an earlier demo in the folder.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, quiet: bool) -> None:
     """Find a planted shortcut in a network; offline, in less than a minute.
@@ -47,7 +47,8 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
         except DemoError as error:
             raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        click.echo(f"\nInterrupted. What is done is kept in {out}; the same command goes on from there.", err=True)
+        again = "the same command without --overwrite" if overwrite else "the same command"
+        click.echo(f"\nInterrupted. What is done is kept in {out}; {again} goes on from there.", err=True)
         raise SystemExit(INTERRUPTED) from None
     click.echo(str(figures))
 

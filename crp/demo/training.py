@@ -21,6 +21,10 @@ from crp.visualization.shards import write_atomic
 LEARNING_RATE = 3e-3
 
 
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or of other settings or data; the message says which."""
+
+
 def train(
     data: Digits,
     *,
@@ -52,7 +56,9 @@ def train(
     Raises
     ------
     ValueError
-        If epochs or batch_size are not positive, or the checkpoint is damaged or of other settings or data.
+        If epochs or batch_size are not positive.
+    CheckpointError
+        If the checkpoint is damaged or of other settings or data; a `ValueError`, too.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
@@ -131,15 +137,17 @@ def _load(path: Path, net: DigitNet, optimizer: torch.optim.Optimizer, settings:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to train anew") from error
+        raise CheckpointError(f"checkpoint {path} is damaged ({error}); delete it to train anew") from error
     if "settings" not in header:
-        raise ValueError(f"{path} is not a checkpoint of the demo; give another file")
+        raise CheckpointError(f"{path} is not a checkpoint of the demo; give another file")
     if (found := json.loads(header["settings"])) != settings:
         other = {name: value for name, value in found.items() if settings.get(name) != value}
         asked = {name: settings.get(name) for name in other}
-        raise ValueError(f"checkpoint {path} was trained with {other}, not {asked}; delete it or give another file")
+        raise CheckpointError(
+            f"checkpoint {path} was trained with {other}, not {asked}; delete it or give another file"
+        )
     if header.get("digest") != _digest(_ordered(tensors)):
-        raise ValueError(f"checkpoint {path} is damaged (its digest does not fit); delete it to train anew")
+        raise CheckpointError(f"checkpoint {path} is damaged (its digest does not fit); delete it to train anew")
     net.load_state_dict({name: tensors[name] for name in net.state_dict()})
     slots: dict[int, dict[str, Tensor]] = {}
     for index, (name, _) in enumerate(net.named_parameters()):
