@@ -1,0 +1,320 @@
+"""Pictures of images, heatmaps and references.
+
+`matplotlib` and `torchvision` are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from zennit.cmap import ColorMap
+
+from crp.pixels import Picture, imgify, overlay, to_data_uri, to_png_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The last row holds what scripts get from zennit-crp's ``from crp.image import *``.
+__all__ = [
+    "get_crop_range",
+    "imgify",
+    "max_norm",
+    "overlay",
+    "plot_grid",
+    "to_data_uri",
+    "to_png_bytes",
+    "vis_img_heatmap",
+    "vis_opaque_img",
+    *("Image", "gaussian_blur", "np", "plt", "torch", "zimage"),
+]
+
+Images: TypeAlias = Tensor | Sequence[Tensor]
+
+_LAZY = {
+    "gaussian_blur": ("torchvision.transforms.functional", "gaussian_blur"),
+    "plt": ("matplotlib.pyplot", None),
+    "zimage": ("zennit.image", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def max_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
+    """Divide by the largest value; by the largest absolute value where none is positive, so that no sign ever changes.
+
+    Parameters
+    ----------
+    rel : Tensor
+    stabilize : float
+        Added to the divisor.
+
+    Returns
+    -------
+    Tensor of the same shape
+    """
+    largest = rel.max()
+    scale = torch.where(largest > 0, largest, rel.abs().max())
+    return rel / (scale + max(stabilize, torch.finfo(rel.dtype).tiny))
+
+
+def get_crop_range(heatmap: Tensor, crop_th: float) -> tuple[int, int, int, int]:
+    """Smallest rectangle that holds all pixels above a threshold.
+
+    Parameters
+    ----------
+    heatmap : Tensor of shape (height, width)
+    crop_th : float
+        Pixels greater than this count.
+
+    Returns
+    -------
+    row1, row2, column1, column2 : int
+        For ``image[..., row1:row2, column1:column2]``: ends are exclusive. The whole image if no pixel counts.
+    """
+    if heatmap.dim() != 2:
+        raise ValueError(f"heatmap must have shape (height, width), got {tuple(heatmap.shape)}")
+    rows, columns = torch.where(heatmap > crop_th)
+    if len(rows) == 0:
+        return 0, heatmap.shape[0], 0, heatmap.shape[1]
+    return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+
+
+@torch.no_grad()
+def vis_opaque_img(
+    data_batch: Images,
+    heatmaps: Images,
+    rf: bool = False,
+    alpha: float = 0.3,
+    vis_th: float = 0.2,
+    crop_th: float = 0.1,
+    kernel_size: int = 19,
+) -> list[Image.Image]:
+    """Draw images whose less relevant regions are darkened.
+
+    The heatmap is blurred and divided by its maximum before it is compared with the thresholds.
+
+    Parameters
+    ----------
+    data_batch : Tensor of shape (n, channels, height, width)
+        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`.
+    heatmaps : Tensor of shape (n, height, width)
+    rf : bool
+        Whether to crop the image to where the heatmap is above `crop_th`.
+    alpha : float
+        Brightness of the less relevant regions, between 0 and 1.
+    vis_th, crop_th : float
+        Thresholds for brightness and cropping, in [0, 1).
+    kernel_size : int
+        Odd width of the blur in pixels; smaller on images that are smaller than it.
+
+    Returns
+    -------
+    list of PIL images
+        Of different sizes where cropped.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"'alpha' must be between [0, 1], got {alpha}")
+    _check_threshold("vis_th", vis_th)
+    _check_threshold("crop_th", crop_th)
+    pictures = []
+    for image, heatmap in _pairs(data_batch, heatmaps):
+        smooth = _smooth(heatmap, kernel_size)
+        dimmed = torch.where(smooth > vis_th, image, image * alpha)
+        if rf:
+            row1, row2, column1, column2 = get_crop_range(smooth, crop_th)
+            dimmed = dimmed[..., row1:row2, column1:column2]
+        pictures.append(imgify(dimmed, cmap="gray"))
+    return pictures
+
+
+@torch.no_grad()
+def vis_img_heatmap(
+    data_batch: Images,
+    heatmaps: Images,
+    rf: bool = False,
+    crop_th: float = 0.1,
+    kernel_size: int = 19,
+    cmap: str | ColorMap = "bwr",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    symmetric: bool = True,
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Draw images and their heatmaps.
+
+    Parameters
+    ----------
+    data_batch : Tensor of shape (n, channels, height, width)
+        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`.
+    heatmaps : Tensor of shape (n, height, width)
+    rf : bool
+        Whether to crop both to where the blurred heatmap is above `crop_th` of its maximum.
+    crop_th : float
+        In [0, 1).
+    kernel_size : int
+        Odd width of the blur in pixels; smaller on images that are smaller than it.
+    cmap, vmin, vmax, symmetric
+        How the heatmaps are drawn, see `imgify`.
+
+    Returns
+    -------
+    images, heatmaps : list of PIL images
+    """
+    _check_threshold("crop_th", crop_th)
+    images, heats = [], []
+    for image, heatmap in _pairs(data_batch, heatmaps):
+        if rf:
+            row1, row2, column1, column2 = get_crop_range(_smooth(heatmap, kernel_size), crop_th)
+            image, heatmap = image[..., row1:row2, column1:column2], heatmap[row1:row2, column1:column2]
+        images.append(imgify(image, cmap="gray"))
+        heats.append(imgify(heatmap, cmap=cmap, vmin=vmin, vmax=vmax, symmetric=symmetric))
+    return images, heats
+
+
+def plot_grid(
+    ref_c: Mapping[Any, Any],
+    cmap_dim: int | None = 1,
+    cmap: str | ColorMap = "bwr",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    symmetric: bool = True,
+    resize: int | None = None,
+    padding: bool = True,
+    figsize: tuple[float, float] | None = (6, 6),
+) -> Figure:
+    """Plot references as `FeatureVisualization.get_max_reference` returns them: a row of pictures for each concept.
+
+    Parameters
+    ----------
+    ref_c : dict of concept id to pictures
+        A value is a sequence of tensors, arrays or PIL images, or a tuple of such sequences, drawn below each other.
+    cmap_dim : int, optional
+        Which sequence of a tuple is drawn as heatmaps, with `cmap`, `vmin`, `vmax` and `symmetric`; None for none of
+        them. Has no effect on PIL images.
+    cmap, vmin, vmax, symmetric, resize, padding
+        See `imgify`.
+    figsize : (width, height), optional
+        In inches.
+
+    Returns
+    -------
+    matplotlib Figure
+        Shown only in an interactive session with a window or a notebook.
+    """
+    if not (cmap_dim is None or (isinstance(cmap_dim, int) and cmap_dim >= 0)):
+        raise ValueError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
+    if not ref_c:
+        raise ValueError("'ref_c' is empty: there is nothing to plot")
+    heatmap = {"cmap": cmap, "vmin": vmin, "vmax": vmax, "symmetric": symmetric}
+    rows: dict[Any, list[list[Image.Image]]] = {}
+    for key, value in ref_c.items():
+        rows[key] = []
+        for number, pictures in enumerate(_sequences(key, value)):
+            colours = [heatmap if number == cmap_dim else _plain(picture) for picture in pictures]
+            drawn = [imgify(p, resize=resize, padding=padding, **c) for p, c in zip(pictures, colours, strict=True)]
+            rows[key].append(drawn)
+
+    figure = _new_figure(figsize)
+    outer = figure.add_gridspec(len(rows), 1, left=0.06, right=0.99, bottom=0.01, top=0.99, hspace=0.1)
+    for row, (key, sequences) in enumerate(rows.items()):
+        columns = max(1, *map(len, sequences))
+        inner = outer[row].subgridspec(len(sequences), columns, wspace=0.05, hspace=0.05)
+        for number, sequence in enumerate(sequences):
+            for column, picture in enumerate(sequence):
+                axes = figure.add_subplot(inner[number, column])
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.imshow(picture)
+                if number == column == 0:
+                    axes.set_ylabel(str(key))
+    if hasattr(sys, "ps1") and getattr(figure.canvas, "required_interactive_framework", None):
+        figure.show()
+    return figure
+
+
+def _sequences(key: object, value: Any) -> tuple[Sequence[Picture], ...]:
+    """Rows of pictures of one concept."""
+    parts = value if isinstance(value, tuple) and value and _is_row(value[0]) else (value,)
+    for part in parts:
+        if not _is_row(part):
+            raise ValueError(
+                f"'ref_c'[{key!r}] must be a sequence of torch.Tensor, np.ndarray or PIL images, or a tuple of such "
+                f"sequences, got {type(part).__name__}"
+            )
+    return tuple(parts)
+
+
+def _is_row(value: object) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 2
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _plain(picture: Picture) -> dict[str, Any]:
+    """Pictures with one channel are grey; an array without channels is taken for a heatmap."""
+    return {"cmap": "gray"} if getattr(picture, "ndim", 0) == 3 else {}
+
+
+def _new_figure(figsize: tuple[float, float] | None) -> Figure:
+    """Figure of pyplot that a notebook shows once: where it is the value of a cell, or at the end of the cell."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=figsize)
+    vars(figure)["_ipython_display_"] = partial(_display, figure)
+    return figure
+
+
+def _display(figure: Figure) -> None:
+    """Show the figure in a notebook, which then need not do so at the end of the cell."""
+    import matplotlib.pyplot as plt
+
+    notebook = importlib.import_module("IPython.display")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    notebook.display(notebook.Image(buffer.getvalue()))
+    plt.close(figure)
+
+
+def _check_threshold(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"'{name}' must be between [0, 1), got {value}")
+
+
+def _pairs(data_batch: Images, heatmaps: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images with their heatmaps, one by one."""
+    if len(data_batch) != len(heatmaps):
+        raise ValueError(
+            f"there must be one heatmap for each image, got {len(data_batch)} images, {len(heatmaps)} heatmaps"
+        )
+    for image, heatmap in zip(data_batch, heatmaps, strict=True):
+        if image.dim() != 3 or image.shape[1:] != heatmap.shape:
+            raise ValueError(
+                "an image must have shape (channels, height, width) and its heatmap (height, width), "
+                f"got {tuple(image.shape)} and {tuple(heatmap.shape)}"
+            )
+        yield image, heatmap
+
+
+def _smooth(heatmap: Tensor, kernel_size: int) -> Tensor:
+    """Blurred heatmap whose maximum is 1; the blur reaches no further than the image."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"'kernel_size' must be odd and positive, got {kernel_size}")
+    width = min(kernel_size, 2 * min(heatmap.shape) - 1)
+    values = heatmap if heatmap.dtype in (torch.float32, torch.float64) else heatmap.float()
+    return max_norm(gaussian_blur(values[None], kernel_size=[width, width])[0])
