@@ -367,7 +367,7 @@ def fill_grad(data: Tensor, samples: Sequence[int], relevance: Tensor, overwrite
 def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
     """Name of a layer and number of its use, ``"name#1"`` being the second."""
     name, _, number = layer.rpartition("#")
-    if layer in known or name not in known or not number.isdigit():
+    if layer in known or not name or name not in known or not number.isdigit():
         return layer, None
     return name, int(number)
 

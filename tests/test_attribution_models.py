@@ -1,0 +1,311 @@
+"""Kinds of models, outputs, dtypes and surroundings that the engine must be right in."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attribution_cases import COMPOSITES, KINDS, close, net, rows, same, stack
+from torch import Tensor, nn
+
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus
+from crp.concepts import ChannelConcept
+from crp.layers import LayerNotFoundError
+
+every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
+every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
+CONDITIONS = [{"y": 1, "features.3": [0, 2]}, {"y": 3}]
+
+
+class Tables(CondAttribution):
+    def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
+        return data.grad
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+Output = namedtuple("Output", "loss, logits")
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda y: {"logits": y}, lambda y: SimpleNamespace(logits=y), lambda y: Output(None, y)],
+    ids=["dict", "object", "namedtuple"],
+)
+def test_logits_are_explained(mlp, vectors, composite, wrap):
+    found = Tables(net(lambda s, x: wrap(s.inner(x)), inner=mlp))(vectors, [{"y": 1, "inner.2": [3]}], composite)
+    wanted = Tables(mlp)(vectors, [{"y": 1, "2": [3]}], composite)
+    assert close(found.heatmap, wanted.heatmap)
+    assert close(found.prediction, wanted.prediction)
+
+
+@every_kind
+def test_maps_as_output(images, composite):
+    """A target of a dense output is the whole map of that channel."""
+    model = net(lambda s, x: s.b(s.a(x).relu()), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 2, 3))
+    found = CondAttribution(model)(images[:1], [{"y": [1]}, {"y": [0, 1]}, {"y": 0}], composite)
+    assert found.prediction.shape == (3, 2, 12, 12)
+    assert close(found.heatmap[0] + found.heatmap[2], found.heatmap[1])
+
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+@every_composite
+def test_in_place_layers_do_not_change_what_is_recorded(vgg_bn, images, composite):
+    """The activation of a convolution is not that of the in-place ReLU behind it."""
+    attribution = CondAttribution(vgg_bn)
+    found = attribution(images, CONDITIONS, composite, ["features.0", "features.1"])
+    assert (found.activations["features.0"] < 0).any()
+    for layer in vgg_bn.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+    assert same(CondAttribution(vgg_bn)(images, CONDITIONS, composite, ["features.0", "features.1"]), found)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+        self.unused = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(self.shared(x).relu()).relu())
+
+
+class Unrolled(Twice):
+    def __init__(self, twice: Twice) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (self._copy(layer) for layer in (twice.shared, twice.shared, twice.head))
+
+    @staticmethod
+    def _copy(layer: nn.Linear) -> nn.Linear:
+        copy = nn.Linear(layer.in_features, layer.out_features)
+        copy.load_state_dict(layer.state_dict())
+        return copy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("composite", [None, EpsilonPlus()], ids=["gradient", "ours"])
+@pytest.mark.parametrize("exclude_parallel", [True, False])
+def test_layer_that_is_called_twice(vectors, composite, exclude_parallel):
+    """``"shared#0"`` is its first call, ``"shared#1"`` its second; without a number the last is recorded."""
+    model = Twice().eval()
+    unrolled = Unrolled(model).double().eval()
+    attribution, wanted_of = Tables(model.double()), Tables(unrolled)
+    keywords = {"exclude_parallel": exclude_parallel}
+    found = attribution(vectors, [{"y": 1, "shared#1": [2, 3], "shared#0": [0, 1, 5]}], composite, ["head"], **keywords)
+    wanted = wanted_of(vectors, [{"y": 1, "second": [2, 3], "first": [0, 1, 5]}], composite, ["head"], **keywords)
+    assert close(found.heatmap, wanted.heatmap)
+    assert close(found.relevances["shared#0"], wanted.relevances["first"])
+    assert close(found.activations["shared#1"], wanted.activations["second"])
+    started = attribution(vectors, [{"shared#0": [4]}], composite, start_layer="shared#0", **keywords)
+    assert close(started.heatmap, wanted_of(vectors, [{"first": [4]}], composite, start_layer="first").heatmap)
+    with pytest.warns(UserWarning, match=r"'shared' is called 2 times; its last call is recorded.*shared#0") as caught:
+        last = attribution(vectors, [{"y": 1}], composite, ["shared"], **keywords)
+    assert caught[0].filename == __file__
+    assert close(last.relevances["shared"], wanted_of(vectors, [{"y": 1}], composite, ["second"]).relevances["second"])
+    for conditions, start in (([{"y": 1, "shared": [1]}], None), ([{}], "shared")):
+        with pytest.raises(ValueError, match=r"'shared' is called 2 times.*shared#0, shared#1"):
+            attribution(vectors, conditions, composite, start_layer=start, **keywords)
+    with pytest.raises(ValueError, match="'shared' is called 2 times; there is no shared#2"):
+        attribution(vectors, [{"y": 1}], composite, ["shared#2"], **keywords)
+
+
+def test_layer_that_is_not_called(vectors):
+    attribution = Tables(Twice().double().eval())
+    with pytest.warns(UserWarning, match="'unused' is not called in the forward pass") as caught:
+        assert not attribution(vectors, [{"y": 1}], None, ["unused"]).relevances
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match="'unused', named as condition, is not called"):
+        attribution(vectors, [{"y": 1, "unused": [0]}])
+    with pytest.raises(ValueError, match="'unused', named as start, is not called"):
+        attribution(vectors, [{}], start_layer="unused")
+
+
+@every_kind
+def test_model_without_parameters(images, composite):
+    model = net(lambda s, x: s.pool(x).flatten(1), pool=nn.AvgPool2d(8))
+    attribution = CondAttribution(model)
+    assert attribution.device == torch.device("cpu")
+    found = attribution(images, [{"y": 3}], composite)
+    wanted = torch.zeros(4, 16, 16, dtype=torch.float64)
+    wanted[:, 8:, 8:] = model(images)[:, 3, None, None] / 64 if composite is None else images[:, 0, 8:, 8:] / 64
+    assert close(found.heatmap, wanted, 1e-3)  # zennit's stabilizer
+
+
+def test_buffers_alone_give_the_device():
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False)).eval()
+    assert CondAttribution(model).device == torch.device("cpu")
+    assert CondAttribution(model, device="meta").device == torch.device("meta")
+    assert repr(CondAttribution(model)) == "CondAttribution(Sequential, device='cpu')"
+
+
+def test_wrappers_are_taken_off(vgg_bn, images):
+    """Layers of a compiled or parallel model keep their names."""
+    wanted = CondAttribution(vgg_bn)(images, CONDITIONS, EpsilonPlus())
+    compiled = torch.compile(vgg_bn, backend="eager")
+    for wrapped in (compiled, nn.DataParallel(vgg_bn), nn.DataParallel(compiled)):
+        attribution = CondAttribution(wrapped)
+        assert attribution.model is vgg_bn
+        assert same(attribution(images, CONDITIONS, EpsilonPlus()), wanted)
+
+
+@every_kind
+def test_model_compiled_in_place(mlp, vectors, composite):
+    """Hooks, canonizers and rules act on the modules as they are written."""
+    model = nn.Sequential(mlp[0], nn.BatchNorm1d(8), *mlp[1:]).double().eval()
+    wanted = Tables(model)(vectors, [{"y": 1, "3": [1, 2]}], composite, ["0"])
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    assert same(Tables(model)(vectors, [{"y": 1, "3": [1, 2]}], composite, ["0"]), wanted)
+    assert model._compiled_call_impl is compiled
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_and_traced_models_are_refused(mlp, vectors):
+    for frozen in (torch.jit.trace(mlp, vectors), torch.jit.script(mlp)):
+        with pytest.raises(TypeError, match=r"scripted or traced.*Pass the Python model"):
+            CondAttribution(frozen)
+    for wrong in (mlp.forward, None, Twice):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not"):
+            CondAttribution(wrong)
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@every_composite
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.3)])
+def test_low_precision(vgg_bn, images, composite, dtype, tolerance):
+    data = images[:1].to(dtype)
+    found = CondAttribution(vgg_bn.to(dtype))(data, CONDITIONS, composite, ["features.0"])
+    wanted = CondAttribution(vgg_bn.double())(data.double(), CONDITIONS, composite, ["features.0"])
+    for one, other in (
+        (found.heatmap, wanted.heatmap),
+        *zip(found.relevances.values(), wanted.relevances.values(), strict=True),
+    ):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@every_kind
+def test_channels_last(vgg_bn, images, composite):
+    wanted = CondAttribution(vgg_bn)(images, CONDITIONS, composite, ["features.0"])
+    model = vgg_bn.to(memory_format=torch.channels_last)
+    data = images.to(memory_format=torch.channels_last)
+    found = CondAttribution(model)(data, CONDITIONS, composite, ["features.0"])
+    assert same(found, wanted)
+    spots = [{"y": 1, "features.3": {2: [0, 17]}}]
+    neurons = CondAttribution(model)(data, spots, composite, mask_map=ChannelConcept.mask_rf)
+    model = model.to(memory_format=torch.contiguous_format)
+    assert same(neurons, CondAttribution(model)(images, spots, composite, mask_map=ChannelConcept.mask_rf))
+
+
+# --- surroundings ---------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_gradients_switched_off_outside(vgg_bn, images, composite):
+    wanted = CondAttribution(vgg_bn)(images, CONDITIONS, composite)
+    with torch.no_grad():
+        assert same(CondAttribution(vgg_bn)(images, CONDITIONS, composite), wanted)
+        assert not torch.is_grad_enabled()
+        parts = CondAttribution(vgg_bn).generate(images[:1], CONDITIONS, composite, batch_size=1, verbose=False)
+        assert same(stack(parts), rows(wanted, [0, 1]))
+        frozen = images.clone()
+    with torch.inference_mode():
+        made_here = images.clone()
+    for data in (frozen, made_here):
+        assert same(CondAttribution(vgg_bn)(data, CONDITIONS, composite), wanted)
+
+
+def test_inference_mode_is_an_error(vgg_bn, images):
+    attribution = CondAttribution(vgg_bn)
+    message = r"torch\.inference_mode\(\) forbids; use torch\.no_grad\(\)"
+    waiting = attribution.generate(images, CONDITIONS, verbose=False)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=message):
+            attribution(images, CONDITIONS)
+        with pytest.raises(RuntimeError, match=message):
+            next(waiting)
+
+
+@every_kind
+def test_model_in_training_mode(vgg_bn, images, untouched, composite):
+    """L12: explained in evaluation mode, with a warning; flags and batch-norm statistics as before."""
+    wanted = CondAttribution(vgg_bn)(images, CONDITIONS, composite)
+    vgg_bn.train()
+    vgg_bn.features[1].eval()
+    attribution = CondAttribution(vgg_bn)
+    with untouched(vgg_bn):
+        with pytest.warns(UserWarning, match=r"training mode \(\d+ modules\).*evaluation mode") as caught:
+            found = attribution(images, CONDITIONS, composite)
+        assert caught[0].filename == __file__
+        assert same(found, wanted)
+        with pytest.warns(UserWarning, match="training mode"):
+            parts = list(attribution.generate(images[:1], CONDITIONS, composite, batch_size=1, verbose=False))
+        assert same(stack(parts), rows(wanted, [0, 1]))
+
+
+def run_in_threads(*functions) -> None:
+    """Run functions at once; raise what they raise."""
+    errors: list[BaseException] = []
+
+    def guarded(function) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@every_kind
+def test_two_threads_on_one_model(mlp, vectors, untouched, composite):
+    attribution = Tables(mlp)
+    asked = [[{"y": i, "2": [i, i + 1]} for i in range(3)], [{"y": 3 - i} for i in range(3)]]
+    wanted = [attribution(vectors, conditions, composite, ["0"]) for conditions in asked]
+
+    def work(number: int) -> None:
+        other = Tables(mlp)
+        for turn in range(25):
+            assert same(other(vectors, asked[number], composite, ["0"]), wanted[number])
+            if turn % 5 == 0:
+                parts = other.generate(vectors, asked[number], composite, ["0"], batch_size=4, verbose=False)
+                assert same(stack(parts), wanted[number])
+
+    with untouched(mlp), warnings.catch_warnings():
+        run_in_threads(lambda: work(0), lambda: work(1))
+
+
+@every_kind
+def test_two_threads_with_one_composite(mlp, vectors, composite):
+    models = [net(lambda s, x: s.inner(x), inner=mlp), net(lambda s, x: s.inner(-2 * x), inner=mlp)]
+    wanted = [Tables(model)(vectors, [{"y": 1}], composite) for model in models]
+
+    def work(number: int) -> None:
+        for _ in range(40):
+            assert same(Tables(models[number])(vectors, [{"y": 1}], composite), wanted[number])
+
+    run_in_threads(lambda: work(0), lambda: work(1))
+
+
+def test_layers_that_canonizers_do_not_know_are_refused(mlp, vectors):
+    with pytest.raises(LayerNotFoundError, match=r"'_orig_mod\.2' not found in model; nearest names"):
+        Tables(torch.compile(mlp, backend="eager"))(vectors, [{"y": 1, "_orig_mod.2": [1]}])
