@@ -185,8 +185,10 @@ def test_scripted_and_traced_models_are_refused(mlp, vectors):
 
 
 @every_composite
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.15)])
 def test_low_precision(vgg_bn, images, composite, dtype, tolerance):
+    for i in (6, 10):  # a maximum of rounded numbers is not unique
+        vgg_bn.features[i] = nn.AvgPool2d(2).eval()
     data = images[:1].to(dtype)
     found = CondAttribution(vgg_bn.to(dtype))(data, CONDITIONS, composite, ["features.0"])
     wanted = CondAttribution(vgg_bn.double())(data.double(), CONDITIONS, composite, ["features.0"])
