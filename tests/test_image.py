@@ -374,8 +374,11 @@ def test_rows_may_have_different_lengths():
 
 
 def test_nothing_is_shown_where_there_is_no_window(monkeypatch):
+    shown = []
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(plt.Figure, "show", lambda figure: shown.append(figure))
     assert plot_grid({0: torch.rand(1, 3, 6, 6)}) is plt.gcf()
+    assert shown == []
 
 
 def test_a_window_of_an_interactive_session_is_shown(monkeypatch):
