@@ -458,10 +458,10 @@ def test_full_shards_are_closed_and_memory_is_bounded(tmp_path: Path, monkeypatc
         return write(*args)
 
     monkeypatch.setattr(scoring, "write_shard", counted)
-    monkeypatch.setattr(scoring, "SHARD_BYTES", 2500)
+    monkeypatch.setattr(scoring, "SHARD_BYTES", 4500)
     table = run(tmp_path / "small", Data(40), shard_size=32)
-    assert [(s.start, s.stop) for s in table.shards] == [(i, i + 8) for i in range(0, 40, 8)]
-    assert max(sizes) < 2 * 2500
+    assert [(s.start, s.stop) for s in table.shards] == [(0, 12), (12, 24), (24, 32), (32, 40)]
+    assert max(sizes) < 2 * 4500
     same_rows(table, reference)
     data = Data(40)
     data.special = {20: KeyboardInterrupt()}

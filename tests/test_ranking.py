@@ -88,6 +88,15 @@ def test_answers_do_not_depend_on_shards(tmp_path: Path, ranges: list[tuple[int,
             np.testing.assert_array_equal(one, other)
 
 
+def test_ties_with_samples_that_were_mined_later(tmp_path: Path) -> None:
+    reference, source = make_table(tmp_path / "reference")
+    table = Table.create(tmp_path / "table", reference.header)
+    table.add(source.write(table, 0, 60, dict.fromkeys(range(2, 60, 3), "broken")))
+    table.add(source.write(table, 1, 100))
+    for query in QUERIES:
+        assert as_rows(top_k(table, "a", *query)) == as_rows(top_k(reference, "a", *query))
+
+
 def test_blocks_may_be_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, _ = make_table(tmp_path)
     whole = [top_k(table, "a", mode) for mode in ("relevance", "activation")]

@@ -92,6 +92,8 @@ def test_coverage_tells_seen_skipped_and_missing(tmp_path: Path) -> None:
     assert coverage.skipped == {83: "broken", 85: "not finite"}
     assert table.coverage(15, 84) == ([(15, 30), (50, 70), (80, 84)], {83: "broken"}, [(30, 50), (70, 80)])
     assert table.coverage(12, 28).missing == []
+    table.add(source.write(table, 0, 60))
+    assert table.coverage() == ([(0, 70), (80, 90)], {83: "broken", 85: "not finite"}, [(70, 80), (90, 100)])
 
 
 def test_a_sample_counts_once_and_a_skipped_one_where_it_was_mined(tmp_path: Path) -> None:
@@ -111,6 +113,7 @@ def test_a_range_mined_again_replaces_its_shard(tmp_path: Path) -> None:
     table, source = make_table(tmp_path, [(0, 50)])
     table.add(source.write(table, 50, 100, {60: "broken"}))
     table.add(source.write(table, 50, 100))
+    assert len(Table.open(tmp_path).shards) == 2
     assert table.coverage().skipped == {}
     assert {file.name for file in (tmp_path / "shards").iterdir()} == {shard.file for shard in table.shards}
 
@@ -237,9 +240,13 @@ def test_a_header_that_lies_is_no_shard(tmp_path: Path) -> None:
     assert name in table.verify()[0]
 
 
-def test_rows_of_other_samples_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["other samples", "unsorted", "repeated"])
+def test_rows_that_are_not_those_of_the_shard_are_found(tmp_path: Path, change: str) -> None:
     table, source = make_table(tmp_path, [(0, 40)])
-    wrong = shards.write_shard(tmp_path / "shards", table.header.identity, 40, 100, source.arrays(30, 100), {})
+    arrays = source.arrays(30 if change == "other samples" else 40, 100)
+    rows = {"unsorted": slice(None, None, -1), "repeated": [0, 0, 1]}.get(change, slice(None))
+    arrays = {key: np.ascontiguousarray(array[rows]) for key, array in arrays.items()}
+    wrong = shards.write_shard(tmp_path / "shards", table.header.identity, 40, 100, arrays, {})
     table.add(wrong)
     (problem,) = table.verify()
     assert wrong.file in problem
@@ -257,9 +264,10 @@ def test_adopt_takes_in_what_the_manifest_misses(tmp_path: Path) -> None:
     source.write(foreign, 0, 50)
     (tmp_path / "table" / "shards" / "0-10-aaaaaaaa.safetensors").write_bytes(b"something")
     assert table.adopt() == 2
+    source.write(table, 40, 100, {50: "what a replaced shard leaves, if deleting it fails"})
+    assert table.adopt() == 0
     assert table.shards == reference.shards
     assert table.digest == Table.open(table.path).digest == reference.digest
-    assert table.adopt() == 0
 
 
 def test_discard_deletes_the_table_and_nothing_else(tmp_path: Path) -> None:
@@ -383,7 +391,7 @@ def test_a_live_process_holds_and_a_dead_one_does_not(tmp_path: Path) -> None:
         ({}, True),
         ({"started": "1"}, False),  # another process of this number
         ({"boot": "another"}, False),  # the machine was started anew
-        ({"host": "elsewhere"}, True),
+        ({"host": "elsewhere", "boot": "another", "started": "1"}, True),
         ({"namespace": "another container"}, True),
         ({"pid": "?"}, True),
     ],
@@ -404,3 +412,23 @@ def test_an_unreadable_lock_counts(tmp_path: Path) -> None:
     (tmp_path / "lock-other.json").write_text("{")
     with pytest.raises(TableLockedError, match="process unknown on unknown"), locked(tmp_path):
         pass
+
+
+def test_systems_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.communicate()
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    assert lock._started(os.getpid()) == ""
+    assert lock._started(process.pid) is None
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert lock._started(1) == ""
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert lock._machine() == {"boot": "", "namespace": ""}
+
+
+def test_a_lock_that_is_released_while_it_is_read(tmp_path: Path) -> None:
+    assert lock._read(tmp_path / "lock-gone.json") is None
