@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
 from zennit.core import Composite
 
+from crp.attribution import CondAttribution
 from crp.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from crp.types import AttributionResults
 
@@ -49,6 +51,33 @@ class Net(nn.Module):
 
 def net(wiring: Callable[..., object], **layers: nn.Module) -> Net:
     return Net(wiring, **layers).double().eval()
+
+
+#: Shape (2, 3, 6, 6).
+SMALL = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def small_net() -> Net:
+    """(n, 3, 6, 6) -> (n, 3); ``conv1`` and ``conv2`` have 5 and 4 channels; ``calls`` counts the forward passes."""
+    return net(
+        lambda s, x: s.fc(s.conv2(s.conv1(x).relu()).relu().flatten(1)),
+        conv1=nn.Conv2d(3, 5, 3), conv2=nn.Conv2d(5, 4, 3), fc=nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+def ask(
+    model: nn.Module,
+    conditions: object = ({"y": 1, "conv2": [0]},),
+    *,
+    data: object = SMALL,
+    generate: bool = False,
+    **keywords: Any,
+) -> AttributionResults:
+    """Result of `CondAttribution`, or of its `generate`."""
+    attribution = CondAttribution(model)
+    if generate:
+        return stack(attribution.generate(data, conditions, verbose=False, **keywords))
+    return attribution(data, conditions, **keywords)
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> bool:

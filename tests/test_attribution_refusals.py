@@ -1,0 +1,114 @@
+"""Models and layers that cannot be explained as asked: each says why, and is left as it was."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from attribution_cases import COMPOSITES, KINDS, SMALL, Net, ask, net, small_net
+from torch import Tensor, nn
+
+every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
+
+X = SMALL
+
+
+class Rounds(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.round().detach()
+
+
+@pytest.fixture
+def model() -> Net:
+    return small_net()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind", "message"),
+    [
+        (lambda y: y.argmax(1), ValueError, "the model's output (dtype torch.int64) does not depend on the data in a"),
+        (lambda y: y.detach(), ValueError, "differentiable way; explain a tensor before rounding, argmax or detach"),
+        (lambda y: (y, y), TypeError, "the model returns a tuple, not a tensor or an object with 'logits'; override"),
+        (lambda y: {"out": y}, TypeError, "returns a dict, not a tensor or an object with 'logits'; override"),
+        (lambda y: {"logits": None}, TypeError, "the model returns a NoneType, not a tensor"),
+        (lambda y: y.sum(0), ValueError, "the model's output has shape (3,); its first axis must be that of 2 samples"),
+        (lambda y: y.sum(), ValueError, "the model's output has shape (); its first axis must be that of 2 samples"),
+        (lambda y: y[:, 0], ValueError, "the model's output has shape (2,); 'y' needs (batch, outputs, ...). Leave it"),
+    ],
+    ids=["argmax", "detached", "tuple", "dict", "none", "no batch", "number", "no outputs"],
+)
+@every_kind
+def test_outputs(model, untouched, composite, wrap, kind, message):
+    outer = net(lambda s, x: wrap(s.inner(x)), inner=model)
+    with untouched(outer), pytest.raises(kind, match=re.escape(message)):
+        ask(outer, [{"y": 1}], composite=composite)
+
+
+@every_kind
+def test_layers_with_a_tuple_as_output(composite, untouched):
+    """C11: recorded, conditioned or started from."""
+    model = net(lambda s, x: s.head(s.lstm(x)[0].sum(1)), lstm=nn.LSTM(6, 4, batch_first=True), head=nn.Linear(4, 3))
+    roles = [
+        {"record_layer": ["lstm"], "conditions": [{"y": 1}]},
+        {"conditions": [{"y": 1, "lstm": [0]}]},
+        {"start_layer": "lstm", "conditions": [{}]},
+    ]
+    message = r"layer 'lstm' \(LSTM\) returns a tuple, not a tensor; name a layer inside it, or after it"
+    for role in roles:
+        with untouched(model), pytest.raises(TypeError, match=message):
+            ask(model, data=X[:, 0], composite=composite, **role)
+
+
+@every_kind
+def test_layers_whose_first_axis_is_not_the_batch(composite, untouched):
+    """Rows of such a layer would be taken from the wrong samples."""
+    model = net(
+        lambda s, x: s.head(s.windows(x.reshape(-1, 9)).reshape(len(x), -1)),
+        windows=nn.Linear(9, 2),
+        head=nn.Linear(24, 3),
+    )
+    assert ask(model, conditions=[{"y": 1}], composite=composite).heatmap.any()
+    message = r"the output of layer 'windows' has shape \(24, 2\); its first axis must be that of 2 samples"
+    for role in ({"record_layer": ["windows"], "conditions": [{"y": 1}]}, {"conditions": [{"y": 1, "windows": [0]}]}):
+        with untouched(model), pytest.raises(ValueError, match=message):
+            ask(model, composite=composite, **role)
+    with pytest.raises(
+        ValueError, match=r"the model's output has shape \(4,\); its first axis must be that of 6 samples"
+    ):
+        ask(nn.Linear(6, 4).double().eval(), data=X[0, 0, 0], conditions=[{"y": 1}])
+
+
+@every_kind
+def test_order_of_the_layers(model, composite, untouched):
+    """From the output to the input, in each condition by itself, whatever its neighbours and the batch size are."""
+    right, wrong = {"y": 1, "conv2": [0], "conv1": [1]}, {"y": 1, "conv1": [1], "conv2": [0]}
+    message = r"names must be ordered.*start with the last and end with the first.*from 'conv1' does not reach 'conv2'"
+    for conditions in ([wrong], [right, wrong], [wrong, right]):
+        with untouched(model), pytest.raises(RuntimeError, match=message):
+            ask(model, conditions=conditions, composite=composite)
+        with untouched(model), pytest.raises(RuntimeError, match=message):
+            ask(model, conditions=conditions, composite=composite, generate=True, batch_size=1)
+        ask(model, conditions=conditions, composite=composite, exclude_parallel=False)
+
+
+@every_kind
+def test_layers_that_the_flow_does_not_reach(composite, untouched):
+    model = net(lambda s, x: s.head(x) + s.fixed(s.side(x)), head=nn.Linear(6, 3), fixed=Rounds(), side=nn.Linear(6, 3))
+    data = X[:, 0, 0]
+    for layer in ("fixed", "side"):
+        with untouched(model), pytest.raises(RuntimeError, match=f"from the start does not reach {layer!r}"):
+            ask(model, data=data, conditions=[{"y": 1, layer: [0]}], composite=composite)
+    with untouched(model), pytest.raises(ValueError, match=r"start_layer 'fixed'.*does not depend on the data"):
+        ask(model, data=data, conditions=[{}], start_layer="fixed", composite=composite)
+    with untouched(model), pytest.raises(RuntimeError, match="from the start does not reach 'head'"):
+        ask(model, data=data, conditions=[{"head": [0]}], start_layer="side", composite=composite)
+
+
+def test_the_same_error_when_asked_again(model, untouched):
+    for make in COMPOSITES.values():
+        composite = make()
+        with untouched(model):
+            for _ in range(2):
+                with pytest.raises(IndexError, match="there is no channel 9"):
+                    ask(model, conditions=[{"y": 1, "conv2": [9]}], composite=composite)
+            ask(model, composite=composite)
