@@ -1,0 +1,115 @@
+"""The tutorials run from top to bottom in a clean place, and what they claim is so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+TUTORIALS = ROOT / "tutorials"
+PICTURES = {"1_attribution": 11, "2_feature_visualization": 11}
+
+# Run as the last cell of each notebook, with the names that the notebook has defined.
+CLAIMS = {
+    "1_attribution": """
+assert accuracy(model, data.test) > 0.95
+assert unchanged
+assert torch.allclose(relevance.sum(1), heatmap, atol=1e-6)
+assert 0.7 < heatmap.sum() / prediction[0, TARGET] < 1.05
+assert difference < 1e-5
+assert torch.allclose(result.heatmap, attribution(sample, [
+    {"y": TARGET, layer: [channel]} for layer, channel in place
+], composite).heatmap)
+
+# the suspect lives on the mark, and nothing holds more of what lies there
+assert names[TARGET] == "8"
+assert in_corner[suspect] > 0.6
+assert shares[suspect] > 0.07
+assert connections[UPPER, suspect][0][1] == strongest[0]
+
+# the experiments
+assert plain_rate < 0.05
+assert stamped_rate > plain_rate + 0.2
+assert rate_without < 0.9 * stamped_rate
+assert accuracy_without > 0.93
+""",
+    "2_feature_visualization": """
+assert table.coverage().seen == [(0, 898)] and not table.coverage().missing
+assert SUSPECT_CLASS == data.mark.digit
+assert spread.max() > 1.3 * np.delete(spread, row, axis=0).max()
+assert references_marked >= 0.8
+assert with_mark > 3 * abs(without_mark)
+assert targets[0] == SUSPECT_CLASS
+
+# its receptive fields see the mark
+samples, heatmaps = fv.get_max_reference(suspect, LAYER, composite=composite, rf=True, plot_fn=None)[suspect]
+around = type(data.mark.box)(0, 0, 8, 8)
+assert around.share(heatmaps).mean() > 0.8
+
+assert sample[0, suspect] == top_k(table, LAYER).sample[0, suspect]
+assert position.max() < 16 * 16
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every notebook after its run, side by side; or the exception that ended it."""
+    clients = {}
+    with pytest.MonkeyPatch.context() as patch:
+        paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # Agg, shown in the notebook
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+        home = tmp_path_factory.mktemp("home")
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+            patch.setenv(name, str(home / name))
+        for name, claims in CLAIMS.items():
+            notebook = read(name)
+            notebook.cells.append(nbformat.v4.new_code_cell(claims))
+            place = {"metadata": {"path": str(tmp_path_factory.mktemp(name))}}
+            clients[name] = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place)
+
+        async def run() -> list[Any]:
+            runs = [client.async_execute() for client in clients.values()]
+            return await asyncio.gather(*runs, return_exceptions=True)
+
+        return dict(zip(clients, asyncio.run(run()), strict=True))
+
+
+def read(name: str) -> Any:
+    return nbformat.read(TUTORIALS / f"{name}.ipynb", as_version=4)
+
+
+def test_every_notebook_is_run() -> None:
+    assert {path.stem for path in TUTORIALS.glob("*.ipynb")} == set(CLAIMS)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_stored_clean(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    for cell in notebook.cells:
+        assert cell.cell_type == "markdown" or (not cell.outputs and cell.execution_count is None)
+        assert not re.search(r"/(home|Users|work|root|tmp)/", cell.source), cell.source
+    assert 'MODEL = "digits"' in next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_runs_and_claims_hold(name: str, executed: dict[str, Any]) -> None:
+    notebook = executed[name]
+    if isinstance(notebook, BaseException):
+        raise notebook
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES[name]
+    errors = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert "Warning" not in errors, errors
