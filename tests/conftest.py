@@ -128,7 +128,8 @@ def vectors() -> Tensor:
 def _bytes(tensor: Tensor | None) -> object:
     if tensor is None:
         return None
-    return str(tensor.dtype), tuple(tensor.shape), tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
 def _model_state(model: nn.Module) -> dict[str, Any]:
