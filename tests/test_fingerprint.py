@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms import Compose, Normalize, Resize
 from zennit.canonizers import CompositeCanonizer, NamedMergeBatchNorm, SequentialMergeBatchNorm
 from zennit.composites import (
     EpsilonGammaBox,
@@ -148,7 +149,9 @@ def test_models() -> None:
     renamed = nn.Sequential()
     for i, module in enumerate(net()):
         renamed.add_module(f"layer{i}", module)
-    prints = [fingerprint_model(model) for model in [*others, unsaved, renamed]]
+    scaled = net()
+    scaled.temperature = 2.0
+    prints = [fingerprint_model(model) for model in [*others, unsaved, renamed, scaled]]
     assert reference not in prints
     assert len(set(prints)) == len(prints)
 
@@ -284,6 +287,11 @@ VALUES: dict[str, Callable[[], Any]] = {
     "other built in": lambda: min,
     "torch": lambda: torch.relu,
     "module": nn.ReLU,
+    "transform": lambda: Normalize([0.5], [1.0]),
+    "other transform": lambda: Normalize([0.4], [1.0]),
+    "transforms": lambda: Compose([Resize(4), Normalize([0.5], [1.0])]),
+    "transforms, other size": lambda: Compose([Resize(5), Normalize([0.5], [1.0])]),
+    "transforms, swapped": lambda: Compose([Normalize([0.5], [1.0]), Resize(4)]),
     "concept": ChannelConcept,
     "none": lambda: None,
     "true": lambda: True,

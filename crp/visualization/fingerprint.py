@@ -61,7 +61,8 @@ def fingerprint(value: object) -> str:
 def fingerprint_model(model: nn.Module) -> str:
     """Fingerprint of a model: its class, its modules with their settings, and all parameters and buffers.
 
-    Neither the device nor `torch.compile` and `DataParallel` wrappers matter.
+    Settings are the public attributes of a module that are numbers, strings or sequences of these. Neither the device
+    nor `torch.compile` and `DataParallel` wrappers matter.
     """
     return _Walk().digest(unwrap(model)).hex()
 
@@ -231,7 +232,7 @@ class _Walk:
 
     def _module(self, module: nn.Module) -> bytes:
         parts = [
-            f"{name}\0{type(m).__qualname__}\0{_ADDRESS.sub('', m.extra_repr())}".encode()
+            self._all("module", [name, type(m).__qualname__, _ADDRESS.sub("", m.extra_repr()), _settings(m)])
             for name, m in module.named_modules(remove_duplicate=False)
         ]
         state = {name: entry for name, entry in module.state_dict().items() if entry is not None}
@@ -271,6 +272,19 @@ def _tensor(tensor: Tensor) -> bytes:
         tensor = tensor.to_dense()
     content = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return _hash("tensor", f"{tensor.dtype} {tuple(tensor.shape)}".encode(), content.data)
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    """Attributes of a module that are numbers, strings or sequences of these, such as a stride."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and _is_plain(value)
+    }
+
+
+def _is_plain(value: object) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
 
 
 def _content(cell: types.CellType) -> object:

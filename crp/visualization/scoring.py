@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,7 @@ class _Batch:
     def _attribute(self, data: Tensor, indices: list[int], rows: list[tuple[int, int]]) -> list[dict[str, Array]]:
         """Scores of the rows, in parts. Where a call fails, its halves are tried: memory may suffice for these."""
         failures: list[tuple[int, int, Exception]] = []
+        reasons: list[str] = []
 
         def attempt(part: list[tuple[int, int]]) -> list[dict[str, Array]]:
             try:
@@ -188,12 +190,16 @@ class _Batch:
                 if len(part) == 1:
                     failures.append((*part[0], error))
                     return []
+                reasons.append(Problem.of(error).reason)
             half = len(part) // 2
             return attempt(part[:half]) + attempt(part[half:])
 
         parts = attempt(rows)
         if not parts and not self._works and len({place for place, _ in rows}) > 1:
             raise failures[0][2]  # no sample's fault
+        if reasons and not failures:
+            message = f"{len(rows)} rows at once failed ({reasons[0]}) and were attributed in parts; lower batch_size"
+            warnings.warn(message, stacklevel=6)
         for place, target, error in failures:
             self._drop(indices[place], Problem.of(error, f"target {target}: ").reason, error)
         return parts

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crp.visualization.blocks import Query, count_rows, read_blocks, read_rows
 from crp.visualization.lock import TableLockedError as TableLockedError
 from crp.visualization.manifest import KINDS as KINDS
 from crp.visualization.manifest import MODES as MODES
@@ -37,10 +38,7 @@ from crp.visualization.manifest import (
 from crp.visualization.manifest import TableError as TableError
 from crp.visualization.shards import check_shard, open_shard, read_record, write_atomic
 
-#: Added to the norm of a row, as zennit-crp does.
-STABILIZER = 1e-10
 _ELSEWHERE = "use another folder, or mine with overwrite=True to discard it"
-_BLOCK_BYTES = 32 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -149,7 +147,7 @@ class Table:
     @property
     def n_rows(self) -> int:
         """Number of (sample, target) rows."""
-        return sum(s.rows if not self._earlier(i) else len(self._ids(i)[0].sample) for i, s in enumerate(self.shards))
+        return count_rows(self.path / "shards", self.shards)
 
     def n_concepts(self, layer: str) -> int:
         """Number of concepts of a layer.
@@ -197,10 +195,7 @@ class Table:
 
     def rows(self) -> Rows:
         """Sample and target of every row, in the order of `blocks`."""
-        found = [self._ids(i)[0] for i in range(len(self.shards))]
-        if not found:
-            return Rows(np.zeros(0, np.int64), np.zeros(0, np.int64))
-        return Rows(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        return read_rows(self.path / "shards", self.shards)
 
     def blocks(
         self,
@@ -245,7 +240,8 @@ class Table:
                 raise ValueError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
         columns = self._concept_ids(layer, concepts)
         wanted = None if samples is None else np.unique(np.fromiter(samples, dtype=np.int64))
-        return self._blocks(layer, f"{mode}.{target}", f"{mode}.position/{layer}", normed, columns, of_class, wanted)
+        query = Query(layer, mode, target, normed, columns, of_class, wanted)
+        return read_blocks(self.path / "shards", self.shards, query)
 
     def column(
         self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
@@ -323,54 +319,6 @@ class Table:
                 if _TEMPORARY.fullmatch(file.name):
                     file.unlink(missing_ok=True)
 
-    def _blocks(
-        self,
-        layer: str,
-        field: str,
-        position: str,
-        normed: bool,
-        columns: Array | None,
-        of_class: int | None,
-        wanted: Array | None,
-    ) -> Iterator[Block]:
-        span, columns = _span(columns)
-        for i, shard in enumerate(self.shards):
-            if not shard.rows:
-                continue
-            (sample, target), row = self._ids(i)
-            keep = np.ones(len(sample), bool) if of_class is None else target == of_class
-            if wanted is not None:
-                keep &= np.isin(sample, wanted)
-            sample, target, row = sample[keep], target[keep], row[keep]
-            with open_shard(self.path / "shards", shard) as file:
-                for part in _parts(row, _BLOCK_BYTES // (8 * shard.concepts[layer]) or 1):
-                    begin, end = int(row[part][0]), int(row[part][-1]) + 1
-                    inner = row[part] - begin
-                    value = file.get_slice(f"{field}/{layer}")[begin:end, span][inner]
-                    where = file.get_slice(position)[begin:end, span][inner]
-                    if normed:
-                        norm = file.get_slice(f"{field}_norm/{layer}")[begin:end][inner]
-                        value = value / (norm + norm.dtype.type(STABILIZER))[:, None]
-                    if columns is not None:
-                        value, where = value[:, columns], where[:, columns]
-                    yield Block(sample[part], target[part], value, where.astype(np.int64))
-
-    def _ids(self, index: int) -> tuple[Rows, Array]:
-        """Sample and target of a shard's rows that no earlier shard holds, and their place in the shard."""
-        shard = self.shards[index]
-        with open_shard(self.path / "shards", shard) as file:
-            sample, target = file.get_tensor("sample"), file.get_tensor("target")
-        keep = np.ones(len(sample), bool)
-        for other in self._earlier(index):
-            inside = (sample >= other.start) & (sample < other.stop)
-            keep &= ~(inside & ~np.isin(sample, list(other.skipped)))
-        return Rows(sample[keep], target[keep]), np.flatnonzero(keep)
-
-    def _earlier(self, index: int) -> list[ShardRecord]:
-        """Shards before this one whose ranges overlap with its range."""
-        shard = self.shards[index]
-        return [other for other in self.shards[:index] if other.stop > shard.start]
-
     def _concept_ids(self, layer: str, concepts: int | Sequence[int] | None) -> Array | None:
         n = self.n_concepts(layer)
         if concepts is None:
@@ -397,19 +345,3 @@ class Table:
 
 def _order(shard: ShardRecord) -> tuple[int, int, str]:
     return shard.start, shard.stop, shard.file
-
-
-def _span(columns: Array | None) -> tuple[slice, Array | None]:
-    """Columns as a slice that holds them all, and their places in it."""
-    if columns is None or not len(columns):
-        return slice(None), columns
-    return slice(int(columns.min()), int(columns.max()) + 1), columns - columns.min()
-
-
-def _parts(rows: Array, size: int) -> Iterator[slice]:
-    """Slices of ``rows`` (ascending) that each span at most ``size`` numbers."""
-    begin = 0
-    while begin < len(rows):
-        end = int(np.searchsorted(rows, rows[begin] + size))
-        yield slice(begin, end)
-        begin = end

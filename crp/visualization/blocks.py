@@ -1,0 +1,110 @@
+"""Rows of several shards, some at a time: each (sample, target) once, whatever the shards' ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from crp.visualization.manifest import Array, Block, Rows, ShardRecord
+from crp.visualization.shards import open_shard
+
+#: Added to the norm of a row, as zennit-crp does.
+STABILIZER = 1e-10
+_BLOCK_BYTES = 32 << 20
+
+
+class Query(NamedTuple):
+    """Which values are asked for; as for `Table.blocks`, with ids that were checked.
+
+    Attributes
+    ----------
+    layer, mode, kind : str
+    normed : bool
+    concepts : array of int, or None for all
+    of_class : int or None
+    samples : array of int, or None for all
+    """
+
+    layer: str
+    mode: str
+    kind: str
+    normed: bool
+    concepts: Array | None
+    of_class: int | None
+    samples: Array | None
+
+
+def read_rows(folder: Path, shards: Sequence[ShardRecord]) -> Rows:
+    """Sample and target of every row."""
+    none = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    found = [none, *(_read_ids(folder, shards, i)[0] for i in range(len(shards)))]
+    return Rows(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def count_rows(folder: Path, shards: Sequence[ShardRecord]) -> int:
+    """Number of rows; shards are only read where their ranges overlap."""
+    return sum(
+        len(_read_ids(folder, shards, i)[1]) if _get_earlier(shards, i) else shard.rows
+        for i, shard in enumerate(shards)
+    )
+
+
+def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> Iterator[Block]:
+    """Values that a query asks for; see `Table.blocks`."""
+    layer, field = query.layer, f"{query.mode}.{query.kind}"
+    span, concepts = _get_span(query.concepts)
+    for i, shard in enumerate(shards):
+        if not shard.rows:
+            continue
+        (sample, target), row = _read_ids(folder, shards, i)
+        keep = np.ones(len(sample), bool) if query.of_class is None else target == query.of_class
+        if query.samples is not None:
+            keep &= np.isin(sample, query.samples)
+        sample, target, row = sample[keep], target[keep], row[keep]
+        with open_shard(folder, shard) as file:
+            for part in _get_parts(row, _BLOCK_BYTES // (8 * shard.concepts[layer]) or 1):
+                begin, end = int(row[part][0]), int(row[part][-1]) + 1
+                inner = row[part] - begin
+                value = file.get_slice(f"{field}/{layer}")[begin:end, span][inner]
+                position = file.get_slice(f"{query.mode}.position/{layer}")[begin:end, span][inner]
+                if query.normed:
+                    norm = file.get_slice(f"{field}_norm/{layer}")[begin:end][inner]
+                    value = value / (norm + norm.dtype.type(STABILIZER))[:, None]
+                if concepts is not None:
+                    value, position = value[:, concepts], position[:, concepts]
+                yield Block(sample[part], target[part], value, position.astype(np.int64))
+
+
+def _read_ids(folder: Path, shards: Sequence[ShardRecord], index: int) -> tuple[Rows, Array]:
+    """Sample and target of a shard's rows that no earlier shard holds, and their place in the shard."""
+    with open_shard(folder, shards[index]) as file:
+        sample, target = file.get_tensor("sample"), file.get_tensor("target")
+    keep = np.ones(len(sample), bool)
+    for other in _get_earlier(shards, index):
+        inside = (sample >= other.start) & (sample < other.stop)
+        keep &= ~(inside & ~np.isin(sample, list(other.skipped)))
+    return Rows(sample[keep], target[keep]), np.flatnonzero(keep)
+
+
+def _get_earlier(shards: Sequence[ShardRecord], index: int) -> list[ShardRecord]:
+    """Shards before this one whose ranges overlap with its range."""
+    return [other for other in shards[:index] if other.stop > shards[index].start]
+
+
+def _get_span(concepts: Array | None) -> tuple[slice, Array | None]:
+    """Concepts as a slice that holds them all, and their places in it."""
+    if concepts is None or not len(concepts):
+        return slice(None), concepts
+    return slice(int(concepts.min()), int(concepts.max()) + 1), concepts - concepts.min()
+
+
+def _get_parts(rows: Array, size: int) -> Iterator[slice]:
+    """Slices of ``rows`` (ascending) that each span at most ``size`` numbers."""
+    begin = 0
+    while begin < len(rows):
+        end = int(np.searchsorted(rows, rows[begin] + size))
+        yield slice(begin, end)
+        begin = end
