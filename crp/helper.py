@@ -15,7 +15,6 @@ from torch import Tensor
 
 from crp.layers import get_layer_names, get_output_shapes
 from crp.visualization import folders
-from crp.visualization.accumulators import SAMPLE_SIZE
 from crp.visualization.results import export, list_folders, read_references, read_targets
 
 __all__ = [
@@ -79,7 +78,7 @@ def max_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
     return rel / (torch.where(largest > 0, largest, rel.abs().max()) + _at_least_tiny(stabilize, rel))
 
 
-def load_maximization(path_folder: str | Path, layer_name: str, sample_size: int = SAMPLE_SIZE) -> Arrays:
+def load_maximization(path_folder: str | Path, layer_name: str, sample_size: int | None = None) -> Arrays:
     """Best samples of every concept of a layer.
 
     Parameters
@@ -87,8 +86,8 @@ def load_maximization(path_folder: str | Path, layer_name: str, sample_size: int
     path_folder : str or Path
         Such as ``FeatureVisualization(...).RelMax.PATH``, or ``"results/ActMax_sum_unnormed"``.
     layer_name : str
-    sample_size : int
-        Samples per concept; files of zennit-crp hold 40.
+    sample_size : int, optional
+        Samples per concept, at most. By default 40 of a table, and all that files of zennit-crp hold.
 
     Returns
     -------
@@ -109,7 +108,7 @@ def load_maximization(path_folder: str | Path, layer_name: str, sample_size: int
     return read_references(path_folder, layer_name, sample_size)[:3]
 
 
-def load_statistics(path_folder: str | Path, layer_name: str, target: Any, sample_size: int = SAMPLE_SIZE) -> Arrays:
+def load_statistics(path_folder: str | Path, layer_name: str, target: Any, sample_size: int | None = None) -> Arrays:
     """Best samples of every concept of a layer among those of one class.
 
     Parameters
@@ -119,8 +118,8 @@ def load_statistics(path_folder: str | Path, layer_name: str, target: Any, sampl
     layer_name : str
     target : int
         One of `load_stat_targets`.
-    sample_size : int
-        Samples per concept, at most.
+    sample_size : int, optional
+        As in `load_maximization`.
 
     Returns
     -------

@@ -168,6 +168,23 @@ def test_S18_pictures_of_something_else_are_not_served(tmp_path, change):
     assert calls == [3, 3]
 
 
+OTHER_READERS: dict[str, dict[str, Any]] = {
+    "model": {"net": make_net(1), "check": False},
+    "preprocess": {"preprocess_fn": torch.sigmoid, "check": False},
+    "concept": {"layers": {"first": type("Other", (ChannelConcept,), {})()}},
+    "max_target": {"max_target": "max"},
+    "abs_norm": {"abs_norm": False},
+}
+
+
+@pytest.mark.parametrize("change", OTHER_READERS)
+def test_S18_one_table_read_in_other_ways_gives_other_pictures(tmp_path, change):
+    fv = with_cache(tmp_path)
+    ask(fv, 0)
+    ask(make_fv(tmp_path, cache=fv.Cache, **OTHER_READERS[change]), 0)
+    assert calls == [3, 3]
+
+
 def test_other_questions_are_other_pictures(tmp_path):
     fv = with_cache(tmp_path)
     settings: list[dict[str, Any]] = [{}, {"rf": True}, {"mode": "activation"}, {"init": "relevance"}]

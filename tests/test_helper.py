@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,24 @@ def test_export_round_trip(tmp_path):
     assert names == {
         f"{m}{k}_{n}" for m in ("Rel", "Act") for k in ("Max", "Stats") for n in ("sum_normed", "max_unnormed")
     }
+
+
+def test_export_keeps_as_many_samples_as_asked_for(tmp_path):
+    fv = mined(tmp_path, Images(45))
+    for size in (3, 44):
+        export(fv.path, tmp_path / str(size), sample_size=size)
+        assert load_maximization(tmp_path / str(size) / "RelMax_sum_normed", "first")[0].shape == (size, 4)
+        of_class = load_statistics(tmp_path / str(size) / "ActStats_sum_normed", "first", 1)[0]
+        assert of_class.shape == (min(size, 15), 4)
+
+
+def test_layers_whose_files_may_be_one_are_not_exported(tmp_path):
+    net = torch.nn.Sequential(OrderedDict(a=torch.nn.Conv2d(1, 2, 3), A=torch.nn.Conv2d(2, 2, 3)))
+    net.extend([torch.nn.Flatten(), torch.nn.Linear(8, 3)])
+    fv = mined(tmp_path, net=net.double().eval(), layers=["a", "A"])
+    with pytest.raises(ValueError, match="layers 'a' and 'A' differ in case only"):
+        export(fv.path, tmp_path / "old")
+    assert not (tmp_path / "old").exists()
 
 
 def test_export_of_a_table_of_several_shards(tmp_path):

@@ -384,10 +384,17 @@ def test_statistics_lead_to_references(tmp_path):
 # --- other tables -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["model", "dataset"])
+SOMETHING_ELSE: dict[str, dict[str, Any]] = {
+    "model": {"net": make_net(1)},
+    "dataset": {"dataset": Images(13)},
+    "preprocess": {"preprocess_fn": torch.sigmoid},
+}
+
+
+@pytest.mark.parametrize("what", SOMETHING_ELSE)
 def test_a_table_of_something_else_is_refused_unless_asked_for(tmp_path, what):
     mined(tmp_path)
-    keywords: dict[str, Any] = {"net": make_net(1)} if what == "model" else {"dataset": Images(13)}
+    keywords = SOMETHING_ELSE[what]
     with pytest.raises(ValueError, match=what):
         make_fv(tmp_path, **keywords).get_max_reference(0, "first")
     with pytest.raises(ValueError, match=what):
@@ -416,6 +423,8 @@ def test_folders_of_zennit_crp_are_read_as_well(tmp_path):
         for x, y in zip(old.compute_stats(1, "first", mode), fv.compute_stats(1, "first", mode), strict=True):
             np.testing.assert_allclose(x, y)
     assert len(old.get_max_reference(1, "first", r_range=(0, 80))[1]) == 10
+    assert load_maximization(old.RelMax.PATH, "first", sample_size=3)[0].shape == (3, 4)
+    assert load_statistics(tmp_path / "old/fv/RelStats_sum_normed", "first", 1, sample_size=3)[0].shape == (3, 4)
 
 
 def test_S25_results_may_be_replaced(tmp_path):

@@ -51,7 +51,7 @@ class FeatureVisualization(ReferenceQueries):
     cache : Cache, optional
         Keeps pictures, so that they are made once.
     check : bool, keyword-only
-        Whether a table of another model or dataset is refused.
+        Whether a table of another model, dataset or preprocessing is refused.
 
     Attributes
     ----------
@@ -217,7 +217,6 @@ class FeatureVisualization(ReferenceQueries):
                 overwrite=overwrite,
                 fingerprints={
                     **self._identity(),
-                    "preprocess": fingerprint(self._preparation()),
                     "single_targets": fingerprint(None if classes is None else own),
                 },
             )

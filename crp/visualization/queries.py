@@ -102,7 +102,7 @@ class ReferenceQueries(SampleAccess):
         FileNotFoundError
             If nothing was mined yet.
         TableMismatchError
-            If another model or dataset was mined.
+            If another model, dataset or preprocessing was mined.
         """
         self._warn_without_heatmaps(rf, composite)
         top, ranks = self._lookup(layer_name, mode, r_range)
@@ -353,7 +353,7 @@ class ReferenceQueries(SampleAccess):
         return self.layer_map[layer]
 
     def _table(self, folder: Path) -> tuple[Table, FolderName] | None:
-        """Table behind a result folder, checked to be of this model and dataset; None where there is none."""
+        """Table behind a result folder, checked to be of this model and data; None where there is none."""
         found = table_of(folder)
         if found is not None and self._check:
             found[0].check(**self._identity())
@@ -366,7 +366,6 @@ class ReferenceQueries(SampleAccess):
         origin = read_references(results.PATH, layer) if found is None else found[0].digest
         content = [
             self._identity(),
-            self._preparation(),
             self._concept(layer),
             origin,
             results.sub_folder,

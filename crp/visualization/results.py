@@ -29,7 +29,7 @@ def table_of(folder: str | Path) -> tuple[Table, FolderName] | None:
 
 
 def read_references(
-    folder: str | Path, layer: str, size: int = SAMPLE_SIZE, target: int | None = None, *, cache: bool = True
+    folder: str | Path, layer: str, size: int | None = None, target: int | None = None, *, cache: bool = True
 ) -> References:
     """Best samples of every concept of a layer.
 
@@ -38,8 +38,8 @@ def read_references(
     folder : str or Path
         Such as ``FeatureVisualization(...).RelMax.PATH``; for a ``target``, such as ``RelStats.PATH``.
     layer : str
-    size : int
-        Samples per concept; files of zennit-crp may hold fewer.
+    size : int, optional
+        Samples per concept, at most. By default 40 of a table, and all that files of zennit-crp hold.
     target : int, optional
         Only samples of this class.
     cache : bool
@@ -61,6 +61,7 @@ def read_references(
     found = table_of(folder)
     if found is not None:
         table, name = found
+        size = SAMPLE_SIZE if size is None else size
         return top_k(table, layer, name.mode, name.max_target, name.abs_norm, size, of_class=target, cache=cache)
     prefix = folders.max_prefix(folder, layer) if target is None else folders.stats_prefix(folder, layer, target)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.visualization.fingerprint import fingerprint_dataset, fingerprint_model
+from crp.visualization.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
 from crp.visualization.references import stacked
 
 
@@ -104,6 +104,7 @@ class SampleAccess:
         return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
 
     def _identity(self) -> dict[str, str]:
+        """Fingerprints of what samples are, how they are prepared, and the model that sees them."""
         model = self.attribution.model
         tensors = [*model.parameters(), *model.buffers()]
         # The fingerprint reads all weights; whether they changed since is told faster.
@@ -113,12 +114,13 @@ class SampleAccess:
             "dataset": self._remembered(
                 "dataset", (id(self.dataset), len(self.dataset)), lambda: fingerprint_dataset(self.dataset)
             ),
+            "preprocess": self._preparation(),
         }
 
-    def _preparation(self) -> object:
+    def _preparation(self) -> str:
         own = type(self).get_data_sample, function_of(self.preprocess_data)
         default = SampleAccess.get_data_sample, SampleAccess.preprocess_data
-        return self.preprocess_fn if own == default else (*own, self.preprocess_fn)
+        return fingerprint(self.preprocess_fn if own == default else (*own, self.preprocess_fn))
 
     def _remembered(self, name: str, state: object, compute: Callable[[], str]) -> str:
         if self._fingerprints.get(name, (None,))[0] != state:
