@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from zennit.core import Composite
 
+from crp.layers import uncompiled
+
 _locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
@@ -48,7 +50,7 @@ def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
         )
     guard = _restored_on_error(model) if composite.canonizers else nullcontext()
     with (
-        _lock(model), _lock(composite), _evaluating(model), _without_parameter_gradients(model), _uncompiled(model),
+        _lock(model), _lock(composite), _evaluating(model), _without_parameter_gradients(model), uncompiled(model),
         guard,
     ):  # fmt: skip
         try:
@@ -91,19 +93,6 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    # Hooks and canonizers act on modules as they are written, not on what ``module.compile()`` made of them.
-    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
-    try:
-        for module in compiled:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,23 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    wrapped = any(hasattr(module, "_orig_mod") for module in model.modules())
+    # (torch 2.6 on; before, wrapped parts are followed by torch.compile itself)
+    stance = getattr(torch.compiler, "set_stance", None) if wrapped else None
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        with nullcontext() if stance is None else stance("force_eager"):
+            yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> dict[str, nn.Module]:

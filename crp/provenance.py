@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crp.layers import LayerNotFoundError, unwrap
+from crp.layers import LayerNotFoundError, uncompiled, unwrap
 
 #: Functions that look at a tensor without reading its values.
 _METADATA = frozenset(
@@ -212,7 +212,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_uncompiled(model))
+            stack.enter_context(uncompiled(model))
             stack.enter_context(_undisturbed(model))
             given = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
             named = {key: arg.clone() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
@@ -369,12 +369,6 @@ def _operation(func: Callable[..., Any], name: str) -> str:
     if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", "attribute")
     return name.split(".")[0].strip("_")
-
-
-def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Run compiled parts of the model as Python, where they can be followed."""
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
