@@ -228,6 +228,12 @@ def test_precomputed_pictures_are_found(tmp_path):
     assert calls == []
 
 
+def test_precomputing_leaves_classes_out_unless_asked_for(tmp_path):
+    fv = with_cache(tmp_path)
+    fv.precompute_ref({"first": [0, 1]}, EpsilonPlus(), plot_list=[pictures])
+    assert calls == [8, 8]
+
+
 def test_precomputing_needs_a_cache_and_a_composite(tmp_path):
     with pytest.raises(ValueError, match="cache=ImageCache"):
         mined(tmp_path).precompute_ref({"first": [0]}, EpsilonPlus())

@@ -179,6 +179,12 @@ def test_rf_heatmaps_start_from_the_strongest_position(tmp_path, mode, batch_siz
         assert (heatmap != 0).sum() <= 9
 
 
+def test_rf_heatmaps_need_a_position_for_each_sample(tmp_path):
+    fv = make_fv(tmp_path)
+    with pytest.raises(ValueError, match="length of 'neuron_ids' must be equal to the length of 'data': 1 and 3"):
+        fv._attribution_on_reference(fv.dataset.data[:3], 2, "first", COMPOSITE, True, [5])
+
+
 def test_rf_without_a_composite_is_pointed_out(tmp_path):
     with pytest.warns(UserWarning, match="rf=True restricts heatmaps, and without a composite there are none"):
         mined(tmp_path).get_max_reference(1, "first", rf=True)
