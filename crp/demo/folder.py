@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,10 +78,8 @@ class DemoFolder:
             return {}
 
     def _discard(self) -> None:
-        """Delete what the demo wrote, and nothing else; its settings last."""
+        """Delete what an earlier demo wrote, and nothing else."""
         Table.discard(self.index)
-        if self.index.is_dir() and not self.index.is_symlink():
-            shutil.rmtree(self.index)
         for file in (self.network, self.report, self.figures):
             file.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from crp.demo.data import DigitsData, load_digits_data
 from crp.demo.folder import DemoError, DemoFolder
 from crp.demo.net import DigitNet
 from crp.demo.shortcut import Shortcut, rank_by_box, switched_off
-from crp.demo.training import CheckpointError, accuracy, predict, train
+from crp.demo.training import CheckpointError, accuracy, one_thread, predict, train
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.page import Tile, percent
 from crp.visualization.ranking import class_means
@@ -87,6 +87,7 @@ class Figures(NamedTuple):
         return "\n".join(f"{key:<17}{value}" for key, value in lines.items())
 
 
+@one_thread()
 def run_demo(
     out: str | Path = "crp-demo",
     *,

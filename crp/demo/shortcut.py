@@ -1,4 +1,4 @@
-"""Find the concept that lives on a known place of the image; the planted mark is found by this, in test images alone."""
+"""Find the concept that lives on a known place of the image, as the planted mark is, in test images alone."""
 
 from __future__ import annotations
 

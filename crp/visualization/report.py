@@ -13,6 +13,7 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.visualization.feature import FeatureVisualization
+from crp.visualization.fingerprint import fingerprint_composite
 from crp.visualization.page import (
     ClassSection,
     ConceptCard,
@@ -216,7 +217,7 @@ class _Maker:
             ("Samples", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped, missing: {missing}"),
             ("Layers", ", ".join(table.layers)),
             ("References ranked by", ranked),
-            ("Heatmaps by", "the plain gradient" if self.composite is None else repr(self.composite)),
+            ("Heatmaps by", _description(self.composite)),
             ("Content of the index", table.digest),
             *((f"Fingerprint: {key}", value) for key, value in sorted(table.fingerprints.items())),
             ("Versions", ", ".join(f"{key} {value}" for key, value in sorted(table.versions.items()))),
@@ -294,6 +295,14 @@ class _Maker:
 
     def _share(self, place: Place) -> float:
         return _share(self.shares, place)
+
+
+def _description(composite: Composite | None) -> str:
+    """Name of a composite, with its settings where it tells them, and its fingerprint."""
+    if composite is None:
+        return "the plain gradient"
+    name = repr(composite) if hasattr(composite, "describe") else type(composite).__qualname__
+    return f"{name}, fingerprint {fingerprint_composite(composite)}"
 
 
 def _shares(table: Table, layers: Sequence[str] | None) -> dict[str, ClassMeans]:

@@ -1,0 +1,129 @@
+"""The command line: quick, and clear about what went wrong and how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import crp
+from crp.__main__ import cli
+
+FEW = ["--epochs", "1", "--quiet"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def python(*arguments: str, **keywords: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **keywords)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demo", "--help"]], ids=" ".join)
+def test_help_and_version_import_nothing_heavy(arguments):
+    code = f"""
+import sys
+from crp.cli import cli
+cli({arguments!r}, prog_name="crp", standalone_mode=False)
+heavy = {{"torch", "torchvision", "zennit", "numpy", "sklearn", "PIL", "matplotlib", "jinja2"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_module_is_the_command():
+    result = python("-m", "crp", "--version")
+    assert result.stdout == f"crp, version {crp.__version__}\n"
+    assert result.returncode == 0
+
+
+def test_help_tells_of_the_demo():
+    assert "demo" in run("--help").output
+    told = run("demo", "--help").output
+    for option in ("--out", "--epochs", "--seed", "--batch-size", "--overwrite"):
+        assert option in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--epochs", "0"], "0 is not in the range x>=1"), (["--seed", "-1"], "-1 is not in the range")],
+    ids=["epochs", "seed"],
+)
+def test_wrong_options(tmp_path, arguments, message):
+    result = run("demo", "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    result = run("demo", "--out", tmp_path / "file", *FEW)
+    assert result.exit_code == 2
+    assert "is a file" in result.output
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_out_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("demo", "--out", tmp_path / "file" / "out", *FEW)
+    assert result.exit_code == 1
+    place = tmp_path / "file" / "out"
+    assert result.output == f"Error: cannot write to {place}: Not a directory. Give another --out.\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_out_is_read_only(tmp_path):
+    (tmp_path / "out").mkdir(mode=0o500)
+    result = run("demo", "--out", tmp_path / "out", *FEW)
+    assert result.exit_code == 1
+    assert "Permission denied" in result.output
+
+
+def test_out_holds_foreign_files(tmp_path):
+    (tmp_path / "thesis.tex").write_text("words")
+    result = run("demo", "--out", tmp_path, *FEW)
+    assert result.exit_code == 1
+    assert "is not a folder of the demo" in result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_scikit_learn_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = run("demo", "--out", tmp_path / "out", *FEW)
+    assert result.exit_code == 1
+    assert 'python -m pip install "concept-relevance[demo]"' in result.output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "crp", "demo", "--out", str(out), "--epochs", "1000", "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(out / "net.safetensors", process)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"Interrupted. What is done is kept in {out}; the same command goes on from there." in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""
+    assert (out / "net.safetensors").stat().st_size > 0
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.05)
