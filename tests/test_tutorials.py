@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TUTORIALS = ROOT / "tutorials"
@@ -113,3 +115,17 @@ def test_runs_and_claims_hold(name: str, executed: dict[str, Any]) -> None:
     assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES[name]
     errors = "".join(output.text for output in outputs if output.get("name") == "stderr")
     assert "Warning" not in errors, errors
+
+
+def test_the_picture_of_the_readme_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("make_pictures", TUTORIALS / "make_pictures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    stored = script.PATH
+    monkeypatch.setattr(script, "PATH", tmp_path / "overview.png")
+    train = script.train
+    monkeypatch.setattr(script, "train", lambda digits, **options: train(digits, **{**options, "epochs": 2}))
+    script.main()
+    with Image.open(script.PATH) as made, Image.open(stored) as kept:
+        assert made.size == kept.size
+    assert stored.stat().st_size < 300_000
