@@ -332,8 +332,9 @@ class Backward:
         index = torch.tensor(list(conditions), device=start.device)
         begun, start = self._begin(conditions, torch.zeros_like(start).index_copy_(0, index, start[index]))
         outputs = {name: use.output for name, use in self.uses.items()}
-        for name, use in self.uses.items():
-            masks = row_masks(conditions, name, self.call.mask_map) if name in layers else []
+        for use in self.uses.values():
+            known_as = [name for name in layers if self.uses[name] is use]  # "conv", "conv#0", or both
+            masks = [mask for name in known_as for mask in row_masks(conditions, name, self.call.mask_map)]
             use.flow.reset(partial(apply_masks, masks) if masks else None)
         self.data.grad = None
         try:

@@ -1,0 +1,219 @@
+"""Conditions as data: pairing, grouping, places in the grid, initial relevance, masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attribution_cases import small_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crp.attribution import CondAttribution
+from crp.conditions import (
+    Grid,
+    Rows,
+    Settings,
+    check_conditions,
+    check_data,
+    check_start,
+    check_targets,
+    initial_relevance,
+    mask_factory,
+    row_masks,
+)
+
+CPU = torch.device("cpu")
+ABC = [{"y": 0}, {"y": 1, "a": [1]}, {"y": 2, "b": [0], "a": [2]}]
+
+
+def call(init_rel: object = None) -> Settings:
+    return Settings((), {}, None, init_rel, None, True)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_conditions_as_samples_are_paired():
+    rows = Rows.broadcast(3, ABC)
+    assert rows.samples == (0, 1, 2)
+    assert rows.conditions == tuple(ABC)
+
+
+def test_otherwise_every_sample_meets_every_condition():
+    for n in (1, 2, 5):
+        rows = Rows.broadcast(n, ABC)
+        assert list(zip(rows.samples, rows.conditions, strict=True)) == [(i, c) for i in range(n) for c in ABC]
+        assert len(rows) == 3 * n
+    assert Rows.broadcast(3, ABC[:1]).samples == (0, 1, 2)
+
+
+def test_parts_of_the_rows():
+    rows = Rows.broadcast(2, ABC)
+    assert [len(part) for part in rows.chunks(4)] == [4, 2]
+    assert rows.chunks(4)[1] == Rows((1, 1), (ABC[1], ABC[2]))
+    assert rows.chunks(100) == [rows]
+    assert rows.part([5, 0]) == Rows((1, 0), (ABC[2], ABC[0]))
+
+
+def test_samples_that_are_needed():
+    rows = Rows((3, 1, 3), tuple(ABC))
+    assert rows.distinct(repeat=False) == ([1, 3], Rows((1, 0, 1), tuple(ABC)))
+    assert rows.distinct(repeat=True) == ([3, 1, 3], Rows((0, 1, 2), tuple(ABC)))
+
+
+def test_select_is_detached_and_a_copy_where_asked():
+    samples = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    same = Rows.broadcast(3, ABC)
+    view, copy = same.select(samples), same.select(samples, copy=True)
+    assert not view.requires_grad
+    assert not copy.requires_grad
+    assert view.data_ptr() == samples.data_ptr() != copy.data_ptr()
+    assert torch.equal(view, copy)
+    assert torch.equal(Rows((2, 0), tuple(ABC[:2])).select(samples), samples.detach()[[2, 0]])
+    assert torch.equal(Rows((0, 1), tuple(ABC[:2])).select(samples), samples.detach()[:2])
+
+
+def test_layers_and_targets():
+    rows = Rows.broadcast(3, ABC)
+    assert rows.layers("y") == ["a", "b"]
+    assert rows.layers("a") == ["y", "b"]
+    assert rows.targets("y") == [0, 1, 2]
+    assert Rows.broadcast(2, [{"a": [0]}, {"y": 1}]).targets("y") == [None, 1]
+    assert Rows.broadcast(2, [{"a": [0]}, {}]).targets("y") is None
+
+
+def test_groups_have_their_layers_in_one_order():
+    conditions = [{"a": 0, "y": 1, "b": 0}, {"b": 0, "a": 0}, {"y": 0}, {"a": 0, "b": 0}, {}]
+    assert Rows.broadcast(5, conditions).groups("y") == [[0, 3], [1], [2, 4]]
+
+
+# --- grid -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_grid_places_every_row_and_gives_it_back(samples):
+    grid = Grid(samples, 4, CPU)
+    rows = torch.arange(1.0, 2 * len(samples) + 1).reshape(-1, 2)
+    placed = grid.scatter(rows)
+    assert placed.shape == (grid.n_slots, 4, 2)
+    assert grid.n_slots == max(samples.count(i) for i in range(4))
+    assert torch.equal(grid.gather(placed), rows)
+    assert placed.count_nonzero() == rows.numel()
+    for row, sample in zip(rows, samples, strict=True):
+        assert (placed[:, sample] == row).all(-1).any()
+
+
+def test_grid_of_pairs_or_of_one_sample_moves_nothing():
+    rows = torch.ones(3, 2)
+    for grid in (Grid([0, 1, 2], 3, CPU), Grid([0, 0, 0], 1, CPU)):
+        assert grid.scatter(rows).data_ptr() == rows.data_ptr()
+        assert grid.gather(grid.scatter(rows)).data_ptr() == rows.data_ptr()
+    assert Grid([1, 0], 2, CPU).scatter(rows[:2]).data_ptr() != rows.data_ptr()
+
+
+# --- initial relevance ----------------------------------------------------------------------------------------------
+
+
+def test_initial_relevance_starts_at_the_targets():
+    prediction = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    assert torch.equal(initial_relevance(prediction, None, None), prediction)
+    assert torch.equal(initial_relevance(prediction, [1, None], None), torch.tensor([[0.0, 2, 0], [4, 5, 6]]))
+    assert torch.equal(initial_relevance(prediction, [[0, 2], -1], 2), torch.tensor([[2.0, 0, 2], [0, 0, 2]]))
+    assert torch.equal(initial_relevance(prediction, [0, 1], lambda p: p * 2), torch.tensor([[2.0, 0, 0], [0, 10, 0]]))
+    given = torch.tensor([1, 0, 7])
+    found = initial_relevance(prediction, None, given)
+    assert torch.equal(found, torch.tensor([[1.0, 0, 7], [1, 0, 7]]))
+    assert found.dtype == prediction.dtype
+
+
+def test_initial_relevance_of_maps_starts_at_whole_channels():
+    prediction = torch.arange(1.0, 17).reshape(1, 4, 2, 2)
+    found = initial_relevance(prediction, [[1, 3]], None)
+    assert torch.equal(found[:, [1, 3]], prediction[:, [1, 3]])
+    assert not found[:, [0, 2]].any()
+
+
+def test_initial_relevance_of_a_part():
+    prediction, rows = torch.zeros(2, 5), torch.arange(25.0).reshape(5, 5)
+    second = call(rows).part(1, 2, 5)
+    assert torch.equal(second.initial(prediction), rows[2:4])
+    assert torch.equal(call(rows).part(2, 2, 5).initial(prediction[:1]), rows[4:])
+    assert torch.equal(call(rows[:2]).part(1, 2, 5).initial(prediction), rows[:2])
+    assert torch.equal(call(rows[:2]).part(2, 2, 5).initial(prediction[:1]), rows[:1])
+    assert torch.equal(call(rows[:3]).part(0, 9, 3).initial(torch.zeros(3, 5)), rows[:3])
+    for whole in (rows[0], rows[:1], rows[:3], rows[None], torch.tensor(1.0), 3, None, torch.exp):
+        assert call(whole).part(1, 2, 5).initial(prediction) is whole
+        assert call(whole).initial(prediction) is whole
+
+
+def test_start_has_the_shape_of_the_prediction():
+    prediction = torch.zeros(2, 3)
+    check_start(torch.ones(2, 3), prediction)
+    with pytest.raises(ValueError, match=r"has the shape \(3,\); it must be a tensor of \(rows.* = \(2, 3\)"):
+        check_start(torch.ones(3), prediction)
+    with pytest.raises(ValueError, match=r"has the type list; it must be a tensor"):
+        check_start([[1.0] * 3] * 2, prediction)
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def test_conditions_that_are_right():
+    assert check_conditions(tuple(ABC), "y") == ABC
+    assert check_conditions([{}, {"a": []}], "y", start_layer="a") == [{}, {"a": []}]
+    assert check_conditions([{"a": object()}, {"y": None}], "y", has_init=True)
+    assert check_conditions([{"class": [[0, 1]]}], "class")
+    check_targets([3, -4, [0, 1], torch.tensor([2]), None, [True] * 4, range(2)], torch.zeros(7, 4), "y")
+    check_targets(None, torch.zeros(3), "y")
+
+
+def test_samples_that_are_not_finite_are_named():
+    data = torch.zeros(5, 2, 3)
+    data[1, 0, 2], data[4, 1, 1] = torch.nan, -torch.inf
+    with pytest.raises(ValueError, match=r"NaN or infinite values in samples \[1, 4\]"):
+        check_data(data)
+    for right in (data[[0, 2]], data[:1].half(), torch.zeros(3)):
+        check_data(right)
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def test_masks_know_their_row_ids_and_layer():
+    asked = []
+
+    def mask_map(row: int, ids: object, layer: str):
+        asked.append((row, ids, layer))
+        return lambda grad: grad
+
+    rows = {4: {"a": [1]}, 7: {"y": 0}, 9: {"b": 3, "a": "head"}}
+    assert len(row_masks(rows, "a", mask_map)) == 2
+    assert asked == [(4, [1], "a"), (9, "head", "a")]
+    assert mask_factory({"a": mask_map}, "a") is mask_map
+    assert row_masks({}, "a", mask_map) == []
+
+
+@pytest.mark.parametrize("exclude_parallel", [True, False])
+def test_mask_functions_act_on_their_row_of_the_gradient(exclude_parallel):
+    """In a gradient of all rows that have the layer, whichever samples they are of."""
+    model, seen = small_net(), []
+    data = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+
+    def mask_map(row: int, ids: object, layer: str):
+        def mask(grad: Tensor) -> Tensor:
+            seen.append((row, tuple(grad.shape)))
+            grad[row] *= 2
+            return grad
+
+        return mask
+
+    conditions = [{"y": 0}, {"y": 1, "conv2": "anything"}, {"y": 2, "conv2": None}]
+    found = CondAttribution(model)(data, conditions, mask_map=mask_map, exclude_parallel=exclude_parallel)
+    plain = CondAttribution(model)(data, [{"y": 0}, {"y": 1}, {"y": 2}])
+    factor = torch.tensor([1.0, 2, 2, 1, 2, 2], dtype=torch.float64)[:, None, None]
+    assert torch.allclose(found.heatmap, factor * plain.heatmap, rtol=1e-12)
+    n = 4 if exclude_parallel else 6
+    assert {shape for _, shape in seen} == {(n, 4, 2, 2)}
+    assert [row for row, _ in seen] == (list(range(4)) if exclude_parallel else [1, 2, 4, 5])
