@@ -18,7 +18,7 @@ from crp.visualization import folders
 from crp.visualization.accumulators import Maximization, Statistics
 from crp.visualization.cache import Cache
 from crp.visualization.fingerprint import fingerprint
-from crp.visualization.mining import SampleError, mine
+from crp.visualization.mining import SHARD_BATCHES, SampleError, mine
 from crp.visualization.queries import ReferenceQueries
 from crp.visualization.ranking import list_targets
 from crp.visualization.samples import Classes, Prepared, SampleAccess, function_of
@@ -128,7 +128,7 @@ class FeatureVisualization(ReferenceQueries):
         batch_size : int
             Samples per attribution.
         checkpoint : int
-            Number of batches after which results are saved.
+            Number of batches after which results are saved; at most 64.
         on_device : torch.device or str, optional
             Where results are reduced.
         **options
@@ -205,7 +205,7 @@ class FeatureVisualization(ReferenceQueries):
                 start=int(data_start),
                 stop=stop,
                 batch_size=batch_size,
-                shard_size=checkpoint * batch_size,
+                shard_size=min(checkpoint, SHARD_BATCHES) * batch_size,
                 preprocess=self.preprocess_data if is_plain else None,
                 single_targets=classes,
                 modes=modes,
