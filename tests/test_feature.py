@@ -206,6 +206,7 @@ def test_distributed_ranges_are_collected(tmp_path):
     first = fv.run_distributed(EpsilonPlus(), 0, 4, **QUIET)
     assert list(first) == ["r_max", "a_max", "r_stats", "a_stats"] and fv.saved_checkpoints == first
     third = fv.run_distributed(EpsilonPlus(), 8, 12, **QUIET)
+    assert not set(first["r_max"]) & set(third["r_max"])
     joined = {key: first[key] + third[key] for key in first}
     with pytest.raises(TableError, match=r"samples \[\(4, 8\)\] of \(0, 12\) were not mined"):
         fv.collect_results(joined)
@@ -226,7 +227,7 @@ def test_a_checkpoint_of_another_table_or_a_damaged_one_is_refused(tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(TableError, match="damaged"):
+    with pytest.raises(TableError, match=r"the table at .* is damaged"):
         fv.collect_results(checkpoints)
 
 
@@ -420,7 +421,7 @@ def test_S13_a_dataset_with_state_is_read_by_one_thread(tmp_path):
 def test_samples_may_be_loaded_by_worker_processes(tmp_path):
     fv = make_fv(tmp_path)
     fv.run(EpsilonPlus(), 0, 12, batch_size=5, num_workers=2, progress=False)
-    assert fv.dataset.reads.count(11) <= 2 * 2  # only for the fingerprint
+    assert 2 not in fv.dataset.reads  # here, only samples for the fingerprint were read
     assert_same(results(fv), results(mined(tmp_path / "plain")))
 
 
