@@ -1,0 +1,281 @@
+"""Concepts: masking, relevance of each, and how samples are ranked for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attribution_cases import close, net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus
+from crp.concepts import ChannelConcept, Concept, as_ids, normalize
+
+CHANNEL = ChannelConcept()
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2), st.lists(st.integers(-4, 3), max_size=5), st.sampled_from([(), (2,), (2, 3), (2, 2, 2)]))
+def test_mask_keeps_channels_of_one_row(row, ids, space):
+    grad = drawn(3, 4, *space)
+    kept = {i % 4 for i in ids}
+    wanted = grad.clone()
+    for channel in set(range(4)) - kept:
+        wanted[row, channel] = 0
+    given_grad = grad.clone()
+    found = ChannelConcept.mask(row, ids, "layer")(given_grad)
+    assert found is given_grad
+    assert torch.equal(found, wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2), st.dictionaries(st.integers(-4, 3), st.lists(st.integers(-6, 5), max_size=3), max_size=3))
+def test_mask_rf_keeps_positions_of_one_row(row, neurons):
+    grad = drawn(3, 4, 2, 3)
+    wanted = grad.clone()
+    wanted[row] = 0
+    for channel, positions in neurons.items():
+        wanted[row, channel].view(-1)[positions] = grad[row, channel].view(-1)[positions]
+    given_grad = grad.clone()
+    assert ChannelConcept.mask_rf(row, neurons, "layer")(given_grad) is given_grad
+    assert torch.equal(given_grad, wanted)
+
+
+def test_masks_in_every_layout():
+    grad = drawn(2, 3, 4, 4)
+    strided = grad.to(memory_format=torch.channels_last)
+    assert torch.equal(ChannelConcept.mask_rf(1, {2: 7})(strided), ChannelConcept.mask_rf(1, {2: 7})(grad))
+    assert ChannelConcept.mask_rf(0, {1: torch.tensor([0])})(drawn(2, 3)).count_nonzero() == 4
+    assert CHANNEL.mask(0, [0])(drawn(2, 3)).count_nonzero() == 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "listed"),
+    [(3, [3]), (-1, [-1]), ((1, 2), [1, 2]), ([], []), (range(3), [0, 1, 2]), (np.int64(4), [4]), (iter([1]), [1]),
+     (np.array([[1, 2]]), [1, 2]), (torch.tensor([[3], [1]]), [3, 1]), (torch.tensor(2), [2]), ([torch.tensor(2)], [2]),
+     ({5}, [5])],
+)  # fmt: skip
+def test_ids_of_any_kind(ids, listed):
+    assert as_ids(ids) == listed
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        "1",
+        None,
+        1.0,
+        [1.5],
+        np.nan,
+        [np.inf],
+        True,
+        [True],
+        torch.tensor([True]),
+        {1: 2},
+        [[1]],
+        torch.ones(2),
+        object,
+    ],
+)
+def test_ids_that_are_none(ids):
+    with pytest.raises(TypeError, match=r"^concept ids must be integers, not "):
+        as_ids(ids)
+    with pytest.raises(TypeError, match=r"^layer 'fc': concept ids must be integers, not "):
+        ChannelConcept.mask(0, ids, "fc")
+
+
+def test_errors_name_the_layer():
+    """C14"""
+    grad = drawn(2, 3, 2, 2)
+    for ids in ([3], -4):
+        with pytest.raises(IndexError, match=r"layer 'conv' has 3 channels, 0 to 2; there is no channel (3|-4)"):
+            CHANNEL.mask(0, ids, "conv")(grad.clone())
+    with pytest.raises(IndexError, match=r"layer 'conv' has 3 channels, 0 to 2; there is no channel 3"):
+        CHANNEL.mask_rf(0, {3: [0]}, "conv")(grad.clone())
+    with pytest.raises(IndexError, match=r"layer 'conv' has 4 positions, 0 to 3; there is no position 4"):
+        CHANNEL.mask_rf(0, {0: [4]}, "conv")(grad.clone())
+    for neurons in ([1, 2], 3, None):
+        with pytest.raises(TypeError, match=r"layer 'conv': mask_rf needs \{channel: positions\}, not "):
+            CHANNEL.mask_rf(0, neurons, "conv")
+    for function in (CHANNEL.mask(0, [0], "fc"), CHANNEL.mask_rf(0, {0: [0]}, "fc"), CHANNEL.attribute, CHANNEL.scores):
+        with pytest.raises(
+            ValueError, match=r"layer ('fc'|None) gives \(3,\); channels need \(batch, channel, \*space\)"
+        ):
+            function(drawn(3))
+
+
+# --- relevance ------------------------------------------------------------------------------------------------------
+
+
+def test_relevance_of_each_channel():
+    relevance = drawn(2, 3, 4, 5)
+    total = relevance.sum((2, 3))
+    assert close(CHANNEL.attribute(relevance, abs_norm=False), total)
+    assert close(CHANNEL.attribute(relevance), total / total.abs().sum(1, keepdim=True), 1e-9)
+    mask = (relevance > 0).to(relevance)
+    assert close(CHANNEL.attribute(relevance, mask, "layer", abs_norm=False), (relevance * mask).sum((2, 3)))
+    assert close(CHANNEL.attribute(relevance, mask="ignored", abs_norm=False), total)
+    assert close(CHANNEL.attribute(relevance[..., 0, 0], abs_norm=False), relevance[..., 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_shares_in_every_dtype(dtype):
+    """S27: no channel is NaN where all are zero; sums of half precision do not overflow."""
+    assert not CHANNEL.attribute(torch.zeros(1, 3, dtype=dtype)).any()
+    large = torch.full((1, 4, 8, 8), 60000, dtype=dtype)
+    shares = CHANNEL.attribute(large)
+    assert torch.equal(shares, torch.full_like(shares, 0.25))
+    assert shares.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.isfinite(CHANNEL.attribute(large, abs_norm=False)).all()
+    scores = CHANNEL.scores(large)
+    assert torch.isfinite(scores.sum).all()
+    assert scores.sum.dtype == shares.dtype
+
+
+def test_shares_of_very_little_relevance():
+    """S27: what is far below the stabilizer of 1e-10 is shrunk, as in zennit-crp; what is above is not."""
+    assert CHANNEL.attribute(torch.full((1, 2), 1e-12, dtype=torch.float64)).tolist() == [[pytest.approx(1 / 102)] * 2]
+    assert CHANNEL.attribute(torch.full((1, 2), 1e-6).half()).tolist() == [[pytest.approx(0.5, rel=1e-3)] * 2]
+    assert normalize(torch.tensor([3.0, -1.0]).double()).tolist() == pytest.approx([0.75, -0.25], rel=1e-9)
+    assert not normalize(torch.zeros(2, 3).half()).any()
+
+
+def test_tokens_have_channels_last():
+    """S28: axis 1 is that of concepts; tokens of shape (batch, token, channel) are for a concept type of one's own."""
+
+    class TokenChannels(ChannelConcept):
+        def attribute(self, relevance, mask=None, layer_name=None, abs_norm=True):
+            return super().attribute(relevance.movedim(-1, 1), mask, layer_name, abs_norm)
+
+        @staticmethod
+        def mask(batch_id, concept_ids, layer_name=None):
+            channels = ChannelConcept.mask(batch_id, concept_ids, layer_name)
+            return lambda grad: channels(grad.movedim(-1, 1)).movedim(1, -1)
+
+    class Tables(CondAttribution):
+        def heatmap_modifier(self, data, on_device=None):
+            return data.grad.sum(-1)
+
+    assert CHANNEL.attribute(drawn(1, 10, 64)).shape == (1, 10)
+    assert TokenChannels().attribute(drawn(1, 10, 64)).shape == (1, 64)
+    model = net(lambda s, x: s.head(s.embed(x).relu().mean(1)), embed=nn.Linear(4, 6), head=nn.Linear(6, 2))
+    attribution, tokens = Tables(model), drawn(1, 5, 4)
+    whole = attribution(tokens, [{"y": 1}], EpsilonPlus(), ["embed"])
+    parts = attribution(tokens, [{"y": 1, "embed": [i]} for i in range(6)], EpsilonPlus(), mask_map=TokenChannels.mask)
+    assert close(parts.heatmap.sum(0), whole.heatmap[0])
+    assert TokenChannels().attribute(whole.relevances["embed"]).shape == (1, 6)
+
+
+# --- rankings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 3, 7), (5, 3), (5, 3, 1, 1), (5, 3, 2, 2, 2)])
+def test_scores(shape):
+    relevance = drawn(*shape)
+    flat = relevance.reshape(5, 3, -1)
+    scores = CHANNEL.scores(relevance, "layer")
+    assert close(scores.sum, flat.sum(-1))
+    assert torch.equal(scores.max, flat.max(-1).values)
+    assert torch.equal(scores.position, flat.argmax(-1))
+    assert scores.position.dtype == torch.int64
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 3)])
+@pytest.mark.parametrize("target", ["sum", "max"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_ranking_of_the_batch(shape, target, norm):
+    relevance = drawn(*shape)
+    flat = relevance.reshape(5, 3, -1)
+    value = flat.sum(-1) if target == "sum" else flat.amax(-1)
+    if norm:
+        value = value / value.abs().sum(1, keepdim=True)
+    order, ranked, position = CHANNEL.reference_sampling(relevance, "layer", target, norm)
+    assert torch.equal(order, value.argsort(0, descending=True))
+    assert close(ranked, value.gather(0, order), 1e-9)
+    assert torch.equal(position, flat.argmax(-1).gather(0, order))
+
+
+def test_ties_keep_the_order_of_the_batch():
+    """S17, within a batch."""
+    order, _, position = CHANNEL.reference_sampling(torch.ones(40, 2, 3, 3))
+    assert torch.equal(order, torch.arange(40)[:, None].expand(40, 2))
+    assert not position.any()
+
+
+def test_unknown_ranking():
+    with pytest.raises(ValueError, match="max_target must be 'sum' or 'max', not 'mean'"):
+        CHANNEL.reference_sampling(drawn(2, 3), max_target="mean")
+
+
+def test_positions_of_a_layer():
+    assert CHANNEL.get_rf_indices((7,)) == [0]
+    assert CHANNEL.get_rf_indices((7, 3, 4), "layer").tolist() == list(range(12))
+    assert CHANNEL.get_rf_indices((7, 5)).tolist() == list(range(5))
+
+
+# --- concepts of the user -------------------------------------------------------------------------------------------
+
+
+class Reversed(ChannelConcept):
+    """Concept ``i`` is the channel before the last ``i``: rankings of its own, as legacy concepts have."""
+
+    def reference_sampling(self, relevance, layer_name=None, max_target="sum", abs_norm=True):
+        found = super().reference_sampling(relevance, layer_name, max_target, abs_norm)
+        return tuple(part.flip(1) for part in found)
+
+
+class ReversedScores(ChannelConcept):
+    def scores(self, relevance, layer_name=None):
+        return type(super().scores(relevance))(*(part.flip(1) for part in super().scores(relevance, layer_name)))
+
+
+class ReversedBoth(ReversedScores, Reversed):
+    pass
+
+
+class Legacy(Concept):
+    """Knows only `reference_sampling`."""
+
+    def reference_sampling(self, relevance, layer_name=None, max_target="sum", abs_norm=True):
+        return CHANNEL.reference_sampling(relevance.flip(1), layer_name, max_target, abs_norm)
+
+
+@pytest.mark.parametrize("concept", [Reversed(), ReversedScores(), ReversedBoth(), Legacy()], ids=repr)
+def test_scores_and_rankings_of_a_subclass_agree(concept):
+    """S19: a subclass may override either, or both, and call the inherited one."""
+    relevance = drawn(6, 4, 3, 3)
+    wanted = CHANNEL.scores(relevance.flip(1))
+    for found, right in zip(concept.scores(relevance, "layer"), wanted, strict=True):
+        assert torch.allclose(found.double(), right.double(), rtol=1e-12)
+    for target in ("sum", "max"):
+        for norm in (True, False):
+            found = concept.reference_sampling(relevance, "layer", target, norm)
+            right = CHANNEL.reference_sampling(relevance.flip(1), "layer", target, norm)
+            assert all(torch.allclose(one.double(), two.double()) for one, two in zip(found, right, strict=True))
+
+
+def test_interface():
+    concept = Concept()
+    assert repr(concept) == "Concept()"
+    calls = [
+        lambda: concept.mask(0, [1]), lambda: concept.mask_rf(0, {}), lambda: concept.attribute(drawn(1, 2)),
+        lambda: concept.reference_sampling(drawn(1, 2)), lambda: concept.get_rf_indices((1,)),
+    ]  # fmt: skip
+    for call, method in zip(
+        calls, ["mask", "mask_rf", "attribute", "reference_sampling", "get_rf_indices"], strict=True
+    ):
+        with pytest.raises(NotImplementedError, match=rf"Concept does not implement Concept\.{method}$"):
+            call()
+    with pytest.raises(NotImplementedError, match=r"Concept does not implement Concept\.reference_sampling"):
+        concept.scores(drawn(1, 2))
+    assert "ChannelConcept()" in repr({"layer": ChannelConcept()})

@@ -1,0 +1,177 @@
+"""Hooks on layers: of the engine, and in zennit's protocol."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlus, NameMapComposite
+from zennit.core import Composite
+
+from crp.attribution import CondAttribution
+from crp.concepts import ChannelConcept
+from crp.hooks import FeatVisHook, Flow, MaskHook, Tap, apply_masks
+
+
+def keep_first(grad: Tensor) -> Tensor:
+    grad[:, 1:] = 0
+    return grad
+
+
+def double(grad: Tensor) -> Tensor:
+    return grad * 2
+
+
+def test_masks_are_applied_in_order_to_a_copy():
+    grad = torch.ones(2, 3)
+    found = apply_masks([keep_first, lambda g: g + 1], grad)
+    assert found.tolist() == [[2, 1, 1]] * 2
+    assert apply_masks([lambda g: g + 1, keep_first], grad).tolist() == [[2, 0, 0]] * 2
+    assert grad.eq(1).all()
+    assert apply_masks([], grad) is grad
+
+
+def test_masks_of_an_expanded_gradient():
+    """C12: all entries are one number in memory."""
+    grad = torch.ones(1).expand(2, 3, 4)
+    assert apply_masks([keep_first], grad).sum() == 8
+    strided = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert apply_masks([ChannelConcept.mask_rf(1, {0: [5]})], strided)[1].nonzero().tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"), [(lambda g: None, "NoneType"), (lambda g: g[:1], r"\(1, 3\)"), (lambda g: 1, "int")]
+)
+def test_mask_that_gives_no_gradient(wrong, got):
+    with pytest.raises(TypeError, match=rf"mask function .*lambda.* must return a gradient of \(2, 3\), not {got}"):
+        apply_masks([keep_first, wrong], torch.ones(2, 3))
+
+
+def test_flow_keeps_what_arrives_first_and_masks_it():
+    flow, first = Flow(), torch.ones(1, 2)
+    assert flow(first) is None
+    assert flow.gradient is first
+    flow.reset(double)
+    assert flow.gradient is None
+    assert flow(first).tolist() == [[2, 2]]
+    assert flow(torch.zeros(1, 2)) is None
+    assert flow.gradient is first
+    flow.reset()
+    assert flow(first) is None
+
+
+def test_tap_keeps_every_output_apart():
+    layer, tap = nn.Linear(2, 2), Tap("name")
+    handle = layer.register_forward_hook(tap, with_kwargs=True)
+    x = torch.ones(1, 2, requires_grad=True)
+    outputs = [layer(x), layer(input=2 * x)]
+    handle.remove()
+    assert len(tap.uses) == 2
+    for use, output in zip(tap.uses, outputs, strict=True):
+        assert use.output is not output
+        assert torch.equal(use.output, output)
+    outputs[0].zero_()
+    outputs[1].sum().backward()
+    assert tap.uses[0].output.any()
+    assert tap.uses[0].flow.gradient is None
+    assert tap.uses[1].flow.gradient.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("call", [lambda layer, x: layer(x), lambda layer, x: layer(input=x)])
+def test_tap_of_a_layer_that_returns_its_input(call):
+    layer, tap = nn.Identity(), Tap("name")
+    layer.register_forward_hook(tap, with_kwargs=True)
+    x = torch.ones(1, 2, requires_grad=True) * 1
+    out = call(layer, x)
+    (3 * out + 5 * x).sum().backward()
+    assert tap.uses[0].flow.gradient.tolist() == [[3, 3]]
+
+
+def test_tap_without_gradient():
+    layer, tap = nn.Linear(2, 2), Tap("name")
+    layer.register_forward_hook(tap, with_kwargs=True)
+    with torch.no_grad():
+        layer(torch.ones(1, 2))
+    assert tap.uses[0].flow.gradient is None
+
+
+# --- hooks in zennit's protocol -------------------------------------------------------------------------------------
+
+
+def test_mask_hook_in_a_composite(vgg_bn, images):
+    """As zennit-crp's users build conditional attributions by hand."""
+    hook = MaskHook([ChannelConcept.mask(0, [1]), ChannelConcept.mask(1, [2, 3])])
+    data = images[:2].clone().requires_grad_()
+    with NameMapComposite([(["features.3"], hook)]).context(vgg_bn) as outer, EpsilonPlus().context(outer) as model:
+        output = model(data)
+        (relevance,) = torch.autograd.grad(output, data, output.detach() * torch.eye(5, dtype=data.dtype)[[0, 0]])
+    conditions = [{"y": 0, "features.3": [1]}, {"y": 0, "features.3": [2, 3]}]
+    wanted = CondAttribution(vgg_bn)(images[:2], conditions, EpsilonPlus())
+    assert torch.allclose(relevance.sum(1), wanted.heatmap, rtol=1e-10)
+
+
+def test_mask_hook_masks_a_copy():
+    grad = torch.ones(2, 3)
+    hook = MaskHook([keep_first])
+    assert hook.backward(nn.Identity(), grad).sum() == 2
+    assert grad.sum() == 6
+
+
+def test_mask_hook_shares_its_functions_with_copies():
+    hook = MaskHook([])
+    copy = hook.copy()
+    hook.fn_list.append(double)
+    assert copy.fn_list == [double]
+    copy.remove()
+    assert hook.fn_list == []
+
+
+def test_mask_hook_on_tuples_and_without_gradient():
+    hook = MaskHook([double])
+    x = torch.ones(1, 2, requires_grad=True) * 1
+    hook.post_forward(nn.Identity(), (), (x, None))
+    (grad,) = torch.autograd.grad(x.sum(), x)
+    assert grad.tolist() == [[2, 2]]
+    hook.post_forward(nn.Identity(), (), torch.ones(1))
+
+
+def test_mask_hook_leaves_with_its_handle(mlp, vectors, untouched):
+    with untouched(mlp):
+        handle = MaskHook([keep_first]).register(mlp[2])
+        data = vectors.clone().requires_grad_()
+        (masked,) = torch.autograd.grad(mlp(data).sum(), data)
+        handle.remove()
+        (free,) = torch.autograd.grad(mlp(data).sum(), data)
+    assert not torch.equal(masked, free)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[tuple] = []
+
+    def analyze_activation(self, *args: object) -> None:
+        self.seen.append(("activation", *args))
+
+    def analyze_relevance(self, *args: object) -> None:
+        self.seen.append(("relevance", *args))
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_feature_visualization_hook(mlp, vectors, untouched, device):
+    recorder, concept, batch = Recorder(), ChannelConcept(), {"sample_indices": [7, 8], "targets": [0, 1]}
+    hook = FeatVisHook(recorder, concept, "2", batch, device)
+    data = vectors[:2].clone().requires_grad_()
+    with untouched(mlp), Composite(lambda ctx, name, module: hook if name == "2" else None).context(mlp) as model:
+        output = model(data)
+        (wanted,) = torch.autograd.grad(output[:, 0].sum(), data)
+    (kind, activation, *context), (kind_2, relevance, *context_2) = recorder.seen
+    assert (kind, kind_2) == ("activation", "relevance")
+    assert context == context_2 == ["2", concept, [7, 8], [0, 1]]
+    assert not activation.requires_grad
+    found = CondAttribution(mlp)(vectors[:2], [{"y": 0}], None, ["2"], init_rel=1)
+    assert torch.allclose(activation, found.activations["2"])
+    assert torch.allclose(relevance, found.relevances["2"])
+    assert wanted.any()
+    with torch.no_grad():
+        hook.post_forward(mlp[2], (), mlp[2](mlp[:2](vectors)))
+    assert len(recorder.seen) == 3
