@@ -8,7 +8,7 @@ the data is its relevance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -375,7 +375,7 @@ class CondAttribution:
         """Check everything that can be checked before the model runs."""
         check_data(data)
         check_composite(composite)
-        if isinstance(call.record, str) or not isinstance(call.record, Iterable):
+        if isinstance(call.record, str) or not isinstance(call.record, Collection):
             raise TypeError(f"record_layer must be a list of layer names, not {call.record!r}")
         if any(name == self.MODEL_OUTPUT_NAME for name, _ in self.model.named_modules()):
             raise ValueError(

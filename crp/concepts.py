@@ -10,7 +10,7 @@ anything else.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -270,7 +270,8 @@ def as_ids(ids: Any, layer_name: str | None = None) -> list[int]:
         If they are anything else, such as a boolean mask; the message names the layer, where it is given.
     """
     listed = ids.reshape(-1).tolist() if isinstance(ids, Tensor | np.ndarray) else ids
-    listed = list(listed) if isinstance(listed, Iterable) and not isinstance(ids, str | Mapping) else [listed]
+    # (What can be read only once would serve one row only.)
+    listed = list(listed) if isinstance(listed, Collection) and not isinstance(ids, str | Mapping) else [listed]
     try:
         if any(isinstance(i, bool | np.bool_) for i in listed):
             raise TypeError

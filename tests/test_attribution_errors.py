@@ -86,6 +86,9 @@ BEFORE = {
     "no list of recorded layers": bad(
         TypeError, "record_layer must be a list of layer names, not None", record_layer=None
     ),
+    "recorded layers that can be read once": bad(
+        TypeError, "record_layer must be a list of layer names, not <map", record_layer=map(str, ["conv1"])
+    ),
     "unknown start layer": bad(
         KeyError, "<start_layer> 'conv' not found in model; nearest names: 'conv", start_layer="conv", conditions=[{}]
     ),
@@ -195,6 +198,11 @@ AFTER = {
         TypeError,
         "layer 'conv2': concept ids must be integers, not tensor([ True, False])",
         conditions=[{"y": 1, "conv2": torch.tensor([True, False])}],
+    ),
+    "ids can be read once": bad(
+        TypeError,
+        "layer 'conv2': concept ids must be integers, not <map",
+        conditions=[{"y": 1, "conv2": map(int, [0])}],
     ),
     "ids are for mask_rf": bad(
         TypeError, "layer 'conv2': concept ids must be integers, not {2: [1]}", conditions=[{"y": 1, "conv2": {2: [1]}}]

@@ -61,7 +61,7 @@ def test_masks_in_every_layout():
 
 @pytest.mark.parametrize(
     ("ids", "listed"),
-    [(3, [3]), (-1, [-1]), ((1, 2), [1, 2]), ([], []), (range(3), [0, 1, 2]), (np.int64(4), [4]), (iter([1]), [1]),
+    [(3, [3]), (-1, [-1]), ((1, 2), [1, 2]), ([], []), (range(3), [0, 1, 2]), (np.int64(4), [4]),
      (np.array([[1, 2]]), [1, 2]), (torch.tensor([[3], [1]]), [3, 1]), (torch.tensor(2), [2]), ([torch.tensor(2)], [2]),
      ({5}, [5])],
 )  # fmt: skip
@@ -85,6 +85,7 @@ def test_ids_of_any_kind(ids, listed):
         [[1]],
         torch.ones(2),
         object,
+        iter([1]),
     ],
 )
 def test_ids_that_are_none(ids):
