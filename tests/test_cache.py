@@ -299,6 +299,15 @@ def test_what_is_no_picture_is_refused(tmp_path, value):
         ImageCache(tmp_path).save({3: value}, "layer", "relevance", (0, 1), EpsilonPlus(), False, "f", "plot")
 
 
+@pytest.mark.parametrize("id_", [3, "3:1", (0, 1)])
+def test_a_single_id_may_be_loaded(tmp_path, id_):
+    cache = ImageCache(tmp_path)
+    key = ("layer", "relevance", (0, 2), EpsilonPlus(), False, "get_max_reference", "plot")
+    cache.save({id_: [Image.new("L", (2, 2), 9)]}, *key)
+    found, missing = cache.load(id_, *key)
+    assert list(found) == [id_] and missing == {id_: (1, 2)}
+
+
 def test_extend_dict():
     cache = ImageCache("unused")
     joined = cache.extend_dict({1: [1], 2: ([1], [2])}, {1: [5], 2: ([6], [7]), 3: [8], 4: ([9], [0])})
