@@ -22,7 +22,7 @@ from crp.visualization.feature import FeatureVisualization
 from crp.visualization.page import Tile, percent
 from crp.visualization.ranking import class_means
 from crp.visualization.report import Finding, make_tile, write_report
-from crp.visualization.store import Table, TableError
+from crp.visualization.store import Table, TableError, TableLockedError
 
 __all__ = ["DemoError", "Figures", "run_demo"]
 
@@ -84,7 +84,8 @@ class Figures(NamedTuple):
             "report": str(self.report),
             "seconds": f"{self.seconds:.1f}",
         }
-        return "\n".join(f"{key:<17}{value}" for key, value in lines.items())
+        text = "\n".join(f"{key:<17}{value}" for key, value in lines.items())
+        return text.replace("\N{NO-BREAK SPACE}", " ")  # easier to search for in a terminal
 
 
 @one_thread()
@@ -154,8 +155,10 @@ def run_demo(
         figures = figures._replace(seconds=time.perf_counter() - start)
         written = {"shortcut": figures.shortcut._asdict(), "report": folder.report.name}
         folder.write_figures(figures._asdict() | written)
+    except TableLockedError as error:
+        raise DemoError(str(error)) from error
     except (TableError, CheckpointError) as error:
-        raise DemoError(f"{error}. To start afresh: --overwrite.") from error
+        raise DemoError(f"{error}. To start the demo afresh: --overwrite.") from error
     except OSError as error:
         raise DemoError(f"cannot write to {folder.path}: {error.strerror or error}.") from error
     return figures
