@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import subprocess
 import sys
 
 import matplotlib.pyplot as plt
@@ -442,8 +441,3 @@ def test_unknown_names_are_attribute_errors():
 
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         crp.image.nope  # noqa: B018
-
-
-def test_matplotlib_is_loaded_when_needed():
-    code = "import sys, crp.image; sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

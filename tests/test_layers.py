@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from crp.layers import LayerNotFoundError, find_layers, get_layer_names, get_output_shapes, unwrap
+from crp.layers import LayerNotFoundError, find_layers, get_layer_names, get_output_shapes, uncompiled, unwrap
 
 
 def test_layer_names_are_those_of_named_modules_in_their_order(vgg_bn):
@@ -45,6 +45,19 @@ def test_wrappers_are_looked_through(mlp):
 def test_scripted_models_are_refused(mlp):
     with pytest.raises(TypeError, match="Pass the Python model"):
         unwrap(torch.jit.script(mlp))
+
+
+def test_compiled_parts_run_as_written_for_a_while(mlp, vectors, untouched):
+    mlp[2].compile(backend="eager")
+    mlp[4] = torch.compile(mlp[4], backend="eager")
+    seen = []
+    mlp[2].register_forward_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
+    mlp[4]._orig_mod.register_forward_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
+    with untouched(mlp), pytest.raises(ZeroDivisionError), uncompiled(mlp):
+        mlp(vectors)
+        assert seen == [False, False]
+        raise ZeroDivisionError
+    assert mlp[2]._compiled_call_impl is not None
 
 
 def test_output_shapes_are_without_the_batch_axis(vgg_bn, images, untouched):
