@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from zennit.core import Composite
+from zennit.core import BasicHook, Composite
 
 from crp.layers import uncompiled
 
@@ -54,7 +55,7 @@ def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
         guard,
     ):  # fmt: skip
         try:
-            with composite.context(model) as modified:
+            with composite.context(model) as modified, _called_once(modified):
                 yield modified
         finally:
             composite.remove()  # the context does not, where registering itself failed
@@ -81,6 +82,29 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _called_once(model: nn.Module) -> Iterator[None]:
+    # zennit's rules know the input of a module's last call only; ours know each.
+    calls: Counter[str] = Counter()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, module in model.named_modules()
+        if any(isinstance(getattr(hook, "__self__", None), BasicHook) for hook in module._forward_hooks.values())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    repeated = [name for name, count in calls.items() if count > 1]
+    if repeated:
+        warnings.warn(
+            f"layers {repeated} are called more than once, which zennit's rules do not support: relevance is wrong. "
+            "Those of crp.composites do.",
+            stacklevel=6,
+        )
 
 
 @contextmanager

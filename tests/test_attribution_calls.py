@@ -296,6 +296,14 @@ def test_start_layer_in_parts(mlp, vectors, composite, exclude_parallel):
     assert parts.heatmap.any()
 
 
+@every_kind
+def test_layers_above_the_start_have_no_relevance(mlp, vectors, composite):
+    found = Tables(mlp)(vectors, [{}], composite, ["4", "0"], start_layer="2")
+    assert not found.relevances["4"].any()
+    assert found.activations["4"].any()
+    assert found.relevances["0"].any()
+
+
 def test_batch_sizes_and_progress(mlp, vectors, capsys):
     attribution, conditions = Tables(mlp), [{"y": i} for i in range(4)]
     parts = list(attribution.generate(vectors[:1], conditions, batch_size=3))

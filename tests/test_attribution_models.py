@@ -11,6 +11,9 @@ import pytest
 import torch
 from attribution_cases import COMPOSITES, KINDS, close, net, rows, same, stack
 from torch import Tensor, nn
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
+from zennit.composites import NameMapComposite
+from zennit.rules import Pass
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
@@ -121,6 +124,23 @@ def test_layer_that_is_called_twice(vectors, composite, exclude_parallel):
         attribution(vectors, [{"y": 1}], composite, ["shared#2"], **keywords)
 
 
+@pytest.mark.parametrize("generate", [False, True], ids=["call", "generate"])
+def test_zennits_rules_warn_of_a_layer_that_is_called_twice(vectors, untouched, generate):
+    """They know the input of its last call only."""
+    model, conditions = Twice().double().eval(), [{"y": 1, "head": [1]}]
+    attribution = Tables(model)
+    message = r"layers \['shared'\] are called more than once, which zennit's rules do not support: relevance is wrong"
+    with untouched(model), pytest.warns(UserWarning, match=message) as caught:
+        if generate:
+            for _ in attribution.generate(vectors, conditions, ZennitEpsilonPlus(), verbose=False):
+                pass
+        else:
+            attribution(vectors, conditions, ZennitEpsilonPlus())
+    assert caught[0].filename == __file__
+    for composite in (None, NameMapComposite([(["shared"], Pass())]), EpsilonPlus()):
+        attribution(vectors, conditions, composite)
+
+
 def test_layer_that_is_not_called(vectors):
     attribution = Tables(Twice().double().eval())
     with pytest.warns(UserWarning, match="'unused' is not called in the forward pass") as caught:
@@ -211,6 +231,18 @@ def test_channels_last(vgg_bn, images, composite):
     neurons = CondAttribution(model)(data, spots, composite, mask_map=ChannelConcept.mask_rf)
     model = model.to(memory_format=torch.contiguous_format)
     assert same(neurons, CondAttribution(model)(images, spots, composite, mask_map=ChannelConcept.mask_rf))
+
+
+@every_composite
+@pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
+def test_automatic_precision(mlp, vectors, composite, exclude_parallel):
+    data, model, conditions = vectors.float(), mlp.float(), [{"y": 1, "2": [0, 3, 4]}, {"y": 2}]
+    wanted = Tables(model)(data, conditions, composite, ["0"], exclude_parallel=exclude_parallel)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Tables(model)(data, conditions, composite, ["0"], exclude_parallel=exclude_parallel)
+    assert found.heatmap.dtype == torch.float32
+    assert found.relevances["0"].dtype == torch.bfloat16
+    assert (found.heatmap - wanted.heatmap).norm() <= 0.05 * wanted.heatmap.norm()
 
 
 # --- surroundings ---------------------------------------------------------------------------------------------------
