@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 
+# Nets this small gain nothing from threads, and lose much where the machine is busy.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

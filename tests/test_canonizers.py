@@ -143,6 +143,18 @@ def test_merged_weights_are_those_of_today():
     torch.testing.assert_close(merged.output, model(data), rtol=1e-12, atol=1e-13)
 
 
+def test_a_training_step_is_noticed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), randomize(nn.BatchNorm2d(4))).double().eval()
+    data = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    with Merged(model, data):
+        pass
+    model.train()(data)
+    model.eval()
+    with Merged(model, data) as merged:
+        pass
+    torch.testing.assert_close(merged.output, model(data), rtol=1e-12, atol=1e-13)
+
+
 def test_a_changed_structure_is_traced_again():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), randomize(nn.BatchNorm2d(4))).double().eval()
     data = torch.randn(1, 3, 2, 2, dtype=torch.float64)

@@ -167,7 +167,9 @@ def _obstacle(linear: nn.Module, norm: Any, dims: dict[nn.Module, int]) -> str |
 
 def _merged_parameters(linear: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Parameters of the linear layer with batch norm in it; computed again only when a parameter has changed."""
+    # (training steps change running statistics without counting it; they do count the batches)
     sources = [linear.weight, linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    sources.append(norm.num_batches_tracked)
     state = (
         id(norm),
         norm.eps,
