@@ -92,7 +92,8 @@ class Concept:
 class ChannelConcept(Concept):
     """Every channel (axis 1) of a layer's output is a concept; its positions are the remaining axes, flattened.
 
-    For outputs of shape (batch, channel, *space) and (batch, channel).
+    For outputs of shape (batch, channel, *space) and (batch, channel). Tokens of shape (batch, token, channel) need a
+    concept type of their own, as axis 1 is that of the tokens.
     """
 
     @staticmethod
@@ -178,7 +179,7 @@ class ChannelConcept(Concept):
             Multiplied with ``relevance`` first; broadcast to its shape.
         layer_name : str, optional
         abs_norm : bool
-            Divide by the sum over channels of the absolute values, so that they become shares.
+            Divide by the sum over channels of the absolute values plus 1e-10, so that they become shares.
 
         Returns
         -------

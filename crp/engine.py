@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -188,14 +189,10 @@ def send_back(root: Tensor, cotangent: Tensor, steps: Mapping[str, Tensor], keep
 
 def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor | None]:
     grad = partial(torch.autograd.grad, root, inputs, retain_graph=True, allow_unused=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        try:
-            return list(grad(cotangent, is_grads_batched=True))
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-    # A custom rule that cannot be batched, for example as it branches on its values.
+        return list(grad(cotangent, is_grads_batched=True))
+    # Not every rule can be batched, for example one that branches on its values. Any other error comes again here.
     found = zip(*(grad(start) for start in cotangent), strict=True)
     return [None if slots[0] is None else torch.stack(slots) for slots in found]
 

@@ -6,11 +6,13 @@ import itertools
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, close, rows, same, stack
+from attribution_cases import COMPOSITES, KINDS, close, net, rows, same, stack
 from torch import Tensor, nn
-from zennit.core import Composite
+from zennit.composites import NameMapComposite
+from zennit.core import BasicHook, Composite
 
 from crp.attribution import CondAttribution
+from crp.composites import Composite as OurComposite
 
 parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
@@ -152,6 +154,59 @@ def test_parts_are_the_callers_own(vgg_bn, images, composite):
                 assert same(rows(part, [row]), rows(whole, [i * batch_size + row]))
                 for tensor in (part.heatmap, part.prediction, *part.activations.values(), *part.relevances.values()):
                     tensor[row] += 1
+
+
+def branching(out_grad: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    return [out_grad / (z + 1e-6) if out_grad.abs().max() > 0 else out_grad for z in outputs]
+
+
+def through_numpy(out_grad: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    return [torch.from_numpy(out_grad.numpy() / (z.detach().numpy() + 1e-6)) for z in outputs]
+
+
+def indexing(out_grad: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    out_grad = out_grad.clone()
+    out_grad[out_grad < 0] *= 1.5
+    return [out_grad / (z + 1e-6) for z in outputs]
+
+
+@pytest.mark.parametrize("kind", [NameMapComposite, lambda names: OurComposite(name_map=names)], ids=["zennit", "ours"])
+@pytest.mark.parametrize("gradient_mapper", [branching, through_numpy, indexing])
+def test_rules_that_act_on_one_row_at_a_time(vgg_bn, images, kind, gradient_mapper):
+    """Rows of one sample share a pass where the rules allow it; the result is the same where they do not."""
+    rule = BasicHook(gradient_mapper=gradient_mapper, reducer=lambda inputs, gradients: inputs[0] * gradients[0])
+    composite, attribution = kind([(["features.3"], rule)]), CondAttribution(vgg_bn)
+    conditions = one_each("features.7", 3)
+    found = attribution(images[:2], conditions, composite, ["features.0"])
+    alone = [
+        attribution(x[None], [condition], composite, ["features.0"]) for x in images[:2] for condition in conditions
+    ]
+    assert same(found, stack(alone))
+    assert found.heatmap.any()
+
+
+class Blocked(torch.autograd.Function):
+    """Has no gradient, though it depends on its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@parallel
+@pytest.mark.parametrize("n", [1, 3])
+def test_flow_that_ends_on_its_way(images, exclude_parallel, n):
+    """What it does not reach has no relevance."""
+    model = net(lambda s, x: s.b(Blocked.apply(s.a(x))).flatten(1), a=nn.Conv2d(3, 2, 3), b=nn.Conv2d(2, 3, 3))
+    found = CondAttribution(model)(images[:1], one_each("b", n), None, ["a"], exclude_parallel=exclude_parallel)
+    assert found.heatmap.shape == (n, 16, 16)
+    assert not found.heatmap.any()
+    assert not found.relevances["a"].any()
+    assert found.relevances["b"].any()
 
 
 # --- relevance is recorded before it is masked ----------------------------------------------------------------------
