@@ -43,8 +43,8 @@ class Concept:
 
     `mask` is enough for conditional attribution, `attribute` for relevant concepts and attribution graphs; reference
     mining needs `scores` (or `reference_sampling`, from which the base class derives it), receptive-field references
-    `mask_rf`. Concepts whose ids are tuples, not numbers, also define ``column(concept_id, layer_name) -> int``, the place
-    of a concept in `attribute` and `scores`.
+    `mask_rf`. Concepts whose ids are tuples, not numbers, also define ``column(concept_id, layer_name) -> int``, the
+    place of a concept in `attribute` and `scores`.
     """
 
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
