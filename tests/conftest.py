@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-
 # Nets this small gain nothing from threads, and lose much where the machine is busy.
 torch.set_num_threads(1)
 
