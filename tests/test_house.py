@@ -219,25 +219,20 @@ def test_the_changelog_knows_the_version():
 
 # --- README ---------------------------------------------------------------------------------------------------------
 
-needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
-
 
 def readme() -> str:
     return README.read_text(encoding="utf-8")
 
 
-@needs_readme
 def test_readme_is_short():
     assert len(readme().splitlines()) <= 150
 
 
-@needs_readme
 def test_readme_has_the_two_commands():
     assert 'python -m pip install ".[demo]" && crp demo' in readme()
     assert 'python -m pip install -e ".[test]" && python -m pytest' in readme()
 
 
-@needs_readme
 def test_readme_shows_a_picture_and_links_to_what_exists():
     targets = re.findall(r"(!?)\[[^\]]*\]\(([^)#]+)[^)]*\)|(?:src|href)=\"([^\"#]+)", readme())
     local = [markdown or html for _, markdown, html in targets if not re.match(r"\w+:", markdown or html)]
@@ -245,7 +240,6 @@ def test_readme_shows_a_picture_and_links_to_what_exists():
     assert any(target.endswith((".png", ".jpg", ".svg", ".gif")) for target in local)
 
 
-@needs_readme
 def test_readme_code_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = [(match.start(1), match[1]) for match in re.finditer(r"^```python\n(.*?)^```", readme(), re.M | re.S)]
