@@ -336,6 +336,8 @@ class Backward:
         self.data.grad = None
         try:
             backward(self.root, start, self.call.exclude_parallel, layers, outputs, True)
+            if missed := [name for name in layers if not self.uses[name].flow.arrived]:
+                warnings.warn(f"conditions on {missed} have no effect: relevance does not reach them", stacklevel=5)
             arrived = {DATA: self.data.grad} | {name: use.flow.gradient for name, use in self.uses.items()} | begun
         finally:
             self.data.grad = None

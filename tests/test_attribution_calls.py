@@ -112,6 +112,17 @@ def test_layer_that_returns_its_input(vectors, composite, exclude_parallel):
     assert close(past.heatmap, found.heatmap / 2) if not exclude_parallel else not past.heatmap.any()
 
 
+@every_kind
+@parallel
+def test_two_names_of_one_call(mlp, vectors, composite, exclude_parallel):
+    """``"2"`` and ``"2#0"`` are one; in one condition both masks act."""
+    attribution = Tables(mlp)
+    conditions = [{"y": 1, "2": [3, 4]}, {"y": 1, "2#0": [4, 5]}, {"y": 1, "2": [3, 4], "2#0": [4, 5]}]
+    found = attribution(vectors[:1], conditions, composite, exclude_parallel=exclude_parallel)
+    plain = [{"y": 1, "2": [3, 4]}, {"y": 1, "2": [4, 5]}, {"y": 1, "2": [4]}]
+    assert close(found.heatmap, attribution(vectors[:1], plain, composite).heatmap)
+
+
 @pytest.mark.parametrize("composite", [None, ZennitEpsilonPlus(), EpsilonPlus()], ids=["gradient", "zennit", "ours"])
 def test_first_layer_that_returns_the_data(mlp, vectors, composite):
     model = nn.Sequential(nn.Identity(), *mlp).double().eval()

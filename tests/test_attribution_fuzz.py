@@ -67,7 +67,7 @@ def test_any_input_is_right_or_a_clear_error(data, exclude_parallel, batch_size)
         assert any(culprit in str(error) for culprit in CULPRITS), repr(error)
         return
     except UserWarning as warning:
-        assert "'y' has no effect" in str(warning)
+        assert "no effect" in str(warning)
         return
     rows = Rows.broadcast(len(SMALL), asked)
     assert len(found) == len(rows)

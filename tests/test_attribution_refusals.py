@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from attribution_cases import COMPOSITES, KINDS, SMALL, Net, ask, net, small_net
 from torch import Tensor, nn
+
+from crp.attribution import CondAttribution
 
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 
@@ -98,6 +101,13 @@ def test_layers_that_the_flow_does_not_reach(composite, untouched):
     for layer in ("fixed", "side"):
         with untouched(model), pytest.raises(RuntimeError, match=f"from the start does not reach {layer!r}"):
             ask(model, data=data, conditions=[{"y": 1, layer: [0]}], composite=composite)
+        with (
+            untouched(model),
+            pytest.warns(UserWarning, match=rf"conditions on \['{layer}'\] have no effect") as caught,
+        ):
+            found = CondAttribution(model)(data, [{"y": 1, layer: [0]}], composite, exclude_parallel=False)
+        assert caught[0].filename == __file__
+        assert torch.equal(found.heatmap, CondAttribution(model)(data, [{"y": 1}], composite).heatmap)
     with untouched(model), pytest.raises(ValueError, match=r"start_layer 'fixed'.*does not depend on the data"):
         ask(model, data=data, conditions=[{}], start_layer="fixed", composite=composite)
     with untouched(model), pytest.raises(RuntimeError, match="from the start does not reach 'head'"):
