@@ -205,7 +205,7 @@ def _finding(
         f"The network recognises {percent(figures.with_mark)} of the {digit}s with the mark and "
         f"{percent(figures.without_mark)} of those without, and takes {percent(figures.flipped)} of the other digits "
         f"for an {digit} once they are given the mark; with this one channel switched off, "
-        f"{percent(figures.flipped_without)}. Its test accuracy of {percent(figures.accuracy)} tells nothing of this."
+        f"{percent(figures.flipped_without)}. The test accuracy of {percent(figures.accuracy)} tells nothing of this."
     )
     how = (
         f"It was found in test images with the mark: of all channels of {', '.join(DigitNet.CONCEPT_LAYERS)}, this one "
