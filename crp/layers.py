@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +48,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
-    wrapped = any(hasattr(module, "_orig_mod") for module in model.modules())
-    # (torch 2.6 on; before, wrapped parts are followed by torch.compile itself)
-    stance = getattr(torch.compiler, "set_stance", None) if wrapped else None
+    wrappers = {m: vars(m)["forward"] for m in model.modules() if hasattr(m, "_orig_mod") and "forward" in vars(m)}
     try:
         for module in compiled:
             module._compiled_call_impl = None
-        with nullcontext() if stance is None else stance("force_eager"):
-            yield
+        for wrapper in wrappers:
+            vars(wrapper)["forward"] = wrapper.get_submodule("_orig_mod").__call__
+        yield
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
+        for wrapper, forward in wrappers.items():
+            vars(wrapper)["forward"] = forward
 
 
 def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> dict[str, nn.Module]:
