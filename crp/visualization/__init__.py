@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from crp.visualization.cache import Cache, ImageCache
     from crp.visualization.feature import FeatureVisualization
     from crp.visualization.mining import mine
+    from crp.visualization.report import write_report
     from crp.visualization.results import export
     from crp.visualization.store import Table
 
-__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Table", "export", "mine"]
+__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Table", "export", "mine", "write_report"]
 
 _HOMES = {
     "Cache": "cache",
@@ -24,6 +25,7 @@ _HOMES = {
     "Table": "store",
     "export": "results",
     "mine": "mining",
+    "write_report": "report",
 }
 
 
