@@ -184,6 +184,18 @@ def test_smooth_activations_hand_relevance_on():
     assert not torch.allclose(total, gradient_times_input, rtol=1e-2)
 
 
+def test_attention_is_refused_until_a_rule_or_none_is_named(untouched):
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    data = torch.randn(1, 3, 4)
+    with (
+        untouched(model),
+        pytest.raises(TypeError, match="layer 'self_attn': the LRP presets have no rule for MultiheadAttention"),
+    ):
+        CondAttribution(model)(data, [{}], EpsilonPlus(), init_rel=1)
+    composite = EpsilonPlus(layer_map=[(nn.MultiheadAttention, None)])
+    assert CondAttribution(model)(data, [{}], composite, init_rel=1).heatmap.shape == (1, 4)
+
+
 @pytest.mark.parametrize("canonizers", ["automatic", 3, SequentialMergeBatchNorm()])
 def test_canonizers_of_another_kind_are_refused(canonizers):
     with pytest.raises(TypeError, match='canonizers must be "auto", a list of canonizers or None'):

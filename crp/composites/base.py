@@ -111,7 +111,10 @@ class Composite(ZennitComposite):  # type: ignore[misc]
                     hook = template.copy()
                     hook.multiplier, hook.entry = True, self._entry
                     self.hook_refs.add(hook)
-                    self.handles.append(hook.register(child))
+                    try:
+                        self.handles.append(hook.register(child))
+                    except TypeError as error:
+                        raise TypeError(f"layer {name!r}: {error}") from error
         except BaseException:
             self.remove()
             raise

@@ -19,9 +19,24 @@ from crp.composites.base import Canonizers, Composite, LayerMap, register
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
 from crp.rules.lrp import Names, Stabilize
 
+
+class _Missing(Rule):
+    """Stands where a preset has no rule, so that no other method's result goes by its name."""
+
+    settings = ()
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse every module."""
+        raise TypeError(
+            f"the LRP presets have no rule for {type(module).__name__}; give one in layer_map, or None for the "
+            "ordinary chain rule"
+        )
+
+
 # ReLU, pooling, addition and the like are right by the ordinary chain rule; other activations are not.
 _BASE: LayerMap = [
-    ((nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.MultiheadAttention), None),
+    (nn.MultiheadAttention, _Missing()),
+    ((nn.ReLU, nn.LeakyReLU, nn.PReLU), None),
     ((Activation, BatchNorm), Pass()),
 ]
 
