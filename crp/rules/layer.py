@@ -155,7 +155,11 @@ _PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
 def modified(parameter: Tensor, modifier: Modifier) -> Tensor:
-    """Parameter modified by ``modifier``, computed once as long as the parameter does not change."""
+    """Parameter modified by ``modifier``, computed once as long as the parameter does not change.
+
+    Optimizers, ``load_state_dict`` and in-place operations are noticed; writes through ``parameter.data``, which torch
+    does not count as changes, are not.
+    """
     state = (parameter._version, parameter.data_ptr(), parameter.device, parameter.dtype)
     known: dict[Modifier, tuple[object, Tensor]] = _modified.setdefault(parameter, {})  # type: ignore[no-untyped-call]
     if modifier not in known or known[modifier][0] != state:
