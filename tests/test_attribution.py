@@ -216,11 +216,12 @@ def test_flow_that_ends_on_its_way(images, exclude_parallel, n):
 @parallel
 def test_relevance_is_recorded_before_masking(vgg_bn, images, composite, exclude_parallel):
     """S1: at a conditioned layer, neither masked nor doubled."""
-    attribution, record = CondAttribution(vgg_bn), ["features.7", "features.3"]
+    attribution, record = CondAttribution(vgg_bn), ["features.7", "features.3", "classifier.1"]
     free = attribution(images[:2], [{"y": 0}, {"y": 1}], composite, record)
     first = [{"y": 0, "features.7": [2]}, {"y": 1, "features.7": [0, 4]}]
     second = [condition | {"features.3": [1]} for condition in first]
-    above = attribution(images[:2], first, composite, ["features.3"], exclude_parallel=exclude_parallel)
+    above = attribution(images[:2], first, composite, record, exclude_parallel=exclude_parallel)
+    assert close(above.relevances["classifier.1"], free.relevances["classifier.1"])
     both = attribution(images[:2], second, composite, exclude_parallel=exclude_parallel)
     assert close(above.relevances["features.7"], free.relevances["features.7"])
     assert close(both.relevances["features.7"], free.relevances["features.7"])

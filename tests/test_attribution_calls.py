@@ -329,8 +329,11 @@ def test_number_of_forward_passes(vectors, composite, passes):
     """Composites in multiplier encoding and the plain gradient run the model once for all parts."""
     model = net(lambda s, x: s.b(s.a(x).relu()), a=nn.Linear(6, 5), b=nn.Linear(5, 3))
     conditions = [{"y": 0, "a": [i]} for i in range(5)]
+    sizes = []
+    model.a.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     list(Tables(model).generate(vectors[:1], conditions, composite, batch_size=2, verbose=False))
     assert model.calls == passes
+    assert set(sizes) == {1}, "each sample is needed once"
 
 
 def test_calls_do_not_warn(vgg_bn, images):

@@ -15,6 +15,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
 from zennit.composites import NameMapComposite
 from zennit.core import BasicHook
+from zennit.core import Composite as ZennitComposite
 
 from crp.attribution import AttributionGraph, CondAttribution
 from crp.composites import Composite, EpsilonPlusFlat
@@ -44,6 +45,14 @@ class RuleBoom(Rule):
         z = layer(a)
         z.register_hook(boom)
         return z
+
+
+class Rule0(Rule):
+    def check(self, module):
+        """Accept every module."""
+
+    def surrogate(self, layer, a):
+        return layer.itself(a)
 
 
 class BoomConcept(ChannelConcept):
@@ -189,6 +198,20 @@ class Forgetful(SequentialMergeBatchNorm):
 
 
 @every_entry
+@pytest.mark.parametrize("kind", [ZennitComposite, Composite], ids=["zennit", "ours"])
+def test_composite_that_fails_half_way(model, images, untouched, entry, kind):
+    """While it puts its hooks on one layer after the other."""
+
+    class Fails(kind):
+        def __init__(self) -> None:
+            super().__init__(**({"canonizers": None} if kind is Composite else {}))
+            self.module_map = lambda ctx, name, module: boom() if name == "layer2" else Rule0().copy()
+
+    with untouched(model), pytest.raises(Boom):
+        entry(model, images, Fails(), ChannelConcept())
+
+
+@every_entry
 @pytest.mark.parametrize("kind", [ZennitEpsilonPlusFlat, EpsilonPlusFlat], ids=["zennit", "ours"])
 @pytest.mark.parametrize("canonizer", [HalfWay, Forgetful])
 def test_canonizer_that_fails_half_way(model, images, untouched, entry, kind, canonizer):
@@ -280,6 +303,7 @@ def test_no_tensor_outlives_the_call(watched, images, composite, exclude_paralle
     """Nor does one wait for the garbage collector."""
     attribution, memory = CondAttribution(watched), watched.layer2[0]
     asked = {"record_layer": ["layer2.0"], "exclude_parallel": exclude_parallel}
+    keeps = composite is None or isinstance(composite, Composite)
     gc.collect()
     gc.disable()
     try:
@@ -288,15 +312,16 @@ def test_no_tensor_outlives_the_call(watched, images, composite, exclude_paralle
         assert not memory.alive()
         parts = attribution.generate(images, WATCHED, composite, batch_size=3, verbose=False, **asked)
         next(parts)
+        assert memory.alive() is keeps
         parts.close()
         assert not memory.alive()
-        for part in attribution.generate(images, WATCHED, composite, batch_size=3, verbose=False, **asked):
-            last = part
-        assert not memory.alive()
+        parts = attribution.generate(images, WATCHED, composite, batch_size=5, verbose=False, **asked)
+        last = next(parts), next(parts)
+        assert not memory.alive(), "after the last part"
     finally:
         gc.enable()
     assert len(result.heatmap) == 10
-    assert len(last.heatmap) == 1
+    assert len(last[1].heatmap) == 5
 
 
 @every_kind

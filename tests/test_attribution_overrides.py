@@ -132,6 +132,22 @@ def test_backward(mlp, vectors, composite, exclude_parallel):
     assert same(found, Tables(mlp)(vectors[:2], CONDITIONS, composite, ["0"], init_rel=start, **keywords))
 
 
+class Unchanged(Tables):
+    def backward(self, pred, grad_mask, partial_backward, layer_names, layer_out, generate=False):
+        super().backward(pred, grad_mask, partial_backward, layer_names, layer_out, generate)
+
+
+@every_kind
+@parallel
+def test_inherited_backward_goes_from_layer_to_layer(resnet, images, composite, exclude_parallel):
+    conditions = [{"y": 1, "layer2.conv2": [1, 2, 5], "layer1.conv1": [0, 3]}, {"y": 0, "layer1.conv2": [2]}]
+    found = both(Unchanged(resnet), images[:2], conditions, composite, ["conv1"], exclude_parallel=exclude_parallel)
+    assert same(found, Tables(resnet)(images[:2], conditions, composite, ["conv1"], exclude_parallel=exclude_parallel))
+    if exclude_parallel:
+        with pytest.raises(RuntimeError, match=r"must be ordered.*from 'layer1' does not reach 'layer2'"):
+            Unchanged(resnet)(images, [{"y": 1, "layer1": [0], "layer2": [1]}], composite)
+
+
 class WholeModel(Tables):
     """A backward of its own, in one pass whatever the conditions are."""
 

@@ -94,10 +94,13 @@ def test_concept_in_the_context_of_its_parent(graph, sample, composite):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batch_size_changes_nothing(graph, sample, batch_size):
+def test_batch_size_changes_no_result(graph, sample, batch_size):
     keywords = {"target": 1, "width": [3, 3], "verbose": False}
     wanted = graph(sample, EpsilonPlus(), 0, "layer2.conv2", **keywords)
+    sizes = []
+    graph.attribution.heatmap_modifier = lambda data, on_device: sizes.append(len(data)) or data.grad
     found = graph(sample, EpsilonPlus(), 0, "layer2.conv2", batch_size=batch_size, **keywords)
+    assert max(sizes) == min(batch_size, 3)
     assert found.nodes == wanted.nodes
     for node, below in wanted.connections.items():
         assert [entry[:2] for entry in found.connections[node]] == [entry[:2] for entry in below]
@@ -132,12 +135,17 @@ def test_layer_map_can_be_changed(graph, sample):
         def attribute(self, relevance, mask=None, layer_name=None, abs_norm=True):
             return super().attribute(relevance, mask, layer_name, abs_norm).flip(1)
 
-    wanted = graph(sample, EpsilonPlus(), 0, "layer1.conv2", target=0, width=[2], verbose=False)
+        @staticmethod
+        def mask(batch_id, concept_ids, layer_name=None):
+            return ChannelConcept.mask(batch_id, [5 - i for i in concept_ids], layer_name)
+
+    wanted = graph(sample, EpsilonPlus(), 0, "layer1.conv2", target=0, width=[2, 2], verbose=False)
     layer_map = {**dict.fromkeys(LAYERS, ChannelConcept()), "layer1.conv1": Reversed()}
     graph.set_layer_map(layer_map)
     assert graph.mask_map["layer1.conv1"] == layer_map["layer1.conv1"].mask
-    found = graph(sample, EpsilonPlus(), 0, "layer1.conv2", target=0, width=[2], verbose=False)
-    assert [(layer, 5 - i) for layer, i in found.nodes[1:]] == wanted.nodes[1:]
+    found = graph(sample, EpsilonPlus(), 0, "layer1.conv2", target=0, width=[2, 2], verbose=False)
+    assert [(layer, 5 - i if layer == "layer1.conv1" else i) for layer, i in found.nodes] == wanted.nodes
+    assert len(wanted.nodes) == 1 + 2 + 4
 
 
 def test_errors_name_the_culprit(graph, sample, images):
