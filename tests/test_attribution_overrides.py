@@ -209,12 +209,12 @@ def test_select_output(mlp, vectors, composite):
         Tables(model)(vectors, conditions, composite)
 
 
-def test_name_of_the_output(vectors):
+def test_name_of_the_output(vectors, untouched):
     """L5: a module may be called "y", once the output is called otherwise."""
     model = net(lambda s, x: s.head(s.y(x).relu()), y=nn.Linear(6, 5), head=nn.Linear(5, 3))
     attribution = Tables(model)
     assert attribution.MODEL_OUTPUT_NAME == "y"
-    with pytest.raises(ValueError, match=r"layer called 'y'.*MODEL_OUTPUT_NAME"):
+    with untouched(model), pytest.raises(ValueError, match=r"layer called 'y'.*MODEL_OUTPUT_NAME"):
         attribution(vectors, [{"y": 1}])
     attribution.MODEL_OUTPUT_NAME = "class"
     found = attribution(vectors, [{"class": 1, "y": [2]}], EpsilonPlus())
