@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.image import max_norm as max_norm
 from crp.layers import get_layer_names, get_output_shapes
 from crp.visualization import folders
 from crp.visualization.results import export, list_folders, read_references, read_targets
@@ -52,30 +53,6 @@ def abs_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
     tensor([ 0.7500, -0.2500])
     """
     return rel / (rel.abs().sum() + _at_least_tiny(stabilize, rel))
-
-
-def max_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
-    """Divide by the largest value; by the largest absolute value where none is positive, so that no sign ever changes.
-
-    Parameters
-    ----------
-    rel : Tensor
-    stabilize : float
-        Added to the largest value.
-
-    Returns
-    -------
-    Tensor of the same shape
-
-    Examples
-    --------
-    >>> max_norm(torch.tensor([2.0, -1.0]))
-    tensor([ 1.0000, -0.5000])
-    >>> max_norm(torch.tensor([-4.0, -1.0]))
-    tensor([-1.0000, -0.2500])
-    """
-    largest = rel.max()
-    return rel / (torch.where(largest > 0, largest, rel.abs().max()) + _at_least_tiny(stabilize, rel))
 
 
 def load_maximization(path_folder: str | Path, layer_name: str, sample_size: int | None = None) -> Arrays:

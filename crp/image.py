@@ -66,6 +66,13 @@ def max_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
     Returns
     -------
     Tensor of the same shape
+
+    Examples
+    --------
+    >>> max_norm(torch.tensor([2.0, -1.0]))
+    tensor([ 1.0000, -0.5000])
+    >>> max_norm(torch.tensor([-4.0, -1.0]))
+    tensor([-1.0000, -0.2500])
     """
     largest = rel.max()
     scale = torch.where(largest > 0, largest, rel.abs().max())
