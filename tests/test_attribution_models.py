@@ -18,6 +18,7 @@ from zennit.rules import Pass
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
+from crp.guard import is_multiplier
 from crp.layers import LayerNotFoundError
 
 every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
@@ -157,6 +158,10 @@ def test_model_without_parameters(images, composite):
     model = net(lambda s, x: s.pool(x).flatten(1), pool=nn.AvgPool2d(8))
     attribution = CondAttribution(model)
     assert attribution.device == torch.device("cpu")
+    if is_multiplier(composite):
+        with pytest.raises(ValueError, match="no rule for any layer of the model, which consists of AvgPool2d"):
+            attribution(images, [{"y": 3}], composite)
+        return
     found = attribution(images, [{"y": 3}], composite)
     wanted = torch.zeros(4, 16, 16, dtype=torch.float64)
     wanted[:, 8:, 8:] = model(images)[:, 3, None, None] / 64 if composite is None else images[:, 0, 8:, 8:] / 64

@@ -104,8 +104,7 @@ def test_rules_by_name_come_before_the_first_layer_and_types(mlp):
         name_map=[(["0"], Gamma()), (["2"], None)],
     )
     linear = [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
-    context = {}
-    found = {name: composite.mapping(context, name, mlp.get_submodule(name)) for name in linear}
+    found = composite.plan(mlp)
     assert linear[:2] == ["0", "2"]
     assert [type(found[name]) for name in linear[:2]] == [Gamma, type(None)]
     assert isinstance(found[linear[2]], Flat)  # the first that no name takes
@@ -189,7 +188,7 @@ def test_attention_is_refused_until_a_rule_or_none_is_named(untouched):
     data = torch.randn(1, 3, 4)
     with (
         untouched(model),
-        pytest.raises(TypeError, match="layer 'self_attn': the LRP presets have no rule for MultiheadAttention"),
+        pytest.raises(TypeError, match="layer 'self_attn': EpsilonPlus has no rule for MultiheadAttention"),
     ):
         CondAttribution(model)(data, [{}], EpsilonPlus(), init_rel=1)
     composite = EpsilonPlus(layer_map=[(nn.MultiheadAttention, None)])

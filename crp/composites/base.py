@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from zennit.canonizers import Canonizer
 from zennit.core import Composite as ZennitComposite
 from zennit.core import Hook
 
 from crp.canonizers import for_model
-from crp.rules import lift
-from crp.rules.base import Entry
+from crp.composites.selection import Selector, Types, check_selector, functions, select
+from crp.graph import tracing
+from crp.rules import Rule, lift
+from crp.rules.account import Account
+from crp.rules.base import Run
+from crp.rules.operation import Operations, referencing
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
-#: ``[(module types, rule), ...]``; the first match wins, and None is the ordinary chain rule.
-LayerMap = Sequence[tuple[type | tuple[type, ...], Hook | None]]
+#: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.
+LayerMap = Sequence[tuple[Selector, Hook | None]]
+FirstMap = Sequence[tuple[Types, Hook | None]]
 NameMap = Sequence[tuple[Sequence[str], Hook | None]]
 
 
@@ -43,26 +50,45 @@ class Composite(ZennitComposite):  # type: ignore[misc]
     """Maps layers to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
     Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's
-    relevance.
+    relevance (or the multiplier, where `readout` says so).
 
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
         ``"auto"`` is what the model needs (`crp.canonizers.for_model`); a list replaces it; None or ``[]`` is none.
-    layer_map : list of (types, rule)
-        Rules by module type.
+    layer_map : list of (what, rule)
+        Rules by module type (or a tuple of types), by layer name or pattern (``"features.*"``), by position (`First`,
+        `Last`, `Depth`), or by function of torch (`torch.nn.functional.relu`, or a tuple), for operations that have no
+        module and for what modules call.
     first_map : list of (types, rule)
-        The same for the model's first layer of any of these types.
+        Rules for the model's first layer of any of these types.
     name_map : list of (names, rule)
-        Rules by layer name; these come first.
+        Rules by layer names or patterns; these come first.
+
+    Attributes
+    ----------
+    readout : "relevance" or "multiplier"
+        What results hold: ``a * m``, or ``m`` itself as the gradient-type methods have it.
+    initial : "output" or "one"
+        Initial relevance of a target, if a call gives none: the output's value, or 1.
+
+    Raises
+    ------
+    TypeError
+        If a rule, what it is for, or the canonizers are of no such kind.
 
     Notes
     -----
-    The first match wins: names, then the first layer, then types. A rule of None leaves a layer to the ordinary chain
-    rule. Rules are those of `crp.rules`, or zennit's `BasicHook`.
+    The first match wins: names, then the first layer, then the layer map in its order. A rule on a module (also None,
+    the ordinary chain rule) covers the functions that it calls; functions that no module covers get theirs.
+    Rules are those of `crp.rules`, or zennit's `BasicHook`.
     """
 
     encoding: ClassVar[str] = "multiplier"
+    readout: ClassVar[Literal["relevance", "multiplier"]] = "relevance"
+    initial: ClassVar[Literal["output", "one"]] = "output"
+    #: Functions of torch for which the ordinary chain rule is the method; None for all. Others are warned of.
+    right: ClassVar[frozenset[str] | None] = None
     #: Name in the registry.
     name: ClassVar[str] = ""
     #: Arguments that differ from the defaults; with `name`, all that is needed to build the composite again.
@@ -73,60 +99,182 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         canonizers: Canonizers = "auto",
         *,
         layer_map: LayerMap = (),
-        first_map: LayerMap = (),
+        first_map: FirstMap = (),
         name_map: NameMap = (),
     ) -> None:
         if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
             raise TypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
+        for selector, _ in layer_map:
+            check_selector(selector)
         self.auto = isinstance(canonizers, str)
-        self.layer_map = [(types, hook and lift(hook)) for types, hook in layer_map]
+        self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
         self.first_map = [(types, hook and lift(hook)) for types, hook in first_map]
         self.name_map = [(tuple(names), hook and lift(hook)) for names, hook in name_map]
-        self._entry = Entry()
+        self._run = Run()
+        self._operations: Operations | None = None
+        self._depth = 0
         super().__init__(self.mapping, [] if self.auto or canonizers is None else list(canonizers))
 
-    def mapping(self, ctx: dict[str, Any], name: str, module: nn.Module) -> Hook | None:
-        """Rule for a layer, or None."""
+    def plan(self, model: nn.Module) -> dict[str, Rule | None]:
+        """Rule of every layer that the maps reach; None is the ordinary chain rule.
+
+        Raises
+        ------
+        KeyError
+            If a name or pattern is of no layer of the model.
+        ValueError
+            If the composite has rules for modules, and none of them reaches a layer.
+        """
+        modules = dict(model.named_modules())
+        found: dict[str, Rule | None] = {}
         for names, hook in self.name_map:
-            if name in names:
-                return hook
-        if not ctx.get("first_layer_visited"):
-            for types, hook in self.first_map:
-                if isinstance(module, types):
-                    ctx["first_layer_visited"] = True
-                    return hook
-        return next((hook for types, hook in self.layer_map if isinstance(module, types)), None)
+            for name in names:
+                found.update({layer: hook for layer in select(name, modules) if layer not in found})
+        for name, module in modules.items():
+            fitting = [hook for types, hook in self.first_map if isinstance(module, types)]
+            if fitting and name not in found:
+                found[name] = fitting[0]
+                break
+        for selector, hook in self.layer_map:
+            found.update({layer: hook for layer in select(selector, modules) if layer not in found})
+        maps = [*self.first_map, *((what, hook) for what, hook in self.layer_map if not functions(what))]
+        if not any(found.values()) and any(hook for _, hook in maps):
+            kinds = {kind.__name__ for module in modules.values() for kind in [type(module)]}
+            raise ValueError(
+                f"{type(self).__name__} has no rule for any layer of the model, which consists of "
+                f"{', '.join(sorted(kinds))}; map one of these in layer_map"
+            )
+        return found
+
+    def mapping(self, ctx: dict[str, Any], name: str, module: nn.Module) -> Hook | None:
+        """Rule for a layer, or None; in zennit's protocol, so the model itself (named ``""``) comes first."""
+        if "plan" not in ctx:
+            ctx["plan"] = self.plan(module)
+        hook: Hook | None = ctx["plan"].get(name)
+        return hook
+
+    def function_map(self) -> dict[str, Rule | None]:
+        """Rule of every function of torch that has one, by plain name."""
+        found: dict[str, Rule | None] = {}
+        for selector, hook in self.layer_map:
+            found.update({name: hook for name in functions(selector) if name not in found})
+        return found
 
     def register(self, module: nn.Module) -> None:
         """Put canonizers and rules on a model; `context` does it for the length of a ``with`` block."""
         self.remove()
+        plan, rules = self.plan(module), self.function_map()
+        mode = Operations(module, rules, self.right, type(self).__name__, self._run)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
                 self.handles += canonizer.apply(module)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            context: dict[str, Any] = {}
+            context: dict[str, Any] = {"plan": plan}
             for name, child in module.named_modules():
-                template = self.module_map(context, name, child)
-                if template is not None:
-                    hook = template.copy()
-                    hook.multiplier, hook.entry = True, self._entry
-                    self.hook_refs.add(hook)
-                    try:
-                        self.handles.append(hook.register(child))
-                    except TypeError as error:
-                        raise TypeError(f"layer {name!r}: {error}") from error
+                rule = self.module_map(context, name, child)
+                if rule is not None or name in plan:
+                    self._put(name, child, rule, mode)
+            # Last, so that the mode is active as long as any hook of the composite.
+            self._operations = mode
+            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Take everything off the model again."""
+        while self._depth:
+            self._leave()
         # In reverse: what came last may stand on what came first.
         for handle in reversed(self.handles):
             handle.remove()
         self.handles.clear()
         self.hook_refs.clear()
-        self._entry.clear()
+        self._run.clear()
+        self._operations = None
+
+    @contextmanager
+    def accounting(self) -> Iterator[Account]:
+        """Account for the relevance that layers keep, in forward passes inside this context.
+
+        Yields
+        ------
+        Account
+            Its ``sinks`` belong to the last forward pass; their gradients are what was kept.
+        """
+        self._run.account = Account()
+        try:
+            yield self._run.account
+        finally:
+            self._run.account = None
+
+    def reference_for(self, data: Tensor, number: int) -> Tensor | None:
+        """What the relevance of an input counts from, if the method has a reference (DeepLIFT).
+
+        Parameters
+        ----------
+        data : Tensor
+            The ``number``-th of the model's inputs that are explained.
+
+        Returns
+        -------
+        Tensor or None
+            It broadcasts to ``data``; its first axis is 1 or that of ``data``.
+        """
+        return None
+
+    def _put(self, name: str, module: nn.Module, rule: Rule | None, mode: Operations) -> None:
+        # What a module calls is covered by its rule. The cover ends after the rule's own hook.
+        self.handles.append(module.register_forward_pre_hook(lambda *_: mode.cover(name), prepend=True))
+        if rule is not None:
+            hook = rule.copy()
+            hook.multiplier, hook.run, hook.layer = True, self._run, name
+            self.hook_refs.add(hook)
+            try:
+                self.handles.append(hook.register(module))
+            except TypeError as error:
+                raise TypeError(f"layer {name!r}: {error}") from error
+        self.handles.append(module.register_forward_hook(lambda *_: mode.uncover(), always_call=True))
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Turn the multiplier of the model's inputs into relevance, and look at what the model does."""
+        mode = self._operations
+        if tracing() or mode is None:
+            return None
+        if not referencing():
+            explained = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.requires_grad]
+            references = {id(data): self.reference_for(data, number) for number, data in enumerate(explained)}
+            if torch.is_grad_enabled() and any(reference is not None for reference in references.values()):
+                given = [references.get(id(v)) if references.get(id(v)) is not None else v for v in args]
+                named = {
+                    k: references.get(id(v)) if references.get(id(v)) is not None else v for k, v in kwargs.items()
+                }
+                mode.record(module, given, named)
+            if self.readout == "relevance":
+
+                def enter(value: Any) -> Any:
+                    if not any(value is data for data in explained):
+                        return value
+                    return self._run.entry.enter(value, references[id(value)])
+
+                args, kwargs = tuple(enter(value) for value in args), {k: enter(v) for k, v in kwargs.items()}
+        if self._run.account is not None:
+            self._run.account.sinks.clear()
+        if mode.is_needed:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+            self._depth += 1
+        return args, kwargs
+
+    def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
+        mode = self._operations
+        if tracing() or mode is None or not self._depth:
+            return
+        self._depth -= 1
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if not self._depth and not referencing():
+            mode.finish(completed=output is not None)
 
     def describe(self) -> dict[str, Any]:
         """Name and keywords, as JSON can hold them; `get` builds the composite again from them.
@@ -139,16 +287,6 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         if not self.name:
             raise TypeError(f"{type(self).__name__} is not in the registry; give it a name with register()")
         return {"name": self.name, "keywords": {key: _plain(key, value) for key, value in self.keywords.items()}}
-
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Turn the multiplier of the model's inputs into relevance."""
-
-        def enter(value: Any) -> Any:
-            return self._entry.enter(value) if isinstance(value, Tensor) and value.requires_grad else value
-
-        return tuple(enter(value) for value in args), {key: enter(value) for key, value in kwargs.items()}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -10,39 +10,67 @@ propagation: an overview" (2019), section 10.3; the flat first layer is Lapuschk
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from zennit.types import Activation, BatchNorm, Convolution, Linear
+from zennit.types import BatchNorm, Convolution, Linear
 
-from crp.composites.base import Canonizers, Composite, LayerMap, register
+from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, register
+from crp.composites.selection import Functions
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
-from crp.rules.lrp import Names, Stabilize
+from crp.rules.functional import (
+    ATTENTION,
+    ELEMENTWISE,
+    GLU,
+    HOMOGENEOUS,
+    PRODUCTS,
+    SQUASHING,
+    STEPS,
+    Gate,
+    Normalization,
+    Quotient,
+    Refused,
+    Squash,
+)
+from crp.rules.lrp import Names
+from crp.rules.stabilizer import Stabilize
 
 
-class _Missing(Rule):
-    """Stands where a preset has no rule, so that no other method's result goes by its name."""
+def base(gates: Literal["signal", "split"] = "signal", zero_params: Names = None, method: str = "LRP") -> LayerMap:
+    """Rules of all LRP presets for what is no affine layer; put those of affine layers before or after them.
 
-    settings = ()
+    ReLU, max and average pooling, addition, concatenation and the like are right by the ordinary chain rule. Other
+    activations pass relevance on, normalizations hold their variance constant, gates are held constant or split, and
+    attention is refused.
 
-    def check(self, module: nn.Module) -> None:
-        """Refuse every module."""
-        raise TypeError(
-            f"the LRP presets have no rule for {type(module).__name__}; give one in layer_map, or None for the "
-            "ordinary chain rule"
-        )
-
-
-# ReLU, pooling, addition and the like are right by the ordinary chain rule; other activations are not.
-_BASE: LayerMap = [
-    (nn.MultiheadAttention, _Missing()),
-    ((nn.ReLU, nn.LeakyReLU, nn.PReLU), None),
-    ((Activation, BatchNorm), Pass()),
-]
+    Parameters
+    ----------
+    gates : "signal" or "split"
+        See `crp.rules.functional.Gate`.
+    zero_params : str or sequence of str, optional
+        ``"bias"`` gives the share of the biases of normalizations to their inputs.
+    method : str
+        Name for messages.
+    """
+    refused = Refused(method)
+    return [
+        (nn.MultiheadAttention, refused),
+        (BatchNorm, Pass()),
+        (Functions(ELEMENTWISE), Pass()),
+        (Functions(SQUASHING), Squash()),
+        (Functions(("mul", "multiply")), Gate(gates)),
+        (Functions(("div", "divide", "true_divide")), Quotient()),
+        (Functions(("layer_norm", "group_norm", "instance_norm", "rms_norm")), Normalization(zero_params)),
+        (Functions(("glu",)), GLU()),
+        (Functions((*ATTENTION, *PRODUCTS)), refused),
+    ]
 
 
 class _ByType(Composite):
     """One rule for convolutions, ε for dense layers, perhaps another for the first layer."""
+
+    right = HOMOGENEOUS | STEPS
 
     def __init__(
         self,
@@ -51,10 +79,11 @@ class _ByType(Composite):
         epsilon: Stabilize,
         zero_params: Names,
         layer_map: LayerMap,
-        first: LayerMap = (),
+        first: FirstMap = (),
     ) -> None:
         rules = [(Convolution, convolution), (nn.Linear, Epsilon(epsilon, zero_params))]
-        super().__init__(canonizers, layer_map=[*layer_map, *_BASE, *rules], first_map=first)
+        others = base(zero_params=zero_params, method=type(self).__name__)
+        super().__init__(canonizers, layer_map=[*layer_map, *rules, *others], first_map=first)
 
 
 @register("epsilon_plus")
@@ -104,7 +133,7 @@ class EpsilonPlusFlat(_ByType):
         epsilon: Stabilize = 1e-6,
         stabilizer: Stabilize = 1e-6,
         layer_map: LayerMap = (),
-        first_map: LayerMap = (),
+        first_map: FirstMap = (),
         zero_params: Names = None,
     ) -> None:
         first = [*first_map, (Linear, Flat(stabilizer))]
@@ -151,7 +180,7 @@ class EpsilonAlpha2Beta1Flat(_ByType):
         epsilon: Stabilize = 1e-6,
         stabilizer: Stabilize = 1e-6,
         layer_map: LayerMap = (),
-        first_map: LayerMap = (),
+        first_map: FirstMap = (),
         zero_params: Names = None,
     ) -> None:
         rule = AlphaBeta(2.0, 1.0, stabilizer, zero_params)
@@ -185,7 +214,7 @@ class EpsilonGammaBox(_ByType):
         gamma: float = 0.25,
         stabilizer: Stabilize = 1e-6,
         layer_map: LayerMap = (),
-        first_map: LayerMap = (),
+        first_map: FirstMap = (),
         zero_params: Names = None,
     ) -> None:
         low, high = (torch.tensor(b) if isinstance(b, Sequence) else b for b in (low, high))

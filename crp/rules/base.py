@@ -30,15 +30,18 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
 from crp.graph import tracing
+from crp.rules.account import Account, Shares
+from crp.rules.entry import AsRelevance, Entry, Unit, UnitMultiplier
 from crp.rules.layer import Layer
+from crp.rules.operation import Operation, referencing
 
 
 class Term(NamedTuple):
@@ -59,32 +62,28 @@ class Term(NamedTuple):
     denominator: Tensor | None = None
 
 
-class Entry:
-    """Where the model's input is: rules that make relevance out of nothing (flat, w², zᴮ) hand it out there."""
+@dataclass
+class Run:
+    """What the rules of one composite share while they are on a model.
 
-    def __init__(self) -> None:
-        self._inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
+    Attributes
+    ----------
+    entry : Entry
+        The model's input.
+    account : Account or None
+        Where layers account for what they keep, if anyone asked.
+    squashed : list of weakref.ref
+        Tensors that are gates, if they are factors.
+    """
 
-    def enter(self, data: Tensor) -> Tensor:
-        """Pass on the model's input so that the multiplier that comes back to it leaves it as relevance."""
-        inner: Tensor = AsRelevance.apply(data)
-        self._inputs = [(ref, leaf) for ref, leaf in self._inputs if ref() is not None]
-        self._inputs.append((weakref.ref(inner), data))
-        return inner
-
-    def find(self, tensor: Tensor) -> Tensor | None:
-        """Model input that ``tensor`` is, or is an elementwise image of; None if there is none."""
-        for ref, leaf in self._inputs:
-            inner = ref()
-            if inner is tensor or (
-                inner is not None and inner.shape == tensor.shape and _is_elementwise(tensor, inner)
-            ):
-                return leaf
-        return None
+    entry: Entry = field(default_factory=Entry)
+    account: Account | None = None
+    squashed: list[weakref.ref[Tensor]] = field(default_factory=list)
 
     def clear(self) -> None:
-        """Forget all inputs."""
-        self._inputs.clear()
+        """Forget the forward passes that were."""
+        self.entry.clear()
+        self.squashed.clear()
 
 
 class Rule(Hook):  # type: ignore[misc]
@@ -101,8 +100,10 @@ class Rule(Hook):  # type: ignore[misc]
     ----------
     multiplier : bool
         Whether multipliers travel, and not relevance; the composite says so.
-    entry : Entry or None
-        The model's input, where the composite knows it.
+    run : Run or None
+        What rules of the same composite share; None in a composite of zennit.
+    layer : str
+        Name of the layer that the rule is on; the composite says so.
     """
 
     #: Whether relevance is independent of the input's value, so that it cannot be expressed as a multiplier.
@@ -117,7 +118,8 @@ class Rule(Hook):  # type: ignore[misc]
         self.stabilizer = stabilizer
         self.zero_params = _names(zero_params)
         self.multiplier = False
-        self.entry: Entry | None = None
+        self.run: Run | None = None
+        self.layer = ""
         self._before: list[Tensor] = []
         self._stabilize = Stabilizer.ensure(stabilizer)
 
@@ -153,26 +155,75 @@ class Rule(Hook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         """Give the layer's output the gradient of the surrogate."""
         a = self._before.pop() if self._before else args[0]
-        if tracing() or not torch.is_grad_enabled() or not a.requires_grad or output is a:
+        if tracing() or referencing() or not torch.is_grad_enabled() or not a.requires_grad or output is a:
             return None
         y = output.detach()
         return self.propagate(Layer(module, self.zero_params, a.detach(), output), a, y)
 
+    def operate(self, operation: Operation) -> Tensor:
+        """Treat a function of torch: its output, with this rule as its gradient.
+
+        Parameters
+        ----------
+        operation : Operation
+            A layer without parameters; ``operation.inputs`` are the operands that depend on the model's input.
+
+        Raises
+        ------
+        TypeError
+            If it has more than one such operand.
+        """
+        if len(operation.inputs) != 1:
+            raise TypeError(
+                f"{type(self).__name__} treats functions of one input; {operation} has {len(operation.inputs)} that "
+                "depend on the model's input"
+            )
+        return self.propagate(cast(Layer, operation), operation.inputs[0], operation.output.detach())
+
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
-        """Layer's output, with this rule as its gradient."""
+        """Layer's output, with this rule as its gradient.
+
+        Parameters
+        ----------
+        layer : Layer
+        a : Tensor of shape (batch, *input shape)
+        y : Tensor of shape (batch, *output shape)
+            Detached; it becomes the output.
+        """
         terms = self.terms(layer, self._source(a), y)
-        scales = []
-        for z, weight, denominator in terms:
-            below = (z if denominator is None else denominator).detach()
-            above = weight * y if self.multiplier else weight
-            scales.append(torch.where(below == 0, 0.0, above / self._stabilize(below)).to(z.dtype))
-        return cast(Tensor, Redirect.apply(y, len(terms), *(term.z for term in terms), *scales))
+        scales = [self._scale(term, y).detach().to(term.z.dtype) for term in terms]
+        once_more = _Again(self, layer.again(), a)
+        out = cast(Tensor, Redirect.apply(y, once_more, len(terms), *(term.z for term in terms), *scales))
+        if self.run is not None and self.run.account is not None:
+            out = self.run.account.absorb(self.layer, a, out, self._shares(layer.again(), a, terms, scales, out))
+        return out
+
+    def _scale(self, term: Term, y: Tensor) -> Tensor:
+        """What the gradient is multiplied with before it goes into ``term.z``."""
+        below = term.z if term.denominator is None else term.denominator
+        above = term.weight * y if self.multiplier else term.weight
+        stable = self._stabilize(below)
+        return torch.where(below == 0, 0.0, above / torch.where(stable == 0, 1.0, stable))
+
+    def _shares(self, layer: Layer, a: Tensor, terms: Sequence[Term], scales: Sequence[Tensor], out: Tensor) -> Shares:
+        """What stays in the layer, for each unit of multiplier that arrives at an output."""
+        y = out.detach()
+        bias, empty, stabilizer = (torch.zeros_like(y) for _ in range(3))
+        with torch.no_grad():
+            at_zero = self.terms(layer, torch.zeros_like(a), y)
+        for term, zero, scale in zip(terms, at_zero, scales, strict=True):
+            nothing = (term.z if term.denominator is None else term.denominator) == 0
+            above = term.weight * y
+            bias = bias + scale * zero.z
+            empty = empty + torch.where(nothing, above, 0.0)
+            stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.z.detach())
+        return Shares(bias, empty, stabilizer)
 
     def _source(self, a: Tensor) -> Tensor:
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""
         if not self.at_input:
             return a if self.multiplier else cast(Tensor, AsRelevance.apply(a))
-        leaf = self.entry.find(a) if self.entry is not None else None
+        leaf = self.run.entry.find(a) if self.run is not None else None
         if leaf is not None:
             return cast(Tensor, Unit.apply(leaf, a))
         return cast(Tensor, UnitMultiplier.apply(a) if self.multiplier else Unit.apply(a, a))
@@ -206,90 +257,50 @@ class Rule(Hook):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         # Hook state is per registration; what is left are the settings.
         return {
-            k: v for k, v in vars(self).items() if k not in ("stored_tensors", "tensor_handles", "entry", "_before")
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("stored_tensors", "tensor_handles", "run", "layer", "_before")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Hook.__init__(self)
-        self.__dict__.update(state, entry=None, _before=[])
+        self.__dict__.update(state, run=None, layer="", _before=[])
+
+
+class _Again:
+    """Scales of a rule, computed once more so that they can be differentiated: for second derivatives."""
+
+    def __init__(self, rule: Rule, layer: Layer, a: Tensor) -> None:
+        self.rule, self.layer, self.a, self.version = rule, layer, a, a._version
+
+    def __call__(self) -> list[Tensor]:
+        if self.a._version != self.version:
+            raise RuntimeError(
+                f"second derivatives need the input of layer {self.rule.layer!r}, which was changed in place since"
+            )
+        y = self.layer.value(self.a)
+        terms = self.rule.terms(self.layer, self.rule._source(self.a), y)
+        return [self.rule._scale(term, y).to(term.z.dtype) for term in terms]
 
 
 class Redirect(torch.autograd.Function):
     """Value of ``y``; its gradient goes into the surrogates ``z``, scaled."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, n: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, again: Callable[[], Sequence[Tensor]] | None, n: int, *tensors: Tensor) -> Tensor:
         """Return ``y`` itself; ``tensors`` are the n surrogates and their n scales."""
         ctx.save_for_backward(*tensors[n:])
         ctx.mark_dirty(y)
+        ctx.again = again
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Scale the gradient for each surrogate."""
         scales = ctx.saved_tensors
-        return (None, None, *(grads[0] * scale for scale in scales), *(None for _ in scales))
-
-
-class AsRelevance(torch.autograd.Function):
-    """Identity; the multiplier that arrives is multiplied with the value, and so leaves as relevance."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        """Return a copy."""
-        ctx.save_for_backward(a)
-        return a.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Multiply with the value."""
-        (a,) = ctx.saved_tensors
-        return cast(Tensor, grads[0] * a)
-
-
-class Unit(torch.autograd.Function):
-    """Ones in the shape of ``a``; what arrives is handed to ``leaf`` as it is."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, leaf: Tensor, a: Tensor) -> Tensor:
-        """Return ones."""
-        return torch.ones_like(a)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Pass on."""
-        return grads[0], None
-
-
-class UnitMultiplier(torch.autograd.Function):
-    """Ones in the shape of ``a``; the relevance that arrives leaves as multiplier, and is lost where ``a`` is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        """Return ones."""
-        ctx.save_for_backward(a)
-        return torch.ones_like(a)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Divide by the value."""
-        (a,) = ctx.saved_tensors
-        return torch.where(a == 0, 0.0, grads[0] / a)
-
-
-#: Autograd nodes of preprocessing inside a model, such as a normalisation, that keep every pixel in its place.
-_ELEMENTWISE = ("Mul", "Div", "Sub", "Add", "Clone", "ToCopy", "Contiguous", "Alias")
-
-
-def _is_elementwise(tensor: Tensor, source: Tensor) -> bool:
-    """Whether ``tensor`` comes from ``source`` by elementwise operations only."""
-    node = tensor.grad_fn
-    while node is not None and node is not source.grad_fn:
-        above = [n for n, _ in node.next_functions if n is not None]
-        if not node.name().startswith(_ELEMENTWISE) or len(above) != 1:
-            return False
-        node = above[0]
-    return node is not None
+        if torch.is_grad_enabled() and ctx.again is not None:  # with create_graph=True
+            scales = ctx.again()
+        return (None, None, None, *(grads[0] * scale for scale in scales), *(None for _ in scales))
 
 
 def _names(zero_params: str | Sequence[str] | None) -> tuple[str, ...]:

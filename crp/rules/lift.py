@@ -66,7 +66,7 @@ class Lifted(Rule):
             with ParamMod.ensure(param_mod)(layer.module) as modified:
                 outputs.append(out_mod(modified.forward(given)))
             inputs.append(given)
-        leaf = self.entry.find(a) if self.entry is not None else None
+        leaf = self.run.entry.find(a) if self.run is not None else None
         target, divisor = (a, a.detach()) if leaf is None else (leaf, None)
         return cast(Tensor, _Propagate.apply(target, y, divisor, self.hook, inputs, outputs))
 

@@ -1,0 +1,90 @@
+r"""What layers keep of the relevance that reaches them.
+
+A rule hands on what the inputs contributed. The rest stays in the layer: the share of the bias, all of the relevance of
+an output to which nothing contributed (an *empty* part), and what the stabilizer takes. With :math:`z` the surrogate of
+a rule, :math:`z(0)` its value at an input of zero and :math:`s = z + \varepsilon \operatorname{sign} z`,
+
+.. math:: R = \underbrace{\tfrac{z - z(0)}{s} R}_{\text{handed on}} + \underbrace{\tfrac{z(0)}{s} R}_{\text{bias}}
+    + \underbrace{\tfrac{s - z}{s} R}_{\text{stabilizer}} \quad (z \ne 0), \qquad R = \text{empty} \quad (z = 0).
+
+The three shares are accounted for while the relevance flows, as if each layer had an input of its own for them, a
+*sink*; so they are right for conditioned relevance, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+#: What a layer can keep.
+KINDS = ("bias", "empty", "stabilizer")
+
+
+class Shares(NamedTuple):
+    """Share of each output's multiplier that becomes absorbed relevance; tensors of the output's shape, or 0."""
+
+    bias: Tensor | float = 0.0
+    empty: Tensor | float = 0.0
+    stabilizer: Tensor | float = 0.0
+
+
+class Account:
+    """Collects the sinks of all layers in one forward pass.
+
+    Attributes
+    ----------
+    sinks : dict of str to list of Tensor of shape (batch, 3)
+        Sinks of the calls of each layer; the gradient of one is what this call keeps, by `KINDS`.
+    """
+
+    def __init__(self) -> None:
+        self.sinks: dict[str, list[Tensor]] = {}
+
+    def absorb(self, layer: str, a: Tensor, y: Tensor, shares: Shares) -> Tensor:
+        """Layer's output, with an account of what is kept of the relevance that reaches it.
+
+        Parameters
+        ----------
+        layer : str
+        a : Tensor of shape (batch, *input shape)
+        y : Tensor of shape (batch, *output shape)
+        shares : Shares
+        """
+        sink = cast(Tensor, Sink.apply(a, y.detach()))
+        self.sinks.setdefault(layer, []).append(sink)
+        given = [torch.as_tensor(share, dtype=y.dtype, device=y.device) for share in shares]
+        return cast(Tensor, Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in given)))
+
+
+class Sink(torch.autograd.Function):
+    """Zeros, one row per sample, that depend on ``a`` for the order of things only."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, y: Tensor) -> Tensor:
+        """Return zeros."""
+        return y.new_zeros(len(y), len(KINDS))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        """Hand nothing on."""
+        return None, None
+
+
+class Absorb(torch.autograd.Function):
+    """Identity; each sample's share of what arrives goes into the sink as well."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sink: Tensor, *shares: Tensor) -> Tensor:
+        """Return ``y`` itself."""
+        ctx.save_for_backward(*shares)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Sum each share over the sample."""
+        (m,) = grads
+        kept = [(m * share).reshape(len(m), -1).sum(1) for share in ctx.saved_tensors]
+        return m, torch.stack(kept, 1), *(None for _ in kept)

@@ -1,0 +1,110 @@
+"""Where the model's input is, and where relevance is made out of multipliers or multipliers out of relevance."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class Entry:
+    """The model's inputs: what comes back to them leaves as relevance.
+
+    Rules that make relevance out of nothing (flat, w², zᴮ) hand it out here.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
+
+    def enter(self, data: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Pass on the model's input so that the multiplier that comes back to it leaves it as relevance.
+
+        Parameters
+        ----------
+        data : Tensor
+        reference : Tensor, optional
+            What the relevance counts from (DeepLIFT); it broadcasts to ``data``.
+        """
+        inner = cast(Tensor, AsRelevance.apply(data, reference))
+        self._inputs = [(ref, leaf) for ref, leaf in self._inputs if ref() is not None]
+        self._inputs.append((weakref.ref(inner), data))
+        return inner
+
+    def find(self, tensor: Tensor) -> Tensor | None:
+        """Model input that ``tensor`` is, or is an elementwise image of; None if there is none."""
+        for ref, leaf in self._inputs:
+            inner = ref()
+            if inner is tensor or (
+                inner is not None and inner.shape == tensor.shape and _is_elementwise(tensor, inner)
+            ):
+                return leaf
+        return None
+
+    def clear(self) -> None:
+        """Forget all inputs."""
+        self._inputs.clear()
+
+
+class AsRelevance(torch.autograd.Function):
+    """Identity; the multiplier that arrives is multiplied with the value, and so leaves as relevance."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Return a copy."""
+        ctx.save_for_backward(a)
+        ctx.reference = reference
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Multiply with the value, or with what it differs by from the reference."""
+        (a,) = ctx.saved_tensors
+        return grads[0] * (a if ctx.reference is None else a - ctx.reference), None
+
+
+class Unit(torch.autograd.Function):
+    """Ones in the shape of ``a``; what arrives is handed to ``leaf`` as it is."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, leaf: Tensor, a: Tensor) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(a)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Pass on."""
+        return grads[0], None
+
+
+class UnitMultiplier(torch.autograd.Function):
+    """Ones in the shape of ``a``; the relevance that arrives leaves as multiplier, and is lost where ``a`` is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        """Return ones."""
+        ctx.save_for_backward(a)
+        return torch.ones_like(a)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Divide by the value."""
+        (a,) = ctx.saved_tensors
+        return torch.where(a == 0, 0.0, grads[0] / a)
+
+
+#: Autograd nodes of preprocessing inside a model, such as a normalisation, that keep every pixel in its place.
+_ELEMENTWISE = ("Mul", "Div", "Sub", "Add", "Clone", "ToCopy", "Contiguous", "Alias", "Absorb")
+
+
+def _is_elementwise(tensor: Tensor, source: Tensor) -> bool:
+    """Whether ``tensor`` comes from ``source`` by elementwise operations only."""
+    node = tensor.grad_fn
+    while node is not None and node is not source.grad_fn:
+        above = [n for n, _ in node.next_functions if n is not None and not n.name().startswith("Sink")]
+        if not node.name().startswith(_ELEMENTWISE) or len(above) != 1:
+            return False
+        node = above[0]
+    return node is not None

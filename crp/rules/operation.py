@@ -1,0 +1,356 @@
+"""Functions of torch as layers: operations that have no module, and the mode that brings rules to them.
+
+`F.relu`, ``x * gate``, ``x.softmax(-1)`` and what modules such as `torch.nn.GELU` call inside are all seen here, by a
+`torch.overrides.TorchFunctionMode` that is active while the model runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from crp.rules.account import Shares
+
+if TYPE_CHECKING:
+    from crp.rules.base import Rule, Run
+
+
+_referencing: ContextVar[bool] = ContextVar("referencing", default=False)
+
+
+def referencing() -> bool:
+    """Whether a model runs on a reference input, for the record only."""
+    return _referencing.get()
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Plain name of a function of torch: `F.relu`, `torch.relu_` and `Tensor.relu` are all ``"relu"``."""
+    name: str = getattr(function, "__name__", str(function))
+    return name.split(".")[0].strip("_")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a function of torch, as a layer.
+
+    Attributes
+    ----------
+    function : callable
+    args, kwargs
+        What it was called with.
+    layer : str
+        Name of the innermost module in which it ran, where that is known.
+    inputs : tuple of Tensor
+        Operands that depend on the model's input, in order; one that is used twice is there twice.
+    output : Tensor
+        What the call gave, with its graph.
+    reference : Operation or None
+        The same call in the forward pass of the reference input, where there is one.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    layer: str
+    inputs: tuple[Tensor, ...]
+    output: Any
+    reference: Operation | None = None
+
+    @property
+    def name(self) -> str:
+        """Plain name of the function."""
+        return name_of(self.function)
+
+    def __call__(self, *operands: Any, **_: Any) -> Any:
+        """Result with other operands in place of `inputs`; modifiers of parameters have no effect."""
+        given = iter([*operands[: len(self.inputs)]])
+        args, kwargs = _replaced((self.args, dict(self.kwargs)), given)
+        return self.function(*args, **kwargs)
+
+    def itself(self, a: Tensor) -> Tensor:
+        """Output of this call."""
+        return cast(Tensor, self.output)
+
+    def value(self, a: Tensor) -> Tensor:
+        """Output for another input."""
+        return cast(Tensor, self(a))
+
+    def again(self) -> Operation:
+        """The same operation, to be run once more: without the output of this call."""
+        return _Rerun(self.function, self.args, self.kwargs, self.layer, self.inputs, None, self.reference)
+
+    @property
+    def input(self) -> Tensor:
+        """First operand, detached."""
+        return self.inputs[0].detach()
+
+    def __str__(self) -> str:
+        return f"{self.name}() in {self.layer!r}" if self.layer else f"{self.name}()"
+
+
+class _Rerun(Operation):
+    def itself(self, a: Tensor) -> Tensor:
+        return cast(Tensor, self(a))
+
+
+class Seen(NamedTuple):
+    """An operation that depends on the model's input, and the rule that reached it."""
+
+    layer: str
+    operation: str
+    rule: Rule | None
+    treated: bool
+
+
+class Operations(TorchFunctionMode):
+    """Brings rules to functions of torch while a model runs.
+
+    Parameters
+    ----------
+    model : nn.Module
+    rules : dict of str to Rule or None
+        By plain name of the function; None is the ordinary chain rule.
+    right : collection of str, optional
+        Functions for which the ordinary chain rule is the method. Others that have no rule are listed in a warning
+        when the model has run. None: the ordinary chain rule is right for all.
+    method : str
+        What the warning calls the method.
+    run : Run
+
+    Attributes
+    ----------
+    recording : list of Operation or None
+        Where operations with a rule are kept while the reference runs.
+    references : list of Operation
+        What was kept, in the order in which the model's own pass will meet them.
+    seen : list of Seen or None
+        Where all operations are listed, for a report.
+    """
+
+    def __init__(
+        self, model: nn.Module, rules: Mapping[str, Rule | None], right: frozenset[str] | None, method: str, run: Run
+    ) -> None:
+        super().__init__()
+        self.model, self.rules, self.right, self.method, self.run = model, rules, right, method, run
+        self.treated = 0
+        self._covers: list[str] = []
+        self.recording: list[Operation] | None = None
+        self.references: list[Operation] = []
+        self.seen: list[Seen] | None = None
+        self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+        self._untreated: dict[str, None] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function, under its rule if it has one."""
+        kwargs = kwargs or {}
+        name = name_of(func)
+        rule = self.rules.get(name)
+        known = name in self.rules or self.right is None or name in self.right
+        if name in _METADATA or (rule is None and known and self.seen is None and self.run.account is None):
+            return func(*args, **kwargs)
+        if self._covers or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        inputs = tuple(t for t in _tensors((args, kwargs)) if _depends(t))
+        if not inputs:
+            return func(*args, **kwargs)
+        if rule is None:
+            return self._by_chain_rule(func, args, kwargs, inputs, known)
+        return self._by_rule(rule, func, args, kwargs, inputs)
+
+    def _by_rule(self, rule: Rule, func: Any, args: Any, kwargs: dict[str, Any], inputs: tuple[Tensor, ...]) -> Any:
+        function, target = func, None
+        if _in_place(func, args, kwargs):
+            # The rule works out of place; the result then takes the place of what the model overwrites.
+            function, target = _out_of_place(func), args[0]
+            args = (target.clone(), *args[1:])
+            inputs = tuple(t for t in _tensors((args, kwargs)) if _depends(t))
+        layer = self._layer()
+        output = function(*args, **kwargs)
+        operation = Operation(function, args, kwargs, layer, inputs, output, self._reference(function, layer))
+        if self.recording is not None:
+            self.recording.append(_detached(operation))
+            result = output
+        else:
+            if self.seen is not None:
+                self.seen.append(Seen(layer, operation.name, rule, True))
+            self.treated += 1
+            rule = rule.copy()
+            rule.multiplier, rule.run, rule.layer = True, self.run, layer
+            result = rule.operate(operation)
+        return result if target is None else target.copy_(result)
+
+    def _by_chain_rule(
+        self, func: Any, args: Any, kwargs: dict[str, Any], inputs: tuple[Tensor, ...], known: bool
+    ) -> Any:
+        before = inputs[0]
+        result = func(*args, **kwargs)
+        made = [t for t in _tensors(result) if t.requires_grad]
+        if not made or self.recording is not None:
+            return result
+        layer, name = self._layer(), name_of(func)
+        if not known:
+            self._untreated[f"{name}() in {layer!r}" if layer else f"{name}()"] = None
+        if self.seen is not None:
+            self.seen.append(Seen(layer, name, None, known))
+        if self.run.account is not None and name in AFFINE and not _in_place(func, args, kwargs):
+            operation = Operation(func, args, kwargs, layer, inputs, result)
+            with torch.no_grad():
+                constant = operation(*(torch.zeros_like(t) for t in inputs))
+            return self.run.account.absorb(layer, before, result, Shares(bias=constant))
+        return result
+
+    def _reference(self, function: Any, layer: str) -> Operation | None:
+        if self.recording is not None or not self.references:
+            return None
+        operation = self.references.pop(0)
+        if (operation.name, operation.layer) != (name_of(function), layer):
+            raise RuntimeError(
+                f"the model ran {name_of(function)}() in {layer!r} for the data, but {operation} for the reference: "
+                "its path depends on the values, so that they cannot be compared"
+            )
+        return operation
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self.rules) or self.right is not None or self.seen is not None or self.run.account is not None
+
+    def cover(self, layer: str) -> None:
+        """From now on functions belong to a layer that has a rule."""
+        self._covers.append(layer)
+
+    def uncover(self) -> None:
+        """The layer that was covered last is done."""
+        if self._covers:
+            self._covers.pop()
+
+    def record(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Run the model on a reference, and keep the operations that have a rule."""
+        self.recording = []
+        token = _referencing.set(True)
+        try:
+            given, named = _mapped((tuple(args), dict(kwargs)), lambda t: t.detach())
+            with torch.enable_grad():
+                model(*_mapped(given, _tracked), **_mapped(named, _tracked))
+            self.references = self.recording
+        finally:
+            self.recording = None
+            _referencing.reset(token)
+
+    def finish(self, completed: bool) -> None:
+        """Forget the pass that ends; warn of operations that had no rule.
+
+        Raises
+        ------
+        ValueError
+            If rules are for functions alone, and the model called none of them.
+        """
+        untreated, self._untreated = list(self._untreated), {}
+        left, self.references = self.references, []
+        self._covers.clear()
+        if not completed:
+            return
+        if left:
+            raise RuntimeError(f"the model ran {left[0]} for the reference, but not for the data")
+        if untreated:
+            warnings.warn(
+                f"{self.method} has no rule for {', '.join(untreated)}; the ordinary chain rule is used there. Give a "
+                "rule in layer_map, or None to say so.",
+                stacklevel=2,
+            )
+
+    def _layer(self) -> str:
+        """Name of the innermost module of the model whose forward is running."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self._names:
+                return self._names[id(owner)]
+            frame = frame.f_back
+        return ""
+
+
+#: Functions that add a constant, which keeps its share.
+AFFINE = frozenset(
+    """add sub rsub conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm pad
+    addmm""".split()  # noqa: SIM905
+)
+#: Functions that look at a tensor without reading its values.
+_METADATA = frozenset(
+    """get len data_ptr dim element_size get_device is_contiguous is_floating_point ndimension nelement numel size
+    storage_offset stride detach requires_grad register_hook retain_grad""".split()  # noqa: SIM905
+)
+
+
+#: Functions with a positional argument ``inplace``.
+_FLAGGED = frozenset(
+    "celu elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 rrelu selu silu threshold _threshold".split()  # noqa: SIM905
+)
+
+
+def _in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    name = getattr(function, "__name__", "")
+    by_name = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    by_flag = bool(kwargs.get("inplace")) or (name in _FLAGGED and any(arg is True for arg in args[1:]))
+    return by_name or by_flag
+
+
+def _out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def out_of_place(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(first.clone(), *args, **kwargs)
+
+    out_of_place.__name__ = getattr(function, "__name__", str(function))
+    return out_of_place
+
+
+def _detached(operation: Operation) -> Operation:
+    args, kwargs = _mapped((operation.args, dict(operation.kwargs)), Tensor.detach)
+    inputs = tuple(t.detach() for t in operation.inputs)
+    return Operation(
+        operation.function, args, kwargs, operation.layer, inputs, _mapped(operation.output, Tensor.detach)
+    )
+
+
+def _depends(tensor: Tensor) -> bool:
+    """Whether a tensor depends on the model's input, as far as autograd knows."""
+    return tensor.requires_grad and not isinstance(tensor, nn.Parameter)
+
+
+def _tracked(tensor: Tensor) -> Tensor:
+    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return value
+
+
+def _replaced(value: Any, operands: Iterator[Any]) -> Any:
+    return _mapped(value, lambda tensor: next(operands) if _depends(tensor) else tensor)
