@@ -91,6 +91,7 @@ class Layer:
         self.zero_params = zero_params
         self.input = input
         self.output = output
+        self._own = dict(module._parameters)
         extra = [name for name, _ in module.named_parameters(recurse=True) if name not in ("weight", "bias")]
         if extra and not hasattr(module, "parametrizations"):
             raise TypeError(
@@ -133,6 +134,25 @@ class Layer:
         if self.output is not None and not self.zero_params:
             return self.output
         return self(a)
+
+    def again(self) -> Layer:
+        """The same layer, to be run once more: without the output of this forward call."""
+        return Layer(self.module, self.zero_params, self.input)
+
+    def value(self, a: Tensor) -> Tensor:
+        """What the module gives for ``a``, with all of its parameters; differentiable in ``a``.
+
+        Raises
+        ------
+        RuntimeError
+            If its parameters are not those of the forward call, as outside a composite's context.
+        """
+        if any(self.module._parameters.get(name) is not parameter for name, parameter in self._own.items()):
+            raise RuntimeError(
+                f"the parameters of {type(self.module).__name__} are not those of the forward pass any more; take "
+                "second derivatives inside the composite's context"
+            )
+        return Layer(self.module)(a)
 
     def _parameter(self, name: str, modifier: Modifier) -> Tensor | None:
         parameter = getattr(self.module, name, None)

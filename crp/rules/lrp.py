@@ -1,56 +1,122 @@
 r"""The rules of layer-wise relevance propagation, for affine layers.
 
-Notation: input :math:`a`, weight :math:`w`, bias :math:`b`, :math:`z = \sum_i a_i w_i + b`; :math:`(\cdot)^+` and
-:math:`(\cdot)^-` are positive and negative parts. The overview of all of them is Montavon, Binder, Lapuschkin, Samek
-and Müller, "Layer-wise relevance propagation: an overview", in *Explainable AI* (2019), table 10.1; each rule names
-the paper it comes from. The bias takes its share of the relevance and keeps it; ``zero_params="bias"`` gives that
-share to the inputs.
+Notation: input :math:`a`, weight :math:`w`, bias :math:`b`, :math:`z_j = \sum_i a_i w_{ij} + b_j`; :math:`(\cdot)^+`
+and :math:`(\cdot)^-` are positive and negative parts. The overview of all of them is Montavon, Binder, Lapuschkin,
+Samek and Müller, "Layer-wise relevance propagation: an overview", in *Explainable AI* (2019), table 10.1; each rule
+names the paper it comes from. They treat Linear, Conv1-3d and ConvTranspose1-3d with any stride, groups, dilation and
+padding; a pixel that padding repeats is an input of its own for each time it is read.
+
+The bias takes its share of the relevance and keeps it; ``zero_params="bias"`` gives that share to the inputs. A rule
+is said to conserve relevance where this is so without bias and for :math:`\varepsilon \to 0`: then
+:math:`\sum_i R_i = \sum_j R_j`. Denominators are stabilized, :math:`z + \varepsilon \operatorname{sign} z`, with
+``norm_scale=True`` by :math:`\varepsilon` times the root mean square of each sample's :math:`z`, so that
+:math:`\varepsilon` means the same at every layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from zennit.core import expand
+from zennit.types import BatchNorm
 
 from crp.rules.base import Redirect, Rule, Term
-from crp.rules.layer import Boosted, Layer, negative, ones, positive, signs, square
+from crp.rules.layer import Layer, negative, positive, signs
+from crp.rules.operation import Operation
+from crp.rules.stabilizer import Stabilize, stabilizing
 
-Stabilize = float | Callable[[Tensor], Tensor]
 Names = str | Sequence[str] | None
+Empty = Literal["drop", "epsilon"]
+
+_INSTANCE_NORM = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+#: Modules whose weight does not form sums ``w a``.
+_NO_SUMS = (BatchNorm, *_INSTANCE_NORM, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding, nn.Bilinear)
 
 
-class Epsilon(Rule):
+class LRPRule(Rule):
+    """Base of the rules of this family.
+
+    Parameters
+    ----------
+    stabilizer : float or callable
+        ε of the denominators; or a function of the denominator.
+    zero_params : str or sequence of str, optional
+        Parameters that count as zero in the rule: ``"bias"``, ``"weight"``.
+    norm_scale : bool
+        Whether ε is relative to the root mean square of each sample's denominators.
+
+    Raises
+    ------
+    ValueError
+        If ε is negative or not finite, or ``zero_params`` names something else.
+    """
+
+    #: Whether the rule takes weights apart, and so treats no layer without weights.
+    needs_weight: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params", "norm_scale")
+
+    def __init__(self, stabilizer: Stabilize = 1e-6, zero_params: Names = None, *, norm_scale: bool = False) -> None:
+        super().__init__(stabilizing(stabilizer, norm_scale), zero_params)
+        self.stabilizer, self.norm_scale = stabilizer, norm_scale
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse a module whose weights the rule cannot take apart."""
+        super().check(module)
+        if self.needs_weight and (isinstance(module, _NO_SUMS) or getattr(module, "weight", None) is None):
+            raise TypeError(
+                f"{type(self).__name__} treats layers that sum up weighted inputs (Linear, Conv1-3d, "
+                f"ConvTranspose1-3d and the like), not {type(module).__name__}"
+            )
+
+    def operate(self, operation: Operation) -> Tensor:
+        """Refuse functions of torch if the rule takes weights apart: it does not know which operand is the weight."""
+        if self.needs_weight:
+            raise TypeError(f"{type(self).__name__} treats layers with weights, not functions such as {operation}")
+        return super().operate(operation)
+
+
+class Epsilon(LRPRule):
     r"""ε rule, :math:`R_i = \sum_j \frac{a_i w_{ij}}{z_j + \varepsilon \operatorname{sign} z_j} R_j`.
 
-    Bach et al., PLoS ONE 10 (2015), eq. 58. Conserves relevance up to what bias and ε take.
+    Bach et al., PLoS ONE 10 (2015), eq. 58. For dense layers and, with a larger ε, wherever the explanation is noisy:
+    ε takes most from outputs whose contributions are weak or contradictory. Conserves relevance up to what bias and ε
+    take. An output of exactly 0 hands nothing on (zennit with ε = 0: not a number). Any layer may have this rule.
 
     Parameters
     ----------
     epsilon : float or callable
-        Larger values drop weak and contradictory contributions.
+        0 is LRP-0.
     zero_params : str or sequence of str, optional
+    norm_scale : bool
+        Whether ε is relative, that is ε times the root mean square of the sample's :math:`z`.
+
+    Raises
+    ------
+    ValueError
+        If ε is negative or not finite.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("epsilon", "zero_params")
+    needs_weight = False
+    settings: ClassVar[tuple[str, ...]] = ("epsilon", "zero_params", "norm_scale")
 
-    def __init__(self, epsilon: Stabilize = 1e-6, zero_params: Names = None) -> None:
-        super().__init__(epsilon, zero_params)
+    def __init__(self, epsilon: Stabilize = 1e-6, zero_params: Names = None, *, norm_scale: bool = False) -> None:
+        stabilizing(epsilon, norm_scale, "epsilon")
+        super().__init__(epsilon, zero_params, norm_scale=norm_scale)
         self.epsilon = epsilon
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer itself."""
-        return layer.itself(a) if self.multiplier else layer(a)
+        return _itself(self, layer, a)
 
 
 class LRP0(Epsilon):
     r"""LRP-0, :math:`R_i = \sum_j \frac{a_i w_{ij}}{z_j} R_j`; an output of 0 hands nothing on.
 
-    Bach et al. (2015), eq. 56. Conserves relevance up to what the bias takes.
+    Bach et al. (2015), eq. 56. In ReLU nets the same as gradient × input; the point of reference for other rules.
+    Conserves relevance up to what the bias takes.
 
     Parameters
     ----------
@@ -66,17 +132,18 @@ class LRP0(Epsilon):
 class Norm(Epsilon):
     """ε rule for layers without parameters, such as average pooling: in proportion to the contribution.
 
-    In multiplier encoding this is what the ordinary chain rule does, up to the stabilizer.
+    In multiplier encoding this is what the ordinary chain rule does, up to the stabilizer. Conserves relevance.
 
     Parameters
     ----------
     stabilizer : float or callable
+    norm_scale : bool
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("stabilizer",)
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer", "norm_scale")
 
-    def __init__(self, stabilizer: Stabilize = 1e-6) -> None:
-        super().__init__(stabilizer)
+    def __init__(self, stabilizer: Stabilize = 1e-6, *, norm_scale: bool = False) -> None:
+        super().__init__(stabilizer, norm_scale=norm_scale)
 
 
 class Pass(Rule):
@@ -94,11 +161,9 @@ class Pass(Rule):
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
-            raise ValueError(
-                f"Pass needs an elementwise layer; {type(layer.module).__name__} maps {tuple(a.shape)} to "
-                f"{tuple(y.shape)}"
-            )
-        return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, 1, a, torch.ones_like(y))
+            name = type(layer.module).__name__ if isinstance(layer, Layer) else layer
+            raise ValueError(f"Pass needs an elementwise layer; {name} maps {tuple(a.shape)} to {tuple(y.shape)}")
+        return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""
@@ -108,27 +173,78 @@ class Pass(Rule):
         """Accept every module."""
 
 
-class ZPlus(Rule):
-    r"""z⁺ rule, :math:`R_i = \sum_j \frac{a_i^+ w_{ij}^+ + a_i^- w_{ij}^-}{\sum_{i'} (\cdot) + b_j^+} R_j`.
+class ZPlus(LRPRule):
+    r"""z⁺ rule, :math:`R_i = \sum_j \frac{p_{ij}}{\sum_{i'} p_{i'j} + b_j^+} R_j`.
 
-    Montavon et al., Pattern Recognition 65 (2017), eq. 17, extended to inputs of any sign; the same as αβ with α = 1,
-    β = 0.
+    With the positive contributions :math:`p_{ij} = a_i^+ w_{ij}^+ + a_i^- w_{ij}^-`. Montavon et al., Pattern
+    Recognition 65 (2017), eq. 17, extended to inputs of any sign and to biases; the same as αβ with α = 1, β = 0. For
+    convolutions, where it gives smooth explanations without negative relevance.
+
+    Conserves relevance wherever there is a positive contribution. An output with none, positive through its bias
+    alone, hands nothing on; nets with depthwise convolutions may lose nearly everything so. ``empty="epsilon"`` lets
+    these outputs share by the ε rule instead:
+
+    .. math:: R_i = \sum_{j:\, p_j > 0} \frac{p_{ij}}{p_j + b_j^+} R_j + \sum_{j:\, p_j = 0} \frac{a_i w_{ij}}{z_j} R_j,
+        \qquad p_j = \sum_i p_{ij}
+
+    Captum's version looks at the signs of the weights only and leaves the bias as it is; it agrees for non-negative
+    inputs and no bias. The z⁺ rule of deep Taylor decomposition has no bias: ``zero_params="bias"``.
 
     Parameters
     ----------
     stabilizer : float or callable
     zero_params : str or sequence of str, optional
+    empty : "drop" or "epsilon"
+        What an output without positive contributions does with its relevance.
+    norm_scale : bool
+
+    Raises
+    ------
+    ValueError
+        If the stabilizer is negative or not finite, or ``empty`` is something else.
     """
+
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params", "empty", "norm_scale")
+
+    def __init__(
+        self,
+        stabilizer: Stabilize = 1e-6,
+        zero_params: Names = None,
+        *,
+        empty: Empty = "drop",
+        norm_scale: bool = False,
+    ) -> None:
+        super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
+        self.empty = _checked(empty)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer's positive contributions."""
         return _contributions(layer, a, positive, negative)
 
+    def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
+        """Positive contributions, and the layer itself where there are none, if asked for."""
+        terms = [Term(self.surrogate(layer, a))]
+        if self.empty == "drop":
+            return terms
+        return _or_itself(terms, _is_empty(layer, a, positive, negative), _itself(self, layer, a))
 
-class AlphaBeta(Rule):
+
+class AlphaBeta(LRPRule):
     r"""αβ rule: α times the positive minus β times the negative contributions, each in proportion.
 
-    Bach et al. (2015), eq. 60, with α − β = 1 so that relevance is conserved.
+    .. math:: R_i = \sum_j \left( \alpha \frac{p_{ij}}{\sum_{i'} p_{i'j} + b_j^+}
+        - \beta \frac{n_{ij}}{\sum_{i'} n_{i'j} + b_j^-} \right) R_j
+
+    With :math:`p_{ij} = a_i^+ w_{ij}^+ + a_i^- w_{ij}^-` and :math:`n_{ij} = a_i^+ w_{ij}^- + a_i^- w_{ij}^+`. Bach et
+    al. (2015), eq. 60. For convolutions, where β says how much of the contradicting evidence is shown.
+
+    Conserves relevance, as α − β = 1, wherever there are contributions of both signs. A part that is empty hands
+    nothing on: an output with positive contributions only gives α times its relevance, one with negative only −β
+    times. ``empty="epsilon"`` lets the outputs of which a part is empty (the negative one counts if β > 0) share by
+    the ε rule instead, :math:`\sum_j \frac{a_i w_{ij}}{z_j} R_j`.
+
+    Zennit compares α − β with 1 exactly, and so refuses 1.4 and 0.4. Captum looks at the signs of the weights only and
+    leaves the bias as it is.
 
     Parameters
     ----------
@@ -136,38 +252,59 @@ class AlphaBeta(Rule):
         Not negative, and α − β = 1.
     stabilizer : float or callable
     zero_params : str or sequence of str, optional
+    empty : "drop" or "epsilon"
+        What an output does with its relevance if the positive or the negative part is empty.
+    norm_scale : bool
 
     Raises
     ------
     ValueError
-        If α or β is negative or α − β is not 1 (up to rounding).
+        If α or β is negative, α − β is not 1 (up to rounding), the stabilizer is negative or not finite, or ``empty``
+        is something else.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("alpha", "beta", "stabilizer", "zero_params")
+    settings: ClassVar[tuple[str, ...]] = ("alpha", "beta", "stabilizer", "zero_params", "empty", "norm_scale")
 
     def __init__(
-        self, alpha: float = 2.0, beta: float = 1.0, stabilizer: Stabilize = 1e-6, zero_params: Names = None
+        self,
+        alpha: float = 2.0,
+        beta: float = 1.0,
+        stabilizer: Stabilize = 1e-6,
+        zero_params: Names = None,
+        *,
+        empty: Empty = "drop",
+        norm_scale: bool = False,
     ) -> None:
-        super().__init__(stabilizer, zero_params)
+        super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
         if alpha < 0 or beta < 0 or not math.isclose(alpha - beta, 1.0, abs_tol=1e-9):
             raise ValueError(f"alpha and beta must not be negative, and alpha - beta must be 1; got {alpha} and {beta}")
         self.alpha, self.beta = alpha, beta
+        self.empty = _checked(empty)
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
-        """Positive and negative contributions."""
-        terms = [Term(_contributions(layer, a, positive, negative), self.alpha)]
-        if self.beta:
-            terms.append(Term(_contributions(layer, a, negative, positive), -self.beta))
-        return terms
+        """Positive and negative contributions, and the layer itself where a part is empty, if asked for."""
+        parts = [(self.alpha, positive, negative), (-self.beta, negative, positive)][: 2 if self.beta else 1]
+        terms = [Term(_contributions(layer, a, up, down), weight) for weight, up, down in parts]
+        if self.empty == "drop":
+            return terms
+        empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
+        return _or_itself(terms, torch.stack(empty).any(0), _itself(self, layer, a))
 
 
-class Gamma(Rule):
+class Gamma(LRPRule):
     r"""γ rule: contributions of the output's own sign count 1 + γ times.
 
-    Montavon et al. (2019), table 10.1, generalised to inputs and outputs of any sign (Andéol et al., "Learning domain
-    invariant representations by joint Wasserstein distance minimization", 2021): for :math:`z_j > 0` with weights
-    :math:`w + \gamma w^+` on positive and :math:`w + \gamma w^-` on negative inputs, for :math:`z_j < 0` the other
-    way round.
+    .. math:: R_i = \sum_{j:\, z_j > 0} \frac{a_i w_{ij} + \gamma p_{ij}}{z_j + \gamma p_j} R_j
+        + \sum_{j:\, z_j < 0} \frac{a_i w_{ij} + \gamma n_{ij}}{z_j + \gamma n_j} R_j
+
+    With :math:`p_{ij} = a_i^+ w_{ij}^+ + a_i^- w_{ij}^-`, :math:`n_{ij} = a_i^+ w_{ij}^- + a_i^- w_{ij}^+` and
+    :math:`p_j = \sum_i p_{ij} + b_j^+`, :math:`n_j = \sum_i n_{ij} + b_j^-`. For non-negative inputs and positive
+    outputs these are the weights :math:`w + \gamma w^+` of Montavon et al. (2019), table 10.1; the generalisation to
+    any sign is Andéol et al., "Learning domain invariant representations by joint Wasserstein distance minimization"
+    (2021). For convolutions; γ moves between LRP-0 and z⁺. Conserves relevance. Outputs of exactly 0 hand nothing on.
+
+    The sign is that of the output with its bias, also where ``zero_params`` names it, as in zennit. Captum's γ rule is
+    the one for positive outputs, and differs where outputs are negative.
 
     Parameters
     ----------
@@ -175,110 +312,64 @@ class Gamma(Rule):
         0 is LRP-0; large values approach z⁺ where outputs are positive.
     stabilizer : float or callable
     zero_params : str or sequence of str, optional
+    norm_scale : bool
 
     Raises
     ------
     ValueError
-        If ``gamma`` is negative.
+        If ``gamma`` or the stabilizer is negative or not finite.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("gamma", "stabilizer", "zero_params")
+    settings: ClassVar[tuple[str, ...]] = ("gamma", "stabilizer", "zero_params", "norm_scale")
 
-    def __init__(self, gamma: float = 0.25, stabilizer: Stabilize = 1e-6, zero_params: Names = None) -> None:
-        super().__init__(stabilizer, zero_params)
-        if gamma < 0:
-            raise ValueError(f"gamma must not be negative, got {gamma}")
+    def __init__(
+        self,
+        gamma: float = 0.25,
+        stabilizer: Stabilize = 1e-6,
+        zero_params: Names = None,
+        *,
+        norm_scale: bool = False,
+    ) -> None:
+        super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
+        if not (math.isfinite(gamma) and gamma >= 0):
+            raise ValueError(f"gamma must be finite and not negative, got {gamma}")
         self.gamma = gamma
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term for the positive and one for the negative outputs."""
-        up, down = Boosted(self.gamma, positive), Boosted(self.gamma, negative)
-        return [
-            Term(_contributions(layer, a, up, down), (y > 0).to(y)),
-            Term(_contributions(layer, a, down, up), (y < 0).to(y)),
-        ]
+        z, p = _itself(self, layer, a), _contributions(layer, a, positive, negative)
+        # The negative contributions are what the positive ones leave of z: where z < 0 nothing cancels.
+        return [Term(z + self.gamma * p, (y > 0).to(y)), Term(z + self.gamma * (z - p), (y < 0).to(y))]
 
 
-class WSquare(Rule):
-    r"""w² rule, :math:`R_i = \sum_j \frac{w_{ij}^2}{\sum_{i'} w_{i'j}^2 + b_j^2} R_j`, at unbounded inputs.
-
-    Montavon et al. (2017), eq. 12, whose nets have no bias: ``zero_params="bias"`` for these.
-
-    Parameters
-    ----------
-    stabilizer : float or callable
-    zero_params : str or sequence of str, optional
-    """
-
-    at_input = True
-
-    def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
-        """Return the sum of the squared weights."""
-        return layer(a, square)
+Modifier = Callable[[Tensor], Tensor]
 
 
-class Flat(Rule):
-    r"""Flat rule, :math:`R_i = \sum_j \frac{1}{\sum_{i'} 1} R_j`: the same for every input in reach.
-
-    Lapuschkin et al., Nature Communications 10 (2019), supplementary note 2.
-
-    Parameters
-    ----------
-    stabilizer : float or callable
-    """
-
-    at_input = True
-    settings: ClassVar[tuple[str, ...]] = ("stabilizer",)
-
-    def __init__(self, stabilizer: Stabilize = 1e-6) -> None:
-        super().__init__(stabilizer)
-
-    def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
-        """Return the number of inputs in reach."""
-        return layer(a, ones, bias=False)
+def _checked(empty: Empty) -> Empty:
+    if empty not in get_args(Empty):
+        raise ValueError(f"empty must be one of {', '.join(map(repr, get_args(Empty)))}, not {empty!r}")
+    return empty
 
 
-class ZBox(Rule):
-    r"""zᴮ rule, for inputs between bounds :math:`l` and :math:`h`.
-
-    .. math:: R_i = \sum_j \frac{a_i w_{ij} - l_i w_{ij}^+ - h_i w_{ij}^-}{\sum_{i'} (\cdot)} R_j
-
-    Montavon et al. (2017), eq. 14. Conserves relevance.
-
-    Parameters
-    ----------
-    low, high : float or Tensor
-        Smallest and largest value an input can have; tensors broadcast, such as (1, channels, 1, 1).
-    stabilizer : float or callable
-    zero_params : str or sequence of str, optional
-
-    Raises
-    ------
-    ValueError
-        If ``low`` is not below ``high`` everywhere.
-    """
-
-    at_input = True
-    settings: ClassVar[tuple[str, ...]] = ("low", "high", "stabilizer", "zero_params")
-
-    def __init__(
-        self, low: float | Tensor, high: float | Tensor, stabilizer: Stabilize = 1e-6, zero_params: Names = None
-    ) -> None:
-        super().__init__(stabilizer, zero_params)
-        if not (torch.as_tensor(low) < torch.as_tensor(high)).all():
-            raise ValueError(f"low must be below high everywhere; got low={low} and high={high}")
-        self.low, self.high = low, high
-
-    def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
-        """Return the contributions beyond those of the bounds."""
-        value = layer.input
-        assert value is not None
-        low, high = (expand(bound, value.shape, cut_batch_dim=True).to(value) for bound in (self.low, self.high))
-        return layer(a * value) - layer(a * low, positive) - layer(a * high, negative)
+def _itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:
+    """Layer as it is; in multipliers the output of this forward call serves."""
+    return layer.itself(a) if rule.multiplier else layer(a)
 
 
-def _contributions(layer: Layer, a: Tensor, up: Callable[[Tensor], Tensor], down: Callable[[Tensor], Tensor]) -> Tensor:
+def _contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: bool = True) -> Tensor:
     """Output from positive inputs with weights ``up`` and negative inputs with weights ``down``; bias as ``up``."""
     above, below = signs(a)
-    z = layer(above, up)
+    z = layer(above, up, bias)
     return z if below is None else z + layer(below, down, bias=False)
+
+
+def _is_empty(layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> Tensor:
+    """Where an output has no contributions of this sign."""
+    with torch.no_grad():
+        return _contributions(layer, a, up, down, bias=False) == 0
+
+
+def _or_itself(terms: Sequence[Term], empty: Tensor, itself: Tensor) -> list[Term]:
+    """Terms where they are not ``empty``, and the layer itself where they are."""
+    rest, others = empty.to(itself), (~empty).to(itself)
+    return [*(Term(z, weight * others) for z, weight, _ in terms), Term(itself, rest)]

@@ -1,0 +1,179 @@
+r"""Rules for the first layer, whose inputs are pixels: flat, w² and zᴮ.
+
+Relevance that these give to an input does not depend on its value being non-zero: a black pixel may get some. They
+therefore belong on the first layer, where relevance itself is handed out and not a multiplier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from crp.rules.layer import Layer, negative, ones, positive, square
+from crp.rules.lrp import LRPRule, Names
+from crp.rules.stabilizer import Stabilize
+
+Bound = float | Tensor | Sequence[Any]
+
+
+class WSquare(LRPRule):
+    r"""w² rule, :math:`R_i = \sum_j \frac{w_{ij}^2}{\sum_{i'} w_{i'j}^2 + b_j^2} R_j`.
+
+    Montavon et al., Pattern Recognition 65 (2017), eq. 12. For the first layer, where inputs are unbounded. Conserves
+    relevance without bias; with one, :math:`b^2` stands in the denominator as in zennit. The paper's nets have none:
+    ``zero_params="bias"``.
+
+    Parameters
+    ----------
+    stabilizer : float or callable
+    zero_params : str or sequence of str, optional
+    norm_scale : bool
+    """
+
+    at_input = True
+
+    def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
+        """Return the sum of the squared weights."""
+        return layer(a, square)
+
+
+class Flat(LRPRule):
+    r"""Flat rule, :math:`R_i = \sum_j \frac{1}{\sum_{i'} 1} R_j`: the same for every input in reach.
+
+    Lapuschkin et al., Nature Communications 10 (2019), supplementary note 2. For the first layer, where it trades
+    detail for robustness. An output at the border shares among the pixels that there are, not the zeros around them;
+    a pixel that padding repeats counts each time it is read. Conserves relevance.
+
+    Parameters
+    ----------
+    stabilizer : float or callable
+    norm_scale : bool
+    """
+
+    at_input = True
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer", "norm_scale")
+
+    def __init__(self, stabilizer: Stabilize = 1e-6, *, norm_scale: bool = False) -> None:
+        super().__init__(stabilizer, norm_scale=norm_scale)
+
+    def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
+        """Return the number of inputs in reach."""
+        return layer(a, ones, bias=False)
+
+
+class ZBox(LRPRule):
+    r"""zᴮ rule, for inputs between bounds :math:`l` and :math:`h`.
+
+    .. math:: R_i = \sum_j \frac{a_i w_{ij} - l_i w_{ij}^+ - h_i w_{ij}^-}{\sum_{i'} (\cdot)} R_j
+
+    Montavon et al. (2017), eq. 14. For the first layer of a model of pixels. Conserves relevance; the bias takes no
+    part.
+
+    Parameters
+    ----------
+    low, high : float, Tensor or nested list
+        Smallest and largest value an input can have, after preprocessing. Shapes broadcast to the layer's input as
+        everywhere in torch, from the right: (channels, 1, 1) or (1, channels, 1, 1) for images, (features,) for
+        vectors. Bounds that are the same for all samples of a batch serve for batches of any size.
+    stabilizer : float or callable
+    zero_params : str or sequence of str, optional
+    norm_scale : bool
+
+    Raises
+    ------
+    ValueError
+        If ``low`` is not below ``high`` everywhere, or a bound is not finite; when the model runs, if a bound does not
+        broadcast to the layer's input.
+    """
+
+    at_input = True
+    settings: ClassVar[tuple[str, ...]] = ("low", "high", "stabilizer", "zero_params", "norm_scale")
+
+    def __init__(
+        self,
+        low: Bound,
+        high: Bound,
+        stabilizer: Stabilize = 1e-6,
+        zero_params: Names = None,
+        *,
+        norm_scale: bool = False,
+    ) -> None:
+        super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
+        self.low, self.high = _bound(low), _bound(high)
+        below, above = torch.as_tensor(self.low).cpu(), torch.as_tensor(self.high).cpu()
+        try:
+            ordered = bool((below < above).all() and below.isfinite().all() and above.isfinite().all())
+        except RuntimeError:
+            raise ValueError(
+                f"low and high do not broadcast against each other: {tuple(below.shape)} and {tuple(above.shape)}"
+            ) from None
+        if not ordered:
+            raise ValueError(f"low must be below high everywhere, and both finite; got low={low} and high={high}")
+
+    @classmethod
+    def from_normalization(
+        cls,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        low: float = 0.0,
+        high: float = 1.0,
+        **keywords: Any,
+    ) -> ZBox:
+        """Rule for images with pixels from ``low`` to ``high``, prepared by torchvision's ``Normalize(mean, std)``.
+
+        Parameters
+        ----------
+        mean, std : float or sequence of float
+            One value for all channels, or one per channel.
+        low, high : float
+            Smallest and largest pixel value before the normalisation.
+        **keywords
+            Further arguments of `ZBox`.
+
+        Returns
+        -------
+        ZBox
+            With bounds ``(low - mean) / std`` and ``(high - mean) / std`` of shape (1, channels, 1, 1).
+
+        Raises
+        ------
+        ValueError
+            If ``std`` is not positive, or ``mean`` and ``std`` have different lengths.
+        """
+        means, stds = (torch.as_tensor(values, dtype=torch.float64).reshape(-1) for values in (mean, std))
+        if not (stds > 0).all():
+            raise ValueError(f"std must be positive, got {std}")
+        if len(means) != len(stds) and 1 not in (len(means), len(stds)):
+            raise ValueError(f"mean and std must have one value per channel each, got {len(means)} and {len(stds)}")
+        lowest, highest = (((bound - means) / stds).reshape(1, -1, 1, 1) for bound in (low, high))
+        return cls(lowest, highest, **keywords)
+
+    def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
+        """Return the contributions beyond those of the bounds."""
+        value = layer.input
+        assert value is not None
+        # a w - l w⁺ - h w⁻ = (a - l) w⁺ + (a - h) w⁻, of which nothing is negative between the bounds.
+        above, below = value - _fitted("low", self.low, value), value - _fitted("high", self.high, value)
+        return layer(a * above, positive, bias=False) + layer(a * below, negative, bias=False)
+
+
+def _bound(bound: Bound) -> float | Tensor:
+    return torch.tensor(bound, dtype=torch.float64) if isinstance(bound, Sequence) else bound
+
+
+def _fitted(name: str, bound: float | Tensor, value: Tensor) -> Tensor:
+    """Bound in the shape of the layer's input."""
+    given = torch.as_tensor(bound).to(value.dtype).to(value.device)
+    batch = len(given) if given.ndim == value.ndim else 1
+    if batch not in (1, len(value)) and (given == given[:1]).all():
+        given = given[:1]
+    try:
+        return given.expand(value.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"ZBox: {name} has the shape {tuple(given.shape)}, which does not broadcast to the layer's input of shape "
+            f"{tuple(value.shape)}; bounds per channel of an image have the shape (channels, 1, 1)"
+        ) from None

@@ -1,0 +1,65 @@
+"""Denominators that may be divided by: ε with the denominator's sign, absolute or relative to its scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import cast
+
+import torch
+from torch import Tensor
+from zennit.core import Stabilizer
+
+Stabilize = float | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Relative:
+    r"""Stabilizer whose ε is relative, :math:`z + \varepsilon\,\mathrm{rms}(z) \operatorname{sign} z` (+ for 0).
+
+    The root mean square :math:`\mathrm{rms}(z)` is taken over all axes but the first, so that a sample does not
+    depend on the others of its batch. The same as zennit's ``Stabilizer(epsilon, norm_scale=True)``.
+    """
+
+    epsilon: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Stabilize a denominator of shape (batch, *output shape)."""
+        # Squares overflow in half precision.
+        flat = z.reshape(len(z), -1).to(torch.promote_types(z.dtype, torch.float32))
+        rms = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
+        scaled: Tensor = self.epsilon * rms.reshape(-1, *[1] * (z.ndim - 1))
+        return z + torch.where(z < 0, -scaled, scaled)
+
+
+def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer") -> Callable[[Tensor], Tensor]:
+    """Return the function that stabilizes denominators.
+
+    Parameters
+    ----------
+    value : float or callable
+        ε, or the function itself.
+    norm_scale : bool
+        Whether ε is relative to the root mean square of each sample's denominators.
+    name : str
+        What errors call the value.
+
+    Raises
+    ------
+    ValueError
+        If ε is negative or not finite.
+    TypeError
+        If the value is neither a number nor a function, or is a function that ``norm_scale`` cannot scale.
+    """
+    if isinstance(value, Real):
+        epsilon = float(value)
+        if not (math.isfinite(epsilon) and epsilon >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+        return Relative(epsilon) if norm_scale else cast(Callable[[Tensor], Tensor], Stabilizer(epsilon))
+    if not callable(value):
+        raise TypeError(f"{name} must be a number or a function of the denominator, not {value!r}")
+    if norm_scale:
+        raise TypeError(f"norm_scale scales a number; {name} is the function {value!r}, which may do so itself")
+    return value
