@@ -8,7 +8,7 @@ the data is its relevance.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.core import Composite
 
+from crp.call import Call
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
-from crp.conditions import (
-    MaskMap,
-    Rows,
-    Settings,
-    check_conditions,
-    check_data,
-    check_start,
-    check_targets,
-    initial_relevance,
-    mask_factory,
-)
-from crp.engine import Backward, ForwardPass, check_layers, fill_grad, send_back, tensor_in
-from crp.guard import attached, check_composite, is_multiplier
+from crp.conditions import MaskMap, Rows, Settings, initial_relevance
+from crp.engine import fill_grad, send_back
+from crp.forward import tensor_in
 from crp.layers import unwrap
-from crp.types import AttributionGraphResults, AttributionResults, Condition
+from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
 attrResult = AttributionResults
 attrGraphResult = AttributionGraphResults
@@ -152,13 +143,10 @@ class CondAttribution:
             If the layers of a condition are not in order (with ``exclude_parallel``).
         """
         call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
-        inputs, rows = self._plan(data, conditions, composite, call)
-        samples, local = rows.distinct(self._masks_in_flow(rows, call))
-        with attached(composite or Composite(), self.model) as model:
-            passed = self._forward(model, inputs, samples, rows, composite, call)
-            result, relevance = self._backward_rows(passed, local, call, last=True)
-        if type(self).broadcast is CondAttribution.broadcast:
-            fill_grad(data, rows.samples, relevance, self.overwrite_data_grad)
+        planned = Call.plan(self, data, conditions, composite, call)
+        result, relevance = planned.all_rows()
+        if not self.overrides("broadcast"):
+            fill_grad(data, planned.rows.samples, relevance, self.overwrite_data_grad)
         return result
 
     def generate(
@@ -195,8 +183,40 @@ class CondAttribution:
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
-        data, rows = self._plan(data, conditions, composite, call)
-        return self._generate(data, rows, composite, call, batch_size, verbose)
+        planned = Call.plan(self, data, conditions, composite, call)
+        n_parts = -(-len(planned.rows) // batch_size)
+        return self._show(planned.parts(batch_size), n_parts, verbose)
+
+    def absorbed(
+        self,
+        data: Tensor,
+        conditions: Sequence[Condition],
+        composite: Composite,
+        mask_map: MaskMap = ChannelConcept.mask,
+        start_layer: str | None = None,
+        init_rel: Any = None,
+        exclude_parallel: bool = True,
+    ) -> AbsorbedRelevance:
+        """Relevance that layers keep, and do not hand on to the data: with biases, or where nothing contributed.
+
+        Takes the parameters of `__call__`. For each row, ``initial = input + sum of what layers kept + rest``, and the
+        rest is 0 but for what conditions mask.
+
+        Parameters
+        ----------
+        composite : crp.composites.Composite
+
+        Returns
+        -------
+        AbsorbedRelevance
+
+        Raises
+        ------
+        TypeError
+            If the composite is one of zennit, which keeps no account.
+        """
+        call = Settings((), mask_map, start_layer, init_rel, None, exclude_parallel)
+        return Call.plan(self, data, conditions, composite, call).absorbed()
 
     def relevance_init(self, prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
         """Initial relevance; override it to start from anything else.
@@ -281,116 +301,10 @@ class CondAttribution:
         """Tensor to explain in what the model returns: itself, or its ``logits``; override it for anything else."""
         return tensor_in(output)
 
-    def _generate(
-        self, data: Tensor, rows: Rows, composite: Composite | None, call: Settings, batch_size: int, verbose: bool
-    ) -> Iterator[AttributionResults]:
-        passed, passed_samples = None, None
-        # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
-        keeps = is_multiplier(composite) or composite is None
-        parts = rows.chunks(batch_size)
-        for number, part in enumerate(tqdm(parts, disable=not verbose, dynamic_ncols=True)):
-            samples, local = part.distinct(self._masks_in_flow(rows, call))
-            part_call = call.part(number, batch_size, len(rows))
-            last = number == len(parts) - 1
-            if keeps and passed is not None and samples == passed_samples:
-                result, _ = self._backward_rows(passed, local, part_call, last)
-            else:
-                with attached(composite or Composite(), self.model) as model:
-                    passed = self._forward(model, data, samples, rows, composite, call)
-                    result, _ = self._backward_rows(passed, local, part_call, last or not keeps)
-                passed_samples = samples
-            if not keeps or last:
-                passed = None
-            yield result
+    def overrides(self, name: str) -> bool:
+        """Whether a subclass has a method of its own in place of `CondAttribution`'s."""
+        return getattr(type(self), name) is not getattr(CondAttribution, name)
 
-    def _masks_in_flow(self, rows: Rows, call: Settings) -> bool:
-        """Whether masks act while the gradient flows; every row then needs a sample of its own."""
-        if type(self).backward is not CondAttribution.backward:
-            return True
-        return not call.exclude_parallel and any(name != call.start for name in rows.layers(self.MODEL_OUTPUT_NAME))
-
-    def _forward(
-        self,
-        model: nn.Module,
-        data: Tensor,
-        samples: list[int],
-        rows: Rows,
-        composite: Composite | None,
-        call: Settings,
-    ) -> ForwardPass:
-        conditioned = rows.layers(self.MODEL_OUTPUT_NAME)
-        check_layers(model, conditioned, "conditions")
-        check_layers(model, call.record, "record_layer")
-        layers = dict.fromkeys(call.record, "record") | dict.fromkeys(conditioned, "condition")
-        if call.start is not None:
-            layers[call.start] = "start"
-        data = data if samples == list(range(len(data))) else data[samples]
-        return ForwardPass.run(model, data, layers, self.select_output, is_multiplier(composite))
-
-    def _backward_rows(
-        self, passed: ForwardPass, rows: Rows, call: Settings, last: bool
-    ) -> tuple[AttributionResults, Tensor]:
-        """All rows of one forward pass; also gives the relevance of the data, (rows, *input shape)."""
-        uses = passed.uses
-        root = passed.output if call.start is None else uses[call.start].output
-        prediction = rows.select(root, copy=not last)
-        start = self._start(prediction, rows, call, passed.multiplier)
-        backward = self.backward if self._masks_in_flow(rows, call) else None
-        passes = Backward(passed.data, root, uses, call, self.MODEL_OUTPUT_NAME, backward)
-        relevance, recorded = passes.run(rows, start, last)
-
-        activations = {name: rows.select(use.output, copy=not last) for name, use in uses.items()}
-        if passed.multiplier:
-            recorded = {name: activations[name] * multiplier for name, multiplier in recorded.items()}
-        explained = rows.select(passed.data)
-        explained.grad = relevance
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(call.on_device) if call.on_device else tensor
-
-        result = AttributionResults(
-            self.heatmap_modifier(explained, call.on_device),
-            {name: move(activation) for name, activation in activations.items()},
-            {name: move(found) for name, found in recorded.items()},
-            move(prediction),
-        )
-        return result, relevance
-
-    def _start(self, prediction: Tensor, rows: Rows, call: Settings, multiplier: bool) -> Tensor:
-        """What starts at the root, (rows, *output shape): initial relevance, or that divided by the output."""
-        targets = None if call.start is not None else rows.targets(self.MODEL_OUTPUT_NAME)
-        targets = check_targets(targets, prediction, self.MODEL_OUTPUT_NAME)
-        default = call.init_rel is None and type(self).relevance_init is CondAttribution.relevance_init
-        if multiplier and default:
-            return self.relevance_init(torch.ones_like(prediction), targets, None)
-        start = self.relevance_init(prediction.clone(), targets, call.initial(prediction))
-        check_start(start, prediction)
-        start = start.detach().to(prediction)
-        # An output of exactly 0 has nothing to distribute.
-        return torch.where(prediction == 0, 0, start / prediction) if multiplier else start
-
-    def _plan(
-        self, data: Tensor, conditions: Sequence[Condition], composite: Composite | None, call: Settings
-    ) -> tuple[Tensor, Rows]:
-        """Check everything that can be checked before the model runs."""
-        check_data(data)
-        check_composite(composite)
-        if isinstance(call.record, str) or not isinstance(call.record, Collection):
-            raise TypeError(f"record_layer must be a list of layer names, not {call.record!r}")
-        if any(name == self.MODEL_OUTPUT_NAME for name, _ in self.model.named_modules()):
-            raise ValueError(
-                f"the model has a layer called {self.MODEL_OUTPUT_NAME!r}, which names the output in conditions; "
-                "set attribution.MODEL_OUTPUT_NAME to another name"
-            )
-        conditions = check_conditions(conditions, self.MODEL_OUTPUT_NAME, call.start, call.init_rel is not None)
-        check_layers(self.model, [] if call.start is None else [call.start], "start_layer")
-        if type(self).broadcast is CondAttribution.broadcast:
-            rows = Rows.broadcast(len(data), conditions)
-        else:
-            data, conditions = self.broadcast(data, conditions)
-            if len(data) != len(conditions):
-                raise ValueError(f"broadcast gave {len(data)} samples and {len(conditions)} conditions; pair them")
-            rows = Rows(tuple(range(len(data))), tuple(conditions))
-        for layer in rows.layers(self.MODEL_OUTPUT_NAME):
-            mask_factory(call.mask_map, layer)
-        return data.to(self.device), rows
+    @staticmethod
+    def _show(parts: Iterator[AttributionResults], n_parts: int, verbose: bool) -> Iterator[AttributionResults]:
+        yield from tqdm(parts, total=n_parts, disable=not verbose, dynamic_ncols=True)

@@ -8,7 +8,6 @@ k-th condition of every sample.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.notices import warn
 from crp.types import Condition, MaskFactory, MaskFn
 
 
@@ -62,10 +62,7 @@ def check_conditions(
                 f"conditions[{i}] is {dict(condition)!r}"
             )
     if start_layer is not None and any(output_name in condition for condition in conditions):
-        warnings.warn(
-            f"{output_name!r} has no effect in conditions: the backward pass begins at start_layer {start_layer!r}",
-            stacklevel=4,
-        )
+        warn(f"{output_name!r} has no effect in conditions: the backward pass begins at start_layer {start_layer!r}")
     return list(conditions)
 
 

@@ -1,23 +1,23 @@
-"""One forward pass, and gradient flow through it: what `CondAttribution` is built from.
+"""Gradient flow through one forward pass: what `CondAttribution` is built from.
 
-`ForwardPass` keeps what one run of the model gave; `Backward` sends relevance back through it.
+`Backward` sends relevance back through a `crp.forward.ForwardPass`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crp.conditions import Grid, Rows, Settings, row_masks
-from crp.hooks import Tap, Use, apply_masks
-from crp.layers import find_layers
+from crp.hooks import Use, apply_masks
+from crp.notices import warn
 from crp.types import Condition
 
 #: Key of the data among the layers; no layer has this name.
@@ -28,119 +28,6 @@ ORDER_MESSAGE = (
     "start with the last and end with the first layer in each condition; parallel layers cannot be in one condition. "
     "The flow from {} does not reach {!r}."
 )
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """What one forward pass leaves behind for any number of backward passes.
-
-    Attributes
-    ----------
-    data : Tensor of shape (samples, *input shape)
-        Leaf that the gradient is asked for.
-    output : Tensor of shape (samples, *output shape)
-    uses : dict of str to Use
-        Conditioned, recorded and start layers.
-    multiplier : bool
-        Whether what flows is relevance divided by activation.
-    """
-
-    data: Tensor
-    output: Tensor
-    uses: dict[str, Use]
-    multiplier: bool
-
-    @classmethod
-    def run(
-        cls,
-        model: nn.Module,
-        data: Tensor,
-        layers: dict[str, str],
-        select_output: Callable[[Any], Tensor],
-        multiplier: bool,
-    ) -> ForwardPass:
-        """Run the model on ``data``, tapping layers.
-
-        Parameters
-        ----------
-        model : nn.Module
-        data : Tensor of shape (samples, *input shape)
-        layers : dict of str to str
-            Layer name to its role, ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is its second use.
-        select_output : callable
-            Tensor to explain in what the model returns.
-        multiplier : bool
-        """
-        known = dict(model.named_modules())
-        taps = {name: Tap(name) for name, _ in (_split(layer, known) for layer in layers)}
-        handles = []
-        try:
-            for name, tap in taps.items():
-                handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
-            # Tensors made in inference mode cannot take part in autograd, but copies can.
-            leaf = (data.clone() if data.is_inference() else data.detach()).requires_grad_()
-            with torch.enable_grad():
-                output = select_output(model(leaf.clone()))  # a model may change its input in place
-        finally:
-            for handle in handles:
-                handle.remove()
-        _check_explained("the model's output", output)
-        _check_batch("the model's output", output, len(leaf))
-        uses = {}
-        for layer, role in layers.items():
-            name, number = _split(layer, known)
-            use = _use(name, number, taps[name].uses, role)
-            if use is not None:
-                uses[layer] = use
-                _check_batch(f"the output of layer {layer!r}", use.output, len(leaf))
-                if role == "start":
-                    _check_explained(f"the output of start_layer {layer!r}", use.output)
-        return cls(leaf, output, uses, multiplier)
-
-
-def _check_explained(what: str, tensor: Tensor) -> None:
-    if not tensor.requires_grad:
-        raise ValueError(
-            f"{what} (dtype {tensor.dtype}) does not depend on the data in a differentiable way; "
-            "explain a tensor before rounding, argmax or detach"
-        )
-
-
-def _check_batch(what: str, tensor: Tensor, n_samples: int) -> None:
-    if tensor.dim() == 0 or len(tensor) != n_samples:
-        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; its first axis must be that of {n_samples} samples")
-
-
-def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | None:
-    """Call of a layer that is meant; None for a layer to record that is not called."""
-    if not uses and role == "record":
-        warnings.warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded", stacklevel=5)
-        return None
-    if not uses:
-        raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
-    if number is not None and number >= len(uses):
-        raise ValueError(f"layer {layer!r} is called {len(uses)} times; there is no {layer}#{number}")
-    if number is None and len(uses) > 1:
-        names = ", ".join(f"{layer}#{i}" for i in range(len(uses)))
-        if role != "record":
-            raise ValueError(f"layer {layer!r} is called {len(uses)} times in the forward pass; name one: {names}")
-        warnings.warn(
-            f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}", stacklevel=5
-        )
-    return uses[-1 if number is None else number]
-
-
-def tensor_in(output: Any) -> Tensor:
-    """Tensor to explain in what a model returns: itself, or its ``logits``."""
-    output = getattr(output, "logits", output)
-    if isinstance(output, Mapping):
-        output = output.get("logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
-            "override CondAttribution.select_output to choose the tensor to explain"
-        )
-    return output
 
 
 def flow(
@@ -337,7 +224,7 @@ class Backward:
         try:
             backward(self.root, start, self.call.exclude_parallel, layers, outputs, True)
             if missed := [name for name in layers if not self.uses[name].flow.arrived]:
-                warnings.warn(f"conditions on {missed} have no effect: relevance does not reach them", stacklevel=5)
+                warn(f"conditions on {missed} have no effect: relevance does not reach them")
             arrived = {DATA: self.data.grad} | {name: use.flow.gradient for name, use in self.uses.items()} | begun
         finally:
             self.data.grad = None
@@ -359,23 +246,6 @@ def fill_grad(data: Tensor, samples: Sequence[int], relevance: Tensor, overwrite
         return
     grad = torch.zeros_like(data).index_add_(0, torch.tensor(samples, device=data.device), relevance.to(data))
     if data.grad is not None and not overwrite:
-        warnings.warn("data.grad is filled; relevance is added to it, as overwrite_data_grad is False", stacklevel=3)
+        warn("data.grad is filled; relevance is added to it, as overwrite_data_grad is False")
         grad = grad + data.grad
     data.grad = grad
-
-
-def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
-    """Name of a layer and number of its use, ``"name#1"`` being the second."""
-    name, _, number = layer.rpartition("#")
-    if layer in known or not name or name not in known or not number.isdigit():
-        return layer, None
-    return name, int(number)
-
-
-def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
-    """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
-    known = dict(model.named_modules())
-    for layer in layers:
-        if not isinstance(layer, str):
-            raise TypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
-    find_layers(model, [_split(layer, known)[0] for layer in layers], role)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -14,14 +13,10 @@ from torch import nn
 from zennit.core import BasicHook, Composite
 
 from crp.layers import uncompiled
+from crp.notices import warn
 
 _locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
-
-
-def is_multiplier(composite: Composite | None) -> bool:
-    """Whether a composite propagates relevance divided by activation, as ours do, and not relevance itself."""
-    return getattr(composite, "encoding", None) == "multiplier"
 
 
 def check_composite(composite: object) -> None:
@@ -70,10 +65,9 @@ def _lock(owner: object) -> threading.RLock:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     if training:
-        warnings.warn(
+        warn(
             f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
-            "Call model.eval() first to say so.",
-            stacklevel=6,
+            "Call model.eval() first to say so."
         )
     try:
         for module in training:
@@ -100,10 +94,9 @@ def _called_once(model: nn.Module) -> Iterator[None]:
             handle.remove()
     repeated = [name for name, count in calls.items() if count > 1]
     if repeated:
-        warnings.warn(
+        warn(
             f"layers {repeated} are called more than once, which zennit's rules do not support: relevance is wrong. "
-            "Those of crp.composites do.",
-            stacklevel=6,
+            "Those of crp.composites do."
         )
 
 

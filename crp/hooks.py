@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zennit.core import RemovableHandleList
 
 from crp.graph import tracing
+from crp.reference import referencing
 from crp.types import MaskFn
 
 
@@ -39,10 +40,20 @@ class Flow:
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer: its output, and the flow of gradient into it, which never holds the output (no cycle)."""
+    """One call of a layer: its output, and the flow of gradient into it, which never holds the output (no cycle).
+
+    ``reference`` is the output of the same call for the reference input of a composite that has one.
+    """
 
     output: Tensor
     flow: Flow
+    reference: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """What relevance counts: the output, or what it differs by from its reference."""
+        output = self.output.detach()
+        return output if self.reference is None else output - self.reference
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Tap:
 
     name: str
     uses: list[Use] = field(default_factory=list)
+    references: list[Tensor] = field(default_factory=list)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Forward hook, with keywords."""
@@ -61,9 +73,13 @@ class Tap:
                 f"layer {self.name!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
                 "name a layer inside it, or after it, that returns one"
             )
+        if referencing():
+            self.references.append(output.detach())
+            return None
         # Dropout and the like return their input, which what flows past the layer reads too.
         passed_on = any(output is given for given in (*args, *kwargs.values()))
-        use = Use(output.clone() if passed_on else output, Flow())
+        reference = self.references[len(self.uses)] if self.references else None
+        use = Use(output.clone() if passed_on else output, Flow(), reference)
         if use.output.requires_grad:
             use.output.register_hook(use.flow)  # type: ignore[no-untyped-call]
         self.uses.append(use)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 #: ``{layer name: concept ids, "y": targets}``.
@@ -36,6 +37,49 @@ class AttributionResults(NamedTuple):
     activations: dict[str, Tensor]
     relevances: dict[str, Tensor]
     prediction: Tensor
+
+
+class Sinks(Protocol):
+    """Account of what layers keep in one forward pass: tensors whose gradient is what was kept.
+
+    Attributes
+    ----------
+    sinks : dict of str to list of Tensor of shape (batch, kinds)
+        One for each call of each layer.
+    kinds : tuple of str
+        What the columns are.
+    """
+
+    sinks: dict[str, list[Tensor]]
+    kinds: tuple[str, ...]
+
+
+class AbsorbedRelevance(NamedTuple):
+    """What layers kept of the relevance that reached them, for each row.
+
+    Attributes
+    ----------
+    initial, input : Tensor of shape (rows,)
+        Relevance that started, and that reached the data, summed.
+    layers : dict of str to dict of str to Tensor of shape (rows,)
+        For each layer what its ``"bias"``, outputs to which nothing contributed (``"empty"``) and the ``"stabilizer"``
+        kept.
+    """
+
+    initial: Tensor
+    input: Tensor
+    layers: dict[str, dict[str, Tensor]]
+
+    @property
+    def total(self) -> Tensor:
+        """What all layers kept, (rows,)."""
+        kept = [share for shares in self.layers.values() for share in shares.values()]
+        return sum(kept, torch.zeros_like(self.initial))
+
+    @property
+    def rest(self) -> Tensor:
+        """What is neither in the data nor in a layer, (rows,): masked by conditions, or lost in another way."""
+        return self.initial - self.input - self.total
 
 
 class AttributionGraphResults(NamedTuple):

@@ -18,7 +18,7 @@ from zennit.rules import Pass
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.guard import is_multiplier
+from crp.encoding import Encoding
 from crp.layers import LayerNotFoundError
 
 every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
@@ -158,7 +158,7 @@ def test_model_without_parameters(images, composite):
     model = net(lambda s, x: s.pool(x).flatten(1), pool=nn.AvgPool2d(8))
     attribution = CondAttribution(model)
     assert attribution.device == torch.device("cpu")
-    if is_multiplier(composite):
+    if Encoding.of(composite).multiplier:
         with pytest.raises(ValueError, match="no rule for any layer of the model, which consists of AvgPool2d"):
             attribution(images, [{"y": 3}], composite)
         return

@@ -17,10 +17,11 @@ from zennit.core import Hook
 from crp.canonizers import for_model
 from crp.composites.selection import Selector, Types, check_selector, functions, select
 from crp.graph import tracing
+from crp.reference import referencing
 from crp.rules import Rule, lift
 from crp.rules.account import Account
 from crp.rules.base import Run
-from crp.rules.operation import Operations, referencing
+from crp.rules.operation import Operations
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.

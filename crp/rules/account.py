@@ -39,6 +39,8 @@ class Account:
         Sinks of the calls of each layer; the gradient of one is what this call keeps, by `KINDS`.
     """
 
+    kinds = KINDS
+
     def __init__(self) -> None:
         self.sinks: dict[str, list[Tensor]] = {}
 

@@ -38,10 +38,11 @@ from torch import Tensor, nn
 from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 
 from crp.graph import tracing
+from crp.reference import referencing
 from crp.rules.account import Account, Shares
 from crp.rules.entry import AsRelevance, Entry, Unit, UnitMultiplier
 from crp.rules.layer import Layer
-from crp.rules.operation import Operation, referencing
+from crp.rules.operation import Operation
 
 
 class Term(NamedTuple):

@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -18,18 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from crp.notices import warn
+from crp.reference import on_reference
 from crp.rules.account import Shares
 
 if TYPE_CHECKING:
     from crp.rules.base import Rule, Run
-
-
-_referencing: ContextVar[bool] = ContextVar("referencing", default=False)
-
-
-def referencing() -> bool:
-    """Whether a model runs on a reference input, for the record only."""
-    return _referencing.get()
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -238,15 +230,13 @@ class Operations(TorchFunctionMode):
     def record(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the model on a reference, and keep the operations that have a rule."""
         self.recording = []
-        token = _referencing.set(True)
         try:
             given, named = _mapped((tuple(args), dict(kwargs)), lambda t: t.detach())
-            with torch.enable_grad():
+            with on_reference(), torch.enable_grad():
                 model(*_mapped(given, _tracked), **_mapped(named, _tracked))
             self.references = self.recording
         finally:
             self.recording = None
-            _referencing.reset(token)
 
     def finish(self, completed: bool) -> None:
         """Forget the pass that ends; warn of operations that had no rule.
@@ -264,10 +254,9 @@ class Operations(TorchFunctionMode):
         if left:
             raise RuntimeError(f"the model ran {left[0]} for the reference, but not for the data")
         if untreated:
-            warnings.warn(
+            warn(
                 f"{self.method} has no rule for {', '.join(untreated)}; the ordinary chain rule is used there. Give a "
-                "rule in layer_map, or None to say so.",
-                stacklevel=2,
+                "rule in layer_map, or None to say so."
             )
 
     def _layer(self) -> str:

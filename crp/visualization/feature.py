@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
-from crp.engine import check_layers
+from crp.forward import check_layers
 from crp.visualization import folders
 from crp.visualization.accumulators import Maximization, Statistics
 from crp.visualization.cache import Cache

@@ -21,7 +21,7 @@ from zennit.core import Composite
 import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
-from crp.engine import check_layers
+from crp.forward import check_layers
 from crp.visualization.fingerprint import fingerprint, fingerprint_composite, fingerprint_dataset, fingerprint_model
 from crp.visualization.loading import SampleError as SampleError
 from crp.visualization.loading import read

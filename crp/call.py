@@ -1,0 +1,246 @@
+"""One call of `CondAttribution`: its forward passes, and all rows sent back through them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.conditions import (
+    Rows,
+    Settings,
+    check_conditions,
+    check_data,
+    check_start,
+    check_targets,
+    mask_factory,
+)
+from crp.encoding import Encoding, average
+from crp.engine import Backward
+from crp.forward import SINK, ForwardPass, check_layers
+from crp.guard import attached, check_composite
+from crp.hooks import Use
+from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
+
+if TYPE_CHECKING:
+    from crp.attribution import CondAttribution
+
+
+@dataclass
+class Call:
+    """What a call is about, checked before the model runs.
+
+    Attributes
+    ----------
+    attribution : CondAttribution
+        Its methods may be overridden.
+    data : Tensor of shape (samples, *input shape)
+    rows : Rows
+    composite : zennit.core.Composite or None
+    settings : Settings
+    """
+
+    attribution: CondAttribution
+    data: Tensor
+    rows: Rows
+    composite: Composite | None
+    settings: Settings
+
+    @classmethod
+    def plan(
+        cls,
+        attribution: CondAttribution,
+        data: Tensor,
+        conditions: Sequence[Condition],
+        composite: Composite | None,
+        settings: Settings,
+    ) -> Call:
+        """Check everything that can be checked before the model runs."""
+        check_data(data)
+        check_composite(composite)
+        if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
+            raise TypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
+        model, output_name, start = attribution.model, attribution.MODEL_OUTPUT_NAME, settings.start
+        if any(name == output_name for name, _ in model.named_modules()):
+            raise ValueError(
+                f"the model has a layer called {output_name!r}, which names the output in conditions; "
+                "set attribution.MODEL_OUTPUT_NAME to another name"
+            )
+        conditions = check_conditions(conditions, output_name, start, settings.init_rel is not None)
+        check_layers(model, [] if start is None else [start], "start_layer")
+        if not attribution.overrides("broadcast"):
+            rows = Rows.broadcast(len(data), conditions)
+        else:
+            data, conditions = attribution.broadcast(data, conditions)
+            if len(data) != len(conditions):
+                raise ValueError(f"broadcast gave {len(data)} samples and {len(conditions)} conditions; pair them")
+            rows = Rows(tuple(range(len(data))), tuple(conditions))
+        for layer in rows.layers(output_name):
+            mask_factory(settings.mask_map, layer)
+        return cls(attribution, data.to(attribution.device), rows, composite, settings)
+
+    def all_rows(self) -> tuple[AttributionResults, Tensor]:
+        """Results of all rows, and the relevance of the data, (rows, *input shape)."""
+        found = []
+        for composite in self._members():
+            samples, local = self.rows.distinct(self._masks_in_flow())
+            with attached(composite or Composite(), self.attribution.model) as model:
+                passed = self._forward(model, samples, composite)
+                found.append(self._results(passed, local, self.settings, last=True))
+        return average(found)
+
+    def parts(self, batch_size: int) -> Iterator[AttributionResults]:
+        """Results of ``batch_size`` rows at a time."""
+        runs = [self._parts(composite, batch_size) for composite in self._members()]
+        return (average(part)[0] for part in zip(*runs, strict=True))
+
+    def absorbed(self) -> AbsorbedRelevance:
+        """What each layer keeps of the relevance of each row.
+
+        Raises
+        ------
+        TypeError
+            If the composite keeps no account.
+        """
+        accounting = getattr(self.composite, "accounting", None)
+        if accounting is None or self._members() != [self.composite]:
+            raise TypeError(f"only a composite of crp.composites accounts for what layers keep, not {self.composite!r}")
+        samples, local = self.rows.distinct(self._masks_in_flow())
+        with attached(self.composite, self.attribution.model) as model, accounting() as account:
+            passed = self._forward(model, samples, self.composite, account)
+            back = self._backward(passed, local, self.settings, last=True)
+        layers: dict[str, Tensor] = {}
+        for name in passed.sinks:
+            layer = name.removeprefix(SINK).rpartition("#")[0]
+            layers[layer] = layers.get(layer, 0) + back.found[name]
+        kept = {layer: dict(zip(account.kinds, shares.unbind(1), strict=True)) for layer, shares in layers.items()}
+        initial = passed.encoding.read(back.start, rows_of(back.root, local))
+        return AbsorbedRelevance(initial.flatten(1).sum(1), back.relevance.flatten(1).sum(1), kept)
+
+    def _members(self) -> list[Composite | None]:
+        """Composites whose results are averaged: several, where a method has several references."""
+        return list(getattr(self.composite, "members", None) or [self.composite])
+
+    def _parts(self, composite: Composite | None, batch_size: int) -> Iterator[tuple[AttributionResults, Tensor]]:
+        passed, passed_samples = None, None
+        # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
+        keeps = Encoding.of(composite).multiplier or composite is None
+        parts = self.rows.chunks(batch_size)
+        for number, part in enumerate(parts):
+            samples, local = part.distinct(self._masks_in_flow())
+            settings = self.settings.part(number, batch_size, len(self.rows))
+            last = number == len(parts) - 1
+            if keeps and passed is not None and samples == passed_samples:
+                result = self._results(passed, local, settings, last)
+            else:
+                with attached(composite or Composite(), self.attribution.model) as model:
+                    passed = self._forward(model, samples, composite)
+                    result = self._results(passed, local, settings, last or not keeps)
+                passed_samples = samples
+            if not keeps or last:
+                passed = None
+            yield result
+
+    def _masks_in_flow(self) -> bool:
+        """Whether masks act while the gradient flows; every row then needs a sample of its own."""
+        if self.attribution.overrides("backward"):
+            return True
+        layers = self.rows.layers(self.attribution.MODEL_OUTPUT_NAME)
+        return not self.settings.exclude_parallel and any(name != self.settings.start for name in layers)
+
+    def _forward(
+        self, model: nn.Module, samples: list[int], composite: Composite | None, account: Sinks | None = None
+    ) -> ForwardPass:
+        settings = self.settings
+        # (canonizers may have given the model further layers)
+        conditioned = self.rows.layers(self.attribution.MODEL_OUTPUT_NAME)
+        check_layers(model, conditioned, "conditions")
+        check_layers(model, settings.record, "record_layer")
+        layers = dict.fromkeys(settings.record, "record") | dict.fromkeys(conditioned, "condition")
+        if settings.start is not None:
+            layers[settings.start] = "start"
+        expect = getattr(composite, "expect", None)
+        if expect is not None:
+            expect(samples, len(self.data))
+        data = self.data if samples == list(range(len(self.data))) else self.data[samples]
+        return ForwardPass.run(model, data, layers, self.attribution.select_output, composite, account)
+
+    def _backward(self, passed: ForwardPass, rows: Rows, settings: Settings, last: bool) -> Arrived:
+        """Send all rows back through one forward pass."""
+        root = passed.output if settings.start is None else passed.uses[settings.start]
+        prediction = rows.select(root.output, copy=not last)
+        start = self._start(prediction, rows_of(root, rows), rows, passed.encoding, settings)
+        backward = self.attribution.backward if self._masks_in_flow() else None
+        uses = passed.uses | passed.sinks
+        output_name = self.attribution.MODEL_OUTPUT_NAME
+        passes = Backward(passed.data, root.output, uses, settings, output_name, backward)
+        relevance, found = passes.run(rows, start, last)
+        return Arrived(root, prediction, start, relevance, found)
+
+    def _start(self, prediction: Tensor, value: Tensor, rows: Rows, encoding: Encoding, settings: Settings) -> Tensor:
+        """What starts at the root, (rows, *output shape): initial relevance, or that divided by the output."""
+        attribution = self.attribution
+        targets = None if settings.start is not None else rows.targets(attribution.MODEL_OUTPUT_NAME)
+        targets = check_targets(targets, prediction, attribution.MODEL_OUTPUT_NAME)
+        initial = settings.initial(prediction)
+        if initial is None and encoding.starts_from_one and not attribution.overrides("relevance_init"):
+            return attribution.relevance_init(torch.ones_like(prediction), targets, None)
+        if initial is None and encoding.from_one:
+            initial = 1.0
+        start = attribution.relevance_init(value.clone(), targets, initial)
+        check_start(start, prediction)
+        return encoding.start(start.detach().to(prediction), value)
+
+    def _results(
+        self, passed: ForwardPass, rows: Rows, settings: Settings, last: bool
+    ) -> tuple[AttributionResults, Tensor]:
+        """Results of some rows, and the relevance of the data, (rows, *input shape)."""
+        back = self._backward(passed, rows, settings, last)
+        uses = passed.uses
+        activations = {name: rows.select(use.output, copy=not last) for name, use in uses.items()}
+        relevances = {name: passed.encoding.read(back.found[name], rows_of(uses[name], rows)) for name in uses}
+        explained = rows.select(passed.data)
+        explained.grad = back.relevance
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(settings.on_device) if settings.on_device else tensor
+
+        result = AttributionResults(
+            self.attribution.heatmap_modifier(explained, settings.on_device),
+            {name: move(activation) for name, activation in activations.items()},
+            {name: move(relevance) for name, relevance in relevances.items()},
+            move(back.prediction),
+        )
+        return result, back.relevance
+
+
+@dataclass
+class Arrived:
+    """What one backward pass of some rows gave.
+
+    Attributes
+    ----------
+    root : Use
+        Where it started.
+    prediction : Tensor of shape (rows, *root shape)
+    start : Tensor of shape (rows, *root shape)
+        What started there.
+    relevance : Tensor of shape (rows, *input shape)
+    found : dict of str to Tensor of shape (rows, *layer shape)
+        What arrived at each layer and sink.
+    """
+
+    root: Use
+    prediction: Tensor
+    start: Tensor
+    relevance: Tensor
+    found: dict[str, Tensor]
+
+
+def rows_of(use: Use, rows: Rows) -> Tensor:
+    """What the relevance of each row counts at a layer."""
+    return rows.select(use.value)
