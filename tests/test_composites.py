@@ -15,7 +15,23 @@ from crp.attribution import CondAttribution
 from crp.composites import Composite, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
 
-NAMES = ["epsilon_alpha2_beta1", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat"]
+#: All presets, each with an argument that is not its default.
+PRESETS = {
+    "beta_smooth": {"beta": 3.0},
+    "contrastive_excitation_backprop": {"layer": "features.7", "signed": "as_is"},
+    "deconvnet": {},
+    "deep_taylor": {"low": -4.0, "high": 4.0, "maxpool": "avg"},
+    "epsilon_alpha2_beta1": {"epsilon": 1e-3},
+    "epsilon_alpha2_beta1_flat": {"epsilon": 1e-3},
+    "epsilon_gamma_box": {"epsilon": 1e-3},
+    "epsilon_plus": {"epsilon": 1e-3},
+    "epsilon_plus_flat": {"epsilon": 1e-3},
+    "excitation_backprop": {"signed": "shift"},
+    "gradient": {},
+    "gradient_x_input": {},
+    "guided_backprop": {},
+}
+NAMES = list(PRESETS)
 
 
 def make(name, *args, **keywords):
@@ -35,13 +51,13 @@ def test_registry_lists_and_builds_every_preset():
 
 
 def test_registry_names_what_there_is():
-    with pytest.raises(KeyError, match="no composite 'epsilon_plus_flatt'; there are epsilon_alpha2_beta1"):
+    with pytest.raises(KeyError, match="no composite 'epsilon_plus_flatt'; there are beta_smooth, .*epsilon_plus_flat"):
         composites.get("epsilon_plus_flatt")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_preset_is_rebuilt_by_repr_pickle_and_description(name, vgg_bn, images):
-    composite = make(name, epsilon=1e-3, canonizers=None)
+    composite = make(name, canonizers=None, **PRESETS[name])
     reference = relevance(vgg_bn, images, 1, composite)
     description = json.loads(json.dumps(composite.describe()))
     for again in (

@@ -4,15 +4,26 @@
 """
 
 from crp.composites.base import Composite, get, names, register
+from crp.composites.deep_taylor import DeepTaylor
+from crp.composites.excitation import ContrastiveExcitationBackprop, ExcitationBackprop
+from crp.composites.gradient import BetaSmooth, DeconvNet, Gradient, GradientTimesInput, GuidedBackprop
 from crp.composites.lrp import EpsilonAlpha2Beta1, EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
 __all__ = [
+    "BetaSmooth",
     "Composite",
+    "ContrastiveExcitationBackprop",
+    "DeconvNet",
+    "DeepTaylor",
     "EpsilonAlpha2Beta1",
     "EpsilonAlpha2Beta1Flat",
     "EpsilonGammaBox",
     "EpsilonPlus",
     "EpsilonPlusFlat",
+    "ExcitationBackprop",
+    "Gradient",
+    "GradientTimesInput",
+    "GuidedBackprop",
     "get",
     "names",
     "register",

@@ -1,21 +1,30 @@
 """Propagation rules: each says how one layer's relevance is shared among its inputs."""
 
 from crp.rules.base import Rule, Term
+from crp.rules.excitation import ContrastiveExcitation, Excitation
 from crp.rules.first import Flat, WSquare, ZBox
+from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
 from crp.rules.layer import Layer
 from crp.rules.lift import lift
 from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Gamma, Norm, Pass, ZPlus
+from crp.rules.pooling import SumPool
 
 __all__ = [
     "LRP0",
     "AlphaBeta",
+    "ContrastiveExcitation",
+    "DeconvReLU",
     "Epsilon",
+    "Excitation",
     "Flat",
     "Gamma",
+    "GuidedReLU",
     "Layer",
     "Norm",
     "Pass",
     "Rule",
+    "SmoothReLU",
+    "SumPool",
     "Term",
     "WSquare",
     "ZBox",

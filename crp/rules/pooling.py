@@ -1,0 +1,137 @@
+"""Max-pooling as sum-pooling, for methods in which all of a window takes part and not the winner alone."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crp.rules.base import Rule
+from crp.rules.layer import Layer
+from crp.rules.operation import Operation, name_of
+from crp.rules.stabilizer import Stabilize, stabilizing
+
+_FIXED = tuple(getattr(nn, f"MaxPool{dim}d") for dim in (1, 2, 3))
+_ADAPTIVE = tuple(getattr(nn, f"AdaptiveMaxPool{dim}d") for dim in (1, 2, 3))
+
+#: Functions of torch that pool maxima over windows.
+MAX_POOLS = tuple(
+    f"{kind}max_pool{dim}d{ending}"
+    for kind in ("", "adaptive_")
+    for dim in (1, 2, 3)
+    for ending in ("", "_with_indices")
+)
+#: Arguments of these, in order.
+_SIGNATURES = {
+    False: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    True: ("output_size", "return_indices"),
+}
+
+
+class SumPool(Rule):
+    r"""Max-pooling as if it were sum-pooling: in proportion to the inputs of a window.
+
+    .. math:: R_i = \sum_{j:\, i \in W_j} \frac{a_i}{\sum_{i' \in W_j} a_{i'}} R_j
+
+    The ordinary chain rule gives all relevance of a window :math:`W_j` to its maximum, and changes abruptly where
+    another input becomes the maximum; here it changes continuously. Recommended with deep Taylor decomposition in
+    Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks", Digital Signal
+    Processing 73 (2018). Conserves relevance. It is for inputs that are not negative, as behind a ReLU; with other
+    signs a sum may be close to 0. Windows may overlap, and have stride, padding, dilation and ``ceil_mode``; what is
+    padded takes no part.
+
+    Parameters
+    ----------
+    stabilizer : float or callable
+        Not needed where inputs are not negative.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer",)
+
+    def __init__(self, stabilizer: Stabilize = 0.0) -> None:
+        super().__init__(stabilizing(stabilizer))
+        self.stabilizer = stabilizer
+
+    def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
+        """Return the sums of the windows, up to a factor for each."""
+        given = _arguments(layer)
+        if "output_size" in given:
+            pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[_dims(layer) - 1]
+            return pool(a, given["output_size"])
+        return _window_sums(a, _dims(layer), given)
+
+    def operate(self, operation: Operation) -> Any:
+        """Treat a max-pooling function; indices, if it gives them, stay as they are."""
+        if operation.name not in MAX_POOLS:
+            raise TypeError(f"SumPool treats max-pooling, not {operation}")
+        if isinstance(operation.output, tuple):
+            values, *others = operation.output
+            return (self.propagate(cast(Layer, _Values(operation)), operation.inputs[0], values.detach()), *others)
+        return super().operate(operation)
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse whatever is no max-pooling, or gives indices."""
+        if not isinstance(module, (*_FIXED, *_ADAPTIVE)) or module.return_indices:
+            raise TypeError(
+                f"SumPool treats MaxPool1-3d and AdaptiveMaxPool1-3d without return_indices, not {module}; map the "
+                "function, such as torch.nn.functional.max_pool2d, for pooling that gives indices"
+            )
+
+
+class _Values:
+    """Pooling that gives indices, too, as a layer that gives values only."""
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+
+    def again(self) -> _Values:
+        return self
+
+    def value(self, a: Tensor) -> Tensor:
+        return cast(Tensor, self.operation(a)[0])
+
+
+def _operation(layer: Any) -> Operation | None:
+    found = layer.operation if isinstance(layer, _Values) else layer
+    return found if isinstance(found, Operation) else None
+
+
+def _dims(layer: Any) -> int:
+    """Number of axes that are pooled."""
+    operation = _operation(layer)
+    name = type(layer.module).__name__.lower() if operation is None else name_of(operation.function)
+    return int(name.split("pool")[1][0])
+
+
+def _arguments(layer: Any) -> dict[str, Any]:
+    """Arguments of a max-pooling function or module, by name."""
+    operation = _operation(layer)
+    if operation is None:
+        return {name: v for name, v in vars(layer.module).items() if name in (*_SIGNATURES[False], *_SIGNATURES[True])}
+    names = ("input", *_SIGNATURES[name_of(operation.function).startswith("adaptive")])
+    return dict(zip(names, operation.args, strict=False)) | dict(operation.kwargs)
+
+
+def _window_sums(a: Tensor, dims: int, given: dict[str, Any]) -> Tensor:
+    def per_axis(name: str, default: Any) -> list[int]:
+        value = given.get(name)
+        value = default if value is None or value == [] or value == () else value
+        return list(value) * (dims if len(value) == 1 else 1) if isinstance(value, list | tuple) else [value] * dims
+
+    kernel = per_axis("kernel_size", None)
+    stride, padding, dilation = per_axis("stride", kernel), per_axis("padding", 0), per_axis("dilation", 1)
+    sizes = a.shape[-dims:]
+    flat = a.reshape(-1, 1, *sizes)
+    beyond = []
+    for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True):
+        span, room = d * (k - 1) + 1, size + 2 * p
+        count = (room - span) // s + 1
+        if given.get("ceil_mode") and (room - span) % s and count * s < size + p:
+            count += 1  # one more window, unless it would begin in the padding
+        beyond += [max((count - 1) * s + span - size - p, 0), p]
+    # (from the last axis to the first, as `pad` takes it)
+    ones = a.new_ones(1, 1, *kernel)
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    sums = convolution(F.pad(flat, beyond[::-1]), ones, None, stride, 0, dilation)
+    return sums.reshape(*a.shape[:-dims], *sums.shape[-dims:])
