@@ -61,7 +61,7 @@ class Boosted:
 
 def signs(a: Tensor) -> tuple[Tensor, Tensor | None]:
     """Positive and negative part of a layer's input; None where there is no negative part, as behind a ReLU."""
-    if (a.detach() >= 0).all():
+    if a.numel() == 0 or a.detach().amin() >= 0:
         return a, None
     return a.clamp(min=0), a.clamp(max=0)
 
