@@ -209,6 +209,19 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         finally:
             self._run.account = None
 
+    @contextmanager
+    def inactive(self) -> Iterator[None]:
+        """Context in which backward passes are the ordinary ones: for the derivative of relevance.
+
+        Relevance is differentiated with respect to the data in two steps: its own backward pass with
+        ``create_graph=True`` and the rules, then the second one in this context, without them.
+        """
+        self._run.entry.active = False
+        try:
+            yield
+        finally:
+            self._run.entry.active = True
+
     def reference_for(self, data: Tensor, number: int) -> Tensor | None:
         """What the relevance of an input counts from, if the method has a reference (DeepLIFT).
 

@@ -31,7 +31,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class Rule(Hook):  # type: ignore[misc]
         a = self._before.pop() if self._before else args[0]
         if tracing() or referencing() or not torch.is_grad_enabled() or not a.requires_grad or output is a:
             return None
-        y = output.detach()
+        y = output.data  # the same memory, whose changes in place do not count as changes of the layer's own output
         return self.propagate(Layer(module, self.zero_params, a.detach(), output), a, y)
 
     def operate(self, operation: Operation) -> Tensor:
@@ -179,7 +179,7 @@ class Rule(Hook):  # type: ignore[misc]
                 f"{type(self).__name__} treats functions of one input; {operation} has {len(operation.inputs)} that "
                 "depend on the model's input"
             )
-        return self.propagate(cast(Layer, operation), operation.inputs[0], operation.output.detach())
+        return self.propagate(cast(Layer, operation), operation.inputs[0], operation.output.data)
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Layer's output, with this rule as its gradient.
@@ -193,11 +193,28 @@ class Rule(Hook):  # type: ignore[misc]
         """
         terms = self.terms(layer, self._source(a), y)
         scales = [self._scale(term, y).detach().to(term.z.dtype) for term in terms]
-        once_more = _Again(self, layer.again(), a)
-        out = cast(Tensor, Redirect.apply(y, once_more, len(terms), *(term.z for term in terms), *scales))
+        out = self.redirect(layer, a, y, [term.z for term in terms], scales)
         if self.run is not None and self.run.account is not None:
             out = self.run.account.absorb(self.layer, a, out, self._shares(layer.again(), a, terms, scales, out))
         return out
+
+    def redirect(
+        self, layer: Layer, a: Tensor, y: Tensor, surrogates: Sequence[Tensor], scales: Sequence[Tensor]
+    ) -> Tensor:
+        """Layer's output, whose gradient goes into the surrogates, each scaled.
+
+        Parameters
+        ----------
+        layer : Layer
+        a : Tensor of shape (batch, *input shape)
+        y : Tensor of shape (batch, *output shape)
+            Detached; it becomes the output.
+        surrogates, scales : sequence of Tensor
+            Differentiable functions of ``a``, and what the gradient is multiplied with before it goes into them.
+        """
+        own = layer.output if isinstance(layer.output, Tensor) and layer.output.requires_grad else None
+        again = _LayerAgain(self, layer.again(), a, y)
+        return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         """What the gradient is multiplied with before it goes into ``term.z``."""
@@ -268,40 +285,84 @@ class Rule(Hook):  # type: ignore[misc]
         self.__dict__.update(state, run=None, layer="", _before=[])
 
 
-class _Again:
-    """Scales of a rule, computed once more so that they can be differentiated: for second derivatives."""
+class Again:
+    """What second derivatives need of a call: its scales, computed once more so that they can be differentiated.
 
-    def __init__(self, rule: Rule, layer: Layer, a: Tensor) -> None:
-        self.rule, self.layer, self.a, self.version = rule, layer, a, a._version
+    Parameters
+    ----------
+    rule : Rule
+    inputs : sequence of Tensor
+        What the call read.
+    y : Tensor
+        What it gave, before it becomes the output.
+    """
 
-    def __call__(self) -> list[Tensor]:
-        if self.a._version != self.version:
-            raise RuntimeError(
-                f"second derivatives need the input of layer {self.rule.layer!r}, which was changed in place since"
-            )
-        y = self.layer.value(self.a)
-        terms = self.rule.terms(self.layer, self.rule._source(self.a), y)
+    def __init__(self, rule: Rule, inputs: Sequence[Tensor], y: Tensor) -> None:
+        self.rule = rule
+        # (becoming the output counts as a change)
+        self.versions = [(tensor, tensor._version) for tensor in inputs]
+        self.y, self.y_version = y.detach(), y._version + 1
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the rule acts, and not the ordinary chain rule."""
+        return self.rule.run is None or self.rule.run.entry.active
+
+    def scales(self) -> Sequence[Tensor]:
+        """Scales of the surrogates, with their graph."""
+        raise NotImplementedError
+
+    def __call__(self) -> Sequence[Tensor]:
+        """Scales, after a check that the inputs are what they were."""
+        if any(tensor._version != version for tensor, version in self.versions):
+            self._refuse("input")
+        return self.scales()
+
+    def check_output(self) -> None:
+        """Raise a RuntimeError if the output, which its own gradient may need, was overwritten."""
+        if self.y._version != self.y_version:
+            self._refuse("output")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RuntimeError(
+            f"second derivatives need the {what} of layer {self.rule.layer!r}, which was changed in place since"
+        )
+
+
+class _LayerAgain(Again):
+    def __init__(self, rule: Rule, layer: Layer, a: Tensor, y: Tensor) -> None:
+        super().__init__(rule, [a], y)
+        self.layer, self.a = layer, a
+
+    def scales(self) -> Sequence[Tensor]:
+        y, source = self.layer.value(self.a), torch.ones_like(self.a) if self.rule.at_input else self.a
+        terms = self.rule.terms(self.layer, source, y)
         return [self.rule._scale(term, y).to(term.z.dtype) for term in terms]
 
 
 class Redirect(torch.autograd.Function):
-    """Value of ``y``; its gradient goes into the surrogates ``z``, scaled."""
+    """Value of ``y``; its gradient goes into the surrogates ``z``, scaled, or into the layer's own output."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, again: Callable[[], Sequence[Tensor]] | None, n: int, *tensors: Tensor) -> Tensor:
-        """Return ``y`` itself; ``tensors`` are the n surrogates and their n scales."""
-        ctx.save_for_backward(*tensors[n:])
+    def forward(ctx: Any, y: Tensor, again: Again | None, n: int, *tensors: Tensor | None) -> Tensor:
+        """Return ``y`` itself; ``tensors`` are the n surrogates, their n scales, and perhaps the layer's own output."""
+        ctx.save_for_backward(*tensors[n : 2 * n])
         ctx.mark_dirty(y)
-        ctx.again = again
+        ctx.again, ctx.n_own = again, len(tensors) - 2 * n
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Scale the gradient for each surrogate."""
-        scales = ctx.saved_tensors
-        if torch.is_grad_enabled() and ctx.again is not None:  # with create_graph=True
-            scales = ctx.again()
-        return (None, None, None, *(grads[0] * scale for scale in scales), *(None for _ in scales))
+        scales, again = ctx.saved_tensors, ctx.again
+        none = [None] * len(scales)
+        if again is not None and not again.is_active:
+            if ctx.n_own and hasattr(ctx.next_functions[-1][0], "_saved_result"):  # sigmoid, tanh, exp
+                again.check_output()
+            return (None, None, None, *none, *none, *(grads[0] for _ in range(ctx.n_own)))
+        if again is not None and torch.is_grad_enabled():  # with create_graph=True
+            scales = again()
+        return (None, None, None, *(grads[0] * scale for scale in scales), *none, *[None] * ctx.n_own)
 
 
 def _names(zero_params: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -14,9 +14,15 @@ class Entry:
     """The model's inputs: what comes back to them leaves as relevance.
 
     Rules that make relevance out of nothing (flat, w², zᴮ) hand it out here.
+
+    Attributes
+    ----------
+    active : bool
+        Whether rules act; otherwise the gradient is the ordinary one.
     """
 
     def __init__(self) -> None:
+        self.active = True
         self._inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
     def enter(self, data: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -28,7 +34,7 @@ class Entry:
         reference : Tensor, optional
             What the relevance counts from (DeepLIFT); it broadcasts to ``data``.
         """
-        inner = cast(Tensor, AsRelevance.apply(data, reference))
+        inner = cast(Tensor, AsRelevance.apply(data, reference, self))
         self._inputs = [(ref, leaf) for ref, leaf in self._inputs if ref() is not None]
         self._inputs.append((weakref.ref(inner), data))
         return inner
@@ -52,17 +58,19 @@ class AsRelevance(torch.autograd.Function):
     """Identity; the multiplier that arrives is multiplied with the value, and so leaves as relevance."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, reference: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, a: Tensor, reference: Tensor | None = None, entry: Entry | None = None) -> Tensor:
         """Return a copy."""
         ctx.save_for_backward(a)
-        ctx.reference = reference
+        ctx.reference, ctx.entry = reference, entry
         return a.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Multiply with the value, or with what it differs by from the reference."""
+        if ctx.entry is not None and not ctx.entry.active:
+            return grads[0], None, None
         (a,) = ctx.saved_tensors
-        return grads[0] * (a if ctx.reference is None else a - ctx.reference), None
+        return grads[0] * (a if ctx.reference is None else a - ctx.reference), None, None
 
 
 class Unit(torch.autograd.Function):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crp.rules.base import Rule
-from crp.rules.layer import Layer
+from crp.rules.account import Shares
+from crp.rules.base import Again, Redirect, Rule
 from crp.rules.lrp import Pass
 from crp.rules.operation import Operation
 
@@ -51,7 +51,44 @@ ATTENTION = ("multi_head_attention_forward", "scaled_dot_product_attention")
 PRODUCTS = ("matmul", "bmm", "baddbmm", "mm", "einsum", "tensordot", "mv", "dot", "inner", "outer")
 
 
-class Gate(Rule):
+class Linearized(Rule):
+    r"""Base of rules that replace a function by one that is linear in its operands.
+
+    :math:`y = \sum_k s_k \odot z_k + c`, with :math:`z_k` linear in the operands that depend on the model's input, and
+    :math:`s_k` and :math:`c` held constant. Override `parts`, and `constant` where there is one.
+    """
+
+    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Pairs of :math:`z_k`, in the shape of the output, and of :math:`s_k`, which broadcasts to it."""
+        raise NotImplementedError
+
+    def constant(self, operation: Operation) -> Tensor | None:
+        """Tensor :math:`c` that broadcasts to the output; it keeps its share of the relevance."""
+        return None
+
+    def operate(self, operation: Operation) -> Tensor:
+        """Return the function's output, with this rule as its gradient."""
+        zs, scales = zip(*self.parts(operation, *operation.inputs), strict=True)
+        own, again = operation.output, _Parts(self, operation)
+        out = cast(Tensor, Redirect.apply(own.data, again, len(zs), *zs, *(s.detach() for s in scales), own))
+        constant = self.constant(operation)
+        if constant is not None and self.run is not None and self.run.account is not None:
+            out = self.run.account.absorb(self.layer, operation.inputs[0], out, Shares(bias=constant))
+        return out
+
+
+class _Parts(Again):
+    """Scales of a linearized function, computed once more so that they can be differentiated."""
+
+    def __init__(self, rule: Linearized, operation: Operation) -> None:
+        super().__init__(rule, operation.inputs, operation.output.data)
+        self.linearized, self.operation = rule, operation
+
+    def scales(self) -> list[Tensor]:
+        return [scale for _, scale in self.linearized.parts(self.operation, *self.operation.inputs)]
+
+
+class Gate(Linearized):
     r"""A product :math:`y = s \odot g` of two factors that both depend on the model's input.
 
     The ordinary chain rule would give the whole relevance to each factor. ``"signal"`` holds the gate :math:`g`
@@ -63,6 +100,11 @@ class Gate(Rule):
     Parameters
     ----------
     mode : "signal" or "split"
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("mode",)
@@ -74,23 +116,26 @@ class Gate(Rule):
         self.mode = mode
 
     def operate(self, operation: Operation) -> Tensor:
-        """Return the product, with the gate held constant."""
-        if len(operation.inputs) == 1:
-            return cast(Tensor, operation.output)
-        left, right = operation.inputs
+        """Return the product; one factor alone is right by the ordinary chain rule."""
+        return cast(Tensor, operation.output) if len(operation.inputs) == 1 else super().operate(operation)
+
+    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """The signal, scaled by the gate."""
+        left, right = inputs
+        shape = operation.output.shape
         if left is right:
-            return _passed(self, operation, left)
-        gates = [self._is_gate(left, right), self._is_gate(right, left)]
-        if self.mode == "signal" and gates == [True, False]:
-            return cast(Tensor, operation(left.detach(), right))
-        if self.mode == "signal" and gates == [False, True]:
-            return cast(Tensor, operation(left, right.detach()))
-        return cast(Tensor, (operation(left, right.detach()) + operation(left.detach(), right)) / 2)
+            return [(left, left)]  # the square of a tensor hands its relevance on
+        if self.mode == "signal" and self._is_gate(left, right):
+            return [(right.expand(shape), left)]
+        if self.mode == "signal" and self._is_gate(right, left):
+            return [(left.expand(shape), right)]
+        return [(left.expand(shape), right / 2), (right.expand(shape), left / 2)]
 
     def _is_gate(self, factor: Tensor, other: Tensor) -> bool:
         if factor.numel() != other.numel():
             return factor.numel() < other.numel()
-        return self.run is not None and any(ref() is factor for ref in self.run.squashed)
+        squashed = [] if self.run is None else [ref() for ref in self.run.squashed]
+        return any(t is factor for t in squashed) and not any(t is other for t in squashed)
 
 
 class Squash(Pass):
@@ -104,22 +149,22 @@ class Squash(Pass):
         return out
 
 
-class GLU(Rule):
+class GLU(Linearized):
     """Gated linear unit, ``a * sigmoid(b)`` of the two halves of its input; the gate is held constant."""
 
     settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
-        super().__init__(0.0)
+        super().__init__()
 
-    def surrogate(self, layer: Any, a: Tensor) -> Tensor:
-        """Return the first half, times the gate."""
-        dim = layer.kwargs.get("dim", layer.args[1] if len(layer.args) > 1 else -1)
-        signal, gate = a.chunk(2, dim)[0], layer.input.chunk(2, dim)[1]
-        return cast(Tensor, signal * gate.sigmoid())
+    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """First half, scaled by the gate."""
+        args, kwargs = operation.args, operation.kwargs
+        signal, gate = inputs[0].chunk(2, kwargs.get("dim", args[1] if len(args) > 1 else -1))
+        return [(signal, gate.sigmoid())]
 
 
-class Quotient(Rule):
+class Quotient(Linearized):
     """A quotient: what divides is held constant, as the statistics of a normalization.
 
     The ordinary chain rule would take from the divisor what it gives to the dividend, and leave nothing.
@@ -131,21 +176,27 @@ class Quotient(Rule):
         super().__init__()
 
     def operate(self, operation: Operation) -> Tensor:
-        """Return the quotient, with the divisor held constant."""
-        dividend = operation.args[0] if operation.args else operation.kwargs.get("input")
-        if len(operation.inputs) == 2:
-            return cast(Tensor, operation(operation.inputs[0], operation.inputs[1].detach()))
-        if operation.inputs[0] is dividend:
+        """Return the quotient; with a constant divisor, the ordinary chain rule is right."""
+        if len(operation.inputs) == 1 and operation.inputs[0] is operation.args[0]:
             return cast(Tensor, operation.output)
-        return _passed(self, operation, operation.inputs[0])
+        return super().operate(operation)
+
+    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Dividend, scaled by one over the divisor; a divisor alone hands its relevance on."""
+        if len(inputs) == 1:
+            (divisor,) = inputs
+            y = cast(Tensor, operation(divisor))
+            return [(divisor.expand(y.shape), y / divisor)]
+        dividend, divisor = inputs
+        return [(dividend.expand(operation.output.shape), 1 / divisor)]
 
 
-class Normalization(Rule):
+class Normalization(Linearized):
     r"""Layer, group, instance and RMS norm, with the variance held constant.
 
-    :math:`y = w \odot (a - \operatorname{mean} a) / \sigma + b` is then linear in :math:`a`; the bias :math:`b` keeps
-    its share. Without that, relevance would vanish, as a normalized layer does not depend on its input's scale (Ali et
-    al., "XAI for transformers: better explanations through conservative propagation", ICML 2022, section 4.2).
+    :math:`y = \frac{w}{\sigma} \odot (a - \operatorname{mean} a) + b` is then linear in :math:`a`; the bias :math:`b`
+    keeps its share. Without that, relevance would vanish, as a normalized layer does not depend on its input's scale
+    (Ali et al., "XAI for transformers: better explanations through conservative propagation", ICML 2022, section 4.2).
 
     Parameters
     ----------
@@ -158,15 +209,24 @@ class Normalization(Rule):
     def __init__(self, zero_params: str | Sequence[str] | None = None) -> None:
         super().__init__(0.0, zero_params)
 
-    def surrogate(self, layer: Any, a: Tensor) -> Tensor:
-        """Return the normalization, linear in ``a``."""
-        function, signature = _NORMS[layer.name]
-        given = signature.bind(*layer.args[: len(signature.parameters)], **layer.kwargs)
-        given.apply_defaults()
-        arguments = {name: value for name, value in given.arguments.items() if name != "input"}
-        if "bias" in self.zero_params and "bias" in arguments:
-            arguments["bias"] = None
-        return function(a, layer.input, **arguments)
+    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Centred input, scaled; with its bias as if it were the input's, where that counts as zero."""
+        (a,) = inputs
+        given = _arguments(operation)
+        weight = 1.0 if given.get("weight") is None else _aligned(given["weight"], operation.name, a)
+        centred, deviation = _STATISTICS[operation.name](a, given)
+        scale = weight / deviation
+        if "bias" in self.zero_params and given.get("bias") is not None:
+            z = centred * scale
+            scale = torch.where(z == 0, scale, scale * (1 + _aligned(given["bias"], operation.name, a) / z))
+        return [(centred, scale)]
+
+    def constant(self, operation: Operation) -> Tensor | None:
+        """Return the bias."""
+        bias = _arguments(operation).get("bias")
+        if bias is None or "bias" in self.zero_params:
+            return None
+        return _aligned(bias, operation.name, operation.inputs[0])
 
 
 class Refused(Rule):
@@ -185,10 +245,17 @@ class Refused(Rule):
         self.method = method
 
     def operate(self, operation: Operation) -> Tensor:
-        """Refuse functions of more than one operand that depends on the model's input; others are linear."""
+        """Refuse functions of more than one operand that depends on the model's input; others are linear.
+
+        Raises
+        ------
+        NotImplementedError
+            Naming the operation and the layer.
+        """
         if len(operation.inputs) == 1 and operation.name not in ATTENTION:
             return cast(Tensor, operation.output)
-        raise TypeError(self._message(str(operation)))
+        # (a TypeError inside an operator such as @ would be taken for "not my type")
+        raise NotImplementedError(self._message(str(operation)))
 
     def check(self, module: nn.Module) -> None:
         """Refuse every module."""
@@ -198,80 +265,51 @@ class Refused(Rule):
         return f"{self.method} has no rule for {what}; give one in layer_map, or None for the ordinary chain rule"
 
 
-def _passed(rule: Rule, operation: Operation, a: Tensor) -> Tensor:
-    passing = Pass()
-    passing.multiplier, passing.run, passing.layer = rule.multiplier, rule.run, rule.layer
-    return passing.propagate(cast(Layer, _OneInput(operation)), a, operation.output.detach())
+def _arguments(operation: Operation) -> dict[str, Any]:
+    signature = _SIGNATURES[operation.name]
+    given = signature.bind(*operation.args[: len(signature.parameters)], **operation.kwargs)
+    given.apply_defaults()
+    return given.arguments
 
 
-class _OneInput:
-    """An operation that reads the same tensor several times, as a layer of one input."""
-
-    def __init__(self, operation: Operation) -> None:
-        self.operation = operation
-
-    def again(self) -> _OneInput:
-        return self
-
-    def value(self, a: Tensor) -> Tensor:
-        return cast(Tensor, self.operation(*(a for _ in self.operation.inputs)))
+def _aligned(parameter: Tensor, function: str, a: Tensor) -> Tensor:
+    """Parameter of a normalization as it broadcasts to the input."""
+    return parameter if function in ("layer_norm", "rms_norm") else parameter.reshape(-1, *(1,) * (a.dim() - 2))
 
 
-def _layer_norm(
-    a: Tensor, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    return _affine((a - a.mean(dims, keepdim=True)) / _deviation(x, dims, eps), weight, bias, a.dim() - len(dims))
+def _layer_statistics(a: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    dims = tuple(range(-len(given["normalized_shape"]), 0))
+    return a - a.mean(dims, keepdim=True), _deviation(a, dims, given["eps"])
 
 
-def _rms_norm(
-    a: Tensor, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    scale = (x.square().mean(dims, keepdim=True) + eps).sqrt()
-    return _affine(a / scale, weight, None, a.dim() - len(dims))
+def _rms_statistics(a: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    dims = tuple(range(-len(given["normalized_shape"]), 0))
+    eps = torch.finfo(a.dtype).eps if given["eps"] is None else given["eps"]
+    return a, (a.square().mean(dims, keepdim=True) + eps).sqrt()
 
 
-def _group_norm(
-    a: Tensor, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    grouped, data = (t.reshape(len(t), num_groups, -1) for t in (a, x))
-    z = (grouped - grouped.mean(-1, keepdim=True)) / _deviation(data, (-1,), eps)
-    return _affine(z.reshape(a.shape), weight, bias, 1)
+def _group_statistics(a: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    grouped = a.reshape(len(a), given["num_groups"], -1)
+    deviation = _deviation(grouped, (-1,), given["eps"]).expand(grouped.shape)
+    return (grouped - grouped.mean(-1, keepdim=True)).reshape(a.shape), deviation.reshape(a.shape)
 
 
-def _instance_norm(
-    a: Tensor,
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    if use_input_stats:
-        return _group_norm(a, x, a.shape[1], weight, bias, eps)
-    return F.batch_norm(a, running_mean, running_var, weight, bias, False, 0.0, eps)
+def _instance_statistics(a: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    if given["use_input_stats"]:
+        return _group_statistics(a, given | {"num_groups": a.shape[1]})
+    mean, var = (given[name].reshape(-1, *(1,) * (a.dim() - 2)) for name in ("running_mean", "running_var"))
+    return a - mean, (var + given["eps"]).sqrt()
 
 
-def _deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    return (x.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
+def _deviation(a: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    return (a.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
 
 
-def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int) -> Tensor:
-    def aligned(parameter: Tensor) -> Tensor:
-        return parameter.reshape(*parameter.shape, *(1,) * (z.dim() - axis - parameter.dim()))
-
-    z = z if weight is None else z * aligned(weight)
-    return z if bias is None else z + aligned(bias)
-
-
-_NORMS: dict[str, tuple[Callable[..., Tensor], inspect.Signature]] = {
-    "layer_norm": (_layer_norm, inspect.signature(F.layer_norm)),
-    "group_norm": (_group_norm, inspect.signature(F.group_norm)),
-    "instance_norm": (_instance_norm, inspect.signature(F.instance_norm)),
-    "rms_norm": (_rms_norm, inspect.signature(F.rms_norm)),
+#: Centred input, linear in the input, and deviation, of each normalization.
+_STATISTICS: dict[str, Callable[[Tensor, dict[str, Any]], tuple[Tensor, Tensor]]] = {
+    "layer_norm": _layer_statistics,
+    "group_norm": _group_statistics,
+    "instance_norm": _instance_statistics,
+    "rms_norm": _rms_statistics,
 }
+_SIGNATURES = {name: inspect.signature(getattr(F, name)) for name in _STATISTICS}
