@@ -40,7 +40,7 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
 from crp.graph import tracing
 from crp.reference import referencing
 from crp.rules.account import Account, Shares
-from crp.rules.entry import AsRelevance, Entry, Unit, UnitMultiplier
+from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
 from crp.rules.layer import Layer
 from crp.rules.operation import Operation
 
@@ -159,7 +159,7 @@ class Rule(Hook):  # type: ignore[misc]
         if tracing() or referencing() or not torch.is_grad_enabled() or not a.requires_grad or output is a:
             return None
         y = output.data  # the same memory, whose changes in place do not count as changes of the layer's own output
-        return self.propagate(Layer(module, self.zero_params, a.detach(), output), a, y)
+        return self.propagate(Layer(module, self.zero_params, self._held(a), output), a, y)
 
     def operate(self, operation: Operation) -> Tensor:
         """Treat a function of torch: its output, with this rule as its gradient.
@@ -236,6 +236,12 @@ class Rule(Hook):  # type: ignore[misc]
             empty = empty + torch.where(nothing, above, 0.0)
             stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.z.detach())
         return Shares(bias, empty, stabilizer)
+
+    def _held(self, a: Tensor) -> Tensor:
+        """Input as a constant, which second derivatives still know."""
+        if self.at_input and self.run is not None:
+            return cast(Tensor, Held.apply(a, self.run.entry))
+        return a.detach()
 
     def _source(self, a: Tensor) -> Tensor:
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""

@@ -87,6 +87,21 @@ class Unit(torch.autograd.Function):
         return grads[0], None
 
 
+class Held(torch.autograd.Function):
+    """Identity through which relevance does not flow; only the ordinary gradient does, where rules are inactive."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, entry: Entry) -> Tensor:
+        """Return another view."""
+        ctx.entry = entry
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        """Pass on, or not."""
+        return None if ctx.entry.active else grads[0], None
+
+
 class UnitMultiplier(torch.autograd.Function):
     """Ones in the shape of ``a``; the relevance that arrives leaves as multiplier, and is lost where ``a`` is 0."""
 
