@@ -228,12 +228,16 @@ class Operations(TorchFunctionMode):
             self._covers.pop()
 
     def record(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Run the model on a reference, and keep the operations that have a rule."""
+        """Run the model on a reference, and keep the operations that have a rule.
+
+        Inputs that require grad are what is explained; all, if none does.
+        """
+        none = not any(t.requires_grad for t in _tensors((args, kwargs)))
         self.recording = []
         try:
-            given, named = _mapped((tuple(args), dict(kwargs)), lambda t: t.detach())
+            given, named = _mapped((tuple(args), dict(kwargs)), lambda t: _entered(t, none))
             with on_reference(), torch.enable_grad():
-                model(*_mapped(given, _tracked), **_mapped(named, _tracked))
+                model(*given, **named)
             self.references = self.recording
         finally:
             self.recording = None
@@ -316,8 +320,10 @@ def _depends(tensor: Tensor) -> bool:
     return tensor.requires_grad and not isinstance(tensor, nn.Parameter)
 
 
-def _tracked(tensor: Tensor) -> Tensor:
-    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+def _entered(tensor: Tensor, explained: bool) -> Tensor:
+    """Input of its own for a model, which may change it in place."""
+    entered = tensor.detach()
+    return entered.requires_grad_(tensor.requires_grad or (explained and entered.is_floating_point())).clone()
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
