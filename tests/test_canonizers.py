@@ -6,9 +6,10 @@ import weakref
 
 import pytest
 import torch
+from canonizer_cases import Merged, randomize
 from torch import nn
 
-from crp.canonizers import MergeBatchNorm, for_model
+from crp.canonizers import Canonizer, MergeBatchNorm, Reporting, for_model
 
 PAIRS = {
     "linear": (lambda b: nn.Linear(5, 6, bias=b), nn.BatchNorm1d, (4, 5)),
@@ -20,31 +21,6 @@ PAIRS = {
     "transposed": (lambda b: nn.ConvTranspose2d(4, 6, 3, stride=2, bias=b), nn.BatchNorm2d, (2, 4, 3, 3)),
     "transposed_grouped": (lambda b: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=b), nn.BatchNorm1d, (2, 4, 5)),
 }
-
-
-def randomize(norm):
-    if norm.affine:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias)
-    if norm.track_running_stats:
-        nn.init.normal_(norm.running_mean)
-        nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return norm
-
-
-class Merged:
-    """Context in which a model's batch norms are merged after its first call."""
-
-    def __init__(self, model, data):
-        self.model, self.data = model, data
-
-    def __enter__(self):
-        (self.canonizer,) = MergeBatchNorm().apply(self.model)
-        self.output = self.model(self.data)
-        return self
-
-    def __exit__(self, *_):
-        self.canonizer.remove()
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -98,14 +74,23 @@ class Branching(nn.Module):
         return self.norm(torch.cat([y[:, :1], y[:, 1:]], 1))
 
 
-@pytest.mark.parametrize("how", ["added", "relu", "twice", "cat"])
-def test_batch_norm_that_does_not_alone_read_a_linear_layer_is_left_alone_with_a_reason(how, untouched):
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("added", "'conv', whose output is also read by add; output is read by add"),
+        ("relu", "comes from relu"),
+        ("twice", "called 2 times"),
+        ("cat", "comes from cat"),
+    ],
+    ids=["added", "relu", "twice", "cat"],
+)
+def test_batch_norm_that_does_not_alone_read_a_linear_layer_is_left_alone_with_a_reason(how, reason, untouched):
     model, data = Branching(how).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     reference = model(data).detach()
     with untouched(model), Merged(model, data) as merged:
         assert torch.equal(merged.output, reference)
-        assert list(merged.canonizer.left) == ["norm"]
-        assert merged.canonizer.left["norm"]
+        assert merged.canonizer.merged == {}
+        assert reason in merged.canonizer.left["norm"]
 
 
 @pytest.mark.parametrize(
@@ -186,5 +171,24 @@ def test_float32_merge_is_computed_once_rounded():
         torch.testing.assert_close(merged.output.double(), reference, rtol=1e-5, atol=1e-5)
 
 
-def test_auto_merges_batch_norm():
-    assert [type(c) for c in for_model(nn.Linear(2, 2))] == [MergeBatchNorm]
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm2d])
+def test_auto_merges_batch_norm_where_there_is_any(norm):
+    inner = norm() if norm is nn.LazyBatchNorm2d else norm(2)
+    assert [type(c) for c in for_model(nn.Sequential(nn.Linear(2, 2), nn.Sequential(inner)))] == [MergeBatchNorm]
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.LayerNorm(2), nn.GroupNorm(1, 2), nn.InstanceNorm2d(2)])
+def test_auto_is_nothing_where_there_is_no_batch_norm(norm):
+    assert for_model(nn.Sequential(nn.Linear(2, 2), norm)) == []
+
+
+def test_instances_report():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU(), nn.BatchNorm1d(2)).eval()
+    (instance,) = MergeBatchNorm().apply(model)
+    assert isinstance(instance, Reporting)
+    assert isinstance(instance, Canonizer)
+    assert (instance.merged, instance.left) == ({}, {})  # nothing is known yet
+    model(torch.ones(1, 2))
+    assert instance.merged == {"1": "0"}
+    assert instance.left == {"3": "input comes from '2' (ReLU); output is read by the model's output"}
+    instance.remove()

@@ -3,9 +3,11 @@
 from torch import nn
 from zennit.canonizers import Canonizer
 
+from crp.canonizers.base import Reporting
 from crp.canonizers.batchnorm import MergeBatchNorm
+from crp.canonizers.norms import is_batch_norm
 
-__all__ = ["Canonizer", "MergeBatchNorm", "for_model"]
+__all__ = ["Canonizer", "MergeBatchNorm", "Reporting", "for_model"]
 
 
 def for_model(model: nn.Module) -> list[Canonizer]:
@@ -18,5 +20,14 @@ def for_model(model: nn.Module) -> list[Canonizer]:
     Returns
     -------
     list of Canonizer
+        `MergeBatchNorm` where there is any batch norm, frozen ones included; otherwise none. Everything else that
+        models do (shortcuts, gates, layer norm, functional layers) is a matter of rules.
+
+    Examples
+    --------
+    >>> for_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    [MergeBatchNorm()]
+    >>> for_model(nn.Linear(3, 4))
+    []
     """
-    return [MergeBatchNorm()]
+    return [MergeBatchNorm()] if any(map(is_batch_norm, model.modules())) else []
