@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from zennit.core import Composite as ZennitComposite
 from zennit.core import Hook
 
 from crp.canonizers import for_model
+from crp.composites.report import Report, report_on
 from crp.composites.selection import Selector, Types, check_selector, functions, select
 from crp.graph import tracing
 from crp.reference import referencing
 from crp.rules import Rule, lift
 from crp.rules.account import Account
 from crp.rules.base import Run
-from crp.rules.operation import Operations
+from crp.rules.operation import Operations, Seen
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.
@@ -111,6 +112,8 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
         self.first_map = [(types, hook and lift(hook)) for types, hook in first_map]
         self.name_map = [(tuple(names), hook and lift(hook)) for names, hook in name_map]
+        #: Canonizers that are on a model now, each with the instances that it made.
+        self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
         self._run = Run()
         self._operations: Operations | None = None
         self._depth = 0
@@ -168,7 +171,9 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         mode = Operations(module, rules, self.right, type(self).__name__, self._run)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
-                self.handles += canonizer.apply(module)
+                instances = canonizer.apply(module)
+                self.handles += instances
+                self.applied.append((canonizer, instances))
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             context: dict[str, Any] = {"plan": plan}
             for name, child in module.named_modules():
@@ -191,6 +196,7 @@ class Composite(ZennitComposite):  # type: ignore[misc]
             handle.remove()
         self.handles.clear()
         self.hook_refs.clear()
+        self.applied.clear()
         self._run.clear()
         self._operations = None
 
@@ -208,6 +214,46 @@ class Composite(ZennitComposite):  # type: ignore[misc]
             yield self._run.account
         finally:
             self._run.account = None
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Seen]]:
+        """List the operations that forward passes of the model run, inside its context.
+
+        Yields
+        ------
+        list of Seen
+            Operations that no rule of a module covers.
+
+        Raises
+        ------
+        RuntimeError
+            If the composite is on no model.
+        """
+        if self._operations is None:
+            raise RuntimeError(f"{type(self).__name__} is on no model; enter its context first")
+        seen: list[Seen] = []
+        self._operations.seen = seen
+        try:
+            yield seen
+        finally:
+            self._operations.seen = None
+
+    def report(self, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+        """Tell which rule and which canonizer reaches which layer and operation of a model.
+
+        Parameters
+        ----------
+        model : nn.Module
+            It is run once, in evaluation mode, and left as it is.
+        *args, **kwargs
+            A sample, and whatever else the model is called with.
+
+        Returns
+        -------
+        Report
+            ``print`` it, or take its `to_dict`.
+        """
+        return report_on(self, model, *args, **kwargs)
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
@@ -314,45 +360,6 @@ class Composite(ZennitComposite):  # type: ignore[misc]
 
 
 Composite.__init__ = _remembering(Composite.__init__)  # type: ignore[method-assign]
-
-C = TypeVar("C", bound=type[Composite])
-_registry: dict[str, type[Composite]] = {}
-
-
-def register(name: str) -> Callable[[C], C]:
-    """Class decorator that puts a composite in the registry under ``name``."""
-
-    def decorator(cls: C) -> C:
-        _registry[name] = cls
-        cls.name = name
-        return cls
-
-    return decorator
-
-
-def get(name: str, **keywords: Any) -> Composite:
-    """Composite of the registry.
-
-    Parameters
-    ----------
-    name : str
-        One of `names`.
-    **keywords
-        Its arguments; lists of numbers may stand for tensors.
-
-    Raises
-    ------
-    KeyError
-        If there is no such composite.
-    """
-    if name not in _registry:
-        raise KeyError(f"there is no composite {name!r}; there are {', '.join(names())}")
-    return _registry[name](**keywords)
-
-
-def names() -> list[str]:
-    """Names of all registered composites."""
-    return sorted(_registry)
 
 
 def _plain(key: str, value: Any) -> Any:

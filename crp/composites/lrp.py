@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from zennit.types import BatchNorm, Convolution, Linear
 
-from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, register
+from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
+from crp.composites.registry import register
 from crp.composites.selection import Functions
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
 from crp.rules.functional import (
