@@ -17,19 +17,26 @@ from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
 
 #: All presets, each with an argument that is not its default.
 PRESETS = {
+    "alpha_beta": {"alpha": 1.4, "beta": 0.4},
     "beta_smooth": {"beta": 3.0},
     "contrastive_excitation_backprop": {"layer": "features.7", "signed": "as_is"},
     "deconvnet": {},
     "deep_taylor": {"low": -4.0, "high": 4.0, "maxpool": "avg"},
+    "epsilon": {"epsilon": 0.1, "norm_scale": True},
     "epsilon_alpha2_beta1": {"epsilon": 1e-3},
     "epsilon_alpha2_beta1_flat": {"epsilon": 1e-3},
+    "epsilon_gamma": {"gamma": 0.1},
     "epsilon_gamma_box": {"epsilon": 1e-3},
     "epsilon_plus": {"epsilon": 1e-3},
     "epsilon_plus_flat": {"epsilon": 1e-3},
     "excitation_backprop": {"signed": "shift"},
+    "gamma": {"gamma": 0.1},
     "gradient": {},
     "gradient_x_input": {},
     "guided_backprop": {},
+    "lrp_0": {"zero_params": "bias"},
+    "lrp_cmp": {"split": 0.4, "first": "box", "low": -4.0, "high": 4.0},
+    "zplus": {"empty": "epsilon"},
 }
 NAMES = list(PRESETS)
 
@@ -51,7 +58,7 @@ def test_registry_lists_and_builds_every_preset():
 
 
 def test_registry_names_what_there_is():
-    with pytest.raises(KeyError, match="no composite 'epsilon_plus_flatt'; there are beta_smooth, .*epsilon_plus_flat"):
+    with pytest.raises(KeyError, match="no composite 'epsilon_plus_flatt'; there are alpha_beta, .*epsilon_plus_flat"):
         composites.get("epsilon_plus_flatt")
 
 

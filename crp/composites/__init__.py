@@ -4,27 +4,51 @@
 """
 
 from crp.composites.base import Composite
+from crp.composites.by_depth import LRPCMP, EpsilonGamma
 from crp.composites.deep_taylor import DeepTaylor
 from crp.composites.excitation import ContrastiveExcitationBackprop, ExcitationBackprop
 from crp.composites.gradient import BetaSmooth, DeconvNet, Gradient, GradientTimesInput, GuidedBackprop
-from crp.composites.lrp import EpsilonAlpha2Beta1, EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+from crp.composites.lrp import (
+    LRP,
+    EpsilonAlpha2Beta1,
+    EpsilonAlpha2Beta1Flat,
+    EpsilonGammaBox,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+)
 from crp.composites.registry import get, names, register
+from crp.composites.report import Report
+from crp.composites.selection import Depth, First, Functions, Last
+from crp.composites.uniform import UniformAlphaBeta, UniformEpsilon, UniformGamma, UniformLRP0, UniformZPlus
 
 __all__ = [
+    "LRP",
+    "LRPCMP",
     "BetaSmooth",
     "Composite",
     "ContrastiveExcitationBackprop",
     "DeconvNet",
     "DeepTaylor",
+    "Depth",
     "EpsilonAlpha2Beta1",
     "EpsilonAlpha2Beta1Flat",
+    "EpsilonGamma",
     "EpsilonGammaBox",
     "EpsilonPlus",
     "EpsilonPlusFlat",
     "ExcitationBackprop",
+    "First",
+    "Functions",
     "Gradient",
     "GradientTimesInput",
     "GuidedBackprop",
+    "Last",
+    "Report",
+    "UniformAlphaBeta",
+    "UniformEpsilon",
+    "UniformGamma",
+    "UniformLRP0",
+    "UniformZPlus",
     "get",
     "names",
     "register",

@@ -9,17 +9,14 @@ propagation: an overview" (2019), section 10.3; the flat first layer is Lapuschk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 from zennit.types import BatchNorm, Convolution, Linear
 
-from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
+from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
+from crp.rules.first import Bound
 from crp.rules.functional import (
     ATTENTION,
     ELEMENTWISE,
@@ -29,16 +26,17 @@ from crp.rules.functional import (
     SQUASHING,
     STEPS,
     Gate,
+    Gates,
     Normalization,
     Quotient,
     Refused,
     Squash,
 )
-from crp.rules.lrp import Names
+from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
 
 
-def base(gates: Literal["signal", "split"] = "signal", zero_params: Names = None, method: str = "LRP") -> LayerMap:
+def base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP") -> LayerMap:
     """Rules of all LRP presets for what is no affine layer; put those of affine layers before or after them.
 
     ReLU, max and average pooling, addition, concatenation and the like are right by the ordinary chain rule. Other
@@ -68,27 +66,50 @@ def base(gates: Literal["signal", "split"] = "signal", zero_params: Names = None
     ]
 
 
-class _ByType(Composite):
-    """One rule for convolutions, ε for dense layers, perhaps another for the first layer."""
+def by_type(convolution: Rule, epsilon: Stabilize, zero_params: Names) -> LayerMap:
+    """One rule for convolutions, ε for dense layers."""
+    return [(Convolution, convolution), (nn.Linear, Epsilon(epsilon, zero_params))]
+
+
+class LRP(Composite):
+    """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
+
+    What is no affine layer gets the rules of `base`. An operation without a rule that is not right by the ordinary
+    chain rule is named in a warning, and attention is refused.
+
+    Parameters
+    ----------
+    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
+    layer_map : list of (what, rule)
+        Rules as in `Composite`; the first match wins.
+    first_map : list of (types, rule)
+        Rules for the model's first layer of any of these types.
+    name_map : list of (names, rule)
+        Rules by layer names or patterns; these come first.
+    gates : "signal" or "split"
+        Whether a product's gate, as in squeeze-and-excitation, is held constant, or takes half of the relevance.
+    zero_params : str or sequence of str, optional
+        ``"bias"`` gives the share of the biases of normalizations to their inputs.
+    """
 
     right = HOMOGENEOUS | STEPS
 
     def __init__(
         self,
-        canonizers: Canonizers,
-        convolution: Rule,
-        epsilon: Stabilize,
-        zero_params: Names,
-        layer_map: LayerMap,
-        first: FirstMap = (),
+        canonizers: Canonizers = "auto",
+        *,
+        layer_map: LayerMap = (),
+        first_map: FirstMap = (),
+        name_map: NameMap = (),
+        gates: Gates = "signal",
+        zero_params: Names = None,
     ) -> None:
-        rules = [(Convolution, convolution), (nn.Linear, Epsilon(epsilon, zero_params))]
-        others = base(zero_params=zero_params, method=type(self).__name__)
-        super().__init__(canonizers, layer_map=[*layer_map, *rules, *others], first_map=first)
+        others = base(gates, zero_params, type(self).__name__)
+        super().__init__(canonizers, layer_map=[*layer_map, *others], first_map=first_map, name_map=name_map)
 
 
 @register("epsilon_plus")
-class EpsilonPlus(_ByType):
+class EpsilonPlus(LRP):
     """z⁺ on convolutions, ε on dense layers.
 
     Parameters
@@ -100,8 +121,12 @@ class EpsilonPlus(_ByType):
         Stabilizer of the other rules.
     zero_params : str or sequence of str, optional
         Parameters that count as zero in the rules, such as ``"bias"``.
-    layer_map : list of (types, rule)
-        Rules by type that come before those of the preset.
+    layer_map : list of (what, rule)
+        Rules that come before those of the preset.
+    empty : "drop" or "epsilon"
+        What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
+    gates : "signal" or "split"
+        As in `LRP`.
     """
 
     def __init__(
@@ -111,18 +136,21 @@ class EpsilonPlus(_ByType):
         stabilizer: Stabilize = 1e-6,
         layer_map: LayerMap = (),
         zero_params: Names = None,
+        empty: Empty = "drop",
+        gates: Gates = "signal",
     ) -> None:
-        super().__init__(canonizers, ZPlus(stabilizer, zero_params), epsilon, zero_params, layer_map)
+        rules = by_type(ZPlus(stabilizer, zero_params, empty=empty), epsilon, zero_params)
+        super().__init__(canonizers, layer_map=[*layer_map, *rules], gates=gates, zero_params=zero_params)
 
 
 @register("epsilon_plus_flat")
-class EpsilonPlusFlat(_ByType):
+class EpsilonPlusFlat(LRP):
     """z⁺ on convolutions, ε on dense layers, flat on the first.
 
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, zero_params
+    epsilon, stabilizer, layer_map, zero_params, empty, gates
         As in `EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer that come before flat.
@@ -136,19 +164,24 @@ class EpsilonPlusFlat(_ByType):
         layer_map: LayerMap = (),
         first_map: FirstMap = (),
         zero_params: Names = None,
+        empty: Empty = "drop",
+        gates: Gates = "signal",
     ) -> None:
         first = [*first_map, (Linear, Flat(stabilizer))]
-        super().__init__(canonizers, ZPlus(stabilizer, zero_params), epsilon, zero_params, layer_map, first)
+        rules = by_type(ZPlus(stabilizer, zero_params, empty=empty), epsilon, zero_params)
+        super().__init__(
+            canonizers, layer_map=[*layer_map, *rules], first_map=first, gates=gates, zero_params=zero_params
+        )
 
 
 @register("epsilon_alpha2_beta1")
-class EpsilonAlpha2Beta1(_ByType):
+class EpsilonAlpha2Beta1(LRP):
     """αβ with α = 2 and β = 1 on convolutions, ε on dense layers.
 
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, zero_params
+    epsilon, stabilizer, layer_map, zero_params, empty, gates
         As in `EpsilonPlus`.
     """
 
@@ -159,19 +192,21 @@ class EpsilonAlpha2Beta1(_ByType):
         stabilizer: Stabilize = 1e-6,
         layer_map: LayerMap = (),
         zero_params: Names = None,
+        empty: Empty = "drop",
+        gates: Gates = "signal",
     ) -> None:
-        rule = AlphaBeta(2.0, 1.0, stabilizer, zero_params)
-        super().__init__(canonizers, rule, epsilon, zero_params, layer_map)
+        rules = by_type(AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty), epsilon, zero_params)
+        super().__init__(canonizers, layer_map=[*layer_map, *rules], gates=gates, zero_params=zero_params)
 
 
 @register("epsilon_alpha2_beta1_flat")
-class EpsilonAlpha2Beta1Flat(_ByType):
+class EpsilonAlpha2Beta1Flat(LRP):
     """αβ with α = 2 and β = 1 on convolutions, ε on dense layers, flat on the first.
 
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, first_map, zero_params
+    epsilon, stabilizer, layer_map, first_map, zero_params, empty, gates
         As in `EpsilonPlusFlat`.
     """
 
@@ -183,14 +218,18 @@ class EpsilonAlpha2Beta1Flat(_ByType):
         layer_map: LayerMap = (),
         first_map: FirstMap = (),
         zero_params: Names = None,
+        empty: Empty = "drop",
+        gates: Gates = "signal",
     ) -> None:
-        rule = AlphaBeta(2.0, 1.0, stabilizer, zero_params)
         first = [*first_map, (Linear, Flat(stabilizer))]
-        super().__init__(canonizers, rule, epsilon, zero_params, layer_map, first)
+        rules = by_type(AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty), epsilon, zero_params)
+        super().__init__(
+            canonizers, layer_map=[*layer_map, *rules], first_map=first, gates=gates, zero_params=zero_params
+        )
 
 
 @register("epsilon_gamma_box")
-class EpsilonGammaBox(_ByType):
+class EpsilonGammaBox(LRP):
     """γ on convolutions, ε on dense layers, zᴮ on the first convolution.
 
     Parameters
@@ -201,7 +240,7 @@ class EpsilonGammaBox(_ByType):
         1).
     gamma : float
         γ of the convolutions.
-    epsilon, stabilizer, layer_map, first_map, zero_params
+    epsilon, stabilizer, layer_map, first_map, zero_params, gates
         As in `EpsilonPlusFlat`.
     """
 
@@ -209,16 +248,18 @@ class EpsilonGammaBox(_ByType):
         self,
         canonizers: Canonizers = "auto",
         *,
-        low: float | Tensor | Sequence[object],
-        high: float | Tensor | Sequence[object],
+        low: Bound,
+        high: Bound,
         epsilon: Stabilize = 1e-6,
         gamma: float = 0.25,
         stabilizer: Stabilize = 1e-6,
         layer_map: LayerMap = (),
         first_map: FirstMap = (),
         zero_params: Names = None,
+        gates: Gates = "signal",
     ) -> None:
-        low, high = (torch.tensor(b) if isinstance(b, Sequence) else b for b in (low, high))
-        rule = Gamma(gamma, stabilizer, zero_params)
         first = [*first_map, (Convolution, ZBox(low, high, stabilizer, zero_params))]
-        super().__init__(canonizers, rule, epsilon, zero_params, layer_map, first)
+        rules = by_type(Gamma(gamma, stabilizer, zero_params), epsilon, zero_params)
+        super().__init__(
+            canonizers, layer_map=[*layer_map, *rules], first_map=first, gates=gates, zero_params=zero_params
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from crp.rules.base import Again, Redirect, Rule
 from crp.rules.lrp import Pass
 from crp.rules.operation import Operation
 
+#: What becomes of a product's gate: held constant, or given half of the relevance.
+Gates: TypeAlias = Literal["signal", "split"]
 #: Functions that are homogeneous of degree one, for which the ordinary chain rule is LRP-0.
 HOMOGENEOUS = frozenset(
     """abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
@@ -109,7 +111,7 @@ class Gate(Linearized):
 
     settings: ClassVar[tuple[str, ...]] = ("mode",)
 
-    def __init__(self, mode: Literal["signal", "split"] = "signal") -> None:
+    def __init__(self, mode: Gates = "signal") -> None:
         super().__init__()
         if mode not in ("signal", "split"):
             raise ValueError(f'gates are held constant ("signal") or take half ("split"); got {mode!r}')

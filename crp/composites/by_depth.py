@@ -1,0 +1,148 @@
+"""LRP presets that mix rules by the depth of a layer."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import nn
+from zennit.types import Convolution, Linear
+
+from crp.composites.base import Canonizers, FirstMap, LayerMap
+from crp.composites.lrp import LRP, by_type
+from crp.composites.registry import register
+from crp.composites.selection import Depth
+from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, ZBox
+from crp.rules.first import Bound
+from crp.rules.functional import Gates
+from crp.rules.lrp import Empty, Names
+from crp.rules.stabilizer import Stabilize
+
+FirstRule = Literal["flat", "box", "none"]
+
+
+@register("epsilon_gamma")
+class EpsilonGamma(LRP):
+    """γ on convolutions, ε on dense layers, no rule of its own at the input.
+
+    Montavon et al., "Layer-wise relevance propagation: an overview" (2019), section 10.3, for inputs without bounds.
+
+    Parameters
+    ----------
+    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
+    epsilon : float or callable
+        ε of the dense layers.
+    gamma : float
+        γ of the convolutions.
+    stabilizer : float or callable
+    layer_map : list of (what, rule)
+        Rules that come before those of the preset.
+    first_map : list of (types, rule)
+        Rules for the first layer.
+    zero_params : str or sequence of str, optional
+    gates : "signal" or "split"
+        As in `LRP`.
+    """
+
+    def __init__(
+        self,
+        canonizers: Canonizers = "auto",
+        epsilon: Stabilize = 1e-6,
+        gamma: float = 0.25,
+        stabilizer: Stabilize = 1e-6,
+        layer_map: LayerMap = (),
+        first_map: FirstMap = (),
+        zero_params: Names = None,
+        gates: Gates = "signal",
+    ) -> None:
+        rules = by_type(Gamma(gamma, stabilizer, zero_params), epsilon, zero_params)
+        super().__init__(
+            canonizers, layer_map=[*layer_map, *rules], first_map=first_map, gates=gates, zero_params=zero_params
+        )
+
+
+@register("lrp_cmp")
+class LRPCMP(LRP):
+    """ε on dense layers, γ on the upper and αβ on the lower convolutions, flat or zᴮ at the input.
+
+    The composite strategy, "LRP-CMP", of Kohlbrenner et al., "Towards best practice in explaining neural network
+    decisions with LRP" (IJCNN 2020), section III, with the γ of Montavon et al. (2019), section 10.3, between. With
+    ``split=1`` all convolutions are lower ones, as in the former; ``alpha=1, beta=0`` is z⁺.
+
+    Parameters
+    ----------
+    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
+    epsilon : float or callable
+        ε of the dense layers.
+    gamma : float
+        γ of the upper convolutions.
+    alpha, beta : float
+        Of the lower convolutions.
+    split : float
+        Depth where the upper convolutions begin, from 0 (all are upper ones) to 1 (none is).
+    first : "flat", "box" or "none"
+        Rule of the first layer.
+    low, high : float, Tensor or nested list, optional
+        Bounds of the input, for ``first="box"``.
+    stabilizer : float or callable
+    layer_map : list of (what, rule)
+        Rules that come before those of the preset.
+    first_map : list of (types, rule)
+        Rules for the first layer that come before the preset's.
+    zero_params : str or sequence of str, optional
+    empty : "drop" or "epsilon"
+        What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
+    gates : "signal" or "split"
+        As in `LRP`.
+
+    Raises
+    ------
+    ValueError
+        If ``split`` is not between 0 and 1, ``first`` is unknown, or bounds are given without ``first="box"`` or the
+        other way round.
+    """
+
+    def __init__(
+        self,
+        canonizers: Canonizers = "auto",
+        epsilon: Stabilize = 1e-6,
+        gamma: float = 0.25,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        split: float = 0.5,
+        first: FirstRule = "flat",
+        low: Bound | None = None,
+        high: Bound | None = None,
+        stabilizer: Stabilize = 1e-6,
+        layer_map: LayerMap = (),
+        first_map: FirstMap = (),
+        zero_params: Names = None,
+        empty: Empty = "drop",
+        gates: Gates = "signal",
+    ) -> None:
+        if not 0 <= split <= 1:
+            raise ValueError(f"split must be between 0 (all convolutions get γ) and 1 (all get αβ), got {split}")
+        if first not in get_args(FirstRule):
+            raise ValueError(f'first must be "flat", "box" or "none", got {first!r}')
+        if (first == "box") != (low is not None) or (low is None) != (high is None):
+            raise ValueError(f'first="box" needs low and high, and only it; got first={first!r}, {low}, {high}')
+        at_input: list[tuple[type, Flat | ZBox]] = []
+        if low is not None and high is not None:
+            at_input = [(Linear, ZBox(low, high, stabilizer, zero_params))]
+        elif first == "flat":
+            at_input = [(Linear, Flat(stabilizer))]
+        lower, upper = (
+            AlphaBeta(alpha, beta, stabilizer, zero_params, empty=empty),
+            Gamma(gamma, stabilizer, zero_params),
+        )
+        rules = [
+            *([(Depth(0, split, Convolution), lower)] if split else []),
+            (Convolution, upper),
+            (nn.Linear, Epsilon(epsilon, zero_params)),
+        ]
+        super().__init__(
+            canonizers,
+            layer_map=[*layer_map, *rules],
+            first_map=[*first_map, *at_input],
+            gates=gates,
+            zero_params=zero_params,
+        )
