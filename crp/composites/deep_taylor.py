@@ -6,8 +6,9 @@ from typing import Literal, get_args
 
 from zennit.types import Linear
 
-from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, register
+from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
 from crp.composites.lrp import base
+from crp.composites.registry import register
 from crp.composites.selection import Functions
 from crp.rules.first import Bound, WSquare, ZBox
 from crp.rules.functional import HOMOGENEOUS, STEPS

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from zennit.types import Linear
 
-from crp.composites.base import Canonizers, Composite, LayerMap, register
+from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.lrp import base
+from crp.composites.registry import register
 from crp.composites.selection import Last
 from crp.rules.excitation import ContrastiveExcitation, Excitation, Signed
 from crp.rules.functional import HOMOGENEOUS, STEPS
@@ -24,7 +25,8 @@ class ExcitationBackprop(Composite):
 
     Max-pooling hands all to the winner, average pooling, additions and concatenations share in proportion to the
     values, and smooth activations pass on. Where a summand of a residual block is negative, its share is negative,
-    too; the sum is still 1. Batch norm is merged, or passed with ``canonizers=None``. Zennit's preset lets
+    too; the sum is still 1. Batch norm is merged, or passed with ``canonizers=None``, which is the same where its
+    scale is positive. Zennit's preset lets
     biases take part and gives up to 60 % else; other implementations add 1e-20 (TorchRay) or 1e-10 (Greydanus' port)
     to denominators, and the latter lets the biases of convolutions take part.
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crp.composites.base import Canonizers, Composite, LayerMap, register
+from crp.composites.base import Canonizers, Composite, LayerMap
+from crp.composites.registry import register
 from crp.composites.selection import Functions
 from crp.rules.base import Rule
 from crp.rules.functional import ATTENTION, HOMOGENEOUS, PRODUCTS, STEPS
