@@ -6,6 +6,7 @@
 from crp.composites.base import Composite
 from crp.composites.by_depth import LRPCMP, EpsilonGamma
 from crp.composites.deep_taylor import DeepTaylor
+from crp.composites.deeplift import DeepLift
 from crp.composites.excitation import ContrastiveExcitationBackprop, ExcitationBackprop
 from crp.composites.gradient import BetaSmooth, DeconvNet, Gradient, GradientTimesInput, GuidedBackprop
 from crp.composites.lrp import (
@@ -28,6 +29,7 @@ __all__ = [
     "Composite",
     "ContrastiveExcitationBackprop",
     "DeconvNet",
+    "DeepLift",
     "DeepTaylor",
     "Depth",
     "EpsilonAlpha2Beta1",

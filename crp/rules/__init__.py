@@ -1,6 +1,7 @@
 """Propagation rules: each says how one layer's relevance is shared among its inputs."""
 
 from crp.rules.base import Rule, Term
+from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
 from crp.rules.first import Flat, WSquare, ZBox
 from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
@@ -20,8 +21,11 @@ __all__ = [
     "Gamma",
     "GuidedReLU",
     "Layer",
+    "MaxPool",
     "Norm",
     "Pass",
+    "Rescale",
+    "RevealCancel",
     "Rule",
     "SmoothReLU",
     "SumPool",

@@ -1,0 +1,245 @@
+"""DeepLIFT: relevance of what differs from a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from crp.composites.base import Canonizers, Composite, LayerMap
+from crp.composites.registry import register
+from crp.composites.selection import Functions
+from crp.notices import warn
+from crp.reference import referencing
+from crp.rules.deeplift import (
+    AFFINE,
+    ELEMENTWISE,
+    MAX_POOLS,
+    Affine,
+    BatchNorm,
+    Differences,
+    MaxPool,
+    Rescale,
+    RevealCancel,
+)
+from crp.rules.functional import HOMOGENEOUS
+from crp.rules.products import (
+    BILINEAR,
+    GLU,
+    NORMALIZATIONS,
+    QUOTIENTS,
+    SELECTIONS,
+    SOFTMAX,
+    Normalization,
+    Product,
+    Quotient,
+    Selection,
+    Softmax,
+)
+
+Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
+
+#: Homogeneous functions that are not linear.
+_NOT_LINEAR = frozenset(
+    """amax amin cummax fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d masked_select max
+    maximum min minimum norm sort topk""".split()  # noqa: SIM905
+)
+
+
+@register("deeplift")
+class DeepLift(Composite):
+    r"""DeepLIFT: what an input's difference from a reference is worth for the output's difference.
+
+    With :math:`\Delta` for the difference from the reference and multipliers :math:`m` as in `crp.rules.deeplift`,
+    the relevance is :math:`R = m \, \Delta x` (Shrikumar, Greenside, Kundaje, "Learning important features through
+    propagating activation differences", ICML 2017, eq. 2 and 3), also in layers that are recorded, for which it is
+    :math:`m \, \Delta a`. It explains what saturates, where gradients vanish, and has no jumps, as gradient × input
+    has with biases; the choice of the reference is part of the question that is asked. Explain logits, not
+    probabilities (section 3.6).
+
+    Conserves: summation-to-delta, :math:`\sum R = f(x) - f(x_0)` (eq. 1), up to rounding, at the input and in every
+    layer through which all flows. Biases cancel, so that no layer keeps anything, and batch norm needs no merging.
+
+    Products, normalizations and softmax are outside the paper: they are decomposed exactly (`crp.rules.products`), and
+    one warning for each call names them. What is not decomposed is named as well.
+
+    Parameters
+    ----------
+    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
+        None by default, as none is needed.
+    reference : float, Tensor, callable, or list
+        A constant; a tensor of shape ``(*input shape)``, ``(1, *input shape)``, or ``(batch, *input shape)``, one for
+        each sample; or a function of the data that returns such a tensor (a blurred or shuffled copy). A list of
+        these (its tensors with a batch axis), or a tensor with one more axis in front, is a distribution: results of
+        `crp.attribution.CondAttribution` are means over it. Nested lists of numbers stand for tensors.
+    variant : "rescale" or "reveal_cancel"
+        Rule for activations: `crp.rules.deeplift.Rescale`, or `crp.rules.deeplift.RevealCancel`, which sees where
+        contributions cancel. (The paper's authors use the former after convolutions and the latter after dense layers
+        of genomic nets.)
+    layer_map : list of (what, rule)
+        Rules that come before those of the method; map functions, as in ``(torch.nn.functional.relu, None)``.
+
+    Raises
+    ------
+    ValueError
+        If ``variant`` is no such word; before the model runs, if the reference does not fit the data.
+    TypeError
+        If ``reference`` is nothing of this kind.
+
+    Notes
+    -----
+    Where other implementations differ: DeepExplain takes the gradient where :math:`|\Delta x| \le 10^{-5}`, and for
+    max-pooling, so that sums are off there. captum takes the gradient at ``x`` where :math:`|\Delta x| < 10^{-10}`; it
+    is wrong where windows of a max-pooling overlap, and where a ReLU and a max-pooling meet without an operation in
+    between. Neither has RevealCancel, treats functions such as `F.relu`, or accepts a module that is used twice.
+
+    In the variant ``"reveal_cancel"``, conditions and starts at an affine layer act on its output, where the flow of
+    its positive and negative parts has been joined: the layer's own relevance is exact, but below it hands on by
+    Rescale. Condition on the activation after it to keep the parts.
+
+    Second derivatives are available, except through what is decomposed with a warning.
+    """
+
+    # Whatever is linear; what has a rule need not be here.
+    right: ClassVar[frozenset[str] | None] = (HOMOGENEOUS | frozenset((*AFFINE, "addmm", "batch_norm"))) - _NOT_LINEAR
+    _run: Differences
+    initial: ClassVar[Literal["output", "one"]] = "one"
+
+    def __init__(
+        self,
+        canonizers: Canonizers = None,
+        *,
+        reference: Reference = 0.0,
+        variant: Literal["rescale", "reveal_cancel"] = "rescale",
+        layer_map: LayerMap = (),
+    ) -> None:
+        if variant not in ("rescale", "reveal_cancel"):
+            raise ValueError(f'variant must be "rescale" or "reveal_cancel", not {variant!r}')
+        self.reference = _tensor(reference)
+        self.variant = variant
+        elementwise = Rescale() if variant == "rescale" else RevealCancel()
+        rules: LayerMap = [
+            (Functions(ELEMENTWISE), elementwise),
+            (Functions(MAX_POOLS), MaxPool()),
+            (Functions(("batch_norm",)), BatchNorm()),
+            (Functions(BILINEAR), Product()),
+            (Functions(QUOTIENTS), Quotient()),
+            (Functions(NORMALIZATIONS), Normalization()),
+            (Functions(SOFTMAX), Softmax()),
+            (Functions(("glu",)), GLU()),
+            (Functions(SELECTIONS), Selection()),
+        ]
+        if variant == "reveal_cancel":
+            rules = [*rules, (Functions(AFFINE), Affine())]
+        super().__init__(canonizers, layer_map=[*layer_map, *rules])
+        self._given = list(layer_map)
+        self._run = Differences()
+        self._samples: tuple[list[int], int] | None = None
+        self._listed = False
+
+    @property
+    def members(self) -> list[Composite]:
+        """One composite for each reference of a list; the mean of their results is that of this one."""
+        if not isinstance(self.reference, list):
+            return [self]
+        return [self._member(reference) for reference in self.reference]
+
+    def members_for(self, data: Tensor) -> list[Composite]:
+        """One composite for each reference that there is for ``data``, be they listed or stacked in a tensor."""
+        if isinstance(self.reference, Tensor) and self.reference.dim() == data.dim() + 1:
+            return [self._member(reference) for reference in self.reference]
+        return self.members
+
+    def _member(self, reference: Reference) -> DeepLift:
+        canonizers = "auto" if self.auto else list(self.canonizers)
+        member = DeepLift(canonizers, reference=reference, variant=self.variant, layer_map=self._given)
+        member._listed = True
+        return member
+
+    def expect(self, samples: list[int], total: int) -> None:
+        """Announce which of ``total`` samples the next forward pass has, for references that are given per sample."""
+        self._samples = (samples, total)
+
+    def reference_for(self, data: Tensor, number: int) -> Tensor:
+        """Reference of the data, in its shape.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit, or there are several references.
+        TypeError
+            If a callable returns no tensor.
+        """
+        given = self.reference
+        if isinstance(given, list) or (isinstance(given, Tensor) and given.dim() == data.dim() + 1):
+            raise ValueError(
+                f"this DeepLift has {len(given)} references, whose results CondAttribution averages; "
+                "within a context of your own, use one of composite.members_for(data) at a time"
+            )
+        if callable(given) and not isinstance(given, Tensor):
+            given = given(data.detach())
+            if not isinstance(given, Tensor):
+                raise TypeError(f"the reference function must return a tensor, not {given!r}")
+            if given.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
+                raise ValueError(
+                    f"the reference function returned shape {tuple(given.shape)} for data of {tuple(data.shape)}"
+                )
+        if not isinstance(given, Tensor):
+            return torch.full_like(data, given or 0.0).requires_grad_()
+        reference = given.detach().to(data)
+        if (
+            self._samples is not None
+            and len(self._samples[0]) == len(data)
+            and len(reference) == self._samples[1]
+            and reference.dim() == data.dim()
+        ):
+            reference = reference[self._samples[0]]
+        if reference.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
+            advice = ""
+            if reference.shape[1:] == data.shape[1:] and reference.dim() == data.dim():
+                advice = "; for any part of the samples, give one reference for all, or a function of the data"
+            raise ValueError(
+                f"reference of shape {tuple(given.shape)} for data of shape {tuple(data.shape)}: it must have that "
+                f"shape, {(1, *data.shape[1:])} or {tuple(data.shape[1:])}{advice}"
+            )
+        return reference.expand(data.shape).requires_grad_()
+
+    def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
+        super()._leave(module, args, output)
+        if self._depth or referencing():
+            return
+        self._samples = None
+        outside, self._run.outside = self._run.outside, {}
+        if output is None or not outside:
+            return
+        message = f"outside DeepLIFT's rules: {', '.join(outside)}; differences are split evenly among factors there"
+        inexact = [operation for operation, exact in outside.items() if not exact]
+        if inexact:
+            message += (
+                f", and by the ordinary chain rule in {', '.join(inexact)}, so that they do not sum to the output's"
+            )
+        warn(message)
+
+
+def _tensor(reference: Reference) -> Any:
+    """Nested lists of numbers as tensors, lists of references as lists, and nothing as zero."""
+    if reference is None or isinstance(reference, int | float):
+        return float(reference or 0.0)
+    if isinstance(reference, Tensor) or callable(reference):
+        return reference
+    if not isinstance(reference, Sequence) or isinstance(reference, str) or not reference:
+        raise TypeError(
+            f"a reference is a number, a tensor, a function of the data, or a list of these; not {reference!r}"
+        )
+    if _is_numeric(reference):
+        try:
+            return torch.tensor(reference, dtype=torch.float64)
+        except ValueError:
+            pass  # several references of different shapes
+    return [_tensor(entry) for entry in reference]
+
+
+def _is_numeric(value: object) -> bool:
+    return all(map(_is_numeric, value)) if isinstance(value, list | tuple) else isinstance(value, int | float)

@@ -1,0 +1,380 @@
+r"""DeepLIFT's rules: what multiplies :math:`m` at a function that is not linear, given its value for a reference input.
+
+With :math:`\Delta` for "less its value for the reference input", a multiplier says what a difference in ``x`` is worth
+for a target ``t``: :math:`m_{\Delta x \Delta t} = C_{\Delta x \Delta t} / \Delta x`. Multipliers obey a chain rule
+(Shrikumar, Greenside, Kundaje, "Learning important features through propagating activation differences", ICML 2017,
+eq. 3), so that only functions that are not linear need a rule; for affine ones the ordinary chain rule is the paper's
+Linear rule (section 3.5.1). Each rule keeps :math:`\sum C = \Delta t` (summation-to-delta, eq. 1).
+
+`Rescale` (section 3.5.2) treats elementwise functions, `RevealCancel` (section 3.5.3) those that read an `Affine`
+layer, and `MaxPool` is for pooling. What the paper has no rule for stands in `crp.rules.products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crp.rules.base import Again, Redirect, Rule, Run
+from crp.rules.operation import Operation
+
+#: Elementwise functions, which Rescale treats (also steps, and constants divided by the input).
+ELEMENTWISE = tuple(
+    """abs absolute acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh ceil celu clamp
+    clamp_max clamp_min clip cos cosh elu erf erfc exp exp2 expit expm1 fix float_power floor frac gelu hardshrink
+    hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid logit logsigmoid mish nan_to_num pow
+    prelu rdiv reciprocal relu relu6 round rpow rrelu rsqrt selu sigmoid sign silu sin sinc sinh softplus softshrink
+    softsign special_erf special_expit special_expm1 special_log1p sqrt square tan tanh tanhshrink threshold
+    trunc""".split()  # noqa: SIM905
+)
+MAX_POOLS = tuple(
+    f"{kind}max_pool{n}d{indices}" for kind in ("", "adaptive_") for n in (1, 2, 3) for indices in ("", "_with_indices")
+)
+AFFINE = ("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
+#: A midpoint derivative that predicts Δy to this many roundings of y is used in place of the quotient.
+ROUNDINGS = 4
+
+
+@dataclass
+class Differences(Run):
+    """What DeepLIFT's rules share while they are on a model.
+
+    Attributes
+    ----------
+    outside : dict of str to bool
+        Operations for which the method has no rule, and whether their treatment keeps summation-to-delta.
+    """
+
+    outside: dict[str, bool] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget the forward passes that were."""
+        super().clear()
+        self.outside.clear()
+
+
+class Difference(Rule):
+    """Base of DeepLIFT's rules, which compare a function's call with the same call for the reference."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def operate(self, operation: Operation) -> Any:
+        """Treat a function of torch.
+
+        Raises
+        ------
+        TypeError
+            If the rule's composite has no reference.
+        """
+        if operation.reference is None and not isinstance(self.run, Differences):
+            raise TypeError(f"{type(self).__name__} compares with a reference, which composites such as DeepLift have")
+        # Without one, nothing that is explained has been entered.
+        return operation.output if operation.reference is None else self.compare(operation, operation.reference)
+
+    def compare(self, operation: Operation, reference: Operation) -> Any:
+        """Value of the call, with the rule as its gradient."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement compare")
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse modules: the functions that they call are treated."""
+        raise TypeError(
+            f"{type(self).__name__} is a rule for functions such as F.relu, not for {type(module).__name__}"
+        )
+
+    def beyond(self, operation: Operation, exact: bool) -> None:
+        """Note that the paper has no rule for an operation."""
+        if isinstance(self.run, Differences):
+            self.run.outside[str(operation)] = exact and self.run.outside.get(str(operation), True)
+
+    def rescaled(self, operation: Operation, reference: Operation) -> Tensor:
+        """Value of an elementwise function, whose gradient is the quotient of differences."""
+        x = operation.inputs[0].expand(operation.output.shape)
+        x0, y0, call = reference.inputs[0].expand(reference.output.shape), reference.output, operation.again()
+        with torch.no_grad():
+            scale = slope(call, x.detach(), x0, operation.output.detach(), y0)
+        return self.send(operation, operation.output, [x], [scale], lambda: [slope(call, x, x0, call(x), y0)])
+
+    def send(
+        self,
+        operation: Operation,
+        output: Tensor,
+        surrogates: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        compute: Callable[[], Sequence[Tensor]],
+    ) -> Tensor:
+        """Output of the call, whose gradient goes into the surrogates, each scaled.
+
+        Parameters
+        ----------
+        operation : Operation
+        output : Tensor
+            With its own graph, for derivatives where rules are inactive.
+        surrogates, scales : sequence of Tensor
+        compute : callable
+            Gives the scales once more, differentiable, for second derivatives.
+        """
+        y = output.data  # the same memory, whose changes in place do not count as changes of the output itself
+        again = _Computed(self, operation.inputs, y, compute)
+        own = output if output.requires_grad else None
+        return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
+
+
+class _Computed(Again):
+    def __init__(
+        self, rule: Rule, inputs: Sequence[Tensor], y: Tensor, compute: Callable[[], Sequence[Tensor]]
+    ) -> None:
+        super().__init__(rule, inputs, y)
+        self.compute = compute
+
+    def scales(self) -> Sequence[Tensor]:
+        return self.compute()
+
+
+class Rescale(Difference):
+    r"""Elementwise functions :math:`y = f(x)`: :math:`m_x = m_y \, \Delta y / \Delta x`.
+
+    Shrikumar et al. 2017, section 3.5.2 (eq. 13 and 14 of the arXiv version). Where the difference quotient is lost in
+    rounding, the derivative at the midpoint :math:`\tfrac12 (x + x_0)` stands for it: that is where the derivative
+    predicts :math:`\Delta y` to within 4 roundings of :math:`|y| + |y_0|`, so that no fixed threshold is needed;
+    kinks never fall in. It is exact for piecewise linear functions. Where :math:`\Delta x = 0` and the derivative is
+    infinite, nothing is handed on. Conserves: summation-to-delta, exactly.
+    """
+
+    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+        """Return the function's value; its gradient is the quotient of differences."""
+        if len(operation.inputs) != 1:
+            self.beyond(operation, exact=False)
+            return cast(Tensor, operation.output)
+        return self.rescaled(operation, reference)
+
+
+class MaxPool(Difference):
+    r"""Max-pooling, with windows of any kind; a special case of Rescale over one chosen input.
+
+    Let :math:`i` be where the window's maximum is, and :math:`i_0` where it is for the reference. All of
+    :math:`\Delta y` goes to :math:`k = i` where :math:`y \ge y_0`, and to :math:`k = i_0` elsewhere, so that
+
+    .. math:: m_{x_k} = m_y \, \Delta y / \Delta x_k \in [0, m_y].
+
+    Derivation: for :math:`y \ge y_0`, :math:`x_i = y \ge y_0 \ge x_{0,i}`; so :math:`\Delta x_i \ge \Delta y \ge 0`.
+    For :math:`y < y_0`, :math:`x_{i_0} \le y < y_0 = x_{0,i_0}`; so :math:`\Delta x_{i_0} \le \Delta y < 0`. This is
+    what swapping the two maxima gives, :math:`\max(y, y_0) - y_0` to :math:`i` and :math:`y - \max(y, y_0)` to
+    :math:`i_0`, of which one is zero. Inputs that several windows share get the sum. Conserves: summation-to-delta,
+    exactly.
+    (captum overwrites instead of adding where windows overlap, and DeepExplain has no rule for pooling.)
+    """
+
+    def compare(self, operation: Operation, reference: Operation) -> Any:
+        """Return the maxima; their gradient is that of the chosen inputs."""
+        x, x0, call = operation.inputs[0], reference.inputs[0], operation.again()
+        y, y0 = _first(operation.output), _first(reference.output)
+        at = -int(operation.name.partition("pool")[2][0])
+        chosen = torch.where(y >= y0, maxima(operation, x.detach()), maxima(reference, x0)).flatten(at)
+
+        def gathered(values: Tensor) -> Tensor:
+            return values.flatten(at).gather(-1, chosen).view(y.shape)
+
+        z, z0 = gathered(x), gathered(x0)
+
+        def ratio(value: Tensor, best: Tensor) -> Tensor:
+            dz = best - z0
+            return torch.where(dz == 0, 1.0, (value - y0) / torch.where(dz == 0, 1.0, dz))
+
+        scale = ratio(y.detach(), z.detach())
+        out = self.send(operation, y, [z], [scale], lambda: [ratio(_first(call(x)), gathered(x))])
+        return (out, *operation.output[1:]) if isinstance(operation.output, tuple) else out
+
+
+@dataclass(frozen=True)
+class Parts:
+    r"""An affine output, and what its positive contributions are.
+
+    Attributes
+    ----------
+    whole : Tensor
+        The output.
+    reference : Tensor
+        The same for the reference.
+    positive : callable
+        Gives the sum of the positive contributions :math:`w_i \Delta a_i > 0`, differentiable in the layer's input.
+    """
+
+    whole: Tensor
+    reference: Tensor
+    positive: Callable[[], Tensor]
+
+
+class Affine(Difference):
+    r"""Affine layers under `RevealCancel`: the ordinary chain rule; what reads the output can ask for its parts.
+
+    :math:`\Delta z^{\pm}_j = \sum_i [\pm w_{ij} \Delta a_i > 0] \, w_{ij} \Delta a_i` (Shrikumar et al. 2017, section
+    3.5.1). The multipliers of the two parts differ, but those of :math:`\Delta a^+_i` and :math:`\Delta a^-_i` do not:
+    :math:`m_{a_i} = \sum_j w_{ij} ([w_{ij} \Delta a_i > 0] m_j^+ + [w_{ij} \Delta a_i < 0] m_j^-)`, with half of each
+    where :math:`\Delta a_i = 0`. So that one multiplier for each activation is enough.
+    """
+
+    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+        """Return the layer's output, which remembers its parts."""
+        whole, call = operation.output, operation.again()
+        if len(operation.inputs) > 1 and not same_operands(operation, reference, 1):
+            self.beyond(operation, exact=False)
+            return cast(Tensor, whole)
+        a, a0 = operation.inputs[0], reference.inputs[0]
+
+        def positive() -> Tensor:
+            delta = a - a0
+            half = (delta == 0).to(delta) / 2
+            above, below = (delta > 0).to(delta) + half, (delta < 0).to(delta) + half
+            weight = _weight(call)
+            return _linear(call, delta * above, weight.clamp(min=0)) + _linear(call, delta * below, weight.clamp(max=0))
+
+        return cast(Tensor, Parted.apply(whole.data, whole, Parts(whole, reference.output, positive)))
+
+
+class BatchNorm(Difference):
+    """Batch norm in evaluation mode: linear, so the ordinary chain rule; the parts of an affine layer pass through.
+
+    In training mode it depends on the batch: outside the method, and said so.
+    """
+
+    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+        """Return the normalized values."""
+        whole = operation.output
+        if operation.kwargs.get("training", operation.args[5] if len(operation.args) > 5 else False):
+            self.beyond(operation, exact=False)
+            return cast(Tensor, whole)
+        parts = parts_of(operation.inputs[0])
+        if parts is None:
+            return cast(Tensor, whole)
+        call, below = operation.again(), parts
+        scale = derivative(call, operation.inputs[0].detach())
+        delta = whole.detach() - reference.output
+        copied = below.whole * scale
+
+        def positive() -> Tensor:
+            plus = below.positive()
+            minus = below.whole - below.reference - plus
+            return torch.where(scale > 0, plus, minus) * scale
+
+        return cast(Tensor, Parted.apply(whole.data, whole, Parts(copied, copied.detach() - delta, positive)))
+
+
+class RevealCancel(Rescale):
+    r"""Elementwise functions of an affine output: positive and negative contributions are kept apart.
+
+    .. math:: \Delta y^+ = \tfrac12 [f(z_0 + \Delta z^+) - f(z_0)] + \tfrac12 [f(z) - f(z_0 + \Delta z^-)],
+        \quad m^+ = m_y \Delta y^+ / \Delta z^+,
+
+    and likewise :math:`\Delta y^-` and :math:`m^-` (Shrikumar et al. 2017, section 3.5.3): the Shapley values of the
+    two parts. Each is the mean of two quotients as in `Rescale`. Elsewhere (after an addition, say) the parts of the
+    input are its own, :math:`\Delta x^+` or :math:`\Delta x^-`; one of them is zero, and this is `Rescale`. Conserves:
+    summation-to-delta, exactly.
+    """
+
+    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+        """Return the function's value; its gradient goes to the two parts."""
+        parts = parts_of(operation.inputs[0]) if len(operation.inputs) == 1 else None
+        if parts is None or operation.output.shape != operation.inputs[0].shape:
+            return super().compare(operation, reference)
+        x, x0 = operation.inputs[0], reference.inputs[0].expand_as(operation.inputs[0])
+        call, plus = operation.again(), parts.positive()
+
+        def scales(x: Tensor = x, plus: Tensor = plus) -> list[Tensor]:
+            minus = x - x0 - plus
+            above, below = x0 + plus, x0 + minus
+            y0, y, high, low = reference.output, call(x), call(above), call(below)
+            up = slope(call, above, x0, high, y0) + slope(call, x, below, y, low)
+            down = slope(call, below, x0, low, y0) + slope(call, x, above, y, high)
+            rescaled = slope(call, x, x0, y, y0)
+            return [rescaled, down / 2 - rescaled, (up - down) / 2]
+
+        with torch.no_grad():
+            found = scales(x.detach(), plus.detach())
+        # What arrives at the layer's output is that of Rescale, m·Δy/Δz: the relevance of the layer itself. The rest,
+        # which is worth nothing in sum, tells the two parts apart below it.
+        return self.send(operation, operation.output, [x, parts.whole, plus], found, scales)
+
+
+class Parted(torch.autograd.Function):
+    """Value of ``y``, whose gradient goes into ``z``; the node in the graph remembers the parts of an affine output."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, parts: Parts) -> Tensor:
+        """Return ``y`` itself."""
+        ctx.parts = parts
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Pass on."""
+        return None, grads[0], None
+
+
+def parts_of(tensor: Tensor) -> Parts | None:
+    """Parts of an affine output, or of a copy of it; None for other tensors."""
+    node = tensor.grad_fn
+    while node is not None and node.name() == "CloneBackward0":
+        node = node.next_functions[0][0]
+    return getattr(node, "parts", None)
+
+
+def slope(call: Callable[[Tensor], Tensor], x: Tensor, x0: Tensor, y: Tensor, y0: Tensor) -> Tensor:
+    """Quotient Δy/Δx of an elementwise function; where it is lost in rounding, the derivative at the midpoint."""
+    dx, dy = x - x0, y - y0
+    quotient = dy / torch.where(dx == 0, 1.0, dx)
+    if getattr(call, "name", "") == "relu":
+        return torch.where(dx == 0, (x > 0).to(quotient), quotient)
+    between = derivative(call, (x + x0) / 2)
+    rounding = ROUNDINGS * max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps) * (y.abs() + y0.abs())
+    return torch.where((between * dx - dy).abs() <= rounding, between, quotient)
+
+
+def derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Derivative of an elementwise function, differentiable if ``x`` is."""
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad():
+        x = x if differentiable else x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(call(x).sum(), x, create_graph=differentiable)
+    return found
+
+
+def maxima(operation: Operation, x: Tensor) -> Tensor:
+    """Where each window of a max-pooling has its maximum, as an index into the flattened space."""
+    pool: Any = getattr(F, operation.name.removesuffix("_with_indices") + "_with_indices")
+    named = {k: v for k, v in operation.kwargs.items() if k not in ("input", "self", "return_indices")}
+    return cast(Tensor, pool(x, *operation.args[1:], **named)[1])
+
+
+def same_operands(operation: Operation, reference: Operation, start: int = 0) -> bool:
+    """Whether operands from ``start`` on are those of the reference's call."""
+    pairs = zip(operation.inputs[start:], reference.inputs[start:], strict=True)
+    return all(same(value, value0) for value, value0 in pairs)
+
+
+def same(value: Tensor, value0: Tensor) -> bool:
+    """Whether two tensors hold the same values."""
+    return value.shape == value0.shape and (value.data_ptr() == value0.data_ptr() or torch.equal(value, value0))
+
+
+def _first(output: Any) -> Tensor:
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _weight(operation: Operation) -> Tensor:
+    weight = operation.args[1] if len(operation.args) > 1 else operation.kwargs["weight"]
+    return cast(Tensor, weight.detach())
+
+
+def _linear(operation: Operation, a: Tensor, weight: Tensor) -> Tensor:
+    """Affine layer of another input and weight, without bias."""
+    named: Mapping[str, Any] = {k: v for k, v in operation.kwargs.items() if k not in ("input", "weight", "bias")}
+    return cast(Tensor, operation.function(a, weight, None, *operation.args[3:], **named))
