@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crp.rules.base import Rule
 from crp.rules.layer import Layer
-from crp.rules.operation import Operation, name_of
+from crp.rules.operation import Operation
 from crp.rules.stabilizer import Stabilize, stabilizing
 
 _FIXED = tuple(getattr(nn, f"MaxPool{dim}d") for dim in (1, 2, 3))
@@ -65,10 +68,10 @@ class SumPool(Rule):
         """Treat a max-pooling function; indices, if it gives them, stay as they are."""
         if operation.name not in MAX_POOLS:
             raise TypeError(f"SumPool treats max-pooling, not {operation}")
-        if isinstance(operation.output, tuple):
-            values, *others = operation.output
-            return (self.propagate(cast(Layer, _Values(operation)), operation.inputs[0], values.detach()), *others)
-        return super().operate(operation)
+        if not isinstance(operation.output, tuple):
+            return super().operate(operation)
+        values, *others = operation.output
+        return (super().operate(replace(operation, function=_values_of(operation.function), output=values)), *others)
 
     def check(self, module: nn.Module) -> None:
         """Refuse whatever is no max-pooling, or gives indices."""
@@ -79,38 +82,28 @@ class SumPool(Rule):
             )
 
 
-class _Values:
-    """Pooling that gives indices, too, as a layer that gives values only."""
+def _values_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Pooling function without its indices."""
 
-    def __init__(self, operation: Operation) -> None:
-        self.operation = operation
+    @functools.wraps(function)
+    def values(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)[0]
 
-    def again(self) -> _Values:
-        return self
-
-    def value(self, a: Tensor) -> Tensor:
-        return cast(Tensor, self.operation(a)[0])
-
-
-def _operation(layer: Any) -> Operation | None:
-    found = layer.operation if isinstance(layer, _Values) else layer
-    return found if isinstance(found, Operation) else None
+    return values
 
 
 def _dims(layer: Any) -> int:
     """Number of axes that are pooled."""
-    operation = _operation(layer)
-    name = type(layer.module).__name__.lower() if operation is None else name_of(operation.function)
+    name = layer.name if isinstance(layer, Operation) else type(layer.module).__name__.lower()
     return int(name.split("pool")[1][0])
 
 
 def _arguments(layer: Any) -> dict[str, Any]:
     """Arguments of a max-pooling function or module, by name."""
-    operation = _operation(layer)
-    if operation is None:
-        return {name: v for name, v in vars(layer.module).items() if name in (*_SIGNATURES[False], *_SIGNATURES[True])}
-    names = ("input", *_SIGNATURES[name_of(operation.function).startswith("adaptive")])
-    return dict(zip(names, operation.args, strict=False)) | dict(operation.kwargs)
+    if not isinstance(layer, Operation):
+        return {name: value for name, value in vars(layer.module).items() if not name.startswith("_")}
+    names = ("input", *_SIGNATURES[layer.name.startswith("adaptive")])
+    return dict(zip(names, layer.args, strict=False)) | dict(layer.kwargs)
 
 
 def _window_sums(a: Tensor, dims: int, given: dict[str, Any]) -> Tensor:
