@@ -35,7 +35,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from zennit.core import Hook, RemovableHandle, RemovableHandleList, Stabilizer
+from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from crp.graph import tracing
 from crp.reference import referencing
@@ -43,6 +43,7 @@ from crp.rules.account import Account, Shares
 from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
 from crp.rules.layer import Layer
 from crp.rules.operation import Operation
+from crp.rules.stabilizer import quotient, stabilizing
 
 
 class Term(NamedTuple):
@@ -56,11 +57,17 @@ class Term(NamedTuple):
         Share of the relevance that this term distributes.
     denominator : Tensor or None
         What the contributions are divided by; ``z`` by default.
+    sign : int
+        1 or -1 if the denominator is known not to be negative or positive; 0 otherwise.
+    outputs : int
+        1 or -1 if only positive or negative outputs hand relevance on through this term; 0 for all.
     """
 
     z: Tensor
     weight: float | Tensor = 1.0
     denominator: Tensor | None = None
+    sign: int = 0
+    outputs: int = 0
 
 
 @dataclass
@@ -122,7 +129,7 @@ class Rule(Hook):  # type: ignore[misc]
         self.run: Run | None = None
         self.layer = ""
         self._before: list[Tensor] = []
-        self._stabilize = Stabilizer.ensure(stabilizer)
+        self._stabilize = stabilizing(stabilizer)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Differentiable function of ``a`` that stands in for the layer in the backward pass.
@@ -192,7 +199,8 @@ class Rule(Hook):  # type: ignore[misc]
             Detached; it becomes the output.
         """
         terms = self.terms(layer, self._source(a), y)
-        scales = [self._scale(term, y).detach().to(term.z.dtype) for term in terms]
+        with torch.no_grad():
+            scales = [self._scale(term, y).to(term.z.dtype) for term in terms]
         out = self.redirect(layer, a, y, [term.z for term in terms], scales)
         if self.run is not None and self.run.account is not None:
             out = self.run.account.absorb(self.layer, a, out, self._shares(layer.again(), a, terms, scales, out))
@@ -219,9 +227,18 @@ class Rule(Hook):  # type: ignore[misc]
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         """What the gradient is multiplied with before it goes into ``term.z``."""
         below = term.z if term.denominator is None else term.denominator
-        above = term.weight * y if self.multiplier else term.weight
-        stable = self._stabilize(below)
-        return torch.where(below == 0, 0.0, above / torch.where(stable == 0, 1.0, stable))
+        above = self._above(term, y, self.multiplier)
+        if above is y and below.data_ptr() == y.data_ptr():  # the layer itself: its output is its surrogate
+            above = below
+        return quotient(above, below, self._stabilize, term.sign)
+
+    def _above(self, term: Term, y: Tensor, multiplier: bool) -> Tensor:
+        """What is shared among the contributions, for each unit that arrives at an output."""
+        if not multiplier:
+            whole = torch.ones_like(y) if term.outputs == 0 else (y > 0 if term.outputs > 0 else y < 0).to(y.dtype)
+        else:
+            whole = y if term.outputs == 0 else y.clamp(min=0) if term.outputs > 0 else y.clamp(max=0)
+        return whole if isinstance(term.weight, float) and term.weight == 1 else term.weight * whole
 
     def _shares(self, layer: Layer, a: Tensor, terms: Sequence[Term], scales: Sequence[Tensor], out: Tensor) -> Shares:
         """What stays in the layer, for each unit of multiplier that arrives at an output."""
@@ -231,7 +248,7 @@ class Rule(Hook):  # type: ignore[misc]
             at_zero = self.terms(layer, torch.zeros_like(a), y)
         for term, zero, scale in zip(terms, at_zero, scales, strict=True):
             nothing = (term.z if term.denominator is None else term.denominator) == 0
-            above = term.weight * y
+            above = self._above(term, y, multiplier=True)
             bias = bias + scale * zero.z
             empty = empty + torch.where(nothing, above, 0.0)
             stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.z.detach())

@@ -223,7 +223,7 @@ class ZPlus(LRPRule):
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Positive contributions, and the layer itself where there are none, if asked for."""
-        terms = [Term(self.surrogate(layer, a))]
+        terms = [Term(self.surrogate(layer, a), sign=1)]
         if self.empty == "drop":
             return terms
         return _or_itself(terms, _is_empty(layer, a, positive, negative), _itself(self, layer, a))
@@ -284,7 +284,9 @@ class AlphaBeta(LRPRule):
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Positive and negative contributions, and the layer itself where a part is empty, if asked for."""
         parts = [(self.alpha, positive, negative), (-self.beta, negative, positive)][: 2 if self.beta else 1]
-        terms = [Term(_contributions(layer, a, up, down), weight) for weight, up, down in parts]
+        terms = [
+            Term(_contributions(layer, a, up, down), weight, sign=1 if weight > 0 else -1) for weight, up, down in parts
+        ]
         if self.empty == "drop":
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
@@ -339,7 +341,7 @@ class Gamma(LRPRule):
         """One term for the positive and one for the negative outputs."""
         z, p = _itself(self, layer, a), _contributions(layer, a, positive, negative)
         # The negative contributions are what the positive ones leave of z: where z < 0 nothing cancels.
-        return [Term(z + self.gamma * p, (y > 0).to(y)), Term(z + self.gamma * (z - p), (y < 0).to(y))]
+        return [Term(z + self.gamma * p, outputs=1), Term(z + self.gamma * (z - p), outputs=-1)]
 
 
 Modifier = Callable[[Tensor], Tensor]
@@ -372,4 +374,4 @@ def _is_empty(layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> Tensor:
 def _or_itself(terms: Sequence[Term], empty: Tensor, itself: Tensor) -> list[Term]:
     """Terms where they are not ``empty``, and the layer itself where they are."""
     rest, others = empty.to(itself), (~empty).to(itself)
-    return [*(Term(z, weight * others) for z, weight, _ in terms), Term(itself, rest)]
+    return [*(term._replace(weight=term.weight * others) for term in terms), Term(itself, rest)]

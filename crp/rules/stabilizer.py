@@ -6,13 +6,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import cast
 
 import torch
 from torch import Tensor
-from zennit.core import Stabilizer
+from torch.nn import functional as F
 
 Stabilize = float | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Absolute:
+    r"""Stabilizer :math:`z + \varepsilon \operatorname{sign} z` (+ for 0), the same as zennit's ``Stabilizer``."""
+
+    epsilon: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Stabilize a denominator."""
+        return z + torch.where(z < 0, -self.epsilon, self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,31 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
         epsilon = float(value)
         if not (math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"{name} must be finite and not negative, got {value}")
-        return Relative(epsilon) if norm_scale else cast(Callable[[Tensor], Tensor], Stabilizer(epsilon))
+        return Relative(epsilon) if norm_scale else Absolute(epsilon)
     if not callable(value):
         raise TypeError(f"{name} must be a number or a function of the denominator, not {value!r}")
     if norm_scale:
         raise TypeError(f"norm_scale scales a number; {name} is the function {value!r}, which may do so itself")
     return value
+
+
+def quotient(above: Tensor, below: Tensor, stabilize: Callable[[Tensor], Tensor], sign: int = 0) -> Tensor:
+    """``above`` over the stabilized ``below``, and 0 where ``below`` is 0.
+
+    Parameters
+    ----------
+    above, below : Tensor
+    stabilize : callable
+    sign : 1, -1 or 0
+        1 if ``below`` is not negative, -1 if it is not positive, 0 if that is not known. (It saves memory traffic.)
+    """
+    if not isinstance(stabilize, Absolute):
+        return above / stabilize(below).masked_fill(below == 0, math.inf)
+    if above is below and stabilize.epsilon > 0:
+        size = below.abs()
+        return size / (size + stabilize.epsilon)
+    if sign > 0:
+        return above / (F.threshold(below, 0.0, math.inf) + stabilize.epsilon)
+    if sign < 0:
+        return above / (-F.threshold(-below, 0.0, math.inf) - stabilize.epsilon)
+    return above / torch.add(below, below.sign(), alpha=stabilize.epsilon).masked_fill(below == 0, math.inf)
