@@ -123,7 +123,8 @@ class Call:
 
     def _members(self) -> list[Composite | None]:
         """Composites whose results are averaged: several, where a method has several references."""
-        return list(getattr(self.composite, "members", None) or [self.composite])
+        members_for = getattr(self.composite, "members_for", None)
+        return [self.composite] if members_for is None else list(members_for(self.data))
 
     def _parts(self, composite: Composite | None, batch_size: int) -> Iterator[tuple[AttributionResults, Tensor]]:
         passed, passed_samples = None, None

@@ -105,7 +105,6 @@ class DeepLift(Composite):
     # Whatever is linear; what has a rule need not be here.
     right: ClassVar[frozenset[str] | None] = (HOMOGENEOUS | frozenset((*AFFINE, "addmm", "batch_norm"))) - _NOT_LINEAR
     _run: Differences
-    initial: ClassVar[Literal["output", "one"]] = "one"
 
     def __init__(
         self,
@@ -196,6 +195,10 @@ class DeepLift(Composite):
             and reference.dim() == data.dim()
         ):
             reference = reference[self._samples[0]]
+        if self._listed and reference.dim() < data.dim():
+            raise ValueError(
+                f"references in a list have a batch axis; give this of {tuple(given.shape)} as {(1, *given.shape)}"
+            )
         if reference.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
             advice = ""
             if reference.shape[1:] == data.shape[1:] and reference.dim() == data.dim():
@@ -236,7 +239,7 @@ def _tensor(reference: Reference) -> Any:
     if _is_numeric(reference):
         try:
             return torch.tensor(reference, dtype=torch.float64)
-        except ValueError:
+        except (TypeError, ValueError):
             pass  # several references of different shapes
     return [_tensor(entry) for entry in reference]
 

@@ -141,10 +141,10 @@ class _Computed(Again):
 class Rescale(Difference):
     r"""Elementwise functions :math:`y = f(x)`: :math:`m_x = m_y \, \Delta y / \Delta x`.
 
-    Shrikumar et al. 2017, section 3.5.2 (eq. 13 and 14 of the arXiv version). Where the difference quotient is lost in
-    rounding, the derivative at the midpoint :math:`\tfrac12 (x + x_0)` stands for it: that is where the derivative
-    predicts :math:`\Delta y` to within 4 roundings of :math:`|y| + |y_0|`, so that no fixed threshold is needed;
-    kinks never fall in. It is exact for piecewise linear functions. Where :math:`\Delta x = 0` and the derivative is
+    Shrikumar et al. 2017, section 3.5.2. Where the difference quotient is lost in rounding, the derivative at the
+    midpoint :math:`\tfrac12 (x + x_0)` stands for it: that is where the derivative predicts :math:`\Delta y` to within
+    4 roundings of :math:`|y| + |y_0|` (and of :math:`|x| + |x_0|` for GELU). So there is no threshold to choose, kinks
+    are never averaged, and piecewise linear functions are exact. Where :math:`\Delta x = 0` and the derivative is
     infinite, nothing is handed on. Conserves: summation-to-delta, exactly.
     """
 
@@ -331,10 +331,14 @@ def slope(call: Callable[[Tensor], Tensor], x: Tensor, x0: Tensor, y: Tensor, y0
     """Quotient Δy/Δx of an elementwise function; where it is lost in rounding, the derivative at the midpoint."""
     dx, dy = x - x0, y - y0
     quotient = dy / torch.where(dx == 0, 1.0, dx)
-    if getattr(call, "name", "") == "relu":
+    name = getattr(call, "name", getattr(call, "__name__", ""))
+    if name == "relu":
         return torch.where(dx == 0, (x > 0).to(quotient), quotient)
     between = derivative(call, (x + x0) / 2)
-    rounding = ROUNDINGS * max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps) * (y.abs() + y0.abs())
+    size = y.abs() + y0.abs()
+    if name == "gelu":  # 1 + erf(x) is no better than 1
+        size = size + x.abs() + x0.abs()
+    rounding = ROUNDINGS * max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps) * size
     return torch.where((between * dx - dy).abs() <= rounding, between, quotient)
 
 

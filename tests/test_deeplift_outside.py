@@ -1,0 +1,89 @@
+"""What DeepLIFT's paper has no rule for: decomposed exactly, or named as what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deeplift_cases import Call, pairs, relevance, sum_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crp.composites import DeepLift
+
+OUTSIDE = {
+    "mul": lambda x, y: x * y,
+    "same": lambda x, y: x * x + y,
+    "matmul": lambda x, y: (x[:, :, None] @ y[:, None]).sum(2),
+    "einsum": lambda x, y: torch.einsum("ni,ni->n", x, y)[:, None] + 0 * x,
+    "bmm": lambda x, y: torch.bmm(x[:, None], y[:, :, None]).flatten(1).expand(-1, 6),
+    "div": lambda x, y: x / (y.square() + 1),
+    "broadcast": lambda x, y: x / (x.square().sum(1, keepdim=True) + 1) + x * y.mean(1, keepdim=True),
+    "softmax": lambda x, y: x.softmax(1) * 3,
+    "softmax_far": lambda x, y: (300 * x).softmax(1),
+    "softmin": lambda x, y: F.softmin(x, 1),
+    "log_softmax": lambda x, y: x.log_softmax(-1),
+    "layer_norm": lambda x, y: F.layer_norm(x, (6,), torch.arange(6.0).to(x), y.detach()[0] * 0 + 2),
+    "rms_norm": lambda x, y: F.rms_norm(x, (6,), torch.arange(6.0).to(x)),
+    "group_norm": lambda x, y: F.group_norm(x, 2, torch.arange(6.0).to(x), eps=0.1),
+    "instance_norm": lambda x, y: F.instance_norm(x.view(-1, 2, 3), weight=torch.tensor([2.0, 3.0]).to(x)).flatten(1),
+    "glu": lambda x, y: F.glu(torch.cat([x, y], 1), 1),
+}  # fmt: skip
+
+
+class Pair(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.function(self.left(x).tanh(), self.right(x)))
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_is_outside_is_decomposed_exactly_and_named_once(name: str) -> None:
+    torch.manual_seed(0)
+    model, (x, x0) = Pair(OUTSIDE[name]).double(), pairs(6)
+    with pytest.warns(UserWarning, match="outside DeepLIFT's rules: ") as caught:
+        found = relevance(model, x, DeepLift(reference=x0))
+    assert len(caught) == 1 and "so that they do not sum" not in str(caught[0].message)
+    assert sum_error(model, x, x0, found) < 1e-13
+
+
+def test_product_gives_each_factor_the_mean_of_the_other() -> None:
+    x, x0 = pairs(2)
+    with pytest.warns(UserWarning, match=r"mul\(\)"):
+        found = relevance(Call(lambda x: x[:, :1] * x[:, 1:]), x, DeepLift(reference=x0))
+    torch.testing.assert_close(found, (x - x0) * (x + x0).flip(1) / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        (lambda x: torch.einsum("ni,ni,ni->n", x, x, x)[:, None], "einsum"),
+        (lambda x: torch.where(x > 0, x, 0), "where"),
+        (lambda x: x * (x > 0), "mul"),
+        (lambda x: F.batch_norm(x, None, None, training=True), "batch_norm"),
+    ],
+)
+def test_what_is_not_decomposed_is_named(function, named: str) -> None:
+    x, x0 = pairs(4)
+    with pytest.warns(UserWarning, match=rf"ordinary chain rule in {named}\(\), so that they do not sum"):
+        relevance(Call(function), x, DeepLift(reference=x0))
+    with pytest.warns(UserWarning, match=r"DeepLift has no rule for sort\(\)"):
+        relevance(Call(lambda x: x.sort(1)[0]), x, DeepLift(reference=x0))
+
+
+def test_what_selects_alike_needs_no_warning() -> None:
+    mask = torch.tensor([True, False, True, True])
+    x, x0 = pairs(4)
+    model = Call(lambda x: torch.where(mask, x, 0) * mask + x.masked_fill(mask, 0.0))
+    assert torch.equal(relevance(model, x, DeepLift(reference=x0), 2)[:, 2], (x - x0)[:, 2])
+
+
+def test_second_derivatives_of_what_is_outside_are_refused() -> None:
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    with DeepLift().context(Call(lambda x: x * x.tanh())) as model, pytest.warns(UserWarning, match="outside"):
+        y = model(x)
+        with pytest.raises(RuntimeError, match=r"no second derivatives through mul\(\)"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
