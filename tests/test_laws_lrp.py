@@ -140,14 +140,13 @@ def test_large_gamma_is_zplus_for_positive_and_its_mirror_for_negative_outputs(c
     y = layer(a).detach()
     r = output_relevance(layer, a) * (y.abs() > 1e-3)
     found = attribute(rules.Gamma(1e9, 0.0), layer, a, r)
-    mirror = rules.ZPlus(0.0)
-    negated = layer
-    wanted = attribute(mirror, layer, a, r * (y > 0))
+    wanted = attribute(rules.ZPlus(0.0), layer, a, r * (y > 0))
     with torch.no_grad():
-        for parameter in negated.parameters():
+        for parameter in layer.parameters():
             parameter.neg_()
-    wanted = wanted + attribute(mirror, negated, a, r * (y < 0))
-    close(found, wanted, 1e-5)
+    wanted += attribute(rules.ZPlus(0.0), layer, a, r * (y < 0))
+    # Outputs that are positive through their bias alone hand on something for each finite γ.
+    assert (found - wanted).abs().max() <= 1e-5 * r.abs().sum()
 
 
 @few
