@@ -21,6 +21,7 @@ PRESETS = {
     "beta_smooth": {"beta": 3.0},
     "contrastive_excitation_backprop": {"layer": "features.7", "signed": "as_is"},
     "deconvnet": {},
+    "deeplift": {"reference": 0.5},
     "deep_taylor": {"low": -4.0, "high": 4.0, "maxpool": "avg"},
     "epsilon": {"epsilon": 0.1, "norm_scale": True},
     "epsilon_alpha2_beta1": {"epsilon": 1e-3},
@@ -38,7 +39,7 @@ PRESETS = {
     "lrp_cmp": {"split": 0.4, "first": "box", "low": -4.0, "high": 4.0},
     "zplus": {"empty": "epsilon"},
 }
-NAMES = list(PRESETS)
+NAMES = sorted(PRESETS)
 
 
 def make(name, *args, **keywords):

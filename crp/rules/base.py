@@ -43,6 +43,7 @@ from crp.rules.account import Account, Shares
 from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
 from crp.rules.layer import Layer
 from crp.rules.operation import Operation
+from crp.rules.signs import Signs
 from crp.rules.stabilizer import quotient, stabilizing
 
 
@@ -82,16 +83,20 @@ class Run:
         Where layers account for what they keep, if anyone asked.
     squashed : list of weakref.ref
         Tensors that are gates, if they are factors.
+    signs : Signs
+        Tensors that are known not to be negative.
     """
 
     entry: Entry = field(default_factory=Entry)
     account: Account | None = None
     squashed: list[weakref.ref[Tensor]] = field(default_factory=list)
+    signs: Signs = field(default_factory=Signs)
 
     def clear(self) -> None:
         """Forget the forward passes that were."""
         self.entry.clear()
         self.squashed.clear()
+        self.signs.clear()
 
 
 class Rule(Hook):  # type: ignore[misc]
@@ -165,8 +170,11 @@ class Rule(Hook):  # type: ignore[misc]
         a = self._before.pop() if self._before else args[0]
         if tracing() or referencing() or not torch.is_grad_enabled() or not a.requires_grad or output is a:
             return None
-        y = output.data  # the same memory, whose changes in place do not count as changes of the layer's own output
-        return self.propagate(Layer(module, self.zero_params, self._held(a), output), a, y)
+        # Becoming the output counts as a change in place, which views and outputs that a gradient needs cannot bear.
+        bears = output.requires_grad and not output._is_view() and not _saves_output(output)
+        y = output if bears else output.data
+        nonnegative = self.run is not None and self.run.signs.nonnegative(a)
+        return self.propagate(Layer(module, self.zero_params, self._held(a), output, nonnegative), a, y)
 
     def operate(self, operation: Operation) -> Tensor:
         """Treat a function of torch: its output, with this rule as its gradient.
@@ -196,7 +204,7 @@ class Rule(Hook):  # type: ignore[misc]
         layer : Layer
         a : Tensor of shape (batch, *input shape)
         y : Tensor of shape (batch, *output shape)
-            Detached; it becomes the output.
+            It becomes the output.
         """
         terms = self.terms(layer, self._source(a), y)
         with torch.no_grad():
@@ -216,12 +224,13 @@ class Rule(Hook):  # type: ignore[misc]
         layer : Layer
         a : Tensor of shape (batch, *input shape)
         y : Tensor of shape (batch, *output shape)
-            Detached; it becomes the output.
+            It becomes the output.
         surrogates, scales : sequence of Tensor
             Differentiable functions of ``a``, and what the gradient is multiplied with before it goes into them.
         """
-        own = layer.output if isinstance(layer.output, Tensor) and layer.output.requires_grad else None
-        again = _LayerAgain(self, layer.again(), a, y)
+        own = layer.output if layer.output is not None and layer.output.requires_grad else None
+        again = _LayerAgain(self, layer.again(), a, y, own)
+        own = None if own is y else own
         return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
@@ -258,7 +267,7 @@ class Rule(Hook):  # type: ignore[misc]
         """Input as a constant, which second derivatives still know."""
         if self.at_input and self.run is not None:
             return cast(Tensor, Held.apply(a, self.run.entry))
-        return a.detach()
+        return a
 
     def _source(self, a: Tensor) -> Tensor:
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""
@@ -318,13 +327,15 @@ class Again:
         What the call read.
     y : Tensor
         What it gave, before it becomes the output.
+    own : Tensor or None
+        The same, with the graph of the call itself.
     """
 
-    def __init__(self, rule: Rule, inputs: Sequence[Tensor], y: Tensor) -> None:
+    def __init__(self, rule: Rule, inputs: Sequence[Tensor], y: Tensor, own: Tensor | None = None) -> None:
         self.rule = rule
-        # (becoming the output counts as a change)
         self.versions = [(tensor, tensor._version) for tensor in inputs]
-        self.y, self.y_version = y.detach(), y._version + 1
+        # (becoming the output counts as a change)
+        self.y, self.y_version = (y.detach() if _saves_output(own) else None), y._version + 1
 
     @property
     def is_active(self) -> bool:
@@ -343,7 +354,7 @@ class Again:
 
     def check_output(self) -> None:
         """Raise a RuntimeError if the output, which its own gradient may need, was overwritten."""
-        if self.y._version != self.y_version:
+        if self.y is not None and self.y._version != self.y_version:
             self._refuse("output")
 
     def _refuse(self, what: str) -> NoReturn:
@@ -353,8 +364,8 @@ class Again:
 
 
 class _LayerAgain(Again):
-    def __init__(self, rule: Rule, layer: Layer, a: Tensor, y: Tensor) -> None:
-        super().__init__(rule, [a], y)
+    def __init__(self, rule: Rule, layer: Layer, a: Tensor, y: Tensor, own: Tensor | None) -> None:
+        super().__init__(rule, [a], y, own)
         self.layer, self.a = layer, a
 
     def scales(self) -> Sequence[Tensor]:
@@ -371,7 +382,7 @@ class Redirect(torch.autograd.Function):
         """Return ``y`` itself; ``tensors`` are the n surrogates, their n scales, and perhaps the layer's own output."""
         ctx.save_for_backward(*tensors[n : 2 * n])
         ctx.mark_dirty(y)
-        ctx.again, ctx.n_own = again, len(tensors) - 2 * n
+        ctx.again, ctx.n_own, ctx.y_is_own = again, len(tensors) - 2 * n, ctx.needs_input_grad[0]
         return y
 
     @staticmethod
@@ -380,12 +391,25 @@ class Redirect(torch.autograd.Function):
         scales, again = ctx.saved_tensors, ctx.again
         none = [None] * len(scales)
         if again is not None and not again.is_active:
-            if ctx.n_own and hasattr(ctx.next_functions[-1][0], "_saved_result"):  # sigmoid, tanh, exp
-                again.check_output()
-            return (None, None, None, *none, *none, *(grads[0] for _ in range(ctx.n_own)))
+            again.check_output()
+            own = grads[0] if ctx.y_is_own else None
+            return (own, None, None, *none, *none, *(grads[0] for _ in range(ctx.n_own)))
         if again is not None and torch.is_grad_enabled():  # with create_graph=True
             scales = again()
         return (None, None, None, *(grads[0] * scale for scale in scales), *none, *[None] * ctx.n_own)
+
+
+_saving: dict[type, bool] = {}
+
+
+def _saves_output(own: Tensor | None) -> bool:
+    """Whether the gradient of a call needs the call's output, as that of a sigmoid does."""
+    if own is None:
+        return False
+    kind = type(own.grad_fn)
+    if kind not in _saving:
+        _saving[kind] = hasattr(own.grad_fn, "_saved_result")
+    return _saving[kind]
 
 
 def _names(zero_params: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from crp.rules.base import Term
-from crp.rules.layer import Layer, Modifier, negative, positive, signs
+from crp.rules.layer import Layer, Modifier, negative, positive
 from crp.rules.lrp import LRPRule
 from crp.rules.stabilizer import Stabilize
 
@@ -67,7 +67,7 @@ class Excitation(LRPRule):
     def _contributions(self, layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> Tensor:
         """Contributions through weights ``up``, and of what is negative in the input, if taken apart, ``down``."""
         if self.signed == "split":
-            above, below = signs(a)
+            above, below = layer.signs(a)
             z = layer(above, up, bias=False)
             return z if below is None else z + layer(below, down, bias=False)
         value = layer.input

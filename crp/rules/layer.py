@@ -78,6 +78,8 @@ class Layer:
         What the module was given in this forward call.
     output : Tensor, optional
         What the module gave, with its graph; spares running it once more.
+    nonnegative : bool
+        Whether the input is known not to be negative.
     """
 
     def __init__(
@@ -86,11 +88,13 @@ class Layer:
         zero_params: tuple[str, ...] = (),
         input: Tensor | None = None,
         output: Tensor | None = None,
+        nonnegative: bool = False,
     ) -> None:
         self.module = module
         self.zero_params = zero_params
-        self.input = input
+        self._input = input
         self.output = output
+        self.nonnegative = nonnegative
         self._own = dict(module._parameters)
         extra = [name for name, _ in module.named_parameters(recurse=True) if name not in ("weight", "bias")]
         if extra and not hasattr(module, "parametrizations"):
@@ -135,9 +139,22 @@ class Layer:
             return self.output
         return self(a)
 
+    @property
+    def input(self) -> Tensor | None:
+        """What the module was given, as a constant."""
+        given = self._input
+        if given is None or not given.requires_grad:
+            return given
+        node = given.grad_fn
+        return given if node is not None and node.name() == "HeldBackward" else given.detach()
+
+    def signs(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Positive and negative part of an input; None where there is no negative part, as behind a ReLU."""
+        return (a, None) if self.nonnegative else signs(a)
+
     def again(self) -> Layer:
         """The same layer, to be run once more: without the output of this forward call."""
-        return Layer(self.module, self.zero_params, self.input)
+        return Layer(self.module, self.zero_params, self._input, nonnegative=self.nonnegative)
 
     def value(self, a: Tensor) -> Tensor:
         """What the module gives for ``a``, with all of its parameters; differentiable in ``a``.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zennit.types import BatchNorm
 
 from crp.rules.base import Redirect, Rule, Term
-from crp.rules.layer import Layer, negative, positive, signs
+from crp.rules.layer import Layer, negative, positive
 from crp.rules.operation import Operation
 from crp.rules.stabilizer import Stabilize, stabilizing
 
@@ -360,7 +360,7 @@ def _itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:
 
 def _contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: bool = True) -> Tensor:
     """Output from positive inputs with weights ``up`` and negative inputs with weights ``down``; bias as ``up``."""
-    above, below = signs(a)
+    above, below = layer.signs(a)
     z = layer(above, up, bias)
     return z if below is None else z + layer(below, down, bias=False)
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from crp.notices import warn
 from crp.reference import on_reference
 from crp.rules.account import Shares
+from crp.rules.signs import NOTED
 
 if TYPE_CHECKING:
     from crp.rules.base import Rule, Run
@@ -149,7 +150,15 @@ class Operations(TorchFunctionMode):
         name = name_of(func)
         rule = self.rules.get(name)
         known = name in self.rules or self.right is None or name in self.right
-        if name in _METADATA or (rule is None and known and self.seen is None and self.run.account is None):
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        result = self._call(name, rule, known, func, args, kwargs)
+        if name in NOTED and not self._covers:
+            self.run.signs.note(name, _tensors((args, kwargs)), _tensors(result))
+        return result
+
+    def _call(self, name: str, rule: Rule | None, known: bool, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if rule is None and known and self.seen is None and self.run.account is None:
             return func(*args, **kwargs)
         if self._covers or not torch.is_grad_enabled():
             return func(*args, **kwargs)
