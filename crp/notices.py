@@ -9,10 +9,13 @@ from types import FrameType
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn, pointing at whoever called into this package (or into torch, which called a hook of it)."""
-    level, found = 2, 2
+    callers = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] in ("crp", "torch", "contextlib", "zennit"):
-            found = level + 1
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=found)
+        callers.append(frame.f_globals.get("__name__", "").partition(".")[0])
+        frame = frame.f_back
+    # From the outermost frame of this package on outward: a user may be called by torch, and call us in turn.
+    level = len(callers) - callers[::-1].index("crp") if "crp" in callers else 0
+    while level < len(callers) and callers[level] in ("torch", "contextlib", "zennit"):
+        level += 1
+    warnings.warn(message, category, stacklevel=level + 2)

@@ -23,7 +23,7 @@ class Entry:
 
     def __init__(self) -> None:
         self.active = True
-        self._inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
+        self._inputs: list[tuple[weakref.ref[Tensor], Any, Tensor]] = []
 
     def enter(self, data: Tensor, reference: Tensor | None = None) -> Tensor:
         """Pass on the model's input so that the multiplier that comes back to it leaves it as relevance.
@@ -35,17 +35,15 @@ class Entry:
             What the relevance counts from (DeepLIFT); it broadcasts to ``data``.
         """
         inner = cast(Tensor, AsRelevance.apply(data, reference, self))
-        self._inputs = [(ref, leaf) for ref, leaf in self._inputs if ref() is not None]
-        self._inputs.append((weakref.ref(inner), data))
+        self._inputs = [known for known in self._inputs if known[0]() is not None]
+        # (the tensor may be changed in place, and then has another node)
+        self._inputs.append((weakref.ref(inner), inner.grad_fn, data))
         return inner
 
     def find(self, tensor: Tensor) -> Tensor | None:
         """Model input that ``tensor`` is, or is an elementwise image of; None if there is none."""
-        for ref, leaf in self._inputs:
-            inner = ref()
-            if inner is tensor or (
-                inner is not None and inner.shape == tensor.shape and _is_elementwise(tensor, inner)
-            ):
+        for _, node, leaf in self._inputs:
+            if node is not None and leaf.shape == tensor.shape and _is_elementwise(tensor, node):
                 return leaf
         return None
 
@@ -119,15 +117,19 @@ class UnitMultiplier(torch.autograd.Function):
 
 
 #: Autograd nodes of preprocessing inside a model, such as a normalisation, that keep every pixel in its place.
-_ELEMENTWISE = ("Mul", "Div", "Sub", "Add", "Clone", "ToCopy", "Contiguous", "Alias", "Absorb")
+_ELEMENTWISE = frozenset(
+    f"{name}Backward{number}"
+    for name in ("Mul", "Div", "Sub", "Rsub", "Add", "Clone", "ToCopy", "Alias", "Absorb")
+    for number in ("", "0", "1", "2")
+)
 
 
-def _is_elementwise(tensor: Tensor, source: Tensor) -> bool:
-    """Whether ``tensor`` comes from ``source`` by elementwise operations only."""
-    node = tensor.grad_fn
-    while node is not None and node is not source.grad_fn:
+def _is_elementwise(tensor: Tensor, source: Any) -> bool:
+    """Whether ``tensor`` comes from the node ``source`` by elementwise operations only."""
+    node: Any = tensor.grad_fn
+    while node is not None and node is not source:
         above = [n for n, _ in node.next_functions if n is not None and not n.name().startswith("Sink")]
-        if not node.name().startswith(_ELEMENTWISE) or len(above) != 1:
+        if node.name() not in _ELEMENTWISE or len(above) != 1:
             return False
         node = above[0]
     return node is not None
