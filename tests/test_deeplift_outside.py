@@ -87,3 +87,15 @@ def test_second_derivatives_of_what_is_outside_are_refused() -> None:
         y = model(x)
         with pytest.raises(RuntimeError, match=r"no second derivatives through mul\(\)"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_a_constant_reference_does_not_blow_up_normalizations() -> None:
+    """With halves, multipliers of 1 / sqrt(eps) would cancel, and leave nothing of float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU())))
+    for module in model[::3]:
+        nn.init.zeros_(module.bias)
+    x, x0 = pairs(6)
+    with pytest.warns(UserWarning, match="layer_norm"):
+        found = relevance(model, x.float(), DeepLift())
+    assert sum_error(model, x.float(), 0 * x0.float(), found) < 1e-5

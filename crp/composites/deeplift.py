@@ -24,7 +24,6 @@ from crp.rules.deeplift import (
     Rescale,
     RevealCancel,
 )
-from crp.rules.functional import HOMOGENEOUS
 from crp.rules.products import (
     BILINEAR,
     GLU,
@@ -41,11 +40,18 @@ from crp.rules.products import (
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 
-#: Homogeneous functions that are not linear.
-_NOT_LINEAR = frozenset(
-    """amax amin cummax fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d masked_select max
-    maximum min minimum norm sort topk""".split()  # noqa: SIM905
-)
+#: Functions that are linear in what depends on the input, for which the ordinary chain rule is the Linear rule.
+LINEAR = frozenset(
+    """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add addmm alpha_dropout as_strided atleast_1d
+    atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d bfloat16 broadcast_tensors broadcast_to cat channel_shuffle
+    chunk clone concat concatenate contiguous copy cpu cuda cumsum diagonal diff double dropout dropout1d dropout2d
+    dropout3d dsplit dstack expand expand_as feature_alpha_dropout flatten flip fliplr flipud float fold getitem H half
+    hsplit hstack identity index_add interpolate iadd isub mH mT mean moveaxis movedim nansum narrow
+    native_channel_shuffle neg negative pad permute pixel_shuffle pixel_unshuffle positive ravel repeat
+    repeat_interleave reshape reshape_as resolve_conj roll rot90 rsub scatter_add select setitem split
+    split_with_sizes squeeze stack sub subtract sum swapaxes swapdims T t tensor_split tile to transpose tril triu type
+    type_as unbind unflatten unfold unsqueeze upsample view view_as vsplit vstack""".split()  # noqa: SIM905
+) | frozenset(AFFINE)
 
 
 @register("deeplift")
@@ -63,7 +69,8 @@ class DeepLift(Composite):
     layer through which all flows. Biases cancel, so that no layer keeps anything, and batch norm needs no merging.
 
     Products, normalizations and softmax are outside the paper: they are decomposed exactly (`crp.rules.products`), and
-    one warning for each call names them. What is not decomposed is named as well.
+    one warning for each call names them. What is not decomposed is named as well. Nets with layer norm are explained
+    with less rounding in float64, or by a reference that is not constant.
 
     Parameters
     ----------
@@ -102,8 +109,7 @@ class DeepLift(Composite):
     Second derivatives are available, except through what is decomposed with a warning.
     """
 
-    # Whatever is linear; what has a rule need not be here.
-    right: ClassVar[frozenset[str] | None] = (HOMOGENEOUS | frozenset((*AFFINE, "addmm", "batch_norm"))) - _NOT_LINEAR
+    right: ClassVar[frozenset[str] | None] = LINEAR
     _run: Differences
 
     def __init__(

@@ -122,16 +122,21 @@ class Difference(Rule):
             Gives the scales once more, differentiable, for second derivatives.
         """
         y = output.data  # the same memory, whose changes in place do not count as changes of the output itself
-        again = _Computed(self, operation.inputs, y, compute)
         own = output if output.requires_grad else None
+        again = _Computed(self, operation.inputs, y, own, compute)
         return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
 
 
 class _Computed(Again):
     def __init__(
-        self, rule: Rule, inputs: Sequence[Tensor], y: Tensor, compute: Callable[[], Sequence[Tensor]]
+        self,
+        rule: Rule,
+        inputs: Sequence[Tensor],
+        y: Tensor,
+        own: Tensor | None,
+        compute: Callable[[], Sequence[Tensor]],
     ) -> None:
-        super().__init__(rule, inputs, y)
+        super().__init__(rule, inputs, y, own)
         self.compute = compute
 
     def scales(self) -> Sequence[Tensor]:
@@ -201,14 +206,11 @@ class Parts:
     ----------
     whole : Tensor
         The output.
-    reference : Tensor
-        The same for the reference.
     positive : callable
         Gives the sum of the positive contributions :math:`w_i \Delta a_i > 0`, differentiable in the layer's input.
     """
 
     whole: Tensor
-    reference: Tensor
     positive: Callable[[], Tensor]
 
 
@@ -236,7 +238,7 @@ class Affine(Difference):
             weight = _weight(call)
             return _linear(call, delta * above, weight.clamp(min=0)) + _linear(call, delta * below, weight.clamp(max=0))
 
-        return cast(Tensor, Parted.apply(whole.data, whole, Parts(whole, reference.output, positive)))
+        return cast(Tensor, Parted.apply(whole.data, whole, Parts(whole, positive)))
 
 
 class BatchNorm(Difference):
@@ -254,17 +256,10 @@ class BatchNorm(Difference):
         parts = parts_of(operation.inputs[0])
         if parts is None:
             return cast(Tensor, whole)
-        call, below = operation.again(), parts
-        scale = derivative(call, operation.inputs[0].detach())
-        delta = whole.detach() - reference.output
-        copied = below.whole * scale
-
-        def positive() -> Tensor:
-            plus = below.positive()
-            minus = below.whole - below.reference - plus
-            return torch.where(scale > 0, plus, minus) * scale
-
-        return cast(Tensor, Parted.apply(whole.data, whole, Parts(copied, copied.detach() - delta, positive)))
+        below, scale = parts, derivative(operation.again(), operation.inputs[0].detach())
+        # (A negative factor swaps the two parts, between which RevealCancel makes no difference.)
+        scaled = Parts(below.whole * scale, lambda: below.positive() * scale)
+        return cast(Tensor, Parted.apply(whole.data, whole, scaled))
 
 
 class RevealCancel(Rescale):
