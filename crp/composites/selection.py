@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeGuard
 from torch import nn
 
 from crp.layers import LayerNotFoundError
-from crp.rules.operation import name_of
+from crp.rules.calls import name_of
 
 Types: TypeAlias = type | tuple[type, ...]
 

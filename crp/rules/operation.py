@@ -19,16 +19,11 @@ from torch.overrides import TorchFunctionMode
 from crp.notices import warn
 from crp.reference import on_reference
 from crp.rules.account import Shares
+from crp.rules.calls import custom_function, has_negative, in_place, name_of, out_of_place, overwrites
 from crp.rules.signs import NOTED
 
 if TYPE_CHECKING:
     from crp.rules.base import Rule, Run
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Plain name of a function of torch: `F.relu`, `torch.relu_` and `Tensor.relu` are all ``"relu"``."""
-    name: str = getattr(function, "__name__", str(function))
-    return name.split(".")[0].strip("_")
 
 
 @dataclass(frozen=True)
@@ -153,17 +148,17 @@ class Operations(TorchFunctionMode):
         if name in _METADATA:
             return func(*args, **kwargs)
         result = self._call(name, rule, known, func, args, kwargs)
-        if name in NOTED and not self._covers:
+        if name in NOTED and not self._covers and not (name == "mul" and has_negative(args, kwargs)):
             self.run.signs.note(name, _tensors((args, kwargs)), _tensors(result))
         return result
 
     def _call(self, name: str, rule: Rule | None, known: bool, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if rule is None and known and self.seen is None and self.run.account is None:
             return func(*args, **kwargs)
-        if self._covers or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        inputs = tuple(t for t in _tensors((args, kwargs)) if _depends(t))
-        if not inputs:
+        inputs = () if self._covers else tuple(t for t in _tensors((args, kwargs)) if _depends(t))
+        if inputs and not torch.is_grad_enabled():
+            self._note_custom()
+        if not inputs or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if rule is None:
             return self._by_chain_rule(func, args, kwargs, inputs, known)
@@ -171,10 +166,12 @@ class Operations(TorchFunctionMode):
 
     def _by_rule(self, rule: Rule, func: Any, args: Any, kwargs: dict[str, Any], inputs: tuple[Tensor, ...]) -> Any:
         function, target = func, None
-        if _in_place(func, args, kwargs):
+        if in_place(func, args, kwargs):
             # The rule works out of place; the result then takes the place of what the model overwrites.
-            function, target = _out_of_place(func), args[0]
-            args = (target.clone(), *args[1:])
+            key = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), "")
+            target, *others = args or [kwargs[key]]
+            kwargs = kwargs if args else {k: v for k, v in kwargs.items() if k != key}
+            function, args = out_of_place(func), (target.clone(), *others)
             inputs = tuple(t for t in _tensors((args, kwargs)) if _depends(t))
         layer = self._layer()
         output = function(*args, **kwargs)
@@ -194,22 +191,28 @@ class Operations(TorchFunctionMode):
     def _by_chain_rule(
         self, func: Any, args: Any, kwargs: dict[str, Any], inputs: tuple[Tensor, ...], known: bool
     ) -> Any:
-        before = inputs[0]
+        account = self.run.account if self.recording is None and name_of(func) in KEEPING else None
+        constant = None if account is None else _constant(func, args, kwargs)
         result = func(*args, **kwargs)
-        made = [t for t in _tensors(result) if t.requires_grad]
-        if not made or self.recording is not None:
+        target = args[0] if args and overwrites(func, args, kwargs) else result
+        if self.recording is not None or not any(t.requires_grad for t in _tensors(target)):
             return result
         layer, name = self._layer(), name_of(func)
         if not known:
             self._untreated[f"{name}() in {layer!r}" if layer else f"{name}()"] = None
         if self.seen is not None:
             self.seen.append(Seen(layer, name, None, known))
-        if self.run.account is not None and name in AFFINE and not _in_place(func, args, kwargs):
-            operation = Operation(func, args, kwargs, layer, inputs, result)
-            with torch.no_grad():
-                constant = operation(*(torch.zeros_like(t) for t in inputs))
-            return self.run.account.absorb(layer, before, result, Shares(bias=constant))
+        if account is not None and constant is not None and constant.any():
+            target = account.absorb(layer, inputs[0], target, Shares(bias=constant))
+            return None if result is None else target
         return result
+
+    def _note_custom(self) -> None:
+        """List the custom function of a model that runs now, as its backward pass is out of reach."""
+        name = None if self.right is None else custom_function()
+        if name is not None:
+            layer = self._layer()
+            self._untreated[f"{name}.apply() in {layer!r}" if layer else f"{name}.apply()"] = None
 
     def _reference(self, function: Any, layer: str) -> Operation | None:
         if self.recording is not None or not self.references:
@@ -256,12 +259,13 @@ class Operations(TorchFunctionMode):
 
         Raises
         ------
-        ValueError
-            If rules are for functions alone, and the model called none of them.
+        RuntimeError
+            If the model called more functions that have a rule for the reference than for the data.
         """
         untreated, self._untreated = list(self._untreated), {}
         left, self.references = self.references, []
         self._covers.clear()
+        self.run.signs.clear()
         if not completed:
             return
         if left:
@@ -288,6 +292,12 @@ AFFINE = frozenset(
     """add sub rsub conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm pad
     addmm""".split()  # noqa: SIM905
 )
+#: Functions that are affine in what depends on the model's input, and may add a constant to it.
+KEEPING = AFFINE | frozenset(
+    """addbmm addmv addr baddbmm cat column_stack concat concatenate copy dstack fill hstack index_copy index_fill
+    index_put lerp masked_fill masked_scatter put row_stack scatter scatter_add select_scatter setitem slice_scatter
+    stack subtract vstack where""".split()  # noqa: SIM905
+)
 #: Functions that look at a tensor without reading its values.
 _METADATA = frozenset(
     """get len data_ptr dim element_size get_device is_contiguous is_floating_point ndimension nelement numel size
@@ -295,33 +305,29 @@ _METADATA = frozenset(
 )
 
 
-#: Functions with a positional argument ``inplace``.
-_FLAGGED = frozenset(
-    "celu elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 rrelu selu silu threshold _threshold".split()  # noqa: SIM905
-)
-
-
-def _in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    name = getattr(function, "__name__", "")
-    by_name = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-    by_flag = bool(kwargs.get("inplace")) or (name in _FLAGGED and any(arg is True for arg in args[1:]))
-    return by_name or by_flag
-
-
-def _out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    def out_of_place(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return function(first.clone(), *args, **kwargs)
-
-    out_of_place.__name__ = getattr(function, "__name__", str(function))
-    return out_of_place
+def _constant(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """Value of an affine function where all that depends on the model's input is zero."""
+    with torch.no_grad():
+        given, named = _mapped((args, dict(kwargs)), lambda t: torch.zeros_like(t) if _depends(t) else t)
+        if given and overwrites(function, args, kwargs):
+            given = (given[0].clone(), *given[1:])
+            function(*given, **named)
+            return cast(Tensor, given[0])
+        return cast(Tensor, function(*given, **named))
 
 
 def _detached(operation: Operation) -> Operation:
-    args, kwargs = _mapped((operation.args, dict(operation.kwargs)), Tensor.detach)
-    inputs = tuple(t.detach() for t in operation.inputs)
-    return Operation(
-        operation.function, args, kwargs, operation.layer, inputs, _mapped(operation.output, Tensor.detach)
-    )
+    # Copies, as the model may overwrite what it has used; of each tensor one.
+    known: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor.detach().clone() if _depends(tensor) else tensor.detach()
+        return known[id(tensor)]
+
+    args, kwargs = _mapped((operation.args, dict(operation.kwargs)), copied)
+    inputs = tuple(copied(t) for t in operation.inputs)
+    return Operation(operation.function, args, kwargs, operation.layer, inputs, _mapped(operation.output, copied))
 
 
 def _depends(tensor: Tensor) -> bool:
@@ -349,6 +355,8 @@ def _tensors(value: object) -> Iterator[Tensor]:
 def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(_mapped(item, change) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(_mapped(item, change) for item in value)
     if isinstance(value, dict):
