@@ -19,6 +19,7 @@ from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
 from crp.rules.first import Bound
 from crp.rules.functional import (
     ATTENTION,
+    CHOOSING,
     ELEMENTWISE,
     GLU,
     HOMOGENEOUS,
@@ -28,6 +29,7 @@ from crp.rules.functional import (
     Gate,
     Gates,
     Normalization,
+    Proportional,
     Quotient,
     Refused,
     Squash,
@@ -61,7 +63,8 @@ def base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP"
         (Functions(("mul", "multiply")), Gate(gates)),
         (Functions(("div", "divide", "true_divide")), Quotient()),
         (Functions(("layer_norm", "group_norm", "instance_norm", "rms_norm")), Normalization(zero_params)),
-        (Functions(("glu",)), GLU()),
+        (Functions(("glu",)), GLU(gates)),
+        (Functions((*CHOOSING, "std")), Proportional()),
         (Functions((*ATTENTION, *PRODUCTS)), refused),
     ]
 
