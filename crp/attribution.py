@@ -8,7 +8,7 @@ the data is its relevance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,9 @@ class CondAttribution:
     no_param_grad : bool
         Kept for compatibility and without effect: parameters never take part in autograd during a call, and their
         ``requires_grad`` is as before after it.
+    output : callable, optional
+        Tensor to explain as a function of what the model returns, such as ``lambda out: out["out"].mean((2, 3))``; by
+        default the model's output itself, or its ``logits``.
 
     Attributes
     ----------
@@ -73,15 +76,20 @@ class CondAttribution:
         device: torch.device | str | None = None,
         overwrite_data_grad: bool = True,
         no_param_grad: bool = True,
+        *,
+        output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if output is not None and not callable(output):
+            raise TypeError(f"output must be a function of what the model returns, or None; not {output!r}")
         self.MODEL_OUTPUT_NAME = "y"
         self.model = unwrap(model)
         parameter = next(self.model.parameters(), torch.empty(0))
         self.device = parameter.device if device is None else torch.device(device)
         self.overwrite_data_grad = overwrite_data_grad
         self.no_param_grad = no_param_grad
+        self.output = output
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, device={str(self.device)!r})"
@@ -298,8 +306,13 @@ class CondAttribution:
         return data[list(rows.samples)], list(rows.conditions)
 
     def select_output(self, output: Any) -> Tensor:
-        """Tensor to explain in what the model returns: itself, or its ``logits``; override it for anything else."""
-        return tensor_in(output)
+        """Tensor to explain in what the model returns: what ``output`` says, or else itself or its ``logits``."""
+        if self.output is None:
+            return tensor_in(output)
+        chosen = self.output(output)
+        if not isinstance(chosen, Tensor):
+            raise TypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
+        return chosen
 
     def overrides(self, name: str) -> bool:
         """Whether a subclass has a method of its own in place of `CondAttribution`'s."""
