@@ -28,10 +28,11 @@ relevance, as zennit's own rules do. Each forward call has its own state, so a m
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ from crp.rules.account import Account, Shares
 from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
 from crp.rules.layer import Layer
 from crp.rules.operation import Operation
+from crp.rules.redirect import Again as Again
+from crp.rules.redirect import Forward, LayerAgain, saves_output
+from crp.rules.redirect import Redirect as Redirect
 from crp.rules.signs import Signs
 from crp.rules.stabilizer import quotient, stabilizing
 
@@ -121,6 +125,8 @@ class Rule(Hook):  # type: ignore[misc]
 
     #: Whether relevance is independent of the input's value, so that it cannot be expressed as a multiplier.
     at_input = False
+    #: Whether the layer's output is the sum of the terms, so that the layer itself need not be run.
+    adds_up = False
     #: Module attributes of a rule that are settings; `__repr__` shows them.
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")
 
@@ -134,6 +140,7 @@ class Rule(Hook):  # type: ignore[misc]
         self.run: Run | None = None
         self.layer = ""
         self._before: list[Tensor] = []
+        self._parts: list[tuple[Tensor, Sequence[Term]]] = []
         self._stabilize = stabilizing(stabilizer)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
@@ -168,13 +175,29 @@ class Rule(Hook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         """Give the layer's output the gradient of the surrogate."""
         a = self._before.pop() if self._before else args[0]
-        if tracing() or referencing() or not torch.is_grad_enabled() or not a.requires_grad or output is a:
+        terms = self._parts.pop()[1] if self._parts and self._parts[-1][0] is a else None
+        if not self._acts_on(a) or output is a:
             return None
         # Becoming the output counts as a change in place, which views and outputs that a gradient needs cannot bear.
-        bears = output.requires_grad and not output._is_view() and not _saves_output(output)
+        bears = output.requires_grad and not output._is_view() and not saves_output(output)
         y = output if bears else output.data
+        layer = self._layer(module, a, output)
+        return self.propagate(layer, a, y) if terms is None else self.share(layer, a, y, terms)
+
+    def _acts_on(self, a: Tensor) -> bool:
+        return not tracing() and not referencing() and torch.is_grad_enabled() and a.requires_grad
+
+    def _layer(self, module: nn.Module, a: Tensor, output: Tensor | None = None) -> Layer:
         nonnegative = self.run is not None and self.run.signs.nonnegative(a)
-        return self.propagate(Layer(module, self.zero_params, self._held(a), output, nonnegative), a, y)
+        return Layer(module, self.zero_params, self._held(a), output, nonnegative)
+
+    def _forward(self, module: nn.Module, a: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Forward of a module whose output is the sum of the terms."""
+        if args or kwargs or not self._acts_on(a):
+            return type(module).forward(module, a, *args, **kwargs)
+        terms = self.terms(self._layer(module, a), a, a)
+        self._parts.append((a, terms))
+        return functools.reduce(torch.add, [term.z for term in terms])
 
     def operate(self, operation: Operation) -> Tensor:
         """Treat a function of torch: its output, with this rule as its gradient.
@@ -206,7 +229,10 @@ class Rule(Hook):  # type: ignore[misc]
         y : Tensor of shape (batch, *output shape)
             It becomes the output.
         """
-        terms = self.terms(layer, self._source(a), y)
+        return self.share(layer, a, y, self.terms(layer, self._source(a), y))
+
+    def share(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> Tensor:
+        """Layer's output, whose relevance is shared among the terms."""
         with torch.no_grad():
             scales = [self._scale(term, y).to(term.z.dtype) for term in terms]
         out = self.redirect(layer, a, y, [term.z for term in terms], scales)
@@ -229,7 +255,7 @@ class Rule(Hook):  # type: ignore[misc]
             Differentiable functions of ``a``, and what the gradient is multiplied with before it goes into them.
         """
         own = layer.output if layer.output is not None and layer.output.requires_grad else None
-        again = _LayerAgain(self, layer.again(), a, y, own)
+        again = LayerAgain(self, layer.again(), a, y, own)
         own = None if own is y else own
         return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
 
@@ -286,6 +312,7 @@ class Rule(Hook):  # type: ignore[misc]
         """Forget everything about past calls."""
         super().remove()
         self._before.clear()
+        self._parts.clear()
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Put the rule on a module.
@@ -297,6 +324,8 @@ class Rule(Hook):  # type: ignore[misc]
         """
         self.check(module)
         handles = RemovableHandleList([RemovableHandle(self), module.register_forward_hook(self.post_forward)])
+        if self.adds_up and self.multiplier and "forward" not in vars(module):
+            handles.append(Forward(module, functools.partial(self._forward, module)))
         if getattr(module, "inplace", False):
             handles.append(module.register_forward_pre_hook(self.pre_forward))
         return handles
@@ -309,107 +338,12 @@ class Rule(Hook):  # type: ignore[misc]
         return {
             k: v
             for k, v in vars(self).items()
-            if k not in ("stored_tensors", "tensor_handles", "run", "layer", "_before")
+            if k not in ("stored_tensors", "tensor_handles", "run", "layer", "_before", "_parts")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Hook.__init__(self)
-        self.__dict__.update(state, run=None, layer="", _before=[])
-
-
-class Again:
-    """What second derivatives need of a call: its scales, computed once more so that they can be differentiated.
-
-    Parameters
-    ----------
-    rule : Rule
-    inputs : sequence of Tensor
-        What the call read.
-    y : Tensor
-        What it gave, before it becomes the output.
-    own : Tensor or None
-        The same, with the graph of the call itself.
-    """
-
-    def __init__(self, rule: Rule, inputs: Sequence[Tensor], y: Tensor, own: Tensor | None = None) -> None:
-        self.rule = rule
-        self.versions = [(tensor, tensor._version) for tensor in inputs]
-        # (becoming the output counts as a change)
-        self.y, self.y_version = (y.detach() if _saves_output(own) else None), y._version + 1
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the rule acts, and not the ordinary chain rule."""
-        return self.rule.run is None or self.rule.run.entry.active
-
-    def scales(self) -> Sequence[Tensor]:
-        """Scales of the surrogates, with their graph."""
-        raise NotImplementedError
-
-    def __call__(self) -> Sequence[Tensor]:
-        """Scales, after a check that the inputs are what they were."""
-        if any(tensor._version != version for tensor, version in self.versions):
-            self._refuse("input")
-        return self.scales()
-
-    def check_output(self) -> None:
-        """Raise a RuntimeError if the output, which its own gradient may need, was overwritten."""
-        if self.y is not None and self.y._version != self.y_version:
-            self._refuse("output")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise RuntimeError(
-            f"second derivatives need the {what} of layer {self.rule.layer!r}, which was changed in place since"
-        )
-
-
-class _LayerAgain(Again):
-    def __init__(self, rule: Rule, layer: Layer, a: Tensor, y: Tensor, own: Tensor | None) -> None:
-        super().__init__(rule, [a], y, own)
-        self.layer, self.a = layer, a
-
-    def scales(self) -> Sequence[Tensor]:
-        y, source = self.layer.value(self.a), torch.ones_like(self.a) if self.rule.at_input else self.a
-        terms = self.rule.terms(self.layer, source, y)
-        return [self.rule._scale(term, y).to(term.z.dtype) for term in terms]
-
-
-class Redirect(torch.autograd.Function):
-    """Value of ``y``; its gradient goes into the surrogates ``z``, scaled, or into the layer's own output."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, again: Again | None, n: int, *tensors: Tensor | None) -> Tensor:
-        """Return ``y`` itself; ``tensors`` are the n surrogates, their n scales, and perhaps the layer's own output."""
-        ctx.save_for_backward(*tensors[n : 2 * n])
-        ctx.mark_dirty(y)
-        ctx.again, ctx.n_own, ctx.y_is_own = again, len(tensors) - 2 * n, ctx.needs_input_grad[0]
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Scale the gradient for each surrogate."""
-        scales, again = ctx.saved_tensors, ctx.again
-        none = [None] * len(scales)
-        if again is not None and not again.is_active:
-            again.check_output()
-            own = grads[0] if ctx.y_is_own else None
-            return (own, None, None, *none, *none, *(grads[0] for _ in range(ctx.n_own)))
-        if again is not None and torch.is_grad_enabled():  # with create_graph=True
-            scales = again()
-        return (None, None, None, *(grads[0] * scale for scale in scales), *none, *[None] * ctx.n_own)
-
-
-_saving: dict[type, bool] = {}
-
-
-def _saves_output(own: Tensor | None) -> bool:
-    """Whether the gradient of a call needs the call's output, as that of a sigmoid does."""
-    if own is None:
-        return False
-    kind = type(own.grad_fn)
-    if kind not in _saving:
-        _saving[kind] = hasattr(own.grad_fn, "_saved_result")
-    return _saving[kind]
+        self.__dict__.update(state, run=None, layer="", _before=[], _parts=[])
 
 
 def _names(zero_params: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -280,6 +280,8 @@ class AlphaBeta(LRPRule):
             raise ValueError(f"alpha and beta must not be negative, and alpha - beta must be 1; got {alpha} and {beta}")
         self.alpha, self.beta = alpha, beta
         self.empty = _checked(empty)
+        # Positive and negative contributions are all there are.
+        self.adds_up = beta > 0 and self.empty == "drop" and not self.zero_params
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Positive and negative contributions, and the layer itself where a part is empty, if asked for."""

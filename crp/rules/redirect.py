@@ -1,0 +1,125 @@
+"""The output of a call with another gradient, and what second derivatives need of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from crp.rules.layer import Layer
+
+if TYPE_CHECKING:
+    from crp.rules.base import Rule
+
+
+class Forward:
+    """Another forward of a module, until it is removed."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module = module
+        module.forward = forward
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        vars(self.module).pop("forward", None)
+
+
+class Again:
+    """What second derivatives need of a call: its scales, computed once more so that they can be differentiated.
+
+    Parameters
+    ----------
+    rule : Rule
+    inputs : sequence of Tensor
+        What the call read.
+    y : Tensor
+        What it gave, before it becomes the output.
+    own : Tensor or None
+        The same, with the graph of the call itself.
+    """
+
+    def __init__(self, rule: Rule, inputs: Sequence[Tensor], y: Tensor, own: Tensor | None = None) -> None:
+        self.rule = rule
+        self.versions = [(tensor, tensor._version) for tensor in inputs]
+        # (becoming the output counts as a change)
+        self.y, self.y_version = (y.detach() if saves_output(own) else None), y._version + 1
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the rule acts, and not the ordinary chain rule."""
+        return self.rule.run is None or self.rule.run.entry.active
+
+    def scales(self) -> Sequence[Tensor]:
+        """Scales of the surrogates, with their graph."""
+        raise NotImplementedError
+
+    def __call__(self) -> Sequence[Tensor]:
+        """Scales, after a check that the inputs are what they were."""
+        if any(tensor._version != version for tensor, version in self.versions):
+            self._refuse("input")
+        return self.scales()
+
+    def check_output(self) -> None:
+        """Raise a RuntimeError if the output, which its own gradient may need, was overwritten."""
+        if self.y is not None and self.y._version != self.y_version:
+            self._refuse("output")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RuntimeError(
+            f"second derivatives need the {what} of layer {self.rule.layer!r}, which was changed in place since"
+        )
+
+
+class LayerAgain(Again):
+    """What second derivatives need of a call of a module."""
+
+    def __init__(self, rule: Rule, layer: Layer, a: Tensor, y: Tensor, own: Tensor | None) -> None:
+        super().__init__(rule, [a], y, own)
+        self.layer, self.a = layer, a
+
+    def scales(self) -> Sequence[Tensor]:
+        """Run the rule once more."""
+        y, source = self.layer.value(self.a), torch.ones_like(self.a) if self.rule.at_input else self.a
+        terms = self.rule.terms(self.layer, source, y)
+        return [self.rule._scale(term, y).to(term.z.dtype) for term in terms]
+
+
+class Redirect(torch.autograd.Function):
+    """Value of ``y``; its gradient goes into the surrogates ``z``, scaled, or into the layer's own output."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, again: Again | None, n: int, *tensors: Tensor | None) -> Tensor:
+        """Return ``y`` itself; ``tensors`` are the n surrogates, their n scales, and perhaps the layer's own output."""
+        ctx.save_for_backward(*tensors[n : 2 * n])
+        ctx.mark_dirty(y)
+        ctx.again, ctx.y_is_own = again, ctx.needs_input_grad[0]
+        ctx.is_own = [tensor is not None for tensor in tensors[2 * n :]]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Scale the gradient for each surrogate."""
+        scales, again = ctx.saved_tensors, ctx.again
+        none = [None] * len(scales)
+        if again is not None and not again.is_active:
+            again.check_output()
+            own = grads[0] if ctx.y_is_own else None
+            return (own, None, None, *none, *none, *(grads[0] if given else None for given in ctx.is_own))
+        if again is not None and torch.is_grad_enabled():  # with create_graph=True
+            scales = again()
+        return (None, None, None, *(grads[0] * scale for scale in scales), *none, *(None for _ in ctx.is_own))
+
+
+_saving: dict[type, bool] = {}
+
+
+def saves_output(own: Tensor | None) -> bool:
+    """Whether the gradient of a call needs the call's output, as that of a sigmoid does."""
+    if own is None:
+        return False
+    kind = type(own.grad_fn)
+    if kind not in _saving:
+        _saving[kind] = hasattr(own.grad_fn, "_saved_result")
+    return _saving[kind]
