@@ -41,7 +41,7 @@ def sum_error(model: nn.Module, x: Tensor, x0: Tensor, found: Tensor, target: in
     with torch.no_grad():
         y, y0 = model(x)[:, target], model(x0.expand_as(x))[:, target]
     error = found.flatten(1).sum(1) - (y - y0)
-    return (error.abs() / (y.abs() + y0.abs() + found.abs().flatten(1).sum(1))).max().item()
+    return (error.abs() / (y.abs() + y0.abs())).max().item()
 
 
 def matrix_form(layers: nn.Sequential, x: Tensor, x0: Tensor, target: int, variant: str = "rescale") -> Tensor:

@@ -51,6 +51,7 @@ FUNCTIONS = {
     "log": lambda x: torch.log(x.square() + 1),
     "sqrt": lambda x: torch.sqrt(x.square() + 0.1),
     "quotient": lambda x: 3 / (x.square() + 1),
+    "divisor": lambda x: torch.full_like(x, 3.0) / (x.square() + 1),
     "reciprocal": lambda x: (x.square() + 1).reciprocal(),
     "steps": lambda x: x + x.round(),
     "in_place": lambda x: x.clone().relu_(),
@@ -149,6 +150,15 @@ def test_reveal_cancel_goes_through_batch_norm() -> None:
     found, merged = (relevance(model, x, composite) for composite in composites)
     assert (model[1].weight < 0).any()
     torch.testing.assert_close(found, merged, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementwise_functions_hand_on_their_difference(name: str) -> None:
+    model, (x, x0) = Call(FUNCTIONS[name]), pairs(10)
+    found = relevance(model, x, DeepLift(reference=x0), 6)
+    expected = torch.zeros_like(x)
+    expected[:, 6] = model(x)[:, 6] - model(x0)[:, 6]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 class Everything(nn.Module):
