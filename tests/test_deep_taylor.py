@@ -125,6 +125,25 @@ def test_stride_is_the_kernel_by_default():
     close(pooled(Net(), a, torch.ones(1, 1, 1).double()), a / 12, 1e-12)
 
 
+@pytest.mark.parametrize("indices", [True, False])
+def test_result_can_be_differentiated(indices):
+    class Net(nn.Module):
+        def forward(self, x):
+            y = F.max_pool1d(x, 4, return_indices=indices)
+            return y[0] if indices else y
+
+    a = torch.tensor([[[1.0, 3.0, 2.0, 6.0]]]).double()
+    with SUM_POOL.context(Net()) as model:
+        leaf = a.clone().requires_grad_()
+        (found,) = torch.autograd.grad(model(leaf).sum(), leaf, create_graph=True)
+        with SUM_POOL.inactive():
+            (second,) = torch.autograd.grad(found.square().sum(), leaf)
+    leaf = a.clone().requires_grad_()
+    expected = leaf * leaf.amax() / leaf.sum()
+    close(found, expected.detach(), 1e-12)
+    close(second, torch.autograd.grad(expected.square().sum(), leaf)[0], 1e-12)
+
+
 def test_sum_pooling_refuses_what_it_does_not_know():
     composite = Composite(None, layer_map=[(nn.AvgPool2d, SumPool())])
     with pytest.raises(TypeError, match="SumPool treats MaxPool1-3d and AdaptiveMaxPool1-3d without return_indices"):

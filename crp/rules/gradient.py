@@ -10,13 +10,14 @@ of two starts is not the sum of the results.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from crp.rules.base import Rule
+from crp.rules.base import Rule, Term
 from crp.rules.layer import Layer
 
 #: Where βa is beyond this, softplus is a to the last digit in float64.
@@ -35,7 +36,11 @@ class ReLURule(Rule):
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the activation's output, whose gradient goes through the surrogate."""
-        return cast(Tensor, Cut.apply(y, self.surrogate(layer, a), self.cuts))
+        z = self.surrogate(layer, a)
+        return self.redirect(layer, a, y, [cast(Tensor, Cut.apply(z)) if self.cuts else z], [torch.ones_like(y)])
+
+    def _scale(self, term: Term, y: Tensor) -> Tensor:
+        return torch.ones_like(y)
 
     def check(self, module: nn.Module) -> None:
         """Refuse modules with weights."""
@@ -98,16 +103,14 @@ class SmoothReLU(ReLURule):
 
 
 class Cut(torch.autograd.Function):
-    """Value of ``y``; its gradient goes into the surrogate ``z``, without its negative part if ``cuts``."""
+    """Identity; the negative part of its gradient is cut off."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, cuts: bool) -> Tensor:
-        """Return ``y`` itself."""
-        ctx.mark_dirty(y)
-        ctx.cuts = cuts
-        return y
+    def forward(ctx: FunctionCtx, z: Tensor) -> Tensor:
+        """Return a copy."""
+        return z.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
         """Cut off what is negative."""
-        return None, grads[0].clamp(min=0) if ctx.cuts else grads[0], None
+        return grads[0].clamp(min=0)
