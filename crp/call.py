@@ -109,6 +109,8 @@ class Call:
         accounting = getattr(self.composite, "accounting", None)
         if accounting is None or self._members() != [self.composite]:
             raise TypeError(f"only a composite of crp.composites accounts for what layers keep, not {self.composite!r}")
+        if Encoding.of(self.composite).as_multiplier:
+            raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
         samples, local = self.rows.distinct(self._masks_in_flow())
         with attached(self.composite, self.attribution.model) as model, accounting() as account:
             passed = self._forward(model, samples, self.composite, account)

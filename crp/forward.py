@@ -100,7 +100,7 @@ class ForwardPass:
                 if role == "start":
                     _check_explained(f"the output of start_layer {layer!r}", use.output)
         output_use = Use(output, Flow(), references[0] if references else None)
-        return cls(leaf, output_use, uses, Encoding.of(composite), _sinks(account))
+        return cls(leaf, output_use, uses, Encoding.of(composite), _sinks(account, len(leaf)))
 
 
 def _check_explained(what: str, tensor: Tensor) -> None:
@@ -133,11 +133,16 @@ def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | No
     return uses[-1 if number is None else number]
 
 
-def _sinks(account: Sinks | None) -> dict[str, Use]:
+def _sinks(account: Sinks | None, n_samples: int) -> dict[str, Use]:
     """What layers keep, as if each call of a layer had an output for it."""
     found = {}
     for layer, sinks in (account.sinks if account is not None else {}).items():
         for number, sink in enumerate(sinks):
+            if len(sink) != n_samples:
+                raise ValueError(
+                    f"layer {layer!r} has outputs with {len(sink)} rows for {n_samples} samples; what it keeps cannot "
+                    "be told apart by sample"
+                )
             use = found[f"{SINK}{layer}#{number}"] = Use(sink, Flow())
             sink.register_hook(use.flow)  # type: ignore[no-untyped-call]
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from zennit.core import BasicHook, Composite
 
-from crp.layers import uncompiled
+from crp.layers import uncompiled, without_parameter_gradients
 from crp.notices import warn
 
 _locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
@@ -46,7 +46,7 @@ def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
         )
     guard = _restored_on_error(model) if composite.canonizers else nullcontext()
     with (
-        _lock(model), _lock(composite), _evaluating(model), _without_parameter_gradients(model), uncompiled(model),
+        _lock(model), _lock(composite), _evaluating(model), without_parameter_gradients(model), uncompiled(model),
         guard,
     ):  # fmt: skip
         try:
@@ -98,18 +98,6 @@ def _called_once(model: nn.Module) -> Iterator[None]:
             f"layers {repeated} are called more than once, which zennit's rules do not support: relevance is wrong. "
             "Those of crp.composites do."
         )
-
-
-@contextmanager
-def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    learning = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

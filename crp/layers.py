@@ -62,6 +62,19 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             vars(wrapper)["forward"] = forward
 
 
+@contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Keep a model's parameters outside autograd."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
 def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> dict[str, nn.Module]:
     """Modules of the given names.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,40 +14,27 @@ from zennit.core import Composite as ZennitComposite
 from zennit.core import Hook
 
 from crp.canonizers import for_model
+from crp.composites.keywords import Remembered
 from crp.composites.report import Report, report_on
-from crp.composites.selection import Selector, Types, check_selector, functions, select
+from crp.composites.selection import Selector, Types, check_map, functions, select, treatable
 from crp.graph import tracing
+from crp.layers import uncompiled, without_parameter_gradients
 from crp.reference import referencing
 from crp.rules import Rule, lift
 from crp.rules.account import Account
 from crp.rules.base import Run
-from crp.rules.operation import Operations, Seen
+from crp.rules.operation import Operations, Seen, changed, tensors_in
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.
 LayerMap = Sequence[tuple[Selector, Hook | None]]
 FirstMap = Sequence[tuple[Types, Hook | None]]
 NameMap = Sequence[tuple[Sequence[str], Hook | None]]
+#: Composite whose model runs now.
+_running: ContextVar[Composite | None] = ContextVar("running", default=None)
 
 
-def _remembering(init: Callable[..., None]) -> Callable[..., None]:
-    """Constructor that keeps its arguments in ``keywords``; the outermost one wins."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def wrapper(self: Composite, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        outermost = "keywords" not in vars(self)
-        if outermost:
-            self.keywords = {
-                k: v for k, v in list(bound.arguments.items())[1:] if v is not signature.parameters[k].default
-            }
-        init(self, *args, **kwargs)
-
-    return wrapper
-
-
-class Composite(ZennitComposite):  # type: ignore[misc]
+class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     """Maps layers to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
     Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's
@@ -91,10 +77,6 @@ class Composite(ZennitComposite):  # type: ignore[misc]
     initial: ClassVar[Literal["output", "one"]] = "output"
     #: Functions of torch for which the ordinary chain rule is the method; None for all. Others are warned of.
     right: ClassVar[frozenset[str] | None] = None
-    #: Name in the registry.
-    name: ClassVar[str] = ""
-    #: Arguments that differ from the defaults; with `name`, all that is needed to build the composite again.
-    keywords: dict[str, Any]
 
     def __init__(
         self,
@@ -106,8 +88,7 @@ class Composite(ZennitComposite):  # type: ignore[misc]
     ) -> None:
         if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
             raise TypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
-        for selector, _ in layer_map:
-            check_selector(selector)
+        check_map(layer_map, first_map, name_map)
         self.auto = isinstance(canonizers, str)
         self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
         self.first_map = [(types, hook and lift(hook)) for types, hook in first_map]
@@ -116,7 +97,7 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
         self._run = Run()
         self._operations: Operations | None = None
-        self._depth = 0
+        self._depth, self._entered = 0, False
         super().__init__(self.mapping, [] if self.auto or canonizers is None else list(canonizers))
 
     def plan(self, model: nn.Module) -> dict[str, Rule | None]:
@@ -133,14 +114,16 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         found: dict[str, Rule | None] = {}
         for names, hook in self.name_map:
             for name in names:
-                found.update({layer: hook for layer in select(name, modules) if layer not in found})
+                layers = treatable(select(name, modules, "name_map"), name, hook, modules)
+                found.update({layer: hook for layer in layers if layer not in found})
         for name, module in modules.items():
             fitting = [hook for types, hook in self.first_map if isinstance(module, types)]
             if fitting and name not in found:
                 found[name] = fitting[0]
                 break
         for selector, hook in self.layer_map:
-            found.update({layer: hook for layer in select(selector, modules) if layer not in found})
+            layers = treatable(select(selector, modules), selector, hook, modules)
+            found.update({layer: hook for layer in layers if layer not in found})
         maps = [*self.first_map, *((what, hook) for what, hook in self.layer_map if not functions(what))]
         if not any(found.values()) and any(hook for _, hook in maps):
             kinds = {kind.__name__ for module in modules.values() for kind in [type(module)]}
@@ -165,8 +148,20 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         return found
 
     def register(self, module: nn.Module) -> None:
-        """Put canonizers and rules on a model; `context` does it for the length of a ``with`` block."""
-        self.remove()
+        """Put canonizers and rules on a model; `context` does it for the length of a ``with`` block.
+
+        Until `remove`, the model runs uncompiled, and its parameters do not require a gradient.
+
+        Raises
+        ------
+        RuntimeError
+            If the composite is on a model already.
+        """
+        if self.handles:
+            raise RuntimeError(
+                f"this {type(self).__name__} is on a model already, and can be on one at a time; leave its context "
+                "(or call remove()) first, or use another composite"
+            )
         plan, rules = self.plan(module), self.function_map()
         mode = Operations(module, rules, self.right, type(self).__name__, self._run)
         try:
@@ -174,6 +169,8 @@ class Composite(ZennitComposite):  # type: ignore[misc]
                 instances = canonizer.apply(module)
                 self.handles += instances
                 self.applied.append((canonizer, instances))
+            for state in (uncompiled(module), without_parameter_gradients(module)):
+                self.handles.append(_Lasting(state))
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             context: dict[str, Any] = {"plan": plan}
             for name, child in module.named_modules():
@@ -189,7 +186,8 @@ class Composite(ZennitComposite):  # type: ignore[misc]
 
     def remove(self) -> None:
         """Take everything off the model again."""
-        while self._depth:
+        if self._depth:  # (a forward pass was interrupted)
+            self._depth = 1
             self._leave()
         # In reverse: what came last may stand on what came first.
         for handle in reversed(self.handles):
@@ -262,11 +260,31 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         Relevance is differentiated with respect to the data in two steps: its own backward pass with
         ``create_graph=True`` and the rules, then the second one in this context, without them.
         """
-        self._run.entry.active = False
+        before, self._run.entry.active = self._run.entry.active, False
         try:
             yield
         finally:
-            self._run.entry.active = True
+            self._run.entry.active = before
+
+    def unreached(self, model: nn.Module) -> str | None:
+        """Why results are not those of the method, if a model calls no function that has a rule and no layer has one.
+
+        Parameters
+        ----------
+        model : nn.Module
+
+        Returns
+        -------
+        str or None
+            Message of the error; None if this is as it should be.
+        """
+        names = [name for name, rule in self.function_map().items() if rule is not None]
+        if not names:
+            return None
+        return (
+            f"{type(self).__name__} has rules for functions only ({', '.join(names)}), and {type(model).__name__} "
+            "calls none of them; its result would be that of the ordinary chain rule"
+        )
 
     def reference_for(self, data: Tensor, number: int) -> Tensor | None:
         """What the relevance of an input counts from, if the method has a reference (DeepLIFT).
@@ -303,72 +321,72 @@ class Composite(ZennitComposite):  # type: ignore[misc]
         mode = self._operations
         if tracing() or mode is None:
             return None
+        if self._depth:  # the model calls itself
+            self._depth += 1
+            return None
+        other = _running.get()
+        if other is not None and other is not self:
+            raise RuntimeError(
+                f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
+                "put all rules into one composite, by layer names where they differ"
+            )
         if not referencing():
-            explained = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.requires_grad]
-            references = {id(data): self.reference_for(data, number) for number, data in enumerate(explained)}
-            if torch.is_grad_enabled() and any(reference is not None for reference in references.values()):
-                given = [references.get(id(v)) if references.get(id(v)) is not None else v for v in args]
-                named = {
-                    k: references.get(id(v)) if references.get(id(v)) is not None else v for k, v in kwargs.items()
-                }
-                mode.record(module, given, named)
-            if self.readout == "relevance":
-
-                def enter(value: Any) -> Any:
-                    if not any(value is data for data in explained):
-                        return value
-                    return self._run.entry.enter(value, references[id(value)])
-
-                args, kwargs = tuple(enter(value) for value in args), {k: enter(v) for k, v in kwargs.items()}
+            args, kwargs = self._explain(module, mode, args, kwargs)
         if self._run.account is not None:
             self._run.account.sinks.clear()
-        if mode.is_needed:
+        self._depth, self._entered = 1, mode.is_needed
+        _running.set(self)
+        if self._entered:
             mode.__enter__()  # type: ignore[no-untyped-call]
-            self._depth += 1
         return args, kwargs
+
+    def _explain(
+        self, module: nn.Module, mode: Operations, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        explained = {id(data): data for data in tensors_in((args, kwargs)) if data.requires_grad}
+        references = {key: self.reference_for(data, n) for n, (key, data) in enumerate(explained.items())}
+        if torch.is_grad_enabled() and any(reference is not None for reference in references.values()):
+
+            def referred(value: Tensor) -> Tensor:
+                reference = references.get(id(value))
+                return value if reference is None else reference
+
+            mode.record(module, *changed((args, kwargs), referred))
+        if self.readout != "relevance":
+            return args, kwargs
+
+        def enter(value: Tensor) -> Tensor:
+            return self._run.entry.enter(value, references[id(value)]) if id(value) in explained else value
+
+        entered: tuple[tuple[Any, ...], dict[str, Any]] = changed((args, kwargs), enter)
+        return entered
 
     def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
         mode = self._operations
-        if tracing() or mode is None or not self._depth:
+        if mode is None or not self._depth:
             return
         self._depth -= 1
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if not self._depth and not referencing():
-            mode.finish(completed=output is not None)
-
-    def describe(self) -> dict[str, Any]:
-        """Name and keywords, as JSON can hold them; `get` builds the composite again from them.
-
-        Raises
-        ------
-        TypeError
-            If the composite is not in the registry, or a keyword is no number, string, tensor or list of these.
-        """
-        if not self.name:
-            raise TypeError(f"{type(self).__name__} is not in the registry; give it a name with register()")
-        return {"name": self.name, "keywords": {key: _plain(key, value) for key, value in self.keywords.items()}}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.keywords.items())})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), **self.keywords), ()
+        if self._depth:
+            return
+        _running.set(None)
+        if self._entered:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if referencing():
+            return
+        mode.finish(completed=output is not None)
+        if module is not None and not mode.treated and not self.hook_refs:
+            why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
+            if why is not None:
+                raise ValueError(why)
 
 
-Composite.__init__ = _remembering(Composite.__init__)  # type: ignore[method-assign]
+class _Lasting:
+    """Handle of a context that lasts until it is removed."""
 
+    def __init__(self, state: AbstractContextManager[Any]) -> None:
+        self._exits = ExitStack()
+        self._exits.enter_context(state)
 
-def _plain(key: str, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(key, entry) for entry in value]
-    raise TypeError(
-        f"the keyword {key!r} of the composite holds a {type(value).__name__}, which cannot be described by value"
-    )
+    def remove(self) -> None:
+        """Leave the context."""
+        self._exits.close()

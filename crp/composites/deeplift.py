@@ -215,6 +215,10 @@ class DeepLift(Composite):
             )
         return reference.expand(data.shape).requires_grad_()
 
+    def unreached(self, model: nn.Module) -> str | None:
+        """Nothing: of a linear model the gradient is what DeepLIFT gives."""
+        return None
+
     def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
         super()._leave(module, args, output)
         if self._depth or referencing():

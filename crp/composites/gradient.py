@@ -13,10 +13,7 @@ used for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
@@ -86,14 +83,12 @@ class _ReLUMethod(Composite):
     def __init__(self, canonizers: Canonizers, rule: Rule, layer_map: LayerMap) -> None:
         super().__init__(canonizers, layer_map=[*layer_map, (Functions(("relu",)), rule)])
 
-    def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
-        mode = self._operations
-        super()._leave(module, args, output)
-        if mode is not None and not mode.treated and not self.hook_refs and _is_differentiable(output):
-            raise ValueError(
-                f"{type(self).__name__} changes the backward pass of ReLU, and {type(module).__name__} calls none; its "
-                "result would be the gradient. Map a rule to the model's activations in layer_map, or use Gradient"
-            )
+    def unreached(self, model: nn.Module) -> str | None:
+        """Message of the error that a model without ReLU gets."""
+        return (
+            f"{type(self).__name__} changes the backward pass of ReLU, and {type(model).__name__} calls none; its "
+            "result would be the gradient. Map a rule to the model's activations in layer_map, or use Gradient"
+        )
 
 
 @register("guided_backprop")
@@ -173,10 +168,3 @@ class BetaSmooth(_ReLUMethod):
 
     def __init__(self, canonizers: Canonizers = None, beta: float = 10.0, layer_map: LayerMap = ()) -> None:
         super().__init__(canonizers, SmoothReLU(beta), layer_map)
-
-
-def _is_differentiable(output: Any) -> bool:
-    if isinstance(output, Tensor):
-        return output.requires_grad
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return any(_is_differentiable(part) for part in parts)

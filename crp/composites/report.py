@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.graph import tracing
+from crp.reference import referencing
+from crp.rules.operation import changed
 
 if TYPE_CHECKING:
     from crp.composites.base import Composite
@@ -127,10 +129,11 @@ def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any)
             module.training = False
         for name, module in modules.items():
             handles.append(
-                module.register_forward_hook(lambda *_, name=name: calls.update([] if tracing() else [name]))
+                module.register_forward_hook(lambda *_, name=name: calls.update([] if _is_aside() else [name]))
             )
         with composite.context(model), composite.watching() as seen, torch.enable_grad():
-            model(*_explained(args), **dict(zip(kwargs, _explained(kwargs.values()), strict=True)))
+            given, named = changed((args, kwargs), _explained)
+            model(*given, **named)
             rules, applied = composite.plan(model), list(composite.applied)
             done = [_done(canonizer, instances) for canonizer, instances in applied]
     finally:
@@ -139,7 +142,7 @@ def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any)
         for module in training:
             module.training = True
     merged = {name for layers, _ in done for name, what in layers.items() if what.startswith(MERGED)}
-    changed = {name: what for layers, _ in done for name, what in layers.items()}
+    treated = {name: what for layers, _ in done for name, what in layers.items()}
     operations: dict[str, Counter[tuple[str, str]]] = {}
     for layer, operation, rule, _ in seen:
         operations.setdefault(layer, Counter())[operation, CHAIN_RULE if rule is None else repr(rule)] += 1
@@ -152,10 +155,10 @@ def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any)
             else None,
             calls[name],
             dict(operations.get(name, {})),
-            changed.get(name),
+            treated.get(name),
         )
         for name, module in modules.items()
-        if name in rules or name in operations or name in changed
+        if name in rules or name in operations or name in treated
     ]
     left = dict.fromkeys(
         f"{s.operation}() in {s.layer!r}" if s.layer else f"{s.operation}()" for s in seen if not s.treated
@@ -163,10 +166,13 @@ def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any)
     return Report(repr(composite), type(model).__name__, layers, [text for _, text in done], list(left))
 
 
-def _explained(values: Iterable[Any]) -> list[Any]:
-    return [
-        v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values
-    ]
+def _is_aside() -> bool:
+    """Whether the model runs for the record only."""
+    return tracing() or referencing()
+
+
+def _explained(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def _done(canonizer: Canonizer, instances: Sequence[Canonizer]) -> tuple[dict[str, str], str]:
@@ -176,7 +182,7 @@ def _done(canonizer: Canonizer, instances: Sequence[Canonizer]) -> tuple[dict[st
     for instance in reporting:
         layers |= {name: f"{MERGED} {into}" for name, into in instance.merged.items()}
         layers |= {name: f"left: {why}" for name, why in instance.left.items()}
-    changed = sum(len(instance.merged) for instance in reporting) + len(instances) - len(reporting)
+    number = sum(len(instance.merged) for instance in reporting) + len(instances) - len(reporting)
     left = sum(len(instance.left) for instance in reporting)
-    text = f"{canonizer!r} changed {changed} layers" if changed else f"{canonizer!r} matched nothing"
+    text = f"{canonizer!r} changed {number} layers" if number else f"{canonizer!r} matched nothing"
     return layers, f"{text}, left {left}" if left else text

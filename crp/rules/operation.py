@@ -149,13 +149,13 @@ class Operations(TorchFunctionMode):
             return func(*args, **kwargs)
         result = self._call(name, rule, known, func, args, kwargs)
         if name in NOTED and not self._covers and not (name == "mul" and has_negative(args, kwargs)):
-            self.run.signs.note(name, _tensors((args, kwargs)), _tensors(result))
+            self.run.signs.note(name, tensors_in((args, kwargs)), tensors_in(result))
         return result
 
     def _call(self, name: str, rule: Rule | None, known: bool, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if rule is None and known and self.seen is None and self.run.account is None:
             return func(*args, **kwargs)
-        inputs = () if self._covers else tuple(t for t in _tensors((args, kwargs)) if _depends(t))
+        inputs = () if self._covers else tuple(t for t in tensors_in((args, kwargs)) if depends(t))
         if inputs and not torch.is_grad_enabled():
             self._note_custom()
         if not inputs or not torch.is_grad_enabled():
@@ -172,7 +172,7 @@ class Operations(TorchFunctionMode):
             target, *others = args or [kwargs[key]]
             kwargs = kwargs if args else {k: v for k, v in kwargs.items() if k != key}
             function, args = out_of_place(func), (target.clone(), *others)
-            inputs = tuple(t for t in _tensors((args, kwargs)) if _depends(t))
+            inputs = tuple(t for t in tensors_in((args, kwargs)) if depends(t))
         layer = self._layer()
         output = function(*args, **kwargs)
         operation = Operation(function, args, kwargs, layer, inputs, output, self._reference(function, layer))
@@ -195,7 +195,7 @@ class Operations(TorchFunctionMode):
         constant = None if account is None else _constant(func, args, kwargs)
         result = func(*args, **kwargs)
         target = args[0] if args and overwrites(func, args, kwargs) else result
-        if self.recording is not None or not any(t.requires_grad for t in _tensors(target)):
+        if self.recording is not None or not any(t.requires_grad for t in tensors_in(target)):
             return result
         layer, name = self._layer(), name_of(func)
         if not known:
@@ -244,10 +244,10 @@ class Operations(TorchFunctionMode):
 
         Inputs that require grad are what is explained; all, if none does.
         """
-        none = not any(t.requires_grad for t in _tensors((args, kwargs)))
+        none = not any(t.requires_grad for t in tensors_in((args, kwargs)))
         self.recording = []
         try:
-            given, named = _mapped((tuple(args), dict(kwargs)), lambda t: _entered(t, none))
+            given, named = changed((tuple(args), dict(kwargs)), lambda t: _entered(t, none))
             with on_reference(), torch.enable_grad():
                 model(*given, **named)
             self.references = self.recording
@@ -308,7 +308,7 @@ _METADATA = frozenset(
 def _constant(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Value of an affine function where all that depends on the model's input is zero."""
     with torch.no_grad():
-        given, named = _mapped((args, dict(kwargs)), lambda t: torch.zeros_like(t) if _depends(t) else t)
+        given, named = changed((args, dict(kwargs)), lambda t: torch.zeros_like(t) if depends(t) else t)
         if given and overwrites(function, args, kwargs):
             given = (given[0].clone(), *given[1:])
             function(*given, **named)
@@ -322,15 +322,15 @@ def _detached(operation: Operation) -> Operation:
 
     def copied(tensor: Tensor) -> Tensor:
         if id(tensor) not in known:
-            known[id(tensor)] = tensor.detach().clone() if _depends(tensor) else tensor.detach()
+            known[id(tensor)] = tensor.detach().clone() if depends(tensor) else tensor.detach()
         return known[id(tensor)]
 
-    args, kwargs = _mapped((operation.args, dict(operation.kwargs)), copied)
+    args, kwargs = changed((operation.args, dict(operation.kwargs)), copied)
     inputs = tuple(copied(t) for t in operation.inputs)
-    return Operation(operation.function, args, kwargs, operation.layer, inputs, _mapped(operation.output, copied))
+    return Operation(operation.function, args, kwargs, operation.layer, inputs, changed(operation.output, copied))
 
 
-def _depends(tensor: Tensor) -> bool:
+def depends(tensor: Tensor) -> bool:
     """Whether a tensor depends on the model's input, as far as autograd knows."""
     return tensor.requires_grad and not isinstance(tensor, nn.Parameter)
 
@@ -341,28 +341,30 @@ def _entered(tensor: Tensor, explained: bool) -> Tensor:
     return entered.requires_grad_(tensor.requires_grad or (explained and entered.is_floating_point())).clone()
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Tensors in tuples, lists and dicts, nested in any way."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Tuples, lists and dicts, nested in any way, with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*(_mapped(item, change) for item in value))
+        return type(value)(*(changed(item, change) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(_mapped(item, change) for item in value)
+        return type(value)(changed(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: changed(item, change) for key, item in value.items()}
     return value
 
 
 def _replaced(value: Any, operands: Iterator[Any]) -> Any:
-    return _mapped(value, lambda tensor: next(operands) if _depends(tensor) else tensor)
+    return changed(value, lambda tensor: next(operands) if depends(tensor) else tensor)

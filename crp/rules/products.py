@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crp.rules.deeplift import Difference, same, same_operands, slope
-from crp.rules.operation import Operation, _depends, _tensors
+from crp.rules.operation import Operation, depends, tensors_in
 
 #: Functions that are linear in each of two operands.
 BILINEAR = ("bilinear", "bmm", "dot", "einsum", "inner", "matmul", "mm", "mul", "multiply", "mv", "outer", "tensordot")
@@ -44,9 +44,9 @@ class Decomposed(Difference):
     def linear(self, operation: Operation, reference: Operation) -> Tensor:
         """Value of a call that is linear in what depends on the input, if all else is as for the reference."""
         pairs = zip(
-            _tensors((operation.args, operation.kwargs)), _tensors((reference.args, reference.kwargs)), strict=True
+            tensors_in((operation.args, operation.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True
         )
-        if not all(_depends(value) or same(value, value0) for value, value0 in pairs):
+        if not all(depends(value) or same(value, value0) for value, value0 in pairs):
             self.beyond(operation, exact=False)
         return cast(Tensor, operation.output)
 

@@ -1,0 +1,72 @@
+"""What a composite was built with: enough to show it, to describe it, and to build it again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+class Remembered:
+    """Base of what keeps the arguments that it was built with."""
+
+    #: Name in the registry.
+    name: ClassVar[str] = ""
+    #: Arguments that differ from the defaults; with `name`, all that is needed to build the composite again.
+    keywords: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Name and keywords, as JSON can hold them; `get` builds the composite again from them.
+
+        Raises
+        ------
+        TypeError
+            If the composite is not in the registry, or a keyword is no number, string, tensor or list of these.
+        """
+        if not self.name:
+            raise TypeError(f"{type(self).__name__} is not in the registry; give it a name with register()")
+        return {"name": self.name, "keywords": {key: _plain(key, value) for key, value in self.keywords.items()}}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.keywords.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), **self.keywords), ()
+
+
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    """Constructor that keeps its arguments in ``keywords``; the outermost one wins."""
+    signature = inspect.signature(init)
+    open_ended = {name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD}
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        if "keywords" not in vars(self):
+            given = list(bound.arguments.items())[1:]
+            self.keywords = {k: v for k, v in given if v is not signature.parameters[k].default and k not in open_ended}
+            for name in open_ended:
+                self.keywords |= bound.arguments.get(name, {})
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(key, entry) for entry in value]
+    raise TypeError(
+        f"the keyword {key!r} of the composite holds a {type(value).__name__}, which cannot be described by value"
+    )
