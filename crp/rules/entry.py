@@ -128,8 +128,13 @@ def _is_elementwise(tensor: Tensor, source: Any) -> bool:
     """Whether ``tensor`` comes from the node ``source`` by elementwise operations only."""
     node: Any = tensor.grad_fn
     while node is not None and node is not source:
+        name = node.name().rpartition("::")[2]
         above = [n for n, _ in node.next_functions if n is not None and not n.name().startswith("Sink")]
-        if node.name() not in _ELEMENTWISE or len(above) != 1:
+        if name == "CopyBackwards":  # in place of all there was; the source comes last
+            above = above[-1:]
+        elif name not in _ELEMENTWISE:
+            return False
+        if len(above) != 1:
             return False
         node = above[0]
     return node is not None
