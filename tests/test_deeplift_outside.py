@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from deeplift_cases import Call, pairs, relevance, sum_error
@@ -99,3 +101,20 @@ def test_a_constant_reference_does_not_blow_up_normalizations() -> None:
     with pytest.warns(UserWarning, match="layer_norm"):
         found = relevance(model, x.float(), DeepLift())
     assert sum_error(model, x.float(), 0 * x0.float(), found) < 1e-5
+
+
+def test_each_call_names_its_own() -> None:
+    x, x0 = pairs(4)
+    functions = [lambda x: x * x, lambda x: x.softmax(1), lambda x: (x * x).nonsense(), lambda x: x.softmax(1)]
+    model, said = Call(functions[0]), []
+    with DeepLift(reference=x0).context(model):
+        for model.function in functions:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    model(x.clone().requires_grad_())
+                except AttributeError:
+                    assert model.function is functions[2]
+            said.append([str(w.message).partition("; ")[0] for w in caught])
+    named = [["outside DeepLIFT's rules: mul()"], ["outside DeepLIFT's rules: softmax()"]]
+    assert said == [*named, [], named[1]]

@@ -106,13 +106,14 @@ def test_parts_take_their_own_of_references_that_are_given_per_sample(model: nn.
     torch.testing.assert_close(found, heatmap(model, x, x0), rtol=1e-11, atol=1e-12)
 
 
-def test_inputs_that_are_not_explained_stay_as_they_are(x: Tensor) -> None:
+@pytest.mark.parametrize("reference", [0.5, torch.full((2, 7, 7), 0.5)])
+def test_inputs_that_are_not_explained_stay_as_they_are(x: Tensor, reference: float | Tensor) -> None:
     class Masked(nn.Module):
         def forward(self, x: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
             return (x.tanh() * mask.relu() * factor.exp()).flatten(1).sum(1, keepdim=True)
 
     given, mask, factor = x.clone().requires_grad_(), torch.rand_like(x), torch.rand_like(x)
-    with DeepLift(reference=0.5).context(Masked()) as model:
+    with DeepLift(reference=reference).context(Masked()) as model:
         (found,) = torch.autograd.grad(model(given, mask, factor=factor).sum(), given)
     torch.testing.assert_close(found, (x.tanh() - torch.tensor(0.5).to(x).tanh()) * mask * factor.exp())
 
