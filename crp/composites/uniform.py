@@ -9,6 +9,7 @@ from crp.composites.lrp import LRP
 from crp.composites.registry import register
 from crp.rules import lrp as rules
 from crp.rules.functional import Gates
+from crp.rules.gamma import Gamma
 from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
 
@@ -115,7 +116,7 @@ class UniformGamma(_Uniform):
         zero_params: Names = None,
         gates: Gates = "signal",
     ) -> None:
-        rule = rules.Gamma(gamma, stabilizer, zero_params)
+        rule = Gamma(gamma, stabilizer, zero_params)
         super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates)
 
 

@@ -4,10 +4,11 @@ from crp.rules.base import Rule, Term
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
 from crp.rules.first import Flat, WSquare, ZBox
+from crp.rules.gamma import Gamma
 from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
 from crp.rules.layer import Layer
 from crp.rules.lift import lift
-from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Gamma, Norm, Pass, ZPlus
+from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Norm, Pass, ZPlus
 from crp.rules.pooling import SumPool
 
 __all__ = [

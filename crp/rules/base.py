@@ -89,18 +89,22 @@ class Run:
         Tensors that are gates, if they are factors.
     signs : Signs
         Tensors that are known not to be negative.
+    rectifiable : dict of int to object
+        By `id`, outputs of layers whose rule is simpler where a ReLU follows; see `crp.rules.gamma`.
     """
 
     entry: Entry = field(default_factory=Entry)
     account: Account | None = None
     squashed: list[weakref.ref[Tensor]] = field(default_factory=list)
     signs: Signs = field(default_factory=Signs)
+    rectifiable: dict[int, Any] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget the forward passes that were."""
         self.entry.clear()
         self.squashed.clear()
         self.signs.clear()
+        self.rectifiable.clear()
 
 
 class Rule(Hook):  # type: ignore[misc]

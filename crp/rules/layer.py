@@ -80,6 +80,8 @@ class Layer:
         What the module gave, with its graph; spares running it once more.
     nonnegative : bool
         Whether the input is known not to be negative.
+    own : dict of str to nn.Parameter, optional
+        Parameters of the module in this forward call; those that it has now by default.
     """
 
     def __init__(
@@ -89,13 +91,15 @@ class Layer:
         input: Tensor | None = None,
         output: Tensor | None = None,
         nonnegative: bool = False,
+        own: dict[str, nn.Parameter | None] | None = None,
     ) -> None:
         self.module = module
         self.zero_params = zero_params
         self._input = input
         self.output = output
         self.nonnegative = nonnegative
-        self._own = dict(module._parameters)
+        # (canonizers may take theirs back before the last backward pass)
+        self._own = dict(module._parameters) if own is None else own
         extra = [name for name, _ in module.named_parameters(recurse=True) if name not in ("weight", "bias")]
         if extra and not hasattr(module, "parametrizations"):
             raise TypeError(
@@ -154,25 +158,14 @@ class Layer:
 
     def again(self) -> Layer:
         """The same layer, to be run once more: without the output of this forward call."""
-        return Layer(self.module, self.zero_params, self._input, nonnegative=self.nonnegative)
+        return Layer(self.module, self.zero_params, self._input, nonnegative=self.nonnegative, own=self._own)
 
     def value(self, a: Tensor) -> Tensor:
-        """What the module gives for ``a``, with all of its parameters; differentiable in ``a``.
-
-        Raises
-        ------
-        RuntimeError
-            If its parameters are not those of the forward call, as outside a composite's context.
-        """
-        if any(self.module._parameters.get(name) is not parameter for name, parameter in self._own.items()):
-            raise RuntimeError(
-                f"the parameters of {type(self.module).__name__} are not those of the forward pass any more; take "
-                "second derivatives inside the composite's context"
-            )
-        return Layer(self.module)(a)
+        """What the module gives for ``a``, with all of its parameters; differentiable in ``a``."""
+        return Layer(self.module, own=self._own)(a)
 
     def _parameter(self, name: str, modifier: Modifier) -> Tensor | None:
-        parameter = getattr(self.module, name, None)
+        parameter = self._own[name] if name in self._own else getattr(self.module, name, None)
         if parameter is None or (name == "bias" and name in self.zero_params):
             return None
         if name in self.zero_params:
@@ -180,6 +173,7 @@ class Layer:
         return parameter.detach() if modifier is same else modified(parameter, modifier)
 
     def _forward(self, a: Tensor, parameters: dict[str, Tensor | None]) -> Tensor:
+        parameters = {**self._own, **parameters}
         own = {name: self.module._parameters[name] for name in parameters if name in self.module._parameters}
         try:
             self.module._parameters.update({name: parameters[name] for name in own})  # type: ignore[misc]

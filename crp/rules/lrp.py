@@ -109,7 +109,7 @@ class Epsilon(LRPRule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer itself."""
-        return _itself(self, layer, a)
+        return itself(self, layer, a)
 
 
 class LRP0(Epsilon):
@@ -219,14 +219,14 @@ class ZPlus(LRPRule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer's positive contributions."""
-        return _contributions(layer, a, positive, negative)
+        return contributions(layer, a, positive, negative)
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Positive contributions, and the layer itself where there are none, if asked for."""
         terms = [Term(self.surrogate(layer, a), sign=1)]
         if self.empty == "drop":
             return terms
-        return _or_itself(terms, _is_empty(layer, a, positive, negative), _itself(self, layer, a))
+        return _or_itself(terms, _is_empty(layer, a, positive, negative), itself(self, layer, a))
 
 
 class AlphaBeta(LRPRule):
@@ -287,63 +287,12 @@ class AlphaBeta(LRPRule):
         """Positive and negative contributions, and the layer itself where a part is empty, if asked for."""
         parts = [(self.alpha, positive, negative), (-self.beta, negative, positive)][: 2 if self.beta else 1]
         terms = [
-            Term(_contributions(layer, a, up, down), weight, sign=1 if weight > 0 else -1) for weight, up, down in parts
+            Term(contributions(layer, a, up, down), weight, sign=1 if weight > 0 else -1) for weight, up, down in parts
         ]
         if self.empty == "drop":
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
-        return _or_itself(terms, torch.stack(empty).any(0), _itself(self, layer, a))
-
-
-class Gamma(LRPRule):
-    r"""γ rule: contributions of the output's own sign count 1 + γ times.
-
-    .. math:: R_i = \sum_{j:\, z_j > 0} \frac{a_i w_{ij} + \gamma p_{ij}}{z_j + \gamma p_j} R_j
-        + \sum_{j:\, z_j < 0} \frac{a_i w_{ij} + \gamma n_{ij}}{z_j + \gamma n_j} R_j
-
-    With :math:`p_{ij} = a_i^+ w_{ij}^+ + a_i^- w_{ij}^-`, :math:`n_{ij} = a_i^+ w_{ij}^- + a_i^- w_{ij}^+` and
-    :math:`p_j = \sum_i p_{ij} + b_j^+`, :math:`n_j = \sum_i n_{ij} + b_j^-`. For non-negative inputs and positive
-    outputs these are the weights :math:`w + \gamma w^+` of Montavon et al. (2019), table 10.1; the generalisation to
-    any sign is Andéol et al., "Learning domain invariant representations by joint Wasserstein distance minimization"
-    (2021). For convolutions; γ moves between LRP-0 and z⁺. Conserves relevance. Outputs of exactly 0 hand nothing on.
-
-    The sign is that of the output with its bias, also where ``zero_params`` names it, as in zennit. Captum's γ rule is
-    the one for positive outputs, and differs where outputs are negative.
-
-    Parameters
-    ----------
-    gamma : float
-        0 is LRP-0; large values approach z⁺ where outputs are positive.
-    stabilizer : float or callable
-    zero_params : str or sequence of str, optional
-    norm_scale : bool
-
-    Raises
-    ------
-    ValueError
-        If ``gamma`` or the stabilizer is negative or not finite.
-    """
-
-    settings: ClassVar[tuple[str, ...]] = ("gamma", "stabilizer", "zero_params", "norm_scale")
-
-    def __init__(
-        self,
-        gamma: float = 0.25,
-        stabilizer: Stabilize = 1e-6,
-        zero_params: Names = None,
-        *,
-        norm_scale: bool = False,
-    ) -> None:
-        super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
-        if not (math.isfinite(gamma) and gamma >= 0):
-            raise ValueError(f"gamma must be finite and not negative, got {gamma}")
-        self.gamma = gamma
-
-    def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
-        """One term for the positive and one for the negative outputs."""
-        z, p = _itself(self, layer, a), _contributions(layer, a, positive, negative)
-        # The negative contributions are what the positive ones leave of z: where z < 0 nothing cancels.
-        return [Term(z + self.gamma * p, outputs=1), Term(z + self.gamma * (z - p), outputs=-1)]
+        return _or_itself(terms, torch.stack(empty).any(0), itself(self, layer, a))
 
 
 Modifier = Callable[[Tensor], Tensor]
@@ -355,12 +304,12 @@ def _checked(empty: Empty) -> Empty:
     return empty
 
 
-def _itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:
+def itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:
     """Layer as it is; in multipliers the output of this forward call serves."""
     return layer.itself(a) if rule.multiplier else layer(a)
 
 
-def _contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: bool = True) -> Tensor:
+def contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: bool = True) -> Tensor:
     """Output from positive inputs with weights ``up`` and negative inputs with weights ``down``; bias as ``up``."""
     above, below = layer.signs(a)
     z = layer(above, up, bias)
@@ -370,7 +319,7 @@ def _contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: 
 def _is_empty(layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> Tensor:
     """Where an output has no contributions of this sign."""
     with torch.no_grad():
-        return _contributions(layer, a, up, down, bias=False) == 0
+        return contributions(layer, a, up, down, bias=False) == 0
 
 
 def _or_itself(terms: Sequence[Term], empty: Tensor, itself: Tensor) -> list[Term]:

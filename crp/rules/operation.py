@@ -154,6 +154,8 @@ class Operations(TorchFunctionMode):
 
     def _call(self, name: str, rule: Rule | None, known: bool, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if rule is None and known and self.seen is None and self.run.account is None:
+            if name == "relu" and not self._covers and self.run.rectifiable:
+                return self._rectified(func, args, kwargs)
             return func(*args, **kwargs)
         inputs = () if self._covers else tuple(t for t in tensors_in((args, kwargs)) if depends(t))
         if inputs and not torch.is_grad_enabled():
@@ -187,6 +189,12 @@ class Operations(TorchFunctionMode):
             rule.multiplier, rule.run, rule.layer = True, self.run, layer
             result = rule.operate(operation)
         return result if target is None else target.copy_(result)
+
+    def _rectified(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """ReLU of the output of a layer whose rule wants to know."""
+        call = self.run.rectifiable.get(id(args[0])) if args else None
+        result = None if call is None else call.rectify(args[0], in_place(func, args, kwargs))
+        return func(*args, **kwargs) if result is None else result
 
     def _by_chain_rule(
         self, func: Any, args: Any, kwargs: dict[str, Any], inputs: tuple[Tensor, ...], known: bool

@@ -57,9 +57,13 @@ class Again:
 
     def __call__(self) -> Sequence[Tensor]:
         """Scales, after a check that the inputs are what they were."""
+        self.check_inputs()
+        return self.scales()
+
+    def check_inputs(self) -> None:
+        """Raise a RuntimeError if an input was overwritten."""
         if any(tensor._version != version for tensor, version in self.versions):
             self._refuse("input")
-        return self.scales()
 
     def check_output(self) -> None:
         """Raise a RuntimeError if the output, which its own gradient may need, was overwritten."""
@@ -94,22 +98,25 @@ class Redirect(torch.autograd.Function):
         """Return ``y`` itself; ``tensors`` are the n surrogates, their n scales, and perhaps the layer's own output."""
         ctx.save_for_backward(*tensors[n : 2 * n])
         ctx.mark_dirty(y)
+        ctx.set_materialize_grads(False)
         ctx.again, ctx.y_is_own = again, ctx.needs_input_grad[0]
         ctx.is_own = [tensor is not None for tensor in tensors[2 * n :]]
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Scale the gradient for each surrogate."""
-        scales, again = ctx.saved_tensors, ctx.again
+        scales, again, m = ctx.saved_tensors, ctx.again, grads[0]
         none = [None] * len(scales)
+        if m is None:  # nothing arrives
+            return (None, None, None, *none, *none, *(None for _ in ctx.is_own))
         if again is not None and not again.is_active:
             again.check_output()
-            own = grads[0] if ctx.y_is_own else None
-            return (own, None, None, *none, *none, *(grads[0] if given else None for given in ctx.is_own))
+            own = m if ctx.y_is_own else None
+            return (own, None, None, *none, *none, *(m if given else None for given in ctx.is_own))
         if again is not None and torch.is_grad_enabled():  # with create_graph=True
             scales = again()
-        return (None, None, None, *(grads[0] * scale for scale in scales), *none, *(None for _ in ctx.is_own))
+        return (None, None, None, *(m * scale for scale in scales), *none, *(None for _ in ctx.is_own))
 
 
 _saving: dict[type, bool] = {}

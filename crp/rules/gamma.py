@@ -1,0 +1,176 @@
+"""The γ rule, and what a ReLU behind a layer spares it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from crp.rules.base import Term
+from crp.rules.layer import Boosted, Layer, negative, positive
+from crp.rules.lrp import LRPRule, Names, contributions, itself
+from crp.rules.redirect import Again
+from crp.rules.stabilizer import Stabilize, quotient
+
+#: Layers whose output a ReLU has read.
+_rectified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Gamma(LRPRule):
+    r"""γ rule: contributions of the output's own sign count 1 + γ times.
+
+    .. math:: R_i = \sum_{j:\, z_j > 0} \frac{a_i w_{ij} + \gamma p_{ij}}{z_j + \gamma p_j} R_j
+        + \sum_{j:\, z_j < 0} \frac{a_i w_{ij} + \gamma n_{ij}}{z_j + \gamma n_j} R_j
+
+    With :math:`p_{ij} = a_i^+ w_{ij}^+ + a_i^- w_{ij}^-`, :math:`n_{ij} = a_i^+ w_{ij}^- + a_i^- w_{ij}^+` and
+    :math:`p_j = \sum_i p_{ij} + b_j^+`, :math:`n_j = \sum_i n_{ij} + b_j^-`. For non-negative inputs and positive
+    outputs these are the weights :math:`w + \gamma w^+` of Montavon et al. (2019), table 10.1; the generalisation to
+    any sign is Andéol et al., "Learning domain invariant representations by joint Wasserstein distance minimization"
+    (2021). For convolutions; γ moves between LRP-0 and z⁺. Conserves relevance. Outputs of exactly 0 hand nothing on.
+
+    The sign is that of the output with its bias, also where ``zero_params`` names it, as in zennit. Captum's γ rule is
+    the one for positive outputs, and differs where outputs are negative.
+
+    Parameters
+    ----------
+    gamma : float
+        0 is LRP-0; large values approach z⁺ where outputs are positive.
+    stabilizer : float or callable
+    zero_params : str or sequence of str, optional
+    norm_scale : bool
+
+    Raises
+    ------
+    ValueError
+        If ``gamma`` or the stabilizer is negative or not finite.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("gamma", "stabilizer", "zero_params", "norm_scale")
+
+    def __init__(
+        self,
+        gamma: float = 0.25,
+        stabilizer: Stabilize = 1e-6,
+        zero_params: Names = None,
+        *,
+        norm_scale: bool = False,
+    ) -> None:
+        super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
+        if not (math.isfinite(gamma) and gamma >= 0):
+            raise ValueError(f"gamma must be finite and not negative, got {gamma}")
+        self.gamma = gamma
+
+    def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
+        """One term for the positive and one for the negative outputs."""
+        z, p = itself(self, layer, a), contributions(layer, a, positive, negative)
+        # The negative contributions are what the positive ones leave of z: where z < 0 nothing cancels.
+        return [Term(z + self.gamma * p, outputs=1), Term(z + self.gamma * (z - p), outputs=-1)]
+
+    def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
+        """Layer's output, with this rule as its gradient.
+
+        Behind a ReLU only positive outputs have relevance, and one surrogate with weights ``w + γ w⁺`` does. The ReLU
+        itself takes it (`rectify`); the whole rule, for anything else that reads the output, then waits until it is
+        asked for.
+        """
+        if self.run is None or not self.multiplier or self.run.account is not None:
+            return super().propagate(layer, a, y)
+        waiting = layer.again()
+        if layer.module in _rectified:
+            out = cast(Tensor, _Later.apply(y, a, self, waiting))
+        else:
+            out = super().propagate(layer, a, y)
+        self.run.rectifiable[id(out)] = _Rectifiable(weakref.ref(out), out._version, self, waiting, a)
+        return out
+
+    def rectified(self, layer: Layer, a: Tensor) -> Tensor:
+        """Surrogate of the layer for its positive outputs."""
+        return contributions(layer, a, Boosted(self.gamma, positive), Boosted(self.gamma, negative))
+
+
+@dataclass
+class _Rectifiable:
+    """Output of a layer under the γ rule, which a ReLU may read."""
+
+    output: weakref.ref[Tensor]
+    version: int
+    rule: Gamma
+    layer: Layer
+    a: Tensor
+
+    def rectify(self, x: Tensor, in_place: bool) -> Tensor | None:
+        """ReLU of the output, under the γ rule for positive outputs; None if ``x`` is not the output any more."""
+        if self.output() is not x or x._version != self.version:
+            return None
+        _rectified.add(self.layer.module)
+        z = self.rule.rectified(self.layer, self.a)
+        return cast(Tensor, _Rectified.apply(x, z, _RectifiedAgain(self, x), in_place))
+
+
+class _RectifiedAgain(Again):
+    def __init__(self, call: _Rectifiable, x: Tensor) -> None:
+        super().__init__(call.rule, [call.a], x)
+        self.call = call
+
+    def scales(self) -> Sequence[Tensor]:
+        rule, layer, a = self.call.rule, self.call.layer, self.call.a
+        return [quotient(layer.value(a).relu(), rule.rectified(layer, a), rule._stabilize, sign=1)]
+
+
+class _Rectified(torch.autograd.Function):
+    """ReLU of a layer's output; its gradient goes into the layer's surrogate, past the layer's output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, again: Again, in_place: bool) -> Tensor:
+        y = x.relu_() if in_place else x.relu()
+        if in_place:
+            ctx.mark_dirty(x)
+        rule = again.rule
+        ctx.save_for_backward(quotient(y, z, rule._stabilize, sign=1).to(z.dtype))
+        ctx.again = again
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        if not ctx.again.is_active:
+            return grads[0] * (scale > 0), None, None, None
+        if torch.is_grad_enabled():
+            (scale,) = ctx.again()
+        return None, grads[0] * scale, None, None
+
+
+class _Later(torch.autograd.Function):
+    """Value of ``y``; the rule is worked out when a gradient arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, a: Tensor, rule: Gamma, layer: Layer) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.set_materialize_grads(False)
+        ctx.again = Again(rule, [a], y)
+        ctx.a, ctx.layer = a, layer
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        rule, layer, m = ctx.again.rule, ctx.layer, grads[0]
+        if m is None:  # a ReLU has taken it
+            return None, None, None, None
+        if not ctx.again.is_active:
+            return m, None, None, None
+        ctx.again.check_inputs()
+        live = torch.is_grad_enabled()
+        a = ctx.a if live else ctx.a.detach().requires_grad_()
+        with torch.enable_grad():
+            y = layer.value(a)
+            terms = rule.terms(layer, a, y)
+            scales = [rule._scale(term, y).to(term.z.dtype) for term in terms]
+            found = torch.autograd.grad(
+                [term.z for term in terms], a, [m * scale for scale in scales], create_graph=live
+            )
+        return None, found[0], None, None
