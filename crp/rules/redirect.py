@@ -81,11 +81,11 @@ class LayerAgain(Again):
 
     def __init__(self, rule: Rule, layer: Layer, a: Tensor, y: Tensor, own: Tensor | None) -> None:
         super().__init__(rule, [a], y, own)
-        self.layer, self.a = layer, a
+        self.layer, self.a, self.at_input = layer, a, rule.at_input
 
     def scales(self) -> Sequence[Tensor]:
         """Run the rule once more."""
-        y, source = self.layer.value(self.a), torch.ones_like(self.a) if self.rule.at_input else self.a
+        y, source = self.layer.value(self.a), torch.ones_like(self.a) if self.at_input else self.a
         terms = self.rule.terms(self.layer, source, y)
         return [self.rule._scale(term, y).to(term.z.dtype) for term in terms]
 
