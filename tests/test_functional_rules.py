@@ -264,13 +264,14 @@ def test_normalizations_are_linear_with_their_statistics_held_constant(name):
     close(kept, (constant * (r / y).flatten()).sum()[None], 1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in NORMS if name != "instance_norm_running"])
-def test_biases_of_normalizations_that_count_as_zero_keep_nothing(name):
+@pytest.mark.parametrize("name", NORMS)
+def test_biases_of_normalizations_that_count_as_zero_go_to_the_input_at_their_place(name):
     function, x, matrix = NORMS[name]
-    z = (matrix @ x.flatten()).reshape(x.shape)
+    y = function(x)
     r = numbers(*x.shape, seed=8)
+    constant = y - (matrix @ x.flatten()).reshape(x.shape)
     found, kept = explain(lambda x: function(x), x, r, lrp(zero_params="bias"))
-    close(found, lrp_0(matrix, x, z, r), 1e-10)
+    close(found, lrp_0(matrix, x, y, r) + constant * r / y, 1e-10)
     close(kept, torch.zeros(1, dtype=torch.float64), 1e-10)
 
 

@@ -250,7 +250,8 @@ class Normalization(Linearized):
     Parameters
     ----------
     zero_params : str or sequence of str, optional
-        ``"bias"`` gives the share of the bias to the inputs.
+        ``"bias"`` gives the share of each bias to the input at the same place. (To share it among all inputs would
+        divide by differences from the mean, which may be close to 0.)
     """
 
     settings: ClassVar[tuple[str, ...]] = ("zero_params",)
@@ -259,16 +260,16 @@ class Normalization(Linearized):
         super().__init__(0.0, zero_params)
 
     def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """Centred input, scaled; with its bias as if it were the input's, where that counts as zero."""
+        """Centred input, scaled; and the input at the same place for the bias, where that counts as zero."""
         (a,) = inputs
         given = _arguments(operation)
         weight, bias = (_aligned(given.get(name), operation.name, a) for name in ("weight", "bias"))
         z, mean, deviation = _STATISTICS[operation.name](a, given)
-        scale = (1 / deviation if weight is None else weight / deviation).expand(a.shape)
-        if "bias" in self.zero_params:
-            shift = (0.0 if bias is None else bias) - scale * mean
-            scale = torch.where(z == 0, scale, scale + shift / z)
-        return [(z, scale)]
+        scale = 1 / deviation if weight is None else weight / deviation
+        if "bias" not in self.zero_params:
+            return [(z, scale)]
+        shift = (0.0 if bias is None else bias) - scale * mean
+        return [(z, scale), (a, torch.where(a == 0, 0.0, shift / a))]
 
 
 class Proportional(Rule):
