@@ -179,12 +179,18 @@ class Rule(Hook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         """Give the layer's output the gradient of the surrogate."""
         a = self._before.pop() if self._before else args[0]
+        for what, value in (("reads", a), ("returns", output)):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__} treats layers of one tensor; {self.layer!r} ({type(module).__name__}) {what} "
+                    f"a {type(value).__name__}. Map rules to the layers or functions inside it"
+                )
         terms = self._parts.pop()[1] if self._parts and self._parts[-1][0] is a else None
         if not self._acts_on(a) or output is a:
             return None
         # Becoming the output counts as a change in place, which views and outputs that a gradient needs cannot bear.
         bears = output.requires_grad and not output._is_view() and not saves_output(output)
-        y = output if bears else output.data
+        y = output if bears else output.detach().clone()
         layer = self._layer(module, a, output)
         return self.propagate(layer, a, y) if terms is None else self.share(layer, a, y, terms)
 
@@ -195,10 +201,11 @@ class Rule(Hook):  # type: ignore[misc]
         nonnegative = self.run is not None and self.run.signs.nonnegative(a)
         return Layer(module, self.zero_params, self._held(a), output, nonnegative)
 
-    def _forward(self, module: nn.Module, a: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Forward of a module whose output is the sum of the terms."""
-        if args or kwargs or not self._acts_on(a):
-            return type(module).forward(module, a, *args, **kwargs)
+        if len(args) != 1 or kwargs or not self._acts_on(args[0]):
+            return type(module).forward(module, *args, **kwargs)
+        (a,) = args
         terms = self.terms(self._layer(module, a), a, a)
         self._parts.append((a, terms))
         return functools.reduce(torch.add, [term.z for term in terms])
@@ -221,7 +228,9 @@ class Rule(Hook):  # type: ignore[misc]
                 f"{type(self).__name__} treats functions of one input; {operation} has {len(operation.inputs)} that "
                 "depend on the model's input"
             )
-        return self.propagate(cast(Layer, operation), operation.inputs[0], operation.output.data)
+        y = operation.output.detach()
+        y = y.clone() if saves_output(operation.output) or operation.output._is_view() else y.data
+        return self.propagate(cast(Layer, operation), operation.inputs[0], y)
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Layer's output, with this rule as its gradient.
@@ -327,12 +336,18 @@ class Rule(Hook):  # type: ignore[misc]
             If the rule cannot treat the module.
         """
         self.check(module)
-        handles = RemovableHandleList([RemovableHandle(self), module.register_forward_hook(self.post_forward)])
+        handles = RemovableHandleList([RemovableHandle(self), module.register_forward_hook(self._after, with_kwargs=True)])
         if self.adds_up and self.multiplier and "forward" not in vars(module):
             handles.append(Forward(module, functools.partial(self._forward, module)))
         if getattr(module, "inplace", False):
-            handles.append(module.register_forward_pre_hook(self.pre_forward))
+            handles.append(module.register_forward_pre_hook(self._prepare, with_kwargs=True))
         return handles
+
+    def _prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.pre_forward(module, args or tuple(kwargs.values())), {}
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        return self.post_forward(module, args or tuple(kwargs.values()), output)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"

@@ -128,5 +128,5 @@ def saves_output(own: Tensor | None) -> bool:
         return False
     kind = type(own.grad_fn)
     if kind not in _saving:
-        _saving[kind] = hasattr(own.grad_fn, "_saved_result")
+        _saving[kind] = any(hasattr(own.grad_fn, name) for name in ("_saved_result", "_saved_self_or_result"))
     return _saving[kind]
