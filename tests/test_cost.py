@@ -1,0 +1,69 @@
+"""What an attribution costs, counted exactly: floating-point operations and calls of torch's kernels."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18, vgg16_bn
+
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlusFlat, Gradient
+
+BOX = {"low": -3.0, "high": 3.0}
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    model = vgg16_bn(weights=None).eval().requires_grad_(False)
+    return model, torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def count(counter, run):
+    run()  # what is kept for the model is kept now
+    with counter:
+        run()
+    return counter.get_total_flops() if isinstance(counter, FlopCounterMode) else counter.n
+
+
+def gradient(model, data):
+    leaf = data.clone().requires_grad_()
+    model(leaf)[:, 3].sum().backward()
+
+
+def ratio(kind, model, data, composite):
+    make = {"flops": lambda: FlopCounterMode(display=False), "calls": Calls}[kind]
+    attribution = CondAttribution(model)
+    ours = count(make(), lambda: attribution(data, [{"y": 3}], composite))
+    return ours / count(make(), lambda: gradient(model, data))
+
+
+@pytest.mark.parametrize(
+    ("composite", "most"),
+    [(EpsilonPlusFlat(), 1.50), (EpsilonGammaBox(**BOX), 1.51), (EpsilonAlpha2Beta1Flat(), 2.0), (Gradient(), 1.0)],
+    ids=lambda value: type(value).__name__ if not isinstance(value, float) else "",
+)
+def test_floating_point_operations_in_gradients(vgg, composite, most):
+    assert 0.99 < ratio("flops", *vgg, composite) <= most
+
+
+def test_calls_of_kernels_in_gradients(vgg):
+    model, data = vgg
+    assert ratio("calls", model, data[:, :, :64, :64], EpsilonPlusFlat()) <= 1.5
+
+
+def test_residual_blocks_cost_no_more_where_no_relu_reads_a_convolution():
+    model = resnet18(weights=None).eval().requires_grad_(False)
+    data = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert ratio("flops", model, data, EpsilonGammaBox(**BOX)) <= 2.0
