@@ -1,0 +1,289 @@
+"""What attributors share: zennit's protocol, targets, and gradients and scores of rows of samples."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import zennit.attribution
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.attribution import CondAttribution
+from crp.attributors.inputs import Inputs, as_inputs, join, separate, splitting
+from crp.attributors.target import Start, Target
+from crp.composites import Gradient as GradientComposite
+from crp.concepts import ChannelConcept
+from crp.conditions import MaskMap
+from crp.encoding import Encoding
+from crp.forward import check_layers, tensor_in
+from crp.guard import attached, check_composite
+from crp.layers import unwrap
+from crp.types import AttributionResults
+
+#: Rows of a pass through the model, where samples are seen several times and nothing else is asked for.
+ROWS_BACKWARD, ROWS_FORWARD = 16, 64
+
+
+class Flow(NamedTuple):
+    """What came back through the model for some rows.
+
+    Attributes
+    ----------
+    output : Tensor of shape (rows, *output shape)
+    inputs : tuple of Tensor of shape (rows, *input shape)
+        What arrived at each input.
+    layers : AttributionResults
+        Activations and relevances of recorded layers.
+    """
+
+    output: Tensor
+    inputs: Inputs
+    layers: AttributionResults
+
+
+class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
+    """Base of methods that explain a model's output by its input, in the protocol of `zennit.attribution`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It is explained in evaluation mode, and left as it was.
+    composite : zennit.core.Composite, optional
+        What takes the place of the gradient; None for the gradient itself. Inside ``with attributor:`` it is on the
+        model.
+    attr_output : Target, class, Tensor or callable, optional
+        What is explained, where a call does not say.
+    condition : mapping of str to concept ids, optional
+        Only what flows through these concepts of these layers counts; layers from the output to the input.
+    mask_map : callable or mapping
+        What the concepts are, as in `crp.attribution.CondAttribution`; channels by default.
+    batch_size : int, optional
+        Rows in one pass through the model; by default all samples at once, and several steps of few samples together.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one of these is of no such kind; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        condition: Mapping[str, Any] | None = None,
+        mask_map: MaskMap = ChannelConcept.mask,
+        batch_size: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        check_composite(composite)
+        if condition is not None and not isinstance(condition, Mapping):
+            raise TypeError(f"condition must be a dict {{layer name: concept ids}}, not {condition!r}")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        super().__init__(model, composite, attr_output)
+        self.attr_output, self.batch_size = attr_output, batch_size
+        self.condition, self.mask_map = dict(condition or {}), mask_map
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.composite!r})"
+
+    def __call__(self, input: Any, attr_output: Any = None) -> tuple[Tensor, Any]:
+        """Explain the model's output.
+
+        Parameters
+        ----------
+        input : Tensor of shape (samples, *input shape), or tuple of Tensor
+        attr_output : Target, class, Tensor or callable, optional
+            What is explained: anything that `crp.attributors.Target.of` makes a target of, or, as in zennit, a float
+            tensor or a function of the output that returns one, in the output's shape: what starts. By default what the
+            constructor was given; without that, the output itself.
+
+        Returns
+        -------
+        output : Tensor of shape (samples, *output shape)
+        attribution : Tensor of the input's shape, or tuple of them
+        """
+        inputs = as_inputs(input)
+        target = _target(self.attr_output if attr_output is None else attr_output)
+        output, found = self._explain(inputs, target)
+        moved = tuple(result.to(inputs[0].device) for result in found)
+        return output, moved[0] if isinstance(input, Tensor) else moved
+
+    def forward(self, input: Tensor, attr_output_fn: Any) -> tuple[Tensor, Tensor]:
+        """Explain the model's output, as `__call__` does."""
+        output, found = self._explain(as_inputs(input), _target(attr_output_fn))
+        return output, found[0]
+
+    @abstractmethod
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output of the model, and the explanation of each input; subclasses define it."""
+
+    def flow(self, inputs: Inputs, target: Target, composite: Composite | None = None, record: str = "") -> Flow:
+        """Send the target back through the model, in one pass for all rows.
+
+        Parameters
+        ----------
+        inputs : tuple of Tensor of shape (rows, *input shape)
+        target : Target
+        composite : zennit.core.Composite, optional
+            The attributor's own by default.
+        record : str
+            Name of a layer to record.
+        """
+        composite = self._composite(composite)
+        explained = _Explained(self.model, target, Encoding.of(composite))
+        record_layer = [record] if record else []
+        with splitting(explained.model, inputs), _lent(composite, explained.model):
+            result = explained.explain(join(inputs), self.condition, composite, record_layer, self.mask_map)
+        return Flow(explained.seen, separate(result.heatmap, inputs), result)
+
+    def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output, and what the composite gives in place of the gradient: relevance divided by the input, if need be."""
+        found = self.flow(inputs, target)
+        encoding = Encoding.of(self._composite())
+        if not encoding.multiplier or encoding.as_multiplier:
+            return found.output, found.inputs
+        pairs = zip(found.inputs, inputs, strict=True)
+        return found.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
+
+    @contextmanager
+    def scoring(self, target: Target) -> Iterator[Callable[[Inputs, Target], Tensor]]:
+        """Function from inputs and the target of these rows to their scores, without gradients."""
+        model = unwrap(self.model)
+        if target.layer is not None:
+            check_layers(model, [target.layer], "layer")
+        with attached(Composite(), model), _outputs(model, target.layer) as outputs, torch.no_grad():
+            yield lambda inputs, rows: rows.score(outputs(inputs))
+
+    def output(self, inputs: Inputs) -> Tensor:
+        """Output of the model, in parts of ``batch_size`` rows."""
+        model = unwrap(self.model)
+        with attached(Composite(), model), _outputs(model, None) as outputs, torch.no_grad():
+            parts = zip(*(torch.split(data, self.batch_size or len(data)) for data in inputs), strict=True)
+            return torch.cat([outputs(part) for part in parts])
+
+    def rows(self, n_samples: int, times: int, target: Target, default: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of rows in which every sample is seen ``times`` times.
+
+        Yields
+        ------
+        sample, time : Tensor of shape (rows,)
+            Which sample each row is of, and which time it is; all samples the first time, then the second time.
+        """
+        size = self.batch_size or (n_samples if target.joint else max(n_samples, default // n_samples * n_samples))
+        for row in torch.split(torch.arange(n_samples * times), size):
+            yield row % n_samples, row // n_samples
+
+    def _composite(self, given: Composite | None = None) -> Composite:
+        return given or self.composite or GradientComposite()
+
+    def _explain(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        target.check(len(inputs[0]))
+        return self.attribute(inputs, target)
+
+
+class _Explained(CondAttribution):
+    """The engine with a target of any kind; its heatmap is the relevance of the input in its own shape."""
+
+    #: Output of the model, whatever of it is explained.
+    seen: Tensor
+
+    def __init__(self, model: nn.Module, target: Target, encoding: Encoding) -> None:
+        super().__init__(model)
+        self.MODEL_OUTPUT_NAME = "<output>"  # (layers may have any name)
+        self.target, self.encoding = target, encoding
+        # A score that is a further layer of the model starts from one, exactly, also where an output is 0.
+        self.appended = (
+            encoding.multiplier and not encoding.from_one and target.layer is None and not isinstance(target, Start)
+        )
+
+    def explain(
+        self,
+        data: Tensor,
+        condition: Mapping[str, Any],
+        composite: Composite,
+        record: Sequence[str],
+        mask_map: MaskMap,
+    ) -> AttributionResults:
+        target = self.target
+        if isinstance(target, Start):
+            return self(data, [condition], composite, record, mask_map, init_rel=target.attr_output)
+        if target.layer is not None:
+            start = {target.layer: (), **condition}
+            masks = dict.fromkeys(condition, mask_map) if callable(mask_map) else dict(mask_map)
+            masks[target.layer] = target.keep
+            return self(data, [start], composite, record, masks, start_layer=target.layer)
+        if self.appended:
+            return self(data, [{self.MODEL_OUTPUT_NAME: 0, **condition}], composite, record, mask_map)
+        return self(data, [condition], composite, record, mask_map, init_rel=self._initial)
+
+    def heatmap_modifier(self, data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
+        assert data.grad is not None
+        return data.grad.detach()
+
+    def select_output(self, output: Any) -> Tensor:
+        tensor = tensor_in(output)
+        self.seen = tensor.detach()
+        return self.target.score(tensor)[:, None] if self.appended else tensor
+
+    def _initial(self, output: Tensor) -> Tensor:
+        weights = self.target.weights(output)
+        return weights if self.encoding.as_multiplier or self.encoding.from_one else weights * output
+
+
+@contextmanager
+def _lent(composite: Composite, model: nn.Module) -> Iterator[None]:
+    """Composite that may be on the model now, and is so again afterwards."""
+    registered = bool(composite.handles)
+    try:
+        yield
+    finally:
+        if registered:
+            composite.register(model)
+
+
+@contextmanager
+def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs], Tensor]]:
+    """Function from inputs to the model's output, or to that of a layer."""
+    device = next(model.parameters(), torch.empty(0)).device
+    seen: list[Any] = []
+    name, _, number = (layer or "").rpartition("#")
+    modules = dict(model.named_modules())
+    if layer in modules or not number.isdigit():
+        name, number = layer or "", ""
+    handle = modules[name].register_forward_hook(lambda module, args, output: seen.append(output))
+
+    def outputs(inputs: Inputs) -> Tensor:
+        seen.clear()
+        model(*(data.to(device, copy=True) for data in inputs))  # (a model may change its input in place)
+        if layer is not None and (len(seen) <= int(number or 0) or (len(seen) > 1 and not number)):
+            raise ValueError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
+        return tensor_in(seen[int(number or 0)])
+
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _target(given: Any) -> Target:
+    if isinstance(given, Target):
+        return given
+    if given is None:
+        return Start(lambda output: output)
+    if callable(given) or (isinstance(given, Tensor) and given.is_floating_point()):
+        return Start(given)
+    return Target.of(given)
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise a `ValueError` unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")

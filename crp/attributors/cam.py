@@ -1,0 +1,323 @@
+r"""Class activation maps: activations of a layer :math:`A_k`, weighted by what each channel is worth for the score.
+
+They differ in the weights :math:`w_k`: those of the classifier (CAM), the mean gradient (Grad-CAM), or a weighted mean
+of positive gradients (Grad-CAM++). A new one is a subclass of `LayerCAM` with `weigh`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zennit.core import Composite
+
+from crp.attributors.base import Attributor
+from crp.attributors.gradient import Gradient
+from crp.attributors.inputs import Inputs
+from crp.attributors.target import Target
+from crp.composites import GuidedBackprop
+from crp.concepts import ChannelConcept
+from crp.conditions import MaskMap, row_masks
+from crp.encoding import Encoding
+from crp.hooks import apply_masks
+from crp.layers import find_layers, unwrap
+
+Interpolation = Literal["linear", "nearest"]
+
+
+class LayerCAM(Attributor):
+    r"""Base of class activation maps, :math:`\sum_k w_k A_k` of a layer, enlarged to the input.
+
+    Parameters
+    ----------
+    model, attr_output, mask_map, batch_size
+        As in `Attributor`.
+    composite : zennit.core.Composite, optional
+        What takes the place of the gradient of the layer.
+    layer : str
+        Layer whose output has positions: (samples, channels, *space), with as many axes of space as the input.
+    relu : bool
+        Whether to keep positive parts only.
+    interpolation : "linear" or "nearest"
+        How maps are enlarged (linear: bilinear for images, corners of pixels aligned, not centres).
+    condition : mapping of str to concept ids, optional
+        Only the gradient through these concepts counts; of ``layer`` itself, only these channels are in the map.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such layer.
+    ValueError
+        If the layer's output has no positions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        layer: str,
+        relu: bool = True,
+        interpolation: Interpolation = "linear",
+        condition: Mapping[str, Any] | None = None,
+        mask_map: MaskMap = ChannelConcept.mask,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
+        )  # fmt: skip
+        if interpolation not in get_args(Interpolation):
+            raise ValueError(f'interpolation must be "linear" or "nearest", not {interpolation!r}')
+        find_layers(unwrap(model), [layer.partition("#")[0]] if isinstance(layer, str) else [layer])
+        self.layer, self.relu, self.interpolation = layer, relu, interpolation
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output, and the map, the same for every channel of the input."""
+        if len(inputs) > 1:
+            raise ValueError(f"{type(self).__name__} explains models of one input, not of {len(inputs)}")
+        (data,) = inputs
+        output, maps = self.maps(data, target)
+        space = data.shape[2:]
+        if maps.dim() != data.dim():
+            raise ValueError(
+                f"layer {self.layer!r} has {maps.dim() - 2} axes of space and the input of shape {tuple(data.shape)} "
+                f"has {len(space)}; name a layer that keeps them"
+            )
+        mode = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}[len(space)], "nearest": "nearest"}
+        options = {"align_corners": False} if self.interpolation == "linear" else {}
+        large = F.interpolate(maps, space, mode=mode[self.interpolation], **options)
+        return output, (large.expand(data.shape).contiguous(),)
+
+    def maps(self, data: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """Output, and the map as large as the layer.
+
+        Parameters
+        ----------
+        data : Tensor of shape (samples, channels, *space)
+        target : Target, class, Tensor or callable
+            As in `crp.attributors.Target.of`.
+
+        Returns
+        -------
+        output : Tensor of shape (samples, *output shape)
+        maps : Tensor of shape (samples, 1, *space of the layer)
+        """
+        target = Target.of(target)
+        if target.layer is not None:
+            raise ValueError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
+        outputs, found = [], []
+        for sample, _ in self.rows(len(data), 1, target, len(data)):
+            flow = self.flow((data[sample.to(data.device)],), target.rows(sample), record=self.layer)
+            if self.layer not in flow.layers.activations:
+                raise ValueError(f"layer {self.layer!r} is not called in the forward pass; name another")
+            activation, gradient = flow.layers.activations[self.layer], flow.layers.relevances[self.layer]
+            if activation.dim() < 3:
+                raise ValueError(
+                    f"layer {self.layer!r} has the output shape {tuple(activation.shape)}, which has no positions; "
+                    "name a layer of shape (samples, channels, *space), such as the last convolution"
+                )
+            encoding = Encoding.of(self._composite())
+            if encoding.multiplier and not encoding.as_multiplier:
+                gradient = torch.where(activation == 0, 0, gradient / activation)
+            # (a condition on the layer itself masks what comes after it was recorded)
+            own = {row: {self.layer: self.condition[self.layer]} for row in range(len(gradient))} if (
+                self.layer in self.condition) else {}  # fmt: skip
+            if own:
+                gradient = apply_masks(row_masks(own, self.layer, self.mask_map), gradient)
+            weights = self.weigh(activation, gradient, flow.output, target.rows(sample))
+            cam = (weights * activation).sum(1, keepdim=True)
+            outputs.append(flow.output)
+            found.append(cam.clamp(min=0) if self.relu else cam)
+        return torch.cat(outputs), torch.cat(found)
+
+    def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
+        """Weight of each channel.
+
+        Parameters
+        ----------
+        activation, gradient : Tensor of shape (rows, channels, *space)
+        output : Tensor of shape (rows, *output shape)
+        target : Target
+
+        Returns
+        -------
+        Tensor of shape (rows, channels, *space), or broadcasting to it
+        """
+        raise NotImplementedError
+
+
+class GradCAM(LayerCAM):
+    r"""Grad-CAM, :math:`\max(\sum_k w_k A_k, 0)` with the mean gradient :math:`w_k` of a channel.
+
+    Selvaraju et al., "Grad-CAM: visual explanations from deep networks via gradient-based localization" (ICCV 2017),
+    eq. 1 and 2. Of the score before softmax, unless the target is a function of the output. Parameters as `LayerCAM`.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)).eval()
+    >>> GradCAM(net, layer="1")(torch.rand(1, 1, 6, 6), 0)[1].shape
+    torch.Size([1, 1, 6, 6])
+    """
+
+    def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
+        """Mean of the gradient over positions."""
+        return gradient.mean(_space(gradient), keepdim=True)
+
+
+class GradCAMPlusPlus(LayerCAM):
+    r"""Grad-CAM++, with :math:`w_k = \sum_u \alpha_k(u) \max(g_k(u), 0)` for gradients g.
+
+    Chattopadhyay et al., "Grad-CAM++: improved visual explanations for deep convolutional networks" (WACV 2018), eq. 5
+    and 19: :math:`\alpha_k(u) = g_k(u)^2 / (2 g_k(u)^2 + \sum_v A_k(v) g_k(u)^3)`, and 0 where that is 0/0. The paper
+    explains :math:`\exp(f)`, whose further factor is the same at all positions, and is left out.
+
+    Parameters
+    ----------
+    model, composite, attr_output, layer, relu, interpolation, condition, mask_map, batch_size
+        As in `LayerCAM`.
+    eps : float
+        Added to the denominators of α. pytorch-grad-cam has 1e-6.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        layer: str,
+        eps: float = 0.0,
+        relu: bool = True,
+        interpolation: Interpolation = "linear",
+        condition: Mapping[str, Any] | None = None,
+        mask_map: MaskMap = ChannelConcept.mask,
+        batch_size: int | None = None,
+    ) -> None:
+        common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
+        super().__init__(
+            model, composite, attr_output, layer=layer, relu=relu, interpolation=interpolation, **common
+        )  # fmt: skip
+        self.eps = eps
+
+    def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
+        """Mean of the positive gradient, weighted by α (eq. 19)."""
+        space = _space(gradient)
+        square = gradient.square()
+        below = 2 * square + activation.sum(space, keepdim=True) * square * gradient + self.eps
+        alpha = torch.where((gradient == 0) | (below == 0), 0, square / below)
+        return (alpha * gradient.clamp(min=0)).sum(space, keepdim=True)
+
+
+class CAM(LayerCAM):
+    r"""Class activation map, :math:`\sum_k w_{ck} A_k` with the weights of the classifier.
+
+    Zhou, Khosla, Lapedriza, Oliva and Torralba, "Learning deep features for discriminative localization" (CVPR 2016),
+    eq. 2. For nets that average a layer over its positions, and then have a single dense layer: the mean of the map,
+    plus the bias, is the score. Elsewhere it is refused, as the map would mean nothing. Not rectified by default. A
+    composite has no effect.
+
+    Parameters
+    ----------
+    model, composite, attr_output, layer, relu, interpolation, mask_map, batch_size
+        As in `LayerCAM`; the layer is the one that is averaged.
+    classifier : str, optional
+        Name of the dense layer; by default the model's last one.
+    condition : mapping of str to concept ids, optional
+        ``{layer: channels}``: only these channels are in the map.
+
+    Raises
+    ------
+    ValueError
+        If there is no dense layer of as many inputs as the layer has channels, or the score is not the mean of the map
+        plus the bias.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        layer: str,
+        classifier: str | None = None,
+        relu: bool = False,
+        interpolation: Interpolation = "linear",
+        condition: Mapping[str, Any] | None = None,
+        mask_map: MaskMap = ChannelConcept.mask,
+        batch_size: int | None = None,
+    ) -> None:
+        if condition is not None and set(condition) - {layer}:
+            raise ValueError(f"CAM has weights for layer {layer!r} only; condition names {sorted(condition)}")
+        common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
+        super().__init__(model, None, attr_output, layer=layer, relu=relu, interpolation=interpolation, **common)
+        dense = {name: m for name, m in unwrap(model).named_modules() if isinstance(m, nn.Linear)}
+        if classifier is None:
+            classifier = next(reversed(dense), "")
+        if classifier not in dense:
+            raise ValueError(f"the classifier of CAM is a dense layer, one of {list(dense)}, not {classifier!r}")
+        self.classifier, self._dense = classifier, dense[classifier]
+
+    def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
+        """Weights of the classifier, summed over classes as the target weighs them."""
+        dense, channels = self._dense, activation.shape[1]
+        if dense.in_features != channels or output.shape[1:] != (dense.out_features,):
+            raise ValueError(
+                f"the classifier {self.classifier!r} maps {dense.in_features} features to {dense.out_features}, where "
+                f"{self.layer!r} has {channels} channels and the model's output is {tuple(output.shape)}; CAM needs "
+                "them to agree"
+            )
+        weight = dense.weight.detach()
+        mean = activation.flatten(2).mean(2) @ weight.T + (0 if dense.bias is None else dense.bias.detach())
+        if not torch.allclose(mean, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+            raise ValueError(
+                f"the model's output is not {self.classifier!r} of the mean of {self.layer!r} over its positions, as "
+                "CAM needs; name the layer that is averaged, or use grad_cam"
+            )
+        found = target.weights(output) @ weight
+        found = found.reshape(*found.shape, *[1] * (activation.dim() - 2))
+        return found if not self.condition else torch.where(gradient == 0, 0, found)
+
+
+class GuidedGradCAM(Attributor):
+    """Guided Grad-CAM: the product of guided backprop and of `GradCAM`, enlarged.
+
+    Selvaraju et al. (2017), section 3.2: as fine as the first, and as specific of the class as the second.
+
+    Parameters
+    ----------
+    model, attr_output, layer, interpolation, condition, mask_map, batch_size
+        As in `GradCAM`. The condition holds in both factors.
+    composite : zennit.core.Composite, optional
+        Of the first factor; guided backprop by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        layer: str,
+        interpolation: Interpolation = "linear",
+        condition: Mapping[str, Any] | None = None,
+        mask_map: MaskMap = ChannelConcept.mask,
+        batch_size: int | None = None,
+    ) -> None:
+        common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
+        super().__init__(model, composite or GuidedBackprop(), attr_output, **common)
+        self.fine = Gradient(model, self.composite, **common)
+        self.coarse = GradCAM(model, layer=layer, interpolation=interpolation, **common)
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and product."""
+        output, (fine, *others) = self.fine.attribute(inputs, target)
+        _, (coarse,) = self.coarse.attribute(inputs, target)
+        return output, (fine * coarse.to(fine), *others)
+
+
+def _space(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, tensor.dim()))

@@ -1,0 +1,57 @@
+r"""ε-LRP as DeepExplain defines it: a ratio at every activation, in place of its derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from crp.composites import Composite, Functions
+from crp.composites.base import Canonizers, LayerMap
+from crp.rules import Rule
+from crp.rules.base import Term
+from crp.rules.functional import ELEMENTWISE, SQUASHING
+from crp.rules.layer import Layer
+from crp.rules.stabilizer import Stabilize
+
+
+class ActivationRatio(Rule):
+    r"""Send :math:`m_a = m_y \, f(a) / (a + \varepsilon \operatorname{sign} a)` back through an activation.
+
+    Parameters
+    ----------
+    epsilon : float or callable
+    """
+
+    def __init__(self, epsilon: Stabilize = 1e-4) -> None:
+        super().__init__(epsilon)
+
+    def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
+        """One term, the input itself."""
+        return [Term(a)]
+
+    def check(self, module: nn.Module) -> None:
+        """Accept every module."""
+
+
+class ELRP(Composite):
+    r"""ε-LRP by modified gradients: :math:`f(a) / (a + \varepsilon \operatorname{sign} a)` in place of :math:`f'(a)`.
+
+    Ancona, Ceolini, Öztireli and Gross, "Towards better understanding of gradient-based attribution methods for deep
+    neural networks" (ICLR 2018), proposition 1, with the ε of their DeepExplain. All else is the ordinary chain rule,
+    max-pooling and biases too. Conserves relevance, up to biases and ε. In nets of affine layers, each followed by an
+    activation, it is the ε rule but for where ε sits; the last layer has no ε.
+
+    Parameters
+    ----------
+    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
+    epsilon : float or callable
+    layer_map : list of (what, rule)
+        Rules that come before that of the method.
+    """
+
+    def __init__(
+        self, canonizers: Canonizers = None, epsilon: Stabilize = 1e-4, layer_map: LayerMap = ()
+    ) -> None:  # fmt: skip
+        activations = tuple(name for name in (*ELEMENTWISE, *SQUASHING, "relu", "leaky_relu") if name != "batch_norm")
+        super().__init__(canonizers, layer_map=[*layer_map, (Functions(activations), ActivationRatio(epsilon))])

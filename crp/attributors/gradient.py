@@ -1,0 +1,110 @@
+"""The gradient and what is made of it; with a composite, whatever that gives in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.attributors.base import Attributor
+from crp.attributors.inputs import Inputs
+from crp.attributors.target import Target
+from crp.concepts import ChannelConcept
+from crp.conditions import MaskMap
+
+
+class Gradient(Attributor):
+    r"""Gradient :math:`\partial f / \partial x`, or what a composite gives in its place: relevance, for most of ours.
+
+    Simonyan, Vedaldi and Zisserman, "Deep inside convolutional networks" (ICLR workshop 2014), eq. 3.
+
+    Parameters
+    ----------
+    model, composite, attr_output, condition, mask_map, batch_size
+        As in `Attributor`. What starts at a tensor or function in zennit's sense is the initial relevance of the
+        composite; any other target starts from its own value, or from 1 where the composite says so.
+    layer : str, optional
+        Layer that is explained in place of the input.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(3, 2, bias=False)).eval()
+    >>> output, gradient = Gradient(net)(torch.ones(1, 3), 1)
+    >>> torch.equal(gradient[0], net[0].weight[1])
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        layer: str | None = None,
+        condition: Mapping[str, Any] | None = None,
+        mask_map: MaskMap = ChannelConcept.mask,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
+        )  # fmt: skip
+        self.layer = layer
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and gradient."""
+        outputs, found = [], []
+        for sample, _ in self.rows(len(inputs[0]), 1, target, len(inputs[0])):
+            part = tuple(data[sample.to(data.device)] for data in inputs)
+            flow = self.flow(part, target.rows(sample), record=self.layer or "")
+            outputs.append(flow.output)
+            found.append(flow.inputs if self.layer is None else (self._of_layer(flow.layers.relevances),))
+        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def _of_layer(self, relevances: Mapping[str, Tensor]) -> Tensor:
+        if self.layer is None or self.layer not in relevances:
+            raise ValueError(f"layer {self.layer!r} is not called in the forward pass; name another")
+        return relevances[self.layer]
+
+
+class Sensitivity(Gradient):
+    r"""Sensitivity, :math:`(\partial f / \partial x)^2`: how much the score changes, not what it is made of.
+
+    Gevrey et al. (2003); Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks"
+    (Digital Signal Processing 73, 2018), eq. 4. Sums to the squared norm of the gradient. Of the score itself, for
+    which logits are usual; give a function of the output to explain probabilities.
+    """
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and squared gradient."""
+        output, found = super().attribute(inputs, target)
+        return output, tuple(gradient.square() for gradient in found)
+
+
+class Saliency(Gradient):
+    r"""Saliency, :math:`|\partial f / \partial x|`; Simonyan, Vedaldi and Zisserman (2014), section 3.1."""
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and absolute value of the gradient."""
+        output, found = super().attribute(inputs, target)
+        return output, tuple(gradient.abs() for gradient in found)
+
+
+class SimpleTaylor(Attributor):
+    r"""Simple Taylor decomposition at the root point 0, :math:`x \odot \partial f / \partial x`: gradient × input.
+
+    Montavon, Samek and Müller (2018), section 4.1 and eq. 6. Exact for homogeneous functions, such as nets of ReLU
+    without biases; what a composite gives is brought to a multiplier first, so that relevance stays relevance.
+    """
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and gradient × input."""
+        outputs, found = [], []
+        for sample, _ in self.rows(len(inputs[0]), 1, target, len(inputs[0])):
+            part = tuple(data[sample.to(data.device)] for data in inputs)
+            output, multipliers = self.multipliers(part, target.rows(sample))
+            outputs.append(output)
+            found.append(tuple(m * data.to(m) for m, data in zip(multipliers, part, strict=True)))
+        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*found, strict=True))

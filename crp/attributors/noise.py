@@ -1,0 +1,133 @@
+"""SmoothGrad and its relatives: the gradient under noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
+from crp.attributors.inputs import Inputs
+from crp.attributors.target import Target
+from crp.concepts import ChannelConcept
+from crp.conditions import MaskMap
+
+Statistic = Literal["mean", "squared", "variance"]
+
+
+class SmoothGrad(Attributor):
+    r"""SmoothGrad, :math:`\frac{1}{n} \sum_{k=1}^{n} \nabla f(x + \epsilon_k)`, with Gaussian noise :math:`\epsilon_k`.
+
+    Smilkov, Thorat, Kim, Viégas and Wattenberg, "SmoothGrad: removing noise by adding noise" (2017), section 3. The
+    standard deviation of the noise is ``noise_level`` times the range of values of each sample (of each input, where
+    there are several). All n gradients are noisy; zennit leaves out the noise in one of them.
+
+    Parameters
+    ----------
+    model, composite, attr_output, condition, mask_map, batch_size
+        As in `Attributor`. With a composite, what it gives in place of the gradient is averaged.
+    n : int
+        Number of noisy copies of each sample.
+    noise_level : float
+        Standard deviation in units of the range ``max - min`` of each sample.
+    noise : Tensor of shape (n, *data shape), or tuple of them, optional
+        Noise to add, in place of drawing it: as it is, in the data's units. Axes of size 1 are shared.
+    statistic : "mean", "squared" or "variance"
+        Mean of the gradients, of their squares (Hooker et al., "A benchmark for interpretability methods", NeurIPS
+        2019), or variance over the n (VarGrad: Adebayo et al., "Local explanation methods for deep neural networks
+        lack sensitivity to parameter values", ICLR workshop 2018), divided by n.
+    seed : int or None
+        Of the noise; None takes torch's global generator.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a setting is of no such kind, or, before the model runs, noise has not the shape of the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        n: int = 50,
+        noise_level: float = 0.1,
+        noise: Tensor | Sequence[Tensor] | None = None,
+        statistic: Statistic = "mean",
+        seed: int | None = 0,
+        condition: Mapping[str, Any] | None = None,
+        mask_map: MaskMap = ChannelConcept.mask,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
+        )  # fmt: skip
+        check_count("n", n)
+        if isinstance(noise_level, bool) or not isinstance(noise_level, int | float) or not 0 <= noise_level < 1e9:
+            raise ValueError(f"noise_level must be a finite number of at least 0, not {noise_level!r}")
+        if statistic not in get_args(Statistic):
+            raise ValueError(f"statistic must be one of {', '.join(map(repr, get_args(Statistic)))}, not {statistic!r}")
+        self.n, self.noise_level, self.noise, self.statistic, self.seed = n, noise_level, noise, statistic, seed
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and smoothed gradient."""
+        given = None if self.noise is None else _fitting(self.noise, inputs)
+        n_copies = self.n if given is None else len(given[0])
+        draws, spreads = self._draws(inputs) if given is None else [], [self.noise_level * _range(d) for d in inputs]
+        # (differences of large sums would lose digits in single precision)
+        sums = [torch.zeros_like(data, dtype=torch.float64) for data in inputs]
+        squares = [torch.zeros_like(data, dtype=torch.float64) for data in inputs]
+        for sample, copy in self.rows(len(inputs[0]), n_copies, target, ROWS_BACKWARD):
+            noisy = []
+            for number, data in enumerate(inputs):
+                rows, copies = sample.to(data.device), copy.to(data.device)
+                own = draws[number][copies] * spreads[number][rows] if given is None else given[number][copies, rows]
+                noisy.append(data[rows] + own)
+            for number, found in enumerate(self.flow(tuple(noisy), target.rows(sample)).inputs):
+                rows, gradient = sample.to(inputs[number].device), found.to(sums[number])
+                sums[number].index_add_(0, rows, gradient)
+                squares[number].index_add_(0, rows, gradient.square())
+        results = []
+        for data, total, square in zip(inputs, sums, squares, strict=True):
+            mean, mean_square = total / n_copies, square / n_copies
+            chosen = {"mean": mean, "squared": mean_square, "variance": (mean_square - mean.square()).clamp(min=0)}
+            results.append(chosen[self.statistic].to(data.dtype))
+        return self.output(inputs), tuple(results)
+
+    def _draws(self, inputs: Inputs) -> list[Tensor]:
+        """Standard normal noise for each input, of shape (n, *input shape), on the CPU's generator."""
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        return [
+            torch.randn(self.n, *data.shape[1:], generator=generator, dtype=data.dtype).to(data.device)
+            for data in inputs
+        ]
+
+
+def _range(data: Tensor) -> Tensor:
+    flat = data.flatten(1)
+    return (flat.amax(1) - flat.amin(1)).reshape(-1, *[1] * (data.dim() - 1))
+
+
+def _fitting(noise: Tensor | Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+    """Noise for each input, of shape (n, *data shape)."""
+    given = [noise] if isinstance(noise, Tensor) else list(noise)
+    if len(given) != len(inputs):
+        raise ValueError(f"there is noise for {len(given)} inputs of {len(inputs)}; give one tensor for each")
+    found = []
+    for tensor, data in zip(given, inputs, strict=True):
+        try:
+            if tensor.dim() != data.dim() + 1 or len(tensor) == 0:
+                raise RuntimeError
+            found.append(tensor.to(data).expand(len(tensor), *data.shape))
+        except RuntimeError:
+            raise ValueError(
+                f"noise has shape {tuple(tensor.shape)}; for data of shape {tuple(data.shape)} it must be "
+                f"(n, {', '.join(map(str, data.shape))}), or broadcast to it"
+            ) from None
+    if len({len(tensor) for tensor in found}) > 1:
+        raise ValueError(f"noise is given {[len(tensor) for tensor in found]} times; as often for each input")
+    return found

@@ -1,0 +1,160 @@
+"""Occlusion: how the score falls when a window of the input is covered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.attributors.base import ROWS_FORWARD, Attributor
+from crp.attributors.inputs import Baseline, Inputs, baselines
+from crp.attributors.target import Target
+from crp.notices import warn
+
+Lengths: TypeAlias = int | tuple[int, ...]
+#: One slice for each axis but the first.
+Window: TypeAlias = tuple[slice, ...]
+
+
+class Occlusion(Attributor):
+    r"""Occlusion, :math:`f(x) - f(x_{\text{window covered}})`, averaged over the windows that cover a feature.
+
+    Zeiler and Fergus, "Visualizing and understanding convolutional networks" (ECCV 2014), section 4.2, as a difference
+    of scores, as in DeepExplain and captum. (zennit's `Occlusion` gives scores of the covered input.) Windows lie
+    wholly inside the input, at every ``step``; features that none covers get 0, and a warning says how many. A
+    composite has no effect on the result, as no gradient is used.
+
+    Parameters
+    ----------
+    model, composite, attr_output, batch_size
+        As in `Attributor`; a call covers 64 windows in one pass through the model by default.
+    window_shape : int, tuple of int, or None
+        Lengths of the window along the last axes of the input; axes that come before these are covered whole. A number
+        is for every axis after the channels, (n, n) for images. None is one feature alone, as in DeepExplain. A list
+        holds one for each of several inputs.
+    step : int or tuple of int
+        Distance between windows, along the same axes. A list holds one for each of several inputs.
+    baseline : number, Tensor, callable or None
+        What covers, as in `IntegratedGradients`. None is 0.
+    per_feature : bool
+        Whether the difference is shared equally among the features of the window, as DeepExplain does.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Before the model runs, if windows are larger than the input, or have more axes, or a baseline does not fit.
+
+    Examples
+    --------
+    >>> net = nn.Linear(3, 1, bias=False).eval()
+    >>> x = torch.ones(1, 3)
+    >>> torch.allclose(Occlusion(net)(x, 0)[1], net.weight)
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        window_shape: Lengths | list[Any] | None = None,
+        step: Lengths | list[Any] = 1,
+        baseline: Baseline = None,
+        per_feature: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, composite, attr_output, batch_size=batch_size)
+        self.window_shape, self.step, self.baseline, self.per_feature = window_shape, step, baseline, per_feature
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and differences of scores."""
+        covers = baselines(self.baseline, inputs)
+        shapes, steps = _for_each(self.window_shape, inputs), _for_each(self.step, inputs)
+        found = [windows(data.shape[1:], *given) for data, *given in zip(inputs, shapes, steps, strict=True)]
+        places = [(number, window) for number, some in enumerate(found) for window in some]
+        totals = tuple(torch.zeros_like(data) for data in inputs)
+        counts = [data.new_zeros(data.shape[1:]) for data in inputs]
+        with self.scoring(target) as score:
+            whole = self._whole(score, inputs, target)
+            for sample, time in self.rows(len(inputs[0]), len(places), target, ROWS_FORWARD):
+                rows = sample.to(inputs[0].device)
+                covered = [data[rows] for data in inputs]
+                for row, place in enumerate(time.tolist()):
+                    number, window = places[place]
+                    covered[number][row][window] = covers[number][sample[row]][window]
+                fall = whole[rows] - score(tuple(covered), target.rows(sample)).to(whole)
+                for row, place in enumerate(time.tolist()):
+                    number, window = places[place]
+                    totals[number][sample[row]][window] += fall[row]
+        for number, window in places:
+            size = counts[number][window].numel() if self.per_feature else 1
+            counts[number][window] += size
+        _tell_uncovered(counts)
+        results = (torch.where(count > 0, total / count, 0) for total, count in zip(totals, counts, strict=True))
+        return self.output(inputs), tuple(results)
+
+    def _whole(self, score: Any, inputs: Inputs, target: Target) -> Tensor:
+        parts = []
+        for sample, _ in self.rows(len(inputs[0]), 1, target, len(inputs[0])):
+            part = tuple(data[sample.to(data.device)] for data in inputs)
+            parts.append(score(part, target.rows(sample)))
+        return torch.cat(parts).to(inputs[0])
+
+
+def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths = 1) -> list[Window]:
+    """Windows that lie wholly in an input of this shape, without the batch axis.
+
+    Raises
+    ------
+    ValueError
+        If the window is larger than the input, has more axes, or a length is not positive.
+
+    Examples
+    --------
+    >>> [w[1].start for w in windows((1, 7), (3,), 2)]
+    [0, 2, 4]
+    """
+    lengths = _lengths("window_shape", 1 if window is None else window, shape, every=window is None)
+    steps = _lengths("step", step, shape, every=window is None)
+    # Axes before those of the window are covered whole.
+    lengths = (*shape[: len(shape) - len(lengths)], *lengths)
+    steps = (*[1] * (len(shape) - len(steps)), *steps)
+    if any(length > size for length, size in zip(lengths, shape, strict=True)):
+        raise ValueError(f"window_shape {window!r} is larger than the input, which has the shape {tuple(shape)}")
+    starts = (range(0, n - length + 1, s) for n, length, s in zip(shape, lengths, steps, strict=True))
+    return [tuple(map(slice, at, map(sum, zip(at, lengths, strict=True)))) for at in itertools.product(*starts)]
+
+
+def _lengths(name: str, given: Any, shape: Sequence[int], every: bool) -> tuple[int, ...]:
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = (given,) * (len(shape) if every else max(1, len(shape) - 1))
+    whole = isinstance(given, tuple) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
+    if not whole or not given:
+        raise ValueError(f"{name} must be a positive whole number, or a tuple of them, not {given!r}")
+    if len(given) > len(shape):
+        raise ValueError(f"{name} {given!r} has {len(given)} axes; the input has {len(shape)}, {tuple(shape)}")
+    return tuple(given)
+
+
+def _for_each(given: Any, inputs: Inputs) -> list[Any]:
+    """Setting of each input."""
+    if not isinstance(given, list):
+        return [given] * len(inputs)
+    if len(given) != len(inputs):
+        raise ValueError(f"{given!r} has settings for {len(given)} inputs; there are {len(inputs)}")
+    return given
+
+
+def _tell_uncovered(counts: list[Tensor]) -> None:
+    missed = sum(int((count == 0).sum()) for count in counts)
+    if missed:
+        total = sum(count.numel() for count in counts)
+        warn(
+            f"no window covers {missed} of {total} features, which get 0; choose window_shape and step so that windows "
+            "end at the input's edge"
+        )

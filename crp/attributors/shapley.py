@@ -1,0 +1,120 @@
+"""Shapley values, by sampling permutations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.attributors.base import ROWS_FORWARD, Attributor, check_count
+from crp.attributors.inputs import Baseline, Inputs, baselines
+from crp.attributors.target import Target
+
+
+class ShapleySampling(Attributor):
+    r"""Shapley values, estimated: what a player adds to those before it, averaged over permutations.
+
+    Castro, Gómez and Tejada, "Polynomial calculation of the Shapley value based on sampling" (Computers & Operations
+    Research 36, 2009), algorithm 1. A player is absent when it has the value of the baseline. Efficient: for any number
+    of permutations, the result of all players sums to :math:`f(x) - f(x_0)`. All samples share the permutations. Takes
+    ``samples * (players + 1)`` scores of each sample. A composite has no effect, as no gradient is used.
+
+    Parameters
+    ----------
+    model, composite, attr_output, batch_size
+        As in `Attributor`; a call scores 64 coalitions in one pass through the model by default.
+    samples : int
+        Number of permutations.
+    sampling_dims : sequence of int, optional
+        Axes of the data (the batch axis is 0) whose indices are the players: (2, 3) makes one of each pixel of an
+        image, with all of its channels. Every axis by default, so that each feature is a player. What it adds stands at
+        each of its features. With several inputs, each has players of its own.
+    baseline : number, Tensor, callable or None
+        As in `IntegratedGradients`. None is 0.
+    seed : int or None
+        Of the permutations; None takes torch's global generator.
+    permutations : Tensor of shape (samples, players), optional
+        In place of drawing them.
+
+    Raises
+    ------
+    ValueError
+        Before the model runs, if the axes are not in the data, or permutations are none of the players.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | None = None,
+        attr_output: Any = None,
+        *,
+        samples: int = 5,
+        sampling_dims: Sequence[int] | None = None,
+        baseline: Baseline = None,
+        seed: int | None = 0,
+        permutations: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, composite, attr_output, batch_size=batch_size)
+        check_count("samples", samples)
+        self.samples, self.sampling_dims, self.baseline = samples, sampling_dims, baseline
+        self.seed, self.permutations = seed, permutations
+
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+        """Output and Shapley values."""
+        absent = baselines(self.baseline, inputs)
+        players = self._players(inputs)
+        n_players = 1 + max(int(numbers.max()) for numbers in players)
+        orders = self._orders(n_players)
+        n_samples, coalitions = len(inputs[0]), n_players + 1
+        scores = torch.zeros(n_samples, len(orders) * coalitions, dtype=torch.float64)
+        # Place of each player in each permutation.
+        ranks = orders.argsort(1)
+        with self.scoring(target) as score:
+            for sample, time in self.rows(n_samples, len(orders) * coalitions, target, ROWS_FORWARD):
+                order, size = time // coalitions, time % coalitions
+                present = ranks[order] < size[:, None]  # (rows, players)
+                made = []
+                for data, other, numbers in zip(inputs, absent, players, strict=True):
+                    rows = sample.to(data.device)
+                    inside = present[:, numbers.flatten()].view(len(sample), *numbers.shape).to(data.device)
+                    made.append(torch.where(inside, data[rows], other[rows]))
+                scores[sample, time] = score(tuple(made), target.rows(sample)).to(scores)
+        added = scores.view(n_samples, len(orders), coalitions).diff(dim=2)
+        values = added.gather(2, ranks.expand(n_samples, -1, -1)).mean(1)  # (samples, players)
+        found = (
+            values[:, numbers.flatten()].view(n_samples, *numbers.shape).expand(data.shape).to(data)
+            for data, numbers in zip(inputs, players, strict=True)
+        )
+        return self.output(inputs), tuple(part.contiguous() for part in found)
+
+    def _players(self, inputs: Inputs) -> list[Tensor]:
+        """Number of the player that each feature belongs to; axes that are no players have length 1."""
+        found, count = [], 0
+        for data in inputs:
+            axes = tuple(range(1, data.dim())) if self.sampling_dims is None else tuple(self.sampling_dims)
+            if not axes or len(set(axes)) < len(axes) or not all(0 < axis < data.dim() for axis in axes):
+                raise ValueError(
+                    f"sampling_dims must name axes from 1 to {data.dim() - 1} (0 is the batch) of data of shape "
+                    f"{tuple(data.shape)}, each once, not {self.sampling_dims!r}"
+                )
+            shape = [n if axis in axes else 1 for axis, n in enumerate(data.shape)][1:]
+            numbers = torch.arange(count, count + torch.Size(shape).numel()).view(shape)
+            count += numbers.numel()
+            found.append(numbers)
+        return found
+
+    def _orders(self, n_players: int) -> Tensor:
+        if self.permutations is None:
+            generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+            return torch.stack([torch.randperm(n_players, generator=generator) for _ in range(self.samples)])
+        given = torch.as_tensor(self.permutations)
+        if given.dim() != 2 or not torch.equal(given.sort(1).values, torch.arange(n_players).expand_as(given)):
+            raise ValueError(
+                f"permutations must have the shape (samples, {n_players}) and hold every player from 0 to "
+                f"{n_players - 1} in each row; got the shape {tuple(given.shape)}"
+            )
+        return given

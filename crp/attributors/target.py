@@ -1,0 +1,288 @@
+"""What is explained: a score of each sample, computed from the model's output or from a layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crp.concepts import as_ids
+from crp.types import MaskFn
+
+
+class Target:
+    """A score of each sample; subclasses say which.
+
+    Attributes
+    ----------
+    layer : str or None
+        Layer whose output is scored; None for the model's.
+    """
+
+    layer: str | None = None
+    #: Whether it is a function of the user's, which may count on all samples being there.
+    joint: bool = False
+
+    def score(self, output: Tensor) -> Tensor:
+        """Score of each row.
+
+        Parameters
+        ----------
+        output : Tensor of shape (rows, *output shape)
+
+        Returns
+        -------
+        Tensor of shape (rows,)
+        """
+        raise NotImplementedError
+
+    def weights(self, output: Tensor) -> Tensor:
+        """What each output is worth for the score: its gradient, of shape (rows, *output shape)."""
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.score(leaf).sum(), leaf)
+        return gradient
+
+    def keep(self, row: int, ids: Any, layer: str) -> MaskFn:
+        """Mask, in the protocol of `crp.types.MaskFactory`, that keeps of `layer` what is scored."""
+        raise NotImplementedError
+
+    def check(self, n_samples: int) -> None:
+        """Raise a `ValueError` if the target is given for another number of samples."""
+
+    def rows(self, index: Tensor) -> Target:
+        """Target of some of the samples, of which each may be there several times."""
+        return self
+
+    @staticmethod
+    def of(value: Any) -> Target:
+        """Target from what a user gives: a class, a mask or a function.
+
+        Parameters
+        ----------
+        value : Target, int, sequence of int, Tensor, ndarray or callable
+            One class for all samples, or one for each; a float mask in the output's shape, whose product with the
+            output is summed; or a function of the output that returns one score per row.
+
+        Raises
+        ------
+        TypeError
+            If it is anything else.
+        """
+        if isinstance(value, Target):
+            return value
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return Mask(value)
+        if isinstance(value, Tensor) and value.dtype == torch.bool:
+            return Mask(value.to(torch.get_default_dtype()))
+        if callable(value) and not isinstance(value, Tensor):
+            return Score(value)
+        try:
+            return Classes(value)
+        except TypeError:
+            raise TypeError(
+                "target must be a class, a list or tensor of classes (one for each sample), a float mask of the "
+                f"output's shape, a function of the output, or a Neuron; not {value!r}"
+            ) from None
+
+
+class Classes(Target):
+    """Output of one class, or of one for each sample; over further axes of the output it is summed.
+
+    Parameters
+    ----------
+    ids : int, sequence or tensor of int
+        Negative ones count from the end.
+    """
+
+    def __init__(self, ids: int | Sequence[int] | Tensor) -> None:
+        if isinstance(ids, Tensor | np.ndarray) and ids.ndim > 1:
+            raise TypeError(f"classes are given as one axis, not {tuple(ids.shape)}")
+        self.ids = torch.tensor(as_ids(ids), dtype=torch.int64)
+
+    def check(self, n_samples: int) -> None:
+        """Raise a `ValueError` if there is not one class, or one for each sample."""
+        if len(self.ids) not in (1, n_samples):
+            raise ValueError(
+                f"target has {len(self.ids)} classes for {n_samples} samples; give one for all, or one for each"
+            )
+
+    def score(self, output: Tensor) -> Tensor:
+        """Output of the class."""
+        if output.dim() < 2:
+            raise ValueError(
+                f"the model's output has shape {tuple(output.shape)}, which has no axis of classes; "
+                "give a function of the output as target"
+            )
+        size = output.shape[1]
+        wrong = self.ids[(self.ids < -size) | (self.ids >= size)]
+        if len(wrong):
+            raise IndexError(f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}")
+        rows = torch.arange(len(output), device=output.device)
+        return output[rows, self.ids.to(output.device)].reshape(len(output), -1).sum(1)
+
+    def rows(self, index: Tensor) -> Target:
+        """Classes of some samples."""
+        return self if len(self.ids) == 1 else Classes(self.ids[index.cpu()])
+
+
+class Mask(Target):
+    """Weighted sum of the outputs, such as a probability distribution over them.
+
+    Parameters
+    ----------
+    mask : Tensor of shape (samples or 1, *output shape), or (outputs,)
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        if mask.dim() == 0:
+            raise TypeError("a mask of the outputs has their shape, not ()")
+        if not torch.isfinite(mask).all():
+            raise ValueError("the target, a mask of the outputs, has NaN or infinite values")
+        self.mask = mask.detach()[None] if mask.dim() == 1 else mask.detach()
+
+    def check(self, n_samples: int) -> None:
+        """Raise a `ValueError` if there is not one mask, or one for each sample."""
+        if len(self.mask) not in (1, n_samples):
+            raise ValueError(
+                f"the target, a mask of shape {tuple(self.mask.shape)}, is for {len(self.mask)} samples; there are "
+                f"{n_samples}. Give it the output's shape, or a first axis of 1"
+            )
+
+    def score(self, output: Tensor) -> Tensor:
+        """Sum of the product of mask and output."""
+        return (self.weights(output) * output).flatten(1).sum(1)
+
+    def weights(self, output: Tensor) -> Tensor:
+        """Return the mask."""
+        mask = self.mask.to(output)
+        if mask.shape[1:] != output.shape[1:]:
+            raise ValueError(
+                f"the target, a mask of shape {tuple(mask.shape)}, does not fit the output of shape "
+                f"{tuple(output.shape)}; all axes but the first must agree"
+            )
+        return mask.expand(output.shape)
+
+    def rows(self, index: Tensor) -> Target:
+        """Masks of some samples."""
+        return self if len(self.mask) == 1 else Mask(self.mask[index.to(self.mask.device)])
+
+
+class Score(Target):
+    """Any differentiable function of the output.
+
+    Parameters
+    ----------
+    function : callable
+        From (rows, *output shape) to (rows,).
+    """
+
+    joint = True
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def score(self, output: Tensor) -> Tensor:
+        """Value of the function."""
+        found = self.function(output)
+        if not isinstance(found, Tensor) or found.shape != output.shape[:1]:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ValueError(
+                f"the target, a function, returned {what} for an output of {tuple(output.shape)}; it must return one "
+                f"score for each row, ({len(output)},); with batch_size, rows are some of the samples"
+            )
+        return found
+
+
+class Neuron(Target):
+    """A unit inside the model.
+
+    Parameters
+    ----------
+    layer : str
+        Name of a layer; ``"name#1"`` is its second call.
+    index : int or tuple of int
+        Place in the layer's output, without the batch axis. A shorter one, such as a channel, is all that it holds.
+
+    Examples
+    --------
+    >>> Neuron("features.3", (2, 0, 0)).index
+    (2, 0, 0)
+    """
+
+    def __init__(self, layer: str, index: int | tuple[int, ...]) -> None:
+        if not isinstance(layer, str) or not layer:
+            raise TypeError(f"layer must be the name of the layer that the neuron is in, not {layer!r}")
+        self.layer = layer
+        self.index = tuple(as_ids(index, layer))
+        if not self.index:
+            raise ValueError(f"layer {layer!r}: the neuron has no index; give at least one")
+
+    def score(self, output: Tensor) -> Tensor:
+        """Output of the neuron, summed over what the index leaves open."""
+        return output[self._place(output)].reshape(len(output), -1).sum(1)
+
+    def keep(self, row: int, ids: Any, layer: str) -> MaskFn:
+        """Mask that keeps the neuron alone."""
+
+        def mask(grad: Tensor) -> Tensor:
+            place = (row, *self._place(grad)[1:])
+            kept = grad[place].clone()
+            grad[row] = 0
+            grad[place] = kept
+            return grad
+
+        return mask
+
+    def _place(self, output: Tensor) -> tuple[Any, ...]:
+        shape = output.shape[1:]
+        if len(self.index) > len(shape) or any(
+            not -size <= i < size for i, size in zip(self.index, shape, strict=False)
+        ):
+            raise IndexError(
+                f"neuron {self.index} is not in layer {self.layer!r}, whose output has shape {tuple(shape)} "
+                "for each sample"
+            )
+        return (slice(None), *self.index)
+
+
+class Start(Target):
+    """What starts, as zennit's attributors take it: a tensor, or a function of the output that returns one.
+
+    Parameters
+    ----------
+    attr_output : Tensor or callable
+        In the output's shape. Where scores are needed, this is the sum of its product with the output for a tensor, and
+        the sum of what it returns for a function.
+    """
+
+    def __init__(self, attr_output: Tensor | Callable[[Tensor], Tensor]) -> None:
+        self.attr_output = attr_output
+        self.joint = not isinstance(attr_output, Tensor)
+
+    def score(self, output: Tensor) -> Tensor:
+        """Sum of the outputs that start, or of what the function makes of them."""
+        given = self.attr_output
+        found = given.to(output) * output if isinstance(given, Tensor) else given(output)
+        if not isinstance(found, Tensor) or found.shape != output.shape:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ValueError(f"attr_output gives {what} for an output of {tuple(output.shape)}; these must agree")
+        return found.flatten(1).sum(1)
+
+    def rows(self, index: Tensor) -> Target:
+        """What starts in some samples."""
+        given = self.attr_output
+        if not isinstance(given, Tensor) or given.dim() < 2 or len(given) == 1:
+            return self
+        return Start(given[index.to(given.device)])
+
+    def check(self, n_samples: int) -> None:
+        """Raise a `ValueError` if a tensor is for another number of samples."""
+        given = self.attr_output
+        if isinstance(given, Tensor) and given.dim() > 1 and len(given) not in (1, n_samples):
+            raise ValueError(f"attr_output of shape {tuple(given.shape)} is for other than the {n_samples} samples")
