@@ -182,8 +182,8 @@ class Rule(Hook):  # type: ignore[misc]
         for what, value in (("reads", a), ("returns", output)):
             if not isinstance(value, Tensor):
                 raise TypeError(
-                    f"{type(self).__name__} treats layers of one tensor; {self.layer!r} ({type(module).__name__}) {what} "
-                    f"a {type(value).__name__}. Map rules to the layers or functions inside it"
+                    f"{type(self).__name__} treats layers of one tensor; {self.layer!r} ({type(module).__name__}) "
+                    f"{what} a {type(value).__name__}. Map rules to the layers or functions inside it"
                 )
         terms = self._parts.pop()[1] if self._parts and self._parts[-1][0] is a else None
         if not self._acts_on(a) or output is a:
@@ -336,7 +336,8 @@ class Rule(Hook):  # type: ignore[misc]
             If the rule cannot treat the module.
         """
         self.check(module)
-        handles = RemovableHandleList([RemovableHandle(self), module.register_forward_hook(self._after, with_kwargs=True)])
+        after = module.register_forward_hook(self._after, with_kwargs=True)
+        handles = RemovableHandleList([RemovableHandle(self), after])
         if self.adds_up and self.multiplier and "forward" not in vars(module):
             handles.append(Forward(module, functools.partial(self._forward, module)))
         if getattr(module, "inplace", False):
