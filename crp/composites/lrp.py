@@ -10,7 +10,7 @@ propagation: an overview" (2019), section 10.3; the flat first layer is Lapuschk
 from __future__ import annotations
 
 from torch import nn
-from zennit.types import BatchNorm, Convolution, Linear
+from zennit.types import Convolution, Linear
 
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameMap
 from crp.composites.registry import register
@@ -57,7 +57,6 @@ def base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP"
     refused = Refused(method)
     return [
         (nn.MultiheadAttention, refused),
-        (BatchNorm, Pass()),
         (Functions(ELEMENTWISE), Pass()),
         (Functions(SQUASHING), Squash()),
         (Functions(("mul", "multiply")), Gate(gates)),
