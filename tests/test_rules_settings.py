@@ -1,7 +1,9 @@
 """Settings of rules: ε relative to the scale, empty parts, bounds, and what is refused."""
 
+import gc
 import math
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from zennit.core import Stabilizer
 
 import crp.rules as rules
 from crp.composites import Composite
+from crp.rules.layer import KEPT, modified, positive
 from crp.rules.stabilizer import Relative
 
 F64 = torch.float64
@@ -332,3 +335,12 @@ def test_epsilon_treats_any_layer(module):
     y = module(data)
     (grad,) = torch.autograd.grad(y, data, r / y.detach())
     close(attribute(rules.LRP0(), module, a, r), a * grad)
+
+
+def test_modified_weights_do_not_pile_up():
+    """A function made anew at each call, such as a lambda inside `surrogate`, has one copy each, up to a bound."""
+    weight = torch.nn.Parameter(torch.randn(2, 2))
+    kept = [weakref.ref(modified(weight, lambda w, k=k: w * k)) for k in range(20)]
+    gc.collect()
+    assert sum(ref() is not None for ref in kept) == KEPT
+    assert modified(weight, positive) is modified(weight, positive)

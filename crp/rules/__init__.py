@@ -4,14 +4,16 @@ from crp.rules.base import Rule, Term
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
 from crp.rules.first import Flat, WSquare, ZBox
+from crp.rules.functional import GLU, Gate, Linearized, Normalization, Quotient
 from crp.rules.gamma import Gamma
 from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
-from crp.rules.layer import Layer
+from crp.rules.layer import Layer, negative, positive
 from crp.rules.lift import lift
 from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Norm, Pass, ZPlus
 from crp.rules.pooling import SumPool
 
 __all__ = [
+    "GLU",
     "LRP0",
     "AlphaBeta",
     "ContrastiveExcitation",
@@ -20,11 +22,15 @@ __all__ = [
     "Excitation",
     "Flat",
     "Gamma",
+    "Gate",
     "GuidedReLU",
     "Layer",
+    "Linearized",
     "MaxPool",
     "Norm",
+    "Normalization",
     "Pass",
+    "Quotient",
     "Rescale",
     "RevealCancel",
     "Rule",
@@ -35,4 +41,6 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "lift",
+    "negative",
+    "positive",
 ]

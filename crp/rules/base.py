@@ -148,7 +148,7 @@ class Rule(Hook):  # type: ignore[misc]
         self._stabilize = stabilizing(stabilizer)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
-        """Differentiable function of ``a`` that stands in for the layer in the backward pass.
+        r"""Differentiable function of ``a`` that stands in for the layer in the backward pass.
 
         Parameters
         ----------
@@ -156,6 +156,12 @@ class Rule(Hook):  # type: ignore[misc]
             ``layer(a)`` is the layer itself; ``layer(a, weight, bias)`` has modified parameters.
         a : Tensor of shape (batch, *input shape)
             For rules at the input (``at_input``) a tensor of ones that stands for one unit of relevance.
+
+        Notes
+        -----
+        It should be homogeneous of degree one in ``a`` but for a constant, :math:`z(c\,a) - z(0) = c\,(z(a) - z(0))`:
+        then the contributions :math:`a_i \partial z / \partial a_i` add up to :math:`z - z(0)`, and relevance is
+        conserved.
 
         Returns
         -------

@@ -13,6 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from zennit.types import ConvolutionStandard, ConvolutionTranspose
 
 Modifier = Callable[[Tensor], Tensor]
+#: How many modified copies of a parameter are kept.
+KEPT = 8
 
 _TRANSPOSED = {
     nn.ConvTranspose1d: F.conv_transpose1d,
@@ -188,12 +190,16 @@ _PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 def modified(parameter: Tensor, modifier: Modifier) -> Tensor:
     """Parameter modified by ``modifier``, computed once as long as the parameter does not change.
 
-    Optimizers, ``load_state_dict`` and in-place operations are noticed; writes through ``parameter.data``, which torch
-    does not count as changes, are not.
+    Modifiers are told apart by identity or equality, and the last `KEPT` of a parameter are kept: give a function,
+    not a new ``lambda`` at each call. Optimizers, ``load_state_dict`` and in-place operations are noticed; writes
+    through ``parameter.data``, which torch does not count as changes, are not.
     """
     state = (parameter._version, parameter.data_ptr(), parameter.device, parameter.dtype)
     known: dict[Modifier, tuple[object, Tensor]] = _modified.setdefault(parameter, {})  # type: ignore[no-untyped-call]
     if modifier not in known or known[modifier][0] != state:
         with torch.no_grad():
+            known.pop(modifier, None)
+            while len(known) >= KEPT:
+                del known[next(iter(known))]
             known[modifier] = (state, modifier(parameter.detach()))
     return known[modifier][1]
