@@ -42,10 +42,10 @@ from crp.graph import tracing
 from crp.reference import referencing
 from crp.rules.account import Account, Shares
 from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
-from crp.rules.layer import Layer
+from crp.rules.layer import Layer, is_plain
 from crp.rules.operation import Operation
 from crp.rules.redirect import Again as Again
-from crp.rules.redirect import Forward, LayerAgain, saves_output
+from crp.rules.redirect import Forward, LayerAgain, released, saves_output
 from crp.rules.redirect import Redirect as Redirect
 from crp.rules.signs import Signs
 from crp.rules.stabilizer import quotient, stabilizing
@@ -196,7 +196,7 @@ class Rule(Hook):  # type: ignore[misc]
             return None
         # Becoming the output counts as a change in place, which views and outputs that a gradient needs cannot bear.
         bears = output.requires_grad and not output._is_view() and not saves_output(output)
-        y = output if bears else output.detach().clone()
+        y = output if bears else released(output)
         layer = self._layer(module, a, output)
         return self.propagate(layer, a, y) if terms is None else self.share(layer, a, y, terms)
 
@@ -234,9 +234,7 @@ class Rule(Hook):  # type: ignore[misc]
                 f"{type(self).__name__} treats functions of one input; {operation} has {len(operation.inputs)} that "
                 "depend on the model's input"
             )
-        y = operation.output.detach()
-        y = y.clone() if saves_output(operation.output) or operation.output._is_view() else y.data
-        return self.propagate(cast(Layer, operation), operation.inputs[0], y)
+        return self.propagate(cast(Layer, operation), operation.inputs[0], released(operation.output))
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Layer's output, with this rule as its gradient.
@@ -274,7 +272,7 @@ class Rule(Hook):  # type: ignore[misc]
             Differentiable functions of ``a``, and what the gradient is multiplied with before it goes into them.
         """
         own = layer.output if layer.output is not None and layer.output.requires_grad else None
-        again = LayerAgain(self, layer.again(), a, y, own)
+        again = LayerAgain(self, layer.again(), a)
         own = None if own is y else own
         return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
 
@@ -344,7 +342,7 @@ class Rule(Hook):  # type: ignore[misc]
         self.check(module)
         after = module.register_forward_hook(self._after, with_kwargs=True)
         handles = RemovableHandleList([RemovableHandle(self), after])
-        if self.adds_up and self.multiplier and "forward" not in vars(module):
+        if self.adds_up and self.multiplier and is_plain(module) and "forward" not in vars(module):
             handles.append(Forward(module, functools.partial(self._forward, module)))
         if getattr(module, "inplace", False):
             handles.append(module.register_forward_pre_hook(self._prepare, with_kwargs=True))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from crp.rules.base import Again, Redirect, Rule, Run
 from crp.rules.operation import Operation
+from crp.rules.redirect import released
 
 #: Elementwise functions, which Rescale treats (also steps, and constants divided by the input).
 ELEMENTWISE = tuple(
@@ -121,9 +122,9 @@ class Difference(Rule):
         compute : callable
             Gives the scales once more, differentiable, for second derivatives.
         """
-        y = output.data  # the same memory, whose changes in place do not count as changes of the output itself
+        y = released(output)
         own = output if output.requires_grad else None
-        again = _Computed(self, operation.inputs, y, own, compute)
+        again = _Computed(self, operation.inputs, compute)
         return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
 
 
@@ -132,11 +133,9 @@ class _Computed(Again):
         self,
         rule: Rule,
         inputs: Sequence[Tensor],
-        y: Tensor,
-        own: Tensor | None,
         compute: Callable[[], Sequence[Tensor]],
     ) -> None:
-        super().__init__(rule, inputs, y, own)
+        super().__init__(rule, inputs)
         self.compute = compute
 
     def scales(self) -> Sequence[Tensor]:

@@ -19,6 +19,7 @@ from crp.rules.account import Shares
 from crp.rules.base import Again, Redirect, Rule
 from crp.rules.lrp import Pass
 from crp.rules.operation import Operation
+from crp.rules.redirect import released
 
 #: What becomes of a product's gate: held constant, or given half of the relevance.
 Gates: TypeAlias = Literal["signal", "split"]
@@ -84,7 +85,7 @@ class Linearized(Rule):
         parts = self.parts(operation, *operation.inputs)
         zs, scales = [z for z, _ in parts], [scale.detach() for _, scale in parts]
         own, again = operation.output, _Parts(self, operation)
-        out = cast(Tensor, Redirect.apply(own.data, again, len(zs), *zs, *scales, own))
+        out = cast(Tensor, Redirect.apply(released(own), again, len(zs), *zs, *scales, own))
         if self.run is None or self.run.account is None:
             return out
         constant = own.detach() - sum(z.detach() * scale for z, scale in zip(zs, scales, strict=True))
@@ -95,7 +96,7 @@ class _Parts(Again):
     """Scales of a linearized function, computed once more so that they can be differentiated."""
 
     def __init__(self, rule: Linearized, operation: Operation) -> None:
-        super().__init__(rule, operation.inputs, operation.output.data, operation.output)
+        super().__init__(rule, operation.inputs)
         self.linearized, self.operation = rule, operation
 
     def scales(self) -> list[Tensor]:

@@ -114,7 +114,7 @@ class _Rectifiable:
 
 class _RectifiedAgain(Again):
     def __init__(self, call: _Rectifiable, x: Tensor) -> None:
-        super().__init__(call.rule, [call.a], x)
+        super().__init__(call.rule, [call.a])
         self.call = call
 
     def scales(self) -> Sequence[Tensor]:
@@ -152,7 +152,7 @@ class _Later(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, a: Tensor, rule: Gamma, layer: Layer) -> Tensor:
         ctx.mark_dirty(y)
         ctx.set_materialize_grads(False)
-        ctx.again = Again(rule, [a], y)
+        ctx.again = Again(rule, [a])
         ctx.a, ctx.layer = a, layer
         return y
 

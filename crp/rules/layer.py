@@ -179,12 +179,17 @@ class Layer:
         own = {name: self.module._parameters[name] for name in parameters if name in self.module._parameters}
         try:
             self.module._parameters.update({name: parameters[name] for name in own})  # type: ignore[misc]
-            return cast(Tensor, self.module.forward(a))
+            return cast(Tensor, self.module.forward(a.clone() if getattr(self.module, "inplace", False) else a))
         finally:
             self.module._parameters.update(own)
 
 
 _PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its type says, so that `Layer` need not run its forward."""
+    return type(module).forward in _PLAIN_FORWARDS or type(module).forward is nn.Linear.forward or type(module) in _TRANSPOSED
 
 
 def modified(parameter: Tensor, modifier: Modifier) -> Tensor:

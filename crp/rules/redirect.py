@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +34,11 @@ class Again:
     rule : Rule
     inputs : sequence of Tensor
         What the call read.
-    y : Tensor
-        What it gave, before it becomes the output.
-    own : Tensor or None
-        The same, with the graph of the call itself.
     """
 
-    def __init__(self, rule: Rule, inputs: Sequence[Tensor], y: Tensor, own: Tensor | None = None) -> None:
+    def __init__(self, rule: Rule, inputs: Sequence[Tensor]) -> None:
         self.rule = rule
         self.versions = [(tensor, tensor._version) for tensor in inputs]
-        # (becoming the output counts as a change)
-        self.y, self.y_version = (y.detach() if saves_output(own) else None), y._version + 1
 
     @property
     def is_active(self) -> bool:
@@ -63,24 +57,16 @@ class Again:
     def check_inputs(self) -> None:
         """Raise a RuntimeError if an input was overwritten."""
         if any(tensor._version != version for tensor, version in self.versions):
-            self._refuse("input")
-
-    def check_output(self) -> None:
-        """Raise a RuntimeError if the output, which its own gradient may need, was overwritten."""
-        if self.y is not None and self.y._version != self.y_version:
-            self._refuse("output")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise RuntimeError(
-            f"second derivatives need the {what} of layer {self.rule.layer!r}, which was changed in place since"
-        )
+            raise RuntimeError(
+                f"second derivatives need the input of layer {self.rule.layer!r}, which was changed in place since"
+            )
 
 
 class LayerAgain(Again):
     """What second derivatives need of a call of a module."""
 
-    def __init__(self, rule: Rule, layer: Layer, a: Tensor, y: Tensor, own: Tensor | None) -> None:
-        super().__init__(rule, [a], y, own)
+    def __init__(self, rule: Rule, layer: Layer, a: Tensor) -> None:
+        super().__init__(rule, [a])
         self.layer, self.a, self.at_input = layer, a, rule.at_input
 
     def scales(self) -> Sequence[Tensor]:
@@ -111,12 +97,16 @@ class Redirect(torch.autograd.Function):
         if m is None:  # nothing arrives
             return (None, None, None, *none, *none, *(None for _ in ctx.is_own))
         if again is not None and not again.is_active:
-            again.check_output()
             own = m if ctx.y_is_own else None
             return (own, None, None, *none, *none, *(m if given else None for given in ctx.is_own))
         if again is not None and torch.is_grad_enabled():  # with create_graph=True
             scales = again()
         return (None, None, None, *(m * scale for scale in scales), *none, *(None for _ in ctx.is_own))
+
+
+def released(output: Tensor) -> Tensor:
+    """Values of an output, which may be overwritten in place without harm to what its own gradient needs."""
+    return output.detach().clone() if output._is_view() or saves_output(output) else output.data
 
 
 _saving: dict[type, bool] = {}
