@@ -189,7 +189,11 @@ _PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module does what its type says, so that `Layer` need not run its forward."""
-    return type(module).forward in _PLAIN_FORWARDS or type(module).forward is nn.Linear.forward or type(module) in _TRANSPOSED
+    return (
+        type(module).forward in _PLAIN_FORWARDS
+        or type(module).forward is nn.Linear.forward
+        or type(module) in _TRANSPOSED
+    )
 
 
 def modified(parameter: Tensor, modifier: Modifier) -> Tensor:
