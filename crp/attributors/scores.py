@@ -1,0 +1,93 @@
+"""The one number that is followed while an image is changed: the score of a target, often a probability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.attributors.target import Classes, Mask, Target
+from crp.forward import tensor_in
+from crp.guard import attached, check_composite
+from crp.layers import unwrap
+
+ScoreName = Literal["softmax", "log_softmax", "output"]
+
+
+def target_of(target: Any, n_samples: int) -> Target | None:
+    """Target from what a user gives, checked before the model runs; None stays for what the model predicts.
+
+    Raises
+    ------
+    TypeError
+        If it is no target, or one inside of the model.
+    ValueError
+        If it is for another number of samples.
+    """
+    if target is None:
+        return None
+    found = Target.of(target)
+    if found.layer is not None:
+        raise TypeError(f"target must be one of the model's output; it is in layer {found.layer!r}")
+    found.check(n_samples)
+    return found
+
+
+def known_target(target: Target | None, output: Tensor) -> Target:
+    """Target of every sample: for None, the class with the greatest output.
+
+    Parameters
+    ----------
+    target : Target or None
+    output : Tensor of shape (samples, classes)
+        Or of any shape, where there is a target.
+    """
+    if target is not None:
+        return target
+    if output.dim() != 2:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)}; what it predicts is known of (samples, classes). "
+            "Give a target, such as a function of the output"
+        )
+    return Classes(output.detach().argmax(1))
+
+
+def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Tensor:
+    """Score of each row.
+
+    Parameters
+    ----------
+    output : Tensor of shape (rows, classes, ...)
+    target : Target
+        A function of the output is given it as it is: ``score`` counts for classes and masks.
+    score : "softmax", "log_softmax" or "output"
+        Probability of the class, its logarithm, or the output itself.
+
+    Returns
+    -------
+    Tensor of shape (rows,)
+    """
+    if isinstance(target, Classes | Mask) and score != "output" and output.dim() > 1:
+        output = output.softmax(1) if score == "softmax" else output.log_softmax(1)
+    return target.score(output)
+
+
+@contextmanager
+def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Function from inputs to the model's output, in evaluation mode; leaving, the model is as it was found.
+
+    Parameters
+    ----------
+    model : nn.Module
+    composite : zennit.core.Composite, optional
+        Put on the model meanwhile.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_composite(composite)
+    with attached(Composite() if composite is None else composite, unwrap(model)) as modified:
+        # A model may change its input in place.
+        yield lambda data: tensor_in(modified(data.clone()))

@@ -1,0 +1,356 @@
+r"""Activation maximization: an image that is made up so that a class, a unit or a concept responds most.
+
+Simonyan, Vedaldi and Zisserman, "Deep inside convolutional networks" (ICLR workshop 2014); in code space, Nguyen et
+al., "Synthesizing the preferred inputs for neurons in neural networks via deep generator networks" (NeurIPS 2016). As
+in Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks" (Digital Signal
+Processing 73, 2018), section 3, in pixel space (eq. 1 and 3) and in code space (eq. 4):
+
+.. math:: \max_x \log p(\omega_c \mid x) - \tfrac{\lambda}{2} \lVert x - \bar x \rVert^2, \qquad
+    \max_z \log p(\omega_c \mid g(z)) - \tfrac{\lambda}{2} \lVert z - \bar z \rVert^2 .
+
+What is maximized is an `Objective`. Objectives add up: ``channel("features.28", 3) - 0.5 * logit(7)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from zennit.core import Composite
+
+from crp.attributors.checks import check_number
+from crp.concepts import ChannelConcept, Concept, as_ids
+from crp.conditions import check_data
+from crp.forward import ForwardPass, check_layers, tensor_in
+from crp.guard import attached, check_composite
+from crp.layers import unwrap
+
+#: Name of the model's output among the layers; no layer has this name.
+OUTPUT = ""
+
+Ids: TypeAlias = int | Sequence[int] | Tensor
+MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is to be large: a function of layers' outputs. May be added, subtracted, and multiplied by numbers.
+
+    Attributes
+    ----------
+    layers : frozenset of str
+        Layers that it needs; ``""`` is the model's output.
+    function : callable
+        ``{layer: output of shape (images, ...)} -> Tensor of shape (images,)``
+    """
+
+    layers: frozenset[str]
+    function: Callable[[Mapping[str, Tensor]], Tensor]
+
+    def __call__(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Value for each image."""
+        return self.function(outputs)
+
+    def __add__(self, other: Objective) -> Objective:
+        return Objective(self.layers | other.layers, lambda outputs: self(outputs) + other(outputs))
+
+    def __mul__(self, factor: float) -> Objective:
+        return Objective(self.layers, lambda outputs: self(outputs) * factor)
+
+    def __sub__(self, other: Objective) -> Objective:
+        return self + -other
+
+    def __neg__(self) -> Objective:
+        return self * -1
+
+    __rmul__ = __mul__
+
+
+def log_probability(target: Ids) -> Objective:
+    """Log-probability of a class by softmax: one class for all images, or one for each."""
+    return Objective(frozenset({OUTPUT}), lambda outputs: _pick(outputs[OUTPUT].log_softmax(1), target, _name(OUTPUT)))
+
+
+def logit(target: Ids) -> Objective:
+    """Output for a class: one class for all images, or one for each."""
+    return unit(OUTPUT, target)
+
+
+def unit(layer: str, channel: Ids, position: int | Sequence[int] | None = None) -> Objective:
+    """One neuron of a layer.
+
+    Parameters
+    ----------
+    layer : str
+        Name as in ``model.named_modules()``.
+    channel : int, or one for each image
+    position : int or sequence of int, optional
+        Index in each further axis; the middle by default.
+    """
+
+    def value(outputs: Mapping[str, Tensor]) -> Tensor:
+        output = outputs[layer]
+        at = [size // 2 for size in output.shape[2:]] if position is None else np.atleast_1d(position).tolist()
+        if len(at) != output.dim() - 2 or any(not -n <= i < n for i, n in zip(at, output.shape[2:], strict=True)):
+            raise IndexError(f"{_name(layer)} has positions in {tuple(output.shape[2:])}; there is no {position!r}")
+        place = (slice(None), slice(None), *at)
+        return _pick(output[place], channel, _name(layer))
+
+    return Objective(frozenset({layer}), value)
+
+
+def channel(layer: str, channel: Ids) -> Objective:
+    """Mean over all positions of a channel of a layer: one channel for all images, or one for each."""
+    return Objective(
+        frozenset({layer}),
+        lambda outputs: _pick(_flat(outputs[layer]).mean(2), channel, _name(layer)),
+    )
+
+
+def direction(layer: str, vector: Tensor | Sequence[float]) -> Objective:
+    """Inner product of a layer's output with a direction, such as a concept activation vector.
+
+    Parameters
+    ----------
+    layer : str
+    vector : Tensor of shape (channels,) or (channels, *space)
+        Without space: averaged over all positions.
+    """
+
+    def value(outputs: Mapping[str, Tensor]) -> Tensor:
+        output = outputs[layer]
+        along = torch.as_tensor(vector).to(output)
+        if along.shape == output.shape[1:]:
+            return (output * along).flatten(1).sum(1)
+        if along.shape != output.shape[1:2]:
+            raise ValueError(
+                f"vector has shape {tuple(along.shape)}; {_name(layer)} needs ({output.shape[1]},) or "
+                f"{tuple(output.shape[1:])}"
+            )
+        return torch.einsum("ncp,c->n", _flat(output), along) / _flat(output).shape[2]
+
+    return Objective(frozenset({layer}), value)
+
+
+def concept(layer: str, concept_id: Any, kind: Concept | None = None) -> Objective:
+    """Activation of a concept of any kind, as `Concept.attribute` gives it (for channels: the sum over positions)."""
+    kind = ChannelConcept() if kind is None else kind
+
+    def value(outputs: Mapping[str, Tensor]) -> Tensor:
+        values = kind.attribute(outputs[layer], layer_name=layer, abs_norm=False)
+        place = kind.column(concept_id, layer) if hasattr(kind, "column") else concept_id
+        return _pick(values, place, _name(layer))
+
+    return Objective(frozenset({layer}), value)
+
+
+class Synthesis(NamedTuple):
+    """What `maximize` finds.
+
+    Attributes
+    ----------
+    images : Tensor of shape (images, *image shape)
+    codes : Tensor of shape (images, *code shape)
+        What the images were decoded from; without a decoder, the images.
+    scores : Tensor of shape (images, steps + 1)
+        Objective before each step, without penalties, with that step's jitter; in the end without jitter.
+    """
+
+    images: Tensor
+    codes: Tensor
+    scores: Tensor
+
+
+def maximize(
+    model: nn.Module,
+    objective: Objective,
+    shape: Sequence[int],
+    *,
+    decoder: Callable[[Tensor], Tensor] | None = None,
+    start: Tensor | None = None,
+    l2: float = 0.1,
+    mean: Tensor | float = 0.0,
+    tv: float = 0.0,
+    beta: float = 2.0,
+    jitter: int = 0,
+    bounds: tuple[float, float] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    learning_rate: float = 0.05,
+    steps: int = 500,
+    seed: int = 0,
+    composite: Composite | None = None,
+    verbose: bool = False,
+) -> Synthesis:
+    r"""Make up images for which an objective is large.
+
+    Each image has a penalty of its own, and shares only the jitter with the others; with an optimizer that treats each
+    value alone (SGD, Adam), images of a batch do not influence each other.
+
+    Parameters
+    ----------
+    model : nn.Module
+    objective : Objective
+    shape : sequence of int
+        (images, *image shape); with a decoder (images, *code shape).
+    decoder : callable, optional
+        From codes to images, differentiable; a module is left in the mode it is in.
+    start : Tensor, optional
+        Broadcasts to ``shape``; by default zeros, and for codes standard normal numbers.
+    l2 : float
+        Weight of half the squared distance from ``mean``.
+    mean : Tensor or float
+        Of a class's images, or codes; broadcasts to ``shape``.
+    tv : float
+        Weight of the images' total variation, the sum over neighbours of :math:`|x_i - x_j|^\beta`.
+    beta : float
+        At least 1.
+    jitter : int
+        Images are rolled by up to this many pixels per axis in each step.
+    bounds : (low, high), optional
+        Images, or codes, are clamped after each step.
+    optimizer : callable, optional
+        From a list of tensors to an optimizer of torch, which may need a closure (LBFGS); Adam by default.
+    learning_rate : float
+        Of the default optimizer.
+    steps : int
+    seed : int
+        Of the starting codes and of the jitter.
+    composite : zennit.core.Composite, optional
+        Changes the gradients that are followed, such as `GuidedBackprop`; None for the gradient itself.
+    verbose : bool
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    Synthesis
+
+    Raises
+    ------
+    KeyError
+        If a layer is not in the model.
+    IndexError
+        If it has no such channel or position.
+    ValueError, TypeError
+        If another setting is wrong; the message names it.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 3)).eval()
+    >>> maximize(net, log_probability([0, 1, 2]), (3, 4), steps=10).images.shape
+    torch.Size([3, 4])
+    """
+    _check(model, objective, shape, bounds, composite)
+    for name, value, least in (
+        ("l2", l2, 0), ("tv", tv, 0), ("beta", beta, 1), ("learning_rate", learning_rate, 0),
+    ):  # fmt: skip
+        check_number(name, value, least)
+    for name, count, least in (("steps", steps, 1), ("jitter", jitter, 0)):
+        check_number(name, count, least, whole=True)
+    model = unwrap(model)
+    check_layers(model, sorted(objective.layers - {OUTPUT}), "layer")
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(seed)
+    if start is None:
+        start = torch.zeros(1) if decoder is None else torch.randn(tuple(shape), generator=generator, dtype=like.dtype)
+    codes = _spread("start", start, shape, like).clone().requires_grad_()
+    centre = _spread("mean", mean, shape, like)
+    opt = torch.optim.Adam([codes], lr=learning_rate) if optimizer is None else optimizer([codes])
+    decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
+    scores: list[Tensor] = []
+
+    with attached(composite or Composite(), model) as modified, torch.enable_grad():
+        rate = partial(_rate, modified, objective, composite)
+
+        def loss(offset: list[int]) -> float:
+            images = decode(codes)
+            axes = tuple(range(max(1, images.dim() - 2), images.dim()))
+            moved = images.roll(offset[: len(axes)], axes) if any(offset) else images
+            values, gradient = rate(moved)
+            penalty = 0.5 * l2 * (codes - centre).square().flatten(1).sum(1) + tv * _variation(images, axes, beta)
+            found = torch.autograd.grad([moved, penalty.sum()], codes, [-gradient, None], materialize_grads=True)
+            codes.grad = found[0]
+            history.append(values)
+            return float(penalty.detach().sum() - values.sum())
+
+        for _ in tqdm(range(steps), disable=not verbose, dynamic_ncols=True):
+            history: list[Tensor] = []
+            offset = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
+            opt.step(partial(loss, offset))
+            with torch.no_grad():
+                if bounds is not None:
+                    codes.clamp_(*bounds)
+            scores.append(history[0])
+        images = decode(codes).detach()
+        scores.append(rate(images)[0])
+    return Synthesis(images, codes.detach(), torch.stack(scores, 1))
+
+
+def _rate(model: nn.Module, objective: Objective, composite: Composite | None, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Objective of each image, and its gradient."""
+    roles = dict.fromkeys(objective.layers - {OUTPUT}, "condition")
+    found = ForwardPass.run(model, images, roles, tensor_in, composite)
+    outputs = {OUTPUT: found.output.output} | {name: use.output for name, use in found.uses.items()}
+    values = objective(outputs)
+    if values.shape != images.shape[:1]:
+        raise ValueError(f"the objective must give one value for each of {len(images)} images, not {values.shape}")
+    if not values.isfinite().all():
+        wrong = (~values.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(f"the objective is NaN or infinite for images {wrong}; use a smaller learning rate or bounds")
+    (gradient,) = torch.autograd.grad(values.sum(), found.data)
+    return values.detach(), gradient
+
+
+def _variation(images: Tensor, axes: tuple[int, ...], beta: float) -> Tensor:
+    parts = [images.diff(dim=axis).abs().pow(beta).flatten(1).sum(1) for axis in axes]
+    return torch.stack(parts).sum(0)
+
+
+def _check(model: object, objective: object, shape: object, bounds: object, composite: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective, such as log_probability(3), not {objective!r}")
+    if not isinstance(shape, Iterable) or len(sizes := list(shape)) < 2 or any(n < 1 for n in sizes):
+        raise ValueError(f"shape must be (images, *shape of an image or code), not {shape!r}")
+    if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2 and bounds[0] < bounds[1]):
+        raise ValueError(f"bounds must be (low, high) with low below high, not {bounds!r}")
+    check_composite(composite)
+
+
+def _spread(name: str, value: Tensor | float, shape: Sequence[int], like: Tensor) -> Tensor:
+    tensor = torch.as_tensor(value).to(like)
+    check_data(tensor[None])
+    try:
+        return tensor.expand(*shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to {tuple(shape)}"
+        ) from None
+
+
+def _name(layer: str) -> str:
+    return f"layer {layer!r}" if layer else "the model's output"
+
+
+def _flat(output: Tensor) -> Tensor:
+    """Output of a layer in the shape (images, channels, positions)."""
+    return output.reshape(*output.shape[:2], -1)
+
+
+def _pick(values: Tensor, ids: Ids, where: str) -> Tensor:
+    """Column of each row of ``values``, of shape (images, columns)."""
+    if values.dim() != 2:
+        raise ValueError(f"{where} has shape {tuple(values.shape)}; there must be one value per image and channel")
+    listed, size = as_ids(ids), values.shape[1]
+    if len(listed) not in (1, len(values)):
+        raise ValueError(f"{where}: there must be one id, or one for each of {len(values)} images, not {len(listed)}")
+    for i in listed:
+        if not -size <= i < size:
+            raise IndexError(f"{where} has channels 0 to {size - 1}; there is no {i}")
+    return values.gather(1, (torch.tensor(listed, device=values.device) % size).expand(len(values))[:, None])[:, 0]
