@@ -75,10 +75,10 @@ class Excitation(LRPRule):
             a = a * _shifted(value)
         return layer(a, up, bias=False)
 
-    def _source(self, a: Tensor) -> Tensor:
+    def _held(self, a: Tensor) -> Tensor:
         # An input of 0 that is shifted has a share, which no multiplier expresses.
         self.at_input = self.signed == "shift" and _is_signed(a)
-        return super()._source(a)
+        return super()._held(a)
 
 
 class ContrastiveExcitation(Excitation):
@@ -109,5 +109,5 @@ def _is_signed(a: Tensor) -> bool:
 
 def _shifted(a: Tensor) -> Tensor:
     """Input minus each sample's minimum, where that is negative."""
-    least = a.detach().flatten(1).amin(1).clamp(max=0)
-    return a.detach() - least.reshape(-1, *(1,) * (a.dim() - 1))
+    least = a.flatten(1).amin(1).clamp(max=0)
+    return a - least.reshape(-1, *(1,) * (a.dim() - 1))
