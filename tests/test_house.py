@@ -41,6 +41,7 @@ FLOORS = {
     "commands": 4,
     "forward": 2,
     "guard": 2,
+    "metrics": 3,
     "visualization": 3,
     "helper": 4,
     "maximization": 4,

@@ -23,8 +23,7 @@ BARE = {"mask_size": None, "mask_blur": 0.0, "jitter": 1, "tv": 0.0, "background
 @pytest.fixture
 def linear() -> nn.Module:
     """(n, 2, 4, 5) -> (n, 3)."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(40, 3)).double().eval()
-    return model
+    return nn.Sequential(nn.Flatten(), nn.Linear(40, 3)).double().eval()
 
 
 @pytest.fixture

@@ -1,0 +1,156 @@
+"""One form for all methods that are measured: the explanation function of Quantus.
+
+``explain_func(model, inputs, targets, **options)`` takes and returns arrays. Metrics here take such a function as it
+is, and a composite, an attributor's class or the name of a method as well, by way of `quantus_explain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+import crp
+from crp.attribution import CondAttribution
+from crp.layers import unwrap
+
+Array: TypeAlias = np.ndarray[Any, Any]
+ExplainFunc: TypeAlias = Callable[..., Array | Tensor]
+#: Name of a method, composite, class of an attributor, or function in the form of Quantus.
+Method: TypeAlias = str | Composite | type | ExplainFunc
+
+
+def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[..., Array]:
+    """Method of this package in the form that Quantus calls.
+
+    Parameters
+    ----------
+    method : str, Composite or class
+        A name that `crp.explain` knows; a composite, of ours or of zennit; or a class that is made as
+        ``method(model, **options)`` and called with data and target, such as `MeaningfulPerturbation`.
+    **options
+        Of the method. Those that Quantus passes on with each call (``explain_func_kwargs``) come on top.
+
+    Returns
+    -------
+    callable
+        ``(model, inputs, targets, **options) -> ndarray``, whose result has the axes of the inputs; in that of a
+        heatmap without channels, the axis of channels has length 1.
+
+    Raises
+    ------
+    TypeError
+        If ``method`` is something else, or a composite is given options.
+
+    Examples
+    --------
+    >>> from crp.composites import UniformZPlus
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    >>> explain_func = quantus_explain(UniformZPlus())
+    >>> explain_func(net, np.ones((5, 4)), np.zeros(5, int)).shape
+    (5, 4)
+    """
+    if isinstance(method, Composite) and options:
+        raise TypeError(f"a composite has no options here, got {sorted(options)}; give them to {type(method).__name__}")
+    if not isinstance(method, str | Composite | type):
+        raise TypeError(f"method must be a name, a composite or the class of an attributor, not {method!r}")
+
+    def explain_func(model: nn.Module, inputs: Any, targets: Any, **more: Any) -> Array:
+        data, target = _tensors(model, inputs, targets)
+        found = _explain(method, model, data, target, {**options, **more})
+        if found.dim() == data.dim() - 1:
+            found = found.unsqueeze(1)
+        array: Array = found.detach().cpu().numpy()
+        return array
+
+    return explain_func
+
+
+def as_explain_func(method: Method) -> ExplainFunc:
+    """Explanation function of any method; functions are taken as they are.
+
+    Raises
+    ------
+    TypeError
+        If it is no method.
+    """
+    if isinstance(method, str | Composite | type):
+        return quantus_explain(method)
+    if not callable(method):
+        raise TypeError(
+            "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
+            f"attributor, or a name; not {method!r}"
+        )
+    return method
+
+
+def relevance_by(explain_func: ExplainFunc, model: nn.Module, data: Tensor, target: Tensor) -> Tensor:
+    """Relevance of data, in the shape of the data or with one channel.
+
+    Parameters
+    ----------
+    explain_func : callable
+        In the form of Quantus.
+    model : nn.Module
+    data : Tensor of shape (batch, *input shape)
+    target : Tensor of shape (batch,)
+
+    Returns
+    -------
+    Tensor of shape (batch, *input shape) or (batch, 1, *space)
+    """
+    inputs, targets = data.detach().cpu().numpy(), target.detach().cpu().numpy()
+    return check_relevance(explain_func(model=model, inputs=inputs, targets=targets), data)
+
+
+def check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
+    """Relevance as a tensor beside the data, with all axes of the data.
+
+    Raises
+    ------
+    ValueError
+        If it is of another shape, or not finite.
+    """
+    found = torch.as_tensor(relevance).detach().to(data.device)
+    found = found if found.is_floating_point() else found.to(data.dtype)
+    if found.dim() == data.dim() - 1:
+        found = found.unsqueeze(1)
+    if found.shape != data.shape and (data.dim() < 3 or found.shape != (len(data), 1, *data.shape[2:])):
+        space = tuple(data.shape[2:])
+        heatmaps = f", or that of heatmaps, {(len(data), *space)}" if space else ""
+        raise ValueError(
+            f"relevance has shape {tuple(found.shape)}; it must have that of the data, {tuple(data.shape)}{heatmaps}"
+        )
+    if not found.isfinite().all():
+        wrong = (~found.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        raise ValueError(f"relevance is NaN or infinite for samples {wrong}")
+    return found
+
+
+def _tensors(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    like = next((p for p in unwrap(model).parameters() if p.is_floating_point()), None)
+    data = torch.as_tensor(inputs).detach()
+    if like is not None:
+        data = data.to(like.device, like.dtype)
+    return data, torch.as_tensor(targets, device=data.device).reshape(-1)
+
+
+def _explain(method: str | Composite | type, model: nn.Module, data: Tensor, target: Tensor, options: Any) -> Tensor:
+    if isinstance(method, Composite):
+        leaf = data.clone().requires_grad_()
+        CondAttribution(model)(leaf, [{"y": int(c)} for c in target], method, **options)
+        assert leaf.grad is not None
+        return leaf.grad
+    found: Any = (
+        crp.explain(method, model, data, target, **options)
+        if isinstance(method, str)
+        else method(model, **options)(data, target)
+    )
+    found = getattr(found, "heatmap", found)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{method!r} gives a {type(found).__name__}; a tensor, or an object with a heatmap, is needed")
+    return found

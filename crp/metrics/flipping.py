@@ -1,0 +1,265 @@
+"""Pixel flipping and selectivity: whether the prediction falls when what is said to be relevant is taken away.
+
+Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance propagation", PLoS
+ONE 10 (2015); Samek et al., "Evaluating the visualization of what a deep neural network has learned", IEEE TNNLS 28
+(2017). Features go most relevant first (MoRF, the score should fall fast) or least relevant first (LeRF, it should
+stay); the area between the two curves is large for a good explanation (Achtibat et al., "AttnLRP", ICML 2024).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crp.attributors.backgrounds import Background, make_background
+from crp.attributors.checks import check_choice, check_number
+from crp.attributors.scores import ScoreName
+from crp.metrics.explaining import Array, Method, as_explain_func, check_relevance, relevance_by
+from crp.metrics.scoring import Labels, Scorer, area
+
+Order = Literal["most", "least"]
+
+
+class Flipping(NamedTuple):
+    """What `pixel_flipping` finds.
+
+    Attributes
+    ----------
+    fraction : Tensor of shape (steps + 1,)
+        How much is replaced, from 0 to 1; the last step may be a smaller one.
+    most, least : Tensor of shape (batch, steps + 1)
+        Score with the most, or the least, relevant part replaced.
+    """
+
+    fraction: Tensor
+    most: Tensor
+    least: Tensor
+
+    @property
+    def area_most(self) -> Tensor:
+        """Area under the curve, most relevant first, of shape (batch,); small is good."""
+        return torch.trapezoid(self.most, self.fraction)
+
+    @property
+    def area_least(self) -> Tensor:
+        """Area under the curve, least relevant first, of shape (batch,); large is good."""
+        return torch.trapezoid(self.least, self.fraction)
+
+    @property
+    def area_between(self) -> Tensor:
+        """Area between the curves, of shape (batch,); large is good, and a random order gives 0 on average."""
+        return self.area_least - self.area_most
+
+
+class Selectivity(NamedTuple):
+    """What `selectivity` finds.
+
+    Attributes
+    ----------
+    curve : Tensor of shape (batch, steps + 1)
+        Score with 0, 1, ... patches removed.
+    removed : Tensor of shape (batch, *space)
+        At which step (from 1) a position was removed; 0 for those that are left.
+    """
+
+    curve: Tensor
+    removed: Tensor
+
+    @property
+    def area(self) -> Tensor:
+        """Area under each curve, of shape (batch,), which is one unit long; small is good."""
+        return area(self.curve)
+
+
+def pixel_flipping(
+    model: nn.Module,
+    data: Tensor,
+    target: Labels = None,
+    explain_func: Method | None = None,
+    *,
+    relevance: Tensor | Array | None = None,
+    patch: int = 1,
+    step: int = 1,
+    channels: Literal["together", "apart"] = "together",
+    replacement: Background = 0.0,
+    sigma: float = 10.0,
+    score: ScoreName = "softmax",
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Flipping:
+    """Score of a class while more and more of the input is replaced, most and least relevant first.
+
+    Parameters
+    ----------
+    model : nn.Module
+    data : Tensor of shape (batch, channels, *space) or (batch, features)
+    target : int, sequence of int, Tensor or None
+        One class for all samples or one for each; None for what the model predicts.
+    explain_func : method, optional
+        A function in the form of Quantus, a composite, an attributor's class or a name.
+    relevance : Tensor or array, optional
+        In place of ``explain_func``: of the data's shape, or heatmaps of shape (batch, *space).
+    patch : int
+        Positions are replaced in patches of this length per axis, side by side; those at the end may be smaller. A
+        patch's relevance is the sum.
+    step : int
+        Patches per step.
+    channels : "together" or "apart"
+        Whether a position is replaced in all channels, or each value counts for itself.
+    replacement : str, float, Tensor or callable
+        ``"mean"``, ``"blur"``, a number, a function of the data and so on, see
+        `crp.attributors.backgrounds.make_background`.
+    sigma : float
+        Of the blur, in pixels.
+    score : "softmax", "log_softmax" or "output"
+    batch_size : int
+        Inputs per forward pass, of all samples and steps.
+    seed : int
+        Of ``"noise"``.
+
+    Returns
+    -------
+    Flipping
+        Ties are broken by position: in each order, the first one goes first.
+
+    Raises
+    ------
+    ValueError
+        If neither or both of ``explain_func`` and ``relevance`` are given, or shapes do not fit.
+    """
+    for name, value in (("patch", patch), ("step", step)):
+        check_number(name, value, 1, whole=True)
+    check_choice("channels", channels, Literal["together", "apart"])
+    if (explain_func is None) == (relevance is None):
+        raise ValueError("give either explain_func or relevance")
+    explain = None if explain_func is None else as_explain_func(explain_func)
+    given = None if relevance is None else check_relevance(relevance, data)
+    scorer = Scorer(model, data, target, score, batch_size)
+    if given is None:
+        assert explain is not None
+        given = relevance_by(explain, model, data, scorer.classes)
+    filled = make_background(replacement, data, sigma, torch.Generator().manual_seed(seed))
+    place, values = _features(given, data, patch, channels)
+    count = values.shape[1]
+    steps = -(-count // step)
+    curves = [
+        _curve(scorer, data, filled, place, values if order == "least" else -values, step, steps)
+        for order in ("most", "least")
+    ]
+    fraction = (torch.arange(steps + 1, device=data.device) * step).clamp(max=count) / count
+    return Flipping(fraction.to(curves[0].dtype), *curves)
+
+
+def selectivity(
+    model: nn.Module,
+    data: Tensor,
+    target: Labels,
+    explain_func: Method,
+    *,
+    patch: int = 4,
+    steps: int = 20,
+    replacement: Background = 0.0,
+    sigma: float = 10.0,
+    recompute: bool = True,
+    score: ScoreName = "softmax",
+    batch_size: int = 256,
+) -> Selectivity:
+    """Score of a class while the most relevant patch is removed, again and again, and relevance is computed anew.
+
+    Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks", Digital Signal
+    Processing 73 (2018), section 7.2. A patch may lie anywhere, but not over one that was removed. Where no such place
+    is left, a curve stays at its last score.
+
+    Parameters
+    ----------
+    model, data, target, explain_func, replacement, sigma, score, batch_size
+        As in `pixel_flipping`.
+    patch : int
+        Length of a patch in each axis of space.
+    steps : int
+        Patches to remove.
+    recompute : bool
+        Whether relevance is that of what is left, or that of the whole input all the time.
+
+    Returns
+    -------
+    Selectivity
+    """
+    explain = as_explain_func(explain_func)
+    check_number("patch", patch, 1, whole=True)
+    check_number("steps", steps, 1, whole=True)
+    space = data.shape[2:] if data.dim() > 2 else data.shape[1:]
+    if not 1 <= len(space) <= 3 or min(space) < patch:
+        raise ValueError(f"a patch of {patch} per axis does not fit into data of shape {tuple(data.shape)}")
+    scorer = Scorer(model, data, target, score, batch_size)
+    filled = make_background(replacement, data, sigma)
+    left, every = data.detach().clone(), torch.arange(len(data), device=data.device)
+    removed = torch.zeros((len(data), *space), dtype=torch.int64, device=data.device)
+    curve = [scorer.rate(left.__getitem__, every)]
+    for step in range(1, steps + 1):
+        if step == 1 or recompute:
+            relevance = _over_channels(relevance_by(explain, model, left, scorer.classes), data)
+        spot = _best_patch(relevance.masked_fill(removed > 0, -torch.inf), patch)
+        removed = torch.where(spot & (removed == 0), step, removed)
+        left = torch.where(spot.view(len(data), *[1] * (data.dim() - 1 - len(space)), *space), filled, left)
+        curve.append(scorer.rate(left.__getitem__, every))
+    return Selectivity(torch.stack(curve, 1), removed)
+
+
+def _over_channels(relevance: Tensor, data: Tensor) -> Tensor:
+    """Relevance of positions, of shape (batch, *space)."""
+    return relevance.sum(1) if data.dim() > 2 else relevance
+
+
+def _features(relevance: Tensor, data: Tensor, patch: int, channels: str) -> tuple[Tensor, Tensor]:
+    """Which feature each value of a sample belongs to, and the relevance of features, of shape (batch, features)."""
+    shape = data.shape[1:]
+    apart = channels == "apart" or data.dim() == 2
+    space = shape if data.dim() == 2 else shape[1:]
+    number = torch.zeros((), dtype=torch.int64, device=data.device)
+    for size in space:
+        blocks = torch.arange(size, device=data.device) // patch
+        number = number[..., None] * (-(-size // patch)) + blocks
+    if data.dim() > 2:
+        count = int(number.max()) + 1
+        shift = torch.arange(shape[0], device=data.device) * (count if apart else 0)
+        number = number + shift.view(-1, *[1] * len(space))
+        relevance = relevance.expand(data.shape) if apart else relevance.sum(1, keepdim=True)
+    index = (number if apart else number[:1]).flatten().expand(len(data), -1)
+    values = relevance.new_zeros(len(data), int(number.max()) + 1).scatter_add_(1, index, relevance.flatten(1))
+    return number, values
+
+
+def _curve(
+    scorer: Scorer, data: Tensor, filled: Tensor, place: Tensor, values: Tensor, step: int, steps: int
+) -> Tensor:
+    """Scores of shape (batch, steps + 1), while features go in the order of ascending values."""
+    rank = values.argsort(dim=1, stable=True).argsort(1)
+    samples = torch.arange(len(data), device=data.device).repeat_interleave(steps + 1)
+    gone = torch.arange(steps + 1, device=data.device).repeat(len(data)) * step
+
+    def make(index: Tensor) -> Tensor:
+        sample = samples[index]
+        replaced = (rank[sample] < gone[index, None])[:, place]
+        return torch.where(replaced, filled[sample], data[sample])
+
+    return scorer.rate(make, samples).view(len(data), steps + 1)
+
+
+def _best_patch(relevance: Tensor, patch: int) -> Tensor:
+    """Mask of the patch with the greatest sum in each sample, of shape (batch, *space); none if all sums are -inf."""
+    sums = relevance
+    for axis in range(1, relevance.dim()):
+        sums = sums.unfold(axis, patch, 1).sum(-1)
+    flat = sums.flatten(1)
+    best, at = flat.max(1)
+    mask = torch.isfinite(best).view(-1, *[1] * (relevance.dim() - 1)).expand_as(relevance)
+    for axis in reversed(range(1, relevance.dim())):
+        start = at % sums.shape[axis]
+        at = at // sums.shape[axis]
+        position = torch.arange(relevance.shape[axis], device=relevance.device)
+        inside = (position >= start[:, None]) & (position < start[:, None] + patch)
+        mask = mask & inside.view(len(relevance), *[-1 if a == axis else 1 for a in range(1, relevance.dim())])
+    return mask

@@ -1,0 +1,97 @@
+"""Model parameter randomization: an explanation that does not depend on the weights explains something else.
+
+Adebayo, Gilmer, Muelly, Goodfellow, Hardt and Kim, "Sanity checks for saliency maps", NeurIPS 2018: layers are
+randomized from the output down, one more each time, and explanations compared with those of the trained model.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from crp.attributors.checks import check_number
+from crp.layers import unwrap
+from crp.metrics.explaining import Method, as_explain_func, relevance_by
+from crp.metrics.scoring import Labels, Scorer
+
+
+def randomization(
+    model: nn.Module,
+    data: Tensor,
+    target: Labels,
+    explain_func: Method,
+    *,
+    absolute: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict[str, Tensor]:
+    """Rank correlation of explanations with those of the model, while its layers are randomized from the output down.
+
+    The weights and biases of a layer are shuffled, which keeps their distribution. The model itself is left alone: a
+    copy is changed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    data : Tensor of shape (batch, *input shape)
+    target : int, sequence of int, Tensor or None
+        The class that is explained throughout; None for what the trained model predicts.
+    explain_func : method
+        A function in the form of Quantus, a composite, an attributor's class or a name.
+    absolute : bool
+        Whether absolute values are ranked, as in the paper's second variant.
+    seed : int
+    batch_size : int
+        Inputs per explanation.
+
+    Returns
+    -------
+    dict of str to Tensor of shape (batch,)
+        For each layer with parameters, from the last one that is registered: Spearman's rank correlation once it and
+        all layers before it in this order are random. Near 0 is good; 0 for an explanation that is constant.
+
+    Raises
+    ------
+    ValueError
+        If no layer has parameters.
+    """
+    explain = as_explain_func(explain_func)
+    check_number("batch_size", batch_size, 1, whole=True)
+    classes = Scorer(model, data, target, "output", batch_size).classes
+    changed = copy.deepcopy(unwrap(model)).eval()
+    layers = {name: list(module.parameters(recurse=False)) for name, module in changed.named_modules()}
+    layers = {name: parameters for name, parameters in layers.items() if parameters}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no parameters that could be randomized")
+    parts = [slice(start, start + batch_size) for start in range(0, len(data), batch_size)]
+
+    def ranks() -> Tensor:
+        found = torch.cat([relevance_by(explain, changed, data[part], classes[part]) for part in parts]).flatten(1)
+        return _ranks(found.abs() if absolute else found)
+
+    generator = torch.Generator().manual_seed(seed)
+    original, found = ranks(), {}
+    for name in reversed(layers):
+        for parameter in layers[name]:
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            with torch.no_grad():
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+        found[name] = _correlation(original, ranks())
+    return found
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank of each value in its row, of shape (batch, n); those that are equal share their mean rank."""
+    ordered = values.sort(1).values
+    below = torch.searchsorted(ordered, values.contiguous())
+    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
+    return (below + upto).double() / 2
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    size = a.norm(dim=1) * b.norm(dim=1)
+    correlation: Tensor = (a * b).sum(1) / size.where(size > 0, 1)
+    return correlation
