@@ -36,7 +36,7 @@ def relevance(model, data, create_graph=False):
 
 
 def check(model, composite, data, tolerance=1e-6, step=3e-5):
-    """Derivative of a weighted sum of the squared relevance in some direction, by autograd and by differences of fourth order."""
+    """Derivative of relevance, summed with weights and squared, by autograd and by differences of fourth order."""
     generator = torch.Generator().manual_seed(5)
     weight, direction = (torch.randn(data.shape, generator=generator, dtype=data.dtype) for _ in range(2))
 
@@ -159,9 +159,7 @@ def test_input_of_a_layer_that_was_overwritten_is_a_clear_error():
     composite = EpsilonPlus()
     with composite.context(model):
         leaf = images().requires_grad_()
-        with pytest.raises(
-            RuntimeError, match="second derivatives need the input of layer 'b', which was changed in pl"
-        ):
+        with pytest.raises(RuntimeError, match="second derivatives need the input of layer 'b', which was ch"):
             relevance(model, leaf, create_graph=True)
 
 
