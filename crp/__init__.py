@@ -1,7 +1,20 @@
 """Relevance propagation for PyTorch: rules in composites, concept-conditional attribution, reference mining.
 
 Nothing is imported here, so that ``import crp`` is instant; import from the rooms instead, for example
-``from crp.attribution import CondAttribution`` and ``from crp.composites import EpsilonPlusFlat``.
+``from crp.attribution import CondAttribution`` and ``from crp.composites import EpsilonPlusFlat``. `crp.explain` and
+`crp.methods` are loaded when they are first asked for.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("explain", "methods"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    found = getattr(importlib.import_module("crp.explain"), name)
+    globals()[name] = found
+    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from crp import __version__
+from crp.commands import attribute as attribute_commands
 
 INTERRUPTED = 130
 
@@ -53,6 +54,10 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
         click.echo(f"\nInterrupted. What is done is kept in {out}; {again} goes on from there.", err=True)
         raise SystemExit(INTERRUPTED) from None
     click.echo(str(figures._replace(seconds=time.perf_counter() - start)))  # with the time of the imports
+
+
+cli.add_command(attribute_commands.methods)
+cli.add_command(attribute_commands.attribute)
 
 
 def main() -> None:

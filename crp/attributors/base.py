@@ -154,11 +154,36 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         return found.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
 
     @contextmanager
+    def differentiating(self, target: Target, relevance: bool = False) -> Iterator[Callable[[Inputs, Target], Inputs]]:
+        """Function, for many passes, from inputs and the target of these rows to what `multipliers` gives.
+
+        With ``relevance``, it is what the composite gives, as it is.
+        """
+        if self.composite is not None or self.condition:
+            yield (
+                lambda inputs, rows: self.flow(inputs, rows).inputs if relevance else self.multipliers(inputs, rows)[1]
+            )
+            return
+        model = unwrap(self.model)
+        _check_layer(model, target)
+
+        def gradients(inputs: Inputs, rows: Target) -> Inputs:
+            leaves = [data.detach().requires_grad_() for data in inputs]
+            with torch.enable_grad():
+                output = outputs(tuple(leaves))
+            if not output.requires_grad:
+                raise ValueError("the model's output does not depend on the data in a differentiable way")
+            start = rows.weights(output.detach())
+            return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
+
+        with attached(Composite(), model), _outputs(model, target.layer) as outputs:
+            yield gradients
+
+    @contextmanager
     def scoring(self, target: Target) -> Iterator[Callable[[Inputs, Target], Tensor]]:
         """Function from inputs and the target of these rows to their scores, without gradients."""
         model = unwrap(self.model)
-        if target.layer is not None:
-            check_layers(model, [target.layer], "layer")
+        _check_layer(model, target)
         with attached(Composite(), model), _outputs(model, target.layer) as outputs, torch.no_grad():
             yield lambda inputs, rows: rows.score(outputs(inputs))
 
@@ -243,6 +268,8 @@ def _lent(composite: Composite, model: nn.Module) -> Iterator[None]:
     """Composite that may be on the model now, and is so again afterwards."""
     registered = bool(composite.handles)
     try:
+        if registered:
+            composite.remove()
         yield
     finally:
         if registered:
@@ -271,6 +298,11 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
         yield outputs
     finally:
         handle.remove()
+
+
+def _check_layer(model: nn.Module, target: Target) -> None:
+    if target.layer is not None:
+        check_layers(model, [target.layer], "layer")
 
 
 def _target(given: Any) -> Target:

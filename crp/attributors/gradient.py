@@ -19,7 +19,7 @@ from crp.conditions import MaskMap
 class Gradient(Attributor):
     r"""Gradient :math:`\partial f / \partial x`, or what a composite gives in its place: relevance, for most of ours.
 
-    Simonyan, Vedaldi and Zisserman, "Deep inside convolutional networks" (ICLR workshop 2014), eq. 3.
+    Simonyan, Vedaldi and Zisserman, "Deep inside convolutional networks" (ICLR workshop 2014), section 3.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ class Sensitivity(Gradient):
     r"""Sensitivity, :math:`(\partial f / \partial x)^2`: how much the score changes, not what it is made of.
 
     Gevrey et al. (2003); Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks"
-    (Digital Signal Processing 73, 2018), eq. 4. Sums to the squared norm of the gradient. Of the score itself, for
-    which logits are usual; give a function of the output to explain probabilities.
+    (Digital Signal Processing 73, 2018), section 4.1. Sums to the squared norm of the gradient. Of the score itself,
+    for which logits are usual; give a function of the output to explain probabilities.
     """
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
@@ -95,7 +95,7 @@ class Saliency(Gradient):
 class SimpleTaylor(Attributor):
     r"""Simple Taylor decomposition at the root point 0, :math:`x \odot \partial f / \partial x`: gradient × input.
 
-    Montavon, Samek and Müller (2018), section 4.1 and eq. 6. Exact for homogeneous functions, such as nets of ReLU
+    Montavon, Samek and Müller (2018), section 4.2. Exact for homogeneous functions, such as nets of ReLU
     without biases; what a composite gives is brought to a multiplier first, so that relevance stays relevance.
     """
 

@@ -81,16 +81,19 @@ class SmoothGrad(Attributor):
         # (differences of large sums would lose digits in single precision)
         sums = [torch.zeros_like(data, dtype=torch.float64) for data in inputs]
         squares = [torch.zeros_like(data, dtype=torch.float64) for data in inputs]
-        for sample, copy in self.rows(len(inputs[0]), n_copies, target, ROWS_BACKWARD):
-            noisy = []
-            for number, data in enumerate(inputs):
-                rows, copies = sample.to(data.device), copy.to(data.device)
-                own = draws[number][copies] * spreads[number][rows] if given is None else given[number][copies, rows]
-                noisy.append(data[rows] + own)
-            for number, found in enumerate(self.flow(tuple(noisy), target.rows(sample)).inputs):
-                rows, gradient = sample.to(inputs[number].device), found.to(sums[number])
-                sums[number].index_add_(0, rows, gradient)
-                squares[number].index_add_(0, rows, gradient.square())
+        with self.differentiating(target, relevance=True) as gradients_of:
+            for sample, copy in self.rows(len(inputs[0]), n_copies, target, ROWS_BACKWARD):
+                noisy = []
+                for number, data in enumerate(inputs):
+                    rows, copies = sample.to(data.device), copy.to(data.device)
+                    own = (
+                        draws[number][copies] * spreads[number][rows] if given is None else given[number][copies, rows]
+                    )
+                    noisy.append(data[rows] + own)
+                for number, found in enumerate(gradients_of(tuple(noisy), target.rows(sample))):
+                    rows, gradient = sample.to(inputs[number].device), found.to(sums[number])
+                    sums[number].index_add_(0, rows, gradient)
+                    squares[number].index_add_(0, rows, gradient.square())
         results = []
         for data, total, square in zip(inputs, sums, squares, strict=True):
             mean, mean_square = total / n_copies, square / n_copies

@@ -79,16 +79,15 @@ class IntegratedGradients(Attributor):
         starts = baselines(self.baseline, inputs)
         ways = tuple(data - start for data, start in zip(inputs, starts, strict=True))
         totals = tuple(torch.zeros_like(data) for data in inputs)
-        for sample, step in self.rows(len(inputs[0]), self.steps, target, ROWS_BACKWARD):
-            points = []
-            for start, way in zip(starts, ways, strict=True):
-                alpha = self.points[step].to(way).reshape(-1, *[1] * (way.dim() - 1))
-                sample = sample.to(way.device)
-                points.append(start[sample] + alpha * way[sample])
-            _, gradients = self.multipliers(tuple(points), target.rows(sample))
-            for total, gradient in zip(totals, gradients, strict=True):
-                weight = self.weights[step].to(total).reshape(-1, *[1] * (total.dim() - 1))
-                total.index_add_(0, sample.to(total.device), weight * gradient.to(total))
+        with self.differentiating(target) as gradients_of:
+            for sample, step in self.rows(len(inputs[0]), self.steps, target, ROWS_BACKWARD):
+                points = []
+                for start, way in zip(starts, ways, strict=True):
+                    rows, alpha = sample.to(way.device), self.points[step].to(way)
+                    points.append(start[rows] + alpha.reshape(-1, *[1] * (way.dim() - 1)) * way[rows])
+                for total, gradient in zip(totals, gradients_of(tuple(points), target.rows(sample)), strict=True):
+                    weight = self.weights[step].to(total).reshape(-1, *[1] * (total.dim() - 1))
+                    total.index_add_(0, sample.to(total.device), weight * gradient.to(total))
         return self.output(inputs), tuple(total * way for total, way in zip(totals, ways, strict=True))
 
 

@@ -18,7 +18,7 @@ class ShapleySampling(Attributor):
     r"""Shapley values, estimated: what a player adds to those before it, averaged over permutations.
 
     Castro, Gómez and Tejada, "Polynomial calculation of the Shapley value based on sampling" (Computers & Operations
-    Research 36, 2009), algorithm 1. A player is absent when it has the value of the baseline. Efficient: for any number
+    Research 36, 2009). A player is absent when it has the value of the baseline. Efficient: for any number
     of permutations, the result of all players sums to :math:`f(x) - f(x_0)`. All samples share the permutations. Takes
     ``samples * (players + 1)`` scores of each sample. A composite has no effect, as no gradient is used.
 

@@ -267,12 +267,20 @@ class Start(Target):
 
     def score(self, output: Tensor) -> Tensor:
         """Sum of the outputs that start, or of what the function makes of them."""
+        given = self.weights(output)
+        return (given * output if isinstance(self.attr_output, Tensor) else given).flatten(1).sum(1)
+
+    def weights(self, output: Tensor) -> Tensor:
+        """What starts."""
         given = self.attr_output
-        found = given.to(output) * output if isinstance(given, Tensor) else given(output)
-        if not isinstance(found, Tensor) or found.shape != output.shape:
+        found = given.to(output) if isinstance(given, Tensor) else given(output)
+        try:
+            return found.expand_as(output)
+        except (AttributeError, RuntimeError):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise ValueError(f"attr_output gives {what} for an output of {tuple(output.shape)}; these must agree")
-        return found.flatten(1).sum(1)
+            raise ValueError(
+                f"attr_output gives {what} for an output of {tuple(output.shape)}; these must agree"
+            ) from None
 
     def rows(self, index: Tensor) -> Target:
         """What starts in some samples."""

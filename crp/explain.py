@@ -1,0 +1,144 @@
+"""One call for all methods, by name: ``crp.explain("intgrad", model, data, target, steps=50)``."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from crp.attributors import Gradient
+from crp.attributors.base import check_count
+from crp.attributors.catalogue import Entry, Method, entries
+from crp.attributors.inputs import Inputs, as_inputs
+from crp.attributors.target import Classes, Neuron, Target
+
+
+def explain(
+    method: str,
+    model: nn.Module,
+    data: Tensor | tuple[Tensor, ...],
+    target: Any = None,
+    *,
+    layer: str | None = None,
+    neuron: int | tuple[int, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """Explain a model's output, or one of its neurons, by any method.
+
+    Parameters
+    ----------
+    method : str
+        One of `methods`: the names of DeepExplain, those of all composites, and more.
+    model : nn.Module
+        It is explained in evaluation mode, and left as it was.
+    data : Tensor of shape (samples, *input shape), or tuple of them
+        A tuple is for a model of several inputs.
+    target : int, sequence of int, Tensor, callable, Target or None
+        One class for all samples, or one for each; a float mask of the output's shape, such as a probability
+        distribution; a differentiable function of the output that returns one score per row;
+        ``crp.attributors.Neuron(layer, index)``. None is the class that the model predicts.
+    layer : str, optional
+        With ``neuron``, the layer that it is in. Otherwise an option of the method: the layer of a class activation
+        map, or, for composites, the layer that is explained in place of the input.
+    neuron : int or tuple of int, optional
+        Unit to explain in place of an output: its place in the output of ``layer``, without the batch axis; a shorter
+        one, such as a channel, is all that it holds.
+    **options
+        Of the method, see `methods`. All take ``batch_size``, the number of rows in one pass through the model; those
+        that use gradients take ``condition``, ``{layer: concept ids}``, and attributors a ``composite`` or its name.
+
+    Returns
+    -------
+    Tensor of the data's shape, or tuple of them
+        Of the layer's shape where a layer is explained. Maps of positions are the same for all channels.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method or option; the message gives the nearest names.
+    TypeError, KeyError, IndexError
+        If data, target or layer are none of the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    >>> explain("intgrad", net, torch.ones(5, 3), target=[0, 1, 1, 0, 1], steps=20).shape
+    torch.Size([5, 3])
+    >>> explain("epsilon", net, torch.ones(5, 3), layer="0", neuron=2).shape
+    torch.Size([5, 3])
+    """
+    entry = _entry(method)
+    if neuron is not None:
+        if target is not None:
+            raise ValueError(f"target {target!r} and neuron {neuron!r} are both given; one can be explained")
+        if layer is None:
+            raise ValueError(f"neuron {neuron!r} needs the layer that it is in; give layer=")
+        target, layer = Neuron(layer, neuron), None
+    if layer is not None:
+        options["layer"] = layer
+    _check_options(entry.method, options)
+    inputs = as_inputs(data)
+    aim = _predicted(model, inputs, options) if target is None else Target.of(target)
+    aim.check(len(inputs[0]))
+    found = entry.run(model, inputs, aim, options)
+    return found[0] if isinstance(data, Tensor) else found
+
+
+def methods() -> list[Method]:
+    """All methods that `explain` knows: name, family, options with their defaults, and paper.
+
+    Examples
+    --------
+    >>> {method.name: method.paper for method in methods()}["intgrad"]
+    'Sundararajan et al. 2017'
+    """
+    return [entry.method for entry in entries().values()]
+
+
+def _entry(name: object) -> Entry:
+    known = entries()
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"there is no method {name!r}; {_nearest(str(name), known)}there are {', '.join(known)}")
+    return known[name]
+
+
+def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in method.options:
+            near = _nearest(name, method.options)
+            raise ValueError(
+                f"method {method.name!r} has no option {name!r}; {near}it has {', '.join(sorted(method.options))}"
+            )
+    missing = [name for name, default in method.options.items() if default is ... and name not in options]
+    if missing:
+        raise ValueError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}")
+    if options.get("batch_size") is not None:
+        check_count("batch_size", options["batch_size"])
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"nearest: {', '.join(map(repr, near))}; " if near else ""
+
+
+def _predicted(model: nn.Module, inputs: Inputs, options: Mapping[str, Any]) -> Target:
+    output = Gradient(model, batch_size=options.get("batch_size")).output(inputs)
+    if output.dim() != 2:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give a target"
+        )
+    return Classes(output.argmax(1))
+
+
+class _Callable(ModuleType):
+    """The module, which bears the name of `explain` and so is called like it: ``crp.explain`` may be either."""
+
+    __call__ = staticmethod(explain)
+
+
+sys.modules[__name__].__class__ = _Callable
