@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import crp
-from crp.attributors.perturbation import MeaningfulPerturbation
+from crp.attributors import MeaningfulPerturbation, Occlusion
 from crp.composites import DeepTaylor, GradientTimesInput, UniformZPlus
 from crp.metrics import (
     area,
@@ -327,6 +327,35 @@ def test_every_kind_of_method(vgg_bn, images, monkeypatch):
     monkeypatch.setattr(crp, "explain", explain, raising=False)
     by_name = quantus_explain("some_method", steps=3)(vgg_bn, inputs, targets)
     assert np.array_equal(by_name, inputs * targets[:, None, None, None])
+
+
+#: Options of methods that need some, or that would take long.
+OPTIONS = {
+    "cam": {"layer": "features.9"},
+    "meaningful_perturbation": {"steps": 2},
+    "shapley_sampling": {"samples": 1, "sampling_dims": (1,)},
+}
+
+
+@pytest.mark.parametrize("method", crp.methods(), ids=lambda method: method.name)
+def test_every_method_by_name(vgg_bn, images, method):
+    gap = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    model = gap.double().eval() if method.name == "cam" else vgg_bn
+    options = OPTIONS.get(method.name, {})
+    if "layer" in method.options and method.options["layer"] is ...:
+        options = {"layer": "1" if method.name == "cam" else "features.9"}
+    bounds = {"low": -5.0, "high": 5.0} if method.options.get("low", 0) is ... else {}
+    found = quantus_explain(method.name, **options, **bounds)(model, images[:2].numpy(), np.array([0, 3]))
+    assert isinstance(found, np.ndarray)
+    assert found.shape == (2, 3, 16, 16)
+    data, target = images[:2], torch.tensor([0, 3])
+    assert np.allclose(found, crp.explain(method.name, model, data, target, **options, **bounds).numpy(), rtol=1e-6)
+
+
+def test_attributors_by_class(vgg_bn, images):
+    found = quantus_explain(Occlusion, window_shape=(3, 4, 4), step=(3, 4, 4))(vgg_bn, images.numpy(), np.arange(4))
+    attributor = Occlusion(vgg_bn, window_shape=(3, 4, 4), step=(3, 4, 4))
+    assert np.array_equal(found, attributor(images, torch.arange(4))[1].numpy())
 
 
 def test_arrays_become_what_the_model_takes(vgg_bn, images):

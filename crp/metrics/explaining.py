@@ -150,7 +150,8 @@ def _explain(method: str | Composite | type, model: nn.Module, data: Tensor, tar
         if isinstance(method, str)
         else method(model, **options)(data, target)
     )
-    found = getattr(found, "heatmap", found)
+    # Attributors return (output, attribution), as those of zennit do.
+    found = getattr(found, "heatmap", found[1] if type(found) is tuple and len(found) == 2 else found)
     if not isinstance(found, Tensor):
         raise TypeError(f"{method!r} gives a {type(found).__name__}; a tensor, or an object with a heatmap, is needed")
     return found
