@@ -112,7 +112,8 @@ class ShapleySampling(Attributor):
             generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
             return torch.stack([torch.randperm(n_players, generator=generator) for _ in range(self.samples)])
         given = torch.as_tensor(self.permutations)
-        if given.dim() != 2 or not torch.equal(given.sort(1).values, torch.arange(n_players).expand_as(given)):
+        players = torch.arange(n_players)
+        if given.dim() != 2 or given.shape[1] != n_players or (given.sort(1).values != players).any():
             raise ValueError(
                 f"permutations must have the shape (samples, {n_players}) and hold every player from 0 to "
                 f"{n_players - 1} in each row; got the shape {tuple(given.shape)}"

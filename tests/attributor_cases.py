@@ -1,0 +1,65 @@
+"""Nets and data that tests of attributors share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def gap_net(bias: bool = True) -> nn.Sequential:
+    """Convolutions, ReLU, average over positions, one dense layer: (n, 3, 8, 8) -> (n, 4); ``"4"`` is averaged."""
+    torch.manual_seed(5)
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1, bias=bias), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 3, padding=1, bias=bias),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4, bias=bias),
+    )  # fmt: skip
+    return net.double().eval()
+
+
+def images(n: int = 3) -> Tensor:
+    return torch.randn(n, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+
+class TwoInputs(nn.Module):
+    """Scores of a picture and a vector, which meet in a product: (n, 2, 4, 4), (n, 3) -> (n, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.fc1 = nn.Linear(12, 5)
+        self.fc2 = nn.Linear(3, 5)
+        self.out = nn.Linear(5, 3)
+        self.double().eval()
+
+    def forward(self, picture: Tensor, vector: Tensor) -> Tensor:
+        left = torch.relu(self.fc1(torch.relu(self.conv(picture)).flatten(1)))
+        return self.out(torch.relu(left + self.fc2(vector)))
+
+
+def two_inputs(n: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    return (
+        torch.randn(n, 2, 4, 4, dtype=torch.float64, generator=generator),
+        torch.randn(n, 3, dtype=torch.float64, generator=generator),
+    )
+
+
+def gradient(model: nn.Module, x: Tensor, classes: list[int] | int) -> Tensor:
+    """Gradient of one output for each sample, by autograd alone."""
+    leaf = x.detach().clone().requires_grad_()
+    output = model(leaf)
+    ids = torch.as_tensor(classes).expand(len(x))
+    return torch.autograd.grad(output[torch.arange(len(x)), ids].sum(), leaf)[0]
+
+
+class Call(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)

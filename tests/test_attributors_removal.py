@@ -1,0 +1,211 @@
+"""Occlusion and Shapley values: closed forms, what windows cover, permutations, and passes through the model."""
+
+import functools
+import itertools
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from attributor_cases import Call, TwoInputs, gap_net, images, two_inputs
+from hypothesis import given, settings
+from torch import nn
+
+from crp.attributors import Neuron, Occlusion, ShapleySampling
+from crp.attributors.occlusion import windows
+from crp.composites import EpsilonPlus
+
+few = settings(max_examples=20, deadline=None)
+close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+
+
+def by_hand(score, x, window, step, baseline=0.0):
+    """Occlusion of one image, window by window."""
+    height, width = x.shape[1:]
+    total, count = torch.zeros_like(x), torch.zeros_like(x)
+    for i in range(0, height - window + 1, step):
+        for j in range(0, width - window + 1, step):
+            covered = x.clone()
+            covered[:, i : i + window, j : j + window] = baseline
+            total[:, i : i + window, j : j + window] += score(x) - score(covered)
+            count[:, i : i + window, j : j + window] += 1
+    return total / count
+
+
+# --- occlusion --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "step"), [(2, 2), (3, 1), (2, 1), (8, 1), (4, 2)])
+@pytest.mark.parametrize("batch_size", [None, 1, 7])
+def test_occlusion_is_the_fall_of_the_score(window, step, batch_size):
+    model, x = gap_net().requires_grad_(False), images()
+    _, found = Occlusion(model, window_shape=window, step=step, batch_size=batch_size)(x, [0, 1, 2])
+    for row in range(3):
+        close(found[row], by_hand(lambda v, row=row: model(v[None])[0, row], x[row], window, step))
+
+
+def test_linear_model_gives_its_terms():
+    model, x = nn.Linear(5, 2).double().eval(), torch.randn(3, 5).double()
+    x0 = torch.randn(3, 5).double()
+    weight = model.weight[1].detach()
+    close(Occlusion(model, baseline=x0)(x, 1)[1], weight * (x - x0))
+    terms = weight * (x - x0)
+    pairs = (terms[:, :-1] + terms[:, 1:]).clone()  # each window of two
+    expected = torch.stack([pairs[:, 0], *[(pairs[:, i - 1] + pairs[:, i]) / 2 for i in range(1, 4)], pairs[:, 3]], 1)
+    close(Occlusion(model, window_shape=2, baseline=x0)(x, 1)[1], expected)
+    close(Occlusion(model, window_shape=2, baseline=x0, per_feature=True)(x, 1)[1], expected / 2)
+
+
+def test_window_of_fewer_axes_covers_the_others_whole():
+    assert windows((3, 4, 4), 2, 2) == windows((3, 4, 4), (2, 2), (2, 2)) == windows((3, 4, 4), (3, 2, 2), (1, 2, 2))
+    assert len(windows((3, 4, 4))) == 48
+    assert len(windows((3, 4, 4), (1, 1))) == 16
+    assert windows((5,), 2, 3) == [(slice(0, 2),), (slice(3, 5),)]
+    assert windows((2, 5), (2, 5)) == [(slice(0, 2), slice(0, 5))]
+
+
+def test_features_without_a_window_get_nothing_and_one_warning():
+    model, x = nn.Linear(5, 1, bias=False).double().eval(), torch.ones(2, 5).double()
+    with pytest.warns(UserWarning, match="no window covers 1 of 5 features, which get 0") as caught:
+        _, found = Occlusion(model, window_shape=2, step=2)(x, 0)
+    assert len(caught) == 1
+    assert (found[:, 4] == 0).all() and found.isfinite().all() and (found[:, :4] != 0).all()
+
+
+def test_occlusion_of_several_inputs_covers_one_at_a_time():
+    model, inputs = TwoInputs(), two_inputs()
+    _, (picture, vector) = Occlusion(model, window_shape=[2, 1], step=[2, 1], baseline=(0.5, None))(inputs, [0, 1, 2])
+    rows = torch.arange(3)
+    with torch.no_grad():
+        whole = model(*inputs)[rows, rows]
+        covered = inputs[0].clone()
+        covered[:, :, 2:, :2] = 0.5
+        close(picture[:, 1, 3, 0], whole - model(covered, inputs[1])[rows, rows])
+        without = inputs[1].clone()
+        without[:, 2] = 0
+        close(vector[:, 2], whole - model(inputs[0], without)[rows, rows])
+
+
+def test_occlusion_of_a_neuron_and_of_a_function():
+    model, x = gap_net().requires_grad_(False), images(1)
+    found = Occlusion(model, window_shape=4, step=4)(x, Neuron("3", (1, 2, 2)))[1]
+    close(found[0], by_hand(lambda v: model[:4](v[None])[0, 1, 2, 2], x[0], 4, 4))
+    found = Occlusion(model, window_shape=4, step=4)(x, lambda y: y.softmax(1))[1]  # zennit: summed, so always 1
+    close(found, torch.zeros_like(x))
+
+
+def test_composites_have_no_effect(untouched):
+    model, x = gap_net(), images()
+    with untouched(model):
+        close(
+            Occlusion(model, EpsilonPlus(), window_shape=4, step=4)(x, 1)[1],
+            Occlusion(model, window_shape=4, step=4)(x, 1)[1],
+        )
+
+
+def test_passes_through_the_model_are_few():
+    seen = []
+    model = Call(lambda v: (seen.append(len(v)), v.flatten(1))[1])
+    Occlusion(model)(torch.ones(1, 100), 0)
+    assert seen == [1, 64, 36, 1]
+
+
+# --- Shapley values ---------------------------------------------------------------------------------------------------
+
+
+def exact(score, x, x0):
+    """Shapley values of one sample by the sum over all coalitions."""
+    n = len(x)
+    found = torch.zeros(n, dtype=torch.float64)
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        for size in range(n):
+            for coalition in itertools.combinations(others, size):
+                weight = math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n)
+                without = x0.clone()
+                without[list(coalition)] = x[list(coalition)]
+                joined = without.clone()
+                joined[i] = x[i]
+                found[i] += weight * (score(joined) - score(without))
+    return found
+
+
+def all_orders(n):
+    return torch.tensor(list(itertools.permutations(range(n))))
+
+
+def test_linear_model_gives_its_terms_in_any_permutation():
+    model, x = nn.Linear(6, 2).double().eval(), torch.randn(3, 6).double()
+    _, found = ShapleySampling(model, samples=1, baseline=1.0)(x, 1)
+    close(found, (model.weight[1] * (x - 1)).detach())
+
+
+def test_maximum_of_two():
+    """max(x1, x2) from 0: the smaller one is shared, the rest is the larger's."""
+    model = Call(lambda v: v.clamp(min=0).amax(1, keepdim=True))
+    x = torch.tensor([[3.0, 1.0], [1.0, 4.0], [2.0, 2.0]]).double()
+    _, found = ShapleySampling(model, permutations=all_orders(2))(x, 0)
+    close(found, torch.tensor([[2.5, 0.5], [0.5, 3.5], [1.0, 1.0]]).double())
+
+
+@few
+@given(st.integers(0, 10_000))
+def test_all_permutations_are_the_sum_over_coalitions(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double().eval().requires_grad_(False)
+    x, x0 = torch.randn(2, 2, 4).double()
+    _, found = ShapleySampling(model, permutations=all_orders(4), baseline=x0)(x, 1)
+    for row in range(2):
+        close(found[row], exact(lambda v: model(v[None])[0, 1], x[row], x0[row]))
+
+
+@pytest.mark.parametrize("dims", [None, (2, 3), (1,), [3]])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_players_share_the_whole_fall(dims, batch_size):
+    model, x = gap_net(), images(2)[..., :4, :4]
+    _, found = ShapleySampling(model, samples=2, sampling_dims=dims, batch_size=batch_size)(x, [0, 1])
+    axes = tuple(axis for axis in (1, 2, 3) if dims is not None and axis not in dims)
+    if axes:
+        close(found, found.mean(axes, keepdim=True).expand(x.shape))
+        found = found.mean(axes)
+    fall = (model(x) - model(torch.zeros_like(x)))[[0, 1], [0, 1]].detach()
+    close(found.flatten(1).sum(1), fall)
+
+
+def test_several_inputs_have_players_of_their_own():
+    model = Call(lambda a, b: (a.sum(1) * 2 + b.sum(1) * 3)[:, None])
+    x = torch.rand(2, 3).double(), torch.rand(2, 2).double()
+    _, found = ShapleySampling(model)(x, 0)
+    close(found[0], x[0] * 2)
+    close(found[1], x[1] * 3)
+
+
+def test_permutations_depend_on_the_seed():
+    model, x = gap_net(), images(1)
+    first = ShapleySampling(model, sampling_dims=(2,))(x, 1)[1]
+    close(ShapleySampling(model, sampling_dims=(2,), batch_size=3)(x, 1)[1], first)
+    assert not torch.allclose(ShapleySampling(model, sampling_dims=(2,), seed=1)(x, 1)[1], first)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: Occlusion(m, window_shape=9)(x, 0), r"window_shape 9 is larger than the input.*\(3, 8, 8\)"),
+        (lambda m, x: Occlusion(m, window_shape=(4, 2, 2))(x, 0), "larger than the input"),
+        (lambda m, x: Occlusion(m, window_shape=(1, 1, 1, 1))(x, 0), "has 4 axes; the input has 3"),
+        (lambda m, x: Occlusion(m, window_shape=0)(x, 0), "must be a positive whole number"),
+        (lambda m, x: Occlusion(m, window_shape=2, step=(1, 0))(x, 0), "step must be a positive whole number"),
+        (lambda m, x: Occlusion(m, window_shape=[1, 2])(x, 0), "settings for 2 inputs; there are 1"),
+        (lambda m, x: Occlusion(m, baseline=x[:2])(x, 0), "the baseline has shape"),
+        (lambda m, x: ShapleySampling(m, samples=0), "samples must be a whole number"),
+        (lambda m, x: ShapleySampling(m, sampling_dims=(0,))(x, 0), "must name axes from 1 to 3"),
+        (lambda m, x: ShapleySampling(m, sampling_dims=(4,))(x, 0), "must name axes from 1 to 3"),
+        (lambda m, x: ShapleySampling(m, sampling_dims=())(x, 0), "must name axes from 1 to 3"),
+        (lambda m, x: ShapleySampling(m, permutations=torch.zeros(1, 3))(x, 0), r"the shape \(samples, 192\)"),
+        (lambda m, x: ShapleySampling(m, sampling_dims=(1,), permutations=torch.tensor([[0, 1, 1]]))(x, 0), "every"),
+    ],
+)
+def test_errors_before_the_model_runs(call, message):
+    model = Call(lambda v: pytest.fail("the model runs"))
+    with pytest.raises(ValueError, match=message):
+        call(model, images())
