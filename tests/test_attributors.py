@@ -67,6 +67,16 @@ def test_integrated_gradients_of_a_square_by_each_quadrature(quadrature):
     close(found, (x - x0) * 2 * (x0 + mean * (x - x0)))
 
 
+def test_gauss_legendre_is_exact_for_polynomials():
+    """Of degree 2n - 1: with 3 points, a gradient of degree 5."""
+    x, x0 = torch.tensor([[3.0, -2.0]]).double(), torch.tensor([[1.0, 1.0]]).double()
+    model = Call(lambda v: (v**6).sum(1, keepdim=True))
+    found = IntegratedGradients(model, steps=3, baseline=x0, quadrature="gauss_legendre")(x, 0)[1]
+    close(found, x**6 - x0**6)
+    found = IntegratedGradients(model, steps=2, baseline=x0, quadrature="gauss_legendre")(x, 0)[1]
+    assert not torch.allclose(found, x**6 - x0**6, rtol=1e-3)
+
+
 def test_riemann_sum_is_written_out():
     model, x = gap_net(), images()
     x0 = torch.rand_like(x)
@@ -210,7 +220,8 @@ def test_targets_of_all_kinds():
     mask = torch.rand(3, 4, dtype=torch.float64)
     for target, wanted in [
         (-1, each[3]), ([2], each[2]), (torch.tensor([0, 1, 2]), torch.stack([each[i][i] for i in range(3)])),
-        (Mask(mask), torch.einsum("nc,cnxyz->nxyz", mask, each)), (Mask(mask[0]), torch.einsum("c,c...->...", mask[0], each)),
+        (Mask(mask), torch.einsum("nc,cnxyz->nxyz", mask, each)),
+        (Mask(mask[0]), torch.einsum("c,c...->...", mask[0], each)),
         (Score(lambda y: y[:, 1] - y[:, 0]), each[1] - each[0]),
     ]:  # fmt: skip
         for batch_size in (None, 1, 2):
@@ -229,8 +240,8 @@ def test_neurons_of_a_hidden_layer(index):
     points = [k / 3 * x for k in (1, 2, 3)]
     each = [Gradient(model)(point, target)[1] for point in points]
     close(IntegratedGradients(model, steps=3)(x, target)[1], sum(each) / 3 * x)
-    close(Gradient(model, composites.DeepLift())(x, target)[1].flatten(1).sum(1), (
-        model[:4](x) - model[:4](torch.zeros_like(x)))[(slice(None), *place)].reshape(3, -1).sum(1).detach())  # fmt: skip
+    fall = (model[:4](x) - model[:4](torch.zeros_like(x)))[(slice(None), *place)].detach()
+    close(Gradient(model, composites.DeepLift())(x, target)[1].flatten(1).sum(1), fall.reshape(3, -1).sum(1))
 
 
 def test_distribution_over_outputs_starts_excitation_backprop():
@@ -378,7 +389,7 @@ def test_errors_name_the_culprit(call, error, message, untouched):
 def test_targets_that_are_checked_before_the_model_runs():
     model = Call(lambda v: pytest.fail("the model runs"))
     for options, target in [({}, [0, 1]), ({}, Mask(torch.ones(2, 4))), ({"baseline": torch.ones(2)}, 0)]:
-        with pytest.raises(ValueError, match="samples|baseline"):
+        with pytest.raises(ValueError, match=r"samples|baseline"):
             IntegratedGradients(model, **options)(images(), target)
 
 

@@ -8,7 +8,7 @@ from attributor_cases import gap_net, gradient, images
 from torch import nn
 from torch.nn import functional as F
 
-from crp.attributors import CAM, Gradient, GradCAM, GradCAMPlusPlus, GuidedGradCAM, Neuron
+from crp.attributors import CAM, GradCAM, GradCAMPlusPlus, Gradient, GuidedGradCAM, Neuron
 from crp.composites import EpsilonPlus, GuidedBackprop
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
@@ -161,5 +161,5 @@ def test_errors_of_cam():
 
 def test_space_of_layer_and_input_must_agree():
     model = nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(28, 2)).double().eval()
-    with pytest.raises(ValueError, match="has 1 axes of space and the input of shape .* has 2"):
+    with pytest.raises(ValueError, match=r"has 1 axes of space and the input of shape .* has 2"):
         GradCAM(model, layer="1")(torch.randn(1, 1, 4, 4).double(), 0)
