@@ -142,22 +142,24 @@ class Operations(TorchFunctionMode):
     ) -> Any:
         """Call a function, under its rule if it has one."""
         kwargs = kwargs or {}
+        if self._covers:
+            return func(*args, **kwargs)
         name = name_of(func)
         rule = self.rules.get(name)
         known = name in self.rules or self.right is None or name in self.right
         if name in _METADATA:
             return func(*args, **kwargs)
         result = self._call(name, rule, known, func, args, kwargs)
-        if name in NOTED and not self._covers and not (name == "mul" and has_negative(args, kwargs)):
+        if name in NOTED and not (name == "mul" and has_negative(args, kwargs)):
             self.run.signs.note(name, tensors_in((args, kwargs)), tensors_in(result))
         return result
 
     def _call(self, name: str, rule: Rule | None, known: bool, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if rule is None and known and self.seen is None and self.run.account is None:
-            if name == "relu" and not self._covers and self.run.rectifiable:
+            if name == "relu" and self.run.rectifiable:
                 return self._rectified(func, args, kwargs)
             return func(*args, **kwargs)
-        inputs = () if self._covers else tuple(t for t in tensors_in((args, kwargs)) if depends(t))
+        inputs = tuple(t for t in tensors_in((args, kwargs)) if depends(t))
         if inputs and not torch.is_grad_enabled():
             self._note_custom()
         if not inputs or not torch.is_grad_enabled():
