@@ -81,8 +81,8 @@ class Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Pass on."""
-        return grads[0], None
+        """Pass on; each input has memory of its own, also where rules give the same to all channels."""
+        return grads[0].clone(memory_format=torch.contiguous_format), None
 
 
 class Held(torch.autograd.Function):

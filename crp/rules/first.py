@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from zennit.types import ConvolutionStandard
 
-from crp.rules.layer import Layer, negative, ones, positive, square
+from crp.rules.base import Term
+from crp.rules.layer import PLAIN_FORWARDS, Layer, negative, ones, positive, square
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
 
@@ -62,6 +64,18 @@ class Flat(LRPRule):
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the number of inputs in reach."""
         return layer(a, ones, bias=False)
+
+    def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
+        """Number of inputs in reach; one convolution of one channel serves where all channels read the same."""
+        module = layer.module
+        if not (
+            isinstance(module, ConvolutionStandard) and module.groups == 1 and type(module).forward in PLAIN_FORWARDS
+        ):
+            return [Term(self.surrogate(layer, a), sign=1)]
+        kernel = torch.ones(1, 1, *module.kernel_size, dtype=y.dtype, device=y.device)
+        channels = -len(module.kernel_size) - 1
+        reached: Tensor = module._conv_forward(a.sum(channels, keepdim=True), kernel, None)
+        return [Term(reached.expand(y.shape), denominator=reached, sign=1)]
 
 
 class ZBox(LRPRule):

@@ -131,7 +131,7 @@ class Layer:
         assert w is not None
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return F.linear(a, w, b)
-        if isinstance(module, ConvolutionStandard) and type(module).forward in _PLAIN_FORWARDS:
+        if isinstance(module, ConvolutionStandard) and type(module).forward in PLAIN_FORWARDS:
             return cast(Tensor, module._conv_forward(a, w, b))
         if isinstance(module, ConvolutionTranspose) and type(module) in _TRANSPOSED and module.padding_mode == "zeros":
             return _TRANSPOSED[type(module)](
@@ -184,13 +184,14 @@ class Layer:
             self.module._parameters.update(own)
 
 
-_PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+#: Forwards that convolve and do nothing else.
+PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module does what its type says, so that `Layer` need not run its forward."""
     return (
-        type(module).forward in _PLAIN_FORWARDS
+        type(module).forward in PLAIN_FORWARDS
         or type(module).forward is nn.Linear.forward
         or type(module) in _TRANSPOSED
     )
