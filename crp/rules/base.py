@@ -42,7 +42,7 @@ from crp.graph import tracing
 from crp.reference import referencing
 from crp.rules.account import Account, Shares
 from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
-from crp.rules.layer import Layer, is_plain
+from crp.rules.layer import Layer, check_parameters, is_plain
 from crp.rules.operation import Operation
 from crp.rules.redirect import Again as Again
 from crp.rules.redirect import Forward, LayerAgain, released, saves_output
@@ -175,7 +175,7 @@ class Rule(Hook):  # type: ignore[misc]
 
     def check(self, module: nn.Module) -> None:
         """Raise a TypeError if the rule cannot treat the module; called before the model runs."""
-        Layer(module, self.zero_params)
+        check_parameters(module)
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Keep the input of a module that works in place."""

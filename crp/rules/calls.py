@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -13,7 +14,11 @@ from torch import Tensor
 
 def name_of(function: Callable[..., Any]) -> str:
     """Plain name of a function of torch: `F.relu`, `torch.relu_` and `Tensor.relu` are all ``"relu"``."""
-    name: str = getattr(function, "__name__", str(function))
+    return _plain(getattr(function, "__name__", None) or str(function))
+
+
+@lru_cache(maxsize=4096)
+def _plain(name: str) -> str:
     return name.split(".")[0].strip("_")
 
 

@@ -102,12 +102,6 @@ class Layer:
         self.nonnegative = nonnegative
         # (canonizers may take theirs back before the last backward pass)
         self._own = dict(module._parameters) if own is None else own
-        extra = [name for name, _ in module.named_parameters(recurse=True) if name not in ("weight", "bias")]
-        if extra and not hasattr(module, "parametrizations"):
-            raise TypeError(
-                f"{type(module).__name__} has parameters {extra}; rules treat modules whose parameters are "
-                "'weight' and 'bias' (Linear, Conv1-3d, ConvTranspose1-3d and the like), or that have none"
-            )
 
     def __call__(self, a: Tensor, modifier: Modifier = same, bias: bool = True) -> Tensor:
         """Layer's output for the input ``a``, with modified parameters, differentiable in ``a`` only.
@@ -182,6 +176,16 @@ class Layer:
             return cast(Tensor, self.module.forward(a.clone() if getattr(self.module, "inplace", False) else a))
         finally:
             self.module._parameters.update(own)
+
+
+def check_parameters(module: nn.Module) -> None:
+    """Raise a TypeError if a module has parameters that no rule knows."""
+    extra = [name for name, _ in module.named_parameters(recurse=True) if name not in ("weight", "bias")]
+    if extra and not hasattr(module, "parametrizations"):
+        raise TypeError(
+            f"{type(module).__name__} has parameters {extra}; rules treat modules whose parameters are "
+            "'weight' and 'bias' (Linear, Conv1-3d, ConvTranspose1-3d and the like), or that have none"
+        )
 
 
 #: Forwards that convolve and do nothing else.

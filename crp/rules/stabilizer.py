@@ -90,8 +90,9 @@ def quotient(above: Tensor, below: Tensor, stabilize: Callable[[Tensor], Tensor]
     if above is below and stabilize.epsilon > 0:
         size = below.abs()
         return size / (size + stabilize.epsilon)
-    if sign > 0:
-        return above / (F.threshold(below, 0.0, math.inf) + stabilize.epsilon)
-    if sign < 0:
-        return above / (-F.threshold(-below, 0.0, math.inf) - stabilize.epsilon)
+    if sign != 0:
+        # (in place where nothing needs the steps between)
+        signed = F.threshold(below if sign > 0 else -below, 0.0, math.inf)
+        signed = signed + stabilize.epsilon if signed.requires_grad else signed.add_(stabilize.epsilon)
+        return (above if sign > 0 else -above) / signed
     return above / torch.add(below, below.sign(), alpha=stabilize.epsilon).masked_fill(below == 0, math.inf)
