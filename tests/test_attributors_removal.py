@@ -57,11 +57,14 @@ def test_linear_model_gives_its_terms():
 
 
 def test_window_of_fewer_axes_covers_the_others_whole():
-    assert windows((3, 4, 4), 2, 2) == windows((3, 4, 4), (2, 2), (2, 2)) == windows((3, 4, 4), (3, 2, 2), (1, 2, 2))
-    assert len(windows((3, 4, 4))) == 48
-    assert len(windows((3, 4, 4), (1, 1))) == 16
-    assert windows((5,), 2, 3) == [(slice(0, 2),), (slice(3, 5),)]
-    assert windows((2, 5), (2, 5)) == [(slice(0, 2), slice(0, 5))]
+    for arguments in (2, 2), ((2, 2), (2, 2)), ((3, 2, 2), (1, 2, 2)):
+        starts, offsets = windows((3, 4, 4), *arguments)
+        assert starts.tolist() == [0, 2, 8, 10]
+        assert offsets.tolist() == [c + p for c in (0, 16, 32) for p in (0, 1, 4, 5)]
+    assert [len(part) for part in windows((3, 4, 4))] == [48, 1]
+    assert [len(part) for part in windows((3, 4, 4), (1, 1))] == [16, 3]
+    assert [part.tolist() for part in windows((5,), 2, 3)] == [[0, 3], [0, 1]]
+    assert [part.tolist() for part in windows((2, 3), (2, 3))] == [[0], list(range(6))]
 
 
 def test_features_without_a_window_get_nothing_and_one_warning():

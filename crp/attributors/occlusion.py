@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -16,8 +15,6 @@ from crp.attributors.target import Target
 from crp.notices import warn
 
 Lengths: TypeAlias = int | tuple[int, ...]
-#: One slice for each axis but the first.
-Window: TypeAlias = tuple[slice, ...]
 
 
 class Occlusion(Attributor):
@@ -76,26 +73,27 @@ class Occlusion(Attributor):
         covers = baselines(self.baseline, inputs)
         shapes, steps = _for_each(self.window_shape, inputs), _for_each(self.step, inputs)
         found = [windows(data.shape[1:], *given) for data, *given in zip(inputs, shapes, steps, strict=True)]
-        places = [(number, window) for number, some in enumerate(found) for window in some]
-        totals = tuple(torch.zeros_like(data) for data in inputs)
-        counts = [data.new_zeros(data.shape[1:]) for data in inputs]
+        totals = [torch.zeros_like(data).flatten(1) for data in inputs]
         with self.scoring(target) as score:
             whole = self._whole(score, inputs, target)
-            for sample, time in self.rows(len(inputs[0]), len(places), target, ROWS_FORWARD):
-                rows = sample.to(inputs[0].device)
-                covered = [data[rows] for data in inputs]
-                for row, place in enumerate(time.tolist()):
-                    number, window = places[place]
-                    covered[number][row][window] = covers[number][sample[row]][window]
-                fall = whole[rows] - score(tuple(covered), target.rows(sample)).to(whole)
-                for row, place in enumerate(time.tolist()):
-                    number, window = places[place]
-                    totals[number][sample[row]][window] += fall[row]
-        for number, window in places:
-            size = counts[number][window].numel() if self.per_feature else 1
-            counts[number][window] += size
+            for number, (data, cover) in enumerate(zip(inputs, covers, strict=True)):
+                starts, offsets = (part.to(data.device) for part in found[number])
+                cover = cover.flatten(1)
+                for sample, window in self.rows(len(data), len(starts), target, ROWS_FORWARD):
+                    sample = sample.to(data.device)
+                    place = starts[window.to(data.device)][:, None] + offsets  # (rows, features of the window)
+                    seen = [other[sample.to(other.device)] for other in inputs]
+                    covered = seen[number].flatten(1).scatter(1, place, cover[sample].gather(1, place))
+                    seen[number] = covered.view_as(seen[number])
+                    fall = whole[sample] - score(tuple(seen), target.rows(sample)).to(whole)
+                    index = sample[:, None].expand_as(place), place
+                    totals[number].index_put_(index, fall[:, None].expand_as(place), accumulate=True)
+        counts = [_cover_count(data[0], *part) for data, part in zip(inputs, found, strict=True)]
         _tell_uncovered(counts)
-        results = (torch.where(count > 0, total / count, 0) for total, count in zip(totals, counts, strict=True))
+        results = []
+        for data, total, count, (_, offsets) in zip(inputs, totals, counts, found, strict=True):
+            shared = count * len(offsets) if self.per_feature else count
+            results.append(torch.where(count > 0, total / shared, 0).view_as(data))
         return self.output(inputs), tuple(results)
 
     def _whole(self, score: Any, inputs: Inputs, target: Target) -> Tensor:
@@ -106,8 +104,15 @@ class Occlusion(Attributor):
         return torch.cat(parts).to(inputs[0])
 
 
-def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths = 1) -> list[Window]:
+def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths = 1) -> tuple[Tensor, Tensor]:
     """Windows that lie wholly in an input of this shape, without the batch axis.
+
+    Returns
+    -------
+    starts : Tensor of shape (windows,)
+        First feature of each window, counted in the flattened input.
+    offsets : Tensor of shape (features of a window,)
+        What to add for all of its features.
 
     Raises
     ------
@@ -116,8 +121,8 @@ def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths =
 
     Examples
     --------
-    >>> [w[1].start for w in windows((1, 7), (3,), 2)]
-    [0, 2, 4]
+    >>> windows((2, 5), (2,), 3)
+    (tensor([0, 3]), tensor([0, 1, 5, 6]))
     """
     lengths = _lengths("window_shape", 1 if window is None else window, shape, every=window is None)
     steps = _lengths("step", step, shape, every=window is None)
@@ -126,8 +131,20 @@ def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths =
     steps = (*[1] * (len(shape) - len(steps)), *steps)
     if any(length > size for length, size in zip(lengths, shape, strict=True)):
         raise ValueError(f"window_shape {window!r} is larger than the input, which has the shape {tuple(shape)}")
-    starts = (range(0, n - length + 1, s) for n, length, s in zip(shape, lengths, steps, strict=True))
-    return [tuple(map(slice, at, map(sum, zip(at, lengths, strict=True)))) for at in itertools.product(*starts)]
+    starts, offsets = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for size, length, stride in zip(shape, lengths, steps, strict=True):
+        starts = (starts[:, None] * size + torch.arange(0, size - length + 1, stride)).flatten()
+        offsets = (offsets[:, None] * size + torch.arange(length)).flatten()
+    return starts, offsets
+
+
+def _cover_count(sample: Tensor, starts: Tensor, offsets: Tensor) -> Tensor:
+    """How many windows cover each feature, (features,)."""
+    count = sample.new_zeros(sample.numel())
+    for part in torch.split(starts.to(sample.device), ROWS_FORWARD):
+        place = (part[:, None] + offsets.to(sample.device)).flatten()
+        count.index_add_(0, place, torch.ones_like(place, dtype=count.dtype))
+    return count
 
 
 def _lengths(name: str, given: Any, shape: Sequence[int], every: bool) -> tuple[int, ...]:
