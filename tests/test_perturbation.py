@@ -206,12 +206,14 @@ def test_any_background_and_resolution(vgg_bn, images, background, mask_size):
 
 @pytest.mark.parametrize("upsampling", ["bilinear", "bicubic", "nearest"])
 def test_upsampling(vgg_bn, images, upsampling):
-    start = torch.rand(1, 1, 4, 4)
+    start = torch.rand(1, 1, 4, 4).round()
     settings = {"mask_size": 4, "mask_blur": 0.0, "jitter": 1, "learning_rate": 0.0, "steps": 1}
-    found = MeaningfulPerturbation(vgg_bn, upsampling=upsampling, start=start, **settings)(images).mask
+    settings |= {"background": 0.0, "upsampling": upsampling, "start": start}
+    found = MeaningfulPerturbation(vgg_bn, **settings)(images, 0)
     options = {} if upsampling == "nearest" else {"align_corners": False}
     expected = F.interpolate(start.double(), (16, 16), mode=upsampling, **options).clamp(0, 1)
-    assert torch.allclose(found, expected[:, 0].expand_as(found))
+    assert torch.allclose(found.mask, expected[:, 0].expand_as(found.mask))
+    assert torch.allclose(found.scores[:, 0], vgg_bn(images * expected).softmax(1)[:, 0])
 
 
 def test_the_mean_background_is_each_channels_own(images):
@@ -253,6 +255,16 @@ def test_the_model_is_left_alone(vgg_bn, images, untouched):
         with pytest.raises(ValueError, match="one score for each row"):
             MeaningfulPerturbation(vgg_bn, **SMALL)(data, lambda output: output)
     assert torch.equal(data, images)
+
+
+def test_models_may_change_their_input(vgg_bn, images):
+    found = [
+        MeaningfulPerturbation(nn.Sequential(nn.ReLU(inplace=inplace), vgg_bn).eval(), **SMALL)(images)
+        for inplace in (True, False)
+    ]
+    assert torch.equal(found[0].heatmap, found[1].heatmap)
+    assert torch.equal(found[0].limits, found[1].limits)
+    assert torch.equal(found[0].scores, found[1].scores)
 
 
 def test_progress_is_shown_on_demand(vgg_bn, images, capsys):

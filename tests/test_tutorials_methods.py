@@ -1,0 +1,112 @@
+"""The notebooks of `tutorials/methods` run from top to bottom, what they claim is so, and their outputs are stored."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "tutorials" / "methods"
+
+# Run as the last cell of each notebook, with the names that the notebook has defined.
+CLAIMS = {
+    "perturbation_mask": """
+assert on_mark["preserved"] > 0.25 and on_mark["deleted"] > 0.05 and on_mark["relevance"] > 0.3
+assert preservation.heatmap.mean() < deletion.heatmap.mean() < 0.3
+start, end = falling.scores[:, 0].mean(), falling.scores[:, -1].mean()
+assert end < 0.3 < falling.limits[:, 1].mean() < start and start > 0.95
+assert (rising.scores[:, -1] > 0.9).all() and (rising.scores[:, 0] < 0.9).all()
+assert areas["relevance"] == min(areas.values())
+""",
+    "activation_maximization": """
+for name in ("weak l2", "l2 from 0", "class mean", "variation, jitter"):
+    assert pixels[name].scores[:, -1].exp().mean() > 0.9, name
+assert (pixels["class mean"].images - means).abs().mean() < 0.05
+assert probabilities["mean code"].min() > 0.95 and probabilities["from noise"].min() > 0.7
+assert error < 1e-4
+""",
+    "continuity_and_selectivity": """
+assert [round(value, 2) for value in kink.values()] == [70.71, 46.67, 1.41]
+lrp = ["deep Taylor", "LRP (ε, z⁺)", "LRP (ε, α2β1)"]
+for name in lrp:
+    assert area[name] < 0.8 * area["sensitivity"], name
+    assert change[name] < change["sensitivity"], name
+assert set(sorted(area, key=area.get)[:3]) == {"SmoothGrad", "DeepLIFT", "simple Taylor"}
+assert max(area, key=area.get) == "noise"
+assert change["simple Taylor"] > 0.8 * change["sensitivity"]
+assert sorted(set(change) - {"noise"}, key=change.get)[:2] == ["deep Taylor", "LRP (ε, z⁺)"]
+assert max(lrp, key=area.get) == "deep Taylor"
+assert set(sorted(between, key=between.get)[-3:]) == set(lrp)
+assert min(between, key=between.get) == "noise" and between["SmoothGrad"] < between["sensitivity"]
+""",
+}
+
+
+def read(name: str) -> Any:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def pictures(notebook: Any) -> int:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every notebook after its run, side by side; or the exception that ended it."""
+    clients = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))))
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # Agg, shown in the notebook
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+        home = tmp_path_factory.mktemp("home")
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+            patch.setenv(name, str(home / name))
+        for name, claims in CLAIMS.items():
+            notebook = read(name)
+            notebook.cells.append(nbformat.v4.new_code_cell(claims))
+            place = {"metadata": {"path": str(tmp_path_factory.mktemp(name))}}
+            clients[name] = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place)
+
+        async def run() -> list[Any]:
+            runs = [client.async_execute() for client in clients.values()]
+            return await asyncio.gather(*runs, return_exceptions=True)
+
+        return dict(zip(clients, asyncio.run(run()), strict=True))
+
+
+def test_every_notebook_is_run() -> None:
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(CLAIMS)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_stored_with_outputs(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert pictures(notebook) >= 2
+    stored = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"/(home|Users|work|root|tmp)/", stored)
+    assert not any(output.get("name") == "stderr" for cell in code for output in cell.outputs)
+    assert len(stored) < 400_000
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_runs_and_claims_hold(name: str, executed: dict[str, Any]) -> None:
+    notebook = executed[name]
+    if isinstance(notebook, BaseException):
+        raise notebook
+    assert pictures(notebook) == pictures(read(name))
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    errors = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert "Warning" not in errors, errors
