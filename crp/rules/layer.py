@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,24 @@ def signs(a: Tensor) -> tuple[Tensor, Tensor | None]:
     """Positive and negative part of a layer's input; None where there is no negative part, as behind a ReLU."""
     if a.numel() == 0 or a.detach().amin() >= 0:
         return a, None
-    return a.clamp(min=0), a.clamp(max=0)
+    positive_part, negative_part = cast(tuple[Tensor, Tensor], Signs.apply(a))
+    return positive_part, negative_part
+
+
+class Signs(torch.autograd.Function):
+    """Positive and negative part; each entry takes the gradient of the part that it is in."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Take apart."""
+        ctx.save_for_backward(a)
+        return a.clamp(min=0), a.clamp(max=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Put together."""
+        (a,) = ctx.saved_tensors
+        return torch.where(a > 0, grads[0], grads[1])
 
 
 class Layer:

@@ -29,6 +29,8 @@ from crp.rules.operation import Operation
 from crp.rules.stabilizer import Stabilize, stabilizing
 
 Names = str | Sequence[str] | None
+#: Inputs that `Pass` takes for 0.
+TINY = 1e-30
 Empty = Literal["drop", "epsilon"]
 
 _INSTANCE_NORM = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -149,14 +151,13 @@ class Norm(Epsilon):
 class Pass(Rule):
     """Identity: an elementwise layer hands relevance on as it is, :math:`R_a = R_y`.
 
-    In multiplier encoding ``m_a = m_y * y / a``; relevance at an input of exactly 0 is not handed on.
+    In multiplier encoding ``m_a = m_y * y / a``; relevance at an input of 0 (to within 1e-30) is not handed on.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
-        # Enough to keep the quotient finite; any more would lose relevance near 0.
-        super().__init__(1e-30)
+        super().__init__(0.0)
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
@@ -168,6 +169,13 @@ class Pass(Rule):
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""
         return [Term(a)]
+
+    def _scale(self, term: Term, y: Tensor) -> Tensor:
+        # Where the input is next to nothing, the quotient would not be finite.
+        nothing = term.z.abs() <= TINY
+        if torch.is_grad_enabled():
+            return y.masked_fill(nothing, 0) / term.z.masked_fill(nothing, 1)
+        return torch.div(y, term.z).masked_fill_(nothing, 0)
 
     def check(self, module: nn.Module) -> None:
         """Accept every module."""

@@ -175,7 +175,11 @@ class Operations(TorchFunctionMode):
             key = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), "")
             target, *others = args or [kwargs[key]]
             kwargs = kwargs if args else {k: v for k, v in kwargs.items() if k != key}
-            function, args = out_of_place(func), (target.clone(), *others)
+            args = (target.clone(), *others)
+            if kwargs.get("inplace"):
+                kwargs = {**kwargs, "inplace": False}
+            else:
+                function = out_of_place(func)
             inputs = tuple(t for t in tensors_in((args, kwargs)) if depends(t))
         layer = self._layer()
         output = function(*args, **kwargs)
