@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crp.visualization.cache import Cache, ImageCache
+    from crp.visualization.datasets import Pairs
     from crp.visualization.feature import FeatureVisualization
     from crp.visualization.mining import mine
     from crp.visualization.report import write_report
     from crp.visualization.results import export
     from crp.visualization.store import Table
 
-__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Table", "export", "mine", "write_report"]
+__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Pairs", "Table", "export", "mine", "write_report"]
 
 _HOMES = {
     "Cache": "cache",
     "FeatureVisualization": "feature",
     "ImageCache": "cache",
+    "Pairs": "datasets",
     "Table": "store",
     "export": "results",
     "mine": "mining",

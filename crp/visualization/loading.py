@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _NOTHING = torch.empty(0)
+_HINT = "crp.visualization.Pairs makes pairs of it"
 
 
 class SampleError(RuntimeError):
@@ -155,8 +156,7 @@ def _unpack(packed: tuple[bytes, Tensor | None]) -> list[Sample]:
 def _wrong(item: object) -> str | None:
     if not isinstance(item, tuple | list) or len(item) != 2:
         what = f"{len(item)} entries" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
-        return f"the dataset gives {what}, not a pair (tensor, label)"
+        return f"the dataset gives {what}, not a pair (tensor, label); {_HINT}"
     if not isinstance(item[0], Tensor):
-        hint = "; torchvision.transforms.ToTensor() makes a tensor of an image" if hasattr(item[0], "getbands") else ""
-        return f"the dataset gives (..., label) with a {type(item[0]).__name__}, not a tensor{hint}"
+        return f"the dataset gives (..., label) with a {type(item[0]).__name__}, not a tensor; {_HINT}"
     return None

@@ -15,15 +15,27 @@ from crp.visualization.manifest import TableError
 from crp.visualization.shards import write_atomic
 
 _PATTERN = "lock-*.json"
+#: Who may not be in the folder with whom: a run that does all, a part of a run, and a merge of what parts have written.
+_CONFLICTS = {"run": {"run", "part", "merge"}, "part": {"run"}, "merge": {"run", "merge"}}
 
 
 class TableLockedError(TableError, RuntimeError):
-    """Another run writes into the folder."""
+    """Another run writes into the folder.
+
+    Attributes
+    ----------
+    role : str
+        What it does: ``"run"``, ``"part"`` or ``"merge"``.
+    """
+
+    role = "run"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, role: str = "run") -> Iterator[None]:
     """Hold the folder for writing.
+
+    A run wants it for itself; parts of a run share it with each other and with one merge.
 
     Every run that wants the folder leaves a file of its own first and then looks for others, so that of two runs at
     most one goes on. A file whose process is gone is removed. A process on another machine cannot be asked, and counts
@@ -35,21 +47,32 @@ def locked(folder: Path) -> Iterator[None]:
         At once, if another run that may be alive holds the folder; the message names it.
     """
     own = folder / f"lock-{uuid.uuid4().hex}.json"
-    write_atomic(own, json.dumps(_owner()).encode())
     try:
+        write_atomic(own, json.dumps(_owner() | {"role": role}).encode())
         for other in sorted(folder.glob(_PATTERN)):
             if other == own:
                 continue
             owner = _read(other)
-            if owner is not None and _is_alive(owner):
-                raise TableLockedError(
+            if owner is None:
+                continue
+            if not _is_alive(owner):
+                other.unlink(missing_ok=True)
+            elif (their := str(owner.get("role", "run"))) not in _CONFLICTS or their in _CONFLICTS[role]:
+                error = TableLockedError(
                     f"{folder} is being written by process {owner.get('pid')} on {owner.get('host')}; wait for it, or "
                     f"mine into another folder. If that process is gone, delete {other}"
                 )
-            other.unlink(missing_ok=True)
+                error.role = their
+                raise error
         yield
     finally:
         own.unlink(missing_ok=True)
+
+
+def get_owners(folder: Path) -> list[dict[str, Any]]:
+    """Who may be writing into the folder: ``pid``, ``host`` and ``role`` of each."""
+    owners = (_read(other) for other in sorted(folder.glob(_PATTERN)))
+    return [owner for owner in owners if owner is not None and _is_alive(owner)]
 
 
 def _owner() -> dict[str, Any]:

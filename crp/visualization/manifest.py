@@ -22,7 +22,10 @@ VERSION = 1
 MODES = ("relevance", "activation")
 KINDS = ("sum", "max")
 
-_NAME = re.compile(r"\d{1,18}-\d{1,18}-[0-9a-f]{8}\.safetensors")
+#: File names of shards.
+NAME = re.compile(r"\d{1,18}-\d{1,18}-[0-9a-f]{8}\.safetensors")
+#: File names of cached answers.
+DERIVED = re.compile(r"[0-9a-f]{32}\.safetensors")
 _SHA = re.compile(r"[0-9a-f]{64}")
 
 
@@ -85,7 +88,7 @@ class ShardRecord:
             numbers = (record.start, record.stop, record.rows, *record.concepts.values())
             sound = all(type(n) is int and n >= 0 for n in numbers) and record.start < record.stop
             sound = sound and all(record.start <= i < record.stop for i in record.skipped)
-            if not (sound and _NAME.fullmatch(record.file) and _SHA.fullmatch(record.sha256)):
+            if not (sound and NAME.fullmatch(record.file) and _SHA.fullmatch(record.sha256)):
                 raise ValueError("values out of range, or a file name that no shard has")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise TableCorruptError(f"{source}: shard {entry!r} is not valid: {error}") from error
@@ -164,6 +167,12 @@ class TableHeader:
     kinds: tuple[str, ...] = KINDS
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        words = (*self.layers, *self.modes, *self.kinds)
+        words += (*self.fingerprints, *self.fingerprints.values(), *self.versions, *self.versions.values())
+        if type(self.n_samples) is not int or self.n_samples < 0 or not all(type(word) is str for word in words):
+            raise TypeError(f"n_samples must be a number and all else words; not {self}")
 
     @property
     def identity(self) -> str:

@@ -7,7 +7,6 @@ on where it was, and any number of machines can share a dataset. A shard's conte
 from __future__ import annotations
 
 import platform
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,20 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import DataLoader, default_collate
 from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.forward import check_layers
+from crp.visualization.engines import mine_all, mine_part
+from crp.visualization.engines import mine_shard as mine_shard
 from crp.visualization.fingerprint import fingerprint, fingerprint_composite, fingerprint_dataset, fingerprint_model
 from crp.visualization.loading import SampleError as SampleError
 from crp.visualization.loading import read
-from crp.visualization.lock import locked
-from crp.visualization.manifest import KINDS, MODES, ShardRecord, TableHeader
-from crp.visualization.scoring import Job, mine_ranges
+from crp.visualization.manifest import KINDS, MODES, TableHeader
+from crp.visualization.scoring import Job
 from crp.visualization.store import Table
+from crp.visualization.targets import Targets, check_targets
 
 #: Batches in a shard, by default.
 SHARD_BATCHES = 64
@@ -57,6 +58,10 @@ def mine(
     progress: bool = True,
     overwrite: bool = False,
     fingerprints: Mapping[str, str] | None = None,
+    targets: Targets = "label",
+    mixed_shapes: bool = False,
+    part: tuple[int, int] | None = None,
+    client: Any = None,
 ) -> Table:
     """Mine a range of a dataset into a folder; what the folder holds already is not computed again.
 
@@ -64,7 +69,9 @@ def mine(
     ----------
     attribution : CondAttribution
     dataset : Dataset
-        Gives pairs (tensor of shape (channels, *space), label) by index, and has a length.
+        Gives pairs (tensor of shape (channels, *space), label) by index, and has a length;
+        `crp.visualization.datasets.Pairs` makes such a dataset of others. Of a DataLoader, its dataset is mined, in the
+        dataset's order.
     layer_map : dict of str to Concept
         What to record.
     composite : zennit.core.Composite, optional
@@ -102,6 +109,17 @@ def mine(
         Discard what the folder holds.
     fingerprints : dict of str to str, optional
         In place of those computed for ``"model", "composite", "dataset", "layers", "preprocess", "single_targets"``.
+    targets : {"label", "prediction", "top-5", "all"} or sequence of int
+        Classes whose relevance is recorded, each in a row of its own: those of the sample's label, the predicted one,
+        the five (or any number of) highest ones, all outputs, or these. All but the first need no labels.
+    mixed_shapes : bool
+        Whether samples may differ in shape. Those of equal shape are attributed together; positions count within the
+        sample's own shape.
+    part : (int, int), optional
+        Of ``(i, n)``, mine only the shards of process i out of n, counted from 0. All write into the same folder, at
+        the same time if need be, and each merges what there is in the end.
+    client : distributed.Client, optional
+        Mine by the workers of a Dask cluster, which must see the same folder.
 
     Returns
     -------
@@ -135,6 +153,8 @@ def mine(
         device=device,
         on_error=on_error,
         fingerprints=fingerprints,
+        targets=targets,
+        mixed_shapes=mixed_shapes,
     )
     n = job.header.n_samples
     stop = n if stop is None else stop
@@ -142,34 +162,13 @@ def mine(
         raise ValueError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
     if Table.exists(job.path) and not overwrite:
         Table.open(job.path).check_header(job.header)
-    job.path.mkdir(parents=True, exist_ok=True)
-    with locked(job.path):
-        if overwrite:
-            Table.discard(job.path)
-        table = Table.open(job.path) if Table.exists(job.path) else Table.create(job.path, job.header)
-        table.check_header(job.header)
-        _complete(table, job, start, stop, retry_skipped, progress)
-    return table
-
-
-def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
-    """Mine a range into files of the job's folder, without touching its manifest.
-
-    It can run anywhere, any number of times and beside others; `Table.add` of what it returns, or `Table.adopt` of what
-    it wrote, makes it count.
-
-    Parameters
-    ----------
-    job : Job
-        From `prepare`.
-    start, stop : int
-
-    Returns
-    -------
-    list of ShardRecord
-        One, or several where a file was full before.
-    """
-    return list(mine_ranges(job, [(start, stop)]))
+    if part is None:
+        return mine_all(job, start, stop, retry_skipped, progress, overwrite, client)
+    if not (len(part) == 2 and all(type(i) is int for i in part) and 0 <= part[0] < part[1]):
+        raise ValueError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
+    if overwrite or client is not None:
+        raise ValueError("part shares the folder with other processes: it goes with neither overwrite nor client")
+    return mine_part(job, start, stop, part, retry_skipped, progress)
 
 
 def prepare(
@@ -190,8 +189,16 @@ def prepare(
     device: torch.device | str | None = None,
     on_error: str = "stop",
     fingerprints: Mapping[str, str] | None = None,
+    targets: Targets = "label",
+    mixed_shapes: bool = False,
 ) -> Job:
     """Check the arguments of `mine` and put them into a job; nothing is written."""
+    if isinstance(dataset, DataLoader):
+        if dataset.collate_fn is not default_collate:
+            raise TypeError(
+                "the DataLoader has a collate_fn, which mining does not call; give a dataset, as Pairs makes"
+            )
+        dataset = dataset.dataset
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
     if not isinstance(layer_map, Mapping) or not layer_map:
@@ -211,6 +218,9 @@ def prepare(
     for name, (given, known) in choices.items():
         if isinstance(given, str) or not given or not set(given) <= set(known):
             raise ValueError(f"{name} must be among {', '.join(map(repr, known))}; not {given!r}")
+    chosen = check_targets(targets)
+    if single_targets is not None and chosen != "label":
+        raise ValueError(f"single_targets is about labels, and targets={targets!r} are not those of labels")
     order = list(dict(attribution.model.named_modules()))
     layers = sorted(layer_map, key=lambda layer: order.index(layer if layer in order else layer.rpartition("#")[0]))
     device = torch.device(attribution.device if device is None else device)
@@ -223,6 +233,10 @@ def prepare(
         "preprocess": lambda: fingerprint(preprocess),
         "single_targets": lambda: fingerprint(single_targets),
     }
+    if chosen != "label":
+        made["targets"] = lambda: fingerprint(chosen)
+    if mixed_shapes:
+        made["shapes"] = lambda: fingerprint("mixed")
     prints = dict(fingerprints or {})
     header = TableHeader(
         n_samples=len(dataset),
@@ -239,7 +253,7 @@ def prepare(
         composite=composite,
         path=Path(path),
         header=header,
-        shape=tuple(first.shape[1:]),
+        shape=None if mixed_shapes else tuple(first.shape[1:]),
         dtype=first.dtype,
         batch_size=batch_size,
         shard_size=shard_size,
@@ -249,29 +263,8 @@ def prepare(
         device=device,
         on_device=on_device,
         on_error=on_error,
+        targets=chosen,
     )
-
-
-def _complete(table: Table, job: Job, start: int, stop: int, retry_skipped: bool, progress: bool) -> None:
-    """Mine what of a range a table misses."""
-    table.clean()
-    for problem in table.drop_damaged():
-        warnings.warn(f"{problem.partition(';')[0]}; its samples are mined again", stacklevel=3)
-    table.adopt()
-    before = table.coverage(start, stop)
-    todo = before.missing
-    if retry_skipped:
-        todo = sorted(todo + [(s.start, s.stop) for s in table.shards if any(start <= i < stop for i in s.skipped)])
-    n = sum(b - a for a, b in todo)
-    done = max(stop - start - n, 0)
-    hidden = not (progress and n)
-    with tqdm(desc="Mining", total=n + done, initial=done, unit="sample", disable=hidden, dynamic_ncols=True) as bar:
-        for record in mine_ranges(job, todo, bar.update):
-            table.add(record)
-    skipped = table.coverage(start, stop).skipped
-    if new := [i for i in skipped if i not in before.skipped]:
-        first = f"sample {new[0]}: {skipped[new[0]]}"
-        warnings.warn(f"{len(new)} samples were skipped ({first}); see Table.coverage().skipped", stacklevel=3)
 
 
 def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:

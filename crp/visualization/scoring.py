@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from crp.concepts import Concept
 from crp.visualization.loading import Problem, Sample, SampleError, load, to_targets
 from crp.visualization.manifest import Array, ShardRecord, TableHeader
 from crp.visualization.shards import write_shard
+from crp.visualization.targets import choose_targets
 
+T = TypeVar("T")
 #: Bytes of scores after which a shard is closed.
 SHARD_BYTES = 128 << 20
 
@@ -34,7 +37,9 @@ class Job:
     header : TableHeader
         What the table is about.
     shape, dtype
-        Of a sample as the model gets it.
+        Of a sample as the model gets it; the shape is None where samples may differ.
+    targets : str or tuple of int
+        From `crp.visualization.targets.check_targets`.
     """
 
     attribution: CondAttribution
@@ -43,7 +48,7 @@ class Job:
     composite: Composite | None
     path: Path
     header: TableHeader
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtype: torch.dtype
     batch_size: int
     shard_size: int
@@ -53,6 +58,7 @@ class Job:
     device: torch.device
     on_device: torch.device | str | None
     on_error: str
+    targets: str | tuple[int, ...] = "label"
 
 
 def mine_ranges(
@@ -67,10 +73,10 @@ def mine_ranges(
     batches = list(_get_batches(job, ranges))
     loaded = load(job.dataset, (range(begin, end) for begin, end, _ in batches), job.num_workers)
     shard = None
-    works = False  # whether any sample was attributed
+    fortune = _Fortune(job.batch_size)
     for (begin, end, is_last), samples in zip(batches, loaded, strict=True):
         shard = shard or _Shard(begin)
-        works |= _Batch(job, samples, works).score(shard)
+        _Batch(job, samples, fortune).score(shard)
         if progress is not None:
             progress(end - begin)
         if is_last or shard.n_bytes >= SHARD_BYTES:
@@ -109,30 +115,50 @@ class _Shard:
         return write_shard(folder, identity, self._start, stop, arrays, self.skipped)
 
 
+@dataclass
+class _Fortune:
+    """What earlier batches have taught.
+
+    Attributes
+    ----------
+    rows : int
+        How many fit into memory at once.
+    works : bool
+        Whether any sample was attributed.
+    """
+
+    rows: int
+    works: bool = False
+
+
 class _Batch:
     """Samples of one batch on their way to scores; those with problems drop out."""
 
-    def __init__(self, job: Job, samples: Sequence[Sample], works: bool) -> None:
+    def __init__(self, job: Job, samples: Sequence[Sample], fortune: _Fortune) -> None:
         self._job = job
         self._samples = samples
-        self._works = works
+        self._fortune = fortune
         self._problems: dict[int, str] = {}
 
-    def score(self, shard: _Shard) -> bool:
-        """Add the rows of the batch to a shard; returns whether there are any."""
-        targets = self._get_targets()
-        indices, data = self._get_data([sample for sample in self._samples if targets.get(sample.id)])
-        rows = [(place, target) for place, index in enumerate(indices) for target in targets[index]]
+    def score(self, shard: _Shard) -> None:
+        """Add the rows of the batch to a shard."""
+        by_label = self._job.targets == "label"
+        targets = self._get_targets() if by_label else {i: [0] for i in self._get_readable()}
         parts = []
-        for begin in range(0, len(rows), self._job.batch_size):
-            parts += self._attribute(data, indices, rows[begin : begin + self._job.batch_size])
+        for indices, data in self._get_data([sample for sample in self._samples if targets.get(sample.id)]):
+            if not by_label:
+                targets |= self._choose(indices, data)
+            rows = [(place, target) for place, index in enumerate(indices) for target in targets[index]]
+            parts += self._in_parts(rows, indices, partial(_get_scores, self._job, data, indices))
         if parts:
+            self._fortune.works = True
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             self._drop_not_finite(arrays)
-            keep = ~np.isin(arrays["sample"], list(self._problems))
+            keep = np.flatnonzero(~np.isin(arrays["sample"], list(self._problems)))
+            if self._job.shape is None:  # groups of equal shapes
+                keep = keep[np.argsort(arrays["sample"][keep], kind="stable")]
             shard.extend({key: array[keep] for key, array in arrays.items()})
         shard.skipped.update(self._problems)
-        return bool(parts)
 
     def _drop(self, index: int, reason: str, error: Exception | None = None) -> None:
         """Skip a sample, or stop."""
@@ -140,35 +166,55 @@ class _Batch:
             raise SampleError(index, reason) from error
         self._problems.setdefault(index, reason)
 
-    def _get_targets(self) -> dict[int, list[int]]:
-        found = {}
-        for index, _, label, problem in self._samples:
+    def _get_readable(self) -> dict[int, Any]:
+        """Labels of the samples that could be read."""
+        for index, _, _, problem in self._samples:
             if problem is not None:
                 self._drop(index, problem.reason, problem.error)
-                continue
+        return {index: label for index, _, label, problem in self._samples if problem is None}
+
+    def _get_targets(self) -> dict[int, list[int]]:
+        found = {}
+        for index, label in self._get_readable().items():
             try:
                 found[index] = to_targets(label, self._job.single_targets, "relevance" in self._job.header.modes)
             except Exception as error:
                 self._drop(index, Problem.of(error).reason, error)
         return found
 
-    def _get_data(self, samples: Sequence[Sample]) -> tuple[list[int], Tensor]:
-        """Indices and data, as the model gets it, of the samples that are as they should be."""
+    def _choose(self, indices: list[int], data: Tensor) -> dict[int, list[int]]:
+        """Targets of samples that are not those of their labels."""
+
+        def chosen(rows: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+            places = [place for place, _ in rows]
+            found = choose_targets(self._job.targets, self._job.attribution, data[places])
+            return [(indices[place], targets) for place, targets in zip(places, found, strict=True)]
+
+        parts = self._in_parts([(place, -1) for place in range(len(indices))], indices, chosen)
+        found: dict[int, list[int]] = {index: [] for index in indices}
+        return found | dict(pair for part in parts for pair in part)
+
+    def _get_data(self, samples: Sequence[Sample]) -> list[tuple[list[int], Tensor]]:
+        """Indices and data, as the model gets it, of the samples that are as they should be, for every shape."""
         preprocess, like = self._job.preprocess, (self._job.shape, self._job.dtype)
-        indices, ready = [], []
+        groups: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
         for index, data, _, _ in samples:
             try:
                 one = data[None] if preprocess is None else preprocess(data[None].to(self._job.device))
             except Exception as error:
                 self._drop(index, Problem.of(error, "preprocess: ").reason, error)
                 continue
-            if (found := (tuple(one.shape[1:]), one.dtype)) != like:
-                self._drop(index, "its shape is {}, {}; that of the first sample is {}, {}".format(*found, *like))
+            shape = tuple(one.shape[1:])
+            if (shape if like[0] is not None else None, one.dtype) != like:
+                reason = f"its shape is {shape}, {one.dtype}; that of the first sample is {like[0] or 'any'}, {like[1]}"
+                self._drop(index, reason)
                 continue
+            indices, ready = groups.setdefault(shape, ([], []))
             indices.append(index)
             ready.append(one)
-        if not ready:
-            return [], torch.empty(0)
+        return [self._get_finite(*group) for group in groups.values()]
+
+    def _get_finite(self, indices: list[int], ready: list[Tensor]) -> tuple[list[int], Tensor]:
         batch = torch.cat(ready).to(self._job.device)
         finite = torch.isfinite(batch).flatten(1).all(1).tolist()
         for index, is_finite in zip(indices, finite, strict=True):
@@ -178,30 +224,39 @@ class _Batch:
             batch = batch[torch.tensor(finite, device=batch.device)]
         return [index for index in indices if index not in self._problems], batch
 
-    def _attribute(self, data: Tensor, indices: list[int], rows: list[tuple[int, int]]) -> list[dict[str, Array]]:
-        """Scores of the rows, in parts. Where a call fails, its halves are tried: memory may suffice for these."""
+    def _in_parts(
+        self, rows: list[tuple[int, int]], indices: list[int], compute: Callable[[list[tuple[int, int]]], T]
+    ) -> list[T]:
+        """Results for the rows, in parts. Where a call fails, its halves are tried: memory may suffice for these."""
         failures: list[tuple[int, int, Exception]] = []
+        parts: list[T] = []
+        size = self._fortune.rows
+        todo = [rows[begin : begin + size] for begin in range(0, len(rows), size)][::-1]
         reasons: list[str] = []
-
-        def attempt(part: list[tuple[int, int]]) -> list[dict[str, Array]]:
+        while todo:
+            part = todo.pop()
             try:
-                return [_get_scores(self._job, data, indices, part)]
+                parts.append(compute(part))
+                continue
             except Exception as error:
                 if len(part) == 1:
                     failures.append((*part[0], error))
-                    return []
-                reasons.append(Problem.of(error).reason)
+                    continue
+                reasons.append(f"{len(part)} rows at once failed ({Problem.of(error).reason})")
+                is_memory = _is_memory(error)
+            # Here, the exception no longer holds what the call had in memory.
             half = len(part) // 2
-            return attempt(part[:half]) + attempt(part[half:])
-
-        parts = attempt(rows)
-        if not parts and not self._works and len({place for place, _ in rows}) > 1:
+            todo += [part[half:], part[:half]]
+            if is_memory:
+                self._fortune.rows = min(self._fortune.rows, len(part) - half)
+                torch.cuda.empty_cache()
+        if not parts and not self._fortune.works and len({place for place, _, _ in failures}) > 1:
             raise failures[0][2]  # no sample's fault
         if reasons and not failures:
-            message = f"{len(rows)} rows at once failed ({reasons[0]}) and were attributed in parts; lower batch_size"
-            warnings.warn(message, stacklevel=6)
-        for place, target, error in failures:
-            self._drop(indices[place], Problem.of(error, f"target {target}: ").reason, error)
+            warnings.warn(f"{reasons[0]} and were attributed in parts; lower batch_size", stacklevel=6)
+        for place, target, failure in failures:
+            doing = f"target {target}: " if target >= 0 else ""
+            self._drop(indices[place], Problem.of(failure, doing).reason, failure)
         return parts
 
     def _drop_not_finite(self, arrays: Mapping[str, Array]) -> None:
@@ -210,6 +265,11 @@ class _Batch:
                 name, _, layer = key.partition("/")
                 for index in arrays["sample"][~np.isfinite(norm)].tolist():
                     self._problems.setdefault(index, f"its {name.partition('.')[0]} at layer {layer!r} is not finite")
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory did not suffice; on the CPU, torch says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _get_scores(job: Job, data: Tensor, indices: list[int], rows: list[tuple[int, int]]) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -104,7 +105,23 @@ def check_shard(folder: Path, record: ShardRecord) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent, also after a crash: written beside, synced, then renamed."""
+    """Write a file that is complete or absent, also after a crash: written beside, synced, then renamed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; of a full disk, the message says what to do.
+    """
+    try:
+        _write(path, content)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        hint = f"{error.strerror}: what was written before is kept; make room, then run the same again to go on"
+        raise OSError(error.errno, hint, str(path)) from error
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

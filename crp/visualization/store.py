@@ -20,9 +20,9 @@ import numpy as np
 
 from crp.visualization.blocks import Query, count_rows, read_blocks, read_rows
 from crp.visualization.lock import TableLockedError as TableLockedError
-from crp.visualization.manifest import KINDS as KINDS
-from crp.visualization.manifest import MODES as MODES
 from crp.visualization.manifest import (
+    DERIVED,
+    NAME,
     VERSION,
     Array,
     Block,
@@ -35,6 +35,8 @@ from crp.visualization.manifest import (
     TableNotFoundError,
     get_coverage,
 )
+from crp.visualization.manifest import KINDS as KINDS
+from crp.visualization.manifest import MODES as MODES
 from crp.visualization.manifest import TableError as TableError
 from crp.visualization.shards import check_shard, open_shard, read_record, write_atomic
 
@@ -79,13 +81,13 @@ class Table:
             content = json.loads(manifest.read_bytes())
         except FileNotFoundError:
             raise TableNotFoundError(f"nothing was mined into {path}: it has no manifest.json") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TableCorruptError(f"{manifest} is damaged: {error}") from error
         try:
             if content.pop("version") != VERSION:
                 raise TableCorruptError(f"{manifest} is not of version {VERSION}, which this version of crp reads")
             shards = [ShardRecord.from_json(entry, manifest) for entry in content.pop("shards")]
-            content |= {key: tuple(map(str, content[key])) for key in ("layers", "modes", "kinds")}
+            content |= {key: tuple(content[key]) for key in ("layers", "modes", "kinds")}
             return cls(path, TableHeader(**content), shards)
         except (TypeError, KeyError, AttributeError) as error:
             raise TableCorruptError(f"{manifest} is no manifest of a table: {error!r}") from error
@@ -102,9 +104,10 @@ class Table:
     def discard(path: str | Path) -> None:
         """Delete the table in a folder, if there is one, and nothing else."""
         (Path(path) / "manifest.json").unlink(missing_ok=True)
-        for name in ("shards", "derived"):
-            for file in (Path(path) / name).glob("*.safetensors"):
-                file.unlink()
+        for folder, names in ((Path(path) / "shards", NAME), (Path(path) / "derived", DERIVED)):
+            for file in folder.glob("*.safetensors"):
+                if names.fullmatch(file.name) and not folder.is_symlink():
+                    file.unlink()
 
     def __repr__(self) -> str:
         return f"Table({str(self.path)!r}, {len(self.layers)} layers, {len(self.shards)} shards)"
@@ -181,7 +184,7 @@ class Table:
 
     def check_header(self, header: TableHeader) -> None:
         """Raise a `TableMismatchError` that names what differs, unless rows of ``header`` belong into this table."""
-        self.check(**header.fingerprints)
+        self.check(**dict.fromkeys(self.fingerprints, "none") | dict(header.fingerprints))
         for name in ("n_samples", "layers", "modes", "kinds"):
             there, here = getattr(self.header, name), getattr(header, name)
             if there != here:
@@ -291,14 +294,19 @@ class Table:
         int
             How many.
         """
+        new = self.unlisted()
+        if new:
+            self._change([*self.shards, *new])
+        return len(new)
+
+    def unlisted(self) -> list[ShardRecord]:
+        """Shards in the folder that belong to this table and that the manifest does not list; nothing is changed."""
         known = {shard.file for shard in self.shards}
         files = sorted((self.path / "shards").glob("*.safetensors"))
         found = [read_record(file, self.header.identity) for file in files if file.name not in known]
         ranges = {(shard.start, shard.stop) for shard in self.shards}
-        new = [record for record in found if record is not None and (record.start, record.stop) not in ranges]
-        if new:
-            self._change([*self.shards, *new])
-        return len(new)
+        new = {(r.start, r.stop): r for r in reversed(found) if r is not None and (r.start, r.stop) not in ranges}
+        return sorted(new.values(), key=_order)
 
     def drop_damaged(self) -> list[str]:
         """Forget shards whose files are missing or damaged, so that their samples count as missing; returns why."""
@@ -336,7 +344,8 @@ class Table:
             self.shards = before
             raise
         for file in (self.path / "derived").glob("*.safetensors"):  # answers about the table as it was
-            file.unlink(missing_ok=True)
+            if DERIVED.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
     def _save(self) -> None:
         content = {"version": VERSION, **asdict(self.header), "shards": [shard.to_json() for shard in self.shards]}

@@ -1,0 +1,96 @@
+"""Datasets of any kind as pairs of a tensor and a label, which is what is mined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Pairs:
+    """Dataset of pairs (tensor, label), made of one whose items are tuples, dicts, or the data alone.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        With a length, read by index; for example one of torchvision, of Hugging Face, or a list.
+    data : int or str, optional
+        Place or key of the data in an item; None if an item is the data.
+    label : int or str, optional
+        Place or key of the label; None if there is none.
+    transform : callable, optional
+        Function of the data, applied first. What it gives, or the data itself, may be a tensor, an array or a PIL
+        image; images become tensors of shape (channels, height, width) in 0..1.
+
+    Examples
+    --------
+    >>> rows = [{"image": torch.zeros(3, 8, 8), "label": 7, "id": "a"}]
+    >>> Pairs(rows, "image", "label")[0][1]
+    7
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        data: int | str | None = 0,
+        label: int | str | None = 1,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise TypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
+        self.dataset = dataset
+        self.data = data
+        self.label = label
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __repr__(self) -> str:
+        return f"Pairs({type(self.dataset).__name__}, {self.data!r}, {self.label!r})"
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        item = self.dataset[index]
+        data = _field(item, self.data, "data")
+        label = None if self.label is None else _field(item, self.label, "label")
+        return as_tensor(data if self.transform is None else self.transform(data)), label
+
+
+def as_tensor(data: Any) -> Tensor:
+    """Tensor, array or PIL image as a tensor; images are (channels, height, width) in 0..1.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, or an image whose mode has no single meaning in numbers, such as a palette.
+    """
+    if isinstance(data, Tensor):
+        return data
+    if isinstance(data, np.ndarray | np.generic):
+        return torch.from_numpy(np.array(data))
+    if hasattr(data, "getbands"):
+        if data.mode not in ("L", "RGB"):
+            raise TypeError(
+                f"an image of mode {data.mode!r} needs a transform, such as lambda image: image.convert('RGB')"
+            )
+        pixels = np.array(data, np.float32) / 255
+        return torch.from_numpy(pixels).reshape(data.height, data.width, -1).permute(2, 0, 1).contiguous()
+    raise TypeError(f"the data is a {type(data).__name__}; a transform must make it a tensor")
+
+
+def _field(item: Any, field: int | str | None, role: str) -> Any:
+    if field is None:
+        return item
+    try:
+        return item[field]
+    except (KeyError, IndexError, TypeError) as error:
+        if hasattr(item, "keys"):
+            has = f"the keys {', '.join(map(repr, item.keys()))}"
+        elif isinstance(item, tuple | list):
+            has = f"{len(item)} entries"
+        else:
+            has = f"a {type(item).__name__} without fields"
+        raise TypeError(f"an item of the dataset has no {role} at {field!r}; it has {has}") from error

@@ -1,0 +1,228 @@
+"""Who mines the shards of a job: this process, one of several processes, or the workers of a Dask cluster.
+
+All of them do the same, `crp.visualization.scoring.mine_ranges`, and what a shard holds depends on its range alone, so
+that their tables are equal. Processes share a folder, and nothing else: no messages, no collectives.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from crp.visualization.lock import TableLockedError, locked
+from crp.visualization.manifest import ShardRecord, TableCorruptError
+from crp.visualization.scoring import Job, mine_ranges
+from crp.visualization.shards import check_shard, write_atomic
+from crp.visualization.store import Table
+
+#: Seconds that a merge waits for another one.
+PATIENCE = 120.0
+#: How often a Dask worker tries a shard that failed.
+RETRIES = 3
+
+Ranges = Sequence[tuple[int, int]]
+
+
+def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
+    """Mine a range into files of the job's folder, without touching its manifest.
+
+    It can run anywhere, any number of times and beside others; `Table.add` of what it returns, or `Table.adopt` of what
+    it wrote, makes it count.
+
+    Parameters
+    ----------
+    job : Job
+        From `crp.visualization.mining.prepare`.
+    start, stop : int
+
+    Returns
+    -------
+    list of ShardRecord
+        One, or several where a file was full before.
+    """
+    return list(mine_ranges(job, [(start, stop)]))
+
+
+def mine_all(
+    job: Job, start: int, stop: int, retry_skipped: bool, progress: bool, overwrite: bool, client: Any = None
+) -> Table:
+    """Mine what a table misses of a range, here or by a Dask ``client``'s workers, and hold the folder meanwhile."""
+    job.path.mkdir(parents=True, exist_ok=True)
+    with locked(job.path):
+        if overwrite:
+            Table.discard(job.path)
+        table = _opened(job)
+        table.clean()
+        for problem in table.drop_damaged():
+            warnings.warn(f"{problem.partition(';')[0]}; its samples are mined again", stacklevel=3)
+        table.adopt()
+        before = table.coverage(start, stop)
+        todo = before.missing
+        if retry_skipped:
+            todo = sorted(todo + _with_skipped(table.shards, start, stop))
+        write = mine_ranges if client is None else partial(_mine_on_dask, client)
+        with _bar(todo, start, stop, progress) as bar:
+            for record in write(job, todo, bar.update):
+                table.add(record)
+    skipped = table.coverage(start, stop).skipped
+    if new := [i for i in skipped if i not in before.skipped]:
+        first = f"sample {new[0]}: {skipped[new[0]]}"
+        warnings.warn(f"{len(new)} samples were skipped ({first}); see Table.coverage().skipped", stacklevel=3)
+    return table
+
+
+def mine_part(job: Job, start: int, stop: int, part: tuple[int, int], retry_skipped: bool, progress: bool) -> Table:
+    """Mine the shards of one process out of several, then merge what all have written until then.
+
+    A process that is started again goes on where it was. The last one to end leaves the whole table.
+    """
+    number, n = part
+    job.path.mkdir(parents=True, exist_ok=True)
+    with locked(job.path, "part"):
+        if not Table.exists(job.path):
+            with _turn(job.path):
+                _opened(job)
+        table = _opened(job)
+        mine = [shard for shard in table.shards if shard.start // job.shard_size % n == number]
+        sound = [shard for shard in table.shards if shard not in mine or _is_sound(table, shard)]
+        found = Table(table.path, table.header, [*sound, *table.unlisted()])
+        todo = found.coverage(start, stop).missing
+        if retry_skipped:
+            todo = sorted(todo + _with_skipped(found.shards, start, stop))
+        units = [unit for unit in _split(todo, job.shard_size) if unit[0] // job.shard_size % n == number]
+        own = [unit for unit in _split([(start, stop)], job.shard_size) if unit[0] // job.shard_size % n == number]
+        with _bar(units, 0, sum(b - a for a, b in own), progress) as bar:
+            for _ in mine_ranges(job, units, bar.update):
+                pass
+    return merge(job.path)
+
+
+def merge(path: str | Path, *others: str | Path) -> Table:
+    """Take all shards of a folder, and of others, into one table.
+
+    Parameters
+    ----------
+    path : str or Path
+        A table's folder; it is made, if there are others.
+    *others : str or Path
+        Folders of the same table, on other disks for example. They are copied from and left as they are.
+
+    Returns
+    -------
+    Table
+        Whether it is whole is told by `Table.coverage`.
+
+    Raises
+    ------
+    TableNotFoundError
+        If there is no table.
+    TableMismatchError
+        If tables are of different models, composites, datasets, ...
+    TableCorruptError
+        If a shard is damaged.
+    TableLockedError
+        If a run writes into the folder.
+    """
+    path = Path(path)
+    sources = [Table.open(other) for other in others]
+    if sources and not Table.exists(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with _turn(path):
+            Table.create(path, sources[0].header)
+    known = Table.open(path)
+    for source in sources:
+        known.check_header(source.header)
+    with _turn(path):
+        table = Table.open(path)
+        (path / "shards").mkdir(exist_ok=True)
+        for source in sources:
+            for shard in [*source.shards, *source.unlisted()]:
+                if not (path / "shards" / shard.file).exists():
+                    check_shard(source.path / "shards", shard)
+                    write_atomic(path / "shards" / shard.file, (source.path / "shards" / shard.file).read_bytes())
+        table.adopt()
+    return table
+
+
+def _opened(job: Job) -> Table:
+    table = Table.open(job.path) if Table.exists(job.path) else Table.create(job.path, job.header)
+    table.check_header(job.header)
+    return table
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Hold the folder for a merge, after those of others."""
+    end = time.monotonic() + PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path, "merge"))
+                break
+            except TableLockedError as error:
+                if error.role != "merge" or time.monotonic() > end:
+                    raise
+            time.sleep(random.SystemRandom().uniform(0.01, 0.2))  # two that gave way to each other would meet again
+        yield
+
+
+def _is_sound(table: Table, shard: ShardRecord) -> bool:
+    try:
+        check_shard(table.path / "shards", shard)
+    except TableCorruptError as error:
+        warnings.warn(f"{str(error).partition(';')[0]}; its samples are mined again", stacklevel=4)
+        return False
+    return True
+
+
+def _with_skipped(shards: Iterable[ShardRecord], start: int, stop: int) -> list[tuple[int, int]]:
+    return [(shard.start, shard.stop) for shard in shards if any(start <= i < stop for i in shard.skipped)]
+
+
+def _split(ranges: Ranges, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges cut at the multiples of ``size``."""
+    for start, stop in ranges:
+        while start < stop:
+            end = min(stop, (start // size + 1) * size)
+            yield start, end
+            start = end
+
+
+def _bar(todo: Ranges, start: int, stop: int, progress: bool) -> Any:
+    n = sum(b - a for a, b in todo)
+    done = max(stop - start - n, 0)
+    hidden = not (progress and n)
+    return tqdm(desc="Mining", total=n + done, initial=done, unit="sample", disable=hidden, dynamic_ncols=True)
+
+
+def _mine_on_dask(client: Any, job: Job, ranges: Ranges, progress: Callable[[int], object]) -> Iterator[ShardRecord]:
+    """Records of ranges that the workers of a Dask cluster mine; they may come and go."""
+    from distributed import as_completed
+    from distributed.protocol import pickle
+
+    job = replace(job, path=job.path.resolve())
+    # A task of its own, which is computed anew where the worker that held its result is lost.
+    carried = client.submit(pickle.loads, pickle.dumps(job), pure=False)
+    units = list(_split(ranges, job.shard_size))
+    futures = {
+        client.submit(mine_shard, carried, start, stop, pure=False, retries=RETRIES): stop - start
+        for start, stop in units
+    }
+    try:
+        for future, records in as_completed(list(futures), with_results=True):
+            for record in records:
+                check_shard(job.path / "shards", record)  # the worker's folder must be this one
+                yield record
+            progress(futures.pop(future))
+            future.release()
+    finally:
+        client.cancel(list(futures))

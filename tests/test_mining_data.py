@@ -1,0 +1,234 @@
+"""Datasets of all kinds, the classes whose relevance is recorded, samples of different sizes, and little memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mining_cases import LAYERS, Data, files_of, make_net, rows_of, run, same_rows
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus
+from crp.visualization import Pairs
+from crp.visualization.mining import SampleError
+from crp.visualization.selection import select_layers
+from crp.visualization.targets import check_targets, choose_targets
+
+
+class Items:
+    """Dataset whose items are made of those of `Data`."""
+
+    def __init__(self, make: Any, n: int = 21) -> None:
+        self.data, self.make = Data(n), make
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(*self.data[index])
+
+
+# --- items ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (lambda x, y: {"pixels": x, "label": y, "id": "a"}, {"data": "pixels", "label": "label"}),
+        (lambda x, y: ("id", x, y, 3), {"data": 1, "label": 2}),
+        (lambda x, y: [y, x], {"data": -1, "label": 0}),
+        (lambda x, y: (x.numpy(), y), {}),
+        (lambda x, y: (x * 2, y), {"transform": lambda x: x / 2}),
+        (lambda x, y: (x, y, "more"), {}),
+    ],
+    ids=["dict", "four", "reversed list", "array", "transform", "three"],
+)
+def test_items_of_all_kinds_are_mined_alike(tmp_path: Path, make: Any, fields: dict[str, Any]) -> None:
+    same_rows(run(tmp_path / "a", Pairs(Items(make), **fields)), run(tmp_path / "b", Data()))
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("L", (1, 4, 5)), ("RGB", (3, 4, 5))])
+def test_pictures_become_tensors(mode: str, shape: tuple[int, ...]) -> None:
+    pixels = np.arange(20 * shape[0], dtype=np.uint8).reshape(4, 5, shape[0])
+    picture = Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels, mode)
+    data, label = Pairs([picture], None, None)[0]
+    assert label is None
+    assert torch.equal(data, torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+    assert data.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("item", "fields", "match"),
+    [
+        ({"x": 1}, ("image", "y"), "has no data at 'image'; it has the keys 'x'"),
+        ((torch.zeros(1),), (0, 1), "has no label at 1; it has 1 entries"),
+        (3, (0, 1), "has no data at 0; it has a int without fields"),
+        (("text", 1), (0, 1), "the data is a str; a transform must make it a tensor"),
+        ((Image.new("P", (2, 2)), 1), (0, 1), "an image of mode 'P' needs a transform"),
+    ],
+)
+def test_items_that_are_no_pairs_are_told(item: Any, fields: tuple[Any, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        Pairs([item], *fields)[0]
+    with pytest.raises(TypeError, match="int lacks one"):
+        Pairs(3)
+
+
+def test_a_dataloader_is_its_dataset(tmp_path: Path) -> None:
+    table = run(tmp_path / "a", DataLoader(Data(), batch_size=3, shuffle=True))  # type: ignore[arg-type]
+    assert files_of(table.path) == files_of(run(tmp_path / "b", Data()).path)
+    with pytest.raises(TypeError, match="collate_fn"):
+        run(tmp_path / "c", DataLoader(Data(), collate_fn=list))  # type: ignore[arg-type]
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [
+        ("prediction", lambda out: [[int(row.argmax())] for row in out]),
+        ("top-2", lambda out: [sorted(row.argsort(descending=True)[:2].tolist()) for row in out]),
+        ("all", lambda out: [[0, 1, 2]] * len(out)),
+        ([2, 0], lambda out: [[0, 2]] * len(out)),
+    ],
+)
+def test_targets_that_are_not_the_labels(tmp_path: Path, targets: Any, chosen: Any) -> None:
+    expected = chosen(make_net()(Data().images))
+    unlabelled = Data(21, [None] * 21)
+    table = run(tmp_path / "a", unlabelled, targets=targets)
+    assert rows_of(table) == [(i, t) for i, row in enumerate(expected) for t in row]
+    same_rows(table, run(tmp_path / "b", Data(21, expected), single_targets=list))
+    with pytest.raises(ValueError, match="another targets"):
+        run(tmp_path / "a", unlabelled, targets=[1])
+
+
+def test_of_equal_outputs_the_smaller_class_is_predicted() -> None:
+    attribution = CondAttribution(nn.Sequential(nn.Linear(1, 5, bias=False)).eval())
+    with torch.no_grad():
+        attribution.model[0].weight[:, 0] = torch.tensor([0.0, 2, 1, 2, 2])
+    data = torch.ones(1, 1)
+    assert choose_targets("prediction", attribution, data) == [[1]]
+    assert choose_targets("top-2", attribution, data) == [[1, 3]]
+    assert choose_targets("top-9", attribution, data) == [[0, 1, 2, 3, 4]]
+    with pytest.raises(ValueError, match=r"output of shape \(2, classes\), not \(2, 3, 5\)"):
+        choose_targets("prediction", attribution, torch.ones(2, 3, 1))
+
+
+@pytest.mark.parametrize("targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3])
+def test_targets_that_are_none(tmp_path: Path, targets: Any) -> None:
+    with pytest.raises(ValueError, match="targets must be 'label', 'prediction', 'top-5', 'all', or a list"):
+        check_targets(targets)
+
+
+def test_single_targets_are_for_labels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="single_targets is about labels"):
+        run(tmp_path, Data(), targets="all", single_targets=list)
+
+
+def test_a_target_beyond_the_outputs_is_told_of_the_first_sample(tmp_path: Path) -> None:
+    with pytest.raises(IndexError, match="3"):
+        run(tmp_path, Data(), targets=[3])
+
+
+def test_a_sample_that_cannot_be_predicted_is_skipped(tmp_path: Path) -> None:
+    data = Data()
+    data.special = {5: OSError("gone"), 9: (torch.zeros(1, 5, 5).double(), None)}
+    with pytest.raises(SampleError, match="sample 5: OSError: gone"):
+        run(tmp_path, data, targets="prediction")
+    with pytest.warns(UserWarning, match="2 samples were skipped"):
+        table = run(tmp_path, data, targets="prediction", on_error="skip")
+    assert list(table.coverage().skipped) == [5, 9]
+    assert len(rows_of(table)) == 19
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def make_pooled() -> nn.Module:
+    torch.manual_seed(1)
+    parts = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*parts).double().eval()
+
+
+def test_samples_of_different_sizes(tmp_path: Path) -> None:
+    attribution, data = CondAttribution(make_pooled()), Data(12)
+    for i in (1, 4, 5, 10):
+        image = torch.randn(1, 7 + i % 2, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        data.special[i] = (image, i % 3)
+    data.special[7] = (torch.zeros(1, 2, 2).double(), 0)  # smaller than the kernel
+    settings: dict[str, Any] = {"attribution": attribution, "layer_map": dict.fromkeys(["0", "1"], _concept())}
+    with pytest.raises(SampleError, match=r"sample 1: its shape is \(1, 8, 8\)"):
+        run(tmp_path / "same", data, **settings)
+    with pytest.warns(UserWarning, match=r"sample 7: target 0: RuntimeError: .*[Kk]ernel size"):
+        table = run(tmp_path / "mixed", data, mixed_shapes=True, on_error="skip", **settings)
+    assert rows_of(table) == [(i, i % 3) for i in range(12) if i != 7]
+    found = table.column("1", 2, "relevance", "max")
+    for i, value, position in zip(found.sample, found.value, found.position, strict=True):
+        image, label = data[int(i)]
+        relevance = attribution(image[None], [{"y": label}], EpsilonPlus(), record_layer=["1"]).relevances["1"]
+        np.testing.assert_allclose(value, relevance[0, 2].max(), rtol=1e-12, atol=1e-15)
+        assert position == relevance[0, 2].flatten().argmax()
+    with pytest.raises(ValueError, match="shapes"):
+        run(tmp_path / "mixed", data, **settings)
+
+
+def _concept() -> Any:
+    from crp.concepts import ChannelConcept
+
+    return ChannelConcept()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Small(CondAttribution):
+    """Machine on which three rows are too many."""
+
+    calls: tuple[int, ...] = ()
+
+    def __call__(self, data: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls += (len(data),)
+        if len(data) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(data, *args, **kwargs)
+
+
+def test_a_batch_that_does_not_fit_is_halved_once_for_all(tmp_path: Path) -> None:
+    attribution = Small(make_net())
+    with pytest.warns(UserWarning, match=r"8 rows at once failed \(OutOfMemoryError: CUDA out of memory\)") as caught:
+        table = run(tmp_path / "small", Data(), attribution=attribution, batch_size=8)
+    assert attribution.calls == (8, 4, 2, 2, 4, 2, 2, *[2] * 4, 2, 2, 1)
+    assert len(caught) == 1
+    same_rows(table, run(tmp_path / "all", Data(), batch_size=8))
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_chosen_by_name_pattern_and_type() -> None:
+    net = nn.Sequential()
+    net.add_module("layer1", nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
+    net.add_module("layer10", nn.Sequential(nn.Conv2d(2, 2, 3), nn.Flatten()))
+    net.add_module("fc", nn.Linear(2, 2))
+    assert select_layers(net, ["fc", "layer1"]) == ["layer1", "fc"]
+    assert select_layers(net, ["layer1.*"]) == ["layer1.0", "layer1.1"]
+    assert (
+        select_layers(net, ["Conv2d", nn.Linear])
+        == select_layers(net, ["fc", "*.0"])
+        == ["layer1.0", "layer10.0", "fc"]
+    )
+    assert select_layers(net, ["_ConvNd"]) == ["layer1.0", "layer10.0"]
+    for unknown in ("layer2.*", "Conv1d", nn.GELU, "Module"):
+        with pytest.raises(KeyError, match="not found in model"):
+            select_layers(net, [unknown])
+
+
+def test_all_names_of_the_net() -> None:
+    assert select_layers(make_net(), LAYERS) == list(LAYERS)
