@@ -46,6 +46,31 @@ assert max(lrp, key=area.get) == "deep Taylor"
 assert set(sorted(between, key=between.get)[-3:]) == set(lrp)
 assert min(between, key=between.get) == "noise" and between["SmoothGrad"] < between["sensitivity"]
 """,
+    "methods_compared": """
+assert len(maps) >= 8 and all(found.shape == pictures.shape for found in maps.values())
+for name in ("deeplift", "shapley_sampling"):
+    assert torch.allclose(sums[name], difference, atol=1e-4), name
+assert torch.allclose(sums["intgrad"], difference, rtol=0.03)
+for name in ("deeplift", "intgrad", "shapley_sampling"):
+    assert abs(shares[name] - fall.mean()) < 0.1, name
+assert shares["epsilon_plus"] > fall.mean() + 0.05
+assert max(shares[name] for name in ("saliency", "smoothgrad", "guided_backprop", "grad_cam")) < fall.mean() - 0.3
+assert (maps["grad_cam"][2:].flatten(1) > 0).float().mean() < 0.1
+assert error < 1e-5
+try:
+    crp.explain("cam", model, pictures, targets, layer="block.relu2")
+except ValueError:
+    pass
+else:
+    raise AssertionError("CAM of this network")
+""",
+    "excitation_backprop": """
+assert right.float().mean() > 0.85
+assert hits[CONTRASTIVE] > 0.95 > hits[EB] > 0.85
+assert all(abs(total) < 0.1 for (method, _), total in sums.items() if method == CONTRASTIVE)
+assert all(0.8 < total < 1.001 for (method, _), total in sums.items() if method == EB)
+assert error < 1e-5
+""",
 }
 
 
