@@ -528,3 +528,19 @@ def test_targets_of_every_class_are_rows_of_one_pass():
     alone = [heatmap(model, EpsilonPlusFlat(), images(1, 8), i) for i in range(4)]
     assert deviation(rows, torch.cat(alone)) < 1e-12
     assert isinstance(conv_net(lambda s, h: h), Net)
+
+
+def test_rule_on_a_module_whose_part_works_in_place_sees_the_input_as_it_was():
+    """Its forward overwrites what the rule needs."""
+    torch.manual_seed(0)
+    found = []
+    for in_place in (True, False):
+        block = nn.Sequential(nn.ReLU(inplace=in_place), nn.AvgPool1d(2))
+        model = nn.Sequential(nn.Identity(), block, nn.Linear(2, 1, bias=False)).double().eval()
+        with torch.no_grad():
+            model[2].weight.fill_(1.0)
+        data = torch.tensor([[[-1.0, 2.0, 3.0, -4.0]]], dtype=torch.float64, requires_grad=True)
+        with Composite(None, layer_map=[("1", Epsilon(0.5))]).context(model):
+            found.append(torch.autograd.grad(model(data.clone()).sum(), data)[0])
+    assert found[1].abs().sum() > 0
+    assert torch.equal(*found)

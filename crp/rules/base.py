@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
@@ -85,8 +84,6 @@ class Run:
         The model's input.
     account : Account or None
         Where layers account for what they keep, if anyone asked.
-    squashed : list of weakref.ref
-        Tensors that are gates, if they are factors.
     signs : Signs
         Tensors that are known not to be negative.
     rectifiable : dict of int to object
@@ -95,14 +92,12 @@ class Run:
 
     entry: Entry = field(default_factory=Entry)
     account: Account | None = None
-    squashed: list[weakref.ref[Tensor]] = field(default_factory=list)
     signs: Signs = field(default_factory=Signs)
     rectifiable: dict[int, Any] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget the forward passes that were."""
         self.entry.clear()
-        self.squashed.clear()
         self.signs.clear()
         self.rectifiable.clear()
 
@@ -226,11 +221,12 @@ class Rule(Hook):  # type: ignore[misc]
 
         Raises
         ------
-        TypeError
+        NotImplementedError
             If it has more than one such operand.
         """
         if len(operation.inputs) != 1:
-            raise TypeError(
+            # (a TypeError inside an operator such as ** would be taken for "not my type")
+            raise NotImplementedError(
                 f"{type(self).__name__} treats functions of one input; {operation} has {len(operation.inputs)} that "
                 "depend on the model's input"
             )
@@ -344,7 +340,7 @@ class Rule(Hook):  # type: ignore[misc]
         handles = RemovableHandleList([RemovableHandle(self), after])
         if self.adds_up and self.multiplier and is_plain(module) and "forward" not in vars(module):
             handles.append(Forward(module, functools.partial(self._forward, module)))
-        if getattr(module, "inplace", False):
+        if any(getattr(part, "inplace", False) for part in module.modules()):
             handles.append(module.register_forward_pre_hook(self._prepare, with_kwargs=True))
         return handles
 
