@@ -9,6 +9,8 @@ import click
 
 from crp import __version__
 from crp.commands import attribute as attribute_commands
+from crp.commands import mine as mine_commands
+from crp.commands import table as table_commands
 
 INTERRUPTED = 130
 
@@ -58,6 +60,9 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
 
 cli.add_command(attribute_commands.methods)
 cli.add_command(attribute_commands.attribute)
+cli.add_command(mine_commands.mine)
+cli.add_command(table_commands.status)
+cli.add_command(table_commands.merge)
 
 
 def main() -> None:

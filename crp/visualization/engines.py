@@ -10,7 +10,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,9 +70,14 @@ def mine_all(
         if retry_skipped:
             todo = sorted(todo + _with_skipped(table.shards, start, stop))
         write = mine_ranges if client is None else partial(_mine_on_dask, client)
-        with _bar(todo, start, stop, progress) as bar:
-            for record in write(job, todo, bar.update):
-                table.add(record)
+        try:
+            with _bar(todo, start, stop, progress) as bar:
+                for record in write(job, todo, bar.update):
+                    table.add(record)
+        except BaseException:
+            with suppress(OSError):  # a shard may be whole and not yet listed
+                table.adopt()
+            raise
     skipped = table.coverage(start, stop).skipped
     if new := [i for i in skipped if i not in before.skipped]:
         first = f"sample {new[0]}: {skipped[new[0]]}"

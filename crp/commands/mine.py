@@ -1,0 +1,213 @@
+"""``crp mine``: one pass over a dataset, in one process or many."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from crp.commands.errors import CommandError
+
+if TYPE_CHECKING:
+    from crp.visualization.store import Table
+
+INTERRUPTED = 130
+_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--model", required=True, help="Name in torchvision, or package.module:factory.")
+@click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
+@click.option("--checkpoint", type=_EXISTING, help="State dict.")
+@click.option("--data", required=True, help="Folder of pictures, or package.module:factory of a dataset.")
+@click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
+@click.option("--layers", multiple=True, required=True, help="Name, pattern or type of layers; may be given again.")
+@click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
+@click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
+@click.option("--modes", default="relevance,activation", show_default=True, help="What is recorded.")
+@click.option("--kinds", default="sum,max", show_default=True, help="What is recorded over positions.")
+@click.option("--mixed-shapes", is_flag=True, help="Samples may differ in shape.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Samples at once.")
+@click.option("--shard-size", type=click.IntRange(1), help="Samples in a file; 64 batches by default.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read the data.")
+@click.option("--device", help="Such as cuda:1; a GPU if there is one.")
+@click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Of a sample.")
+@click.option("--retry-skipped", is_flag=True, help="Mine shards with skipped samples again.")
+@click.option("--start", type=click.IntRange(0), default=0, help="First sample.")
+@click.option("--stop", type=click.IntRange(1), help="Sample after the last one.")
+@click.option("--shard", "share", metavar="I/N", help="Only the shards of process I of N, counted from 0.")
+@click.option("--dask", "address", help="Address of a Dask scheduler whose workers mine.")
+@click.option("--size", type=click.IntRange(1), help="Pixels on a side, where the weights do not say.")
+@click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
+@click.option("--std", type=float, multiple=True, help="As --mean.")
+@click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
+@click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
+    """Record how relevant and active every concept is on every sample of a dataset.
+
+    The same command goes on after an interruption. Under torchrun, every process takes its share of the shards:
+
+        torchrun --nproc-per-node 4 -m crp mine ...
+    """
+    part = _part(share, os.environ)
+    if part is not None and (overwrite or address):
+        raise CommandError(f"{'--overwrite' if overwrite else '--dask'} does not go with several processes")
+    hidden = quiet or (part is not None and part[0] > 0)
+    with _told(out, overwrite):
+        table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
+    from crp.commands.table import describe
+
+    done = "" if part is None else f"part {part[0]}/{part[1]} is done; "
+    click.echo(f"{done}{describe(table)}")
+
+
+def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
+    from crp.attribution import CondAttribution
+    from crp.commands.models import load
+    from crp.commands.sources import load_source
+    from crp.concepts import ChannelConcept
+    from crp.visualization.mining import mine
+    from crp.visualization.selection import select_layers
+    from crp.visualization.targets import check_targets
+
+    named = given["targets"].strip()
+    targets = check_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
+    if ":" not in given["model"] and not (given["weights"] or given["checkpoint"]):
+        raise CommandError(
+            f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"
+        )
+    pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
+    loaded = load(given["model"], given["weights"], given["checkpoint"], **pictures)
+    layers = select_layers(loaded.model, given["layers"])
+    composite = _composite(given["rules"], given["settings"])
+    fields = [field for field in given["fields"].split(",") if field]
+    dataset, preprocess = load_source(
+        given["data"],
+        fields,
+        loaded,
+        by_label=targets == "label",
+        interpolation=_interpolation(given["model"], given["weights"]),
+    )
+    with _client(address) as client:
+        return mine(
+            CondAttribution(loaded.model.to(_device(given["device"]))),
+            dataset,
+            {layer: ChannelConcept() for layer in layers},
+            composite,
+            out,
+            start=given["start"],
+            stop=given["stop"],
+            batch_size=given["batch_size"],
+            shard_size=given["shard_size"],
+            preprocess=preprocess,
+            modes=given["modes"].split(","),
+            kinds=given["kinds"].split(","),
+            num_workers=given["workers"],
+            on_error=given["on_error"],
+            retry_skipped=given["retry_skipped"],
+            targets=targets,
+            mixed_shapes=given["mixed_shapes"],
+            part=part,
+            client=client,
+            **settings,
+        )
+
+
+@contextmanager
+def _told(out: Path, overwrite: bool) -> Iterator[None]:
+    """Errors in one line, and what to do after an interruption."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = None
+    with suppress(ValueError):  # not in the main thread
+        before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = "the same command without --overwrite" if overwrite else "the same command"
+        click.echo(f"\nInterrupted. All whole shards are kept in {out}; {again} goes on from there.", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _part(share: str | None, environment: Any) -> tuple[int, int] | None:
+    """Share of this process: that of ``--shard``, cut further among the processes of torchrun."""
+    number, n = 0, 1
+    if share is not None:
+        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", share)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise CommandError(f"--shard {share} must be I/N with I from 0 to N - 1, such as 0/8")
+        number, n = int(found[1]), int(found[2])
+    if "TORCHELASTIC_RUN_ID" in environment:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return number * size + rank, n * size
+    return None if share is None else (number, n)
+
+
+def _composite(name: str, settings: tuple[str, ...]) -> Any:
+    from crp.composites import get
+
+    keywords: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise CommandError(f"--set {setting!r} must be KEY=VALUE, such as epsilon=1e-6")
+        try:
+            keywords[key] = json.loads(value)
+        except json.JSONDecodeError:
+            keywords[key] = value
+    if name == "none":
+        if settings:
+            raise CommandError("--set is for a composite, and --composite is none")
+        return None
+    try:
+        return get(name, **keywords)
+    except KeyError as error:
+        raise CommandError(str(error.args[0])) from error
+
+
+def _interpolation(model: str, weights: str | None) -> Any:
+    if not weights:
+        return None
+    from torchvision import models
+
+    return models.get_model_weights(model)[weights].transforms().interpolation
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name:
+        return name
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+@contextmanager
+def _client(address: str | None) -> Iterator[Any]:
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise CommandError(f'--dask needs Dask ({error}): python -m pip install "concept-relevance[dask]"') from error
+    with Client(address) as client:
+        yield client

@@ -1,0 +1,327 @@
+"""``crp mine``, ``crp status`` and ``crp merge``, as they are typed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mining_cases import files_of
+from PIL import Image
+from table_maker import make_table
+from torch import nn
+
+from crp.__main__ import cli
+from crp.attribution import CondAttribution
+from crp.commands.errors import CommandError
+from crp.commands.mine import _part
+from crp.commands.models import Loaded
+from crp.commands.sources import Normalized, Prepared, load_source
+from crp.composites import EpsilonPlus
+from crp.concepts import ChannelConcept
+from crp.visualization.lock import get_owners, locked
+from crp.visualization.mining import mine
+from crp.visualization.store import Table
+
+MODULE = """
+import os, time
+import torch
+from torch import nn
+from PIL import Image
+import numpy as np
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+class Rows:
+    def __init__(self, seconds=0): self.seconds = seconds
+    def __len__(self): return 12
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        generator = torch.Generator().manual_seed(index)
+        return {"pixels": torch.randn(1, 6, 6, generator=generator), "label": index % 3, "id": str(index)}
+
+rows = Rows()
+def slow(): return Rows(0.05)
+number = 3
+"""
+NET = ["--model", "words:net", "--layers", "1", "--composite", "epsilon_plus", "--quiet"]
+ROWS = ["--data", "words:rows", "--fields", "pixels,label", "--shard-size", "2", "--batch-size", "2"]
+SLOW = [word if word != "words:rows" else "words:slow" for word in ROWS]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "words.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "words", raising=False)
+    return tmp_path
+
+
+def crp(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def mined(out: str, *more: object) -> Result:
+    return crp("mine", *NET, *ROWS, "--out", out, *more)
+
+
+# --- mining ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_mines_what_the_function_mines(here: Path) -> None:
+    result = mined("a", "--modes", "relevance", "--kinds", "sum", "--targets", "0,2", "--set", "epsilon=0.01")
+    assert result.exit_code == 0, result.output
+    assert result.output == "12 of 12 samples, 24 rows; complete\n"
+    import words  # type: ignore[import-not-found]
+
+    rows = [(words.rows[i]["pixels"], None) for i in range(12)]
+    settings: dict[str, Any] = {"modes": ["relevance"], "kinds": ["sum"], "targets": [0, 2], "progress": False}
+    attribution, layer_map = CondAttribution(words.net().eval()), {"1": ChannelConcept()}
+    table = mine(attribution, rows, layer_map, EpsilonPlus(epsilon=0.01), here / "b", batch_size=2, **settings)
+    expected, found = table.column("1", 2), Table.open(here / "a").column("1", 2)
+    assert found.sample.tolist() == expected.sample.tolist() and found.target.tolist() == expected.target.tolist()
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-6)
+
+
+def test_parts_and_their_merge_equal_the_whole(here: Path) -> None:
+    assert mined("whole").exit_code == 0
+    first = mined("parts", "--shard", "1/2")
+    assert first.exit_code == 0
+    assert first.output == "part 1/2 is done; 6 of 12 samples, 6 rows; incomplete: 6 samples are missing\n"
+    assert crp("status", "parts").exit_code == 1
+    assert crp("merge", "parts").exit_code == 1
+    assert mined("more", "--shard", "0/2").exit_code == 0
+    result = crp("merge", "parts", "more")
+    assert (result.exit_code, result.output) == (0, "parts: 12 of 12 samples, 12 rows; complete\n")
+    assert files_of(here / "parts") == files_of(here / "whole")
+
+
+@pytest.mark.parametrize(
+    ("share", "environment", "expected"),
+    [
+        (None, {}, None),
+        ("3/8", {}, (3, 8)),
+        ("3/8", {"RANK": "1", "WORLD_SIZE": "4"}, (3, 8)),  # of another launcher
+        (None, {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        ("3/8", {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}, (13, 32)),
+    ],
+)
+def test_the_share_of_a_process(share: str | None, environment: dict[str, str], expected: Any) -> None:
+    assert _part(share, environment) == expected
+
+
+def test_torchrun_whose_rank_is_killed_goes_on(here: Path) -> None:
+    assert mined("whole").exit_code == 0
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--standalone"]
+    command = [sys.executable, *run, "-m", "crp", "mine", *NET, *SLOW, "--out", "out"]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment)
+    wait_for_shards(here / "out")
+    os.kill(get_owners(here / "out")[0]["pid"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "exitcode: -9" in errors.replace("exitcode  :", "exitcode:")
+    Table.open("out").clean()
+    assert files_of(here / "out") == files_of(here / "whole")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_an_interruption_keeps_whole_shards_and_says_how_to_go_on(here: Path, number: int) -> None:
+    pid = os.fork()
+    if not pid:
+        result = crp("mine", *NET, *SLOW, "--out", "out")
+        (here / "told").write_text(result.output)
+        os._exit(result.exit_code)
+    wait_for_shards(here / "out")
+    os.kill(pid, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    told = (here / "told").read_text()
+    assert told == "\nInterrupted. All whole shards are kept in out; the same command goes on from there.\n"
+    assert not list(here.glob("out/lock-*"))
+    left = Table.open("out").coverage().missing
+    assert left and left[0][0] >= 2
+    assert crp("mine", *NET, *SLOW, "--out", "out").exit_code == 0
+    mined("whole")
+    assert files_of(here / "out") == files_of(here / "whole")
+
+
+def wait_for_shards(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(path.glob("shards/*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layers", "conv"], "<layers> 'conv' not found in model"),
+        (["--composite", "epsilon_pus"], "there is no composite 'epsilon_pus'"),
+        (["--set", "epsilon"], "--set 'epsilon' must be KEY=VALUE"),
+        (["--set", "epsilonn=1"], "epsilonn"),
+        (["--composite", "none", "--set", "a=1"], "--set is for a composite"),
+        (["--targets", "labels"], "targets must be 'label', 'prediction'"),
+        (["--modes", "relevances"], "modes must be among"),
+        (["--shard", "2/2"], "--shard 2/2 must be I/N with I from 0 to N - 1"),
+        (["--shard", "0/2", "--overwrite"], "--overwrite does not go with several processes"),
+        (["--data", "words:nothing"], "words has no 'nothing'"),
+        (["--data", "words:number"], "words:number gives a int, not a dataset"),
+        (["--data", "nowhere"], "--data nowhere is neither a folder nor package.module:factory"),
+        (["--data", "."], "--fields is for datasets"),
+        (["--fields", "a,b,c"], "--fields names data and label, not 3 fields"),
+        (["--fields", "image"], "has no data at 'image'; it has the keys 'pixels', 'label', 'id'"),
+        (["--fields", "pixels"], "label None is no integer class"),
+        (["--stop", "13"], "the range 0 to 13 must be within the dataset"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_mistakes_are_told_in_a_line(here: Path, more: list[str], message: str) -> None:
+    result = mined("out", *more)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ") and message in result.output, result.output
+    assert not list(here.glob("out/shards/*"))
+
+
+def test_another_composite_is_refused_unless_told_otherwise(here: Path) -> None:
+    assert mined("out").exit_code == 0
+    refused = mined("out", "--set", "epsilon=0.5")
+    assert refused.exit_code == 1 and "mined with another composite" in refused.output
+    assert mined("out", "--set", "epsilon=0.5", "--overwrite").exit_code == 0
+    with locked(here / "out"):
+        busy = mined("out", "--set", "epsilon=0.5")
+        assert busy.exit_code == 1 and f"written by process {os.getpid()}" in busy.output
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize(size)
+
+
+@pytest.mark.parametrize("name", ["ResNet18_Weights", "EfficientNet_B0_Weights"])
+def test_pictures_are_prepared_as_the_weights_say(name: str) -> None:
+    from torchvision import models
+
+    recipe = getattr(models, name).DEFAULT.transforms()
+    ours = Prepared("RGB", recipe.resize_size[0], recipe.crop_size[0], recipe.interpolation)(picture(0, (300, 280)))
+    normalized = Normalized(recipe.mean, recipe.std)(ours[None])[0]
+    torch.testing.assert_close(normalized, recipe(picture(0, (300, 280))), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, name in enumerate(["b", "a", "c/d"]):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        picture(i).save(tmp_path / "pictures" / name / "1.png")
+    return tmp_path / "pictures"
+
+
+def loaded(classes: list[str], channels: int = 3) -> Loaded:
+    return Loaded(nn.Sequential(nn.Conv2d(channels, 1, 1)), 16, 8, (0.5,), (0.25,), classes)
+
+
+def test_a_folder_of_class_folders(folder: Path) -> None:
+    data, preprocess = load_source(str(folder), [], loaded([]), by_label=True)
+    assert [data[i][1] for i in range(3)] == [0, 1, 2]
+    assert data[0][0].shape == (3, 8, 8)
+    assert preprocess is not None
+    assert torch.equal(preprocess(data[0][0][None]), (data[0][0][None] - 0.5) / 0.25)
+    named, _ = load_source(str(folder), [], loaded(["c", "x", "b", "a"]), by_label=True)
+    assert [named[i][1] for i in range(3)] == [3, 2, 0]
+    grey, _ = load_source(str(folder), [], loaded([], 1), by_label=False)
+    assert grey[0][0].shape == (1, 8, 8) and grey[0][1] is None
+    with pytest.raises(CommandError, match="3 class folders and the model 2 classes"):
+        load_source(str(folder), [], loaded(["x", "y"]), by_label=True)
+    picture(0).save(folder / "loose.png")
+    with pytest.raises(CommandError, match=r"beside its class folders, such as loose\.png"):
+        load_source(str(folder), [], loaded([]), by_label=True)
+    with pytest.raises(CommandError, match="has no class folders"):
+        load_source(str(folder / "b"), [], loaded([]), by_label=True)
+    (folder / "empty").mkdir()
+    with pytest.raises(CommandError, match="holds no pictures"):
+        load_source(str(folder / "empty"), [], loaded([]), by_label=False)
+
+
+def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Path, tmp_path: Path) -> None:
+    from torchvision.models import squeezenet1_1
+
+    (folder / "a" / "2.png").write_bytes(b"no picture")
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "net.pt")
+    command = ["mine", "--model", "squeezenet1_1", "--data", folder, "--size", "40", "--layers", "classifier.1"]
+    random = crp(*command, "--out", tmp_path / "out")
+    assert random.exit_code == 1 and "squeezenet1_1 has random weights" in random.output
+    command += ["--checkpoint", tmp_path / "net.pt", "--out", tmp_path / "out", "--targets", "top-2", "--quiet"]
+    stopped = crp(*command)
+    assert stopped.exit_code == 1 and "sample 1: UnidentifiedImageError" in stopped.output
+    with pytest.warns(UserWarning, match="1 samples were skipped"):
+        result = crp(*command, "--on-error", "skip")
+    assert (result.exit_code, result.output) == (0, "3 of 4 samples, 1 skipped, 6 rows; complete\n")
+    told = crp("status", tmp_path / "out").output
+    assert "skipped    1: UnidentifiedImageError: cannot identify image file" in told
+
+
+# --- status ---------------------------------------------------------------------------------------------------------
+
+
+def test_status_tells_coverage_rate_and_integrity(tmp_path: Path) -> None:
+    table, source = make_table(tmp_path, [(0, 40)])
+    table.add(source.write(table, 60, 80, {66: "broken"}))
+    for shard, age in zip(table.shards, (30, 20), strict=True):
+        os.utime(tmp_path / "shards" / shard.file, (time.time() - age, time.time() - age))
+    source.write(table, 80, 90)
+    with locked(tmp_path, "part"):
+        result = crp("status", tmp_path, "--verify")
+    assert result.exit_code == 1
+    told = result.output
+    for line in (
+        "59 of 100 samples, 1 skipped",
+        "incomplete: 40 samples are missing",
+        "recorded   relevance and activation, sum and max, of 2 layers:\n           a, b\n",
+        "missing    40 to 59\nmissing    80 to 99\n",
+        "skipped    66: broken",
+        "rate       2 samples/s; 0.3 min left at that",
+        "unmerged   1 shards; crp merge",
+        f"written by process {os.getpid()} on ",
+        "integrity  every shard is as it was written",
+    ):
+        assert line in told, told
+    file = tmp_path / "shards" / table.shards[0].file
+    file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+    damaged = crp("status", tmp_path, "--verify")
+    assert damaged.exit_code == 1 and f"damaged    {file}" in damaged.output and "integrity" not in damaged.output
+
+
+def test_a_whole_table_has_status_0(tmp_path: Path) -> None:
+    make_table(tmp_path)
+    result = crp("status", tmp_path)
+    assert result.exit_code == 0 and "100 of 100 samples" in result.output and "; complete" in result.output
+
+
+@pytest.mark.parametrize("command", ["status", "merge"])
+def test_a_folder_without_a_table(tmp_path: Path, command: str) -> None:
+    result = crp(command, tmp_path)
+    assert result.exit_code == 1
+    assert result.output == f"Error: nothing was mined into {tmp_path}: it has no manifest.json\n"
+
+
+def test_names_from_elsewhere_cannot_write_on_the_terminal(tmp_path: Path) -> None:
+    table, source = make_table(tmp_path, [(0, 40)], layers=("\x1b[2Jevil", "\nb"))
+    table.add(source.write(table, 40, 100, {50: "\x1b]0;evil\x07"}))
+    told = crp("status", tmp_path).output
+    assert "\\x1b[2Jevil, \\nb" in told and "\\x1b]0;evil\\x07" in told
+    assert "\x1b" not in told
