@@ -25,7 +25,7 @@ from crp.composites import (
     EpsilonPlusFlat,
     GuidedBackprop,
 )
-from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, ZPlus
+from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, Rule, ZPlus
 
 
 @pytest.fixture(autouse=True)
@@ -530,6 +530,13 @@ def test_targets_of_every_class_are_rows_of_one_pass():
     assert isinstance(conv_net(lambda s, h: h), Net)
 
 
+class RunsAgain(Rule):
+    """The layer itself, from its input."""
+
+    def surrogate(self, layer, a):
+        return layer(a) + 0.5 * a.sum(-1, keepdim=True)
+
+
 def test_rule_on_a_module_whose_part_works_in_place_sees_the_input_as_it_was():
     """Its forward overwrites what the rule needs."""
     torch.manual_seed(0)
@@ -540,7 +547,7 @@ def test_rule_on_a_module_whose_part_works_in_place_sees_the_input_as_it_was():
         with torch.no_grad():
             model[2].weight.fill_(1.0)
         data = torch.tensor([[[-1.0, 2.0, 3.0, -4.0]]], dtype=torch.float64, requires_grad=True)
-        with Composite(None, layer_map=[("1", Epsilon(0.5))]).context(model):
+        with Composite(None, layer_map=[("1", RunsAgain())]).context(model):
             found.append(torch.autograd.grad(model(data.clone()).sum(), data)[0])
     assert found[1].abs().sum() > 0
     assert torch.equal(*found)
