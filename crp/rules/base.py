@@ -41,7 +41,7 @@ from crp.graph import tracing
 from crp.reference import referencing
 from crp.rules.account import Account, Shares
 from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
-from crp.rules.layer import Layer, check_parameters, is_plain
+from crp.rules.layer import Layer, check_parameters, is_plain, works_in_place
 from crp.rules.operation import Operation
 from crp.rules.redirect import Again as Again
 from crp.rules.redirect import Forward, LayerAgain, released, saves_output
@@ -340,7 +340,7 @@ class Rule(Hook):  # type: ignore[misc]
         handles = RemovableHandleList([RemovableHandle(self), after])
         if self.adds_up and self.multiplier and is_plain(module) and "forward" not in vars(module):
             handles.append(Forward(module, functools.partial(self._forward, module)))
-        if any(getattr(part, "inplace", False) for part in module.modules()):
+        if works_in_place(module):
             handles.append(module.register_forward_pre_hook(self._prepare, with_kwargs=True))
         return handles
 

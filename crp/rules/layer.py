@@ -190,9 +190,14 @@ class Layer:
         own = {name: self.module._parameters[name] for name in parameters if name in self.module._parameters}
         try:
             self.module._parameters.update({name: parameters[name] for name in own})  # type: ignore[misc]
-            return cast(Tensor, self.module.forward(a.clone() if getattr(self.module, "inplace", False) else a))
+            return cast(Tensor, self.module.forward(a.clone() if works_in_place(self.module) else a))
         finally:
             self.module._parameters.update(own)
+
+
+def works_in_place(module: nn.Module) -> bool:
+    """Whether a module, or a part of it, overwrites its input."""
+    return any(getattr(part, "inplace", False) for part in module.modules())
 
 
 def check_parameters(module: nn.Module) -> None:
