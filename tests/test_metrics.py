@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import crp
 from crp.attributors import MeaningfulPerturbation, Occlusion
-from crp.composites import DeepTaylor, GradientTimesInput, UniformZPlus
+from crp.composites import DeepTaylor, Gradient, GradientTimesInput, UniformZPlus
 from crp.metrics import (
     area,
     continuity,
@@ -282,13 +282,15 @@ def test_randomization(vgg_bn, images, untouched):
 
 def test_rank_correlation(linear, small):
     # layers are random from the last one on: here the only one, shuffled as its seed says
-    found = randomization(linear, small, 1, squared, seed=4, absolute=True)["1"]
+    found = randomization(linear, small, 1, squared, seed=4)["1"]
     order = torch.randperm(120, generator=torch.Generator().manual_seed(4))
     weight = linear[1].weight.detach()
     a, b = weight[1].square(), weight.flatten()[order].view(3, 40)[1].square()
     ranks = [(v[:, None] > v).sum(1).double() for v in (a, b)]
     expected = 1 - 6 * (ranks[0] - ranks[1]).square().sum() / (40 * (40**2 - 1))
     assert torch.allclose(found, expected.expand(3), rtol=1e-12)
+    absolute = randomization(linear, small, 1, quantus_explain(Gradient()), seed=4, absolute=True)["1"]
+    assert torch.allclose(found, absolute, rtol=1e-12)
 
 
 def test_ties_share_a_rank(linear):
