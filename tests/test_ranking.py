@@ -201,3 +201,11 @@ def test_bad_questions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no rows"):
         top_k(empty, "a")
     assert list_targets(empty).tolist() == []
+
+
+def test_one_concept_comes_from_the_answer_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _ = make_table(tmp_path)
+    plain = top_k(table, "a", k=6, concepts=[3, -5])
+    assert as_rows(top_k(table, "a", k=6, concepts=[3, -5], cache=True)) == as_rows(plain)
+    monkeypatch.setattr(Table, "blocks", None)
+    assert as_rows(top_k(table, "a", k=6, concepts=0, cache=True)) == [as_rows(plain)[1]]

@@ -67,7 +67,8 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
         with open_shard(folder, shard) as file:
             for part in _get_parts(row, _BLOCK_BYTES // (8 * shard.concepts[layer]) or 1):
                 begin, end = int(row[part][0]), int(row[part][-1]) + 1
-                inner = row[part] - begin
+                whole = end - begin == len(row[part])
+                inner = slice(None) if whole else row[part] - begin
                 value = file.get_slice(f"{field}/{layer}")[begin:end, span][inner]
                 position = file.get_slice(f"{query.mode}.position/{layer}")[begin:end, span][inner]
                 if query.normed:

@@ -134,13 +134,18 @@ def top_k(
     if of_class is not None:
         _check_class(table, of_class)
     chosen = None if samples is None else sorted({int(i) for i in samples})
+    if cache and concepts is not None:  # kept for all concepts at once
+        ids = table.concept_ids(layer, concepts)
+        every = top_k(table, layer, mode, target, normed, k, of_class=of_class, samples=chosen, cache=True)
+        return References(*(column[:, ids] for column in every))
     some = concepts if concepts is None or isinstance(concepts, int) else [int(c) for c in concepts]
-    blocks = table.blocks(layer, mode, target, normed, concepts=some, of_class=of_class, samples=chosen)
 
     def compute() -> tuple[Array, ...]:
         best: References | None = None
-        for block in _once_per_sample(blocks) if mode == "activation" else blocks:
-            best = _merge(best, _best_of_block(block, k), k)
+        blocks = table.blocks(layer, mode, target, normed, concepts=some, of_class=of_class, samples=chosen)
+        for block in once_per_sample(blocks) if mode == "activation" else blocks:
+            found = _better_of_block(block, best, k) if best is not None and len(best.value) == k else None
+            best = _merge(best, _best_of_block(block, k) if found is None else found, k)
         if best is None:
             width = table.n_concepts(layer) if some is None else np.size(some)
             ids = np.zeros((0, width), np.int64)
@@ -255,7 +260,7 @@ def _check_class(table: Table, of_class: int) -> None:
         )
 
 
-def _once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
+def once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
     """Without the further rows of a sample that has several targets; its activation does not depend on them."""
     last = -1
     for block in blocks:
@@ -276,6 +281,31 @@ def _best_of_block(block: Block, k: int) -> References:
         row = np.nonzero(keep.T)[1].reshape(-1, k).T
     take = np.take_along_axis
     return References(block.sample[row], take(block.value, row, 0), take(block.position, row, 0), block.target[row])
+
+
+def _better_of_block(block: Block, best: References, k: int) -> References | None:
+    """Rows that rank before the last of ``best``; columns with fewer are filled up. None if there are many.
+
+    Most blocks have few, and no sorting is needed to find them.
+    """
+    last = References(*(column[-1] for column in best))
+    better, equal = block.value > last.value, block.value == last.value
+    if equal.any():
+        sample, target = block.sample[:, None], block.target[:, None]
+        better |= equal & ((sample < last.sample) | ((sample == last.sample) & (target < last.target)))
+    counts = np.count_nonzero(better, axis=0)
+    if counts.max(initial=0) > 2 * k:
+        return None
+    concept, row = np.nonzero(better.T)
+    place = np.arange(len(row)) - (np.cumsum(counts) - counts)[concept]
+    size, ends = (int(counts.max(initial=0)), len(counts)), np.iinfo(np.int64).max
+    new = References(
+        np.full(size, ends), np.full(size, -np.inf, block.value.dtype), np.zeros(size, np.int64), np.full(size, ends)
+    )
+    columns = block.sample[row], block.value[row, concept], block.position[row, concept], block.target[row]
+    for filled, column in zip(new, columns, strict=True):
+        filled[place, concept] = column
+    return new
 
 
 def _merge(best: References | None, new: References, k: int) -> References:

@@ -241,7 +241,8 @@ class Table:
         for name, given, there in (("mode", mode, self.modes), ("target", target, self.kinds)):
             if given not in there:
                 raise ValueError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
-        columns = self._concept_ids(layer, concepts)
+        columns = None if concepts is None else self.concept_ids(layer, concepts)
+        self.n_concepts(layer)
         wanted = None if samples is None else np.unique(np.fromiter(samples, dtype=np.int64))
         query = Query(layer, mode, target, normed, columns, of_class, wanted)
         return read_blocks(self.path / "shards", self.shards, query)
@@ -327,10 +328,9 @@ class Table:
                 if _TEMPORARY.fullmatch(file.name):
                     file.unlink(missing_ok=True)
 
-    def _concept_ids(self, layer: str, concepts: int | Sequence[int] | None) -> Array | None:
+    def concept_ids(self, layer: str, concepts: int | Sequence[int]) -> Array:
+        """Concepts of a layer as an array of non-negative numbers; an `IndexError` names one that is not there."""
         n = self.n_concepts(layer)
-        if concepts is None:
-            return None
         ids = np.atleast_1d(np.asarray(concepts, dtype=np.int64))
         for i in ids[(ids < -n) | (ids >= n)][:1]:
             raise IndexError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {i}")

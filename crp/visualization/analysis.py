@@ -1,0 +1,258 @@
+"""More questions to a mined table: concepts of a class or of samples, histograms, what goes together, and data frames.
+
+All of them read the table block by block. With ``mode="activation"`` a sample counts once, whatever its targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from crp.visualization.manifest import Array, Block
+from crp.visualization.ranking import once_per_sample
+from crp.visualization.store import Table
+
+
+class Concepts(NamedTuple):
+    """Concepts, best first.
+
+    Attributes
+    ----------
+    concept : array of shape (concepts,)
+        Ids (int64).
+    value : array of shape (concepts,)
+        Mean over the rows (float64).
+    """
+
+    concept: Array
+    value: Array
+
+
+class Histogram(NamedTuple):
+    """How often a concept's values fall between edges.
+
+    Attributes
+    ----------
+    height : array of shape (bins,)
+        Number of rows (int64); or their density (float64), which integrates to 1.
+    edges : array of shape (bins + 1,)
+        Ascending; each bin holds its lower edge, and the last one its upper edge too.
+    """
+
+    height: Array
+    edges: Array
+
+
+class Rows(NamedTuple):
+    """Which rows and values of a table are meant.
+
+    Attributes
+    ----------
+    layer : str
+    mode : {"relevance", "activation"}
+    target : {"sum", "max"}
+        Sum over a concept's positions, or the largest value among them.
+    normed : bool
+        Divide by the sum over all concepts of the row's absolute values.
+    of_class : int, optional
+        Only rows of this target.
+    samples : sequence of int, optional
+        Only rows of these samples.
+    """
+
+    layer: str
+    mode: str = "relevance"
+    target: str = "sum"
+    normed: bool = True
+    of_class: int | None = None
+    samples: Sequence[int] | None = None
+
+    def blocks(self, table: Table, concepts: int | Sequence[int] | None = None) -> Iterator[Block]:
+        """The values; a `ValueError` if there are none."""
+        layer, mode, target, normed, of_class, samples = self
+        found = table.blocks(layer, mode, target, normed, concepts=concepts, of_class=of_class, samples=samples)
+        empty = True
+        for block in once_per_sample(found) if mode == "activation" else found:
+            empty = False
+            yield block
+        if empty:
+            raise ValueError(f"the table in {table.path} has no rows of {self}")
+
+
+def top_concepts(table: Table, rows: Rows, k: int = 10) -> Concepts:
+    """Concepts with the largest mean value over some rows, such as those of a class or of a sample.
+
+    Parameters
+    ----------
+    table : Table
+    rows : Rows
+    k : int
+        How many, at most.
+
+    Returns
+    -------
+    Concepts
+        Of equal values, the smaller id comes first.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    total: Any = 0.0
+    n = 0
+    for block in rows.blocks(table):
+        total = total + block.value.sum(axis=0, dtype=np.float64)
+        n += len(block.value)
+    mean = total / n
+    best = np.argsort(-mean, kind="stable")[:k]
+    return Concepts(best, mean[best])
+
+
+def histogram(
+    table: Table, rows: Rows, concept: int, bins: int | Sequence[float] = 50, density: bool = False
+) -> Histogram:
+    """How a concept's values are distributed.
+
+    Parameters
+    ----------
+    table : Table
+    rows : Rows
+    concept : int
+    bins : int or sequence of float
+        How many between the least and the largest value, or their edges, beyond which values are not counted.
+    density : bool
+        Whether to divide by the number of values counted and the width of the bins.
+
+    Returns
+    -------
+    Histogram
+    """
+    if isinstance(bins, int):
+        if bins < 1:
+            raise ValueError(f"bins must be at least 1, not {bins}")
+        ends = [(block.value.min(), block.value.max()) for block in rows.blocks(table, concept)]
+        extent = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
+        edges = np.histogram_bin_edges(np.array(extent), bins)
+    else:
+        edges = np.asarray(bins, np.float64)
+    count = sum(np.histogram(block.value, edges)[0] for block in rows.blocks(table, concept))
+    if not density:
+        return Histogram(np.asarray(count, np.int64), edges)
+    return Histogram(count / (np.sum(count) * np.diff(edges)), edges)
+
+
+def similarity(table: Table, rows: Rows, kind: Literal["cosine", "correlation"] = "cosine") -> Array:
+    """How much alike concepts are in their values over all rows.
+
+    Parameters
+    ----------
+    table : Table
+    rows : Rows
+    kind : {"cosine", "correlation"}
+        Cosine of the angle between the columns of two concepts, as they are or less their means.
+
+    Returns
+    -------
+    array of shape (concepts, concepts), float64
+        Symmetric; 0 for a concept that never varies from zero (from its mean).
+    """
+    if kind not in ("cosine", "correlation"):
+        raise ValueError(f"kind must be 'cosine' or 'correlation', not {kind!r}")
+    product: Any = 0.0
+    total: Any = 0.0
+    shift: Any = None
+    n = 0
+    for block in rows.blocks(table):
+        value = block.value.astype(np.float64)
+        if shift is None:  # near the mean, so that little cancels below
+            shift = value.mean(axis=0) if kind == "correlation" else 0.0
+        value = value - shift
+        product = product + value.T @ value
+        total = total + value.sum(axis=0)
+        n += len(value)
+    if kind == "correlation":
+        product = product - np.outer(total, total) / n
+    norm = np.sqrt(np.clip(np.diag(product), 0, None))
+    scale = np.outer(norm, norm)
+    cosine: Array = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
+    return cosine.clip(-1, 1)
+
+
+def co_occurrence(table: Table, rows: Rows, k: int = 10) -> Array:
+    """In how many rows two concepts are both among the ``k`` largest.
+
+    Parameters
+    ----------
+    table : Table
+    rows : Rows
+    k : int
+        Of equal values, the smaller id counts as larger.
+
+    Returns
+    -------
+    array of shape (concepts, concepts), int64
+        The diagonal says how often each is among them.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    counts: Any = 0
+    for block in rows.blocks(table):
+        best = np.argsort(-block.value, axis=1, kind="stable")[:, :k]
+        among = np.zeros(block.value.shape, np.float64)
+        np.put_along_axis(among, best, 1.0, axis=1)
+        counts = counts + among.T @ among
+    return np.asarray(counts).astype(np.int64)
+
+
+def frames(table: Table, rows: Rows, concepts: Sequence[int] | None = None) -> Iterator[Any]:
+    """Values as data frames of pandas, some rows at a time, with columns ``sample``, ``target`` and one per concept."""
+    import pandas
+
+    ids = range(table.n_concepts(rows.layer)) if concepts is None else list(concepts)
+    for block in rows.blocks(table, concepts):
+        head = pandas.DataFrame({"sample": block.sample, "target": block.target})
+        yield head.join(pandas.DataFrame(block.value, columns=[str(i) for i in ids]))
+
+
+def write_frame(table: Table, rows: Rows, path: str | Path, concepts: Sequence[int] | None = None) -> Path:
+    """Write values as one file of CSV or parquet, without holding them all; see `frames`.
+
+    Parameters
+    ----------
+    table : Table
+    rows : Rows
+    path : str or Path
+        It ends in ``.csv`` or ``.parquet``; for the latter, pyarrow is needed beside pandas.
+    concepts : sequence of int, optional
+        All by default.
+
+    Returns
+    -------
+    Path
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            for i, frame in enumerate(frames(table, rows, concepts)):
+                frame.to_csv(file, index=False, header=i == 0)
+    elif path.suffix == ".parquet":
+        _write_parquet(path, frames(table, rows, concepts))
+    else:
+        raise ValueError(f"the file must end in .csv or .parquet, not {path.name!r}")
+    return path
+
+
+def _write_parquet(path: Path, parts: Iterable[Any]) -> None:
+    from pyarrow import Table as Arrow
+    from pyarrow.parquet import ParquetWriter
+
+    writer = None
+    try:
+        for frame in parts:
+            arrow = Arrow.from_pandas(frame, preserve_index=False)
+            writer = writer or ParquetWriter(path, arrow.schema)
+            writer.write_table(arrow)
+    finally:
+        if writer is not None:
+            writer.close()
