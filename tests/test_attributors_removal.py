@@ -63,6 +63,7 @@ def test_window_of_fewer_axes_covers_the_others_whole():
         assert offsets.tolist() == [c + p for c in (0, 16, 32) for p in (0, 1, 4, 5)]
     assert [len(part) for part in windows((3, 4, 4))] == [48, 1]
     assert [len(part) for part in windows((3, 4, 4), (1, 1))] == [16, 3]
+    assert windows((3, 4), None, 2)[0].tolist() == [0, 2, 8, 10]
     assert [part.tolist() for part in windows((5,), 2, 3)] == [[0, 3], [0, 1]]
     assert [part.tolist() for part in windows((2, 3), (2, 3))] == [[0], list(range(6))]
 
@@ -149,6 +150,13 @@ def test_maximum_of_two():
     x = torch.tensor([[3.0, 1.0], [1.0, 4.0], [2.0, 2.0]]).double()
     _, found = ShapleySampling(model, permutations=all_orders(2))(x, 0)
     close(found, torch.tensor([[2.5, 0.5], [0.5, 3.5], [1.0, 1.0]]).double())
+
+
+def test_players_come_in_the_order_of_the_permutation():
+    model = Call(lambda v: v.cumprod(1)[:, -1:] + v.amax(1, keepdim=True))
+    x = torch.tensor([[2.0, 3.0, 5.0]]).double()
+    _, found = ShapleySampling(model, permutations=torch.tensor([[1, 2, 0]]))(x, 0)
+    close(found, torch.tensor([[30.0, 3.0, 2.0]]).double())  # 1 alone, then 2, then 0
 
 
 @few

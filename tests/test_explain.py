@@ -128,8 +128,8 @@ def test_options_of_deep_explain():
     close(crp.explain("deeplift", model, x, 1, baseline=x0).flatten(1).sum(1), fall)
     for size in (1, 2):
         close(
-            crp.explain("deeplift", model, x, 1, baseline=x0, batch_size=size),
-            crp.explain("deeplift", model, x, 1, reference=x0),
+            crp.explain("deeplift", model, x, [2, 0, 1], baseline=x0, batch_size=size),
+            crp.explain("deeplift", model, x, [2, 0, 1], reference=x0),
         )
     close(crp.explain("deeplift", model, x, 1, baseline=x0[0]), crp.explain("deeplift", model, x, 1, reference=x0[:1]))
     one = crp.explain("occlusion", model, x, 1, window_shape=(3, 2, 2), step=(1, 2, 2))
@@ -252,8 +252,9 @@ def test_contrastive_excitation_backprop_to_any_layer(start):
         found = crp.explain("contrastive_excitation_backprop", model, x, target, **options)
         close(found, positive[number] - against[number])
         close(found.sum(1), torch.zeros(3).double(), atol=1e-12)
-    named = crp.explain("contrastive_excitation_backprop", model, x, target, classifier="4")
-    close(named, positive[3] - against[3])
+    below = eb_in_matrices([weights[0], -weights[1], weights[2]], activations, begin)
+    named = crp.explain("contrastive_excitation_backprop", model, x, target, classifier="2")
+    close(named, positive[3] - below[3])
 
 
 # --- errors, and how it is imported -----------------------------------------------------------------------------------
@@ -278,6 +279,7 @@ def test_contrastive_excitation_backprop_to_any_layer(start):
         (lambda m, x: crp.explain("epsilon", m, x, 0, layer="nope"), KeyError, "'nope' not found"),
         (lambda m, x: crp.explain("deeplift", m, x, 0, baseline=0, reference=0), ValueError, "two names of one option"),
         (lambda m, x: crp.explain("deeplift", m, x, 0, baseline=x[:2]), ValueError, "the baseline has shape"),
+        (lambda m, x: crp.explain("deeplift", m, x, [0, 1], baseline=0, batch_size=2), ValueError, "2 classes for 3"),
         (lambda m, x: crp.explain("meaningful_perturbation", m, (x, x), 0), ValueError, "one input, not of 2"),
         (lambda m, x: crp.explain("smoothgrad", m, x, 0, composite="epsilom"), KeyError, "there is no composite"),
         (lambda m, x: crp.explain("gradient", m, x, lambda y: y[:1, 0], batch_size=2), ValueError, "with batch_size"),
