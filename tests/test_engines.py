@@ -16,7 +16,7 @@ from mining_cases import Data, files_of, make_net, run
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.visualization import engines, shards
+from crp.visualization import FeatureVisualization, engines, shards
 from crp.visualization.engines import merge, mine_shard
 from crp.visualization.lock import locked
 from crp.visualization.mining import prepare
@@ -249,3 +249,25 @@ def test_mine_shard_is_what_all_engines_call(tmp_path: Path, reference: dict[str
         mine_shard(job, start, min(start + 4, 21))
     merge(tmp_path)
     assert files_of(tmp_path) == reference
+
+
+def test_feature_visualization_takes_the_same_options(tmp_path: Path) -> None:
+    attribution, data = CondAttribution(make_net()), Data(12)
+    layer_map = {"relu": ChannelConcept()}
+    options: dict[str, Any] = {
+        "batch_size": 2,
+        "checkpoint": 2,
+        "progress": False,
+        "targets": "top-2",
+        "kinds": ["sum"],
+    }
+    whole = FeatureVisualization(attribution, data, layer_map, path=tmp_path / "whole")
+    whole.run(None, **options)
+    shared = FeatureVisualization(attribution, data, layer_map, path=tmp_path / "shared")
+    shared.run_distributed(None, **options, part=(1, 2))
+    assert Table.open(tmp_path / "shared").coverage().missing == [(0, 4), (8, 12)]
+    shared.run(None, **options, part=(0, 2))
+    assert Table.open(tmp_path / "shared").n_rows == 24
+    assert files_of(tmp_path / "shared") == files_of(tmp_path / "whole")
+    with pytest.raises(TypeError, match="no_option"):
+        whole.run(None, no_option=1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -432,3 +433,62 @@ def test_systems_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_lock_that_is_released_while_it_is_read(tmp_path: Path) -> None:
     assert lock._read(tmp_path / "lock-gone.json") is None
+
+
+# --- from elsewhere -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"[" * 200_000,
+        b'{"version": ' + b"9" * 5000 + b"}",
+        b'{"version": 1, "shards": [], "n_samples": "3", "layers": [], "modes": [], "kinds": []}',
+        b'{"version": 1, "shards": [], "n_samples": 3, "layers": [[1]], "modes": [], "kinds": []}',
+        b'{"version": 1, "shards": [], "n_samples": 3, "layers": [], "modes": [], "kinds": [], "versions": {"a": 1}}',
+    ],
+    ids=["nested", "long number", "words for numbers", "lists for words", "numbers for words"],
+)
+def test_a_hostile_manifest_is_named(tmp_path: Path, manifest: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(manifest)
+    with pytest.raises(TableCorruptError, match=r"manifest\.json"):
+        Table.open(tmp_path)
+
+
+def test_nothing_is_deleted_that_no_table_has_written(tmp_path: Path) -> None:
+    outside = tmp_path / "models"
+    outside.mkdir()
+    kept = [outside / name for name in ("weights.safetensors", "0-40-01234567.safetensors", "a" * 32 + ".safetensors")]
+    for file in kept:
+        file.write_bytes(b"weights")
+    for name in ("shards", "derived"):
+        folder = tmp_path / name / "table"
+        make_table(folder, [(0, 40)])
+        (folder / "shards" / "weights.safetensors").write_bytes(b"weights")
+        if name == "shards":
+            (folder / "shards").rename(folder / "elsewhere")
+        (folder / name).symlink_to(outside)
+        Table.discard(folder)
+        assert all(file.exists() for file in kept)
+        assert (folder / ("elsewhere" if name == "shards" else "shards") / "weights.safetensors").exists()
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
+    evil = pickle.dumps(Evil())
+    table, _ = make_table(tmp_path, [(0, 40)])
+    name = f"40-100-{shards.hashlib.sha256(evil).hexdigest()[:8]}.safetensors"
+    (tmp_path / "shards" / name).write_bytes(evil)
+    (tmp_path / "derived").mkdir()
+    (tmp_path / "derived" / ("a" * 32 + ".safetensors")).write_bytes(evil)
+    assert table.adopt() == 0
+    table.shards[0] = ShardRecord(name, shards.hashlib.sha256(evil).hexdigest(), 40, 100, 3, {"a": 5, "b": 5})
+    with pytest.raises(TableCorruptError, match=name):
+        content(table)
+    (tmp_path / "manifest.json").write_bytes(evil)
+    with pytest.raises(TableCorruptError, match=r"manifest\.json"):
+        Table.open(tmp_path)
+    assert not (tmp_path / "executed").exists()

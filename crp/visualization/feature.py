@@ -157,6 +157,7 @@ class FeatureVisualization(ReferenceQueries):
         modes: Sequence[Literal["relevance", "activation"]] = ("relevance", "activation"),
         on_error: Literal["stop", "skip"] = "stop",
         progress: bool = True,
+        **options: Any,
     ) -> dict[str, list[str]]:
         """Look at the samples of a range, as `run` does, without asking whether the table is complete.
 
@@ -174,6 +175,9 @@ class FeatureVisualization(ReferenceQueries):
             Whether a sample that cannot be loaded ends the run, or is listed as skipped.
         progress : bool
             Whether to show a progress bar.
+        **options
+            ``kinds``, ``targets``, ``mixed_shapes``, ``retry_skipped``, ``part`` and ``client``, as of
+            `crp.visualization.mine`.
 
         Returns
         -------
@@ -215,6 +219,7 @@ class FeatureVisualization(ReferenceQueries):
                 on_error=on_error,
                 progress=progress,
                 overwrite=overwrite,
+                **options,
                 fingerprints={
                     **self._identity(),
                     "single_targets": fingerprint(None if classes is None else own),
