@@ -22,7 +22,7 @@ from crp.demo import run as demo_run
 from crp.demo.folder import DemoError, DemoFolder
 from crp.demo.run import Figures, run_demo
 from crp.demo.shortcut import rank_by_box, switched_off
-from crp.visualization import mining
+from crp.visualization import engines
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def test_the_command_reuses_an_earlier_demo_and_refuses_other_settings(done, mon
         raise AssertionError("done already")
 
     monkeypatch.setattr(training, "_train_epoch", again)
-    monkeypatch.setattr(mining, "mine_ranges", lambda _job, todo, _: again() if todo else [])
+    monkeypatch.setattr(engines, "mine_ranges", lambda _job, todo, _: again() if todo else [])
     second = CliRunner().invoke(cli, ["demo", "--out", str(out), "--epochs", "3", "--quiet"])
     assert second.exit_code == 0, second.output
     assert second.output.partition("seconds")[0] == str(done).partition("seconds")[0]

@@ -125,6 +125,7 @@ def test_who_may_be_in_the_folder_with_whom(tmp_path: Path) -> None:
             run(tmp_path, Data(21), shard_size=4)
     with locked(tmp_path), pytest.raises(TableLockedError, match=f"process {os.getpid()}"):
         part(tmp_path, 1, 2)
+    assert Table.open(tmp_path).unlisted() == []
     with locked(tmp_path, "merge"), locked(tmp_path, "part"):
         pass
     assert not list(tmp_path.glob("lock-*"))
