@@ -60,7 +60,8 @@ def test_floating_point_operations_in_gradients(vgg, composite, most):
 
 def test_calls_of_kernels_in_gradients(vgg):
     model, data = vgg
-    assert ratio("calls", model, data[:, :, :64, :64], EpsilonPlusFlat()) <= 1.5
+    most = 1.5 if hasattr(torch.compiler, "set_stance") else 1.52  # (torch before 2.6 counts a few more views)
+    assert ratio("calls", model, data[:, :, :64, :64], EpsilonPlusFlat()) <= most
 
 
 def test_residual_blocks_cost_no_more_where_no_relu_reads_a_convolution():

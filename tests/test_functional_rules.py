@@ -166,7 +166,8 @@ LINEAR = {
     "stack": lambda x: torch.stack([x, -x], 1),
     "split": lambda x: torch.cat(x.split(2, 1)[::-1], 1),
     "slice": lambda x: x[:, :, ::2, 1:],
-    "shuffle": nn.ChannelShuffle(2),
+    # (nn.ChannelShuffle has no derivative before torch 2.6)
+    "shuffle": nn.ChannelShuffle(2) if hasattr(torch.compiler, "set_stance") else lambda x: x[:, [0, 2, 1, 3]],
     "unfold": lambda x: F.unfold(x, 2),
     "fold": lambda x: F.fold(F.unfold(x, 2), (4, 4), 2),
     "add": lambda x: x[:, :2] + x[:, 2:],

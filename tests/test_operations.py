@@ -416,6 +416,7 @@ def test_threads(same_model):
     assert not wrong
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch 2.4 at itself
 def test_activation_checkpoints_of_layers():
     def checkpointed(s, x):
         return s.fc(checkpoint(lambda t: s.b(s.a(t).relu()), x, use_reentrant=False).mean((2, 3)))
@@ -426,6 +427,7 @@ def test_activation_checkpoints_of_layers():
     assert deviation(heatmap(found, exact()), heatmap(wanted, exact())) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch 2.4 at itself
 def test_activation_checkpoints_with_rules_for_functions_fail_loudly():
     model = conv_net(lambda s, h: checkpoint(lambda t: F.silu(t), h, use_reentrant=False))
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
