@@ -209,3 +209,15 @@ def test_one_concept_comes_from_the_answer_for_all(tmp_path: Path, monkeypatch: 
     assert as_rows(top_k(table, "a", k=6, concepts=[3, -5], cache=True)) == as_rows(plain)
     monkeypatch.setattr(Table, "blocks", None)
     assert as_rows(top_k(table, "a", k=6, concepts=0, cache=True)) == [as_rows(plain)[1]]
+
+
+def test_a_sample_that_was_skipped_first_keeps_its_rank(tmp_path: Path) -> None:
+    reference, source = make_table(tmp_path / "reference", [(0, 100)])
+    table = Table.create(tmp_path / "other", reference.header)
+    broken = dict.fromkeys(range(2, 30, 3), "broken")
+    table.add(source.write(table, 0, 60, broken))
+    table.add(source.write(table, 1, 100))
+    for mode, kind, normed in QUERIES:
+        for k in (1, 3, 10):
+            query = ("a", mode, kind, normed, k)
+            assert as_rows(top_k(table, *query)) == as_rows(top_k(reference, *query))
