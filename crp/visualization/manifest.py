@@ -78,7 +78,10 @@ class ShardRecord:
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest holds it."""
-        return asdict(self) | {"skipped": {str(i): self.skipped[i] for i in sorted(self.skipped)}}
+        return vars(self) | {
+            "concepts": dict(self.concepts),
+            "skipped": {str(i): self.skipped[i] for i in sorted(self.skipped)},
+        }
 
     @classmethod
     def from_json(cls, entry: Any, source: Path) -> ShardRecord:

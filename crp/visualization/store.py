@@ -348,8 +348,9 @@ class Table:
                 file.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        content = {"version": VERSION, **asdict(self.header), "shards": [shard.to_json() for shard in self.shards]}
-        write_atomic(self.path / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+        head = json.dumps({"version": VERSION, **asdict(self.header)}, indent=1).removesuffix("\n}")
+        shards = ",\n".join(json.dumps(shard.to_json()) for shard in self.shards)  # a line for each
+        write_atomic(self.path / "manifest.json", f'{head},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
 
 
 def _order(shard: ShardRecord) -> tuple[int, int, str]:
