@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -325,3 +326,21 @@ def test_names_from_elsewhere_cannot_write_on_the_terminal(tmp_path: Path) -> No
     told = crp("status", tmp_path).output
     assert "\\x1b[2Jevil, \\nb" in told and "\\x1b]0;evil\\x07" in told
     assert "\x1b" not in told
+
+
+def test_the_page_and_the_script_use_options_that_exist() -> None:
+    import click
+
+    folder = Path(__file__).parents[1] / "tutorials"
+    script, page = (folder / name for name in ("mine.sbatch", "scale.md"))
+    known = {option for name in ("mine", "status", "merge") for p in cli.commands[name].params for option in p.opts}
+    assert isinstance(cli, click.Group)
+    called = script.read_text().partition("-m crp mine")[2]
+    used = set(re.findall(r"--[a-z-]+", called)) | {
+        option
+        for code in re.findall(r"`{1,3}[^`]+`{1,3}", page.read_text())
+        if "torchrun" not in code and "SLURMCluster" not in code
+        for option in re.findall(r"(?<!=)--[a-z-]+", code)
+    }
+    assert len(used) > 12
+    assert used - known - {"--gpus"} == set()

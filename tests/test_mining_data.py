@@ -225,6 +225,8 @@ def test_layers_are_chosen_by_name_pattern_and_type() -> None:
         == ["layer1.0", "layer10.0", "fc"]
     )
     assert select_layers(net, ["_ConvNd"]) == ["layer1.0", "layer10.0"]
+    net.add_module("ReLU", nn.Linear(2, 2))
+    assert select_layers(net, ["ReLU"]) == ["ReLU"]  # a name, before all else
     for unknown in ("layer2.*", "Conv1d", nn.GELU, "Module"):
         with pytest.raises(KeyError, match="not found in model"):
             select_layers(net, [unknown])
