@@ -270,9 +270,8 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 def test_the_page_of_methods_has_every_preset():
-    from crp.composites import names
-    from crp.composites.registry import _registry
+    from crp.composites.registry import classes
 
     rows = (ROOT / "tutorials" / "methods.md").read_text(encoding="utf-8").splitlines()
     found = {row.split("`")[1]: row.split("`")[3] for row in rows if row.startswith("| `")}
-    assert found == {name: _registry[name].__name__ for name in names()}
+    assert found == {name: kind.__name__ for name, kind in classes().items()}

@@ -25,7 +25,7 @@ from crp.attributors.path import IntegratedGradients
 from crp.attributors.perturbation import MeaningfulPerturbation
 from crp.attributors.shapley import ShapleySampling
 from crp.attributors.target import Target
-from crp.composites.registry import _registry
+from crp.composites.registry import classes
 
 #: Attributors: class, family, paper.
 ATTRIBUTORS: Mapping[str, tuple[type[Attributor], str, str]] = MappingProxyType(
@@ -106,7 +106,7 @@ def entries() -> dict[str, Entry]:
         for name, (kind, family, paper) in ATTRIBUTORS.items()
     }
     flow = options(Gradient, "model", "composite", "attr_output")
-    for name, make in {**_registry, "elrp": ELRP, "grad*input": composites.GradientTimesInput}.items():
+    for name, make in {**classes(), "elrp": ELRP, "grad*input": composites.GradientTimesInput}.items():
         own = options(make)
         if "layer" in own:  # (that of the composite, and not the one that is explained)
             own["classifier"] = own.pop("layer")

@@ -46,3 +46,8 @@ def get(name: str, **keywords: Any) -> Composite:
 def names() -> list[str]:
     """Names of all registered composites."""
     return sorted(_registry)
+
+
+def classes() -> dict[str, type[Composite]]:
+    """All registered composites, by name."""
+    return {name: _registry[name] for name in names()}
