@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from crp.visualization.report import write_report
     from crp.visualization.results import export
     from crp.visualization.store import Table
+    from crp.visualization.synthesis import maximize
 
-__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Pairs", "Table", "export", "mine", "write_report"]
+__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Pairs", "Table", "export", "maximize", "mine", "write_report"]
 
 _HOMES = {
     "Cache": "cache",
@@ -26,6 +27,7 @@ _HOMES = {
     "Pairs": "datasets",
     "Table": "store",
     "export": "results",
+    "maximize": "synthesis",
     "mine": "mining",
     "write_report": "report",
 }
