@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from crp.visualization.store import Table
     from crp.visualization.synthesis import maximize
 
-__all__ = ["Cache", "FeatureVisualization", "ImageCache", "Pairs", "Table", "export", "maximize", "mine", "write_report"]
+__all__ = [
+    "Cache",
+    "FeatureVisualization",
+    "ImageCache",
+    "Pairs",
+    "Table",
+    "export",
+    "maximize",
+    "mine",
+    "write_report",
+]
 
 _HOMES = {
     "Cache": "cache",
