@@ -158,8 +158,15 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
         raise CommandError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
 
 
-def _made(place: str) -> nn.Module:
-    module_name, _, factory_name = place.partition(":")
+def imported(place: str) -> Any:
+    """What ``"pkg.module:name"`` names; the folder of the command is searched, too.
+
+    Raises
+    ------
+    CommandError
+        If there is no such module, or no such name in it.
+    """
+    module_name, _, name = place.partition(":")
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
@@ -167,9 +174,14 @@ def _made(place: str) -> nn.Module:
         raise CommandError(f"{place}: the module {module_name} cannot be imported: {error}") from error
     finally:
         sys.path.remove("")
-    factory: Callable[[], Any] | nn.Module | None = getattr(module, factory_name, None)
-    if factory is None:
-        raise CommandError(f"{place}: {module_name} has no {factory_name!r}{nearest(factory_name, dir(module))}")
+    found = getattr(module, name, None)
+    if found is None:
+        raise CommandError(f"{place}: {module_name} has no {name!r}{nearest(name, dir(module))}")
+    return found
+
+
+def _made(place: str) -> nn.Module:
+    factory: Callable[[], Any] | nn.Module = imported(place)
     made = factory if isinstance(factory, nn.Module) else factory()
     if not isinstance(made, nn.Module):
         raise CommandError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")

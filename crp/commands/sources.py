@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crp.commands.errors import CommandError, nearest
-from crp.commands.models import Loaded
+from crp.commands.errors import CommandError
+from crp.commands.models import Loaded, imported
 from crp.visualization.datasets import Pairs
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -175,17 +173,7 @@ def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
 
 
 def _made(place: str) -> Any:
-    module_name, _, name = place.partition(":")
-    sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise CommandError(f"{place}: the module {module_name} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove("")
-    factory = getattr(module, name, None)
-    if factory is None:
-        raise CommandError(f"{place}: {module_name} has no {name!r}{nearest(name, dir(module))}")
+    factory = imported(place)
     made = factory() if callable(factory) else factory
     if isinstance(made, torch.utils.data.DataLoader):
         made = made.dataset

@@ -73,6 +73,11 @@ class Term(NamedTuple):
     sign: int = 0
     outputs: int = 0
 
+    @property
+    def below(self) -> Tensor:
+        """What stands below the fraction."""
+        return self.z if self.denominator is None else self.denominator
+
 
 @dataclass
 class Run:
@@ -267,15 +272,13 @@ class Rule(Hook):  # type: ignore[misc]
         surrogates, scales : sequence of Tensor
             Differentiable functions of ``a``, and what the gradient is multiplied with before it goes into them.
         """
-        own = layer.output if layer.output is not None and layer.output.requires_grad else None
-        again = LayerAgain(self, layer.again(), a)
-        own = None if own is y else own
+        apart = layer.output is not None and layer.output is not y and layer.output.requires_grad
+        own, again = layer.output if apart else None, LayerAgain(self, layer.again(), a)
         return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         """What the gradient is multiplied with before it goes into ``term.z``."""
-        below = term.z if term.denominator is None else term.denominator
-        above = self._above(term, y, self.multiplier)
+        below, above = term.below, self._above(term, y, self.multiplier)
         if above is y and below.data_ptr() == y.data_ptr():  # the layer itself: its output is its surrogate
             above = below
         return quotient(above, below, self._stabilize, term.sign)
@@ -295,7 +298,7 @@ class Rule(Hook):  # type: ignore[misc]
         with torch.no_grad():
             at_zero = self.terms(layer, torch.zeros_like(a), y)
         for term, zero, scale in zip(terms, at_zero, scales, strict=True):
-            nothing = (term.z if term.denominator is None else term.denominator) == 0
+            nothing = term.below == 0
             above = self._above(term, y, multiplier=True)
             bias = bias + scale * zero.z
             empty = empty + torch.where(nothing, above, 0.0)
