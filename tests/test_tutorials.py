@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from notebooks import ROOT, execute
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 TUTORIALS = ROOT / "tutorials"
 PICTURES = {
     "1_attribution": 11,
@@ -111,27 +108,7 @@ assert undone
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every notebook after its run, side by side; or the exception that ended it."""
-    clients = {}
-    with pytest.MonkeyPatch.context() as patch:
-        paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # Agg, shown in the notebook
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-        home = tmp_path_factory.mktemp("home")
-        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
-            patch.setenv(name, str(home / name))
-        for name, claims in CLAIMS.items():
-            notebook = read(name)
-            notebook.cells.append(nbformat.v4.new_code_cell(claims))
-            place = {"metadata": {"path": str(tmp_path_factory.mktemp(name))}}
-            clients[name] = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place)
-
-        async def run() -> list[Any]:
-            runs = [client.async_execute() for client in clients.values()]
-            return await asyncio.gather(*runs, return_exceptions=True)
-
-        return dict(zip(clients, asyncio.run(run()), strict=True))
+    return execute(TUTORIALS, CLAIMS, tmp_path_factory)
 
 
 def read(name: str) -> Any:
