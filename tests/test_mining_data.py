@@ -12,9 +12,11 @@ from mining_cases import LAYERS, Data, files_of, make_net, rows_of, run, same_ro
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
+from crp.graph import tracing
 from crp.visualization import Pairs
 from crp.visualization.mining import SampleError
 from crp.visualization.selection import select_layers
@@ -107,6 +109,44 @@ def test_targets_that_are_not_the_labels(tmp_path: Path, targets: Any, chosen: A
     same_rows(table, run(tmp_path / "b", Data(21, expected), single_targets=list))
     with pytest.raises(ValueError, match="another targets"):
         run(tmp_path / "a", unlabelled, targets=[1])
+
+
+class Repeating(CondAttribution):
+    """A ``__call__`` of its own: mining asks it for one target of each sample at a time."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+RAGGED = [[0, 1, 2], [1], [0, 2], [], [2, 1], [0], [1, 2, 0]]
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus(), ZennitEpsilonPlus(), None], ids=["ours", "zennit", "gradient"])
+@pytest.mark.parametrize(
+    ("settings", "chosen_from"),
+    [
+        ({"targets": "all"}, 3),  # one sample of each of three batches tells how many there are
+        ({"targets": "top-2"}, 11),
+        ({"targets": [0, 2]}, 0),
+        ({"single_targets": list}, 0),
+    ],
+    ids=["all", "top-2", "list", "ragged labels"],
+)
+def test_targets_of_a_sample_share_its_forward_pass(
+    tmp_path: Path, composite: Any, settings: dict[str, Any], chosen_from: int
+) -> None:
+    ragged = (RAGGED * 2)[:11]
+    data, net = Data(11, ragged), make_net()
+    counted: list[int] = []
+    # (composites trace a model once)
+    handle = net.conv.register_forward_hook(lambda module, args, output: counted.append(len(output) * (not tracing())))
+    table = run(tmp_path / "a", data, attribution=CondAttribution(net), composite=composite, **settings)
+    handle.remove()
+    with_rows = sum(map(bool, ragged)) if "single_targets" in settings else 11
+    assert sum(counted) == with_rows + chosen_from
+    repeated = run(tmp_path / "b", data, attribution=Repeating(make_net()), composite=composite, **settings)
+    assert table.n_rows > len(data)
+    same_rows(table, repeated)
 
 
 def test_of_equal_outputs_the_smaller_class_is_predicted() -> None:

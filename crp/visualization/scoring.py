@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +21,11 @@ from crp.concepts import Concept
 from crp.visualization.loading import Problem, Sample, SampleError, load, to_targets
 from crp.visualization.manifest import Array, ShardRecord, TableHeader
 from crp.visualization.shards import write_shard
-from crp.visualization.targets import choose_targets
+from crp.visualization.targets import attribute_targets, choose_targets, keeps_graph
 
 T = TypeVar("T")
+#: Places of samples in a batch, each with its targets; of all of them equally many.
+Unit = list[tuple[int, list[int]]]
 #: Bytes of scores after which a shard is closed.
 SHARD_BYTES = 128 << 20
 
@@ -122,7 +126,7 @@ class _Fortune:
     Attributes
     ----------
     rows : int
-        How many fit into memory at once.
+        How many are sent back at once, so that they fit into memory.
     works : bool
         Whether any sample was attributed.
     """
@@ -148,16 +152,17 @@ class _Batch:
         for indices, data in self._get_data([sample for sample in self._samples if targets.get(sample.id)]):
             if not by_label:
                 targets |= self._choose(indices, data)
-            rows = [(place, target) for place, index in enumerate(indices) for target in targets[index]]
-            parts += self._in_parts(rows, indices, partial(_get_scores, self._job, data, indices))
+            units = self._get_units([targets[index] for index in indices])
+            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices))
         if parts:
             self._fortune.works = True
-            arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            arrays = {key: _joined([part[key] for part in parts]) for key in parts[0]}
             self._drop_not_finite(arrays)
-            keep = np.flatnonzero(~np.isin(arrays["sample"], list(self._problems)))
-            if self._job.shape is None:  # groups of equal shapes
-                keep = keep[np.argsort(arrays["sample"][keep], kind="stable")]
-            shard.extend({key: array[keep] for key, array in arrays.items()})
+            order = np.lexsort((arrays["target"], arrays["sample"]))
+            keep = order[~np.isin(arrays["sample"][order], list(self._problems))]
+            if not np.array_equal(keep, np.arange(len(order))):
+                arrays = {key: array[keep] for key, array in arrays.items()}
+            shard.extend(arrays)
         shard.skipped.update(self._problems)
 
     def _drop(self, index: int, reason: str, error: Exception | None = None) -> None:
@@ -185,12 +190,12 @@ class _Batch:
     def _choose(self, indices: list[int], data: Tensor) -> dict[int, list[int]]:
         """Targets of samples that are not those of their labels."""
 
-        def chosen(rows: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
-            places = [place for place, _ in rows]
+        def chosen(unit: Unit) -> list[tuple[int, list[int]]]:
+            places = [place for place, _ in unit]
             found = choose_targets(self._job.targets, self._job.attribution, data[places])
             return [(indices[place], targets) for place, targets in zip(places, found, strict=True)]
 
-        parts = self._in_parts([(place, -1) for place in range(len(indices))], indices, chosen)
+        parts = self._in_parts(self._get_units([[-1]] * len(indices)), indices, chosen)
         found: dict[int, list[int]] = {index: [] for index in indices}
         return found | dict(pair for part in parts for pair in part)
 
@@ -224,32 +229,46 @@ class _Batch:
             batch = batch[torch.tensor(finite, device=batch.device)]
         return [index for index in indices if index not in self._problems], batch
 
-    def _in_parts(
-        self, rows: list[tuple[int, int]], indices: list[int], compute: Callable[[list[tuple[int, int]]], T]
-    ) -> list[T]:
-        """Results for the rows, in parts. Where a call fails, its halves are tried: memory may suffice for these."""
+    def _get_units(self, targets: list[list[int]]) -> list[Unit]:
+        """What is attributed in one call each: samples of equally many targets share a forward pass."""
+        units: list[Unit] = []
+        keeps, size = keeps_graph(self._job.composite), self._fortune.rows
+        for n in sorted({len(of_sample) for of_sample in targets} - {0}):
+            alike = [place for place, of_sample in enumerate(targets) if len(of_sample) == n]
+            # What memory holds are the samples where the targets come one after the other, and else all rows.
+            width = n if keeps else min(n, size)
+            height = size if keeps else max(size // width, 1)
+            for first in range(0, len(alike), height):
+                places = alike[first : first + height]
+                units += [[(place, targets[place][i : i + width]) for place in places] for i in range(0, n, width)]
+        return units
+
+    def _in_parts(self, units: list[Unit], indices: list[int], compute: Callable[[Unit], T]) -> list[T]:
+        """Results for the units. Where a call fails, its halves are tried: memory may suffice for these."""
         failures: list[tuple[int, int, Exception]] = []
         parts: list[T] = []
-        size = self._fortune.rows
-        todo = [rows[begin : begin + size] for begin in range(0, len(rows), size)][::-1]
+        todo = units[::-1]
         reasons: list[str] = []
         while todo:
-            part = todo.pop()
+            unit = todo.pop()
+            n_rows = sum(len(targets) for _, targets in unit)
             try:
-                parts.append(compute(part))
+                parts.append(compute(unit))
                 continue
             except Exception as error:
-                if len(part) == 1:
-                    failures.append((*part[0], error))
+                if n_rows == 1:
+                    failures.append((unit[0][0], unit[0][1][0], error))
                     continue
-                reasons.append(f"{len(part)} rows at once failed ({Problem.of(error).reason})")
+                reasons.append(f"{n_rows} rows at once failed ({Problem.of(error).reason})")
                 is_memory = _is_memory(error)
             # Here, the exception no longer holds what the call had in memory.
-            half = len(part) // 2
-            todo += [part[half:], part[:half]]
+            halves = _halved(unit)
+            todo += halves[::-1]
             if is_memory:
-                self._fortune.rows = min(self._fortune.rows, len(part) - half)
+                held = len(halves[1]) if keeps_graph(self._job.composite) else sum(len(t) for _, t in halves[1])
+                self._fortune.rows = min(self._fortune.rows, held)
                 torch.cuda.empty_cache()
+        failures.sort(key=operator.itemgetter(0, 1))
         if not parts and not self._fortune.works and len({place for place, _, _ in failures}) > 1:
             raise failures[0][2]  # no sample's fault
         if reasons and not failures:
@@ -272,25 +291,43 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _get_scores(job: Job, data: Tensor, indices: list[int], rows: list[tuple[int, int]]) -> dict[str, Array]:
-    places = [place for place, _ in rows]
+def _halved(unit: Unit) -> tuple[Unit, Unit]:
+    """A unit cut between samples or, if it has one, between targets; the second half is not the smaller one."""
+    if len(unit) > 1:
+        return unit[: len(unit) // 2], unit[len(unit) // 2 :]
+    [(place, targets)] = unit
+    return [(place, targets[: len(targets) // 2])], [(place, targets[len(targets) // 2 :])]
+
+
+def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[str, Array]:
+    """Columns of the rows of a unit: the first target of every sample, the second one, ..."""
+    places = [place for place, _ in unit]
     batch = data if places == list(range(len(data))) else data[places]
     # A sample without a label has target -1, and activations do not depend on the target.
-    conditions = [{job.attribution.MODEL_OUTPUT_NAME: [max(target, 0)]} for _, target in rows]
-    result = job.attribution(
-        batch, conditions, job.composite, list(job.concepts), on_device=job.on_device, exclude_parallel=False
-    )
-    arrays: dict[str, Array] = {
-        "sample": np.array([indices[place] for place in places], np.int64),
-        "target": np.array([target for _, target in rows], np.int64),
-    }
-    for mode in job.header.modes:
-        recorded = result.relevances if mode == "relevance" else result.activations
-        for layer, concept in job.concepts.items():
-            if layer not in recorded:
+    targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
+    slots = np.array([of_sample for _, of_sample in unit], np.int64).T
+    found: dict[str, list[Array]] = {}
+    layers = list(job.concepts)
+    for result in attribute_targets(job.attribution, batch, targets, job.composite, layers, job.on_device):
+        recorded = {"relevance": result.relevances}
+        if not found:
+            recorded["activation"] = {layer: every[: len(unit)] for layer, every in result.activations.items()}
+        for mode, layer in product([mode for mode in job.header.modes if mode in recorded], layers):
+            if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            arrays |= _get_columns(concept, recorded[layer], layer, mode, job.header.kinds)
-    return arrays
+            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds)
+            for key, column in columns.items():
+                found.setdefault(key, []).append(column)
+    arrays = {key: _joined(columns) for key, columns in found.items()}
+    for key, array in arrays.items():
+        if key.startswith("activation.") and len(slots) > 1:
+            arrays[key] = np.concatenate([array] * len(slots))
+    sample = np.array([indices[place] for place in places], np.int64)
+    return {"sample": np.tile(sample, len(slots)), "target": slots.reshape(-1)} | arrays
+
+
+def _joined(arrays: list[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 @torch.no_grad()

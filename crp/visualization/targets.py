@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.call import Call
+from crp.concepts import ChannelConcept
+from crp.conditions import Rows, Settings
+from crp.encoding import Encoding
 from crp.guard import attached
+from crp.types import AttributionResults
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -56,11 +62,13 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     """
     if not isinstance(targets, str):
         return [list(targets)] * len(data)
+    # (of all outputs, only their number is asked)
+    asked = data[:1] if targets == "all" else data
     with torch.no_grad(), attached(Composite(), attribution.model) as model:
-        output = attribution.select_output(model(data))
-    if output.dim() != 2 or len(output) != len(data):
+        output = attribution.select_output(model(asked))
+    if output.dim() != 2 or len(output) != len(asked):
         raise ValueError(
-            f"targets={targets!r} needs an output of shape ({len(data)}, classes), not {tuple(output.shape)}; give "
+            f"targets={targets!r} needs an output of shape ({len(asked)}, classes), not {tuple(output.shape)}; give "
             "a list of targets"
         )
     if targets == "all":
@@ -70,3 +78,48 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     best = torch.sort(output, dim=1, descending=True, stable=True).indices[:, :n]
     chosen: list[list[int]] = torch.sort(best, dim=1).values.tolist()
     return chosen
+
+
+def keeps_graph(composite: Composite | None) -> bool:
+    """Whether what a composite does lives in the graph, which then serves one backward pass after the other."""
+    return composite is None or Encoding.of(composite).multiplier
+
+
+def attribute_targets(
+    attribution: CondAttribution,
+    data: Tensor,
+    targets: Sequence[Sequence[int]],
+    composite: Composite | None,
+    layers: Sequence[str],
+    on_device: torch.device | str | None = None,
+) -> Iterator[AttributionResults]:
+    """Attribute several targets of every sample; each sample takes part in one forward pass.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    data : Tensor of shape (samples, ...)
+    targets : sequence of sequences of int
+        Of each sample equally many.
+    composite : zennit.core.Composite or None
+    layers : sequence of str
+        Recorded ones.
+    on_device : torch.device or str, optional
+
+    Yields
+    ------
+    AttributionResults
+        First target of every sample, second target of every sample, ...; some such groups of rows at a time. Only an
+        attribution with a ``__call__`` or a ``broadcast`` of its own needs a forward pass for each.
+    """
+    name = attribution.MODEL_OUTPUT_NAME
+    slots = [[{name: [target]} for target in slot] for slot in zip(*targets, strict=True)]
+    if attribution.overrides("__call__") or attribution.overrides("broadcast"):
+        for slot in slots:
+            yield attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
+        return
+    settings = Settings(layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False)
+    call = Call.plan(attribution, data, slots[0], composite, settings)
+    rows = Rows(tuple(range(len(data))) * len(slots), tuple(condition for slot in slots for condition in slot))
+    at_once = len(data) if keeps_graph(composite) else len(rows)
+    yield from replace(call, rows=rows).parts(at_once)
