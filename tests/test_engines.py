@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import time
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from mining_cases import Data, files_of, make_net, run
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.visualization import FeatureVisualization, engines, shards
+from crp.visualization import FeatureVisualization, engines
 from crp.visualization.engines import merge, mine_shard
 from crp.visualization.lock import locked
 from crp.visualization.mining import prepare
@@ -200,44 +198,6 @@ def test_dask_workers_of_which_one_is_killed(tmp_path: Path, reference: dict[str
     assert table.coverage().missing == []
     table.clean()
     assert files_of(tmp_path / "a") == reference
-
-
-# --- a full disk ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("call", ["open", "write", "fsync"])
-def test_a_full_disk_at_any_write_loses_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    original = getattr(os, call)
-    settings: dict[str, Any] = {"shard_size": 4, "layer_map": {"relu": ChannelConcept()}, "composite": None}
-    data = Data(9)
-    reference = files_of(run(tmp_path / "reference", data, **settings).path)
-    settings["fingerprints"] = dict(Table.open(tmp_path / "reference").fingerprints)
-    committed = []
-    for n in range(1, 100):
-        count = iter(range(1, 10_000))
-
-        def failing(*args: Any, count: Any = count, n: int = n) -> Any:
-            if next(count) == n:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return original(*args)
-
-        path = tmp_path / str(n)
-        with monkeypatch.context() as patch:
-            patch.setattr(shards.os, call, failing)
-            try:
-                run(path, data, **settings)
-                break
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-                assert str(tmp_path) in str(error) and "make room, then run the same again" in str(error)
-        table = Table.open(path) if Table.exists(path) else None
-        committed.append(len(table.shards) if table else 0)
-        assert not table or table.verify() == []
-        assert not list(tmp_path.rglob("*.tmp"))
-        run(path, data, **settings)
-        assert files_of(path) == reference
-    assert committed[0] == 0 and committed[-1] in (2, 3)
-    assert all(0 <= b - a <= 1 for a, b in pairwise(committed))
 
 
 def test_mine_shard_is_what_all_engines_call(tmp_path: Path, reference: dict[str, bytes]) -> None:

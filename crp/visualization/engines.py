@@ -21,7 +21,7 @@ from tqdm import tqdm
 from crp.visualization.lock import TableLockedError, locked
 from crp.visualization.manifest import ShardRecord, TableCorruptError
 from crp.visualization.scoring import Job, mine_ranges
-from crp.visualization.shards import check_shard, write_atomic
+from crp.visualization.shards import check_shard, make_folder, write_atomic
 from crp.visualization.store import Table
 
 #: Seconds that a merge waits for another one.
@@ -56,7 +56,7 @@ def mine_all(
     job: Job, start: int, stop: int, retry_skipped: bool, progress: bool, overwrite: bool, client: Any = None
 ) -> Table:
     """Mine what a table misses of a range, here or by a Dask ``client``'s workers, and hold the folder meanwhile."""
-    job.path.mkdir(parents=True, exist_ok=True)
+    make_folder(job.path)
     with locked(job.path):
         if overwrite:
             Table.discard(job.path)
@@ -91,7 +91,7 @@ def mine_part(job: Job, start: int, stop: int, part: tuple[int, int], retry_skip
     A process that is started again goes on where it was. The last one to end leaves the whole table.
     """
     number, n = part
-    job.path.mkdir(parents=True, exist_ok=True)
+    make_folder(job.path)
     with locked(job.path, "part"):
         if not Table.exists(job.path):
             with _turn(job.path):
@@ -140,7 +140,7 @@ def merge(path: str | Path, *others: str | Path) -> Table:
     path = Path(path)
     sources = [Table.open(other) for other in others]
     if sources and not Table.exists(path):
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with _turn(path):
             Table.create(path, sources[0].header)
     known = Table.open(path)
@@ -148,7 +148,7 @@ def merge(path: str | Path, *others: str | Path) -> Table:
         known.check_header(source.header)
     with _turn(path):
         table = Table.open(path)
-        (path / "shards").mkdir(exist_ok=True)
+        make_folder(path / "shards")
         for source in sources:
             for shard in [*source.shards, *source.unlisted()]:
                 if not (path / "shards" / shard.file).exists():

@@ -20,7 +20,7 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.visualization.loading import Problem, Sample, SampleError, load, to_targets
 from crp.visualization.manifest import Array, ShardRecord, TableHeader
-from crp.visualization.shards import write_shard
+from crp.visualization.shards import make_folder, write_shard
 from crp.visualization.targets import attribute_targets, choose_targets, keeps_graph
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def mine_ranges(
     Shards end at multiples of the job's shard size, or where they are full; batches start where a shard does.
     """
     folder = job.path / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     batches = list(_get_batches(job, ranges))
     loaded = load(job.dataset, (range(begin, end) for begin, end, _ in batches), job.num_workers)
     shard = None

@@ -112,8 +112,20 @@ def write_atomic(path: Path, content: bytes) -> None:
     OSError
         If it cannot be written; of a full disk, the message says what to do.
     """
-    try:
+    with _hinted(path):
         _write(path, content)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there; a full disk is told of as by `write_atomic`."""
+    with _hinted(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _hinted(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

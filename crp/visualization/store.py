@@ -38,7 +38,7 @@ from crp.visualization.manifest import (
 from crp.visualization.manifest import KINDS as KINDS
 from crp.visualization.manifest import MODES as MODES
 from crp.visualization.manifest import TableError as TableError
-from crp.visualization.shards import check_shard, open_shard, read_record, write_atomic
+from crp.visualization.shards import check_shard, make_folder, open_shard, read_record, write_atomic
 
 _ELSEWHERE = "use another folder, or mine with overwrite=True to discard it"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -96,7 +96,7 @@ class Table:
     def create(cls, path: str | Path, header: TableHeader) -> Table:
         """Table without shards in a folder, which is made."""
         table = cls(path, header)
-        (table.path / "shards").mkdir(parents=True, exist_ok=True)
+        make_folder(table.path / "shards")
         table._save()
         return table
 
