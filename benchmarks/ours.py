@@ -1,0 +1,59 @@
+"""Our candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+import crp.composites
+from benchmarks.clocks import Run
+from benchmarks.nets import PRESETS, gradient
+from crp.attribution import CondAttribution
+
+
+def composite(preset: str) -> Composite:
+    """One of our presets, with the keywords that both sides use."""
+    made: Composite = getattr(crp.composites, preset)(**PRESETS[preset])
+    return made
+
+
+def gradient_of(model: nn.Module, data: Tensor) -> Run:
+    """Forward pass and gradient by the input: the unit."""
+    return lambda: gradient(model, data)
+
+
+def attribution(model: nn.Module, data: Tensor, rules: Composite) -> Run:
+    """One attribution of a batch."""
+    explain = CondAttribution(model)
+    return lambda: explain(data, [{"y": [0]}], rules)
+
+
+def concepts(model: nn.Module, data: Tensor, rules: Composite, layer: str, n: int, batch_size: int) -> Run:
+    """Several concepts of a layer, for one sample; results are dropped one by one."""
+    explain = CondAttribution(model)
+    conditions = [{"y": [0], layer: [channel]} for channel in range(n)]
+
+    def run() -> None:
+        for _ in explain.generate(data[:1], conditions, rules, batch_size=batch_size, verbose=False):
+            pass
+
+    return run
+
+
+def gradient_below(model: nn.Module, data: Tensor, layer: str, n: int) -> Run:
+    """Gradient of a layer's output by the input, for ``n`` copies of one sample; the forward pass is done before."""
+    outputs: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    leaf = data[:1].repeat_interleave(n, 0).requires_grad_()
+    try:
+        model(leaf)  # (its output is dropped, and with it the graph above the layer)
+    finally:
+        handle.remove()
+    start = torch.ones_like(outputs[0])
+    return lambda: torch.autograd.grad(outputs[0], leaf, start, retain_graph=True)
+
+
+Maker = Callable[[], dict[str, Run]]
