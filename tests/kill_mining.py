@@ -1,5 +1,7 @@
 """Script: mine all digits, killed at random moments and at chosen writes, and compare the folders; reports as JSON.
 
+    python kill_mining.py FOLDER KILLS
+
 One process imports everything once and forks the runs that are killed.
 """
 
@@ -23,19 +25,25 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.visualization.mining import mine
+from crp.visualization.store import Table
+
+#: Steps of writing at which a run kills itself; of the lock, the manifest, and the first shards.
+WRITES = (1, 6, 8, 9, 10, 11, 12, 13)
+Part = tuple[int, int] | None
 
 
-def run(path: Path) -> None:
+def run(path: Path, part: Part) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10)).eval()
     digits = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
     data = [(image, int(label)) for image, label in zip(images, digits.target, strict=True)]
     layer_map = {"1": ChannelConcept(), "4": ChannelConcept()}
-    mine(CondAttribution(net), data, layer_map, EpsilonPlus(), path, batch_size=64, shard_size=128, progress=False)
+    attribution, sizes = CondAttribution(net), {"batch_size": 32, "shard_size": 32}
+    mine(attribution, data, layer_map, EpsilonPlus(), path, progress=False, part=part, **sizes)
 
 
-def start(path: Path, kill_at: int | None = None) -> int:
+def start(path: Path, part: Part = None, kill_at: int | None = None) -> int:
     """Fork a run; it kills itself at its ``kill_at``-th step of writing."""
     pid = os.fork()
     if pid:
@@ -55,7 +63,7 @@ def start(path: Path, kill_at: int | None = None) -> int:
                 return call
 
             os.write, os.fsync, Path.replace = counted(os.write), counted(os.fsync), counted(Path.replace)
-        run(path)
+        run(path, part)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -73,31 +81,58 @@ def digest(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def main(folder: Path) -> dict[str, object]:
+def survive(path: Path, seconds: float, share: bool, kills: int) -> tuple[int, int]:
+    """Kill a run until it ends by itself, or ``kills`` times, and let it end; with ``share``, beside another part.
+
+    Returns
+    -------
+    kills, kills within a write : int
+    """
+    killed = within = 0
+    seen: set[Path] = set()
+    part = (0, 2) if share else None
+    beside = start(path, (1, 2)) if share else None
+    code = -9
+    while code == -9 and killed < kills:
+        pid = start(path, part)
+        time.sleep(random.uniform(0, 0.8 * seconds))
+        os.kill(pid, signal.SIGKILL)
+        code = finish(pid)
+        left = set(path.rglob("*.tmp"))
+        killed += code == -9
+        within += code == -9 and not share and bool(left - seen)
+        seen |= left
+    assert code in (0, -9) and finish(start(path, part)) == 0, "a run failed"
+    if beside is not None:
+        assert finish(beside) == 0, "the part beside failed"
+        Table.open(path).clean()
+    return killed, within
+
+
+def main(folder: Path, kills: int) -> dict[str, object]:
     torch.set_num_threads(1)
     begin = time.perf_counter()
     assert finish(start(folder / "reference")) == 0
-    duration = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
     reference = digest(folder / "reference")
 
     random.seed(0)
-    outcomes = []
-    for trial in range(2):
-        path = folder / f"random{trial}"
-        for _ in range(3):
-            pid = start(path)
-            time.sleep(random.uniform(0.05, 0.8) * duration)
-            os.kill(pid, signal.SIGKILL)
-            outcomes.append(finish(pid))
-        outcomes.append(finish(start(path)))
-        assert outcomes[-1] == 0 and digest(path) == reference, f"trial {trial} differs"
+    killed = within = trials = 0
+    while killed < kills:
+        path = folder / f"random{trials}"
+        found = survive(path, seconds, share=trials % 3 == 2, kills=kills - killed)
+        assert digest(path) == reference, f"trial {trials} differs"
+        killed, within, trials = killed + found[0], within + found[1], trials + 1
+
     path = folder / "writes"
-    for kill_at in (1, 6, 8, 9, 10, 11, 12, 13):
-        outcomes.append(finish(start(path, kill_at)))
-    outcomes.append(finish(start(path)))
-    assert outcomes[-1] == 0 and digest(path) == reference, "killed while writing: differs"
-    return {"kills": outcomes.count(-9), "failed": outcomes.count(1)}
+    outcomes = [finish(start(path, kill_at=kill_at)) for kill_at in WRITES]
+    assert outcomes == [-9] * len(WRITES), outcomes
+    assert finish(start(path)) == 0 and digest(path) == reference, "killed while writing: differs"
+
+    rows = Table.open(path).rows().sample.tolist()
+    assert rows == list(range(len(rows))) and len(rows) == Table.open(path).n_samples
+    return {"kills": killed, "within a write": within, "trials": trials, "at writes": len(WRITES), "seconds": seconds}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(Path(sys.argv[1]))))
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))))
