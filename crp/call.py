@@ -24,6 +24,7 @@ from crp.engine import Backward
 from crp.forward import SINK, ForwardPass, check_layers
 from crp.guard import attached, check_composite
 from crp.hooks import Use
+from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Call:
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise TypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
         model, output_name, start = attribution.model, attribution.MODEL_OUTPUT_NAME, settings.start
-        if any(name == output_name for name, _ in model.named_modules()):
+        if is_layer(model, output_name):
             raise ValueError(
                 f"the model has a layer called {output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"

@@ -144,11 +144,10 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
         ) from None
     if not target_list:
         return selection
-    masked = torch.zeros_like(selection)
+    kept = np.zeros((*prediction.shape[:2], *[1] * (prediction.dim() - 2)), dtype=bool)
     for row, targets in enumerate(target_list):
-        index = (row,) if targets is None else (row, targets)
-        masked[index] = selection[index]
-    return masked
+        kept[row, slice(None) if targets is None else _target_ids(targets)] = True
+    return torch.where(torch.from_numpy(kept).to(selection.device), selection, 0)
 
 
 def check_start(start: Any, prediction: Tensor) -> None:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +20,9 @@ from crp.types import Condition
 
 #: Key of the data among the layers; no layer has this name.
 DATA = ""
+
+#: Bytes of data whose gradients, throughout a usual convolutional net, stay in a CPU's cache.
+IN_CACHE = 2**19
 
 ORDER_MESSAGE = (
     "The layer names must be ordered according to their succession in the model if 'exclude_parallel'=True: "
@@ -75,13 +76,32 @@ def send_back(root: Tensor, cotangent: Tensor, steps: Mapping[str, Tensor], keep
 
 
 def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor | None]:
+    """Gradients of all slots, for each input that the flow reaches."""
     grad = partial(torch.autograd.grad, root, inputs, retain_graph=True, allow_unused=True)
-    with warnings.catch_warnings(), suppress(RuntimeError):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return list(grad(cotangent, is_grads_batched=True))
-    # Not every rule can be batched, for example one that branches on its values. Any other error comes again here.
-    found = zip(*(grad(start) for start in cotangent), strict=True)
-    return [None if slots[0] is None else torch.stack(slots) for slots in found]
+    reached: list[int] = []
+
+    def of_slot(start: Tensor) -> tuple[Tensor, ...]:
+        found = grad(start)
+        reached[:] = [i for i, g in enumerate(found) if g is not None]
+        return tuple(g for g in found if g is not None)
+
+    try:
+        gradients = torch.func.vmap(of_slot, chunk_size=_slots_at_once(cotangent, inputs[0]))(cotangent)
+    except RuntimeError:
+        # Not every rule can be batched, for example one that branches on its values. Other errors come again here.
+        gradients = tuple(torch.stack(slots) for slots in zip(*map(of_slot, cotangent), strict=True))
+    found: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(reached, gradients, strict=True):
+        found[i] = gradient
+    return found
+
+
+def _slots_at_once(cotangent: Tensor, data: Tensor) -> int | None:
+    """How many slots are sent back together: on a CPU, only as many as its cache may hold the gradients of."""
+    if cotangent.device.type != "cpu":
+        return None
+    size = data.numel() * data.element_size()
+    return min(len(cotangent), max(4, IN_CACHE // size))
 
 
 def _between(root: Tensor, target: Tensor, records: dict[str, Tensor]) -> dict[str, Tensor]:

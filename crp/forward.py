@@ -171,6 +171,8 @@ def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
 
 def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
+    if not layers:
+        return
     known = dict(model.named_modules())
     for layer in layers:
         if not isinstance(layer, str):

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -44,11 +44,14 @@ def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
         raise RuntimeError(
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
-    guard = _restored_on_error(model) if composite.canonizers else nullcontext()
-    with (
-        _lock(model), _lock(composite), _evaluating(model), without_parameter_gradients(model), uncompiled(model),
-        guard,
-    ):  # fmt: skip
+    states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
+    if not getattr(composite, "isolates", False):
+        states += [without_parameter_gradients(model), uncompiled(model)]
+    if composite.canonizers:
+        states.append(_restored_on_error(model))
+    with ExitStack() as stack:
+        for state in states:
+            stack.enter_context(state)
         try:
             with composite.context(model) as modified, _called_once(modified):
                 yield modified

@@ -47,8 +47,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
-    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
-    wrappers = {m: vars(m)["forward"] for m in model.modules() if hasattr(m, "_orig_mod") and "forward" in vars(m)}
+    modules = list(model.modules())
+    compiled = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl}
+    wrappers = {m: vars(m)["forward"] for m in modules if "_orig_mod" in m._modules and "forward" in vars(m)}
     try:
         for module in compiled:
             module._compiled_call_impl = None
@@ -75,6 +76,14 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a model has a layer of this name."""
+    try:
+        return name != "" and model.get_submodule(name) is not model
+    except AttributeError:
+        return False
+
+
 def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> dict[str, nn.Module]:
     """Modules of the given names.
 
@@ -83,13 +92,12 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
     KeyError
         If a name is not in the model; the message gives the nearest names that are.
     """
-    modules = dict(model.named_modules())
-    found = {}
+    names = list(names)
+    modules = dict(model.named_modules()) if names else {}
     for name in names:
         if name not in modules or name == "":
             raise LayerNotFoundError(name, modules, role)
-        found[name] = modules[name]
-    return found
+    return {name: modules[name] for name in names}
 
 
 class LayerNotFoundError(KeyError, ValueError):

@@ -75,6 +75,8 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     encoding: ClassVar[str] = "multiplier"
     readout: ClassVar[Literal["relevance", "multiplier"]] = "relevance"
     initial: ClassVar[Literal["output", "one"]] = "output"
+    #: Whether `register` itself runs the model uncompiled, and its parameters outside autograd.
+    isolates: ClassVar[bool] = True
     #: Functions of torch for which the ordinary chain rule is the method; None for all. Others are warned of.
     right: ClassVar[frozenset[str] | None] = None
 

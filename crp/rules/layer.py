@@ -202,7 +202,8 @@ def works_in_place(module: nn.Module) -> bool:
 
 def check_parameters(module: nn.Module) -> None:
     """Raise a TypeError if a module has parameters that no rule knows."""
-    extra = [name for name, _ in module.named_parameters(recurse=True) if name not in ("weight", "bias")]
+    names = module._parameters if not module._modules else dict(module.named_parameters())
+    extra = [name for name in names if name not in ("weight", "bias") and names[name] is not None]
     if extra and not hasattr(module, "parametrizations"):
         raise TypeError(
             f"{type(module).__name__} has parameters {extra}; rules treat modules whose parameters are "

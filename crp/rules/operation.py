@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -134,7 +135,6 @@ class Operations(TorchFunctionMode):
         self.recording: list[Operation] | None = None
         self.references: list[Operation] = []
         self.seen: list[Seen] | None = None
-        self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self._untreated: dict[str, None] = {}
 
     def __torch_function__(
@@ -289,6 +289,10 @@ class Operations(TorchFunctionMode):
                 f"{self.method} has no rule for {', '.join(untreated)}; the ordinary chain rule is used there. Give a "
                 "rule in layer_map, or None to say so."
             )
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(module): name for name, module in self.model.named_modules()}
 
     def _layer(self) -> str:
         """Name of the innermost module of the model whose forward is running."""
