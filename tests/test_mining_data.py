@@ -11,13 +11,13 @@ import torch
 from mining_cases import LAYERS, Data, files_of, make_net, rows_of, run, same_rows
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.graph import tracing
-from crp.visualization import Pairs
+from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining import SampleError
 from crp.visualization.selection import select_layers
 from crp.visualization.targets import check_targets, choose_targets
@@ -87,6 +87,36 @@ def test_a_dataloader_is_its_dataset(tmp_path: Path) -> None:
     assert files_of(table.path) == files_of(run(tmp_path / "b", Data()).path)
     with pytest.raises(TypeError, match="collate_fn"):
         run(tmp_path / "c", DataLoader(Data(), collate_fn=list))  # type: ignore[arg-type]
+
+
+class Stream(IterableDataset[Any]):
+    """It has a length, and inherits an index that does not work."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("no sample may be read")
+
+    def __len__(self) -> int:
+        return 21
+
+
+@pytest.mark.parametrize(
+    ("dataset", "match"),
+    [
+        (Stream(), r"Stream is a stream, .* map-style dataset, with __len__ and __getitem__"),
+        (DataLoader(Stream()), "Stream is a stream"),
+        (iter(()), "iterator is a stream"),
+        ({"train": [], "test": []}, r"a dict of 'train', 'test'; give one of them \(split="),
+    ],
+    ids=["stream", "loader of a stream", "generator", "splits"],
+)
+def test_streams_and_splits_are_refused_before_any_work(tmp_path: Path, dataset: Any, match: str) -> None:
+    for refuse in (lambda data: run(tmp_path / "a", data), Pairs):
+        with pytest.raises(TypeError, match=match):
+            refuse(dataset)
+    if "split" not in match and not hasattr(dataset, "__next__"):
+        with pytest.raises(TypeError, match=match):
+            FeatureVisualization(CondAttribution(make_net()), dataset, {})
+    assert not (tmp_path / "a").exists()
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

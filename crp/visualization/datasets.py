@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
 
 class Pairs:
@@ -15,7 +16,7 @@ class Pairs:
 
     Parameters
     ----------
-    dataset : Dataset
+    dataset : Dataset or DataLoader
         With a length, read by index; for example one of torchvision, of Hugging Face, or a list.
     data : int or str, optional
         Place or key of the data in an item; None if an item is the data.
@@ -39,9 +40,7 @@ class Pairs:
         label: int | str | None = 1,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise TypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
-        self.dataset = dataset
+        self.dataset = indexed(dataset)
         self.data = data
         self.label = label
         self.transform = transform
@@ -57,6 +56,44 @@ class Pairs:
         data = _field(item, self.data, "data")
         label = None if self.label is None else _field(item, self.label, "label")
         return as_tensor(data if self.transform is None else self.transform(data)), label
+
+
+def indexed(dataset: Any) -> Any:
+    """Dataset that has a length and is read by index; of a DataLoader, its dataset.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, such as a stream, or several datasets; the message says what would be right.
+    """
+    dataset = of_loader(dataset)
+    if isinstance(dataset, Iterable) and not hasattr(dataset, "__getitem__"):
+        raise _stream(dataset)
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        names = ", ".join(map(repr, list(dataset)[:5]))
+        raise TypeError(f"the dataset is a {type(dataset).__name__} of {names}; give one of them (split=...)")
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
+    return dataset
+
+
+def of_loader(dataset: Any) -> Any:
+    """Dataset of a DataLoader; anything else but a stream is left as it is.
+
+    Raises
+    ------
+    TypeError
+        If it is a stream, or a DataLoader with a ``collate_fn``.
+    """
+    if isinstance(dataset, DataLoader):
+        if dataset.collate_fn not in (default_collate, default_convert):
+            raise TypeError(
+                "the DataLoader has a collate_fn, which mining does not call; give a dataset, as Pairs makes"
+            )
+        dataset = dataset.dataset
+    if isinstance(dataset, IterableDataset):
+        raise _stream(dataset)
+    return dataset
 
 
 def as_tensor(data: Any) -> Tensor:
@@ -81,6 +118,14 @@ def as_tensor(data: Any) -> Tensor:
     raise TypeError(f"the data is a {type(data).__name__}; a transform must make it a tensor")
 
 
+def _stream(dataset: object) -> TypeError:
+    return TypeError(
+        f"{type(dataset).__name__} is a stream, and shards are mined apart from each other and again: give a map-style "
+        "dataset, with __len__ and __getitem__. Load those of Hugging Face without streaming; of other streams, put "
+        "part after part into a list, each with a table of its own"
+    )
+
+
 def _field(item: Any, field: int | str | None, role: str) -> Any:
     if field is None:
         return item
@@ -93,4 +138,5 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
             has = f"{len(item)} entries"
         else:
             has = f"a {type(item).__name__} without fields"
-        raise TypeError(f"an item of the dataset has no {role} at {field!r}; it has {has}") from error
+        hint = f"Say where the {role} is, by {role}=... or --fields"
+        raise TypeError(f"an item of the dataset has no {role} at {field!r}; it has {has}. {hint}") from error

@@ -17,6 +17,7 @@ from crp.forward import check_layers
 from crp.visualization import folders
 from crp.visualization.accumulators import Maximization, Statistics
 from crp.visualization.cache import Cache
+from crp.visualization.datasets import of_loader
 from crp.visualization.fingerprint import fingerprint
 from crp.visualization.mining import SHARD_BATCHES, SampleError, mine
 from crp.visualization.queries import ReferenceQueries
@@ -90,7 +91,7 @@ class FeatureVisualization(ReferenceQueries):
         for layer, concept in layer_map.items():
             if isinstance(concept, type):
                 raise TypeError(f"layer_map[{layer!r}] is a class; it must be an instance: {concept.__name__}()")
-        self.dataset = dataset
+        self.dataset = of_loader(dataset)
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn
         self.attribution = attribution

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
 from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.forward import check_layers
+from crp.visualization.datasets import indexed
 from crp.visualization.engines import mine_all, mine_part
 from crp.visualization.engines import mine_shard as mine_shard
 from crp.visualization.fingerprint import fingerprint, fingerprint_composite, fingerprint_dataset, fingerprint_model
@@ -193,14 +193,7 @@ def prepare(
     mixed_shapes: bool = False,
 ) -> Job:
     """Check the arguments of `mine` and put them into a job; nothing is written."""
-    if isinstance(dataset, DataLoader):
-        if dataset.collate_fn is not default_collate:
-            raise TypeError(
-                "the DataLoader has a collate_fn, which mining does not call; give a dataset, as Pairs makes"
-            )
-        dataset = dataset.dataset
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
+    dataset = indexed(dataset)
     if not isinstance(layer_map, Mapping) or not layer_map:
         raise ValueError(f"layer_map must map layers to concepts, such as ChannelConcept(); not {layer_map!r}")
     check_layers(attribution.model, list(layer_map), "layer_map")
