@@ -167,12 +167,12 @@ def test_weights_say_how_pictures_are_prepared(place, monkeypatch):
         loading, "_of_torchvision", lambda name, weights: (squeezenet, models.SqueezeNet1_1_Weights.DEFAULT)
     )
     loaded = loading.load("squeezenet1_1", "DEFAULT")
-    assert (loaded.resize, loaded.size, loaded.mean[0]) == (256, 224, 0.485)
+    assert loaded.normalized is not None
+    assert (loaded.prepared.resize, loaded.prepared.size, loaded.normalized.mean[0]) == (256, 224, 0.485)
     assert loaded.class_name(1) == "goldfish" and loaded.class_name(1000) == "class 1000"
     shown, data = loaded.read(place / "picture.png")
     assert shown.shape == (3, 224, 224) and shown.min() >= 0 and shown.max() <= 1
     torch.testing.assert_close(data[0] * 0.229 + 0.485, shown, rtol=0.1, atol=0.1)
-    assert loading.load("squeezenet1_1", "DEFAULT", size=64).size == 64
 
 
 def test_grey_models_get_grey_pictures(place, monkeypatch):

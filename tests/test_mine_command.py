@@ -22,10 +22,12 @@ from torch import nn
 
 from crp.__main__ import cli
 from crp.attribution import CondAttribution
+from crp.commands import models
 from crp.commands.errors import CommandError
 from crp.commands.mine import _part
 from crp.commands.models import Loaded
-from crp.commands.sources import Normalized, Prepared, load_source
+from crp.commands.pictures import Normalized, Prepared
+from crp.commands.sources import load_source
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.visualization.lock import get_owners, locked
@@ -179,7 +181,7 @@ def wait_for_shards(path: Path) -> None:
         (["--shard", "2/2"], "--shard 2/2 must be I/N with I from 0 to N - 1"),
         (["--shard", "0/2", "--overwrite"], "--overwrite does not go with several processes"),
         (["--data", "words:nothing"], "words has no 'nothing'"),
-        (["--data", "words:number"], "words:number gives a int, not a dataset"),
+        (["--data", "words:number"], "--data words:number: the dataset needs __len__ and __getitem__; int lacks one"),
         (["--data", "nowhere"], "--data nowhere is neither a folder nor package.module:factory"),
         (["--data", "."], "--fields is for datasets"),
         (["--fields", "a,b,c"], "--fields names data and label, not 3 fields"),
@@ -214,14 +216,23 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(pixels).resize(size)
 
 
-@pytest.mark.parametrize("name", ["ResNet18_Weights", "EfficientNet_B0_Weights"])
-def test_pictures_are_prepared_as_the_weights_say(name: str) -> None:
-    from torchvision import models
+@pytest.mark.parametrize("name", ["ResNet18", "EfficientNet_B0"])
+def test_pictures_are_prepared_as_the_weights_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ``crp mine`` and ``crp attribute`` alike; those of EfficientNet ask for bicubic interpolation."""
+    from torchvision import models as of_torchvision
 
-    recipe = getattr(models, name).DEFAULT.transforms()
-    ours = Prepared("RGB", recipe.resize_size[0], recipe.crop_size[0], recipe.interpolation)(picture(0, (300, 280)))
-    normalized = Normalized(recipe.mean, recipe.std)(ours[None])[0]
-    torch.testing.assert_close(normalized, recipe(picture(0, (300, 280))), rtol=1e-5, atol=1e-5)
+    weights = getattr(of_torchvision, f"{name}_Weights").DEFAULT
+    net = nn.Sequential(nn.Conv2d(3, 1, 1))
+    monkeypatch.setattr(models, "_of_torchvision", lambda name, weights_name: (net, weights))
+    picture(0, (300, 280)).save(tmp_path / "a.png")
+    expected = weights.transforms()(picture(0, (300, 280)))
+    ready = models.load(name, "DEFAULT")
+    data, normalize = load_source(tmp_path, [], ready, by_label=False)
+    shown, explained = ready.read(tmp_path / "a.png")
+    assert normalize is not None and torch.equal(data[0][0], shown)
+    torch.testing.assert_close(normalize(data[0][0][None])[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(explained[0], expected, rtol=1e-5, atol=1e-5)
+    assert models.load(name, "DEFAULT", size=64).prepared(picture(0)).shape == (3, 64, 64)
 
 
 @pytest.fixture
@@ -233,29 +244,30 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loaded(classes: list[str], channels: int = 3) -> Loaded:
-    return Loaded(nn.Sequential(nn.Conv2d(channels, 1, 1)), 16, 8, (0.5,), (0.25,), classes)
+    prepared = Prepared("RGB" if channels == 3 else "L", 16, 8)
+    return Loaded(nn.Sequential(nn.Conv2d(channels, 1, 1)), prepared, Normalized((0.5,), (0.25,)), classes)
 
 
 def test_a_folder_of_class_folders(folder: Path) -> None:
-    data, preprocess = load_source(str(folder), [], loaded([]), by_label=True)
+    data, preprocess = load_source(folder, [], loaded([]), by_label=True)
     assert [data[i][1] for i in range(3)] == [0, 1, 2]
     assert data[0][0].shape == (3, 8, 8)
     assert preprocess is not None
     assert torch.equal(preprocess(data[0][0][None]), (data[0][0][None] - 0.5) / 0.25)
-    named, _ = load_source(str(folder), [], loaded(["c", "x", "b", "a"]), by_label=True)
+    named, _ = load_source(folder, [], loaded(["c", "x", "b", "a"]), by_label=True)
     assert [named[i][1] for i in range(3)] == [3, 2, 0]
-    grey, _ = load_source(str(folder), [], loaded([], 1), by_label=False)
+    grey, _ = load_source(folder, [], loaded([], 1), by_label=False)
     assert grey[0][0].shape == (1, 8, 8) and grey[0][1] is None
     with pytest.raises(CommandError, match="3 class folders and the model 2 classes"):
-        load_source(str(folder), [], loaded(["x", "y"]), by_label=True)
+        load_source(folder, [], loaded(["x", "y"]), by_label=True)
     picture(0).save(folder / "loose.png")
     with pytest.raises(CommandError, match=r"beside its class folders, such as loose\.png"):
-        load_source(str(folder), [], loaded([]), by_label=True)
+        load_source(folder, [], loaded([]), by_label=True)
     with pytest.raises(CommandError, match="has no class folders"):
-        load_source(str(folder / "b"), [], loaded([]), by_label=True)
+        load_source(folder / "b", [], loaded([]), by_label=True)
     (folder / "empty").mkdir()
     with pytest.raises(CommandError, match="holds no pictures"):
-        load_source(str(folder / "empty"), [], loaded([]), by_label=False)
+        load_source(folder / "empty", [], loaded([]), by_label=False)
 
 
 def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: st
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
     from crp.commands.models import load
-    from crp.commands.sources import load_source
+    from crp.commands.sources import load_source, open_source
     from crp.concepts import ChannelConcept
     from crp.visualization.mining import mine
     from crp.visualization.selection import select_layers
@@ -86,18 +86,13 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         raise CommandError(
             f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"
         )
+    source = open_source(given["data"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
     loaded = load(given["model"], given["weights"], given["checkpoint"], **pictures)
     layers = select_layers(loaded.model, given["layers"])
     composite = _composite(given["rules"], given["settings"])
     fields = [field for field in given["fields"].split(",") if field]
-    dataset, preprocess = load_source(
-        given["data"],
-        fields,
-        loaded,
-        by_label=targets == "label",
-        interpolation=_interpolation(given["model"], given["weights"]),
-    )
+    dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
     with _client(address) as client:
         return mine(
             CondAttribution(loaded.model.to(_device(given["device"]))),
@@ -180,14 +175,6 @@ def _composite(name: str, settings: tuple[str, ...]) -> Any:
         return get(name, **keywords)
     except KeyError as error:
         raise CommandError(str(error.args[0])) from error
-
-
-def _interpolation(model: str, weights: str | None) -> Any:
-    if not weights:
-        return None
-    from torchvision import models
-
-    return models.get_model_weights(model)[weights].transforms().interpolation
 
 
 def _device(name: str | None) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from crp.commands.errors import CommandError, nearest
+from crp.commands.pictures import Normalized, Prepared
 
 
 @dataclass(frozen=True)
@@ -24,45 +25,30 @@ class Loaded:
     ----------
     model : nn.Module
         In evaluation mode.
-    resize : int
-        Length of a picture's shorter side; 0 to leave it.
-    size : int
-        Side of the square that is cut out of the middle; 0 for the whole picture.
-    mean, std : tuple of float
-        That pictures in 0..1 are normalised with.
+    prepared : Prepared
+        Makes a picture a tensor in 0..1, as it is shown.
+    normalized : Normalized, optional
+        Makes such tensors what the model takes.
     classes : sequence of str
         May be empty.
     """
 
     model: nn.Module
-    resize: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    prepared: Prepared
+    normalized: Normalized | None
     classes: Sequence[str]
 
     def read(self, path: Path) -> tuple[Tensor, Tensor]:
         """Picture as it is shown, (channels, height, width) in 0..1, and as the model takes it, with a batch axis."""
-        from torchvision.transforms import functional as F
-
-        first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
-        grey = first is not None and first.in_channels == 1
         try:
             with Image.open(path) as file:
-                picture = file.convert("L" if grey else "RGB")
+                image: Tensor = self.prepared(file)
         except OSError as error:
             raise CommandError(f"{path} is no picture that can be read: {error}") from error
-        if self.resize:
-            picture = F.resize(picture, [self.resize], antialias=True)
-        if self.size:
-            picture = F.center_crop(picture, [self.size])
-        image: Tensor = F.to_tensor(picture)
-        if not self.mean:
-            return image, image[None]
-        if len(self.mean) not in (1, len(image)):
-            raise CommandError(f"--mean has {len(self.mean)} values for {len(image)} channels")
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return image, ((image - mean) / std)[None]
+        try:
+            return image, image[None] if self.normalized is None else self.normalized(image[None])
+        except ValueError as error:
+            raise CommandError(str(error)) from error
 
     def class_name(self, index: int) -> str:
         """Name of a class, or its number."""
@@ -124,15 +110,20 @@ def load(
     default = 0 if ":" in model else 224
     cut = size or (recipe.crop_size[0] if recipe else default)
     resize = recipe.resize_size[0] if recipe and not size else cut
-    given = bool(mean)
+    if not mean and recipe:
+        mean, std = recipe.mean, recipe.std
     return Loaded(
         net.eval(),
-        resize,
-        cut,
-        tuple(mean) if given else tuple(recipe.mean) if recipe else (),
-        tuple(std) if given else tuple(recipe.std) if recipe else (),
+        Prepared(_mode(net), resize, cut, recipe.interpolation if recipe else None),
+        Normalized(mean, std) if mean else None,
         names,
     )
+
+
+def _mode(net: nn.Module) -> str:
+    """What pictures are converted to: what the first convolution takes."""
+    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    return "L" if first is not None and first.in_channels == 1 else "RGB"
 
 
 def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:

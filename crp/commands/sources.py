@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from crp.commands.errors import CommandError
 from crp.commands.models import Loaded, imported
-from crp.visualization.datasets import Pairs
+from crp.visualization.datasets import Pairs, indexed
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -39,105 +38,69 @@ class Pictures:
             return file.copy(), None if self._labels is None else self._labels[Path(name).parts[0]]
 
 
-class Prepared:
-    """A picture as a tensor in 0..1, resized and cut as the weights ask for; tensors and arrays are left alone.
-
-    Parameters
-    ----------
-    mode : {"RGB", "L"}
-        What pictures are converted to.
-    resize, size : int
-        Length of the shorter side, and side of the square in the middle; 0 to leave them.
-    interpolation : torchvision.transforms.InterpolationMode, optional
-        Bilinear by default.
-    """
-
-    def __init__(self, mode: str, resize: int = 0, size: int = 0, interpolation: Any = None) -> None:
-        self.mode, self.resize, self.size, self.interpolation = mode, resize, size, interpolation
-
-    def __call__(self, data: Any) -> Any:
-        """Tensor of shape (channels, height, width)."""
-        if not hasattr(data, "getbands"):
-            return data
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
-
-        picture = data.convert(self.mode)
-        if self.resize:
-            picture = F.resize(picture, [self.resize], self.interpolation or InterpolationMode.BILINEAR, antialias=True)
-        if self.size:
-            picture = F.center_crop(picture, [self.size])
-        tensor: Tensor = F.to_tensor(picture)
-        return tensor
-
-
-class Normalized:
-    """Samples of shape (samples, channels, ...) less ``mean``, divided by ``std``."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = tuple(mean), tuple(std)
-
-    def __call__(self, data: Tensor) -> Tensor:
-        """Samples as the model takes them."""
-        if len(self.mean) not in (1, data.shape[1]):
-            raise ValueError(f"{len(self.mean)} means for {data.shape[1]} channels")
-        mean, std = (data.new_tensor(values).view(-1, *[1] * (data.dim() - 2)) for values in (self.mean, self.std))
-        return (data - mean) / std
-
-
-def load_source(
-    data: str,
-    fields: Sequence[str],
-    loaded: Loaded,
-    *,
-    by_label: bool,
-    interpolation: Any = None,
-    size: int | None = None,
-) -> tuple[Pairs, Callable[[Tensor], Tensor] | None]:
-    """Dataset of pairs, and what prepares a sample for the model.
+def open_source(data: str) -> Any:
+    """What ``--data`` names; asked before the model is loaded.
 
     Parameters
     ----------
     data : str
         A folder of pictures, with or without class folders, or ``"package.module:factory"``, a function without
         arguments that gives a dataset, or a dataset.
+
+    Returns
+    -------
+    Path or Dataset
+
+    Raises
+    ------
+    CommandError
+        If there is no such data, or it has no length and no index.
+    """
+    if Path(data).is_dir():
+        return Path(data)
+    if ":" not in data:
+        raise CommandError(f"--data {data} is neither a folder nor package.module:factory")
+    factory = imported(data)
+    try:
+        return indexed(factory() if callable(factory) else factory)
+    except TypeError as error:
+        raise CommandError(f"--data {data}: {error}") from error
+
+
+def load_source(
+    source: Any, fields: Sequence[str], loaded: Loaded, *, by_label: bool
+) -> tuple[Pairs, Callable[[Tensor], Tensor] | None]:
+    """Dataset of pairs, and what prepares a sample for the model.
+
+    Parameters
+    ----------
+    source : Path or Dataset
+        From `open_source`.
     fields : sequence of str
         Where an item of the dataset holds its data and, if there is one, its label: keys, or places.
     loaded : Loaded
         The model, and how it takes pictures.
     by_label : bool
         Whether labels are needed.
-    interpolation : torchvision.transforms.InterpolationMode, optional
-        Of resized pictures.
-    size : int, optional
-        Pictures are resized and cut to it, where the model does not say.
 
     Raises
     ------
     CommandError
-        If there is no such data, or its classes are not those of the model.
+        If the classes of a folder are not those of the model, or ``fields`` are none.
     """
     places: list[int | str] = [int(field) if field.isdigit() else field for field in fields]
     if len(places) > 2:
         raise CommandError(f"--fields names data and label, not {len(places)} fields")
-    transform = Prepared(_mode(loaded.model), loaded.resize, size or loaded.size, interpolation)
-    folder = Path(data)
-    if folder.is_dir():
+    if isinstance(source, Path):
         if places:
             raise CommandError("--fields is for datasets; a folder holds pictures")
-        made = Pairs(Pictures(folder, _labels(folder, loaded.classes) if by_label else None), 0, 1, transform)
-    elif ":" in data:
+        labels = _labels(source, loaded.classes) if by_label else None
+        made = Pairs(Pictures(source, labels), 0, 1, loaded.prepared)
+    else:
         default: list[int | str] = [0, 1]
         first, *rest = places or default
-        made = Pairs(_made(data), first, rest[0] if rest else None, transform)
-    else:
-        raise CommandError(f"--data {data} is neither a folder nor package.module:factory")
-    return made, Normalized(loaded.mean, loaded.std) if loaded.mean and _gives_pictures(made) else None
-
-
-def _mode(model: nn.Module) -> str:
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return "L" if first is not None and first.in_channels == 1 else "RGB"
+        made = Pairs(source, first, rest[0] if rest else None, loaded.prepared)
+    return made, loaded.normalized if _gives_pictures(made) else None
 
 
 def _gives_pictures(pairs: Pairs) -> bool:
@@ -170,13 +133,3 @@ def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
             "the classes are called, or give --targets prediction"
         )
     return {name: label for label, name in enumerate(names)}
-
-
-def _made(place: str) -> Any:
-    factory = imported(place)
-    made = factory() if callable(factory) else factory
-    if isinstance(made, torch.utils.data.DataLoader):
-        made = made.dataset
-    if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
-        raise CommandError(f"{place} gives a {type(made).__name__}, not a dataset with a length and an index")
-    return made
