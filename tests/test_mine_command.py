@@ -319,6 +319,14 @@ def test_status_tells_coverage_rate_and_integrity(tmp_path: Path) -> None:
     assert damaged.exit_code == 1 and f"damaged    {file}" in damaged.output and "integrity" not in damaged.output
 
 
+def test_a_pause_or_a_copy_does_not_count_in_the_rate(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path, [(i, i + 1) for i in range(80)])
+    ages = [10_000.0] * 40 + [float(80 - i) / 2 for i in range(40)]
+    for shard, age in zip(table.shards, ages, strict=True):
+        os.utime(tmp_path / "shards" / shard.file, (time.time() - age, time.time() - age))
+    assert "rate       2 samples/s; 0.2 min left at that" in crp("status", tmp_path).output
+
+
 def test_a_whole_table_has_status_0(tmp_path: Path) -> None:
     make_table(tmp_path)
     result = crp("status", tmp_path)

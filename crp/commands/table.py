@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 #: How many ranges, and skipped samples, are listed.
 _LISTED = 20
+#: How many shards tell the rate.
+_RATED = 32
 
 
 @click.command()
@@ -48,9 +50,9 @@ def status(folder: Path, verify: bool) -> None:
         click.echo(plain(f"skipped    {index}: {reason}"))
     if len(coverage.skipped) > _LISTED:
         click.echo(f"skipped    and {len(coverage.skipped) - _LISTED} more samples")
-    if rate := _rate(table):
-        left = sum(stop - start for start, stop in coverage.missing) / rate
-        click.echo(f"rate       {rate:.3g} samples/s" + (f"; {left / 60:.1f} min left at that" if left else ""))
+    left = sum(stop - start for start, stop in coverage.missing)
+    if left and (rate := _rate(table)):
+        click.echo(f"rate       {rate:.3g} samples/s; {left / rate / 60:.1f} min left at that")
     if waiting:
         click.echo(f"unmerged   {len(waiting)} shards; crp merge {plain(str(folder))} takes them in")
     for owner in get_owners(folder):
@@ -106,13 +108,17 @@ def _size(table: Table) -> float:
 
 
 def _rate(table: Table) -> float:
-    """Samples per second between the first and the last shard; 0 if that cannot be told."""
+    """Samples per second between the last shards; 0 if that cannot be told.
+
+    By the times of the files, as no file that counts may depend on when it was written. Only the last ones, as a run
+    that was interrupted, or whose folder was copied, goes on at its own rate.
+    """
     times = []
     for shard in table.shards:
         file = table.path / "shards" / shard.file
         if file.is_file():
             times.append((file.stat().st_mtime, shard.stop - shard.start))
-    times.sort()
+    times = sorted(times)[-_RATED:]
     seconds = times[-1][0] - times[0][0] if len(times) > 1 else 0.0
     if seconds <= 0 or times[-1][0] > time.time() + 1:
         return 0.0

@@ -40,15 +40,16 @@ class Query(NamedTuple):
 def read_rows(folder: Path, shards: Sequence[ShardRecord]) -> Rows:
     """Sample and target of every row."""
     none = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    found = [none, *(_read_ids(folder, shards, i)[0] for i in range(len(shards)))]
+    each = zip(shards, _get_earlier(shards), strict=True)
+    found = [none, *(_read_ids(folder, shard, earlier)[0] for shard, earlier in each)]
     return Rows(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 def count_rows(folder: Path, shards: Sequence[ShardRecord]) -> int:
     """Number of rows; shards are only read where their ranges overlap."""
     return sum(
-        len(_read_ids(folder, shards, i)[1]) if _get_earlier(shards, i) else shard.rows
-        for i, shard in enumerate(shards)
+        len(_read_ids(folder, shard, earlier)[1]) if earlier else shard.rows
+        for shard, earlier in zip(shards, _get_earlier(shards), strict=True)
     )
 
 
@@ -56,10 +57,10 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
     """Values that a query asks for; see `Table.blocks`."""
     layer, field = query.layer, f"{query.mode}.{query.kind}"
     span, concepts = _get_span(query.concepts)
-    for i, shard in enumerate(shards):
+    for shard, earlier in zip(shards, _get_earlier(shards), strict=True):
         if not shard.rows:
             continue
-        (sample, target), row = _read_ids(folder, shards, i)
+        (sample, target), row = _read_ids(folder, shard, earlier)
         keep = np.ones(len(sample), bool) if query.of_class is None else target == query.of_class
         if query.samples is not None:
             keep &= np.isin(sample, query.samples)
@@ -79,20 +80,25 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
                 yield Block(sample[part], target[part], value, position.astype(np.int64))
 
 
-def _read_ids(folder: Path, shards: Sequence[ShardRecord], index: int) -> tuple[Rows, Array]:
+def _read_ids(folder: Path, shard: ShardRecord, earlier: Sequence[ShardRecord]) -> tuple[Rows, Array]:
     """Sample and target of a shard's rows that no earlier shard holds, and their place in the shard."""
-    with open_shard(folder, shards[index]) as file:
+    with open_shard(folder, shard) as file:
         sample, target = file.get_tensor("sample"), file.get_tensor("target")
     keep = np.ones(len(sample), bool)
-    for other in _get_earlier(shards, index):
+    for other in earlier:
         inside = (sample >= other.start) & (sample < other.stop)
         keep &= ~(inside & ~np.isin(sample, list(other.skipped)))
     return Rows(sample[keep], target[keep]), np.flatnonzero(keep)
 
 
-def _get_earlier(shards: Sequence[ShardRecord], index: int) -> list[ShardRecord]:
-    """Shards before this one whose ranges overlap with its range."""
-    return [other for other in shards[:index] if other.stop > shards[index].start]
+def _get_earlier(shards: Sequence[ShardRecord]) -> list[list[ShardRecord]]:
+    """For each shard, in the order of their ranges, those before it whose ranges overlap with its range."""
+    found, reaching = [], list[ShardRecord]()
+    for shard in shards:
+        reaching = [other for other in reaching if other.stop > shard.start]
+        found.append(list(reaching))
+        reaching.append(shard)
+    return found
 
 
 def _get_span(concepts: Array | None) -> tuple[slice, Array | None]:

@@ -97,8 +97,8 @@ def mine_part(job: Job, start: int, stop: int, part: tuple[int, int], retry_skip
             with _turn(job.path):
                 _opened(job)
         table = _opened(job)
-        mine = [shard for shard in table.shards if shard.start // job.shard_size % n == number]
-        sound = [shard for shard in table.shards if shard not in mine or _is_sound(table, shard)]
+        others = (shard.start // job.shard_size % n != number for shard in table.shards)
+        sound = [s for s, other in zip(table.shards, others, strict=True) if other or _is_sound(table, s)]
         found = Table(table.path, table.header, [*sound, *table.unlisted()])
         todo = found.coverage(start, stop).missing
         if retry_skipped:

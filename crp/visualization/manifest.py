@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -202,10 +204,13 @@ def get_coverage(shards: Sequence[ShardRecord], start: int, stop: int) -> Covera
         reached = max(reached, b)
     if reached < stop:
         missing.append((reached, stop))
+    starts, stops = sorted(shard.start for shard in shards), sorted(shard.stop for shard in shards)
+    listed = Counter(i for shard in shards for i in shard.skipped)
     skipped = {
         i: reason
         for shard in shards
         for i, reason in shard.skipped.items()
-        if start <= i < stop and not any(s.start <= i < s.stop and i not in s.skipped for s in shards)
+        # (by every shard whose range it is in)
+        if start <= i < stop and listed[i] == bisect_right(starts, i) - bisect_right(stops, i)
     }
     return Coverage(seen, dict(sorted(skipped.items())), missing)
