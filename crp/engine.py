@@ -156,19 +156,27 @@ class Backward:
         recorded : dict of str to Tensor of shape (rows, *output shape of the layer)
         """
         outputs = {DATA: self.data} | {name: use.output for name, use in self.uses.items()}
-        found = {name: t.detach().new_zeros(len(rows), *t.shape[1:]) for name, t in outputs.items()}
+        found: dict[str, Tensor] = {}
+
+        def zeros(name: str) -> Tensor:
+            return outputs[name].detach().new_zeros(len(rows), *outputs[name].shape[1:])
+
         groups = rows.groups(self.output_name) if self.call.exclude_parallel else [list(range(len(rows)))]
         for number, group in enumerate(groups):
-            layers = [name for name in rows.part(group).layers(self.output_name) if name != self.call.start]
+            part = rows if len(groups) == 1 else rows.part(group)
+            layers = [name for name in part.layers(self.output_name) if name != self.call.start]
             keep_graph = not last or number < len(groups) - 1
             if self.backward is None:
-                arrived = self.by_layer(rows.part(group), start[group], layers, keep_graph)
+                arrived = self.by_layer(part, start if part is rows else start[group], layers, keep_graph)
             else:
-                arrived = self.in_flow({row: rows.conditions[row] for row in group}, start, layers, self.backward)
-            index = torch.tensor(group, device=start.device)
+                arrived = self.in_flow(dict(zip(group, part.conditions, strict=True)), start, layers, self.backward)
             for name, values in arrived.items():
-                values = values.to(found[name])
-                found[name] = values if len(groups) == 1 else found[name].index_copy(0, index, values)
+                values = values.to(outputs[name])
+                if part is not rows:
+                    index = torch.tensor(group, device=values.device)
+                    values = (found[name] if name in found else zeros(name)).index_copy_(0, index, values)
+                found[name] = values
+        found = {name: found[name] if name in found else zeros(name) for name in outputs}  # (0 where none arrived)
         relevance = found.pop(DATA)
         return relevance, found
 

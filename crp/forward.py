@@ -12,7 +12,7 @@ from zennit.core import Composite
 
 from crp.encoding import Encoding
 from crp.hooks import Flow, Tap, Use
-from crp.layers import find_layers
+from crp.layers import find_layers, modules_of
 from crp.notices import warn
 from crp.reference import referencing
 from crp.types import Sinks
@@ -69,7 +69,7 @@ class ForwardPass:
         account : Sinks, optional
             Where its rules account for what layers keep.
         """
-        known = dict(model.named_modules())
+        known = modules_of(model) if layers else {}
         taps = {name: Tap(name) for name, _ in (_split(layer, known) for layer in layers)}
         handles, references = [], []
 
@@ -173,7 +173,7 @@ def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
     if not layers:
         return
-    known = dict(model.named_modules())
+    known = modules_of(model)
     for layer in layers:
         if not isinstance(layer, str):
             raise TypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")

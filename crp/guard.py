@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from zennit.core import BasicHook, Composite
 
-from crp.layers import uncompiled, without_parameter_gradients
+from crp.layers import modules_of, uncompiled, without_parameter_gradients
 from crp.notices import warn
 
 _locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
@@ -66,7 +66,7 @@ def _lock(owner: object) -> threading.RLock:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules_of(model).values() if module.training]
     if training:
         warn(
             f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
@@ -87,7 +87,7 @@ def _called_once(model: nn.Module) -> Iterator[None]:
     calls: Counter[str] = Counter()
     handles = [
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name, module in model.named_modules()
+        for name, module in modules_of(model).items()
         if any(isinstance(getattr(hook, "__self__", None), BasicHook) for hook in module._forward_hooks.values())
     ]
     try:

@@ -44,10 +44,25 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """``dict(model.named_modules())``, which every call of a model needs several times, without its generators."""
+    found: dict[nn.Module, str] = {}
+
+    def walk(module: nn.Module, name: str) -> None:
+        found[module] = name
+        prefix = f"{name}." if name else ""
+        for child, part in module._modules.items():
+            if part is not None and part not in found:
+                walk(part, prefix + child)
+
+    walk(model, "")
+    return {name: module for module, name in found.items()}
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
-    modules = list(model.modules())
+    modules = modules_of(model).values()
     compiled = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl}
     wrappers = {m: vars(m)["forward"] for m in modules if "_orig_mod" in m._modules and "forward" in vars(m)}
     try:
@@ -66,7 +81,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     """Keep a model's parameters outside autograd."""
-    learning = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for module in modules_of(model).values() for p in module._parameters.values() if p is not None]
+    learning = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
@@ -93,7 +109,7 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
         If a name is not in the model; the message gives the nearest names that are.
     """
     names = list(names)
-    modules = dict(model.named_modules()) if names else {}
+    modules = modules_of(model) if names else {}
     for name in names:
         if name not in modules or name == "":
             raise LayerNotFoundError(name, modules, role)

@@ -6,6 +6,7 @@ from zennit.canonizers import Canonizer
 from crp.canonizers.base import Reporting
 from crp.canonizers.batchnorm import MergeBatchNorm
 from crp.canonizers.norms import is_batch_norm
+from crp.layers import modules_of
 
 __all__ = ["Canonizer", "MergeBatchNorm", "Reporting", "for_model"]
 
@@ -30,4 +31,4 @@ def for_model(model: nn.Module) -> list[Canonizer]:
     >>> for_model(nn.Linear(3, 4))
     []
     """
-    return [MergeBatchNorm()] if any(map(is_batch_norm, model.modules())) else []
+    return [MergeBatchNorm()] if any(map(is_batch_norm, modules_of(model).values())) else []

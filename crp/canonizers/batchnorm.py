@@ -20,6 +20,7 @@ from crp.canonizers import norms
 from crp.canonizers.folding import fold
 from crp.canonizers.places import Candidate, Place, Plan, Side, find_places, obstacle, structure
 from crp.graph import tracing
+from crp.layers import modules_of
 
 _plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
 
@@ -67,7 +68,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         """
         instance = self.copy()
         try:
-            if any(map(norms.is_batch_norm, root_module.modules())):
+            if any(map(norms.is_batch_norm, modules_of(root_module).values())):
                 instance.register(root_module)
         except BaseException:
             instance.remove()

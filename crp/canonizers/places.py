@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from crp.canonizers import norms
 from crp.canonizers.folding import LINEAR, has_shift, is_shift_invariant
 from crp.graph import adjacent_pairs, trace
+from crp.layers import modules_of
 
 Side: TypeAlias = Literal["before", "after"]
 
@@ -48,7 +49,7 @@ def structure(root: nn.Module) -> tuple[object, ...]:
     """Changes whenever a module is replaced, gets a hook, or is switched between training and evaluation."""
     return tuple(
         (weakref.ref(m), m.training, "forward" in vars(m), (*m._forward_hooks,), (*m._forward_pre_hooks,))
-        for m in root.modules()
+        for m in modules_of(root).values()
     )
 
 

@@ -18,7 +18,7 @@ from crp.composites.keywords import Remembered
 from crp.composites.report import Report, report_on
 from crp.composites.selection import Selector, Types, check_map, functions, select, treatable
 from crp.graph import tracing
-from crp.layers import uncompiled, without_parameter_gradients
+from crp.layers import modules_of, uncompiled, without_parameter_gradients
 from crp.reference import referencing
 from crp.rules import Rule, lift
 from crp.rules.account import Account
@@ -112,7 +112,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         ValueError
             If the composite has rules for modules, and none of them reaches a layer.
         """
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         found: dict[str, Rule | None] = {}
         for names, hook in self.name_map:
             for name in names:
@@ -175,7 +175,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 self.handles.append(_Lasting(state))
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             context: dict[str, Any] = {"plan": plan}
-            for name, child in module.named_modules():
+            for name, child in modules_of(module).items():
                 rule = self.module_map(context, name, child)
                 if rule is not None or name in plan:
                     self._put(name, child, rule, mode)
