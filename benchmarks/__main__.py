@@ -21,7 +21,7 @@ from benchmarks.sections import SECTIONS, default
 @click.command()
 @click.argument("sections", nargs=-1, type=click.Choice(list(SECTIONS)), metavar="[SECTION ...]")
 @click.option("--peers", type=click.Path(exists=True, dir_okay=False), help="Interpreter of the peers' environment.")
-@click.option("--quick", is_flag=True, help="A quarter of the rounds.")
+@click.option("--quick", is_flag=True, help="A quarter of the rounds, and no more cases than need be.")
 @click.option("--json", "record", type=click.Path(path_type=Path), help="Read, add to and write this file.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write the tables; what is by hand there is kept.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -50,6 +50,8 @@ def main(
             click.echo(f"\n{name}: {SECTIONS[name].TITLE}")
             rows = []
             for case in SECTIONS[name].cases():
+                if quick and case.thorough:
+                    continue
                 rows += measure(case, worker, quick)
                 click.echo(f"  {case.name} …", err=True)
             kept.sections[name] = report.Section(SECTIONS[name].TITLE, about, rows)

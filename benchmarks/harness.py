@@ -106,6 +106,8 @@ class Case:
         Rounds that are counted, and that come before.
     repeat : int
         Calls in one run, for what is very short.
+    thorough : bool
+        Whether the case is left out where it must be quick.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Case:
     rounds: int = 7
     warmup: int = 1
     repeat: int = 1
+    thorough: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,12 @@ def measure(case: Case, peers: Peers | None = None, quick: bool = False) -> list
     if peers is not None:
         requests = {name: {**request, "repeat": case.repeat} for name, request in case.peers.items()}
         runs |= {name: partial(peers.cost, request, case.clock) for name, request in requests.items()}
-    costs, failed = interleaved(runs, max(1, case.rounds // 4) if quick else case.rounds, case.warmup)
+    gc.collect()
+    gc.freeze()  # what is there by now need not be looked through before every run
+    try:
+        costs, failed = interleaved(runs, max(1, case.rounds // 4) if quick else case.rounds, case.warmup)
+    finally:
+        gc.unfreeze()
     if peers is not None and case.peers:
         peers.forget()
     rows = []

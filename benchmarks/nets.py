@@ -109,6 +109,11 @@ def randomize(norm: nn.BatchNorm2d) -> None:
         norm.bias.normal_(0.0, 0.1)
 
 
+def convolutions(model: nn.Module) -> list[str]:
+    """Names of all convolutions."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+
 class Samples:
     """Dataset of noise with random labels.
 
@@ -132,9 +137,10 @@ class Samples:
         return self.images[index], self.labels[index]
 
 
-def gradient(model: nn.Module, data: Tensor, target: int = 0) -> Tensor:
+def gradient(model: Callable[[Tensor], Tensor], data: Tensor, target: int = 0) -> Tensor:
     """Gradient of a logit by the data: the unit of every ratio."""
     leaf = data.detach().clone().requires_grad_()
-    model(leaf)[:, target].sum().backward()  # (torch's counter of operations does not take `torch.autograd.grad`)
+    # (torch's counter of operations does not take `torch.autograd.grad` of a leaf)
+    torch.autograd.backward(model(leaf)[:, target].sum())
     assert leaf.grad is not None
     return leaf.grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,7 @@ def concepts(model: nn.Module, data: Tensor, rules: Composite, layer: str, n: in
     conditions = [{"y": [0], layer: [channel]} for channel in range(n)]
 
     def run() -> None:
-        for _ in explain.generate(data[:1], conditions, rules, batch_size=batch_size, verbose=False):
-            pass
+        deque(explain.generate(data[:1], conditions, rules, batch_size=batch_size, verbose=False), maxlen=0)
 
     return run
 
@@ -56,4 +55,9 @@ def gradient_below(model: nn.Module, data: Tensor, layer: str, n: int) -> Run:
     return lambda: torch.autograd.grad(outputs[0], leaf, start, retain_graph=True)
 
 
-Maker = Callable[[], dict[str, Run]]
+def backward(model: nn.Module, data: Tensor, rules: Composite) -> Run:
+    """Backward pass of an attribution alone, again and again."""
+    leaf = data.clone().requires_grad_()
+    with rules.context(model) as modified:
+        output = modified(leaf)[:, 0].sum()
+    return lambda: torch.autograd.grad(output, leaf, retain_graph=True)

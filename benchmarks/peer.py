@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import import_module
@@ -25,7 +26,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.torchvision import ResNetCanonizer
 
 from benchmarks.clocks import CLOCKS, Run
-from benchmarks.nets import PRESETS, Samples, Setup
+from benchmarks.nets import PRESETS, Samples, Setup, convolutions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,13 +70,12 @@ def concepts(setup: Setup, preset: str, layer: str, n: int, batch_size: int) -> 
 
     def run() -> None:
         leaf = data[:1].clone().requires_grad_()
-        for _ in explain.generate(leaf, conditions, rules, batch_size=batch_size, verbose=False):
-            pass
+        deque(explain.generate(leaf, conditions, rules, batch_size=batch_size, verbose=False), maxlen=0)
 
     return run
 
 
-def mining(setup: Setup, preset: str, layers: list[str], n: int, classes: int, files: bool = False) -> Run:
+def mining(setup: Setup, preset: str, layers: list[str] | None, n: int, classes: int, files: bool = False) -> Run:
     """All of a dataset, from the first sample to the collected results; or the number of files that it leaves."""
     model, data = built(setup)
     explain, rules = zennit_crp("attribution").CondAttribution(model), composite(preset, setup.net)
@@ -85,7 +85,7 @@ def mining(setup: Setup, preset: str, layers: list[str], n: int, classes: int, f
     def run() -> int:
         with tempfile.TemporaryDirectory() as folder:
             made = zennit_crp("visualization").FeatureVisualization(
-                explain, dataset, dict.fromkeys(layers, channels), path=folder
+                explain, dataset, dict.fromkeys(layers or convolutions(model), channels), path=folder
             )
             made.run(rules, 0, n, batch_size=setup.batch)
             return sum(path.is_file() for path in Path(folder).rglob("*")) if files else 0

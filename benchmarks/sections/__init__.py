@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from benchmarks.harness import Case
-from benchmarks.sections import attribution, concepts, counts
+from benchmarks.sections import (
+    attribution,
+    captum,
+    compiled,
+    concepts,
+    counts,
+    deeplift,
+    gpu,
+    memory,
+    methods,
+    mining,
+    small,
+)
 
 
 class Section(Protocol):
@@ -22,6 +34,14 @@ SECTIONS: dict[str, Section] = {
     "attribution": attribution,
     "counts": counts,
     "concepts": concepts,
+    "deeplift": deeplift,
+    "captum": captum,
+    "small": small,
+    "memory": memory,
+    "mining": mining,
+    "methods": methods,
+    "compiled": compiled,
+    "gpu": gpu,
 }
 #: Those that need a GPU.
 ON_CUDA = {"gpu"}

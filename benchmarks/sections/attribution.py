@@ -42,6 +42,7 @@ def case(goal: str, setup: Setup, limits: tuple[float, ...], rounds: int, clock:
         },
         clock=clock,
         rounds=rounds,
+        thorough=setup.net in ("resnet50", "densenet121"),
     )
 
 

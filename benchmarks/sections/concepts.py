@@ -62,7 +62,7 @@ def growing(clock: str, pairs: dict[str, tuple[int, int]], ratios: tuple[Ratio, 
         rules = ours.composite(PRESET)
         return {name: ours.concepts(model, data, rules, "features.17", *sizes) for name, sizes in pairs.items()}
 
-    return Case("vgg16_bn 64×64, features.17", make, ratios, clock=clock, rounds=rounds)
+    return Case("vgg16_bn 64×64, features.17", make, ratios, clock=clock, rounds=rounds, thorough=True)
 
 
 def cases() -> list[Case]:
