@@ -281,15 +281,16 @@ class Rule(Hook):  # type: ignore[misc]
         below, above = term.below, self._above(term, y, self.multiplier)
         if above is y and below.data_ptr() == y.data_ptr():  # the layer itself: its output is its surrogate
             above = below
-        return quotient(above, below, self._stabilize, term.sign)
+        scale = quotient(above, below, self._stabilize, term.sign)
+        if isinstance(term.weight, float) and not scale.requires_grad:
+            return scale if term.weight == 1 else scale.mul_(term.weight)
+        return scale * term.weight
 
     def _above(self, term: Term, y: Tensor, multiplier: bool) -> Tensor:
         """What is shared among the contributions, for each unit that arrives at an output."""
         if not multiplier:
-            whole = torch.ones_like(y) if term.outputs == 0 else (y > 0 if term.outputs > 0 else y < 0).to(y.dtype)
-        else:
-            whole = y if term.outputs == 0 else y.clamp(min=0) if term.outputs > 0 else y.clamp(max=0)
-        return whole if isinstance(term.weight, float) and term.weight == 1 else term.weight * whole
+            return torch.ones_like(y) if term.outputs == 0 else (y > 0 if term.outputs > 0 else y < 0).to(y.dtype)
+        return y if term.outputs == 0 else y.clamp(min=0) if term.outputs > 0 else y.clamp(max=0)
 
     def _shares(self, layer: Layer, a: Tensor, terms: Sequence[Term], scales: Sequence[Tensor], out: Tensor) -> Shares:
         """What stays in the layer, for each unit of multiplier that arrives at an output."""
@@ -299,7 +300,7 @@ class Rule(Hook):  # type: ignore[misc]
             at_zero = self.terms(layer, torch.zeros_like(a), y)
         for term, zero, scale in zip(terms, at_zero, scales, strict=True):
             nothing = term.below == 0
-            above = self._above(term, y, multiplier=True)
+            above = term.weight * self._above(term, y, multiplier=True)
             bias = bias + scale * zero.z
             empty = empty + torch.where(nothing, above, 0.0)
             stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.z.detach())

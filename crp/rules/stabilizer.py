@@ -87,12 +87,18 @@ def quotient(above: Tensor, below: Tensor, stabilize: Callable[[Tensor], Tensor]
     """
     if not isinstance(stabilize, Absolute):
         return above / stabilize(below).masked_fill(below == 0, math.inf)
-    if above is below and stabilize.epsilon > 0:
-        size = below.abs()
-        return size / (size + stabilize.epsilon)
-    if sign != 0:
-        # (in place where nothing needs the steps between)
-        signed = F.threshold(below if sign > 0 else -below, 0.0, math.inf)
-        signed = signed + stabilize.epsilon if signed.requires_grad else signed.add_(stabilize.epsilon)
-        return (above if sign > 0 else -above) / signed
-    return above / torch.add(below, below.sign(), alpha=stabilize.epsilon).masked_fill(below == 0, math.inf)
+    epsilon = stabilize.epsilon
+    if torch.is_grad_enabled() and (above.requires_grad or below.requires_grad):
+        return above / torch.add(below, below.sign(), alpha=epsilon).masked_fill(below == 0, math.inf)
+    # Nothing needs the steps between, which may share their memory.
+    if above is below and epsilon > 0:
+        above = below.abs()
+        bottom = above + epsilon
+    elif sign > 0:
+        bottom = F.threshold(below, 0.0, math.inf).add_(epsilon)
+    elif sign < 0:
+        bottom = F.threshold_(-below, 0.0, math.inf).add_(epsilon).neg_()
+    else:
+        bottom = torch.add(below, below.sign(), alpha=epsilon).masked_fill_(below == 0, math.inf)
+    fits = above.dtype == bottom.dtype and above.shape == bottom.shape
+    return torch.div(above, bottom, out=bottom) if fits else above / bottom
