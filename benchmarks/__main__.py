@@ -52,12 +52,13 @@ def main(
             for case in SECTIONS[name].cases():
                 if quick and case.thorough:
                     continue
-                rows += measure(case, worker, quick)
                 click.echo(f"  {case.name} …", err=True)
-            kept.sections[name] = report.Section(SECTIONS[name].TITLE, about, rows)
-            kept.save()
-            for line in report.lines(rows):
-                click.echo(line)
+                rows += measure(case, worker, quick)
+            if rows:
+                kept.sections[name] = report.Section(SECTIONS[name].TITLE, about, rows)
+                kept.save()
+                for line in report.lines(rows):
+                    click.echo(line)
             click.echo(f"({time.perf_counter() - start:.0f} s)")
     if markdown is not None:
         kept.write_markdown(markdown)

@@ -74,7 +74,7 @@ def timed(setup: Setup, rounds: int) -> Case:
         ratios.append(Ratio(f"{attribution} ÷ {own}", attribution, own))
     ratios.append(Ratio("attribution, plain ÷ gradient, compiled", "attribution, plain", compiled))
     lines = dict.fromkeys(line for line in ratios if line.over != line.under)  # (of "plain", some are the same)
-    return Case(str(setup), make, tuple(lines), rounds=rounds)
+    return Case(str(setup), make, tuple(lines), rounds=rounds, thorough=True)
 
 
 def deviating(setup: Setup) -> Case:
@@ -92,7 +92,7 @@ def deviating(setup: Setup) -> Case:
         return {treatment.name: partial(deviation, treatment) for treatment in TREATMENTS}
 
     ratios = tuple(Ratio(f"deviation from float64, {each.name}", each.name) for each in TREATMENTS)
-    return Case(str(setup), make, ratios, clock="value", rounds=1, warmup=0)
+    return Case(str(setup), make, ratios, clock="value", rounds=1, warmup=0, thorough=True)
 
 
 def cases() -> list[Case]:

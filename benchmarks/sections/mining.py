@@ -149,7 +149,7 @@ def case(goal: str, asked: Dataset, rounds: int) -> Case:
         ),
         peers={PEER: asked.by_peer()},
         rounds=rounds,
-        thorough=asked is VGG,
+        thorough=asked is not SMALL,
     )
 
 
