@@ -62,6 +62,12 @@ def has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(isinstance(value, int | float) and value < 0 for value in (*args, *kwargs.values()))
 
 
+def is_rectifier(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of one operand gives 0 for all that is below 0."""
+    name, others = name_of(function), args[1:]
+    return name in ("relu", "relu6") or (name == "hardtanh" and kwargs.get("min_val", others[0] if others else -1) == 0)
+
+
 def custom_function() -> str | None:
     """Name of the `torch.autograd.Function` of a model whose forward pass runs now; None if there is none."""
     frame: FrameType | None = sys._getframe(1)

@@ -130,7 +130,7 @@ def _is_elementwise(tensor: Tensor, source: Any) -> bool:
     while node is not None and node is not source:
         name = node.name().rpartition("::")[2]
         above = [n for n, _ in node.next_functions if n is not None and not n.name().startswith("Sink")]
-        if name == "CopyBackwards":  # in place of all there was; the source comes last
+        if name in ("CopyBackwards", "OverwriteBackward"):  # in place of all there was; the source comes last
             above = above[-1:]
         elif name not in _ELEMENTWISE:
             return False

@@ -64,8 +64,8 @@ PRODUCTS = tuple(
 )
 #: Autograd nodes of functions that give the same values in another shape.
 _RESHAPING = (
-    "Alias", "AsStrided", "Clone", "CopyBackwards", "CopySlices", "Expand", "Permute", "Repeat", "ReshapeAlias",
-    "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View",
+    "Alias", "AsStrided", "Clone", "CopyBackwards", "CopySlices", "Expand", "Overwrite", "Permute", "Repeat",
+    "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View",
 )  # fmt: skip
 
 

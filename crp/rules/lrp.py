@@ -21,9 +21,11 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from zennit.types import BatchNorm
 
 from crp.rules.base import Redirect, Rule, Term
+from crp.rules.calls import is_rectifier
 from crp.rules.layer import Layer, negative, positive
 from crp.rules.operation import Operation
 from crp.rules.stabilizer import Stabilize, stabilizing
@@ -168,14 +170,23 @@ class Pass(Rule):
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""
-        return [Term(a)]
+        # Where the output is 0, the sign of the input does not matter.
+        call: object = layer
+        rectifies = isinstance(call, Operation) and is_rectifier(call.function, call.args, call.kwargs)
+        return [Term(a, sign=1 if rectifies else 0)]
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         # Where the input is next to nothing, the quotient would not be finite.
-        nothing = term.z.abs() <= TINY
-        if torch.is_grad_enabled():
-            return y.masked_fill(nothing, 0) / term.z.masked_fill(nothing, 1)
-        return torch.div(y, term.z).masked_fill_(nothing, 0)
+        a = term.z
+        if torch.is_grad_enabled() or a.dtype != y.dtype:
+            nothing = a.abs() <= TINY
+            return y.masked_fill(nothing, 0) / a.masked_fill(nothing, 1)
+        if term.sign > 0:
+            scale = F.threshold(a, TINY, math.inf)
+            return torch.div(y, scale, out=scale)
+        scale = a.abs()
+        nothing = scale <= TINY
+        return torch.div(y, a, out=scale).masked_fill_(nothing, 0)
 
     def check(self, module: nn.Module) -> None:
         """Accept every module."""

@@ -21,6 +21,7 @@ from crp.notices import warn
 from crp.reference import on_reference
 from crp.rules.account import Shares
 from crp.rules.calls import custom_function, has_negative, in_place, name_of, out_of_place, overwrites
+from crp.rules.redirect import overwritten
 from crp.rules.signs import NOTED
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class Operations(TorchFunctionMode):
             rule = rule.copy()
             rule.multiplier, rule.run, rule.layer = True, self.run, layer
             result = rule.operate(operation)
-        return result if target is None else target.copy_(result)
+        return result if target is None else overwritten(target, result)
 
     def _rectified(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """ReLU of the output of a layer whose rule wants to know."""

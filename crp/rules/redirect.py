@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,29 @@ class Redirect(torch.autograd.Function):
         if again is not None and torch.is_grad_enabled():  # with create_graph=True
             scales = again()
         return (None, None, None, *(m * scale for scale in scales), *none, *(None for _ in ctx.is_own))
+
+
+class Overwrite(torch.autograd.Function):
+    """Tensor with the values of another one, to which all of its gradient goes."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, result: Tensor) -> Tensor:
+        """Copy into ``target``."""
+        ctx.mark_dirty(target)
+        return target.copy_(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        """Pass on; what was there before has no part in it."""
+        return None, grads[0]
+
+
+def overwritten(target: Tensor, result: Tensor) -> Tensor:
+    """``target.copy_(result)``, without the zeros that this sends back to what ``target`` was before."""
+    same = target.shape == result.shape and target.dtype == result.dtype
+    if not same or target._is_view() or not result.requires_grad or (target.is_leaf and target.requires_grad):
+        return target.copy_(result)
+    return cast(Tensor, Overwrite.apply(target, result))
 
 
 def released(output: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def quotient(above: Tensor, below: Tensor, stabilize: Callable[[Tensor], Tensor]
     elif sign > 0:
         bottom = F.threshold(below, 0.0, math.inf).add_(epsilon)
     elif sign < 0:
-        bottom = F.threshold_(-below, 0.0, math.inf).add_(epsilon).neg_()
+        bottom = torch.threshold_(-below, 0.0, math.inf).add_(epsilon).neg_()
     else:
         bottom = torch.add(below, below.sign(), alpha=epsilon).masked_fill_(below == 0, math.inf)
     fits = above.dtype == bottom.dtype and above.shape == bottom.shape
