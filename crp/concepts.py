@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ class Concept:
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
         """Return a function that keeps only ``concept_ids`` in row ``batch_id`` of a gradient of shape (rows, ...).
 
-        The function may work in place: it is given a tensor of its own.
+        The function may work in place: it is given a tensor of its own. If its type has a static method ``together``,
+        which makes one function of those of many rows, that one is called for all of them.
         """
         raise self._missing("mask")
 
@@ -120,15 +122,7 @@ class ChannelConcept(Concept):
         IndexError
             By the function, if the layer has no such channel.
         """
-        channels = as_ids(concept_ids, layer_name)
-
-        def mask_fn(grad: Tensor) -> Tensor:
-            drop = torch.ones(_channels(grad, layer_name), dtype=torch.bool)
-            drop[_in_range(channels, len(drop), layer_name)] = False
-            grad[batch_id, drop.to(grad.device)] = 0
-            return grad
-
-        return mask_fn
+        return KeepChannels(((batch_id, tuple(as_ids(concept_ids, layer_name))),), layer_name)
 
     @staticmethod
     def mask_rf(batch_id: int, neuron_ids: Mapping[int, Any], layer_name: str | None = None) -> MaskFn:
@@ -234,6 +228,46 @@ class ChannelConcept(Concept):
         return type(self).reference_sampling is not ChannelConcept.reference_sampling
 
 
+@dataclass(frozen=True)
+class KeepChannels:
+    """Mask function that keeps only some channels, of some rows.
+
+    Attributes
+    ----------
+    kept : tuple of (int, tuple of int)
+        Row and channels; a row that is named twice keeps what both name.
+    layer_name : str or None
+        Named in error messages.
+    """
+
+    kept: tuple[tuple[int, tuple[int, ...]], ...]
+    layer_name: str | None
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        """Mask a gradient of shape (rows, channels, *space), in place."""
+        n_channels = _channels(grad, self.layer_name)
+        places = {row: place for place, row in enumerate(sorted({row for row, _ in self.kept}))}
+        rows = list(places)
+        drop = np.zeros((len(rows), n_channels, *[1] * (grad.dim() - 2)), dtype=bool)
+        for row, channels in self.kept:
+            others = np.ones(n_channels, dtype=bool)
+            others[_in_range(channels, n_channels, self.layer_name)] = False
+            drop[places[row], others] = True
+        dropped = torch.from_numpy(drop).to(grad.device)
+        if len(rows) == 1:
+            grad[rows[0]].masked_fill_(dropped[0], 0)
+        elif rows == list(range(len(grad))):
+            grad.masked_fill_(dropped, 0)
+        else:
+            grad[rows] = grad[rows].masked_fill(dropped, 0)
+        return grad
+
+    @staticmethod
+    def together(masks: Sequence[KeepChannels]) -> KeepChannels:
+        """One function that does what several of one layer do one after the other."""
+        return KeepChannels(tuple(kept for mask in masks for kept in mask.kept), masks[0].layer_name)
+
+
 def _channel_scores(relevance: Tensor, layer_name: str | None) -> ConceptScores:
     flat = _positions(relevance, layer_name)
     if flat.shape[-1] == 1:
@@ -295,8 +329,8 @@ def _positions(relevance: Tensor, layer_name: str | None) -> Tensor:
     return relevance.reshape(*relevance.shape[:2], -1)
 
 
-def _in_range(ids: list[int], size: int, layer_name: str | None, what: str = "channel") -> list[int]:
+def _in_range(ids: Sequence[int], size: int, layer_name: str | None, what: str = "channel") -> list[int]:
     for i in ids:
         if not -size <= i < size:
             raise IndexError(f"layer {layer_name!r} has {size} {what}s, 0 to {size - 1}; there is no {what} {i}")
-    return ids
+    return list(ids)

@@ -172,6 +172,9 @@ def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
     """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
     if functions:
         grad = grad.clone(memory_format=torch.contiguous_format)
+    kind: Any = type(functions[0]) if functions else None
+    if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
+        functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
     for function in functions:
         masked = function(grad)
         if getattr(masked, "shape", None) != grad.shape:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept, as_ids, normalize
+from crp.hooks import apply_masks
 
 CHANNEL = ChannelConcept()
 
@@ -36,6 +37,21 @@ def test_mask_keeps_channels_of_one_row(row, ids, space):
     found = ChannelConcept.mask(row, ids, "layer")(given_grad)
     assert found is given_grad
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0), (1,), (1, 1), (0, 1, 2, 2)])
+@pytest.mark.parametrize("space", [(), (4,), (2, 3)])
+def test_masks_of_many_rows_at_once(rows, space):
+    """As one after the other; a row that is masked twice keeps what both keep."""
+    grad = drawn(3, 5, *space)
+    masks = [ChannelConcept.mask(row, [i, (i + row + 1) % 5], "layer") for i, row in enumerate(rows)]
+    one_by_one = grad.clone()
+    for mask in masks:
+        one_by_one = mask(one_by_one)
+    assert torch.equal(apply_masks(masks, grad), one_by_one)
+    assert one_by_one.count_nonzero() < grad.numel()
+    with pytest.raises(IndexError, match="layer 'layer' has 5 channels, 0 to 4; there is no channel 5"):
+        apply_masks([*masks, ChannelConcept.mask(0, 5, "layer")], grad)
 
 
 @settings(max_examples=60, deadline=None)

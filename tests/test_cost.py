@@ -68,3 +68,16 @@ def test_residual_blocks_cost_no_more_where_no_relu_reads_a_convolution():
     model = resnet18(weights=None).eval().requires_grad_(False)
     data = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert ratio("flops", model, data, EpsilonGammaBox(**BOX)) <= 2.0
+
+
+def test_concepts_of_one_sample_go_back_together():
+    """The number of concepts does not change the number of kernels, as long as they fit into one part."""
+    model = resnet18(weights=None).eval().requires_grad_(False)
+    data = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    attribution, layer = CondAttribution(model), "layer3.1.conv2"
+
+    def calls(n):
+        conditions = [{"y": 3, layer: channel} for channel in range(n)]
+        return count(Calls(), lambda: attribution(data, conditions, EpsilonPlusFlat()))
+
+    assert calls(32) == calls(2)
