@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from click.testing import CliRunner, Result
 from mining_cases import files_of
 from PIL import Image
-from table_maker import make_table
 from torch import nn
 
 from crp.__main__ import cli
@@ -53,6 +53,19 @@ class Rows:
         generator = torch.Generator().manual_seed(index)
         return {"pixels": torch.randn(1, 6, 6, generator=generator), "label": index % 3, "id": str(index)}
 
+class Items(Rows):
+    def __init__(self, make): super().__init__(); self.make = make
+    def __getitem__(self, index): return self.make(*list(super().__getitem__(index).values())[:2])
+
+alone = Items(lambda x, y: x)
+single = Items(lambda x, y: (x,))
+ragged = Items(lambda x, y: (x, list(range(y))))
+hot = Items(lambda x, y: (x, torch.arange(3) < y))
+sizes = Items(lambda x, y: (x[:, :4 + y], y))
+nan = Items(lambda x, y: (x / (y - 2), y))
+def pooled():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 rows = Rows()
 def slow(): return Rows(0.05)
 number = 3
@@ -175,6 +188,8 @@ def wait_for_shards(path: Path) -> None:
         (["--composite", "epsilon_pus"], "there is no composite 'epsilon_pus'"),
         (["--set", "epsilon"], "--set 'epsilon' must be KEY=VALUE"),
         (["--set", "epsilonn=1"], "epsilonn"),
+        (["--composite", "epsilon_gamma_box"], "epsilon_gamma_box: missing a required argument: 'low'; --set KEY="),
+        (["--multi-label", "list", "--targets", "all"], "single_targets is about labels"),
         (["--composite", "none", "--set", "a=1"], "--set is for a composite"),
         (["--targets", "labels"], "targets must be 'label', 'prediction'"),
         (["--modes", "relevances"], "modes must be among"),
@@ -196,6 +211,45 @@ def test_mistakes_are_told_in_a_line(here: Path, more: list[str], message: str) 
     assert result.exit_code == 1
     assert result.output.startswith("Error: ") and message in result.output, result.output
     assert not list(here.glob("out/shards/*"))
+
+
+def of_items(name: str, out: str, *more: str) -> Result:
+    return crp("mine", *NET, "--data", f"words:{name}", "--out", out, *more)
+
+
+def test_items_without_labels_and_with_several(here: Path) -> None:
+    plain = warnings.formatwarning
+    for name in ("alone", "single"):
+        assert "label None is no integer class" in of_items(name, name).output
+        result = of_items(name, name, "--targets", "top-2")
+        assert (result.exit_code, result.output) == (0, "12 of 12 samples, 24 rows; complete\n")
+    told = of_items("ragged", "ragged").output
+    assert "label [] is no integer class" in told and "--multi-label" in told
+    assert of_items("ragged", "ragged", "--multi-label", "list").exit_code == 0
+    assert of_items("hot", "hot", "--multi-label", "hot").exit_code == 0
+    targets = [target for i in range(12) for target in range(i % 3)]
+    assert warnings.formatwarning is plain  # _told's own is gone
+    for name in ("ragged", "hot"):
+        assert Table.open(name).rows().target.tolist() == targets
+
+
+def test_a_run_that_mined_nothing_binds_the_folder_to_nothing(here: Path) -> None:
+    sized = ["--model", "words:pooled", "--batch-size", "2"]
+    told = of_items("sizes", "out", *sized).output
+    assert "sample 1: its shape is (1, 5, 6)" in told and "(--mixed-shapes) mines them, too" in told
+    assert Table.open("out").is_empty
+    assert of_items("sizes", "out", *sized, "--mixed-shapes").exit_code == 0
+    assert "another shapes" in of_items("sizes", "out", *sized).output
+
+
+def test_warnings_are_told_in_a_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "crp", "mine", *NET, "--data", "words:nan", "--out", "out"]
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    )
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0
+    assert re.fullmatch(r"Warning: 4 samples were skipped \(sample 2: its data is not finite\); .*\n", found.stderr)
 
 
 def test_another_composite_is_refused_unless_told_otherwise(here: Path) -> None:
@@ -286,81 +340,3 @@ def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Pat
     assert (result.exit_code, result.output) == (0, "3 of 4 samples, 1 skipped, 6 rows; complete\n")
     told = crp("status", tmp_path / "out").output
     assert "skipped    1: UnidentifiedImageError: cannot identify image file" in told
-
-
-# --- status ---------------------------------------------------------------------------------------------------------
-
-
-def test_status_tells_coverage_rate_and_integrity(tmp_path: Path) -> None:
-    table, source = make_table(tmp_path, [(0, 40)])
-    table.add(source.write(table, 60, 80, {66: "broken"}))
-    for shard, age in zip(table.shards, (30, 20), strict=True):
-        os.utime(tmp_path / "shards" / shard.file, (time.time() - age, time.time() - age))
-    source.write(table, 80, 90)
-    with locked(tmp_path, "part"):
-        result = crp("status", tmp_path, "--verify")
-    assert result.exit_code == 1
-    told = result.output
-    for line in (
-        "59 of 100 samples, 1 skipped",
-        "incomplete: 40 samples are missing",
-        "recorded   relevance and activation, sum and max, of 2 layers:\n           a, b\n",
-        "missing    40 to 59\nmissing    80 to 99\n",
-        "skipped    66: broken",
-        "rate       2 samples/s; 0.3 min left at that",
-        "unmerged   1 shards; crp merge",
-        f"written by process {os.getpid()} on ",
-        "integrity  every shard is as it was written",
-    ):
-        assert line in told, told
-    file = tmp_path / "shards" / table.shards[0].file
-    file.write_bytes(file.read_bytes()[:-1] + b"\x07")
-    damaged = crp("status", tmp_path, "--verify")
-    assert damaged.exit_code == 1 and f"damaged    {file}" in damaged.output and "integrity" not in damaged.output
-
-
-def test_a_pause_or_a_copy_does_not_count_in_the_rate(tmp_path: Path) -> None:
-    table, _ = make_table(tmp_path, [(i, i + 1) for i in range(80)])
-    ages = [10_000.0] * 40 + [float(80 - i) / 2 for i in range(40)]
-    for shard, age in zip(table.shards, ages, strict=True):
-        os.utime(tmp_path / "shards" / shard.file, (time.time() - age, time.time() - age))
-    assert "rate       2 samples/s; 0.2 min left at that" in crp("status", tmp_path).output
-
-
-def test_a_whole_table_has_status_0(tmp_path: Path) -> None:
-    make_table(tmp_path)
-    result = crp("status", tmp_path)
-    assert result.exit_code == 0 and "100 of 100 samples" in result.output and "; complete" in result.output
-
-
-@pytest.mark.parametrize("command", ["status", "merge"])
-def test_a_folder_without_a_table(tmp_path: Path, command: str) -> None:
-    result = crp(command, tmp_path)
-    assert result.exit_code == 1
-    assert result.output == f"Error: nothing was mined into {tmp_path}: it has no manifest.json\n"
-
-
-def test_names_from_elsewhere_cannot_write_on_the_terminal(tmp_path: Path) -> None:
-    table, source = make_table(tmp_path, [(0, 40)], layers=("\x1b[2Jevil", "\nb"))
-    table.add(source.write(table, 40, 100, {50: "\x1b]0;evil\x07"}))
-    told = crp("status", tmp_path).output
-    assert "\\x1b[2Jevil, \\nb" in told and "\\x1b]0;evil\\x07" in told
-    assert "\x1b" not in told
-
-
-def test_the_page_and_the_script_use_options_that_exist() -> None:
-    import click
-
-    folder = Path(__file__).parents[1] / "tutorials"
-    script, page = (folder / name for name in ("mine.sbatch", "scale.md"))
-    known = {option for name in ("mine", "status", "merge") for p in cli.commands[name].params for option in p.opts}
-    assert isinstance(cli, click.Group)
-    called = script.read_text().partition("-m crp mine")[2]
-    used = set(re.findall(r"--[a-z-]+", called)) | {
-        option
-        for code in re.findall(r"`{1,3}[^`]+`{1,3}", page.read_text())
-        if "torchrun" not in code and "SLURMCluster" not in code
-        for option in re.findall(r"(?<!=)--[a-z-]+", code)
-    }
-    assert len(used) > 12
-    assert used - known - {"--gpus"} == set()

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -33,6 +34,9 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
+@click.option(
+    "--multi-label", type=click.Choice(["list", "hot"]), help="A label is a list of classes, or has a number for each."
+)
 @click.option("--modes", default="relevance,activation", show_default=True, help="What is recorded.")
 @click.option("--kinds", default="sum,max", show_default=True, help="What is recorded over positions.")
 @click.option("--mixed-shapes", is_flag=True, help="Samples may differ in shape.")
@@ -74,7 +78,7 @@ def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: st
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
     from crp.commands.models import load
-    from crp.commands.sources import load_source, open_source
+    from crp.commands.sources import MULTI_LABEL, load_source, open_source
     from crp.concepts import ChannelConcept
     from crp.visualization.mining import mine
     from crp.visualization.selection import select_layers
@@ -105,6 +109,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             batch_size=given["batch_size"],
             shard_size=given["shard_size"],
             preprocess=preprocess,
+            single_targets=MULTI_LABEL.get(given["multi_label"]),
             modes=given["modes"].split(","),
             kinds=given["kinds"].split(","),
             num_workers=given["workers"],
@@ -125,6 +130,11 @@ def _told(out: Path, overwrite: bool) -> Iterator[None]:
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def shown(message: Warning | str, *_: object, **__: object) -> str:
+        return f"Warning: {message}\n"
+
+    plain = warnings.formatwarning
+    warnings.formatwarning = cast(Any, shown)
     before = None
     with suppress(ValueError):  # not in the main thread
         before = signal.signal(signal.SIGTERM, end)
@@ -137,6 +147,7 @@ def _told(out: Path, overwrite: bool) -> Iterator[None]:
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     finally:
+        warnings.formatwarning = plain
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
@@ -175,6 +186,8 @@ def _composite(name: str, settings: tuple[str, ...]) -> Any:
         return get(name, **keywords)
     except KeyError as error:
         raise CommandError(str(error.args[0])) from error
+    except TypeError as error:
+        raise CommandError(f"--composite {name}: {error}; --set KEY=VALUE gives it") from error
 
 
 def _device(name: str | None) -> str:

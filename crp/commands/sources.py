@@ -88,7 +88,7 @@ def load_source(
     CommandError
         If the classes of a folder are not those of the model, or ``fields`` are none.
     """
-    places: list[int | str] = [int(field) if field.isdigit() else field for field in fields]
+    places: list[int | str | None] = [int(field) if field.isdigit() else field for field in fields]
     if len(places) > 2:
         raise CommandError(f"--fields names data and label, not {len(places)} fields")
     if isinstance(source, Path):
@@ -97,10 +97,39 @@ def load_source(
         labels = _labels(source, loaded.classes) if by_label else None
         made = Pairs(Pictures(source, labels), 0, 1, loaded.prepared)
     else:
-        default: list[int | str] = [0, 1]
-        first, *rest = places or default
+        first, *rest = places or _usual_places(source)
         made = Pairs(source, first, rest[0] if rest else None, loaded.prepared)
     return made, loaded.normalized if _gives_pictures(made) else None
+
+
+def _usual_places(source: Any) -> list[int | str | None]:
+    """Where data and label are without ``--fields``: items are pairs, tuples of one, or the data alone."""
+    for index in range(min(len(source), 100)):
+        try:
+            item = source[index]
+        except Exception:  # an unreadable sample, which mining will report
+            continue
+        if isinstance(item, tuple | list):
+            return [0] if len(item) == 1 else [0, 1]
+        if not hasattr(item, "keys"):
+            return [None]
+        break
+    return [0, 1]
+
+
+def as_list(label: Any) -> list[int]:
+    """Classes of a label that lists them."""
+    return list(label)
+
+
+def as_hot(label: Any) -> list[int]:
+    """Classes of a label that has a number for each class, and 0 for those that are not there."""
+    found: list[int] = np.flatnonzero(np.asarray(label)).tolist()
+    return found
+
+
+#: What ``--multi-label`` says of labels.
+MULTI_LABEL = {"list": as_list, "hot": as_hot}
 
 
 def _gives_pictures(pairs: Pairs) -> bool:

@@ -130,6 +130,9 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
     if field is None:
         return item
     try:
+        # (a tensor, a picture or a word has an index, too, but no fields)
+        if not (hasattr(item, "keys") or isinstance(item, tuple | list)):
+            raise TypeError(f"a {type(item).__name__} has no fields")
         return item[field]
     except (KeyError, IndexError, TypeError) as error:
         if hasattr(item, "keys"):
@@ -137,6 +140,6 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
         elif isinstance(item, tuple | list):
             has = f"{len(item)} entries"
         else:
-            has = f"a {type(item).__name__} without fields"
+            has = f"a {type(item).__name__} without fields, which data=None takes as it is"
         hint = f"Say where the {role} is, by {role}=... or --fields"
         raise TypeError(f"an item of the dataset has no {role} at {field!r}; it has {has}. {hint}") from error

@@ -58,7 +58,7 @@ def mine_all(
     """Mine what a table misses of a range, here or by a Dask ``client``'s workers, and hold the folder meanwhile."""
     make_folder(job.path)
     with locked(job.path):
-        if overwrite:
+        if overwrite or (Table.exists(job.path) and Table.open(job.path).is_empty):
             Table.discard(job.path)
         table = _opened(job)
         table.clean()

@@ -109,13 +109,19 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
         except TypeError:
             what = "label" if single_targets is None else "target"
             raise LabelError(
-                f"{what} {target!r} is no integer class; single_targets (of FeatureVisualization: "
-                "multitarget_to_single) turns a label into classes"
+                f"{what} {_shortened(target)} is no integer class; single_targets (of FeatureVisualization: "
+                "multitarget_to_single; of crp mine: --multi-label) turns a label into classes, and "
+                "targets='prediction' (--targets prediction) needs no labels"
             ) from None
     for target in found:
         if not 0 <= target < 1 << 63:
             raise LabelError(f"target {target} is no class; classes count from 0")
     return sorted(set(found))
+
+
+def _shortened(label: object) -> str:
+    text = " ".join(repr(label).split())
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 class _Guarded(Dataset[Sample]):

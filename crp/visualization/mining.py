@@ -161,7 +161,9 @@ def mine(
     if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= n):
         raise ValueError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
     if Table.exists(job.path) and not overwrite:
-        Table.open(job.path).check_header(job.header)
+        table = Table.open(job.path)
+        if part is not None or not table.is_empty:
+            table.check_header(job.header)
     if part is None:
         return mine_all(job, start, stop, retry_skipped, progress, overwrite, client)
     if not (len(part) == 2 and all(type(i) is int for i in part) and 0 <= part[0] < part[1]):

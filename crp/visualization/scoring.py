@@ -212,6 +212,8 @@ class _Batch:
             shape = tuple(one.shape[1:])
             if (shape if like[0] is not None else None, one.dtype) != like:
                 reason = f"its shape is {shape}, {one.dtype}; that of the first sample is {like[0] or 'any'}, {like[1]}"
+                if one.dtype == like[1]:
+                    reason += "; mixed_shapes=True (--mixed-shapes) mines them, too"
                 self._drop(index, reason)
                 continue
             indices, ready = groups.setdefault(shape, ([], []))

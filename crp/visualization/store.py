@@ -40,7 +40,7 @@ from crp.visualization.manifest import MODES as MODES
 from crp.visualization.manifest import TableError as TableError
 from crp.visualization.shards import check_shard, make_folder, open_shard, read_record, write_atomic
 
-_ELSEWHERE = "use another folder, or mine with overwrite=True to discard it"
+_ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -99,6 +99,11 @@ class Table:
         make_folder(table.path / "shards")
         table._save()
         return table
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was mined into the folder yet."""
+        return not self.shards and not any((self.path / "shards").glob("*.safetensors"))
 
     @staticmethod
     def discard(path: str | Path) -> None:
