@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -45,7 +45,8 @@ def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
     states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
-    if not getattr(composite, "isolates", False):
+    ours = getattr(composite, "isolates", False)
+    if not ours:
         states += [without_parameter_gradients(model), uncompiled(model)]
     if composite.canonizers:
         states.append(_restored_on_error(model))
@@ -53,7 +54,7 @@ def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
         for state in states:
             stack.enter_context(state)
         try:
-            with composite.context(model) as modified, _called_once(modified):
+            with composite.context(model) as modified, nullcontext() if ours else _called_once(modified):
                 yield modified
         finally:
             composite.remove()  # the context does not, where registering itself failed
