@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, vgg16_bn
@@ -81,3 +82,15 @@ def test_concepts_of_one_sample_go_back_together():
         return count(Calls(), lambda: attribution(data, conditions, EpsilonPlusFlat()))
 
     assert calls(32) == calls(2)
+
+
+def test_an_activation_in_place_sends_nothing_back_to_what_it_overwrote():
+    """`ReLU6(inplace=True)` costs a copy in the forward pass, and nothing in the backward pass."""
+    data = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def calls(inplace):
+        layers = [layer for _ in range(4) for layer in (nn.Conv2d(3, 3, 3), nn.ReLU6(inplace=inplace))]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 8 * 8, 4)).eval()
+        return count(Calls(), lambda: CondAttribution(model)(data, [{"y": 3}], EpsilonPlusFlat()))
+
+    assert calls(True) - calls(False) <= 4 * 2

@@ -15,7 +15,7 @@ from zennit.core import Stabilizer
 import crp.rules as rules
 from crp.composites import Composite
 from crp.rules.layer import KEPT, modified, positive
-from crp.rules.stabilizer import Relative
+from crp.rules.stabilizer import Relative, quotient, stabilizing
 
 F64 = torch.float64
 
@@ -344,3 +344,21 @@ def test_modified_weights_do_not_pile_up():
     gc.collect()
     assert sum(ref() is not None for ref in kept) == KEPT
     assert modified(weight, positive) is modified(weight, positive)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6, 0.3])
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_quotient_in_place_is_the_one_that_can_be_differentiated(epsilon, sign, live, alone):
+    below = torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0], dtype=torch.float64)
+    below = below if sign == 0 else sign * below.abs()
+    above = below if alone else torch.tensor([1.0, -2.0, 3.0, 4.0, 0.0], dtype=torch.float64)
+    given = above.clone(), below.clone()
+    stabilized = below + epsilon * below.sign()
+    wanted = torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, stabilized))
+    found = quotient(above, below.requires_grad_(live), stabilizing(epsilon), sign)
+    close(found.detach(), wanted, 1e-15)
+    assert found.requires_grad == live
+    assert torch.equal(above, given[0])
+    assert torch.equal(below, given[1])
