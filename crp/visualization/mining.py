@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -284,4 +285,8 @@ def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, devi
 
 def _versions() -> dict[str, str]:
     names = ("torch", "zennit", "numpy")
-    return {"crp": crp.__version__, "python": platform.python_version()} | {name: version(name) for name in names}
+    return {"crp": crp.__version__, "python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+# (each search takes milliseconds)
+_version = cache(version)
