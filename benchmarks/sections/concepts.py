@@ -67,15 +67,17 @@ def growing(clock: str, pairs: dict[str, tuple[int, int]], ratios: tuple[Ratio, 
 
 def cases() -> list[Case]:
     """Speed for 64 concepts; growth from 64 to 256."""
-    few, many, whole = "64 in parts of 64", "256 in parts of 64", "256 in one part"
+    few, most, many, whole = "64 in parts of 64", "192 in parts of 64", "256 in parts of 64", "256 in one part"
     parts = {few: (64, 64), many: (256, 64)}
     time = Ratio("time of 256 concepts ÷ of 64, parts of 64", many, few, Bound(4.2), "9")
     memory = (
         Ratio("peak memory of 256 concepts ÷ of 64, parts of 64", many, few, Bound(1.1), "9"),
+        Ratio("peak memory of 256 concepts ÷ of 192, parts of 64", many, most, Bound(1.05), "9"),
         Ratio("peak memory of 256 concepts ÷ of 64, in one part", whole, few, Bound(4.2), "9"),
+        Ratio("peak memory of 64 concepts, MiB", few, scale=2.0**-20),
     )
     return [
         *(shared(*asked) for asked in ASKED),
         growing("cpu", parts, (time,), 3),
-        growing("peak", {**parts, whole: (256, 256)}, memory, 1),
+        growing("peak", {**parts, most: (192, 64), whole: (256, 256)}, memory, 1),
     ]

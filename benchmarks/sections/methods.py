@@ -35,7 +35,7 @@ def steps(images: int) -> Case:
         Ratio(f"{name} ÷ {STEPS} gradients", name, "gradients", Bound(1.1))
         for name in ("integrated gradients", "smoothgrad")
     ]
-    return Case(f"{images} images", make, tuple(ratios), thorough=images in (4, 32))
+    return Case(f"batch {images}", make, tuple(ratios), thorough=images in (4, 32))
 
 
 def batches(name: str, images: int, make: Callable[[nn.Module, Tensor], tuple[Run, Run]], limit: float | None) -> Case:
@@ -50,7 +50,7 @@ def batches(name: str, images: int, make: Callable[[nn.Module, Tensor], tuple[Ru
         Ratio("one by one ÷ in batches", "one by one", "in batches", bound),
         Ratio("in batches, ms", "in batches", scale=1e3),
     )
-    return Case(f"{name}, {images} images", runs, ratios, rounds=5)
+    return Case(f"{name}, batch {images}", runs, ratios, rounds=5)
 
 
 def occlusion(model: nn.Module, data: Tensor, window: int | None = None, step: int = 1) -> tuple[Run, Run]:
