@@ -206,7 +206,9 @@ class Call:
         back = self._backward(passed, rows, settings, last)
         uses = passed.uses
         activations = {name: rows.select(use.output, copy=not last) for name, use in uses.items()}
-        relevances = {name: passed.encoding.read(back.found[name], rows_of(uses[name], rows)) for name in uses}
+        read = {name: passed.encoding.read(back.found[name], rows_of(uses[name], rows)) for name in uses}
+        # What rows share becomes each row's own, so that the caller may write into it.
+        relevances = {name: t.contiguous() if t.stride()[:1] == (0,) else t for name, t in read.items()}
         explained = rows.select(passed.data)
         explained.grad = back.relevance
 
@@ -246,5 +248,6 @@ class Arrived:
 
 
 def rows_of(use: Use, rows: Rows) -> Tensor:
-    """What the relevance of each row counts at a layer."""
-    return rows.select(use.value)
+    """What the relevance of each row counts at a layer, to be read only."""
+    value = use.value
+    return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else rows.select(value)

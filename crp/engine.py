@@ -195,7 +195,7 @@ class Backward:
         Returns
         -------
         dict of str to Tensor of shape (rows, ...)
-            What arrives at each layer, and (`DATA`) at the data.
+            What arrives at each layer, and (`DATA`) at the data; rows that share it are views of the same memory.
         """
         grid = Grid(rows.samples, len(self.data), start.device)
         conditions = dict(enumerate(rows.conditions))
@@ -218,10 +218,7 @@ class Backward:
         recorded = {**seen, **recorded}
         if gradient is not None:
             recorded[DATA] = gradient
-        # What all slots share becomes each row's own, so that the caller may write into it.
-        shared = {name for name, values in recorded.items() if len(values) < grid.n_slots}
-        arrived = {name: grid.gather(v.expand(grid.n_slots, *v.shape[1:])) for name, v in recorded.items()}
-        return {name: values.contiguous() if name in shared else values for name, values in arrived.items()}
+        return {name: grid.gather(v.expand(grid.n_slots, *v.shape[1:])) for name, v in recorded.items()}
 
     def in_flow(
         self, conditions: dict[int, Condition], start: Tensor, layers: Sequence[str], backward: Callable[..., None]
