@@ -50,7 +50,7 @@ def batches(name: str, images: int, make: Callable[[nn.Module, Tensor], tuple[Ru
         Ratio("one by one ÷ in batches", "one by one", "in batches", bound),
         Ratio("in batches, ms", "in batches", scale=1e3),
     )
-    return Case(f"{name}, batch {images}", runs, ratios, rounds=5)
+    return Case(f"{name}, batch {images}", runs, ratios, rounds=5, thorough=limit is None)
 
 
 def occlusion(model: nn.Module, data: Tensor, window: int | None = None, step: int = 1) -> tuple[Run, Run]:
