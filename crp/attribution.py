@@ -320,4 +320,7 @@ class CondAttribution:
 
     @staticmethod
     def _show(parts: Iterator[AttributionResults], n_parts: int, verbose: bool) -> Iterator[AttributionResults]:
-        yield from tqdm(parts, total=n_parts, disable=not verbose, dynamic_ncols=True)
+        with tqdm(total=n_parts, disable=not verbose, dynamic_ncols=True) as bar:
+            for _ in range(n_parts):
+                yield next(parts)
+                bar.update()

@@ -97,7 +97,8 @@ class Call:
     def parts(self, batch_size: int) -> Iterator[AttributionResults]:
         """Results of ``batch_size`` rows at a time."""
         runs = [self._parts(composite, batch_size) for composite in self._members()]
-        return (average(part)[0] for part in zip(*runs, strict=True))
+        # (the caller alone keeps a part while the next one is computed)
+        return (average([next(run) for run in runs])[0] for _ in self.rows.chunks(batch_size))
 
     def absorbed(self) -> AbsorbedRelevance:
         """What each layer keeps of the relevance of each row.
@@ -139,15 +140,15 @@ class Call:
             settings = self.settings.part(number, batch_size, len(self.rows))
             last = number == len(parts) - 1
             if keeps and passed is not None and samples == passed_samples:
-                result = self._results(passed, local, settings, last)
+                found = [self._results(passed, local, settings, last)]
             else:
                 with attached(composite or Composite(), self.attribution.model) as model:
                     passed = self._forward(model, samples, composite)
-                    result = self._results(passed, local, settings, last or not keeps)
+                    found = [self._results(passed, local, settings, last or not keeps)]
                 passed_samples = samples
             if not keeps or last:
                 passed = None
-            yield result
+            yield found.pop()
 
     def _masks_in_flow(self) -> bool:
         """Whether masks act while the gradient flows; every row then needs a sample of its own."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,31 +76,55 @@ def send_back(root: Tensor, cotangent: Tensor, steps: Mapping[str, Tensor], keep
     torch.autograd.backward(root, cotangent, retain_graph=keep_graph)
 
 
-def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor | None]:
+Gradients = list[Tensor | None]
+
+
+def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> Gradients:
     """Gradients of all slots, for each input that the flow reaches."""
     grad = partial(torch.autograd.grad, root, inputs, retain_graph=True, allow_unused=True)
-    reached: list[int] = []
+    parts = torch.split(cotangent, _slots_at_once(cotangent, inputs[0]))
+    # Not every rule can be batched: those of zennit only in torch's older way, one that looks at values in none.
+    for way in (_by_vmap, _by_older_vmap):
+        try:
+            return _joined([way(grad, part) for part in parts], torch.cat)
+        except RuntimeError as error:
+            if lacks_memory(error):
+                raise
+    return _joined([list(grad(slot)) for slot in cotangent], torch.stack)  # (other errors come again here)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory did not suffice; on the CPU, torch says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _by_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
+    reached: list[bool] = []
 
     def of_slot(start: Tensor) -> tuple[Tensor, ...]:
         found = grad(start)
-        reached[:] = [i for i, g in enumerate(found) if g is not None]
-        return tuple(g for g in found if g is not None)
+        reached[:] = [gradient is not None for gradient in found]
+        return tuple(gradient for gradient in found if gradient is not None)
 
-    try:
-        gradients = torch.func.vmap(of_slot, chunk_size=_slots_at_once(cotangent, inputs[0]))(cotangent)
-    except RuntimeError:
-        # Not every rule can be batched, for example one that branches on its values. Other errors come again here.
-        gradients = tuple(torch.stack(slots) for slots in zip(*map(of_slot, cotangent), strict=True))
-    found: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(reached, gradients, strict=True):
-        found[i] = gradient
-    return found
+    found = iter(torch.func.vmap(of_slot)(cotangent))
+    return [next(found) if is_reached else None for is_reached in reached]
 
 
-def _slots_at_once(cotangent: Tensor, data: Tensor) -> int | None:
+def _by_older_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return list(grad(cotangent, is_grads_batched=True))
+
+
+def _joined(parts: list[Gradients], join: Callable[[list[Tensor]], Tensor]) -> Gradients:
+    found = zip(*parts, strict=True)
+    return [None if of_input[0] is None else join(list(of_input)) for of_input in found]
+
+
+def _slots_at_once(cotangent: Tensor, data: Tensor) -> int:
     """How many slots are sent back together: on a CPU, only as many as its cache may hold the gradients of."""
     if cotangent.device.type != "cpu":
-        return None
+        return len(cotangent)
     size = data.numel() * data.element_size()
     return min(len(cotangent), max(4, IN_CACHE // size))
 

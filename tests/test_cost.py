@@ -1,27 +1,32 @@
 """What an attribution costs, counted exactly: floating-point operations and calls of torch's kernels."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, vgg16_bn
+from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
+from zennit.torchvision import ResNetCanonizer
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlusFlat, Gradient
+from crp.concepts import ChannelConcept
 
 BOX = {"low": -3.0, "high": 3.0}
 
 
 class Calls(TorchDispatchMode):
-    """Counts calls of kernels."""
+    """Counts calls of kernels: of all, or of those named."""
 
-    def __init__(self):
+    def __init__(self, names=None):
         super().__init__()
-        self.n = 0
+        self.names, self.n = names, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
+        self.n += self.names is None or str(func) in self.names
         return func(*args, **(kwargs or {}))
 
 
@@ -94,3 +99,35 @@ def test_an_activation_in_place_sends_nothing_back_to_what_it_overwrote():
         return count(Calls(), lambda: CondAttribution(model)(data, [{"y": 3}], EpsilonPlusFlat()))
 
     assert calls(True) - calls(False) <= 4 * 2
+
+
+def test_zennits_own_rules_run_once_for_all_concepts_of_a_sample():
+    model = resnet18(weights=None).eval().requires_grad_(False)
+    data = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    composite = ZennitEpsilonPlusFlat(canonizers=[ResNetCanonizer()])
+
+    def convolutions(n):
+        conditions = [{"y": 3, "layer3.1.conv2": channel} for channel in range(n)]
+        counter = Calls(["aten.convolution.default"])
+        return count(counter, lambda: CondAttribution(model)(data, conditions, composite))
+
+    assert convolutions(8) == convolutions(2)
+
+
+def test_a_part_is_gone_while_its_successor_is_computed():
+    """The caller alone keeps the results of `generate`."""
+    model = resnet18(weights=None).eval().requires_grad_(False)
+    conditions = [{"y": 3, "layer2.0.conv1": channel} for channel in range(6)]
+    parts, kept = [], []
+
+    def mask(row, channels, layer):
+        kept.append(sum(ref() is not None for ref in parts))
+        return ChannelConcept.mask(row, channels, layer)
+
+    for part in CondAttribution(model).generate(
+        torch.randn(1, 3, 32, 32), conditions, EpsilonPlusFlat(), ["layer2"], mask, batch_size=2, verbose=False
+    ):
+        parts += map(weakref.ref, (part.heatmap, *part.relevances.values(), *part.activations.values()))
+        del part
+    assert len(parts) == 3 * 5
+    assert kept == [0] * 6

@@ -18,6 +18,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
+from crp.engine import lacks_memory
 from crp.visualization.loading import Problem, Sample, SampleError, load, to_targets
 from crp.visualization.manifest import Array, ShardRecord, TableHeader
 from crp.visualization.shards import make_folder, write_shard
@@ -262,7 +263,7 @@ class _Batch:
                     failures.append((unit[0][0], unit[0][1][0], error))
                     continue
                 reasons.append(f"{n_rows} rows at once failed ({Problem.of(error).reason})")
-                is_memory = _is_memory(error)
+                is_memory = lacks_memory(error)
             # Here, the exception no longer holds what the call had in memory.
             halves = _halved(unit)
             todo += halves[::-1]
@@ -286,11 +287,6 @@ class _Batch:
                 name, _, layer = key.partition("/")
                 for index in arrays["sample"][~np.isfinite(norm)].tolist():
                     self._problems.setdefault(index, f"its {name.partition('.')[0]} at layer {layer!r} is not finite")
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether memory did not suffice; on the CPU, torch says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _halved(unit: Unit) -> tuple[Unit, Unit]:
