@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,38 +70,63 @@ class ForwardPass:
         account : Sinks, optional
             Where its rules account for what layers keep.
         """
-        known = modules_of(model) if layers else {}
-        taps = {name: Tap(name) for name, _ in (_split(layer, known) for layer in layers)}
-        handles, references = [], []
+        references = []
 
         def keep_reference(module: nn.Module, args: Any, output: Any) -> None:
             if referencing():
                 references.append(select_output(output).detach())
 
+        handle = model.register_forward_hook(keep_reference)
         try:
-            handles.append(model.register_forward_hook(keep_reference))
-            for name, tap in taps.items():
-                handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
-            # Tensors made in inference mode cannot take part in autograd, but copies can.
-            leaf = (data.clone() if data.is_inference() else data.detach()).requires_grad_()
-            with torch.enable_grad():
+            with _tapped(model, layers) as called, torch.enable_grad():
+                # Tensors made in inference mode cannot take part in autograd, but copies can.
+                leaf = (data.clone() if data.is_inference() else data.detach()).requires_grad_()
                 output = select_output(model(leaf.clone()))  # a model may change its input in place
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         _check_explained("the model's output", output)
         _check_batch("the model's output", output, len(leaf))
-        uses = {}
-        for layer, role in layers.items():
-            name, number = _split(layer, known)
-            use = _use(name, number, taps[name].uses, role)
-            if use is not None:
-                uses[layer] = use
-                _check_batch(f"the output of layer {layer!r}", use.output, len(leaf))
-                if role == "start":
-                    _check_explained(f"the output of start_layer {layer!r}", use.output)
+        uses = _uses(layers, called, len(leaf))
+        for layer, use in uses.items():
+            if layers[layer] == "start":
+                _check_explained(f"the output of start_layer {layer!r}", use.output)
         output_use = Use(output, Flow(), references[0] if references else None)
         return cls(leaf, output_use, uses, Encoding.of(composite), _sinks(account, len(leaf)))
+
+
+def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Outputs of layers for ``data``, by a forward pass without gradients; without those that it does not use."""
+    recorded = dict.fromkeys(layers, "record")
+    with _tapped(model, recorded) as called, torch.no_grad():
+        model(data.clone())
+    return {layer: use.output for layer, use in _uses(recorded, called, len(data)).items()}
+
+
+@contextmanager
+def _tapped(model: nn.Module, layers: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
+    """Context in which layers are tapped; by layer, which call is meant, and the tap."""
+    known = modules_of(model) if layers else {}
+    meant = {layer: _split(layer, known) for layer in layers}
+    taps = {name: Tap(name) for name, _ in meant.values()}
+    handles = []
+    try:
+        for name, tap in taps.items():
+            handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
+        yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _uses(layers: Mapping[str, str], called: Mapping[str, tuple[int | None, Tap]], n_samples: int) -> dict[str, Use]:
+    """Calls of layers that are meant; without layers to record that are not called."""
+    found = {}
+    for layer, (number, tap) in called.items():
+        use = _use(tap.name, number, tap.uses, layers[layer])
+        if use is not None:
+            found[layer] = use
+            _check_batch(f"the output of layer {layer!r}", use.output, n_samples)
+    return found
 
 
 def _check_explained(what: str, tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from mining_cases import LAYERS, Data, files_of, make_net, rows_of, run, same_rows
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from zennit.composites import NameMapComposite
 from zennit.rules import Epsilon, ZPlus
@@ -523,3 +525,24 @@ def test_progress_shows_rate_and_remaining_time(tmp_path: Path, capfd: pytest.Ca
     run(tmp_path, Data(), progress=True)
     shown = capfd.readouterr().err
     assert "Mining" in shown and "8/21" in shown and "21/21" in shown and "sample/s" in shown
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus(), ZennitEpsilonPlus(), None], ids=["ours", "zennit", "gradient"])
+def test_activations_alone_need_no_backward_pass(tmp_path: Path, composite: Any) -> None:
+    """Nor the forward passes of rules."""
+    same = {"composite": composite, "attribution": CondAttribution(make_net())}
+    both = run(tmp_path / "both", Data(9), **same)
+    calls: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls[func.overloadpacket._qualified_op_name.rpartition("::")[2]] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        alone = run(tmp_path / "alone", Data(8), modes=["activation"], **same)
+    assert calls["convolution"] == 2  # batches
+    assert calls["convolution_backward"] == 0
+    for layer in both.layers:
+        for one, other in zip(both.column(layer, 1, "activation"), alone.column(layer, 1, "activation"), strict=True):
+            np.testing.assert_allclose(one[:8], other, rtol=1e-12)

@@ -22,7 +22,7 @@ from crp.engine import lacks_memory
 from crp.visualization.loading import Problem, Sample, SampleError, load, to_targets
 from crp.visualization.manifest import Array, ShardRecord, TableHeader
 from crp.visualization.shards import make_folder, write_shard
-from crp.visualization.targets import attribute_targets, choose_targets, keeps_graph
+from crp.visualization.targets import attribute_targets, choose_targets, keeps_graph, record_activations
 
 T = TypeVar("T")
 #: Places of samples in a batch, each with its targets; of all of them equally many.
@@ -305,12 +305,8 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
     slots = np.array([of_sample for _, of_sample in unit], np.int64).T
     found: dict[str, list[Array]] = {}
-    layers = list(job.concepts)
-    for result in attribute_targets(job.attribution, batch, targets, job.composite, layers, job.on_device):
-        recorded = {"relevance": result.relevances}
-        if not found:
-            recorded["activation"] = {layer: every[: len(unit)] for layer, every in result.activations.items()}
-        for mode, layer in product([mode for mode in job.header.modes if mode in recorded], layers):
+    for recorded in _get_recorded(job, batch, targets):
+        for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
             columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds)
@@ -322,6 +318,18 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
             arrays[key] = np.concatenate([array] * len(slots))
     sample = np.array([indices[place] for place in places], np.int64)
     return {"sample": np.tile(sample, len(slots)), "target": slots.reshape(-1)} | arrays
+
+
+def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
+    """Relevance of layers, target after target, and once their activation."""
+    layers = list(job.concepts)
+    if "relevance" not in job.header.modes and not job.attribution.overrides("__call__"):
+        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.on_device)}
+        return
+    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.on_device)
+    for number, result in enumerate(results):
+        activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
+        yield {"relevance": result.relevances} | ({} if number else {"activation": activations})
 
 
 def _joined(arrays: list[Array]) -> Array:

@@ -15,6 +15,7 @@ from crp.call import Call
 from crp.concepts import ChannelConcept
 from crp.conditions import Rows, Settings
 from crp.encoding import Encoding
+from crp.forward import record_outputs
 from crp.guard import attached
 from crp.types import AttributionResults
 
@@ -83,6 +84,34 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
 def keeps_graph(composite: Composite | None) -> bool:
     """Whether what a composite does lives in the graph, which then serves one backward pass after the other."""
     return composite is None or Encoding.of(composite).multiplier
+
+
+def record_activations(
+    attribution: CondAttribution,
+    data: Tensor,
+    composite: Composite | None,
+    layers: Sequence[str],
+    on_device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Outputs of layers for every sample, by the forward pass alone.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    data : Tensor of shape (samples, ...)
+    composite : zennit.core.Composite or None
+        Its canonizers may change what layers give.
+    layers : sequence of str
+    on_device : torch.device or str, optional
+
+    Returns
+    -------
+    dict of str to Tensor of shape (samples, ...)
+        Without layers that the forward pass does not use.
+    """
+    with attached(composite or Composite(), attribution.model) as model:
+        found = record_outputs(model, data, layers)
+    return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}
 
 
 def attribute_targets(
