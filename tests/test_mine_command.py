@@ -202,6 +202,8 @@ def wait_for_shards(path: Path) -> None:
         (["--fields", "a,b,c"], "--fields names data and label, not 3 fields"),
         (["--fields", "image"], "has no data at 'image'; it has the keys 'pixels', 'label', 'id'"),
         (["--fields", "pixels"], "label None is no integer class"),
+        (["--mean", "0.5", "--std", "0.2"], "--mean: this dataset gives tensors, which are taken as they are"),
+        (["--size", "8"], "--size: this dataset gives tensors"),
         (["--stop", "13"], "the range 0 to 13 must be within the dataset"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),

@@ -78,7 +78,7 @@ def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: st
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
     from crp.commands.models import load
-    from crp.commands.sources import MULTI_LABEL, load_source, open_source
+    from crp.commands.sources import MULTI_LABEL, gives_pictures, load_source, open_source
     from crp.concepts import ChannelConcept
     from crp.visualization.mining import mine
     from crp.visualization.selection import select_layers
@@ -97,6 +97,11 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     composite = _composite(given["rules"], given["settings"])
     fields = [field for field in given["fields"].split(",") if field]
     dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
+    unused = [f"--{option}" for option in ("size", "mean") if given[option]]
+    if unused and not gives_pictures(dataset):
+        raise CommandError(
+            f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
+        )
     with _client(address) as client:
         return mine(
             CondAttribution(loaded.model.to(_device(given["device"]))),

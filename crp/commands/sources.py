@@ -99,7 +99,7 @@ def load_source(
     else:
         first, *rest = places or _usual_places(source)
         made = Pairs(source, first, rest[0] if rest else None, loaded.prepared)
-    return made, loaded.normalized if _gives_pictures(made) else None
+    return made, loaded.normalized if gives_pictures(made) else None
 
 
 def _usual_places(source: Any) -> list[int | str | None]:
@@ -132,7 +132,8 @@ def as_hot(label: Any) -> list[int]:
 MULTI_LABEL = {"list": as_list, "hot": as_hot}
 
 
-def _gives_pictures(pairs: Pairs) -> bool:
+def gives_pictures(pairs: Pairs) -> bool:
+    """Whether the data of a dataset's items are pictures of Pillow."""
     raw = Pairs(pairs.dataset, pairs.data, None, _is_picture)
     for index in range(min(len(raw), 100)):
         try:
