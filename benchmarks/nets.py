@@ -95,8 +95,14 @@ class Setup(NamedTuple):
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 randomize(module)
-        data = torch.randn(self.batch, 1 if self.net in GREY else 3, self.size, self.size)
+        data = pixels((self.batch, 1 if self.net in GREY else 3, self.size, self.size))
         return model.to(self.device), data.to(self.device)
+
+
+def pixels(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Noise of shape (batch, channels, ...): grey images from 0 to 1, colours as they are after normalisation."""
+    draw = torch.rand if shape[1] == 1 else torch.randn
+    return draw(shape, generator=generator)
 
 
 def randomize(norm: nn.BatchNorm2d) -> None:
@@ -127,7 +133,7 @@ class Samples:
 
     def __init__(self, n: int, shape: tuple[int, ...], classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(n, *shape, generator=generator)
+        self.images = pixels((n, *shape), generator)
         self.labels: list[int] = torch.randint(0, classes, (n,), generator=generator).tolist()
 
     def __len__(self) -> int:
