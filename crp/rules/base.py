@@ -352,8 +352,7 @@ class Rule(Hook):  # type: ignore[misc]
         return self.pre_forward(module, args or tuple(kwargs.values())), {}
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        with torch._C.DisableTorchFunction():  # (nothing that a rule computes is the model's)
-            return self.post_forward(module, args or tuple(kwargs.values()), output)
+        return self.post_forward(module, args or tuple(kwargs.values()), output)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
