@@ -12,6 +12,7 @@ import torch
 from core_cases import Maps, Net, conv_net, deviation, exact, exhibit, heatmap, images, net, within
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.overrides import _get_current_function_mode_stack as modes
 from torch.utils.checkpoint import checkpoint
 
@@ -553,3 +554,22 @@ def test_rule_on_a_module_whose_part_works_in_place_sees_the_input_as_it_was():
             found.append(torch.autograd.grad(model(data.clone()).sum(), data)[0])
     assert found[1].abs().sum() > 0
     assert torch.equal(*found)
+
+
+def test_modes_of_the_caller_act_in_rules():
+    """Such as a default device, which decides where a rule's constants are."""
+
+    class Constants(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            made.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Shifted(Rule):
+        def surrogate(self, layer, a):
+            return layer(a) + torch.zeros(())
+
+    made = []
+    with Constants():
+        model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 2)).double().eval()
+        CondAttribution(model)(images(1), [{"y": 0}], Composite(layer_map=[(nn.Conv2d, Shifted())]))
+    assert "zeros" in made
