@@ -87,18 +87,6 @@ def one_row(results: AttributionResults, row: int) -> AttributionResults:
     )
 
 
-def test_an_error_of_a_rule_comes_as_it_is() -> None:
-    class Fails(Rule):
-        def surrogate(self, layer: Any, a: Tensor) -> Tensor:
-            z = layer(a)
-            z.register_hook(lambda grad: 1 / 0)
-            return z
-
-    composite = Composite(layer_map=[(nn.Conv2d, Fails())])
-    with pytest.raises(ZeroDivisionError):
-        CondAttribution(small_net())(SMALL, [{"y": 0, "conv2": k} for k in range(4)], composite)
-
-
 @pytest.mark.parametrize("message", ["[enforce fail] DefaultCPUAllocator: can't allocate memory", "another"])
 def test_memory_is_not_asked_for_twice(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
