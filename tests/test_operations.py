@@ -27,6 +27,7 @@ from crp.composites import (
     GuidedBackprop,
 )
 from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, Rule, ZPlus
+from crp.rules.operation import Operations
 
 
 @pytest.fixture(autouse=True)
@@ -356,6 +357,26 @@ def test_failing_model_leaves_nothing(composite, error, untouched):
     assert not modes()
     broken.clear()
     assert torch.equal(heatmap(model, composite), wanted)
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_failing_layer_leaves_the_modes_of_the_caller(error, untouched):
+    class Broken(nn.Linear):
+        def forward(self, input):
+            assert ours not in [type(mode).__module__ for mode in modes()]  # (its rule covers what it calls)
+            raise error("broken")
+
+    class Callers(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    ours = Operations.__module__
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), Broken(32, 2)).double().eval()
+    with Callers() as mode:
+        with untouched(model), pytest.raises(error):
+            CondAttribution(model)(images(1), [{"y": 0}], EpsilonPlus())
+        assert modes() == [mode]
+    assert not modes()
 
 
 def test_generator_that_is_dropped_half_way(untouched):

@@ -175,7 +175,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 self.handles.append(_Lasting(state))
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             context: dict[str, Any] = {"plan": plan}
-            for name, child in modules_of(module).items():
+            for name, child in modules_of(module).items():  # (canonizers may have changed it)
                 rule = self.module_map(context, name, child)
                 if rule is not None or name in plan:
                     self._put(name, child, rule, mode)
@@ -372,7 +372,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             return
         _running.set(None)
         if self._entered:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            mode.leave()
         if referencing():
             return
         mode.finish(completed=output is not None)

@@ -27,6 +27,12 @@ _FLAGGED = frozenset(
     "celu elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 rrelu selu silu threshold _threshold".split()  # noqa: SIM905
 )
 
+#: Functions that look at a tensor without reading its values.
+METADATA = frozenset(
+    """get len data_ptr dim element_size get_device is_contiguous is_floating_point ndimension nelement numel size
+    storage_offset stride detach requires_grad register_hook retain_grad""".split()  # noqa: SIM905
+)
+
 #: Methods behind ``+=`` and the like.
 _AUGMENTED = frozenset(
     f"__i{name}__"

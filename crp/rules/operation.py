@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from crp.notices import warn
 from crp.reference import on_reference
 from crp.rules.account import Shares
-from crp.rules.calls import custom_function, has_negative, in_place, name_of, out_of_place, overwrites
+from crp.rules.calls import METADATA, custom_function, has_negative, in_place, name_of, out_of_place, overwrites
 from crp.rules.redirect import overwritten
 from crp.rules.signs import NOTED
 
@@ -133,6 +133,7 @@ class Operations(TorchFunctionMode):
         self.model, self.rules, self.right, self.method, self.run = model, rules, right, method, run
         self.treated = 0
         self._covers: list[str] = []
+        self._is_aside = False
         self.recording: list[Operation] | None = None
         self.references: list[Operation] = []
         self.seen: list[Seen] | None = None
@@ -148,7 +149,7 @@ class Operations(TorchFunctionMode):
         name = name_of(func)
         rule = self.rules.get(name)
         known = name in self.rules or self.right is None or name in self.right
-        if name in _METADATA:
+        if name in METADATA:
             return func(*args, **kwargs)
         result = self._call(name, rule, known, func, args, kwargs)
         if name in NOTED and not (name == "mul" and has_negative(args, kwargs)):
@@ -247,12 +248,24 @@ class Operations(TorchFunctionMode):
 
     def cover(self, layer: str) -> None:
         """From now on functions belong to a layer that has a rule."""
+        if not self._covers and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            self._is_aside = True  # (being asked for each function has its price)
+            self.__exit__(None, None, None)
         self._covers.append(layer)
 
     def uncover(self) -> None:
         """The layer that was covered last is done."""
         if self._covers:
             self._covers.pop()
+        if self._is_aside and not self._covers:
+            self._is_aside = False
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self) -> None:
+        """End of the forward pass, which may have been interrupted inside a layer that has a rule."""
+        if not self._is_aside:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._is_aside = False
 
     def record(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the model on a reference, and keep the operations that have a rule.
@@ -316,11 +329,6 @@ KEEPING = AFFINE | frozenset(
     """addbmm addmv addr baddbmm cat column_stack concat concatenate copy dstack fill hstack index_copy index_fill
     index_put lerp masked_fill masked_scatter put row_stack scatter scatter_add select_scatter setitem slice_scatter
     stack subtract vstack where""".split()  # noqa: SIM905
-)
-#: Functions that look at a tensor without reading its values.
-_METADATA = frozenset(
-    """get len data_ptr dim element_size get_device is_contiguous is_floating_point ndimension nelement numel size
-    storage_offset stride detach requires_grad register_hook retain_grad""".split()  # noqa: SIM905
 )
 
 
