@@ -207,7 +207,8 @@ class Call:
         back = self._backward(passed, rows, settings, last)
         uses = passed.uses
         activations = {name: rows.select(use.output, copy=not last) for name, use in uses.items()}
-        read = {name: passed.encoding.read(back.found[name], rows_of(uses[name], rows)) for name in uses}
+        # (what arrived at a layer is gone when the next one is read, so that its memory serves again)
+        read = {name: passed.encoding.read(back.found.pop(name), rows_of(uses[name], rows)) for name in uses}
         # What rows share becomes each row's own, so that the caller may write into it.
         relevances = {name: t.contiguous() if t.stride()[:1] == (0,) else t for name, t in read.items()}
         explained = rows.select(passed.data)
