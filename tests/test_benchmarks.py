@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -307,3 +311,36 @@ def test_the_command_lists_its_sections():
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.output.splitlines()] == list(SECTIONS)
     assert CliRunner().invoke(main, ["nothing"]).exit_code == 2
+
+
+def test_each_section_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[Any], check: bool) -> None:
+        assert check
+        commands.append([str(part) for part in command])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    page = tmp_path / "page.md"
+    result = CliRunner().invoke(main, ["counts", "small", "--quick", "--markdown", str(page)])
+    assert result.exit_code == 0, result.output
+    assert [command[1:4] for command in commands] == [["-m", "benchmarks", "counts"], ["-m", "benchmarks", "small"]]
+    assert commands[0][4:6] == commands[1][4:6]  # one file of figures
+    assert all(command[6:] == ["--device", "cpu", "--quick"] for command in commands)
+    assert page.exists()
+
+
+def test_a_section_is_printed_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases() -> list[Case]:
+        def make() -> dict[str, Any]:
+            return {"one": lambda: None, "two": lambda: None}
+
+        return [Case("nothing", make, (Ratio("two ÷ one", "two", "one"),), rounds=1)]
+
+    monkeypatch.setitem(SECTIONS, "counts", SimpleNamespace(TITLE="a title", cases=cases))
+    kept = tmp_path / "figures.json"
+    result = CliRunner().invoke(main, ["counts", "--json", str(kept)])
+    assert result.exit_code == 0, result.output
+    assert "counts: a title" in result.output
+    assert "two ÷ one" in result.output
+    assert list(json.loads(kept.read_text())) == ["counts"]
