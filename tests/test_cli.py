@@ -103,17 +103,25 @@ def test_scikit_learn_is_missing(tmp_path, monkeypatch):
     assert 'python -m pip install "concept-relevance[demo]"' in result.output
 
 
+#: `python -m crp` that hears of Ctrl-C also where the tests run in the background, which ignores it.
+LISTENING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("crp", run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "crp", "demo", "--out", str(out), "--epochs", "1000", "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(out / "net.safetensors", process)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    command = [sys.executable, "-c", LISTENING, "demo", "--out", str(out), "--epochs", "1000", "--quiet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(out / "net.safetensors", process)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert f"Interrupted. What is done is kept in {out}; the same command goes on from there." in stderr
     assert "Traceback" not in stderr
