@@ -89,6 +89,7 @@ class _Recorder(TorchFunctionMode):
                     first = self._parameters.setdefault(id(parameter), full)
                     self.trace.parameter_readers[full] = self.trace.parameter_readers.get(first, [])
         self._stack: list[ModuleCall] = []
+        self._is_paused = False
         # A tensor is known by its id, as long as the reference beside it is alive. Its version tells whether it was
         # written through another view since; by whom, `_writes` tells (by storage).
         self._nodes: dict[int, tuple[weakref.ref[Tensor], Node, int | None]] = {}
@@ -112,6 +113,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
+        if self._is_paused:
+            return func(*args, **kwargs)
         if name == "multi_head_attention_forward":
             with self:
                 return opened(func)(*args, **kwargs)
@@ -198,14 +201,16 @@ class _Recorder(TorchFunctionMode):
             return output
 
         with contextlib.ExitStack() as stack:
+            # (of `nn.Module`, as those of scripted modules refuse)
+            before_forward, after_forward = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
             for layer, module in model.named_modules():
                 for register, hook, options in (
-                    (module.register_forward_pre_hook, enter, {"prepend": True, "with_kwargs": True}),
-                    (module.register_forward_pre_hook, entered, {"with_kwargs": True}),
-                    (module.register_forward_hook, leave, {"prepend": True}),
-                    (module.register_forward_hook, left, {}),
+                    (before_forward, enter, {"prepend": True, "with_kwargs": True}),
+                    (before_forward, entered, {"with_kwargs": True}),
+                    (after_forward, leave, {"prepend": True}),
+                    (after_forward, left, {}),
                 ):
-                    stack.callback(register(partial(hook, layer), **options).remove)
+                    stack.callback(register(module, partial(hook, layer), **options).remove)
             yield
 
     def _current(self, layer: str) -> ModuleCall | None:
@@ -218,9 +223,12 @@ class _Recorder(TorchFunctionMode):
 
     def _hand_out(self, call: ModuleCall, output: Any) -> Any:
         """Record the outputs of a call that ends; returns what the module shall return."""
-        if isinstance(output, Tensor) and self.find(output) in call.inputs:
+        if isinstance(output, Tensor) and (node := self.find(output)) is not None and node in call.inputs:
             # The input itself: identity, dropout in evaluation. An alias tells its readers from those of the input.
+            node.readers.append(Reader("identity", call))
+            self._is_paused = True
             output = output.detach()
+            self._is_paused = False
         for tensor in tensors_in(output):
             maker = self.find(tensor)
             if maker is not None and maker in call.inputs:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 #: What holds no state that a forward pass changes.
@@ -41,15 +40,22 @@ def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
     Parameters
     ----------
     model : nn.Module
-        Lazy modules stay initialized.
     *inputs
         What the model is called with.
+
+    Raises
+    ------
+    ValueError
+        If parameters or buffers of the model have no shape yet, which the first call would give them for good.
 
     Notes
     -----
     Memory for one copy of the model's tensors is needed meanwhile. What cannot be put back: objects behind objects,
     variables of functions and modules, files.
     """
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(f"{', '.join(lazy)}: no call has given these a shape; call the model once before")
     snapshot = _Snapshot()
     snapshot.keep(model)
     snapshot.keep(inputs)
@@ -109,17 +115,14 @@ class _Snapshot:
                 self._undo.append(partial(module.set_rng_state, module.get_rng_state(*place), *place))
 
     def _keep_module(self, module: nn.Module) -> None:
-        if isinstance(module, LazyModuleMixin):  # its first call gives it another class
-            for child in module.children():
-                self.keep(child)
-            return
         if isinstance(module, torch.jit.ScriptModule):
             self._keep_scripted(module)
         self._keep_container(vars(module), objects=True)
 
     def _keep_scripted(self, module: Any) -> None:
         """Keep attributes that live outside Python."""
-        for name in module._concrete_type.get_attributes():
+        kind: Any = torch._C.ConcreteModuleType.from_jit_type(module._c._type())
+        for name in kind.get_attributes():
             value = module._c.getattr(name)
             self.keep(value)
             self._undo.append(partial(_put_attribute_back, module._c, name, value))
@@ -134,8 +137,6 @@ class _Snapshot:
             self.keep(item, objects)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
-        if is_lazy(tensor):
-            return
         self._devices |= {tensor.device} - {torch.device("cpu"), torch.device("meta")}
         if tensor.is_leaf:
             self.keep(tensor.grad)
@@ -149,7 +150,10 @@ def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content:
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.inference_mode(tensor.is_inference()):
         if _form(tensor) != _form(same):  # resized, or given other memory
             tensor.data = same
-        if not _equals(_once(same), content) if _is_plain(same) else version_of(tensor) != version:
+        if not _is_plain(same):
+            if version_of(tensor) != version or tensor.layout is torch.sparse_coo:  # (which does not count all changes)
+                tensor.copy_(content)
+        elif not _equals(_once(same), content):
             # Batch norm does not count its changes as versions. Neither does this.
             _once(same).data.copy_(content)
 
