@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -87,7 +87,7 @@ class Operand(NamedTuple):
 
     @property
     def origins(self) -> frozenset[int]:
-        """Numbers of the model's inputs that it was made from; none for a constant."""
+        """Numbers of the model's inputs on which it depends; none for a constant."""
         return frozenset() if self.node is None else self.node.origins
 
 
@@ -97,6 +97,7 @@ class FunctionCall:
 
     Attributes
     ----------
+    function : callable
     name : str
         Plain name: `F.relu`, `torch.relu_` and `Tensor.relu` are all ``"relu"``.
     call : ModuleCall or None
@@ -105,18 +106,19 @@ class FunctionCall:
         `Operand` for each tensor; numbers, texts and sequences of these as they were; `Ellipsis` for anything else.
     keywords : dict
         The same.
-    outputs : list of Node
-        What it made, and what it wrote to.
     returned : TensorKind or None
         The result, if it was one tensor.
+    outputs : list of Node
+        What it made, and what it wrote to.
     """
 
+    function: Callable[..., Any] = field(repr=False)
     name: str
     call: ModuleCall | None
-    arguments: tuple[Any, ...] = field(default=(), repr=False)
-    keywords: dict[str, Any] = field(default_factory=dict, repr=False)
+    arguments: tuple[Any, ...] = field(repr=False)
+    keywords: dict[str, Any] = field(repr=False)
+    returned: TensorKind | None = field(repr=False)
     outputs: list[Node] = field(default_factory=list, repr=False)
-    returned: TensorKind | None = field(default=None, repr=False)
 
     def ran(self, reader: Reader) -> bool:
         """Whether a reader is this call."""
@@ -134,13 +136,13 @@ class FunctionCall:
 
     @property
     def dependent(self) -> int:
-        """Number of operands that depend on an input of the model."""
+        """Number of operands through which it depends on inputs of the model."""
         return sum(bool(operand.origins) for operand in self.operands)
 
     @property
     def constant(self) -> int:
         """Number of the other operands."""
-        return sum(not operand.origins for operand in self.operands)
+        return len(self.operands) - self.dependent
 
 
 def _operands(values: Collection[Any]) -> Iterator[Operand]:
@@ -183,7 +185,7 @@ class Node:
     readers : list of Reader
         Everything that read it.
     origins : frozenset of int
-        Numbers of the model's inputs that it was made from, in the order of all tensors that the model is called with.
+        Numbers of the model's inputs through which a gradient would go back, among all tensors that it is called with.
     function : FunctionCall or None
         The operation.
     maker : Node or None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +61,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
             stack.enter_context(torch.no_grad())
             stack.enter_context(uncompiled(model))
             stack.enter_context(undisturbed(model, args, kwargs))
-            given = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-            named = {key: arg.clone() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
+            given, named = _copied(list(args)), _copied(kwargs)
             for number, tensor in enumerate(tensors_in((given, named))):
                 recorder.keep(tensor, Node("input", "input", None, [], origins=frozenset([number])))
             stack.enter_context(recorder.hooks(model))
@@ -115,9 +113,6 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if self._is_paused:
             return func(*args, **kwargs)
-        if name == "multi_head_attention_forward":
-            with self:
-                return opened(func)(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         sources, versions = self.find_all(given), [version_of(tensor) for tensor in given]
         arguments = self._recordable(args), {key: self._recordable(value) for key, value in kwargs.items()}
@@ -133,7 +128,7 @@ class _Recorder(TorchFunctionMode):
             return result
 
         call = self._stack[-1] if self._stack else None
-        function = FunctionCall(_operation(func, name), call, *arguments, returned=_kind(result))
+        function = FunctionCall(func, _operation(func, name), call, *arguments, _kind(result))
         self.trace.operations.append(function)
         reader = Reader(function.name, call, function)
         for node in sources:
@@ -141,13 +136,20 @@ class _Recorder(TorchFunctionMode):
         for tensor in given:
             if id(tensor) in self._parameters:
                 self.trace.parameter_readers[self._parameters[id(tensor)]].append(reader)
-        for tensor in (*written, *new):
-            node = Node("operation", function.name, call, sources, origins=_origins(sources), function=function)
-            function.outputs.append(node)
-            self.keep(tensor, node)
-            if any(tensor is other for other in written):
-                self._writes[_storage(tensor)] = node
+        passes = function.name not in ("detach", "data")
+        for tensor in written:
+            origins = _origins(sources if passes else self.find_all([tensor]))
+            self._writes[_storage(tensor)] = self._made(tensor, function, sources, origins)
+        for tensor in new:
+            differentiable = passes and (tensor.is_floating_point() or tensor.is_complex())
+            self._made(tensor, function, sources, _origins(sources) if differentiable else frozenset())
         return result
+
+    def _made(self, tensor: Tensor, function: FunctionCall, sources: list[Node], origins: frozenset[int]) -> Node:
+        node = Node("operation", function.name, function.call, sources, origins=origins, function=function)
+        function.outputs.append(node)
+        self.keep(tensor, node)
+        return node
 
     def _recordable(self, value: Any) -> Any:
         """An argument of a function without its tensors."""
@@ -245,16 +247,13 @@ class _Recorder(TorchFunctionMode):
         return output
 
 
-@cache
-def opened(function: Any) -> Callable[..., Any]:
-    """Copy of a function that torch writes in Python, whose inner calls a mode sees one by one."""
-    unseen = dict.fromkeys(
-        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
-    )
-    scope = {**function.__globals__, **unseen}
-    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+def _copied(value: Any) -> Any:
+    """Inputs with copies of their tensors, outside autograd; what is in other objects stays."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
