@@ -33,22 +33,29 @@ class Passive:
 
 def structure(model: nn.Module) -> Structure:
     """Changes whenever a module is replaced, gets a hook, or is switched between training and evaluation."""
-    waiting = {key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Passive)}
-    return tuple(
+    entries: list[Any] = [
         (
             weakref.ref(module),
             module.training,
             "forward" in vars(module) and not isinstance(vars(module)["forward"], Passive),
             (*module._forward_hooks,),
-            tuple(key for key in module._forward_pre_hooks if module is not model or key not in waiting),
+            (*module._forward_pre_hooks,),
         )
         for module in modules_of(model).values()
-    )
+    ]
+    *root, hooks = entries[0]
+    if hooks:
+        passive = {key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Passive)}
+        entries[0] = (*root, tuple(key for key in hooks if key not in passive))
+    return tuple(entries)
 
 
 def known(model: nn.Module, key: Structure) -> Trace | None:
     """Record of a forward pass that a model made when it had this structure; None if there is none."""
-    return next((record for other, record in _records.get(model, ()) if other == key), None)
+    for other, record in _records.get(model, ()):
+        if other == key:
+            return record
+    return None
 
 
 def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Structure) -> Trace:

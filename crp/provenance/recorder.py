@@ -16,13 +16,18 @@ from torch.overrides import TorchFunctionMode
 
 from crp.layers import uncompiled, unwrap
 from crp.provenance.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.provenance.state import undisturbed, version_of
+from crp.provenance.state import Snapshot, undisturbed, version_of
 
 #: Functions that look at a tensor without reading its values.
 _METADATA = frozenset(
     """__get__ __len__ data_ptr dim element_size get_device has_names is_complex is_contiguous is_conj is_floating_point
     is_inference is_neg is_pinned is_same_size is_signed ndimension nelement numel result_type size storage_offset
     stride untyped_storage""".split()  # noqa: SIM905
+)
+#: Functions that neither write to a parameter nor hand out a view of it; large ones go into these.
+_READING = frozenset(
+    """addmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d einsum gru linear lstm matmul
+    mm multi_head_attention_forward""".split()  # noqa: SIM905
 )
 #: Longest sequence of numbers that is recorded.
 _LONGEST = 64
@@ -60,7 +65,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(uncompiled(model))
-            stack.enter_context(undisturbed(model, args, kwargs))
+            recorder.snapshot = stack.enter_context(undisturbed(model, args, kwargs, later=recorder.later(model)))
             given, named = _copied(list(args)), _copied(kwargs)
             for number, tensor in enumerate(tensors_in((given, named))):
                 recorder.keep(tensor, Node("input", "input", None, [], origins=frozenset([number])))
@@ -88,6 +93,7 @@ class _Recorder(TorchFunctionMode):
                     self.trace.parameter_readers[full] = self.trace.parameter_readers.get(first, [])
         self._stack: list[ModuleCall] = []
         self._is_paused = False
+        self.snapshot: Snapshot | None = None
         # A tensor is known by its id, as long as the reference beside it is alive. Its version tells whether it was
         # written through another view since; by whom, `_writes` tells (by storage).
         self._nodes: dict[int, tuple[weakref.ref[Tensor], Node, int | None]] = {}
@@ -114,12 +120,16 @@ class _Recorder(TorchFunctionMode):
         if self._is_paused:
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
+        if name not in _READING and name not in _METADATA:
+            self._keep_parameters(given)
         sources, versions = self.find_all(given), [version_of(tensor) for tensor in given]
         arguments = self._recordable(args), {key: self._recordable(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
         if not made and name in _METADATA:
             return result
+        if name == "__get__":  # a view, as `weight.T` is
+            self._keep_parameters(given)
         written = [t for t, version in zip(given, versions, strict=True) if version != version_of(t)]
         if name == "__set__" and len(given) > 1:  # x.data = y
             written.append(given[0])
@@ -151,6 +161,18 @@ class _Recorder(TorchFunctionMode):
         self.keep(tensor, node)
         return node
 
+    @staticmethod
+    def later(model: nn.Module) -> Iterator[Tensor]:
+        """Parameters that can only be changed by functions that the recorder sees."""
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+
+    def _keep_parameters(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) in self._parameters and self.snapshot is not None:
+                self.snapshot.keep_now(tensor)
+
     def _recordable(self, value: Any) -> Any:
         """An argument of a function without its tensors."""
         if isinstance(value, Tensor):
@@ -169,7 +191,7 @@ class _Recorder(TorchFunctionMode):
         """Hooks on all modules: before and after the hooks of others, whose doings count as the module's own."""
         counts: dict[str, int] = {}
         # What went into a call, or came out of it, before the hooks of others.
-        before: dict[ModuleCall, list[tuple[Tensor, int | None]]] = {}
+        before: dict[ModuleCall, list[_Version]] = {}
 
         def enter(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             if _active.get() is not self:  # another thread uses the model
@@ -179,25 +201,29 @@ class _Recorder(TorchFunctionMode):
                 parent.is_leaf = False
             number = counts.get(layer, 0)
             counts[layer] = number + 1
-            call = ModuleCall(layer, type(module), number, parent, inputs=self.find_all(tensors_in((args, kwargs))))
-            call.given = next((kind for value in (*args, *kwargs.values()) if (kind := _kind(value))), None)
-            before[call] = _versions(*args, *kwargs.values())
+            with _looking():
+                call = ModuleCall(layer, type(module), number, parent, inputs=self.find_all(tensors_in((args, kwargs))))
+                call.given = next((kind for value in (*args, *kwargs.values()) if (kind := _kind(value))), None)
+                before[call] = _versions(*args, *kwargs.values())
             self.trace.calls.append(call)
             self._stack.append(call)
 
         def entered(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             if (call := self._current(layer)) is not None:
-                call.input_changed = _differ(before.pop(call), _versions(*args, *kwargs.values()))
+                with _looking():
+                    call.input_changed = before.pop(call) != _versions(*args, *kwargs.values())
 
         def leave(layer: str, module: nn.Module, args: Any, output: Any) -> None:
             if (call := self._current(layer)) is not None:
-                call.returned = _kind(output)
-                before[call] = _versions(output)
+                with _looking():
+                    call.returned = _kind(output)
+                    before[call] = _versions(output)
 
         def left(layer: str, module: nn.Module, args: Any, output: Any) -> Any:
             if (call := self._current(layer)) is None:
                 return None
-            call.output_changed = _differ(before.pop(call), _versions(output))
+            with _looking():
+                call.output_changed = before.pop(call) != _versions(output)
             output = self._hand_out(call, output)
             self._stack.pop()
             return output
@@ -225,26 +251,35 @@ class _Recorder(TorchFunctionMode):
 
     def _hand_out(self, call: ModuleCall, output: Any) -> Any:
         """Record the outputs of a call that ends; returns what the module shall return."""
-        if isinstance(output, Tensor) and (node := self.find(output)) is not None and node in call.inputs:
+        with _looking():
+            node = self.find(output) if isinstance(output, Tensor) else None
+        if node is not None and node in call.inputs:
             # The input itself: identity, dropout in evaluation. An alias tells its readers from those of the input.
             node.readers.append(Reader("identity", call))
             self._is_paused = True
             output = output.detach()
             self._is_paused = False
-        for tensor in tensors_in(output):
-            maker = self.find(tensor)
-            if maker is not None and maker in call.inputs:
-                continue
-            if call.parent is None and maker is not None:
-                maker.readers.append(Reader("the model's output", None))
-            if maker is None or (call.is_leaf and not (maker.call and maker.call.within(call))):
-                node = Node("output", call.layer, call, call.inputs, origins=_origins(call.inputs))
-            else:
-                sources = call.inputs if call.is_leaf else [maker]
-                node = Node("output", call.layer, call, sources, maker.readers, maker.origins, maker=maker)
-            call.outputs.append(node)
-            self.keep(tensor, node)
+        with _looking():
+            for tensor in tensors_in(output):
+                maker = self.find(tensor)
+                if maker is None or maker not in call.inputs:
+                    self._hand_out_one(call, tensor, maker)
         return output
+
+    def _hand_out_one(self, call: ModuleCall, tensor: Tensor, maker: Node | None) -> None:
+        if call.parent is None and maker is not None:
+            maker.readers.append(Reader("the model's output", None))
+        if maker is None or (call.is_leaf and not (maker.call and maker.call.within(call))):
+            node = Node("output", call.layer, call, call.inputs, origins=_origins(call.inputs))
+        else:
+            sources = call.inputs if call.is_leaf else [maker]
+            node = Node("output", call.layer, call, sources, maker.readers, maker.origins, maker=maker)
+        call.outputs.append(node)
+        self.keep(tensor, node)
+
+
+#: Context in which questions about tensors are no operations.
+_looking = torch._C.DisableTorchFunction
 
 
 def _copied(value: Any) -> Any:
@@ -280,12 +315,20 @@ def _kind(value: object) -> TensorKind | None:
     return TensorKind(value.shape, value.dtype) if isinstance(value, Tensor) and not value.is_nested else None
 
 
-def _versions(*values: Any) -> list[tuple[Tensor, int | None]]:
-    return [(value, version_of(value)) for value in values if isinstance(value, Tensor)]
+class _Version:
+    """A tensor as it is; equal to another one if it is the same and nobody wrote to it between."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, version_of(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Version) and self._tensor is other._tensor and self._version == other._version
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-def _differ(one: list[tuple[Tensor, int | None]], other: list[tuple[Tensor, int | None]]) -> bool:
-    return [(id(tensor), version) for tensor, version in one] != [(id(tensor), version) for tensor, version in other]
+def _versions(*values: Any) -> list[_Version]:
+    return [_Version(value) for value in values if isinstance(value, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -29,7 +29,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
+def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
     """Context that leaves a model, what it is called with, and random generators as they were, bit for bit.
 
     Put back are the attributes of all modules, new and deleted ones included; parameters and buffers, whether replaced,
@@ -42,6 +42,12 @@ def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
     model : nn.Module
     *inputs
         What the model is called with.
+    later : iterable of Tensor
+        Tensors whose content is kept only when `Snapshot.keep_now` is called for them, before they are written to.
+
+    Yields
+    ------
+    Snapshot
 
     Raises
     ------
@@ -50,18 +56,18 @@ def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[None]:
 
     Notes
     -----
-    Memory for one copy of the model's tensors is needed meanwhile. What cannot be put back: objects behind objects,
-    variables of functions and modules, files.
+    Memory for one copy of what is kept is needed meanwhile. What cannot be put back: objects behind objects, variables
+    of functions and modules, files.
     """
     lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)}: no call has given these a shape; call the model once before")
-    snapshot = _Snapshot()
+    snapshot = Snapshot(later)
     snapshot.keep(model)
     snapshot.keep(inputs)
     snapshot.keep_random_states()
     try:
-        yield
+        yield snapshot
     finally:
         snapshot.restore()
 
@@ -71,15 +77,23 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-class _Snapshot:
-    """State of everything that can be reached from what was kept."""
+class Snapshot:
+    """State of everything that can be reached from what was kept.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    later : iterable of Tensor
+        Tensors that count only when they are kept themselves.
+    """
+
+    def __init__(self, later: Iterable[Tensor]) -> None:
+        self._later = {id(tensor): tensor for tensor in later}
         self._seen: dict[int, Any] = {}  # (holding the objects, so that their ids stay theirs)
         self._undo: list[Callable[[], object]] = []
         self._devices: set[torch.device] = set()
 
     def restore(self) -> None:
+        """Put everything back."""
         for undo in self._undo:
             undo()
 
@@ -100,6 +114,11 @@ class _Snapshot:
             self._undo.append(state)
         elif objects and _is_of_user(value):
             self._keep_container(vars(value), objects=False)
+
+    def keep_now(self, tensor: Tensor) -> None:
+        """Keep one of the tensors that were left for later; others are kept already, or were never to be."""
+        if self._later.pop(id(tensor), None) is not None:
+            self._keep_content(tensor)
 
     def keep_random_states(self) -> None:
         """Keep the state of global random generators."""
@@ -141,6 +160,10 @@ class _Snapshot:
         if tensor.is_leaf:
             self.keep(tensor.grad)
             self._undo.append(partial(_put_gradient_back, tensor, tensor.grad, tensor.requires_grad))
+        if id(tensor) not in self._later:
+            self._keep_content(tensor)
+
+    def _keep_content(self, tensor: Tensor) -> None:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             same = tensor.detach()  # the same memory, and the shape and type of now
             self._undo.append(partial(_put_tensor_back, tensor, same, version_of(tensor), _once(same).clone()))
