@@ -107,7 +107,7 @@ def test_a_lost_trail_depends_on_all_inputs_of_the_module():
     assert [sorted(operand.origins) for operand in last.operands] == [[0, 1], []]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_scripted_modules_are_calls():
     scripted = torch.jit.trace(nn.Linear(3, 3), X)
     record = trace(nn.Sequential(nn.Linear(3, 3), scripted, nn.Linear(3, 2)), X)
