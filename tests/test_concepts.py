@@ -124,7 +124,7 @@ def test_errors_name_the_layer():
     for neurons in ([1, 2], 3, None):
         with pytest.raises(TypeError, match=r"layer 'conv': mask_rf needs \{channel: positions\}, not "):
             CHANNEL.mask_rf(0, neurons, "conv")
-    for function in (CHANNEL.mask(0, [0], "fc"), CHANNEL.mask_rf(0, {0: [0]}, "fc"), CHANNEL.attribute, CHANNEL.scores):
+    for function in (CHANNEL.mask(0, [0], "fc"), CHANNEL.mask_rf(0, {0: [0]}, "fc"), CHANNEL.scores):
         with pytest.raises(
             ValueError, match=r"layer ('fc'|None) gives \(3,\); channels need \(batch, channel, \*space\)"
         ):
