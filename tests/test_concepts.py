@@ -296,3 +296,12 @@ def test_interface():
     with pytest.raises(NotImplementedError, match=r"Concept does not implement Concept\.reference_sampling"):
         concept.scores(drawn(1, 2))
     assert "ChannelConcept()" in repr({"layer": ChannelConcept()})
+
+
+def test_relevance_of_one_sample_without_its_axis():
+    """G10: ``attribute(relevances["linear"][0])``."""
+    relevance = torch.tensor([1.0, -3.0, 0.0])
+    assert torch.equal(CHANNEL.attribute(relevance, abs_norm=False), relevance[None])
+    assert torch.equal(CHANNEL.attribute(relevance), CHANNEL.attribute(relevance[None]))
+    masked = CHANNEL.attribute(relevance, mask=torch.tensor([0.0, 1.0, 1.0]), abs_norm=False)
+    assert torch.equal(masked, torch.tensor([[0.0, -3.0, 0.0]]))
