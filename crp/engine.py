@@ -250,7 +250,12 @@ class Backward:
             masked = apply_masks(masks, grid.gather(gradient.expand(grid.n_slots, *gradient.shape[1:])))
             root, origin, cotangent = target, repr(name), grid.scatter(masked)
         recorded = {**flow(root, cotangent, self.leaves, outputs, keep_graph), **recorded}
-        return {name: grid.gather(v.expand(grid.n_slots, *v.shape[1:])) for name, v in recorded.items()}
+        of_rows = {}
+        for name, values in recorded.items():
+            if values.shape[1] != grid.n_samples:  # (sinks of regions or parts of the only sample)
+                values = values.sum(1, keepdim=True)
+            of_rows[name] = grid.gather(values.expand(grid.n_slots, *values.shape[1:]))
+        return of_rows
 
     def in_flow(
         self, conditions: dict[int, Condition], start: Tensor, layers: Sequence[str], backward: Callable[..., None]
@@ -291,7 +296,13 @@ class Backward:
                 leaf.grad = None
             for use in self.uses.values():
                 use.flow.reset()
-        return {name: values[index] for name, values in arrived.items() if values is not None}
+        of_rows = {}
+        for name, values in arrived.items():
+            if values is not None and len(values) != len(start):  # (as in `by_layer`)
+                values = values.sum(0, keepdim=True)
+            if values is not None:
+                of_rows[name] = values[index]
+        return of_rows
 
     def _begin(self, conditions: dict[int, Condition], start: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Record and mask what starts at the start layer."""

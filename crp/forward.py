@@ -71,11 +71,11 @@ class ForwardPass:
         account : Sinks, optional
             Where its rules account for what layers keep.
         """
-        references = []
+        references: list[Any] = []
 
         def keep_reference(module: nn.Module, args: Any, output: Any) -> None:
             if referencing():
-                references.append(select_output(output).detach())
+                references.append(output)
 
         handle = model.register_forward_hook(keep_reference)
         try:
@@ -84,7 +84,10 @@ class ForwardPass:
                 inputs = inputs.each(lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
                 for leaf in inputs.explained:
                     leaf.requires_grad_()
-                output = select_output(inputs.run(model))
+                returned = inputs.run(model)
+                # (What is chosen of the output is no part of the model, and no rule's business.)
+                reference = select_output(references[0]).detach() if references else None
+                output = select_output(returned)
         finally:
             handle.remove()
         _check_explained("the model's output", output)
@@ -98,7 +101,7 @@ class ForwardPass:
                     f"layer {layer!r} reads inputs that are passed on only ({', '.join(map(repr, inputs.names))} are "
                     "explained); its relevance is not known, and given as 0"
                 )
-        output_use = Use(output, Flow(), references[0] if references else None)
+        output_use = Use(output, Flow(), reference)
         return cls(inputs, output_use, uses, Encoding.of(composite), _sinks(account, len(inputs)))
 
 
@@ -172,10 +175,11 @@ def _sinks(account: Sinks | None, n_samples: int) -> dict[str, Use]:
     found = {}
     for layer, sinks in (account.sinks if account is not None else {}).items():
         for number, sink in enumerate(sinks):
-            if len(sink) != n_samples:
+            if len(sink) != n_samples > 1:
                 raise ValueError(
                     f"layer {layer!r} has outputs with {len(sink)} rows for {n_samples} samples; what it keeps cannot "
-                    "be told apart by sample"
+                    "be told apart by sample. Give one sample (and one condition, if exclude_parallel is False) at a "
+                    "time"
                 )
             use = found[f"{SINK}{layer}#{number}"] = Use(sink, Flow())
             sink.register_hook(use.flow)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import torch
 import zennit.composites
 from attribution_cases import close, same, stack
 from torch import nn
+from zennit.canonizers import Canonizer
 from zennit.composites import NameMapComposite
 from zennit.rules import Epsilon as ZennitEpsilon
 from zennit.rules import ZPlus as ZennitZPlus
@@ -153,9 +154,16 @@ def test_nothing_is_remembered_of_composites_that_are_gone(vgg_bn, images):
     del composite
     gc.collect()
     assert not guard._modules and not guard._of_calls
-    with pytest.raises(ValueError, match="no rule for any layer"):
-        ExcitationBackprop(layer_map=[]).register(nn.Sequential(nn.Flatten()))
-    assert not guard._modules
+
+    class Breaks(Canonizer):
+        def apply(self, root_module: nn.Module) -> list[Canonizer]:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        EpsilonPlus([Breaks()]).register(vgg_bn)
+    with pytest.raises(ZeroDivisionError):
+        CondAttribution(vgg_bn)(images, CONDITIONS, EpsilonPlus([Breaks()]))
+    assert not guard._modules and not guard._of_calls
 
 
 def test_threads_do_not_take_a_call_of_another_for_a_hand(vgg_bn, images):

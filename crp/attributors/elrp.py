@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from crp.composites import Composite, Functions
 from crp.composites.base import Canonizers, LayerMap
