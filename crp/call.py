@@ -218,6 +218,7 @@ class Call:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
         back = self._backward(passed, rows, settings, last)
         uses, encoding = passed.uses, passed.encoding
+        keeps = encoding.multiplier and settings.multipliers
 
         def own(tensor: Tensor) -> Tensor:
             # What rows share becomes each row's own, so that the caller may write into it.
@@ -229,7 +230,7 @@ class Call:
         for name, use in uses.items():
             arrived = back.found.pop(name)
             relevances[name] = own(encoding.read(arrived, rows_of(use, rows)))
-            if encoding.multiplier:
+            if keeps:
                 multipliers[name] = relevances[name] if encoding.as_multiplier else own(arrived)
         heatmaps = []
         for leaf, relevance in zip(passed.inputs.explained, back.relevances, strict=True):
@@ -242,7 +243,7 @@ class Call:
             relevances,
             own(back.prediction),
             encoding=encoding.name,
-            multipliers=multipliers if encoding.multiplier else None,
+            multipliers=multipliers if keeps else None,
         )
         return result, back.relevances
 

@@ -196,6 +196,8 @@ class Settings:
     on_device: torch.device | str | None
     exclude_parallel: bool
     explain: Any = None
+    #: Whether results keep what arrived at layers beside its product with the activation.
+    multipliers: bool = True
     #: First of the rows that are computed now, how many there are in a part, and in all parts.
     begin: int = 0
     batch_size: int = 0

@@ -82,7 +82,7 @@ def test_operations_on_one_image_its_regions_and_on_numbers(composite, image, ex
 @both
 def test_operations_on_one_of_several_images_are_refused(composite, untouched):
     model = detector()
-    with untouched(model), pytest.raises(ValueError, match=r"has outputs with \d rows for 2 samples; .* Give one sample"):
+    with untouched(model), pytest.raises(ValueError, match=r"with \d rows for 2 samples; .* Give one sample"):
         CondAttribution(model).absorbed(IMAGES, [{"y": 1}], composite)
 
 

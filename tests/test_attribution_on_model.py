@@ -11,7 +11,7 @@ import torch
 import zennit.composites
 from attribution_cases import close, same, stack
 from torch import nn
-from zennit.canonizers import Canonizer
+from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import NameMapComposite
 from zennit.rules import Epsilon as ZennitEpsilon
 from zennit.rules import ZPlus as ZennitZPlus
@@ -73,7 +73,7 @@ def test_parts_outlast_the_context(vgg_bn, images):
 @pytest.mark.parametrize("canonized", [False, True])
 def test_composite_of_zennit_on_the_model(vgg_bn, images, canonized):
     """It propagates relevance itself, as what has no composite does."""
-    canonizers = [zennit.canonizers.SequentialMergeBatchNorm()] if canonized else []
+    canonizers = [SequentialMergeBatchNorm()] if canonized else []
 
     def make() -> Any:
         return zennit.composites.EpsilonPlus(canonizers=canonizers)
@@ -155,8 +155,8 @@ def test_nothing_is_remembered_of_composites_that_are_gone(vgg_bn, images):
     gc.collect()
     assert not guard._modules and not guard._of_calls
 
-    class Breaks(Canonizer):
-        def apply(self, root_module: nn.Module) -> list[Canonizer]:
+    class Breaks(SequentialMergeBatchNorm):
+        def apply(self, root_module: nn.Module) -> list[Any]:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -147,7 +147,10 @@ def attribute_targets(
         for slot in slots:
             yield attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
         return
-    settings = Settings(layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False)
+    # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
+    settings = Settings(
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
+    )  # fmt: skip
     call = Call.plan(attribution, data, slots[0], composite, settings)
     rows = Rows(tuple(range(len(data))) * len(slots), tuple(condition for slot in slots for condition in slot))
     at_once = len(data) if keeps_graph(composite) else len(rows)
