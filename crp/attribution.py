@@ -23,6 +23,7 @@ from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap, Rows, Settings, initial_relevance
 from crp.engine import fill_grad, send_back
 from crp.forward import tensor_in
+from crp.inputs import Data, Explain, Inputs
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
@@ -96,7 +97,7 @@ class CondAttribution:
 
     def __call__(
         self,
-        data: Tensor,
+        data: Data,
         conditions: Sequence[Condition],
         composite: Composite | None = None,
         record_layer: Sequence[str] = (),
@@ -105,20 +106,24 @@ class CondAttribution:
         init_rel: Any = None,
         on_device: torch.device | str | None = None,
         exclude_parallel: bool = True,
+        *,
+        explain: Explain = None,
     ) -> AttributionResults:
         """Relevance of the data, and of recorded layers, for every (sample, condition).
 
         Parameters
         ----------
-        data : Tensor of shape (samples, *input shape)
-            It need not require a gradient.
+        data : Tensor of shape (samples, *input shape), or tuple or dict of them
+            It need not require a gradient. A tuple holds the positional arguments of a model with several inputs, a
+            dict its keyword arguments; numbers, strings and None among them are passed on as they are.
         conditions : list of dict
             ``{layer name: concept ids, "y": targets}``. Relevance flows through these concepts of these layers only;
             it starts at the targets (several are summed). As many conditions as samples are paired with them;
             otherwise every sample meets every condition, and rows come sample by sample. An empty list of ids lets
             nothing through.
         composite : zennit.core.Composite, optional
-            Rules and canonizers: one of ours or of zennit's. None is the plain gradient.
+            Rules and canonizers: one of ours or of zennit's. None is the plain gradient or, within its context, the
+            composite that is on the model.
         record_layer : sequence of str
             Layers whose activations and relevances are returned, beside those that are conditioned or started from. A
             layer that is called several times is recorded at its last call; ``"name#0"`` names the first.
@@ -134,32 +139,39 @@ class CondAttribution:
         exclude_parallel : bool
             Whether relevance flows through the conditioned layers only, and not past them through parallel branches.
             Layers of a condition are then named from the output to the input.
+        explain : int, str, or sequence of these, optional
+            Positions (in a tuple) or names (in a dict) of the inputs that are explained: all floating-point tensors by
+            default. Others, such as ids or masks, are passed on.
 
         Returns
         -------
         AttributionResults
-            ``heatmap, activations, relevances, prediction``, one row per (sample, condition) in the caller's order.
+            ``heatmap, activations, relevances, prediction``, one row per (sample, condition) in the caller's order. The
+            heatmap is a tensor where one input is explained. For several it has the form of the data, a tuple or dict,
+            with None for inputs that are passed on.
 
         Raises
         ------
         KeyError
-            If a layer is not in the model.
+            If a layer is not in the model, or an input to explain not in the data.
         ValueError, TypeError, IndexError
             If conditions, data, targets or initial relevance do not fit; the message names which, and what would be
             right.
         RuntimeError
-            If the layers of a condition are not in order (with ``exclude_parallel``).
+            If the layers of a condition are not in order (with ``exclude_parallel``), or a composite is given while
+            another one is on the model.
         """
-        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
+        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         planned = Call.plan(self, data, conditions, composite, call)
-        result, relevance = planned.all_rows()
+        result, relevances = planned.all_rows()
         if not self.overrides("broadcast"):
-            fill_grad(data, planned.rows.samples, relevance, self.overwrite_data_grad)
+            for tensor, relevance in zip(planned.given, relevances, strict=True):
+                fill_grad(tensor, planned.rows.samples, relevance, self.overwrite_data_grad)
         return result
 
     def generate(
         self,
-        data: Tensor,
+        data: Data,
         conditions: Sequence[Condition],
         composite: Composite | None = None,
         record_layer: Sequence[str] = (),
@@ -170,6 +182,8 @@ class CondAttribution:
         on_device: torch.device | str | None = None,
         exclude_parallel: bool = True,
         verbose: bool = True,
+        *,
+        explain: Explain = None,
     ) -> Iterator[AttributionResults]:
         """Attribute many conditions in parts of ``batch_size`` rows, so that memory does not grow with their number.
 
@@ -190,29 +204,33 @@ class CondAttribution:
         """
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
-        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel)
+        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         planned = Call.plan(self, data, conditions, composite, call)
         n_parts = -(-len(planned.rows) // batch_size)
         return self._show(planned.parts(batch_size), n_parts, verbose)
 
     def absorbed(
         self,
-        data: Tensor,
+        data: Data,
         conditions: Sequence[Condition],
-        composite: Composite,
+        composite: Composite | None,
         mask_map: MaskMap = ChannelConcept.mask,
         start_layer: str | None = None,
         init_rel: Any = None,
         exclude_parallel: bool = True,
+        *,
+        explain: Explain = None,
     ) -> AbsorbedRelevance:
         """Relevance that layers keep, and do not hand on to the data: with biases, or where nothing contributed.
 
-        Takes the parameters of `__call__`. For each row, ``initial = input + sum of what layers kept + rest``, and the
-        rest is 0 but for what conditions mask.
+        Takes the parameters of `__call__`. For each row, ``initial = input + sum of what layers kept + rest``. The
+        input's is the sum over all inputs that are explained; the rest is 0 but for what conditions mask, and what
+        belongs to inputs that are passed on.
 
         Parameters
         ----------
-        composite : crp.composites.Composite
+        composite : crp.composites.Composite or None
+            None for the one that is on the model.
 
         Returns
         -------
@@ -223,7 +241,7 @@ class CondAttribution:
         TypeError
             If the composite is one of zennit, which keeps no account.
         """
-        call = Settings((), mask_map, start_layer, init_rel, None, exclude_parallel)
+        call = Settings((), mask_map, start_layer, init_rel, None, exclude_parallel, explain)
         return Call.plan(self, data, conditions, composite, call).absorbed()
 
     def relevance_init(self, prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
@@ -245,7 +263,9 @@ class CondAttribution:
         return initial_relevance(prediction, target_list, init_rel)
 
     def heatmap_modifier(self, data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
-        """Heatmap from ``data.grad``, the relevance of the data; override it for inputs without a channel axis.
+        """Heatmap from ``data.grad``, the relevance of an input; override it for inputs without a channel axis.
+
+        Called once for each input that is explained.
 
         Parameters
         ----------
@@ -255,10 +275,11 @@ class CondAttribution:
         Returns
         -------
         Tensor of shape (rows, *space)
-            Sum over the channels.
+            Sum over the channels; the relevance itself of an input of one number for each row, (rows,).
         """
         assert data.grad is not None
-        heatmap = data.grad.detach().sum(dim=1)
+        heatmap = data.grad.detach()
+        heatmap = heatmap.sum(dim=1) if heatmap.dim() > 1 else heatmap
         return heatmap.to(on_device) if on_device else heatmap
 
     def backward(
@@ -289,21 +310,22 @@ class CondAttribution:
         steps = {name: layer_out[name] for name in layer_names} if partial_backward else {}
         send_back(pred, grad_mask.to(pred), steps, generate)
 
-    def broadcast(self, data: Tensor, conditions: Sequence[Condition]) -> tuple[Tensor, Sequence[Condition]]:
+    def broadcast(self, data: Any, conditions: Sequence[Condition]) -> tuple[Any, Sequence[Condition]]:
         """Pair data with conditions, one row each; override it for another pairing.
 
         Parameters
         ----------
-        data : Tensor of shape (samples, *input shape)
+        data : Tensor of shape (samples, *input shape), or tuple or dict of them
         conditions : sequence of dict
 
         Returns
         -------
-        data : Tensor of shape (rows, *input shape)
+        data : Tensor of shape (rows, *input shape), or tuple or dict of them
         conditions : sequence of dict, one per row
         """
-        rows = Rows.broadcast(len(data), conditions)
-        return data[list(rows.samples)], list(rows.conditions)
+        inputs = Inputs.of(data)
+        rows = Rows.broadcast(len(inputs), conditions)
+        return inputs.each(lambda tensor: tensor[list(rows.samples)]).data, list(rows.conditions)
 
     def select_output(self, output: Any) -> Tensor:
         """Tensor to explain in what the model returns: what ``output`` says, or else itself or its ``logits``."""

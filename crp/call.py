@@ -10,20 +10,13 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.conditions import (
-    Rows,
-    Settings,
-    check_conditions,
-    check_data,
-    check_start,
-    check_targets,
-    mask_factory,
-)
+from crp.conditions import Rows, Settings, check_conditions, check_start, check_targets, row_masks
 from crp.encoding import Encoding, average
 from crp.engine import Backward
 from crp.forward import SINK, ForwardPass, check_layers
-from crp.guard import attached, check_composite
+from crp.guard import attached, composite_on, is_on, rules_of_zennit
 from crp.hooks import Use
+from crp.inputs import Data, Inputs, Tensors
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
 
@@ -39,14 +32,18 @@ class Call:
     ----------
     attribution : CondAttribution
         Its methods may be overridden.
-    data : Tensor of shape (samples, *input shape)
+    given : tuple of Tensor of shape (samples, *input shape)
+        Inputs that are explained, as the user gave them.
+    inputs : Inputs
     rows : Rows
     composite : zennit.core.Composite or None
+        The one that was given, or that is on the model.
     settings : Settings
     """
 
     attribution: CondAttribution
-    data: Tensor
+    given: Tensors
+    inputs: Inputs
     rows: Rows
     composite: Composite | None
     settings: Settings
@@ -55,14 +52,16 @@ class Call:
     def plan(
         cls,
         attribution: CondAttribution,
-        data: Tensor,
+        data: Data,
         conditions: Sequence[Condition],
         composite: Composite | None,
         settings: Settings,
     ) -> Call:
         """Check everything that can be checked before the model runs."""
-        check_data(data)
-        check_composite(composite)
+        inputs = Inputs.of(data, settings.explain)
+        inputs.check()
+        given = inputs.explained
+        composite = composite_on(attribution.model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise TypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
         model, output_name, start = attribution.model, attribution.MODEL_OUTPUT_NAME, settings.start
@@ -74,22 +73,25 @@ class Call:
         conditions = check_conditions(conditions, output_name, start, settings.init_rel is not None)
         check_layers(model, [] if start is None else [start], "start_layer")
         if not attribution.overrides("broadcast"):
-            rows = Rows.broadcast(len(data), conditions)
+            rows = Rows.broadcast(len(inputs), conditions)
         else:
-            data, conditions = attribution.broadcast(data, conditions)
-            if len(data) != len(conditions):
-                raise ValueError(f"broadcast gave {len(data)} samples and {len(conditions)} conditions; pair them")
-            rows = Rows(tuple(range(len(data))), tuple(conditions))
+            data, conditions = attribution.broadcast(inputs.data, conditions)
+            inputs = Inputs.of(data, settings.explain)
+            inputs.check()
+            if len(inputs) != len(conditions):
+                raise ValueError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
+            rows = Rows(tuple(range(len(inputs))), tuple(conditions))
+        call = cls(attribution, given, inputs.to(attribution.device), rows, composite, settings)
         for layer in rows.layers(output_name):
-            mask_factory(settings.mask_map, layer)
-        return cls(attribution, data.to(attribution.device), rows, composite, settings)
+            row_masks({}, layer, settings.mask_map, call._multiplies())
+        return call
 
-    def all_rows(self) -> tuple[AttributionResults, Tensor]:
-        """Results of all rows, and the relevance of the data, (rows, *input shape)."""
+    def all_rows(self) -> tuple[AttributionResults, list[Tensor]]:
+        """Results of all rows, and the relevance of each input that is explained, (rows, *input shape)."""
         found = []
         for composite in self._members():
             samples, local = self.rows.distinct(self._masks_in_flow())
-            with attached(composite or Composite(), self.attribution.model) as model:
+            with attached(composite, self.attribution.model) as model:
                 passed = self._forward(model, samples, composite)
                 found.append(self._results(passed, local, self.settings, last=True))
         return average(found)
@@ -123,14 +125,23 @@ class Call:
             layers[layer] = layers.get(layer, 0) + back.found[name]
         kept = {layer: dict(zip(account.kinds, shares.unbind(1), strict=True)) for layer, shares in layers.items()}
         initial = passed.encoding.read(back.start, rows_of(back.root, local))
-        return AbsorbedRelevance(initial.flatten(1).sum(1), back.relevance.flatten(1).sum(1), kept)
+        of_inputs = torch.stack([sum_of_rows(relevance).to(initial) for relevance in back.relevances])
+        return AbsorbedRelevance(sum_of_rows(initial), of_inputs.sum(0), kept)
 
     def _members(self) -> list[Composite | None]:
         """Composites whose results are averaged: several, where a method has several references."""
         members_for = getattr(self.composite, "members_for", None)
-        return [self.composite] if members_for is None else list(members_for(self.data))
+        if members_for is None or is_on(self.composite, self.attribution.model):
+            return [self.composite]
+        return list(members_for(self.inputs.explained[0]))
 
-    def _parts(self, composite: Composite | None, batch_size: int) -> Iterator[tuple[AttributionResults, Tensor]]:
+    def _multiplies(self) -> bool:
+        """Whether a gradient flows, or multipliers, and not relevance itself."""
+        if self.composite is None:
+            return not rules_of_zennit(self.attribution.model)
+        return Encoding.of(self.composite).multiplier
+
+    def _parts(self, composite: Composite | None, batch_size: int) -> Iterator[tuple[AttributionResults, list[Tensor]]]:
         passed, passed_samples = None, None
         # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
         keeps = Encoding.of(composite).multiplier or composite is None
@@ -142,7 +153,7 @@ class Call:
             if keeps and passed is not None and samples == passed_samples:
                 found = [self._results(passed, local, settings, last)]
             else:
-                with attached(composite or Composite(), self.attribution.model) as model:
+                with attached(composite, self.attribution.model) as model:
                     passed = self._forward(model, samples, composite)
                     found = [self._results(passed, local, settings, last or not keeps)]
                 passed_samples = samples
@@ -170,9 +181,9 @@ class Call:
             layers[settings.start] = "start"
         expect = getattr(composite, "expect", None)
         if expect is not None:
-            expect(samples, len(self.data))
-        data = self.data if samples == list(range(len(self.data))) else self.data[samples]
-        return ForwardPass.run(model, data, layers, self.attribution.select_output, composite, account)
+            expect(samples, len(self.inputs))
+        inputs = self.inputs.select(samples)
+        return ForwardPass.run(model, inputs, layers, self.attribution.select_output, composite, account)
 
     def _backward(self, passed: ForwardPass, rows: Rows, settings: Settings, last: bool) -> Arrived:
         """Send all rows back through one forward pass."""
@@ -182,9 +193,10 @@ class Call:
         backward = self.attribution.backward if self._masks_in_flow() else None
         uses = passed.uses | passed.sinks
         output_name = self.attribution.MODEL_OUTPUT_NAME
-        passes = Backward(passed.data, root.output, uses, settings, output_name, backward)
-        relevance, found = passes.run(rows, start, last)
-        return Arrived(root, prediction, start, relevance, found)
+        leaves, multiplies = passed.inputs.explained, self._multiplies()
+        passes = Backward(leaves, root.output, uses, settings, output_name, backward, multiplies)
+        relevances, found = passes.run(rows, start, last)
+        return Arrived(root, prediction, start, relevances, found)
 
     def _start(self, prediction: Tensor, value: Tensor, rows: Rows, encoding: Encoding, settings: Settings) -> Tensor:
         """What starts at the root, (rows, *output shape): initial relevance, or that divided by the output."""
@@ -202,28 +214,38 @@ class Call:
 
     def _results(
         self, passed: ForwardPass, rows: Rows, settings: Settings, last: bool
-    ) -> tuple[AttributionResults, Tensor]:
-        """Results of some rows, and the relevance of the data, (rows, *input shape)."""
+    ) -> tuple[AttributionResults, list[Tensor]]:
+        """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
         back = self._backward(passed, rows, settings, last)
-        uses = passed.uses
-        activations = {name: rows.select(use.output, copy=not last) for name, use in uses.items()}
-        # (what arrived at a layer is gone when the next one is read, so that its memory serves again)
-        read = {name: passed.encoding.read(back.found.pop(name), rows_of(uses[name], rows)) for name in uses}
-        # What rows share becomes each row's own, so that the caller may write into it.
-        relevances = {name: t.contiguous() if t.stride()[:1] == (0,) else t for name, t in read.items()}
-        explained = rows.select(passed.data)
-        explained.grad = back.relevance
+        uses, encoding = passed.uses, passed.encoding
+        keeps = encoding.multiplier and settings.multipliers
 
-        def move(tensor: Tensor) -> Tensor:
+        def own(tensor: Tensor) -> Tensor:
+            # What rows share becomes each row's own, so that the caller may write into it.
+            tensor = tensor.contiguous() if tensor.stride()[:1] == (0,) else tensor
             return tensor.to(settings.on_device) if settings.on_device else tensor
 
+        activations = {name: own(rows.select(use.output, copy=not last)) for name, use in uses.items()}
+        relevances, multipliers = {}, {}
+        for name, use in uses.items():
+            arrived = back.found.pop(name)
+            relevances[name] = own(encoding.read(arrived, rows_of(use, rows)))
+            if keeps:
+                multipliers[name] = relevances[name] if encoding.as_multiplier else own(arrived)
+        heatmaps = []
+        for leaf, relevance in zip(passed.inputs.explained, back.relevances, strict=True):
+            explained = rows.select(leaf)
+            explained.grad = relevance
+            heatmaps.append(self.attribution.heatmap_modifier(explained, settings.on_device))
         result = AttributionResults(
-            self.attribution.heatmap_modifier(explained, settings.on_device),
-            {name: move(activation) for name, activation in activations.items()},
-            {name: move(relevance) for name, relevance in relevances.items()},
-            move(back.prediction),
+            passed.inputs.shaped(heatmaps),
+            activations,
+            relevances,
+            own(back.prediction),
+            encoding=encoding.name,
+            multipliers=multipliers if keeps else None,
         )
-        return result, back.relevance
+        return result, back.relevances
 
 
 @dataclass
@@ -237,7 +259,8 @@ class Arrived:
     prediction : Tensor of shape (rows, *root shape)
     start : Tensor of shape (rows, *root shape)
         What started there.
-    relevance : Tensor of shape (rows, *input shape)
+    relevances : list of Tensor of shape (rows, *input shape)
+        Of each input that is explained.
     found : dict of str to Tensor of shape (rows, *layer shape)
         What arrived at each layer and sink.
     """
@@ -245,7 +268,7 @@ class Arrived:
     root: Use
     prediction: Tensor
     start: Tensor
-    relevance: Tensor
+    relevances: list[Tensor]
     found: dict[str, Tensor]
 
 
@@ -253,3 +276,8 @@ def rows_of(use: Use, rows: Rows) -> Tensor:
     """What the relevance of each row counts at a layer, to be read only."""
     value = use.value
     return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else rows.select(value)
+
+
+def sum_of_rows(values: Tensor) -> Tensor:
+    """(rows, ...) to (rows,)."""
+    return values.reshape(len(values), -1).sum(1)

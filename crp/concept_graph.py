@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.concepts import Concept
+from crp.concepts import Concept, mask_of
 from crp.graph import ModelGraph
+from crp.inputs import Data, Explain, Inputs
 from crp.types import AttributionGraphResults, Node
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ class AttributionGraph:
     def set_layer_map(self, layer_map: Mapping[str, Concept]) -> None:
         """Set the concept type of each layer."""
         self.layer_map = dict(layer_map)
-        self.mask_map = {name: concept.mask for name, concept in layer_map.items()}
+        self.mask_map = {name: mask_of(concept) for name, concept in layer_map.items()}
 
     def __call__(
         self,
-        sample: Tensor,
+        sample: Data,
         composite: Composite | None,
         concept_id: Hashable,
         layer_name: str,
@@ -52,12 +53,14 @@ class AttributionGraph:
         abs_norm: bool = True,
         batch_size: int = 16,
         verbose: bool = True,
+        *,
+        explain: Explain = None,
     ) -> AttributionGraphResults:
         """Decompose a concept level by level.
 
         Parameters
         ----------
-        sample : Tensor of shape (1, *input shape)
+        sample : Tensor of shape (1, *input shape), or tuple or dict of them
         composite : zennit.core.Composite, optional
         concept_id : int
             Concept to decompose.
@@ -77,6 +80,8 @@ class AttributionGraph:
             Conditions attributed at a time.
         verbose : bool
             Whether to show progress bars.
+        explain : int, str, or sequence of these, optional
+            Inputs that are explained, as in `CondAttribution`.
 
         Returns
         -------
@@ -90,13 +95,16 @@ class AttributionGraph:
         KeyError
             If a layer has no entry in ``layer_map``.
         """
-        if len(sample) != 1:
-            raise ValueError(f"an attribution graph belongs to one sample; sample has {len(sample)}")
+        inputs = Inputs.of(sample, explain)
+        if len(inputs) != 1:
+            raise ValueError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")
         if (parent_c_id is None) != (parent_layer is None):
             raise ValueError(
                 f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none"
             )
         self._check_mapped([layer_name])
+        # (An overridden `generate` need not know of it.)
+        named: dict[str, Any] = {} if explain is None else {"explain": explain}
         context: dict[str, Any] = {layer_name: [concept_id]} if parent_layer is None else {parent_layer: [parent_c_id]}
         start_layer = None
         if target is not None:
@@ -108,17 +116,17 @@ class AttributionGraph:
         connections: dict[Node, list[tuple[str, Hashable, float]]] = {}
         level = list(nodes)
         for n_kept in width:
-            inputs = list(dict.fromkeys(name for layer, _ in level for name in self.graph.find_input_layers(layer)))
-            self._check_mapped(inputs)
-            if not inputs:
+            before = list(dict.fromkeys(name for layer, _ in level for name in self.graph.find_input_layers(layer)))
+            self._check_mapped(before)
+            if not before:
                 break
             parts = self.attribution.generate(
-                sample, [{layer: [concept], **context} for layer, concept in level], composite, record_layer=inputs,
+                sample, [{layer: [concept], **context} for layer, concept in level], composite, record_layer=before,
                 mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size, exclude_parallel=False,
-                verbose=verbose,
+                verbose=verbose, **named,
             )  # fmt: skip
             relevant = (self._most_relevant(part.relevances, row, abs_norm, n_kept) for part in parts
-                        for row in range(len(part.heatmap)))  # fmt: skip
+                        for row in range(len(part.prediction)))  # fmt: skip
             lower: list[Node] = []
             for node, found in zip(level, relevant, strict=True):
                 for name in self.graph.find_input_layers(node[0]):

@@ -12,13 +12,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crp.types import MaskFn
+from crp.types import MaskFactory, MaskFn
 
 
 class ConceptScores(NamedTuple):
@@ -46,7 +47,16 @@ class Concept:
     mining needs `scores` (or `reference_sampling`, from which the base class derives it), receptive-field references
     `mask_rf`. Concepts whose ids are tuples, not numbers, also define ``column(concept_id, layer_name) -> int``, the
     place of a concept in `attribute` and `scores`.
+
+    Attributes
+    ----------
+    needs_multiplier : bool
+        Whether masks are right for multipliers only, as those that do more than select entries: such as a projection on
+        a direction. They are then refused under composites that propagate relevance itself, as those of zennit do. A
+        function that is no method says so by an attribute of its own.
     """
+
+    needs_multiplier: bool = False
 
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
         """Return a function that keeps only ``concept_ids`` in row ``batch_id`` of a gradient of shape (rows, ...).
@@ -169,7 +179,7 @@ class ChannelConcept(Concept):
 
         Parameters
         ----------
-        relevance : Tensor of shape (batch, channels, *space)
+        relevance : Tensor of shape (batch, channels, *space), or (channels,) of a single sample
         mask : Tensor, optional
             Multiplied with ``relevance`` first; broadcast to its shape.
         layer_name : str, optional
@@ -182,6 +192,8 @@ class ChannelConcept(Concept):
         """
         if isinstance(mask, Tensor):
             relevance = relevance * mask
+        if relevance.dim() == 1:
+            relevance = relevance[None]
         total = _positions(relevance, layer_name).sum(-1)
         return normalize(total) if abs_norm else total
 
@@ -226,6 +238,16 @@ class ChannelConcept(Concept):
     def _ranks_itself(self) -> bool:
         """Whether a subclass has a `reference_sampling` of its own, which may call this one's."""
         return type(self).reference_sampling is not ChannelConcept.reference_sampling
+
+
+def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> MaskFactory:
+    """Mask factory of a concept, which says itself whether it needs multipliers: a static method does not."""
+    make: MaskFactory = getattr(concept, method)
+    if not getattr(concept, "needs_multiplier", False):
+        return make
+    saying: Any = partial(make)
+    saying.needs_multiplier = True
+    return cast(MaskFactory, saying)
 
 
 @dataclass(frozen=True)
@@ -297,8 +319,8 @@ def normalize(value: Tensor, stabilizer: float = 1e-10) -> Tensor:
     return value / (value.abs().sum(-1, keepdim=True) + stabilizer)
 
 
-def as_ids(ids: Any, layer_name: str | None = None) -> list[int]:
-    """Concept ids as a list of int, from an int, a sequence, an array or a tensor.
+def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -> list[int]:
+    """Ids as a list of int, from an int, a sequence, an array or a tensor.
 
     Raises
     ------
@@ -314,7 +336,7 @@ def as_ids(ids: Any, layer_name: str | None = None) -> list[int]:
         return [operator.index(i) for i in listed]
     except TypeError:
         where = "" if layer_name is None else f"layer {layer_name!r}: "
-        raise TypeError(f"{where}concept ids must be integers, not {ids!r}") from None
+        raise TypeError(f"{where}{what} must be integers, not {ids!r}") from None
 
 
 def _channels(tensor: Tensor, layer_name: str | None) -> int:

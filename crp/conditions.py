@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -66,8 +67,8 @@ def check_conditions(
     return list(conditions)
 
 
-def check_data(data: Tensor) -> None:
-    """Raise a clear error if relevance cannot be assigned to the data.
+def check_data(data: Tensor, name: str = "data") -> None:
+    """Raise a clear error, with this name, if relevance cannot be assigned to the data.
 
     Raises
     ------
@@ -78,14 +79,16 @@ def check_data(data: Tensor) -> None:
     """
     if not isinstance(data, Tensor) or not data.is_floating_point():
         kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-        raise TypeError(f"data must be a floating-point tensor, which relevance can be assigned to, not {kind}")
+        raise TypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
-        raise ValueError(f"data has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
+        raise ValueError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
     if torch.isfinite(data.detach().sum()):  # (one pass; a sum that overflows says nothing)
         return
     finite = torch.isfinite(data).reshape(len(data), -1).all(1)
     if not finite.all():
-        raise ValueError(f"data has NaN or infinite values in samples {(~finite).nonzero().flatten().tolist()}")
+        wrong = (~finite).nonzero().flatten().tolist()
+        passed_on = "" if name == "data" else "; an input that is only passed on may have them, see explain="
+        raise ValueError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
 
 
 def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: str) -> list[Any] | None:
@@ -98,28 +101,44 @@ def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: st
                 f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
                 "Leave it out and give init_rel instead."
             )
-        ids, size = _target_ids(target), prediction.shape[1]
+        (ids, elements), size = _target_ids(target), prediction.shape[1]
         if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
             raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
+        shape = tuple(prediction.shape[1:])
+        for place in elements:
+            if len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
+                raise IndexError(
+                    f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
+                    f"{shape} for each sample"
+                )
     return targets
 
 
 def _check_target(targets: Any, what: str) -> None:
-    ids = _target_ids(targets)
-    if ids.size == 0:
+    ids, elements = _target_ids(targets)
+    if ids.size == 0 and not elements:
         raise ValueError(f"{what} is empty; name at least one output, or leave it out")
-    if ids.dtype.kind not in "iu" and (ids.dtype.kind, ids.ndim) != ("b", 1):
+    if ids.size and ids.dtype.kind not in "iu" and (ids.dtype.kind, ids.ndim) != ("b", 1):
         raise TypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
+    for place in elements:
+        if not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
+            raise TypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
 
 
-def _target_ids(targets: Any) -> np.ndarray:
-    """Targets as an array of int, or of bool for a mask of the outputs; of another kind if they are neither."""
+def _target_ids(targets: Any) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+    """Targets as an array of int, or of bool for a mask of the outputs, and elements: the tuples in a list of targets.
+
+    The array is of another kind if they are neither.
+    """
+    elements: list[tuple[Any, ...]] = []
     if isinstance(targets, list | tuple):
-        targets = [_plain(target) for target in targets]
+        elements = [target for target in targets if isinstance(target, tuple)]
+        targets = [_plain(target) for target in targets if not isinstance(target, tuple)]
     try:
-        return np.asarray(_plain(targets))
+        ids = np.asarray(_plain(targets))
     except ValueError:  # ragged
-        return np.asarray(None)
+        ids = np.asarray(None)
+    return (np.zeros(0, int) if elements and ids.size == 0 else ids), elements
 
 
 def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
@@ -146,9 +165,14 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
         ) from None
     if not target_list:
         return selection
-    kept = np.zeros((*prediction.shape[:2], *[1] * (prediction.dim() - 2)), dtype=bool)
-    for row, targets in enumerate(target_list):
-        kept[row, slice(None) if targets is None else _target_ids(targets)] = True
+    chosen = [_target_ids(targets) for targets in target_list]
+    whole = not any(elements for _, elements in chosen)
+    shape = tuple(prediction.shape)
+    kept = np.zeros(shape[:2] + (1,) * (len(shape) - 2) if whole else shape, dtype=bool)
+    for row, (ids, elements) in enumerate(chosen):
+        kept[row, ... if target_list[row] is None else ids] = True
+        for place in elements:
+            kept[row][place] = True
     return torch.where(torch.from_numpy(kept).to(selection.device), selection, 0)
 
 
@@ -171,6 +195,9 @@ class Settings:
     init_rel: Any
     on_device: torch.device | str | None
     exclude_parallel: bool
+    explain: Any = None
+    #: Whether results keep what arrived at layers beside its product with the activation.
+    multipliers: bool = True
     #: First of the rows that are computed now, how many there are in a part, and in all parts.
     begin: int = 0
     batch_size: int = 0
@@ -294,14 +321,38 @@ class Grid:
         return flat if self._identity else flat.index_select(0, self._index)
 
 
-def row_masks(rows: Mapping[int, Condition], layer: str, mask_map: MaskMap) -> list[MaskFn]:
-    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...)."""
+def row_masks(
+    rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True
+) -> list[MaskFn]:
+    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...).
+
+    Raises
+    ------
+    TypeError
+        If one is no function, or needs multipliers where relevance itself flows, and not what ``multiplies``.
+    """
     make = mask_factory(mask_map, layer)
     masks = [make(row, condition[layer], layer) for row, condition in rows.items() if layer in condition]
     for mask in masks:
         if not callable(mask):
             raise TypeError(f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}")
+    if not multiplies and any(map(needs_multiplier, [make, *masks])):
+        raise TypeError(
+            f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
+            "itself, as those of zennit do; use one of crp.composites"
+        )
     return masks
+
+
+def needs_multiplier(mask: object) -> bool:
+    """Whether a mask, or what it is a method of, says that it is right for multipliers only.
+
+    Selecting entries is right for relevance and multipliers alike; projecting on a direction is not.
+    """
+    owners = [mask, getattr(mask, "__self__", None)]
+    if any(getattr(owner, "needs_multiplier", False) for owner in owners):
+        return True
+    return isinstance(mask, partial) and needs_multiplier(mask.func)
 
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ class Encoding:
         )
 
     @property
+    def name(self) -> Literal["multiplier", "relevance"]:
+        """What flows."""
+        return "multiplier" if self.multiplier else "relevance"
+
+    @property
     def starts_from_one(self) -> bool:
         """Whether what starts at a target by default is 1, whatever its value."""
         return self.multiplier and (self.as_multiplier or not self.from_one)
@@ -56,20 +62,27 @@ class Encoding:
         return activation * found if self.multiplier and not self.as_multiplier else found
 
 
-def average(found: Sequence[tuple[AttributionResults, Tensor]]) -> tuple[AttributionResults, Tensor]:
-    """Mean of several results of the same rows, each with the relevance of the data."""
+def average(found: Sequence[tuple[AttributionResults, list[Tensor]]]) -> tuple[AttributionResults, list[Tensor]]:
+    """Mean of several results of the same rows, each with the relevance of the inputs."""
     if len(found) == 1:
         return found[0]
-
-    def mean(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(tensors)).mean(0)
-
     results = [result for result, _ in found]
     first = results[0]
     result = AttributionResults(
-        mean([result.heatmap for result in results]),
+        _mean([result.heatmap for result in results]),
         first.activations,
-        {name: mean([result.relevances[name] for result in results]) for name in first.relevances},
+        _mean([result.relevances for result in results]),
         first.prediction,
+        encoding=first.encoding,
     )
-    return result, mean([relevance for _, relevance in found])
+    return result, [_mean(of_input) for of_input in zip(*(relevance for _, relevance in found), strict=True)]
+
+
+def _mean(found: Sequence[Any]) -> Any:
+    """Mean of tensors, or of what holds them in the same way."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {name: _mean([each[name] for each in found]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_mean(each) for each in zip(*found, strict=True))
+    return None if first is None else torch.stack(list(found)).mean(0)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from crp.conditions import Grid, Rows, Settings, row_masks
 from crp.hooks import Use, apply_masks
+from crp.inputs import Tensors
 from crp.notices import warn
-from crp.types import Condition
+from crp.types import Condition, MaskFn
 
-#: Key of the data among the layers; no layer has this name.
-DATA = ""
+#: Begin of the names of inputs among those of layers; no layer has such a name.
+INPUT = "."
 
 #: Bytes of data whose gradients, throughout a usual convolutional net, stay in a CPU's cache.
 IN_CACHE = 2**19
@@ -33,36 +34,35 @@ ORDER_MESSAGE = (
 
 
 def flow(
-    root: Tensor, cotangent: Tensor, target: Tensor, records: dict[str, Tensor], keep_graph: bool = True
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Gradient that flows from ``root`` to ``target``, for each slot, and what arrives at other tensors on the way.
+    root: Tensor, cotangent: Tensor, goals: Mapping[str, Tensor], records: Mapping[str, Tensor], keep_graph: bool = True
+) -> dict[str, Tensor]:
+    """Gradient that flows from ``root`` to some tensors, for each slot, and what arrives at others on the way.
 
     Parameters
     ----------
     root : Tensor of shape (samples, ...)
     cotangent : Tensor of shape (slots, samples, ...)
-    target : Tensor
+    goals : dict of str to Tensor
+        The inputs, or a layer's output.
     records : dict of str to Tensor
-        Those that are not between root and target are passed over.
+        Those that are not between root and goals are passed over.
     keep_graph : bool
         Whether the graph is needed again.
 
     Returns
     -------
-    gradient : Tensor of shape (slots, *target shape), or None if the flow does not reach ``target``
-    recorded : dict of str to Tensor of shape (slots, *record shape)
+    dict of str to Tensor of shape (slots, *shape)
+        Without goals and records that the flow does not reach.
     """
-    inputs = {DATA: target, **_between(root, target, records)}
+    inputs = {**goals, **_between(root, list(goals.values()), records)}
     if len(cotangent) == 1:
         found = torch.autograd.grad(
             root, list(inputs.values()), cotangent[0], retain_graph=keep_graph, allow_unused=True
         )
         gradients: list[Tensor | None] = [None if g is None else g[None] for g in found]
     else:
-        gradients = _batched(root, list(inputs.values()), cotangent)
-    reached = dict(zip(inputs, gradients, strict=True))
-    gradient = reached.pop(DATA)
-    return gradient, {name: g for name, g in reached.items() if g is not None}
+        gradients = _batched(root, list(inputs.values()), cotangent, sum(goal.nbytes for goal in goals.values()))
+    return {name: g for name, g in zip(inputs, gradients, strict=True) if g is not None}
 
 
 def send_back(root: Tensor, cotangent: Tensor, steps: Mapping[str, Tensor], keep_graph: bool) -> None:
@@ -79,10 +79,10 @@ def send_back(root: Tensor, cotangent: Tensor, steps: Mapping[str, Tensor], keep
 Gradients = list[Tensor | None]
 
 
-def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor) -> Gradients:
-    """Gradients of all slots, for each input that the flow reaches."""
+def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor, n_bytes: int) -> Gradients:
+    """Gradients of all slots, for each input that the flow reaches; a slot's result has so many bytes."""
     grad = partial(torch.autograd.grad, root, inputs, retain_graph=True, allow_unused=True)
-    parts = torch.split(cotangent, _slots_at_once(cotangent, inputs[0]))
+    parts = torch.split(cotangent, _slots_at_once(cotangent, n_bytes))
     # Not every rule can be batched: those of zennit only in torch's older way, one that looks at values in none.
     for way in (_by_vmap, _by_older_vmap):
         try:
@@ -121,18 +121,18 @@ def _joined(parts: list[Gradients], join: Callable[[list[Tensor]], Tensor]) -> G
     return [None if of_input[0] is None else join(list(of_input)) for of_input in found]
 
 
-def _slots_at_once(cotangent: Tensor, data: Tensor) -> int:
+def _slots_at_once(cotangent: Tensor, n_bytes: int) -> int:
     """How many slots are sent back together: on a CPU, only as many as its cache may hold the gradients of."""
     if cotangent.device.type != "cpu":
         return len(cotangent)
-    size = data.numel() * data.element_size()
-    return min(len(cotangent), max(4, IN_CACHE // size))
+    return min(len(cotangent), max(4, IN_CACHE // n_bytes))
 
 
-def _between(root: Tensor, target: Tensor, records: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Records that depend on ``target``; all of them, where it is a leaf such as the data."""
-    records = {name: t for name, t in records.items() if t.requires_grad and t is not root and t is not target}
-    goal = target.grad_fn
+def _between(root: Tensor, goals: Sequence[Tensor], records: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Records that depend on a layer's output, the only goal; all of them, where goals are leaves such as inputs."""
+    others = [root, *goals]
+    records = {name: t for name, t in records.items() if t.requires_grad and not any(t is other for other in others)}
+    goal = goals[0].grad_fn
     if not records or goal is None:
         return records
     leads: dict[Any, bool] = {goal: True}
@@ -154,7 +154,8 @@ class Backward:
 
     Attributes
     ----------
-    data : Tensor of shape (samples, *input shape)
+    inputs : tuple of Tensor of shape (samples, *input shape)
+        Leaves that are explained.
     root : Tensor of shape (samples, ...)
         Where the flow starts: the model's output or a layer's.
     uses : dict of str to Use
@@ -163,24 +164,33 @@ class Backward:
     output_name : str
     backward : callable or None
         `CondAttribution.backward`, or what overrides it, where masks act while the gradient flows.
+    multiplies : bool
+        Whether a gradient flows, or multipliers, and not relevance itself, for which not every mask is right.
     """
 
-    data: Tensor
+    inputs: Tensors
     root: Tensor
     uses: dict[str, Use]
     call: Settings
     output_name: str
     backward: Callable[..., None] | None
+    multiplies: bool
 
-    def run(self, rows: Rows, start: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The inputs that are explained, by names that no layer has."""
+        return {f"{INPUT}{number}": tensor for number, tensor in enumerate(self.inputs)}
+
+    def run(self, rows: Rows, start: Tensor, last: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Send ``start``, of shape (rows, *root shape), back.
 
         Returns
         -------
-        relevance : Tensor of shape (rows, *data shape)
+        relevances : list of Tensor of shape (rows, *input shape)
         recorded : dict of str to Tensor of shape (rows, *output shape of the layer)
         """
-        outputs = {DATA: self.data} | {name: use.output for name, use in self.uses.items()}
+        leaves = self.leaves
+        outputs = leaves | {name: use.output for name, use in self.uses.items()}
         found: dict[str, Tensor] = {}
 
         def zeros(name: str) -> Tensor:
@@ -202,11 +212,10 @@ class Backward:
                     values = (found[name] if name in found else zeros(name)).index_copy_(0, index, values)
                 found[name] = values
         found = {name: found[name] if name in found else zeros(name) for name in outputs}  # (0 where none arrived)
-        relevance = found.pop(DATA)
-        return relevance, found
+        return [found.pop(name) for name in leaves], found
 
     def by_layer(self, rows: Rows, start: Tensor, layers: Sequence[str], keep_graph: bool) -> dict[str, Tensor]:
-        """From conditioned layer to conditioned layer to the data; rows of one sample share the forward pass.
+        """From conditioned layer to conditioned layer to the inputs; rows of one sample share the forward pass.
 
         Parameters
         ----------
@@ -220,9 +229,9 @@ class Backward:
         Returns
         -------
         dict of str to Tensor of shape (rows, ...)
-            What arrives at each layer, and (`DATA`) at the data; rows that share it are views of the same memory.
+            What arrives at each layer and input; rows that share it are views of the same memory.
         """
-        grid = Grid(rows.samples, len(self.data), start.device)
+        grid = Grid(rows.samples, len(self.inputs[0]), start.device)
         conditions = dict(enumerate(rows.conditions))
         outputs = {name: use.output for name, use in self.uses.items()}
         recorded, start = self._begin(conditions, start)
@@ -232,18 +241,21 @@ class Backward:
             cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
         for name in layers:
             target = outputs[name]
-            gradient, seen = flow(root, cotangent, target, outputs) if target.requires_grad else (None, {})
-            if gradient is None:
+            seen = flow(root, cotangent, {name: target}, outputs) if target.requires_grad else {}
+            if name not in seen:
                 raise RuntimeError(ORDER_MESSAGE.format(origin, name))
-            recorded = {**seen, name: gradient, **recorded}
-            masks = row_masks(conditions, name, self.call.mask_map)
+            gradient = seen[name]
+            recorded = {**seen, **recorded}
+            masks = self._masks(conditions, name)
             masked = apply_masks(masks, grid.gather(gradient.expand(grid.n_slots, *gradient.shape[1:])))
             root, origin, cotangent = target, repr(name), grid.scatter(masked)
-        gradient, seen = flow(root, cotangent, self.data, outputs, keep_graph)
-        recorded = {**seen, **recorded}
-        if gradient is not None:
-            recorded[DATA] = gradient
-        return {name: grid.gather(v.expand(grid.n_slots, *v.shape[1:])) for name, v in recorded.items()}
+        recorded = {**flow(root, cotangent, self.leaves, outputs, keep_graph), **recorded}
+        of_rows = {}
+        for name, values in recorded.items():
+            if values.shape[1] != grid.n_samples:  # (sinks of regions or parts of the only sample)
+                values = values.sum(1, keepdim=True)
+            of_rows[name] = grid.gather(values.expand(grid.n_slots, *values.shape[1:]))
+        return of_rows
 
     def in_flow(
         self, conditions: dict[int, Condition], start: Tensor, layers: Sequence[str], backward: Callable[..., None]
@@ -268,26 +280,39 @@ class Backward:
         outputs = {name: use.output for name, use in self.uses.items()}
         for use in self.uses.values():
             known_as = [name for name in layers if self.uses[name] is use]  # "conv", "conv#0", or both
-            masks = [mask for name in known_as for mask in row_masks(conditions, name, self.call.mask_map)]
+            masks = [mask for name in known_as for mask in self._masks(conditions, name)]
             use.flow.reset(partial(apply_masks, masks) if masks else None)
-        self.data.grad = None
+        leaves = self.leaves
+        for leaf in leaves.values():
+            leaf.grad = None
         try:
             backward(self.root, start, self.call.exclude_parallel, layers, outputs, True)
             if missed := [name for name in layers if not self.uses[name].flow.arrived]:
                 warn(f"conditions on {missed} have no effect: relevance does not reach them")
-            arrived = {DATA: self.data.grad} | {name: use.flow.gradient for name, use in self.uses.items()} | begun
+            gradients = {name: leaf.grad for name, leaf in leaves.items()}
+            arrived = gradients | {name: use.flow.gradient for name, use in self.uses.items()} | begun
         finally:
-            self.data.grad = None
+            for leaf in leaves.values():
+                leaf.grad = None
             for use in self.uses.values():
                 use.flow.reset()
-        return {name: values[index] for name, values in arrived.items() if values is not None}
+        of_rows = {}
+        for name, values in arrived.items():
+            if values is not None and len(values) != len(start):  # (as in `by_layer`)
+                values = values.sum(0, keepdim=True)
+            if values is not None:
+                of_rows[name] = values[index]
+        return of_rows
 
     def _begin(self, conditions: dict[int, Condition], start: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Record and mask what starts at the start layer."""
         name = self.call.start
         if name is None:
             return {}, start
-        return {name: start}, apply_masks(row_masks(conditions, name, self.call.mask_map), start)
+        return {name: start}, apply_masks(self._masks(conditions, name), start)
+
+    def _masks(self, conditions: dict[int, Condition], layer: str) -> list[MaskFn]:
+        return row_masks(conditions, layer, self.call.mask_map, self.multiplies)
 
 
 def fill_grad(data: Tensor, samples: Sequence[int], relevance: Tensor, overwrite: bool) -> None:

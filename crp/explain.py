@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from crp.attributors import Gradient
 from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
-from crp.attributors.inputs import Inputs, as_inputs
 from crp.attributors.target import Classes, Neuron, Target
+from crp.inputs import Data, Explain, Inputs
 
 
 def explain(
     method: str,
     model: nn.Module,
-    data: Tensor | tuple[Tensor, ...],
+    data: Data,
     target: Any = None,
     *,
+    explain: Explain = None,
     layer: str | None = None,
     neuron: int | tuple[int, ...] | None = None,
     **options: Any,
@@ -35,12 +36,15 @@ def explain(
         One of `methods`: the names of DeepExplain, those of all composites, and more.
     model : nn.Module
         It is explained in evaluation mode, and left as it was.
-    data : Tensor of shape (samples, *input shape), or tuple of them
-        A tuple is for a model of several inputs.
+    data : Tensor of shape (samples, *input shape), or tuple or dict of them
+        For models with several inputs, a tuple holds the positional arguments, and a dict the keyword arguments.
     target : int, sequence of int, Tensor, callable, Target or None
         One class for all samples, or one for each; a float mask of the output's shape, such as a probability
         distribution; a differentiable function of the output that returns one score per row;
         ``crp.attributors.Neuron(layer, index)``. None is the class that the model predicts.
+    explain : int, str, or sequence of these, optional
+        Positions (in a tuple) or names (in a dict) of the inputs that are explained: all floating-point tensors by
+        default. Others, such as ids or masks, are passed on.
     layer : str, optional
         With ``neuron``, the layer that it is in. Otherwise an option of the method: the layer of a class activation
         map, or, for composites, the layer that is explained in place of the input.
@@ -53,8 +57,9 @@ def explain(
 
     Returns
     -------
-    Tensor of the data's shape, or tuple of them
-        Of the layer's shape where a layer is explained. Maps of positions are the same for all channels.
+    Tensor of the data's shape, or tuple or dict of them
+        A tensor where one input is explained. For several it has the form of the data, with None for inputs that are
+        passed on. Of the layer's shape where a layer is explained. Maps of positions are the same for all channels.
 
     Raises
     ------
@@ -82,11 +87,12 @@ def explain(
     if layer is not None:
         options["layer"] = layer
     _check_options(entry.method, options)
-    inputs = as_inputs(data)
+    inputs = Inputs.of(data, explain)
+    inputs.check()
+    inputs = inputs.each(Tensor.detach)
     aim = _predicted(model, inputs, options) if target is None else Target.of(target)
-    aim.check(len(inputs[0]))
-    found = entry.run(model, inputs, aim, options)
-    return found[0] if isinstance(data, Tensor) else found
+    aim.check(len(inputs))
+    return inputs.shaped(entry.run(model, inputs, aim, options))
 
 
 def methods() -> list[Method]:

@@ -13,6 +13,7 @@ from zennit.core import Composite
 
 from crp.encoding import Encoding
 from crp.hooks import Flow, Tap, Use
+from crp.inputs import Inputs
 from crp.layers import find_layers, modules_of
 from crp.notices import warn
 from crp.reference import referencing
@@ -28,8 +29,8 @@ class ForwardPass:
 
     Attributes
     ----------
-    data : Tensor of shape (samples, *input shape)
-        Leaf that the gradient is asked for.
+    inputs : Inputs
+        What the model was given; those that are explained are leaves that the gradient is asked for.
     output : Use
         The model's, of shape (samples, *output shape).
     uses : dict of str to Use
@@ -39,7 +40,7 @@ class ForwardPass:
         What layers keep of the relevance, if that is accounted for; by layer and number of its call.
     """
 
-    data: Tensor
+    inputs: Inputs
     output: Use
     uses: dict[str, Use]
     encoding: Encoding
@@ -49,18 +50,18 @@ class ForwardPass:
     def run(
         cls,
         model: nn.Module,
-        data: Tensor,
+        inputs: Inputs,
         layers: dict[str, str],
         select_output: Callable[[Any], Tensor],
         composite: Composite | None,
         account: Sinks | None = None,
     ) -> ForwardPass:
-        """Run the model on ``data``, tapping layers.
+        """Run the model on its inputs, tapping layers.
 
         Parameters
         ----------
         model : nn.Module
-        data : Tensor of shape (samples, *input shape)
+        inputs : Inputs
         layers : dict of str to str
             Layer name to its role, ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is its second use.
         select_output : callable
@@ -70,28 +71,38 @@ class ForwardPass:
         account : Sinks, optional
             Where its rules account for what layers keep.
         """
-        references = []
+        references: list[Any] = []
 
         def keep_reference(module: nn.Module, args: Any, output: Any) -> None:
             if referencing():
-                references.append(select_output(output).detach())
+                references.append(output)
 
         handle = model.register_forward_hook(keep_reference)
         try:
             with _tapped(model, layers) as called, torch.enable_grad():
                 # Tensors made in inference mode cannot take part in autograd, but copies can.
-                leaf = (data.clone() if data.is_inference() else data.detach()).requires_grad_()
-                output = select_output(model(leaf.clone()))  # a model may change its input in place
+                inputs = inputs.each(lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
+                for leaf in inputs.explained:
+                    leaf.requires_grad_()
+                returned = inputs.run(model)
+                # (What is chosen of the output is no part of the model, and no rule's business.)
+                reference = select_output(references[0]).detach() if references else None
+                output = select_output(returned)
         finally:
             handle.remove()
         _check_explained("the model's output", output)
-        _check_batch("the model's output", output, len(leaf))
-        uses = _uses(layers, called, len(leaf))
+        _check_batch("the model's output", output, len(inputs))
+        uses = _uses(layers, called, len(inputs))
         for layer, use in uses.items():
             if layers[layer] == "start":
                 _check_explained(f"the output of start_layer {layer!r}", use.output)
-        output_use = Use(output, Flow(), references[0] if references else None)
-        return cls(leaf, output_use, uses, Encoding.of(composite), _sinks(account, len(leaf)))
+            elif inputs.passes_on and not use.output.requires_grad:
+                warn(
+                    f"layer {layer!r} reads inputs that are passed on only ({', '.join(map(repr, inputs.names))} are "
+                    "explained); its relevance is not known, and given as 0"
+                )
+        output_use = Use(output, Flow(), reference)
+        return cls(inputs, output_use, uses, Encoding.of(composite), _sinks(account, len(inputs)))
 
 
 def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -164,10 +175,11 @@ def _sinks(account: Sinks | None, n_samples: int) -> dict[str, Use]:
     found = {}
     for layer, sinks in (account.sinks if account is not None else {}).items():
         for number, sink in enumerate(sinks):
-            if len(sink) != n_samples:
+            if len(sink) != n_samples > 1:
                 raise ValueError(
                     f"layer {layer!r} has outputs with {len(sink)} rows for {n_samples} samples; what it keeps cannot "
-                    "be told apart by sample"
+                    "be told apart by sample. Give one sample (and one condition, if exclude_parallel is False) at a "
+                    "time"
                 )
             use = found[f"{SINK}{layer}#{number}"] = Use(sink, Flow())
             sink.register_hook(use.flow)  # type: ignore[no-untyped-call]

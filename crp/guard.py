@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import nn
-from zennit.core import BasicHook, Composite
+from zennit.core import BasicHook, Composite, Hook
 
-from crp.layers import modules_of, uncompiled, without_parameter_gradients
+from crp.layers import modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.notices import warn
 
+#: Module that a composite is on, and composites that a call has put there, and not a user's own hand.
+_modules: weakref.WeakKeyDictionary[Composite, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_of_calls: weakref.WeakSet[Composite] = weakref.WeakSet()
 _locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
@@ -28,36 +31,162 @@ def check_composite(composite: object) -> None:
         )
 
 
-@contextmanager
-def attached(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
-    """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
+def note_attached(composite: Composite, module: nn.Module) -> None:
+    """Remember that a composite is on a module now; a composite says so when it is registered."""
+    with _locks_guard:
+        _modules[composite] = weakref.ref(module)
 
-    Threads that share a model or a composite take turns. Leaving, also by an exception, leaves the model as it was
-    found.
+
+def note_removed(composite: Composite) -> None:
+    """Forget where a composite was."""
+    with _locks_guard:
+        _modules.pop(composite, None)
+
+
+def composite_on(model: nn.Module, composite: Composite | None = None) -> Composite | None:
+    """Composite to explain a model by: the one that is given, or that a user's own hand has put on the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+    composite : zennit.core.Composite, optional
+        It may be on the model already.
+
+    Returns
+    -------
+    zennit.core.Composite or None
+        None also where rules of zennit are on the model, which need not be known: they propagate relevance itself, as
+        what has no composite does.
 
     Raises
     ------
     RuntimeError
-        In inference mode.
+        If there are two, or one is on a part of the model, or on a module that the model is a part of.
+    """
+    check_composite(composite)
+    with _locks_guard:
+        placed = [(other, module()) for other, module in _modules.items() if other not in _of_calls]
+    found = composite
+    for other, module in placed:
+        if module is model and found in (None, other):
+            found = other
+        elif module is model:
+            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(found)))
+        elif module is not None and _are_nested(module, model):
+            raise RuntimeError(
+                f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
+                "model itself that is explained, or leave its context"
+            )
+    if getattr(found, "encoding", None) == "multiplier" and (rules := rules_of_zennit(model, found)):
+        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} of zennit is on the model", _kind(found)))
+    return found
+
+
+def check_alone(model: nn.Module, composite: Composite | None, method: str) -> None:
+    """Raise a `RuntimeError` if a composite is on the model that is not the one of the method."""
+    model = unwrap(model)
+    if composite is None:
+        for other in (composite_on(model), *rules_of_zennit(model)):
+            if other is not None:
+                raise RuntimeError(
+                    f"{_kind(other)} is on the model, and {method} would use what it makes of the gradient; leave its "
+                    "context, and give the composite to the method"
+                )
+
+
+_TWO = "{} already, and {} would come on top of it; leave the context of the former first, or use it alone"
+
+
+def _kind(thing: object) -> str:
+    return type(thing).__name__
+
+
+def _are_nested(module: nn.Module, model: nn.Module) -> bool:
+    return any(part is model for part in module.modules()) or any(part is module for part in model.modules())
+
+
+def _rules_on(module: nn.Module) -> list[Hook]:
+    """Rules in zennit's protocol that hook a module, each once."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return list({id(owner): owner for owner in owners if isinstance(owner, Hook)}.values())
+
+
+def rules_of_zennit(model: nn.Module, composite: Composite | None = None) -> list[Hook]:
+    """Rules on a model's layers, put there by a user's own hand, that are not this composite's."""
+    if not _rules_beside(model, composite):
+        return []
+    with _lock(model):  # (what is still there is not of a call in another thread)
+        return _rules_beside(model, composite)
+
+
+def _rules_beside(model: nn.Module, composite: Composite | None) -> list[Hook]:
+    rules = [rule for module in modules_of(model).values() if module._forward_hooks for rule in _rules_on(module)]
+    return [rule for rule in rules if composite is None or rule not in composite.hook_refs]
+
+
+def is_on(composite: Composite, model: nn.Module) -> bool:
+    """Whether a user's own hand has put a composite on the model."""
+    with _locks_guard:
+        if composite in _of_calls:
+            return False
+        module = _modules.get(composite)
+    if module is not None:
+        return module() is model
+    hooks = composite.hook_refs  # (those of zennit do not say where they are)
+    return len(hooks) > 0 and any(rule in hooks for part in modules_of(model).values() for rule in _rules_on(part))
+
+
+@contextmanager
+def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]:
+    """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
+
+    Threads that share a model or a composite take turns. Leaving, also by an exception, leaves the model as it was
+    found: a composite that a user's own hand had put on it stays.
+
+    Parameters
+    ----------
+    composite : zennit.core.Composite or None
+        None adds nothing.
+    model : nn.Module
+
+    Raises
+    ------
+    RuntimeError
+        In inference mode, or if another composite is on the model.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
+    composite = composite_on(model, composite) or Composite()
     states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
     ours = getattr(composite, "isolates", False)
     if not ours:
         states += [without_parameter_gradients(model), uncompiled(model)]
-    if composite.canonizers:
+    placed = is_on(composite, model)
+    if composite.canonizers and not placed:
         states.append(_restored_on_error(model))
     with ExitStack() as stack:
         for state in states:
             stack.enter_context(state)
-        try:
-            with composite.context(model) as modified, nullcontext() if ours else _called_once(modified):
-                yield modified
-        finally:
-            composite.remove()  # the context does not, where registering itself failed
+        with (
+            nullcontext(model) if placed else _put(composite, model) as modified,
+            nullcontext() if ours else _called_once(modified),
+        ):
+            yield modified
+
+
+@contextmanager
+def _put(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
+    with _locks_guard:
+        _of_calls.add(composite)
+    try:
+        with composite.context(model) as modified:
+            yield modified
+    finally:
+        composite.remove()  # the context does not, where registering itself failed
+        with _locks_guard:
+            _of_calls.discard(composite)
 
 
 def _lock(owner: object) -> threading.RLock:
@@ -86,10 +215,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _called_once(model: nn.Module) -> Iterator[None]:
     # zennit's rules know the input of a module's last call only; ours know each.
     calls: Counter[str] = Counter()
+    rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
+    for name, (_, of_layer) in rules.items():
+        if len(of_layer) > 1:
+            raise RuntimeError(
+                f"layer {name!r} has {len(of_layer)} rules of zennit, {' and '.join(map(_kind, of_layer))}: one "
+                "composite comes on top of another; leave the context of the first, or use it alone"
+            )
     handles = [
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name, module in modules_of(model).items()
-        if any(isinstance(getattr(hook, "__self__", None), BasicHook) for hook in module._forward_hooks.values())
+        for name, (module, of_layer) in rules.items()
+        if any(isinstance(rule, BasicHook) for rule in of_layer)
     ]
     try:
         yield

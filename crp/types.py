@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,25 +18,60 @@ MaskFactory: TypeAlias = Callable[[int, Any, str], MaskFn]
 Node: TypeAlias = tuple[str, Hashable]
 
 
-class AttributionResults(NamedTuple):
+class _Fields(NamedTuple):
+    heatmap: Any
+    activations: dict[str, Tensor]
+    relevances: dict[str, Tensor]
+    prediction: Tensor
+
+
+class AttributionResults(_Fields):
     """What `CondAttribution` returns; one row per (sample, condition), samples first.
+
+    A tuple of four: ``heatmap, activations, relevances, prediction = result``. Encoding and multipliers are attributes.
 
     Attributes
     ----------
-    heatmap : Tensor of shape (rows, *space)
-        Relevance of the input, summed over its channels (by default).
+    heatmap : Tensor of shape (rows, *space), or tuple or dict of them
+        Relevance of the input, summed over its channels (by default). Where several inputs are explained, one for each,
+        in the form of the data, with None for inputs that are not.
     activations : dict of str to Tensor of shape (rows, *layer shape)
         Outputs of the recorded layers.
     relevances : dict of str to Tensor of shape (rows, *layer shape)
         Relevance at the outputs of the recorded layers, before a condition on that layer masks it.
     prediction : Tensor of shape (rows, *output shape)
         Model output, or the activation of the start layer where one is given.
+    encoding : "multiplier" or "relevance"
+        What flowed back: relevance divided by activation, as under composites of `crp.composites`, or relevance itself,
+        as under those of zennit and without one.
+    multipliers : dict of str to Tensor of shape (rows, *layer shape), or None
+        What arrived at the outputs of the recorded layers, under multiplier encoding: relevance is its product with the
+        activation (or with what that differs by from its reference). None where that is not known: in relevance
+        encoding, and for means over several references.
     """
 
-    heatmap: Tensor
-    activations: dict[str, Tensor]
-    relevances: dict[str, Tensor]
-    prediction: Tensor
+    encoding: Literal["multiplier", "relevance"] = "relevance"
+    multipliers: dict[str, Tensor] | None = None
+
+    def __new__(
+        cls,
+        heatmap: Any,
+        activations: dict[str, Tensor],
+        relevances: dict[str, Tensor],
+        prediction: Tensor,
+        *,
+        encoding: Literal["multiplier", "relevance"] = "relevance",
+        multipliers: dict[str, Tensor] | None = None,
+    ) -> AttributionResults:
+        """Tuple of the four fields."""
+        self = super().__new__(cls, heatmap, activations, relevances, prediction)
+        self.encoding, self.multipliers = encoding, multipliers
+        return self
+
+    def _replace(self, **changes: Any) -> AttributionResults:
+        """Return the same with other fields, encoding or multipliers."""
+        same = {"encoding": self.encoding, "multipliers": self.multipliers}
+        return type(self)(**{**self._asdict(), **same, **changes})
 
 
 class Sinks(Protocol):

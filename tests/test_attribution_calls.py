@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution, attrResult
-from crp.composites import EpsilonPlus, EpsilonPlusFlat
+from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, Gradient
 from crp.concepts import ChannelConcept
 from crp.types import AttributionResults
 
@@ -157,6 +159,51 @@ def test_result_unpacks_and_is_detached(mlp, vectors):
     assert not any(tensor.requires_grad or tensor.grad_fn for tensor in tensors)
     assert close(prediction, mlp(vectors).detach())
     assert close(activations["0"], mlp[0](vectors).detach())
+
+
+@pytest.mark.parametrize("exclude_parallel", [True, False])
+@pytest.mark.parametrize("start", [None, "2"])
+@pytest.mark.parametrize("generate", [False, True])
+def test_results_say_what_flowed_and_what_arrived(mlp, vectors, exclude_parallel, start, generate):
+    conditions = [{"y": 1, "2": [3]}, {"y": 2, "2": [0, 1]}] if start is None else [{"2": [3]}, {"2": [0, 1]}]
+
+    def ask(composite: object) -> AttributionResults:
+        keywords = {"record_layer": ["0", "1"], "start_layer": start, "exclude_parallel": exclude_parallel}
+        if generate:
+            (found,) = Tables(mlp).generate(vectors[:3], conditions, composite, verbose=False, **keywords)
+            return found
+        return Tables(mlp)(vectors[:3], conditions, composite, **keywords)
+
+    found = ask(EpsilonPlus())
+    assert found.encoding == "multiplier" and set(found.multipliers) == {"0", "1", "2"}
+    for name, multiplier in found.multipliers.items():
+        assert close(found.activations[name] * multiplier, found.relevances[name])
+    dead = found.activations["1"] == 0
+    assert found.multipliers["1"][dead].any() and not found.relevances["1"][dead].any()
+    plain = ask(Gradient())
+    assert plain.encoding == "multiplier" and plain.multipliers.keys() == found.multipliers.keys()
+    assert all(torch.equal(plain.multipliers[name], plain.relevances[name]) for name in plain.relevances)
+    referred, base = ask(DeepLift(reference=0.5)), mlp[:1](torch.full((1, 6), 0.5, dtype=torch.float64)).detach()
+    assert close((referred.activations["0"] - base) * referred.multipliers["0"], referred.relevances["0"])
+    for composite in (None, ZennitEpsilonPlus()):
+        result = ask(composite)
+        assert result.encoding == "relevance" and result.multipliers is None
+
+
+def test_results_are_named_tuples_of_four(mlp, vectors):
+    result = Tables(mlp)(vectors, [{"y": 1}], EpsilonPlus(), ["0"])
+    assert isinstance(result, tuple) and len(result) == 4
+    assert result._fields == ("heatmap", "activations", "relevances", "prediction")
+    assert list(result._asdict()) == list(result._fields)
+    for again in (pickle.loads(pickle.dumps(result)), copy.copy(result), copy.deepcopy(result), result._replace()):
+        assert type(again) is AttributionResults and same(again, result)
+        assert again.encoding == "multiplier" and torch.equal(again.multipliers["0"], result.multipliers["0"])
+    other = result._replace(heatmap=torch.zeros(1), encoding="relevance", multipliers=None)
+    assert torch.equal(other.heatmap, torch.zeros(1)) and other.prediction is result.prediction
+    assert (other.encoding, other.multipliers) == ("relevance", None)
+    plain = AttributionResults(*result)
+    assert (plain.encoding, plain.multipliers) == ("relevance", None) and plain._make(result).multipliers is None
+    assert repr(plain).startswith("AttributionResults(heatmap=")
 
 
 def test_results_do_not_keep_the_graph_of_initial_relevance(mlp, vectors):

@@ -124,7 +124,7 @@ def test_errors_name_the_layer():
     for neurons in ([1, 2], 3, None):
         with pytest.raises(TypeError, match=r"layer 'conv': mask_rf needs \{channel: positions\}, not "):
             CHANNEL.mask_rf(0, neurons, "conv")
-    for function in (CHANNEL.mask(0, [0], "fc"), CHANNEL.mask_rf(0, {0: [0]}, "fc"), CHANNEL.attribute, CHANNEL.scores):
+    for function in (CHANNEL.mask(0, [0], "fc"), CHANNEL.mask_rf(0, {0: [0]}, "fc"), CHANNEL.scores):
         with pytest.raises(
             ValueError, match=r"layer ('fc'|None) gives \(3,\); channels need \(batch, channel, \*space\)"
         ):
@@ -296,3 +296,12 @@ def test_interface():
     with pytest.raises(NotImplementedError, match=r"Concept does not implement Concept\.reference_sampling"):
         concept.scores(drawn(1, 2))
     assert "ChannelConcept()" in repr({"layer": ChannelConcept()})
+
+
+def test_relevance_of_one_sample_without_its_axis():
+    """G10: ``attribute(relevances["linear"][0])``."""
+    relevance = torch.tensor([1.0, -3.0, 0.0])
+    assert torch.equal(CHANNEL.attribute(relevance, abs_norm=False), relevance[None])
+    assert torch.equal(CHANNEL.attribute(relevance), CHANNEL.attribute(relevance[None]))
+    masked = CHANNEL.attribute(relevance, mask=torch.tensor([0.0, 1.0, 1.0]), abs_norm=False)
+    assert torch.equal(masked, torch.tensor([[0.0, -3.0, 0.0]]))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from attribution_cases import small_net
+from attribution_cases import net, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus, Gradient
+from crp.concepts import ChannelConcept, mask_of
 from crp.conditions import (
     Grid,
     Rows,
@@ -20,6 +25,7 @@ from crp.conditions import (
     check_targets,
     initial_relevance,
     mask_factory,
+    needs_multiplier,
     row_masks,
 )
 
@@ -169,6 +175,48 @@ def test_conditions_that_are_right():
     check_targets(None, torch.zeros(3), "y")
 
 
+def test_elements_of_the_output_are_tuples():
+    """G8: on an output of shape (B, C, H, W), one element; a shorter tuple is all that it holds."""
+    prediction = torch.arange(2.0 * 4 * 3 * 5).reshape(2, 4, 3, 5) + 1
+    targets: list[object] = [[(1, 2, 3)], [(0, 1), 2, (3, -1, -5)]]
+    assert check_targets(targets, prediction, "y") is targets
+    found = initial_relevance(prediction, targets, None)
+    wanted = torch.zeros_like(prediction)
+    wanted[0, 1, 2, 3] = prediction[0, 1, 2, 3]
+    wanted[1, 0, 1], wanted[1, 2], wanted[1, 3, 2, 0] = prediction[1, 0, 1], prediction[1, 2], prediction[1, 3, 2, 0]
+    assert torch.equal(found, wanted)
+    # A tuple that is no part of a list is one of classes, as lists, arrays and tensors of any shape are.
+    classes = initial_relevance(prediction, [(1, 2, 3), torch.tensor([[1, 2, 3]])], None)
+    assert torch.equal(classes[:, 0], torch.zeros(2, 3, 5)) and torch.equal(classes[:, 1:], prediction[:, 1:])
+    assert check_conditions([{"y": [(1, 2, 3)]}], "y")
+    for wrong, message in (
+        ([()], r"conditions\[0\]\['y'\] names the element \(\); it must be a tuple of int"),
+        ([1, (1, 0.5)], r"names the element \(1, 0.5\)"),
+        ([(True, 1)], "names the element"),
+        ([(1, 2), "a"], "must be an int, or a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            check_conditions([{"y": wrong}], "y")
+    for wrong in ((4, 0, 0), (0, 3, 0), (0, 0, -6), (0, 0, 0, 0)):
+        with pytest.raises(IndexError, match=r"row 1: 'y' names the element .* output has the shape \(4, 3, 5\)"):
+            check_targets([0, [wrong]], prediction, "y")
+    with pytest.raises(IndexError, match=r"row 0: 'y' names the element \(1, 2\), .* has the shape \(4,\)"):
+        check_targets([[(1, 2)]], torch.zeros(1, 4), "y")
+
+
+@pytest.mark.parametrize("exclude_parallel", [True, False])
+@pytest.mark.parametrize("composite", [None, EpsilonPlus()], ids=["gradient", "ours"])
+def test_one_element_is_explained(exclude_parallel, composite):
+    """G8: as if the model had only this output."""
+    model = net(lambda s, x: s.conv(x.relu()), conv=torch.nn.Conv2d(3, 4, 3))
+    data = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    conditions = [{"y": [(1, 2, 3)]}, {"y": [(0, 0, 1), (2, 3, 3)]}, {"y": [(0, 0, 1)]}, {"y": [(2, 3, 3)]}]
+    found = CondAttribution(model)(data[:1], conditions, composite, exclude_parallel=exclude_parallel).heatmap
+    alone = CondAttribution(model, output=lambda y: y[:, 1, 2, 3, None])(data[:1], [{"y": 0}], composite).heatmap
+    assert torch.allclose(found[0], alone[0], rtol=1e-12, atol=1e-14) and alone.any()
+    assert torch.allclose(found[1], found[2] + found[3], rtol=1e-12, atol=1e-14)
+
+
 def test_samples_that_are_not_finite_are_named():
     data = torch.zeros(5, 2, 3)
     data[1, 0, 2], data[4, 1, 1] = torch.nan, -torch.inf
@@ -217,3 +265,73 @@ def test_mask_functions_act_on_their_row_of_the_gradient(exclude_parallel):
     n = 4 if exclude_parallel else 6
     assert {shape for _, shape in seen} == {(n, 4, 2, 2)}
     assert [row for row, _ in seen] == (list(range(4)) if exclude_parallel else [1, 2, 4, 5])
+
+
+class Direction(ChannelConcept):
+    """Relevance along a direction: the multiplier's part along it."""
+
+    needs_multiplier = True
+
+    def __init__(self, direction: Tensor) -> None:
+        self.direction = direction / direction.norm()
+
+    def mask(self, batch_id: int, concept_ids: object, layer_name: str | None = None):
+        def along(grad: Tensor) -> Tensor:
+            flat = grad[batch_id].flatten(1)
+            grad[batch_id] = (self.direction[:, None] * (self.direction @ flat)).reshape(grad.shape[1:])
+            return grad
+
+        return along
+
+
+def free_mask(row: int, ids: object, layer: str):
+    return Direction(torch.arange(1.0, 6).double()).mask(row, ids, layer)
+
+
+def saying(row: int, ids: object, layer: str):
+    mask = free_mask(row, ids, layer)
+    mask.needs_multiplier = True
+    return mask
+
+
+MASKS = {
+    "method": Direction(torch.arange(1.0, 6).double()).mask,
+    "map": {"conv1": Direction(torch.arange(1.0, 6).double()).mask},
+    "partial": functools.partial(Direction(torch.arange(1.0, 6).double()).mask),
+    "concept": mask_of(Direction(torch.arange(1.0, 6).double())),
+    "mask": saying,
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("exclude_parallel", [True, False])
+@pytest.mark.parametrize("start", [None, "conv1"])
+def test_masks_that_need_multipliers(name, exclude_parallel, start, untouched):
+    """G3: refused where relevance itself flows, before the model runs if the mask's factory says so."""
+    model, data = small_net(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    condition: dict[str, object] = {"conv1": [0]} if start else {"y": 1, "conv1": [0]}
+    keywords = {"mask_map": MASKS[name], "exclude_parallel": exclude_parallel, "start_layer": start}
+    attribution = CondAttribution(model)
+    for composite in (None, EpsilonPlus(), Gradient()):
+        found = attribution(data, [condition], composite, **keywords)
+        wanted = attribution(data, [condition], composite, **keywords | {"mask_map": free_mask})
+        assert torch.equal(found.heatmap, wanted.heatmap) and found.heatmap.any()
+    calls = model.calls
+    with untouched(model), pytest.raises(TypeError, match=r"layer 'conv1' needs multipliers \(needs_multiplier"):
+        attribution(data, [condition], ZennitEpsilonPlus(), **keywords)
+    assert model.calls == calls + (name == "mask")
+    with ZennitEpsilonPlus().context(model), pytest.raises(TypeError, match="needs multipliers"):
+        attribution(data, [condition], None, **keywords)
+
+
+def test_concepts_say_that_their_static_masks_need_multipliers():
+    class Static(ChannelConcept):
+        needs_multiplier = True
+
+        @staticmethod
+        def mask(batch_id: int, concept_ids: object, layer_name: str | None = None):
+            return lambda grad: grad
+
+    assert not needs_multiplier(Static().mask)
+    assert needs_multiplier(mask_of(Static())) and needs_multiplier(mask_of(Static(), "mask_rf"))
+    assert mask_of(ChannelConcept()) is ChannelConcept.mask

@@ -121,6 +121,17 @@ def test_elrp_is_gradient_times_input_with_ratios_for_derivatives(activation, ep
     close(crp.explain("elrp", model, x, 2, epsilon=epsilon), x * expected, rtol=1e-7, atol=1e-9)
 
 
+def test_elrp_without_activations_is_gradient_times_input():
+    """DeepExplain's definition: it overrides the gradient of activations, and there are none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 4)).double().eval()
+    x = torch.randn(3, 2, 6, 6).double()
+    with pytest.warns(UserWarning, match="Sequential calls no activation, .* the result is gradient × input") as caught:
+        found = crp.explain("elrp", model, x, 2)
+    assert len(caught) == 1
+    close(found, x * gradient(model, x, 2))
+
+
 def test_options_of_deep_explain():
     model, x = gap_net(), images()
     x0 = torch.rand_like(x)

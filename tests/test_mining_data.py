@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
+from crp import engine
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
+from crp.forward import ForwardPass
 from crp.graph import tracing
 from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining import SampleError
@@ -278,6 +280,47 @@ def test_a_batch_that_does_not_fit_is_halved_once_for_all(tmp_path: Path) -> Non
     assert attribution.calls == (8, 4, 2, 2, 4, 2, 2, *[2] * 4, 2, 2, 1)
     assert len(caught) == 1
     same_rows(table, run(tmp_path / "all", Data(), batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("composite", "first", "learnt", "n_forward"),
+    [
+        (ZennitEpsilonPlus(), [(3, 1), (1, 1), (2, 1)], [(2, 1), (1, 1)] * 4, 8),
+        (EpsilonPlus(), [(1, 4), *[(1, 2)] * 6], [(1, 2)] * 6, 2),
+    ],
+    ids=["zennit", "ours"],
+)
+def test_targets_go_in_parts_where_memory_does_not_suffice(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    composite: Any,
+    first: list[tuple[int, int]],
+    learnt: list[tuple[int, int]],
+    n_forward: int,
+) -> None:
+    """Memory for two rows. It holds all targets under zennit's composites, and under ours one after the other."""
+    settings = {"composite": composite, "targets": "all", "shard_size": 4}
+    whole = run(tmp_path / "all", Data(8), **settings)
+    sent: list[tuple[int, ...]] = []  # (targets, samples) of each backward pass
+    flow, forward = engine.flow, ForwardPass.run
+
+    def limited(root: Tensor, cotangent: Tensor, *rest: Any) -> Any:
+        sent.append(tuple(cotangent.shape[:2]))
+        if cotangent.shape[0] * cotangent.shape[1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return flow(root, cotangent, *rest)
+
+    forwards: list[int] = []
+    monkeypatch.setattr(engine, "flow", limited)
+    monkeypatch.setattr(ForwardPass, "run", lambda *given: forwards.append(len(sent)) or forward(*given))
+    with pytest.warns(UserWarning, match=r"rows at once failed \(OutOfMemoryError: CUDA out of memory\)") as caught:
+        table = run(tmp_path / "small", Data(8), **settings)
+    assert len(caught) == 1
+    assert sent[: len(first)] == first
+    # What the first batch of four samples taught holds for the second one.
+    assert sorted(sent[-len(learnt) :]) == sorted(learnt)
+    assert len([place for place in forwards if place >= len(sent) - len(learnt)]) == n_forward
+    same_rows(table, whole)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from crp.concepts import ChannelConcept, Concept, ConceptScores
 from crp.helper import export, load_maximization, load_statistics
 from crp.maximization import Maximization
 from crp.visualization import FeatureVisualization
+from crp.visualization.cache import ImageCache
 
 COMPOSITE = EpsilonPlus()
 
@@ -363,6 +364,19 @@ def test_relevance_heatmaps_of_classes(tmp_path):
 def test_an_unknown_class_is_named(tmp_path):
     with pytest.raises(KeyError, match="7"):
         mined(tmp_path).get_stats_reference(2, "first", 7)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "dog", [0, None], torch.tensor([0.5]), [True]])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_wrong_target_is_named_as_a_target(tmp_path, wrong, cached):
+    """G11: a concept id is another thing."""
+    fv = mined(tmp_path)
+    fv.Cache = ImageCache(tmp_path / "cache") if cached else None
+    with pytest.raises(TypeError, match=r"^targets must be integers, not "):
+        fv.get_stats_reference(2, "first", wrong, composite=COMPOSITE)
+    with pytest.raises(TypeError, match=r"^targets must be integers, not "):
+        fv.get_max_reference(2, "first", composite=COMPOSITE, init="relevance", targets=wrong)
+    assert list(fv.get_stats_reference(2, "first", ["1", 0])) == ["2:1", "2:0"]
 
 
 @pytest.mark.parametrize("mode", ["relevance", "activation"])

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.attributors.inputs import Inputs, as_inputs, join, separate, splitting
 from crp.attributors.target import Start, Target
 from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap
 from crp.encoding import Encoding
 from crp.forward import check_layers, tensor_in
-from crp.guard import attached, check_composite
+from crp.guard import attached, check_alone, check_composite
+from crp.inputs import Data, Explain, Inputs, Tensors
 from crp.layers import unwrap
 from crp.types import AttributionResults
 
@@ -41,7 +41,7 @@ class Flow(NamedTuple):
     """
 
     output: Tensor
-    inputs: Inputs
+    inputs: Tensors
     layers: AttributionResults
 
 
@@ -94,43 +94,53 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, {self.composite!r})"
 
-    def __call__(self, input: Any, attr_output: Any = None) -> tuple[Tensor, Any]:
+    def __call__(self, input: Data, attr_output: Any = None, *, explain: Explain = None) -> tuple[Tensor, Any]:
         """Explain the model's output.
 
         Parameters
         ----------
-        input : Tensor of shape (samples, *input shape), or tuple of Tensor
+        input : Tensor of shape (samples, *input shape), or tuple or dict of them
+            As in `crp.attribution.CondAttribution`.
         attr_output : Target, class, Tensor or callable, optional
             What is explained: anything that `crp.attributors.Target.of` makes a target of, or, as in zennit, a float
             tensor or a function of the output that returns one, in the output's shape: what starts. By default what the
             constructor was given; without that, the output itself.
+        explain : int, str, or sequence of these, optional
+            Positions or names of the inputs that are explained; all floating-point ones by default.
 
         Returns
         -------
         output : Tensor of shape (samples, *output shape)
-        attribution : Tensor of the input's shape, or tuple of them
+        attribution : Tensor of the input's shape, or tuple or dict of them
+            Where several inputs are explained, it has the form of ``input``, with None for those that are passed on.
+
+        Raises
+        ------
+        RuntimeError
+            If another composite is on the model.
         """
-        inputs = as_inputs(input)
+        inputs = Inputs.of(input, explain)
+        inputs.check()
+        inputs = inputs.each(Tensor.detach)
         target = _target(self.attr_output if attr_output is None else attr_output)
         output, found = self._explain(inputs, target)
-        moved = tuple(result.to(inputs[0].device) for result in found)
-        return output, moved[0] if isinstance(input, Tensor) else moved
+        return output, inputs.shaped([result.to(inputs.explained[0].device) for result in found])
 
-    def forward(self, input: Tensor, attr_output_fn: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Data, attr_output_fn: Any) -> tuple[Tensor, Any]:
         """Explain the model's output, as `__call__` does."""
-        output, found = self._explain(as_inputs(input), _target(attr_output_fn))
-        return output, found[0]
+        return self(input, attr_output_fn)
 
     @abstractmethod
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
-        """Output of the model, and the explanation of each input; subclasses define it."""
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
+        """Output of the model, and the explanation of each input that is explained; subclasses define it."""
 
     def flow(self, inputs: Inputs, target: Target, composite: Composite | None = None, record: str = "") -> Flow:
         """Send the target back through the model, in one pass for all rows.
 
         Parameters
         ----------
-        inputs : tuple of Tensor of shape (rows, *input shape)
+        inputs : Inputs
+            For these rows.
         target : Target
         composite : zennit.core.Composite, optional
             The attributor's own by default.
@@ -140,21 +150,20 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         composite = self._composite(composite)
         explained = _Explained(self.model, target, Encoding.of(composite))
         record_layer = [record] if record else []
-        with splitting(explained.model, inputs), _lent(composite, explained.model):
-            result = explained.explain(join(inputs), self.condition, composite, record_layer, self.mask_map)
-        return Flow(explained.seen, separate(result.heatmap, inputs), result)
+        result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
+        return Flow(explained.seen, inputs.parts(result.heatmap), result)
 
-    def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output, and what the composite gives in place of the gradient: relevance divided by the input, if need be."""
         found = self.flow(inputs, target)
         encoding = Encoding.of(self._composite())
         if not encoding.multiplier or encoding.as_multiplier:
             return found.output, found.inputs
-        pairs = zip(found.inputs, inputs, strict=True)
+        pairs = zip(found.inputs, inputs.explained, strict=True)
         return found.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
 
     @contextmanager
-    def differentiating(self, target: Target, relevance: bool = False) -> Iterator[Callable[[Inputs, Target], Inputs]]:
+    def differentiating(self, target: Target, relevance: bool = False) -> Iterator[Callable[[Inputs, Target], Tensors]]:
         """Function, for many passes, from inputs and the target of these rows to what `multipliers` gives.
 
         With ``relevance``, it is what the composite gives, as it is.
@@ -167,16 +176,16 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         model = unwrap(self.model)
         _check_layer(model, target)
 
-        def gradients(inputs: Inputs, rows: Target) -> Inputs:
-            leaves = [data.detach().requires_grad_() for data in inputs]
+        def gradients(inputs: Inputs, rows: Target) -> Tensors:
+            leaves = [data.detach().requires_grad_() for data in inputs.explained]
             with torch.enable_grad():
-                output = outputs(tuple(leaves))
+                output = outputs(inputs.having(leaves))
             if not output.requires_grad:
                 raise ValueError("the model's output does not depend on the data in a differentiable way")
             start = rows.weights(output.detach())
             return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
 
-        with attached(Composite(), model), _outputs(model, target.layer) as outputs:
+        with attached(None, model), _outputs(model, target.layer) as outputs:
             yield gradients
 
     @contextmanager
@@ -184,15 +193,15 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         """Function from inputs and the target of these rows to their scores, without gradients."""
         model = unwrap(self.model)
         _check_layer(model, target)
-        with attached(Composite(), model), _outputs(model, target.layer) as outputs, torch.no_grad():
+        with attached(None, model), _outputs(model, target.layer) as outputs, torch.no_grad():
             yield lambda inputs, rows: rows.score(outputs(inputs))
 
     def output(self, inputs: Inputs) -> Tensor:
         """Output of the model, in parts of ``batch_size`` rows."""
         model = unwrap(self.model)
-        with attached(Composite(), model), _outputs(model, None) as outputs, torch.no_grad():
-            parts = zip(*(torch.split(data, self.batch_size or len(data)) for data in inputs), strict=True)
-            return torch.cat([outputs(part) for part in parts])
+        with attached(None, model), _outputs(model, None) as outputs, torch.no_grad():
+            parts = torch.split(torch.arange(len(inputs)), self.batch_size or len(inputs))
+            return torch.cat([outputs(inputs.select(part.tolist())) for part in parts])
 
     def rows(self, n_samples: int, times: int, target: Target, default: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of rows in which every sample is seen ``times`` times.
@@ -209,8 +218,9 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
     def _composite(self, given: Composite | None = None) -> Composite:
         return given or self.composite or GradientComposite()
 
-    def _explain(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
-        target.check(len(inputs[0]))
+    def _explain(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
+        target.check(len(inputs))
+        check_alone(self.model, self.composite, type(self).__name__)
         return self.attribute(inputs, target)
 
 
@@ -231,7 +241,7 @@ class _Explained(CondAttribution):
 
     def explain(
         self,
-        data: Tensor,
+        data: Inputs,
         condition: Mapping[str, Any],
         composite: Composite,
         record: Sequence[str],
@@ -264,19 +274,6 @@ class _Explained(CondAttribution):
 
 
 @contextmanager
-def _lent(composite: Composite, model: nn.Module) -> Iterator[None]:
-    """Composite that may be on the model now, and is so again afterwards."""
-    registered = bool(composite.handles)
-    try:
-        if registered:
-            composite.remove()
-        yield
-    finally:
-        if registered:
-            composite.register(model)
-
-
-@contextmanager
 def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs], Tensor]]:
     """Function from inputs to the model's output, or to that of a layer."""
     device = next(model.parameters(), torch.empty(0)).device
@@ -289,7 +286,7 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
 
     def outputs(inputs: Inputs) -> Tensor:
         seen.clear()
-        model(*(data.to(device, copy=True) for data in inputs))  # (a model may change its input in place)
+        inputs.to(device).run(model)
         if layer is not None and (len(seen) <= int(number or 0) or (len(seen) > 1 and not number)):
             raise ValueError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
         return tensor_in(seen[int(number or 0)])

@@ -16,13 +16,13 @@ from zennit.core import Composite
 
 from crp.attributors.base import Attributor
 from crp.attributors.gradient import Gradient
-from crp.attributors.inputs import Inputs
 from crp.attributors.target import Target
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap, row_masks
 from crp.encoding import Encoding
 from crp.hooks import apply_masks
+from crp.inputs import Data, Inputs, Tensors
 from crp.layers import find_layers, unwrap
 
 Interpolation = Literal["linear", "nearest"]
@@ -75,12 +75,15 @@ class LayerCAM(Attributor):
         find_layers(unwrap(model), [layer.partition("#")[0]] if isinstance(layer, str) else [layer])
         self.layer, self.relu, self.interpolation = layer, relu, interpolation
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output, and the map, the same for every channel of the input."""
-        if len(inputs) > 1:
-            raise ValueError(f"{type(self).__name__} explains models of one input, not of {len(inputs)}")
-        (data,) = inputs
-        output, maps = self.maps(data, target)
+        if len(inputs.explained) > 1:
+            raise ValueError(
+                f"{type(self).__name__} explains models of one input, not of {len(inputs.explained)}; name one by "
+                "explain=, and the others are passed on"
+            )
+        (data,) = inputs.explained
+        output, maps = self.maps(inputs, target)
         space = data.shape[2:]
         if maps.dim() != data.dim():
             raise ValueError(
@@ -92,12 +95,12 @@ class LayerCAM(Attributor):
         large = F.interpolate(maps, space, mode=mode[self.interpolation], **options)
         return output, (large.expand(data.shape).contiguous(),)
 
-    def maps(self, data: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+    def maps(self, data: Data, target: Any) -> tuple[Tensor, Tensor]:
         """Output, and the map as large as the layer.
 
         Parameters
         ----------
-        data : Tensor of shape (samples, channels, *space)
+        data : Tensor of shape (samples, channels, *space), or tuple or dict of inputs
         target : Target, class, Tensor or callable
             As in `crp.attributors.Target.of`.
 
@@ -109,9 +112,10 @@ class LayerCAM(Attributor):
         target = Target.of(target)
         if target.layer is not None:
             raise ValueError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
+        inputs = Inputs.of(data)
         outputs, found = [], []
-        for sample, _ in self.rows(len(data), 1, target, len(data)):
-            flow = self.flow((data[sample.to(data.device)],), target.rows(sample), record=self.layer)
+        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
+            flow = self.flow(inputs.select(sample), target.rows(sample), record=self.layer)
             if self.layer not in flow.layers.activations:
                 raise ValueError(f"layer {self.layer!r} is not called in the forward pass; name another")
             activation, gradient = flow.layers.activations[self.layer], flow.layers.relevances[self.layer]
@@ -312,11 +316,11 @@ class GuidedGradCAM(Attributor):
         self.fine = Gradient(model, self.composite, **common)
         self.coarse = GradCAM(model, layer=layer, interpolation=interpolation, **common)
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and product."""
-        output, (fine, *others) = self.fine.attribute(inputs, target)
         _, (coarse,) = self.coarse.attribute(inputs, target)
-        return output, (fine * coarse.to(fine), *others)
+        output, (fine,) = self.fine.attribute(inputs, target)
+        return output, (fine * coarse.to(fine),)
 
 
 def _space(tensor: Tensor) -> tuple[int, ...]:

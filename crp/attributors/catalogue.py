@@ -18,7 +18,7 @@ from crp.attributors.base import Attributor
 from crp.attributors.cam import CAM, GradCAM, GradCAMPlusPlus, GuidedGradCAM
 from crp.attributors.elrp import ELRP
 from crp.attributors.gradient import Gradient, Saliency, Sensitivity, SimpleTaylor
-from crp.attributors.inputs import Inputs, baselines
+from crp.attributors.inputs import baselines
 from crp.attributors.noise import SmoothGrad
 from crp.attributors.occlusion import Occlusion
 from crp.attributors.path import IntegratedGradients
@@ -26,6 +26,7 @@ from crp.attributors.perturbation import MeaningfulPerturbation
 from crp.attributors.shapley import ShapleySampling
 from crp.attributors.target import Target
 from crp.composites.registry import classes
+from crp.inputs import Inputs, Tensors
 
 #: Attributors: class, family, paper.
 ATTRIBUTORS: Mapping[str, tuple[type[Attributor], str, str]] = MappingProxyType(
@@ -96,7 +97,7 @@ class Entry:
     """A method, and the function from model, inputs, target and options to results."""
 
     method: Method
-    run: Callable[[nn.Module, Inputs, Target, Mapping[str, Any]], Inputs]
+    run: Callable[[nn.Module, Inputs, Target, Mapping[str, Any]], Tensors]
 
 
 def entries() -> dict[str, Entry]:
@@ -131,9 +132,13 @@ def options(make: Callable[..., Any], *without: str) -> dict[str, Any]:
 
 def _attribute(
     kind: type[Attributor], model: nn.Module, inputs: Inputs, target: Target, given: Mapping[str, Any]
-) -> Inputs:
-    found: Inputs = kind(model, **_with_composite(given))(inputs, target)[1]
-    return found
+) -> Tensors:
+    return _explain(kind(model, **_with_composite(given)), inputs, target)
+
+
+def _explain(attributor: Attributor, inputs: Inputs, target: Target) -> Tensors:
+    found = attributor(inputs, target)[1]
+    return (found,) if isinstance(found, Tensor) else inputs.parts(found)
 
 
 def _with_composite(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,31 +153,29 @@ def _propagate(
     inputs: Inputs,
     target: Target,
     given: Mapping[str, Any],
-) -> Inputs:
+) -> Tensors:
     how = {name: value for name, value in given.items() if name in flow}
     own = {name: value for name, value in given.items() if name not in flow}
     if "classifier" in own:
         own["layer"] = own.pop("classifier")
     if "baseline" not in own:
-        found: Inputs = Gradient(model, make(**own), **how)(inputs, target)[1]
-        return found
+        return _explain(Gradient(model, make(**own), **how), inputs, target)
     if "reference" in own:
         raise ValueError("baseline and reference are both given; they are two names of one option")
     references = baselines(own.pop("baseline"), inputs)
     parts = []
     # Each part has references of its own.
-    for sample in torch.split(torch.arange(len(inputs[0])), how.get("batch_size") or len(inputs[0])):
-        part = tuple(data[sample.to(data.device)] for data in inputs)
-        of_part = tuple(data[sample.to(data.device)] for data in references)
-        composite = _OfSeveral(of_part, **own) if len(inputs) > 1 else make(reference=of_part[0], **own)
-        parts.append(Gradient(model, composite, **how)(part, target.rows(sample))[1])
+    for sample in torch.split(torch.arange(len(inputs)), how.get("batch_size") or len(inputs)):
+        part, of_part = inputs.select(sample), tuple(data[sample.to(data.device)] for data in references)
+        composite = _OfSeveral(of_part, **own) if len(of_part) > 1 else make(reference=of_part[0], **own)
+        parts.append(_explain(Gradient(model, composite, **how), part, target.rows(sample)))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 class _OfSeveral(composites.DeepLift):
     """DeepLIFT of a model of several inputs, each with a reference of its own."""
 
-    def __init__(self, references: Inputs, **keywords: Any) -> None:
+    def __init__(self, references: Tensors, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.each = [composites.DeepLift(reference=reference) for reference in references]
 
@@ -180,15 +183,19 @@ class _OfSeveral(composites.DeepLift):
         return self.each[number].reference_for(data, 0)
 
 
-def _perturb(model: nn.Module, inputs: Inputs, target: Target, given: Mapping[str, Any]) -> Inputs:
-    if len(inputs) > 1:
-        raise ValueError(f"meaningful_perturbation explains models of one input, not of {len(inputs)}")
+def _perturb(model: nn.Module, inputs: Inputs, target: Target, given: Mapping[str, Any]) -> Tensors:
+    if len(inputs.values) > 1:
+        raise ValueError(
+            f"meaningful_perturbation explains models of one input, not of {len(inputs.values)}; all other methods pass"
+            " on what they do not explain"
+        )
+    (data,) = inputs.explained
     own = _with_composite(given)
-    size = own.pop("batch_size", None) or len(inputs[0])
+    size = own.pop("batch_size", None) or len(data)
     attributor = MeaningfulPerturbation(model, **own)
     found = []
-    for sample in torch.split(torch.arange(len(inputs[0])), size):
-        part = inputs[0][sample.to(inputs[0].device)]
+    for sample in torch.split(torch.arange(len(data)), size):
+        part = data[sample.to(data.device)]
         heatmap = attributor(part, target.rows(sample)).heatmap
         found.append(heatmap[:, None].expand(part.shape).to(part))
     return (torch.cat(found),)

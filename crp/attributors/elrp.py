@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from crp.composites import Composite, Functions
 from crp.composites.base import Canonizers, LayerMap
+from crp.notices import warn
 from crp.rules import Layer, Rule, Term
 from crp.rules.functions import names
 from crp.rules.stabilizer import Stabilize
@@ -35,7 +36,8 @@ class ELRP(Composite):
     Ancona, Ceolini, Öztireli and Gross, "Towards better understanding of gradient-based attribution methods for deep
     neural networks" (ICLR 2018), proposition 1, with the ε of their DeepExplain. All else is the ordinary chain rule,
     max-pooling and biases too. Conserves relevance, up to biases and ε. In nets of affine layers, each followed by an
-    activation, it is the ε rule but for where ε sits; the last layer has no ε.
+    activation, it is the ε rule but for where ε sits; the last layer has no ε. In nets without activations it is
+    gradient × input, as in DeepExplain, and a warning says so.
 
     Parameters
     ----------
@@ -50,3 +52,8 @@ class ELRP(Composite):
     ) -> None:  # fmt: skip
         activations = tuple(name for name in (*names("identity"), "relu", "leaky_relu") if name != "batch_norm")
         super().__init__(canonizers, layer_map=[*layer_map, (Functions(activations), ActivationRatio(epsilon))])
+
+    def unreached(self, model: nn.Module) -> str | None:
+        """Nothing, but a warning: without activations, the method is gradient × input by its definition."""
+        warn(f"{type(model).__name__} calls no activation, for which elrp has its rule; the result is gradient × input")
+        return None

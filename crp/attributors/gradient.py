@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import Attributor
-from crp.attributors.inputs import Inputs
 from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap
+from crp.inputs import Inputs, Tensors
 
 
 class Gradient(Attributor):
@@ -53,11 +53,11 @@ class Gradient(Attributor):
         )  # fmt: skip
         self.layer = layer
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and gradient."""
         outputs, found = [], []
-        for sample, _ in self.rows(len(inputs[0]), 1, target, len(inputs[0])):
-            part = tuple(data[sample.to(data.device)] for data in inputs)
+        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
+            part = inputs.select(sample)
             flow = self.flow(part, target.rows(sample), record=self.layer or "")
             outputs.append(flow.output)
             found.append(flow.inputs if self.layer is None else (self._of_layer(flow.layers.relevances),))
@@ -77,7 +77,7 @@ class Sensitivity(Gradient):
     for which logits are usual; give a function of the output to explain probabilities.
     """
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and squared gradient."""
         output, found = super().attribute(inputs, target)
         return output, tuple(gradient.square() for gradient in found)
@@ -86,7 +86,7 @@ class Sensitivity(Gradient):
 class Saliency(Gradient):
     r"""Saliency, :math:`|\partial f / \partial x|`; Simonyan, Vedaldi and Zisserman (2014), section 3.1."""
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and absolute value of the gradient."""
         output, found = super().attribute(inputs, target)
         return output, tuple(gradient.abs() for gradient in found)
@@ -99,12 +99,12 @@ class SimpleTaylor(Attributor):
     without biases; what a composite gives is brought to a multiplier first, so that relevance stays relevance.
     """
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and gradient × input."""
         outputs, found = [], []
-        for sample, _ in self.rows(len(inputs[0]), 1, target, len(inputs[0])):
-            part = tuple(data[sample.to(data.device)] for data in inputs)
+        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
+            part = inputs.select(sample)
             output, multipliers = self.multipliers(part, target.rows(sample))
             outputs.append(output)
-            found.append(tuple(m * data.to(m) for m, data in zip(multipliers, part, strict=True)))
+            found.append(tuple(m * data.to(m) for m, data in zip(multipliers, part.explained, strict=True)))
         return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*found, strict=True))

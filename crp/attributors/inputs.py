@@ -1,52 +1,30 @@
-"""One input or several: checked, joined so that they are explained together, and their baselines."""
+"""Baselines of one input or several: what is there where a feature is not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from crp.conditions import check_data
+from crp.inputs import Inputs, Tensors
 
-#: Each of shape (samples, *input shape).
-Inputs: TypeAlias = tuple[Tensor, ...]
 OneBaseline: TypeAlias = float | Tensor | np.ndarray | Callable[[Tensor], Tensor] | None
-Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline]
+Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline] | Mapping[str, OneBaseline]
 
 
-def as_inputs(data: Tensor | Sequence[Tensor]) -> Inputs:
-    """Inputs of a model as a tuple.
-
-    Raises
-    ------
-    TypeError
-        If one is no floating-point tensor.
-    ValueError
-        If there is none, one has NaN or infinite values, or they are for different numbers of samples.
-    """
-    inputs = (data,) if isinstance(data, Tensor) else data
-    if not isinstance(inputs, tuple | list) or not inputs:
-        raise TypeError(f"data must be a tensor, or a tuple of them for models with several inputs, not {data!r}")
-    for tensor in inputs:
-        check_data(tensor)
-    if len({len(tensor) for tensor in inputs}) > 1:
-        raise ValueError(f"the inputs are for {[len(tensor) for tensor in inputs]} samples; these must be equally many")
-    return tuple(tensor.detach() for tensor in inputs)
-
-
-def baselines(given: Baseline, inputs: Inputs) -> Inputs:
-    """Baseline of each input, in its shape.
+def baselines(given: Baseline, inputs: Inputs) -> Tensors:
+    """Baseline of each input that is explained, in its shape.
 
     Parameters
     ----------
     given : number, Tensor, ndarray, callable or None
-        One for each input, in a tuple, where there are several; a single one is for all. None is 0. A tensor has the
-        input's shape with or without the batch axis, which may be 1; a function of the input returns such a tensor.
-    inputs : tuple of Tensor
+        A single one is for all inputs. A tuple holds one for each that is explained, or for each that there is; a dict
+        names them. None is 0. A tensor has the input's shape with or without the batch axis, which may be 1; a function
+        of the input returns such a tensor.
+    inputs : Inputs
 
     Raises
     ------
@@ -55,11 +33,20 @@ def baselines(given: Baseline, inputs: Inputs) -> Inputs:
     TypeError
         If one is nothing of this kind.
     """
-    if isinstance(given, tuple) or (isinstance(given, list) and len(inputs) > 1):
-        if len(given) != len(inputs):
-            raise ValueError(f"there are {len(given)} baselines for {len(inputs)} inputs; give one for each")
-        return tuple(_baseline(one, data) for one, data in zip(given, inputs, strict=True))
-    return tuple(_baseline(given, data) for data in inputs)
+    explained = inputs.explained
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in inputs.names]
+        if unknown:
+            known = ", ".join(map(repr, inputs.names))
+            raise ValueError(f"there is a baseline for {unknown[0]!r}, which is not explained; {known} are")
+        given = tuple(given.get(str(name)) for name in inputs.names)
+    if isinstance(given, tuple) or (isinstance(given, list) and len(inputs.values) > 1):
+        if len(given) == len(inputs.values):
+            given = [one for name, one in zip(inputs.values, given, strict=True) if name in inputs.names]
+        if len(given) != len(explained):
+            raise ValueError(f"there are {len(given)} baselines for {len(explained)} inputs; give one for each")
+        return tuple(_baseline(one, data) for one, data in zip(given, explained, strict=True))
+    return tuple(_baseline(given, data) for data in explained)
 
 
 def _baseline(given: Any, data: Tensor) -> Tensor:
@@ -78,36 +65,3 @@ def _baseline(given: Any, data: Tensor) -> Tensor:
             f"all samples as {shape[1:]} or {(1, *shape[1:])}, or one for each as {shape}"
         )
     return tensor.expand(shape)
-
-
-def join(inputs: Inputs) -> Tensor:
-    """All inputs side by side, (samples, sum of their sizes); a single one stays as it is."""
-    return inputs[0] if len(inputs) == 1 else torch.cat([tensor.flatten(1) for tensor in inputs], 1)
-
-
-def separate(joined: Tensor, like: Inputs) -> Inputs:
-    """Undo `join`; rows may be other samples."""
-    if len(like) == 1:
-        return (joined,)
-    parts = torch.split(joined, [tensor[0].numel() for tensor in like], 1)
-    return tuple(
-        part.reshape(len(part), *tensor.shape[1:]).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)
-    )
-
-
-@contextmanager
-def splitting(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Let a model of several inputs take them joined."""
-    if len(inputs) == 1:
-        yield
-        return
-
-    def take_apart(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-        # (A pass of references through the model has them apart already.)
-        return separate(args[0], inputs) if len(args) == 1 else None
-
-    handle = model.register_forward_pre_hook(take_apart)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
-from crp.attributors.inputs import Inputs
 from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap
+from crp.inputs import Inputs, Tensors
 
 Statistic = Literal["mean", "squared", "variance"]
 
@@ -73,35 +73,37 @@ class SmoothGrad(Attributor):
             raise ValueError(f"statistic must be one of {', '.join(map(repr, get_args(Statistic)))}, not {statistic!r}")
         self.n, self.noise_level, self.noise, self.statistic, self.seed = n, noise_level, noise, statistic, seed
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and smoothed gradient."""
-        given = None if self.noise is None else _fitting(self.noise, inputs)
+        explained = inputs.explained
+        given = None if self.noise is None else _fitting(self.noise, explained)
         n_copies = self.n if given is None else len(given[0])
-        draws, spreads = self._draws(inputs) if given is None else [], [self.noise_level * _range(d) for d in inputs]
+        draws = self._draws(explained) if given is None else []
+        spreads = [self.noise_level * _range(data) for data in explained]
         # (differences of large sums would lose digits in single precision)
-        sums = [torch.zeros_like(data, dtype=torch.float64) for data in inputs]
-        squares = [torch.zeros_like(data, dtype=torch.float64) for data in inputs]
+        sums = [torch.zeros_like(data, dtype=torch.float64) for data in explained]
+        squares = [torch.zeros_like(data, dtype=torch.float64) for data in explained]
         with self.differentiating(target, relevance=True) as gradients_of:
-            for sample, copy in self.rows(len(inputs[0]), n_copies, target, ROWS_BACKWARD):
+            for sample, copy in self.rows(len(inputs), n_copies, target, ROWS_BACKWARD):
                 noisy = []
-                for number, data in enumerate(inputs):
+                for number, data in enumerate(explained):
                     rows, copies = sample.to(data.device), copy.to(data.device)
                     own = (
                         draws[number][copies] * spreads[number][rows] if given is None else given[number][copies, rows]
                     )
                     noisy.append(data[rows] + own)
-                for number, found in enumerate(gradients_of(tuple(noisy), target.rows(sample))):
-                    rows, gradient = sample.to(inputs[number].device), found.to(sums[number])
+                for number, found in enumerate(gradients_of(inputs.having(noisy, sample), target.rows(sample))):
+                    rows, gradient = sample.to(explained[number].device), found.to(sums[number])
                     sums[number].index_add_(0, rows, gradient)
                     squares[number].index_add_(0, rows, gradient.square())
         results = []
-        for data, total, square in zip(inputs, sums, squares, strict=True):
+        for data, total, square in zip(explained, sums, squares, strict=True):
             mean, mean_square = total / n_copies, square / n_copies
             chosen = {"mean": mean, "squared": mean_square, "variance": (mean_square - mean.square()).clamp(min=0)}
             results.append(chosen[self.statistic].to(data.dtype))
         return self.output(inputs), tuple(results)
 
-    def _draws(self, inputs: Inputs) -> list[Tensor]:
+    def _draws(self, inputs: Tensors) -> list[Tensor]:
         """Standard normal noise for each input, of shape (n, *input shape), on the CPU's generator."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         return [
@@ -115,7 +117,7 @@ def _range(data: Tensor) -> Tensor:
     return (flat.amax(1) - flat.amin(1)).reshape(-1, *[1] * (data.dim() - 1))
 
 
-def _fitting(noise: Tensor | Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+def _fitting(noise: Tensor | Sequence[Tensor], inputs: Tensors) -> list[Tensor]:
     """Noise for each input, of shape (n, *data shape)."""
     given = [noise] if isinstance(noise, Tensor) else list(noise)
     if len(given) != len(inputs):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_FORWARD, Attributor
-from crp.attributors.inputs import Baseline, Inputs, baselines
+from crp.attributors.inputs import Baseline, baselines
 from crp.attributors.target import Target
+from crp.inputs import Inputs, Tensors
 from crp.notices import warn
 
 Lengths: TypeAlias = int | tuple[int, ...]
@@ -68,40 +69,41 @@ class Occlusion(Attributor):
         super().__init__(model, composite, attr_output, batch_size=batch_size)
         self.window_shape, self.step, self.baseline, self.per_feature = window_shape, step, baseline, per_feature
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and differences of scores."""
         covers = baselines(self.baseline, inputs)
-        shapes, steps = _for_each(self.window_shape, inputs), _for_each(self.step, inputs)
-        found = [windows(data.shape[1:], *given) for data, *given in zip(inputs, shapes, steps, strict=True)]
-        totals = [torch.zeros_like(data).flatten(1) for data in inputs]
+        explained = inputs.explained
+        shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
+        found = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
+        totals = [torch.zeros_like(data).flatten(1) for data in explained]
         with self.scoring(target) as score:
             whole = self._whole(score, inputs, target)
-            for number, (data, cover) in enumerate(zip(inputs, covers, strict=True)):
+            for number, (data, cover) in enumerate(zip(explained, covers, strict=True)):
                 starts, offsets = (part.to(data.device) for part in found[number])
                 cover = cover.flatten(1)
                 for sample, window in self.rows(len(data), len(starts), target, ROWS_FORWARD):
                     sample = sample.to(data.device)
                     place = starts[window.to(data.device)][:, None] + offsets  # (rows, features of the window)
-                    seen = [other[sample.to(other.device)] for other in inputs]
+                    seen = [other[sample.to(other.device)] for other in explained]
                     covered = seen[number].flatten(1).scatter(1, place, cover[sample].gather(1, place))
                     seen[number] = covered.view_as(seen[number])
-                    fall = whole[sample] - score(tuple(seen), target.rows(sample)).to(whole)
+                    rows = inputs.having(seen, sample)
+                    fall = whole[sample] - score(rows, target.rows(sample)).to(whole)
                     index = sample[:, None].expand_as(place), place
                     totals[number].index_put_(index, fall[:, None].expand_as(place), accumulate=True)
-        counts = [_cover_count(data[0], *part) for data, part in zip(inputs, found, strict=True)]
+        counts = [_cover_count(data[0], *part) for data, part in zip(explained, found, strict=True)]
         _tell_uncovered(counts)
         results = []
-        for data, total, count, (_, offsets) in zip(inputs, totals, counts, found, strict=True):
+        for data, total, count, (_, offsets) in zip(explained, totals, counts, found, strict=True):
             shared = count * len(offsets) if self.per_feature else count
             results.append(torch.where(count > 0, total / shared, 0).view_as(data))
         return self.output(inputs), tuple(results)
 
     def _whole(self, score: Any, inputs: Inputs, target: Target) -> Tensor:
         parts = []
-        for sample, _ in self.rows(len(inputs[0]), 1, target, len(inputs[0])):
-            part = tuple(data[sample.to(data.device)] for data in inputs)
-            parts.append(score(part, target.rows(sample)))
-        return torch.cat(parts).to(inputs[0])
+        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
+            parts.append(score(inputs.select(sample), target.rows(sample)))
+        return torch.cat(parts).to(inputs.explained[0])
 
 
 def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths = 1) -> tuple[Tensor, Tensor]:
@@ -158,7 +160,7 @@ def _lengths(name: str, given: Any, shape: Sequence[int], every: bool) -> tuple[
     return tuple(given)
 
 
-def _for_each(given: Any, inputs: Inputs) -> list[Any]:
+def _for_each(given: Any, inputs: Tensors) -> list[Any]:
     """Setting of each input."""
     if not isinstance(given, list):
         return [given] * len(inputs)

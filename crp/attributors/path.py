@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
-from crp.attributors.inputs import Baseline, Inputs, baselines
+from crp.attributors.inputs import Baseline, baselines
 from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.conditions import MaskMap
+from crp.inputs import Inputs, Tensors
 
 Quadrature = Literal["right", "left", "middle", "trapezoid", "gauss_legendre"]
 
@@ -74,18 +75,19 @@ class IntegratedGradients(Attributor):
         self.steps, self.baseline, self.quadrature = steps, baseline, quadrature
         self.points, self.weights = nodes(quadrature, steps)
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and integrated gradients."""
         starts = baselines(self.baseline, inputs)
-        ways = tuple(data - start for data, start in zip(inputs, starts, strict=True))
-        totals = tuple(torch.zeros_like(data) for data in inputs)
+        ways = tuple(data - start for data, start in zip(inputs.explained, starts, strict=True))
+        totals = tuple(torch.zeros_like(data) for data in inputs.explained)
         with self.differentiating(target) as gradients_of:
-            for sample, step in self.rows(len(inputs[0]), self.steps, target, ROWS_BACKWARD):
+            for sample, step in self.rows(len(inputs), self.steps, target, ROWS_BACKWARD):
                 points = []
                 for start, way in zip(starts, ways, strict=True):
                     rows, alpha = sample.to(way.device), self.points[step].to(way)
                     points.append(start[rows] + alpha.reshape(-1, *[1] * (way.dim() - 1)) * way[rows])
-                for total, gradient in zip(totals, gradients_of(tuple(points), target.rows(sample)), strict=True):
+                found = gradients_of(inputs.having(points, sample), target.rows(sample))
+                for total, gradient in zip(totals, found, strict=True):
                     weight = self.weights[step].to(total).reshape(-1, *[1] * (total.dim() - 1))
                     total.index_add_(0, sample.to(total.device), weight * gradient.to(total))
         return self.output(inputs), tuple(total * way for total, way in zip(totals, ways, strict=True))

@@ -28,7 +28,7 @@ from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Target
 from crp.conditions import check_data
-from crp.guard import check_composite
+from crp.guard import check_alone, check_composite
 
 Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]
@@ -225,6 +225,7 @@ class MeaningfulPerturbation:
         check_data(data)
         if data.dim() != 4:
             raise ValueError(f"data must be images of shape (batch, channels, height, width), not {tuple(data.shape)}")
+        check_alone(self.model, self.composite, type(self).__name__)
         asked = target_of(target, len(data))
         data = data.detach()
         generator = self.generator or torch.Generator().manual_seed(self.seed)

@@ -88,6 +88,6 @@ def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     check_composite(composite)
-    with attached(Composite() if composite is None else composite, unwrap(model)) as modified:
+    with attached(composite, unwrap(model)) as modified:
         # A model may change its input in place.
         yield lambda data: tensor_in(modified(data.clone()))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_FORWARD, Attributor, check_count
-from crp.attributors.inputs import Baseline, Inputs, baselines
+from crp.attributors.inputs import Baseline, baselines
 from crp.attributors.target import Target
+from crp.inputs import Inputs, Tensors
 
 
 class ShapleySampling(Attributor):
@@ -63,13 +64,14 @@ class ShapleySampling(Attributor):
         self.samples, self.sampling_dims, self.baseline = samples, sampling_dims, baseline
         self.seed, self.permutations = seed, permutations
 
-    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Inputs]:
+    def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and Shapley values."""
         absent = baselines(self.baseline, inputs)
-        players = self._players(inputs)
+        explained = inputs.explained
+        players = self._players(explained)
         n_players = 1 + max(int(numbers.max()) for numbers in players)
         orders = self._orders(n_players)
-        n_samples, coalitions = len(inputs[0]), n_players + 1
+        n_samples, coalitions = len(inputs), n_players + 1
         scores = torch.zeros(n_samples, len(orders) * coalitions, dtype=torch.float64)
         # Place of each player in each permutation.
         ranks = orders.argsort(1)
@@ -78,20 +80,20 @@ class ShapleySampling(Attributor):
                 order, size = time // coalitions, time % coalitions
                 present = ranks[order] < size[:, None]  # (rows, players)
                 made = []
-                for data, other, numbers in zip(inputs, absent, players, strict=True):
+                for data, other, numbers in zip(explained, absent, players, strict=True):
                     rows = sample.to(data.device)
                     inside = present[:, numbers.flatten()].view(len(sample), *numbers.shape).to(data.device)
                     made.append(torch.where(inside, data[rows], other[rows]))
-                scores[sample, time] = score(tuple(made), target.rows(sample)).to(scores)
+                scores[sample, time] = score(inputs.having(made, sample), target.rows(sample)).to(scores)
         added = scores.view(n_samples, len(orders), coalitions).diff(dim=2)
         values = added.gather(2, ranks.expand(n_samples, -1, -1)).mean(1)  # (samples, players)
         found = (
             values[:, numbers.flatten()].view(n_samples, *numbers.shape).expand(data.shape).to(data)
-            for data, numbers in zip(inputs, players, strict=True)
+            for data, numbers in zip(explained, players, strict=True)
         )
         return self.output(inputs), tuple(part.contiguous() for part in found)
 
-    def _players(self, inputs: Inputs) -> list[Tensor]:
+    def _players(self, inputs: Tensors) -> list[Tensor]:
         """Number of the player that each feature belongs to; axes that are no players have length 1."""
         found, count = [], 0
         for data in inputs:

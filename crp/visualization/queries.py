@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.concepts import Concept
+from crp.concepts import Concept, mask_of
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
 from crp.visualization import references as refs
@@ -301,7 +301,7 @@ class ReferenceQueries(SampleAccess):
                 data[i : i + batch_size].detach(),
                 conditions[i : i + batch_size],
                 composite,
-                mask_map=concept.mask_rf if rf else concept.mask,
+                mask_map=mask_of(concept, "mask_rf" if rf else "mask"),
                 start_layer=layer_name if targets is None else None,
                 on_device=self.device,
                 # From the output, relevance could pass by the concept in a parallel branch.

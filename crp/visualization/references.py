@@ -46,12 +46,18 @@ def concept_list(concept_ids: Any) -> list[ConceptId]:
 
 
 def target_list(targets: Any) -> list[int]:
-    """Targets as a list of int, from an int, a sequence (also of numerals), or an array or tensor of any shape."""
+    """Targets as a list of int, from an int, a sequence (also of numerals), or an array or tensor of any shape.
+
+    Raises
+    ------
+    TypeError
+        If a target is not an integer.
+    """
     if isinstance(targets, Tensor | np.ndarray):
         targets = targets.reshape(-1).tolist()
     elif isinstance(targets, str) or not isinstance(targets, Iterable):
         targets = [targets]
-    return as_ids([int(t) if isinstance(t, str) else t for t in targets])
+    return as_ids([int(t) if isinstance(t, str) and t.isdecimal() else t for t in targets], what="targets")
 
 
 def column(concept: Concept, concept_id: ConceptId, layer: str, n_concepts: int) -> int:

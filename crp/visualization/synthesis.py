@@ -29,6 +29,7 @@ from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.conditions import check_data
 from crp.forward import ForwardPass, check_layers, tensor_in
 from crp.guard import attached, check_composite
+from crp.inputs import Inputs
 from crp.layers import unwrap
 
 #: Name of the model's output among the layers; no layer has this name.
@@ -264,7 +265,7 @@ def maximize(
     decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
     scores: list[Tensor] = []
 
-    with attached(composite or Composite(), model) as modified, torch.enable_grad():
+    with attached(composite, model) as modified, torch.enable_grad():
         rate = partial(_rate, modified, objective, composite)
 
         def loss(offset: list[int]) -> float:
@@ -294,7 +295,7 @@ def maximize(
 def _rate(model: nn.Module, objective: Objective, composite: Composite | None, images: Tensor) -> tuple[Tensor, Tensor]:
     """Objective of each image, and its gradient."""
     roles = dict.fromkeys(objective.layers - {OUTPUT}, "condition")
-    found = ForwardPass.run(model, images, roles, tensor_in, composite)
+    found = ForwardPass.run(model, Inputs.single(images), roles, tensor_in, composite)
     outputs = {OUTPUT: found.output.output} | {name: use.output for name, use in found.uses.items()}
     values = objective(outputs)
     if values.shape != images.shape[:1]:
@@ -302,7 +303,7 @@ def _rate(model: nn.Module, objective: Objective, composite: Composite | None, i
     if not values.isfinite().all():
         wrong = (~values.isfinite()).nonzero().flatten().tolist()
         raise ValueError(f"the objective is NaN or infinite for images {wrong}; use a smaller learning rate or bounds")
-    (gradient,) = torch.autograd.grad(values.sum(), found.data)
+    (gradient,) = torch.autograd.grad(values.sum(), found.inputs.explained)
     return values.detach(), gradient
 
 

@@ -65,7 +65,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         return [list(targets)] * len(data)
     # (of all outputs, only their number is asked)
     asked = data[:1] if targets == "all" else data
-    with torch.no_grad(), attached(Composite(), attribution.model) as model:
+    with torch.no_grad(), attached(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
     if output.dim() != 2 or len(output) != len(asked):
         raise ValueError(
@@ -109,7 +109,7 @@ def record_activations(
     dict of str to Tensor of shape (samples, ...)
         Without layers that the forward pass does not use.
     """
-    with attached(composite or Composite(), attribution.model) as model:
+    with attached(composite, attribution.model) as model:
         found = record_outputs(model, data, layers)
     return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}
 
@@ -147,7 +147,10 @@ def attribute_targets(
         for slot in slots:
             yield attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
         return
-    settings = Settings(layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False)
+    # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
+    settings = Settings(
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
+    )  # fmt: skip
     call = Call.plan(attribution, data, slots[0], composite, settings)
     rows = Rows(tuple(range(len(data))) * len(slots), tuple(condition for slot in slots for condition in slot))
     at_once = len(data) if keeps_graph(composite) else len(rows)

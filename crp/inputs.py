@@ -1,0 +1,202 @@
+"""What a model takes: one tensor, or several inputs, of which some are explained and the others are passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from crp.conditions import check_data
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+#: One input; inputs by position, or by name. Tensors have the samples on their first axis.
+Data: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any] | Inputs"
+#: Position or name of an input, or several of them.
+Explain: TypeAlias = int | str | Sequence[int | str] | None
+
+#: What is passed on as it is, beside tensors.
+CONSTANTS = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a model for some samples.
+
+    Attributes
+    ----------
+    values : dict of int or str to Tensor, number, str or None
+        All inputs, in order, by position or name. Tensors are of shape (samples, *input shape).
+    names : tuple of int or str
+        Those that are explained.
+    form : "tensor", "tuple" or "dict"
+        What they were given as.
+    """
+
+    values: dict[int | str, Any]
+    names: tuple[int | str, ...]
+    form: Literal["tensor", "tuple", "dict"]
+
+    @classmethod
+    def of(cls, data: Data, explain: Explain = None) -> Inputs:
+        """Inputs as a user gives them; `check` looks at their values.
+
+        Parameters
+        ----------
+        data : Tensor, tuple or dict
+            A tuple holds the model's positional arguments, a dict its keyword arguments. What is no tensor is passed on
+            as it is.
+        explain : int, str, or sequence of these, optional
+            Positions (in a tuple) or names (in a dict) of the inputs that are explained; all floating ones by default.
+
+        Raises
+        ------
+        TypeError
+            If the data, an input, or what is explained is of no such kind.
+        ValueError
+            If nothing is to be explained, or inputs are for different numbers of samples.
+        KeyError
+            If there is no input of that name or position.
+        """
+        if isinstance(data, Inputs):
+            return data
+        if isinstance(data, Tensor) and explain is not None:
+            raise ValueError(f"explain={explain!r} chooses among several inputs; data is a single tensor")
+        if isinstance(data, Tensor):
+            return cls.single(data)
+        if not isinstance(data, tuple | list | Mapping):
+            raise TypeError(
+                "data must be a floating-point tensor, which relevance can be assigned to, not "
+                f"{type(data).__name__}; several inputs are a tuple or dict of them"
+            )
+        if not data:
+            raise TypeError("data must be a tensor, or a tuple or dict with an input for each argument; it is empty")
+        form: Literal["tuple", "dict"] = "dict" if isinstance(data, Mapping) else "tuple"
+        values: dict[Any, Any] = {**data} if isinstance(data, Mapping) else dict(enumerate(data))
+        _check_values(values, form == "dict")
+        return cls(values, _explained(values, explain), form)
+
+    @classmethod
+    def single(cls, data: Tensor) -> Inputs:
+        """The only input of a model."""
+        return cls({0: data}, (0,), "tensor")
+
+    def check(self) -> None:
+        """Raise an error that names an input that is explained, and cannot be.
+
+        Raises
+        ------
+        TypeError
+            If it is no floating-point tensor.
+        ValueError
+            If it has NaN or infinite values.
+        """
+        for name, tensor in zip(self.names, self.explained, strict=True):
+            check_data(tensor, "data" if self.form == "tensor" else f"input {name!r}")
+
+    def __len__(self) -> int:
+        return len(self.values[self.names[0]])
+
+    @property
+    def explained(self) -> Tensors:
+        """Inputs that are explained, each of shape (samples, *input shape)."""
+        return tuple(self.values[name] for name in self.names)
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether a tensor is passed on and not explained."""
+        return sum(isinstance(value, Tensor) for value in self.values.values()) > len(self.names)
+
+    @property
+    def data(self) -> Data:
+        """The inputs in the form in which they were given."""
+        if self.form == "dict":
+            return {str(name): value for name, value in self.values.items()}
+        return self.values[0] if self.form == "tensor" else tuple(self.values.values())
+
+    def having(self, explained: Sequence[Tensor], samples: Tensor | None = None) -> Inputs:
+        """Others in place of the tensors that are explained, and what is passed on for these samples."""
+        others = dict(zip(self.names, explained, strict=True))
+        kept = replace(self, values={name: value for name, value in self.values.items() if name not in others})
+        passed_on = kept.values if samples is None else kept.select(samples).values
+        return replace(self, values={name: others.get(name, passed_on.get(name)) for name in self.values})
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        values = {name: change(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
+        return replace(self, values=values)
+
+    def select(self, samples: list[int] | Tensor) -> Inputs:
+        """Some of the samples, each as often as it is named."""
+        if isinstance(samples, list) and samples == list(range(len(self))):
+            return self
+        index = torch.as_tensor(samples)
+        return self.each(lambda tensor: tensor[index.to(tensor.device)])
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on a device."""
+        return self.each(lambda tensor: tensor.to(device))
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        """What a model returns for copies of the inputs, as it may change them in place."""
+        copies = self.each(torch.clone).values
+        if self.form == "dict":
+            return model(**{str(name): value for name, value in copies.items()})
+        return model(*copies.values())
+
+    def parts(self, found: Any) -> tuple[Any, ...]:
+        """Undo `shaped`."""
+        return (found,) if len(self.names) == 1 else tuple(found[name] for name in self.names)
+
+    def shaped(self, found: Sequence[Any]) -> Any:
+        """What was found for each input that is explained, in one object.
+
+        The only one as it is; several in the form of the data, a tuple or dict with None for inputs that are not
+        explained.
+        """
+        if len(found) == 1:
+            return found[0]
+        by_name = dict.fromkeys(self.values) | dict(zip(self.names, found, strict=True))
+        return by_name if self.form == "dict" else tuple(by_name.values())
+
+
+def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:
+    for name, value in values.items():
+        if by_name and not isinstance(name, str):
+            raise TypeError(f"a dict of inputs has the names of the model's arguments as keys, not {name!r}")
+        if not isinstance(value, (Tensor, *CONSTANTS)):
+            raise TypeError(
+                f"input {name!r} is a {type(value).__name__}; inputs are tensors with the samples on their first axis, "
+                "or numbers, bools, strings and None, which are passed on"
+            )
+    sizes = {name: len(value) if value.dim() else None for name, value in values.items() if isinstance(value, Tensor)}
+    if len(set(sizes.values())) > 1 or None in sizes.values():
+        shapes = ", ".join(f"{name!r} of shape {tuple(values[name].shape)}" for name in sizes)
+        raise ValueError(
+            f"the inputs are for {list(sizes.values())} samples; each must have as many, on its first axis: {shapes}"
+        )
+
+
+def _explained(values: Mapping[Any, Any], explain: Explain) -> tuple[int | str, ...]:
+    """Names of the inputs that are explained, in the order of the inputs."""
+    if explain is None:
+        names = [n for n, value in values.items() if isinstance(value, Tensor) and value.is_floating_point()]
+        if not names:
+            raise TypeError(
+                "no input is a floating-point tensor, which relevance can be assigned to: "
+                + ", ".join(f"{n!r} is {getattr(value, 'dtype', value)}" for n, value in values.items())
+            )
+        return tuple(names)
+    asked = [explain] if isinstance(explain, int | str) else list(explain)
+    if not asked:
+        raise ValueError("explain is empty; name at least one input, or leave it out")
+    # (positions may be counted from the end)
+    places = [n + len(values) if isinstance(n, int) and n < 0 else n for n in asked]
+    for name, place in zip(asked, places, strict=True):
+        if isinstance(name, bool) or not isinstance(name, int | str):
+            raise TypeError(f"explain names inputs by position or name, not by {name!r}")
+        if place not in values:
+            raise KeyError(f"there is no input {name!r} to explain; there are {', '.join(map(repr, values))}")
+    return tuple(name for name in values if name in places)
