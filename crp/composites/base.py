@@ -20,8 +20,9 @@ from crp.composites.operations import Operations, Seen, may_be_activation
 from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
 from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
-from crp.graph import tracing
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
+from crp.placed import note_placed, note_removed
+from crp.provenance import Structure, recorded, structure, tracing
 from crp.reference import referencing
 from crp.rules import lift
 from crp.rules.account import Account
@@ -103,6 +104,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         self._operations: Operations | None = None
         self._depth, self._entered = 0, False
         self._places: list[Any] = []
+        self._structure: Structure | None = None
         self._ready: tuple[list[Any], list[Entry], dict[Any, Any]] | None = None
         super().__init__(_no_rule, [] if self.auto or canonizers is None else list(canonizers))
 
@@ -136,6 +138,8 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 "(or call remove()) first, or use another composite"
             )
         entries, modules = self.entries, modules_of(module)
+        has_positions = any(entry.position is not None for entry in entries)
+        self._structure = structure(module) if has_positions else None
         addressed = addresses(entries, modules)  # (errors come before anything is done)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
@@ -156,6 +160,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             # Last, so that the mode is active as long as any hook of the composite.
             self._operations = mode
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+            note_placed(self, module)
         except BaseException:
             self.remove()
             raise
@@ -173,6 +178,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         self.applied.clear()
         self._attachment.clear()
         self._operations = None
+        note_removed(self)
 
     @contextmanager
     def accounting(self) -> Iterator[Account]:
@@ -313,8 +319,10 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
             )
-        if mode.positions and not mode.totals:
-            mode.totals = totals_of(module, mode.positions, args, kwargs)
+        if self._structure is not None and not mode.totals:
+            record = recorded(module, args, kwargs, self._structure)
+            explained = [n for n, data in enumerate(tensors_in((args, kwargs))) if data.requires_grad]
+            mode.totals = totals_of(mode.positions, record, explained)
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()

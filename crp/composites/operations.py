@@ -211,7 +211,9 @@ class Operations(SeeingMode):
         explained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
         known, added, tolerant = dict(self._context), [], 0
         for entry, alone in own:
-            if entry.position is not None and not (is_counted(module, entry.position.types) and self._is_chosen(entry)):
+            if entry.position is not None and not (
+                is_counted(type(module), entry.position.types) and self._is_chosen(entry)
+            ):
                 continue
             if explained:
                 self._called.add(entry.number)

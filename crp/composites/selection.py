@@ -292,10 +292,10 @@ def _is_subclass(kind: type, types: Types) -> bool:
     return issubclass(kind, types)
 
 
-def is_counted(module: nn.Module, types: Types) -> bool:
-    """Whether a call of a module counts for a position among these types, and not what it calls."""
-    return isinstance(module, types) and not any(
-        issubclass(plain, types) for plain in type(module).__mro__ if plain in _CALLED
+def is_counted(module: type, types: Types) -> bool:
+    """Whether a call of a module of a type counts for a position among these types, and not what it calls."""
+    return _is_one_of(module, types) and not any(
+        _is_one_of(plain, types) for plain in module.__mro__ if plain in _CALLED
     )
 
 

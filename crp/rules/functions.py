@@ -265,7 +265,7 @@ def look_up(function: Callable[..., Any]) -> Function:
     """What is known of a function, however it is spelled."""
     found = _functions.get(function)
     if found is None:
-        found = _functions[function] = _described(*_named(function))
+        found = _functions[function] = described(*_named(function))
     return found
 
 
@@ -278,7 +278,8 @@ def _named(function: Callable[..., Any]) -> tuple[str, bool]:
 
 
 @lru_cache(maxsize=4096)
-def _described(name: str, is_attribute: bool = False) -> Function:
+def described(name: str, is_attribute: bool = False) -> Function:
+    """What is known of a function of this plain name."""
     if name in _METADATA or (is_attribute and name not in _VIEWS):
         return Function(name, name, metadata=True)
     canonical = _ALIASES.get(name, name)
