@@ -23,7 +23,7 @@ from crp.reference import referencing
 from crp.rules.functions import Function, has_negative, in_place, look_up, out_of_place, overwrites
 from crp.rules.layer import Layer, changed, tensors_in
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born, Copied, Notes
-from crp.rules.operands import Operands, add_bias
+from crp.rules.operands import Operands
 from crp.rules.redirect import overwritten
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -105,7 +105,7 @@ class SeeingMode(TorchFunctionMode):
             return func(*args, **kwargs)
         inputs: list[Tensor] = []
         self._reading = known
-        flags = self.notes.read(args, inputs, self._unseen)
+        flags = self.notes.read(args[:1] if known.reads_first else args, inputs, self._unseen)
         if kwargs:
             flags &= self.notes.read(kwargs.values(), inputs, self._unseen)
         if not inputs:
@@ -182,17 +182,14 @@ class SeeingMode(TorchFunctionMode):
         layer.nonnegative, layer.locate = self.notes.nonnegative(inputs[0]), self.innermost
         if len(inputs) > 1:
             layer.born = tuple(self.notes.born(tensor) for tensor in inputs)
-        bias = None
         if operands is not None:
-            if operands.bias is not None and any(operands.bias is tensor for tensor in inputs):
-                bias, operands = operands.bias, operands._replace(bias=None)
+            if operands.added is not None:
                 layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
-                layer.operands = operands
             layer.inputs, layer.nonnegative = (operands.a,), self.notes.nonnegative(operands.a)
         result = self.by_rule(choice, layer)
         self._parts = layer.parts
-        if bias is not None and operands is not None:
-            result = add_bias(result, bias, operands)
+        if operands is not None and operands.added is not None:
+            result = result + operands.added
         return result if target is None else overwritten(target, result)
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
@@ -221,6 +218,8 @@ class SeeingMode(TorchFunctionMode):
             return None
         if known.canonical in _IN_PLACE_OF_THE_INPUT:
             return Copied(below) if len(below) == 1 else None
+        if known.canonical == "setitem":
+            return Copied(below, partial(_set_again, args, inputs))
         if not known.has("copies") or overwrites(func, args, kwargs):
             return None
 
@@ -238,7 +237,7 @@ class SeeingMode(TorchFunctionMode):
     def _unseen(self, tensor: Tensor, is_changed: bool) -> None:
         self.refuse_unseen(f"{self._reading.name}()", tensor, is_changed)
 
-    def refuse_unseen(self, reader: str, tensor: Tensor, is_changed: bool) -> NoReturn:
+    def refuse_unseen(self, reader: str, tensor: Tensor, is_changed: bool) -> None:
         """Raise an `UnseenError` for a tensor that was made, or changed in place, by what cannot be seen."""
         where = self.innermost()
         node = tensor.grad_fn
@@ -283,6 +282,15 @@ def _item(call: Callable[..., Any], index: int, *operands: Tensor) -> Tensor:
     return cast(Tensor, call(*operands)[index])
 
 
+def _set_again(args: Sequence[Any], inputs: Sequence[Tensor], *others: Tensor) -> Tensor:
+    """What ``target[index] = value`` makes of other operands; constants count as nothing."""
+    copies = {id(tensor): other for tensor, other in zip(inputs, others, strict=True)}
+    target, index, value = args
+    result = copies[id(target)].clone() if id(target) in copies else torch.zeros_like(target, dtype=others[0].dtype)
+    result[index] = copies.get(id(value), 0.0)
+    return result
+
+
 def _none_of(constant: Tensor) -> Tensor:
     """What a constant counts beside ones for the model's input: nothing; an index stays."""
     return torch.zeros_like(constant) if constant.is_floating_point() else constant
@@ -307,7 +315,7 @@ def _passed(known: Function, args: Any, kwargs: Mapping[str, Any], inputs: Seque
         kept ^= Born.SQUASHED | Born.NEGATED
     elif name in ("mul", "div"):
         if len(inputs) > 1:
-            kept &= ~BORN
+            kept &= ~BORN | Born.SQUASHED  # (a product of gates is one)
         if kept & NONNEGATIVE and has_negative(args, kwargs):
             kept &= ~NONNEGATIVE
     elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):
