@@ -27,7 +27,7 @@ from crp.composites import (
     GuidedBackprop,
 )
 from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, Rule, ZPlus
-from crp.rules.operation import Operations
+from crp.composites.operations import Operations
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from crp.composites import Composite, Functions
 from crp.composites.base import Canonizers, LayerMap
-from crp.rules import Rule
-from crp.rules.base import Term
-from crp.rules.functional import ELEMENTWISE, SQUASHING
-from crp.rules.layer import Layer
+from crp.rules import Layer, Rule, Term
+from crp.rules.functions import names
 from crp.rules.stabilizer import Stabilize
 
 
@@ -29,9 +27,6 @@ class ActivationRatio(Rule):
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""
         return [Term(a)]
-
-    def check(self, module: nn.Module) -> None:
-        """Accept every module."""
 
 
 class ELRP(Composite):
@@ -53,5 +48,5 @@ class ELRP(Composite):
     def __init__(
         self, canonizers: Canonizers = None, epsilon: Stabilize = 1e-4, layer_map: LayerMap = ()
     ) -> None:  # fmt: skip
-        activations = tuple(name for name in (*ELEMENTWISE, *SQUASHING, "relu", "leaky_relu") if name != "batch_norm")
+        activations = tuple(name for name in (*names("identity"), "relu", "leaky_relu") if name != "batch_norm")
         super().__init__(canonizers, layer_map=[*layer_map, (Functions(activations), ActivationRatio(epsilon))])

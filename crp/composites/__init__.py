@@ -19,7 +19,7 @@ from crp.composites.lrp import (
 )
 from crp.composites.registry import get, names, register
 from crp.composites.report import Report
-from crp.composites.selection import Depth, First, Functions, Last
+from crp.composites.selection import Depth, First, Functions, Kind, Last
 from crp.composites.uniform import UniformAlphaBeta, UniformEpsilon, UniformGamma, UniformLRP0, UniformZPlus
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Gradient",
     "GradientTimesInput",
     "GuidedBackprop",
+    "Kind",
     "Last",
     "Report",
     "UniformAlphaBeta",

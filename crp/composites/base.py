@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,15 +16,18 @@ from zennit.core import Hook
 
 from crp.canonizers import for_model
 from crp.composites.keywords import Remembered
+from crp.composites.operations import Operations, Seen, may_be_activation
+from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
-from crp.composites.selection import Selector, Types, check_map, functions, select, treatable
+from crp.composites.selection import Entry, Selector, Types, check_map, entries_of, pushes
 from crp.graph import tracing
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
 from crp.reference import referencing
 from crp.rules import Rule, lift
 from crp.rules.account import Account
-from crp.rules.base import Run
-from crp.rules.operation import Operations, Seen, changed, tensors_in
+from crp.rules.base import Attachment
+from crp.rules.functions import Function
+from crp.rules.layer import changed, tensors_in
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.
@@ -35,7 +39,7 @@ _running: ContextVar[Composite | None] = ContextVar("running", default=None)
 
 
 class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
-    """Maps layers to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
+    """Maps operations to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
     Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's
     relevance (or the multiplier, where `readout` says so).
@@ -45,11 +49,11 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
         ``"auto"`` is what the model needs (`crp.canonizers.for_model`); a list replaces it; None or ``[]`` is none.
     layer_map : list of (what, rule)
-        Rules by module type (or a tuple of types), by layer name or pattern (``"features.*"``), by position (`First`,
-        `Last`, `Depth`), or by function of torch (`torch.nn.functional.relu`, or a tuple), for operations that have no
-        module and for what modules call.
+        Rules by kind of operation (`Kind`), by function of torch (`torch.nn.functional.relu`, or a tuple), or by the
+        modules around operations: their type (or a tuple of types), name or pattern (``"features.*"``), or position
+        (`First`, `Last`, `Depth`). Types of convolutions and dense layers mean the functions that these call, too.
     first_map : list of (types, rule)
-        Rules for the model's first layer of any of these types.
+        Rules for operations of any of these types that read the model's input, without an affine one between.
     name_map : list of (names, rule)
         Rules by layer names or patterns; these come first.
 
@@ -67,9 +71,9 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
 
     Notes
     -----
-    The first match wins: names, then the first layer, then the layer map in its order. A rule on a module (also None,
-    the ordinary chain rule) covers the functions that it calls; functions that no module covers get theirs.
-    Rules are those of `crp.rules`, or zennit's `BasicHook`.
+    The first match wins: names, then the first operations, then the layer map in its order. A rule that is mapped to a
+    module is for the operations inside it that it can treat (sums of weighted inputs, mostly); None is for all of them.
+    `crp.rules.Whole` makes the module itself one operation. Rules are those of `crp.rules`, or zennit's `BasicHook`.
     """
 
     encoding: ClassVar[str] = "multiplier"
@@ -77,9 +81,6 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     initial: ClassVar[Literal["output", "one"]] = "output"
     #: Whether `register` itself runs the model uncompiled, and its parameters outside autograd.
     isolates: ClassVar[bool] = True
-    #: Functions of torch for which the ordinary chain rule is the method; None for all. Others are warned of.
-    right: ClassVar[frozenset[str] | None] = None
-
     def __init__(
         self,
         canonizers: Canonizers = "auto",
@@ -97,57 +98,25 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         self.name_map = [(tuple(names), hook and lift(hook)) for names, hook in name_map]
         #: Canonizers that are on a model now, each with the instances that it made.
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
-        self._run = Run()
+        self._attachment = Attachment()
         self._operations: Operations | None = None
         self._depth, self._entered = 0, False
-        super().__init__(self.mapping, [] if self.auto or canonizers is None else list(canonizers))
+        self._places: list[Any] = []
+        super().__init__(_no_rule, [] if self.auto or canonizers is None else list(canonizers))
 
-    def plan(self, model: nn.Module) -> dict[str, Rule | None]:
-        """Rule of every layer that the maps reach; None is the ordinary chain rule.
+    def is_method(self, known: Function) -> bool:
+        """Whether the ordinary chain rule is what the method says for a function; others are warned of."""
+        return True
+
+    def entries(self, model: nn.Module) -> list[Entry]:
+        """Entries of the maps in the order in which they are asked, with the modules that each means.
 
         Raises
         ------
         KeyError
             If a name or pattern is of no layer of the model.
-        ValueError
-            If the composite has rules for modules, and none of them reaches a layer.
         """
-        modules = modules_of(model)
-        found: dict[str, Rule | None] = {}
-        for names, hook in self.name_map:
-            for name in names:
-                layers = treatable(select(name, modules, "name_map"), name, hook, modules)
-                found.update({layer: hook for layer in layers if layer not in found})
-        for name, module in modules.items():
-            fitting = [hook for types, hook in self.first_map if isinstance(module, types)]
-            if fitting and name not in found:
-                found[name] = fitting[0]
-                break
-        for selector, hook in self.layer_map:
-            layers = treatable(select(selector, modules), selector, hook, modules)
-            found.update({layer: hook for layer in layers if layer not in found})
-        maps = [*self.first_map, *((what, hook) for what, hook in self.layer_map if not functions(what))]
-        if not any(found.values()) and any(hook for _, hook in maps):
-            kinds = {kind.__name__ for module in modules.values() for kind in [type(module)]}
-            raise ValueError(
-                f"{type(self).__name__} has no rule for any layer of the model, which consists of "
-                f"{', '.join(sorted(kinds))}; map one of these in layer_map"
-            )
-        return found
-
-    def mapping(self, ctx: dict[str, Any], name: str, module: nn.Module) -> Hook | None:
-        """Rule for a layer, or None; in zennit's protocol, so the model itself (named ``""``) comes first."""
-        if "plan" not in ctx:
-            ctx["plan"] = self.plan(module)
-        hook: Hook | None = ctx["plan"].get(name)
-        return hook
-
-    def function_map(self) -> dict[str, Rule | None]:
-        """Rule of every function of torch that has one, by plain name."""
-        found: dict[str, Rule | None] = {}
-        for selector, hook in self.layer_map:
-            found.update({name: hook for name in functions(selector) if name not in found})
-        return found
+        return entries_of(modules_of(model), self.name_map, self.first_map, self.layer_map)
 
     def register(self, module: nn.Module) -> None:
         """Put canonizers and rules on a model; `context` does it for the length of a ``with`` block.
@@ -164,8 +133,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 f"this {type(self).__name__} is on a model already, and can be on one at a time; leave its context "
                 "(or call remove()) first, or use another composite"
             )
-        plan, rules = self.plan(module), self.function_map()
-        mode = Operations(module, rules, self.right, type(self).__name__, self._run)
+        self.entries(module)  # (errors come before anything is done)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
                 instances = canonizer.apply(module)
@@ -173,12 +141,16 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 self.applied.append((canonizer, instances))
             for state in (uncompiled(module), without_parameter_gradients(module)):
                 self.handles.append(_Lasting(state))
+            entries = [
+                replace(entry, rule=entry.rule and entry.rule.attach(self._attachment)) for entry in self.entries(module)
+            ]
+            mode = Operations(module, entries, self.is_method, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            context: dict[str, Any] = {"plan": plan}
-            for name, child in modules_of(module).items():  # (canonizers may have changed it)
-                rule = self.module_map(context, name, child)
-                if rule is not None or name in plan:
-                    self._put(name, child, rule, mode)
+            modules = modules_of(module)
+            means = dict(pushes(entries))
+            for name, child in modules.items():
+                if name in means or (entries and may_be_activation(child)):
+                    self._put(child, means.get(name, []), mode, is_root=child is module)
             # Last, so that the mode is active as long as any hook of the composite.
             self._operations = mode
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -197,7 +169,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         self.handles.clear()
         self.hook_refs.clear()
         self.applied.clear()
-        self._run.clear()
+        self._attachment.clear()
         self._operations = None
 
     @contextmanager
@@ -209,11 +181,11 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         Account
             Its ``sinks`` belong to the last forward pass; their gradients are what was kept.
         """
-        self._run.account = Account()
+        self._attachment.account = Account()
         try:
-            yield self._run.account
+            yield self._attachment.account
         finally:
-            self._run.account = None
+            self._attachment.account = None
 
     @contextmanager
     def watching(self) -> Iterator[list[Seen]]:
@@ -222,7 +194,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         Yields
         ------
         list of Seen
-            Operations that no rule of a module covers.
+            In the order of execution.
 
         Raises
         ------
@@ -262,14 +234,14 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         Relevance is differentiated with respect to the data in two steps: its own backward pass with
         ``create_graph=True`` and the rules, then the second one in this context, without them.
         """
-        before, self._run.entry.active = self._run.entry.active, False
+        before, self._attachment.model_input.active = self._attachment.model_input.active, False
         try:
             yield
         finally:
-            self._run.entry.active = before
+            self._attachment.model_input.active = before
 
     def unreached(self, model: nn.Module) -> str | None:
-        """Why results are not those of the method, if a model calls no function that has a rule and no layer has one.
+        """Why results are not those of the method, if no operation of a model has got a rule.
 
         Parameters
         ----------
@@ -280,12 +252,20 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         str or None
             Message of the error; None if this is as it should be.
         """
-        names = [name for name, rule in self.function_map().items() if rule is not None]
-        if not names:
+        entries = [entry for entry in self.entries(model) if entry.rule is not None]
+        types = {type(module) for module in modules_of(model).values()}
+        if not entries or any(entry.modules or any(map(entry.means_module, types)) for entry in entries):
             return None
+        functions = [name for entry in entries for name in entry.functions]
+        if functions and all(entry.functions for entry in entries):
+            return (
+                f"{type(self).__name__} has rules for functions only ({', '.join(functions)}), and "
+                f"{type(model).__name__} calls none of them; its result would be that of the ordinary chain rule"
+            )
         return (
-            f"{type(self).__name__} has rules for functions only ({', '.join(names)}), and {type(model).__name__} "
-            "calls none of them; its result would be that of the ordinary chain rule"
+            f"{type(self).__name__} has no rule for any layer of the model, which consists of "
+            f"{', '.join(sorted(kind.__name__ for kind in types))}, or for any function that it calls; its result would "
+            "be that of the ordinary chain rule. Map a rule to one of these in layer_map"
         )
 
     def reference_for(self, data: Tensor, number: int) -> Tensor | None:
@@ -303,25 +283,24 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         """
         return None
 
-    def _put(self, name: str, module: nn.Module, rule: Rule | None, mode: Operations) -> None:
-        # What a module calls is covered by its rule. The cover ends after the rule's own hook.
-        self.handles.append(module.register_forward_pre_hook(lambda *_: mode.cover(name), prepend=True))
-        if rule is not None:
-            hook = rule.copy()
-            hook.multiplier, hook.run, hook.layer = True, self._run, name
-            self.hook_refs.add(hook)
-            try:
-                self.handles.append(hook.register(module))
-            except TypeError as error:
-                raise TypeError(f"layer {name!r}: {error}") from error
-        self.handles.append(module.register_forward_hook(lambda *_: mode.uncover(), always_call=True))
+    def _put(self, module: nn.Module, own: list[tuple[Entry, bool]], mode: Operations, is_root: bool) -> None:
+        """Tell the mode of the calls of a module that entries mean."""
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return None if tracing() else mode.enter_module(module, own, args, kwargs)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            return None if tracing() else mode.leave_module(module, output)
+
+        self.handles.append(module.register_forward_pre_hook(enter, prepend=not is_root, with_kwargs=True))
+        self.handles.append(module.register_forward_hook(leave, always_call=True))
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Turn the multiplier of the model's inputs into relevance, and look at what the model does."""
         mode = self._operations
-        if tracing() or mode is None:
+        if tracing() or referencing() or mode is None:
             return None
         if self._depth:  # the model calls itself
             self._depth += 1
@@ -332,19 +311,23 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
             )
-        if not referencing():
-            args, kwargs = self._explain(module, mode, args, kwargs)
-        if self._run.account is not None:
-            self._run.account.sinks.clear()
+        if mode.positions and not mode.totals:
+            mode.totals = totals_of(module, mode.positions, args, kwargs)
+        args, kwargs, leaves = self._explain(module, mode, args, kwargs)
+        if self._attachment.account is not None:
+            self._attachment.account.sinks.clear()
+        if self._attachment.account is not None or mode.seen is not None:
+            self._places = mode.track_places()
         self._depth, self._entered = 1, mode.is_needed
         _running.set(self)
         if self._entered:
-            mode.__enter__()  # type: ignore[no-untyped-call]
+            mode.begin((args, kwargs), leaves)
         return args, kwargs
 
     def _explain(
         self, module: nn.Module, mode: Operations, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Tensor]]:
+        """Inputs of the model as it shall get them, and what takes relevance that needs no value, by `id` of each."""
         explained = {id(data): data for data in tensors_in((args, kwargs)) if data.requires_grad}
         references = {key: self.reference_for(data, n) for n, (key, data) in enumerate(explained.items())}
         if torch.is_grad_enabled() and any(reference is not None for reference in references.values()):
@@ -354,32 +337,49 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 return value if reference is None else reference
 
             mode.record(module, *changed((args, kwargs), referred))
+        leaves: dict[int, Tensor] = {}
         if self.readout != "relevance":
-            return args, kwargs
+            return args, kwargs, leaves
 
         def enter(value: Tensor) -> Tensor:
-            return self._run.entry.enter(value, references[id(value)]) if id(value) in explained else value
+            if id(value) not in explained:
+                return value
+            inner = self._attachment.model_input.enter(value, references[id(value)])
+            leaves[id(inner)] = value
+            return inner
 
-        entered: tuple[tuple[Any, ...], dict[str, Any]] = changed((args, kwargs), enter)
-        return entered
+        args, kwargs = changed((args, kwargs), enter)
+        return args, kwargs, leaves
 
     def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
         mode = self._operations
-        if mode is None or not self._depth:
+        if mode is None or not self._depth or referencing():
             return
         self._depth -= 1
         if self._depth:
             return
         _running.set(None)
+        for handle in self._places:
+            handle.remove()
+        self._places.clear()
+        mode.forget_places()
         if self._entered:
             mode.leave()
-        if referencing():
-            return
+        try:
+            if self._entered and output is not None:
+                mode.check_output(output)
+        except BaseException:
+            mode.finish(completed=False)
+            raise
         mode.finish(completed=output is not None)
-        if module is not None and not mode.treated and not self.hook_refs:
+        if module is not None and self._entered and not mode.treated:
             why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
             if why is not None:
                 raise ValueError(why)
+
+
+def _no_rule(context: dict[str, Any], name: str, module: nn.Module) -> None:
+    """Rule of a module in zennit's protocol: none, as rules are for operations."""
 
 
 class _Lasting:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from torch import nn
-from zennit.types import Convolution, Linear
+from zennit.types import Convolution
 
 from crp.composites.base import Canonizers, FirstMap, LayerMap
-from crp.composites.lrp import LRP, by_type
+from crp.composites.lrp import LRP
 from crp.composites.registry import register
 from crp.composites.selection import Depth
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, ZBox
-from crp.rules.first import Bound
+from crp.rules.input_layer import Bound
 from crp.rules.functional import Gates
 from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
@@ -54,9 +53,14 @@ class EpsilonGamma(LRP):
         zero_params: Names = None,
         gates: Gates = "signal",
     ) -> None:
-        rules = by_type(Gamma(gamma, stabilizer, zero_params), epsilon, zero_params)
         super().__init__(
-            canonizers, layer_map=[*layer_map, *rules], first_map=first_map, gates=gates, zero_params=zero_params
+            canonizers,
+            layer_map=layer_map,
+            first_map=first_map,
+            gates=gates,
+            zero_params=zero_params,
+            convolution=Gamma(gamma, stabilizer, zero_params),
+            dense=Epsilon(epsilon, zero_params),
         )
 
 
@@ -125,24 +129,17 @@ class LRPCMP(LRP):
             raise ValueError(f'first must be "flat", "box" or "none", got {first!r}')
         if (first == "box") != (low is not None) or (low is None) != (high is None):
             raise ValueError(f'first="box" needs low and high, and only it; got first={first!r}, {low}, {high}')
-        at_input: list[tuple[type, Flat | ZBox]] = []
+        at_input: Flat | ZBox | None = Flat(stabilizer) if first == "flat" else None
         if low is not None and high is not None:
-            at_input = [(Linear, ZBox(low, high, stabilizer, zero_params))]
-        elif first == "flat":
-            at_input = [(Linear, Flat(stabilizer))]
-        lower, upper = (
-            AlphaBeta(alpha, beta, stabilizer, zero_params, empty=empty),
-            Gamma(gamma, stabilizer, zero_params),
-        )
-        rules = [
-            *([(Depth(0, split, Convolution), lower)] if split else []),
-            (Convolution, upper),
-            (nn.Linear, Epsilon(epsilon, zero_params)),
-        ]
+            at_input = ZBox(low, high, stabilizer, zero_params)
+        lower = AlphaBeta(alpha, beta, stabilizer, zero_params, empty=empty)
         super().__init__(
             canonizers,
-            layer_map=[*layer_map, *rules],
-            first_map=[*first_map, *at_input],
+            layer_map=[*layer_map, *([(Depth(0, split, Convolution), lower)] if split else [])],
+            first_map=first_map,
             gates=gates,
             zero_params=zero_params,
+            convolution=Gamma(gamma, stabilizer, zero_params),
+            dense=Epsilon(epsilon, zero_params),
+            first=at_input,
         )

@@ -9,11 +9,11 @@ from zennit.types import Linear
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
 from crp.composites.lrp import base
 from crp.composites.registry import register
-from crp.composites.selection import Functions
-from crp.rules.first import Bound, WSquare, ZBox
-from crp.rules.functional import HOMOGENEOUS, STEPS
+from crp.composites.selection import Having, Kind
+from crp.rules.functions import Function
+from crp.rules.input_layer import Bound, WSquare, ZBox
 from crp.rules.lrp import Names, ZPlus
-from crp.rules.pooling import MAX_POOLS, SumPool
+from crp.rules.pooling import SumPool
 from crp.rules.stabilizer import Stabilize
 
 MaxPool = Literal["wta", "avg"]
@@ -63,8 +63,6 @@ class DeepTaylor(Composite):
         If only one bound is given, ``low`` is not below ``high``, or ``maxpool`` is something else.
     """
 
-    right = HOMOGENEOUS | STEPS
-
     def __init__(
         self,
         canonizers: Canonizers = "auto",
@@ -86,10 +84,15 @@ class DeepTaylor(Composite):
         at_input = WSquare(stabilizer, zero_params)
         if low is not None and high is not None:
             at_input = ZBox(low, high, stabilizer, zero_params)
-        rules: LayerMap = [(Linear, ZPlus(stabilizer, zero_params))]
+        hidden = ZPlus(stabilizer, zero_params)
+        rules: LayerMap = [(Kind("convolution"), hidden), (Kind("dense"), hidden)]
         if maxpool == "avg":
-            rules = [*rules, (Functions(MAX_POOLS), SumPool())]
+            rules = [*rules, (Having.of("maximum"), SumPool())]
         others = base(zero_params=zero_params, method=type(self).__name__)
         super().__init__(
             canonizers, layer_map=[*layer_map, *rules, *others], first_map=[*first_map, (Linear, at_input)]
         )
+
+    def is_method(self, known: Function) -> bool:
+        """Whether the ordinary chain rule is the method for a function: where it is of degree one, or hands nothing on."""
+        return known.has("homogeneous", "step")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
-from crp.composites.selection import Functions
+from crp.composites.selection import Functions, Having, Kind
 from crp.notices import warn
 from crp.reference import referencing
 from crp.rules.deeplift import (
-    AFFINE,
-    ELEMENTWISE,
-    MAX_POOLS,
     Affine,
     BatchNorm,
     Differences,
@@ -24,34 +21,10 @@ from crp.rules.deeplift import (
     Rescale,
     RevealCancel,
 )
-from crp.rules.products import (
-    BILINEAR,
-    GLU,
-    NORMALIZATIONS,
-    QUOTIENTS,
-    SELECTIONS,
-    SOFTMAX,
-    Normalization,
-    Product,
-    Quotient,
-    Selection,
-    Softmax,
-)
+from crp.rules.functions import Function
+from crp.rules.products import GLU, Normalization, Product, Quotient, Selection, Softmax
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
-
-#: Functions that are linear in what depends on the input, for which the ordinary chain rule is the Linear rule.
-LINEAR = frozenset(
-    """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add addmm alpha_dropout as_strided atleast_1d
-    atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d bfloat16 broadcast_tensors broadcast_to cat channel_shuffle
-    chunk clone concat concatenate contiguous copy cpu cuda cumsum diagonal diff double dropout dropout1d dropout2d
-    dropout3d dsplit dstack expand expand_as feature_alpha_dropout flatten flip fliplr flipud float fold getitem H half
-    hsplit hstack identity index_add interpolate iadd isub mH mT mean moveaxis movedim nansum narrow
-    native_channel_shuffle neg negative pad permute pixel_shuffle pixel_unshuffle positive ravel repeat
-    repeat_interleave reshape reshape_as resolve_conj roll rot90 rsub scatter_add select setitem split
-    split_with_sizes squeeze stack sub subtract sum swapaxes swapdims T t tensor_split tile to transpose tril triu type
-    type_as unbind unflatten unfold unsqueeze upsample view view_as vsplit vstack""".split()  # noqa: SIM905
-) | frozenset(AFFINE)
 
 
 @register("deeplift")
@@ -109,8 +82,7 @@ class DeepLift(Composite):
     Second derivatives are available, except through what is decomposed with a warning.
     """
 
-    right: ClassVar[frozenset[str] | None] = LINEAR
-    _run: Differences
+    _attachment: Differences
 
     def __init__(
         self,
@@ -126,21 +98,21 @@ class DeepLift(Composite):
         self.variant = variant
         elementwise = Rescale() if variant == "rescale" else RevealCancel()
         rules: LayerMap = [
-            (Functions(ELEMENTWISE), elementwise),
-            (Functions(MAX_POOLS), MaxPool()),
+            (Having.of("rescaled"), elementwise),
+            (Having.of("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
-            (Functions(BILINEAR), Product()),
-            (Functions(QUOTIENTS), Quotient()),
-            (Functions(NORMALIZATIONS), Normalization()),
-            (Functions(SOFTMAX), Softmax()),
+            (Having.of("bilinear"), Product()),
+            (Having.of("quotient"), Quotient()),
+            (Having.of("statistics"), Normalization()),
+            (Having.of("softmax"), Softmax()),
             (Functions(("glu",)), GLU()),
-            (Functions(SELECTIONS), Selection()),
+            (Having.of("selection"), Selection()),
         ]
         if variant == "reveal_cancel":
-            rules = [*rules, (Functions(AFFINE), Affine())]
+            rules = [(Kind("convolution"), Affine()), (Kind("dense"), Affine()), *rules]
         super().__init__(canonizers, layer_map=[*layer_map, *rules])
         self._given = list(layer_map)
-        self._run = Differences()
+        self._attachment = Differences()
         self._samples: tuple[list[int], int] | None = None
         self._listed = False
 
@@ -215,6 +187,10 @@ class DeepLift(Composite):
             )
         return reference.expand(data.shape).requires_grad_()
 
+    def is_method(self, known: Function) -> bool:
+        """Whether the ordinary chain rule is the Linear rule for a function."""
+        return known.has("linear")
+
     def unreached(self, model: nn.Module) -> str | None:
         """Nothing: of a linear model the gradient is what DeepLIFT gives."""
         return None
@@ -224,7 +200,7 @@ class DeepLift(Composite):
         if self._depth or referencing():
             return
         self._samples = None
-        outside, self._run.outside = self._run.outside, {}
+        outside, self._attachment.outside = self._attachment.outside, {}
         if output is None or not outside:
             return
         message = f"outside DeepLIFT's rules: {', '.join(outside)}; differences are split evenly among factors there"

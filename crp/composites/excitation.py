@@ -7,9 +7,9 @@ from zennit.types import Linear
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.lrp import base
 from crp.composites.registry import register
-from crp.composites.selection import Last
+from crp.composites.selection import Kind, Last
 from crp.rules.excitation import ContrastiveExcitation, Excitation, Signed
-from crp.rules.functional import HOMOGENEOUS, STEPS
+from crp.rules.functions import Function
 from crp.rules.stabilizer import Stabilize
 
 
@@ -41,7 +41,6 @@ class ExcitationBackprop(Composite):
     """
 
     initial = "one"
-    right = HOMOGENEOUS | STEPS
 
     def __init__(
         self,
@@ -50,9 +49,14 @@ class ExcitationBackprop(Composite):
         stabilizer: Stabilize = 0.0,
         layer_map: LayerMap = (),
     ) -> None:
-        rules = [(Linear, Excitation(signed, stabilizer))]
+        rule = Excitation(signed, stabilizer)
+        rules = [(Kind("convolution"), rule), (Kind("dense"), rule)]
         others = base(zero_params="bias", method=type(self).__name__)
         super().__init__(canonizers, layer_map=[*layer_map, *rules, *others])
+
+    def is_method(self, known: Function) -> bool:
+        """Whether the ordinary chain rule is the method for a function: where it is of degree one, or hands nothing on."""
+        return known.has("homogeneous", "step")
 
 
 @register("contrastive_excitation_backprop")

@@ -19,21 +19,8 @@ from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions
 from crp.rules.base import Rule
-from crp.rules.functional import ATTENTION, HOMOGENEOUS, PRODUCTS, STEPS
+from crp.rules.functions import Function
 from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
-from crp.rules.operation import AFFINE
-
-#: Functions that are no activations: the methods say nothing about them, and leave the ordinary chain rule.
-_NO_ACTIVATIONS = (
-    (HOMOGENEOUS - {"leaky_relu", "prelu", "rrelu"})
-    | STEPS
-    | AFFINE
-    | {*ATTENTION, *PRODUCTS}
-    | frozenset(
-        """bilinear div divide embedding group_norm instance_norm layer_norm local_response_norm log log_softmax mul
-        multiply normalize pow rdiv reciprocal rms_norm rsqrt softmax sqrt square true_divide var std""".split()  # noqa: SIM905
-    )
-)
 
 
 @register("gradient")
@@ -78,10 +65,13 @@ class _ReLUMethod(Composite):
     """A rule for ReLU, wherever the model calls it; other activations are warned of."""
 
     readout = "multiplier"
-    right = _NO_ACTIVATIONS
 
     def __init__(self, canonizers: Canonizers, rule: Rule, layer_map: LayerMap) -> None:
         super().__init__(canonizers, layer_map=[*layer_map, (Functions(("relu",)), rule)])
+
+    def is_method(self, known: Function) -> bool:
+        """Whether a function is no activation: the methods say nothing about these, and leave the ordinary chain rule."""
+        return known.known and known.kind != "activation"
 
     def unreached(self, model: nn.Module) -> str | None:
         """Message of the error that a model without ReLU gets."""

@@ -9,31 +9,24 @@ propagation: an overview" (2019), section 10.3; the flat first layer is Lapuschk
 
 from __future__ import annotations
 
-from torch import nn
 from zennit.types import Convolution, Linear
 
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameMap
 from crp.composites.registry import register
-from crp.composites.selection import Functions
+from crp.composites.selection import Functions, Having, Kind
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
-from crp.rules.first import Bound
 from crp.rules.functional import (
-    ATTENTION,
-    CHOOSING,
-    ELEMENTWISE,
     GLU,
-    HOMOGENEOUS,
-    PRODUCTS,
-    SQUASHING,
-    STEPS,
+    ConstantWeights,
     Gate,
     Gates,
     Normalization,
     Proportional,
     Quotient,
     Refused,
-    Squash,
 )
+from crp.rules.functions import Function
+from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
 
@@ -56,28 +49,24 @@ def base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP"
     """
     refused = Refused(method)
     return [
-        (nn.MultiheadAttention, refused),
-        (Functions(ELEMENTWISE), Pass()),
-        (Functions(SQUASHING), Squash()),
-        (Functions(("mul", "multiply")), Gate(gates)),
-        (Functions(("div", "divide", "true_divide")), Quotient()),
-        (Functions(("layer_norm", "group_norm", "instance_norm", "rms_norm")), Normalization(zero_params)),
+        (Having.of("attention"), refused),
+        (Having.of("identity"), Pass()),
+        (Functions(("mul",)), Gate(gates)),
+        (Having.of("quotient"), Quotient()),
+        (Having.of("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
-        (Functions((*CHOOSING, "std")), Proportional()),
-        (Functions((*ATTENTION, *PRODUCTS)), refused),
+        (Having.of("choosing"), Proportional()),
+        (Functions(("std",)), Proportional()),
+        (Functions(("addr", "chain_matmul", "ger", "kron", "linalg_multi_dot", "outer")), refused),
+        (Kind("product"), ConstantWeights(gates, method)),
     ]
-
-
-def by_type(convolution: Rule, epsilon: Stabilize, zero_params: Names) -> LayerMap:
-    """One rule for convolutions, ε for dense layers."""
-    return [(Convolution, convolution), (nn.Linear, Epsilon(epsilon, zero_params))]
 
 
 class LRP(Composite):
     """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
 
-    What is no affine layer gets the rules of `base`. An operation without a rule that is not right by the ordinary
-    chain rule is named in a warning, and attention is refused.
+    What is no sum of weighted inputs gets the rules of `base`. An operation without a rule that is not right by the
+    ordinary chain rule is named in a warning, and attention is refused.
 
     Parameters
     ----------
@@ -85,16 +74,16 @@ class LRP(Composite):
     layer_map : list of (what, rule)
         Rules as in `Composite`; the first match wins.
     first_map : list of (types, rule)
-        Rules for the model's first layer of any of these types.
+        Rules for operations of any of these types that read the model's input.
     name_map : list of (names, rule)
         Rules by layer names or patterns; these come first.
     gates : "signal" or "split"
         Whether a product's gate, as in squeeze-and-excitation, is held constant, or takes half of the relevance.
     zero_params : str or sequence of str, optional
         ``"bias"`` gives the share of the biases of normalizations to their inputs.
+    convolution, dense, first : Rule, optional
+        Rules of convolutions, of dense layers, and of both where they read the model's input; after those of the maps.
     """
-
-    right = HOMOGENEOUS | STEPS
 
     def __init__(
         self,
@@ -105,9 +94,25 @@ class LRP(Composite):
         name_map: NameMap = (),
         gates: Gates = "signal",
         zero_params: Names = None,
+        convolution: Rule | None = None,
+        dense: Rule | None = None,
+        first: Rule | None = None,
     ) -> None:
-        others = base(gates, zero_params, type(self).__name__)
-        super().__init__(canonizers, layer_map=[*layer_map, *others], first_map=first_map, name_map=name_map)
+        own: LayerMap = [(Kind("convolution"), convolution), (Kind("dense"), dense)]
+        super().__init__(
+            canonizers,
+            layer_map=[
+                *layer_map,
+                *((kind, rule) for kind, rule in own if rule is not None),
+                *base(gates, zero_params, type(self).__name__),
+            ],
+            first_map=[*first_map, *([] if first is None else [(Linear, first)])],
+            name_map=name_map,
+        )
+
+    def is_method(self, known: Function) -> bool:
+        """Whether the ordinary chain rule is LRP for a function: where it is of degree one, or hands nothing on."""
+        return known.has("homogeneous", "step")
 
 
 @register("epsilon_plus")
@@ -141,8 +146,14 @@ class EpsilonPlus(LRP):
         empty: Empty = "drop",
         gates: Gates = "signal",
     ) -> None:
-        rules = by_type(ZPlus(stabilizer, zero_params, empty=empty), epsilon, zero_params)
-        super().__init__(canonizers, layer_map=[*layer_map, *rules], gates=gates, zero_params=zero_params)
+        super().__init__(
+            canonizers,
+            layer_map=layer_map,
+            gates=gates,
+            zero_params=zero_params,
+            convolution=ZPlus(stabilizer, zero_params, empty=empty),
+            dense=Epsilon(epsilon, zero_params),
+        )
 
 
 @register("epsilon_plus_flat")
@@ -169,10 +180,15 @@ class EpsilonPlusFlat(LRP):
         empty: Empty = "drop",
         gates: Gates = "signal",
     ) -> None:
-        first = [*first_map, (Linear, Flat(stabilizer))]
-        rules = by_type(ZPlus(stabilizer, zero_params, empty=empty), epsilon, zero_params)
         super().__init__(
-            canonizers, layer_map=[*layer_map, *rules], first_map=first, gates=gates, zero_params=zero_params
+            canonizers,
+            layer_map=layer_map,
+            first_map=first_map,
+            gates=gates,
+            zero_params=zero_params,
+            convolution=ZPlus(stabilizer, zero_params, empty=empty),
+            dense=Epsilon(epsilon, zero_params),
+            first=Flat(stabilizer),
         )
 
 
@@ -197,8 +213,14 @@ class EpsilonAlpha2Beta1(LRP):
         empty: Empty = "drop",
         gates: Gates = "signal",
     ) -> None:
-        rules = by_type(AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty), epsilon, zero_params)
-        super().__init__(canonizers, layer_map=[*layer_map, *rules], gates=gates, zero_params=zero_params)
+        super().__init__(
+            canonizers,
+            layer_map=layer_map,
+            gates=gates,
+            zero_params=zero_params,
+            convolution=AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty),
+            dense=Epsilon(epsilon, zero_params),
+        )
 
 
 @register("epsilon_alpha2_beta1_flat")
@@ -223,10 +245,15 @@ class EpsilonAlpha2Beta1Flat(LRP):
         empty: Empty = "drop",
         gates: Gates = "signal",
     ) -> None:
-        first = [*first_map, (Linear, Flat(stabilizer))]
-        rules = by_type(AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty), epsilon, zero_params)
         super().__init__(
-            canonizers, layer_map=[*layer_map, *rules], first_map=first, gates=gates, zero_params=zero_params
+            canonizers,
+            layer_map=layer_map,
+            first_map=first_map,
+            gates=gates,
+            zero_params=zero_params,
+            convolution=AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty),
+            dense=Epsilon(epsilon, zero_params),
+            first=Flat(stabilizer),
         )
 
 
@@ -260,8 +287,12 @@ class EpsilonGammaBox(LRP):
         zero_params: Names = None,
         gates: Gates = "signal",
     ) -> None:
-        first = [*first_map, (Convolution, ZBox(low, high, stabilizer, zero_params))]
-        rules = by_type(Gamma(gamma, stabilizer, zero_params), epsilon, zero_params)
         super().__init__(
-            canonizers, layer_map=[*layer_map, *rules], first_map=first, gates=gates, zero_params=zero_params
+            canonizers,
+            layer_map=layer_map,
+            first_map=[*first_map, (Convolution, ZBox(low, high, stabilizer, zero_params))],
+            gates=gates,
+            zero_params=zero_params,
+            convolution=Gamma(gamma, stabilizer, zero_params),
+            dense=Epsilon(epsilon, zero_params),
         )

@@ -1,10 +1,10 @@
-"""What a composite does to a model: which rule and which canonizer reached which layer and operation."""
+"""What a composite does to a model: which rule and which canonizer reached what, operation by operation."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from zennit.canonizers import Canonizer
 from crp.canonizers.base import Reporting
 from crp.graph import tracing
 from crp.reference import referencing
-from crp.rules.operation import changed
+from crp.rules.layer import changed
 
 if TYPE_CHECKING:
     from crp.composites.base import Composite
@@ -25,29 +25,32 @@ MERGED = "merged into"
 
 @dataclass(frozen=True)
 class Treated:
-    """What happens in one layer.
+    """One operation that depends on the model's input.
 
     Attributes
     ----------
     layer : str
-        Name in ``model.named_modules()``; ``""`` is the model itself.
-    kind : str
-        Type of the module.
-    rule : str or None
-        Its rule; None where no rule is mapped to it, as for containers.
-    calls : int
-        How often the forward pass called it.
-    operations : dict of (str, str) to int
-        Functions of torch that ran in it outside of any rule of a module: (name, rule) and how often.
+        Name of the innermost module in which it ran, as in ``model.named_modules()``; ``""`` is the model itself.
+    module : str
+        Type of that module.
+    call : int
+        Which call of that module, counted from 0.
+    function : str
+        Plain name of the function of torch; or type of the module, if that is one operation.
+    rule : str
+        Its rule.
+    why : str
+        The entry of the composite that it matched, or why there is none.
     canonizer : str or None
-        What a canonizer did to it.
+        What a canonizer did to the module.
     """
 
     layer: str
-    kind: str
-    rule: str | None
-    calls: int
-    operations: dict[tuple[str, str], int] = field(default_factory=dict)
+    module: str
+    call: int
+    function: str
+    rule: str
+    why: str
     canonizer: str | None = None
 
 
@@ -61,8 +64,14 @@ class Report:
         Its `repr`.
     model : str
         Type of the model.
-    layers : list of Treated
-        Layers that something was done to or in, in the order of ``model.named_modules()``.
+    operations : list of Treated
+        In the order of execution.
+    modules : dict of str to str
+        Type of each module that operations ran in, or that a canonizer changed, or that was not called.
+    calls : dict of str to int
+        How often the forward pass called each of these.
+    changed : dict of str to str
+        What a canonizer did to which module.
     canonizers : list of str
         Each with how many layers it changed; those that matched nothing are named as such.
     left : list of str
@@ -71,45 +80,36 @@ class Report:
 
     composite: str
     model: str
-    layers: Sequence[Treated]
+    operations: Sequence[Treated]
+    modules: Mapping[str, str]
+    calls: Mapping[str, int]
+    changed: Mapping[str, str]
     canonizers: Sequence[str]
     left: Sequence[str]
 
+    def by_layer(self) -> dict[str, list[Treated]]:
+        """Operations of each module, in the order of ``model.named_modules()``."""
+        found: dict[str, list[Treated]] = {name: [] for name in self.modules}
+        for operation in self.operations:
+            found[operation.layer].append(operation)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        layers = [
-            {
-                "layer": layer.layer,
-                "kind": layer.kind,
-                "rule": layer.rule,
-                "calls": layer.calls,
-                "operations": [
-                    {"operation": name, "rule": rule, "times": times}
-                    for (name, rule), times in layer.operations.items()
-                ],
-                "canonizer": layer.canonizer,
-            }
-            for layer in self.layers
-        ]
-        return {
-            "composite": self.composite,
-            "model": self.model,
-            "layers": layers,
-            "canonizers": list(self.canonizers),
-            "left": list(self.left),
-        }
+        return asdict(self)
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "rule", "canonizer")]
-        for treated in self.layers:
-            name = treated.layer or "(model)"
-            times = f" ×{treated.calls}" if treated.calls > 1 else " (not called)" if not treated.calls else ""
+        rows = [("layer", "module", "operation: rule", "canonizer")]
+        for name, operations in self.by_layer().items():
+            calls = self.calls[name]
+            times = f" ×{calls}" if calls > 1 else " (not called)" if not calls else ""
+            numbers = Counter((operation.rule, operation.function) for operation in operations)
             rules: dict[str, list[str]] = {}
-            for (operation, rule), count in treated.operations.items():
-                rules.setdefault(rule, []).append(f"{operation} ×{count}" if count > 1 else operation)
-            texts = [treated.rule] if treated.rule is not None else []
-            texts += [f"{rule}: {', '.join(names)}" for rule, names in rules.items()]
-            rows.append((name + times, treated.kind, texts[0] if texts else "", treated.canonizer or ""))
+            for (rule, function), count in numbers.items():
+                rules.setdefault(rule, []).append(f"{function} ×{count}" if count > 1 else function)
+            texts = [f"{', '.join(functions)}: {rule}" for rule, functions in rules.items()]
+            first = texts[0] if texts else ""
+            rows.append(((name or "(model)") + times, self.modules[name], first, self.changed.get(name, "")))
             rows += [("", "", text, "") for text in texts[1:]]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -128,42 +128,48 @@ def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any)
         for module in training:
             module.training = False
         for name, module in modules.items():
-            handles.append(
-                module.register_forward_hook(lambda *_, name=name: calls.update([] if _is_aside() else [name]))
-            )
+            if not isinstance(module, torch.jit.ScriptModule):
+                count = lambda *_, name=name: calls.update([] if _is_aside() else [name])  # noqa: E731
+                handles.append(module.register_forward_hook(count))
         with composite.context(model), composite.watching() as seen, torch.enable_grad():
             given, named = changed((args, kwargs), _explained)
             model(*given, **named)
-            rules, applied = composite.plan(model), list(composite.applied)
-            done = [_done(canonizer, instances) for canonizer, instances in applied]
+            done = [_done(canonizer, instances) for canonizer, instances in composite.applied]
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
-    merged = {name for layers, _ in done for name, what in layers.items() if what.startswith(MERGED)}
-    treated = {name: what for layers, _ in done for name, what in layers.items()}
-    operations: dict[str, Counter[tuple[str, str]]] = {}
-    for layer, operation, rule, _ in seen:
-        operations.setdefault(layer, Counter())[operation, CHAIN_RULE if rule is None else repr(rule)] += 1
-    layers = [
+    told = {name: what for layers, _ in done for name, what in layers.items()}
+    operations = [
         Treated(
-            name,
-            type(module).__name__,
-            (CHAIN_RULE if rules[name] is None else repr(rules[name]))
-            if name in rules and name not in merged
-            else None,
-            calls[name],
-            dict(operations.get(name, {})),
-            treated.get(name),
+            layer,
+            type(modules[layer]).__name__,
+            call,
+            function,
+            CHAIN_RULE if rule is None else repr(rule),
+            why,
+            told.get(layer),
         )
-        for name, module in modules.items()
-        if name in rules or name in operations or name in treated
+        for layer, call, function, rule, _, why in seen
     ]
-    left = dict.fromkeys(
-        f"{s.operation}() in {s.layer!r}" if s.layer else f"{s.operation}()" for s in seen if not s.treated
+    ran = {operation.layer for operation in operations}
+    kinds = {
+        name: type(module).__name__
+        for name, module in modules.items()
+        if name in ran or name in told or (module._parameters and not calls[name])
+    }
+    left = dict.fromkeys(f"{s.operation}() in {s.layer!r}" if s.layer else f"{s.operation}()" for s in seen if not s.is_method)
+    return Report(
+        repr(composite),
+        type(model).__name__,
+        operations,
+        kinds,
+        {name: calls[name] for name in kinds},
+        told,
+        [text for _, text in done],
+        list(left),
     )
-    return Report(repr(composite), type(model).__name__, layers, [text for _, text in done], list(left))
 
 
 def _is_aside() -> bool:

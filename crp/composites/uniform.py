@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from zennit.types import Linear
-
 from crp.composites.base import Canonizers, FirstMap, LayerMap
 from crp.composites.lrp import LRP
 from crp.composites.registry import register
@@ -24,8 +22,15 @@ class _Uniform(LRP):
         zero_params: Names,
         gates: Gates,
     ) -> None:
-        layers = [*layer_map, (Linear, rule)]
-        super().__init__(canonizers, layer_map=layers, first_map=first_map, gates=gates, zero_params=zero_params)
+        super().__init__(
+            canonizers,
+            layer_map=layer_map,
+            first_map=first_map,
+            gates=gates,
+            zero_params=zero_params,
+            convolution=rule,
+            dense=rule,
+        )
 
 
 @register("lrp_0")

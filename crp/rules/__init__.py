@@ -1,14 +1,14 @@
 """Propagation rules: each says how one layer's relevance is shared among its inputs."""
 
-from crp.rules.base import Rule, Term
+from crp.rules.base import Rule, Term, Whole
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
-from crp.rules.first import Flat, WSquare, ZBox
+from crp.rules.input_layer import Flat, WSquare, ZBox
+from crp.rules.from_zennit import lift
 from crp.rules.functional import GLU, Gate, Linearized, Normalization, Quotient
 from crp.rules.gamma import Gamma
 from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
 from crp.rules.layer import Layer, negative, positive
-from crp.rules.lift import lift
 from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Norm, Pass, ZPlus
 from crp.rules.pooling import SumPool
 
@@ -38,6 +38,7 @@ __all__ = [
     "SumPool",
     "Term",
     "WSquare",
+    "Whole",
     "ZBox",
     "ZPlus",
     "lift",

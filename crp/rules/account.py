@@ -61,12 +61,12 @@ class Account:
 
 
 class Sink(torch.autograd.Function):
-    """Zeros, one row per sample, that depend on ``a`` for the order of things only."""
+    """Zeros, one row per sample (one for a number), that depend on ``a`` for the order of things only."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, y: Tensor) -> Tensor:
         """Return zeros."""
-        return y.new_zeros(len(y), len(KINDS))
+        return y.new_zeros(len(y) if y.dim() else 1, len(KINDS))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
@@ -88,5 +88,6 @@ class Absorb(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Sum each share over the sample."""
         (m,) = grads
-        kept = [(m * share).reshape(len(m), -1).sum(1) for share in ctx.saved_tensors]
+        rows = len(m) if m.dim() else 1
+        kept = [(m * share).reshape(rows, -1).sum(1) for share in ctx.saved_tensors]
         return m, torch.stack(kept, 1), *(None for _ in kept)

@@ -1,13 +1,13 @@
-r"""What a rule is: a surrogate of one layer in the backward pass.
+r"""What a rule is: a surrogate of one operation in the backward pass.
 
 Theory
 ------
-What travels backward is the *multiplier* :math:`m` (DeepLIFT's word); relevance is :math:`R = a \odot m`. Take a layer
-:math:`y = f(a)` and a differentiable *surrogate* :math:`z(a)` of it. Every rule of the LRP family sends
+What travels backward is the *multiplier* :math:`m` (DeepLIFT's word); relevance is :math:`R = a \odot m`. Take an
+operation :math:`y = f(a)` and a differentiable *surrogate* :math:`z(a)` of it. Every rule of the LRP family sends
 
 .. math:: m_a = (\partial z / \partial a)^\top \; \frac{y \odot m_y}{z + \varepsilon \operatorname{sign} z}
 
-back, for a surrogate that says which contributions count: :math:`z = f` is LRP-0, the layer with its positive weights
+back, for a surrogate that says which contributions count: :math:`z = f` is LRP-0, the operation with its positive weights
 is :math:`z^+`, and so on. In relevances this is the familiar :math:`R_a = \sum_j \frac{a_i w_{ij}}{z_j} R_j` (Bach et
 al., PLoS ONE 2015, eq. 56; Montavon et al., "Layer-wise relevance propagation: an overview", 2019, eq. 10.2). Where
 :math:`z = 0` nothing contributed, and nothing is handed on. Additions, concatenations, poolings and reshapes need no
@@ -22,7 +22,8 @@ A new rule is one method, `Rule.surrogate`:
 ...         return layer(a, positive)
 
 Rules live inside a composite of `crp.composites`, which propagates multipliers. Inside one of zennit's they propagate
-relevance, as zennit's own rules do. Each forward call has its own state, so a module may be used several times.
+relevance, as zennit's own rules do. An operation is a call of a function of torch, whoever makes it; a module says where
+rules apply. Each call has its own state, so a module may be used several times.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from crp.graph import tracing
 from crp.reference import referencing
 from crp.rules.account import Account, Shares
-from crp.rules.entry import AsRelevance, Entry, Held, Unit, UnitMultiplier
-from crp.rules.layer import Layer, check_parameters, is_plain, works_in_place
-from crp.rules.operation import Operation
-from crp.rules.redirect import Again as Again
-from crp.rules.redirect import Forward, LayerAgain, released, saves_output
-from crp.rules.redirect import Redirect as Redirect
-from crp.rules.signs import Signs
-from crp.rules.stabilizer import quotient, stabilizing
+from crp.rules.functions import AFFINE, Function, activation
+from crp.rules.layer import Layer, tensors_in, works_in_place
+from crp.rules.mode import OneModule, whole_call
+from crp.rules.model_input import AsRelevance, DetachedInput, ModelInput, Unit, UnitMultiplier
+from crp.rules.notes import Notes
+from crp.rules.redirect import Redirect, SecondOrder, released, saves_output
+from crp.rules.stabilizer import Absolute, quotient, stabilizing
 
 
 class Term(NamedTuple):
@@ -80,30 +81,31 @@ class Term(NamedTuple):
 
 
 @dataclass
-class Run:
+class Attachment:
     """What the rules of one composite share while they are on a model.
 
     Attributes
     ----------
-    entry : Entry
-        The model's input.
+    model_input : ModelInput
     account : Account or None
         Where layers account for what they keep, if anyone asked.
-    signs : Signs
-        Tensors that are known not to be negative.
+    notes : Notes
+        What is known of the tensors of the forward pass.
     rectifiable : dict of int to object
-        By `id`, outputs of layers whose rule is simpler where a ReLU follows; see `crp.rules.gamma`.
+        By `id`, outputs of operations whose rule is simpler where a ReLU follows; see `crp.rules.gamma`.
+    rectified : WeakIdKeyDictionary
+        Weights of operations whose output a ReLU has read: a hint, which spares work and changes no number.
     """
 
-    entry: Entry = field(default_factory=Entry)
+    model_input: ModelInput = field(default_factory=ModelInput)
     account: Account | None = None
-    signs: Signs = field(default_factory=Signs)
+    notes: Notes = field(default_factory=Notes)
     rectifiable: dict[int, Any] = field(default_factory=dict)
+    rectified: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def clear(self) -> None:
         """Forget the forward passes that were."""
-        self.entry.clear()
-        self.signs.clear()
+        self.notes.clear()
         self.rectifiable.clear()
 
 
@@ -121,17 +123,17 @@ class Rule(Hook):  # type: ignore[misc]
     ----------
     multiplier : bool
         Whether multipliers travel, and not relevance; the composite says so.
-    run : Run or None
+    attachment : Attachment or None
         What rules of the same composite share; None in a composite of zennit.
-    layer : str
-        Name of the layer that the rule is on; the composite says so.
     """
 
     #: Whether relevance is independent of the input's value, so that it cannot be expressed as a multiplier.
     at_input = False
-    #: Whether the layer's output is the sum of the terms, so that the layer itself need not be run.
+    #: Whether the output is the sum of the terms, so that the operation itself need not be run.
     adds_up = False
-    #: Module attributes of a rule that are settings; `__repr__` shows them.
+    #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
+    needs_weight: ClassVar[bool] = False
+    #: Attributes of a rule that are settings; `__repr__` shows them.
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")
 
     def __init__(
@@ -141,19 +143,16 @@ class Rule(Hook):  # type: ignore[misc]
         self.stabilizer = stabilizer
         self.zero_params = _names(zero_params)
         self.multiplier = False
-        self.run: Run | None = None
-        self.layer = ""
-        self._before: list[Tensor] = []
-        self._parts: list[tuple[Tensor, Sequence[Term]]] = []
+        self.attachment: Attachment | None = None
         self._stabilize = stabilizing(stabilizer)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
-        r"""Differentiable function of ``a`` that stands in for the layer in the backward pass.
+        r"""Differentiable function of ``a`` that stands in for the operation in the backward pass.
 
         Parameters
         ----------
         layer : Layer
-            ``layer(a)`` is the layer itself; ``layer(a, weight, bias)`` has modified parameters.
+            The operation: ``layer(a)`` as it is; ``layer(a, weight, bias)`` with a modified weight and bias.
         a : Tensor of shape (batch, *input shape)
             For rules at the input (``at_input``) a tensor of ones that stands for one unit of relevance.
 
@@ -170,75 +169,68 @@ class Rule(Hook):  # type: ignore[misc]
         raise NotImplementedError(f"{type(self).__name__} implements neither surrogate nor terms")
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
-        """Parts among which the relevance of the layer's output ``y`` is shared; one, the `surrogate`, by default."""
+        """Parts among which the relevance of the output ``y`` is shared; one, the `surrogate`, by default."""
         return [Term(self.surrogate(layer, a))]
 
-    def check(self, module: nn.Module) -> None:
-        """Raise a TypeError if the rule cannot treat the module; called before the model runs."""
-        check_parameters(module)
-
-    def pre_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Keep the input of a module that works in place."""
-        self._before.append(args[0])
-        return (args[0].clone(), *args[1:])
-
-    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-        """Give the layer's output the gradient of the surrogate."""
-        a = self._before.pop() if self._before else args[0]
-        for what, value in (("reads", a), ("returns", output)):
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{type(self).__name__} treats layers of one tensor; {self.layer!r} ({type(module).__name__}) "
-                    f"{what} a {type(value).__name__}. Map rules to the layers or functions inside it"
-                )
-        terms = self._parts.pop()[1] if self._parts and self._parts[-1][0] is a else None
-        if not self._acts_on(a) or output is a:
-            return None
-        # Becoming the output counts as a change in place, which views and outputs that a gradient needs cannot bear.
-        bears = output.requires_grad and not output._is_view() and not saves_output(output)
-        y = output if bears else released(output)
-        layer = self._layer(module, a, output)
-        return self.propagate(layer, a, y) if terms is None else self.share(layer, a, y, terms)
-
-    def _acts_on(self, a: Tensor) -> bool:
-        return not tracing() and not referencing() and torch.is_grad_enabled() and a.requires_grad
-
-    def _layer(self, module: nn.Module, a: Tensor, output: Tensor | None = None) -> Layer:
-        nonnegative = self.run is not None and self.run.signs.nonnegative(a)
-        return Layer(module, self.zero_params, self._held(a), output, nonnegative)
-
-    def _forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Forward of a module whose output is the sum of the terms."""
-        if len(args) != 1 or kwargs or not self._acts_on(args[0]):
-            return type(module).forward(module, *args, **kwargs)
-        (a,) = args
-        terms = self.terms(self._layer(module, a), a, a)
-        self._parts.append((a, terms))
-        return functools.reduce(torch.add, [term.z for term in terms])
-
-    def operate(self, operation: Operation) -> Tensor:
-        """Treat a function of torch: its output, with this rule as its gradient.
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Whether the rule is for such operations where it is mapped to a module around them.
 
         Parameters
         ----------
-        operation : Operation
-            A layer without parameters; ``operation.inputs`` are the operands that depend on the model's input.
+        known : Function
+            What is called.
+        kind : str
+            Kind of the operation, of `crp.rules.functions.KINDS` or ``""``.
+        alone : bool
+            Whether the module contains no other modules; it then is what it calls, arithmetic and moves aside.
+        """
+        if kind in AFFINE:
+            return True
+        return alone and not self.needs_weight and not known.has("selects", "copies", "arithmetic")
+
+    def operate(self, layer: Layer) -> Any:
+        """Treat an operation: its output, with this rule as its gradient.
+
+        Parameters
+        ----------
+        layer : Layer
+            The call; ``layer.inputs`` are the operands that depend on the model's input.
 
         Raises
         ------
         NotImplementedError
             If it has more than one such operand.
+        TypeError
+            If the rule takes weights apart and the call has none.
         """
-        if len(operation.inputs) != 1:
+        if self.needs_weight and layer.operands is None:
+            raise TypeError(f"{type(self).__name__} treats sums of weighted inputs, which {layer} is not")
+        if len(layer.inputs) != 1:
             # (a TypeError inside an operator such as ** would be taken for "not my type")
             raise NotImplementedError(
-                f"{type(self).__name__} treats functions of one input; {operation} has {len(operation.inputs)} that "
+                f"{type(self).__name__} treats functions of one input; {layer} has {len(layer.inputs)} that "
                 "depend on the model's input"
             )
-        return self.propagate(cast(Layer, operation), operation.inputs[0], released(operation.output))
+        a = layer.inputs[0]
+        layer.zero_params = self.zero_params
+        layer.at_input = self.stands_at_input(layer)
+        if self.attachment is not None and layer.at_input:
+            layer.held = cast(Tensor, DetachedInput.apply(a, self.attachment.model_input))
+        if self.adds_up and self.multiplier and layer.operands is not None:
+            terms = self.terms(layer, a, a)
+            layer.result = functools.reduce(torch.add, [term.z for term in terms])
+            return self.share(layer, a, writable(layer.result), terms)
+        output = layer.output
+        if output is a:  # handed back as it was
+            return output
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} treats operations of one result; {layer} returns a {type(output).__name__}"
+            )
+        return self.propagate(layer, a, writable(output))
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
-        """Layer's output, with this rule as its gradient.
+        """Output of an operation, with this rule as its gradient.
 
         Parameters
         ----------
@@ -247,21 +239,22 @@ class Rule(Hook):  # type: ignore[misc]
         y : Tensor of shape (batch, *output shape)
             It becomes the output.
         """
-        return self.share(layer, a, y, self.terms(layer, self._source(a), y))
+        return self.share(layer, a, y, self.terms(layer, self._source(layer, a), y))
 
     def share(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> Tensor:
-        """Layer's output, whose relevance is shared among the terms."""
+        """Output of an operation, whose relevance is shared among the terms."""
         with torch.no_grad():
             scales = [self._scale(term, y).to(term.z.dtype) for term in terms]
         out = self.redirect(layer, a, y, [term.z for term in terms], scales)
-        if self.run is not None and self.run.account is not None:
-            out = self.run.account.absorb(self.layer, a, out, self._shares(layer.again(), a, terms, scales, out))
+        if self.attachment is not None and self.attachment.account is not None:
+            shares = self._shares(layer.again(), a, terms, scales, out)
+            out = self.attachment.account.absorb(layer.place, a, out, shares)
         return out
 
     def redirect(
         self, layer: Layer, a: Tensor, y: Tensor, surrogates: Sequence[Tensor], scales: Sequence[Tensor]
     ) -> Tensor:
-        """Layer's output, whose gradient goes into the surrogates, each scaled.
+        """Output of an operation, whose gradient goes into the surrogates, each scaled.
 
         Parameters
         ----------
@@ -272,14 +265,32 @@ class Rule(Hook):  # type: ignore[misc]
         surrogates, scales : sequence of Tensor
             Differentiable functions of ``a``, and what the gradient is multiplied with before it goes into them.
         """
-        apart = layer.output is not None and layer.output is not y and layer.output.requires_grad
-        own, again = layer.output if apart else None, LayerAgain(self, layer.again(), a)
-        return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
+        own = layer.output
+        apart = own is not y and own.requires_grad
+        again = layer.again()
+        second = SecondOrder(again, [a], self.is_active, lambda: self._scales_again(again, a))
+        return cast(
+            Tensor, Redirect.apply(y, second, len(surrogates), *surrogates, *scales, own if apart else None)
+        )
+
+    def is_active(self) -> bool:
+        """Whether the rule acts, and not the ordinary chain rule."""
+        return self.attachment is None or self.attachment.model_input.active
+
+    def stands_at_input(self, layer: Layer) -> bool:
+        """Whether the relevance of this call's input does not depend on its value."""
+        return self.at_input
+
+    def _scales_again(self, layer: Layer, a: Tensor) -> list[Tensor]:
+        """Scales of the terms, computed once more."""
+        with layer.precision():
+            y, source = layer.value(a), torch.ones_like(a) if layer.at_input else a
+            return [self._scale(term, y).to(term.z.dtype) for term in self.terms(layer, source, y)]
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         """What the gradient is multiplied with before it goes into ``term.z``."""
         below, above = term.below, self._above(term, y, self.multiplier)
-        if above is y and below.data_ptr() == y.data_ptr():  # the layer itself: its output is its surrogate
+        if above is y and below.data_ptr() == y.data_ptr():  # the operation itself: its output is its surrogate
             above = below
         scale = quotient(above, below, self._stabilize, term.sign)
         if isinstance(term.weight, float) and not scale.requires_grad:
@@ -306,68 +317,166 @@ class Rule(Hook):  # type: ignore[misc]
             stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.z.detach())
         return Shares(bias, empty, stabilizer)
 
-    def _held(self, a: Tensor) -> Tensor:
-        """Input as a constant, which second derivatives still know."""
-        if self.at_input and self.run is not None:
-            return cast(Tensor, Held.apply(a, self.run.entry))
-        return a
-
-    def _source(self, a: Tensor) -> Tensor:
+    def _source(self, layer: Layer, a: Tensor) -> Tensor:
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""
-        if not self.at_input:
+        if not layer.at_input:
             return a if self.multiplier else cast(Tensor, AsRelevance.apply(a))
-        leaf = self.run.entry.find(a) if self.run is not None else None
-        if leaf is not None:
-            return cast(Tensor, Unit.apply(leaf, a))
-        return cast(Tensor, UnitMultiplier.apply(a) if self.multiplier else Unit.apply(a, a))
+        unit = self.unit(a)
+        if unit is not None:
+            return unit
+        if not self.multiplier:
+            return cast(Tensor, Unit.apply(a, a))
+        source = cast(Tensor, UnitMultiplier.apply(a))
+        if self.attachment is None or self.attachment.account is None:
+            return source
+        lost = Shares(empty=(a.detach() == 0).to(a.dtype))  # no multiplier of 0 is relevance
+        return self.attachment.account.absorb(layer.place, a, source, lost)
+
+    def unit(self, a: Tensor) -> Tensor | None:
+        """Ones where ``a`` holds copies of the model's input, to which their gradient is handed as relevance.
+
+        None if ``a`` holds anything else.
+        """
+        note = None if self.attachment is None else self.attachment.notes.of(a)
+        if note is None or note.copied is None:
+            return None
+        unit = note.copied.of(lambda leaf: cast(Tensor, Unit.apply(leaf, leaf)))
+        return unit if unit.shape == a.shape else None
 
     def copy(self) -> Rule:
-        """Rule of the same settings for another module."""
+        """Rule of the same settings."""
         return copy.copy(self)
 
-    def remove(self) -> None:
-        """Forget everything about past calls."""
-        super().remove()
-        self._before.clear()
-        self._parts.clear()
+    def attach(self, attachment: Attachment) -> Rule:
+        """Rule of the same settings for a composite in which multipliers travel."""
+        rule = self.copy()
+        rule.multiplier, rule.attachment = True, attachment
+        return rule
 
     def register(self, module: nn.Module) -> RemovableHandleList:
-        """Put the rule on a module.
-
-        Raises
-        ------
-        TypeError
-            If the rule cannot treat the module.
-        """
-        self.check(module)
-        after = module.register_forward_hook(self._after, with_kwargs=True)
-        handles = RemovableHandleList([RemovableHandle(self), after])
-        if self.adds_up and self.multiplier and is_plain(module) and "forward" not in vars(module):
-            handles.append(Forward(module, functools.partial(self._forward, module)))
-        if works_in_place(module):
-            handles.append(module.register_forward_pre_hook(self._prepare, with_kwargs=True))
-        return handles
-
-    def _prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.pre_forward(module, args or tuple(kwargs.values())), {}
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        return self.post_forward(module, args or tuple(kwargs.values()), output)
+        """Put the rule on the operations of a module, in a composite of zennit."""
+        mode = OneModule(self, module)
+        return RemovableHandleList(
+            [
+                RemovableHandle(self),
+                module.register_forward_pre_hook(mode.begin, with_kwargs=True),
+                module.register_forward_hook(mode.end, always_call=True),
+            ]
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Hook state is per registration; what is left are the settings.
-        return {
-            k: v
-            for k, v in vars(self).items()
-            if k not in ("stored_tensors", "tensor_handles", "run", "layer", "_before", "_parts")
-        }
+        return {k: v for k, v in vars(self).items() if k not in ("stored_tensors", "tensor_handles", "attachment")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Hook.__init__(self)
-        self.__dict__.update(state, run=None, layer="", _before=[], _parts=[])
+        self.__dict__.update(state, attachment=None)
+
+
+class Whole(Rule):
+    """A module as one operation: the rule treats what it makes of its input, and nothing that it calls.
+
+    For modules whose parts no rule can see (scripted or traced ones, custom autograd functions), and for blocks that
+    shall be one function, by a rule that takes no weights apart.
+
+    Parameters
+    ----------
+    rule : Rule
+        Such as ``Epsilon()`` or ``Pass()``.
+
+    Raises
+    ------
+    TypeError
+        If the rule takes weights apart: a module as a whole has none.
+
+    Examples
+    --------
+    >>> from crp.composites import EpsilonPlus
+    >>> from crp.rules import Pass
+    >>> composite = EpsilonPlus(layer_map=[("activation", Whole(Pass()))])
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("rule",)
+
+    def __init__(self, rule: Rule) -> None:
+        if not isinstance(rule, Rule) or isinstance(rule, Whole) or rule.needs_weight:
+            raise TypeError(
+                f"Whole takes a rule that takes no weights apart, such as Epsilon() or Pass(), not {rule!r}; a module as "
+                "a whole has no weights"
+            )
+        super().__init__(0.0)
+        self.rule = rule
+
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Nothing inside the module."""
+        return False
+
+    def operate(self, layer: Layer) -> Any:
+        """Treat the call of the module.
+
+        Raises
+        ------
+        TypeError
+            If it is a call of a function.
+        """
+        if layer.module is None:
+            raise TypeError(f"Whole is for modules, not for functions such as {layer}; map {self.rule!r} itself")
+        return self.rule.operate(layer)
+
+    def attach(self, attachment: Attachment) -> Rule:
+        """Whole of a rule that is attached."""
+        other = Whole(self.rule.attach(attachment))
+        other.multiplier, other.attachment = True, attachment
+        return other
+
+    def copy(self) -> Rule:
+        """Rule of the same settings."""
+        return Whole(self.rule.copy())
+
+    def register(self, module: nn.Module) -> RemovableHandleList:
+        """Put the rule on a module, in a composite of zennit."""
+        known, kept = activation(type(module).__name__), []
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            kept.append((args, kwargs))
+            return tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args), kwargs
+
+        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            args, kwargs = kept.pop()
+            inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+            acts = not tracing() and not referencing() and torch.is_grad_enabled() and bool(inputs)
+            return self.rule.operate(whole_call(module, args, kwargs, inputs, output, known)) if acts else None
+
+        handles = RemovableHandleList([RemovableHandle(self)])
+        if works_in_place(module):
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_pre_hook(lambda m, a, k: kept.append((a, k)), with_kwargs=True))
+        handles.append(module.register_forward_hook(end, with_kwargs=True))
+        return handles
+
+
+def writable(output: Tensor) -> Tensor:
+    """Values of an output, which may become the output of something else.
+
+    That counts as a change in place, which views and outputs that a gradient needs cannot bear.
+    """
+    bears = output.requires_grad and not output._is_view() and not saves_output(output)
+    return output if bears else released(output)
+
+
+def is_exact(rule: Rule) -> bool:
+    """Whether a rule whose surrogate is the operation itself is the ordinary chain rule."""
+    return (
+        rule.multiplier
+        and isinstance(rule._stabilize, Absolute)
+        and rule._stabilize.epsilon == 0
+        and not rule.zero_params
+        and (rule.attachment is None or rule.attachment.account is None)
+    )
 
 
 def _names(zero_params: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -12,37 +12,25 @@ layer, and `MaxPool` is for pooling. What the paper has no rule for stands in `c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from crp.rules.base import Again, Redirect, Rule, Run
-from crp.rules.operation import Operation
-from crp.rules.redirect import released
+from crp.rules.base import Attachment, Rule
+from crp.rules.functions import Function
+from crp.rules.layer import Layer, negative, positive
+from crp.rules.redirect import Redirect, SecondOrder, released
 
-#: Elementwise functions, which Rescale treats (also steps, and constants divided by the input).
-ELEMENTWISE = tuple(
-    """abs absolute acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh ceil celu clamp
-    clamp_max clamp_min clip cos cosh elu erf erfc exp exp2 expit expm1 fix float_power floor frac gelu hardshrink
-    hardsigmoid hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid logit logsigmoid mish nan_to_num pow
-    prelu rdiv reciprocal relu relu6 round rpow rrelu rsqrt selu sigmoid sign silu sin sinc sinh softplus softshrink
-    softsign special_erf special_expit special_expm1 special_log1p sqrt square tan tanh tanhshrink threshold
-    trunc""".split()  # noqa: SIM905
-)
-MAX_POOLS = tuple(
-    f"{kind}max_pool{n}d{indices}" for kind in ("", "adaptive_") for n in (1, 2, 3) for indices in ("", "_with_indices")
-)
-AFFINE = ("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
 #: A midpoint derivative that predicts Δy to this many roundings of y is used in place of the quotient.
 ROUNDINGS = 4
 
 
 @dataclass
-class Differences(Run):
+class Differences(Attachment):
     """What DeepLIFT's rules share while they are on a model.
 
     Attributes
@@ -67,7 +55,7 @@ class Difference(Rule):
     def __init__(self) -> None:
         super().__init__(0.0)
 
-    def operate(self, operation: Operation) -> Any:
+    def operate(self, layer: Layer) -> Any:
         """Treat a function of torch.
 
         Raises
@@ -75,37 +63,40 @@ class Difference(Rule):
         TypeError
             If the rule's composite has no reference.
         """
-        if operation.reference is None and not isinstance(self.run, Differences):
+        if layer.reference is None and not isinstance(self.attachment, Differences):
             raise TypeError(f"{type(self).__name__} compares with a reference, which composites such as DeepLift have")
         # Without one, nothing that is explained has been entered.
-        return operation.output if operation.reference is None else self.compare(operation, operation.reference)
+        return layer.output if layer.reference is None else self.compare(layer, layer.reference)
 
-    def compare(self, operation: Operation, reference: Operation) -> Any:
+    def compare(self, layer: Layer, reference: Layer) -> Any:
         """Value of the call, with the rule as its gradient."""
         raise NotImplementedError(f"{type(self).__name__} does not implement compare")
 
-    def check(self, module: nn.Module) -> None:
-        """Refuse modules: the functions that they call are treated."""
-        raise TypeError(
-            f"{type(self).__name__} is a rule for functions such as F.relu, not for {type(module).__name__}"
-        )
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """What a module without parts calls."""
+        return alone and not known.has("selects", "copies")
 
-    def beyond(self, operation: Operation, exact: bool) -> None:
+    def beyond(self, layer: Layer, exact: bool) -> None:
         """Note that the paper has no rule for an operation."""
-        if isinstance(self.run, Differences):
-            self.run.outside[str(operation)] = exact and self.run.outside.get(str(operation), True)
+        if isinstance(self.attachment, Differences):
+            self.attachment.outside[str(layer)] = exact and self.attachment.outside.get(str(layer), True)
 
-    def rescaled(self, operation: Operation, reference: Operation) -> Tensor:
+    def parts_of(self, tensor: Tensor) -> Parts | None:
+        """Parts of an affine output, or of a copy of it; None for other tensors."""
+        note = None if self.attachment is None else self.attachment.notes.of(tensor)
+        return None if note is None else note.parts
+
+    def rescaled(self, layer: Layer, reference: Layer) -> Tensor:
         """Value of an elementwise function, whose gradient is the quotient of differences."""
-        x = operation.inputs[0].expand(operation.output.shape)
-        x0, y0, call = reference.inputs[0].expand(reference.output.shape), reference.output, operation.again()
+        x = layer.inputs[0].expand(layer.output.shape)
+        x0, y0, call = reference.inputs[0].expand(reference.output.shape), reference.output, layer.again()
         with torch.no_grad():
-            scale = slope(call, x.detach(), x0, operation.output.detach(), y0)
-        return self.send(operation, operation.output, [x], [scale], lambda: [slope(call, x, x0, call(x), y0)])
+            scale = slope(call, x.detach(), x0, layer.output.detach(), y0)
+        return self.send(layer, layer.output, [x], [scale], lambda: [slope(call, x, x0, call(x), y0)])
 
     def send(
         self,
-        operation: Operation,
+        layer: Layer,
         output: Tensor,
         surrogates: Sequence[Tensor],
         scales: Sequence[Tensor],
@@ -115,7 +106,7 @@ class Difference(Rule):
 
         Parameters
         ----------
-        operation : Operation
+        layer : Layer
         output : Tensor
             With its own graph, for derivatives where rules are inactive.
         surrogates, scales : sequence of Tensor
@@ -124,22 +115,8 @@ class Difference(Rule):
         """
         y = released(output)
         own = output if output.requires_grad else None
-        again = _Computed(self, operation.inputs, compute)
-        return cast(Tensor, Redirect.apply(y, again, len(surrogates), *surrogates, *scales, own))
-
-
-class _Computed(Again):
-    def __init__(
-        self,
-        rule: Rule,
-        inputs: Sequence[Tensor],
-        compute: Callable[[], Sequence[Tensor]],
-    ) -> None:
-        super().__init__(rule, inputs)
-        self.compute = compute
-
-    def scales(self) -> Sequence[Tensor]:
-        return self.compute()
+        second = SecondOrder(layer.again(), layer.inputs, self.is_active, compute)
+        return cast(Tensor, Redirect.apply(y, second, len(surrogates), *surrogates, *scales, own))
 
 
 class Rescale(Difference):
@@ -152,12 +129,12 @@ class Rescale(Difference):
     infinite, nothing is handed on. Conserves: summation-to-delta, exactly.
     """
 
-    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+    def compare(self, layer: Layer, reference: Layer) -> Tensor:
         """Return the function's value; its gradient is the quotient of differences."""
-        if len(operation.inputs) != 1:
-            self.beyond(operation, exact=False)
-            return cast(Tensor, operation.output)
-        return self.rescaled(operation, reference)
+        if len(layer.inputs) != 1:
+            self.beyond(layer, exact=False)
+            return cast(Tensor, layer.output)
+        return self.rescaled(layer, reference)
 
 
 class MaxPool(Difference):
@@ -176,12 +153,12 @@ class MaxPool(Difference):
     (captum overwrites instead of adding where windows overlap, and DeepExplain has no rule for pooling.)
     """
 
-    def compare(self, operation: Operation, reference: Operation) -> Any:
+    def compare(self, layer: Layer, reference: Layer) -> Any:
         """Return the maxima; their gradient is that of the chosen inputs."""
-        x, x0, call = operation.inputs[0], reference.inputs[0], operation.again()
-        y, y0 = _first(operation.output), _first(reference.output)
-        at = -int(operation.name.partition("pool")[2][0])
-        chosen = torch.where(y >= y0, maxima(operation, x.detach()), maxima(reference, x0)).flatten(at)
+        x, x0, call = layer.inputs[0], reference.inputs[0], layer.again()
+        y, y0 = _first(layer.output), _first(reference.output)
+        at = -int(layer.name.partition("pool")[2][0])
+        chosen = torch.where(y >= y0, maxima(layer, x.detach()), maxima(reference, x0)).flatten(at)
 
         def gathered(values: Tensor) -> Tensor:
             return values.flatten(at).gather(-1, chosen).view(y.shape)
@@ -193,8 +170,8 @@ class MaxPool(Difference):
             return torch.where(dz == 0, 1.0, (value - y0) / torch.where(dz == 0, 1.0, dz))
 
         scale = ratio(y.detach(), z.detach())
-        out = self.send(operation, y, [z], [scale], lambda: [ratio(_first(call(x)), gathered(x))])
-        return (out, *operation.output[1:]) if isinstance(operation.output, tuple) else out
+        out = self.send(layer, y, [z], [scale], lambda: [ratio(_first(call(x)), gathered(x))])
+        return (out, *layer.output[1:]) if isinstance(layer.output, tuple) else out
 
 
 @dataclass(frozen=True)
@@ -222,22 +199,21 @@ class Affine(Difference):
     where :math:`\Delta a_i = 0`. So that one multiplier for each activation is enough.
     """
 
-    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+    def compare(self, layer: Layer, reference: Layer) -> Tensor:
         """Return the layer's output, which remembers its parts."""
-        whole, call = operation.output, operation.again()
-        if len(operation.inputs) > 1 and not same_operands(operation, reference, 1):
-            self.beyond(operation, exact=False)
-            return cast(Tensor, whole)
-        a, a0 = operation.inputs[0], reference.inputs[0]
+        whole, call = cast(Tensor, layer.output), layer.again()
+        a, a0 = layer.inputs[0], reference.inputs[0]
 
-        def positive() -> Tensor:
+        def above() -> Tensor:
             delta = a - a0
             half = (delta == 0).to(delta) / 2
-            above, below = (delta > 0).to(delta) + half, (delta < 0).to(delta) + half
-            weight = _weight(call)
-            return _linear(call, delta * above, weight.clamp(min=0)) + _linear(call, delta * below, weight.clamp(max=0))
+            up, down = (delta > 0).to(delta) + half, (delta < 0).to(delta) + half
+            return cast(
+                Tensor, call(delta * up, positive, bias=False) + call(delta * down, negative, bias=False)
+            )
 
-        return cast(Tensor, Parted.apply(whole.data, whole, Parts(whole, positive)))
+        layer.parts = Parts(whole, above)
+        return cast(Tensor, Apart.apply(whole.data, whole))
 
 
 class BatchNorm(Difference):
@@ -246,19 +222,19 @@ class BatchNorm(Difference):
     In training mode it depends on the batch: outside the method, and said so.
     """
 
-    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+    def compare(self, layer: Layer, reference: Layer) -> Tensor:
         """Return the normalized values."""
-        whole = operation.output
-        if operation.kwargs.get("training", operation.args[5] if len(operation.args) > 5 else False):
-            self.beyond(operation, exact=False)
+        whole = layer.output
+        if layer.arguments.get("training", False):
+            self.beyond(layer, exact=False)
             return cast(Tensor, whole)
-        parts = parts_of(operation.inputs[0])
+        parts = self.parts_of(layer.inputs[0])
         if parts is None:
             return cast(Tensor, whole)
-        below, scale = parts, derivative(operation.again(), operation.inputs[0].detach())
+        below, scale = parts, derivative(layer.again(), layer.inputs[0].detach())
         # (A negative factor swaps the two parts, between which RevealCancel makes no difference.)
-        scaled = Parts(below.whole * scale, lambda: below.positive() * scale)
-        return cast(Tensor, Parted.apply(whole.data, whole, scaled))
+        layer.parts = Parts(below.whole * scale, lambda: below.positive() * scale)
+        return cast(Tensor, Apart.apply(whole.data, whole))
 
 
 class RevealCancel(Rescale):
@@ -273,13 +249,13 @@ class RevealCancel(Rescale):
     summation-to-delta, exactly.
     """
 
-    def compare(self, operation: Operation, reference: Operation) -> Tensor:
+    def compare(self, layer: Layer, reference: Layer) -> Tensor:
         """Return the function's value; its gradient goes to the two parts."""
-        parts = parts_of(operation.inputs[0]) if len(operation.inputs) == 1 else None
-        if parts is None or operation.output.shape != operation.inputs[0].shape:
-            return super().compare(operation, reference)
-        x, x0 = operation.inputs[0], reference.inputs[0].expand_as(operation.inputs[0])
-        call, plus = operation.again(), parts.positive()
+        parts = self.parts_of(layer.inputs[0]) if len(layer.inputs) == 1 else None
+        if parts is None or layer.output.shape != layer.inputs[0].shape:
+            return super().compare(layer, reference)
+        x, x0 = layer.inputs[0], reference.inputs[0].expand_as(layer.inputs[0])
+        call, plus = layer.again(), parts.positive()
 
         def scales(x: Tensor = x, plus: Tensor = plus) -> list[Tensor]:
             minus = x - x0 - plus
@@ -294,31 +270,22 @@ class RevealCancel(Rescale):
             found = scales(x.detach(), plus.detach())
         # What arrives at the layer's output is that of Rescale, m·Δy/Δz: the relevance of the layer itself. The rest,
         # which is worth nothing in sum, tells the two parts apart below it.
-        return self.send(operation, operation.output, [x, parts.whole, plus], found, scales)
+        return self.send(layer, layer.output, [x, parts.whole, plus], found, scales)
 
 
-class Parted(torch.autograd.Function):
-    """Value of ``y``, whose gradient goes into ``z``; the node in the graph remembers the parts of an affine output."""
+class Apart(torch.autograd.Function):
+    """Value of ``y``, whose gradient goes into ``z``; what reads one can tell it from the other."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, parts: Parts) -> Tensor:
+    def forward(ctx: Any, y: Tensor, z: Tensor) -> Tensor:
         """Return ``y`` itself."""
-        ctx.parts = parts
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Pass on."""
-        return None, grads[0], None
-
-
-def parts_of(tensor: Tensor) -> Parts | None:
-    """Parts of an affine output, or of a copy of it; None for other tensors."""
-    node = tensor.grad_fn
-    while node is not None and node.name() == "CloneBackward0":
-        node = node.next_functions[0][0]
-    return getattr(node, "parts", None)
+        return None, grads[0]
 
 
 def slope(call: Callable[[Tensor], Tensor], x: Tensor, x0: Tensor, y: Tensor, y0: Tensor) -> Tensor:
@@ -345,16 +312,16 @@ def derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return found
 
 
-def maxima(operation: Operation, x: Tensor) -> Tensor:
+def maxima(layer: Layer, x: Tensor) -> Tensor:
     """Where each window of a max-pooling has its maximum, as an index into the flattened space."""
-    pool: Any = getattr(F, operation.name.removesuffix("_with_indices") + "_with_indices")
-    named = {k: v for k, v in operation.kwargs.items() if k not in ("input", "self", "return_indices")}
-    return cast(Tensor, pool(x, *operation.args[1:], **named)[1])
+    pool: Any = getattr(F, layer.name.removesuffix("_with_indices") + "_with_indices")
+    named = {k: v for k, v in layer.kwargs.items() if k not in ("input", "self", "return_indices")}
+    return cast(Tensor, pool(x, *layer.args[1:], **named)[1])
 
 
-def same_operands(operation: Operation, reference: Operation, start: int = 0) -> bool:
+def same_operands(layer: Layer, reference: Layer, start: int = 0) -> bool:
     """Whether operands from ``start`` on are those of the reference's call."""
-    pairs = zip(operation.inputs[start:], reference.inputs[start:], strict=True)
+    pairs = zip(layer.inputs[start:], reference.inputs[start:], strict=True)
     return all(same(value, value0) for value, value0 in pairs)
 
 
@@ -365,14 +332,3 @@ def same(value: Tensor, value0: Tensor) -> bool:
 
 def _first(output: Any) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-def _weight(operation: Operation) -> Tensor:
-    weight = operation.args[1] if len(operation.args) > 1 else operation.kwargs["weight"]
-    return cast(Tensor, weight.detach())
-
-
-def _linear(operation: Operation, a: Tensor, weight: Tensor) -> Tensor:
-    """Affine layer of another input and weight, without bias."""
-    named: Mapping[str, Any] = {k: v for k, v in operation.kwargs.items() if k not in ("input", "weight", "bias")}
-    return cast(Tensor, operation.function(a, weight, None, *operation.args[3:], **named))

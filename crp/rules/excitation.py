@@ -67,18 +67,16 @@ class Excitation(LRPRule):
     def _contributions(self, layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> Tensor:
         """Contributions through weights ``up``, and of what is negative in the input, if taken apart, ``down``."""
         if self.signed == "split":
-            above, below = layer.signs(a)
+            above, below = layer.split_by_sign(a)
             z = layer(above, up, bias=False)
             return z if below is None else z + layer(below, down, bias=False)
-        value = layer.input
-        if self.signed == "shift" and value is not None and _is_signed(value):
-            a = a * _shifted(value)
+        if layer.at_input:
+            a = a * _shifted(layer.input)
         return layer(a, up, bias=False)
 
-    def _held(self, a: Tensor) -> Tensor:
-        # An input of 0 that is shifted has a share, which no multiplier expresses.
-        self.at_input = self.signed == "shift" and _is_signed(a)
-        return super()._held(a)
+    def stands_at_input(self, layer: Layer) -> bool:
+        """Whether the input is shifted: an input of 0 then has a share, which no multiplier expresses."""
+        return self.signed == "shift" and _is_signed(layer.inputs[0])
 
 
 class ContrastiveExcitation(Excitation):

@@ -2,71 +2,26 @@ r"""Rules for functions of torch: gates, quotients, normalizations, and what mus
 
 The ordinary chain rule on multipliers is LRP-0 for every function that is homogeneous of degree one in what depends on
 the model's input, :math:`f(c\,x) = c f(x)`: then :math:`\sum_i x_i \partial f / \partial x_i = f(x)` (Euler), and
-relevance is conserved. `HOMOGENEOUS` lists these functions. What stands here are the others.
+relevance is conserved. `crp.rules.functions` says which are. What stands here are rules for others.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from crp.rules.account import Shares
-from crp.rules.base import Again, Redirect, Rule
-from crp.rules.lrp import Pass
-from crp.rules.operation import Operation
-from crp.rules.redirect import released
+from crp.rules.base import Rule
+from crp.rules.functions import Function
+from crp.rules.layer import Layer
+from crp.rules.notes import Born
+from crp.rules.redirect import Redirect, SecondOrder, released
 
 #: What becomes of a product's gate: held constant, or given half of the relevance.
 Gates: TypeAlias = Literal["signal", "split"]
-#: Functions that choose between operands, of which some may be constant.
-CHOOSING = ("max", "maximum", "min", "minimum")
-#: Functions that are homogeneous of degree one, for which the ordinary chain rule is LRP-0.
-HOMOGENEOUS = frozenset(CHOOSING) | frozenset(
-    """H T abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-    adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_max_pool3d
-    adaptive_max_pool3d_with_indices add alpha_dropout amax amin as_strided atleast_1d atleast_2d atleast_3d
-    avg_pool1d avg_pool2d avg_pool3d bfloat16 broadcast_tensors broadcast_to cat channel_shuffle chunk clone
-    column_stack concat concatenate contiguous copy cpu cuda cummax cumsum diagonal diff double dropout dropout1d
-    dropout2d dropout3d dsplit dstack einsum expand expand_as feature_alpha_dropout flatten flip fliplr flipud float
-    fold fractional_max_pool2d fractional_max_pool3d gather getitem half hsplit hstack identity index_add index_copy
-    index_fill index_put index_select interpolate leaky_relu lp_pool1d lp_pool2d lp_pool3d mH mT masked_fill
-    masked_scatter masked_select matmul max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices
-    max_pool3d max_pool3d_with_indices max_unpool1d max_unpool2d max_unpool3d mean mm moveaxis movedim mv nansum
-    narrow native_channel_shuffle neg negative norm pad permute pixel_shuffle pixel_unshuffle positive prelu ravel
-    relu repeat repeat_interleave reshape resolve_conj roll rot90 row_stack rrelu rsub scatter scatter_add select
-    select_scatter setitem slice_scatter sort split split_with_sizes squeeze stack sub subtract sum swapaxes
-    swapdims t take take_along_dim tensor_split tile to topk transpose tril triu type type_as unbind unflatten
-    unfold unsqueeze upsample upsample_bilinear upsample_nearest view view_as vsplit vstack where""".split()  # noqa: SIM905
-)
-#: Steps, which no small change moves: they hand nothing on, in any method.
-STEPS = frozenset(
-    ("ceil", "fix", "floor", "floor_divide", "floordiv", "heaviside", "rfloordiv", "round", "sgn", "sign", "trunc")
-)
-#: Elementwise functions that hand relevance on as it is.
-ELEMENTWISE = tuple(
-    """acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh batch_norm celu clamp clamp_max
-    clamp_min clip cos cosh elu erf erfc exp exp2 expm1 gelu hardshrink hardswish hardtanh local_response_norm log log10
-    log1p log2 log_sigmoid logsigmoid mish nan_to_num normalize pow rdiv reciprocal relu6 rpow rsqrt selu silu sin sinh
-    softplus softshrink softsign sqrt square tan tanh tanhshrink threshold""".split()  # noqa: SIM905
-)
-#: Elementwise functions with outputs between 0 and 1.
-SQUASHING = ("sigmoid", "hardsigmoid", "expit")
-#: Functions of two operands that attention is made of.
-ATTENTION = ("multi_head_attention_forward", "scaled_dot_product_attention")
-PRODUCTS = tuple(
-    """addbmm addmm addmv addr baddbmm bilinear bmm chain_matmul dot einsum ger inner kron linalg_multi_dot matmul mm mv
-    outer tensordot vdot""".split()  # noqa: SIM905
-)
-#: Autograd nodes of functions that give the same values in another shape.
-_RESHAPING = (
-    "Alias", "AsStrided", "Clone", "CopyBackwards", "CopySlices", "Expand", "Overwrite", "Permute", "Repeat",
-    "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View",
-)  # fmt: skip
 
 
 class Linearized(Rule):
@@ -76,31 +31,31 @@ class Linearized(Rule):
     :math:`s_k` and :math:`c` held constant; :math:`c` keeps its share of the relevance.
     """
 
-    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Pairs of :math:`z_k`, in the shape of the output, and of :math:`s_k`, which broadcasts to it."""
         raise NotImplementedError
 
-    def operate(self, operation: Operation) -> Tensor:
+    def operate(self, layer: Layer) -> Tensor:
         """Return the function's output, with this rule as its gradient."""
-        parts = self.parts(operation, *operation.inputs)
+        own, again = cast(Tensor, layer.output), layer.again()
+        parts = self.parts(layer, *layer.inputs)
         zs, scales = [z for z, _ in parts], [scale.detach() for _, scale in parts]
-        own, again = operation.output, _Parts(self, operation)
-        out = cast(Tensor, Redirect.apply(released(own), again, len(zs), *zs, *scales, own))
-        if self.run is None or self.run.account is None:
+        second = SecondOrder(again, layer.inputs, self.is_active, lambda: self._scales_of(again))
+        out = cast(Tensor, Redirect.apply(released(own), second, len(zs), *zs, *scales, own))
+        account = None if self.attachment is None else self.attachment.account
+        if account is None:
             return out
         constant = own.detach() - sum(z.detach() * scale for z, scale in zip(zs, scales, strict=True))
-        return self.run.account.absorb(self.layer, operation.inputs[0], out, Shares(bias=constant))
+        return account.absorb(layer.place, layer.inputs[0], out, Shares(bias=constant))
 
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """What a module without parts calls."""
+        return alone and not known.has("selects", "copies")
 
-class _Parts(Again):
-    """Scales of a linearized function, computed once more so that they can be differentiated."""
-
-    def __init__(self, rule: Linearized, operation: Operation) -> None:
-        super().__init__(rule, operation.inputs)
-        self.linearized, self.operation = rule, operation
-
-    def scales(self) -> list[Tensor]:
-        return [scale for _, scale in self.linearized.parts(self.operation, *self.operation.inputs)]
+    def _scales_of(self, layer: Layer) -> list[Tensor]:
+        """Scales, computed once more."""
+        with layer.precision():
+            return [scale for _, scale in self.parts(layer, *layer.inputs)]
 
 
 class Gate(Linearized):
@@ -110,7 +65,8 @@ class Gate(Linearized):
     constant, so that the signal :math:`s` takes all ("signal-take-all", Arras et al., "Explaining and interpreting
     LSTMs", 2019, section 11.2.3); ``"split"`` gives each factor half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
     Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation, or else the one
-    that is the output of a sigmoid, in whatever shape; where neither holds, the relevance is split.
+    that a sigmoid or softmax has made (or that is 1 minus such), wherever its values went since; where neither holds,
+    the relevance is split.
 
     Parameters
     ----------
@@ -128,27 +84,76 @@ class Gate(Linearized):
         super().__init__()
         self.mode = _checked(mode)
 
-    def operate(self, operation: Operation) -> Tensor:
+    def operate(self, layer: Layer) -> Tensor:
         """Return the product; one factor alone is right by the ordinary chain rule."""
-        return cast(Tensor, operation.output) if len(operation.inputs) == 1 else super().operate(operation)
+        return cast(Tensor, layer.output) if len(layer.inputs) == 1 else super().operate(layer)
 
-    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """The signal, scaled by the gate."""
         left, right = inputs
-        shape = operation.output.shape
+        shape = layer.output.shape
         if left is right:
             return [(left, left)]  # the square of a tensor hands its relevance on
-        # (what is asked is the operands' own history, which second derivatives do not know)
-        first, second = operation.inputs
-        if self.mode == "signal" and _is_gate(first, second, shape):
-            return [(right.expand(shape), left)]
-        if self.mode == "signal" and _is_gate(second, first, shape):
-            return [(left.expand(shape), right)]
+        gate = _gate(layer) if self.mode == "signal" else None
+        if gate is not None:
+            return [(right.expand(shape), left) if gate == 0 else (left.expand(shape), right)]
         return [(left.expand(shape), right / 2), (right.expand(shape), left / 2)]
 
 
-class Squash(Pass):
-    """`Pass` for functions whose outputs are between 0 and 1: in a product, they are the gate."""
+class ConstantWeights(Linearized):
+    r"""A product of matrices, such as :math:`y = \sum_j s_j v_j`, of which one operand was made by a softmax or a sigmoid.
+
+    ``"signal"`` holds that one constant, so that the values take all relevance, as `Gate` does for products of
+    entries; ``"split"`` gives each operand half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
+
+    Parameters
+    ----------
+    mode : "signal" or "split"
+    method : str
+        Name of the method, for the message.
+
+    Raises
+    ------
+    ValueError
+        If the mode is neither.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("mode",)
+
+    def __init__(self, mode: Gates = "signal", method: str = "LRP") -> None:
+        super().__init__()
+        self.mode, self.method = _checked(mode), method
+
+    def operate(self, layer: Layer) -> Tensor:
+        """Return the product.
+
+        Raises
+        ------
+        NotImplementedError
+            If neither operand can be told to be weights.
+        """
+        weights = [bool(born & _GATES) for born in layer.born]
+        if len(weights) != 2 or sum(weights) != 1:
+            raise NotImplementedError(_no_rule(self.method, layer))
+        return super().operate(layer)
+
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """The product itself, in the values; in each operand, with half of it."""
+        left, right = inputs
+        fixed_left, fixed_right = left.detach(), right.detach()
+        by_left, by_right = layer.value(left, fixed_right), layer.value(fixed_left, right)
+        if self.mode == "split":
+            half = torch.full((), 0.5, dtype=by_left.dtype, device=by_left.device)
+            return [(by_left, half), (by_right, half)]
+        z = by_right if layer.born[0] & _GATES else by_left
+        return [(z, torch.ones((), dtype=z.dtype, device=z.device))]
+
+    def _scales_of(self, layer: Layer) -> list[Tensor]:
+        raise RuntimeError(f"{type(self).__name__} has no second derivatives through {layer}")
+
+
+#: What made the values of a gate.
+_GATES = Born.SQUASHED | Born.SOFTMAX
 
 
 def _checked(mode: Gates) -> Gates:
@@ -157,30 +162,17 @@ def _checked(mode: Gates) -> Gates:
     return mode
 
 
-def _is_gate(factor: Tensor, other: Tensor, shape: torch.Size) -> bool:
-    if _is_broadcast(factor, shape) != _is_broadcast(other, shape):
-        return _is_broadcast(factor, shape)
-    return _is_squashed(factor) and not _is_squashed(other)
+def _gate(layer: Layer) -> int | None:
+    """Which of the two factors of a product is the gate, if one is."""
+    shape = layer.output.shape if layer.result is not None else torch.broadcast_shapes(*(t.shape for t in layer.inputs))
+    broadcast = [_is_broadcast(factor, shape) for factor in layer.inputs]
+    made = broadcast if broadcast[0] != broadcast[1] else [bool(born & _GATES) for born in layer.born]
+    return made.index(True) if made[0] != made[1] else None
 
 
 def _is_broadcast(factor: Tensor, shape: torch.Size) -> bool:
     expanded = (size > 1 and stride == 0 for size, stride in zip(factor.shape, factor.stride(), strict=True))
     return factor.shape != shape or any(expanded)
-
-
-def _is_squashed(tensor: Tensor) -> bool:
-    """Whether a tensor holds outputs of `Squash`, as autograd knows."""
-    node = tensor.grad_fn
-    while node is not None:
-        again = getattr(node, "again", None)
-        if again is not None:
-            return isinstance(again.rule, Squash)
-        if not node.name().rpartition("::")[2].startswith((*_RESHAPING, "Absorb")):
-            return False
-        above = [n for n, _ in node.next_functions if n is not None and not n.name().startswith("Sink")]
-        # (what is copied into a tensor comes last)
-        node = above[-1] if above else None
-    return False
 
 
 class GLU(Linearized):
@@ -203,10 +195,9 @@ class GLU(Linearized):
         super().__init__()
         self.mode = _checked(mode)
 
-    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """First half, scaled by the gate; the other one hands on what its gate is given."""
-        args, kwargs = operation.args, operation.kwargs
-        signal, below = inputs[0].chunk(2, kwargs.get("dim", args[1] if len(args) > 1 else -1))
+        signal, below = inputs[0].chunk(2, layer.arguments.get("dim", -1))
         gate = below.sigmoid()
         if self.mode == "signal":
             return [(signal, gate)]
@@ -224,21 +215,21 @@ class Quotient(Linearized):
     def __init__(self) -> None:
         super().__init__()
 
-    def operate(self, operation: Operation) -> Tensor:
+    def operate(self, layer: Layer) -> Tensor:
         """Return the quotient; with a constant divisor, or rounded, the ordinary chain rule is right."""
-        dividend = operation.args[0] if operation.args else operation.kwargs.get("input")
-        if (len(operation.inputs) == 1 and operation.inputs[0] is dividend) or operation.kwargs.get("rounding_mode"):
-            return cast(Tensor, operation.output)
-        return super().operate(operation)
+        dividend = layer.arguments.get("input")
+        if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
+            return cast(Tensor, layer.output)
+        return super().operate(layer)
 
-    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Dividend, scaled by one over the divisor; a divisor alone hands its relevance on."""
         if len(inputs) == 1:
             (divisor,) = inputs
-            y = cast(Tensor, operation(divisor))
+            y = cast(Tensor, layer.value(divisor))
             return [(divisor.expand(y.shape), y / divisor)]
         dividend, divisor = inputs
-        return [(dividend.expand(operation.output.shape), 1 / divisor)]
+        return [(dividend.expand(layer.output.shape), 1 / divisor)]
 
 
 class Normalization(Linearized):
@@ -260,12 +251,12 @@ class Normalization(Linearized):
     def __init__(self, zero_params: str | Sequence[str] | None = None) -> None:
         super().__init__(0.0, zero_params)
 
-    def parts(self, operation: Operation, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Centred input, scaled; and the input at the same place for the bias, where that counts as zero."""
         (a,) = inputs
-        given = _arguments(operation)
-        weight, bias = (_aligned(given.get(name), operation.name, a) for name in ("weight", "bias"))
-        z, mean, deviation = _STATISTICS[operation.name](a, given)
+        given = _arguments(layer)
+        weight, bias = (_aligned(given.get(name), layer.name, a) for name in ("weight", "bias"))
+        z, mean, deviation = _STATISTICS[layer.name](a, given)
         scale = 1 / deviation if weight is None else weight / deviation
         if "bias" not in self.zero_params:
             return [(z, scale)]
@@ -281,13 +272,17 @@ class Proportional(Rule):
     def __init__(self) -> None:
         super().__init__()
 
-    def operate(self, operation: Operation) -> Any:
+    def operate(self, layer: Layer) -> Any:
         """Return the function's output; what the operands that depend on the model's input do not explain is kept."""
-        output = operation.output
-        if self.run is None or self.run.account is None or not isinstance(output, Tensor):
+        output, account = layer.output, None if self.attachment is None else self.attachment.account
+        if account is None or not isinstance(output, Tensor):
             return output
-        shares = Shares(bias=output.detach() - _explained(operation))
-        return self.run.account.absorb(self.layer, operation.inputs[0], output.clone(), shares)
+        shares = Shares(bias=output.detach() - _explained(layer))
+        return account.absorb(layer.place, layer.inputs[0], output.clone(), shares)
+
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Whatever is inside the module."""
+        return True
 
 
 class Refused(Proportional):
@@ -305,43 +300,39 @@ class Refused(Proportional):
         super().__init__()
         self.method = method
 
-    def operate(self, operation: Operation) -> Any:
+    def operate(self, layer: Layer) -> Any:
         """Refuse functions of more than one operand that depends on the model's input; others are affine.
 
         Raises
         ------
         NotImplementedError
-            Naming the operation and the layer.
+            Naming the operation and where it ran.
         """
-        if len(operation.inputs) == 1 and operation.name not in ATTENTION:
-            return super().operate(operation)
+        if len(layer.inputs) == 1 and not layer.known.has("attention"):
+            return super().operate(layer)
         # (a TypeError inside an operator such as @ would be taken for "not my type")
-        raise NotImplementedError(self._message(str(operation)))
-
-    def check(self, module: nn.Module) -> None:
-        """Refuse every module."""
-        raise TypeError(self._message(type(module).__name__))
-
-    def _message(self, what: str) -> str:
-        return f"{self.method} has no rule for {what}; give one in layer_map, or None for the ordinary chain rule"
+        raise NotImplementedError(_no_rule(self.method, layer))
 
 
-def _explained(operation: Operation) -> Tensor:
+def _no_rule(method: str, layer: Layer) -> str:
+    return f"{method} has no rule for {layer}; give one in layer_map, or None for the ordinary chain rule"
+
+
+def _explained(layer: Layer) -> Tensor:
     r"""What the inputs contribute by the ordinary chain rule, :math:`\sum_i x_i \, \partial f / \partial x_i`."""
     with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in operation.inputs]
-        output = operation(*inputs)
+        inputs = [t.detach().requires_grad_() for t in layer.inputs]
+        output = layer.value(*inputs)
         # (the derivative of a vector-Jacobian product by its vector is the Jacobian)
         vector = torch.zeros_like(output).requires_grad_()
         gradients = torch.autograd.grad(output, inputs, vector, create_graph=True)
         return torch.autograd.grad(gradients, vector, [t.detach() for t in inputs])[0]
 
 
-def _arguments(operation: Operation) -> dict[str, Any]:
-    signature = _SIGNATURES[operation.name]
-    given = signature.bind(*operation.args[: len(signature.parameters)], **operation.kwargs)
-    given.apply_defaults()
-    return given.arguments
+def _arguments(layer: Layer) -> dict[str, Any]:
+    """Arguments of a normalization, with those that calls may leave out."""
+    eps = None if layer.name == "rms_norm" else 1e-5
+    return {"eps": eps, "use_input_stats": True} | layer.arguments
 
 
 def _aligned(parameter: Tensor | None, function: str, a: Tensor) -> Tensor | None:
@@ -387,4 +378,3 @@ _STATISTICS: dict[str, Callable[[Tensor, dict[str, Any]], Statistics]] = {
     "instance_norm": _instance_statistics,
     "rms_norm": _rms_statistics,
 }
-_SIGNATURES = {name: inspect.signature(getattr(F, name)) for name in _STATISTICS}

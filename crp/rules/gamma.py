@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crp.rules.base import Term
 from crp.rules.layer import Boosted, Layer, negative, positive
 from crp.rules.lrp import LRPRule, Names, contributions, itself
-from crp.rules.redirect import Again
+from crp.rules.redirect import SecondOrder
 from crp.rules.stabilizer import Stabilize, quotient
-
-#: Layers whose output a ReLU has read.
-_rectified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Gamma(LRPRule):
@@ -78,14 +75,15 @@ class Gamma(LRPRule):
         itself takes it (`rectify`); the whole rule, for anything else that reads the output, then waits until it is
         asked for.
         """
-        if self.run is None or not self.multiplier or self.run.account is not None:
+        attachment = self.attachment
+        if attachment is None or attachment.account is not None or layer.weight is None:
             return super().propagate(layer, a, y)
         waiting = layer.again()
-        if layer.module in _rectified:
+        if layer.weight in attachment.rectified:
             out = cast(Tensor, _Later.apply(y, a, self, waiting))
         else:
             out = super().propagate(layer, a, y)
-        self.run.rectifiable[id(out)] = _Rectifiable(weakref.ref(out), out._version, self, waiting, a)
+        attachment.rectifiable[id(out)] = _Rectifiable(weakref.ref(out), out._version, self, waiting, a)
         return out
 
     def rectified(self, layer: Layer, a: Tensor) -> Tensor:
@@ -107,42 +105,39 @@ class _Rectifiable:
         """ReLU of the output, under the γ rule for positive outputs; None if ``x`` is not the output any more."""
         if self.output() is not x or x._version != self.version:
             return None
-        _rectified.add(self.layer.module)
+        assert self.rule.attachment is not None
+        self.rule.attachment.rectified[self.layer.weight] = True
         z = self.rule.rectified(self.layer, self.a)
-        return cast(Tensor, _Rectified.apply(x, z, _RectifiedAgain(self, x), in_place))
+        second = SecondOrder(self.layer, [self.a], self.rule.is_active, self._scales)
+        return cast(Tensor, _Rectified.apply(x, z, self.rule, second, in_place))
 
-
-class _RectifiedAgain(Again):
-    def __init__(self, call: _Rectifiable, x: Tensor) -> None:
-        super().__init__(call.rule, [call.a])
-        self.call = call
-
-    def scales(self) -> Sequence[Tensor]:
-        rule, layer, a = self.call.rule, self.call.layer, self.call.a
-        return [quotient(layer.value(a).relu(), rule.rectified(layer, a), rule._stabilize, sign=1)]
+    def _scales(self) -> Sequence[Tensor]:
+        """Scale of the surrogate, computed once more."""
+        with self.layer.precision():
+            y, z = self.layer.value(self.a).relu(), self.rule.rectified(self.layer, self.a)
+            return [quotient(y, z, self.rule._stabilize, sign=1)]
 
 
 class _Rectified(torch.autograd.Function):
     """ReLU of a layer's output; its gradient goes into the layer's surrogate, past the layer's output."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, again: Again, in_place: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, z: Tensor, rule: Gamma, second: SecondOrder, in_place: bool) -> Tensor:
         y = x.relu_() if in_place else x.relu()
         if in_place:
             ctx.mark_dirty(x)
-        rule = again.rule
         ctx.save_for_backward(quotient(y, z, rule._stabilize, sign=1).to(z.dtype))
-        ctx.again = again
+        ctx.second = second
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (scale,) = ctx.saved_tensors
-        if not ctx.again.is_active:
-            return grads[0] * (scale > 0), None, None, None
+        if not ctx.second.is_active():
+            return grads[0] * (scale > 0), None, None, None, None
         if torch.is_grad_enabled():
-            (scale,) = ctx.again()
-        return None, grads[0] * scale, None, None
+            (scale,) = ctx.second()
+        return None, grads[0] * scale, None, None, None
 
 
 class _Later(torch.autograd.Function):
@@ -152,21 +147,21 @@ class _Later(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, a: Tensor, rule: Gamma, layer: Layer) -> Tensor:
         ctx.mark_dirty(y)
         ctx.set_materialize_grads(False)
-        ctx.again = Again(rule, [a])
-        ctx.a, ctx.layer = a, layer
+        ctx.second = SecondOrder(layer, [a], rule.is_active, tuple)
+        ctx.a, ctx.layer, ctx.rule = a, layer, rule
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        rule, layer, m = ctx.again.rule, ctx.layer, grads[0]
+        rule, layer, m = ctx.rule, ctx.layer, grads[0]
         if m is None:  # a ReLU has taken it
             return None, None, None, None
-        if not ctx.again.is_active:
+        if not ctx.second.is_active():
             return m, None, None, None
-        ctx.again.check_inputs()
+        ctx.second.check_inputs()
         live = torch.is_grad_enabled()
         a = ctx.a if live else ctx.a.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), layer.precision():
             y = layer.value(a)
             terms = rule.terms(layer, a, y)
             scales = [rule._scale(term, y).to(term.z.dtype) for term in terms]

@@ -13,11 +13,12 @@ import math
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from crp.rules.base import Rule, Term
+from crp.rules.functions import Function
 from crp.rules.layer import Layer
 
 #: Where βa is beyond this, softplus is a to the last digit in float64.
@@ -42,10 +43,9 @@ class ReLURule(Rule):
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         return torch.ones_like(y)
 
-    def check(self, module: nn.Module) -> None:
-        """Refuse modules with weights."""
-        if next(module.parameters(), None) is not None:
-            raise TypeError(f"{type(self).__name__} treats activations such as ReLU, not {type(module).__name__}")
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Activations."""
+        return kind == "activation"
 
 
 class GuidedReLU(ReLURule):

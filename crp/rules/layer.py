@@ -1,75 +1,74 @@
-"""A layer as a function of its input and its parameters, which rules modify."""
+"""A layer, as rules see it: one call of a function of torch, as a function of the operand that depends on the input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from dataclasses import fields as fields_of
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
-from zennit.types import ConvolutionStandard, ConvolutionTranspose
 
-Modifier = Callable[[Tensor], Tensor]
-#: How many modified copies of a parameter are kept.
+from crp.rules.functions import Function, look_up, parameters
+from crp.rules.operands import Operands
+
+Modifier: TypeAlias = Callable[[Tensor], Tensor]
+#: How many modified copies of a weight are kept.
 KEPT = 8
 
-_TRANSPOSED = {
-    nn.ConvTranspose1d: F.conv_transpose1d,
-    nn.ConvTranspose2d: F.conv_transpose2d,
-    nn.ConvTranspose3d: F.conv_transpose3d,
-}
 _modified: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def same(parameter: Tensor) -> Tensor:
-    """Parameter as it is."""
-    return parameter
+def same(weight: Tensor) -> Tensor:
+    """Weight as it is."""
+    return weight
 
 
-def positive(parameter: Tensor) -> Tensor:
+def positive(weight: Tensor) -> Tensor:
     """Positive part."""
-    return parameter.clamp(min=0)
+    return weight.clamp(min=0)
 
 
-def negative(parameter: Tensor) -> Tensor:
+def negative(weight: Tensor) -> Tensor:
     """Negative part."""
-    return parameter.clamp(max=0)
+    return weight.clamp(max=0)
 
 
-def square(parameter: Tensor) -> Tensor:
+def square(weight: Tensor) -> Tensor:
     """Square."""
-    return parameter.square()
+    return weight.square()
 
 
-def ones(parameter: Tensor) -> Tensor:
+def ones(weight: Tensor) -> Tensor:
     """Ones in place of every entry."""
-    return torch.ones_like(parameter)
+    return torch.ones_like(weight)
 
 
 @dataclass(frozen=True)
 class Boosted:
-    """Parameter plus ``gamma`` times a part of it."""
+    """Weight plus ``gamma`` times a part of it."""
 
     gamma: float
     part: Modifier
 
-    def __call__(self, parameter: Tensor) -> Tensor:
-        """Modify a parameter."""
-        return parameter + self.gamma * self.part(parameter)
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Modify a weight."""
+        return weight + self.gamma * self.part(weight)
 
 
-def signs(a: Tensor) -> tuple[Tensor, Tensor | None]:
+def split_by_sign(a: Tensor) -> tuple[Tensor, Tensor | None]:
     """Positive and negative part of a layer's input; None where there is no negative part, as behind a ReLU."""
     if a.numel() == 0 or a.detach().amin() >= 0:
         return a, None
-    positive_part, negative_part = cast(tuple[Tensor, Tensor], Signs.apply(a))
+    positive_part, negative_part = cast(tuple[Tensor, Tensor], SplitBySign.apply(a))
     return positive_part, negative_part
 
 
-class Signs(torch.autograd.Function):
+class SplitBySign(torch.autograd.Function):
     """Positive and negative part; each entry takes the gradient of the part that it is in."""
 
     @staticmethod
@@ -85,114 +84,203 @@ class Signs(torch.autograd.Function):
         return torch.where(a > 0, grads[0], grads[1])
 
 
+@dataclass(eq=False)
 class Layer:
-    """Linear, convolutional or transposed convolutional module, or any module without parameters, as a function.
+    """One call of a function of torch, or of a module that counts as one function.
 
-    Parameters
+    Attributes
     ----------
-    module : nn.Module
-    zero_params : tuple of str
-        Parameters that count as zero.
-    input : Tensor, optional
-        What the module was given in this forward call.
-    output : Tensor, optional
-        What the module gave, with its graph; spares running it once more.
+    function : callable
+        What was called.
+    args, kwargs
+        What it was called with.
+    inputs : tuple of Tensor
+        Operands that depend on the model's input, in order; one that is used twice is there twice.
+    known : Function
+        What the table of functions says.
+    operands : Operands or None
+        Input, weight and bias, where the call sums up weighted inputs.
+    place : str
+        Name of the innermost module in which it ran, where that is known.
+    module : nn.Module or None
+        The module, where the call is that of a module as a whole.
     nonnegative : bool
         Whether the input is known not to be negative.
-    own : dict of str to nn.Parameter, optional
-        Parameters of the module in this forward call; those that it has now by default.
+    born : tuple of int
+        What made the values of each input (`crp.rules.notes.Born`), where there are several.
+    zero_params : tuple of str
+        Of ``"weight"`` and ``"bias"``, what counts as zero for the rule.
+    reference : Layer or None
+        The same call in the forward pass of the reference input, where there is one.
+    at_input : bool
+        Whether the relevance of the input does not depend on its value, as the rule has it.
+    locate : callable or None
+        Finds the place for a message, where it is not tracked.
+    parts : object
+        What the rule shall be told of by the operation that reads the output.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        zero_params: tuple[str, ...] = (),
-        input: Tensor | None = None,
-        output: Tensor | None = None,
-        nonnegative: bool = False,
-        own: dict[str, nn.Parameter | None] | None = None,
-    ) -> None:
-        self.module = module
-        self.zero_params = zero_params
-        self._input = input
-        self.output = output
-        self.nonnegative = nonnegative
-        # (canonizers may take theirs back before the last backward pass)
-        self._own = dict(module._parameters) if own is None else own
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[Tensor, ...]
+    known: Function
+    operands: Operands | None = None
+    place: str = ""
+    module: nn.Module | None = None
+    nonnegative: bool = False
+    born: tuple[int, ...] = ()
+    zero_params: tuple[str, ...] = ()
+    reference: Layer | None = None
+    at_input: bool = False
+    parts: Any = field(default=None, repr=False)
+    locate: Callable[[], str] | None = field(default=None, repr=False)
+    held: Tensor | None = field(default=None, repr=False)
+    result: Any = field(default=None, repr=False)
+    is_rerun: bool = False
 
-    def __call__(self, a: Tensor, modifier: Modifier = same, bias: bool = True) -> Tensor:
-        """Layer's output for the input ``a``, with modified parameters, differentiable in ``a`` only.
+    def __post_init__(self) -> None:
+        kind = self.inputs[0].device.type if self.inputs else "cpu"
+        # What is computed once more, in a backward pass, shall be in the same precision.
+        self._autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+    @property
+    def name(self) -> str:
+        """Plain name of the function, or type of the module."""
+        return self.known.name
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Operand that the input is weighted with; None where there is none."""
+        return None if self.operands is None else self.operands.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Operand that is added to the weighted inputs."""
+        return None if self.operands is None else self.operands.bias
+
+    @property
+    def output(self) -> Any:
+        """What the call gave, with its graph; it is run when first asked for."""
+        if self.result is None:
+            self.result = self.function(*self.args, **self.kwargs)
+        return self.result
+
+    @property
+    def input(self) -> Tensor:
+        """Operand that depends on the model's input, as a constant."""
+        if self.held is not None:
+            return self.held
+        a = self.inputs[0]
+        return a.detach() if a.requires_grad else a
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments by name, where the table of functions has the names."""
+        named = {"input" if key == "self" else key: value for key, value in self.kwargs.items()}
+        return {**dict(zip(parameters(self.known, self.function), self.args, strict=False)), **named}
+
+    def __call__(
+        self,
+        a: Tensor,
+        weight: Modifier | Tensor | None = None,
+        bias: Modifier | Tensor | bool | None = None,
+        *others: Tensor,
+    ) -> Any:
+        """Output for the input ``a``, with a modified weight and bias, differentiable in ``a`` only.
 
         Parameters
         ----------
         a : Tensor of shape (batch, *input shape)
-        modifier : callable
-            Applied to weight and bias (cached as long as they do not change).
-        bias : bool
-            Whether the bias takes part.
+        weight : callable or Tensor, optional
+            Modifier of the weight (what it gives is kept as long as the weight does not change), or another weight. A
+            call without a weight has none to modify; a second tensor is then its second operand.
+        bias : callable, Tensor or bool, optional
+            Modifier of the bias, or another bias; that of the weight by default; False leaves it out.
 
         Returns
         -------
         Tensor of shape (batch, *output shape)
         """
-        if getattr(self.module, "weight", None) is None:
-            return self._forward(a, {})
-        module = self.module
-        w, b = self._parameter("weight", modifier), self._parameter("bias", modifier) if bias else None
+        operands = self.operands
+        if operands is None:
+            self._refuse_modifier(weight, bias)
+            return self.value(a, *(o for o in (weight, bias, *others) if isinstance(o, Tensor)))
+        modifier = same if weight is None or isinstance(weight, Tensor) else weight
+        w = weight if isinstance(weight, Tensor) else self._modified("weight", operands.weight, modifier)
         assert w is not None
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            return F.linear(a, w, b)
-        if isinstance(module, ConvolutionStandard) and type(module).forward in PLAIN_FORWARDS:
-            return cast(Tensor, module._conv_forward(a, w, b))
-        if isinstance(module, ConvolutionTranspose) and type(module) in _TRANSPOSED and module.padding_mode == "zeros":
-            return _TRANSPOSED[type(module)](
-                a, w, b, module.stride, module.padding, module.output_padding, module.groups, module.dilation
-            )
-        return self._forward(a, {"weight": w, "bias": b})
+        if isinstance(bias, Tensor) or bias is False:
+            b = bias if isinstance(bias, Tensor) else None
+        else:
+            b = self._modified("bias", operands.bias, bias if callable(bias) else modifier)
+        with self.precision():
+            return operands.run(a, w, b)
 
-    def itself(self, a: Tensor) -> Tensor:
-        """Layer with its own parameters; the output of this forward call where it serves."""
-        if self.output is not None and not self.zero_params:
-            return self.output
-        return self(a)
+    def value(self, *inputs: Tensor) -> Any:
+        """Output for other operands in place of `inputs`, as the call has it; differentiable in these."""
+        with self.precision():
+            if self.operands is not None:
+                operands = self.operands
+                bias = None if operands.bias is None else operands.bias.detach()
+                return operands.run(inputs[0], operands.weight.detach(), bias)
+            given = iter(inputs)
+            mine = {id(tensor) for tensor in self.inputs}
+            args, kwargs = changed((list(self.args), dict(self.kwargs)), lambda t: next(given) if id(t) in mine else t)
+            if self.module is not None and works_in_place(self.module):
+                args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+            return self.function(*args, **kwargs)
 
-    @property
-    def input(self) -> Tensor | None:
-        """What the module was given, as a constant."""
-        given = self._input
-        if given is None or not given.requires_grad:
-            return given
-        node = given.grad_fn
-        return given if node is not None and node.name() == "HeldBackward" else given.detach()
-
-    def signs(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Positive and negative part of an input; None where there is no negative part, as behind a ReLU."""
-        return (a, None) if self.nonnegative else signs(a)
+    def itself(self, a: Tensor) -> Any:
+        """Output for the input of this call; what it gave serves, unless a parameter counts as zero."""
+        return self(a) if self.zero_params or self.is_rerun else self.output
 
     def again(self) -> Layer:
-        """The same layer, to be run once more: without the output of this forward call."""
-        return Layer(self.module, self.zero_params, self._input, nonnegative=self.nonnegative, own=self._own)
+        """The same call, to be run once more: without its output."""
+        other = copy.copy(self)
+        other.result, other.locate, other.is_rerun = None, None, True
+        return other
 
-    def value(self, a: Tensor) -> Tensor:
-        """What the module gives for ``a``, with all of its parameters; differentiable in ``a``."""
-        return Layer(self.module, own=self._own)(a)
+    @contextlib.contextmanager
+    def _recast(self) -> Iterator[None]:
+        assert self._autocast is not None
+        with torch.autocast(self._autocast[0], self._autocast[1]):
+            yield
 
-    def _parameter(self, name: str, modifier: Modifier) -> Tensor | None:
-        parameter = self._own[name] if name in self._own else getattr(self.module, name, None)
-        if parameter is None or (name == "bias" and name in self.zero_params):
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Context of the precision in which the call ran."""
+        if self._autocast is None or torch.is_autocast_enabled(self._autocast[0]):
+            return contextlib.nullcontext()
+        return self._recast()
+
+    def split_by_sign(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Positive and negative part of an input; None where there is no negative part, as behind a ReLU."""
+        return (a, None) if self.nonnegative else split_by_sign(a)
+
+    def _modified(self, name: str, operand: Tensor | None, modifier: Modifier) -> Tensor | None:
+        if operand is None or (name == "bias" and name in self.zero_params):
             return None
         if name in self.zero_params:
-            return torch.zeros_like(parameter)
-        return parameter.detach() if modifier is same else modified(parameter, modifier)
+            return torch.zeros_like(operand)
+        return operand.detach() if modifier is same else modified(operand, modifier)
 
-    def _forward(self, a: Tensor, parameters: dict[str, Tensor | None]) -> Tensor:
-        parameters = {**self._own, **parameters}
-        own = {name: self.module._parameters[name] for name in parameters if name in self.module._parameters}
-        try:
-            self.module._parameters.update({name: parameters[name] for name in own})  # type: ignore[misc]
-            return cast(Tensor, self.module.forward(a.clone() if works_in_place(self.module) else a))
-        finally:
-            self.module._parameters.update(own)
+    def _refuse_modifier(self, weight: object, bias: object) -> None:
+        has_parameters = self.module is not None and next(self.module.parameters(), None) is not None
+        if has_parameters and (callable(weight) or callable(bias)):
+            raise TypeError(
+                f"{self} counts as one function, so that its parameters cannot be modified; map the rule to the "
+                "operations inside it, without Whole"
+            )
+
+    def __str__(self) -> str:
+        place = self.place or (self.locate() if self.locate is not None else "")
+        if self.module is not None:
+            return f"{self.name} {place!r}"
+        return f"{self.name}() in {place!r}" if place else f"{self.name}()"
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Layer:
+    """A call of a function of torch as a layer, all of whose tensors are its inputs."""
+    return Layer(function, args, kwargs, tuple(tensors_in((args, kwargs))), look_up(function))
 
 
 def works_in_place(module: nn.Module) -> bool:
@@ -200,43 +288,50 @@ def works_in_place(module: nn.Module) -> bool:
     return any(getattr(part, "inplace", False) for part in module.modules())
 
 
-def check_parameters(module: nn.Module) -> None:
-    """Raise a TypeError if a module has parameters that no rule knows."""
-    names = module._parameters if not module._modules else dict(module.named_parameters())
-    extra = [name for name in names if name not in ("weight", "bias") and names[name] is not None]
-    if extra and not hasattr(module, "parametrizations"):
-        raise TypeError(
-            f"{type(module).__name__} has parameters {extra}; rules treat modules whose parameters are "
-            "'weight' and 'bias' (Linear, Conv1-3d, ConvTranspose1-3d and the like), or that have none"
-        )
+def modified(weight: Tensor, modifier: Modifier) -> Tensor:
+    """Weight modified by ``modifier``, computed once as long as the weight does not change.
 
-
-#: Forwards that convolve and do nothing else.
-PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module does what its type says, so that `Layer` need not run its forward."""
-    return (
-        type(module).forward in PLAIN_FORWARDS
-        or type(module).forward is nn.Linear.forward
-        or type(module) in _TRANSPOSED
-    )
-
-
-def modified(parameter: Tensor, modifier: Modifier) -> Tensor:
-    """Parameter modified by ``modifier``, computed once as long as the parameter does not change.
-
-    Modifiers are told apart by identity or equality, and the last `KEPT` of a parameter are kept: give a function,
+    Modifiers are told apart by identity or equality, and the last `KEPT` of a weight are kept: give a function,
     not a new ``lambda`` at each call. Optimizers, ``load_state_dict`` and in-place operations are noticed; writes
-    through ``parameter.data``, which torch does not count as changes, are not.
+    through ``weight.data``, which torch does not count as changes, are not.
     """
-    state = (parameter._version, parameter.data_ptr(), parameter.device, parameter.dtype)
-    known: dict[Modifier, tuple[object, Tensor]] = _modified.setdefault(parameter, {})  # type: ignore[no-untyped-call]
+    state = (weight._version, weight.data_ptr(), weight.device, weight.dtype)
+    known: dict[Modifier, tuple[object, Tensor]] = _modified.setdefault(weight, {})  # type: ignore[no-untyped-call]
     if modifier not in known or known[modifier][0] != state:
         with torch.no_grad():
             known.pop(modifier, None)
             while len(known) >= KEPT:
                 del known[next(iter(known))]
-            known[modifier] = (state, modifier(parameter.detach()))
+            known[modifier] = (state, modifier(weight.detach()))
     return known[modifier][1]
+
+
+# --- tensors in what functions are called with ----------------------------------------------------------------------
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Tensors in sequences, mappings and dataclasses, nested in any way."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields_of(value):
+            yield from tensors_in(getattr(value, entry.name))
+
+
+def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Tuples, lists and dicts, nested in any way, with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(changed(item, change) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(changed(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: changed(item, change) for key, item in value.items()}
+    return value

@@ -17,27 +17,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from zennit.types import BatchNorm
 
-from crp.rules.base import Redirect, Rule, Term
-from crp.rules.calls import is_rectifier
+from crp.rules.base import Rule, Term, is_exact
+from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
-from crp.rules.operation import Operation
+from crp.rules.redirect import Redirect
 from crp.rules.stabilizer import Stabilize, stabilizing
 
 Names = str | Sequence[str] | None
 #: Inputs that `Pass` takes for 0.
 TINY = 1e-30
 Empty = Literal["drop", "epsilon"]
-
-_INSTANCE_NORM = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-#: Modules whose weight does not form sums ``w a``.
-_NO_SUMS = (BatchNorm, *_INSTANCE_NORM, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding, nn.Bilinear)
 
 
 class LRPRule(Rule):
@@ -58,7 +53,6 @@ class LRPRule(Rule):
         If ε is negative or not finite, or ``zero_params`` names something else.
     """
 
-    #: Whether the rule takes weights apart, and so treats no layer without weights.
     needs_weight: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params", "norm_scale")
 
@@ -66,28 +60,13 @@ class LRPRule(Rule):
         super().__init__(stabilizing(stabilizer, norm_scale), zero_params)
         self.stabilizer, self.norm_scale = stabilizer, norm_scale
 
-    def check(self, module: nn.Module) -> None:
-        """Refuse a module whose weights the rule cannot take apart."""
-        super().check(module)
-        if self.needs_weight and (isinstance(module, _NO_SUMS) or getattr(module, "weight", None) is None):
-            raise TypeError(
-                f"{type(self).__name__} treats layers that sum up weighted inputs (Linear, Conv1-3d, "
-                f"ConvTranspose1-3d and the like), not {type(module).__name__}"
-            )
-
-    def operate(self, operation: Operation) -> Tensor:
-        """Refuse functions of torch if the rule takes weights apart: it does not know which operand is the weight."""
-        if self.needs_weight:
-            raise TypeError(f"{type(self).__name__} treats layers with weights, not functions such as {operation}")
-        return super().operate(operation)
-
 
 class Epsilon(LRPRule):
     r"""ε rule, :math:`R_i = \sum_j \frac{a_i w_{ij}}{z_j + \varepsilon \operatorname{sign} z_j} R_j`.
 
     Bach et al., PLoS ONE 10 (2015), eq. 58. For dense layers and, with a larger ε, wherever the explanation is noisy:
     ε takes most from outputs whose contributions are weak or contradictory. Conserves relevance up to what bias and ε
-    take. An output of exactly 0 hands nothing on (zennit with ε = 0: not a number). Any layer may have this rule.
+    take. With ε > 0 an output of exactly 0 hands nothing on. Any operation of one input may have this rule.
 
     Parameters
     ----------
@@ -111,13 +90,17 @@ class Epsilon(LRPRule):
         super().__init__(epsilon, zero_params, norm_scale=norm_scale)
         self.epsilon = epsilon
 
+    def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
+        """Output of an operation, with this rule as its gradient; for ε = 0 the ordinary chain rule is that."""
+        return layer.output if is_exact(self) else super().propagate(layer, a, y)
+
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer itself."""
         return itself(self, layer, a)
 
 
 class LRP0(Epsilon):
-    r"""LRP-0, :math:`R_i = \sum_j \frac{a_i w_{ij}}{z_j} R_j`; an output of 0 hands nothing on.
+    r"""LRP-0, :math:`R_i = \sum_j \frac{a_i w_{ij}}{z_j} R_j`: in multipliers, the ordinary chain rule.
 
     Bach et al. (2015), eq. 56. In ReLU nets the same as gradient × input; the point of reference for other rules.
     Conserves relevance up to what the bias takes.
@@ -164,16 +147,13 @@ class Pass(Rule):
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
-            name = type(layer.module).__name__ if isinstance(layer, Layer) else layer
-            raise ValueError(f"Pass needs an elementwise layer; {name} maps {tuple(a.shape)} to {tuple(y.shape)}")
+            raise ValueError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
         return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""
         # Where the output is 0, the sign of the input does not matter.
-        call: object = layer
-        rectifies = isinstance(call, Operation) and is_rectifier(call.function, call.args, call.kwargs)
-        return [Term(a, sign=1 if rectifies else 0)]
+        return [Term(a, sign=1 if _is_rectifier(layer) else 0)]
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         # Where the input is next to nothing, the quotient would not be finite.
@@ -188,8 +168,9 @@ class Pass(Rule):
         nothing = scale <= TINY
         return torch.div(y, a, out=scale).masked_fill_(nothing, 0)
 
-    def check(self, module: nn.Module) -> None:
-        """Accept every module."""
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Activations and normalizations, and what a module without parts is."""
+        return kind in ("activation", "normalization") or (alone and super().treats(known, kind, alone))
 
 
 class ZPlus(LRPRule):
@@ -323,14 +304,21 @@ def _checked(empty: Empty) -> Empty:
     return empty
 
 
+def _is_rectifier(layer: Layer) -> bool:
+    """Whether an operation gives 0 for all that is below 0."""
+    return layer.name in ("relu", "relu6") or (
+        layer.name == "hardtanh" and layer.module is None and layer.arguments.get("min_val", -1) == 0
+    )
+
+
 def itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:
     """Layer as it is; in multipliers the output of this forward call serves."""
-    return layer.itself(a) if rule.multiplier else layer(a)
+    return cast(Tensor, layer.itself(a) if rule.multiplier else layer(a))
 
 
 def contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: bool = True) -> Tensor:
     """Output from positive inputs with weights ``up`` and negative inputs with weights ``down``; bias as ``up``."""
-    above, below = layer.signs(a)
+    above, below = layer.split_by_sign(a)
     z = layer(above, up, bias)
     return z if below is None else z + layer(below, down, bias=False)
 

@@ -7,29 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from crp.rules.base import Rule
+from crp.rules.functions import Function
 from crp.rules.layer import Layer
-from crp.rules.operation import Operation
 from crp.rules.stabilizer import Stabilize, stabilizing
-
-_FIXED = tuple(getattr(nn, f"MaxPool{dim}d") for dim in (1, 2, 3))
-_ADAPTIVE = tuple(getattr(nn, f"AdaptiveMaxPool{dim}d") for dim in (1, 2, 3))
-
-#: Functions of torch that pool maxima over windows.
-MAX_POOLS = tuple(
-    f"{kind}max_pool{dim}d{ending}"
-    for kind in ("", "adaptive_")
-    for dim in (1, 2, 3)
-    for ending in ("", "_with_indices")
-)
-#: Arguments of these, in order.
-_SIGNATURES = {
-    False: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    True: ("output_size", "return_indices"),
-}
 
 
 class SumPool(Rule):
@@ -58,28 +42,24 @@ class SumPool(Rule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the sums of the windows, up to a factor for each."""
-        given = _arguments(layer)
+        given, dims = layer.arguments, int(layer.name.split("pool")[1][0])
         if "output_size" in given:
-            pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[_dims(layer) - 1]
+            pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
             return pool(a, given["output_size"])
-        return _window_sums(a, _dims(layer), given)
+        return _window_sums(a, dims, given)
 
-    def operate(self, operation: Operation) -> Any:
+    def operate(self, layer: Layer) -> Any:
         """Treat a max-pooling function; indices, if it gives them, stay as they are."""
-        if operation.name not in MAX_POOLS:
-            raise TypeError(f"SumPool treats max-pooling, not {operation}")
-        if not isinstance(operation.output, tuple):
-            return super().operate(operation)
-        values, *others = operation.output
-        return (super().operate(replace(operation, function=_values_of(operation.function), output=values)), *others)
+        if not layer.known.has("maximum"):
+            raise TypeError(f"SumPool treats max-pooling, not {layer}")
+        if not isinstance(layer.output, tuple):
+            return super().operate(layer)
+        values, *others = layer.output
+        return (super().operate(replace(layer, function=_values_of(layer.function), result=values)), *others)
 
-    def check(self, module: nn.Module) -> None:
-        """Refuse whatever is no max-pooling, or gives indices."""
-        if not isinstance(module, (*_FIXED, *_ADAPTIVE)) or module.return_indices:
-            raise TypeError(
-                f"SumPool treats MaxPool1-3d and AdaptiveMaxPool1-3d without return_indices, not {module}; map the "
-                "function, such as torch.nn.functional.max_pool2d, for pooling that gives indices"
-            )
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Max-pooling."""
+        return known.has("maximum")
 
 
 def _values_of(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,20 +70,6 @@ def _values_of(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)[0]
 
     return values
-
-
-def _dims(layer: Any) -> int:
-    """Number of axes that are pooled."""
-    name = layer.name if isinstance(layer, Operation) else type(layer.module).__name__.lower()
-    return int(name.split("pool")[1][0])
-
-
-def _arguments(layer: Any) -> dict[str, Any]:
-    """Arguments of a max-pooling function or module, by name."""
-    if not isinstance(layer, Operation):
-        return {name: value for name, value in vars(layer.module).items() if not name.startswith("_")}
-    names = ("input", *_SIGNATURES[layer.name.startswith("adaptive")])
-    return dict(zip(names, layer.args, strict=False)) | dict(layer.kwargs)
 
 
 def _window_sums(a: Tensor, dims: int, given: dict[str, Any]) -> Tensor:

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-
-from crp.rules.layer import Layer
-
-if TYPE_CHECKING:
-    from crp.rules.base import Rule
+from torch import Tensor
 
 
-class Forward:
-    """Another forward of a module, until it is removed."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self.module = module
-        module.forward = forward
-
-    def remove(self) -> None:
-        """Give the module its own forward back."""
-        vars(self.module).pop("forward", None)
-
-
-class Again:
+class SecondOrder:
     """What second derivatives need of a call: its scales, computed once more so that they can be differentiated.
 
     Parameters
     ----------
-    rule : Rule
+    name : object
+        The call, for messages.
     inputs : sequence of Tensor
         What the call read.
+    is_active : callable
+        Whether the rule acts, and not the ordinary chain rule.
+    scales : callable
+        Gives the scales of the surrogates, with their graph.
     """
 
-    def __init__(self, rule: Rule, inputs: Sequence[Tensor]) -> None:
-        self.rule = rule
+    def __init__(
+        self,
+        name: object,
+        inputs: Sequence[Tensor],
+        is_active: Callable[[], bool],
+        scales: Callable[[], Sequence[Tensor]],
+    ) -> None:
+        self.name, self.is_active, self.scales = name, is_active, scales
         self.versions = [(tensor, tensor._version) for tensor in inputs]
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the rule acts, and not the ordinary chain rule."""
-        return self.rule.run is None or self.rule.run.entry.active
-
-    def scales(self) -> Sequence[Tensor]:
-        """Scales of the surrogates, with their graph."""
-        raise NotImplementedError
 
     def __call__(self) -> Sequence[Tensor]:
         """Scales, after a check that the inputs are what they were."""
@@ -57,30 +42,14 @@ class Again:
     def check_inputs(self) -> None:
         """Raise a RuntimeError if an input was overwritten."""
         if any(tensor._version != version for tensor, version in self.versions):
-            raise RuntimeError(
-                f"second derivatives need the input of layer {self.rule.layer!r}, which was changed in place since"
-            )
-
-
-class LayerAgain(Again):
-    """What second derivatives need of a call of a module."""
-
-    def __init__(self, rule: Rule, layer: Layer, a: Tensor) -> None:
-        super().__init__(rule, [a])
-        self.layer, self.a, self.at_input = layer, a, rule.at_input
-
-    def scales(self) -> Sequence[Tensor]:
-        """Run the rule once more."""
-        y, source = self.layer.value(self.a), torch.ones_like(self.a) if self.at_input else self.a
-        terms = self.rule.terms(self.layer, source, y)
-        return [self.rule._scale(term, y).to(term.z.dtype) for term in terms]
+            raise RuntimeError(f"second derivatives need the input of {self.name}, which was changed in place since")
 
 
 class Redirect(torch.autograd.Function):
     """Value of ``y``; its gradient goes into the surrogates ``z``, scaled, or into the layer's own output."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, again: Again | None, n: int, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, again: SecondOrder | None, n: int, *tensors: Tensor | None) -> Tensor:
         """Return ``y`` itself; ``tensors`` are the n surrogates, their n scales, and perhaps the layer's own output."""
         ctx.save_for_backward(*tensors[n : 2 * n])
         ctx.mark_dirty(y)
@@ -96,7 +65,7 @@ class Redirect(torch.autograd.Function):
         none = [None] * len(scales)
         if m is None:  # nothing arrives
             return (None, None, None, *none, *none, *(None for _ in ctx.is_own))
-        if again is not None and not again.is_active:
+        if again is not None and not again.is_active():
             own = m if ctx.y_is_own else None
             return (own, None, None, *none, *none, *(m if given else None for given in ctx.is_own))
         if again is not None and torch.is_grad_enabled():  # with create_graph=True

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from zennit.types import ConvolutionStandard
 
 from crp.rules.base import Term
-from crp.rules.layer import PLAIN_FORWARDS, Layer, negative, ones, positive, square
+from crp.rules.layer import Layer, negative, ones, positive, square
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
 
@@ -67,14 +66,14 @@ class Flat(LRPRule):
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Number of inputs in reach; one convolution of one channel serves where all channels read the same."""
-        module = layer.module
-        if not (
-            isinstance(module, ConvolutionStandard) and module.groups == 1 and type(module).forward in PLAIN_FORWARDS
-        ):
+        operands = layer.operands
+        assert operands is not None
+        channels = -operands.space - 1
+        if not operands.convolves or a.shape[channels] != operands.weight.shape[1]:  # (several groups of channels)
             return [Term(self.surrogate(layer, a), sign=1)]
-        kernel = torch.ones(1, 1, *module.kernel_size, dtype=y.dtype, device=y.device)
-        channels = -len(module.kernel_size) - 1
-        reached: Tensor = module._conv_forward(a.sum(channels, keepdim=True), kernel, None)
+        kernel = torch.ones(1, 1, *operands.weight.shape[2:], dtype=y.dtype, device=y.device)
+        with layer.precision():
+            reached = operands.run(a.sum(channels, keepdim=True), kernel, None)
         return [Term(reached.expand(y.shape), denominator=reached, sign=1)]
 
 
@@ -168,7 +167,6 @@ class ZBox(LRPRule):
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the contributions beyond those of the bounds."""
         value = layer.input
-        assert value is not None
         # a w - l w⁺ - h w⁻ = (a - l) w⁺ + (a - h) w⁻, of which nothing is negative between the bounds.
         above, below = value - _fitted("low", self.low, value), value - _fitted("high", self.high, value)
         return layer(a * above, positive, bias=False) + layer(a * below, negative, bias=False)

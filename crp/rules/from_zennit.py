@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from zennit import rules as zennit_rules
 from zennit.core import BasicHook, Hook, ParamMod
 
@@ -31,11 +31,12 @@ def lift(hook: Hook) -> Rule:
         return hook
     if isinstance(hook, zennit_rules.Pass):
         return Pass()
-    if isinstance(hook, BasicHook) and type(hook).backward is BasicHook.backward:
+    own = [name for name in ("forward", "backward") if getattr(type(hook), name, None) is not getattr(BasicHook, name)]
+    if isinstance(hook, BasicHook) and not own:
         return Lifted(hook)
     raise TypeError(
-        f"{type(hook).__name__} cannot be used in this composite: neither a crp rule nor a zennit BasicHook. "
-        "Use it in a zennit composite, which propagates relevance."
+        f"{type(hook).__name__} cannot be used in this composite: neither a crp rule nor a zennit BasicHook with the "
+        "passes of that class. Use it in a zennit composite, which propagates relevance."
     )
 
 
@@ -57,21 +58,43 @@ class Lifted(Rule):
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, with the hook's rule as its gradient."""
-        # Run the modified forward passes now, so that the backward pass needs nothing of the module any more.
+        # Run the modified forward passes now, so that the backward pass needs nothing of the model any more.
         inputs, outputs = [], []
         for in_mod, param_mod, out_mod in zip(
             self.hook.input_modifiers, self.hook.param_modifiers, self.hook.output_modifiers, strict=True
         ):
             given = in_mod(a.detach().clone()).detach().clone().requires_grad_()
-            with ParamMod.ensure(param_mod)(layer.module) as modified:
-                outputs.append(out_mod(modified.forward(given)))
+            outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), given)))
             inputs.append(given)
-        leaf = self.run.entry.find(a) if self.run is not None else None
-        target, divisor = (a, a.detach()) if leaf is None else (leaf, None)
+        unit = self.unit(a)
+        target, divisor = (a, a.detach()) if unit is None else (unit, None)
         return cast(Tensor, _Propagate.apply(target, y, divisor, self.hook, inputs, outputs))
 
-    def check(self, module: nn.Module) -> None:
-        """Accept every module: the hook's own modifiers decide."""
+
+def _modified(layer: Layer, modifier: ParamMod, a: Tensor) -> Tensor:
+    """Output of an operation for another input, with its weight and bias modified as zennit does with parameters."""
+    if layer.module is not None:
+        with modifier(layer.module) as module:
+            return cast(Tensor, module.forward(a))
+    arguments = layer.arguments
+    given = {name: getattr(layer, name) if layer.operands else arguments.get(name) for name in ("weight", "bias")}
+    changed: dict[str, Tensor | None] = {}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            changed[name] = None
+        elif modifier.param_keys is not None and name not in modifier.param_keys:
+            changed[name] = value.detach()
+        elif name in (modifier.zero_params or ()):
+            changed[name] = torch.zeros_like(value)
+        else:
+            changed[name] = modifier.modifier(value.detach(), name)
+    if layer.operands is not None:
+        weight = changed["weight"]
+        assert weight is not None
+        return layer.operands.run(a, weight, changed["bias"])
+    if all(value is None for value in changed.values()):
+        return cast(Tensor, layer.value(a))
+    return cast(Tensor, layer.function(**arguments | changed | {"input": a}))
 
 
 class _Propagate(torch.autograd.Function):

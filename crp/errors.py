@@ -1,0 +1,15 @@
+"""Errors of this package that are more than a bad argument."""
+
+from __future__ import annotations
+
+
+class CRPError(Exception):
+    """Base of the errors of this package."""
+
+
+class UnseenError(CRPError, RuntimeError):
+    """A tensor that depends on the model's input was made by something that no rule can see.
+
+    Such are scripted and traced parts, custom autograd functions, `torch.func` transforms, other threads and re-entrant
+    checkpoints. The plain gradient would be returned under another method's name.
+    """

@@ -1,0 +1,380 @@
+"""The table of torch's functions: what kind each is, and what is known of it.
+
+Rules, presets and notes ask this table and nothing else; a function of a new torch version is one entry here. All
+spellings of a function are one: `F.relu`, `torch.relu_`, `Tensor.relu`, ``torch.ops.aten.relu`` are ``"relu"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
+from crp.rules.operands import PARSERS, Parse
+
+#: Kinds of operations; "product" is what an affine function is when both of its operands depend on the input.
+KINDS = ("convolution", "dense", "activation", "normalization", "product", "pooling", "embedding")
+#: Kinds of operations that sum up weighted inputs.
+AFFINE = frozenset({"convolution", "dense"})
+
+#: What a function can have.
+#:
+#: - homogeneous: of degree one in what depends on the input, so that the ordinary chain rule is LRP-0
+#: - linear: linear in what depends on the input
+#: - constant: may add a constant, which keeps its share of the relevance
+#: - step: no small change of the input moves it, so that it hands nothing on in any method
+#: - identity: LRP hands relevance on as it is
+#: - rescaled: DeepLIFT's Rescale rule is for it
+#: - bilinear, quotient, selection, statistics, softmax: as DeepLIFT takes differences apart
+#: - arithmetic: sums, products and the like of entries
+#: - elementwise: every entry of the result is made of the entries at the same place
+#: - choosing: chooses between operands, of which some may be constant
+#: - attention: of two operands, made by a softmax of one of them
+#: - squashing: results lie between 0 and 1
+#: - nonnegative: results are not negative
+#: - sign: results are not negative if no operand is
+#: - selects: the result holds entries of the operands, rearranged
+#: - scales: a constant factor changes no more than the scale
+#: - copies: like selects, with a constant beside it perhaps; what is known of a place of the input is known of the copy
+#: - maximum: the maximum of a window
+PROPERTIES = frozenset(
+    """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax elementwise
+    choosing attention squashing nonnegative sign selects scales copies maximum""".split()  # noqa: SIM905
+)
+
+#: Kind (or none), properties, and names.
+_TABLE: tuple[tuple[str, str, str], ...] = (
+    # --- sums of weighted inputs ---
+    ("convolution", "linear constant", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
+    ("convolution", "linear constant", "convolution"),
+    ("dense", "linear constant", "linear addmm"),
+    ("dense", "constant", "addbmm addmv baddbmm"),
+    ("dense", "homogeneous bilinear", "einsum matmul rmatmul mm mv"),
+    ("dense", "bilinear", "bilinear bmm dot inner tensordot"),
+    ("dense", "homogeneous", "sparse_mm vdot"),
+    ("embedding", "", "embedding"),
+    # --- products, quotients, attention ---
+    ("product", "arithmetic bilinear elementwise sign scales", "mul"),
+    ("product", "bilinear", "outer"),
+    ("product", "constant", "addr"),
+    ("product", "", "chain_matmul ger kron linalg_multi_dot"),
+    ("", "arithmetic quotient elementwise scales", "div"),
+    ("", "attention", "multi_head_attention_forward scaled_dot_product_attention"),
+    ("", "softmax nonnegative", "softmax"),
+    ("", "softmax", "log_softmax softmin"),
+    # --- activations ---
+    ("activation", "homogeneous rescaled elementwise nonnegative", "relu"),
+    ("activation", "homogeneous rescaled elementwise", "leaky_relu prelu rrelu"),
+    ("activation", "squashing identity rescaled elementwise nonnegative", "sigmoid hardsigmoid expit"),
+    ("activation", "identity rescaled elementwise nonnegative", "exp relu6 softplus"),
+    (
+        "activation",
+        "identity rescaled elementwise",
+        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu erf erfc exp2 expm1 gelu
+        hardshrink hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num rpow selu silu sin sinh softshrink
+        softsign tan tanh tanhshrink threshold""",
+    ),
+    ("activation", "rescaled elementwise", "frac logit sinc"),
+    ("", "identity rescaled elementwise nonnegative", "sqrt square"),
+    ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
+    ("", "homogeneous rescaled elementwise nonnegative", "abs"),
+    ("", "step rescaled elementwise", "ceil floor round sign trunc"),
+    ("", "step elementwise", "floor_divide floordiv heaviside rfloordiv sgn"),
+    ("", "", "glu"),
+    # --- normalizations and statistics ---
+    ("normalization", "identity constant", "batch_norm"),
+    ("normalization", "identity", "local_response_norm normalize"),
+    ("normalization", "statistics", "group_norm instance_norm layer_norm rms_norm"),
+    ("", "homogeneous nonnegative", "norm linalg_norm linalg_vector_norm"),
+    ("", "", "std var"),
+    # --- pooling ---
+    ("pooling", "homogeneous linear sign", "avg_pool1d avg_pool2d avg_pool3d"),
+    ("pooling", "homogeneous linear sign", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
+    ("pooling", "homogeneous maximum sign", "max_pool1d max_pool2d max_pool3d"),
+    ("pooling", "homogeneous maximum sign", "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    ("pooling", "homogeneous maximum", "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"),
+    (
+        "pooling",
+        "homogeneous maximum",
+        "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices",
+    ),
+    ("pooling", "homogeneous", "fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d"),
+    ("", "homogeneous", "max_unpool1d max_unpool2d max_unpool3d"),
+    # --- sums ---
+    ("", "arithmetic homogeneous linear constant elementwise", "add sub rsub"),
+    ("", "homogeneous linear sign", "mean sum"),
+    ("", "arithmetic homogeneous linear elementwise", "neg positive"),
+    ("", "homogeneous linear", "cumsum diff index_add nansum fold interpolate upsample"),
+    ("", "homogeneous linear constant", "scatter_add"),
+    ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
+    ("", "constant elementwise", "lerp"),
+    # --- choice ---
+    ("", "homogeneous choosing elementwise", "maximum minimum"),
+    ("", "homogeneous choosing", "max min"),
+    ("", "homogeneous", "amax amin cummax sort topk masked_select"),
+    ("", "homogeneous selects", "take"),
+    # --- the same entries at other places ---
+    ("", "homogeneous linear selects copies sign", "chunk flatten getitem permute reshape squeeze transpose"),
+    ("", "homogeneous linear selects copies sign elementwise", "bfloat16 clone contiguous double float half to"),
+    ("", "homogeneous linear selects copies sign", "channel_shuffle pixel_shuffle unsqueeze view"),
+    ("", "homogeneous linear selects sign elementwise", "dropout dropout2d"),
+    ("", "homogeneous linear selects", "alpha_dropout dropout1d dropout3d feature_alpha_dropout"),
+    (
+        "",
+        "homogeneous linear selects copies",
+        """H T as_strided atleast_1d atleast_2d atleast_3d broadcast_to diagonal dsplit expand expand_as flip fliplr
+        flipud hsplit mH mT moveaxis movedim narrow native_channel_shuffle pixel_unshuffle ravel repeat
+        repeat_interleave reshape_as roll rot90 select split split_with_sizes swapaxes swapdims t tensor_split tile
+        unbind unflatten unfold unsafe_chunk unsafe_split view_as vsplit""",
+    ),
+    ("", "homogeneous linear selects copies elementwise", "cpu cuda identity resolve_conj resolve_neg type type_as"),
+    ("", "homogeneous linear selects", "broadcast_tensors tril triu"),
+    ("", "homogeneous selection selects", "gather index_select take_along_dim"),
+    ("", "homogeneous linear constant copies", "pad"),
+    ("", "homogeneous linear constant selects sign", "cat"),
+    ("", "homogeneous linear constant selects", "copy dstack hstack setitem stack vstack"),
+    ("", "homogeneous constant selects", "column_stack index_copy index_fill index_put masked_scatter row_stack"),
+    ("", "homogeneous constant selects", "scatter select_scatter slice_scatter"),
+    ("", "homogeneous constant selection selects elementwise", "masked_fill where"),
+    ("", "constant", "fill put"),
+    ("", "homogeneous linear", "real imag view_as_real view_as_complex"),
+)
+
+#: Other names of the same functions.
+_ALIASES = dict(
+    pair.split(":")
+    for pair in """absolute:abs arccos:acos arccosh:acosh arcsin:asin arcsinh:asinh arctan:atan arctanh:atanh clip:clamp
+    concat:cat concatenate:cat divide:div fix:trunc float_power:pow iadd:add idiv:div imatmul:matmul imul:mul
+    isub:sub itruediv:div linalg_matmul:matmul log_sigmoid:logsigmoid multiply:mul negative:neg radd:add rmul:mul
+    rtruediv:rdiv special_erf:erf special_erfc:erfc special_exp2:exp2 special_expit:expit special_expm1:expm1
+    special_log1p:log1p special_log_softmax:log_softmax special_logit:logit special_round:round special_sinc:sinc
+    special_softmax:softmax subtract:sub true_divide:div truediv:div""".split()  # noqa: SIM905
+)
+
+#: Functions that look at a tensor without reading its values, or hand on none that depends on it.
+_METADATA = frozenset(
+    """backward_hooks data_ptr detach dim element_size get_device has_names is_complex is_contiguous is_conj is_cuda
+    is_floating_point is_inference is_neg is_nonzero is_pinned is_leaf is_same_size is_shared is_signed is_view len names ndimension
+    nelement numel output_nr register_hook register_post_accumulate_grad_hook requires_grad result_type retain_grad set size
+    storage_offset storage stride untyped_storage""".split()  # noqa: SIM905
+)
+#: Attributes that are tensors made of the tensor.
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+
+#: Modules of torch that call a function of this kind only; a type in a map that one of these is matches the function.
+_MODULES: dict[str, type[nn.Module]] = {
+    **{f"conv{n}d": getattr(nn, f"Conv{n}d") for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3)},
+    "convolution": nn.Conv2d,
+}
+
+#: Names of positional arguments, where rules ask for them.
+_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "instance_norm": (
+        "input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps",
+    ),
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "glu": ("input", "dim"),
+    "hardtanh": ("input", "min_val", "max_val", "inplace"),
+    **dict.fromkeys(("softmax", "log_softmax", "softmin"), ("input", "dim")),
+    **dict.fromkeys(("div", "mul"), ("input", "other")),
+    **{
+        f"max_pool{n}d{ending}": ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        for n in (1, 2, 3)
+        for ending in ("", "_with_indices")
+    },
+    **{
+        f"adaptive_max_pool{n}d{ending}": ("input", "output_size", "return_indices")
+        for n in (1, 2, 3)
+        for ending in ("", "_with_indices")
+    },
+}  # fmt: skip
+#: The same for functions that torch has in C++, too, with another order.
+_BUILT_IN: dict[str, tuple[str, ...]] = {
+    "batch_norm": ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+    "instance_norm": ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """What is known of a function of torch.
+
+    Attributes
+    ----------
+    name : str
+        Plain name, as it was called.
+    canonical : str
+        Name in the table.
+    kind : str
+        One of `KINDS`, or ``""``.
+    properties : frozenset of str
+        Of `PROPERTIES`.
+    known : bool
+        Whether it is in the table.
+    metadata : bool
+        Whether it reads no values.
+    parse : callable or None
+        Takes a call of a sum of weighted inputs apart; see `crp.rules.operands`.
+    example : type or None
+        Module type of torch that calls this function and nothing else.
+    keeps, gives : int
+        What is known of its result: notes of all operands that it keeps, and notes that it gives (`crp.rules.notes`).
+    """
+
+    name: str
+    canonical: str
+    kind: str = ""
+    properties: frozenset[str] = frozenset()
+    known: bool = False
+    metadata: bool = False
+    parse: Parse | None = None
+    example: type[nn.Module] | None = None
+    keeps: int = 0
+    gives: int = 0
+
+    def has(self, *properties: str) -> bool:
+        """Whether it has any of these properties."""
+        return not self.properties.isdisjoint(properties)
+
+    def __repr__(self) -> str:
+        return f"{self.name}()"
+
+
+def _entries() -> dict[str, tuple[str, frozenset[str]]]:
+    entries: dict[str, tuple[str, frozenset[str]]] = {}
+    for kind, properties, names in _TABLE:
+        for name in names.split():
+            entries[name] = (kind, frozenset(properties.split()))
+    return entries
+
+
+_ENTRIES = _entries()
+_functions: dict[Any, Function] = {}
+
+
+def look_up(function: Callable[..., Any]) -> Function:
+    """What is known of a function, however it is spelled."""
+    found = _functions.get(function)
+    if found is None:
+        found = _functions[function] = _described(*_named(function))
+    return found
+
+
+def _named(function: Callable[..., Any]) -> tuple[str, bool]:
+    """Plain name, and whether it is the getter of an attribute."""
+    name = name_of(function)
+    if getattr(function, "__name__", "") != "__get__":
+        return name, False
+    return name_of(getattr(function, "__self__", function)), True
+
+
+@lru_cache(maxsize=4096)
+def _described(name: str, is_attribute: bool = False) -> Function:
+    if name in _METADATA or (is_attribute and name not in _VIEWS):
+        return Function(name, name, metadata=True)
+    canonical = _ALIASES.get(name, name)
+    kind, properties = _ENTRIES.get(canonical, ("", frozenset()))
+    keeps, gives = 0 if canonical in PARSERS else FIRST, 0
+    if properties & {"selects", "scales"}:
+        keeps |= BORN
+    if "sign" in properties:
+        keeps |= NONNEGATIVE
+    if "nonnegative" in properties:
+        gives |= NONNEGATIVE
+    gives |= Born.SQUASHED if "squashing" in properties else 0
+    gives |= Born.SOFTMAX if canonical == "softmax" else 0
+    gives |= Born.ACTIVATION if kind == "activation" else 0
+    example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)
+    known, parse = canonical in _ENTRIES, PARSERS.get(canonical)
+    return Function(name, canonical, kind, properties, known, False, parse, example, keeps, gives)
+
+
+def canonical(name: str) -> str:
+    """Name in the table of a function that may be called otherwise."""
+    return _ALIASES.get(name, name)
+
+
+def activation(name: str) -> Function:
+    """A module that is one activation, made of elementwise functions."""
+    properties = frozenset({"identity", "rescaled", "elementwise"})
+    return Function(name, name, "activation", properties, True, keeps=FIRST, gives=Born.ACTIVATION)
+
+
+def names(*properties: str) -> tuple[str, ...]:
+    """Names in the table of functions that are of one of these kinds, or have one of these properties, sorted."""
+    unknown = set(properties) - PROPERTIES - set(KINDS)
+    if unknown:
+        raise ValueError(f"no kind or property of functions: {sorted(unknown)}")
+    chosen = (name for name, (kind, has) in _ENTRIES.items() if kind in properties or has & set(properties))
+    return tuple(sorted(chosen))
+
+
+def parameters(known: Function, function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a function's positional arguments; empty where rules need none."""
+    if known.canonical in _BUILT_IN and not isinstance(function, FunctionType):
+        return _BUILT_IN[known.canonical]
+    return _PARAMETERS.get(known.canonical, ())
+
+
+# --- how a function is called ---------------------------------------------------------------------------------------
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Plain name of a function of torch: `F.relu`, `torch.relu_` and `Tensor.relu` are all ``"relu"``."""
+    return _plain(getattr(function, "__name__", None) or str(function))
+
+
+@lru_cache(maxsize=4096)
+def _plain(name: str) -> str:
+    return name.split(".")[0].strip("_")
+
+
+#: Functions with a positional argument ``inplace``.
+_FLAGGED = frozenset(
+    "celu elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 rrelu selu silu threshold _threshold".split()  # noqa: SIM905
+)
+#: Methods behind ``+=`` and the like.
+_AUGMENTED = frozenset(
+    f"__i{name}__"
+    for name in "add and div floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()  # noqa: SIM905
+)
+
+
+def in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the result takes the place of the first operand, and is returned."""
+    name = getattr(function, "__name__", "")
+    by_name = (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
+    by_flag = bool(kwargs.get("inplace")) or (name in _FLAGGED and any(arg is True for arg in args[1:]))
+    return by_name or by_flag
+
+
+def overwrites(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the first operand is changed."""
+    return name_of(function) == "setitem" or in_place(function, args, kwargs)
+
+
+def out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Like a function that works in place, but on a copy."""
+
+    def copying(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(first.clone(), *args, **kwargs)
+
+    copying.__name__ = getattr(function, "__name__", str(function)).rstrip("_")
+    return copying
+
+
+def has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a number below zero is among the arguments."""
+    return any(isinstance(value, int | float) and value < 0 for value in (*args, *kwargs.values()))
+
+
+assert all(set(properties.split()) <= PROPERTIES for _, properties, _ in _TABLE)

@@ -1,0 +1,411 @@
+"""The mode that sees every operation of a running model, asks for its rule, and notes what it makes.
+
+A `torch.overrides.TorchFunctionMode` is told of each call of a function of torch: `F.relu`, ``x * gate``,
+``x.softmax(-1)``, and what modules call inside. What it cannot see (scripted parts, custom autograd functions, other
+threads) leaves tensors without a note behind, so that whoever reads one notices.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from crp.errors import UnseenError
+from crp.graph import tracing
+from crp.reference import referencing
+from crp.rules.functions import Function, has_negative, in_place, look_up, out_of_place, overwrites
+from crp.rules.layer import Layer, changed, tensors_in
+from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born, Copied, Notes
+from crp.rules.operands import Operands, add_bias
+from crp.rules.redirect import overwritten
+
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_transform = torch._C._functorch.peek_interpreter_stack
+_add = look_up(torch.add)
+
+
+class Operates(Protocol):
+    """What a mode needs of a rule."""
+
+    def operate(self, layer: Layer) -> Any:
+        """Output of a call, with the rule as its gradient."""
+
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Whether the rule is for such operations where it is mapped to a module around them."""
+
+
+class Choice(NamedTuple):
+    """The rule of an operation.
+
+    Attributes
+    ----------
+    rule : Rule or None
+        None is the ordinary chain rule.
+    is_method : bool
+        Whether that is what the method says.
+    why : str
+        What was matched, for a report.
+    number : int
+        Place of the entry among those of the composite.
+    """
+
+    rule: Any
+    is_method: bool
+    why: str
+    number: int = 0
+
+
+class SeeingMode(TorchFunctionMode):
+    """Sees operations, brings rules to them, and notes what they make.
+
+    Parameters
+    ----------
+    notes : Notes
+    """
+
+    def __init__(self, notes: Notes) -> None:
+        super().__init__()
+        self.notes = notes
+        self._reading = _add
+        self._parts: Any = None
+
+    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
+        """Rule of an operation.
+
+        Parameters
+        ----------
+        known : Function
+        kind : str
+            Of the operation: of `crp.rules.functions.KINDS`, or ``""``.
+        flags : int
+            What is known of its operands (`crp.rules.notes`).
+        several : bool
+            Whether more than one operand depends on the model's input.
+        """
+        raise NotImplementedError
+
+    def place(self) -> str:
+        """Name of the innermost module that runs, where it is tracked."""
+        return ""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function, under its rule if it has one."""
+        kwargs = kwargs or {}
+        known = look_up(func)
+        if known.metadata or not torch.is_grad_enabled() or _transform() is not None:
+            return func(*args, **kwargs)
+        inputs: list[Tensor] = []
+        self._reading = known
+        flags = self.notes.read(args, inputs, self._unseen)
+        if kwargs:
+            flags &= self.notes.read(kwargs.values(), inputs, self._unseen)
+        if not inputs:
+            return func(*args, **kwargs)
+        if known.canonical in ("grad", "backward"):
+            self._refuse_derivative(known)
+        if _saved_tensors_hooks(False) is not None:
+            # A checkpoint would compute what it needs again where no rule acts.
+            with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+                return self._see(func, known, args, kwargs, inputs, flags)
+        return self._see(func, known, args, kwargs, inputs, flags)
+
+    def _see(
+        self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
+    ) -> Any:
+        kind, operands = known.kind, None
+        if known.parse is not None:
+            operands = known.parse(func, args, kwargs, _among(inputs))
+            if operands is None and len(inputs) == 1 and known.has("constant"):
+                known, kind = _add, ""  # what depends on the input is only added
+            elif operands is None:
+                kind = "product" if len(inputs) > 1 else ""
+        elif kind == "product" and len(inputs) == 1:
+            kind = ""
+        copied = self._copied(func, known, args, kwargs, inputs, flags) if flags & FIRST else None
+        choice = self.choose(known, kind, flags, operands is None and len(inputs) > 1)
+        target = args[0] if args and overwrites(func, args, kwargs) else kwargs.get("out")
+        if choice.rule is None:
+            result = self.by_chain_rule(choice, func, known, kind, args, kwargs, inputs)
+        else:
+            result = self._by_rule(choice, func, known, args, kwargs, inputs, flags, operands)
+        flags = _passed(known, args, kwargs, inputs, flags)
+        if isinstance(target, Tensor) and target.requires_grad:
+            self.notes.add_written(target, flags, copied if isinstance(copied, Copied) else None)
+            if result is target:
+                return result
+        if isinstance(copied, list):
+            for item, way in zip(result, copied, strict=False):
+                self.notes.add(item, flags, way)
+        else:
+            self.notes.add(result, flags, copied)
+        if known.canonical == "clone":
+            note = self.notes.of(inputs[0])
+            self._parts = None if note is None else note.parts
+        if self._parts is not None:
+            self.notes.remember(result, self._parts)
+            self._parts = None
+        return result
+
+    def _by_rule(
+        self,
+        choice: Choice,
+        func: Any,
+        known: Function,
+        args: Any,
+        kwargs: dict[str, Any],
+        inputs: list[Tensor],
+        flags: int,
+        operands: Operands | None,
+    ) -> Any:
+        target = None
+        if in_place(func, args, kwargs):
+            # The rule works out of place; the result then takes the place of what the model overwrites.
+            func, args, kwargs, target = _out_of_place(func, args, kwargs)
+            copy = args[0]
+            self.notes.add_copy(copy, target)
+            inputs = [copy if tensor is target else tensor for tensor in inputs]
+            operands = None if operands is None or known.parse is None else known.parse(func, args, kwargs, _among(inputs))
+        layer = Layer(func, args, kwargs, tuple(inputs), known, operands, self.place())
+        layer.nonnegative, layer.locate = bool(flags & NONNEGATIVE), self.innermost
+        if len(inputs) > 1:
+            layer.born = tuple(self.notes.born(tensor) for tensor in inputs)
+        bias = None
+        if operands is not None:
+            if operands.bias is not None and any(operands.bias is tensor for tensor in inputs):
+                bias, operands = operands.bias, operands._replace(bias=None)
+                layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
+                layer.operands = operands
+            layer.inputs = (operands.a,)
+        result = self.by_rule(choice, layer)
+        self._parts = layer.parts
+        if bias is not None and operands is not None:
+            result = add_bias(result, bias, operands)
+        return result if target is None else overwritten(target, result)
+
+    def by_rule(self, choice: Choice, layer: Layer) -> Any:
+        """Output of a call, with the rule as its gradient."""
+        return choice.rule.operate(layer)
+
+    def by_chain_rule(
+        self,
+        choice: Choice,
+        func: Any,
+        known: Function,
+        kind: str,
+        args: Any,
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+    ) -> Any:
+        """Output of a call as it is."""
+        return func(*args, **kwargs)
+
+    def _copied(
+        self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
+    ) -> Copied | list[Copied] | None:
+        """How the result will be copied from the model's input."""
+        if len(inputs) != 1:
+            return None
+        operand = inputs[0]
+        note = self.notes.of(operand)
+        if note is None or note.copied is None:
+            return None
+        if known.canonical in _IN_PLACE_OF_THE_INPUT:
+            return Copied(below=note.copied)
+        if not known.has("copies") or overwrites(func, args, kwargs):
+            return None
+
+        def again(other: Tensor) -> Any:
+            given, named = changed((list(args), dict(kwargs)), lambda t: other if t is operand else t)
+            return func(*given, **named)
+
+        if known.canonical not in _SEVERAL:
+            return Copied(below=note.copied, call=again)
+        number = len(func(*args, **kwargs))
+        return [Copied(below=note.copied, call=lambda other, i=i: again(other)[i]) for i in range(number)]
+
+    def _unseen(self, tensor: Tensor, is_changed: bool) -> None:
+        self.refuse_unseen(f"{self._reading.name}()", tensor, is_changed)
+
+    def refuse_unseen(self, reader: str, tensor: Tensor, is_changed: bool) -> NoReturn:
+        """Raise an `UnseenError` for a tensor that was made, or changed in place, by what cannot be seen."""
+        where = self.innermost()
+        node = tensor.grad_fn
+        maker = "nothing known" if node is None else node.name().rpartition("::")[2]
+        what = "was changed in place" if is_changed else f"was made by {maker}"
+        raise UnseenError(
+            f"{reader}{f' in {where!r}' if where else ''} reads a tensor of shape {tuple(tensor.shape)} that depends on "
+            f"the model's input and {what}, where no rule can see it: in a scripted or traced part, a custom "
+            f"autograd.Function, a transform of torch.func, another thread or a re-entrant checkpoint{self.suspects()}. "
+            "Map Whole(rule) to the module that holds it, which then is one function, as in layer_map=[('name', "
+            "Whole(Epsilon()))], or None for the ordinary chain rule"
+        )
+
+    def _refuse_derivative(self, known: Function) -> NoReturn:
+        where = self.innermost()
+        raise UnseenError(
+            f"the model differentiates inside its forward pass ({known.name}(){f' in {where!r}' if where else ''}): under "
+            "rules its derivative, and so its prediction, would be another one. Explain a model without that step"
+        )
+
+    def innermost(self) -> str:
+        """Name of the innermost module that runs, for an error."""
+        return self.place()
+
+    def suspects(self) -> str:
+        """Modules that may have made an unseen tensor, for an error."""
+        return ""
+
+
+#: Functions that leave every entry of one operand in its place, whatever constants do to it.
+_IN_PLACE_OF_THE_INPUT = frozenset({"add", "sub", "rsub", "mul", "div"})
+#: Functions that return several tensors.
+_SEVERAL = frozenset("chunk dsplit hsplit split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split vsplit".split())  # noqa: SIM905
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _among(inputs: Sequence[Tensor]) -> Callable[[object], bool]:
+    if len(inputs) == 1:
+        only = inputs[0]
+        return lambda value: value is only
+    return lambda value: any(value is tensor for tensor in inputs)
+
+
+def _passed(known: Function, args: Any, kwargs: Mapping[str, Any], inputs: Sequence[Tensor], flags: int) -> int:
+    """What is known of a result."""
+    kept = flags & known.keeps
+    name = known.canonical
+    if name in ("mul", "div"):
+        if len(inputs) > 1:
+            kept &= ~BORN
+        if kept & NONNEGATIVE and has_negative(args, kwargs):
+            kept &= ~NONNEGATIVE
+    elif name in ("sub", "rsub") and len(inputs) == 1 and flags & Born.SQUASHED and _is_complement(name, args, kwargs, inputs[0]):
+        kept |= Born.SQUASHED  # a gate is closed as far as another one is open
+    return int(kept | known.gives)
+
+
+def _is_complement(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], operand: Tensor) -> bool:
+    """Whether a difference is that between 1 (or a constant tensor) and the operand."""
+    values = [*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
+    whole, part = values if name == "sub" else values[::-1]
+    return part is operand and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1
+
+
+def _out_of_place(
+    func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], Any, dict[str, Any], Tensor]:
+    """The same call on a copy, and what it would have overwritten."""
+    key = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), "")
+    target, *others = args or [kwargs[key]]
+    kwargs = kwargs if args else {k: v for k, v in kwargs.items() if k != key}
+    copy = target.clone()
+    if kwargs.get("inplace"):
+        return func, (copy, *others), {**kwargs, "inplace": False}, target
+    return out_of_place(func), (copy, *others), kwargs, target
+
+
+def innermost_module(names: Mapping[int, str]) -> str:
+    """Name of the innermost module whose forward is running; slow, for messages."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            return names[id(owner)]
+        frame = frame.f_back
+    return ""
+
+
+class OneModule(SeeingMode):
+    """Brings one rule to the operations of one module, in composites of zennit.
+
+    Parameters
+    ----------
+    rule : Rule
+    module : nn.Module
+    """
+
+    def __init__(self, rule: Operates, module: nn.Module) -> None:
+        super().__init__(Notes())
+        self.rule, self.alone = rule, not module._modules
+        self.kind = type(module).__name__
+        self._treated = 0
+        self._depth = 0
+
+    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
+        """Give the rule, if it is for the operation."""
+        treats = not several and self.rule.treats(known, kind, self.alone)
+        self._treated += treats
+        return Choice(self.rule if treats else None, True, "")
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook."""
+        if tracing() or referencing():
+            return
+        self._depth += 1
+        if self._depth == 1:
+            self._treated = 0
+            for tensor in tensors_in((args, kwargs)):
+                if tensor.requires_grad:
+                    self.notes.enter(tensor, None)
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, also after an error."""
+        if not self._depth or tracing() or referencing():
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        explained = bool(self.notes)
+        try:
+            if output is not None and explained and torch.is_grad_enabled():
+                self.notes.read(tensors_in(output), [], self._reader_of_output)
+                if not self._treated and any(tensor.requires_grad for tensor in tensors_in(output)):
+                    raise TypeError(f"{self.rule!r} has no operation to act on in {self.kind}")
+        finally:
+            self.notes.clear()
+
+    def _reader_of_output(self, tensor: Tensor, is_changed: bool) -> None:
+        self.refuse_unseen(f"what reads the output of {self.kind}", tensor, is_changed)
+
+
+def whole_call(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], inputs: Sequence[Tensor], output: Any, known: Function
+) -> Layer:
+    """Call of a module as one function.
+
+    Raises
+    ------
+    TypeError
+        If it returns no tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{type(module).__name__} returns a {type(output).__name__}, not a tensor, so that it cannot count as one "
+            "function. Map rules to the layers or functions inside it"
+        )
+    return Layer(module.forward, args, kwargs, tuple(inputs), known, module=module, result=output)
+
+
+def constant_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], inputs: Sequence[Tensor]) -> Tensor:
+    """Value of an affine function where all that depends on the model's input is zero."""
+    depends = _among(inputs)
+    with torch.no_grad():
+        given, named = changed((args, dict(kwargs)), lambda t: torch.zeros_like(t) if depends(t) else t)
+        if given and overwrites(function, args, kwargs):
+            given = (given[0].clone(), *given[1:])
+            function(*given, **named)
+            return cast(Tensor, given[0])
+        return cast(Tensor, function(*given, **named))

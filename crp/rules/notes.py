@@ -1,0 +1,243 @@
+"""What is known about the tensors of a forward pass: one note for each that depends on the model's input.
+
+A note holds for one tensor object and one version of its values. How notes pass through a function stands in the table
+of functions (`crp.rules.functions`). A tensor that depends on the input and has no note was made by something that no
+rule could see; to read it is an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from enum import IntFlag
+from typing import Any
+
+from torch import Tensor
+
+#: No affine operation stands between the tensor and the model's input.
+FIRST = 1
+#: No value is negative.
+NONNEGATIVE = 2
+
+
+class Born(IntFlag):
+    """What made a tensor's values, in whatever place and scale they are now."""
+
+    SQUASHED = 4  # of a squashing function such as the sigmoid, or 1 minus such
+    SOFTMAX = 8
+    ACTIVATION = 16
+
+
+BORN = int(Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION)
+#: What constants do not change in a result that they have a part in.
+_NEUTRAL = FIRST | BORN
+
+
+class Note:
+    """What is known about one tensor.
+
+    Attributes
+    ----------
+    tensor : weakref to Tensor
+    version : int
+        Of the tensor's values.
+    flags : int
+        `FIRST`, `NONNEGATIVE`, `Born`.
+    copied : Copied or None
+        How its entries are copies of entries of the model's input.
+    parts : object
+        What a rule remembers of the call that made it (`crp.rules.deeplift`).
+    """
+
+    __slots__ = ("copied", "flags", "parts", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, flags: int, copied: Copied | None = None, parts: Any = None) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.version = tensor._version
+        self.flags, self.copied, self.parts = flags, copied, parts
+
+
+class Copied:
+    """How a tensor was copied from the model's input: the input itself, or a call that copies a copy.
+
+    Parameters
+    ----------
+    leaf : Tensor, optional
+        The model's input, as the caller gave it.
+    below : Copied, optional
+        How the call's operand was copied.
+    call : callable, optional
+        Gives the call's result for another operand; None where every entry stays in its place.
+    """
+
+    __slots__ = ("below", "call", "leaf")
+
+    def __init__(
+        self, leaf: Tensor | None = None, below: Copied | None = None, call: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.leaf, self.below, self.call = leaf, below, call
+
+    def of(self, start: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same copies of ``start(input)``."""
+        if self.below is None:
+            assert self.leaf is not None
+            return start(self.leaf)
+        below = self.below.of(start)
+        return below if self.call is None else self.call(below)
+
+
+class Notes:
+    """Notes of one forward pass.
+
+    Attributes
+    ----------
+    tolerant : int
+        How many parts of the model are running in which tensors may be made unseen.
+    """
+
+    def __init__(self) -> None:
+        self._notes: dict[int, Note] = {}
+        self._writes: dict[int, tuple[int, int]] = {}  # last seen change in place, by base: version, flags
+        self._inputs: list[Any] = []  # nodes and leaves of the model's inputs in autograd's graph
+        self.tolerant = 0
+
+    def enter(self, tensor: Tensor, leaf: Tensor | None) -> None:
+        """Note an input of the model; ``leaf`` is what takes relevance that needs no value, if anything does."""
+        self._notes[id(tensor)] = Note(tensor, FIRST, None if leaf is None else Copied(leaf))
+        self._inputs.append(tensor if tensor.grad_fn is None else tensor.grad_fn)
+
+    def add(self, value: Any, flags: int, copied: Copied | None = None) -> None:
+        """Note what an operation made: a tensor, or several."""
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                self._notes[id(value)] = Note(value, flags, copied)
+        elif isinstance(value, tuple | list):
+            for item in value:
+                self.add(item, flags)
+
+    def add_written(self, target: Tensor, flags: int, copied: Copied | None = None) -> None:
+        """Note that an operation has changed a tensor in place; its views and its base change with it."""
+        base = target if target._base is None else target._base
+        self._notes[id(base)] = Note(base, flags)
+        self._notes[id(target)] = Note(target, flags, copied)
+        self._writes[id(base)] = (target._version, flags)
+
+    def add_copy(self, copy: Tensor, original: Tensor) -> None:
+        """Note that a tensor is a copy of another one."""
+        note = self.of(original)
+        if note is not None:
+            self._notes[id(copy)] = Note(copy, note.flags, note.copied, note.parts)
+
+    def remember(self, tensor: Tensor, parts: Any) -> None:
+        """Keep what a rule remembers of the call that made a tensor."""
+        note = self.of(tensor)
+        if note is not None:
+            note.parts = parts
+
+    def __bool__(self) -> bool:
+        return bool(self._notes)
+
+    def of(self, tensor: Tensor) -> Note | None:
+        """Note of a tensor; None where nothing is known, or it has changed."""
+        note = self._notes.get(id(tensor))
+        return note if note is not None and note.tensor() is tensor and note.version == tensor._version else None
+
+    def nonnegative(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known not to be negative."""
+        note = self.of(tensor)
+        return note is not None and bool(note.flags & NONNEGATIVE)
+
+    def born(self, tensor: Tensor) -> int:
+        """What made the values of a tensor (`Born`)."""
+        note = self.of(tensor)
+        return 0 if note is None else note.flags & BORN
+
+    def read(self, values: Iterable[Any], inputs: list[Tensor], unseen: Callable[[Tensor, bool], None]) -> int:
+        """Read the operands of a call.
+
+        Parameters
+        ----------
+        values : iterable
+            Operands, also in lists and tuples.
+        inputs : list of Tensor
+            Those that depend on the model's input are appended.
+        unseen : callable
+            Called with a tensor that was made or (True) changed in place by something that was not seen.
+
+        Returns
+        -------
+        int
+            What is known of all of them.
+        """
+        flags = FIRST | NONNEGATIVE | BORN
+        for value in values:
+            if isinstance(value, Tensor):
+                if not value.requires_grad:
+                    flags &= _NEUTRAL
+                    continue
+                note = self._notes.get(id(value))
+                if note is None or note.tensor() is not value or note.version != value._version:
+                    note = self._find(value, unseen)
+                if note is None:
+                    flags &= _NEUTRAL
+                else:
+                    flags &= note.flags
+                    inputs.append(value)
+            elif isinstance(value, tuple | list):
+                if value and not isinstance(value[0], int):
+                    flags &= self.read(value, inputs, unseen)
+            elif isinstance(value, dict):
+                flags &= self.read(value.values(), inputs, unseen)
+        return flags
+
+    def allow(self, tensors: Iterable[Tensor]) -> None:
+        """Note tensors that were made unseen where that is allowed."""
+        self.tolerant += 1
+        self.read(tensors, [], lambda tensor, is_changed: None)
+        self.tolerant -= 1
+
+    def _find(self, tensor: Tensor, unseen: Callable[[Tensor, bool], None]) -> Note | None:
+        """Note of a tensor that has none of its own for its present values; None if the input has no part in it."""
+        note, base = self._notes.get(id(tensor)), tensor if tensor._base is None else tensor._base
+        version, flags = self._writes.get(id(base), (-1, 0))
+        known = note is not None and note.tensor() is tensor
+        if not known and tensor._base is not None:  # a view that no operation returned
+            of_base = self._notes.get(id(base))
+            known = of_base is not None and of_base.tensor() is base
+            if known and of_base is not None and of_base.version == tensor._version:
+                flags, version = of_base.flags & ~NONNEGATIVE, tensor._version
+        if not known and not self._reaches_input(tensor):
+            return None
+        if not known or version != tensor._version:
+            # (a change in place by what was seen is noted; all else came from elsewhere)
+            if not self.tolerant:
+                unseen(tensor, known)
+            flags = 0
+        if known and note is not None and note.tensor() is tensor:
+            flags &= note.flags
+        found = self._notes[id(tensor)] = Note(tensor, flags & ~NONNEGATIVE)
+        return found
+
+    def _reaches_input(self, tensor: Tensor) -> bool:
+        """Whether autograd knows that a tensor depends on the model's input."""
+        inputs = {id(item) for item in self._inputs}
+        seen: set[Any] = set()
+        todo: list[Any] = [tensor.grad_fn] if tensor.grad_fn is not None else []
+        if id(tensor) in inputs:
+            return True
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if id(node) in inputs or id(getattr(node, "variable", None)) in inputs:
+                return True
+            todo += [below for below, _ in node.next_functions if below is not None]
+        return False
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._notes.clear()
+        self._writes.clear()
+        self._inputs.clear()
+        self.tolerant = 0

@@ -1,0 +1,193 @@
+"""Sums of weighted inputs, taken apart: which operand of a call is the input, which the weight and which the bias.
+
+The operand that depends on the model's input is the input, whatever its place; the other one is the weight, whatever
+made it. A call in which both depend on the input is a product, and is not taken apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """A call of an affine function.
+
+    Attributes
+    ----------
+    a : Tensor
+        What depends on the model's input.
+    weight : Tensor
+    bias : Tensor or None
+        As the call has it; it may depend on the input, too.
+    run : callable
+        ``run(a, weight, bias)`` is the call with other operands.
+    space : int
+        Number of axes over which the weight slides.
+    convolves : bool
+        Whether the weight is a kernel of shape (outputs, inputs in a group, *kernel shape), whose outputs sum up ``a``.
+    """
+
+    a: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    space: int = 0
+    convolves: bool = False
+
+
+#: From function, arguments, keywords, and the test whether a tensor depends on the model's input.
+Parse: TypeAlias = Callable[
+    [Callable[..., Any], Sequence[Any], Mapping[str, Any], Callable[[Tensor], bool]], Operands | None
+]
+
+
+def _layer(slides: bool = False, convolves: bool = False) -> Parse:
+    """Calls of ``f(input, weight, bias, ...)``."""
+
+    def parse(
+        function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+    ) -> Operands | None:
+        others = dict(kwargs)
+        first, weight, bias = (
+            args[i] if i < len(args) else others.pop(name, None) for i, name in enumerate(("input", "weight", "bias"))
+        )
+        rest, space = args[3:], weight.dim() - 2 if slides else 0
+        if depends(weight):  # a weight that is made of the input, for data that are constant
+            if depends(first):
+                return None
+            return Operands(weight, first, bias, lambda a, w, b: function(w, a, b, *rest, **others), space)
+        if others or rest:
+            return Operands(first, weight, bias, lambda a, w, b: function(a, w, b, *rest, **others), space, convolves)
+        return Operands(first, weight, bias, function, space, convolves)
+
+    return parse
+
+
+def _product(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+) -> Operands | None:
+    """Calls of ``f(left, right)``."""
+    names = [name for name in ("input", "self", "other", "mat1", "mat2", "vec", "tensor") if name in kwargs]
+    left, right, *rest = [*args[:2], *(kwargs[name] for name in names), *args[2:]]
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or (depends(left) and depends(right)):
+        return None
+    others = {key: value for key, value in kwargs.items() if key not in names}
+    if depends(left):
+        return Operands(left, _dense(right), None, lambda a, w, b: function(a, w, *rest, **others))
+    return Operands(right, _dense(left), None, lambda a, w, b: function(w, a, *rest, **others))
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight.to_dense() if weight.layout != torch.strided else weight
+
+
+def _sum_of_product(product: Callable[[Tensor, Tensor], Tensor], *names: str) -> Parse:
+    """Calls of ``f(bias, left, right, beta, alpha)``: ``beta bias + alpha left right``."""
+
+    def parse(
+        function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+    ) -> Operands | None:
+        bias, left, right = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        if depends(left) == depends(right):  # both, or the bias alone
+            return None
+        alpha, beta, is_left = kwargs.get("alpha", 1), kwargs.get("beta", 1), depends(left)
+        a, weight = (left, right) if is_left else (right, left)
+
+        def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            z = product(a, w) if is_left else product(w, a)
+            return z if b is None else z + b
+
+        return Operands(a, weight if alpha == 1 else weight * alpha, bias if beta == 1 else bias * beta, run)
+
+    return parse
+
+
+def _summed_bmm(left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(left, right).sum(0)
+
+
+def _einsum(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+) -> Operands | None:
+    equation, *operands = args
+    if not isinstance(equation, str):  # operands and lists of axes in turn
+        return None
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    dependent = [operand for operand in operands if depends(operand)]
+    if len(dependent) != 1 or len(operands) < 2:
+        return None
+    (a,) = dependent
+    place = next(i for i, operand in enumerate(operands) if operand is a)
+    constants = [operand for operand in operands if operand is not a]
+    if len(constants) == 1:
+
+        def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return function(equation, *((a, w) if place == 0 else (w, a)))  # type: ignore[no-any-return]
+
+        return Operands(a, constants[0], None, run)
+    if "." in equation:
+        return None
+    # Several constants are one weight: their product, with every axis that the input or the result has.
+    left, _, right = equation.replace(" ", "").partition("->")
+    axes = left.split(",")
+    result = right if "->" in equation else "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    rest = [axis for i, axis in enumerate(axes) if i != place]
+    kept = "".join(dict.fromkeys(c for axis in rest for c in axis if c in axes[place] or c in result))
+    weight = function(f"{','.join(rest)}->{kept}", *constants)
+    return Operands(a, weight, None, lambda a, w, b: function(f"{axes[place]},{kept}->{result}", a, w))
+
+
+def _bilinear(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+) -> Operands | None:
+    """``y_o = sum_ij x_i W_oij z_j + b_o`` with one of ``x`` and ``z`` constant, whose product with ``W`` is the weight."""
+    names = ("input1", "input2", "weight", "bias")
+    left, right, kernel, bias = (args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names))
+    if depends(kernel) or depends(left) == depends(right):
+        return None
+    if depends(left):
+        a, weight = left, torch.einsum("oij,...j->...oi", kernel, right)
+    else:
+        a, weight = right, torch.einsum("oij,...i->...oj", kernel, left)
+
+    def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        z = (w @ a[..., None])[..., 0]
+        return z if b is None else z + b
+
+    return Operands(a, weight, bias, run)
+
+
+def add_bias(z: Tensor, bias: Tensor, operands: Operands) -> Tensor:
+    """Sum of an affine call without its bias and the bias, as the call adds it."""
+    return z + bias.reshape(-1, *(1,) * operands.space)
+
+
+def _swapped(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+) -> Operands | None:
+    """``right.__rmatmul__(left)``."""
+    right, left = args
+    return _product(torch.matmul, (left, right), kwargs, depends)
+
+
+_CONVOLUTION, _TRANSPOSED = _layer(slides=True, convolves=True), _layer(slides=True)
+#: By name of the function.
+PARSERS: dict[str, Parse] = {
+    **{f"conv{n}d": _CONVOLUTION for n in (1, 2, 3)},
+    "convolution": _TRANSPOSED,  # (or not, as one of its arguments says)
+    **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
+    "linear": _layer(),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "tensordot", "sparse_mm"), _product),
+    "rmatmul": _swapped,
+    "addmm": _sum_of_product(torch.matmul, "input", "mat1", "mat2"),
+    "baddbmm": _sum_of_product(torch.matmul, "input", "batch1", "batch2"),
+    "addmv": _sum_of_product(torch.matmul, "input", "mat", "vec"),
+    "addbmm": _sum_of_product(_summed_bmm, "input", "batch1", "batch2"),
+    "einsum": _einsum,
+    "bilinear": _bilinear,
+}
