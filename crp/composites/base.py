@@ -23,7 +23,7 @@ from crp.composites.selection import Entry, Selector, Types, check_map, entries_
 from crp.graph import tracing
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
 from crp.reference import referencing
-from crp.rules import Rule, lift
+from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
@@ -81,6 +81,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     initial: ClassVar[Literal["output", "one"]] = "output"
     #: Whether `register` itself runs the model uncompiled, and its parameters outside autograd.
     isolates: ClassVar[bool] = True
+
     def __init__(
         self,
         canonizers: Canonizers = "auto",
@@ -142,7 +143,8 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             for state in (uncompiled(module), without_parameter_gradients(module)):
                 self.handles.append(_Lasting(state))
             entries = [
-                replace(entry, rule=entry.rule and entry.rule.attach(self._attachment)) for entry in self.entries(module)
+                replace(entry, rule=entry.rule and entry.rule.attach(self._attachment))
+                for entry in self.entries(module)
             ]
             mode = Operations(module, entries, self.is_method, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -264,8 +266,8 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             )
         return (
             f"{type(self).__name__} has no rule for any layer of the model, which consists of "
-            f"{', '.join(sorted(kind.__name__ for kind in types))}, or for any function that it calls; its result would "
-            "be that of the ordinary chain rule. Map a rule to one of these in layer_map"
+            f"{', '.join(sorted(kind.__name__ for kind in types))}, or for any function that it calls; its result "
+            "would be that of the ordinary chain rule. Map a rule to one of these in layer_map"
         )
 
     def reference_for(self, data: Tensor, number: int) -> Tensor | None:

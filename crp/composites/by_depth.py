@@ -11,8 +11,8 @@ from crp.composites.lrp import LRP
 from crp.composites.registry import register
 from crp.composites.selection import Depth
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, ZBox
-from crp.rules.input_layer import Bound
 from crp.rules.functional import Gates
+from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
 

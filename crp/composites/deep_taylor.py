@@ -94,5 +94,5 @@ class DeepTaylor(Composite):
         )
 
     def is_method(self, known: Function) -> bool:
-        """Whether the ordinary chain rule is the method for a function: where it is of degree one, or hands nothing on."""
+        """Whether the ordinary chain rule is the method: for functions of degree one, or that hand nothing on."""
         return known.has("homogeneous", "step")

@@ -55,7 +55,7 @@ class ExcitationBackprop(Composite):
         super().__init__(canonizers, layer_map=[*layer_map, *rules, *others])
 
     def is_method(self, known: Function) -> bool:
-        """Whether the ordinary chain rule is the method for a function: where it is of degree one, or hands nothing on."""
+        """Whether the ordinary chain rule is the method: for functions of degree one, or that hand nothing on."""
         return known.has("homogeneous", "step")
 
 

@@ -70,7 +70,7 @@ class _ReLUMethod(Composite):
         super().__init__(canonizers, layer_map=[*layer_map, (Functions(("relu",)), rule)])
 
     def is_method(self, known: Function) -> bool:
-        """Whether a function is no activation: the methods say nothing about these, and leave the ordinary chain rule."""
+        """Whether a function is no activation: the methods leave the ordinary chain rule to these."""
         return known.known and known.kind != "activation"
 
     def unreached(self, model: nn.Module) -> str | None:

@@ -111,7 +111,7 @@ class LRP(Composite):
         )
 
     def is_method(self, known: Function) -> bool:
-        """Whether the ordinary chain rule is LRP for a function: where it is of degree one, or hands nothing on."""
+        """Whether the ordinary chain rule is LRP: for functions of degree one, or that hand nothing on."""
         return known.has("homogeneous", "step")
 
 

@@ -379,8 +379,8 @@ class Operations(SeeingMode):
         untreated, self._untreated = list(self._untreated), {}
         left, self._references = self._references, []
         explained = bool(self.notes)
-        called, met = self._called - self._met, set()
-        self._called, self._met = set(), met
+        called = self._called - self._met
+        self._called, self._met = set(), set()
         self._forget()
         if not completed:
             return
@@ -412,8 +412,8 @@ class Operations(SeeingMode):
         reference = self._references.pop(0)
         if reference.name != layer.name:
             raise RuntimeError(
-                f"the model ran {layer.name}() in {self.innermost()!r} for the data, but {reference} for the reference: "
-                "its path depends on the values, so that they cannot be compared"
+                f"the model ran {layer.name}() in {self.innermost()!r} for the data, but {reference} for the "
+                "reference: its path depends on the values, so that they cannot be compared"
             )
         return reference
 
@@ -458,7 +458,9 @@ class Operations(SeeingMode):
 
     def suspects(self) -> str:
         """Scripted parts of the model, for an error."""
-        names = [repr(name) for name, module in self.model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+        names = [
+            repr(name) for name, module in self.model.named_modules() if isinstance(module, torch.jit.ScriptModule)
+        ]
         return f" (the model's scripted parts: {', '.join(names[:5])})" if names else ""
 
 
@@ -529,7 +531,9 @@ def _detached(layer: Layer) -> Layer:
     args, kwargs = changed((tuple(layer.args), dict(layer.kwargs)), copied)
     inputs = tuple(copied(tensor) for tensor in layer.inputs)
     output = changed(layer.output, lambda tensor: tensor.detach().clone())
-    return Layer(layer.function, args, kwargs, inputs, layer.known, place=layer.place, module=layer.module, result=output)
+    return Layer(
+        layer.function, args, kwargs, inputs, layer.known, place=layer.place, module=layer.module, result=output
+    )
 
 
 def _entered(tensor: Tensor, explained: bool) -> Tensor:

@@ -159,7 +159,9 @@ def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any)
         for name, module in modules.items()
         if name in ran or name in told or (module._parameters and not calls[name])
     }
-    left = dict.fromkeys(f"{s.operation}() in {s.layer!r}" if s.layer else f"{s.operation}()" for s in seen if not s.is_method)
+    left = dict.fromkeys(
+        f"{s.operation}() in {s.layer!r}" if s.layer else f"{s.operation}()" for s in seen if not s.is_method
+    )
     return Report(
         repr(composite),
         type(model).__name__,

@@ -1,4 +1,4 @@
-"""Which operations a rule is for: by kind or function, or by the modules around them, their types, names or position."""
+"""Which operations a rule is for: by kind or function, or by type, name or position of the modules around them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Types: TypeAlias = type | tuple[type, ...]
 _CALLED: dict[type[nn.Module], tuple[Function, str]] = {
     nn.Linear: (look_up(F.linear), "dense"),
     **{
-        getattr(nn, f"Conv{transpose.title()}{n}d"): (look_up(getattr(F, f"conv{'_' if transpose else ''}{transpose}{n}d")), "convolution")
+        getattr(nn, f"Conv{transpose.title()}{n}d"): (
+            look_up(getattr(F, f"conv{'_' if transpose else ''}{transpose}{n}d")),
+            "convolution",
+        )
         for transpose in ("", "transpose")
         for n in (1, 2, 3)
     },
@@ -143,16 +146,7 @@ class Having:
 
 #: Module type(s), a layer name or pattern (``"features.*"``), a position, a kind, or function(s) of torch (`F.relu`).
 Selector: TypeAlias = (
-    Types
-    | str
-    | First
-    | Last
-    | Depth
-    | Functions
-    | Kind
-    | Having
-    | Callable[..., Any]
-    | tuple[Callable[..., Any], ...]
+    Types | str | First | Last | Depth | Functions | Kind | Having | Callable[..., Any] | tuple[Callable[..., Any], ...]
 )
 
 
@@ -285,7 +279,9 @@ def addressed(types: Types, modules: Mapping[str, nn.Module]) -> list[str]:
 
 def is_counted(module: nn.Module, types: Types) -> bool:
     """Whether a call of a module counts for a position among these types, and not what it calls."""
-    return isinstance(module, types) and not any(issubclass(plain, types) for plain in type(module).__mro__ if plain in _CALLED)
+    return isinstance(module, types) and not any(
+        issubclass(plain, types) for plain in type(module).__mro__ if plain in _CALLED
+    )
 
 
 def _with_parts(names: Sequence[str], modules: Mapping[str, nn.Module], rule: Rule | None) -> dict[str, bool]:

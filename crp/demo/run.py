@@ -164,9 +164,7 @@ def run_demo(
     return figures
 
 
-def _measure(
-    fv: FeatureVisualization, net: DigitNet, data: DigitsData, composite: Composite, report: Path
-) -> Figures:
+def _measure(fv: FeatureVisualization, net: DigitNet, data: DigitsData, composite: Composite, report: Path) -> Figures:
     """Look for the mark in the test images, and how much the network relies on it."""
     test, mark = data.test, data.mark
     of_digit = test.labels == mark.digit

@@ -3,11 +3,11 @@
 from crp.rules.base import Rule, Term, Whole
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
-from crp.rules.input_layer import Flat, WSquare, ZBox
 from crp.rules.from_zennit import lift
 from crp.rules.functional import GLU, Gate, Linearized, Normalization, Quotient
 from crp.rules.gamma import Gamma
 from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
+from crp.rules.input_layer import Flat, WSquare, ZBox
 from crp.rules.layer import Layer, negative, positive
 from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Norm, Pass, ZPlus
 from crp.rules.pooling import SumPool

@@ -7,11 +7,12 @@ operation :math:`y = f(a)` and a differentiable *surrogate* :math:`z(a)` of it. 
 
 .. math:: m_a = (\partial z / \partial a)^\top \; \frac{y \odot m_y}{z + \varepsilon \operatorname{sign} z}
 
-back, for a surrogate that says which contributions count: :math:`z = f` is LRP-0, the operation with its positive weights
-is :math:`z^+`, and so on. In relevances this is the familiar :math:`R_a = \sum_j \frac{a_i w_{ij}}{z_j} R_j` (Bach et
-al., PLoS ONE 2015, eq. 56; Montavon et al., "Layer-wise relevance propagation: an overview", 2019, eq. 10.2). Where
-:math:`z = 0` nothing contributed, and nothing is handed on. Additions, concatenations, poolings and reshapes need no
-rule: for them the ordinary chain rule on :math:`m` is already LRP-0.
+back, for a surrogate that says which contributions count: :math:`z = f` is LRP-0, the operation with its positive
+weights is :math:`z^+`, and so on. In relevances this is the familiar
+:math:`R_a = \sum_j \frac{a_i w_{ij}}{z_j} R_j` (Bach et al., PLoS ONE 2015, eq. 56; Montavon et al., "Layer-wise
+relevance propagation: an overview", 2019, eq. 10.2). Where :math:`z = 0` nothing contributed, and nothing is handed
+on. Additions, concatenations, poolings and reshapes need no rule: for them the ordinary chain rule on :math:`m` is
+already LRP-0.
 
 A new rule is one method, `Rule.surrogate`:
 
@@ -22,8 +23,8 @@ A new rule is one method, `Rule.surrogate`:
 ...         return layer(a, positive)
 
 Rules live inside a composite of `crp.composites`, which propagates multipliers. Inside one of zennit's they propagate
-relevance, as zennit's own rules do. An operation is a call of a function of torch, whoever makes it; a module says where
-rules apply. Each call has its own state, so a module may be used several times.
+relevance, as zennit's own rules do. An operation is a call of a function of torch, whoever makes it; a module says
+where rules apply. Each call has its own state, so a module may be used several times.
 """
 
 from __future__ import annotations
@@ -269,9 +270,7 @@ class Rule(Hook):  # type: ignore[misc]
         apart = own is not y and own.requires_grad
         again = layer.again()
         second = SecondOrder(again, [a], self.is_active, lambda: self._scales_again(again, a))
-        return cast(
-            Tensor, Redirect.apply(y, second, len(surrogates), *surrogates, *scales, own if apart else None)
-        )
+        return cast(Tensor, Redirect.apply(y, second, len(surrogates), *surrogates, *scales, own if apart else None))
 
     def is_active(self) -> bool:
         """Whether the rule acts, and not the ordinary chain rule."""
@@ -404,8 +403,8 @@ class Whole(Rule):
     def __init__(self, rule: Rule) -> None:
         if not isinstance(rule, Rule) or isinstance(rule, Whole) or rule.needs_weight:
             raise TypeError(
-                f"Whole takes a rule that takes no weights apart, such as Epsilon() or Pass(), not {rule!r}; a module as "
-                "a whole has no weights"
+                f"Whole takes a rule that takes no weights apart, such as Epsilon() or Pass(), not {rule!r}; a module "
+                "as a whole has no weights"
             )
         super().__init__(0.0)
         self.rule = rule

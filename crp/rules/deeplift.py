@@ -208,9 +208,7 @@ class Affine(Difference):
             delta = a - a0
             half = (delta == 0).to(delta) / 2
             up, down = (delta > 0).to(delta) + half, (delta < 0).to(delta) + half
-            return cast(
-                Tensor, call(delta * up, positive, bias=False) + call(delta * down, negative, bias=False)
-            )
+            return call(delta * up, positive, bias=False) + call(delta * down, negative, bias=False)
 
         layer.parts = Parts(whole, above)
         return cast(Tensor, Apart.apply(whole.data, whole))

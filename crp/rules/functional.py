@@ -101,7 +101,7 @@ class Gate(Linearized):
 
 
 class ConstantWeights(Linearized):
-    r"""A product of matrices, such as :math:`y = \sum_j s_j v_j`, of which one operand was made by a softmax or a sigmoid.
+    r"""A product of matrices, such as :math:`y = \sum_j s_j v_j`, of which a softmax or sigmoid made one operand.
 
     ``"signal"`` holds that one constant, so that the values take all relevance, as `Gate` does for products of
     entries; ``"split"`` gives each operand half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
@@ -164,7 +164,8 @@ def _checked(mode: Gates) -> Gates:
 
 def _gate(layer: Layer) -> int | None:
     """Which of the two factors of a product is the gate, if one is."""
-    shape = layer.output.shape if layer.result is not None else torch.broadcast_shapes(*(t.shape for t in layer.inputs))
+    first, second = (tensor.shape for tensor in layer.inputs)
+    shape = torch.broadcast_shapes(first, second)  # type: ignore[no-untyped-call]
     broadcast = [_is_broadcast(factor, shape) for factor in layer.inputs]
     made = broadcast if broadcast[0] != broadcast[1] else [bool(born & _GATES) for born in layer.born]
     return made.index(True) if made[0] != made[1] else None

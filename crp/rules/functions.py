@@ -43,8 +43,8 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - copies: like selects, with a constant beside it perhaps; what is known of a place of the input is known of the copy
 #: - maximum: the maximum of a window
 PROPERTIES = frozenset(
-    """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax elementwise
-    choosing attention squashing nonnegative sign selects scales copies maximum""".split()  # noqa: SIM905
+    """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax
+    elementwise choosing attention squashing nonnegative sign selects scales copies maximum""".split()  # noqa: SIM905
 )
 
 #: Kind (or none), properties, and names.
@@ -85,7 +85,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous rescaled elementwise nonnegative", "abs"),
     ("", "step rescaled elementwise", "ceil floor round sign trunc"),
     ("", "step elementwise", "floor_divide floordiv heaviside rfloordiv sgn"),
-    ("", "", "glu"),
+    ("activation", "", "glu"),
     # --- normalizations and statistics ---
     ("normalization", "identity constant", "batch_norm"),
     ("normalization", "identity", "local_response_norm normalize"),
@@ -159,9 +159,9 @@ _ALIASES = dict(
 #: Functions that look at a tensor without reading its values, or hand on none that depends on it.
 _METADATA = frozenset(
     """backward_hooks data_ptr detach dim element_size get_device has_names is_complex is_contiguous is_conj is_cuda
-    is_floating_point is_inference is_neg is_nonzero is_pinned is_leaf is_same_size is_shared is_signed is_view len names ndimension
-    nelement numel output_nr register_hook register_post_accumulate_grad_hook requires_grad result_type retain_grad set size
-    storage_offset storage stride untyped_storage""".split()  # noqa: SIM905
+    is_floating_point is_inference is_leaf is_neg is_nonzero is_pinned is_same_size is_shared is_signed is_view len
+    names ndimension nelement numel output_nr register_hook register_post_accumulate_grad_hook requires_grad result_type
+    retain_grad set size storage storage_offset stride untyped_storage""".split()  # noqa: SIM905
 )
 #: Attributes that are tensors made of the tensor.
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
@@ -187,12 +187,11 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("softmax", "log_softmax", "softmin"), ("input", "dim")),
     **dict.fromkeys(("div", "mul"), ("input", "other")),
     **{
-        f"max_pool{n}d{ending}": ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        for n in (1, 2, 3)
-        for ending in ("", "_with_indices")
-    },
-    **{
-        f"adaptive_max_pool{n}d{ending}": ("input", "output_size", "return_indices")
+        f"{kind}max_pool{n}d{ending}": names
+        for kind, names in (
+            ("", ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
+            ("adaptive_", ("input", "output_size", "return_indices")),
+        )
         for n in (1, 2, 3)
         for ending in ("", "_with_indices")
     },

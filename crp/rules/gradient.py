@@ -57,7 +57,7 @@ class GuidedReLU(ReLURule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the activation itself."""
-        return layer.itself(a)
+        return cast(Tensor, layer.itself(a))
 
 
 class DeconvReLU(ReLURule):

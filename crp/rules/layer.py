@@ -186,7 +186,7 @@ class Layer:
         weight: Modifier | Tensor | None = None,
         bias: Modifier | Tensor | bool | None = None,
         *others: Tensor,
-    ) -> Any:
+    ) -> Tensor:
         """Output for the input ``a``, with a modified weight and bias, differentiable in ``a`` only.
 
         Parameters
@@ -205,7 +205,7 @@ class Layer:
         operands = self.operands
         if operands is None:
             self._refuse_modifier(weight, bias)
-            return self.value(a, *(o for o in (weight, bias, *others) if isinstance(o, Tensor)))
+            return cast(Tensor, self.value(a, *(o for o in (weight, bias, *others) if isinstance(o, Tensor))))
         modifier = same if weight is None or isinstance(weight, Tensor) else weight
         w = weight if isinstance(weight, Tensor) else self._modified("weight", operands.weight, modifier)
         assert w is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
@@ -172,7 +173,9 @@ class SeeingMode(TorchFunctionMode):
             copy = args[0]
             self.notes.add_copy(copy, target)
             inputs = [copy if tensor is target else tensor for tensor in inputs]
-            operands = None if operands is None or known.parse is None else known.parse(func, args, kwargs, _among(inputs))
+            operands = (
+                None if operands is None or known.parse is None else known.parse(func, args, kwargs, _among(inputs))
+            )
         layer = Layer(func, args, kwargs, tuple(inputs), known, operands, self.place())
         layer.nonnegative, layer.locate = bool(flags & NONNEGATIVE), self.innermost
         if len(inputs) > 1:
@@ -229,7 +232,7 @@ class SeeingMode(TorchFunctionMode):
         if known.canonical not in _SEVERAL:
             return Copied(below=note.copied, call=again)
         number = len(func(*args, **kwargs))
-        return [Copied(below=note.copied, call=lambda other, i=i: again(other)[i]) for i in range(number)]
+        return [Copied(note.copied.leaf, note.copied, partial(_item, again, i)) for i in range(number)]
 
     def _unseen(self, tensor: Tensor, is_changed: bool) -> None:
         self.refuse_unseen(f"{self._reading.name}()", tensor, is_changed)
@@ -241,18 +244,18 @@ class SeeingMode(TorchFunctionMode):
         maker = "nothing known" if node is None else node.name().rpartition("::")[2]
         what = "was changed in place" if is_changed else f"was made by {maker}"
         raise UnseenError(
-            f"{reader}{f' in {where!r}' if where else ''} reads a tensor of shape {tuple(tensor.shape)} that depends on "
-            f"the model's input and {what}, where no rule can see it: in a scripted or traced part, a custom "
-            f"autograd.Function, a transform of torch.func, another thread or a re-entrant checkpoint{self.suspects()}. "
-            "Map Whole(rule) to the module that holds it, which then is one function, as in layer_map=[('name', "
-            "Whole(Epsilon()))], or None for the ordinary chain rule"
+            f"{reader}{f' in {where!r}' if where else ''} reads a tensor of shape {tuple(tensor.shape)} that "
+            f"depends on the model's input and {what}, where no rule can see it: in a scripted or traced part, a custom "
+            "autograd.Function, a transform of torch.func, another thread or a re-entrant "
+            f"checkpoint{self.suspects()}. Map Whole(rule) to the module that holds it, which then is one function, as "
+            "in layer_map=[('name', Whole(Epsilon()))], or None for the ordinary chain rule"
         )
 
     def _refuse_derivative(self, known: Function) -> NoReturn:
         where = self.innermost()
         raise UnseenError(
-            f"the model differentiates inside its forward pass ({known.name}(){f' in {where!r}' if where else ''}): under "
-            "rules its derivative, and so its prediction, would be another one. Explain a model without that step"
+            f"the model differentiates inside its forward pass ({known.name}(){f' in {where!r}' if where else ''}): "
+            "under rules its derivative, and so its prediction, would be another one. Explain a model without that step"
         )
 
     def innermost(self) -> str:
@@ -267,7 +270,13 @@ class SeeingMode(TorchFunctionMode):
 #: Functions that leave every entry of one operand in its place, whatever constants do to it.
 _IN_PLACE_OF_THE_INPUT = frozenset({"add", "sub", "rsub", "mul", "div"})
 #: Functions that return several tensors.
-_SEVERAL = frozenset("chunk dsplit hsplit split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split vsplit".split())  # noqa: SIM905
+_SEVERAL = frozenset(
+    "chunk dsplit hsplit split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split vsplit".split()  # noqa: SIM905
+)
+
+
+def _item(call: Callable[[Tensor], Any], index: int, operand: Tensor) -> Tensor:
+    return cast(Tensor, call(operand)[index])
 
 
 def _keep(tensor: Tensor) -> Tensor:
@@ -290,16 +299,17 @@ def _passed(known: Function, args: Any, kwargs: Mapping[str, Any], inputs: Seque
             kept &= ~BORN
         if kept & NONNEGATIVE and has_negative(args, kwargs):
             kept &= ~NONNEGATIVE
-    elif name in ("sub", "rsub") and len(inputs) == 1 and flags & Born.SQUASHED and _is_complement(name, args, kwargs, inputs[0]):
+    elif name in ("sub", "rsub") and flags & Born.SQUASHED and _is_complement(name, args, kwargs, inputs):
         kept |= Born.SQUASHED  # a gate is closed as far as another one is open
     return int(kept | known.gives)
 
 
-def _is_complement(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], operand: Tensor) -> bool:
-    """Whether a difference is that between 1 (or a constant tensor) and the operand."""
+def _is_complement(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]) -> bool:
+    """Whether a difference is that between 1 (or a constant tensor) and the only operand."""
     values = [*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     whole, part = values if name == "sub" else values[::-1]
-    return part is operand and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1
+    is_only = len(inputs) == 1 and part is inputs[0]
+    return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1
 
 
 def _out_of_place(

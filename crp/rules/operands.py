@@ -145,9 +145,10 @@ def _einsum(
 def _bilinear(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
 ) -> Operands | None:
-    """``y_o = sum_ij x_i W_oij z_j + b_o`` with one of ``x`` and ``z`` constant, whose product with ``W`` is the weight."""
+    """``y_o = sum_ij x_i W_oij z_j + b_o``: the product of ``W`` and the constant one of ``x``, ``z`` is the weight."""
     names = ("input1", "input2", "weight", "bias")
-    left, right, kernel, bias = (args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names))
+    given: list[Any] = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+    left, right, kernel, bias = given
     if depends(kernel) or depends(left) == depends(right):
         return None
     if depends(left):

@@ -12,7 +12,7 @@ composite warns of it: other implementations take the ordinary chain rule here, 
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -35,9 +35,7 @@ class Decomposed(Difference):
 
     def linear(self, layer: Layer, reference: Layer) -> Tensor:
         """Value of a call that is linear in what depends on the input, if all else is as for the reference."""
-        pairs = zip(
-            tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True
-        )
+        pairs = zip(tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True)
         mine = {id(value) for value in layer.inputs}
         if not all(id(value) in mine or same(value, value0) for value, value0 in pairs):
             self.beyond(layer, exact=False)

@@ -277,9 +277,7 @@ class _Maker:
         if target is None:
             (found,) = fv.get_max_reference([concept], layer, mode, ranks, **options).values()
         else:
-            (found,) = fv.get_stats_reference(
-                concept, layer, target, mode, ranks, init="relevance", **options
-            ).values()
+            (found,) = fv.get_stats_reference(concept, layer, target, mode, ranks, init="relevance", **options).values()
         tiles = []
         for (sample, heatmap), index, value, label in zip(
             zip(*found, strict=True), best.sample, best.value, best.target, strict=True
@@ -349,5 +347,3 @@ def _places(
             chosen += [(target, layer, int(concept)) for concept in best if value[concept] > 0]
     numbers = {layer: number for number, layer in enumerate(shares)}
     return {place: f"class-{place[0]}-layer-{numbers[place[1]]}-concept-{place[2]}" for place in chosen}
-
-
