@@ -94,6 +94,19 @@ def shared(above: Tensor, below: Tensor, rule: Rule) -> Tensor:
     return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below + epsilon * below.sign()))
 
 
+def divided(r: Tensor, a: Tensor) -> Tensor:
+    """Multiplier of relevance; what an input of 0 is given is lost.
+
+    Raises
+    ------
+    Doubtful
+        If an input is 0 but for rounding.
+    """
+    if ((a != 0) & (a.abs() < 1e-10) & (r != 0)).any():
+        raise Doubtful("an input that is 0 but for rounding")
+    return torch.where(a == 0, 0.0, r / torch.where(a == 0, 1.0, a))
+
+
 def by_sign(a: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``up`` where the input is positive, ``down`` where it is negative."""
     return torch.where(a > 0, up, torch.where(a < 0, down, 0.0))
@@ -199,6 +212,7 @@ class SlowReference:
     def _look_at_input(self, reaches: bool) -> None:
         """Which values no affine operation has made, and what they copy from the input (in matrices)."""
         n = self.data[0].numel()
+        self.is_masked = any(step.name == "mask" or step.spelling == "mask" for step in self.program.steps)
         self.is_certain, self.raw, self.copies = True, [True], [torch.eye(n, dtype=torch.float64)]
         for k, step in enumerate(self.program.steps):
             rule = step.operation.rule
@@ -207,7 +221,7 @@ class SlowReference:
             if self.raw[-1] and rule == "linear" and len(step.reads) == 1 and self.copies[step.reads[0]] is not None:
                 matrix = columns(lambda x, k=k: self.program.plain(k, x), self._shape(step.reads[0]))
                 rows = (matrix != 0).sum(1)
-                is_certain = step.name in COPYING and step.settings.get("mode") != "constant"
+                is_certain = step.name in COPYING
                 self.is_certain &= is_certain
                 if (rows <= 1).all() and (is_certain or reaches):
                     copied = (matrix != 0).double() @ self.copies[step.reads[0]]
@@ -236,24 +250,35 @@ class SlowReference:
             w, b = scale[:, None] * w, scale * b + shift
         return padding, w, reach, b
 
+    #: Spellings with another first axis than the samples, so that what is relative to a sample means something else.
+    _MIXING = frozenset({"each", "rows", "rmatmul", "unbatched"})
+
     def _affine(self, k: int, m: Tensor, rule: Rule, first: Rule | None, x: Tensor) -> list[Tensor | None]:
         i, zero_bias = self.program.steps[k].reads[0], self.method.zero_bias
+        if rule.is_relative and self.program.steps[k].spelling in self._MIXING:
+            raise Doubtful("relative to what")
         padding, w, reach, b = self._matrices(k)
         a = x.flatten(1) @ padding.T
+        if first is not None and self.raw[i] and self.is_masked:
+            raise Doubtful("whether a product with a mask is preprocessing")
         if first is None or not self.raw[i]:
             return [hidden(rule, a, w, b, m, zero_bias) @ padding]
         r = m * (a @ w.T + b)
         if first.name not in ("flat", "wsquare", "zbox"):
             return [hidden(first, a, w, b, m, zero_bias) @ padding]
         copied = self.copies[i]
+        if copied is None and self.program.steps[k].spelling == "padded":
+            raise Doubtful("whether zeros around what is no copy of the input are in reach")
         if copied is not None:
             self.direct = self.direct + at_input(first, a, w, reach, b, r, padding @ copied, zero_bias)
             return [None]
         given, values = at_input(first, a, w, reach, b, r, padding, zero_bias), x.flatten(1)
-        return [torch.where(values == 0, 0.0, given / torch.where(values == 0, 1.0, values))]
+        return [divided(given, values)]
 
     def _convolution(self, k: int, m: Tensor, x: Tensor) -> list[Tensor | None]:
         method = self.method
+        if method.lower is not None and any(step.shares is not None for step in self.program.steps):
+            raise Doubtful("the depth of a module that is called twice")
         rule = method.lower if method.lower is not None and self.depths[k] < method.split else method.convolution
         return self._affine(k, m, rule, method.first.get("convolution"), x)
 
@@ -277,7 +302,7 @@ class SlowReference:
     def _pass(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
         """R as it is: J = diag(y / a), which for ReLU and the like is the derivative."""
         y, a = self.values[k + 1].flatten(1), a.flatten(1)
-        return [torch.where(a == 0, 0.0, m * y / torch.where(a == 0, 1.0, a))]
+        return [divided(m * y, a)]
 
     _squash = _pass
 
