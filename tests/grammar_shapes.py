@@ -77,7 +77,7 @@ ONE = {
         lambda s, w, x: torch.where(_mask(x), x.new_tensor(s["c"]), x), "linear",
         lambda choose, shape: {"c": choose.of((0.0, 0.9))},
         {"masked_fill": lambda s, w, x: x.masked_fill(_mask(x), s["c"]),
-         "product": lambda s, w, x: x * ~_mask(x) + s["c"] * _mask(x),
+         "product": lambda s, w, x: x * ~_mask(x) + s["c"] * _mask(x).to(x),
          "fill_": lambda s, w, x: x.masked_fill_(_mask(x), s["c"])},
     ),
     "assign": Operation(
