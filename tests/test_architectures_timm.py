@@ -6,7 +6,9 @@ import inspect
 
 import pytest
 import torch
+from architectures import randomized
 from architectures_timm import TIMM
+from torch import nn
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlusFlat
@@ -17,8 +19,8 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 CLOSER = ["test_nfnet", "regnety_002", "convnextv2_atto", "resmlp_12_224", "resnetblur18"]
 
 
-def check(net, composite, untouched):
-    model, data = net.build().requires_grad_(False), net.images(2)
+def check(model, data, composite, untouched):
+    model.requires_grad_(False)
     with torch.no_grad():
         logits = model(data)
     target, attribution = int(logits[0].argmax()), CondAttribution(model)
@@ -39,7 +41,7 @@ def test_there_are_at_least_thirty_families():
 
 @pytest.mark.parametrize("net", TIMM, ids=str)
 def test_prediction_is_the_model_s_and_all_relevance_is_accounted_for(net, untouched):
-    check(net, EpsilonPlusFlat(), untouched)
+    check(net.build(), net.images(2), EpsilonPlusFlat(), untouched)
 
 
 @pytest.mark.parametrize(
@@ -47,4 +49,11 @@ def test_prediction_is_the_model_s_and_all_relevance_is_accounted_for(net, untou
 )
 @pytest.mark.parametrize("net", [net for net in TIMM if net.name in CLOSER], ids=str)
 def test_other_presets(net, composite, untouched):
-    check(net, composite, untouched)
+    check(net.build(), net.images(2), composite, untouched)
+
+
+def test_pooling_that_pads_with_minus_infinity(untouched):
+    pool = timm.layers.create_pool2d("max", 3, stride=2, padding="same")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(8, 3))
+    data = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    check(randomized(model.double(), 0).eval(), data, EpsilonPlusFlat(), untouched)
