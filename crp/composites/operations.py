@@ -270,7 +270,7 @@ class Operations(SeeingMode):
         functions = _one_activation(module, args, kwargs)
         if functions is None:
             return None
-        known = activation(type(module).__name__)
+        known = activation(type(module).__name__, functions[-1].gives)
         choice = self.choose(known, known.kind, 0, False)
         if choice.rule is None or any(
             self.choose(function, function.kind, 0, False).number < choice.number for function in functions
@@ -504,10 +504,10 @@ def _one_activation(module: nn.Module, args: Any, kwargs: Any) -> tuple[Function
 
 
 def _probed(module: nn.Module, data: Tensor) -> tuple[Function, ...] | None:
-    attributes = dict(vars(module))
+    attributes, data = dict(vars(module)), data.detach().clone()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _Listing() as listing:
-            output = module.forward(data.detach().clone())
+            output = module.forward(data)
     finally:
         vars(module).clear()
         vars(module).update(attributes)

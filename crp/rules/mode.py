@@ -105,8 +105,8 @@ class SeeingMode(TorchFunctionMode):
             return func(*args, **kwargs)
         inputs: list[Tensor] = []
         self._reading = known
-        flags = self.notes.read(args, inputs, self._unseen)
-        if kwargs:
+        flags = self.notes.read(args[:1] if known.canonical in _LIKE_ANOTHER else args, inputs, self._unseen)
+        if kwargs and known.canonical not in _LIKE_ANOTHER:
             flags &= self.notes.read(kwargs.values(), inputs, self._unseen)
         if not inputs:
             return func(*args, **kwargs)
@@ -267,6 +267,8 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
+#: Functions that take the shape or type of their second operand, and none of its values.
+_LIKE_ANOTHER = frozenset({"expand_as", "reshape_as", "type_as", "view_as"})
 #: Functions that leave every entry of one operand in its place, whatever constants do to it.
 _IN_PLACE_OF_THE_INPUT = frozenset({"add", "sub", "rsub", "mul", "div"})
 #: Functions that return several tensors.
