@@ -14,6 +14,8 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlusFlat
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
+#: What these functions make is a gate or divides here, and is given no relevance; they have no rule for other uses.
+pytestmark = pytest.mark.filterwarnings("ignore:.* has no rule for (softmax|var)\\(\\)[^;]*; the ordinary:UserWarning")
 
 #: Standardised weights, a gate, a norm that is not merged, a mixer, and an anti-aliased net: with other presets, too.
 CLOSER = ["test_nfnet", "regnety_002", "convnextv2_atto", "resmlp_12_224", "resnetblur18"]
