@@ -117,8 +117,10 @@ class Program:
         return replace(self, steps=tuple(steps))
 
     def __str__(self) -> str:
-        lines = [f"input {self.shape} seed={self.seed} {self.blocks=} {self.is_reversed=} {self.store}"
-                 f" {self.nonnegative=} {self.has_zeros=}"]
+        lines = [
+            f"input {self.shape} seed={self.seed} {self.blocks=} {self.is_reversed=} {self.store}"
+            f" {self.nonnegative=} {self.has_zeros=}"
+        ]
         for k, step in enumerate(self.steps):
             shared = "" if step.shares is None else f" weights of {step.shares + 1}"
             lines.append(

@@ -313,7 +313,7 @@ class Operations(SeeingMode):
             self._step_back()
         if functions is None:
             return None
-        known = activation(type(module).__name__)
+        known = activation(type(module).__name__, functions[-1].gives)
         choice = self.choose(known, known.kind, 0, False)
         if choice.rule is None or any(
             self.choose(function, function.kind, 0, False).number < choice.number for function in functions

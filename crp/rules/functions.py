@@ -309,10 +309,11 @@ def canonical(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def activation(name: str) -> Function:
-    """A module that is one activation, made of elementwise functions."""
+@lru_cache(maxsize=4096)
+def activation(name: str, gives: int = 0) -> Function:
+    """A module that is one activation, made of elementwise functions, of which the last one gives these notes."""
     properties = frozenset({"identity", "rescaled", "elementwise"})
-    return Function(name, name, "activation", properties, True, keeps=FIRST, gives=Born.ACTIVATION)
+    return Function(name, name, "activation", properties, True, keeps=FIRST, gives=gives | Born.ACTIVATION)
 
 
 def names(*properties: str) -> tuple[str, ...]:

@@ -112,11 +112,21 @@ class SeeingMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if known.canonical in ("grad", "backward"):
             self._refuse_derivative(known)
+        if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
+            return self._in_two(func, known, types, args, kwargs)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would compute what it needs again where no rule acts.
             with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
                 return self._see(func, known, args, kwargs, inputs, flags)
         return self._see(func, known, args, kwargs, inputs, flags)
+
+    def _in_two(self, func: Any, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(_ADDENDS, args, strict=False)) | kwargs
+        first, *pair = (given.pop(name) for name in _ADDENDS)
+        product = self.__torch_function__(_IN_TWO[known.canonical], types, pair)
+        add = Tensor.add_ if in_place(func, args, kwargs) else torch.add
+        given["alpha"] = given.pop("value", 1)
+        return self.__torch_function__(add, types, (first, product), given)
 
     def _see(
         self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
@@ -267,6 +277,9 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
+#: Functions that add a product or a quotient, which is a function of its own; their operands.
+_IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
+_ADDENDS = ("input", "tensor1", "tensor2")
 #: Functions that leave every entry of one operand in its place, whatever constants do to it.
 _IN_PLACE_OF_THE_INPUT = frozenset(
     """add sub rsub mul div neg positive dropout dropout1d dropout2d dropout3d alpha_dropout
