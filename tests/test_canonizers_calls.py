@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from canonizer_cases import Merged, check, randomize
@@ -327,6 +328,10 @@ NOT_STORED = {
         lambda m, x: m.norm(F.conv2d(x, m.weight, m.bias)) + F.conv2d(x, m.fixed, m.bias),
         "net.bias of conv2d (net.weight) is also read by conv2d in 'net'",
     ),
+    "settings are no numbers": (
+        lambda m, x: m.norm(F.conv2d(x, m.weight, m.bias, padding=np.int64(0))),
+        "conv2d (net.weight) is called with settings that are no plain numbers",
+    ),
     "output is read beside": (
         lambda m, x: m.norm(y := F.conv2d(x, m.weight, m.bias)) + y,
         "input comes from conv2d (net.weight), whose output is also read by add in 'net'",
@@ -372,6 +377,15 @@ def test_a_function_that_a_norm_feeds_as_its_weight_is_left():
     check(model, random(3, 3, 4, 4), {"norm": "inner"})
     alone = ready(Net(lambda m, x: F.conv2d(m.fixed, m.norm(x), m.bias)))
     check(alone, random(3, 3, 1, 1), {}, {"norm": "is computed, not stored"})
+
+
+def test_one_weight_in_two_forms():
+    weight, bias = nn.Parameter(torch.randn(3, 3, 1, 1).double()), nn.Parameter(torch.randn(3).double())
+    norm = ready(nn.BatchNorm2d(3))
+    for function in (F.conv2d, F.conv_transpose2d, F.conv2d):
+        model = ready(Net(lambda m, x, f=function: m.norm(f(x, m.weight, m.bias))))
+        model.weight, model.bias, model.norm = weight, bias, norm
+        check(model, random(2, 3, 4, 4), {"norm": f"{function.__name__} (weight)"})
 
 
 def test_relevance_behind_a_function_is_that_of_the_layer():

@@ -66,6 +66,22 @@ def count(net, x):
     return x * net.calls
 
 
+class Decaying(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x):
+        self.weight.mul_(0.5)
+        return x * self.weight
+
+
+def turn_weight(net, x):
+    with torch.no_grad():
+        net.first.weight.T.mul_(0.5)
+    return x
+
+
 def spike(net, x):
     net.membrane = 0.9 * net.membrane + x
     return (net.membrane > 0.1).to(x) + net.membrane
@@ -73,6 +89,11 @@ def spike(net, x):
 
 def spike_in_place(net, x):
     net.membrane.mul_(0.9).add_(x)
+    return x + net.membrane
+
+
+def repeat(net, x):
+    net.membrane[:1].add_(x.mean(0))
     return x + net.membrane
 
 
@@ -228,10 +249,7 @@ CASES = {
     "membrane in place": (spike_in_place, has(membrane=lambda: torch.zeros(5, 3))),
     "membrane in a list": (lambda net, x: x + net.state[0].add_(x), has(state=lambda: [torch.zeros(5, 3)])),
     "membrane in a tuple": (lambda net, x: x + net.state[0].add_(x), has(state=lambda: (torch.zeros(5, 3),))),
-    "membrane that repeats": (
-        lambda net, x: x + net.state[0].add_(x.mean(0)) + net.membrane,
-        lambda net: has(membrane=lambda: net.state[0].expand(5, 3))(has(state=lambda: [torch.zeros(3)])(net) or net),
-    ),
+    "membrane that repeats": (repeat, has(membrane=lambda: torch.zeros(3).expand(5, 3))),
     "list": (append, has(past=list)),
     "deque": (append, has(past=lambda: deque([torch.ones(5, 3)], maxlen=2))),
     "dict": (cache, has(cache=dict)),
@@ -247,6 +265,8 @@ CASES = {
     "inner module": (lambda net, x: net.inner(x), has(inner=Inner)),
     "module that is not registered": (lambda net, x: net.inner[0](x), has(inner=lambda: [Inner()])),
     "scripted module": (lambda net, x: net.inner(x), has(inner=lambda: scripted(Inner()))),
+    "scripted weight": (lambda net, x: net.inner(x), has(inner=lambda: scripted(Decaying()))),
+    "weight through a view": (turn_weight, has()),
     "buffer replaced": (replace_buffer, has_buffer(torch.zeros(3))),
     "buffer written to": (write_to_buffer, has_buffer(torch.zeros(3))),
     "buffer written to past the count": (write_past_the_count, has_buffer(torch.zeros(3))),

@@ -26,15 +26,18 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
     """Merge every batch norm into a linear or convolutional layer that it shares a tensor with, and no one else.
 
     The layer before it is preferred, whose output it alone reads; next comes the one after it, where that is exact:
-    zero padding must not meet a shift. Which layers these are is found by one traced forward pass, at the first call of
-    the model; the answer is kept for the model, and so are the merged parameters, until one changes.
+    zero padding must not meet a shift. If the two are called several times, it is so in every call. A function counts
+    as a layer if its weight and bias are parameters of the model: ``F.conv2d(x, self.kernel, self.offset)``.
+
+    What is next to what is found by one traced forward pass, at the first call of the model; the answer is kept for the
+    model, and so are the merged parameters, until one changes.
 
     What cannot be merged is left alone; it is affine, unless in training mode, so that a rule can treat it.
 
     Attributes
     ----------
     merged : dict of str to str
-        Batch norms that were merged, and into which layer; known after the first call.
+        Batch norms that were merged, and into which layer, or function and weight; known after the first call.
     left : dict of str to str
         Batch norms that were left alone, and why; known after the first call.
 
