@@ -115,18 +115,27 @@ class Call:
             raise TypeError(f"only a composite of crp.composites accounts for what layers keep, not {self.composite!r}")
         if Encoding.of(self.composite).as_multiplier:
             raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
-        samples, local = self.rows.distinct(self._masks_in_flow())
+        # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
+        in_flow = self._masks_in_flow()
+        size = 1 if in_flow else len(self.rows) // len(set(self.rows.samples))
+        initials, inputs, kept = [], [], []
         with attached(self.composite, self.attribution.model) as model, accounting() as account:
-            passed = self._forward(model, samples, self.composite, account)
-            back = self._backward(passed, local, self.settings, last=True)
-        layers: dict[str, Tensor] = {}
-        for name in passed.sinks:
-            layer = name.removeprefix(SINK).rpartition("#")[0]
-            layers[layer] = layers.get(layer, 0) + back.found[name]
-        kept = {layer: dict(zip(account.kinds, shares.unbind(1), strict=True)) for layer, shares in layers.items()}
-        initial = passed.encoding.read(back.start, rows_of(back.root, local))
-        of_inputs = torch.stack([sum_of_rows(relevance).to(initial) for relevance in back.relevances])
-        return AbsorbedRelevance(sum_of_rows(initial), of_inputs.sum(0), kept)
+            for number, part in enumerate(self.rows.chunks(size)):
+                samples, local = part.distinct(in_flow)
+                passed = self._forward(model, samples, self.composite, account)
+                back = self._backward(passed, local, self.settings.part(number, size, len(self.rows)), last=True)
+                layers: dict[str, Tensor] = {}
+                for name in passed.sinks:
+                    layer = name.removeprefix(SINK).rpartition("#")[0]
+                    layers[layer] = layers.get(layer, 0) + back.found[name]
+                kept.append(layers)
+                initial = passed.encoding.read(back.start, rows_of(back.root, local))
+                initials.append(sum_of_rows(initial))
+                inputs.append(torch.stack([sum_of_rows(r).to(initial) for r in back.relevances]).sum(0))
+        nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
+        shares = {name: torch.cat([layers.get(name, zero) for layers in kept]) for name, zero in nothing.items()}
+        named = {layer: dict(zip(account.kinds, values.unbind(1), strict=True)) for layer, values in shares.items()}
+        return AbsorbedRelevance(torch.cat(initials), torch.cat(inputs), named)
 
     def _members(self) -> list[Composite | None]:
         """Composites whose results are averaged: several, where a method has several references."""

@@ -102,7 +102,7 @@ class ForwardPass:
                     "explained); its relevance is not known, and given as 0"
                 )
         output_use = Use(output, Flow(), reference)
-        return cls(inputs, output_use, uses, Encoding.of(composite), _sinks(account, len(inputs)))
+        return cls(inputs, output_use, uses, Encoding.of(composite), _sinks(account))
 
 
 def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -170,17 +170,11 @@ def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | No
     return uses[-1 if number is None else number]
 
 
-def _sinks(account: Sinks | None, n_samples: int) -> dict[str, Use]:
-    """What layers keep, as if each call of a layer had an output for it."""
+def _sinks(account: Sinks | None) -> dict[str, Use]:
+    """What layers keep of the only sample, as if each call of a layer had an output for it."""
     found = {}
     for layer, sinks in (account.sinks if account is not None else {}).items():
         for number, sink in enumerate(sinks):
-            if len(sink) != n_samples > 1:
-                raise ValueError(
-                    f"layer {layer!r} has outputs with {len(sink)} rows for {n_samples} samples; what it keeps cannot "
-                    "be told apart by sample. Give one sample (and one condition, if exclude_parallel is False) at a "
-                    "time"
-                )
             use = found[f"{SINK}{layer}#{number}"] = Use(sink, Flow())
             sink.register_hook(use.flow)  # type: ignore[no-untyped-call]
     return found

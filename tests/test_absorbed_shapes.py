@@ -80,10 +80,14 @@ def test_operations_on_one_image_its_regions_and_on_numbers(composite, image, ex
 
 
 @both
-def test_operations_on_one_of_several_images_are_refused(composite, untouched):
+def test_operations_on_one_of_several_images_are_of_that_image(composite, untouched):
     model = detector()
-    with untouched(model), pytest.raises(ValueError, match=r"with \d rows for 2 samples; .* Give one sample"):
-        CondAttribution(model).absorbed(IMAGES, [{"y": 1}], composite)
+    with untouched(model):
+        kept = CondAttribution(model).absorbed(IMAGES, [{"y": 1}], composite)
+    alone = [CondAttribution(model).absorbed(image[None], [{"y": 1}], composite) for image in IMAGES]
+    assert close(kept.input, torch.cat([one.input for one in alone]), 1e-12)
+    assert close(kept.total, torch.cat([one.total for one in alone]), 1e-12)
+    assert close(kept.input + kept.total, kept.initial, 1e-9)
 
 
 def test_a_model_of_one_number():

@@ -40,7 +40,7 @@ def one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any
     with undisturbed(module), torch.enable_grad():
         leaf = args[0].detach().clone().requires_grad_()
         probe.notes.enter(leaf, None)
-        data = leaf.view_as(leaf)  # (a leaf cannot be changed in place)
+        data = leaf.clone()  # (a leaf cannot be changed in place)
         probe.notes.add(data, 0)
         with probe:
             output = module.forward(data)

@@ -139,14 +139,14 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 "(or call remove()) first, or use another composite"
             )
         entries, modules = self.entries, modules_of(module)
-        has_positions = any(entry.position is not None for entry in entries)
-        self._structure = structure(module) if has_positions else None
         addressed = addresses(entries, modules)  # (errors come before anything is done)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
                 instances = canonizer.apply(module)
                 self.handles += instances
                 self.applied.append((canonizer, instances))
+            has_positions = any(entry.position is not None for entry in entries)
+            self._structure = structure(module) if has_positions else None
             for state in (uncompiled(module), without_parameter_gradients(module)):
                 self.handles.append(_Lasting(state))
             if self.canonizers:  # (which may have given the model other modules)
