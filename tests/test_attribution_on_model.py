@@ -184,19 +184,22 @@ def test_threads_do_not_take_a_call_of_another_for_a_hand(vgg_bn, images):
         except Exception as error:
             found[name] = error
 
-    for make in (EpsilonPlus, zennit.composites.EpsilonPlus):
+    for shared in (EpsilonPlus(), zennit.composites.EpsilonPlus()):
         inside.clear()
         go.clear()
-        threads = [threading.Thread(target=ask, args=("waits", Waits(vgg_bn), make()))]
+        threads = [threading.Thread(target=ask, args=("waits", Waits(vgg_bn), shared))]
         threads[0].start()
         assert inside.wait(20)
-        for name, composite in (("none", None), ("other", EpsilonPlusFlat())):
+        asked = {"none": None, "other": EpsilonPlusFlat(), "the same": shared}
+        for name, composite in asked.items():
             threads.append(threading.Thread(target=ask, args=(name, CondAttribution(vgg_bn), composite)))
             threads[-1].start()
+            threads[-1].join(0.1)  # (it has looked at the model, and waits)
         go.set()
         for thread in threads:
             thread.join(20)
-        for name, composite in (("waits", make()), ("none", None), ("other", EpsilonPlusFlat())):
+        for name, composite in {"waits": shared, **asked}.items():
+            assert isinstance(found[name], tuple), found[name]
             assert same(found[name], CondAttribution(vgg_bn)(images, [{"y": 1}], composite)), name
 
 
