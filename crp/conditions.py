@@ -321,9 +321,7 @@ class Grid:
         return flat if self._identity else flat.index_select(0, self._index)
 
 
-def row_masks(
-    rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True
-) -> list[MaskFn]:
+def row_masks(rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True) -> list[MaskFn]:
     """Mask functions of one layer, each for one row of a gradient of shape (rows, ...).
 
     Raises

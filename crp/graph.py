@@ -2,33 +2,35 @@
 
 `crp.provenance.trace` records one forward pass; two queries stand on it:
 
-- `adjacent_pairs`: layers whose output goes, unchanged and to no one else, into another one, as an exact merge of
-  batch norm needs it;
+- `adjacent`: layers whose output goes, unchanged and to no one else, into another one, as an exact merge of batch norm
+  needs it;
 - `ModelGraph.find_input_layers`: the nearest layers, among chosen ones, that feed a layer, for `AttributionGraph`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from crp.layers import LayerNotFoundError, find_layers, unwrap
-from crp.provenance import Call, Node, Reader, Trace, trace, tracing
+from crp.provenance import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing
 
 __all__ = [
     "Adjacency",
-    "Call",
     "GraphNode",
     "ModelGraph",
     "Node",
     "Pair",
     "Reader",
     "Trace",
-    "adjacent_pairs",
+    "Unit",
+    "adjacent",
+    "layers_as_units",
     "trace",
     "trace_model_graph",
     "tracing",
@@ -36,102 +38,158 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-ModuleTypes: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
+
+@dataclass(eq=False)
+class Unit:
+    """A layer, or a function of torch with parameters of its own, and all of its calls.
+
+    Attributes
+    ----------
+    name : str
+        The layer, or the function and where it is called.
+    calls : sequence of ModuleCall, or of FunctionCall
+    parameters : dict of str to list of Reader
+        Its parameters, and who reads each.
+    """
+
+    name: str
+    calls: Sequence[ModuleCall | FunctionCall] = field(repr=False)
+    parameters: dict[str, list[Reader]] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name if self.calls and isinstance(self.calls[0], FunctionCall) else repr(self.name)
+
+    def ran(self, reader: Reader) -> bool:
+        """Whether a reader is one of its calls, or inside one."""
+        calls = self._set_of_calls
+        return reader.function in calls or (reader.call is not None and any(c in calls for c in reader.call.around()))
+
+    @cached_property
+    def _set_of_calls(self) -> frozenset[ModuleCall | FunctionCall]:
+        return frozenset(self.calls)
 
 
 class Pair(NamedTuple):
-    """Two layers of which the second is the only reader of what the first hands out."""
+    """Two units of which the second is the only reader of what the first hands out."""
 
-    first_name: str
-    first: nn.Module
-    second_name: str
-    second: nn.Module
+    first: Unit
+    second: Unit
 
 
 class Adjacency(NamedTuple):
-    """What `adjacent_pairs` returns.
+    """What `adjacent` returns.
 
     Attributes
     ----------
     pairs : list of Pair
-        In the order in which the second layers were called.
+        In the order in which the second units are given.
     unpaired : dict of str to str
-        For every other layer of either kind: its name, and why it is in no pair.
+        For every other unit: its name, and why it is in no pair.
     """
 
     pairs: list[Pair]
     unpaired: dict[str, str]
 
 
-def adjacent_pairs(record: Trace, first: ModuleTypes, second: ModuleTypes) -> Adjacency:
-    """Layers of type `second` whose whole input is the output of a layer of type `first` that nothing else uses.
+def layers_as_units(record: Trace, layers: Iterable[str]) -> list[Unit]:
+    """Layers with all their calls, and with the parameters that they and the modules inside them hold."""
+    calls: dict[str, list[ModuleCall]] = {layer: [] for layer in layers}
+    parameters: dict[str, dict[str, list[Reader]]] = {layer: {} for layer in calls}
+    for call in record.calls:
+        if call.layer in calls:
+            calls[call.layer].append(call)
+    for name, readers in record.parameter_readers.items():
+        parts = name.split(".")
+        for end in range(len(parts)):
+            if (layer := ".".join(parts[:end])) in parameters:
+                parameters[layer][".".join(parts[end:])] = readers
+    return [Unit(layer, calls[layer], parameters[layer]) for layer in calls]
 
-    Both are called once, the tensor is the same object (possibly handed through containers), unchanged and no part
-    of the model's output, and nothing outside the two calls reads a parameter of either. So replacing the two layers by
-    one that computes both leaves every other value of this forward pass as it is.
+
+def adjacent(first: Iterable[Unit], second: Iterable[Unit]) -> Adjacency:
+    """Pairs in which the second unit's whole input is the output of the first one, which nothing else uses.
+
+    It is so in every call of both; the tensor is the same object (possibly handed through containers), unchanged and no
+    part of the model's output, and nothing outside their calls reads a parameter of either. So replacing the two by one
+    that computes both leaves every other value of this forward pass as it is.
 
     Parameters
     ----------
-    record : Trace
-    first, second : module type or tuple of module types
+    first, second : iterable of Unit
 
     Returns
     -------
     Adjacency
     """
+    first, second = list(first), list(second)
+    made_by = {id(node): unit for unit in first for call in unit.calls for node in call.outputs}
     pairs: list[Pair] = []
     unpaired: dict[str, str] = {}
-    for call in record.calls:
-        if isinstance(call.module, second):
-            found = _partner(record, call, first)
-            if isinstance(found, Call):
-                pairs.append(Pair(found.layer, found.module, call.layer, call.module))
+    for unit in second:
+        if unit.calls:
+            partner = _partner(unit, made_by)
+            if isinstance(partner, Unit):
+                pairs.append(Pair(partner, unit))
             else:
-                unpaired[call.layer] = found
-    paired = {name for pair in pairs for name in (pair.first_name, pair.second_name)}
-    for name, module in record.modules.items():
-        if isinstance(module, (first, second)) and name not in paired and name not in unpaired:
-            unpaired[name] = _why_alone(record, name)
+                unpaired[unit.name] = partner
+    paired = {unit.name for pair in pairs for unit in pair}
+    for unit in (*first, *second):
+        if unit.name not in paired and unit.name not in unpaired:
+            unpaired[unit.name] = _why_alone(unit)
     return Adjacency(pairs, unpaired)
 
 
-def _partner(record: Trace, call: Call, first: ModuleTypes) -> Call | str:
-    """Call of type `first` that alone feeds `call`, and only it; otherwise the reason why there is none."""
-    if (count := len(record.calls_of(call.layer))) > 1:
-        return f"called {count} times"
+def _partner(unit: Unit, made_by: dict[int, Unit]) -> Unit | str:
+    """Unit whose calls alone feed those of another one, and only these; otherwise the reason why there is none."""
+    partners: dict[Unit, None] = {}
+    for call in unit.calls:
+        maker = _maker(call, made_by)
+        if isinstance(maker, str):
+            return _times(unit) + maker
+        partners[maker] = None
+    partner, *others = partners
+    if others:
+        return f"called {len(unit.calls)} times, behind {', '.join(map(str, partners))}"
+    source, count = f"input comes from {partner}", len(partner.calls)
+    times = f", which is called {count} times and" if count > 1 else ","
+    for call in partner.calls:
+        if len(call.outputs) != 1:
+            return f"{source}, which has {len(call.outputs)} outputs"
+        if names := _names(reader for reader in call.outputs[0].readers if not (call.ran(reader) or unit.ran(reader))):
+            return f"{source}{times} whose output is also read by {names}"
+    for one in (partner, unit):
+        for name, readers in one.parameters.items():
+            if names := _names(reader for reader in readers if not one.ran(reader)):
+                return f"{name} of {one} is also read by {names}"
+    return partner
+
+
+def _maker(call: ModuleCall | FunctionCall, made_by: dict[int, Unit]) -> Unit | str:
+    """Unit that made the whole input of a call; otherwise the reason why there is none."""
     if len(call.inputs) != 1:
         return f"has {len(call.inputs)} inputs that the model made" if call.inputs else "input is made by no layer"
-    node = call.inputs[0]
-    while node.is_passed_on and not isinstance(node.call and node.call.module, first):
-        node = node.sources[0]
-    maker = node.call
-    if node.kind != "output" or maker is None or not isinstance(maker.module, first):
-        return f"input comes from {node}"
-    if (count := len(record.calls_of(maker.layer))) > 1:
-        return f"input comes from {maker.layer!r}, which is called {count} times"
-    if len(maker.outputs) != 1:
-        return f"input comes from {maker.layer!r}, which has {len(maker.outputs)} outputs"
-    if others := _names(reader for reader in node.readers if not _ran_in(reader, call, maker)):
-        return f"input comes from {maker.layer!r}, whose output is also read by {others}"
-    for one in (maker, call):
-        for name, parameter in one.module.named_parameters():
-            readers = record.parameter_readers.get(id(parameter), [])
-            if others := _names(reader for reader in readers if not _ran_in(reader, one)):
-                return f"{name} of {one.layer!r} is also read by {others}"
-    return maker
+    node, shown = call.inputs[0], None
+    while id(node) not in made_by:
+        is_container = node.kind == "output" and node.call is not None and not node.call.is_leaf
+        if shown is None and (node.maker is None or not is_container):
+            shown = node
+        if node.maker is None:
+            return f"input comes from {shown}"
+        node = node.maker
+    return made_by[id(node)]
 
 
-def _why_alone(record: Trace, name: str) -> str:
-    """Reason why a layer is the first of no pair."""
-    calls = record.calls_of(name)
-    if len(calls) != 1:
-        return f"called {len(calls)} times" if calls else "not called"
-    readers = _names(reader for node in calls[0].outputs for reader in node.readers)
-    return f"output is read by {readers}" if readers else "nothing reads its output"
+def _why_alone(unit: Unit) -> str:
+    """Reason why a unit is the first of no pair."""
+    if not unit.calls:
+        return "not called"
+    outputs = [(node, call) for call in unit.calls for node in call.outputs]
+    readers = _names(reader for node, call in outputs for reader in node.readers if not call.ran(reader))
+    return _times(unit) + (f"output is read by {readers}" if readers else "nothing reads its output")
 
 
-def _ran_in(reader: Reader, *calls: Call) -> bool:
-    return reader.call is not None and any(reader.call.within(call) for call in calls)
+def _times(unit: Unit) -> str:
+    return f"called {len(unit.calls)} times: " if len(unit.calls) > 1 else ""
 
 
 def _names(readers: Iterable[Reader]) -> str:

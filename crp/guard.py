@@ -14,9 +14,9 @@ from zennit.core import BasicHook, Composite, Hook
 
 from crp.layers import modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.notices import warn
+from crp.placed import placed
 
-#: Module that a composite is on, and composites that a call has put there, and not a user's own hand.
-_modules: weakref.WeakKeyDictionary[Composite, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+#: Composites that a call has put on a model, and not a user's own hand.
 _of_calls: weakref.WeakSet[Composite] = weakref.WeakSet()
 _locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -29,18 +29,6 @@ def check_composite(composite: object) -> None:
             f"composite must be None, or a composite of crp.composites or zennit, such as EpsilonPlusFlat(), "
             f"not {composite!r}"
         )
-
-
-def note_attached(composite: Composite, module: nn.Module) -> None:
-    """Remember that a composite is on a module now; a composite says so when it is registered."""
-    with _locks_guard:
-        _modules[composite] = weakref.ref(module)
-
-
-def note_removed(composite: Composite) -> None:
-    """Forget where a composite was."""
-    with _locks_guard:
-        _modules.pop(composite, None)
 
 
 def composite_on(model: nn.Module, composite: Composite | None = None) -> Composite | None:
@@ -65,9 +53,9 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
     """
     check_composite(composite)
     with _locks_guard:
-        placed = [(other, module()) for other, module in _modules.items() if other not in _of_calls]
+        by_hand = [(other, module) for other, module in placed() if other not in _of_calls]
     found = composite
-    for other, module in placed:
+    for other, module in by_hand:
         if module is model and found in (None, other):
             found = other
         elif module is model:
@@ -129,9 +117,9 @@ def is_on(composite: Composite, model: nn.Module) -> bool:
     with _locks_guard:
         if composite in _of_calls:
             return False
-        module = _modules.get(composite)
-    if module is not None:
-        return module() is model
+    for other, module in placed():
+        if other is composite:
+            return module is model
     hooks = composite.hook_refs  # (those of zennit do not say where they are)
     return len(hooks) > 0 and any(rule in hooks for part in modules_of(model).values() for rule in _rules_on(part))
 

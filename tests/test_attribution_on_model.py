@@ -22,6 +22,7 @@ from crp.attribution import CondAttribution
 from crp.attributors import Gradient, GuidedGradCAM, IntegratedGradients, MeaningfulPerturbation, Occlusion, SmoothGrad
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, ExcitationBackprop, GradientTimesInput
 from crp.composites import Gradient as GradientComposite
+from crp.placed import placed
 
 CONDITIONS = [{"y": 1}, {"y": 2, "features.3": [0, 2]}]
 OURS = {
@@ -153,7 +154,7 @@ def test_nothing_is_remembered_of_composites_that_are_gone(vgg_bn, images):
     composite.remove()
     del composite
     gc.collect()
-    assert not guard._modules and not guard._of_calls
+    assert not placed() and not guard._of_calls
 
     class Breaks(SequentialMergeBatchNorm):
         def apply(self, root_module: nn.Module) -> list[Any]:
@@ -163,7 +164,7 @@ def test_nothing_is_remembered_of_composites_that_are_gone(vgg_bn, images):
         EpsilonPlus([Breaks()]).register(vgg_bn)
     with pytest.raises(ZeroDivisionError):
         CondAttribution(vgg_bn)(images, CONDITIONS, EpsilonPlus([Breaks()]))
-    assert not guard._modules and not guard._of_calls
+    assert not placed() and not guard._of_calls
 
 
 def test_threads_do_not_take_a_call_of_another_for_a_hand(vgg_bn, images):

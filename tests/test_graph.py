@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from crp import graph
-from crp.graph import Trace, adjacent_pairs, trace, trace_model_graph
+from crp.graph import Adjacency, Trace, adjacent, layers_as_units, trace, trace_model_graph
 from crp.layers import LayerNotFoundError, get_layer_names
 
 
@@ -275,9 +275,16 @@ def test_many_forks_take_no_longer_than_one():
 # --- adjacency ------------------------------------------------------------------------------------------------------
 
 
+def adjacent_kinds(record: Trace, first: type[nn.Module], second: type[nn.Module]) -> Adjacency:
+    def units(kind):
+        return layers_as_units(record, [name for name, other in record.modules.items() if issubclass(other, kind)])
+
+    return adjacent(units(first), units(second))
+
+
 def pairs(wiring, **layers: nn.Module) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    found = adjacent_pairs(trace(net(wiring, **layers), X), nn.Conv2d, nn.BatchNorm2d)
-    return [(pair.first_name, pair.second_name) for pair in found.pairs], found.unpaired
+    found = adjacent_kinds(trace(net(wiring, **layers), X), nn.Conv2d, nn.BatchNorm2d)
+    return [(pair.first.name, pair.second.name) for pair in found.pairs], found.unpaired
 
 
 def _hand_back_both(m, x):
@@ -358,8 +365,16 @@ NOT_ADJACENT = {
         "input comes from 'a', whose output is also read by isfinite",
     ),
     "also the output": (_hand_back_both, "input comes from 'a', whose output is also read by the model's output"),
-    "called twice": (lambda m, x: m.bn(m.a(m.bn(m.b(x)))), "called 2 times"),
-    "first called twice": (lambda m, x: m.bn(m.a(m.a(x))), "input comes from 'a', which is called 2 times"),
+    "called twice": (lambda m, x: m.bn(m.a(m.bn(m.b(x)))), "called 2 times, behind 'b', 'a'"),
+    "called twice in a row": (lambda m, x: m.bn(m.bn(m.a(x))), "called 2 times: input comes from 'bn' (BatchNorm2d)"),
+    "first called twice": (
+        lambda m, x: m.bn(m.a(m.a(x))),
+        "input comes from 'a', which is called 2 times and whose output is also read by 'a'",
+    ),
+    "one of several calls": (
+        lambda m, x: m.bn(m.a(x)) + m.bn(m.a(x + 1)) + m.a(x + 2),
+        "input comes from 'a', which is called 3 times and whose output is also read by add",
+    ),
     "not called": (lambda m, x: m.a(x), "not called"),
     "weight used elsewhere": (
         lambda m, x: m.bn(m.a(x)) + F.conv2d(x, m.a.weight),
@@ -382,9 +397,8 @@ def test_not_adjacent_and_why(wiring, reason):
 def test_weight_shared_with_another_layer_is_no_pair():
     model = net(lambda m, x: m.b(m.bn(m.a(x))))
     model.b.weight = model.a.weight
-    assert (
-        adjacent_pairs(trace(model, X), nn.Conv2d, nn.BatchNorm2d).unpaired["bn"] == "weight of 'a' is also read by 'b'"
-    )
+    found = adjacent_kinds(trace(model, X), nn.Conv2d, nn.BatchNorm2d)
+    assert found.unpaired["bn"] == "weight of 'a' is also read by 'b'"
 
 
 class Side(nn.Conv2d):
@@ -434,8 +448,8 @@ def test_a_tensor_that_a_container_also_hands_out_counts_only_where_it_is_used()
 
 def test_both_directions():
     record = trace(net(lambda m, x: m.b(m.bn(x))), X)
-    found = adjacent_pairs(record, nn.BatchNorm2d, (nn.Conv2d, nn.Linear))
-    assert [(pair.first, pair.second) for pair in found.pairs] == [(record.modules["bn"], record.modules["b"])]
+    found = adjacent_kinds(record, nn.BatchNorm2d, (nn.Conv2d, nn.Linear))
+    assert [(pair.first.name, pair.second.name) for pair in found.pairs] == [("bn", "b")]
     assert found.unpaired == {"a": "not called", "c": "not called"}
 
 
@@ -450,19 +464,20 @@ def test_hooks_of_others_on_the_two_layers_do_not_spoil_the_pair():
     model.a.register_forward_hook(lambda _m, _i, out: out.clone())
     model.a.register_forward_hook(lambda _m, _i, out: out.mean() and None)
     model.bn.register_forward_pre_hook(lambda _m, args: (args[0].view_as(args[0]),))
-    found = adjacent_pairs(trace(model, X), nn.Conv2d, nn.BatchNorm2d)
-    assert [pair.first_name for pair in found.pairs] == ["a"]
+    found = adjacent_kinds(trace(model, X), nn.Conv2d, nn.BatchNorm2d)
+    assert [pair.first.name for pair in found.pairs] == ["a"]
 
 
 def test_replacing_every_pair_leaves_the_output_as_it_is(resnet, images):
     expected = resnet(images)
-    found = adjacent_pairs(trace(resnet, images), nn.Conv2d, nn.BatchNorm2d)
+    found = adjacent_kinds(trace(resnet, images), nn.Conv2d, nn.BatchNorm2d)
     assert len(found.pairs) == 6 and not [name for name in found.unpaired if "bn" in name]
     for pair in found.pairs:
-        scale = pair.second.weight / (pair.second.running_var + pair.second.eps).sqrt()
-        pair.first.weight.data *= scale[:, None, None, None]
-        pair.first.bias = nn.Parameter(pair.second.bias - pair.second.running_mean * scale)
-        pair.second.forward = lambda x: x
+        conv, bn = (resnet.get_submodule(unit.name) for unit in pair)
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+        conv.weight.data *= scale[:, None, None, None]
+        conv.bias = nn.Parameter(bn.bias - bn.running_mean * scale)
+        bn.forward = lambda x: x
     torch.testing.assert_close(resnet(images), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -26,8 +26,8 @@ from crp.composites import (
     EpsilonPlusFlat,
     GuidedBackprop,
 )
-from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, Rule, ZPlus
 from crp.composites.operations import Operations
+from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, Rule, ZPlus
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ of execution, and is undone by putting the very same parameters back.
 
 from __future__ import annotations
 
-import weakref
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,9 @@ from zennit.core import RemovableHandleList
 
 from crp.canonizers import norms
 from crp.canonizers.folding import fold
-from crp.canonizers.places import Candidate, Place, Plan, Side, find_places, obstacle, structure
-from crp.graph import tracing
+from crp.canonizers.places import Candidate, Linear, Place, Plan, Side, obstacle, plan_of
 from crp.layers import modules_of
-
-_plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
+from crp.provenance import Passive, Structure, known, recorded, structure, tracing
 
 
 class MergeBatchNorm(Canonizer):  # type: ignore[misc]
@@ -51,7 +48,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         super().__init__()
         self.merged: dict[str, str] = {}
         self.left: dict[str, str] = {}
-        self._undo: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        self._undo: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self._bypassed: list[nn.Module] = []
         self._handles = RemovableHandleList()
 
@@ -77,18 +74,19 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
 
     def register(self, root_module: nn.Module) -> None:
         """Merge, or arrange for it."""
-        plan, key = _plans.get(root_module), structure(root_module)
-        if plan is not None and plan.structure == key:
-            self._merge(plan)
+        key = structure(root_module)
+        record = known(root_module, key)
+        if record is not None:
+            self._merge(plan_of(root_module, record))
         else:
-            hook = partial(self._at_first_call, key)
+            hook = Passive(partial(self._at_first_call, key))
             self._handles.append(root_module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
 
     def remove(self) -> None:
         """Put the parameters back that were there."""
         self._handles.remove()
-        for module, parameters in self._undo:
-            module._parameters.update(parameters)
+        for module, name, parameter in self._undo:
+            module._parameters[name] = parameter
         for module in self._bypassed:
             del module.forward
         self._undo.clear()
@@ -101,9 +99,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
-    def _at_first_call(
-        self, key: tuple[object, ...], root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _at_first_call(self, key: Structure, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if tracing():
             return
         self._handles.remove()
@@ -112,23 +108,26 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
             reason = "the model had parameters that no call had initialized"
             self.left = {name: reason for name, module in named if norms.is_batch_norm(module)}
             return
-        plan = _plans[root] = find_places(root, args, kwargs, key)
-        self._merge(plan)
+        self._merge(plan_of(root, recorded(root, args, kwargs, key)))
 
     def _merge(self, plan: Plan) -> None:
         self.merged, self.left = {}, {}
-        folds: dict[nn.Module, dict[Side, nn.Module]] = {}
+        folds: dict[Linear, dict[Side, nn.Module]] = {}
         for candidate in plan.candidates:
             place = self._choose(candidate)
             if place is not None:
-                folds.setdefault(place.linear(), {})[place.side] = candidate.norm()
+                folds.setdefault(place.linear, {})[place.side] = candidate.norm()
         for linear, sides in folds.items():
-            weight, bias = fold(linear, sides.get("before"), sides.get("after"))
-            self._undo.append((linear, {name: linear._parameters[name] for name in ("weight", "bias")}))
-            linear._parameters.update(weight=weight, bias=bias)
+            weight, bias = linear.weight.get(), None if linear.bias is None else linear.bias.get()
+            assert weight is not None  # as `obstacle` has seen
+            merged = fold(linear.form, weight, bias, sides.get("before"), sides.get("after"))
+            for slot, parameter in zip((linear.weight, linear.bias), merged, strict=True):
+                if slot is not None:
+                    self._undo.append((slot.module(), slot.name, slot.get()))
+                    slot.module()._parameters[slot.name] = parameter
             for norm in sides.values():
                 self._bypassed.append(norm)
-                norm.forward = norms.rest_of(norm)
+                norm.forward = Passive(norms.rest_of(norm))
 
     def _choose(self, candidate: Candidate) -> Place | None:
         """Place to merge at; notes it, or why there is none."""
@@ -137,9 +136,9 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
             return None
         reasons = list(candidate.reasons)
         for place in candidate.places:
-            reason = obstacle(candidate.norm(), place.name, place.linear(), place.side)
+            reason = obstacle(candidate.norm(), place.linear, place.side)
             if reason is None:
-                self.merged[candidate.name] = place.name
+                self.merged[candidate.name] = place.linear.name
                 return place
             reasons.append(reason)
         self.left[candidate.name] = "; ".join(reasons)

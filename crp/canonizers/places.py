@@ -1,11 +1,10 @@
-"""Where a batch norm can be merged: the linear layers next to it in the order of execution."""
+"""Where a batch norm can be merged: the linear layers and functions next to it in the order of execution."""
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -13,18 +12,52 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from crp.canonizers import norms
-from crp.canonizers.folding import LINEAR, has_shift, is_shift_invariant
-from crp.graph import adjacent_pairs, trace
+from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, form_of_call, form_of_layer, has_shift
+from crp.graph import Unit, adjacent, layers_as_units
 from crp.layers import modules_of
+from crp.provenance import FunctionCall, ModuleCall, Operand, TensorKind, Trace, undisturbed
 
 Side: TypeAlias = Literal["before", "after"]
 
 
-class Place(NamedTuple):
-    """A linear layer, held weakly, and on which side of it the batch norm is."""
+class Slot(NamedTuple):
+    """Where a module, held weakly, stores a parameter."""
+
+    module: Callable[[], Any]
+    name: str
+
+    def get(self) -> nn.Parameter | None:
+        """Parameter that is there now."""
+        parameter: nn.Parameter | None = self.module()._parameters.get(self.name)
+        return parameter
+
+
+class Linear(NamedTuple):
+    """A linear layer, or a function called with stored parameters.
+
+    Attributes
+    ----------
+    name : str
+        The layer, or the function and where it is called.
+    form : Form
+    weight : Slot
+    bias : Slot or None
+        None for a function that is called without one.
+    layer : callable or None
+        Weak reference to the module; None for a function.
+    """
 
     name: str
-    linear: Callable[[], Any]
+    form: Form
+    weight: Slot
+    bias: Slot | None
+    layer: Callable[[], Any] | None
+
+
+class Place(NamedTuple):
+    """A linear layer or function, and on which side of it the batch norm is."""
+
+    linear: Linear
     side: Side
 
 
@@ -39,75 +72,166 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All batch norms of a model, as long as its structure is the same."""
+    """All batch norms of a model."""
 
-    structure: tuple[object, ...]
     candidates: tuple[Candidate, ...]
 
 
-def structure(root: nn.Module) -> tuple[object, ...]:
-    """Changes whenever a module is replaced, gets a hook, or is switched between training and evaluation."""
-    return tuple(
-        (weakref.ref(m), m.training, "forward" in vars(m), (*m._forward_hooks,), (*m._forward_pre_hooks,))
-        for m in modules_of(root).values()
-    )
+_plans: weakref.WeakKeyDictionary[Trace, Plan] = weakref.WeakKeyDictionary()
 
 
-def find_places(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: tuple[object, ...]) -> Plan:
-    """Find all batch norms and their places by one traced forward pass."""
-    with _watching(root) as seen:
-        record = trace(root, *args, **kwargs)
-    found = {name: module for name, module in record.modules.items() if norms.is_batch_norm(module)}
-    kinds = tuple({type(norm) for norm in found.values()})
-    behind, ahead = adjacent_pairs(record, LINEAR, kinds), adjacent_pairs(record, kinds, LINEAR)
-    pairs: dict[str, list[tuple[Side, str, nn.Module]]] = {name: [] for name in found}
+def plan_of(root: nn.Module, record: Trace) -> Plan:
+    """Batch norms of a model and their places, found once for each record of a forward pass."""
+    plan = _plans.get(record)
+    if plan is None:
+        plan = _plans[record] = find_places(root, record)
+    return plan
+
+
+def find_places(root: nn.Module, record: Trace) -> Plan:
+    """Find all batch norms and their places."""
+    modules = modules_of(root)
+    found = {name: module for name, module in modules.items() if norms.is_batch_norm(module)}
+    layers = layers_as_units(record, [name for name, module in modules.items() if isinstance(module, LINEAR)])
+    linear: dict[Unit, Linear | str] = {unit: _layer(unit.name, modules[unit.name]) for unit in layers}
+    linear |= _functions(modules, record)
+    units = layers_as_units(record, found)
+    behind, ahead = adjacent(linear, units), adjacent(units, linear)
+    pairs: dict[str, list[tuple[Side, Unit, Unit]]] = {name: [] for name in found}
     for pair in behind.pairs:
-        pairs[pair.second_name].append(("after", pair.first_name, pair.first))
+        pairs[pair.second.name].append(("after", pair.first, pair.second))
     for pair in ahead.pairs:
-        pairs[pair.first_name].append(("before", pair.second_name, pair.second))
+        pairs[pair.first.name].append(("before", pair.second, pair.first))
     candidates = []
     for name, norm in found.items():
         reasons = [other.unpaired[name] for other in (behind, ahead) if name in other.unpaired]
         places = []
-        for side, linear_name, linear in pairs[name]:
-            reason = _trace_obstacle(seen, side, norm, linear_name, linear)
-            if reason is None:
-                places.append(Place(linear_name, weakref.ref(linear), side))
-            else:
+        for side, unit, norm_unit in pairs[name]:
+            place = linear[unit]
+            if isinstance(place, str):
+                reasons.append(place)
+            elif (reason := _recorded_obstacle(place, unit, norm_unit, side)) is not None:
                 reasons.append(reason)
+            else:
+                places.append(Place(place, side))
         candidates.append(Candidate(name, weakref.ref(norm), tuple(places), tuple(dict.fromkeys(reasons))))
-    return Plan(key, tuple(candidates))
+    return Plan(tuple(candidates))
 
 
-def obstacle(norm: Any, name: str, linear: Any, side: Side) -> str | None:
-    """Reason why a batch norm cannot go into the linear layer, as both are now; None if it can."""
-    if linear._parameters.get("weight") is None or "bias" not in linear._parameters:
-        return f"a parameter of {name!r} is computed, not stored"
+def obstacle(norm: Any, linear: Linear, side: Side) -> str | None:
+    """Reason why a batch norm cannot go into a linear layer, as both are now; None if it can."""
+    name = label(linear)
+    stored = linear.weight.get() is not None
+    if linear.layer is not None:
+        stored = stored and "bias" in linear.layer()._parameters
+    elif linear.bias is not None:
+        stored = stored and linear.bias.get() is not None
+    if not stored:
+        return f"a parameter of {name} is computed, not stored"
     if side == "before" and not norms.is_affine_only(norm):
-        return f"its activation comes before {name!r}"
-    if side == "before" and not is_shift_invariant(linear) and has_shift(norm):
-        return f"its shift would not reach the borders of {name!r} as it does now"
+        return f"its activation comes before {name}"
+    if side == "before" and not linear.form.is_shift_invariant and has_shift(norm):
+        return f"its shift would not reach the borders of {name} as it does now"
+    if linear.bias is None and has_shift(norm):
+        return f"{name} is called without a stored bias that could take up its shift"
     return None
 
 
-def _trace_obstacle(seen: dict[nn.Module, _Seen], side: Side, norm: nn.Module, name: str, linear: Any) -> str | None:
-    first, second = (linear, norm) if side == "after" else (norm, linear)
-    there, here = seen[linear], seen[norm]
-    if there.output_dim != (2 if isinstance(linear, nn.Linear) else linear.weight.dim()):
-        return f"it normalizes another axis than the features of {name!r}"
-    if here.input_dtype != here.output_dtype:
-        return f"it makes {here.output_dtype} of {here.input_dtype}"
-    if seen[first].output_changed or seen[second].input_changed:
-        return f"a hook changes what goes between it and {name!r}"
-    if linear._parameters.get("weight") is not None and not _has_plain_forward(linear):
-        if side == "before":
-            return f"the forward of {type(linear).__name__} {name!r} is not that of torch"
-        if not _follows_its_parameters(linear, there):
-            return f"the output of {type(linear).__name__} {name!r} does not follow its weight and bias"
-    return None
+def label(linear: Linear) -> str:
+    """Name of a linear layer or function in a sentence."""
+    return linear.name if linear.layer is None else repr(linear.name)
 
 
-# --- linear layers with a forward of their own ----------------------------------------------------------------------
+def _recorded_obstacle(linear: Linear, unit: Unit, norm: Unit, side: Side) -> str | None:
+    """Reason why the two cannot be merged that lies in their calls."""
+    weight = linear.weight.get()
+    if weight is not None and any(
+        call.returned is None or len(call.returned.shape) != weight.dim() for call in unit.calls
+    ):
+        return f"it normalizes another axis than the features of {label(linear)}"
+    for call in _module_calls(norm):
+        given, returned = (None if kind is None else kind.dtype for kind in (call.given, call.returned))
+        if given != returned:
+            return f"it makes {returned} of {given}"
+    first, second = (unit, norm) if side == "after" else (norm, unit)
+    changed = [call.output_changed for call in _module_calls(first)] + [c.input_changed for c in _module_calls(second)]
+    if any(changed):
+        return f"a hook changes what goes between it and {label(linear)}"
+    return None if linear.layer is None else _layer_obstacle(linear, linear.layer(), _module_calls(unit), side)
+
+
+def _module_calls(unit: Unit) -> list[ModuleCall]:
+    return [call for call in unit.calls if isinstance(call, ModuleCall)]
+
+
+# --- functions ------------------------------------------------------------------------------------------------------
+
+
+def _functions(modules: Mapping[str, nn.Module], record: Trace) -> dict[Unit, Linear | str]:
+    """Linear functions that are called outside of linear layers, or the reason why one cannot take in a norm."""
+    calls: dict[str, list[FunctionCall]] = {}
+    for call in record.operations:
+        if call.name in FUNCTIONS and not any(issubclass(around.kind, LINEAR) for around in _around(call)):
+            calls.setdefault(_name(call), []).append(call)
+    found: dict[Unit, Linear | str] = {}
+    for name, same in calls.items():
+        operands = (operand for call in same for operand in call.operands)
+        parameters = dict.fromkeys(operand.parameter for operand in operands if operand.parameter is not None)
+        unit = Unit(name, same, {parameter: record.parameter_readers[parameter] for parameter in parameters})
+        found[unit] = _function(modules, record, unit, same)
+    return found
+
+
+def _function(modules: Mapping[str, nn.Module], record: Trace, unit: Unit, calls: list[FunctionCall]) -> Linear | str:
+    """Description of a function that is called with one weight; or the reason why there is none."""
+    first, *others = ({**_arguments(call), "input": None} for call in calls)
+    weight, bias = first["weight"], first.get("bias")
+    if not isinstance(weight, Operand) or weight.parameter is None:
+        return f"the weight of {unit} is computed, not stored as a parameter"
+    if isinstance(bias, Operand) and bias.parameter is None:
+        return f"the bias of {unit} is computed, not stored as a parameter"
+    if any(other != first for other in others):
+        return f"the calls of {unit} differ in more than their input"
+    if ... in first.values():
+        return f"{unit} is called with settings that are no plain numbers"
+    for parameter, readers in unit.parameters.items():
+        names = [name for name, other in record.parameter_readers.items() if other is readers and name != parameter]
+        if names:
+            return f"the parameter {parameter!r} is also {', '.join(map(repr, names))}"
+    slot = _slot(modules, weight.parameter)
+    form = form_of_call(calls[0].name, first, slot.module()._parameters[slot.name])
+    return Linear(unit.name, form, slot, None if bias is None else _slot(modules, bias.parameter), None)
+
+
+def _name(call: FunctionCall) -> str:
+    """Function and its weight; where that is no parameter, the layer in which it runs."""
+    weight = _arguments(call)["weight"]
+    if isinstance(weight, Operand) and weight.parameter is not None:
+        return f"{call.name} ({weight.parameter})"
+    return f"{call.name} in {call.call.layer!r}" if call.call is not None and call.call.layer else call.name
+
+
+def _arguments(call: FunctionCall) -> dict[str, Any]:
+    """Arguments by name."""
+    return dict(zip(FUNCTIONS[call.name], call.arguments, strict=False)) | call.keywords
+
+
+def _slot(modules: Mapping[str, nn.Module], parameter: str) -> Slot:
+    layer, _, name = parameter.rpartition(".")
+    return Slot(weakref.ref(modules[layer]), name)
+
+
+def _around(call: FunctionCall) -> Iterator[ModuleCall]:
+    return iter(()) if call.call is None else call.call.around()
+
+
+# --- linear layers --------------------------------------------------------------------------------------------------
+
+
+def _layer(name: str, layer: Any) -> Linear:
+    here = weakref.ref(layer)
+    return Linear(name, form_of_layer(layer), Slot(here, "weight"), Slot(here, "bias"), here)
+
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -115,92 +239,48 @@ _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)}
 _CONV_FORWARDS = {kind._conv_forward for kind in _CONVOLUTIONS}
 
 
-def _has_plain_forward(linear: Any) -> bool:
-    plain = "forward" not in vars(linear) and type(linear).forward in _FORWARDS
-    if isinstance(linear, nn.Linear | _ConvTransposeNd):
+def _layer_obstacle(linear: Linear, layer: Any, calls: list[ModuleCall], side: Side) -> str | None:
+    """Reason why a layer with a forward of its own does not do what its parameters say."""
+    if linear.weight.get() is None or _has_plain_forward(layer):
+        return None
+    kind = type(layer).__name__
+    if side == "before":
+        return f"the forward of {kind} {linear.name!r} is not that of torch"
+    with undisturbed(layer):
+        if not all(_follows_its_parameters(layer, given) for given in {call.given for call in calls}):
+            return f"the output of {kind} {linear.name!r} does not follow its weight and bias"
+    return None
+
+
+def _has_plain_forward(layer: Any) -> bool:
+    plain = "forward" not in vars(layer) and type(layer).forward in _FORWARDS
+    if isinstance(layer, nn.Linear | _ConvTransposeNd):
         return plain
-    return plain and type(linear)._conv_forward in _CONV_FORWARDS
+    return plain and type(layer)._conv_forward in _CONV_FORWARDS
 
 
 @torch.no_grad()
-def _follows_its_parameters(linear: Any, seen: _Seen) -> bool:
+def _follows_its_parameters(layer: Any, given: TensorKind | None) -> bool:
     """Whether the output is the bias without the weight, and -2 times itself with -2 times both.
 
     So it is where a layer only pads as it likes, but not where it standardizes its weight. Both are exact in floating
     point, so that no tolerance is needed.
     """
-    weight, own = linear.weight, dict(linear._parameters)
-    size = weight.shape[1] * linear.groups if isinstance(linear, _ConvTransposeNd) else weight.shape[0]
+    if given is None:
+        return False
+    weight, own = layer.weight, dict(layer._parameters)
+    size = weight.shape[1] * layer.groups if isinstance(layer, _ConvTransposeNd) else weight.shape[0]
     bias = torch.linspace(-1, 1, size, dtype=weight.dtype, device=weight.device)
-    numbers = torch.linspace(-1, 1, seen.input_shape.numel(), device=weight.device)
-    data = numbers.to(seen.input_dtype).reshape(seen.input_shape)
+    numbers = torch.linspace(-1, 1, given.shape.numel(), device=weight.device)
+    data = numbers.to(given.dtype).reshape(given.shape)
 
     def output(weight: Tensor, bias: Tensor) -> Tensor:
-        linear._parameters.update(weight=weight, bias=bias)
-        return linear.forward(data)  # type: ignore[no-any-return]
+        layer._parameters.update(weight=weight, bias=bias)
+        return layer.forward(data)  # type: ignore[no-any-return]
 
     try:
         constant = output(torch.zeros_like(weight), bias).movedim(1, -1)
         once, twice = output(weight.detach(), bias), output(-2 * weight, -2 * bias)
     finally:
-        linear._parameters.update(own)
+        layer._parameters.update(own)
     return torch.equal(constant, bias.expand_as(constant)) and torch.equal(twice, -2 * once)
-
-
-# --- what hooks see during the traced pass --------------------------------------------------------------------------
-
-
-@dataclass
-class _Seen:
-    """What went into a module and came out, and whether hooks replaced or wrote to it."""
-
-    input_shape: torch.Size = field(default_factory=torch.Size)
-    input_dtype: torch.dtype | None = None
-    output_dtype: torch.dtype | None = None
-    output_dim: int = 0
-    input_changed: bool = False
-    output_changed: bool = False
-    given: list[tuple[Tensor, int]] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def _watching(root: nn.Module) -> Iterator[dict[nn.Module, _Seen]]:
-    seen: dict[nn.Module, _Seen] = {}
-
-    def versions(*values: Any) -> list[tuple[Tensor, int]]:
-        return [(value, value._version) for value in values if isinstance(value, Tensor)]
-
-    def differ(now: list[tuple[Tensor, int]], then: list[tuple[Tensor, int]]) -> bool:
-        return [(id(t), v) for t, v in now] != [(id(t), v) for t, v in then]
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        record = seen[module] = _Seen(given=versions(*args, *kwargs.values()))
-        for tensor, _ in record.given[:1]:
-            record.input_shape, record.input_dtype = tensor.shape, tensor.dtype
-
-    def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
-        record = seen[module]
-        record.input_changed = differ(versions(*args, *kwargs.values()), record.given)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        record = seen[module]
-        record.given = versions(output)
-        for tensor, _ in record.given[:1]:
-            record.output_dtype, record.output_dim = tensor.dtype, tensor.dim()
-
-    def left(module: nn.Module, args: Any, output: Any) -> None:
-        record = seen[module]
-        record.output_changed = differ(versions(output), record.given)
-        record.given = []
-
-    with contextlib.ExitStack() as stack:
-        for module in root.modules():
-            if isinstance(module, LINEAR) or norms.is_batch_norm(module):
-                for register, hook, options in (
-                    (module.register_forward_pre_hook, enter, {"prepend": True, "with_kwargs": True}),
-                    (module.register_forward_pre_hook, entered, {"with_kwargs": True}),
-                    (module.register_forward_hook, leave, {"prepend": True}),
-                    (module.register_forward_hook, left, {}),
-                ):
-                    stack.callback(register(hook, **options).remove)
-        yield seen

@@ -19,9 +19,10 @@ from crp.composites.keywords import Remembered
 from crp.composites.operations import Operations, Seen, may_be_activation
 from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
-from crp.composites.selection import Entry, Selector, Types, check_map, entries_of, pushes
-from crp.graph import tracing
+from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
+from crp.placed import note_placed, note_removed
+from crp.provenance import Structure, recorded, structure, tracing
 from crp.reference import referencing
 from crp.rules import lift
 from crp.rules.account import Account
@@ -103,21 +104,23 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         self._operations: Operations | None = None
         self._depth, self._entered = 0, False
         self._places: list[Any] = []
+        self._structure: Structure | None = None
+        self._ready: tuple[list[Any], list[Entry], dict[Any, Any]] | None = None
         super().__init__(_no_rule, [] if self.auto or canonizers is None else list(canonizers))
 
     def is_method(self, known: Function) -> bool:
         """Whether the ordinary chain rule is what the method says for a function; others are warned of."""
         return True
 
-    def entries(self, model: nn.Module) -> list[Entry]:
-        """Entries of the maps in the order in which they are asked, with the modules that each means.
-
-        Raises
-        ------
-        KeyError
-            If a name or pattern is of no layer of the model.
-        """
-        return entries_of(modules_of(model), self.name_map, self.first_map, self.layer_map)
+    @property
+    def entries(self) -> list[Entry]:
+        """Entries of the maps in the order in which they are asked, with rules that are ready for a model."""
+        maps = entries_of(self.name_map, self.first_map, self.layer_map)
+        key = [(entry.selector, entry.rule) for entry in maps]
+        if self._ready is None or self._ready[0] != key:
+            rules = [entry.rule and entry.rule.attach(self._attachment) for entry in maps]
+            self._ready = key, [replace(entry, rule=rule) for entry, rule in zip(maps, rules, strict=True)], {}
+        return self._ready[1]
 
     def register(self, module: nn.Module) -> None:
         """Put canonizers and rules on a model; `context` does it for the length of a ``with`` block.
@@ -134,7 +137,10 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 f"this {type(self).__name__} is on a model already, and can be on one at a time; leave its context "
                 "(or call remove()) first, or use another composite"
             )
-        self.entries(module)  # (errors come before anything is done)
+        entries, modules = self.entries, modules_of(module)
+        has_positions = any(entry.position is not None for entry in entries)
+        self._structure = structure(module) if has_positions else None
+        addressed = addresses(entries, modules)  # (errors come before anything is done)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
                 instances = canonizer.apply(module)
@@ -142,20 +148,19 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 self.applied.append((canonizer, instances))
             for state in (uncompiled(module), without_parameter_gradients(module)):
                 self.handles.append(_Lasting(state))
-            entries = [
-                replace(entry, rule=entry.rule and entry.rule.attach(self._attachment))
-                for entry in self.entries(module)
-            ]
-            mode = Operations(module, entries, self.is_method, type(self).__name__, self._attachment)
+            if self.canonizers:  # (which may have given the model other modules)
+                modules = modules_of(module)
+                addressed = addresses(entries, modules)
+            assert self._ready is not None
+            mode = Operations(module, entries, self._ready[2], self.is_method, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            modules = modules_of(module)
-            means = dict(pushes(entries))
             for name, child in modules.items():
-                if name in means or (entries and may_be_activation(child)):
-                    self._put(child, means.get(name, []), mode, is_root=child is module)
+                if name in addressed or (entries and may_be_activation(child)):
+                    self._put(child, addressed.get(name, []), mode, is_root=child is module)
             # Last, so that the mode is active as long as any hook of the composite.
             self._operations = mode
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+            note_placed(self, module)
         except BaseException:
             self.remove()
             raise
@@ -173,6 +178,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         self.applied.clear()
         self._attachment.clear()
         self._operations = None
+        note_removed(self)
 
     @contextmanager
     def accounting(self) -> Iterator[Account]:
@@ -254,9 +260,9 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         str or None
             Message of the error; None if this is as it should be.
         """
-        entries = [entry for entry in self.entries(model) if entry.rule is not None]
-        types = {type(module) for module in modules_of(model).values()}
-        if not entries or any(entry.modules or any(map(entry.means_module, types)) for entry in entries):
+        entries, modules = [entry for entry in self.entries if entry.rule is not None], modules_of(model)
+        types = {type(module) for module in modules.values()}
+        if not entries or any(e.modules(modules) or any(map(e.means_module, types)) for e in entries):
             return None
         functions = [name for entry in entries for name in entry.functions]
         if functions and all(entry.functions for entry in entries):
@@ -313,8 +319,10 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
             )
-        if mode.positions and not mode.totals:
-            mode.totals = totals_of(module, mode.positions, args, kwargs)
+        if self._structure is not None and not mode.totals:
+            record = recorded(module, args, kwargs, self._structure)
+            explained = [n for n, data in enumerate(tensors_in((args, kwargs))) if data.requires_grad]
+            mode.totals = totals_of(mode.positions, record, explained)
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()

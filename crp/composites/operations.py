@@ -57,6 +57,8 @@ class Operations(SeeingMode):
     model : nn.Module
     entries : sequence of Entry
         The first that matches wins.
+    choices : dict
+        Rules that were found, to be kept as long as the entries are the same.
     is_method : callable
         Whether the ordinary chain rule is what the method says for a function. Others that have no rule are listed in
         a warning when the model has run.
@@ -76,6 +78,7 @@ class Operations(SeeingMode):
         self,
         model: nn.Module,
         entries: Sequence[Entry],
+        choices: dict[Any, Choice],
         is_method: Callable[[Function], bool],
         method: str,
         attachment: Attachment,
@@ -89,7 +92,7 @@ class Operations(SeeingMode):
         #: How many operations each position chooses among; set before the model runs.
         self.totals: dict[int, int] = {}
         self._counts: dict[int, int] = {}
-        self._choices: dict[Any, Choice] = {}
+        self._choices = choices
         self._context: tuple[tuple[int, bool], ...] = ()
         self._stack: list[tuple[tuple[tuple[int, bool], ...], int]] = []
         self._wholes: list[tuple[Any, Any, list[Tensor], Choice, Function] | None] = []
@@ -208,7 +211,9 @@ class Operations(SeeingMode):
         explained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
         known, added, tolerant = dict(self._context), [], 0
         for entry, alone in own:
-            if entry.position is not None and not (is_counted(module, entry.position.types) and self._is_chosen(entry)):
+            if entry.position is not None and not (
+                is_counted(type(module), entry.position.types) and self._is_chosen(entry)
+            ):
                 continue
             if explained:
                 self._called.add(entry.number)
@@ -395,7 +400,7 @@ class Operations(SeeingMode):
                 )
         for entry in self.entries:
             if explained and entry.number in called and entry.rule is not None and entry.rule.needs_weight:
-                names = ", ".join(map(repr, list(entry.modules)[:5]))
+                names = ", ".join(map(repr, entry.modules(dict(self.model.named_modules()))[:5]))
                 raise TypeError(
                     f"{entry}: {type(entry.rule).__name__} treats sums of weighted inputs (Linear, Conv1-3d, "
                     f"ConvTranspose1-3d and the functions that they call), and {names} call no such operation"

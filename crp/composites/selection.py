@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import FunctionType
 from typing import Any, TypeAlias, TypeGuard
 
@@ -152,7 +153,7 @@ Selector: TypeAlias = (
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One entry of a composite's maps, on a model.
+    """One entry of a composite's maps.
 
     Attributes
     ----------
@@ -164,20 +165,46 @@ class Entry:
         None is the ordinary chain rule.
     first : bool
         Whether it is for operations that read the model's input.
-    modules : dict of str to bool
-        Modules that it means by name or type, and whether each contains no other.
+    role : str
+        What errors call its map.
     """
 
     number: int
     selector: Any
     rule: Rule | None
     first: bool = False
-    modules: Mapping[str, bool] = field(default_factory=dict)
+    role: str = "layer_map"
 
-    @property
+    @cached_property
     def position(self) -> First | Depth | None:
         """Position among operations, if the selector is one."""
         return self.selector if isinstance(self.selector, First | Depth) else None
+
+    def modules(self, modules: Mapping[str, nn.Module]) -> list[str]:
+        """Names of the modules that it means by name, pattern or type, and whose operations it does not mean anyway.
+
+        Raises
+        ------
+        KeyError
+            If a name or pattern means no layer of the model.
+        TypeError
+            If a module that is never called shall be one operation.
+        """
+        selector = self.selector
+        if isinstance(selector, str):
+            # (the names of layers have no special characters)
+            names = [selector] if selector in modules else fnmatch.filter(modules, selector)
+            if not names:
+                raise LayerNotFoundError(selector, modules, self.role)
+        elif self.position is not None or is_types(selector):
+            types = selector if self.position is None else self.position.types
+            names = [name for name, module in modules.items() if _is_addressed(module, types)]
+        else:
+            return []
+        never = [name for name in names if _has_no_forward(modules[name])] if isinstance(self.rule, Whole) else []
+        if never:
+            raise TypeError(f"{self}: {never[0]!r} is never called, so that it cannot be one operation")
+        return names
 
     def means(self, known: Function, kind: str) -> bool:
         """Whether it means an operation by its function, its kind, or the type of module that calls such."""
@@ -196,7 +223,7 @@ class Entry:
         """Whether it means what modules of a type of torch call."""
         return any(plain in module.__mro__ and self.means(*called) for plain, called in _CALLED.items())
 
-    @property
+    @cached_property
     def functions(self) -> list[str]:
         """Names of the functions that it names."""
         selector = self.selector
@@ -212,94 +239,64 @@ class Entry:
 
 def fits(known: Function, kind: str, types: Types) -> bool:
     """Whether an affine operation is what modules of these types call."""
-    return kind in AFFINE and known.example is not None and issubclass(known.example, types)
+    return kind in AFFINE and known.example is not None and _is_one_of(known.example, types)
 
 
 def entries_of(
-    model_modules: Mapping[str, nn.Module],
     name_map: Sequence[tuple[Sequence[str], Rule | None]],
     first_map: Sequence[tuple[Types, Rule | None]],
     layer_map: Sequence[tuple[Selector, Rule | None]],
 ) -> list[Entry]:
-    """Entries of a composite's maps in their order, with the modules that each means.
+    """Entries of a composite's maps in the order in which they are asked."""
+    found: list[tuple[Any, Rule | None, bool, str]] = []
+    found += [(name, rule, False, "name_map") for names, rule in name_map for name in names]
+    found += [(types, rule, True, "first_map") for types, rule in first_map]
+    found += [(selector, rule, False, "layer_map") for selector, rule in layer_map]
+    return [Entry(number, *entry) for number, entry in enumerate(found)]
 
-    Raises
-    ------
-    KeyError
-        If a name or pattern is of no layer of the model.
-    TypeError
-        If a module that has no forward shall be one operation.
+
+def addresses(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[Entry, bool]]]:
+    """By module, the entries that mean it, and whether it contains no other module.
+
+    Entries of a container that is never called itself stand for what is in it.
     """
-    found: list[Entry] = []
-
-    def add(selector: Any, rule: Rule | None, names: Sequence[str], first: bool = False) -> None:
-        if isinstance(rule, Whole):
-            for name in names:
-                if _has_no_forward(model_modules[name]):
-                    raise TypeError(f"{_shown(selector)}: {name!r} is never called, so that it cannot be one operation")
-        found.append(Entry(len(found), selector, rule, first, _with_parts(names, model_modules, rule)))
-
-    for names, rule in name_map:
-        for name in names:
-            add(name, rule, select(name, model_modules, "name_map"))
-    for types, rule in first_map:
-        add(types, rule, addressed(types, model_modules), first=True)
-    for selector, rule in layer_map:
-        add(selector, rule, select(selector, model_modules))
+    found: dict[str, list[tuple[Entry, bool]]] = {}
+    for entry in entries:
+        names = entry.modules(modules)
+        known = {name: not modules[name]._modules for name in names}
+        todo = [] if isinstance(entry.rule, Whole) else names
+        while todo:
+            name = todo.pop()
+            if isinstance(modules[name], nn.Sequential) or _has_no_forward(modules[name]):
+                parts = [f"{name}.{child}" if name else child for child in modules[name]._modules]
+                parts = [part for part in parts if part in modules and part not in known]
+                known.update(dict.fromkeys(parts, False))
+                todo += parts
+        for name, alone in known.items():
+            found.setdefault(name, []).append((entry, alone))
     return found
 
 
-def select(selector: Selector, modules: Mapping[str, nn.Module], role: str = "layer_map") -> list[str]:
-    """Names of the modules that a selector means; none for a kind or function.
-
-    Raises
-    ------
-    ValueError, KeyError
-        If a name or pattern means no layer of the model.
-    """
-    if isinstance(selector, str):
-        # (the names of layers have no special characters)
-        found = [selector] if selector in modules else fnmatch.filter(modules, selector)
-        if not found:
-            raise LayerNotFoundError(selector, modules, role)
-        return found
-    if isinstance(selector, First | Depth):
-        return addressed(selector.types, modules)
-    return addressed(selector, modules) if is_types(selector) else []
+def _is_addressed(module: nn.Module, types: Types) -> bool:
+    """Whether a module is of these types, and calls more than what the types mean anyway."""
+    return _is_one_of(type(module), types) and (type(module) not in _CALLED or "forward" in vars(module))
 
 
-def addressed(types: Types, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Modules of these types whose operations the types alone do not mean."""
-    return [
-        name
-        for name, module in modules.items()
-        if isinstance(module, types) and (type(module) not in _CALLED or "forward" in vars(module))
-    ]
+def _is_one_of(kind: type, types: Types) -> bool:
+    known: bool = _is_subclass(kind, types)
+    return known
 
 
-def is_counted(module: nn.Module, types: Types) -> bool:
-    """Whether a call of a module counts for a position among these types, and not what it calls."""
-    return isinstance(module, types) and not any(
-        issubclass(plain, types) for plain in type(module).__mro__ if plain in _CALLED
+@lru_cache(maxsize=4096)
+def _is_subclass(kind: type, types: Types) -> bool:
+    return issubclass(kind, types)
+
+
+def is_counted(module: type, types: Types) -> bool:
+    """Whether a call of a module of a type counts for a position among these types, and not what it calls."""
+    return _is_one_of(module, types) and not any(
+        _is_one_of(plain, types) for plain in module.__mro__ if plain in _CALLED
     )
-
-
-def _with_parts(names: Sequence[str], modules: Mapping[str, nn.Module], rule: Rule | None) -> dict[str, bool]:
-    """Modules, and what is in those that are never called themselves; whether each contains no other."""
-    found = {name: not modules[name]._modules for name in names}
-    if isinstance(rule, Whole):
-        return found
-    todo = list(names)
-    while todo:
-        name = todo.pop()
-        module = modules[name]
-        if isinstance(module, nn.Sequential) or _has_no_forward(module):
-            for child, part in module._modules.items():
-                full = f"{name}.{child}" if name else child
-                if part is not None and full in modules and full not in found:
-                    found[full] = False
-                    todo.append(full)
-    return found
 
 
 def _has_no_forward(module: nn.Module) -> bool:
@@ -355,12 +352,3 @@ def _is_function(value: object) -> bool:
     if isinstance(value, FunctionType):
         return value.__module__.partition(".")[0] == "torch"
     return callable(value) and not isinstance(value, type | nn.Module) and hasattr(value, "__name__")
-
-
-def pushes(entries: Sequence[Entry]) -> Iterator[tuple[str, list[tuple[Entry, bool]]]]:
-    """For each module, the entries that mean it, each with whether the module contains no other."""
-    found: dict[str, list[tuple[Entry, bool]]] = {}
-    for entry in entries:
-        for name, alone in entry.modules.items():
-            found.setdefault(name, []).append((entry, alone))
-    yield from found.items()

@@ -108,7 +108,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # --- sums ---
     ("", "arithmetic homogeneous linear constant elementwise", "add sub rsub"),
     ("", "homogeneous linear sign", "mean sum"),
-    ("", "arithmetic homogeneous linear elementwise", "neg positive"),
+    ("", "arithmetic homogeneous linear elementwise scales", "neg positive"),
     ("", "homogeneous linear", "cumsum diff index_add nansum fold interpolate upsample"),
     ("", "homogeneous linear constant", "scatter_add"),
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
@@ -134,14 +134,15 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ),
     ("", "homogeneous linear selects copies elementwise", "cpu cuda identity resolve_conj resolve_neg type type_as"),
     ("", "homogeneous linear selects", "broadcast_tensors tril triu"),
-    ("", "homogeneous selection selects", "gather index_select take_along_dim"),
+    ("", "homogeneous selection selects copies", "gather index_select take_along_dim"),
     ("", "homogeneous linear constant copies", "pad"),
-    ("", "homogeneous linear constant selects sign", "cat"),
-    ("", "homogeneous linear constant selects", "copy dstack hstack setitem stack vstack"),
+    ("", "homogeneous linear constant selects copies sign", "cat"),
+    ("", "homogeneous linear constant selects copies", "dstack hstack stack vstack"),
+    ("", "homogeneous linear constant selects", "copy setitem"),
     ("", "homogeneous constant selects", "column_stack index_copy index_fill index_put masked_scatter row_stack"),
     ("", "homogeneous constant selects", "scatter select_scatter slice_scatter"),
     ("", "homogeneous constant selection selects elementwise", "masked_fill where"),
-    ("", "constant", "fill put"),
+    ("", "homogeneous constant", "fill put"),
     ("", "homogeneous linear", "real imag view_as_real view_as_complex"),
 )
 
@@ -264,7 +265,7 @@ def look_up(function: Callable[..., Any]) -> Function:
     """What is known of a function, however it is spelled."""
     found = _functions.get(function)
     if found is None:
-        found = _functions[function] = _described(*_named(function))
+        found = _functions[function] = described(*_named(function))
     return found
 
 
@@ -277,7 +278,8 @@ def _named(function: Callable[..., Any]) -> tuple[str, bool]:
 
 
 @lru_cache(maxsize=4096)
-def _described(name: str, is_attribute: bool = False) -> Function:
+def described(name: str, is_attribute: bool = False) -> Function:
+    """What is known of a function of this plain name."""
     if name in _METADATA or (is_attribute and name not in _VIEWS):
         return Function(name, name, metadata=True)
     canonical = _ALIASES.get(name, name)

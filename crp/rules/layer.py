@@ -74,14 +74,14 @@ class SplitBySign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:
         """Take apart."""
-        ctx.save_for_backward(a)
+        ctx.save_for_backward(a > 0)  # (the model may overwrite its tensor)
         return a.clamp(min=0), a.clamp(max=0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """Put together."""
-        (a,) = ctx.saved_tensors
-        return torch.where(a > 0, grads[0], grads[1])
+        (above,) = ctx.saved_tensors
+        return torch.where(above, grads[0], grads[1])
 
 
 @dataclass(eq=False)

@@ -28,7 +28,7 @@ from crp.rules.redirect import overwritten
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _transform = torch._C._functorch.peek_interpreter_stack
-_add = look_up(torch.add)
+_add, _sum = look_up(torch.add), look_up(torch.sum)
 
 
 class Operates(Protocol):
@@ -126,6 +126,8 @@ class SeeingMode(TorchFunctionMode):
             operands = known.parse(func, args, kwargs, _among(inputs))
             if operands is None and len(inputs) == 1 and known.has("constant"):
                 known, kind = _add, ""  # what depends on the input is only added
+            elif operands is None and len(list(tensors_in((args, kwargs)))) == 1:
+                known, kind = _sum, ""  # there is nothing to weight it with
             elif operands is None:
                 kind = "product" if len(inputs) > 1 else ""
         elif kind == "product" and len(inputs) == 1:
@@ -177,7 +179,7 @@ class SeeingMode(TorchFunctionMode):
                 None if operands is None or known.parse is None else known.parse(func, args, kwargs, _among(inputs))
             )
         layer = Layer(func, args, kwargs, tuple(inputs), known, operands, self.place())
-        layer.nonnegative, layer.locate = bool(flags & NONNEGATIVE), self.innermost
+        layer.nonnegative, layer.locate = self.notes.nonnegative(inputs[0]), self.innermost
         if len(inputs) > 1:
             layer.born = tuple(self.notes.born(tensor) for tensor in inputs)
         bias = None
@@ -186,7 +188,7 @@ class SeeingMode(TorchFunctionMode):
                 bias, operands = operands.bias, operands._replace(bias=None)
                 layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
                 layer.operands = operands
-            layer.inputs = (operands.a,)
+            layer.inputs, layer.nonnegative = (operands.a,), self.notes.nonnegative(operands.a)
         result = self.by_rule(choice, layer)
         self._parts = layer.parts
         if bias is not None and operands is not None:
@@ -214,25 +216,24 @@ class SeeingMode(TorchFunctionMode):
         self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
     ) -> Copied | list[Copied] | None:
         """How the result will be copied from the model's input."""
-        if len(inputs) != 1:
-            return None
-        operand = inputs[0]
-        note = self.notes.of(operand)
-        if note is None or note.copied is None:
+        below = [note.copied for note in map(self.notes.of, inputs) if note is not None and note.copied is not None]
+        if len(below) != len(inputs):
             return None
         if known.canonical in _IN_PLACE_OF_THE_INPUT:
-            return Copied(below=note.copied)
+            return Copied(below) if len(below) == 1 else None
         if not known.has("copies") or overwrites(func, args, kwargs):
             return None
 
-        def again(other: Tensor) -> Any:
-            given, named = changed((list(args), dict(kwargs)), lambda t: other if t is operand else t)
+        def again(*others: Tensor) -> Any:
+            copies = {id(tensor): other for tensor, other in zip(inputs, others, strict=True)}
+            given, named = changed((list(args), dict(kwargs)), lambda t: copies.get(id(t), _none_of(t)))
             return func(*given, **named)
 
+        if known.has("constant"):  # beside copies, which count as no input
+            return Copied(below, lambda *others: again(*others) - again(*map(torch.zeros_like, others)))
         if known.canonical not in _SEVERAL:
-            return Copied(below=note.copied, call=again)
-        number = len(func(*args, **kwargs))
-        return [Copied(note.copied.leaf, note.copied, partial(_item, again, i)) for i in range(number)]
+            return Copied(below, again)
+        return [Copied(below, partial(_item, again, i)) for i in range(len(func(*args, **kwargs)))]
 
     def _unseen(self, tensor: Tensor, is_changed: bool) -> None:
         self.refuse_unseen(f"{self._reading.name}()", tensor, is_changed)
@@ -245,8 +246,8 @@ class SeeingMode(TorchFunctionMode):
         what = "was changed in place" if is_changed else f"was made by {maker}"
         raise UnseenError(
             f"{reader}{f' in {where!r}' if where else ''} reads a tensor of shape {tuple(tensor.shape)} that "
-            f"depends on the model's input and {what}, where no rule can see it: in a scripted or traced part, a custom "
-            "autograd.Function, a transform of torch.func, another thread or a re-entrant "
+            f"depends on the model's input and {what}, where no rule can see it: in a scripted or traced part, a "
+            "custom autograd.Function, a transform of torch.func, another thread or a re-entrant "
             f"checkpoint{self.suspects()}. Map Whole(rule) to the module that holds it, which then is one function, as "
             "in layer_map=[('name', Whole(Epsilon()))], or None for the ordinary chain rule"
         )
@@ -268,15 +269,23 @@ class SeeingMode(TorchFunctionMode):
 
 
 #: Functions that leave every entry of one operand in its place, whatever constants do to it.
-_IN_PLACE_OF_THE_INPUT = frozenset({"add", "sub", "rsub", "mul", "div"})
+_IN_PLACE_OF_THE_INPUT = frozenset(
+    """add sub rsub mul div neg positive dropout dropout1d dropout2d dropout3d alpha_dropout
+    feature_alpha_dropout""".split()  # noqa: SIM905
+)
 #: Functions that return several tensors.
 _SEVERAL = frozenset(
     "chunk dsplit hsplit split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split vsplit".split()  # noqa: SIM905
 )
 
 
-def _item(call: Callable[[Tensor], Any], index: int, operand: Tensor) -> Tensor:
-    return cast(Tensor, call(operand)[index])
+def _item(call: Callable[..., Any], index: int, *operands: Tensor) -> Tensor:
+    return cast(Tensor, call(*operands)[index])
+
+
+def _none_of(constant: Tensor) -> Tensor:
+    """What a constant counts beside ones for the model's input: nothing; an index stays."""
+    return torch.zeros_like(constant) if constant.is_floating_point() else constant
 
 
 def _keep(tensor: Tensor) -> Tensor:
@@ -294,20 +303,26 @@ def _passed(known: Function, args: Any, kwargs: Mapping[str, Any], inputs: Seque
     """What is known of a result."""
     kept = flags & known.keeps
     name = known.canonical
-    if name in ("mul", "div"):
+    if name == "neg" and flags & (Born.SQUASHED | Born.NEGATED):
+        kept ^= Born.SQUASHED | Born.NEGATED
+    elif name in ("mul", "div"):
         if len(inputs) > 1:
             kept &= ~BORN
         if kept & NONNEGATIVE and has_negative(args, kwargs):
             kept &= ~NONNEGATIVE
-    elif name in ("sub", "rsub") and flags & Born.SQUASHED and _is_complement(name, args, kwargs, inputs):
+    elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):
         kept |= Born.SQUASHED  # a gate is closed as far as another one is open
-    return int(kept | known.gives)
+    return kept | known.gives
 
 
-def _is_complement(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]) -> bool:
-    """Whether a difference is that between 1 (or a constant tensor) and the only operand."""
+def _is_complement(
+    name: str, flags: int, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]
+) -> bool:
+    """Whether a sum or difference is 1 (or a constant tensor) minus what a squashing function has made."""
+    if not flags & (Born.NEGATED if name == "add" else Born.SQUASHED):
+        return False
     values = [*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
-    whole, part = values if name == "sub" else values[::-1]
+    whole, part = values if name == "sub" or (name == "add" and values[1] is inputs[0]) else values[::-1]
     is_only = len(inputs) == 1 and part is inputs[0]
     return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1
 

@@ -8,8 +8,7 @@ rule could see; to read it is an error.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from enum import IntFlag
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,15 +19,16 @@ FIRST = 1
 NONNEGATIVE = 2
 
 
-class Born(IntFlag):
+class Born:
     """What made a tensor's values, in whatever place and scale they are now."""
 
     SQUASHED = 4  # of a squashing function such as the sigmoid, or 1 minus such
     SOFTMAX = 8
     ACTIVATION = 16
+    NEGATED = 32  # minus what a squashing function has made
 
 
-BORN = int(Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION)
+BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.NEGATED
 #: What constants do not change in a result that they have a part in.
 _NEUTRAL = FIRST | BORN
 
@@ -58,32 +58,27 @@ class Note:
 
 
 class Copied:
-    """How a tensor was copied from the model's input: the input itself, or a call that copies a copy.
+    """How a tensor was copied from the model's input: the input itself, or a call that copies copies.
 
     Parameters
     ----------
-    leaf : Tensor, optional
-        The model's input, as the caller gave it.
-    below : Copied, optional
-        How the call's operand was copied.
+    below : Tensor or sequence of Copied
+        The model's input, as the caller gave it; or how each of the call's operands was copied.
     call : callable, optional
-        Gives the call's result for another operand; None where every entry stays in its place.
+        Gives the call's result for other operands; None where every entry of the only one stays in its place.
     """
 
-    __slots__ = ("below", "call", "leaf")
+    __slots__ = ("below", "call")
 
-    def __init__(
-        self, leaf: Tensor | None = None, below: Copied | None = None, call: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.leaf, self.below, self.call = leaf, below, call
+    def __init__(self, below: Tensor | Sequence[Copied], call: Callable[..., Tensor] | None = None) -> None:
+        self.below, self.call = below, call
 
     def of(self, start: Callable[[Tensor], Tensor]) -> Tensor:
         """The same copies of ``start(input)``."""
-        if self.below is None:
-            assert self.leaf is not None
-            return start(self.leaf)
-        below = self.below.of(start)
-        return below if self.call is None else self.call(below)
+        if isinstance(self.below, Tensor):
+            return start(self.below)
+        below = [copied.of(start) for copied in self.below]
+        return below[0] if self.call is None else self.call(*below)
 
 
 class Notes:
