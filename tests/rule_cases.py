@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crp.rules as rules
+from crp.composites import Composite, Kind
 from crp.rules import Rule
 
 LAYERS = {
@@ -143,10 +144,15 @@ FORMS = {
 }
 
 
+def in_matrices(form, matrices, a, r):
+    """Relevance of ``a`` by a form in matrices, from those of `as_matrices`."""
+    repeat, w, b = matrices
+    return (form(a.flatten(1) @ repeat.T, w, b, r.flatten(1)) @ repeat).reshape(a.shape)
+
+
 def expected(form, layer, a, r):
     """Relevance of ``a`` by a form in matrices."""
-    repeat, w, b = as_matrices(layer, a)
-    return (form(a.flatten(1) @ repeat.T, w, b, r.flatten(1)) @ repeat).reshape(a.shape)
+    return in_matrices(form, as_matrices(layer, a), a, r)
 
 
 def attribute(rule: Rule, layer: nn.Module, a: Tensor, start: Tensor, multiplier: bool = False) -> Tensor:
@@ -176,3 +182,20 @@ def close(found, wanted, rtol: float = 1e-10) -> None:
     """Assert that the largest deviation is ``rtol`` of the largest value at most."""
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() <= rtol * wanted.abs().max(), (found - wanted).abs().max() / wanted.abs().max()
+
+
+def affine(rule: Rule) -> list[tuple[Kind, Rule]]:
+    """Layer map with one rule for all affine operations."""
+    return [(Kind("convolution"), rule), (Kind("dense"), rule)]
+
+
+def mapped(rule: Rule) -> Composite:
+    """One rule for all affine operations, and the chain rule for everything else."""
+    return Composite(None, layer_map=affine(rule))
+
+
+def relevance(rule: Rule, model: nn.Module, a: Tensor, m: Tensor) -> Tensor:
+    """Relevance of ``a`` by a rule on all affine operations, from multipliers of the output."""
+    with mapped(rule).context(model):
+        data = a.clone().requires_grad_()
+        return torch.autograd.grad(model(data), data, m)[0]

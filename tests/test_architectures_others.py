@@ -36,15 +36,6 @@ def check(model, data, untouched, output=None, composite=None):
     return kept
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet10t", "convnext_atto", "efficientnet_lite0", "mobilenetv3_small_050", "regnetx_002", "regnety_002"]
-)
-def test_timm(name, untouched):
-    timm = pytest.importorskip("timm")
-    model = randomized(timm.create_model(name).double(), 0).eval()
-    check(model, images(1, 3, 32, 32), untouched)
-
-
 def hugging_face(kind):
     transformers = pytest.importorskip("transformers")
     if kind == "resnet":

@@ -15,8 +15,9 @@ from zennit.core import Composite as ZennitComposite
 from zennit.core import Hook
 
 from crp.canonizers import for_model
+from crp.composites.activations import may_be_activation
 from crp.composites.keywords import Remembered
-from crp.composites.operations import Operations, Seen, may_be_activation
+from crp.composites.operations import Operations, Seen, hook
 from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
 from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
@@ -300,8 +301,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             return None if tracing() else mode.leave_module(module, output)
 
-        self.handles.append(module.register_forward_pre_hook(enter, prepend=not is_root, with_kwargs=True))
-        self.handles.append(module.register_forward_hook(leave, always_call=True))
+        self.handles += hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -57,7 +57,7 @@ def base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP"
         (Functions(("glu",)), GLU(gates)),
         (Having.of("choosing"), Proportional()),
         (Functions(("std",)), Proportional()),
-        (Functions(("addr", "chain_matmul", "ger", "kron", "linalg_multi_dot", "outer")), refused),
+        (Functions(("addr", "ger", "kron", "outer")), refused),
         (Kind("product"), ConstantWeights(gates, method)),
     ]
 

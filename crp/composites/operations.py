@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import _get_current_function_mode
 
+from crp.composites.activations import one_activation
 from crp.composites.selection import Entry, fits, is_counted
 from crp.notices import warn
 from crp.reference import on_reference, referencing
 from crp.rules import Rule, Whole
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
-from crp.rules.functions import AFFINE, Function, activation, in_place, look_up, overwrites
-from crp.rules.layer import Layer, changed, tensors_in, works_in_place
+from crp.rules.functions import AFFINE, Function, activation, in_place, overwrites
+from crp.rules.layer import Layer, changed, tensors_in
 from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module, whole_call
 from crp.rules.notes import FIRST
+from crp.rules.redirect import overwritten
 
 
 class Seen(NamedTuple):
@@ -47,6 +49,17 @@ class Seen(NamedTuple):
     rule: Rule | None
     is_method: bool
     why: str
+
+
+class _Whole(NamedTuple):
+    """A module that runs as one operation, and what it was called with."""
+
+    args: Any
+    kwargs: dict[str, Any]
+    inputs: list[Tensor]
+    copies: dict[int, Tensor]
+    choice: Choice
+    known: Function
 
 
 class Operations(SeeingMode):
@@ -95,7 +108,7 @@ class Operations(SeeingMode):
         self._choices = choices
         self._context: tuple[tuple[int, bool], ...] = ()
         self._stack: list[tuple[tuple[tuple[int, bool], ...], int]] = []
-        self._wholes: list[tuple[Any, Any, list[Tensor], Choice, Function] | None] = []
+        self._wholes: list[_Whole | None] = []
         self._is_running = False
         self._called: set[int] = set()
         self._met: set[int] = set()
@@ -156,6 +169,7 @@ class Operations(SeeingMode):
         if self._recording is not None:
             self._recording.append(_detached(layer))
             return layer.output
+        self._note_reading(layer.inputs)
         layer.reference = self._reference(layer)
         self._list(layer.name, choice)
         self.treated += 1
@@ -174,11 +188,13 @@ class Operations(SeeingMode):
         """Output of a call as it is; constants in it are accounted for, and a lacking rule is noted."""
         account = self.attachment.account
         if choice.is_method and account is None and self.seen is None:
-            if known.canonical == "relu" and self.attachment.rectifiable and args:
-                call = self.attachment.rectifiable.get(id(args[0]))
-                result = None if call is None else call.rectify(args[0], in_place(func, args, kwargs))
-                return func(*args, **kwargs) if result is None else result
-            return func(*args, **kwargs)
+            if known.canonical != "relu":
+                self._note_reading(inputs)
+                return func(*args, **kwargs)
+            call = self.attachment.rectifiable.get(id(inputs[0]))
+            result = None if call is None else call.rectify(inputs[0], in_place(func, args, kwargs))
+            return func(*args, **kwargs) if result is None else result
+        self._note_reading(inputs)
         constant = None
         if account is not None and self._recording is None and (known.has("constant") or (kind in AFFINE)):
             constant = constant_of(func, args, kwargs, inputs)
@@ -194,6 +210,13 @@ class Operations(SeeingMode):
             target = account.absorb(self.place(), inputs[0], target, Shares(bias=constant))
             return None if result is None else target
         return result
+
+    def _note_reading(self, inputs: Sequence[Tensor]) -> None:
+        """Tell outputs of the γ rule that not only a ReLU reads them."""
+        for tensor in inputs if self.attachment.rectifiable else ():
+            call = self.attachment.rectifiable.get(id(tensor))
+            if call is not None and call.output() is tensor:
+                call.read()
 
     def _list(self, operation: str, choice: Choice) -> None:
         if self.seen is not None:
@@ -230,11 +253,13 @@ class Operations(SeeingMode):
         inputs: list[Tensor] = []
         self._reading = choice[1]
         self.notes.read((args, kwargs), inputs, self._unseen)
-        self._wholes[-1] = (args, kwargs, inputs, *choice)
         self._step_aside()
-        if not works_in_place(module):
-            return None
-        return changed((tuple(args), dict(kwargs)), lambda tensor: tensor.clone())  # type: ignore[no-any-return]
+        # (the module may change its input in place, which the rule needs)
+        copies = {id(tensor): tensor.clone() for tensor in inputs}
+        self._wholes[-1] = _Whole(args, kwargs, inputs, copies, *choice)
+        given: tuple[Any, dict[str, Any]]
+        given = changed((tuple(args), dict(kwargs)), lambda tensor: copies.get(id(tensor), tensor))
+        return given
 
     def leave_module(self, module: nn.Module, output: Any) -> Any:
         """End of a module that entries mean, also after an error; forward hook."""
@@ -249,13 +274,22 @@ class Operations(SeeingMode):
         try:
             if output is None:
                 return None
-            args, kwargs, inputs, choice, known = whole
-            layer = whole_call(module, args, kwargs, inputs, output, known)
+            inputs = whole.inputs
+            layer = whole_call(module, whole.args, whole.kwargs, inputs, output, whole.known)
             layer.place = self.place() or self._names.get(id(module), "")
             note = self.notes.of(inputs[0]) if inputs else None
-            result = self.by_rule(choice, layer)
+            written = [tensor for tensor in inputs if whole.copies[id(tensor)]._version]
+            if any(whole.copies[id(tensor)] is not output for tensor in written):
+                raise TypeError(
+                    f"{layer} changes its input in place and returns another tensor, so that it cannot count as one "
+                    "function. Map rules to the layers or functions inside it"
+                )
+            result = self.by_rule(whole.choice, layer)
             keeps = 0 if note is None or next(module.parameters(), None) is not None else note.flags & FIRST
-            self.notes.add(result, keeps | known.gives)
+            for tensor in written:
+                result = overwritten(tensor, result)
+                self.notes.add_written(tensor, keeps | whole.known.gives)
+            self.notes.add(result, keeps | whole.known.gives)
             return result
         finally:
             self._step_back()
@@ -272,10 +306,14 @@ class Operations(SeeingMode):
                 break
             if isinstance(entry.rule, Whole) and any(entry is mine for mine, _ in own):
                 return Choice(entry.rule, True, str(entry), entry.number), activation(type(module).__name__)
-        functions = _one_activation(module, args, kwargs)
+        self._step_aside()
+        try:
+            functions = one_activation(module, args, kwargs)
+        finally:
+            self._step_back()
         if functions is None:
             return None
-        known = activation(type(module).__name__)
+        known = activation(type(module).__name__, functions[-1].gives)
         choice = self.choose(known, known.kind, 0, False)
         if choice.rule is None or any(
             self.choose(function, function.kind, 0, False).number < choice.number for function in functions
@@ -337,11 +375,23 @@ class Operations(SeeingMode):
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._aside, self._is_running = 0, False
 
+    def refuse_unseen(self, reader: str, tensor: Tensor, is_changed: bool) -> None:
+        """Raise an `UnseenError`; a report lists what was unseen instead."""
+        if self.seen is None:
+            super().refuse_unseen(reader, tensor, is_changed)
+        node = tensor.grad_fn
+        layer, call = self._places[-1] if self._places else ("", 0)
+        maker = "unseen" if node is None else node.name().rpartition("::")[2]
+        why = f"{reader} reads what was {'changed' if is_changed else 'made'} where no rule can see it: refused"
+        assert self.seen is not None
+        self.seen.append(Seen(layer, call, maker, None, False, why))
+
     def check_output(self, output: Any) -> None:
         """Raise an `UnseenError` if the model's output was made by what cannot be seen."""
         if torch.is_grad_enabled():
+            self._note_reading(list(tensors_in(output)))
             self.notes.read(
-                tensors_in(output), [], lambda t, changed: self.refuse_unseen("whoever reads the output", t, changed)
+                tensors_in(output), [], lambda t, changed: self.refuse_unseen("what reads the output", t, changed)
             )
 
     def record(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -430,19 +480,18 @@ class Operations(SeeingMode):
         calls: dict[str, int] = {}
         handles: list[Any] = []
 
-        def enter(name: str) -> None:
+        def enter(name: str, module: nn.Module, args: Any) -> None:
             if not referencing() and self._places is not None:
                 calls[name] = calls.get(name, -1) + 1
                 self._places.append((name, calls[name]))
 
-        def leave() -> None:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
             if not referencing() and self._places:
                 self._places.pop()
 
         for name, module in self.model.named_modules():
             if module is not self.model:
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name), prepend=True))
-                handles.append(module.register_forward_hook(lambda *_: leave(), always_call=True))
+                handles += hook(module, partial(enter, name), leave)
         return handles
 
     def forget_places(self) -> None:
@@ -469,58 +518,14 @@ class Operations(SeeingMode):
         return f" (the model's scripted parts: {', '.join(names[:5])})" if names else ""
 
 
-class _Listing(TorchFunctionMode):
-    """Lists the functions that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.functions: list[Function] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = look_up(func)
-        if not known.metadata:
-            self.functions.append(known)
-        return func(*args, **(kwargs or {}))
-
-
-#: Functions of modules that are one activation; None for other modules.
-_activations: weakref.WeakKeyDictionary[nn.Module, tuple[Function, ...] | None] = weakref.WeakKeyDictionary()
-
-
-def may_be_activation(module: nn.Module) -> bool:
-    """Whether a module is one of the user's, without parameters and parts, which may be an activation written out."""
-    return not (
-        module._parameters
-        or module._buffers
-        or module._modules
-        or isinstance(module, torch.jit.ScriptModule)
-        or type(module).__module__.startswith(("torch.", "crp."))
-        or type(module).forward is nn.Module.forward
-    )
-
-
-def _one_activation(module: nn.Module, args: Any, kwargs: Any) -> tuple[Function, ...] | None:
-    """Functions of a module that is one activation, made of several elementwise ones; None for others."""
-    if not may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-        return None
-    if module not in _activations:
-        _activations[module] = _probed(module, args[0])
-    return _activations[module]
-
-
-def _probed(module: nn.Module, data: Tensor) -> tuple[Function, ...] | None:
-    attributes = dict(vars(module))
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Listing() as listing:
-            output = module.forward(data.detach().clone())
-    finally:
-        vars(module).clear()
-        vars(module).update(attributes)
-    functions = listing.functions
-    is_one = isinstance(output, Tensor) and output.shape == data.shape and len(functions) > 1
-    if not is_one or not all(function.has("elementwise") for function in functions):
-        return None
-    return tuple(functions) if any(f.kind == "activation" and f.has("identity") for f in functions) else None
+def hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any], **keywords: Any) -> list[Any]:
+    """Hooks that run before and after each call of a module, after errors, too; they must be removed."""
+    # (scripted modules say that they cannot be hooked, but torch runs hooks of them)
+    keywords = {"prepend": True} | keywords
+    return [
+        nn.Module.register_forward_pre_hook(module, before, **keywords),
+        nn.Module.register_forward_hook(module, after, always_call=True),
+    ]
 
 
 def _detached(layer: Layer) -> Layer:

@@ -128,9 +128,8 @@ def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any)
         for module in training:
             module.training = False
         for name, module in modules.items():
-            if not isinstance(module, torch.jit.ScriptModule):
-                count = lambda *_, name=name: calls.update([] if _is_aside() else [name])  # noqa: E731
-                handles.append(module.register_forward_hook(count))
+            count = lambda *_, name=name: calls.update([] if _is_aside() else [name])  # noqa: E731
+            handles.append(nn.Module.register_forward_hook(module, count))
         with composite.context(model), composite.watching() as seen, torch.enable_grad():
             given, named = changed((args, kwargs), _explained)
             model(*given, **named)

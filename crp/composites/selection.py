@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from types import FunctionType
 from typing import Any, TypeAlias, TypeGuard
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -300,6 +301,8 @@ def is_counted(module: type, types: Types) -> bool:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 

@@ -89,5 +89,6 @@ class Absorb(torch.autograd.Function):
         """Sum each share over the sample."""
         (m,) = grads
         rows = len(m) if m.dim() else 1
-        kept = [(m * share).reshape(rows, -1).sum(1) for share in ctx.saved_tensors]
+        # (where nothing arrives nothing is kept, also of the minus infinity by which pooling pads)
+        kept = [torch.where(m == 0, 0.0, m * share).reshape(rows, -1).sum(1) for share in ctx.saved_tensors]
         return m, torch.stack(kept, 1), *(None for _ in kept)

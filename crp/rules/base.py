@@ -267,7 +267,8 @@ class Rule(Hook):  # type: ignore[misc]
             Differentiable functions of ``a``, and what the gradient is multiplied with before it goes into them.
         """
         own = layer.output
-        apart = own is not y and own.requires_grad
+        # (of a module as a whole, what no surrogate needs may have no gradient)
+        apart = own is not y and own.requires_grad and (layer.module is None or any(z is own for z in surrogates))
         again = layer.again()
         second = SecondOrder(again, [a], self.is_active, lambda: self._scales_again(again, a))
         return cast(Tensor, Redirect.apply(y, second, len(surrogates), *surrogates, *scales, own if apart else None))

@@ -62,7 +62,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("product", "arithmetic bilinear elementwise sign scales", "mul"),
     ("product", "bilinear", "outer"),
     ("product", "constant", "addr"),
-    ("product", "", "chain_matmul ger kron linalg_multi_dot"),
+    ("dense", "", "chain_matmul linalg_multi_dot"),
+    ("product", "", "ger kron"),
     ("", "arithmetic quotient elementwise scales", "div"),
     ("", "attention", "multi_head_attention_forward scaled_dot_product_attention"),
     ("", "softmax nonnegative", "softmax"),
@@ -135,7 +136,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear selects copies elementwise", "cpu cuda identity resolve_conj resolve_neg type type_as"),
     ("", "homogeneous linear selects", "broadcast_tensors tril triu"),
     ("", "homogeneous selection selects copies", "gather index_select take_along_dim"),
-    ("", "homogeneous linear constant copies", "pad"),
+    ("", "homogeneous linear constant selects copies", "pad"),
     ("", "homogeneous linear constant selects copies sign", "cat"),
     ("", "homogeneous linear constant selects copies", "dstack hstack stack vstack"),
     ("", "homogeneous linear constant selects", "copy setitem"),
@@ -224,6 +225,8 @@ class Function:
         Whether it reads no values.
     parse : callable or None
         Takes a call of a sum of weighted inputs apart; see `crp.rules.operands`.
+    reads_first : bool
+        Whether it reads the values of its first operand only; others give type or shape.
     example : type or None
         Module type of torch that calls this function and nothing else.
     keeps, gives : int
@@ -237,6 +240,7 @@ class Function:
     known: bool = False
     metadata: bool = False
     parse: Parse | None = None
+    reads_first: bool = False
     example: type[nn.Module] | None = None
     keeps: int = 0
     gives: int = 0
@@ -296,7 +300,8 @@ def described(name: str, is_attribute: bool = False) -> Function:
     gives |= Born.ACTIVATION if kind == "activation" else 0
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)
     known, parse = canonical in _ENTRIES, PARSERS.get(canonical)
-    return Function(name, canonical, kind, properties, known, False, parse, example, keeps, gives)
+    reads_first = canonical in ("expand_as", "reshape_as", "to", "type_as", "view_as")
+    return Function(name, canonical, kind, properties, known, False, parse, reads_first, example, keeps, gives)
 
 
 def canonical(name: str) -> str:
@@ -304,10 +309,11 @@ def canonical(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def activation(name: str) -> Function:
-    """A module that is one activation, made of elementwise functions."""
+@lru_cache(maxsize=4096)
+def activation(name: str, gives: int = 0) -> Function:
+    """A module that is one activation, made of elementwise functions, of which the last one gives these notes."""
     properties = frozenset({"identity", "rescaled", "elementwise"})
-    return Function(name, name, "activation", properties, True, keeps=FIRST, gives=Born.ACTIVATION)
+    return Function(name, name, "activation", properties, True, keeps=FIRST, gives=gives | Born.ACTIVATION)
 
 
 def names(*properties: str) -> tuple[str, ...]:

@@ -79,11 +79,12 @@ class Gamma(LRPRule):
         if attachment is None or attachment.account is not None or layer.weight is None:
             return super().propagate(layer, a, y)
         waiting = layer.again()
-        if layer.weight in attachment.rectified:
+        if attachment.rectified.get(layer.weight):  # type: ignore[no-untyped-call]
             out = cast(Tensor, _Later.apply(y, a, self, waiting))
         else:
             out = super().propagate(layer, a, y)
-        attachment.rectifiable[id(out)] = _Rectifiable(weakref.ref(out), out._version, self, waiting, a)
+        versions = out._version, a._version
+        attachment.rectifiable[id(out)] = _Rectifiable(weakref.ref(out), versions, self, waiting, a)
         return out
 
     def rectified(self, layer: Layer, a: Tensor) -> Tensor:
@@ -96,20 +97,27 @@ class _Rectifiable:
     """Output of a layer under the γ rule, which a ReLU may read."""
 
     output: weakref.ref[Tensor]
-    version: int
+    versions: tuple[int, int]
     rule: Gamma
     layer: Layer
     a: Tensor
 
     def rectify(self, x: Tensor, in_place: bool) -> Tensor | None:
-        """ReLU of the output, under the γ rule for positive outputs; None if ``x`` is not the output any more."""
-        if self.output() is not x or x._version != self.version:
+        """ReLU of the output, under the γ rule for positive outputs; None if output or input are not what they were."""
+        if self.output() is not x or (x._version, self.a._version) != self.versions:
+            self.read()
             return None
         assert self.rule.attachment is not None
-        self.rule.attachment.rectified[self.layer.weight] = True
+        rectified = self.rule.attachment.rectified
+        rectified.setdefault(self.layer.weight, True)  # type: ignore[no-untyped-call]
         z = self.rule.rectified(self.layer, self.a)
         second = SecondOrder(self.layer, [self.a], self.rule.is_active, self._scales)
         return cast(Tensor, _Rectified.apply(x, z, self.rule, second, in_place))
+
+    def read(self) -> None:
+        """Note that not only a ReLU reads the output: later calls need the whole rule at once, as this one does."""
+        assert self.rule.attachment is not None
+        self.rule.attachment.rectified[self.layer.weight] = False
 
     def _scales(self) -> Sequence[Tensor]:
         """Scale of the surrogate, computed once more."""

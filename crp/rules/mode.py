@@ -23,7 +23,7 @@ from crp.reference import referencing
 from crp.rules.functions import Function, has_negative, in_place, look_up, out_of_place, overwrites
 from crp.rules.layer import Layer, changed, tensors_in
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born, Copied, Notes
-from crp.rules.operands import Operands, add_bias
+from crp.rules.operands import Operands
 from crp.rules.redirect import overwritten
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -105,18 +105,28 @@ class SeeingMode(TorchFunctionMode):
             return func(*args, **kwargs)
         inputs: list[Tensor] = []
         self._reading = known
-        flags = self.notes.read(args, inputs, self._unseen)
+        flags = self.notes.read(args[:1] if known.reads_first else args, inputs, self._unseen)
         if kwargs:
             flags &= self.notes.read(kwargs.values(), inputs, self._unseen)
         if not inputs:
             return func(*args, **kwargs)
         if known.canonical in ("grad", "backward"):
             self._refuse_derivative(known)
+        if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
+            return self._in_two(func, known, types, args, kwargs)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would compute what it needs again where no rule acts.
             with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
                 return self._see(func, known, args, kwargs, inputs, flags)
         return self._see(func, known, args, kwargs, inputs, flags)
+
+    def _in_two(self, func: Any, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(_ADDENDS, args, strict=False)) | kwargs
+        first, *pair = (given.pop(name) for name in _ADDENDS)
+        product = self.__torch_function__(_IN_TWO[known.canonical], types, pair)
+        add = Tensor.add_ if in_place(func, args, kwargs) else torch.add
+        given["alpha"] = given.pop("value", 1)
+        return self.__torch_function__(add, types, (first, product), given)
 
     def _see(
         self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
@@ -182,17 +192,14 @@ class SeeingMode(TorchFunctionMode):
         layer.nonnegative, layer.locate = self.notes.nonnegative(inputs[0]), self.innermost
         if len(inputs) > 1:
             layer.born = tuple(self.notes.born(tensor) for tensor in inputs)
-        bias = None
         if operands is not None:
-            if operands.bias is not None and any(operands.bias is tensor for tensor in inputs):
-                bias, operands = operands.bias, operands._replace(bias=None)
+            if operands.added is not None:
                 layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
-                layer.operands = operands
             layer.inputs, layer.nonnegative = (operands.a,), self.notes.nonnegative(operands.a)
         result = self.by_rule(choice, layer)
         self._parts = layer.parts
-        if bias is not None and operands is not None:
-            result = add_bias(result, bias, operands)
+        if operands is not None and operands.added is not None:
+            result = result + operands.added
         return result if target is None else overwritten(target, result)
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
@@ -221,6 +228,8 @@ class SeeingMode(TorchFunctionMode):
             return None
         if known.canonical in _IN_PLACE_OF_THE_INPUT:
             return Copied(below) if len(below) == 1 else None
+        if known.canonical == "setitem":
+            return Copied(below, partial(_set_again, args, inputs))
         if not known.has("copies") or overwrites(func, args, kwargs):
             return None
 
@@ -238,7 +247,7 @@ class SeeingMode(TorchFunctionMode):
     def _unseen(self, tensor: Tensor, is_changed: bool) -> None:
         self.refuse_unseen(f"{self._reading.name}()", tensor, is_changed)
 
-    def refuse_unseen(self, reader: str, tensor: Tensor, is_changed: bool) -> NoReturn:
+    def refuse_unseen(self, reader: str, tensor: Tensor, is_changed: bool) -> None:
         """Raise an `UnseenError` for a tensor that was made, or changed in place, by what cannot be seen."""
         where = self.innermost()
         node = tensor.grad_fn
@@ -268,6 +277,9 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
+#: Functions that add a product or a quotient, which is a function of its own; their operands.
+_IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
+_ADDENDS = ("input", "tensor1", "tensor2")
 #: Functions that leave every entry of one operand in its place, whatever constants do to it.
 _IN_PLACE_OF_THE_INPUT = frozenset(
     """add sub rsub mul div neg positive dropout dropout1d dropout2d dropout3d alpha_dropout
@@ -281,6 +293,15 @@ _SEVERAL = frozenset(
 
 def _item(call: Callable[..., Any], index: int, *operands: Tensor) -> Tensor:
     return cast(Tensor, call(*operands)[index])
+
+
+def _set_again(args: Sequence[Any], inputs: Sequence[Tensor], *others: Tensor) -> Tensor:
+    """What ``target[index] = value`` makes of other operands; constants count as nothing."""
+    copies = {id(tensor): other for tensor, other in zip(inputs, others, strict=True)}
+    target, index, value = args
+    result = copies[id(target)].clone() if id(target) in copies else torch.zeros_like(target, dtype=others[0].dtype)
+    result[index] = copies.get(id(value), 0.0)
+    return result
 
 
 def _none_of(constant: Tensor) -> Tensor:
@@ -307,7 +328,7 @@ def _passed(known: Function, args: Any, kwargs: Mapping[str, Any], inputs: Seque
         kept ^= Born.SQUASHED | Born.NEGATED
     elif name in ("mul", "div"):
         if len(inputs) > 1:
-            kept &= ~BORN
+            kept &= ~BORN | Born.SQUASHED  # (a product of gates is one)
         if kept & NONNEGATIVE and has_negative(args, kwargs):
             kept &= ~NONNEGATIVE
     elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):

@@ -6,6 +6,7 @@ made it. A call in which both depend on the input is a product, and is not taken
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,13 +23,15 @@ class Operands(NamedTuple):
         What depends on the model's input.
     weight : Tensor
     bias : Tensor or None
-        As the call has it; it may depend on the input, too.
+        What is added, if it is constant.
     run : callable
         ``run(a, weight, bias)`` is the call with other operands.
     space : int
         Number of axes over which the weight slides.
     convolves : bool
         Whether the weight is a kernel of shape (outputs, inputs in a group, *kernel shape), whose outputs sum up ``a``.
+    added : Tensor or None
+        What is added, if it depends on the model's input; not by `run`.
     """
 
     a: Tensor
@@ -37,6 +40,7 @@ class Operands(NamedTuple):
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     space: int = 0
     convolves: bool = False
+    added: Tensor | None = None
 
 
 #: From function, arguments, keywords, and the test whether a tensor depends on the model's input.
@@ -55,14 +59,21 @@ def _layer(slides: bool = False, convolves: bool = False) -> Parse:
         first, weight, bias = (
             args[i] if i < len(args) else others.pop(name, None) for i, name in enumerate(("input", "weight", "bias"))
         )
-        rest, space = args[3:], weight.dim() - 2 if slides else 0
+        rest, space, added = args[3:], weight.dim() - 2 if slides else 0, None
+        if bias is not None and depends(bias):
+            added, bias = bias.reshape(-1, *(1,) * space) if space else bias, None
         if depends(weight):  # a weight that is made of the input, for data that are constant
-            if depends(first):
-                return None
-            return Operands(weight, first, bias, lambda a, w, b: function(w, a, b, *rest, **others), space)
+            if not depends(first):
+                swapped = lambda a, w, b: function(w, a, b, *rest, **others)  # noqa: E731
+                return Operands(weight, _dense(first), bias, swapped, space, added=added)
+            return None
+        weight = _dense(weight)
+        if not depends(first):  # what depends on the input is only added
+            return None
         if others or rest:
-            return Operands(first, weight, bias, lambda a, w, b: function(a, w, b, *rest, **others), space, convolves)
-        return Operands(first, weight, bias, function, space, convolves)
+            run = lambda a, w, b: function(a, w, b, *rest, **others)  # noqa: E731
+            return Operands(first, weight, bias, run, space, convolves, added)
+        return Operands(first, weight, bias, function, space, convolves, added)
 
     return parse
 
@@ -92,7 +103,7 @@ def _sum_of_product(product: Callable[[Tensor, Tensor], Tensor], *names: str) ->
         function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
     ) -> Operands | None:
         bias, left, right = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-        if depends(left) == depends(right):  # both, or the bias alone
+        if not isinstance(bias, Tensor) or depends(left) == depends(right):  # both, or the bias alone
             return None
         alpha, beta, is_left = kwargs.get("alpha", 1), kwargs.get("beta", 1), depends(left)
         a, weight = (left, right) if is_left else (right, left)
@@ -101,7 +112,10 @@ def _sum_of_product(product: Callable[[Tensor, Tensor], Tensor], *names: str) ->
             z = product(a, w) if is_left else product(w, a)
             return z if b is None else z + b
 
-        return Operands(a, weight if alpha == 1 else weight * alpha, bias if beta == 1 else bias * beta, run)
+        weight, scaled = _dense(weight) if alpha == 1 else _dense(weight) * alpha, bias if beta == 1 else bias * beta
+        if depends(bias):
+            return Operands(a, weight, None, run, added=scaled)
+        return Operands(a, weight, scaled, run)
 
     return parse
 
@@ -114,10 +128,15 @@ def _einsum(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
 ) -> Operands | None:
     equation, *operands = args
+    listed = len(operands) == 1 and isinstance(operands[0], list | tuple)
     if not isinstance(equation, str):  # operands and lists of axes in turn
         return None
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+    if listed:
         operands = list(operands[0])
+
+    def call(equation: str, *operands: Tensor) -> Tensor:
+        return function(equation, list(operands) if listed else operands[0], *([] if listed else operands[1:]))  # type: ignore[no-any-return]
+
     dependent = [operand for operand in operands if depends(operand)]
     if len(dependent) != 1 or len(operands) < 2:
         return None
@@ -127,7 +146,7 @@ def _einsum(
     if len(constants) == 1:
 
         def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return function(equation, *((a, w) if place == 0 else (w, a)))  # type: ignore[no-any-return]
+            return call(equation, *((a, w) if place == 0 else (w, a)))
 
         return Operands(a, constants[0], None, run)
     if "." in equation:
@@ -138,8 +157,8 @@ def _einsum(
     result = right if "->" in equation else "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
     rest = [axis for i, axis in enumerate(axes) if i != place]
     kept = "".join(dict.fromkeys(c for axis in rest for c in axis if c in axes[place] or c in result))
-    weight = function(f"{','.join(rest)}->{kept}", *constants)
-    return Operands(a, weight, None, lambda a, w, b: function(f"{axes[place]},{kept}->{result}", a, w))
+    weight = call(f"{','.join(rest)}->{kept}", *constants)
+    return Operands(a, weight, None, lambda a, w, b: call(f"{axes[place]},{kept}->{result}", a, w))
 
 
 def _bilinear(
@@ -163,9 +182,19 @@ def _bilinear(
     return Operands(a, weight, bias, run)
 
 
-def add_bias(z: Tensor, bias: Tensor, operands: Operands) -> Tensor:
-    """Sum of an affine call without its bias and the bias, as the call adds it."""
-    return z + bias.reshape(-1, *(1,) * operands.space)
+def _chain(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+) -> Operands | None:
+    """Product of several matrices, of which the first or the last depends on the input."""
+    matrices = list(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else list(args)
+    dependent = [i for i, matrix in enumerate(matrices) if depends(matrix)]
+    if dependent == [0]:
+        weight = functools.reduce(torch.matmul, matrices[1:])
+        return Operands(matrices[0], weight, None, lambda a, w, b: a @ w)
+    if dependent == [len(matrices) - 1]:
+        weight = functools.reduce(torch.matmul, matrices[:-1])
+        return Operands(matrices[-1], weight, None, lambda a, w, b: w @ a)
+    return None
 
 
 def _swapped(
@@ -190,5 +219,6 @@ PARSERS: dict[str, Parse] = {
     "addmv": _sum_of_product(torch.matmul, "input", "mat", "vec"),
     "addbmm": _sum_of_product(_summed_bmm, "input", "batch1", "batch2"),
     "einsum": _einsum,
+    **dict.fromkeys(("chain_matmul", "linalg_multi_dot"), _chain),
     "bilinear": _bilinear,
 }

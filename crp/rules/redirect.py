@@ -67,6 +67,8 @@ class Redirect(torch.autograd.Function):
             return (None, None, None, *none, *none, *(None for _ in ctx.is_own))
         if again is not None and not again.is_active():
             own = m if ctx.y_is_own else None
+            if own is None and not any(ctx.is_own):
+                raise RuntimeError(f"{again.name} counts as one function by its rule, which has no ordinary derivative")
             return (own, None, None, *none, *none, *(m if given else None for given in ctx.is_own))
         if again is not None and torch.is_grad_enabled():  # with create_graph=True
             scales = again()

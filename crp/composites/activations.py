@@ -1,0 +1,80 @@
+"""Activations that a user has written out: modules that make one elementwise function of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crp.provenance import undisturbed
+from crp.rules.functions import Function
+from crp.rules.layer import tensors_in
+from crp.rules.mode import Choice, SeeingMode
+from crp.rules.notes import Notes
+
+
+def may_be_activation(module: nn.Module) -> bool:
+    """Whether a module is one of the user's, without parameters and parts, which may be an activation written out."""
+    return not (
+        module._parameters
+        or module._buffers
+        or module._modules
+        or isinstance(module, torch.jit.ScriptModule)
+        or type(module).__module__.startswith(("torch.", "crp."))
+        or type(module).forward is nn.Module.forward
+    )
+
+
+def one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Function] | None:
+    """Functions of which a module makes one activation in this call; None if it makes anything else.
+
+    It does if it is called with one tensor, returns one of the same shape, reads no other that depends on the model's
+    input, and calls only elementwise functions that a mode can see, one of them an activation. To know, the module runs
+    once for the record, and is left as it was.
+    """
+    if not may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+        return None
+    probe = _Probe()
+    with undisturbed(module), torch.enable_grad():
+        leaf = args[0].detach().clone().requires_grad_()
+        probe.notes.enter(leaf, None)
+        data = leaf.view_as(leaf)  # (a leaf cannot be changed in place)
+        probe.notes.add(data, 0)
+        with probe:
+            output = module.forward(data)
+        if not isinstance(output, Tensor) or output.shape != leaf.shape:
+            return None
+        probe.notes.read([output], [], probe.note_unseen)
+    functions = probe.functions
+    is_smooth = any(function.kind == "activation" and function.has("identity") for function in functions)
+    is_one = probe.is_seen and len(functions) > 1 and all(function.has("elementwise") for function in functions)
+    return functions if is_one and is_smooth else None
+
+
+class _Probe(SeeingMode):
+    """Lists the functions that a module calls on what depends on its input."""
+
+    def __init__(self) -> None:
+        super().__init__(Notes())
+        self.functions: list[Function] = []
+        self.is_seen = True
+
+    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
+        """No rule."""
+        return Choice(None, True, "")
+
+    def by_chain_rule(self, choice: Choice, func: Any, known: Function, *call: Any) -> Any:
+        """Output of a call as it is; what can be differentiated is listed."""
+        _, args, kwargs, _ = call
+        result = func(*args, **kwargs)
+        if any(tensor.requires_grad for tensor in tensors_in((result, args[:1]))):
+            self.functions.append(known)
+        return result
+
+    def note_unseen(self, tensor: Tensor, is_changed: bool) -> None:
+        """Note that a tensor was made unseen, or is none of the module's."""
+        self.is_seen = False
+
+    _unseen = note_unseen
