@@ -14,7 +14,7 @@ from crp.conditions import Rows, Settings, check_conditions, check_start, check_
 from crp.encoding import Encoding, average
 from crp.engine import Backward
 from crp.forward import SINK, ForwardPass, check_layers
-from crp.guard import attached, composite_on, is_on, rules_of_zennit
+from crp.guard import attached, composite_on, is_on, rules_by_hand
 from crp.hooks import Use
 from crp.inputs import Data, Inputs, Tensors
 from crp.layers import is_layer
@@ -147,7 +147,7 @@ class Call:
     def _multiplies(self) -> bool:
         """Whether a gradient flows, or multipliers, and not relevance itself."""
         if self.composite is None:
-            return not rules_of_zennit(self.attribution.model)
+            return not rules_by_hand(self.attribution.model)
         return Encoding.of(self.composite).multiplier
 
     def _parts(self, composite: Composite | None, batch_size: int) -> Iterator[tuple[AttributionResults, list[Tensor]]]:

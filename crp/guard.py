@@ -43,8 +43,8 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
     Returns
     -------
     zennit.core.Composite or None
-        None also where rules of zennit are on the model, which need not be known: they propagate relevance itself, as
-        what has no composite does.
+        None also where a composite of zennit is on the model, which need not be known: it propagates relevance itself,
+        as what has no composite does.
 
     Raises
     ------
@@ -65,8 +65,8 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
-    if getattr(found, "encoding", None) == "multiplier" and (rules := rules_of_zennit(model, found)):
-        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} of zennit is on the model", _kind(found)))
+    if getattr(found, "encoding", None) == "multiplier" and (rules := rules_by_hand(model, found)):
+        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(found)))
     return found
 
 
@@ -74,7 +74,7 @@ def check_alone(model: nn.Module, composite: Composite | None, method: str) -> N
     """Raise a `RuntimeError` if a composite is on the model that is not the one of the method."""
     model = unwrap(model)
     if composite is None:
-        for other in (composite_on(model), *rules_of_zennit(model)):
+        for other in (composite_on(model), *rules_by_hand(model)):
             if other is not None:
                 raise RuntimeError(
                     f"{_kind(other)} is on the model, and {method} would use what it makes of the gradient; leave its "
@@ -95,11 +95,12 @@ def _are_nested(module: nn.Module, model: nn.Module) -> bool:
 
 def _rules_on(module: nn.Module) -> list[Hook]:
     """Rules in zennit's protocol that hook a module, each once."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    owners += [getattr(owner, "rule", None) for owner in owners]  # (ours hook a module by what brings them to it)
     return list({id(owner): owner for owner in owners if isinstance(owner, Hook)}.values())
 
 
-def rules_of_zennit(model: nn.Module, composite: Composite | None = None) -> list[Hook]:
+def rules_by_hand(model: nn.Module, composite: Composite | None = None) -> list[Hook]:
     """Rules on a model's layers, put there by a user's own hand, that are not this composite's."""
     if not _rules_beside(model, composite):
         return []
@@ -207,8 +208,8 @@ def _called_once(model: nn.Module) -> Iterator[None]:
     for name, (_, of_layer) in rules.items():
         if len(of_layer) > 1:
             raise RuntimeError(
-                f"layer {name!r} has {len(of_layer)} rules of zennit, {' and '.join(map(_kind, of_layer))}: one "
-                "composite comes on top of another; leave the context of the first, or use it alone"
+                f"layer {name!r} has {len(of_layer)} rules, {' and '.join(map(_kind, of_layer))}: one composite comes "
+                "on top of another; leave the context of the first, or use it alone"
             )
     handles = [
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))

@@ -77,6 +77,8 @@ def test_operations_on_one_image_its_regions_and_on_numbers(composite, image, ex
     for kind, share in whole.layers["conv"].items():
         total = part.layers["conv"][kind] + other.layers["conv"][kind]
         assert torch.allclose(total, share, rtol=1e-9, atol=1e-14)
+        above = whole.layers["fc"][kind]  # (masks act below it)
+        assert torch.allclose(part.layers["fc"][kind], above, rtol=1e-9, atol=1e-14)
 
 
 @both

@@ -23,6 +23,7 @@ from crp.attributors import Gradient, GuidedGradCAM, IntegratedGradients, Meanin
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, ExcitationBackprop, GradientTimesInput
 from crp.composites import Gradient as GradientComposite
 from crp.placed import placed
+from crp.rules import ZPlus
 
 CONDITIONS = [{"y": 1}, {"y": 2, "features.3": [0, 2]}]
 OURS = {
@@ -98,17 +99,23 @@ def test_a_single_rule_of_zennit_by_hand(vgg_bn, images):
     handles = ZennitZPlus().register(vgg_bn.get_submodule(names[0]))
     try:
         assert same(attribution(images, CONDITIONS, NameMapComposite(others)), wanted)
-        with pytest.raises(RuntimeError, match=r"the rule ZPlus of zennit is on .* already, and EpsilonPlus would"):
+        with pytest.raises(RuntimeError, match=r"the rule ZPlus is on .* already, and EpsilonPlus would"):
             attribution(images, CONDITIONS, EpsilonPlus())
     finally:
         handles.remove()
 
 
+def zennit_with_ours() -> NameMapComposite:
+    return NameMapComposite([(["features.0"], ZPlus())])
+
+
 PAIRS = {
     "ours on ours": (EpsilonPlus, EpsilonPlusFlat, "EpsilonPlusFlat is on .* already, and EpsilonPlus would come"),
-    "ours on zennit's": (EpsilonPlus, zennit.composites.EpsilonPlus, "rule .* of zennit is on the model already"),
+    "ours on zennit's": (EpsilonPlus, zennit.composites.EpsilonPlus, "the rule .* is on a layer of the model already"),
     "zennit's on ours": (zennit.composites.EpsilonGammaBox, EpsilonPlus, "EpsilonPlus is on the model already"),
-    "zennit's on zennit's": (zennit.composites.EpsilonPlus, zennit.composites.EpsilonPlusFlat, "has 2 rules of zennit"),
+    "ours on zennit's with a rule of ours": (EpsilonPlus, zennit_with_ours, "the rule ZPlus is on a layer"),
+    "zennit's on zennit's with a rule of ours": (zennit.composites.EpsilonPlus, zennit_with_ours, "has 2 rules, "),
+    "zennit's on zennit's": (zennit.composites.EpsilonPlus, zennit.composites.EpsilonPlusFlat, "has 2 rules, "),
 }
 
 
@@ -185,19 +192,22 @@ def test_threads_do_not_take_a_call_of_another_for_a_hand(vgg_bn, images):
         except Exception as error:
             found[name] = error
 
-    for make in (EpsilonPlus, zennit.composites.EpsilonPlus):
+    for shared in (EpsilonPlus(), zennit.composites.EpsilonPlus()):
         inside.clear()
         go.clear()
-        threads = [threading.Thread(target=ask, args=("waits", Waits(vgg_bn), make()))]
+        threads = [threading.Thread(target=ask, args=("waits", Waits(vgg_bn), shared))]
         threads[0].start()
         assert inside.wait(20)
-        for name, composite in (("none", None), ("other", EpsilonPlusFlat())):
+        asked = {"none": None, "other": EpsilonPlusFlat(), "the same": shared}
+        for name, composite in asked.items():
             threads.append(threading.Thread(target=ask, args=(name, CondAttribution(vgg_bn), composite)))
             threads[-1].start()
+            threads[-1].join(0.1)  # (it has looked at the model, and waits)
         go.set()
         for thread in threads:
             thread.join(20)
-        for name, composite in (("waits", make()), ("none", None), ("other", EpsilonPlusFlat())):
+        for name, composite in {"waits": shared, **asked}.items():
+            assert isinstance(found[name], tuple), found[name]
             assert same(found[name], CondAttribution(vgg_bn)(images, [{"y": 1}], composite)), name
 
 
