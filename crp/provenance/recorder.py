@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -61,7 +62,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
     recorder = _Recorder(model)
     token = _active.set(recorder)
     try:
-        with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")  # (what the model has to say it says when it runs for good)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(uncompiled(model))
@@ -75,6 +77,13 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
     finally:
         _active.reset(token)
     return recorder.trace
+
+
+#: Functions whose result no small change of their operands moves.
+_CONSTANT = frozenset(
+    """data detach empty_like full_like new_empty new_empty_strided new_full new_ones new_tensor new_zeros ones_like
+    rand_like randint_like randn_like zeros_like""".split()  # noqa: SIM905
+)
 
 
 class _Recorder(TorchFunctionMode):
@@ -146,7 +155,7 @@ class _Recorder(TorchFunctionMode):
         for tensor in given:
             if id(tensor) in self._parameters:
                 self.trace.parameter_readers[self._parameters[id(tensor)]].append(reader)
-        passes = function.name not in ("detach", "data")
+        passes = function.name not in _CONSTANT
         for tensor in written:
             origins = _origins(sources if passes else self.find_all([tensor]))
             self._writes[_storage(tensor)] = self._made(tensor, function, sources, origins)
@@ -228,7 +237,8 @@ class _Recorder(TorchFunctionMode):
             self._stack.pop()
             return output
 
-        with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")  # (what the model has to say it says when it runs for good)
             # (of `nn.Module`, as those of scripted modules refuse)
             before_forward, after_forward = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
             for layer, module in model.named_modules():

@@ -228,7 +228,8 @@ class Rule(Hook):  # type: ignore[misc]
             raise TypeError(
                 f"{type(self).__name__} treats operations of one result; {layer} returns a {type(output).__name__}"
             )
-        return self.propagate(layer, a, writable(output))
+        # (what a module as a whole has saved for its gradient cannot be known)
+        return self.propagate(layer, a, writable(output) if layer.module is None else output.detach().clone())
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Output of an operation, with this rule as its gradient.

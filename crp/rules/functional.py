@@ -153,7 +153,7 @@ class ConstantWeights(Linearized):
 
 
 #: What made the values of a gate.
-_GATES = Born.SQUASHED | Born.SOFTMAX
+_GATES = Born.SQUASHED | Born.NEGATED | Born.SOFTMAX
 
 
 def _checked(mode: Gates) -> Gates:

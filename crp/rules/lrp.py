@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from crp.rules.base import Rule, Term, is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
-from crp.rules.redirect import Redirect, released
+from crp.rules.redirect import Redirect
 from crp.rules.stabilizer import Stabilize, stabilizing
 
 Names = str | Sequence[str] | None
@@ -148,8 +148,6 @@ class Pass(Rule):
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise ValueError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        if layer.module is not None:  # what is inside takes no part
-            y = released(y)
         return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
