@@ -321,11 +321,12 @@ def test_rule_that_takes_weights_apart_refuses_what_has_none_to_sum_with(rule, n
     number = {"Bilinear": 2, "MultiheadAttention": 3}.get(name, 1)
     model = net(lambda s, a: s.layer(*[a] * number), layer=module)
     data = torch.randn(shape, dtype=F64, requires_grad=True)
-    message = rf"\({name}, {type(rule).__name__}\(.*: {type(rule).__name__} treats sums of weighted inputs .*'layer' call"
+    kind = type(rule).__name__
+    message = rf"\({name}, {kind}\(.*: {kind} treats sums of weighted inputs .*, and 'layer' call no such operation"
     with untouched(model), pytest.raises(TypeError, match=message):
         within(model, Composite(None, layer_map=[(type(module), rule)]), data)
     handle = rule.copy().register(module)  # as zennit's composites do
-    with pytest.raises(TypeError, match=rf"{type(rule).__name__}\(.*\) has no operation to act on in {name}"):
+    with pytest.raises(TypeError, match=rf"{kind}\(.*\) has no operation to act on in {name}"):
         model(data)
     handle.remove()
     model(data)
