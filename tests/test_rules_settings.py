@@ -298,6 +298,8 @@ WEIGHTED = [
     rules.WSquare(),
     rules.Flat(),
     rules.ZBox(-1.0, 1.0),
+    rules.Excitation(),
+    rules.ContrastiveExcitation(),
 ]
 #: Modules that sum up no weighted inputs, with the shape of an input.
 OTHERS = {
