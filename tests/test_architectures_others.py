@@ -170,15 +170,15 @@ def test_report_says_what_happens_in_every_layer(name):
     family = next(family for family in FAMILIES if family.name == name)
     model, composite = family.build(), EpsilonPlusFlat([MergeBatchNorm()])
     report = composite.report(model, family.images())
-    told = json.loads(json.dumps(report.to_dict()))
-    rules = {(o["layer"], o["function"]): o["rule"].partition("(")[0] for o in told["operations"]}
+    plain = json.loads(json.dumps(report.to_dict()))
+    rules = {(o["layer"], o["function"]): o["rule"].partition("(")[0] for o in plain["operations"]}
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert [rules[n, "conv2d"] for n in convolutions] == ["Flat", *["ZPlus"] * (len(convolutions) - 1)]
     assert {rules[n, "linear"] for n in dense} == {"Epsilon"}
-    assert sorted(told["changed"]) == sorted(norms)
-    assert all(what.startswith("merged into") for what in told["changed"].values())
+    assert sorted(plain["changed"]) == sorted(norms)
+    assert all(what.startswith("merged into") for what in plain["changed"].values())
     assert "batch_norm" not in {function for _, function in rules}
     wanted = {("hardswish", "Pass"), ("hardsigmoid", "Pass"), ("mul", "Gate"), ("relu", "ordinary chain rule")}
     if name == "convnext_tiny":

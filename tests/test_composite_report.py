@@ -23,9 +23,9 @@ def named(report, layer):
 
 def test_every_operation_is_told_with_its_layer_rule_call_and_canonizer():
     report = of(exhibit())
-    found = [(o.layer, o.module, o.call, o.function, o.rule.partition("(")[0]) for o in report.operations]
+    rows = [(o.layer, o.module, o.call, o.function, o.rule.partition("(")[0]) for o in report.operations]
     chain = "ordinary chain rule"
-    assert found == [
+    assert rows == [
         ("stem.0", "Conv2d", 0, "conv2d", "Flat"),
         ("stem.2", "ReLU", 0, "relu", chain),
         ("deep", "Conv2d", 0, "conv2d", "ZPlus"),

@@ -134,8 +134,8 @@ def test_model_predicts_as_before_and_is_untouched_afterwards(name, net, images,
 )
 def test_rules_by_name_come_before_the_first_layer_and_types(name_map, wanted, mlp, vectors):
     composite = Composite(layer_map=[(nn.Linear, ZPlus())], first_map=[(nn.Linear, Flat())], name_map=name_map)
-    found = rules(mlp, composite, vectors)
-    assert [(layer, rule) for layer, function, rule in found if function == "linear"] == [
+    operations = rules(mlp, composite, vectors)
+    assert [(layer, rule) for layer, function, rule in operations if function == "linear"] == [
         ("0", wanted[0]),
         ("2", wanted[1]),
         ("4", wanted[2]),

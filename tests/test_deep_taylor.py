@@ -170,8 +170,8 @@ def test_sum_pooling_leaves_indices_as_they_are():
     with SUM_POOL.context(Net()) as model:
         assert torch.equal(model(a.clone().requires_grad_()), F.max_unpool2d(values, indices, 2))
     r = torch.rand(2, 3, 2, 2, dtype=torch.float64)
-    found = pooled(Net(), a, F.max_unpool2d(r, indices, 2))
-    close(found, pooled(nn.MaxPool2d(2), a, r), 1e-12)
+    relevance = pooled(Net(), a, F.max_unpool2d(r, indices, 2))
+    close(relevance, pooled(nn.MaxPool2d(2), a, r), 1e-12)
 
 
 def test_result_changes_continuously_where_the_winner_changes():

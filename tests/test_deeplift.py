@@ -312,10 +312,10 @@ def test_relevance_of_channels_partitions_the_whole() -> None:
 @pytest.mark.parametrize("selector", [nn.ReLU, "2", F.relu], ids=str)
 def test_rules_may_be_mapped_to_the_modules_that_call_a_function(selector) -> None:
     model, (x, x0) = cnn(nn.ReLU(), nn.MaxPool2d(2)), pairs(2, 9, 9)
-    found = relevance(model, x, DeepLift(reference=x0, variant="reveal_cancel", layer_map=[(selector, Rescale())]))
+    mapped = relevance(model, x, DeepLift(reference=x0, variant="reveal_cancel", layer_map=[(selector, Rescale())]))
     rescale, reveal_cancel = (relevance(model, x, DeepLift(reference=x0, variant=variant)) for variant in VARIANTS)
-    torch.testing.assert_close(found, rescale, rtol=1e-12, atol=1e-13)
-    assert (found - reveal_cancel).abs().max() > 0.01 * found.abs().max()
+    torch.testing.assert_close(mapped, rescale, rtol=1e-12, atol=1e-13)
+    assert (mapped - reveal_cancel).abs().max() > 0.01 * mapped.abs().max()
 
 
 @pytest.mark.parametrize(("rule", "kind"), [(Rescale(), nn.Linear), (RevealCancel(), nn.Linear), (MaxPool(), nn.ReLU)])

@@ -292,8 +292,8 @@ def test_one_composite_per_model_and_one_model_per_composite(untouched):
     with untouched(first), untouched(second), composite.context(first):
         with pytest.raises(RuntimeError, match="this EpsilonPlus is on a model already"), composite.context(second):
             pass
-        (found,) = torch.autograd.grad(first(data)[:, 0].sum(), data)
-        assert torch.equal(found, wanted)  # it is still on the first
+        (relevance,) = torch.autograd.grad(first(data)[:, 0].sum(), data)
+        assert torch.equal(relevance, wanted)  # it is still on the first
     with untouched(first), EpsilonPlus().context(first), composites.Gradient().context(first.stem):
         with pytest.raises(RuntimeError, match="EpsilonPlus and Gradient are on one model, or on a model and a part"):
             first(data)
@@ -461,8 +461,11 @@ def checkpointed(part, use_reentrant=False):
 )
 @pytest.mark.parametrize("composite", [exact(), EpsilonPlusFlat(), DeepLift(reference=0.3)], ids=repr)
 def test_activation_checkpoints(composite, part):
-    found, wanted = heatmap(stem_and_head(checkpointed(part)), composite), heatmap(stem_and_head(part), composite)
-    assert deviation(found, wanted) < 1e-12
+    with_checkpoint, without = (
+        heatmap(stem_and_head(checkpointed(part)), composite),
+        heatmap(stem_and_head(part), composite),
+    )
+    assert deviation(with_checkpoint, without) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch 2.4 at itself
@@ -529,8 +532,8 @@ def test_custom_functions_are_refused_by_name_unless_their_module_is_one_operati
 
 def test_custom_functions_of_modules_without_a_rule_have_their_own_gradient():
     swish, silu = conv_net(lambda s, h: s.act(h), act=SwishModule()), conv_net(lambda s, h: F.silu(h))
-    found = heatmap(swish, EpsilonPlus(layer_map=[("act", None)]))
-    assert deviation(found, heatmap(silu, EpsilonPlus(layer_map=[(F.silu, None)]))) < 1e-12
+    relevance = heatmap(swish, EpsilonPlus(layer_map=[("act", None)]))
+    assert deviation(relevance, heatmap(silu, EpsilonPlus(layer_map=[(F.silu, None)]))) < 1e-12
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

@@ -53,13 +53,13 @@ CONVOLUTIONS = ["features.0", "features.2", "features.4"]
     ids=str,
 )
 def test_layers_that_a_selector_means(selector, reached):
-    found = by_layer((selector, Gamma()))
-    assert {layer: rule for layer, rule in found.items() if rule != "chain"} == dict.fromkeys(reached, "Gamma")
-    assert len(found) == 7
+    rule_of = by_layer((selector, Gamma()))
+    assert {layer: rule for layer, rule in rule_of.items() if rule != "chain"} == dict.fromkeys(reached, "Gamma")
+    assert len(rule_of) == 7
 
 
 def test_first_match_wins():
-    found = by_layer(
+    rule_of = by_layer(
         ("features.0", Epsilon()),
         (First(nn.Conv2d), Flat()),
         ("features.*", None),
@@ -67,7 +67,7 @@ def test_first_match_wins():
         (nn.Linear, ZPlus()),
         (nn.Linear, Gamma()),
     )
-    assert found == dict.fromkeys(found, "chain") | {"features.0": "Epsilon", "fc": "ZPlus"}
+    assert rule_of == dict.fromkeys(rule_of, "chain") | {"features.0": "Epsilon", "fc": "ZPlus"}
 
 
 def test_names_come_before_the_first_layer_before_the_layer_map():
@@ -75,10 +75,10 @@ def test_names_come_before_the_first_layer_before_the_layer_map():
         "first_map": [((nn.Conv2d,), Flat())],
         "name_map": [(["features.0"], Epsilon()), (["f*"], None), (["features.2"], ZPlus())],
     }
-    found = by_layer((nn.Conv2d, Gamma()), **maps)
-    assert found == dict.fromkeys(found, "chain") | {"features.0": "Epsilon"}  # the pattern came before features.2
-    found = by_layer((nn.Conv2d, Gamma()), first_map=maps["first_map"])
-    assert [found[layer] for layer in CONVOLUTIONS] == ["Flat", "Gamma", "Gamma"]
+    rule_of = by_layer((nn.Conv2d, Gamma()), **maps)
+    assert rule_of == dict.fromkeys(rule_of, "chain") | {"features.0": "Epsilon"}  # the pattern came before features.2
+    rule_of = by_layer((nn.Conv2d, Gamma()), first_map=maps["first_map"])
+    assert [rule_of[layer] for layer in CONVOLUTIONS] == ["Flat", "Gamma", "Gamma"]
 
 
 def test_report_says_which_entry_an_operation_matched():
@@ -167,8 +167,8 @@ def test_tuples_of_functions_and_operators(functions, chosen):
     model = conv_net(lambda s, h: F.silu(h) * torch.sigmoid(h))
     wanted = {"silu": "Pass", "sigmoid": "Pass", "mul": "Gate"} | {chosen: "chain"}
     composite = LRP(layer_map=[((nn.Conv2d, nn.Linear), Epsilon()), (functions, None)])
-    found = {function: rule for _, function, rule in rules(model, composite) if function in wanted}
-    assert found == wanted
+    rule_of = {function: rule for _, function, rule in rules(model, composite) if function in wanted}
+    assert rule_of == wanted
 
 
 class Gated(nn.Conv2d):
@@ -190,9 +190,9 @@ class Gated(nn.Conv2d):
 @pytest.mark.parametrize("selector", ["0", Gated])
 def test_rule_of_a_module_is_for_what_it_treats_in_it(selector, rule, reached):
     model = nn.Sequential(Gated(3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(72, 3)).double().eval()
-    found = rules(model, LRP(layer_map=[(selector, rule), (nn.Linear, Epsilon())]))
-    assert [name for layer, _, name in found if layer == "0"] == reached
-    assert found[len(reached) :] == [("1", "silu", "Pass"), ("2", "flatten", "chain"), ("3", "linear", "Epsilon")]
+    operations = rules(model, LRP(layer_map=[(selector, rule), (nn.Linear, Epsilon())]))
+    assert [name for layer, _, name in operations if layer == "0"] == reached
+    assert operations[len(reached) :] == [("1", "silu", "Pass"), ("2", "flatten", "chain"), ("3", "linear", "Epsilon")]
 
 
 @pytest.mark.parametrize("first", ["container", "type"])
