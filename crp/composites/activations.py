@@ -53,11 +53,18 @@ def one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any
     return functions if is_one and is_smooth else None
 
 
+class _OfModule(Notes):
+    """Notes in which whatever may depend on the model's input and is not noted is none of the module's."""
+
+    def _reaches_input(self, tensor: Tensor) -> bool:
+        return True
+
+
 class _Probe(SeeingMode):
     """Lists the functions that a module calls on what depends on its input."""
 
     def __init__(self) -> None:
-        super().__init__(Notes())
+        super().__init__(_OfModule())
         self.functions: list[Function] = []
         self.is_seen = True
 

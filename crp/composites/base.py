@@ -23,7 +23,7 @@ from crp.composites.report import Report, report_on
 from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
 from crp.placed import note_placed, note_removed
-from crp.provenance import Structure, recorded, structure, tracing
+from crp.provenance import Structure, structure, tracing
 from crp.reference import referencing
 from crp.rules import lift
 from crp.rules.account import Account
@@ -296,10 +296,10 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         """Tell the mode of the calls of a module that entries mean."""
 
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return None if tracing() else mode.enter_module(module, own, args, kwargs)
+            return None if tracing() and not mode.is_counting else mode.enter_module(module, own, args, kwargs)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            return None if tracing() else mode.leave_module(module, output)
+            return None if tracing() and not mode.is_counting else mode.leave_module(module, output)
 
         self.handles += hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
 
@@ -320,9 +320,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 "put all rules into one composite, by layer names where they differ"
             )
         if self._structure is not None and not mode.totals:
-            record = recorded(module, args, kwargs, self._structure)
-            explained = [n for n, data in enumerate(tensors_in((args, kwargs))) if data.requires_grad]
-            mode.totals = totals_of(mode.positions, record, explained)
+            mode.totals = totals_of(mode, module, self._structure, args, kwargs)
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()

@@ -17,6 +17,7 @@ from crp.reference import on_reference, referencing
 from crp.rules import Rule, Whole
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
+from crp.rules.functional import Proportional
 from crp.rules.functions import AFFINE, Function, activation, in_place, overwrites
 from crp.rules.layer import Layer, changed, tensors_in
 from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module, whole_call
@@ -104,7 +105,8 @@ class Operations(SeeingMode):
         self.positions = [entry for entry in entries if entry.position is not None]
         #: How many operations each position chooses among; set before the model runs.
         self.totals: dict[int, int] = {}
-        self._counts: dict[int, int] = {}
+        self.is_counting = False
+        self._counts: dict[int, dict[object, int]] = {}
         self._choices = choices
         self._context: tuple[tuple[int, bool], ...] = ()
         self._stack: list[tuple[tuple[tuple[int, bool], ...], int]] = []
@@ -125,6 +127,8 @@ class Operations(SeeingMode):
         first, context = bool(flags & FIRST) and kind in AFFINE, self._context
         if self.positions:
             context = context + self._chosen_positions(known, kind)
+            if self.is_counting:
+                return Choice(None, True, "")
         if context and kind in AFFINE:
             self._met.update(number for number, _ in context)
         key = (known, kind, first, several, context)
@@ -153,16 +157,40 @@ class Operations(SeeingMode):
 
     def _chosen_positions(self, known: Function, kind: str) -> tuple[tuple[int, bool], ...]:
         """Positions that this operation has, which is counted."""
-        return tuple((entry.number, False) for entry in self.positions if self._counts_for(entry, known, kind))
+        found = []
+        for entry in self.positions:
+            assert entry.position is not None
+            if fits(known, kind, entry.position.types) and self._is_chosen(entry, self._weight_of_call()):
+                found.append((entry.number, False))
+        return tuple(found)
 
-    def _counts_for(self, entry: Entry, known: Function, kind: str) -> bool:
-        position = entry.position
-        return position is not None and fits(known, kind, position.types) and self._is_chosen(entry)
+    def _weight_of_call(self) -> object:
+        """What calls of one layer have in common: a parameter; otherwise each call counts."""
+        weight = None if self.operands is None else self.operands.weight
+        return id(weight) if isinstance(weight, nn.Parameter) else object()
 
-    def _is_chosen(self, entry: Entry) -> bool:
-        k = self._counts[entry.number] = self._counts.get(entry.number, -1) + 1
+    def _is_chosen(self, entry: Entry, layer: object) -> bool:
+        known = self._counts.setdefault(entry.number, {})
+        k = known.setdefault(layer, len(known))
         assert entry.position is not None
         return entry.position.chooses(k, self.totals.get(entry.number, 0) or k + 1)
+
+    def count(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, int]:
+        """Run the model to count what each position chooses among."""
+        self.is_counting = True
+        try:
+            given, named = changed((tuple(args), dict(kwargs)), lambda tensor: _entered(tensor, False))
+            with torch.enable_grad():
+                self.begin((given, named), {})
+                try:
+                    model(*given, **named)
+                finally:
+                    self.leave()
+            return {entry.number: len(self._counts.get(entry.number, ())) for entry in self.positions}
+        finally:
+            self.is_counting = False
+            self._called, self._met = set(), set()
+            self._forget()
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
         """Output of a call, with the rule as its gradient."""
@@ -206,6 +234,10 @@ class Operations(SeeingMode):
             place = self.innermost()
             self._untreated[f"{known.name}() in {place!r}" if place else f"{known.name}()"] = None
         self._list(known.name, choice)
+        if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
+            # (what a function does that the method knows no rule for is not to be lost)
+            layer = Layer(func, args, kwargs, tuple(inputs), known, place=self.place(), result=result)
+            return Proportional().attach(self.attachment).operate(layer)
         if account is not None and constant is not None and constant.any():
             target = account.absorb(self.place(), inputs[0], target, Shares(bias=constant))
             return None if result is None else target
@@ -234,9 +266,9 @@ class Operations(SeeingMode):
         explained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
         known, added, tolerant = dict(self._context), [], 0
         for entry, alone in own:
-            if entry.position is not None and not (
-                is_counted(type(module), entry.position.types) and self._is_chosen(entry)
-            ):
+            position = entry.position
+            counts = position is not None and is_counted(type(module), position.types)
+            if position is not None and not (counts and self._is_chosen(entry, module)):
                 continue
             if explained:
                 self._called.add(entry.number)
@@ -442,7 +474,7 @@ class Operations(SeeingMode):
         if left:
             raise RuntimeError(f"the model ran {left[0]} for the reference, but not for the data")
         for entry in self.positions:
-            count = self._counts.get(entry.number, -1) + 1
+            count = len(self._counts.get(entry.number, ()))
             if explained and self.totals.get(entry.number, count) != count:
                 raise RuntimeError(
                     f"{entry}: the model ran {count} such operations, and {self.totals[entry.number]} when they were "

@@ -75,6 +75,7 @@ class SeeingMode(TorchFunctionMode):
         self.notes = notes
         self._reading = _add
         self._parts: Any = None
+        self.operands: Operands | None = None
 
     def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
         """Rule of an operation.
@@ -142,6 +143,7 @@ class SeeingMode(TorchFunctionMode):
                 kind = "product" if len(inputs) > 1 else ""
         elif kind == "product" and len(inputs) == 1:
             kind = ""
+        self.operands = operands
         copied = self._copied(func, known, args, kwargs, inputs, flags) if flags & FIRST else None
         choice = self.choose(known, kind, flags, operands is None and len(inputs) > 1)
         target = args[0] if args and overwrites(func, args, kwargs) else kwargs.get("out")
