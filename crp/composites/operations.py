@@ -248,7 +248,7 @@ class Operations(SeeingMode):
         """Tell outputs of the γ rule that not only a ReLU reads them."""
         for tensor in inputs if self.attachment.rectifiable else ():
             call = self.attachment.rectifiable.get(id(tensor))
-            if call is not None and call.output() is tensor:
+            if call is not None and call.holds(tensor):
                 call.read()
 
     def _list(self, operation: str, choice: Choice) -> None:
