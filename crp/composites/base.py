@@ -17,7 +17,9 @@ from zennit.core import Hook
 from crp.canonizers import for_model
 from crp.composites.activations import may_be_activation
 from crp.composites.keywords import Remembered
-from crp.composites.operations import Operations, Seen, hook
+from crp.composites.matching import Matching, Seen
+from crp.composites.operations import Operations
+from crp.composites.places import hook
 from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
 from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
@@ -104,10 +106,9 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         self._attachment = Attachment()
         self._operations: Operations | None = None
         self._depth, self._entered = 0, False
-        self._places: list[Any] = []
         self._structure: Structure | None = None
         self._ready: tuple[list[Any], list[Entry], dict[Any, Any]] | None = None
-        super().__init__(_no_rule, [] if self.auto or canonizers is None else list(canonizers))
+        super().__init__(lambda *_: None, [] if self.auto or canonizers is None else list(canonizers))
 
     def is_method(self, known: Function) -> bool:
         """Whether the ordinary chain rule is what the method says for a function; others are warned of."""
@@ -154,7 +155,8 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
                 self.handles.append(_Lasting(state))
             assert self._ready is not None
-            mode = Operations(module, entries, self._ready[2], self.is_method, type(self).__name__, self._attachment)
+            matching = Matching(entries, self._ready[2], self.is_method)
+            mode = Operations(module, matching, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name, child in modules.items():
                 if name in addressed or (entries and may_be_activation(child)):
@@ -297,10 +299,10 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         """Tell the mode of the calls of a module that entries mean."""
 
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return None if tracing() and not mode.is_counting else mode.enter_module(module, own, args, kwargs)
+            return None if tracing() and not mode.matching.is_counting else mode.enter_module(module, own, args, kwargs)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            return None if tracing() and not mode.is_counting else mode.leave_module(module, output)
+            return None if tracing() and not mode.matching.is_counting else mode.leave_module(module, output)
 
         self.handles += hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
 
@@ -320,13 +322,13 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
             )
-        if self._structure is not None and not mode.totals:
-            mode.totals = totals_of(mode, module, self._structure, args, kwargs)
+        if self._structure is not None and not mode.matching.totals:
+            mode.matching.totals = totals_of(mode, module, self._structure, args, kwargs)
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()
         if self._attachment.account is not None or mode.seen is not None:
-            self._places = mode.track_places()
+            mode.places.track()
         self._depth, self._entered = 1, mode.is_needed
         _running.set(self)
         if self._entered:
@@ -368,10 +370,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         if self._depth:
             return
         _running.set(None)
-        for handle in self._places:
-            handle.remove()
-        self._places.clear()
-        mode.forget_places()
+        mode.places.stop()
         if self._entered:
             mode.leave()
         try:
@@ -385,10 +384,6 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
             if why is not None:
                 raise ValueError(why)
-
-
-def _no_rule(context: dict[str, Any], name: str, module: nn.Module) -> None:
-    """Rule of a module in zennit's protocol: none, as rules are for operations."""
 
 
 class _Lasting:

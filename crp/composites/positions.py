@@ -23,7 +23,7 @@ def totals_of(
     mode: Operations, model: nn.Module, structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[int, int]:
     """Number of layers of each position's types, by the number of its entry; counted once for a structure."""
-    key = structure, [(entry.number, entry.selector) for entry in mode.positions]
+    key = structure, [(entry.number, entry.selector) for entry in mode.matching.positions]
     for known, totals in _counted.get(model, ()):
         if known == key:
             return totals
