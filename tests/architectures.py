@@ -98,7 +98,7 @@ FAMILIES = [
 REFUSED = {
     "vit_b_16": (
         224,
-        "'encoder.layers.encoder_layer_0.self_attention': EpsilonPlus has no rule for MultiheadAttention",
+        r"EpsilonPlus has no rule for multi_head_attention_forward\(\) in 'encoder.layers.encoder_layer_0.self_att",
     ),
     "swin_t": (32, r"EpsilonPlus has no rule for matmul\(\) in 'features.1.0.attn'"),
     "swin_v2_t": (32, r"EpsilonPlus has no rule for matmul\(\) in 'features.1.0.attn'"),

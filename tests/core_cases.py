@@ -105,6 +105,13 @@ def heatmap(model: nn.Module, composite: Composite, data: Tensor | None = None, 
     return Maps(model)(images() if data is None else data, [{"y": target}], composite).heatmap
 
 
+def rules(model: nn.Module, composite: Composite, data: Tensor | None = None) -> list[tuple[str, str, str]]:
+    """Layer, function and name of the rule (or "chain") of each operation, in the order of execution."""
+    report = composite.report(model, images() if data is None else data)
+    names = {"ordinary chain rule": "chain"}
+    return [(o.layer, o.function, names.get(o.rule, o.rule.partition("(")[0])) for o in report.operations]
+
+
 def within(model: nn.Module, composite: Composite, *args: object, **kwargs: object) -> list[Tensor]:
     """Gradients of all inputs that require one, inside the composite's context, for target 0."""
     from crp.rules.layer import tensors_in

@@ -1,4 +1,4 @@
-"""The report of a composite: which rule and which canonizer reached which layer and operation."""
+"""The report of a composite: which rule and which canonizer reached which operation, and why."""
 
 import json
 
@@ -16,22 +16,47 @@ def of(model, composite=None, data=None):
     return (composite or EpsilonPlusFlat()).report(model, images(2, 8) if data is None else data)
 
 
-def layers(report):
-    return {layer.layer: layer for layer in report.layers}
+def named(report, layer):
+    """Function and rule of the operations of a layer."""
+    return [(operation.function, operation.rule) for operation in report.by_layer()[layer]]
 
 
-def test_every_layer_is_told_with_its_rule_calls_and_canonizer():
-    found = layers(of(exhibit()))
-    assert found["stem.0"].rule.startswith("Flat(")
-    assert found["deep"].rule.startswith("ZPlus(") and found["fc"].rule.startswith("Epsilon(")
-    assert [found[name].calls for name in ("stem.0", "mix", "act", "fc")] == [1, 2, 1, 1]
-    assert found["norm"].canonizer == "merged into deep" and found["stem.1"].canonizer == "merged into stem.0"
-    assert found["norm"].rule is None
-    assert found["act"].operations == {("silu", "Pass()"): 1}
-    operations = found[""].operations
-    assert operations["relu", "ordinary chain rule"] == 3
-    assert operations["mul", "Gate(mode='signal')"] == operations["sigmoid", "Squash()"] == 1
-    assert list(found) == [name for name, _ in exhibit().named_modules() if name in found]
+def test_every_operation_is_told_with_its_layer_rule_call_and_canonizer():
+    report = of(exhibit())
+    found = [(o.layer, o.module, o.call, o.function, o.rule.partition("(")[0]) for o in report.operations]
+    chain = "ordinary chain rule"
+    assert found == [
+        ("stem.0", "Conv2d", 0, "conv2d", "Flat"),
+        ("stem.2", "ReLU", 0, "relu", chain),
+        ("deep", "Conv2d", 0, "conv2d", "ZPlus"),
+        ("act", "SiLU", 0, "silu", "Pass"),
+        ("", "Exhibit", 0, "mean", chain),
+        ("squeeze", "Conv2d", 0, "conv2d", "ZPlus"),
+        ("", "Exhibit", 0, "sigmoid", "Pass"),
+        ("", "Exhibit", 0, "mul", "Gate"),
+        ("", "Exhibit", 0, "add", chain),
+        ("", "Exhibit", 0, "relu", chain),
+        ("pool", "MaxPool2d", 0, "max_pool2d", chain),
+        ("mix", "Conv2d", 0, "conv2d", "ZPlus"),
+        ("", "Exhibit", 0, "relu", chain),
+        ("mix", "Conv2d", 1, "conv2d", "ZPlus"),
+        ("", "Exhibit", 0, "relu", chain),
+        ("", "Exhibit", 0, "mean", chain),
+        ("fc", "Linear", 0, "linear", "Epsilon"),
+    ]
+    assert report.changed == {"norm": "merged into deep", "stem.1": "merged into stem.0"}
+    assert [report.calls[name] for name in ("stem.0", "mix", "act", "fc")] == [1, 2, 1, 1]
+    assert list(report.modules) == [name for name, _ in exhibit().named_modules() if name in report.modules]
+    assert report.modules["norm"] == "BatchNorm2d" and not report.by_layer()["norm"]
+
+
+def test_why_is_the_entry_that_an_operation_matched():
+    reasons = {o.layer or o.function: o.why for o in of(exhibit()).operations}
+    assert reasons["stem.0"].endswith("Flat(stabilizer=1e-06, norm_scale=False))")
+    assert reasons["deep"].startswith("(Kind(name='convolution'), ZPlus(")
+    assert reasons["fc"].startswith("(Kind(name='dense'), Epsilon(")
+    assert reasons["mul"] == "(Functions(names=('mul',)), Gate(mode='signal'))"
+    assert reasons["relu"] == reasons["pool"] == "the ordinary chain rule is the method"
 
 
 def test_canonizers_are_told_with_what_they_left():
@@ -41,8 +66,9 @@ def test_canonizers_are_told_with_what_they_left():
     behind = net(lambda s, x: s.fc(F.relu(s.norm(s.conv(x) + x)).mean((2, 3))),
                  conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3), fc=nn.Linear(3, 3))  # fmt: skip
     report = of(behind)
-    assert layers(report)["norm"].canonizer.startswith("left: ") and "left 1" in report.canonizers[0]
-    assert layers(report)["norm"].rule or layers(report)["norm"].operations
+    assert report.changed["norm"].startswith("left: ") and "left 1" in report.canonizers[0]
+    (operation,) = report.by_layer()["norm"]
+    assert (operation.function, operation.rule, operation.canonizer) == ("batch_norm", "Pass()", report.changed["norm"])
 
 
 def test_text_and_json_say_the_same():
@@ -51,11 +77,11 @@ def test_text_and_json_say_the_same():
     text, plain = str(report), json.loads(json.dumps(report.to_dict()))
     assert text.splitlines()[0] == "EpsilonPlusFlat() on Exhibit"
     assert plain["composite"] == "EpsilonPlusFlat()" and plain["model"] == "Exhibit"
-    for layer in plain["layers"]:
-        assert (layer["layer"] or "(model)") in text and layer["kind"] in text
-        assert layer["rule"] is None or layer["rule"] in text
-        for operation in layer["operations"]:
-            assert operation["operation"] in text and operation["rule"] in text
+    for operation in plain["operations"]:
+        assert (operation["layer"] or "(model)") in text and operation["module"] in text
+        assert operation["function"] in text and operation["rule"] in text
+    for name, what in plain["changed"].items():
+        assert name in text and what in text
     assert "mix ×2" in text and "relu ×3" in text
     assert text.splitlines()[-1].startswith("canonizer ")
     assert {len(line) - len(line.rstrip()) for line in text.splitlines()} == {0}
@@ -67,6 +93,7 @@ def test_operations_without_a_rule_are_told_not_warned_of_alone():
         report = of(model, data=images())
     assert list(report.left) == ["lerp()"]
     assert "without a rule, by the ordinary chain rule: lerp()" in str(report)
+    assert [o.why for o in report.operations if o.function == "lerp"] == ["no entry matches"]
     none = of(model, EpsilonPlusFlat(layer_map=[(torch.lerp, None)]), images())
     assert list(none.left) == []
 
@@ -74,20 +101,23 @@ def test_operations_without_a_rule_are_told_not_warned_of_alone():
 def test_layers_that_are_not_called_are_told():
     model = conv_net(lambda s, h: h, unused=nn.Conv2d(3, 3, 1))
     report = of(model, data=images())
-    assert layers(report)["unused"].calls == 0
+    assert report.calls["unused"] == 0 and not report.by_layer()["unused"]
     assert "unused (not called)" in str(report)
 
 
 def test_layers_of_the_ordinary_chain_rule_by_choice():
     model = conv_net(lambda s, h: s.act(h), act=nn.SiLU())
     report = of(model, LRP(layer_map=[("conv", None), (nn.SiLU, Pass()), (nn.Linear, Epsilon())]), images())
-    assert layers(report)["conv"].rule == "ordinary chain rule"
-    assert layers(report)["act"].rule == "Pass()" and not layers(report)["act"].operations
+    assert named(report, "conv") == [("conv2d", "ordinary chain rule")]
+    assert named(report, "act") == [("silu", "Pass()")]
+    assert [report.by_layer()[name][0].why for name in ("conv", "act")] == ["('conv', None)", "(SiLU, Pass())"]
 
 
 def test_reference_passes_are_not_counted():
     model = conv_net(lambda s, h: s.act(h), act=nn.SiLU())
-    assert {layer.calls for layer in of(model, DeepLift(), images()).layers} == {1}
+    report = of(model, DeepLift(), images())
+    assert set(report.calls.values()) == {1}
+    assert [o.function for o in report.operations] == ["conv2d", "silu", "flatten", "mean", "linear"]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -105,11 +135,11 @@ def test_models_of_other_calls():
     model = net(lambda s, pair, scale: s.fc((pair[0] + pair[1]) * scale), fc=nn.Linear(4, 3))
     data = torch.ones(2, 4, dtype=torch.float64)
     report = Composite(layer_map=[(nn.Linear, Epsilon())]).report(model, [data, data], scale=torch.tensor(2))
-    assert layers(report)["fc"].calls == 1
-    assert ("add", "ordinary chain rule") in layers(report)[""].operations
+    assert report.calls["fc"] == 1
+    assert named(report, "") == [("add", "ordinary chain rule"), ("mul", "ordinary chain rule")]
     with torch.no_grad():
         again = Composite(layer_map=[(nn.Linear, Epsilon())]).report(model, [data, data], scale=2)
-    assert layers(again)["fc"].rule == layers(report)["fc"].rule
+    assert named(again, "fc") == named(report, "fc") == [("linear", repr(Epsilon()))]
 
 
 def test_watching_needs_a_model():

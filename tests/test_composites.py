@@ -7,11 +7,13 @@ import pytest
 import torch
 import zennit.composites
 import zennit.rules
+from core_cases import heatmap, rules
 from torch import nn
 from zennit.canonizers import SequentialMergeBatchNorm
 
 import crp.composites as composites
 from crp.attribution import CondAttribution
+from crp.canonizers import MergeBatchNorm
 from crp.composites import Composite, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
 
@@ -121,18 +123,23 @@ def test_model_predicts_as_before_and_is_untouched_afterwards(name, net, images,
         torch.testing.assert_close(model(images.requires_grad_()), reference, rtol=1e-12, atol=1e-13)
 
 
-def test_rules_by_name_come_before_the_first_layer_and_types(mlp):
-    composite = Composite(
-        layer_map=[(nn.Linear, ZPlus())],
-        first_map=[(nn.Linear, Flat())],
-        name_map=[(["0"], Gamma()), (["2"], None)],
-    )
-    linear = [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
-    found = composite.plan(mlp)
-    assert linear[:2] == ["0", "2"]
-    assert [type(found[name]) for name in linear[:2]] == [Gamma, type(None)]
-    assert isinstance(found[linear[2]], Flat)  # the first that no name takes
-    assert all(isinstance(found[name], ZPlus) for name in linear[3:])
+@pytest.mark.parametrize(
+    ("name_map", "wanted"),
+    [
+        ([], ["Flat", "ZPlus", "ZPlus"]),
+        ([(["0"], Gamma()), (["2"], None)], ["Gamma", "chain", "ZPlus"]),
+        ([(["2"], None)], ["Flat", "chain", "ZPlus"]),
+        ([(["0"], None)], ["chain", "ZPlus", "ZPlus"]),  # what comes after it reads no input of the model
+    ],
+)
+def test_rules_by_name_come_before_the_first_layer_and_types(name_map, wanted, mlp, vectors):
+    composite = Composite(layer_map=[(nn.Linear, ZPlus())], first_map=[(nn.Linear, Flat())], name_map=name_map)
+    found = rules(mlp, composite, vectors)
+    assert [(layer, rule) for layer, function, rule in found if function == "linear"] == [
+        ("0", wanted[0]),
+        ("2", wanted[1]),
+        ("4", wanted[2]),
+    ]
 
 
 def test_layer_map_of_a_preset_comes_before_its_own(vgg_bn, images):
@@ -210,10 +217,8 @@ def test_smooth_activations_hand_relevance_on():
 def test_attention_is_refused_until_a_rule_or_none_is_named(untouched):
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
     data = torch.randn(1, 3, 4)
-    with (
-        untouched(model),
-        pytest.raises(TypeError, match="layer 'self_attn': EpsilonPlus has no rule for MultiheadAttention"),
-    ):
+    message = r"EpsilonPlus has no rule for multi_head_attention_forward\(\) in 'self_attn'; give one .*, or None"
+    with untouched(model), pytest.raises(NotImplementedError, match=message):
         CondAttribution(model)(data, [{}], EpsilonPlus(), init_rel=1)
     composite = EpsilonPlus(layer_map=[(nn.MultiheadAttention, None)])
     assert CondAttribution(model)(data, [{}], composite, init_rel=1).heatmap.shape == (1, 4)
@@ -233,10 +238,25 @@ def test_box_needs_its_bounds():
 
 
 def test_failure_while_registering_leaves_the_model_untouched(vgg_bn, untouched):
-    class Refusing(ZPlus):
-        def check(self, module):
+    class Refusing(MergeBatchNorm):
+        def register(self, root_module):
+            super().register(root_module)
             raise TypeError("not this one")
 
-    composite = Composite(layer_map=[(nn.Linear, Refusing()), (nn.Conv2d, ZBox(-1, 1))])
+    layer_map = [(nn.Linear, ZPlus()), (nn.Conv2d, ZBox(-1, 1))]
+    composite = Composite([MergeBatchNorm(), Refusing()], layer_map=layer_map)
     with untouched(vgg_bn), pytest.raises(TypeError, match="not this one"), composite.context(vgg_bn):
         pass
+    with composite.context(nn.Flatten()):  # it is on no model
+        pass
+
+
+def test_failure_of_a_rule_leaves_the_model_untouched(vgg_bn, images, untouched):
+    class Refusing(ZPlus):
+        def terms(self, layer, a, y):
+            raise ValueError(f"not {layer}")
+
+    composite = Composite(layer_map=[(nn.Linear, Refusing()), (nn.Conv2d, ZPlus())])
+    for run in (heatmap, rules):
+        with untouched(vgg_bn), pytest.raises(ValueError, match=r"not linear\(\) in 'classifier"):
+            run(vgg_bn, composite, images)

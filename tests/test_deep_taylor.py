@@ -144,15 +144,34 @@ def test_result_can_be_differentiated(indices):
     close(second, torch.autograd.grad(expected.square().sum(), leaf)[0], 1e-12)
 
 
-def test_sum_pooling_refuses_what_it_does_not_know():
+def test_sum_pooling_of_modules_that_pool_otherwise_is_refused():
     composite = Composite(None, layer_map=[(nn.AvgPool2d, SumPool())])
-    with pytest.raises(TypeError, match="SumPool treats MaxPool1-3d and AdaptiveMaxPool1-3d without return_indices"):
-        pooled(nn.AvgPool2d(2), torch.rand(1, 1, 4, 4), None, composite)
-    with pytest.raises(TypeError, match="SumPool treats MaxPool1-3d"):
-        SumPool().check(nn.MaxPool2d(2, return_indices=True))
+    with pytest.raises(TypeError, match=r"\(AvgPool2d, SumPool\(.*\)\): SumPool treats "):
+        pooled(nn.AvgPool2d(2), torch.rand(1, 1, 4, 4), torch.ones(1, 1, 2, 2), composite)
+
+
+def test_sum_pooling_of_other_functions_is_refused():
     composite = Composite(None, layer_map=[(F.avg_pool2d, SumPool())])
     with pytest.raises(TypeError, match=r"SumPool treats max-pooling, not avg_pool2d\(\)"):
         pooled(nn.AvgPool2d(2), torch.rand(1, 1, 4, 4), None, composite)
+
+
+def test_sum_pooling_leaves_indices_as_they_are():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool, self.back = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+        def forward(self, x):
+            return self.back(*self.pool(x))
+
+    a = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    values, indices = F.max_pool2d(a, 2, return_indices=True)
+    with SUM_POOL.context(Net()) as model:
+        assert torch.equal(model(a.clone().requires_grad_()), F.max_unpool2d(values, indices, 2))
+    r = torch.rand(2, 3, 2, 2, dtype=torch.float64)
+    found = pooled(Net(), a, F.max_unpool2d(r, indices, 2))
+    close(found, pooled(nn.MaxPool2d(2), a, r), 1e-12)
 
 
 def test_result_changes_continuously_where_the_winner_changes():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
 from crp.composites import Composite, DeepLift
-from crp.rules.deeplift import Rescale, slope
+from crp.rules.deeplift import MaxPool, Rescale, RevealCancel, slope
 
 VARIANTS = ("rescale", "reveal_cancel")
 ACTIVATIONS = {
@@ -309,10 +309,24 @@ def test_relevance_of_channels_partitions_the_whole() -> None:
     torch.testing.assert_close(sum(parts), whole, rtol=1e-11, atol=1e-12)
 
 
-def test_rules_refuse_modules_and_composites_without_reference() -> None:
+@pytest.mark.parametrize("selector", [nn.ReLU, "2", F.relu])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rules_may_be_mapped_to_the_modules_that_call_a_function(selector, variant) -> None:
+    model, (x, x0) = cnn(nn.ReLU(), nn.MaxPool2d(2)), pairs(2, 9, 9)
+    rule = {"rescale": Rescale(), "reveal_cancel": RevealCancel()}[variant]
+    found = relevance(model, x, DeepLift(reference=x0, variant=variant, layer_map=[(selector, rule)]))
+    assert torch.equal(found, relevance(model, x, DeepLift(reference=x0, variant=variant)))
+
+
+@pytest.mark.parametrize(("rule", "kind"), [(Rescale(), nn.Linear), (RevealCancel(), nn.Linear), (MaxPool(), nn.ReLU)])
+def test_rules_refuse_modules_that_call_no_such_function(rule, kind) -> None:
+    model, name = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), type(rule).__name__
+    with pytest.raises(TypeError, match=rf"\({kind.__name__}, {name}\(\)\): {name} treats "):
+        relevance(model, torch.ones(1, 2), DeepLift(layer_map=[(kind, rule)]))
+
+
+def test_rules_refuse_composites_without_reference() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(TypeError, match=r"layer '1': Rescale is a rule for functions such as F\.relu, not for ReLU"):
-        relevance(model, torch.ones(1, 2), DeepLift(layer_map=[(nn.ReLU, Rescale())]))
     with pytest.raises(TypeError, match="Rescale compares with a reference, which composites such as DeepLift have"):
         relevance(model, torch.ones(1, 2), Composite(layer_map=[(F.relu, Rescale())]))
 

@@ -409,7 +409,10 @@ CONSTANTS = {
     "normalized": (lambda x: (x - 0.4) / 0.2, lambda x: torch.full_like(x, -2)),
     "doubly": (lambda x: x.add(other=numbers(3, 4, 4), alpha=2), lambda x: 2 * numbers(3, 4, 4).expand_as(x)),
     "padding": (lambda x: F.pad(x, (1, 1), value=2.0), lambda x: F.pad(torch.zeros_like(x), (1, 1), value=2.0)),
-    "token": (lambda x: torch.cat([numbers(2, 1, 4, 4), x], 1), lambda x: F.pad(numbers(2, 1, 4, 4), (0,) * 5 + (3,))),
+    "token": (
+        lambda x: torch.cat([numbers(1, 1, 4, 4).expand(len(x), 1, 4, 4), x], 1),
+        lambda x: F.pad(numbers(1, 1, 4, 4).expand(len(x), 1, 4, 4), (0,) * 5 + (3,)),
+    ),
     "stacked": (
         lambda x: torch.stack([x, numbers(3, 4, 4).expand_as(x)], 1).sum(1),
         lambda x: numbers(3, 4, 4).expand_as(x),
@@ -502,10 +505,12 @@ def test_attention_is_refused_by_name(name, untouched):
         assert CondAttribution(model)(numbers(1, 3, 3), [{}], named, init_rel=1).heatmap.isfinite().all()
 
 
-def test_multi_head_attention_is_refused_before_the_model_runs(untouched):
+def test_multi_head_attention_is_refused(untouched):
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).double().eval()
-    message = "layer '0.self_attn': EpsilonPlus has no rule for MultiheadAttention"
-    with untouched(model), pytest.raises(TypeError, match=message):
+    message = (
+        r"EpsilonPlus has no rule for multi_head_attention_forward\(\) in '0.self_attn'; give one in layer_map, or None"
+    )
+    with untouched(model), pytest.raises(NotImplementedError, match=message):
         CondAttribution(model)(numbers(1, 3, 4), [{}], EpsilonPlus(), init_rel=1)
 
 

@@ -224,9 +224,12 @@ def test_bad_settings_are_refused():
     for beta in (0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="beta must be positive and finite, got"):
             BetaSmooth(beta=beta)
+
+
+def test_rules_for_activations_refuse_modules_without_any():
     composite = Composite(layer_map=[(nn.Linear, GuidedReLU())])
-    with pytest.raises(TypeError, match="layer 'fc1': GuidedReLU treats activations such as ReLU, not Linear"):
-        flow(Net(), images(), composite, None)
+    with pytest.raises(TypeError, match=r"\(Linear, GuidedReLU\(\)\): GuidedReLU treats .*'fc1'"):
+        flow(Net(), images(), composite, torch.ones(2, 4, dtype=torch.float64))
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ README = ROOT / "README.md"
 
 #: The floor of every room. Imports run downward, or stay on their floor.
 FLOORS = {
+    "errors": 0,
     "types": 0,
     "layers": 0,
     "notices": 0,
     "reference": 0,
     "provenance": 0,
     "graph": 0,
+    "placed": 0,
     "guard": 0,
     "pixels": 0,
     "rules": 0,

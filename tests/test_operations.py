@@ -26,8 +26,8 @@ from crp.composites import (
     EpsilonPlusFlat,
     GuidedBackprop,
 )
-from crp.composites.operations import Operations
-from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, Rule, ZPlus
+from crp.errors import UnseenError
+from crp.rules import Epsilon, Flat, GuidedReLU, Norm, Pass, Rule, Whole, ZPlus
 
 
 @pytest.fixture(autouse=True)
@@ -255,13 +255,13 @@ def test_layers_that_are_called_by_keyword():
 
 
 @pytest.mark.parametrize(
-    ("layer", "what"),
-    [(nn.MaxPool2d(2, return_indices=True), "returns a tuple"), (nn.LSTM(6, 6), "has parameters")],
+    ("layer", "function"), [(nn.MaxPool2d(2, return_indices=True), "max_pool2d_with_indices"), (nn.LSTM(6, 6), "lstm")]
 )
-def test_layers_of_several_tensors_are_refused_by_name(layer, what):
+def test_operations_of_several_results_are_refused_by_name(layer, function):
     model = net(lambda s, x: s.fc(s.some(s.conv(x)[:, 0])[0].flatten(1).mean(1, keepdim=True).repeat(1, 4)),
                 conv=nn.Conv2d(3, 4, 3, padding=1), some=layer, fc=nn.Linear(4, 3))  # fmt: skip
-    with pytest.raises(TypeError, match=f"'some'.*{what}"):
+    message = rf"Norm treats operations of one result; {function}\(\) in 'some' returns a tuple"
+    with pytest.raises(TypeError, match=message):
         heatmap(model, LRP(layer_map=[("some", Norm()), ((nn.Conv2d, nn.Linear), Epsilon())]))
 
 
@@ -287,11 +287,13 @@ def test_model_that_calls_itself(composite):
 
 def test_one_composite_per_model_and_one_model_per_composite(untouched):
     first, second, composite = exhibit(), exhibit(), EpsilonPlus()
+    data = images(2, 8).requires_grad_()
+    (wanted,) = within(first, EpsilonPlus(), data)
     with untouched(first), untouched(second), composite.context(first):
         with pytest.raises(RuntimeError, match="this EpsilonPlus is on a model already"), composite.context(second):
             pass
-        assert composite.hook_refs
-    data = images(2, 8).requires_grad_()
+        (found,) = torch.autograd.grad(first(data)[:, 0].sum(), data)
+        assert torch.equal(found, wanted)  # it is still on the first
     with untouched(first), EpsilonPlus().context(first), composites.Gradient().context(first.stem):
         with pytest.raises(RuntimeError, match="EpsilonPlus and Gradient are on one model, or on a model and a part"):
             first(data)
@@ -360,21 +362,22 @@ def test_failing_model_leaves_nothing(composite, error, untouched):
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_a_failing_layer_leaves_the_modes_of_the_caller(error, untouched):
+@pytest.mark.parametrize("rule", [Epsilon(), Whole(Epsilon()), None], ids=str)
+def test_a_failing_layer_leaves_the_modes_of_the_caller(rule, error, untouched):
     class Broken(nn.Linear):
         def forward(self, input):
-            assert ours not in [type(mode).__module__ for mode in modes()]  # (its rule covers what it calls)
+            assert len(modes()) == 1 + (not isinstance(rule, Whole))  # (one operation is not looked into)
+            super().forward(input)
             raise error("broken")
 
     class Callers(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
-    ours = Operations.__module__
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), Broken(32, 2)).double().eval()
     with Callers() as mode:
         with untouched(model), pytest.raises(error):
-            CondAttribution(model)(images(1), [{"y": 0}], EpsilonPlus())
+            CondAttribution(model)(images(1), [{"y": 0}], EpsilonPlus(layer_map=[("2", rule)]))
         assert modes() == [mode]
     assert not modes()
 
@@ -406,9 +409,7 @@ def test_parameters_are_constants_inside_the_context(untouched):
     with untouched(model):
         (found,) = within(model, composite, data)
     torch.testing.assert_close(found.flatten(1).sum(1), model(data)[:, 0].detach(), rtol=1e-9, atol=1e-12)
-    assert [o for layer in composite.report(model, data).layers for o in layer.operations if o[0] == "mul"] == [
-        ("mul", "Gate(mode='split')")
-    ]
+    assert [o.rule for o in composite.report(model, data).operations if o.function == "mul"] == ["Gate(mode='split')"]
 
 
 # --- around a model --------------------------------------------------------------------------------------------------
@@ -438,21 +439,36 @@ def test_threads(same_model):
     assert not wrong
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch 2.4 at itself
-def test_activation_checkpoints_of_layers():
-    def checkpointed(s, x):
-        return s.fc(checkpoint(lambda t: s.b(s.a(t).relu()), x, use_reentrant=False).mean((2, 3)))
-
+def stem_and_head(part):
     layers = {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(4, 4, 3), "fc": nn.Linear(4, 3)}
-    found = net(checkpointed, **layers)
-    wanted = net(lambda s, x: s.fc(s.b(s.a(x).relu()).mean((2, 3))), **layers)
-    assert deviation(heatmap(found, exact()), heatmap(wanted, exact())) < 1e-12
+    return net(lambda s, x: s.fc(part(s, s.a(x)).mean((2, 3))), **layers)
+
+
+def checkpointed(part, use_reentrant=False):
+    return lambda s, h: checkpoint(functools.partial(part, s), h, use_reentrant=use_reentrant)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch 2.4 at itself
-def test_activation_checkpoints_with_rules_for_functions_fail_loudly():
-    model = conv_net(lambda s, h: checkpoint(lambda t: F.silu(t), h, use_reentrant=False))
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda s, h: s.b(h.relu()),
+        lambda s, h: F.silu(h),
+        lambda s, h: F.silu(s.b(h)) + torch.sigmoid(h.mean((2, 3), keepdim=True)),
+        lambda s, h: s.b(h.clone().relu_()).mul_(2),
+    ],
+    ids=["layers", "activation", "branches", "in_place"],
+)
+@pytest.mark.parametrize("composite", [exact(), EpsilonPlusFlat(), DeepLift(reference=0.3)], ids=repr)
+def test_activation_checkpoints(composite, part):
+    found, wanted = heatmap(stem_and_head(checkpointed(part)), composite), heatmap(stem_and_head(part), composite)
+    assert deviation(found, wanted) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch 2.4 at itself
+def test_reentrant_activation_checkpoints_are_refused(untouched):
+    model = stem_and_head(checkpointed(lambda s, h: F.silu(h), use_reentrant=True))
+    with untouched(model), pytest.raises(UnseenError, match=r"mean\(\) .*by CheckpointFunctionBackward.*checkpoint"):
         heatmap(model, exact())
 
 
@@ -501,14 +517,20 @@ class SwishModule(nn.Module):
         return Swish.apply(x)
 
 
-def test_custom_functions_are_named_unless_their_module_has_a_rule():
+def test_custom_functions_are_refused_by_name_unless_their_module_is_one_operation(untouched):
     model = conv_net(lambda s, h: s.act(h), act=SwishModule())
-    with pytest.warns(UserWarning, match=r"EpsilonPlus has no rule for Swish.apply\(\) in 'act'"):
+    with untouched(model), pytest.raises(UnseenError, match=r"flatten\(\) reads a tensor .* was made by SwishBackward"):
         heatmap(model, EpsilonPlus())
     composite = exact()
-    composite.layer_map.insert(0, (SwishModule, Pass()))
+    composite.layer_map.insert(0, (SwishModule, Whole(Pass())))
     wanted = heatmap(conv_net(lambda s, h: F.silu(h)), exact())
     assert deviation(heatmap(model, composite), wanted) < 1e-12
+
+
+def test_custom_functions_of_modules_without_a_rule_have_their_own_gradient():
+    swish, silu = conv_net(lambda s, h: s.act(h), act=SwishModule()), conv_net(lambda s, h: F.silu(h))
+    found = heatmap(swish, EpsilonPlus(layer_map=[("act", None)]))
+    assert deviation(found, heatmap(silu, EpsilonPlus(layer_map=[(F.silu, None)]))) < 1e-12
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from core_cases import conv_net, heatmap, net, within
 from rule_cases import FORMS, as_matrices, attribute, close, form_alpha_beta, form_epsilon, form_zplus, neg, pos, seeded
 from torch import nn
+from torch.nn import functional as F
 from zennit.core import Stabilizer
 
 import crp.rules as rules
@@ -289,11 +291,6 @@ def test_numbers_of_numpy_and_functions_are_stabilizers():
         close(attribute(rules.Epsilon(epsilon), layer, a, r), wanted, 1e-15)
 
 
-def test_rule_refuses_a_layer_it_cannot_treat():
-    with pytest.raises(TypeError, match=r"MultiheadAttention has parameters \['in_proj_weight'"):
-        rules.ZPlus().register(nn.MultiheadAttention(4, 2))
-
-
 WEIGHTED = [
     rules.ZPlus(),
     rules.AlphaBeta(),
@@ -301,29 +298,48 @@ WEIGHTED = [
     rules.WSquare(),
     rules.Flat(),
     rules.ZBox(-1.0, 1.0),
+    rules.Excitation(),
+    rules.ContrastiveExcitation(),
 ]
-OTHERS = [
-    nn.ReLU(),
-    nn.PReLU(),
-    nn.AvgPool2d(2),
-    nn.BatchNorm2d(3),
-    nn.InstanceNorm1d(3),
-    nn.LayerNorm((3, 4)),
-    nn.GroupNorm(1, 3),
-    nn.Embedding(3, 4),
-    nn.Bilinear(2, 2, 2),
-]
+#: Modules that sum up no weighted inputs, with the shape of an input.
+OTHERS = {
+    "ReLU": (nn.ReLU(), (2, 3)),
+    "PReLU": (nn.PReLU(), (2, 3)),
+    "AvgPool2d": (nn.AvgPool2d(2), (2, 3, 4, 4)),
+    "BatchNorm2d": (nn.BatchNorm2d(3), (2, 3, 4, 4)),
+    "InstanceNorm1d": (nn.InstanceNorm1d(3), (2, 3, 4)),
+    "LayerNorm": (nn.LayerNorm((3, 4)), (2, 3, 4)),
+    "GroupNorm": (nn.GroupNorm(1, 3), (2, 3, 4)),
+    "Bilinear": (nn.Bilinear(2, 2, 2), (2, 2)),
+    "MultiheadAttention": (nn.MultiheadAttention(4, 2), (3, 2, 4)),
+}
 
 
-@pytest.mark.parametrize("module", OTHERS, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("rule", WEIGHTED, ids=lambda rule: type(rule).__name__)
-def test_rule_that_takes_weights_apart_refuses_what_has_none_to_sum_with(rule, module):
-    name = type(module).__name__
-    message = rf"layer '0': {type(rule).__name__} treats layers that sum up weighted inputs .*, not {name}"
-    model = nn.Sequential(module)
-    with pytest.raises(TypeError, match=message), Composite(None, layer_map=[(type(module), rule)]).context(model):
-        pass
-    assert not module._forward_hooks
+def test_rule_that_takes_weights_apart_refuses_what_has_none_to_sum_with(rule, name, untouched):
+    module, shape = OTHERS[name]
+    module = module.double().eval()
+    number = {"Bilinear": 2, "MultiheadAttention": 3}.get(name, 1)
+    model = net(lambda s, a: s.layer(*[a] * number), layer=module)
+    data = torch.randn(shape, dtype=F64, requires_grad=True)
+    kind = type(rule).__name__
+    message = rf"\({name}, {kind}\(.*: {kind} treats sums of weighted inputs .*, and 'layer' call no such operation"
+    with untouched(model), pytest.raises(TypeError, match=message):
+        within(model, Composite(None, layer_map=[(type(module), rule)]), data)
+    handle = rule.copy().register(module)  # as zennit's composites do
+    with pytest.raises(TypeError, match=rf"{kind}\(.*\) has no operation to act on in {name}"):
+        model(data)
+    handle.remove()
+    model(data)
+
+
+@pytest.mark.parametrize("rule", WEIGHTED, ids=lambda rule: type(rule).__name__)
+def test_rule_that_takes_weights_apart_refuses_functions_without_them(rule):
+    model = conv_net(lambda s, h: F.avg_pool2d(h, 2))
+    message = rf"{type(rule).__name__} treats sums of weighted inputs, which avg_pool2d\(\) is not"
+    with pytest.raises(TypeError, match=message):
+        heatmap(model, Composite(None, layer_map=[(F.avg_pool2d, rule)]))
 
 
 @pytest.mark.parametrize("module", [nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.LayerNorm(4)], ids=repr)

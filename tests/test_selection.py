@@ -1,16 +1,16 @@
-"""Which layers and functions a rule reaches: by type, name, pattern, position and function; what is refused."""
+"""Which operations a rule reaches: by type, name, pattern, position and function; what is refused."""
 
 import operator
 
 import pytest
 import torch
-from core_cases import conv_net, deviation, exact, heatmap, images
+from core_cases import conv_net, deviation, exact, heatmap, images, rules
 from torch import nn
 from torch.nn import functional as F
 
 from crp.composites import LRP, Composite, Depth, EpsilonPlus, First, Functions, Last
 from crp.layers import LayerNotFoundError
-from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, WSquare, ZPlus
+from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Whole, WSquare, ZPlus
 
 
 def stack():
@@ -25,10 +25,9 @@ def stack():
     return model.double().eval()
 
 
-def rules(*layer_map, model=None, **keywords):
-    """Names of the rules that a composite's plan has for each layer, by name."""
-    found = Composite(layer_map=layer_map, **keywords).plan(model or stack())
-    return {name: type(rule).__name__ for name, rule in found.items()}
+def by_layer(*layer_map, model=None, **keywords):
+    """Name of the rule that reaches the operation of each layer of `stack`."""
+    return {layer: rule for layer, _, rule in rules(model or stack(), Composite(layer_map=layer_map, **keywords))}
 
 
 CONVOLUTIONS = ["features.0", "features.2", "features.4"]
@@ -54,11 +53,13 @@ CONVOLUTIONS = ["features.0", "features.2", "features.4"]
     ids=str,
 )
 def test_layers_that_a_selector_means(selector, reached):
-    assert rules((selector, Gamma())) == dict.fromkeys(reached, "Gamma")
+    found = by_layer((selector, Gamma()))
+    assert {layer: rule for layer, rule in found.items() if rule != "chain"} == dict.fromkeys(reached, "Gamma")
+    assert len(found) == 7
 
 
 def test_first_match_wins():
-    found = rules(
+    found = by_layer(
         ("features.0", Epsilon()),
         (First(nn.Conv2d), Flat()),
         ("features.*", None),
@@ -66,53 +67,53 @@ def test_first_match_wins():
         (nn.Linear, ZPlus()),
         (nn.Linear, Gamma()),
     )
-    assert {name: rule for name, rule in found.items() if not name.endswith(("1", "3"))} == {
-        "features.0": "Epsilon",
-        "features.2": "NoneType",
-        "features.4": "NoneType",
-        "fc": "ZPlus",
-    }
+    assert found == dict.fromkeys(found, "chain") | {"features.0": "Epsilon", "fc": "ZPlus"}
 
 
 def test_names_come_before_the_first_layer_before_the_layer_map():
-    found = rules(
-        (nn.Conv2d, Gamma()),
-        first_map=[((nn.Conv2d,), Flat())],
-        name_map=[(["features.0"], Epsilon()), (["f*"], None), (["features.2"], ZPlus())],
-    )
-    assert found["features.0"] == "Epsilon"
-    assert found["features.2"] == found["fc"] == "NoneType"  # the pattern came first
-    assert "Flat" not in found.values()
+    maps = {
+        "first_map": [((nn.Conv2d,), Flat())],
+        "name_map": [(["features.0"], Epsilon()), (["f*"], None), (["features.2"], ZPlus())],
+    }
+    found = by_layer((nn.Conv2d, Gamma()), **maps)
+    assert found == dict.fromkeys(found, "chain") | {"features.0": "Epsilon"}  # the pattern came before features.2
+    found = by_layer((nn.Conv2d, Gamma()), first_map=maps["first_map"])
+    assert [found[layer] for layer in CONVOLUTIONS] == ["Flat", "Gamma", "Gamma"]
+
+
+def test_report_says_which_entry_an_operation_matched():
+    composite = LRP(layer_map=[("features.*", None), (nn.Linear, ZPlus())])
+    reasons = {row.layer: row.why for row in composite.report(stack(), images()).operations}
+    assert reasons["features.0"] == reasons["features.1"] == "('features.*', None)"
+    assert reasons["fc"].startswith("(Linear, ZPlus(") and reasons["flat"] == "the ordinary chain rule is the method"
 
 
 @pytest.mark.parametrize("maps", [{"layer_map": [("feature.2", Gamma())]}, {"name_map": [(["feature.2"], Gamma())]}])
 @pytest.mark.parametrize("error", [KeyError, ValueError])
 def test_unknown_names_are_errors_that_name_the_nearest(maps, error):
     with pytest.raises(error, match=r"<(layer|name)_map> 'feature.2' not found in model; nearest names: 'features.2'"):
-        Composite(**maps).plan(stack())
+        heatmap(stack(), Composite(**maps))
     with pytest.raises(LayerNotFoundError, match=r"'layer\*'"):
-        rules(("layer*", Gamma()))
+        by_layer(("layer*", Gamma()))
 
 
-def test_pattern_of_layers_that_the_rule_cannot_treat():
-    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
-    with pytest.raises(TypeError, match=r"no layer of '1.\*' can have its rule: Gamma treats layers that sum up"):
-        rules(("1.*", Gamma()), model=model)
-    with (
-        pytest.raises(TypeError, match=r"layer '1\.0': Gamma treats layers"),
-        Composite(layer_map=[("1.0", Gamma())]).context(model),
-    ):  # one that is named must have it
-        pass
+@pytest.mark.parametrize(("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'")])
+def test_layers_without_what_the_rule_treats(selector, layers, untouched):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), nn.Flatten()).double().eval()
+    message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and {layers} call no such operation"
+    for run in (heatmap, rules):
+        with untouched(model), pytest.raises(TypeError, match=message):
+            run(model, Composite(layer_map=[(selector, Gamma())]))
 
 
 @pytest.mark.parametrize("composite", [EpsilonPlus(), Composite(layer_map=[(nn.Conv2d, Gamma())])])
-def test_composite_that_reaches_no_layer_is_an_error_before_the_model_runs(composite):
-    calls = []
+def test_composite_that_reaches_no_operation_is_an_error(composite, untouched):
     model = nn.Sequential(nn.Flatten(), nn.ReLU()).eval()
-    model.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(ValueError, match="no rule for any layer of the model, which consists of Flatten, ReLU, Seq"):
+    with (
+        untouched(model),
+        pytest.raises(ValueError, match="no rule for any layer of the model, which consists of Flatten, ReLU, Seq"),
+    ):
         heatmap(model, composite)
-    assert not calls
 
 
 def test_rules_for_functions_that_no_one_calls(untouched):
@@ -158,33 +159,55 @@ def test_function_is_the_same_by_all_its_names(selector, act):
     assert deviation(heatmap(conv_net(lambda s, h: act(h)), plain), wanted) > 0.1
 
 
-def test_tuple_of_functions_and_operators():
-    composite = LRP(layer_map=[((nn.Conv2d, nn.Linear), Epsilon()), ((F.silu, F.gelu), None), (operator.mul, None)])
-    assert set(composite.function_map()) >= {"silu", "gelu", "mul"}
-    assert [composite.function_map()[name] for name in ("silu", "gelu", "mul")] == [None] * 3
+@pytest.mark.parametrize(
+    ("functions", "chosen"),
+    [((F.silu, F.gelu), "silu"), ((F.gelu, F.silu), "silu"), (operator.mul, "mul"), (torch.Tensor.__rmul__, "mul")],
+)
+def test_tuples_of_functions_and_operators(functions, chosen):
+    model = conv_net(lambda s, h: F.silu(h) * torch.sigmoid(h))
+    wanted = {"silu": "Pass", "sigmoid": "Pass", "mul": "Gate"} | {chosen: "chain"}
+    composite = LRP(layer_map=[((nn.Conv2d, nn.Linear), Epsilon()), (functions, None)])
+    found = {function: rule for _, function, rule in rules(model, composite) if function in wanted}
+    assert found == wanted
 
 
-@pytest.mark.parametrize("rule", [None, WSquare])
-def test_rule_of_a_module_covers_the_functions_in_it(rule):
-    class Gated(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) * torch.sigmoid(x.mean())
+class Gated(nn.Conv2d):
+    """A user's convolution, which calls more than one function."""
 
+    def forward(self, x):
+        return super().forward(x) * torch.sigmoid(x.mean())
+
+
+@pytest.mark.parametrize(
+    ("rule", "reached"),
+    [
+        (WSquare(), ["WSquare", "chain", "Pass", "Gate"]),  # what it does not treat has the rules of others
+        (None, ["chain"] * 4),
+        (Whole(Epsilon()), ["Whole"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("selector", ["0", Gated])
+def test_rule_of_a_module_is_for_what_it_treats_in_it(selector, rule, reached):
     model = nn.Sequential(Gated(3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(72, 3)).double().eval()
-    composite = LRP(layer_map=[("0", rule and rule()), (nn.Linear, Epsilon())])
-    with composite.context(model), composite.watching() as seen:
-        model(images().requires_grad_())
-    assert [(s.layer, s.operation) for s in seen] == [("1", "silu"), ("2", "flatten")]
+    found = rules(model, LRP(layer_map=[(selector, rule), (nn.Linear, Epsilon())]))
+    assert [name for layer, _, name in found if layer == "0"] == reached
+    assert found[len(reached) :] == [("1", "silu", "Pass"), ("2", "flatten", "chain"), ("3", "linear", "Epsilon")]
 
 
-def test_container_without_a_rule_covers_its_functions_but_not_its_layers():
+@pytest.mark.parametrize("first", ["container", "type"])
+def test_container_without_a_rule_covers_what_no_entry_before_means(first):
     inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU())
     model = nn.Sequential(inner, nn.SiLU(), nn.Flatten(), nn.Linear(144, 3)).double().eval()
-    composite = LRP(layer_map=[("0", None), (nn.Conv2d, ZPlus()), (nn.Linear, Epsilon())])
-    with composite.context(model), composite.watching() as seen:
-        model(images().requires_grad_())
-        assert {hook.layer for hook in composite.hook_refs} == {"0.0", "3"}
-    assert [(s.layer, s.operation) for s in seen] == [("1", "silu"), ("2", "flatten")]
+    entries = [("0", None), (nn.Conv2d, ZPlus())]
+    layer_map = [*(entries if first == "container" else reversed(entries)), (nn.Linear, Epsilon())]
+    assert rules(model, LRP(layer_map=layer_map)) == [
+        ("0.0", "conv2d", "chain" if first == "container" else "ZPlus"),
+        ("0.1", "silu", "chain"),
+        ("1", "silu", "Pass"),
+        ("2", "flatten", "chain"),
+        ("3", "linear", "Epsilon"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class _Probe(SeeingMode):
         """Output of a call as it is; what can be differentiated is listed."""
         _, args, kwargs, _ = call
         result = func(*args, **kwargs)
-        if any(tensor.requires_grad for tensor in tensors_in((result, args[:1]))):
+        if any(tensor.requires_grad for tensor in tensors_in(args[0] if result is None else result)):
             self.functions.append(known)
         return result
 

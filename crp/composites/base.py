@@ -147,11 +147,12 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 self.applied.append((canonizer, instances))
             has_positions = any(entry.position is not None for entry in entries)
             self._structure = structure(module) if has_positions else None
-            for state in (uncompiled(module), without_parameter_gradients(module)):
-                self.handles.append(_Lasting(state))
             if self.canonizers:  # (which may have given the model other modules)
                 modules = modules_of(module)
                 addressed = addresses(entries, modules)
+            parts = modules.values()
+            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
+                self.handles.append(_Lasting(state))
             assert self._ready is not None
             mode = Operations(module, entries, self._ready[2], self.is_method, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))

@@ -167,7 +167,8 @@ class Operations(SeeingMode):
     def _weight_of_call(self) -> object:
         """What calls of one layer have in common: a parameter; otherwise each call counts."""
         weight = None if self.operands is None else self.operands.weight
-        return id(weight) if isinstance(weight, nn.Parameter) else object()
+        parameter = weight if weight is None or weight._base is None else weight._base
+        return id(parameter) if isinstance(parameter, nn.Parameter) else object()
 
     def _is_chosen(self, entry: Entry, layer: object) -> bool:
         known = self._counts.setdefault(entry.number, {})
@@ -247,7 +248,7 @@ class Operations(SeeingMode):
         """Tell outputs of the γ rule that not only a ReLU reads them."""
         for tensor in inputs if self.attachment.rectifiable else ():
             call = self.attachment.rectifiable.get(id(tensor))
-            if call is not None and call.output() is tensor:
+            if call is not None and call.holds(tensor):
                 call.read()
 
     def _list(self, operation: str, choice: Choice) -> None:

@@ -181,6 +181,11 @@ class Entry:
         """Position among operations, if the selector is one."""
         return self.selector if isinstance(self.selector, First | Depth) else None
 
+    @cached_property
+    def is_address(self) -> bool:
+        """Whether it may mean modules."""
+        return isinstance(self.selector, str | First | Depth) or is_types(self.selector)
+
     def modules(self, modules: Mapping[str, nn.Module]) -> list[str]:
         """Names of the modules that it means by name, pattern or type, and whose operations it does not mean anyway.
 
@@ -197,7 +202,7 @@ class Entry:
             names = [selector] if selector in modules else fnmatch.filter(modules, selector)
             if not names:
                 raise LayerNotFoundError(selector, modules, self.role)
-        elif self.position is not None or is_types(selector):
+        elif self.is_address:
             types = selector if self.position is None else self.position.types
             names = [name for name, module in modules.items() if _is_addressed(module, types)]
         else:
@@ -262,7 +267,7 @@ def addresses(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> dic
     Entries of a container that is never called itself stand for what is in it.
     """
     found: dict[str, list[tuple[Entry, bool]]] = {}
-    for entry in entries:
+    for entry in (entry for entry in entries if entry.is_address):
         names = entry.modules(modules)
         known = {name: not modules[name]._modules for name in names}
         todo = [] if isinstance(entry.rule, Whole) else names

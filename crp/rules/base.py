@@ -47,7 +47,7 @@ from crp.rules.functions import AFFINE, Function, activation
 from crp.rules.layer import Layer, tensors_in, works_in_place
 from crp.rules.mode import OneModule, whole_call
 from crp.rules.model_input import AsRelevance, DetachedInput, ModelInput, Unit, UnitMultiplier
-from crp.rules.notes import Notes
+from crp.rules.notes import Copied, Notes
 from crp.rules.redirect import Redirect, SecondOrder, released, saves_output
 from crp.rules.stabilizer import Absolute, quotient, stabilizing
 
@@ -216,6 +216,8 @@ class Rule(Hook):  # type: ignore[misc]
         layer.zero_params = self.zero_params
         layer.at_input = self.stands_at_input(layer)
         if self.attachment is not None and layer.at_input:
+            note = self.attachment.notes.of(a)
+            layer.copied = None if note is None else note.copied
             layer.held = cast(Tensor, DetachedInput.apply(a, self.attachment.model_input))
         if self.adds_up and self.multiplier and layer.operands is not None:
             terms = self.terms(layer, a, a)
@@ -322,8 +324,8 @@ class Rule(Hook):  # type: ignore[misc]
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""
         if not layer.at_input:
             return a if self.multiplier else cast(Tensor, AsRelevance.apply(a))
-        unit = self.unit(a)
-        if unit is not None:
+        unit = None if layer.copied is None else unit_of(layer.copied)
+        if unit is not None and unit.shape == a.shape:
             return unit
         if not self.multiplier:
             return cast(Tensor, Unit.apply(a, a))
@@ -332,17 +334,6 @@ class Rule(Hook):  # type: ignore[misc]
             return source
         lost = Shares(empty=(a.detach() == 0).to(a.dtype))  # no multiplier of 0 is relevance
         return self.attachment.account.absorb(layer.place, a, source, lost)
-
-    def unit(self, a: Tensor) -> Tensor | None:
-        """Ones where ``a`` holds copies of the model's input, to which their gradient is handed as relevance.
-
-        None if ``a`` holds anything else.
-        """
-        note = None if self.attachment is None else self.attachment.notes.of(a)
-        if note is None or note.copied is None:
-            return None
-        unit = note.copied.of(lambda leaf: cast(Tensor, Unit.apply(leaf, leaf)))
-        return unit if unit.shape == a.shape else None
 
     def copy(self) -> Rule:
         """Rule of the same settings."""
@@ -458,6 +449,11 @@ class Whole(Rule):
             handles.append(module.register_forward_pre_hook(lambda m, a, k: kept.append((a, k)), with_kwargs=True))
         handles.append(module.register_forward_hook(end, with_kwargs=True))
         return handles
+
+
+def unit_of(copied: Copied) -> Tensor:
+    """Ones where a tensor holds copies of the model's input, to which their gradient is handed as relevance."""
+    return copied.of(lambda leaf: cast(Tensor, Unit.apply(leaf, leaf)))
 
 
 def writable(output: Tensor) -> Tensor:

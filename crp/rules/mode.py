@@ -444,7 +444,9 @@ def whole_call(
             f"{type(module).__name__} returns a {type(output).__name__}, not a tensor, so that it cannot count as one "
             "function. Map rules to the layers or functions inside it"
         )
-    return Layer(module.forward, args, kwargs, tuple(inputs), known, module=module, result=output)
+    # (asking a scripted module for its forward would leave something in it)
+    function = module if isinstance(module, torch.jit.ScriptModule) else module.forward
+    return Layer(function, args, kwargs, tuple(inputs), known, module=module, result=output)
 
 
 def constant_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], inputs: Sequence[Tensor]) -> Tensor:
