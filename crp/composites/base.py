@@ -60,6 +60,8 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         Rules for operations of any of these types that read the model's input, without an affine one between.
     name_map : list of (names, rule)
         Rules by layer names or patterns; these come first.
+    at_input : list of (types, rule)
+        As first_map, for presets: rules that ``layer_map`` has for modules by name come before them.
 
     Attributes
     ----------
@@ -93,13 +95,15 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         layer_map: LayerMap = (),
         first_map: FirstMap = (),
         name_map: NameMap = (),
+        at_input: FirstMap = (),
     ) -> None:
         if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
             raise TypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
-        check_map(layer_map, first_map, name_map)
+        check_map(layer_map, [*first_map, *at_input], name_map)
         self.auto = isinstance(canonizers, str)
         self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
         self.first_map = [(types, hook and lift(hook)) for types, hook in first_map]
+        self.at_input = [(types, hook and lift(hook)) for types, hook in at_input]
         self.name_map = [(tuple(names), hook and lift(hook)) for names, hook in name_map]
         #: Canonizers that are on a model now, each with the instances that it made.
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
@@ -117,7 +121,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     @property
     def entries(self) -> list[Entry]:
         """Entries of the maps in the order in which they are asked, with rules that are ready for a model."""
-        maps = entries_of(self.name_map, self.first_map, self.layer_map)
+        maps = entries_of(self.name_map, self.first_map, self.at_input, self.layer_map)
         key = [(entry.selector, entry.rule) for entry in maps]
         if self._ready is None or self._ready[0] != key:
             rules = [entry.rule and entry.rule.attach(self._attachment) for entry in maps]
@@ -296,8 +300,6 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         return None
 
     def _put(self, module: nn.Module, own: list[tuple[Entry, bool]], mode: Operations, is_root: bool) -> None:
-        """Tell the mode of the calls of a module that entries mean."""
-
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return None if tracing() and not mode.matching.is_counting else mode.enter_module(module, own, args, kwargs)
 
@@ -380,7 +382,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             mode.finish(completed=False)
             raise
         mode.finish(completed=output is not None)
-        if module is not None and self._entered and not mode.treated:
+        if module is not None and self._entered and not mode.treated and mode.seen is None:
             why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
             if why is not None:
                 raise ValueError(why)

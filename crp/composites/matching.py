@@ -71,6 +71,7 @@ class Matching:
     ) -> None:
         self.entries, self.is_method = entries, is_method
         self.positions = [entry for entry in entries if entry.position is not None]
+        self._named = {e.number for e in entries if isinstance(e.selector, str) and e.role == "layer_map"}
         self.totals: dict[int, int] = {}
         self.is_counting = False
         self.counts: dict[int, dict[object, int]] = {}
@@ -109,7 +110,7 @@ class Matching:
 
     def _match(self, known: Function, kind: str, first: bool, several: bool, context: Mapping[int, bool]) -> Choice:
         for entry in self.entries:
-            if entry.first and not first:
+            if (entry.first and not first) or (entry.role == "at_input" and not self._named.isdisjoint(context)):
                 continue
             if entry.position is None and entry.means(known, kind):
                 return Choice(entry.rule, True, str(entry), entry.number)

@@ -251,12 +251,14 @@ def fits(known: Function, kind: str, types: Types) -> bool:
 def entries_of(
     name_map: Sequence[tuple[Sequence[str], Rule | None]],
     first_map: Sequence[tuple[Types, Rule | None]],
+    at_input: Sequence[tuple[Types, Rule | None]],
     layer_map: Sequence[tuple[Selector, Rule | None]],
 ) -> list[Entry]:
     """Entries of a composite's maps in the order in which they are asked."""
     found: list[tuple[Any, Rule | None, bool, str]] = []
     found += [(name, rule, False, "name_map") for names, rule in name_map for name in names]
     found += [(types, rule, True, "first_map") for types, rule in first_map]
+    found += [(types, rule, True, "at_input") for types, rule in at_input]
     found += [(selector, rule, False, "layer_map") for selector, rule in layer_map]
     return [Entry(number, *entry) for number, entry in enumerate(found)]
 
