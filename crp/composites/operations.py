@@ -336,6 +336,8 @@ class Operations(SeeingMode):
 
     def _forget(self) -> None:
         self.notes.clear()
+        self.attachment.rectifiable.clear()
+        self.operands = None
         self.matching.clear()
         self._wholes.clear()
 
