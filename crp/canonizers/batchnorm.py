@@ -114,8 +114,10 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
             return
         try:
             record = recorded(root, args, kwargs, key)
-        except Exception as error:
-            reason = f"the pass without gradients that looks for its place failed: {type(error).__name__}: {error}"
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            reason = "the model differentiates inside its forward pass, which the pass that looks for places cannot do"
             self.left = {name: reason for name, module in root.named_modules() if norms.is_batch_norm(module)}
             warn(f"batch norm is not merged: {reason}")
             return
