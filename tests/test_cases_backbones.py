@@ -103,6 +103,7 @@ def test_a_compiled_part_as_one_operation(name, tmp_path, untouched):
     make, part = COMPILED[name]
     model = make(tmp_path / "model.pt").eval()
     plain = nn.Sequential(backbone(), head()).eval() if part == "0" else Between(lambda part: part).eval()
+    model(IMAGES)  # (a scripted part keeps its forward in itself at the first call)
     for rule in (None, Whole(Epsilon(0.1))):
         composite = UniformEpsilon(layer_map=[(part, rule)])
         with untouched(model):
