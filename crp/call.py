@@ -117,19 +117,23 @@ class Call:
             raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
         # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
         in_flow = self._masks_in_flow()
-        size = 1 if in_flow else len(self.rows) // len(set(self.rows.samples))
+        samples, local = self.rows.distinct(in_flow)
+        size = 1 if in_flow else len(self.rows) // len(samples)
         initials, inputs, kept = [], [], []
         with attached(self.composite, self.attribution.model) as model, accounting() as account:
-            for number, part in enumerate(self.rows.chunks(size)):
-                samples, local = part.distinct(in_flow)
-                passed = self._forward(model, samples, self.composite, account)
-                back = self._backward(passed, local, self.settings.part(number, size, len(self.rows)), last=True)
+            passed = None if in_flow else self._forward(model, samples, self.composite, account)
+            for number, part in enumerate(local.chunks(size)):
+                if passed is None or in_flow:
+                    passed = self._forward(model, [samples[number]], self.composite, account)
+                    part = Rows((0,), part.conditions)
+                settings, last = self.settings.part(number, size, len(self.rows)), number == len(samples) - 1
+                back = self._backward(passed, part, settings, last=last or in_flow)
                 layers: dict[str, Tensor] = {}
                 for name in passed.sinks:
                     layer = name.removeprefix(SINK).rpartition("#")[0]
                     layers[layer] = layers.get(layer, 0) + back.found[name]
                 kept.append(layers)
-                initial = passed.encoding.read(back.start, rows_of(back.root, local))
+                initial = passed.encoding.read(back.start, rows_of(back.root, part))
                 initials.append(sum_of_rows(initial))
                 inputs.append(torch.stack([sum_of_rows(r).to(initial) for r in back.relevances]).sum(0))
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
@@ -203,7 +207,7 @@ class Call:
         uses = passed.uses | passed.sinks
         output_name = self.attribution.MODEL_OUTPUT_NAME
         leaves, multiplies = passed.inputs.explained, self._multiplies()
-        passes = Backward(leaves, root.output, uses, settings, output_name, backward, multiplies)
+        passes = Backward(leaves, root.output, uses, settings, output_name, backward, multiplies, {*passed.sinks})
         relevances, found = passes.run(rows, start, last)
         return Arrived(root, prediction, start, relevances, found)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -166,6 +166,8 @@ class Backward:
         `CondAttribution.backward`, or what overrides it, where masks act while the gradient flows.
     multiplies : bool
         Whether a gradient flows, or multipliers, and not relevance itself, for which not every mask is right.
+    sinks : collection of str
+        Of ``uses``, what layers keep.
     """
 
     inputs: Tensors
@@ -175,6 +177,7 @@ class Backward:
     output_name: str
     backward: Callable[..., None] | None
     multiplies: bool
+    sinks: Collection[str] = ()
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -252,8 +255,8 @@ class Backward:
         recorded = {**flow(root, cotangent, self.leaves, outputs, keep_graph), **recorded}
         of_rows = {}
         for name, values in recorded.items():
-            if values.shape[1] != grid.n_samples:  # (sinks of regions or parts of the only sample)
-                values = values.sum(1, keepdim=True)
+            if name in self.sinks:  # (which row of one is whose cannot be told: only one sample starts at a time)
+                values = values.sum(1, keepdim=True).expand(-1, grid.n_samples, *values.shape[2:])
             of_rows[name] = grid.gather(values.expand(grid.n_slots, *values.shape[1:]))
         return of_rows
 
@@ -298,8 +301,8 @@ class Backward:
                 use.flow.reset()
         of_rows = {}
         for name, values in arrived.items():
-            if values is not None and len(values) != len(start):  # (as in `by_layer`)
-                values = values.sum(0, keepdim=True)
+            if values is not None and name in self.sinks:  # (as in `by_layer`)
+                values = values.sum(0, keepdim=True).expand(len(start), *values.shape[1:])
             if values is not None:
                 of_rows[name] = values[index]
         return of_rows

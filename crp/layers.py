@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -60,9 +60,9 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[None]:
     """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
-    modules = modules_of(model).values()
+    modules = modules_of(model).values() if modules is None else modules
     compiled = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl}
     wrappers = {m: vars(m)["forward"] for m in modules if "_orig_mod" in m._modules and "forward" in vars(m)}
     try:
@@ -79,9 +79,10 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+def without_parameter_gradients(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[None]:
     """Keep a model's parameters outside autograd."""
-    parameters = [p for module in modules_of(model).values() for p in module._parameters.values() if p is not None]
+    modules = modules_of(model).values() if modules is None else modules
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     learning = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     try:
         for parameter in learning:

@@ -251,12 +251,17 @@ def test_composites_of_zennit_and_multipliers_keep_no_account():
             account(model, composites.get(name), images(2, 8))
 
 
-@pytest.mark.parametrize("order", [lambda h: h.flatten(0, 1), lambda h: h.transpose(0, 1)])
-def test_layers_whose_first_axis_is_not_that_of_the_samples(order):
+@pytest.mark.parametrize(
+    "wiring",
+    [
+        lambda s, x: s.fc(x.flatten(2).flatten(0, 1)).reshape(2, -1),
+        lambda s, x: s.fc(x.flatten(2).transpose(0, 1)).transpose(0, 1).flatten(1),
+    ],
+    ids=["flat", "transposed"],
+)
+def test_layers_whose_first_axis_is_not_that_of_the_samples(wiring):
     """Whose a row is cannot be told, so that samples are accounted for one by one."""
-    model = net(
-        lambda s, x: s.fc(order(x.flatten(2))).reshape(3, len(x), -1).transpose(0, 1).flatten(1), fc=nn.Linear(36, 4)
-    )
+    model = net(wiring, fc=nn.Linear(36, 4))
     composite = Composite(layer_map=[(nn.Linear, rules.Epsilon())])
     assert heatmap(model, composite).any()
     kept = account(model, composite)

@@ -40,6 +40,8 @@ def windows(x):
 MASK = torch.tensor([True, False, True, True])
 COPIES = {
     "nothing": lambda x: x,
+    "index_put": lambda x: changed(x, lambda y: y.__setitem__((slice(None), 0), 0.3)),
+    "canvas": lambda x: filled(x, lambda y: y.__setitem__((..., slice(1, 5), slice(1, 5)), x)),
     "view": lambda x: x.view(-1, 2, 16).reshape(-1, 4, 8).unflatten(2, (4, 2)).reshape(-1, 2, 4, 4),
     "clone": lambda x: x.clone().contiguous(),
     "to": lambda x: x.to(torch.float64).double(),
@@ -108,9 +110,7 @@ ELSE = {
     "where_constant": lambda x: torch.where(MASK, x, 0.3),
     "masked_fill": lambda x: x.masked_fill(MASK, 0.0),
     "triu": lambda x: x.triu(),
-    "index_put": lambda x: changed(x, lambda y: y.__setitem__((slice(None), 0), 0.3)),
     "masked_fill_": lambda x: changed(x, lambda y: y.masked_fill_(MASK, 0.3)),
-    "canvas": lambda x: filled(x, lambda y: y.__setitem__((..., slice(1, 5), slice(1, 5)), x)),
     "canvas_copy": lambda x: filled(x, lambda y: y[..., 1:5, 1:5].copy_(x)),
     "canvas_index": lambda x: filled(x, lambda y: y.index_copy_(2, torch.tensor([5, 2, 0, 1]), F.pad(x, (1, 1)))),
 }

@@ -321,7 +321,7 @@ def test_rules_may_be_mapped_to_the_modules_that_call_a_function(selector) -> No
 @pytest.mark.parametrize(("rule", "kind"), [(Rescale(), nn.Linear), (RevealCancel(), nn.Linear), (MaxPool(), nn.ReLU)])
 def test_rules_refuse_modules_that_call_no_such_function(rule, kind) -> None:
     model, name = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), type(rule).__name__
-    with pytest.raises(TypeError, match=rf"\({kind.__name__}, {name}\(\)\): {name} treats "):
+    with pytest.raises(TypeError, match=rf"{name} treats .*, which (linear|relu)\(\) in '[01]' is not"):
         relevance(model, torch.ones(1, 2), DeepLift(layer_map=[(kind, rule)]))
 
 

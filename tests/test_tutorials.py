@@ -67,6 +67,9 @@ assert position.max() < 16 * 16
 assert max(*laws_of_magnitude.values(), *laws_of_repaired.values()) < 1e-10
 assert abs(laws_of_energy["conservation"] - 1) < 1e-10 and laws_of_energy["homogeneity"] < 1e-10
 
+# who makes the call does not matter, but a bias that is added later, and a product with a constant do
+assert list(like.values()) == ["with bias"] * 2 + ["without bias"] * 3 + ["LRP-0"]
+
 # what the rules say of the mark, and what erasing it does
 assert 0.85 < truth < 1
 assert found["Magnitude"] < found["z⁺"] < truth - 0.3 and found["LRP-0"] > truth + 0.15
@@ -87,7 +90,12 @@ assert rules == {
     "net.conv1": "ZBox", "net.conv2": "Gamma", "net.block.conv1": "ZPlus", "net.block.conv2": "Gamma", "net.fc": "LRP0"
 }
 assert "0.05" in reached["net.block.conv2"] and reached_changed["net.conv1"] == "ZBox"
-assert "ReLU" in refused[0] and "nearest" in refused[1] and "Flat" in not_plain
+assert "'net.block.relu1'" in refused[0] and "nearest" in refused[1] and "Flat" in not_plain
+assert [len(operations) for operations in inside.values()] == [5, 5, 1]
+assert [{rule for _, rule in operations} for operations in inside.values()] == [
+    {"Gamma", "ordinary chain rule"}, {"ordinary chain rule"}, {"Whole"}
+]
+assert "net.pool2" in unseen and "Whole" in unseen
 assert max(falls[name] for name in composites) < falls["random"] - 1
 assert min(lasts[name] for name in composites) > lasts["random"] + 1
 assert max(falls["Graded"], falls["LRP-0"]) < falls["EpsilonPlusFlat"] - 0.1

@@ -19,6 +19,7 @@ from crp.canonizers import norms
 from crp.canonizers.folding import fold
 from crp.canonizers.places import Candidate, Linear, Place, Plan, Side, obstacle, plan_of
 from crp.layers import modules_of
+from crp.notices import warn
 from crp.provenance import Passive, Structure, known, recorded, structure, tracing
 
 
@@ -111,7 +112,16 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
             reason = "the model had parameters that no call had initialized"
             self.left = {name: reason for name, module in named if norms.is_batch_norm(module)}
             return
-        self._merge(plan_of(root, recorded(root, args, kwargs, key)))
+        try:
+            record = recorded(root, args, kwargs, key)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            reason = "the model differentiates inside its forward pass, which the pass that looks for places cannot do"
+            self.left = {name: reason for name, module in root.named_modules() if norms.is_batch_norm(module)}
+            warn(f"batch norm is not merged: {reason}")
+            return
+        self._merge(plan_of(root, record))
 
     def _merge(self, plan: Plan) -> None:
         self.merged, self.left = {}, {}

@@ -53,11 +53,18 @@ def one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any
     return functions if is_one and is_smooth else None
 
 
+class _OfModule(Notes):
+    """Notes in which whatever may depend on the model's input and is not noted is none of the module's."""
+
+    def _reaches_input(self, tensor: Tensor) -> bool:
+        return True
+
+
 class _Probe(SeeingMode):
     """Lists the functions that a module calls on what depends on its input."""
 
     def __init__(self) -> None:
-        super().__init__(Notes())
+        super().__init__(_OfModule())
         self.functions: list[Function] = []
         self.is_seen = True
 
@@ -69,7 +76,7 @@ class _Probe(SeeingMode):
         """Output of a call as it is; what can be differentiated is listed."""
         _, args, kwargs, _ = call
         result = func(*args, **kwargs)
-        if any(tensor.requires_grad for tensor in tensors_in((result, args[:1]))):
+        if any(tensor.requires_grad for tensor in tensors_in(args[0] if result is None else result)):
             self.functions.append(known)
         return result
 

@@ -17,13 +17,15 @@ from zennit.core import Hook
 from crp.canonizers import for_model
 from crp.composites.activations import may_be_activation
 from crp.composites.keywords import Remembered
-from crp.composites.operations import Operations, Seen, hook
+from crp.composites.matching import Matching, Seen
+from crp.composites.operations import Operations
+from crp.composites.places import hook
 from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
 from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
 from crp.placed import note_placed, note_removed
-from crp.provenance import Structure, recorded, structure, tracing
+from crp.provenance import Structure, structure, tracing
 from crp.reference import referencing
 from crp.rules import lift
 from crp.rules.account import Account
@@ -58,6 +60,8 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         Rules for operations of any of these types that read the model's input, without an affine one between.
     name_map : list of (names, rule)
         Rules by layer names or patterns; these come first.
+    at_input : list of (types, rule)
+        As first_map, for presets: rules that ``layer_map`` has for modules by name come before them.
 
     Attributes
     ----------
@@ -91,23 +95,24 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         layer_map: LayerMap = (),
         first_map: FirstMap = (),
         name_map: NameMap = (),
+        at_input: FirstMap = (),
     ) -> None:
         if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
             raise TypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
-        check_map(layer_map, first_map, name_map)
+        check_map(layer_map, [*first_map, *at_input], name_map)
         self.auto = isinstance(canonizers, str)
         self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
         self.first_map = [(types, hook and lift(hook)) for types, hook in first_map]
+        self.at_input = [(types, hook and lift(hook)) for types, hook in at_input]
         self.name_map = [(tuple(names), hook and lift(hook)) for names, hook in name_map]
         #: Canonizers that are on a model now, each with the instances that it made.
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
         self._attachment = Attachment()
         self._operations: Operations | None = None
         self._depth, self._entered = 0, False
-        self._places: list[Any] = []
         self._structure: Structure | None = None
         self._ready: tuple[list[Any], list[Entry], dict[Any, Any]] | None = None
-        super().__init__(_no_rule, [] if self.auto or canonizers is None else list(canonizers))
+        super().__init__(lambda *_: None, [] if self.auto or canonizers is None else list(canonizers))
 
     def is_method(self, known: Function) -> bool:
         """Whether the ordinary chain rule is what the method says for a function; others are warned of."""
@@ -116,7 +121,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     @property
     def entries(self) -> list[Entry]:
         """Entries of the maps in the order in which they are asked, with rules that are ready for a model."""
-        maps = entries_of(self.name_map, self.first_map, self.layer_map)
+        maps = entries_of(self.name_map, self.first_map, self.at_input, self.layer_map)
         key = [(entry.selector, entry.rule) for entry in maps]
         if self._ready is None or self._ready[0] != key:
             rules = [entry.rule and entry.rule.attach(self._attachment) for entry in maps]
@@ -147,13 +152,15 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 self.applied.append((canonizer, instances))
             has_positions = any(entry.position is not None for entry in entries)
             self._structure = structure(module) if has_positions else None
-            for state in (uncompiled(module), without_parameter_gradients(module)):
-                self.handles.append(_Lasting(state))
             if self.canonizers:  # (which may have given the model other modules)
                 modules = modules_of(module)
                 addressed = addresses(entries, modules)
+            parts = modules.values()
+            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
+                self.handles.append(_Lasting(state))
             assert self._ready is not None
-            mode = Operations(module, entries, self._ready[2], self.is_method, type(self).__name__, self._attachment)
+            matching = Matching(entries, self._ready[2], self.is_method)
+            mode = Operations(module, matching, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name, child in modules.items():
                 if name in addressed or (entries and may_be_activation(child)):
@@ -293,13 +300,11 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         return None
 
     def _put(self, module: nn.Module, own: list[tuple[Entry, bool]], mode: Operations, is_root: bool) -> None:
-        """Tell the mode of the calls of a module that entries mean."""
-
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return None if tracing() else mode.enter_module(module, own, args, kwargs)
+            return None if tracing() and not mode.matching.is_counting else mode.enter_module(module, own, args, kwargs)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            return None if tracing() else mode.leave_module(module, output)
+            return None if tracing() and not mode.matching.is_counting else mode.leave_module(module, output)
 
         self.handles += hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
 
@@ -319,15 +324,13 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
             )
-        if self._structure is not None and not mode.totals:
-            record = recorded(module, args, kwargs, self._structure)
-            explained = [n for n, data in enumerate(tensors_in((args, kwargs))) if data.requires_grad]
-            mode.totals = totals_of(mode.positions, record, explained)
+        if self._structure is not None and not mode.matching.totals:
+            mode.matching.totals = totals_of(mode, module, self._structure, args, kwargs)
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()
         if self._attachment.account is not None or mode.seen is not None:
-            self._places = mode.track_places()
+            mode.places.track()
         self._depth, self._entered = 1, mode.is_needed
         _running.set(self)
         if self._entered:
@@ -369,10 +372,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
         if self._depth:
             return
         _running.set(None)
-        for handle in self._places:
-            handle.remove()
-        self._places.clear()
-        mode.forget_places()
+        mode.places.stop()
         if self._entered:
             mode.leave()
         try:
@@ -382,14 +382,10 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             mode.finish(completed=False)
             raise
         mode.finish(completed=output is not None)
-        if module is not None and self._entered and not mode.treated:
+        if module is not None and self._entered and not mode.treated and mode.seen is None:
             why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
             if why is not None:
                 raise ValueError(why)
-
-
-def _no_rule(context: dict[str, Any], name: str, module: nn.Module) -> None:
-    """Rule of a module in zennit's protocol: none, as rules are for operations."""
 
 
 class _Lasting:

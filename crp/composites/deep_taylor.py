@@ -90,7 +90,10 @@ class DeepTaylor(Composite):
             rules = [*rules, (Having.of("maximum"), SumPool())]
         others = base(zero_params=zero_params, method=type(self).__name__)
         super().__init__(
-            canonizers, layer_map=[*layer_map, *rules, *others], first_map=[*first_map, (Linear, at_input)]
+            canonizers,
+            layer_map=[*layer_map, *rules, *others],
+            first_map=first_map,
+            at_input=[(Linear, at_input)],
         )
 
     def is_method(self, known: Function) -> bool:

@@ -13,7 +13,7 @@ from zennit.types import Convolution, Linear
 
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameMap
 from crp.composites.registry import register
-from crp.composites.selection import Functions, Having, Kind
+from crp.composites.selection import Functions, Having, Kind, Types
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
 from crp.rules.functional import (
     GLU,
@@ -82,7 +82,10 @@ class LRP(Composite):
     zero_params : str or sequence of str, optional
         ``"bias"`` gives the share of the biases of normalizations to their inputs.
     convolution, dense, first : Rule, optional
-        Rules of convolutions, of dense layers, and of both where they read the model's input; after those of the maps.
+        Rules of convolutions, of dense layers, and of these where they read the model's input; after those of the maps,
+        but that types in ``layer_map`` do not come before ``first``.
+    types : type or tuple of types
+        What ``first`` is for: convolutions and dense layers by default.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class LRP(Composite):
         convolution: Rule | None = None,
         dense: Rule | None = None,
         first: Rule | None = None,
+        types: Types = Linear,
     ) -> None:
         own: LayerMap = [(Kind("convolution"), convolution), (Kind("dense"), dense)]
         super().__init__(
@@ -106,8 +110,9 @@ class LRP(Composite):
                 *((kind, rule) for kind, rule in own if rule is not None),
                 *base(gates, zero_params, type(self).__name__),
             ],
-            first_map=[*first_map, *([] if first is None else [(Linear, first)])],
+            first_map=first_map,
             name_map=name_map,
+            at_input=[] if first is None else [(types, first)],
         )
 
     def is_method(self, known: Function) -> bool:
@@ -290,9 +295,11 @@ class EpsilonGammaBox(LRP):
         super().__init__(
             canonizers,
             layer_map=layer_map,
-            first_map=[*first_map, (Convolution, ZBox(low, high, stabilizer, zero_params))],
+            first_map=first_map,
             gates=gates,
             zero_params=zero_params,
+            first=ZBox(low, high, stabilizer, zero_params),
+            types=Convolution,
             convolution=Gamma(gamma, stabilizer, zero_params),
             dense=Epsilon(epsilon, zero_params),
         )

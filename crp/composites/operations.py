@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,44 +10,21 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from crp.composites.activations import one_activation
-from crp.composites.selection import Entry, fits, is_counted
+from crp.composites.matching import Matching, Seen
+from crp.composites.places import Places
+from crp.composites.references import References
+from crp.composites.selection import Entry
 from crp.notices import warn
-from crp.reference import on_reference, referencing
-from crp.rules import Rule, Whole
+from crp.reference import on_reference
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
+from crp.rules.functional import Proportional
 from crp.rules.functions import AFFINE, Function, activation, in_place, overwrites
 from crp.rules.layer import Layer, changed, tensors_in
-from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module, whole_call
+from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.redirect import overwritten
-
-
-class Seen(NamedTuple):
-    """An operation that depends on the model's input, and the rule that reached it.
-
-    Attributes
-    ----------
-    layer : str
-        Name of the innermost module in which it ran.
-    call : int
-        Which call of that module, counted from 0.
-    operation : str
-        Plain name of the function; or type of the module, if that is one operation.
-    rule : Rule or None
-        None is the ordinary chain rule.
-    is_method : bool
-        Whether that is what the method says.
-    why : str
-        The entry that it matched, or why there is none.
-    """
-
-    layer: str
-    call: int
-    operation: str
-    rule: Rule | None
-    is_method: bool
-    why: str
+from crp.rules.whole import whole_call
 
 
 class _Whole(NamedTuple):
@@ -68,13 +44,9 @@ class Operations(SeeingMode):
     Parameters
     ----------
     model : nn.Module
-    entries : sequence of Entry
-        The first that matches wins.
-    choices : dict
-        Rules that were found, to be kept as long as the entries are the same.
-    is_method : callable
-        Whether the ordinary chain rule is what the method says for a function. Others that have no rule are listed in
-        a warning when the model has run.
+    matching : Matching
+        Operations that have no rule, and for which the ordinary chain rule is not the method, are listed in a warning
+        when the model has run.
     method : str
         What messages call the method.
     attachment : Attachment
@@ -90,87 +62,45 @@ class Operations(SeeingMode):
     def __init__(
         self,
         model: nn.Module,
-        entries: Sequence[Entry],
-        choices: dict[Any, Choice],
-        is_method: Callable[[Function], bool],
+        matching: Matching,
         method: str,
         attachment: Attachment,
     ) -> None:
         super().__init__(attachment.notes)
-        self.model, self.entries, self.method, self.attachment = model, entries, method, attachment
-        self.is_method = is_method
+        self.model, self.method, self.attachment = model, method, attachment
+        self.matching = matching
         self.treated = 0
         self.seen: list[Seen] | None = None
-        self.positions = [entry for entry in entries if entry.position is not None]
-        #: How many operations each position chooses among; set before the model runs.
-        self.totals: dict[int, int] = {}
-        self._counts: dict[int, int] = {}
-        self._choices = choices
-        self._context: tuple[tuple[int, bool], ...] = ()
-        self._stack: list[tuple[tuple[tuple[int, bool], ...], int]] = []
         self._wholes: list[_Whole | None] = []
         self._is_running = False
-        self._called: set[int] = set()
-        self._met: set[int] = set()
-        self._places: list[tuple[str, int]] | None = None
+        self.places = Places(model)
         self._aside = 0
-        self._recording: list[Layer] | None = None
-        self._references: list[Layer] = []
+        self.references = References()
         self._untreated: dict[str, None] = {}
 
     # --- rules ------------------------------------------------------------------------------------------------------
 
     def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
         """First entry that matches."""
-        first, context = bool(flags & FIRST) and kind in AFFINE, self._context
-        if self.positions:
-            context = context + self._chosen_positions(known, kind)
-        if context and kind in AFFINE:
-            self._met.update(number for number, _ in context)
-        key = (known, kind, first, several, context)
-        found = self._choices.get(key)
-        if found is None:
-            found = self._choices[key] = self._match(known, kind, first, several, dict(context))
-        return found
+        return self.matching.choose(known, kind, bool(flags & FIRST), several, self.operands)
 
-    def _match(self, known: Function, kind: str, first: bool, several: bool, context: Mapping[int, bool]) -> Choice:
-        for entry in self.entries:
-            if entry.first and not first:
-                continue
-            if entry.position is None and entry.means(known, kind):
-                return Choice(entry.rule, True, str(entry), entry.number)
-            if entry.number not in context:
-                continue
-            is_meant = entry.position is not None and fits(known, kind, entry.position.types)
-            if entry.rule is None or is_meant:
-                return Choice(entry.rule, True, str(entry), entry.number)
-            if not several and entry.rule.treats(known, kind, context[entry.number]):
-                return Choice(entry.rule, True, str(entry), entry.number)
-        # (a sum of weighted inputs that could not be taken apart has no rule, whatever the chain rule is for others)
-        is_method = self.is_method(known) and (bool(kind) or known.parse is None)
-        why = "the ordinary chain rule is the method" if is_method else "no entry matches"
-        return Choice(None, is_method, why, len(self.entries))
-
-    def _chosen_positions(self, known: Function, kind: str) -> tuple[tuple[int, bool], ...]:
-        """Positions that this operation has, which is counted."""
-        return tuple((entry.number, False) for entry in self.positions if self._counts_for(entry, known, kind))
-
-    def _counts_for(self, entry: Entry, known: Function, kind: str) -> bool:
-        position = entry.position
-        return position is not None and fits(known, kind, position.types) and self._is_chosen(entry)
-
-    def _is_chosen(self, entry: Entry) -> bool:
-        k = self._counts[entry.number] = self._counts.get(entry.number, -1) + 1
-        assert entry.position is not None
-        return entry.position.chooses(k, self.totals.get(entry.number, 0) or k + 1)
+    def count(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, int]:
+        """Run the model to count what each position chooses among."""
+        self.matching.is_counting = True
+        try:
+            self._run(model, args, kwargs, False)
+            return self.matching.counted()
+        finally:
+            self.matching.is_counting = False
+            self._forget()
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
         """Output of a call, with the rule as its gradient."""
-        if self._recording is not None:
-            self._recording.append(_detached(layer))
+        if self.references.is_recording:
+            self.references.keep(layer)
             return layer.output
         self._note_reading(layer.inputs)
-        layer.reference = self._reference(layer)
+        layer.reference = self.references.next_for(layer)
         self._list(layer.name, choice)
         self.treated += 1
         return choice.rule.operate(layer)
@@ -187,6 +117,8 @@ class Operations(SeeingMode):
     ) -> Any:
         """Output of a call as it is; constants in it are accounted for, and a lacking rule is noted."""
         account = self.attachment.account
+        if self.matching.is_counting:
+            return func(*args, **kwargs)
         if choice.is_method and account is None and self.seen is None:
             if known.canonical != "relu":
                 self._note_reading(inputs)
@@ -196,16 +128,20 @@ class Operations(SeeingMode):
             return func(*args, **kwargs) if result is None else result
         self._note_reading(inputs)
         constant = None
-        if account is not None and self._recording is None and (known.has("constant") or (kind in AFFINE)):
+        if account is not None and not self.references.is_recording and (known.has("constant") or (kind in AFFINE)):
             constant = constant_of(func, args, kwargs, inputs)
         result = func(*args, **kwargs)
         target = args[0] if args and overwrites(func, args, kwargs) else result
-        if self._recording is not None or not any(tensor.requires_grad for tensor in tensors_in(target)):
+        if self.references.is_recording or not any(tensor.requires_grad for tensor in tensors_in(target)):
             return result
         if not choice.is_method:
             place = self.innermost()
             self._untreated[f"{known.name}() in {place!r}" if place else f"{known.name}()"] = None
         self._list(known.name, choice)
+        if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
+            # (what a function does that the method knows no rule for is not to be lost)
+            layer = Layer(func, args, kwargs, tuple(inputs), known, place=self.place(), result=result)
+            return Proportional().attach(self.attachment).operate(layer)
         if account is not None and constant is not None and constant.any():
             target = account.absorb(self.place(), inputs[0], target, Shares(bias=constant))
             return None if result is None else target
@@ -215,12 +151,12 @@ class Operations(SeeingMode):
         """Tell outputs of the γ rule that not only a ReLU reads them."""
         for tensor in inputs if self.attachment.rectifiable else ():
             call = self.attachment.rectifiable.get(id(tensor))
-            if call is not None and call.output() is tensor:
+            if call is not None and call.holds(tensor):
                 call.read()
 
     def _list(self, operation: str, choice: Choice) -> None:
         if self.seen is not None:
-            layer, call = self._places[-1] if self._places else ("", 0)
+            layer, call = self.places.now
             self.seen.append(Seen(layer, call, operation, choice.rule, choice.is_method, choice.why))
 
     # --- modules ----------------------------------------------------------------------------------------------------
@@ -232,21 +168,8 @@ class Operations(SeeingMode):
         if not self._is_running:
             return None
         explained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
-        known, added, tolerant = dict(self._context), [], 0
-        for entry, alone in own:
-            if entry.position is not None and not (
-                is_counted(type(module), entry.position.types) and self._is_chosen(entry)
-            ):
-                continue
-            if explained:
-                self._called.add(entry.number)
-            if entry.number not in known:
-                added.append((entry.number, alone))
-            tolerant += entry.rule is None
-        self._stack.append((self._context, tolerant))
+        self.notes.tolerant += self.matching.enter(module, own, explained)
         self._wholes.append(None)
-        self._context = (*self._context, *added)
-        self.notes.tolerant += tolerant
         choice = self._choice_of_whole(module, own, args, kwargs) if explained else None
         if choice is None:
             return None
@@ -263,9 +186,9 @@ class Operations(SeeingMode):
 
     def leave_module(self, module: nn.Module, output: Any) -> Any:
         """End of a module that entries mean, also after an error; forward hook."""
-        if not self._stack:
+        if not self._wholes:
             return None
-        (self._context, tolerant), whole = self._stack.pop(), self._wholes.pop()
+        tolerant, whole = self.matching.leave(), self._wholes.pop()
         self.notes.tolerant -= tolerant
         if whole is None:
             if tolerant and output is not None:  # what was unseen inside is known from here on
@@ -276,7 +199,7 @@ class Operations(SeeingMode):
                 return None
             inputs = whole.inputs
             layer = whole_call(module, whole.args, whole.kwargs, inputs, output, whole.known)
-            layer.place = self.place() or self._names.get(id(module), "")
+            layer.place = self.place() or self.places.names().get(id(module), "")
             note = self.notes.of(inputs[0]) if inputs else None
             written = [tensor for tensor in inputs if whole.copies[id(tensor)]._version]
             if any(output.data_ptr() != whole.copies[id(t)].data_ptr() or output.shape != t.shape for t in written):
@@ -300,12 +223,9 @@ class Operations(SeeingMode):
         """Rule of a module that counts as one operation; None for others."""
         if self._aside:
             return None
-        context = dict(self._context)
-        for entry in self.entries:
-            if entry.number in context and entry.rule is None:
-                break
-            if isinstance(entry.rule, Whole) and any(entry is mine for mine, _ in own):
-                return Choice(entry.rule, True, str(entry), entry.number), activation(type(module).__name__)
+        entry = self.matching.whole(own)
+        if entry is not None:
+            return Choice(entry.rule, True, str(entry), entry.number), activation(type(module).__name__)
         self._step_aside()
         try:
             functions = one_activation(module, args, kwargs)
@@ -349,7 +269,7 @@ class Operations(SeeingMode):
     @property
     def is_needed(self) -> bool:
         """Whether there is anything to look for."""
-        return bool(self.entries) or self.seen is not None or self.attachment.account is not None
+        return bool(self.matching.entries) or self.seen is not None or self.attachment.account is not None
 
     def begin(self, value: Any, leaves: Mapping[int, Tensor]) -> None:
         """Begin of a forward pass on the model's inputs.
@@ -363,10 +283,8 @@ class Operations(SeeingMode):
         for tensor in tensors_in(value):
             if tensor.requires_grad:
                 self.notes.enter(tensor, leaves.get(id(tensor)))
-        self._counts.clear()
+        self.matching.counts.clear()
         self._is_running = True
-        if self._places is not None:
-            self._places.clear()
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self) -> None:
@@ -380,7 +298,7 @@ class Operations(SeeingMode):
         if self.seen is None:
             super().refuse_unseen(reader, tensor, is_changed)
         node = tensor.grad_fn
-        layer, call = self._places[-1] if self._places else ("", 0)
+        layer, call = self.places.now
         maker = "unseen" if node is None else node.name().rpartition("::")[2]
         why = f"{reader} reads what was {'changed' if is_changed else 'made'} where no rule can see it: refused"
         assert self.seen is not None
@@ -400,25 +318,28 @@ class Operations(SeeingMode):
         Inputs that require grad are what is explained; all, if none does.
         """
         none = not any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
-        self._recording = []
         try:
-            given, named = changed((tuple(args), dict(kwargs)), lambda tensor: _entered(tensor, none))
-            with on_reference(), torch.enable_grad():
-                self.begin((given, named), {})
-                try:
-                    model(*given, **named)
-                finally:
-                    self.leave()
-            self._references = self._recording
+            with self.references.recording(), on_reference():
+                self._run(model, args, kwargs, none)
         finally:
-            self._recording = None
             self._forget()
+
+    def _run(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], explained: bool) -> None:
+        """Run the model on copies of its inputs, for the record; all of them are explained if they shall be."""
+        given, named = changed((tuple(args), dict(kwargs)), lambda tensor: _entered(tensor, explained))
+        with torch.enable_grad():
+            self.begin((given, named), {})
+            try:
+                model(*given, **named)
+            finally:
+                self.leave()
 
     def _forget(self) -> None:
         self.notes.clear()
-        self._stack.clear()
+        self.attachment.rectifiable.clear()
+        self.operands = None
+        self.matching.clear()
         self._wholes.clear()
-        self._context = ()
 
     def finish(self, completed: bool) -> None:
         """Forget the pass that ends; warn of operations that had no rule.
@@ -432,118 +353,33 @@ class Operations(SeeingMode):
             If a rule that takes weights apart is mapped to modules that sum up no weighted inputs.
         """
         untreated, self._untreated = list(self._untreated), {}
-        left, self._references = self._references, []
-        explained = bool(self.notes)
-        called = self._called - self._met
-        self._called, self._met = set(), set()
+        left = self.references.clear()
+        problem = self.matching.problem(self.model) if completed and self.notes else None
         self._forget()
         if not completed:
             return
         if left:
             raise RuntimeError(f"the model ran {left[0]} for the reference, but not for the data")
-        for entry in self.positions:
-            count = self._counts.get(entry.number, -1) + 1
-            if explained and self.totals.get(entry.number, count) != count:
-                raise RuntimeError(
-                    f"{entry}: the model ran {count} such operations, and {self.totals[entry.number]} when they were "
-                    "counted; its path depends on the values, so that positions have no meaning"
-                )
-        for entry in self.entries:
-            if explained and entry.number in called and entry.rule is not None and entry.rule.needs_weight:
-                names = ", ".join(map(repr, entry.modules(dict(self.model.named_modules()))[:5]))
-                raise TypeError(
-                    f"{entry}: {type(entry.rule).__name__} treats sums of weighted inputs (Linear, Conv1-3d, "
-                    f"ConvTranspose1-3d and the functions that they call), and {names} call no such operation"
-                )
+        if problem is not None:
+            raise problem
         if untreated:
             warn(
                 f"{self.method} has no rule for {', '.join(untreated)}; the ordinary chain rule is used there. Give a "
                 "rule in layer_map, or None to say so."
             )
 
-    def _reference(self, layer: Layer) -> Layer | None:
-        if not self._references:
-            return None
-        reference = self._references.pop(0)
-        if reference.name != layer.name:
-            raise RuntimeError(
-                f"the model ran {layer.name}() in {self.innermost()!r} for the data, but {reference} for the "
-                "reference: its path depends on the values, so that they cannot be compared"
-            )
-        return reference
-
-    # --- names ------------------------------------------------------------------------------------------------------
-
-    def track_places(self) -> list[Any]:
-        """Hooks that track the innermost module, for accounts and reports; they must be removed."""
-        self._places = []
-        calls: dict[str, int] = {}
-        handles: list[Any] = []
-
-        def enter(name: str, module: nn.Module, args: Any) -> None:
-            if not referencing() and self._places is not None:
-                calls[name] = calls.get(name, -1) + 1
-                self._places.append((name, calls[name]))
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if not referencing() and self._places:
-                self._places.pop()
-
-        for name, module in self.model.named_modules():
-            if module is not self.model:
-                handles += hook(module, partial(enter, name), leave)
-        return handles
-
-    def forget_places(self) -> None:
-        """Stop tracking."""
-        self._places = None
-
     def place(self) -> str:
         """Name of the innermost module that runs, where it is tracked."""
-        return self._places[-1][0] if self._places else ""
-
-    @property
-    def _names(self) -> dict[int, str]:
-        return {id(module): name for name, module in self.model.named_modules()}
+        return self.places.now[0]
 
     def innermost(self) -> str:
         """Name of the innermost module that runs, for a message."""
-        return self.place() or innermost_module(self._names)
+        return self.place() or innermost_module(self.places.names())
 
     def suspects(self) -> str:
         """Scripted parts of the model, for an error."""
-        names = [
-            repr(name) for name, module in self.model.named_modules() if isinstance(module, torch.jit.ScriptModule)
-        ]
-        return f" (the model's scripted parts: {', '.join(names[:5])})" if names else ""
-
-
-def hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any], **keywords: Any) -> list[Any]:
-    """Hooks that run before and after each call of a module, after errors, too; they must be removed."""
-    # (scripted modules say that they cannot be hooked, but torch runs hooks of them)
-    keywords = {"prepend": True} | keywords
-    return [
-        nn.Module.register_forward_pre_hook(module, before, **keywords),
-        nn.Module.register_forward_hook(module, after, always_call=True),
-    ]
-
-
-def _detached(layer: Layer) -> Layer:
-    # Copies, as the model may overwrite what it has used; of each tensor one.
-    known: dict[int, Tensor] = {}
-    mine = {id(tensor) for tensor in layer.inputs}
-
-    def copied(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor.detach().clone() if id(tensor) in mine else tensor.detach()
-        return known[id(tensor)]
-
-    args, kwargs = changed((tuple(layer.args), dict(layer.kwargs)), copied)
-    inputs = tuple(copied(tensor) for tensor in layer.inputs)
-    output = changed(layer.output, lambda tensor: tensor.detach().clone())
-    return Layer(
-        layer.function, args, kwargs, inputs, layer.known, place=layer.place, module=layer.module, result=output
-    )
+        names = self.places.scripted()
+        return f" (the model's scripted parts: {', '.join(map(repr, names[:5]))})" if names else ""
 
 
 def _entered(tensor: Tensor, explained: bool) -> Tensor:

@@ -1,40 +1,33 @@
-"""How many operations positions such as `Last` and `Depth` choose among, which the model's order of execution says."""
+"""How many operations positions such as `Last` and `Depth` choose among: the model is run once to count them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from crp.composites.selection import Entry, fits, is_counted
-from crp.provenance import FunctionCall, Trace
-from crp.rules.functions import described
+from torch import nn
+
+from crp.provenance import Structure, looking, undisturbed
+
+if TYPE_CHECKING:
+    from crp.composites.operations import Operations
+
+#: What was counted for a model: by its structure and the positions, as many as of structures are remembered.
+_REMEMBERED = 4
+_counted: weakref.WeakKeyDictionary[nn.Module, deque[tuple[Any, dict[int, int]]]] = weakref.WeakKeyDictionary()
 
 
-def totals_of(positions: Sequence[Entry], record: Trace, explained: Collection[int]) -> dict[int, int]:
-    """Number of operations of each position's types, by the number of its entry.
-
-    Parameters
-    ----------
-    positions : sequence of Entry
-    record : Trace
-        A forward pass of the model.
-    explained : collection of int
-        Which of the model's inputs are explained; what depends on no other one is a constant.
-    """
-    totals = {}
-    for entry in positions:
-        assert entry.position is not None
-        types = entry.position.types
-        modules = sum(is_counted(call.kind, types) for call in record.calls)
-        totals[entry.number] = modules + sum(_is_one(call, types, explained) for call in record.operations)
+def totals_of(
+    mode: Operations, model: nn.Module, structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[int, int]:
+    """Number of layers of each position's types, by the number of its entry; counted once for a structure."""
+    key = structure, [(entry.number, entry.selector) for entry in mode.matching.positions]
+    for known, totals in _counted.get(model, ()):
+        if known == key:
+            return totals
+    with undisturbed(model, args, kwargs), looking():
+        totals = mode.count(model, args, kwargs)
+    _counted.setdefault(model, deque(maxlen=_REMEMBERED)).appendleft((key, totals))
     return totals
-
-
-def _is_one(call: FunctionCall, types: type | tuple[type, ...], explained: Collection[int]) -> bool:
-    """Whether a call is an affine operation of these types."""
-    known = described(call.name)
-    if not fits(known, known.kind, types):
-        return False
-    depends = [not operand.origins.isdisjoint(explained) for operand in call.operands]
-    if known.has("constant") and len(depends) > 2:  # what is added may depend on the input as well
-        depends = depends[1:] if known.canonical.startswith("add") else depends[:2]
-    return sum(depends) == 1

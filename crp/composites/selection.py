@@ -181,6 +181,11 @@ class Entry:
         """Position among operations, if the selector is one."""
         return self.selector if isinstance(self.selector, First | Depth) else None
 
+    @cached_property
+    def is_address(self) -> bool:
+        """Whether it may mean modules."""
+        return isinstance(self.selector, str | First | Depth) or is_types(self.selector)
+
     def modules(self, modules: Mapping[str, nn.Module]) -> list[str]:
         """Names of the modules that it means by name, pattern or type, and whose operations it does not mean anyway.
 
@@ -197,7 +202,7 @@ class Entry:
             names = [selector] if selector in modules else fnmatch.filter(modules, selector)
             if not names:
                 raise LayerNotFoundError(selector, modules, self.role)
-        elif self.position is not None or is_types(selector):
+        elif self.is_address:
             types = selector if self.position is None else self.position.types
             names = [name for name, module in modules.items() if _is_addressed(module, types)]
         else:
@@ -246,12 +251,14 @@ def fits(known: Function, kind: str, types: Types) -> bool:
 def entries_of(
     name_map: Sequence[tuple[Sequence[str], Rule | None]],
     first_map: Sequence[tuple[Types, Rule | None]],
+    at_input: Sequence[tuple[Types, Rule | None]],
     layer_map: Sequence[tuple[Selector, Rule | None]],
 ) -> list[Entry]:
     """Entries of a composite's maps in the order in which they are asked."""
     found: list[tuple[Any, Rule | None, bool, str]] = []
     found += [(name, rule, False, "name_map") for names, rule in name_map for name in names]
     found += [(types, rule, True, "first_map") for types, rule in first_map]
+    found += [(types, rule, True, "at_input") for types, rule in at_input]
     found += [(selector, rule, False, "layer_map") for selector, rule in layer_map]
     return [Entry(number, *entry) for number, entry in enumerate(found)]
 
@@ -262,7 +269,7 @@ def addresses(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> dic
     Entries of a container that is never called itself stand for what is in it.
     """
     found: dict[str, list[tuple[Entry, bool]]] = {}
-    for entry in entries:
+    for entry in (entry for entry in entries if entry.is_address):
         names = entry.modules(modules)
         known = {name: not modules[name]._modules for name in names}
         todo = [] if isinstance(entry.rule, Whole) else names

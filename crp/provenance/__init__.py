@@ -11,7 +11,7 @@ output of the module around them then counts as made from all of that module's i
 
 from crp.provenance.cache import Passive, Structure, known, recorded, structure
 from crp.provenance.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.provenance.recorder import trace, tracing
+from crp.provenance.recorder import looking, trace, tracing
 from crp.provenance.state import undisturbed
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TensorKind",
     "Trace",
     "known",
+    "looking",
     "recorded",
     "structure",
     "trace",

@@ -33,12 +33,24 @@ _READING = frozenset(
 #: Longest sequence of numbers that is recorded.
 _LONGEST = 64
 
-_active: ContextVar[_Recorder | None] = ContextVar("crp_trace", default=None)
+_active: ContextVar[object] = ContextVar("crp_trace", default=None)
 
 
 def tracing() -> bool:
     """Whether a `trace` is running here; hooks that change values stay inert meanwhile."""
     return _active.get() is not None
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[None]:
+    """Context in which a model runs for the record only, as in a `trace`; what it has to say it says later."""
+    token = _active.set(looking)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _active.reset(token)
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:

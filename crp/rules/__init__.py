@@ -1,6 +1,6 @@
 """Propagation rules: each says how one layer's relevance is shared among its inputs."""
 
-from crp.rules.base import Rule, Term, Whole
+from crp.rules.base import Rule, Term
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
 from crp.rules.from_zennit import lift
@@ -11,6 +11,7 @@ from crp.rules.input_layer import Flat, WSquare, ZBox
 from crp.rules.layer import Layer, negative, positive
 from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Norm, Pass, ZPlus
 from crp.rules.pooling import SumPool
+from crp.rules.whole import Whole
 
 __all__ = [
     "GLU",

@@ -40,14 +40,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
-from crp.graph import tracing
-from crp.reference import referencing
 from crp.rules.account import Account, Shares
-from crp.rules.functions import AFFINE, Function, activation
-from crp.rules.layer import Layer, tensors_in, works_in_place
-from crp.rules.mode import OneModule, whole_call
+from crp.rules.functions import AFFINE, Function
+from crp.rules.layer import Layer
 from crp.rules.model_input import AsRelevance, DetachedInput, ModelInput, Unit, UnitMultiplier
-from crp.rules.notes import Notes
+from crp.rules.notes import Copied, Notes
+from crp.rules.one_module import OneModule
 from crp.rules.redirect import Redirect, SecondOrder, released, saves_output
 from crp.rules.stabilizer import Absolute, quotient, stabilizing
 
@@ -216,6 +214,8 @@ class Rule(Hook):  # type: ignore[misc]
         layer.zero_params = self.zero_params
         layer.at_input = self.stands_at_input(layer)
         if self.attachment is not None and layer.at_input:
+            note = self.attachment.notes.of(a)
+            layer.copied = None if note is None else note.copied
             layer.held = cast(Tensor, DetachedInput.apply(a, self.attachment.model_input))
         if self.adds_up and self.multiplier and layer.operands is not None:
             terms = self.terms(layer, a, a)
@@ -322,8 +322,8 @@ class Rule(Hook):  # type: ignore[misc]
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""
         if not layer.at_input:
             return a if self.multiplier else cast(Tensor, AsRelevance.apply(a))
-        unit = self.unit(a)
-        if unit is not None:
+        unit = None if layer.copied is None else unit_of(layer.copied)
+        if unit is not None and unit.shape == a.shape:
             return unit
         if not self.multiplier:
             return cast(Tensor, Unit.apply(a, a))
@@ -332,17 +332,6 @@ class Rule(Hook):  # type: ignore[misc]
             return source
         lost = Shares(empty=(a.detach() == 0).to(a.dtype))  # no multiplier of 0 is relevance
         return self.attachment.account.absorb(layer.place, a, source, lost)
-
-    def unit(self, a: Tensor) -> Tensor | None:
-        """Ones where ``a`` holds copies of the model's input, to which their gradient is handed as relevance.
-
-        None if ``a`` holds anything else.
-        """
-        note = None if self.attachment is None else self.attachment.notes.of(a)
-        if note is None or note.copied is None:
-            return None
-        unit = note.copied.of(lambda leaf: cast(Tensor, Unit.apply(leaf, leaf)))
-        return unit if unit.shape == a.shape else None
 
     def copy(self) -> Rule:
         """Rule of the same settings."""
@@ -377,87 +366,9 @@ class Rule(Hook):  # type: ignore[misc]
         self.__dict__.update(state, attachment=None)
 
 
-class Whole(Rule):
-    """A module as one operation: the rule treats what it makes of its input, and nothing that it calls.
-
-    For modules whose parts no rule can see (scripted or traced ones, custom autograd functions), and for blocks that
-    shall be one function, by a rule that takes no weights apart.
-
-    Parameters
-    ----------
-    rule : Rule
-        Such as ``Epsilon()`` or ``Pass()``.
-
-    Raises
-    ------
-    TypeError
-        If the rule takes weights apart: a module as a whole has none.
-
-    Examples
-    --------
-    >>> from crp.composites import EpsilonPlus
-    >>> from crp.rules import Pass
-    >>> composite = EpsilonPlus(layer_map=[("activation", Whole(Pass()))])
-    """
-
-    settings: ClassVar[tuple[str, ...]] = ("rule",)
-
-    def __init__(self, rule: Rule) -> None:
-        if not isinstance(rule, Rule) or isinstance(rule, Whole) or rule.needs_weight:
-            raise TypeError(
-                f"Whole takes a rule that takes no weights apart, such as Epsilon() or Pass(), not {rule!r}; a module "
-                "as a whole has no weights"
-            )
-        super().__init__(0.0)
-        self.rule = rule
-
-    def treats(self, known: Function, kind: str, alone: bool) -> bool:
-        """Nothing inside the module."""
-        return False
-
-    def operate(self, layer: Layer) -> Any:
-        """Treat the call of the module.
-
-        Raises
-        ------
-        TypeError
-            If it is a call of a function.
-        """
-        if layer.module is None:
-            raise TypeError(f"Whole is for modules, not for functions such as {layer}; map {self.rule!r} itself")
-        return self.rule.operate(layer)
-
-    def attach(self, attachment: Attachment) -> Rule:
-        """Whole of a rule that is attached."""
-        other = Whole(self.rule.attach(attachment))
-        other.multiplier, other.attachment = True, attachment
-        return other
-
-    def copy(self) -> Rule:
-        """Rule of the same settings."""
-        return Whole(self.rule.copy())
-
-    def register(self, module: nn.Module) -> RemovableHandleList:
-        """Put the rule on a module, in a composite of zennit."""
-        known, kept = activation(type(module).__name__), []
-
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            kept.append((args, kwargs))
-            return tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args), kwargs
-
-        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            args, kwargs = kept.pop()
-            inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
-            acts = not tracing() and not referencing() and torch.is_grad_enabled() and bool(inputs)
-            return self.rule.operate(whole_call(module, args, kwargs, inputs, output, known)) if acts else None
-
-        handles = RemovableHandleList([RemovableHandle(self)])
-        if works_in_place(module):
-            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-        else:
-            handles.append(module.register_forward_pre_hook(lambda m, a, k: kept.append((a, k)), with_kwargs=True))
-        handles.append(module.register_forward_hook(end, with_kwargs=True))
-        return handles
+def unit_of(copied: Copied) -> Tensor:
+    """Ones where a tensor holds copies of the model's input, to which their gradient is handed as relevance."""
+    return copied.of(lambda leaf: cast(Tensor, Unit.apply(leaf, leaf)))
 
 
 def writable(output: Tensor) -> Tensor:

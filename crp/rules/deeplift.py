@@ -134,6 +134,8 @@ class Rescale(Difference):
         if len(layer.inputs) != 1:
             self.beyond(layer, exact=False)
             return cast(Tensor, layer.output)
+        if layer.operands is not None:
+            raise TypeError(f"{type(self).__name__} treats elementwise functions, which {layer} is not")
         return self.rescaled(layer, reference)
 
 
@@ -155,6 +157,8 @@ class MaxPool(Difference):
 
     def compare(self, layer: Layer, reference: Layer) -> Any:
         """Return the maxima; their gradient is that of the chosen inputs."""
+        if not layer.known.has("maximum"):
+            raise TypeError(f"{type(self).__name__} treats max-pooling, which {layer} is not")
         x, x0, call = layer.inputs[0], reference.inputs[0], layer.again()
         y, y0 = _first(layer.output), _first(reference.output)
         at = -int(layer.name.partition("pool")[2][0])

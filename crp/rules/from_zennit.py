@@ -9,7 +9,7 @@ from torch import Tensor
 from zennit import rules as zennit_rules
 from zennit.core import BasicHook, Hook, ParamMod
 
-from crp.rules.base import Rule
+from crp.rules.base import Rule, unit_of
 from crp.rules.layer import Layer
 from crp.rules.lrp import Pass
 
@@ -66,7 +66,8 @@ class Lifted(Rule):
             given = in_mod(a.detach().clone()).detach().clone().requires_grad_()
             outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), given)))
             inputs.append(given)
-        unit = self.unit(a)
+        note = None if self.attachment is None else self.attachment.notes.of(a)
+        unit = None if note is None or note.copied is None else unit_of(note.copied)
         target, divisor = (a, a.detach()) if unit is None else (unit, None)
         return cast(Tensor, _Propagate.apply(target, y, divisor, self.hook, inputs, outputs))
 

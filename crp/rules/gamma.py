@@ -104,7 +104,9 @@ class _Rectifiable:
 
     def rectify(self, x: Tensor, in_place: bool) -> Tensor | None:
         """ReLU of the output, under the γ rule for positive outputs; None if output or input are not what they were."""
-        if self.output() is not x or (x._version, self.a._version) != self.versions:
+        if self.output() is not x:
+            return None
+        if not self.holds(x) or self.a._version != self.versions[1]:
             self.read()
             return None
         assert self.rule.attachment is not None
@@ -113,6 +115,10 @@ class _Rectifiable:
         z = self.rule.rectified(self.layer, self.a)
         second = SecondOrder(self.layer, [self.a], self.rule.is_active, self._scales)
         return cast(Tensor, _Rectified.apply(x, z, self.rule, second, in_place))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the output, as it was."""
+        return self.output() is tensor and tensor._version == self.versions[0]
 
     def read(self) -> None:
         """Note that not only a ReLU reads the output: later calls need the whole rule at once, as this one does."""

@@ -6,6 +6,7 @@ therefore belong on the first layer, where relevance itself is handed out and no
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -167,8 +168,9 @@ class ZBox(LRPRule):
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the contributions beyond those of the bounds."""
         value = layer.input
+        low, high = (_fitted(name, bound, value, layer) for name, bound in (("low", self.low), ("high", self.high)))
         # a w - l w⁺ - h w⁻ = (a - l) w⁺ + (a - h) w⁻, of which nothing is negative between the bounds.
-        above, below = value - _fitted("low", self.low, value), value - _fitted("high", self.high, value)
+        above, below = value - low, value - high
         return layer(a * above, positive, bias=False) + layer(a * below, negative, bias=False)
 
 
@@ -176,7 +178,7 @@ def _bound(bound: Bound) -> float | Tensor:
     return torch.tensor(bound, dtype=torch.float64) if isinstance(bound, Sequence) else bound
 
 
-def _fitted(name: str, bound: float | Tensor, value: Tensor) -> Tensor:
+def _fitted(name: str, bound: float | Tensor, value: Tensor, layer: Layer) -> Tensor:
     """Bound in the shape of the layer's input."""
     given = torch.as_tensor(bound).to(value.dtype).to(value.device)
     batch = len(given) if given.ndim == value.ndim else 1
@@ -185,6 +187,9 @@ def _fitted(name: str, bound: float | Tensor, value: Tensor) -> Tensor:
     try:
         return given.expand(value.shape)
     except RuntimeError:
+        if layer.copied is not None and given.dim():  # bounds of pixels, which padding and the like have moved
+            with contextlib.suppress(RuntimeError):
+                return layer.copied.of(lambda leaf: given.expand(leaf.shape)).detach()
         raise ValueError(
             f"ZBox: {name} has the shape {tuple(given.shape)}, which does not broadcast to the layer's input of shape "
             f"{tuple(value.shape)}; bounds per channel of an image have the shape (channels, 1, 1)"

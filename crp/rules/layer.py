@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.rules.functions import Function, look_up, parameters
+from crp.rules.notes import Copied
 from crp.rules.operands import Operands
 
 Modifier: TypeAlias = Callable[[Tensor], Tensor]
@@ -114,6 +115,8 @@ class Layer:
         The same call in the forward pass of the reference input, where there is one.
     at_input : bool
         Whether the relevance of the input does not depend on its value, as the rule has it.
+    copied : Copied or None
+        How the input is a copy of the model's, where the rule does not depend on its value.
     locate : callable or None
         Finds the place for a message, where it is not tracked.
     parts : object
@@ -133,6 +136,7 @@ class Layer:
     zero_params: tuple[str, ...] = ()
     reference: Layer | None = None
     at_input: bool = False
+    copied: Copied | None = field(default=None, repr=False)
     parts: Any = field(default=None, repr=False)
     locate: Callable[[], str] | None = field(default=None, repr=False)
     held: Tensor | None = field(default=None, repr=False)

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
-from crp.graph import tracing
-from crp.reference import referencing
 from crp.rules.functions import Function, has_negative, in_place, look_up, out_of_place, overwrites
 from crp.rules.layer import Layer, changed, tensors_in
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born, Copied, Notes
@@ -75,6 +73,7 @@ class SeeingMode(TorchFunctionMode):
         self.notes = notes
         self._reading = _add
         self._parts: Any = None
+        self.operands: Operands | None = None
 
     def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
         """Rule of an operation.
@@ -142,6 +141,7 @@ class SeeingMode(TorchFunctionMode):
                 kind = "product" if len(inputs) > 1 else ""
         elif kind == "product" and len(inputs) == 1:
             kind = ""
+        self.operands = operands
         copied = self._copied(func, known, args, kwargs, inputs, flags) if flags & FIRST else None
         choice = self.choose(known, kind, flags, operands is None and len(inputs) > 1)
         target = args[0] if args and overwrites(func, args, kwargs) else kwargs.get("out")
@@ -370,79 +370,6 @@ def innermost_module(names: Mapping[int, str]) -> str:
             return names[id(owner)]
         frame = frame.f_back
     return ""
-
-
-class OneModule(SeeingMode):
-    """Brings one rule to the operations of one module, in composites of zennit.
-
-    Parameters
-    ----------
-    rule : Rule
-    module : nn.Module
-    """
-
-    def __init__(self, rule: Operates, module: nn.Module) -> None:
-        super().__init__(Notes())
-        self.rule, self.alone = rule, not module._modules
-        self.kind = type(module).__name__
-        self._treated = 0
-        self._depth = 0
-
-    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
-        """Give the rule, if it is for the operation."""
-        treats = not several and self.rule.treats(known, kind, self.alone)
-        self._treated += treats
-        return Choice(self.rule if treats else None, True, "")
-
-    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook."""
-        if tracing() or referencing():
-            return
-        self._depth += 1
-        if self._depth == 1:
-            self._treated = 0
-            for tensor in tensors_in((args, kwargs)):
-                if tensor.requires_grad:
-                    self.notes.enter(tensor, None)
-            self.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, also after an error."""
-        if not self._depth or tracing() or referencing():
-            return
-        self._depth -= 1
-        if self._depth:
-            return
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        explained = bool(self.notes)
-        try:
-            if output is not None and explained and torch.is_grad_enabled():
-                self.notes.read(tensors_in(output), [], self._reader_of_output)
-                if not self._treated and any(tensor.requires_grad for tensor in tensors_in(output)):
-                    raise TypeError(f"{self.rule!r} has no operation to act on in {self.kind}")
-        finally:
-            self.notes.clear()
-
-    def _reader_of_output(self, tensor: Tensor, is_changed: bool) -> None:
-        self.refuse_unseen(f"what reads the output of {self.kind}", tensor, is_changed)
-
-
-def whole_call(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], inputs: Sequence[Tensor], output: Any, known: Function
-) -> Layer:
-    """Call of a module as one function.
-
-    Raises
-    ------
-    TypeError
-        If it returns no tensor.
-    """
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"{type(module).__name__} returns a {type(output).__name__}, not a tensor, so that it cannot count as one "
-            "function. Map rules to the layers or functions inside it"
-        )
-    return Layer(module.forward, args, kwargs, tuple(inputs), known, module=module, result=output)
 
 
 def constant_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], inputs: Sequence[Tensor]) -> Tensor:

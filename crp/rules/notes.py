@@ -113,7 +113,10 @@ class Notes:
     def add_written(self, target: Tensor, flags: int, copied: Copied | None = None) -> None:
         """Note that an operation has changed a tensor in place; its views and its base change with it."""
         base = target if target._base is None else target._base
-        self._notes[id(base)] = Note(base, flags)
+        if base is not target:  # a part of it
+            note = self._notes.get(id(base))
+            whole = note.flags & flags if note is not None and note.tensor() is base else flags & ~NONNEGATIVE
+            self._notes[id(base)] = Note(base, whole)
         self._notes[id(target)] = Note(target, flags, copied)
         self._writes[id(base)] = (target._version, flags)
 

@@ -179,7 +179,8 @@ def _bilinear(
         z = (w @ a[..., None])[..., 0]
         return z if b is None else z + b
 
-    return Operands(a, weight, bias, run)
+    is_free = bias is not None and depends(bias)
+    return Operands(a, weight, None if is_free else bias, run, added=bias if is_free else None)
 
 
 def _chain(

@@ -1,0 +1,215 @@
+"""Which entry of a composite an operation gets: by what it is, by the modules around it, and by its position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from crp.composites.selection import Entry, fits, is_counted
+from crp.rules import Rule, Whole
+from crp.rules.functions import AFFINE, Function
+from crp.rules.mode import Choice
+from crp.rules.operands import Operands
+
+#: Numbers of the entries that mean modules around an operation; whether each such module contains no other.
+Context = tuple[tuple[int, bool], ...]
+
+
+class Seen(NamedTuple):
+    """An operation that depends on the model's input, and the rule that reached it.
+
+    Attributes
+    ----------
+    layer : str
+        Name of the innermost module in which it ran.
+    call : int
+        Which call of that module, counted from 0.
+    operation : str
+        Plain name of the function; or type of the module, if that is one operation.
+    rule : Rule or None
+        None is the ordinary chain rule.
+    is_method : bool
+        Whether that is what the method says.
+    why : str
+        The entry that it matched, or why there is none.
+    """
+
+    layer: str
+    call: int
+    operation: str
+    rule: Rule | None
+    is_method: bool
+    why: str
+
+
+class Matching:
+    """Entries of a composite, while a model runs.
+
+    Parameters
+    ----------
+    entries : sequence of Entry
+        The first that matches wins.
+    choices : dict
+        Rules that were found, to be kept as long as the entries are the same.
+    is_method : callable
+        Whether the ordinary chain rule is what the method says for a function.
+
+    Attributes
+    ----------
+    totals : dict of int to int
+        How many layers each position chooses among, by the number of its entry; set before the model runs.
+    is_counting : bool
+        Whether the model runs to count these.
+    counts : dict of int to dict
+        Layers that each position has met in this forward pass.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], choices: dict[Any, Choice], is_method: Callable[[Function], bool]
+    ) -> None:
+        self.entries, self.is_method = entries, is_method
+        self.positions = [entry for entry in entries if entry.position is not None]
+        self._named = {e.number for e in entries if isinstance(e.selector, str) and e.role == "layer_map"}
+        self.totals: dict[int, int] = {}
+        self.is_counting = False
+        self.counts: dict[int, dict[object, int]] = {}
+        self._choices = choices
+        self._context: Context = ()
+        self._stack: list[tuple[Context, int]] = []
+        self._called: set[int] = set()
+        self._met: set[int] = set()
+
+    def choose(self, known: Function, kind: str, first: bool, several: bool, operands: Operands | None) -> Choice:
+        """Rule of an operation.
+
+        Parameters
+        ----------
+        known : Function
+        kind : str
+        first : bool
+            Whether no affine operation stands between it and the model's input.
+        several : bool
+            Whether more than one operand depends on the model's input.
+        operands : Operands or None
+            Of a sum of weighted inputs.
+        """
+        first, context = first and kind in AFFINE, self._context
+        if self.positions:
+            context = context + self._positions(known, kind, operands)
+            if self.is_counting:
+                return Choice(None, True, "")
+        if context and kind in AFFINE:
+            self._met.update(number for number, _ in context)
+        key = (known, kind, first, several, context)
+        found = self._choices.get(key)
+        if found is None:
+            found = self._choices[key] = self._match(known, kind, first, several, dict(context))
+        return found
+
+    def _match(self, known: Function, kind: str, first: bool, several: bool, context: Mapping[int, bool]) -> Choice:
+        for entry in self.entries:
+            if (entry.first and not first) or (entry.role == "at_input" and not self._named.isdisjoint(context)):
+                continue
+            if entry.position is None and entry.means(known, kind):
+                return Choice(entry.rule, True, str(entry), entry.number)
+            if entry.number not in context:
+                continue
+            is_meant = entry.position is not None and fits(known, kind, entry.position.types)
+            if entry.rule is None or is_meant:
+                return Choice(entry.rule, True, str(entry), entry.number)
+            if not several and entry.rule.treats(known, kind, context[entry.number]):
+                return Choice(entry.rule, True, str(entry), entry.number)
+        # (a sum of weighted inputs that could not be taken apart has no rule, whatever the chain rule is for others)
+        is_method = self.is_method(known) and (bool(kind) or known.parse is None)
+        why = "the ordinary chain rule is the method" if is_method else "no entry matches"
+        return Choice(None, is_method, why, len(self.entries))
+
+    def _positions(self, known: Function, kind: str, operands: Operands | None) -> Context:
+        """Positions that an operation has; it is counted."""
+        weight = None if operands is None else operands.weight
+        parameter = weight if weight is None or weight._base is None else weight._base
+        # Calls of one layer have a parameter in common; of others, each counts.
+        layer = id(parameter) if isinstance(parameter, nn.Parameter) else object()
+        return tuple(
+            (entry.number, False)
+            for entry in self.positions
+            if entry.position is not None and fits(known, kind, entry.position.types) and self._is_chosen(entry, layer)
+        )
+
+    def _is_chosen(self, entry: Entry, layer: object) -> bool:
+        known = self.counts.setdefault(entry.number, {})
+        k = known.setdefault(layer, len(known))
+        assert entry.position is not None
+        return entry.position.chooses(k, self.totals.get(entry.number, 0) or k + 1)
+
+    def counted(self) -> dict[int, int]:
+        """How many layers each position has met."""
+        return {entry.number: len(self.counts.get(entry.number, ())) for entry in self.positions}
+
+    def enter(self, module: nn.Module, own: Sequence[tuple[Entry, bool]], explained: bool) -> int:
+        """From now on operations are inside a module; how many of its entries are the ordinary chain rule.
+
+        Parameters
+        ----------
+        module : nn.Module
+        own : sequence of (Entry, bool)
+            Entries that mean it, and whether it contains no other module.
+        explained : bool
+            Whether it reads what depends on the model's input.
+        """
+        known, added, without_rule = dict(self._context), [], 0
+        for entry, alone in own:
+            position = entry.position
+            counts = position is not None and is_counted(type(module), position.types)
+            if position is not None and not (counts and self._is_chosen(entry, module)):
+                continue
+            if explained:
+                self._called.add(entry.number)
+            if entry.number not in known:
+                added.append((entry.number, alone))
+            without_rule += entry.rule is None
+        self._stack.append((self._context, without_rule))
+        self._context = (*self._context, *added)
+        return without_rule
+
+    def leave(self) -> int:
+        """End of a module; how many of its entries were the ordinary chain rule."""
+        self._context, without_rule = self._stack.pop()
+        return without_rule
+
+    def whole(self, own: Sequence[tuple[Entry, bool]]) -> Entry | None:
+        """Entry by which the module that was entered last is one operation; None if it is not."""
+        context = dict(self._context)
+        for entry in self.entries:
+            if entry.number in context and entry.rule is None:
+                return None
+            if isinstance(entry.rule, Whole) and any(entry is mine for mine, _ in own):
+                return entry
+        return None
+
+    def problem(self, model: nn.Module) -> Exception | None:
+        """What is wrong with the entries, as a forward pass that is done has shown."""
+        for number, count in self.counted().items():
+            if self.totals.get(number, count) != count:
+                return RuntimeError(
+                    f"{self.entries[number]}: the model ran {count} such layers, and {self.totals[number]} when they "
+                    "were counted; its path depends on the values, so that positions have no meaning"
+                )
+        for number in sorted(self._called - self._met):
+            entry = self.entries[number]
+            if entry.rule is not None and entry.rule.needs_weight:
+                names = ", ".join(map(repr, entry.modules(dict(model.named_modules()))[:5]))
+                return TypeError(
+                    f"{entry}: {type(entry.rule).__name__} treats sums of weighted inputs (Linear, Conv1-3d, "
+                    f"ConvTranspose1-3d and the functions that they call), and {names} call no such operation"
+                )
+        return None
+
+    def clear(self) -> None:
+        """Forget the forward pass."""
+        self._context = ()
+        self._stack.clear()
+        self._called.clear()
+        self._met.clear()

@@ -1,0 +1,82 @@
+"""Operations of a forward pass on a reference input, kept for the pass on the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from crp.rules.layer import Layer, changed
+
+
+class References:
+    """Calls that have a rule, in the order in which the model's pass on the data will meet them.
+
+    Attributes
+    ----------
+    is_recording : bool
+        Whether the model runs on the reference now.
+    """
+
+    def __init__(self) -> None:
+        self.is_recording = False
+        self._calls: list[Layer] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Context in which the model runs on the reference; nothing is kept if it fails."""
+        self.clear()
+        self.is_recording = True
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            self.is_recording = False
+
+    def keep(self, layer: Layer) -> None:
+        """Keep a call."""
+        self._calls.append(_detached(layer))
+
+    def next_for(self, layer: Layer) -> Layer | None:
+        """The same call on the reference; None if there was no such pass.
+
+        Raises
+        ------
+        RuntimeError
+            If the model did something else there.
+        """
+        if not self._calls:
+            return None
+        reference = self._calls.pop(0)
+        if reference.name != layer.name:
+            raise RuntimeError(
+                f"the model ran {layer} for the data, but {reference} for the reference: its path depends on the "
+                "values, so that they cannot be compared"
+            )
+        return reference
+
+    def clear(self) -> list[Layer]:
+        """Forget all calls; those that are left."""
+        left, self._calls = self._calls, []
+        return left
+
+
+def _detached(layer: Layer) -> Layer:
+    # Copies, as the model may overwrite what it has used; of each tensor one.
+    known: dict[int, Tensor] = {}
+    mine = {id(tensor) for tensor in layer.inputs}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor.detach().clone() if id(tensor) in mine else tensor.detach()
+        return known[id(tensor)]
+
+    args, kwargs = changed((tuple(layer.args), dict(layer.kwargs)), copied)
+    inputs = tuple(copied(tensor) for tensor in layer.inputs)
+    output = changed(layer.output, lambda tensor: tensor.detach().clone())
+    return Layer(
+        layer.function, args, kwargs, inputs, layer.known, place=layer.place, module=layer.module, result=output
+    )
