@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_state import state_of
 from torch import Tensor, nn
 
 # Nets this small gain nothing from threads, and lose much where the machine is busy.
@@ -128,36 +129,10 @@ def vectors() -> Tensor:
     return torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
-def _bytes(tensor: Tensor | None) -> object:
-    if tensor is None:
-        return None
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
-
-
-def _model_state(model: nn.Module) -> dict[str, Any]:
-    """All that may change on a model, as plain data that compares with ``==``."""
-    state: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        state[name, "type"] = type(module)
-        state[name, "training"] = module.training
-        state[name, "attributes"] = sorted(vars(module))
-        state[name, "children"] = [(key, id(child)) for key, child in module._modules.items()]
-        for key, value in vars(module).items():
-            if "hook" in key and hasattr(value, "keys"):
-                state[name, key] = list(value.keys())
-        for key, parameter in module._parameters.items():
-            known = None if parameter is None else (id(parameter), parameter.requires_grad, _bytes(parameter.grad))
-            state[name, "parameter", key] = known, _bytes(parameter)
-        for key, buffer in module._buffers.items():
-            state[name, "buffer", key] = None if buffer is None else id(buffer), _bytes(buffer)
-    return state
-
-
 @pytest.fixture
 def model_state() -> Callable[[nn.Module], dict[str, Any]]:
     """Snapshot of values, flags, hooks and attributes of a model: equal snapshots, untouched model."""
-    return _model_state
+    return state_of
 
 
 @pytest.fixture
@@ -166,11 +141,11 @@ def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
 
     @contextmanager
     def check(model: nn.Module) -> Iterator[None]:
-        before = _model_state(model)
+        before = state_of(model)
         try:
             yield
         finally:
-            after = _model_state(model)
+            after = state_of(model)
             changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
             assert not changed, f"the model was changed: {changed}"
 

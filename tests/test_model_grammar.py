@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import _model_state
 from core_cases import Maps
 from grammar_programs import programs, single
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from model_grammar import OPERATIONS, GrammarNet, Program, merged
+from model_state import state_of
 from slow_reference import Doubtful, Method, Refused, Rule, SlowReference
 from torch import Tensor
 
@@ -125,7 +125,7 @@ def scale_of(*tensors: Tensor) -> float:
 
 
 def changes(before: dict[str, object], model: torch.nn.Module) -> list[object]:
-    after = _model_state(model)
+    after = state_of(model)
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
@@ -154,7 +154,7 @@ def check(program: Program, preset: str, target: int) -> None:
     target %= prediction.shape[1]
     here = f"{preset}, target {target}\n{program}"
     references = wanted(program, method, data, target, merges)
-    before, composite = _model_state(model), kind("auto" if merges else None, **keywords)
+    before, composite = state_of(model), kind("auto" if merges else None, **keywords)
     try:
         found = Maps(model)(data.clone(), [{"y": target}], composite)
         account = accounted(model, data, target, composite)
