@@ -50,7 +50,7 @@ class Choose:
 class Writer:
     """Writes a program step by step; a step that does not fit is left out."""
 
-    def __init__(self, choose: Choose, shape: tuple[int, ...], seed: int) -> None:
+    def __init__(self, choose: Choose | Roll, shape: tuple[int, ...], seed: int) -> None:
         self.choose, self.shape, self.seed = choose, shape, seed
         self.steps: list[Step] = []
         self.shapes = [shape]
@@ -126,7 +126,7 @@ class Writer:
 
     def gate(self, a: int) -> int | None:
         """Product with a gate: squeeze-and-excitation, a gate in the same shape, a part of one, or no gate at all."""
-        kind = self.choose.of(("squeeze", "same", "complement", "part", "neither", "gru", "any"))
+        kind = self.choose.of(("squeeze", "same", "complement", "part", "neither", "gru", "matrix", "any"))
         if kind == "any":
             return self.product(a, self.fitting("product", a))
         if kind == "squeeze" and len(self.shapes[a]) > 1:
@@ -140,6 +140,8 @@ class Writer:
             both = self.step("cat", hidden, a)
             return self.product(a, self.step("chunk", self.step("sigmoid", both)))
         gate = self.step(self.choose.of(SQUASHING), hidden)
+        if kind == "matrix" and len(self.shapes[a]) > 1:
+            return self.step("outer", *((a, gate) if self.choose.flag() else (gate, a)))
         if kind == "complement":
             return self.product(a, self.step("complement", gate))
         if kind == "gru":
@@ -286,7 +288,11 @@ KINDS = """
 @st.composite
 def programs(draw: Callable[..., Any], plain: bool = False) -> Program:
     """Program with spellings; ``plain``: modules wherever there are any, and plain functions."""
-    choose = Choose(draw)
+    return written(Choose(draw), plain)
+
+
+def written(choose: Choose | Roll, plain: bool = False) -> Program:
+    """The same by any draws."""
     writer = Writer(choose, choose.of(INPUTS), choose.integer(0, 9999))
     if choose.integer(0, 3):
         writer.affine(0)
@@ -301,15 +307,13 @@ def programs(draw: Callable[..., Any], plain: bool = False) -> Program:
             program = program.respelled(k, _spelling(choose, program, k))
     changes: dict[str, Any] = {"nonnegative": choose.flag(), "has_zeros": choose.integer(0, 5) == 5}
     if not plain:
-        changes |= {
-            "is_reversed": choose.flag(),
-            "blocks": tuple(draw(st.lists(st.integers(1, 4), max_size=2))) if count > 2 else (),
-            "store": choose.of(("parameter", "buffer", "attribute")),
-        }
+        blocks = tuple(choose.integer(1, 4) for _ in range(choose.integer(0, 2))) if count > 2 else ()
+        store = choose.of(("parameter", "buffer", "attribute"))
+        changes |= {"is_reversed": choose.flag(), "blocks": blocks, "store": store}
     return settled(Program(program.shape, program.steps, program.shapes, program.seed, **changes))
 
 
-def _spelling(choose: Choose, program: Program, k: int) -> str:
+def _spelling(choose: Choose | Roll, program: Program, k: int) -> str:
     step = program.steps[k]
     if step.shares is not None:
         return program.steps[step.shares].spelling

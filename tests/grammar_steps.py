@@ -304,7 +304,7 @@ COMBINING = {
     ),
     "quotient": Operation(_positive, "quotient", _broadcast,
                           {"torch": lambda s, w, a, b: torch.div(a, b), "div_": lambda s, w, a, b: a.div_(b)}),
-    "outer": Operation(lambda s, w, a, b: a.flatten(2) @ b.flatten(2).mT, "refused",
+    "outer": Operation(lambda s, w, a, b: a.flatten(2) @ b.flatten(2).mT, "weighted",
                        lambda choose, a, b: {} if a == b and len(a) > 1 else None,
                        {"einsum": lambda s, w, a, b: torch.einsum("ncl,ndl->ncd", a.flatten(2), b.flatten(2))}),
 }  # fmt: skip

@@ -112,6 +112,19 @@ class Program:
         """What a step means."""
         return self.steps[k].operation.plain(self.steps[k].settings, self.weights(k), *inputs)
 
+    def block(self, k: int) -> int:
+        """Number of the module that executes a step."""
+        ends = [sum(self.blocks[: i + 1]) for i in range(len(self.blocks))]
+        return sum(end <= k for end in ends)
+
+    def parameter(self, k: int) -> tuple[int, int] | None:
+        """What calls with the same parameter have in common; None where the weight of a step is no parameter."""
+        step = self.steps[k]
+        if step.settings["form"] != "plain" or not (step.is_module or self.store == "parameter"):
+            return None
+        owner = k if step.shares is None else step.shares
+        return owner, -1 if step.is_module else self.block(k)
+
     def respelled(self, k: int, spelling: str) -> Program:
         steps = [replace(step, spelling=spelling) if i == k else step for i, step in enumerate(self.steps)]
         return replace(self, steps=tuple(steps))
@@ -177,7 +190,15 @@ def merged(program: Program) -> dict[int, int]:
 
 
 class Block(nn.Module):
-    """Executes some steps of a program: reads the values so far, and returns them with its own."""
+    """Executes some steps of a program: reads the values so far, and returns them with its own.
+
+    Attributes
+    ----------
+    record : list of Tensor or None
+        Takes every value as it was made, before anything overwrites it.
+    """
+
+    record: list[Tensor] | None = None
 
     def __init__(self, program: Program, steps: Sequence[int], made: dict[int, nn.Module]) -> None:
         super().__init__()
@@ -204,16 +225,19 @@ class Block(nn.Module):
     def forward(self, *values: Tensor) -> list[Tensor]:
         known = list(values)
         for k in self.numbers:
-            step = self.program.steps[k]
-            owner = k if step.shares is None else step.shares
-            inputs = [known[i] for i in step.reads]
-            if step.is_module:
-                known.append(getattr(self, f"step{owner}")(*inputs))
-                continue
-            stored = {name: getattr(self, f"{name}{owner}") for name in self.program.stored(k)}
-            function = step.operation.spellings.get(step.spelling, step.operation.plain)
-            known.append(function(step.settings, formed(step.settings, stored), *inputs))
+            known.append(self._made(k, [known[i] for i in self.program.steps[k].reads]))
+            if self.record is not None:
+                self.record.append(known[-1].detach().clone())
         return known
+
+    def _made(self, k: int, inputs: list[Tensor]) -> Tensor:
+        step = self.program.steps[k]
+        owner = k if step.shares is None else step.shares
+        if step.is_module:
+            return getattr(self, f"step{owner}")(*inputs)
+        stored = {name: getattr(self, f"{name}{owner}") for name in self.program.stored(k)}
+        function = step.operation.spellings.get(step.spelling, step.operation.plain)
+        return function(step.settings, formed(step.settings, stored), *inputs)
 
 
 class GrammarNet(nn.Module):
@@ -252,7 +276,8 @@ def settled(program: Program) -> Program:
             for i in later:
                 candidate = candidate.respelled(i, "plain")
             try:
-                same = all(torch.allclose(a, b, 1e-9, 1e-12) for a, b in zip(_results(candidate), wanted, strict=True))
+                found = _results(candidate)
+                same = all(torch.allclose(a, b, 1e-9, 1e-12) for a, b in zip(found, wanted, strict=True))
             except RuntimeError:
                 same = False
             if not same:
@@ -267,9 +292,12 @@ def _without_overwriting(program: Program) -> Program:
     return program
 
 
-def _results(program: Program) -> tuple[Tensor, Tensor]:
-    model = GrammarNet(program).requires_grad_(False)
+def _results(program: Program) -> list[Tensor]:
+    """Gradient, and all values as they were made."""
+    model, record = GrammarNet(program).requires_grad_(False), []
+    for module in model.children():
+        module.record = record
     data = program.data().requires_grad_()
     output = model(data.clone())
     weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
-    return output.detach(), torch.autograd.grad((output * weights).sum(), data)[0]
+    return [*torch.autograd.grad((output * weights).sum(), data), *record]

@@ -9,12 +9,13 @@ variance constant, products their gate, quotients their divisor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 from grammar_affine import conv_padded, conv_valid, linear, transposed
 from model_grammar import Program, merged, squashed
+from slow_rules import Doubtful, Refused, Rule, at_input, divided, hidden, shared
 from torch import Tensor
 
 #: Steps of one input that rules at the input reach through for certain; of others that copy, either way is right.
@@ -22,29 +23,6 @@ COPYING = frozenset(
     """flatten unflatten unsqueeze swap slice chunk pad same scale layer_scale shift add_bias complement
     negative""".split()  # noqa: SIM905
 )
-
-
-class Refused(Exception):
-    """No rule of LRP is for this program."""
-
-
-class Doubtful(Exception):
-    """What is right hangs on ties or on rounding."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Rule of affine operations: its name, what is added to denominators, and what else it takes."""
-
-    name: str
-    epsilon: float = 1e-6
-    alpha: float = 2.0
-    beta: float = 1.0
-    gamma: float = 0.25
-    low: float = 0.0
-    high: float = 0.0
-    empty: str = "drop"
-    is_relative: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,82 +53,6 @@ class Method:
     sums_pools: bool = False
 
 
-# --- rules of affine operations, on multipliers ----------------------------------------------------------------------
-
-
-def pos(t: Tensor) -> Tensor:
-    return t.clamp(min=0)
-
-
-def neg(t: Tensor) -> Tensor:
-    return t.clamp(max=0)
-
-
-def shared(above: Tensor, below: Tensor, rule: Rule) -> Tensor:
-    """``above / (below + ε sign(below))``, and 0 where ``below`` is 0."""
-    epsilon: float | Tensor = rule.epsilon
-    if rule.is_relative:
-        epsilon = epsilon * below.square().mean(1, keepdim=True).sqrt()
-    return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below + epsilon * below.sign()))
-
-
-def divided(r: Tensor, a: Tensor) -> Tensor:
-    """Multiplier of relevance; what an input of 0 is given is lost.
-
-    Raises
-    ------
-    Doubtful
-        If an input is 0 but for rounding.
-    """
-    if ((a != 0) & (a.abs() < 1e-10) & (r != 0)).any():
-        raise Doubtful("an input that is 0 but for rounding")
-    return torch.where(a == 0, 0.0, r / torch.where(a == 0, 1.0, a))
-
-
-def by_sign(a: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """``up`` where the input is positive, ``down`` where it is negative."""
-    return torch.where(a > 0, up, torch.where(a < 0, down, 0.0))
-
-
-def hidden(rule: Rule, a: Tensor, w: Tensor, b: Tensor, m: Tensor, zero_bias: bool) -> Tensor:
-    """Multiplier of the input (batch, in) of an affine operation; w (out, in), b (out,), m (batch, out)."""
-    relevance = m * (a @ w.T + b)
-    y, b = a @ w.T + b, torch.zeros_like(b) if zero_bias else b
-    p, n = pos(a) @ pos(w).T + neg(a) @ neg(w).T, pos(a) @ neg(w).T + neg(a) @ pos(w).T
-    itself = shared(relevance, a @ w.T + b, rule)
-    if rule.name == "epsilon":
-        return itself @ w
-    if rule.name == "gamma":
-        up, down = w + rule.gamma * pos(w), w + rule.gamma * neg(w)
-        s = shared(relevance * (y > 0), a @ w.T + b + rule.gamma * (p + pos(b)), rule)
-        t = shared(relevance * (y < 0), a @ w.T + b + rule.gamma * (n + neg(b)), rule)
-        return by_sign(a, s @ up + t @ down, s @ down + t @ up)
-    alpha, beta = (1.0, 0.0) if rule.name == "zplus" else (rule.alpha, rule.beta)
-    s, t = alpha * shared(relevance, p + pos(b), rule), beta * shared(relevance, n + neg(b), rule)
-    if rule.empty == "epsilon":
-        is_empty = (p == 0) | ((n == 0) & (beta > 0))
-        s, t, itself = s * ~is_empty, t * ~is_empty, itself * is_empty
-        rest = itself @ w
-    else:
-        rest = torch.zeros_like(a)
-    return by_sign(a, s @ pos(w) - t @ neg(w), s @ neg(w) - t @ pos(w)) + rest * (a != 0)
-
-
-def at_input(
-    rule: Rule, a: Tensor, w: Tensor, reach: Tensor, b: Tensor, r: Tensor, copied: Tensor, zero_bias: bool
-) -> Tensor:
-    """Relevance of what an affine operation at the input copies from; ``copied`` (in, copied from) says how."""
-    there = copied.sum(1)
-    if rule.name == "flat":
-        return shared(r, reach @ there + 0 * r, rule) @ reach @ copied
-    if rule.name == "wsquare":
-        z = w.square() @ there + (0.0 if zero_bias else b.square())
-        return shared(r, z + 0 * r, rule) @ w.square() @ copied
-    parts = a[:, None] * w - rule.low * pos(w) - rule.high * neg(w)
-    s = shared(r, parts @ there, rule)
-    return (s[:, :, None] * parts).sum(1) @ copied
-
-
 # --- Jacobians -------------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +73,16 @@ class SlowReference:
     data : Tensor of shape (batch, *shape)
     merges : bool
         Whether batch norm is merged into the affine operation that it alone reads.
-    reaches : bool
-        Whether rules at the input reach it through steps that copy in other ways than `COPYING`.
+    unreached : collection of int
+        Steps (of `uncertain`) that rules at the input do not reach it through.
+    zeros : "none", "up", "down" or "both"
+        Multiplier of an input of 0 under rules that take weights apart by its sign: none, or that of a neighbour. It
+        has no relevance, but tells how much a constant that is added before it and cancels there has.
+
+    Attributes
+    ----------
+    uncertain : list of int
+        Steps that copy the input in other ways than `COPYING`: rules at the input may reach it through them or not.
 
     Raises
     ------
@@ -181,18 +91,22 @@ class SlowReference:
     """
 
     def __init__(
-        self, program: Program, method: Method, data: Tensor, merges: bool = True, reaches: bool = True
+        self,
+        program: Program,
+        method: Method,
+        data: Tensor,
+        merges: bool = True,
+        unreached: Collection[int] = (),
+        zeros: str = "none",
     ) -> None:
-        self.program, self.method, self.data = program, method, data
-        self.values = [data]
+        self.program, self.method, self.data, self.zeros = program, method, data, zeros
+        self.values, self.squashed = [data], squashed(program)
         for k, step in enumerate(program.steps):
-            if step.operation.rule == "refused":
+            if step.operation.rule == "refused" or (step.operation.rule == "weighted" and not self._has_weights(k)):
                 raise Refused(step.name)
             self.values.append(program.plain(k, *(self.values[i] for i in step.reads)))
-        self.squashed = squashed(program)
-        self._look_at_input(reaches)
-        convolutions = [k for k, step in enumerate(program.steps) if step.operation.rule == "convolution"]
-        self.depths = {k: n / len(convolutions) for n, k in enumerate(convolutions)}
+        self._look_at_input(unreached)
+        self.depths = self._depths()
         self.merged = merged(program) if merges else {}
 
     def relevance(self, target: int) -> Tensor:
@@ -209,23 +123,44 @@ class SlowReference:
                     self.m[i] = self.m[i] + sent.reshape(self.m[i].shape)
         return self.data * self.m[0].reshape(self.data.shape) + self.direct.reshape(self.data.shape)
 
-    def _look_at_input(self, reaches: bool) -> None:
+    def _look_at_input(self, unreached: Collection[int]) -> None:
         """Which values no affine operation has made, and what they copy from the input (in matrices)."""
         n = self.data[0].numel()
-        self.is_masked = any(step.name == "mask" or step.spelling == "mask" for step in self.program.steps)
-        self.is_certain, self.raw, self.copies = True, [True], [torch.eye(n, dtype=torch.float64)]
+        self.uncertain: list[int] = []
+        self.raw, self.copies = [True], [torch.eye(n, dtype=torch.float64)]
         for k, step in enumerate(self.program.steps):
-            rule = step.operation.rule
-            self.raw.append(rule not in ("dense", "convolution") and all(self.raw[i] for i in step.reads))
-            copied = None
-            if self.raw[-1] and rule == "linear" and len(step.reads) == 1 and self.copies[step.reads[0]] is not None:
-                matrix = columns(lambda x, k=k: self.program.plain(k, x), self._shape(step.reads[0]))
-                rows = (matrix != 0).sum(1)
-                is_certain = step.name in COPYING
-                self.is_certain &= is_certain
-                if (rows <= 1).all() and (is_certain or reaches):
-                    copied = (matrix != 0).double() @ self.copies[step.reads[0]]
+            is_affine = step.operation.rule in ("dense", "convolution")
+            self.raw.append(not is_affine and all(self.raw[i] for i in step.reads))
+            copied = self._copied(k) if self.raw[-1] and all(self.copies[i] is not None for i in step.reads) else None
+            if copied is not None and step.name not in COPYING:
+                self.uncertain.append(k)
+                copied = None if k in unreached else copied
             self.copies.append(copied)
+
+    def _copied(self, k: int) -> Tensor | None:
+        """How a step copies the input, if what it reads does."""
+        step = self.program.steps[k]
+        below = [self.copies[i] for i in step.reads]
+        if step.spelling in ("mask", "product") and step.name in ("mask", "relu"):
+            return below[0]  # a product with a constant: every entry in its place
+        if step.operation.rule != "linear":
+            return None
+        parts = [(matrix != 0).double() for matrix in self._parts(k, *(self.values[i] for i in step.reads))]
+        if (sum(part.sum(1) for part in parts) > 1).any():
+            return None
+        return sum(part @ matrix for part, matrix in zip(parts, below, strict=True))
+
+    def _depths(self) -> dict[int, list[float]]:
+        """Depth of each convolution, by sample: layers in order; calls with the same parameter are one."""
+        found: dict[int, list[int]] = {}
+        known: dict[object, int] = {}
+        for k, step in enumerate(self.program.steps):
+            if step.operation.rule == "convolution":
+                one = self.program.parameter(k)
+                by_sample = step.spelling in ("each", "unbatched")
+                names = [one or (k, sample * by_sample) for sample in range(len(self.data))]
+                found[k] = [known.setdefault(name, len(known)) for name in names]
+        return {k: [place / len(known) for place in places] for k, places in found.items()}
 
     def _shape(self, i: int) -> tuple[int, ...]:
         return tuple(self.values[i].shape[1:])
@@ -259,13 +194,11 @@ class SlowReference:
             raise Doubtful("relative to what")
         padding, w, reach, b = self._matrices(k)
         a = x.flatten(1) @ padding.T
-        if first is not None and self.raw[i] and self.is_masked:
-            raise Doubtful("whether a product with a mask is preprocessing")
         if first is None or not self.raw[i]:
-            return [hidden(rule, a, w, b, m, zero_bias) @ padding]
+            return [hidden(rule, a, w, b, m, zero_bias, self.zeros) @ padding]
         r = m * (a @ w.T + b)
         if first.name not in ("flat", "wsquare", "zbox"):
-            return [hidden(first, a, w, b, m, zero_bias) @ padding]
+            return [hidden(first, a, w, b, m, zero_bias, self.zeros) @ padding]
         copied = self.copies[i]
         if copied is None and self.program.steps[k].spelling == "padded":
             raise Doubtful("whether zeros around what is no copy of the input are in reach")
@@ -276,11 +209,14 @@ class SlowReference:
         return [divided(given, values)]
 
     def _convolution(self, k: int, m: Tensor, x: Tensor) -> list[Tensor | None]:
-        method = self.method
-        if method.lower is not None and any(step.shares is not None for step in self.program.steps):
-            raise Doubtful("the depth of a module that is called twice")
-        rule = method.lower if method.lower is not None and self.depths[k] < method.split else method.convolution
-        return self._affine(k, m, rule, method.first.get("convolution"), x)
+        method, first = self.method, self.method.first.get("convolution")
+        is_low = [method.lower is not None and depth < method.split for depth in self.depths[k]]
+        if method.lower is None or not any(is_low) or all(is_low):
+            return self._affine(k, m, method.lower if any(is_low) else method.convolution, first, x)
+        chosen = torch.tensor(is_low)[:, None]
+        (low,) = self._affine(k, m * chosen, method.lower, first, x)
+        (high,) = self._affine(k, m * ~chosen, method.convolution, first, x)
+        return [None if low is None else low + high]
 
     def _dense(self, k: int, m: Tensor, x: Tensor) -> list[Tensor | None]:
         return self._affine(k, m, self.method.dense, self.method.first.get("dense"), x)
@@ -289,15 +225,19 @@ class SlowReference:
 
     def _linear(self, k: int, m: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Jᵀ m; constants keep their share."""
-        sent = []
+        return [m @ matrix for matrix in self._parts(k, *inputs)]
+
+    def _parts(self, k: int, *inputs: Tensor) -> list[Tensor]:
+        """Matrix of a linear step for each operand, where the others are zero."""
+        found = []
         for place in range(len(inputs)):
 
             def alone(x: Tensor, place: int = place) -> Tensor:
                 others = [torch.zeros(len(x), *t.shape[1:], dtype=torch.float64) for t in inputs]
                 return self.program.plain(k, *others[:place], x, *others[place + 1 :])
 
-            sent.append(m @ columns(alone, tuple(inputs[place].shape[1:])))
-        return sent
+            found.append(columns(alone, tuple(inputs[place].shape[1:])))
+        return found
 
     def _pass(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
         """R as it is: J = diag(y / a), which for ReLU and the like is the derivative."""
@@ -371,6 +311,21 @@ class SlowReference:
         m = m.reshape(y.shape)
         to_a = _summed(half * m * b, a.shape) if half < 1 or second else None
         to_b = _summed(half * m * a, b.shape) if half < 1 or first else None
+        return [to_a, to_b]
+
+    def _has_weights(self, k: int) -> bool:
+        """Whether one operand of a product of matrices comes from a sigmoid, and the other does not."""
+        made = [self.squashed[i] for i in self.program.steps[k].reads]
+        if None in made:
+            raise Doubtful("weights or values")
+        return made[0] != made[1]
+
+    def _weighted(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
+        """The values take all and the weights nothing, or each half."""
+        m, is_split = m.reshape(self.values[k + 1].shape), self.method.gates == "split"
+        half, of_values = 0.5 if is_split else 1.0, self.squashed[self.program.steps[k].reads[1]]
+        to_a = half * m @ b.flatten(2) if is_split or of_values else None
+        to_b = half * m.mT @ a.flatten(2) if is_split or not of_values else None
         return [to_a, to_b]
 
     def _is_gate(self, i: int, j: int) -> bool:

@@ -159,7 +159,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
             for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
                 self.handles.append(_Lasting(state))
             assert self._ready is not None
-            matching = Matching(entries, self._ready[2], self.is_method)
+            matching = Matching(entries, self._ready[2], self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name, child in modules.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from crp.composites.selection import Entry, fits, is_counted
 from crp.rules import Rule, Whole
@@ -55,9 +55,12 @@ class Matching:
         Rules that were found, to be kept as long as the entries are the same.
     is_method : callable
         Whether the ordinary chain rule is what the method says for a function.
+    model : nn.Module
 
     Attributes
     ----------
+    locate : callable
+        Finds the name of the innermost module that runs.
     totals : dict of int to int
         How many layers each position chooses among, by the number of its entry; set before the model runs.
     is_counting : bool
@@ -67,10 +70,16 @@ class Matching:
     """
 
     def __init__(
-        self, entries: Sequence[Entry], choices: dict[Any, Choice], is_method: Callable[[Function], bool]
+        self,
+        entries: Sequence[Entry],
+        choices: dict[Any, Choice],
+        is_method: Callable[[Function], bool],
+        model: nn.Module,
     ) -> None:
         self.entries, self.is_method = entries, is_method
+        self.locate: Callable[[], str] = str
         self.positions = [entry for entry in entries if entry.position is not None]
+        self._buffers = {id(buffer) for buffer in model.buffers()} if self.positions else set()
         self._named = {e.number for e in entries if isinstance(e.selector, str) and e.role == "layer_map"}
         self.totals: dict[int, int] = {}
         self.is_counting = False
@@ -128,15 +137,20 @@ class Matching:
 
     def _positions(self, known: Function, kind: str, operands: Operands | None) -> Context:
         """Positions that an operation has; it is counted."""
-        weight = None if operands is None else operands.weight
-        parameter = weight if weight is None or weight._base is None else weight._base
-        # Calls of one layer have a parameter in common; of others, each counts.
-        layer = id(parameter) if isinstance(parameter, nn.Parameter) else object()
+        layer = None if operands is None else self._layer_of(operands.weight)
         return tuple(
             (entry.number, False)
             for entry in self.positions
             if entry.position is not None and fits(known, kind, entry.position.types) and self._is_chosen(entry, layer)
         )
+
+    def _layer_of(self, weight: Tensor) -> object:
+        """What calls of one layer have in common: a stored weight, or the module that computes it; else each counts."""
+        stored = weight if weight._base is None else weight._base
+        if isinstance(stored, nn.Parameter) or id(stored) in self._buffers:
+            return id(stored)
+        place = self.locate()
+        return (place, weight.shape) if place else object()
 
     def _is_chosen(self, entry: Entry, layer: object) -> bool:
         known = self.counts.setdefault(entry.number, {})

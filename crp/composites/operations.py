@@ -68,7 +68,7 @@ class Operations(SeeingMode):
     ) -> None:
         super().__init__(attachment.notes)
         self.model, self.method, self.attachment = model, method, attachment
-        self.matching = matching
+        self.matching, matching.locate = matching, self.innermost
         self.treated = 0
         self.seen: list[Seen] | None = None
         self._wholes: list[_Whole | None] = []
