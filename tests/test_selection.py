@@ -4,7 +4,7 @@ import operator
 
 import pytest
 import torch
-from core_cases import conv_net, deviation, exact, heatmap, images, rules
+from core_cases import conv_net, deviation, exact, heatmap, images, net, rules
 from torch import nn
 from torch.nn import functional as F
 
@@ -104,6 +104,13 @@ def test_layers_without_what_the_rule_treats(selector, layers, untouched):
     for run in (heatmap, rules):
         with untouched(model), pytest.raises(TypeError, match=message):
             run(model, Composite(layer_map=[(selector, Gamma())]))
+
+
+def test_rule_that_treats_nothing_in_a_module_is_refused(untouched):
+    model = net(lambda s, x: s.fc(s.mix(x, x, x)[0].mean(1)), mix=nn.MultiheadAttention(4, 2), fc=nn.Linear(4, 3))
+    composite = Composite(layer_map=[("mix", Epsilon()), (nn.Linear, Epsilon())])
+    with untouched(model), pytest.raises(TypeError, match=r"\('mix', Epsilon\(.*\)\): "):
+        heatmap(model, composite, torch.randn(2, 3, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("composite", [EpsilonPlus(), Composite(layer_map=[(nn.Conv2d, Gamma())])])
