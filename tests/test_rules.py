@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import zennit.rules
-from rule_cases import FORMS, LAYERS, attribute, by_hook, close, expected, pos, seeded
+from rule_cases import FORMS, LAYERS, attribute, by_hook, close, expected, pos, relevance, seeded
 from torch import nn
+from zennit.composites import LayerMapComposite
 from zennit.core import Stabilizer
 
 import crp.rules as rules
@@ -115,6 +116,24 @@ def test_rule_in_relevance_encoding_is_zennit_s(ours, theirs, few):
     layer, a = few
     r = torch.randn_like(layer(a)).detach()
     close(attribute(ours, layer, a, r), by_hook(theirs, layer, a, r))
+
+
+HIDDEN = [pair for pair in PAIRS if not isinstance(pair[0], rules.WSquare | rules.Flat | rules.ZBox)]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), HIDDEN, ids=lambda rule: repr(rule) if isinstance(rule, Rule) else "")
+def test_rule_between_activations_is_zennit_s(ours, theirs):
+    """Also where a bias alone makes an output positive."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    model[0].bias.data += 0.5
+    a = torch.randn(8, 4, dtype=torch.float64)
+    assert ((model[0](a) > 0) & (a @ model[0].weight.T < 0)).any()
+    with LayerMapComposite([(nn.Linear, theirs), (nn.ReLU, zennit.rules.Pass())]).context(model) as explained:
+        data = a.clone().requires_grad_()
+        y = explained(data)
+        (wanted,) = torch.autograd.grad(y, data, y.detach())
+    close(relevance(ours, model, a, torch.ones_like(y)), wanted)
 
 
 @pytest.mark.parametrize("hook", [hook for _, hook in PAIRS], ids=[repr(ours) for ours, _ in PAIRS])

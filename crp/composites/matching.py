@@ -179,7 +179,7 @@ class Matching:
             counts = position is not None and is_counted(type(module), position.types)
             if position is not None and not (counts and self._is_chosen(entry, module)):
                 continue
-            if explained:
+            if explained and not (alone and entry.rule is not None and not entry.rule.needs_weight):
                 self._called.add(entry.number)
             if entry.number not in known:
                 added.append((entry.number, alone))
@@ -213,10 +213,11 @@ class Matching:
                 )
         for number in sorted(self._called - self._met):
             entry = self.entries[number]
-            if entry.rule is not None and entry.rule.needs_weight:
+            rule = entry.rule
+            if isinstance(rule, Rule) and (rule.needs_weight or type(rule).treats is Rule.treats):
                 names = ", ".join(map(repr, entry.modules(dict(model.named_modules()))[:5]))
                 return TypeError(
-                    f"{entry}: {type(entry.rule).__name__} treats sums of weighted inputs (Linear, Conv1-3d, "
+                    f"{entry}: {type(rule).__name__} treats sums of weighted inputs (Linear, Conv1-3d, "
                     f"ConvTranspose1-3d and the functions that they call), and {names} call no such operation"
                 )
         return None

@@ -78,6 +78,8 @@ class Gamma(LRPRule):
         attachment = self.attachment
         if attachment is None or attachment.account is not None or layer.weight is None:
             return super().propagate(layer, a, y)
+        if self.zero_params:  # where the output is positive, its surrogate need not be
+            return super().propagate(layer, a, y)
         waiting = layer.again()
         if attachment.rectified.get(layer.weight):  # type: ignore[no-untyped-call]
             out = cast(Tensor, _Later.apply(y, a, self, waiting))
