@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zennit.composites import NameMapComposite
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, Composite
+from crp.composites import LRP, Composite, Kind
 from crp.errors import UnseenError
 from crp.rules import Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
 
@@ -206,3 +206,20 @@ def test_none_allows_what_is_unseen_inside_only(front):
     with pytest.raises(UnseenError, match="Twice"):
         explained(model, Composite(None, layer_map=maps), m)
     assert explained(model, Composite(None, layer_map=[("other", None), *maps]), m).isfinite().all()
+
+
+@pytest.mark.parametrize("entries", [[], [("norm", None)]], ids=["no_entry", "none"])
+def test_bias_of_a_batch_norm_by_the_chain_rule_keeps_its_share(entries):
+    model = net(lambda s, x: s.c(s.norm(s.a(x))), a=nn.Linear(6, 5), norm=nn.BatchNorm1d(5), c=nn.Linear(5, 2))
+    composite = Composite(None, layer_map=[*entries, (nn.Linear, Epsilon(1e-6))])
+    found = CondAttribution(model).absorbed(inputs(), [{"y": 1}], composite)
+    assert found.rest.abs().max() <= 1e-10
+    assert found.layers["norm"]["bias"].abs().min() > 1e-3
+
+
+def test_a_constant_factor_makes_no_product():
+    model = net(lambda s, x: s.c(s.a(x) * 2.0), a=nn.Linear(6, 5), c=nn.Linear(5, 2))
+    m = torch.ones(3, 2, dtype=torch.float64)
+    rest = [(nn.Linear, Epsilon(1e-3))]
+    found = explained(model, Composite(None, layer_map=[(Kind("product"), Epsilon(1.0)), *rest]), m)
+    assert deviation(found, explained(model, Composite(None, layer_map=rest), m)) <= 1e-12
