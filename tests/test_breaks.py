@@ -223,3 +223,38 @@ def test_a_constant_factor_makes_no_product():
     rest = [(nn.Linear, Epsilon(1e-3))]
     found = explained(model, Composite(None, layer_map=[(Kind("product"), Epsilon(1.0)), *rest]), m)
     assert deviation(found, explained(model, Composite(None, layer_map=rest), m)) <= 1e-12
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["gate_first", "signal_first"])
+def test_two_minus_a_gate_is_none(first):
+    """Only 1 minus a gate is closed as far as another one is open; factors that are no gates take half each."""
+
+    def product(s, x):
+        factor = 2 - s.b(x).sigmoid()
+        return s.c(factor * s.a(x) if first else s.a(x) * factor)
+
+    def halves(s, x):
+        factor, other = 2 - s.b(x).sigmoid(), s.a(x)
+        return s.c((factor * other.detach() + factor.detach() * other) / 2)
+
+    layers = {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4), "c": nn.Linear(4, 2)}
+    m = torch.ones(3, 2, dtype=torch.float64)
+    found, wanted = (
+        explained(net(f, **layers), LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m) for f in (product, halves)
+    )
+    assert deviation(found, wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("act", [F.silu, F.hardswish, F.elu])
+def test_rule_that_overwrites_a_part_leaves_the_others(act):
+    def in_place(s, x):
+        h = s.a(x)
+        act(h[:, :2], inplace=True)
+        return s.c(h)
+
+    layers = {"a": nn.Linear(6, 4), "c": nn.Linear(4, 2)}
+    model = net(in_place, **layers)
+    plain = net(lambda s, x: s.c(torch.cat([act(s.a(x)[:, :2]), s.a(x)[:, 2:]], 1)), **layers)
+    m = torch.ones(3, 2, dtype=torch.float64)
+    found, wanted = (explained(n, LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m) for n in (model, plain))
+    assert deviation(found, wanted) <= 1e-12
