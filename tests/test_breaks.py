@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from zennit.composites import NameMapComposite
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, Composite, Kind
+from crp.composites import LRP, Composite, First, Kind
 from crp.errors import UnseenError
-from crp.rules import Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
+from crp.rules import AlphaBeta, Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
 
 
 def inputs():
@@ -257,4 +257,21 @@ def test_rule_that_overwrites_a_part_leaves_the_others(act):
     plain = net(lambda s, x: s.c(torch.cat([act(s.a(x)[:, :2]), s.a(x)[:, 2:]], 1)), **layers)
     m = torch.ones(3, 2, dtype=torch.float64)
     found, wanted = (explained(n, LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m) for n in (model, plain))
+    assert deviation(found, wanted) <= 1e-12
+
+
+def test_bias_that_counts_as_zero_is_in_the_output_all_the_same():
+    model = net(lambda s, x: s.a(x), a=nn.Linear(6, 2))
+    rule = AlphaBeta(2, 1, zero_params="bias")
+    with Composite(None, layer_map=[(nn.Linear, rule)]).context(model):
+        found = model(inputs().requires_grad_()).detach()
+    torch.testing.assert_close(found, model(inputs()).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_layer_that_is_called_twice_has_one_position():
+    model = net(lambda s, x: s.c(s.a(s.a(x).tanh())), a=nn.Linear(6, 6), c=nn.Linear(6, 2))
+    m, rest = torch.ones(3, 2, dtype=torch.float64), (nn.Linear, Epsilon(1e-6))
+    found, wanted = (
+        explained(model, Composite(None, layer_map=[(what, Epsilon(1.0)), rest]), m) for what in (First(nn.Linear), "a")
+    )
     assert deviation(found, wanted) <= 1e-12
