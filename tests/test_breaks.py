@@ -275,3 +275,19 @@ def test_layer_that_is_called_twice_has_one_position():
         explained(model, Composite(None, layer_map=[(what, Epsilon(1.0)), rest]), m) for what in (First(nn.Linear), "a")
     )
     assert deviation(found, wanted) <= 1e-12
+
+
+def test_what_is_behind_a_layer_as_a_whole_is_not_first():
+    model = net(lambda s, x: s.c(s.a(x)), a=nn.Linear(6, 6), c=nn.Linear(6, 2))
+    m, rest = torch.ones(3, 2, dtype=torch.float64), [("a", Whole(Epsilon(1e-3))), (nn.Linear, Epsilon(1e-3))]
+    found = explained(model, Composite(None, first_map=[(nn.Linear, WSquare())], layer_map=rest), m)
+    assert deviation(found, explained(model, Composite(None, layer_map=rest), m)) <= 1e-12
+
+
+def test_product_of_two_that_may_be_weights_is_refused():
+    def wiring(s, x):
+        return s.c((s.a(x).softmax(1)[:, :, None] @ s.b(x).sigmoid()[:, None]).flatten(1))
+
+    model = net(wiring, a=nn.Linear(6, 4), b=nn.Linear(6, 4), c=nn.Linear(16, 2))
+    with pytest.raises(NotImplementedError, match="no rule for matmul"):
+        explained(model, LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), torch.ones(3, 2, dtype=torch.float64))
