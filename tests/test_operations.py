@@ -579,27 +579,15 @@ def test_targets_of_every_class_are_rows_of_one_pass():
     assert isinstance(conv_net(lambda s, h: h), Net)
 
 
-class RunsAgain(Rule):
-    """The layer itself, from its input."""
-
-    def surrogate(self, layer, a):
-        return layer(a) + 0.5 * a.sum(-1, keepdim=True)
-
-
-def test_rule_on_a_module_whose_part_works_in_place_sees_the_input_as_it_was():
-    """Its forward overwrites what the rule needs."""
-    torch.manual_seed(0)
-    found = []
-    for in_place in (True, False):
-        block = nn.Sequential(nn.ReLU(inplace=in_place), nn.AvgPool1d(2))
-        model = nn.Sequential(nn.Identity(), block, nn.Linear(2, 1, bias=False)).double().eval()
-        with torch.no_grad():
-            model[2].weight.fill_(1.0)
-        data = torch.tensor([[[-1.0, 2.0, 3.0, -4.0]]], dtype=torch.float64, requires_grad=True)
-        with Composite(None, layer_map=[("1", RunsAgain())]).context(model):
-            found.append(torch.autograd.grad(model(data.clone()).sum(), data)[0])
-    assert found[1].abs().sum() > 0
-    assert torch.equal(*found)
+def test_one_operation_may_not_overwrite_its_input_and_return_another_tensor(untouched):
+    """What the rule needs is lost then."""
+    block = nn.Sequential(nn.ReLU(inplace=True), nn.AvgPool1d(2))
+    model = nn.Sequential(nn.Identity(), block, nn.Linear(2, 1)).double().eval()
+    data = torch.tensor([[[-1.0, 2.0, 3.0, -4.0]]], dtype=torch.float64)
+    composite = Composite(None, layer_map=[("1", Whole(Norm()))])
+    with untouched(model), pytest.raises(TypeError, match="Sequential '1' changes its input in place"):
+        with composite.context(model):
+            model(data.requires_grad_())
 
 
 def test_modes_of_the_caller_act_in_rules():

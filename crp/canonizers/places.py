@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from crp.canonizers import norms
 from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, form_of_call, form_of_layer, has_shift
 from crp.graph import Unit, adjacent, layers_as_units
-from crp.layers import modules_of
+from crp.layers import modules_of, unwrap
 from crp.provenance import FunctionCall, ModuleCall, Operand, TensorKind, Trace, undisturbed
 
 Side: TypeAlias = Literal["before", "after"]
@@ -90,7 +90,7 @@ def plan_of(root: nn.Module, record: Trace) -> Plan:
 
 def find_places(root: nn.Module, record: Trace) -> Plan:
     """Find all batch norms and their places."""
-    modules = modules_of(root)
+    modules = modules_of(unwrap(root))  # (whose names a record of the forward pass has)
     found = {name: module for name, module in modules.items() if norms.is_batch_norm(module)}
     layers = layers_as_units(record, [name for name, module in modules.items() if isinstance(module, LINEAR)])
     linear: dict[Unit, Linear | str] = {unit: _layer(unit.name, modules[unit.name]) for unit in layers}

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from crp.composites.selection import Entry, fits, is_counted
 from crp.rules import Rule, Whole
-from crp.rules.functions import AFFINE, Function
+from crp.rules.functions import AFFINE, Function, look_up
 from crp.rules.mode import Choice
 from crp.rules.operands import Operands
+
+_LINEAR = look_up(nn.functional.linear)
 
 #: Numbers of the entries that mean modules around an operation; whether each such module contains no other.
 Context = tuple[tuple[int, bool], ...]
@@ -109,8 +111,13 @@ class Matching:
             context = context + self._positions(known, kind, operands)
             if self.is_counting:
                 return Choice(None, True, "")
-        if context and kind in AFFINE:
-            self._met.update(number for number, _ in context)
+        for number, alone in context:
+            entry = self.entries[number]
+            treats = entry.rule is None or entry.position is not None or entry.rule.treats(known, kind, alone)
+            if treats:
+                self._met.add(number)
+            elif not known.has("selects", "copies", "arithmetic"):  # (whose chain rule is that of any method)
+                self._called.add(number)
         key = (known, kind, first, several, context)
         found = self._choices.get(key)
         if found is None:
@@ -179,7 +186,7 @@ class Matching:
             counts = position is not None and is_counted(type(module), position.types)
             if position is not None and not (counts and self._is_chosen(entry, module)):
                 continue
-            if explained and not (alone and entry.rule is not None and not entry.rule.needs_weight):
+            if explained and entry.rule is not None and entry.rule.needs_weight:
                 self._called.add(entry.number)
             if entry.number not in known:
                 added.append((entry.number, alone))
@@ -214,12 +221,16 @@ class Matching:
         for number in sorted(self._called - self._met):
             entry = self.entries[number]
             rule = entry.rule
-            if isinstance(rule, Rule) and (rule.needs_weight or type(rule).treats is Rule.treats):
-                names = ", ".join(map(repr, entry.modules(dict(model.named_modules()))[:5]))
+            if rule is None or isinstance(rule, Whole):
+                continue
+            names = ", ".join(map(repr, entry.modules(dict(model.named_modules()))[:5]))
+            what = f"{type(rule).__name__} treats "
+            if isinstance(rule, Rule) and rule.treats(_LINEAR, "dense", False):
                 return TypeError(
-                    f"{entry}: {type(rule).__name__} treats sums of weighted inputs (Linear, Conv1-3d, "
-                    f"ConvTranspose1-3d and the functions that they call), and {names} call no such operation"
+                    f"{entry}: {what}sums of weighted inputs (Linear, Conv1-3d, ConvTranspose1-3d and the functions "
+                    f"that they call), and {names} call no such operation"
                 )
+            return TypeError(f"{entry}: {what}no operation that {names} call")
         return None
 
     def clear(self) -> None:

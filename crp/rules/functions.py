@@ -345,10 +345,6 @@ def _plain(name: str) -> str:
     return name.split(".")[0].strip("_")
 
 
-#: Functions with a positional argument ``inplace``.
-_FLAGGED = frozenset(
-    "celu elu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 rrelu selu silu threshold _threshold".split()  # noqa: SIM905
-)
 #: Methods behind ``+=`` and the like.
 _AUGMENTED = frozenset(
     f"__i{name}__"
@@ -360,8 +356,7 @@ def in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     """Whether the result takes the place of the first operand, and is returned."""
     name = getattr(function, "__name__", "")
     by_name = (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
-    by_flag = bool(kwargs.get("inplace")) or (name in _FLAGGED and any(arg is True for arg in args[1:]))
-    return by_name or by_flag
+    return by_name or bool(kwargs.get("inplace"))  # (torch hands it on by name; by position, True may be `training`)
 
 
 def overwrites(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ of two starts is not the sum of the results.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ class ReLURule(Rule):
 
     def __init__(self) -> None:
         super().__init__(0.0)
+
+    def operate(self, layer: Layer) -> Any:
+        """Treat an activation; sums of weighted inputs are refused."""
+        weighted = layer.operands is not None or (layer.module and next(layer.module.parameters(), None) is not None)
+        if weighted:
+            raise TypeError(f"{type(self).__name__} treats activations such as ReLU, not {layer}")
+        return super().operate(layer)
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the activation's output, whose gradient goes through the surrogate."""

@@ -75,7 +75,7 @@ class SplitBySign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:
         """Take apart."""
-        ctx.save_for_backward(a > 0)  # (the model may overwrite its tensor)
+        ctx.save_for_backward(a >= 0)  # (a zero as where no entry is negative; the model may overwrite its tensor)
         return a.clamp(min=0), a.clamp(max=0)
 
     @staticmethod
