@@ -228,7 +228,7 @@ def test_bad_settings_are_refused():
 
 def test_rules_for_activations_refuse_modules_without_any():
     composite = Composite(layer_map=[(nn.Linear, GuidedReLU())])
-    with pytest.raises(TypeError, match="GuidedReLU treats activations such as ReLU, not .*'fc1'"):
+    with pytest.raises(TypeError, match=r"GuidedReLU treats activations such as ReLU, not .*'fc1'"):
         flow(Net(), images(), composite, torch.ones(2, 4, dtype=torch.float64))
 
 
