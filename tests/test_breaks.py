@@ -291,3 +291,26 @@ def test_product_of_two_that_may_be_weights_is_refused():
     model = net(wiring, a=nn.Linear(6, 4), b=nn.Linear(6, 4), c=nn.Linear(16, 2))
     with pytest.raises(NotImplementedError, match="no rule for matmul"):
         explained(model, LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_a_true_that_is_not_inplace_leaves_the_operand_as_it_is():
+    """The fourth argument of `torch.rrelu` is `training`."""
+
+    def wiring(s, x):
+        h = s.a(x)
+        return s.b(torch.rrelu(h, 0.2, 0.2, True) + h)
+
+    model = net(wiring, a=nn.Linear(6, 6), b=nn.Linear(6, 2))
+    wanted = model(inputs()).detach()
+    with Composite(None, layer_map=[(torch.rrelu, Pass()), (nn.Linear, Epsilon())]).context(model):
+        assert deviation(model(inputs().requires_grad_()).detach(), wanted) <= 1e-12
+
+
+def test_zeros_do_not_depend_on_the_rest_of_the_batch():
+    """An entry of exactly 0 takes the gradient of the positive part, beside negative ones too."""
+    model = net(lambda s, x: s.c(x[:, :3] - x[:, 3:]), c=nn.Linear(3, 2))
+    data = torch.tensor([[2.0, 3, 1, 2, 1, 0.5], [1.0, 2, 3, 2, 3, 4]], dtype=torch.float64)
+    m = torch.ones(2, 2, dtype=torch.float64)
+    alone = relevance(ZPlus(), model, data[:1], m[:1])
+    assert alone[0, 0] != 0
+    assert deviation(relevance(ZPlus(), model, data, m)[:1], alone) <= 1e-12
