@@ -327,7 +327,7 @@ class Rule(Hook):  # type: ignore[misc]
             return unit
         if not self.multiplier:
             return cast(Tensor, Unit.apply(a, a))
-        source = cast(Tensor, UnitMultiplier.apply(a))
+        source = cast(Tensor, UnitMultiplier.apply(a.clone()))  # (the model may overwrite its tensor)
         if self.attachment is None or self.attachment.account is None:
             return source
         lost = Shares(empty=(a.detach() == 0).to(a.dtype))  # no multiplier of 0 is relevance
