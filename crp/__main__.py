@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crp.cli import cli, main
+from crp.commands.cli import cli, main
 
 __all__ = ["cli"]
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.call import Call
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
-from crp.conditions import MaskMap, Rows, Settings, initial_relevance
-from crp.engine import fill_grad, send_back
-from crp.forward import tensor_in
-from crp.inputs import Data, Explain, Inputs
+from crp.engine.backward import fill_grad, send_back
+from crp.engine.call import Call
+from crp.engine.conditions import MaskMap, Rows, Settings, initial_relevance
+from crp.engine.forward import tensor_in
+from crp.engine.inputs import Data, Explain, Inputs
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 

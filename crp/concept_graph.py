@@ -10,8 +10,8 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.concepts import Concept, mask_of
-from crp.graph import ModelGraph
-from crp.inputs import Data, Explain, Inputs
+from crp.engine.inputs import Data, Explain, Inputs
+from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, Node
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class AttributionGraph:
     ----------
     attribution : CondAttribution
     graph : ModelGraph
-        Which layer feeds which, from `crp.graph.trace_model_graph`.
+        Which layer feeds which, from `crp.trace.graph.trace_model_graph`.
     layer_map : dict of str to Concept
         Concept type of each layer.
     """

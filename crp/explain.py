@@ -14,7 +14,7 @@ from crp.attributors import Gradient
 from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.target import Classes, Neuron, Target
-from crp.inputs import Data, Explain, Inputs
+from crp.engine.inputs import Data, Explain, Inputs
 
 
 def explain(

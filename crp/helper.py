@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.compat import folders
+from crp.compat.results import export, list_folders, read_references, read_targets
 from crp.image import max_norm as max_norm
 from crp.layers import get_layer_names, get_output_shapes
-from crp.visualization import folders
-from crp.visualization.results import export, list_folders, read_references, read_targets
 
 __all__ = [
     "abs_norm",

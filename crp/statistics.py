@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crp.visualization import accumulators
+from crp.compat import accumulators
 
 
 class Statistics(accumulators.Statistics):
-    """`crp.visualization.accumulators.Statistics` that makes its folder at once, for code that lists it."""
+    """`crp.compat.accumulators.Statistics` that makes its folder at once, for code that lists it."""
 
     def __init__(
         self, mode: str = "relevance", max_target: str = "sum", abs_norm: bool = False, path: str | Path | None = None

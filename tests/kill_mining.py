@@ -24,8 +24,8 @@ from torch import nn
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.visualization.mining import mine
-from crp.visualization.store import Table
+from crp.visualization.mining.run import mine
+from crp.visualization.table.store import Table
 
 #: Steps of writing at which a run kills itself; of the lock, the manifest, and the first shards.
 WRITES = (1, 6, 8, 9, 10, 11, 12, 13)

@@ -12,8 +12,8 @@ from torch import nn
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.visualization.mining import mine
-from crp.visualization.store import Table
+from crp.visualization.mining.run import mine
+from crp.visualization.table.store import Table
 
 LAYERS = ("conv", "relu", "fc")
 

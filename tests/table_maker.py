@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from crp.visualization.manifest import ShardRecord, TableHeader
-from crp.visualization.shards import write_shard
-from crp.visualization.store import Table
+from crp.visualization.table.manifest import ShardRecord, TableHeader
+from crp.visualization.table.shards import write_shard
+from crp.visualization.table.store import Table
 
 LAYERS = ("a", "b")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from table_maker import Source, make_table
 
-from crp.visualization.analysis import (
+from crp.visualization.table.analysis import (
     Rows,
     co_occurrence,
     frames,
@@ -18,7 +18,7 @@ from crp.visualization.analysis import (
     top_concepts,
     write_frame,
 )
-from crp.visualization.store import Table
+from crp.visualization.table.store import Table
 
 RANGES = [(0, 40), (30, 70), (70, 100)]
 CHOICES = [

@@ -20,8 +20,8 @@ from zennit.core import Composite as ZennitComposite
 from crp.attribution import AttributionGraph, CondAttribution
 from crp.composites import Composite, EpsilonPlusFlat
 from crp.concepts import ChannelConcept
-from crp.graph import trace_model_graph
 from crp.rules import Rule
+from crp.trace.graph import trace_model_graph
 
 LAYERS = ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1"]
 CONDITIONS = [{"y": 1, "layer2.conv1": [1, 2], "layer1.conv1": [i]} for i in range(5)]

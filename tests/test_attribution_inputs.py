@@ -16,7 +16,7 @@ from crp.attribution import AttributionGraph, CondAttribution
 from crp.attributors import GradCAM, Gradient, IntegratedGradients, Occlusion, ShapleySampling, SmoothGrad
 from crp.composites import DeepLift, EpsilonPlus, GradientTimesInput, UniformEpsilon
 from crp.concepts import ChannelConcept
-from crp.inputs import Inputs
+from crp.engine.inputs import Inputs
 
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])

@@ -18,7 +18,7 @@ from zennit.rules import Pass
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.encoding import Encoding
+from crp.engine.encoding import Encoding
 from crp.layers import LayerNotFoundError
 
 every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))

@@ -17,12 +17,12 @@ from zennit.rules import Epsilon as ZennitEpsilon
 from zennit.rules import ZPlus as ZennitZPlus
 
 import crp
-from crp import guard
 from crp.attribution import CondAttribution
 from crp.attributors import Gradient, GuidedGradCAM, IntegratedGradients, MeaningfulPerturbation, Occlusion, SmoothGrad
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, ExcitationBackprop, GradientTimesInput
 from crp.composites import Gradient as GradientComposite
-from crp.placed import placed
+from crp.engine import attached as guard
+from crp.engine.placed import placed
 from crp.rules import ZPlus
 
 CONDITIONS = [{"y": 1}, {"y": 2, "features.3": [0, 2]}]

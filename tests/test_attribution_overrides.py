@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crp.attribution import AttributionGraph, CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.graph import trace_model_graph
+from crp.trace.graph import trace_model_graph
 
 CONDITIONS = [{"y": [1], "2": [0, 3]}, {"y": [2], "2": [5]}, {"y": [0]}, {"2": [1], "y": 3}]
 

@@ -30,7 +30,7 @@ def python(*arguments: str, **keywords: object) -> subprocess.CompletedProcess[s
 def test_help_and_version_import_nothing_heavy(arguments):
     code = f"""
 import sys
-from crp.cli import cli
+from crp.commands.cli import cli
 cli({arguments!r}, prog_name="crp", standalone_mode=False)
 heavy = {{"torch", "torchvision", "zennit", "numpy", "sklearn", "PIL", "matplotlib", "jinja2"}} & set(sys.modules)
 assert not heavy, heavy

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from crp.attribution import AttributionGraph, CondAttribution, attrGraphResult
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.graph import trace_model_graph
+from crp.trace.graph import trace_model_graph
 from crp.types import AttributionGraphResults
 
 LAYERS = ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1", "layer2.conv2", "layer2.downsample.0"]

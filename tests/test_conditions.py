@@ -15,7 +15,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, Gradient
 from crp.concepts import ChannelConcept, mask_of
-from crp.conditions import (
+from crp.engine.conditions import (
     Grid,
     Rows,
     Settings,

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
-from crp.cli import cli
+from crp.commands.cli import cli
 from crp.composites import EpsilonPlus
 from crp.demo import Box, DigitNet, Digits, DigitsData, Mark, accuracy, load_digits_data, predict, train, training
 from crp.demo import run as demo_run
 from crp.demo.folder import DemoError, DemoFolder
 from crp.demo.run import Figures, run_demo
 from crp.demo.shortcut import rank_by_box, switched_off
-from crp.visualization import engines
+from crp.visualization.mining import workers as engines
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from mining_cases import Data, files_of, make_net, run
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.visualization import FeatureVisualization, engines
-from crp.visualization.engines import merge, mine_shard
-from crp.visualization.lock import locked
-from crp.visualization.mining import prepare
-from crp.visualization.store import Table, TableLockedError, TableMismatchError, TableNotFoundError
+from crp.visualization import FeatureVisualization
+from crp.visualization.mining import workers as engines
+from crp.visualization.mining.run import prepare
+from crp.visualization.mining.workers import merge, mine_shard
+from crp.visualization.table.lock import locked
+from crp.visualization.table.store import Table, TableLockedError, TableMismatchError, TableNotFoundError
 
 
 @pytest.fixture(scope="module")

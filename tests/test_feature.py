@@ -22,7 +22,7 @@ from crp.hooks import FeatVisHook
 from crp.maximization import Maximization
 from crp.statistics import Statistics
 from crp.visualization import FeatureVisualization, Table
-from crp.visualization.store import TableError
+from crp.visualization.table.store import TableError
 
 QUIET: dict[str, Any] = {"progress": False}
 

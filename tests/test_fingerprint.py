@@ -28,7 +28,7 @@ from zennit.rules import AlphaBeta, Epsilon, Gamma, ZBox, ZPlus
 
 from crp import composites as ours
 from crp.concepts import ChannelConcept
-from crp.visualization.fingerprint import (
+from crp.visualization.table.fingerprint import (
     fingerprint,
     fingerprint_composite,
     fingerprint_dataset,

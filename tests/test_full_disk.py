@@ -15,8 +15,8 @@ from mining_cases import Data, files_of, run
 
 from crp.__main__ import cli
 from crp.concepts import ChannelConcept
-from crp.visualization.engines import merge
-from crp.visualization.store import Table
+from crp.visualization.mining.workers import merge
+from crp.visualization.table.store import Table
 
 CALLS = ["open", "write", "fsync", "replace", "mkdir"]
 SETTINGS: dict[str, Any] = {"shard_size": 4, "layer_map": {"relu": ChannelConcept()}, "composite": None}

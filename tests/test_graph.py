@@ -14,9 +14,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from crp import graph
-from crp.graph import Adjacency, Trace, adjacent, layers_as_units, trace, trace_model_graph
 from crp.layers import LayerNotFoundError, get_layer_names
+from crp.trace import graph
+from crp.trace.graph import Adjacency, Trace, adjacent, layers_as_units, trace, trace_model_graph
 
 
 class Net(nn.Module):
@@ -632,7 +632,7 @@ def test_maps_and_text(mlp, vectors):
 
 
 def test_debug_logs_the_graph(mlp, vectors, caplog):
-    with caplog.at_level(logging.DEBUG, "crp.graph"):
+    with caplog.at_level(logging.DEBUG, "crp.trace.graph"):
         trace_model_graph(mlp, vectors, ["0"], debug=True)
     assert "2 -> 3" in caplog.text
 

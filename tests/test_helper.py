@@ -299,7 +299,7 @@ def test_S14_C8_partial_files_of_awkward_layer_names_stay_apart(tmp_path):
 
 
 def test_partial_results_are_deleted_after_the_whole_is_written(tmp_path, monkeypatch):
-    from crp.visualization import folders
+    from crp.compat import folders
 
     results = Maximization(path=tmp_path)
     _analyze(results, torch.ones(2, 2))

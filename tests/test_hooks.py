@@ -10,7 +10,8 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.hooks import FeatVisHook, Flow, MaskHook, Tap, apply_masks
+from crp.engine.taps import Flow, Tap, apply_masks
+from crp.hooks import FeatVisHook, MaskHook
 
 
 def keep_first(grad: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from crp.commands.pictures import Normalized, Prepared
 from crp.commands.sources import load_source
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.visualization.lock import get_owners, locked
-from crp.visualization.mining import mine
-from crp.visualization.store import Table
+from crp.visualization.mining.run import mine
+from crp.visualization.table.lock import get_owners, locked
+from crp.visualization.table.store import Table
 
 MODULE = """
 import os, time

@@ -23,12 +23,12 @@ from zennit.rules import Epsilon, ZPlus
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept
-from crp.visualization import scoring
-from crp.visualization.loading import LabelError, to_targets
-from crp.visualization.lock import locked
-from crp.visualization.mining import SampleError, mine_shard, prepare
-from crp.visualization.ranking import class_means, list_targets, top_k
-from crp.visualization.store import Table, TableLockedError, TableMismatchError
+from crp.visualization.mining import batches as scoring
+from crp.visualization.mining.loading import LabelError, to_targets
+from crp.visualization.mining.run import SampleError, mine_shard, prepare
+from crp.visualization.table.lock import locked
+from crp.visualization.table.ranking import class_means, list_targets, top_k
+from crp.visualization.table.store import Table, TableLockedError, TableMismatchError
 
 # --- what is recorded ---------------------------------------------------------------------------------
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
-from crp import engine
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
-from crp.forward import ForwardPass
-from crp.graph import tracing
+from crp.engine import backward as engine
+from crp.engine.forward import ForwardPass
+from crp.trace.graph import tracing
 from crp.visualization import FeatureVisualization, Pairs
-from crp.visualization.mining import SampleError
-from crp.visualization.selection import select_layers
-from crp.visualization.targets import check_targets, choose_targets
+from crp.visualization.mining.run import SampleError
+from crp.visualization.mining.selection import select_layers
+from crp.visualization.mining.targets import check_targets, choose_targets
 
 
 class Items:

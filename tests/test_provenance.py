@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crp.canonizers import MergeBatchNorm
-from crp.provenance import FunctionCall, Operand, Passive, known, recorded, structure, trace
+from crp.trace import FunctionCall, Operand, Passive, known, recorded, structure, trace
 
 
 class Wired(nn.Module):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from table_maker import Source, make_table
 
-from crp.visualization import ranking
-from crp.visualization.ranking import class_means, class_statistics, list_targets, top_k
-from crp.visualization.store import Table
+from crp.visualization.table import ranking
+from crp.visualization.table.ranking import class_means, class_statistics, list_targets, top_k
+from crp.visualization.table.store import Table
 
 QUERIES = [
     (mode, kind, normed) for mode in ("relevance", "activation") for kind in ("sum", "max") for normed in (True, False)
@@ -100,7 +100,7 @@ def test_ties_with_samples_that_were_mined_later(tmp_path: Path) -> None:
 def test_blocks_may_be_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, _ = make_table(tmp_path)
     whole = [top_k(table, "a", mode) for mode in ("relevance", "activation")]
-    monkeypatch.setattr("crp.visualization.blocks._BLOCK_BYTES", 100)
+    monkeypatch.setattr("crp.visualization.table.blocks._BLOCK_BYTES", 100)
     assert max(len(block.sample) for block in table.blocks("a")) <= 2
     for one, mode in zip(whole, ("relevance", "activation"), strict=True):
         assert as_rows(top_k(table, "a", mode)) == as_rows(one)

@@ -12,9 +12,9 @@ from attribution_cases import COMPOSITES, SMALL, same, small_net
 from torch import Tensor, nn
 from zennit.core import Composite as ZennitComposite
 
-from crp import engine
 from crp.attribution import CondAttribution
 from crp.composites import Composite
+from crp.engine import backward as engine
 from crp.rules import Rule
 from crp.types import AttributionResults
 

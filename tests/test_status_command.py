@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from table_maker import make_table
 
 from crp.__main__ import cli
-from crp.visualization.lock import locked
+from crp.visualization.table.lock import locked
 
 
 def crp(*arguments: object) -> Result:

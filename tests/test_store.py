@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from table_maker import Source, make_header, make_table
 
-from crp.visualization import lock, shards
-from crp.visualization.lock import locked
-from crp.visualization.manifest import ShardRecord
-from crp.visualization.store import (
+from crp.visualization.table import lock, shards
+from crp.visualization.table.lock import locked
+from crp.visualization.table.manifest import ShardRecord
+from crp.visualization.table.store import (
     Table,
     TableCorruptError,
     TableError,

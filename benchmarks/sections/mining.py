@@ -15,9 +15,9 @@ from benchmarks.harness import Bound, Case, Ratio
 from benchmarks.nets import ForkNet, Samples, Setup, convolutions, gradient
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.visualization.mining import mine, prepare
-from crp.visualization.ranking import class_means, class_statistics, top_k
-from crp.visualization.store import Table
+from crp.visualization.mining.run import mine, prepare
+from crp.visualization.table.ranking import class_means, class_statistics, top_k
+from crp.visualization.table.store import Table
 
 TITLE = "mining a dataset ÷ a gradient pass over it"
 PEER = "zennit-crp"

@@ -26,7 +26,7 @@ from crp.attributors.perturbation import MeaningfulPerturbation
 from crp.attributors.shapley import ShapleySampling
 from crp.attributors.target import Target
 from crp.composites.registry import classes
-from crp.inputs import Inputs, Tensors
+from crp.engine.inputs import Inputs, Tensors
 
 #: Attributors: class, family, paper.
 ATTRIBUTORS: Mapping[str, tuple[type[Attributor], str, str]] = MappingProxyType(

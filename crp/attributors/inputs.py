@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.inputs import Inputs, Tensors
+from crp.engine.inputs import Inputs, Tensors
 
 OneBaseline: TypeAlias = float | Tensor | np.ndarray | Callable[[Tensor], Tensor] | None
 Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline] | Mapping[str, OneBaseline]

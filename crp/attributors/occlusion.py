@@ -12,7 +12,7 @@ from zennit.core import Composite
 from crp.attributors.base import ROWS_FORWARD, Attributor
 from crp.attributors.inputs import Baseline, baselines
 from crp.attributors.target import Target
-from crp.inputs import Inputs, Tensors
+from crp.engine.inputs import Inputs, Tensors
 from crp.notices import warn
 
 Lengths: TypeAlias = int | tuple[int, ...]

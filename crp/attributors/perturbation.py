@@ -27,8 +27,8 @@ from crp.attributors.backgrounds import Background, blur, check_background, make
 from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Target
-from crp.conditions import check_data
-from crp.guard import check_alone, check_composite
+from crp.engine.attached import check_alone, check_composite
+from crp.engine.conditions import check_data
 
 Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]

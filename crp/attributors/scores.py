@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.target import Classes, Mask, Target
-from crp.forward import tensor_in
-from crp.guard import attached, check_composite
+from crp.engine.attached import attached, check_composite
+from crp.engine.forward import tensor_in
 from crp.layers import unwrap
 
 ScoreName = Literal["softmax", "log_softmax", "output"]

@@ -20,7 +20,7 @@ from crp.canonizers.folding import fold
 from crp.canonizers.places import Candidate, Linear, Place, Plan, Side, obstacle, plan_of
 from crp.layers import modules_of
 from crp.notices import warn
-from crp.provenance import Passive, Structure, known, recorded, structure, tracing
+from crp.trace import Passive, Structure, known, recorded, structure, tracing
 
 
 class MergeBatchNorm(Canonizer):  # type: ignore[misc]

@@ -13,9 +13,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from crp.canonizers import norms
 from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, form_of_call, form_of_layer, has_shift
-from crp.graph import Unit, adjacent, layers_as_units
 from crp.layers import modules_of, unwrap
-from crp.provenance import FunctionCall, ModuleCall, Operand, TensorKind, Trace, undisturbed
+from crp.trace import FunctionCall, ModuleCall, Operand, TensorKind, Trace, undisturbed
+from crp.trace.graph import Unit, adjacent, layers_as_units
 
 Side: TypeAlias = Literal["before", "after"]
 

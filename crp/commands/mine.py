@@ -17,7 +17,7 @@ import click
 from crp.commands.errors import CommandError
 
 if TYPE_CHECKING:
-    from crp.visualization.store import Table
+    from crp.visualization.table.store import Table
 
 INTERRUPTED = 130
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -80,9 +80,9 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     from crp.commands.models import load
     from crp.commands.sources import MULTI_LABEL, gives_pictures, load_source, open_source
     from crp.concepts import ChannelConcept
-    from crp.visualization.mining import mine
-    from crp.visualization.selection import select_layers
-    from crp.visualization.targets import check_targets
+    from crp.visualization.mining.run import mine
+    from crp.visualization.mining.selection import select_layers
+    from crp.visualization.mining.targets import check_targets
 
     named = given["targets"].strip()
     targets = check_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)

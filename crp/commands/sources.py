@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crp.commands.errors import CommandError
 from crp.commands.models import Loaded, imported
-from crp.visualization.datasets import Pairs, indexed
+from crp.visualization.mining.datasets import Pairs, indexed
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 

@@ -11,7 +11,7 @@ import click
 from crp.commands.errors import CommandError
 
 if TYPE_CHECKING:
-    from crp.visualization.store import Table
+    from crp.visualization.table.store import Table
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 #: How many ranges, and skipped samples, are listed.
@@ -28,9 +28,9 @@ def status(folder: Path, verify: bool) -> None:
 
     The exit status is 0 for a table that is whole and sound, and 1 otherwise.
     """
-    from crp.visualization.lock import get_owners
-    from crp.visualization.manifest import TableError
-    from crp.visualization.store import Table
+    from crp.visualization.table.lock import get_owners
+    from crp.visualization.table.manifest import TableError
+    from crp.visualization.table.store import Table
 
     try:
         table = Table.open(folder)
@@ -75,8 +75,8 @@ def merge(folder: Path, others: tuple[Path, ...]) -> None:
     FOLDER is where they have written; OTHERS, if any, are more folders of the same table, which are copied from.
     The exit status is 1 if samples are missing.
     """
-    from crp.visualization.engines import merge as merged
-    from crp.visualization.manifest import TableError
+    from crp.visualization.mining.workers import merge as merged
+    from crp.visualization.table.manifest import TableError
 
     try:
         table = merged(folder, *others)

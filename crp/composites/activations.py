@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crp.provenance import undisturbed
 from crp.rules.functions import Function
 from crp.rules.layer import tensors_in
 from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
+from crp.trace import undisturbed
 
 
 def may_be_activation(module: nn.Module) -> bool:

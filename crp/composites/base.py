@@ -23,15 +23,15 @@ from crp.composites.places import hook
 from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
 from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
+from crp.engine.placed import note_placed, note_removed
+from crp.engine.reference import referencing
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
-from crp.placed import note_placed, note_removed
-from crp.provenance import Structure, structure, tracing
-from crp.reference import referencing
 from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
 from crp.rules.layer import changed, tensors_in
+from crp.trace import Structure, structure, tracing
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
+from crp.engine.reference import referencing
 from crp.notices import warn
-from crp.reference import referencing
 from crp.rules.deeplift import (
     Affine,
     BatchNorm,

@@ -14,8 +14,8 @@ from crp.composites.matching import Matching, Seen
 from crp.composites.places import Places
 from crp.composites.references import References
 from crp.composites.selection import Entry
+from crp.engine.reference import on_reference
 from crp.notices import warn
-from crp.reference import on_reference
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
 from crp.rules.functional import Proportional

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crp.reference import referencing
+from crp.engine.reference import referencing
 
 
 class Places:

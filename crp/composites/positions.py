@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from crp.provenance import Structure, looking, undisturbed
+from crp.trace import Structure, looking, undisturbed
 
 if TYPE_CHECKING:
     from crp.composites.operations import Operations

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
-from crp.graph import tracing
-from crp.reference import referencing
+from crp.engine.reference import referencing
 from crp.rules.layer import changed
+from crp.trace.graph import tracing
 
 if TYPE_CHECKING:
     from crp.composites.base import Composite

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crp.visualization.shards import write_atomic
-from crp.visualization.store import Table
+from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.store import Table
 
 SETTINGS = "demo.json"
 

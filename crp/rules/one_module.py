@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crp.graph import tracing
-from crp.reference import referencing
+from crp.engine.reference import referencing
 from crp.rules.functions import Function
 from crp.rules.layer import tensors_in
 from crp.rules.mode import Choice, Operates, SeeingMode
 from crp.rules.notes import Notes
+from crp.trace.graph import tracing
 
 
 class OneModule(SeeingMode):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from zennit.core import RemovableHandle, RemovableHandleList
 
-from crp.graph import tracing
-from crp.reference import referencing
+from crp.engine.reference import referencing
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
 from crp.rules.layer import Layer, tensors_in, works_in_place
+from crp.trace.graph import tracing
 
 
 class Whole(Rule):

@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crp.compat.results import export
     from crp.visualization.cache import Cache, ImageCache
-    from crp.visualization.datasets import Pairs
     from crp.visualization.feature import FeatureVisualization
-    from crp.visualization.mining import mine
-    from crp.visualization.report import write_report
-    from crp.visualization.results import export
-    from crp.visualization.store import Table
+    from crp.visualization.mining.datasets import Pairs
+    from crp.visualization.mining.run import mine
+    from crp.visualization.report.write import write_report
     from crp.visualization.synthesis import maximize
+    from crp.visualization.table.store import Table
 
 __all__ = [
     "Cache",
@@ -31,19 +31,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Cache": "cache",
-    "FeatureVisualization": "feature",
-    "ImageCache": "cache",
-    "Pairs": "datasets",
-    "Table": "store",
-    "export": "results",
-    "maximize": "synthesis",
-    "mine": "mining",
-    "write_report": "report",
+    "Cache": "crp.visualization.cache",
+    "FeatureVisualization": "crp.visualization.feature",
+    "ImageCache": "crp.visualization.cache",
+    "Pairs": "crp.visualization.mining.datasets",
+    "Table": "crp.visualization.table.store",
+    "export": "crp.compat.results",
+    "maximize": "crp.visualization.synthesis",
+    "mine": "crp.visualization.mining.run",
+    "write_report": "crp.visualization.report.write",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

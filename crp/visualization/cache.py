@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from crp.visualization.fingerprint import fingerprint_composite
-from crp.visualization.folders import replacing
+from crp.compat.folders import replacing
+from crp.visualization.table.fingerprint import fingerprint_composite
 
 
 class Cache:

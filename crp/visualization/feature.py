@@ -12,18 +12,18 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.compat import folders
+from crp.compat.accumulators import Maximization, Statistics
 from crp.concepts import Concept
-from crp.forward import check_layers
-from crp.visualization import folders
-from crp.visualization.accumulators import Maximization, Statistics
+from crp.engine.forward import check_layers
 from crp.visualization.cache import Cache
-from crp.visualization.datasets import of_loader
-from crp.visualization.fingerprint import fingerprint
-from crp.visualization.mining import SHARD_BATCHES, SampleError, mine
+from crp.visualization.mining.datasets import of_loader
+from crp.visualization.mining.run import SHARD_BATCHES, SampleError, mine
 from crp.visualization.queries import ReferenceQueries
-from crp.visualization.ranking import list_targets
 from crp.visualization.samples import Classes, Prepared, SampleAccess, function_of
-from crp.visualization.store import Table, TableError
+from crp.visualization.table.fingerprint import fingerprint
+from crp.visualization.table.ranking import list_targets
+from crp.visualization.table.store import Table, TableError
 
 
 class FeatureVisualization(ReferenceQueries):

@@ -14,18 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 from zennit.core import Composite
 
+from crp.compat.accumulators import Maximization, Statistics
+from crp.compat.folders import FolderName
+from crp.compat.results import read_class_statistics, read_references, table_of
 from crp.concepts import Concept, mask_of
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
 from crp.visualization import references as refs
-from crp.visualization.accumulators import Maximization, Statistics
 from crp.visualization.cache import Cache
-from crp.visualization.folders import FolderName
-from crp.visualization.ranking import References
 from crp.visualization.references import ConceptId, cache_reference
-from crp.visualization.results import read_class_statistics, read_references, table_of
 from crp.visualization.samples import SampleAccess
-from crp.visualization.store import Table
+from crp.visualization.table.ranking import References
+from crp.visualization.table.store import Table
 
 PlotFn = Callable[[Tensor, Tensor, bool], Any]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crp.concepts import Concept, as_ids
-from crp.visualization.fingerprint import fingerprint
+from crp.visualization.table.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from crp.visualization.queries import ReferenceQueries

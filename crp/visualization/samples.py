@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.visualization.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
 from crp.visualization.references import stacked
+from crp.visualization.table.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
 
 
 class SampleAccess:

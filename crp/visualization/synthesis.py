@@ -26,10 +26,10 @@ from zennit.core import Composite
 
 from crp.attributors.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
-from crp.conditions import check_data
-from crp.forward import ForwardPass, check_layers, tensor_in
-from crp.guard import attached, check_composite
-from crp.inputs import Inputs
+from crp.engine.attached import attached, check_composite
+from crp.engine.conditions import check_data
+from crp.engine.forward import ForwardPass, check_layers, tensor_in
+from crp.engine.inputs import Inputs
 from crp.layers import unwrap
 
 #: Name of the model's output among the layers; no layer has this name.

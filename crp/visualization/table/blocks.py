@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crp.visualization.manifest import Array, Block, Rows, ShardRecord
-from crp.visualization.shards import open_shard
+from crp.visualization.table.manifest import Array, Block, Rows, ShardRecord
+from crp.visualization.table.shards import open_shard
 
 #: Added to the norm of a row, as zennit-crp does.
 STABILIZER = 1e-10

@@ -79,7 +79,7 @@ class Finding(NamedTuple):
     figures : sequence of (str, str)
         Numbers to be shown large, each with what it is.
     tiles : sequence of (str, sequence of Tile)
-        Groups of pictures with their headings; see `crp.visualization.report.make_tile`.
+        Groups of pictures with their headings; see `crp.visualization.report.write.make_tile`.
     concept : (int, str, int), optional
         Class, layer and concept that it is about: the report shows this concept's card, however small its share.
     """
@@ -109,7 +109,7 @@ def render(page: Page) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("crp.visualization", "templates"),
+        loader=PackageLoader("crp.visualization.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,6 +1,6 @@
 """Gradient flow through one forward pass: what `CondAttribution` is built from.
 
-`Backward` sends relevance back through a `crp.forward.ForwardPass`.
+`Backward` sends relevance back through a `crp.engine.forward.ForwardPass`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crp.conditions import Grid, Rows, Settings, row_masks
-from crp.hooks import Use, apply_masks
-from crp.inputs import Tensors
+from crp.engine.conditions import Grid, Rows, Settings, row_masks
+from crp.engine.inputs import Tensors
+from crp.engine.taps import Use, apply_masks
 from crp.notices import warn
 from crp.types import Condition, MaskFn
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.conditions import Rows, Settings, check_conditions, check_start, check_targets, row_masks
-from crp.encoding import Encoding, average
-from crp.engine import Backward
-from crp.forward import SINK, ForwardPass, check_layers
-from crp.guard import attached, composite_on, is_on, rules_by_hand
-from crp.hooks import Use
-from crp.inputs import Data, Inputs, Tensors
+from crp.engine.attached import attached, composite_on, is_on, rules_by_hand
+from crp.engine.backward import Backward
+from crp.engine.conditions import Rows, Settings, check_conditions, check_start, check_targets, row_masks
+from crp.engine.encoding import Encoding, average
+from crp.engine.forward import SINK, ForwardPass, check_layers
+from crp.engine.inputs import Data, Inputs, Tensors
+from crp.engine.taps import Use
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
 

@@ -18,11 +18,11 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
-from crp.engine import lacks_memory
-from crp.visualization.loading import Problem, Sample, SampleError, load, to_targets
-from crp.visualization.manifest import Array, ShardRecord, TableHeader
-from crp.visualization.shards import make_folder, write_shard
-from crp.visualization.targets import attribute_targets, choose_targets, keeps_graph, record_activations
+from crp.engine.backward import lacks_memory
+from crp.visualization.mining.loading import Problem, Sample, SampleError, load, to_targets
+from crp.visualization.mining.targets import attribute_targets, choose_targets, keeps_graph, record_activations
+from crp.visualization.table.manifest import Array, ShardRecord, TableHeader
+from crp.visualization.table.shards import make_folder, write_shard
 
 T = TypeVar("T")
 #: Places of samples in a batch, each with its targets; of all of them equally many.
@@ -33,7 +33,7 @@ SHARD_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """All that mining a range needs; `crp.visualization.mining.prepare` makes one. Attributes as for `mine`.
+    """All that mining a range needs; `crp.visualization.mining.run.prepare` makes one. Attributes as for `mine`.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Job:
     shape, dtype
         Of a sample as the model gets it; the shape is None where samples may differ.
     targets : str or tuple of int
-        From `crp.visualization.targets.check_targets`.
+        From `crp.visualization.mining.targets.check_targets`.
     """
 
     attribution: CondAttribution

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crp.visualization.blocks import Query, count_rows, read_blocks, read_rows
-from crp.visualization.lock import TableLockedError as TableLockedError
-from crp.visualization.manifest import (
+from crp.visualization.table.blocks import Query, count_rows, read_blocks, read_rows
+from crp.visualization.table.lock import TableLockedError as TableLockedError
+from crp.visualization.table.manifest import (
     DERIVED,
     NAME,
     VERSION,
@@ -35,17 +35,17 @@ from crp.visualization.manifest import (
     TableNotFoundError,
     get_coverage,
 )
-from crp.visualization.manifest import KINDS as KINDS
-from crp.visualization.manifest import MODES as MODES
-from crp.visualization.manifest import TableError as TableError
-from crp.visualization.shards import check_shard, make_folder, open_shard, read_record, write_atomic
+from crp.visualization.table.manifest import KINDS as KINDS
+from crp.visualization.table.manifest import MODES as MODES
+from crp.visualization.table.manifest import TableError as TableError
+from crp.visualization.table.shards import check_shard, make_folder, open_shard, read_record, write_atomic
 
 _ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Table:
-    """A mined table on disk; `crp.visualization.mining.mine` makes one, `open` reads one.
+    """A mined table on disk; `crp.visualization.mining.run.mine` makes one, `open` reads one.
 
     Attributes
     ----------

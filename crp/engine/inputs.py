@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from crp.conditions import check_data
+from crp.engine.conditions import check_data
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 #: One input; inputs by position, or by name. Tensors have the samples on their first axis.

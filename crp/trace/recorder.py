@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crp.layers import uncompiled, unwrap
-from crp.provenance.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.provenance.state import Snapshot, undisturbed, version_of
+from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
+from crp.trace.state import Snapshot, undisturbed, version_of
 
 #: Functions that look at a tensor without reading its values.
 _METADATA = frozenset(

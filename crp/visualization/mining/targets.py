@@ -11,12 +11,12 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.call import Call
 from crp.concepts import ChannelConcept
-from crp.conditions import Rows, Settings
-from crp.encoding import Encoding
-from crp.forward import record_outputs
-from crp.guard import attached
+from crp.engine.attached import attached
+from crp.engine.call import Call
+from crp.engine.conditions import Rows, Settings
+from crp.engine.encoding import Encoding
+from crp.engine.forward import record_outputs
 from crp.types import AttributionResults
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.

@@ -20,17 +20,22 @@ from zennit.core import Composite
 import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
-from crp.forward import check_layers
-from crp.visualization.datasets import indexed
-from crp.visualization.engines import mine_all, mine_part
-from crp.visualization.engines import mine_shard as mine_shard
-from crp.visualization.fingerprint import fingerprint, fingerprint_composite, fingerprint_dataset, fingerprint_model
-from crp.visualization.loading import SampleError as SampleError
-from crp.visualization.loading import read
-from crp.visualization.manifest import KINDS, MODES, TableHeader
-from crp.visualization.scoring import Job
-from crp.visualization.store import Table
-from crp.visualization.targets import Targets, check_targets
+from crp.engine.forward import check_layers
+from crp.visualization.mining.batches import Job
+from crp.visualization.mining.datasets import indexed
+from crp.visualization.mining.loading import SampleError as SampleError
+from crp.visualization.mining.loading import read
+from crp.visualization.mining.targets import Targets, check_targets
+from crp.visualization.mining.workers import mine_all, mine_part
+from crp.visualization.mining.workers import mine_shard as mine_shard
+from crp.visualization.table.fingerprint import (
+    fingerprint,
+    fingerprint_composite,
+    fingerprint_dataset,
+    fingerprint_model,
+)
+from crp.visualization.table.manifest import KINDS, MODES, TableHeader
+from crp.visualization.table.store import Table
 
 #: Batches in a shard, by default.
 SHARD_BATCHES = 64
@@ -71,7 +76,7 @@ def mine(
     attribution : CondAttribution
     dataset : Dataset
         Gives pairs (tensor of shape (channels, *space), label) by index, and has a length;
-        `crp.visualization.datasets.Pairs` makes such a dataset of others. Of a DataLoader, its dataset is mined, in the
+        `crp.visualization.Pairs` makes such a dataset of others. Of a DataLoader, its dataset is mined, in the
         dataset's order.
     layer_map : dict of str to Concept
         What to record.

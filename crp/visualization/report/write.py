@@ -13,8 +13,7 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.fingerprint import fingerprint_composite
-from crp.visualization.page import (
+from crp.visualization.report.page import (
     ClassSection,
     ConceptCard,
     Finding,
@@ -26,10 +25,11 @@ from crp.visualization.page import (
     percent,
     render,
 )
-from crp.visualization.pictures import heatmap_picture, sample_picture
-from crp.visualization.ranking import ClassMeans, References, class_means, top_k
-from crp.visualization.shards import write_atomic
-from crp.visualization.store import Table
+from crp.visualization.report.pictures import heatmap_picture, sample_picture
+from crp.visualization.table.fingerprint import fingerprint_composite
+from crp.visualization.table.ranking import ClassMeans, References, class_means, top_k
+from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.store import Table
 
 __all__ = ["Finding", "make_tile", "write_report"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
+from crp.engine.placed import placed
 from crp.layers import modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.notices import warn
-from crp.placed import placed
 
 #: Composites that a call has put on a model, and not a user's own hand.
 _of_calls: weakref.WeakSet[Composite] = weakref.WeakSet()

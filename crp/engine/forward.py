@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.encoding import Encoding
-from crp.hooks import Flow, Tap, Use
-from crp.inputs import Inputs
+from crp.engine.encoding import Encoding
+from crp.engine.inputs import Inputs
+from crp.engine.reference import referencing
+from crp.engine.taps import Flow, Tap, Use
 from crp.layers import find_layers, modules_of
 from crp.notices import warn
-from crp.reference import referencing
 from crp.types import Sinks
 
 #: Begin of the names of sinks; no layer has such a name.

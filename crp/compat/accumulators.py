@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from crp.compat import folders
+from crp.compat.folders import FolderName
 from crp.concepts import Concept
-from crp.visualization import folders
-from crp.visualization.folders import FolderName
 
 #: Samples kept for each concept, as in zennit-crp.
 SAMPLE_SIZE = 40

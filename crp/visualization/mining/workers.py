@@ -1,7 +1,7 @@
 """Who mines the shards of a job: this process, one of several processes, or the workers of a Dask cluster.
 
-All of them do the same, `crp.visualization.scoring.mine_ranges`, and what a shard holds depends on its range alone, so
-that their tables are equal. Processes share a folder, and nothing else: no messages, no collectives.
+All of them do the same, `mine_ranges`, and what a shard holds depends on its range alone, so that their tables are
+equal. Processes share a folder, and nothing else: no messages, no collectives.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from crp.visualization.lock import TableLockedError, locked
-from crp.visualization.manifest import ShardRecord, TableCorruptError
-from crp.visualization.scoring import Job, mine_ranges
-from crp.visualization.shards import check_shard, make_folder, write_atomic
-from crp.visualization.store import Table
+from crp.visualization.mining.batches import Job, mine_ranges
+from crp.visualization.table.lock import TableLockedError, locked
+from crp.visualization.table.manifest import ShardRecord, TableCorruptError
+from crp.visualization.table.shards import check_shard, make_folder, write_atomic
+from crp.visualization.table.store import Table
 
 #: Seconds that a merge waits for another one.
 PATIENCE = 120.0
@@ -41,7 +41,7 @@ def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
     Parameters
     ----------
     job : Job
-        From `crp.visualization.mining.prepare`.
+        From `crp.visualization.mining.run.prepare`.
     start, stop : int
 
     Returns

@@ -1,6 +1,6 @@
 """What a table's manifest says: what was mined, and which shards there are.
 
-All of it is plain data; reading and writing files is in `crp.visualization.shards` and `crp.visualization.store`.
+All of it is plain data; files are read and written by `shards` and `store`.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from crp.visualization.manifest import Array, Block
-from crp.visualization.shards import write_atomic
-from crp.visualization.store import Table
+from crp.visualization.table.manifest import Array, Block
+from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.store import Table
 
 
 class References(NamedTuple):

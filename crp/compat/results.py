@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.visualization import folders
-from crp.visualization.accumulators import SAMPLE_SIZE, Maximization, Statistics
-from crp.visualization.folders import FolderName
-from crp.visualization.manifest import TableNotFoundError
-from crp.visualization.ranking import References, class_statistics, list_targets, top_k
-from crp.visualization.store import Table
+from crp.compat import folders
+from crp.compat.accumulators import SAMPLE_SIZE, Maximization, Statistics
+from crp.compat.folders import FolderName
+from crp.visualization.table.manifest import TableNotFoundError
+from crp.visualization.table.ranking import References, class_statistics, list_targets, top_k
+from crp.visualization.table.store import Table
 
 
 def table_of(folder: str | Path) -> tuple[Table, FolderName] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from crp.visualization.manifest import Array, ShardRecord, TableCorruptError
+from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptError
 
 _REDO = "mine again with the same arguments to redo it"
 #: Files that were found to be what their sha256 says, as (path, size, time of change, sha256).

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from crp.visualization.manifest import Array, Block
-from crp.visualization.ranking import once_per_sample
-from crp.visualization.store import Table
+from crp.visualization.table.manifest import Array, Block
+from crp.visualization.table.ranking import once_per_sample
+from crp.visualization.table.store import Table
 
 
 class Concepts(NamedTuple):

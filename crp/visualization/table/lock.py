@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crp.visualization.manifest import TableError
-from crp.visualization.shards import write_atomic
+from crp.visualization.table.manifest import TableError
+from crp.visualization.table.shards import write_atomic
 
 _PATTERN = "lock-*.json"
 #: Who may not be in the folder with whom: a run that does all, a part of a run, and a merge of what parts have written.

@@ -1,4 +1,4 @@
-"""Pictures of images, heatmaps and references.
+"""Crops, heatmaps and grids of references.
 
 `matplotlib` and `torchvision` are imported by the functions that need them.
 """
@@ -18,40 +18,12 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
-from crp.pixels import Picture, imgify, overlay, to_data_uri, to_png_bytes
+from crp.image.pixels import Picture, imgify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The last row holds what scripts get from zennit-crp's ``from crp.image import *``.
-__all__ = [
-    "get_crop_range",
-    "imgify",
-    "max_norm",
-    "overlay",
-    "plot_grid",
-    "to_data_uri",
-    "to_png_bytes",
-    "vis_img_heatmap",
-    "vis_opaque_img",
-    *("Image", "gaussian_blur", "np", "plt", "torch", "zimage"),
-]
-
 Images: TypeAlias = Tensor | Sequence[Tensor]
-
-_LAZY = {
-    "gaussian_blur": ("torchvision.transforms.functional", "gaussian_blur"),
-    "plt": ("matplotlib.pyplot", None),
-    "zimage": ("zennit.image", None),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
 
 
 def max_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from crp.layers import modules_of
-from crp.provenance.record import Trace
-from crp.provenance.recorder import trace
+from crp.trace.record import Trace
+from crp.trace.recorder import trace
 
 Structure: TypeAlias = tuple[object, ...]
 

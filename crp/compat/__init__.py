@@ -1,0 +1,1 @@
+"""What zennit-crp has and ours does in another way: accumulators, folders of results, hooks."""

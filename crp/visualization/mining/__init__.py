@@ -1,0 +1,1 @@
+"""One pass over a data set: reading, attributing, scoring, writing."""
