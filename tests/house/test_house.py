@@ -1,4 +1,4 @@
-"""The rules of the house: floors, links, light imports, tidy files, a README that runs."""
+"""The rules of the house: links, light imports, tidy files."""
 
 from __future__ import annotations
 
@@ -10,93 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from house_plan import FILES, PACKAGE, ROOT, TREES, imports, name_of
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "crp"
-README = ROOT / "README.md"
-
-#: The floor of every room. Imports run downward, or stay on their floor.
-FLOORS = {
-    **dict.fromkeys(("errors", "image", "layers", "notices", "types"), 0),
-    **dict.fromkeys(("concepts", "trace"), 1),
-    **dict.fromkeys(("attribution", "canonizers", "concept_graph", "engine", "rules"), 2),
-    "composites": 3,
-    "attributors": 4,
-    **dict.fromkeys(("explain", "metrics", "visualization", "compat"), 5),
-    **dict.fromkeys(("cache", "graph", "helper", "hooks", "maximization", "statistics"), 6),
-    **dict.fromkeys(("demo", "commands", "__main__"), 7),
-}
 #: What is imported only by the functions that need it.
 HEAVY = {"matplotlib", "sklearn", "torchvision", "distributed", "jinja2"}
-
-FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {name_of(path): path for path in FILES}
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of everything that is imported, anywhere in a module."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in line {node.lineno}"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def modules_imported(path: Path) -> set[str]:
-    """Modules of this package that a file imports."""
-    found = set()
-    for name in imports(TREES[path]):
-        while name not in MODULES and "." in name:
-            name = name.rpartition(".")[0]
-        if name in MODULES and name != "crp":
-            found.add(name)
-    return found
-
-
-def room(module: str) -> str:
-    return module.split(".")[1]
-
-
-# --- floors ---------------------------------------------------------------------------------------------------------
-
-
-def test_every_room_has_a_floor():
-    rooms = {room(module) for module in MODULES if module != "crp"}
-    assert rooms - set(FLOORS) == set(), "give each new room a floor in FLOORS"
-
-
-def test_imports_run_downward():
-    upward = [
-        f"{module} (floor {FLOORS[room(module)]}) imports {other} (floor {FLOORS[room(other)]})"
-        for module, path in MODULES.items()
-        for other in modules_imported(path)
-        if module != "crp" and FLOORS[room(other)] > FLOORS[room(module)]
-    ]
-    assert upward == []
-
-
-def test_the_package_itself_imports_nothing_of_its_own():
-    assert modules_imported(PACKAGE / "__init__.py") == set()
-
-
-def test_the_engine_knows_no_rule_composite_or_canonizer():
-    known, todo = set(), ["crp.attribution"]
-    while todo:
-        module = todo.pop()
-        if module not in known:
-            known.add(module)
-            todo.extend(modules_imported(MODULES[module]))
-    assert {"crp.engine.conditions", "crp.concepts"} <= known
-    assert {room(module) for module in known} & {"rules", "composites", "canonizers"} == set()
 
 
 # --- light imports --------------------------------------------------------------------------------------------------
@@ -199,54 +116,3 @@ def test_the_changelog_knows_the_version():
 
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-
-
-# --- README ---------------------------------------------------------------------------------------------------------
-
-
-def readme() -> str:
-    return README.read_text(encoding="utf-8")
-
-
-def test_readme_is_short():
-    assert len(readme().splitlines()) <= 150
-
-
-def test_readme_has_the_two_commands():
-    assert 'python -m pip install ".[demo]" && crp demo' in readme()
-    assert 'python -m pip install -e ".[test]" && python -m pytest' in readme()
-
-
-def test_readme_shows_a_picture_and_links_to_what_exists():
-    targets = re.findall(r"(!?)\[[^\]]*\]\(([^)#]+)[^)]*\)|(?:src|href)=\"([^\"#]+)", readme())
-    local = [markdown or html for _, markdown, html in targets if not re.match(r"\w+:", markdown or html)]
-    assert [target for target in local if not (ROOT / target).exists()] == []
-    assert any(target.endswith((".png", ".jpg", ".svg", ".gif")) for target in local)
-
-
-def test_readme_code_runs_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = [(match.start(1), match[1]) for match in re.finditer(r"^```python\n(.*?)^```", readme(), re.M | re.S)]
-    assert blocks
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for start, source in blocks:
-        lines = "\n" * readme()[:start].count("\n")  # so that errors name the line of the README
-        exec(compile(lines + source, str(README), "exec"), namespace)
-
-
-@pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason="not a checkout of the repository")
-def test_ci_runs_the_commands_of_the_readme():
-    script = ROOT / ".ci" / "run"
-    assert script.stat().st_mode & 0o111, ".ci/run is not executable"
-    text = script.read_text(encoding="utf-8")
-    for command in ('python -m pip install -e ".[test]"', "python -m pytest", "ruff check", "mypy", "crp demo"):
-        assert command in text
-    assert "set -euo pipefail" in text
-
-
-def test_the_page_of_methods_has_every_preset():
-    from crp.composites.registry import classes
-
-    rows = (ROOT / "tutorials" / "methods.md").read_text(encoding="utf-8").splitlines()
-    found = {row.split("`")[1]: row.split("`")[3] for row in rows if row.startswith("| `")}
-    assert found == {name: kind.__name__ for name, kind in classes().items()}
