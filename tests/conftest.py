@@ -12,11 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from covering import mark_the_rest_slow
 from model_state import state_of
 from torch import Tensor, nn
 
 # Nets this small gain nothing from threads, and lose much where the machine is busy.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_slow(items)
 
 
 @pytest.fixture(autouse=True)
