@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from crp.trace.recorder import tensors_in
 
 def _may_be_activation(module: nn.Module) -> bool:
     """Whether a module is one of the user's, without parameters and parts, which may be an activation written out."""
+    return _is_of_the_user(type(module)) and not (module._parameters or module._buffers or module._modules)
+
+
+@lru_cache(maxsize=4096)
+def _is_of_the_user(kind: type[nn.Module]) -> bool:
     return not (
-        module._parameters
-        or module._buffers
-        or module._modules
-        or isinstance(module, torch.jit.ScriptModule)
-        or type(module).__module__.startswith(("torch.", "crp."))
-        or type(module).forward is nn.Module.forward
+        kind.__module__.startswith(("torch.", "crp."))
+        or issubclass(kind, torch.jit.ScriptModule)
+        or kind.forward is nn.Module.forward
     )
 
 

@@ -354,9 +354,13 @@ _AUGMENTED = frozenset(
 
 def in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the result takes the place of the first operand, and is returned."""
-    name = getattr(function, "__name__", "")
-    by_name = (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
-    return by_name or bool(kwargs.get("inplace"))  # (torch hands it on by name; by position, True may be `training`)
+    # (torch hands it on by name; by position, True may be `training`)
+    return _in_place_by_name(getattr(function, "__name__", "")) or (bool(kwargs) and bool(kwargs.get("inplace")))
+
+
+@lru_cache(maxsize=4096)
+def _in_place_by_name(name: str) -> bool:
+    return (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
 
 
 def overwrites(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
