@@ -18,11 +18,12 @@ from crp.trace.recorder import tensors_in
 
 def _may_be_activation(module: nn.Module) -> bool:
     """Whether a module is one of the user's, without parameters and parts, which may be an activation written out."""
-    return _is_of_the_user(type(module)) and not (module._parameters or module._buffers or module._modules)
+    kind: type = type(module)
+    return _is_of_the_user(kind) and not (module._parameters or module._buffers or module._modules)
 
 
 @lru_cache(maxsize=4096)
-def _is_of_the_user(kind: type[nn.Module]) -> bool:
+def _is_of_the_user(kind: Any) -> bool:
     return not (
         kind.__module__.startswith(("torch.", "crp."))
         or issubclass(kind, torch.jit.ScriptModule)
