@@ -36,7 +36,7 @@ BUDGETS = {
     "compat": 730,
     "composites": 3300,
     "concept_graph": 160,
-    "concepts": 360,
+    "concepts": 420,
     "demo": 890,
     "engine": 1950,
     "explain": 160,
@@ -54,9 +54,14 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {
-    *["Affine", "Classes", "Entry", "Flow", "GLU", "Gradient", "Maximization", "Normalization", "Prepared", "Quotient"],
-    *["References", "Rows", "Statistics", "Unit", "check_targets", "load", "merge", "methods", "mine", "names"],
-    *["obstacle", "read_targets", "same", "tensors_in"],
+    "Classes",
+    "Gradient",
+    "Maximization",
+    "Prepared",
+    "Rows",
+    "Statistics",
+    "check_targets",
+    "read_targets",
 }
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG = {
@@ -77,7 +82,6 @@ MANY_PARAMETERS = {
 #: Circles and imports upward that are left to take apart.
 FILE_CIRCLES = [
     {"crp.attribution", "crp.concept_graph", "crp.engine.call"},
-    {"crp.composites.base", "crp.composites.report"},
     {"crp.visualization.queries", "crp.visualization.references", "crp.visualization.samples"},
 ]
 ROOM_CIRCLES = [{"attribution", "concept_graph", "engine"}, {"visualization", "visualization.report"}]
@@ -125,7 +129,7 @@ def test_the_engine_knows_no_rule_composite_or_canonizer():
         if module not in known:
             known.add(module)
             todo.extend(IMPORTED[module])
-    assert {"crp.engine.conditions", "crp.concepts"} <= known
+    assert {"crp.engine.conditions", "crp.concepts.channels"} <= known
     assert {room(module) for module in known} & {"rules", "composites", "canonizers"} == set()
 
 
