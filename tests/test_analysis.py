@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from table_maker import Source, make_table
 
-from crp.visualization.table.analysis import (
+from crp.visualization.analysis import (
     Rows,
     co_occurrence,
     frames,

@@ -82,10 +82,10 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.selection import select_layers
-    from crp.visualization.mining.targets import check_targets
+    from crp.visualization.mining.targets import parse_targets
 
     named = given["targets"].strip()
-    targets = check_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
+    targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
     if ":" not in given["model"] and not (given["weights"] or given["checkpoint"]):
         raise CommandError(
             f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"

@@ -1,0 +1,21 @@
+"""Questions to a mined table, under the name that notebooks import."""
+
+from crp.visualization.table.ranking import (
+    ClassMeans,
+    ClassStatistics,
+    References,
+    class_means,
+    class_statistics,
+    list_targets,
+    top_k,
+)
+
+__all__ = [
+    "ClassMeans",
+    "ClassStatistics",
+    "References",
+    "class_means",
+    "class_statistics",
+    "list_targets",
+    "top_k",
+]
