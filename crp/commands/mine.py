@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from crp.visualization.table.store import Table
 
 INTERRUPTED = 130
+#: Options that are those of `crp.visualization.mine`, under the same names.
+_AS_THEY_ARE = ("start", "stop", "batch_size", "shard_size", "on_error", "retry_skipped", "mixed_shapes")
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command()
+@click.command("mine")
 @click.option("--model", required=True, help="Name in torchvision, or package.module:factory.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=_EXISTING, help="State dict.")
@@ -56,7 +58,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
+def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
     """Record how relevant and active every concept is on every sample of a dataset.
 
     The same command goes on after an interruption. Under torchrun, every process takes its share of the shards:
@@ -67,7 +69,7 @@ def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: st
     if part is not None and (overwrite or address):
         raise CommandError(f"{'--overwrite' if overwrite else '--dask'} does not go with several processes")
     hidden = quiet or (part is not None and part[0] > 0)
-    with _told(out, overwrite):
+    with _errors_in_a_line(out, overwrite):
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
     from crp.commands.table import describe
 
@@ -109,27 +111,21 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             {layer: ChannelConcept() for layer in layers},
             composite,
             out,
-            start=given["start"],
-            stop=given["stop"],
-            batch_size=given["batch_size"],
-            shard_size=given["shard_size"],
             preprocess=preprocess,
             single_targets=MULTI_LABEL.get(given["multi_label"]),
             modes=given["modes"].split(","),
             kinds=given["kinds"].split(","),
             num_workers=given["workers"],
-            on_error=given["on_error"],
-            retry_skipped=given["retry_skipped"],
             targets=targets,
-            mixed_shapes=given["mixed_shapes"],
             part=part,
             client=client,
+            **{name: given[name] for name in _AS_THEY_ARE},
             **settings,
         )
 
 
 @contextmanager
-def _told(out: Path, overwrite: bool) -> Iterator[None]:
+def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
     """Errors in one line, and what to do after an interruption."""
 
     def end(*_: object) -> None:

@@ -66,20 +66,20 @@ def status(folder: Path, verify: bool) -> None:
         raise SystemExit(1)
 
 
-@click.command()
+@click.command("merge")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("others", nargs=-1, type=_FOLDER)
-def merge(folder: Path, others: tuple[Path, ...]) -> None:
+def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
     """Take what several processes have mined into one table.
 
     FOLDER is where they have written; OTHERS, if any, are more folders of the same table, which are copied from.
     The exit status is 1 if samples are missing.
     """
-    from crp.visualization.mining.workers import merge as merged
+    from crp.visualization.mining.workers import merge
     from crp.visualization.table.manifest import TableError
 
     try:
-        table = merged(folder, *others)
+        table = merge(folder, *others)
     except (TableError, OSError) as error:
         raise CommandError(plain(str(error))) from error
     click.echo(f"{plain(str(folder))}: {describe(table)}")

@@ -20,7 +20,7 @@ from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.folders import SAMPLE_SIZE, folder_name, question_of
 from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.question import Answers, Question, TableAnswers
-from crp.visualization.table.ranking import ClassStatistics, References, list_targets, top_k
+from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, list_targets, top_k
 from crp.visualization.table.store import Table
 
 Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -36,7 +36,9 @@ class FolderAnswers:
     def check(self, **fingerprints: str) -> None:
         """Do nothing: the files do not say what they were made of."""
 
-    def references(self, question: Question, layer: str, size: int | None, of_class: int | None = None) -> References:
+    def references(
+        self, question: Question, layer: str, size: int | None, of_class: int | None = None
+    ) -> ReferenceSamples:
         """Best samples of every concept of a layer; the targets are -1, as the files do not name them.
 
         Raises
@@ -52,7 +54,7 @@ class FolderAnswers:
             sample, value, position = (array[:size] for array in folders.read_top(prefix))
         except FileNotFoundError:
             raise self._missing(prefix) from None
-        return References(sample, value, position, np.broadcast_to(np.int64(-1), sample.shape))
+        return ReferenceSamples(sample, value, position, np.broadcast_to(np.int64(-1), sample.shape))
 
     def class_statistics(
         self, question: Question, layer: str, column: Callable[[int], int], mean_n: int

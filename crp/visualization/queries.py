@@ -24,7 +24,7 @@ from crp.visualization.cache import Cache, from_cache
 from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
 from crp.visualization.table.question import Answers, Question
-from crp.visualization.table.ranking import References
+from crp.visualization.table.ranking import ReferenceSamples
 
 #: From concept ids, classes (none, where they do not matter) and ranks to what is to be shown for each.
 _Compute = Callable[[list[Any], list[int], tuple[int, int]], dict[Any, Any]]
@@ -252,10 +252,8 @@ class ReferenceQueries(SampleAccess):
                     found.append(("get_stats_reference", target, of_class))
                 for method, of, references in found:
                     _, ranks = self._lookup(layer, mode, r_range, of)
-                    for key, (samples, heatmaps) in references.items():
-                        self._save_precomputed(
-                            samples, heatmaps, key, plot_list, layer, mode, ranks, composite, rf, method
-                        )
+                    for key, (shown, heat) in references.items():
+                        self._save_precomputed(shown, heat, key, plot_list, layer, mode, ranks, composite, rf, method)
 
     def _cached(
         self,
@@ -268,18 +266,8 @@ class ReferenceQueries(SampleAccess):
     ) -> dict[Any, Any]:
         """What the cache holds of some references, and the rest as computed, which the cache keeps.
 
-        Parameters
-        ----------
-        request : PictureRequest
-            Answers without a composite or a plot function are tensors, and not cached.
-        concept_ids : object
-            As users write them. Where ``classes`` are given, one concept.
-        classes : object, optional
-            Those whose samples are ranked apart.
-        r_range : (int, int)
-        overwrite : bool
-            Whether what the cache holds is computed again.
-        compute : callable
+        ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
+        samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
         """
         picture = PictureRequest(*request)
         concepts = refs.concept_list(concept_ids)
@@ -363,11 +351,11 @@ class ReferenceQueries(SampleAccess):
         return torch.cat(heatmaps)
 
     def _chosen(
-        self, top: References, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str
-    ) -> References:
-        """References of one concept at some ranks: arrays of shape (references,)."""
+        self, top: ReferenceSamples, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str
+    ) -> ReferenceSamples:
+        """ReferenceSamples of one concept at some ranks: arrays of shape (references,)."""
         index = refs.column(self._concept(layer), concept_id, layer, top.sample.shape[1])
-        chosen = References(*(array[slice(*ranks), index] for array in top))
+        chosen = ReferenceSamples(*(array[slice(*ranks), index] for array in top))
         if not np.any(chosen.value):
             warn(
                 f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references; their order means nothing",
@@ -376,7 +364,7 @@ class ReferenceQueries(SampleAccess):
 
     def _lookup(
         self, layer: str, mode: str, r_range: tuple[int, int], target: int | None = None
-    ) -> tuple[References, tuple[int, int]]:
+    ) -> tuple[ReferenceSamples, tuple[int, int]]:
         """Best samples of a layer's concepts (of one class), and those of the ranks asked for that exist."""
         results = self._results(mode, target is not None)
         self._concept(layer)

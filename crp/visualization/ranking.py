@@ -3,7 +3,7 @@
 from crp.visualization.table.ranking import (
     ClassMeans,
     ClassStatistics,
-    References,
+    ReferenceSamples,
     class_means,
     class_statistics,
     list_targets,
@@ -13,7 +13,7 @@ from crp.visualization.table.ranking import (
 __all__ = [
     "ClassMeans",
     "ClassStatistics",
-    "References",
+    "ReferenceSamples",
     "class_means",
     "class_statistics",
     "list_targets",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from crp.visualization.table.manifest import KINDS, MODES
-from crp.visualization.table.ranking import ClassStatistics, References, class_statistics, top_k
+from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, class_statistics, top_k
 from crp.visualization.table.store import Table
 
 
@@ -47,7 +47,7 @@ class Answers(Protocol):
     def check(self, **fingerprints: str) -> None:
         """Refuse to answer for another model, dataset, concept or preprocessing, where that is known."""
 
-    def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> References:
+    def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
         """Best samples of every concept of a layer, at most ``size``; of one class, if the question is per class."""
 
     def class_statistics(
@@ -74,7 +74,7 @@ class TableAnswers:
         """Raise a `TableMismatchError` that names what differs."""
         self.table.check(**fingerprints)
 
-    def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> References:
+    def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
         """See `crp.visualization.table.ranking.top_k`, which names what was not mined."""
         mode, kind, normed = question.mode, question.kind, question.normed
         return top_k(self.table, layer, mode, kind, normed, size, of_class=of_class, cache=True)
