@@ -36,7 +36,7 @@ BUDGETS = {
     "compat": 950,
     "composites": 3300,
     "concept_graph": 160,
-    "concepts": 360,
+    "concepts": 420,
     "demo": 890,
     "engine": 1950,
     "explain": 160,
@@ -53,20 +53,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {
-    *[
-        "Affine",
-        "Entry",
-        "Flow",
-        "GLU",
-        "Gradient",
-        "Normalization",
-        "Quotient",
-        "Unit",
-        "methods",
-        "names",
-        "obstacle",
-    ],
-    *["same", "tensors_in"],
+    "Gradient",
 }
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG = {
@@ -83,7 +70,6 @@ MANY_PARAMETERS = {
 #: Circles and imports upward that are left to take apart.
 FILE_CIRCLES = [
     {"crp.attribution", "crp.concept_graph", "crp.engine.call"},
-    {"crp.composites.base", "crp.composites.report"},
 ]
 ROOM_CIRCLES = [{"attribution", "concept_graph", "engine"}]
 UPWARD = {("crp.engine.call", "crp.attribution")}
@@ -130,7 +116,7 @@ def test_the_engine_knows_no_rule_composite_or_canonizer():
         if module not in known:
             known.add(module)
             todo.extend(IMPORTED[module])
-    assert {"crp.engine.conditions", "crp.concepts"} <= known
+    assert {"crp.engine.conditions", "crp.concepts.channels"} <= known
     assert {room(module) for module in known} & {"rules", "composites", "canonizers"} == set()
 
 
