@@ -52,9 +52,9 @@ BUDGETS = {
     "visualization.table": 1760,
 }
 #: Public names that two files define.
-DEFINED_TWICE = {
-    "Gradient",
-}
+DEFINED_TWICE = {"Gradient"}
+#: How many public classes and functions there may be.
+PUBLIC_NAMES = 470
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG = {
     "crp.visualization.synthesis.maximize": 61,
@@ -102,7 +102,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 77
+    assert sum(map(len, arrows().values())) <= 72
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
@@ -131,6 +131,10 @@ def test_rooms_keep_their_budgets(name):
 def test_a_public_name_is_defined_once():
     twice = {name: sorted(homes) for name, homes in public_names().items() if len(homes) > 1}
     assert {name: homes for name, homes in twice.items() if name not in DEFINED_TWICE} == {}
+
+
+def test_few_names_are_public():
+    assert sum(map(len, public_names().values())) <= PUBLIC_NAMES, "what no face, test or other room needs: underscore"
 
 
 def test_functions_are_short_and_take_few_parameters():
