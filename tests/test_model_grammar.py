@@ -75,7 +75,16 @@ PRESETS: dict[str, tuple[type[Composite], dict[str, object], Method]] = {
         composites.UniformEpsilon, {"epsilon": 0.2, "norm_scale": True, "zero_params": "bias"},
         Method(Rule("epsilon", 0.2, is_relative=True), Rule("epsilon", 0.2, is_relative=True), zero_bias=True),
     ),
-    "gamma": (composites.UniformGamma, {"gates": "split"}, Method(GAMMA, GAMMA, gates="split")),
+    "gamma": (
+        composites.UniformGamma, {"gates": "split", "attention": "split"},
+        Method(GAMMA, GAMMA, gates="split", attention="split"),
+    ),
+    "attn_lrp": (
+        composites.AttnLRP, {"epsilon": 0.1},
+        Method(Rule("epsilon", 0.1), Rule("epsilon", 0.1), gates="split", attention="split"),
+    ),
+    "cp_lrp": (composites.CPLRP, {}, Method(Rule("epsilon", 0.0), Rule("epsilon", 0.0))),
+    "relp": (composites.RelP, {}, Method(Rule("epsilon", 0.0), Rule("epsilon", 0.0), gates="split")),
     "gamma_zero_bias": (
         composites.UniformGamma, {"gamma": 1.0, "zero_params": "bias"},
         Method(Rule("gamma", gamma=1.0), Rule("gamma", gamma=1.0), zero_bias=True),
@@ -87,12 +96,12 @@ PRESETS: dict[str, tuple[type[Composite], dict[str, object], Method]] = {
     ),
     "deep_taylor": (
         composites.DeepTaylor, {},
-        Method(Rule("zplus", 0.0), Rule("zplus", 0.0), both(Rule("wsquare", 0.0)), zero_bias=True),
+        Method(Rule("zplus", 0.0), Rule("zplus", 0.0), both(Rule("wsquare", 0.0)), zero_bias=True, attention=None),
     ),
     "deep_taylor_box": (
         composites.DeepTaylor, {"low": -3.0, "high": 2.5, "maxpool": "avg"},
         Method(Rule("zplus", 0.0), Rule("zplus", 0.0), both(Rule("zbox", 0.0, low=-3.0, high=2.5)), zero_bias=True,
-               sums_pools=True),
+               sums_pools=True, attention=None),
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from crp.composites.lrp import LRP
 from crp.composites.registry import register
 from crp.composites.selection import Depth
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, ZBox
+from crp.rules.attention import Attention
 from crp.rules.functional import Gates
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
@@ -40,6 +41,8 @@ class EpsilonGamma(LRP):
     zero_params : str or sequence of str, optional
     gates : "signal" or "split"
         As in `LRP`.
+    attention : "constant" or "split"
+        As in `LRP`.
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class EpsilonGamma(LRP):
         first_map: FirstMap = (),
         zero_params: Names = None,
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=Gamma(gamma, stabilizer, zero_params),
             dense=Epsilon(epsilon, zero_params),
@@ -97,6 +102,8 @@ class LRPCMP(LRP):
         What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
     gates : "signal" or "split"
         As in `LRP`.
+    attention : "constant" or "split"
+        As in `LRP`.
 
     Raises
     ------
@@ -122,6 +129,7 @@ class LRPCMP(LRP):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         if not 0 <= split <= 1:
             raise ValueError(f"split must be between 0 (all convolutions get γ) and 1 (all get αβ), got {split}")
@@ -138,6 +146,7 @@ class LRPCMP(LRP):
             layer_map=[*layer_map, *([(Depth(0, split, Convolution), lower)] if split else [])],
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=Gamma(gamma, stabilizer, zero_params),
             dense=Epsilon(epsilon, zero_params),

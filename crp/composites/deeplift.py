@@ -22,7 +22,7 @@ from crp.rules.deeplift import (
     RevealCancel,
 )
 from crp.rules.functions import Function
-from crp.rules.products import GLU, Normalization, Product, Quotient, Selection, Softmax
+from crp.rules.products import GLU, Normalization, Product, Quotient, Selection, Softmax, TakenApart
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 
@@ -41,9 +41,9 @@ class DeepLift(Composite):
     Conserves: summation-to-delta, :math:`\sum R = f(x) - f(x_0)` (eq. 1), up to rounding, at the input and in every
     layer through which all flows. Biases cancel, so that no layer keeps anything, and batch norm needs no merging.
 
-    Products, normalizations and softmax are outside the paper: they are decomposed exactly (`crp.rules.products`), and
-    one warning for each call names them. What is not decomposed is named as well. Nets with layer norm are explained
-    with less rounding in float64, or by a reference that is not constant.
+    Products, normalizations, softmax and attention are outside the paper: they are decomposed exactly
+    (`crp.rules.products`), and one warning for each call names them. What is not decomposed is named as well. Nets with
+    layer norm are explained with less rounding in float64, or by a reference that is not constant.
 
     Parameters
     ----------
@@ -107,6 +107,7 @@ class DeepLift(Composite):
             (Having.of("softmax"), Softmax()),
             (Functions(("glu",)), GLU()),
             (Having.of("selection"), Selection()),
+            (Functions(("scaled_dot_product_attention",)), TakenApart()),
         ]
         if variant == "reveal_cancel":
             rules = [(Kind("convolution"), Affine()), (Kind("dense"), Affine()), *rules]

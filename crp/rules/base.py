@@ -132,6 +132,8 @@ class Rule(Hook):  # type: ignore[misc]
     adds_up = False
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
     needs_weight: ClassVar[bool] = False
+    #: Function that is run in place of a call, so that what it calls has rules; None is the call itself.
+    written_out: ClassVar[Callable[..., Any] | None] = None
     #: Attributes of a rule that are settings; `__repr__` shows them.
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")
 
