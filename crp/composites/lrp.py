@@ -15,7 +15,7 @@ from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameM
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
-from crp.rules.attention import Attention, ConstantWeights, DotProductAttention, MatrixProduct, check_attention
+from crp.rules.attention import Attention, ConstantWeights, DotProductAttention, MatrixProduct, _check_attention
 from crp.rules.functional import (
     GLU,
     Gate,
@@ -30,7 +30,7 @@ from crp.rules.shared import Proportional, Refused
 from crp.rules.stabilizer import Stabilize
 
 
-def base(
+def _base(
     gates: Gates = "signal", attention: Attention | None = None, zero_params: Names = None, method: str = "LRP"
 ) -> LayerMap:
     """Rules of all LRP presets for what is no affine layer; put those of affine layers before or after them.
@@ -78,7 +78,7 @@ def base(
 class LRP(Composite):
     """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
 
-    What is no sum of weighted inputs gets the rules of `base`. An operation without a rule that is not right by the
+    What is no sum of weighted inputs gets the rules of `_base`. An operation without a rule that is not right by the
     ordinary chain rule is named in a warning.
 
     Parameters
@@ -125,7 +125,7 @@ class LRP(Composite):
             layer_map=[
                 *layer_map,
                 *((kind, rule) for kind, rule in own if rule is not None),
-                *base(gates, check_attention(attention), zero_params, type(self).__name__),
+                *_base(gates, _check_attention(attention), zero_params, type(self).__name__),
             ],
             first_map=first_map,
             name_map=name_map,

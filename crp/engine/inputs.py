@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -119,14 +119,18 @@ class Inputs:
     def having(self, explained: Sequence[Tensor], samples: Tensor | None = None) -> Inputs:
         """Others in place of the tensors that are explained, and what is passed on for these samples."""
         others = dict(zip(self.names, explained, strict=True))
-        kept = replace(self, values={name: value for name, value in self.values.items() if name not in others})
+        kept = self._with({name: value for name, value in self.values.items() if name not in others})
         passed_on = kept.values if samples is None else kept.select(samples).values
-        return replace(self, values={name: others.get(name, passed_on.get(name)) for name in self.values})
+        return self._with({name: others.get(name, passed_on.get(name)) for name in self.values})
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """The same with every tensor changed."""
-        values = {name: change(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
-        return replace(self, values=values)
+        return self._with(
+            {name: change(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
+        )
+
+    def _with(self, values: dict[int | str, Any]) -> Inputs:
+        return Inputs(values, self.names, self.form)
 
     def select(self, samples: list[int] | Tensor) -> Inputs:
         """Some of the samples, each as often as it is named."""

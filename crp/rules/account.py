@@ -54,10 +54,10 @@ class Account:
         y : Tensor of shape (batch, *output shape)
         shares : Shares
         """
-        sink = cast(Tensor, Sink.apply(a, y.detach()))
+        sink = cast(Tensor, _Sink.apply(a, y.detach()))
         self.sinks.setdefault(layer, []).append(sink)
         given = [torch.as_tensor(share, dtype=y.dtype, device=y.device) for share in shares]
-        return cast(Tensor, Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in given)))
+        return cast(Tensor, _Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in given)))
 
     def open(self, layer: str, a: Tensor) -> Tensor:
         """Sink of an operation of several inputs, which keeps what arrives and is not handed on; see `Balance`.
@@ -69,12 +69,12 @@ class Account:
             Any of the inputs.
         """
         kind = torch.promote_types(a.dtype, torch.float32)
-        sink = cast(Tensor, Sink.apply(a, a.detach().new_empty(1, dtype=kind)))
+        sink = cast(Tensor, _Sink.apply(a, a.detach().new_empty(1, dtype=kind)))
         self.sinks.setdefault(layer, []).append(sink)
         return sink
 
 
-class Sink(torch.autograd.Function):
+class _Sink(torch.autograd.Function):
     """Zeros, one row per sample (one for a number), that depend on ``a`` for the order of things only."""
 
     @staticmethod
@@ -88,7 +88,7 @@ class Sink(torch.autograd.Function):
         return None, None
 
 
-class Absorb(torch.autograd.Function):
+class _Absorb(torch.autograd.Function):
     """Identity; each sample's share of what arrives goes into the sink as well."""
 
     @staticmethod

@@ -26,11 +26,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
-from crp.rules.functions import parameters
-from crp.rules.layer import Layer, no_rule, tensors_in
+from crp.rules.functions import _parameters_of
+from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
 from crp.rules.operands import ADDED
 from crp.rules.shared import Parts, Shared
+from crp.trace.recorder import tensors_in
 
 #: What becomes of attention's probabilities: held constant, or given half of the relevance.
 Attention: TypeAlias = Literal["constant", "split"]
@@ -53,7 +54,7 @@ class Attending(Shared):
 
     def __init__(self, mode: Attention = "constant") -> None:
         super().__init__()
-        self.mode = check_attention(mode)
+        self.mode = _check_attention(mode)
 
 
 class DotProductAttention(Attending):
@@ -71,7 +72,7 @@ class DotProductAttention(Attending):
 
     def parts(self, layer: Layer) -> Parts:
         """Parts of queries, keys, values and mask."""
-        names, mine = parameters(layer.known, layer.function), {id(tensor) for tensor in layer.inputs}
+        names, mine = _parameters_of(layer.known, layer.function), {id(tensor) for tensor in layer.inputs}
         if not names:
             raise NotImplementedError(f"LRP has no rule for {layer}; call torch.nn.functional's attention instead")
         positional = names[: len(layer.args)]
@@ -106,7 +107,7 @@ class MatrixProduct(Attending):
         factors = [arg for arg, is_one in zip(layer.args, is_factor, strict=True) if is_one]
         factors += [value for name, value in layer.kwargs.items() if name not in names]
         born = [sources[id(tensor)] for tensor in tensors_in(factors) if id(tensor) in sources]
-        held = held_constant(born, self.mode)
+        held = _held_constant(born, self.mode)
         part = 1 / max(1, sum(not flags & held for flags in born))
 
         def share(tensor: Tensor) -> float:
@@ -140,8 +141,8 @@ class ConstantWeights(MatrixProduct):
         NotImplementedError
             If not one of two operands can be told to be probabilities.
         """
-        if len(layer.born) != 2 or not held_constant(layer.born, "constant"):
-            raise NotImplementedError(no_rule(self.method, layer))
+        if len(layer.born) != 2 or not _held_constant(layer.born, "constant"):
+            raise NotImplementedError(_no_rule(self.method, layer))
         return super().operate(layer)
 
 
@@ -149,7 +150,7 @@ class ConstantWeights(MatrixProduct):
 _HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED | Born.NEGATED)
 
 
-def held_constant(born: Sequence[int], mode: Attention) -> int:
+def _held_constant(born: Sequence[int], mode: Attention) -> int:
     """What factors of a product that are held constant have in common (`Born`), from what is known of all factors."""
     for flags in _HELD if mode == "constant" else _HELD[:1]:
         if 0 < sum(bool(one & flags) for one in born) < len(born):
@@ -157,7 +158,7 @@ def held_constant(born: Sequence[int], mode: Attention) -> int:
     return 0
 
 
-def check_attention(mode: Attention) -> Attention:
+def _check_attention(mode: Attention) -> Attention:
     """Raise a ValueError if ``mode`` is none."""
     if mode not in ("constant", "split"):
         raise ValueError(f'attention is held constant ("constant") or takes half ("split"); got {mode!r}')

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from crp.rules.account import Shares
-from crp.rules.attention import Attention, check_attention
+from crp.rules.attention import Attention, _check_attention
 from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.notes import Born
-from crp.rules.redirect import Redirect, SecondOrder, released
+from crp.rules.redirect import Redirect, SecondOrder, _released
 
 #: What becomes of a product's gate: held constant, or given half of the relevance.
 Gates: TypeAlias = Literal["signal", "split"]
@@ -42,7 +42,7 @@ class Linearized(Rule):
         parts = self.parts(layer, *layer.inputs)
         zs, scales = [z for z, _ in parts], [scale.detach() for _, scale in parts]
         second = SecondOrder(again, layer.inputs, self.is_active, lambda: self._scales_of(again))
-        out = cast(Tensor, Redirect.apply(released(own), second, len(zs), *zs, *scales, own))
+        out = cast(Tensor, Redirect.apply(_released(own), second, len(zs), *zs, *scales, own))
         account = None if self.attachment is None else self.attachment.account
         if account is None:
             return out
@@ -91,7 +91,7 @@ class Gate(Linearized):
         super().__init__()
         self.mode = _checked(mode)
         held: Attention = "constant" if mode == "signal" else "split"
-        self.attention = held if attention is None else check_attention(attention)
+        self.attention = held if attention is None else _check_attention(attention)
 
     def operate(self, layer: Layer) -> Tensor:
         """Return the product; one factor alone is right by the ordinary chain rule."""

@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
-from crp.rules.functions import Function, in_place, look_up, name_of, out_of_place, overwrites
-from crp.rules.layer import Layer, changed, tensors_in
+from crp.rules.functions import Function, _on_a_copy, in_place, look_up, name_of, overwrites
+from crp.rules.layer import Layer, changed
 from crp.rules.notes import FIRST, Copied, Notes
 from crp.rules.operands import Operands
 from crp.rules.passing import passed
 from crp.rules.redirect import overwritten
+from crp.trace.recorder import tensors_in
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _transform = torch._C._functorch.peek_interpreter_stack
 _add, _sum = look_up(torch.add), look_up(torch.sum)
 
 
-class Operates(Protocol):
+class _Operates(Protocol):
     """What a mode needs of a rule."""
 
     def operate(self, layer: Layer) -> Any:
@@ -139,7 +140,7 @@ class SeeingMode(TorchFunctionMode):
         kind, operands = known.kind, None
         if known.has("composed") and not self.is_named(known):
             with self:
-                return written_out(func)(*args, **kwargs)
+                return _written_out(func)(*args, **kwargs)
         if known.parse is not None:
             operands = known.parse(func, args, kwargs, _among(inputs))
             if operands is None and len(inputs) == 1 and known.has("constant"):
@@ -333,7 +334,7 @@ def _among(inputs: Sequence[Tensor]) -> Callable[[object], bool]:
     return lambda value: any(value is tensor for tensor in inputs)
 
 
-def written_out(function: Callable[..., Any]) -> Callable[..., Any]:
+def _written_out(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is written in Python, such as `F.multi_head_attention_forward`, so that a mode sees its calls."""
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType):
@@ -355,7 +356,7 @@ def _out_of_place(
     copy = target.clone()
     if kwargs.get("inplace"):
         return func, (copy, *others), {**kwargs, "inplace": False}, target
-    return out_of_place(func), (copy, *others), kwargs, target
+    return _on_a_copy(func), (copy, *others), kwargs, target
 
 
 def innermost_module(names: Mapping[int, str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crp.rules.functions import Function, has_negative
+from crp.rules.functions import Function, _has_negative
 from crp.rules.notes import BORN, NONNEGATIVE, Born
 
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
@@ -48,7 +48,7 @@ def passed(
                 kept |= Born.ROUTED
         elif name == "div" and not (args and args[0] is inputs[0]) and kwargs.get("input") is not inputs[0]:
             kept |= Born.DIVISOR
-        if kept & NONNEGATIVE and has_negative(args, kwargs):
+        if kept & NONNEGATIVE and _has_negative(args, kwargs):
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR

@@ -10,7 +10,7 @@ from torch import Tensor
 from crp.rules.account import Balance
 from crp.rules.base import Rule
 from crp.rules.functions import Function
-from crp.rules.layer import Layer, changed, no_rule
+from crp.rules.layer import Layer, _no_rule, changed
 from crp.rules.model_input import PartOf
 
 #: Part of an argument's gradient; or a function that tells it for each tensor in the argument.
@@ -103,4 +103,4 @@ class Refused(Proportional):
         if len(layer.inputs) == 1 and not layer.known.has("attention"):
             return super().operate(layer)
         # (a TypeError inside an operator such as @ would be taken for "not my type")
-        raise NotImplementedError(no_rule(self.method, layer))
+        raise NotImplementedError(_no_rule(self.method, layer))

@@ -1,0 +1,227 @@
+"""``crp methods`` and ``crp attribute``: what they write, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import crp
+from crp.commands import models as loading
+from crp.commands.cli import cli
+
+FACTORY = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    return nn.Sequential(*layers)
+
+ready = net()
+number = 3
+grey = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+tokens = lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets_of_mine.py").write_text(FACTORY)
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets_of_mine", raising=False)
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def attribute(*arguments: object, model: str = "nets_of_mine:net", out: str = "out.png") -> Result:
+    return run("attribute", "picture.png", "--model", model, "--out", out, *arguments)
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What is drawn, in place of drawing it."""
+    from crp.commands import panel
+
+    seen: dict[str, object] = {}
+    names = ("image", "heatmap", "title", "caption", "path")
+    monkeypatch.setattr(panel, "draw", lambda *values: seen.update(zip(names, values, strict=True)))
+    return seen
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def test_table_lists_every_method_with_its_options_and_paper():
+    told = run("methods").output
+    for method in crp.methods():
+        assert f"  {method.name} " in told and method.paper in told
+    assert "layer (required)" in told and "steps=100" in told
+
+
+def test_table_of_one_family():
+    told = run("methods", "--family", "cam").output
+    assert "grad_cam_pp" in told and "intgrad" not in told
+    result = run("methods", "--family", "cams")
+    assert result.exit_code == 1
+    assert "there is no family 'cams'; there are cam, gradient, perturbation, propagation" in result.output
+
+
+# --- one picture ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_picture_is_written(place, suffix):
+    result = attribute("--method", "grad_cam", "--layer", "1", out=f"new/out{suffix}")
+    assert result.exit_code == 0, result.output
+    assert "picture.png: predicted class " in result.output and f"wrote new/out{suffix}" in result.output
+    with Image.open(place / "new" / f"out{suffix}") as picture:
+        assert picture.size == (1200, 468)
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("--method", "epsilon"), {}),
+        (("--method", "epsilon", "--layer", "0", "--concept", 1, "--concept", 3), {"condition": {"0": [1, 3]}}),
+        (
+            ("--method", "intgrad", "--option", "steps=4", "--option", "quadrature=middle"),
+            {"steps": 4, "quadrature": "middle"},
+        ),
+        (
+            ("--method", "occlusion", "--option", "window_shape=[4, 2]", "--option", "step=[4, 2]"),
+            {"window_shape": (4, 2), "step": (4, 2)},
+        ),
+        (("--method", "epsilon", "--layer", "1"), {"layer": "1"}),
+    ],
+)  # fmt: skip
+def test_heatmap_is_that_of_the_call(place, monkeypatch, arguments, options):
+    seen = drawn(monkeypatch)
+    assert attribute(*arguments, "--target", 2).exit_code == 0
+    model = __import__("nets_of_mine").net().eval()
+    with Image.open("picture.png") as file:
+        image = torch.from_numpy(np.asarray(file).copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(seen["image"], image)
+    torch.testing.assert_close(seen["heatmap"], crp.explain(arguments[1], model, image[None], 2, **options)[0].sum(0))
+    assert seen["caption"].startswith(arguments[1])
+
+
+def test_maps_of_positions_are_not_summed_over_channels(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    result = attribute("--method", "grad_cam", "--layer", "1", "--concept", 2, "--target", 0)
+    assert result.exit_code == 0, result.output
+    model = __import__("nets_of_mine").net().eval()
+    expected = crp.explain("grad_cam", model, seen["image"][None], 0, layer="1", condition={"1": [2]})
+    torch.testing.assert_close(seen["heatmap"], expected[0, 0])
+    assert seen["caption"] == "grad_cam through channels [2] of 1"
+
+
+def test_preparation_classes_and_checkpoints(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    model = __import__("nets_of_mine").net().eval()
+    nn.init.constant_(model[4].weight, 0.0)
+    model[4].bias.data = torch.tensor([0.0, 9.0, 0.0])
+    torch.save({"state_dict": model.state_dict()}, "net.pt")
+    save_file(model.state_dict(), "net.safetensors")
+    Path("names.txt").write_text("cat\ndog\n")
+    norm = [v for i in range(3) for v in ("--mean", 0.5, "--std", 0.25)]
+    for checkpoint in ("net.pt", "net.safetensors"):
+        result = attribute(
+            "--method", "epsilon", "--checkpoint", checkpoint, "--classes", "names.txt", "--size", 8, *norm
+        )
+        assert result.exit_code == 0, result.output
+        assert "predicted dog (100%)" in result.output
+        assert seen["image"].shape == (3, 8, 8)
+    expected = crp.explain("epsilon", model, ((seen["image"] - 0.5) / 0.25)[None], 1)
+    torch.testing.assert_close(seen["heatmap"], expected[0].sum(0))
+    result = attribute("--checkpoint", "net.pt", "--classes", "names.txt", "--target", -1)
+    assert "predicted dog (100%); explained: class 2 (0%)" in result.output
+
+
+def test_models_of_torchvision_without_a_download(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    result = attribute("--size", 40, "--method", "grad_cam", "--layer", "features.9", model="squeezenet1_1")
+    assert result.exit_code == 0, result.output
+    assert seen["image"].shape == (3, 40, 40)
+
+
+def test_weights_say_how_pictures_are_prepared(place, monkeypatch):
+    from torchvision import models
+
+    squeezenet = models.squeezenet1_1()
+    monkeypatch.setattr(
+        loading, "_of_torchvision", lambda name, weights: (squeezenet, models.SqueezeNet1_1_Weights.DEFAULT)
+    )
+    loaded = loading.load_model("squeezenet1_1", "DEFAULT")
+    assert loaded.normalized is not None
+    assert (loaded.prepared.resize, loaded.prepared.size, loaded.normalized.mean[0]) == (256, 224, 0.485)
+    assert loaded.class_name(1) == "goldfish" and loaded.class_name(1000) == "class 1000"
+    shown, data = loaded.read(place / "picture.png")
+    assert shown.shape == (3, 224, 224) and shown.min() >= 0 and shown.max() <= 1
+    torch.testing.assert_close(data[0] * 0.229 + 0.485, shown, rtol=0.1, atol=0.1)
+
+
+def test_grey_models_get_grey_pictures(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    assert attribute("--size", 8, "--method", "gradient", model="nets_of_mine:grey").exit_code == 0
+    assert seen["image"].shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "message"),
+    [
+        ((), "squeezenet", "there is no model 'squeezenet' in torchvision; nearest: squeezenet1_"),
+        (("--weights", "IMAGENET"), "squeezenet1_1", "has no weights 'IMAGENET'; it has IMAGENET1K_V1, DEFAULT"),
+        (("--weights", "DEFAULT", "--checkpoint", "net.pt"), "squeezenet1_1", "are both given; one fills the model"),
+        (("--weights", "DEFAULT"), "nets_of_mine:net", "are those of torchvision's models"),
+        ((), "nets_of_yours:net", "the module nets_of_yours cannot be imported"),
+        ((), "nets_of_mine:nets", "nets_of_mine has no 'nets'; nearest: net"),
+        ((), "builtins:dict", "builtins:dict gives a dict, not a torch.nn.Module"),
+        ((), "nets_of_mine:tokens", "is no score of classes"),
+        (("--checkpoint", "picture.png"), "nets_of_mine:net", "picture.png is no checkpoint that can be read"),
+        (("--checkpoint", "net.pt"), "nets_of_mine:ready", "net.pt does not fit the model"),
+        (("--checkpoint", "broken.safetensors"), "nets_of_mine:net", "is no checkpoint that can be read"),
+        (("--method", "grad_can"), "nets_of_mine:net", "no method 'grad_can'; nearest: 'grad_cam'"),
+        (("--method", "grad_cam"), "nets_of_mine:net", "needs layer="),
+        (("--method", "grad_cam", "--layer", "4"), "nets_of_mine:net", "has no positions"),
+        (("--method", "epsilon", "--layer", "4"), "nets_of_mine:net", "layer '4' has no positions to draw"),
+        (("--concept", 1), "nets_of_mine:net", "--concept needs the --layer that it is in"),
+        (("--layer", "0", "--concept", 9), "nets_of_mine:net", "there is no channel 9"),
+        (("--target", 5), "nets_of_mine:net", "target 5 is out of range"),
+        (("--option", "steps"), "nets_of_mine:net", "must be NAME=VALUE"),
+        (("--option", "steps=3"), "nets_of_mine:net", "no option 'steps'"),
+        (("--mean", 0.5), "nets_of_mine:net", "--mean has 1 values and --std 0"),
+        (("--mean", 0.5, "--std", 1, "--mean", 0.5, "--std", 1), "nets_of_mine:net", "2 values for 3 channels"),
+        (("--classes", "picture.png"), "nets_of_mine:net", "picture.png cannot be read"),
+    ],
+)  # fmt: skip
+def test_errors_are_words(place, arguments, model, message):
+    torch.save(nn.Linear(2, 2).state_dict(), "net.pt")
+    Path("broken.safetensors").write_bytes(b"no")
+    result = attribute(*arguments, model=model)
+    assert result.exit_code == 1, result.output
+    assert message in result.output.replace("\n", " ")
+    assert not (place / "out.png").exists()
+
+
+def test_pictures_that_cannot_be_read_or_written(place):
+    Path("words.png").write_text("words")
+    result = run("attribute", "words.png", "--model", "nets_of_mine:net", "--out", "out.png")
+    assert result.exit_code == 1 and "words.png is no picture that can be read" in result.output
+    result = attribute(out="out.txt")
+    assert result.exit_code == 1 and "must end in .png, .jpg, .pdf or .svg" in result.output
+    assert run("attribute", "nothing.png", "--model", "x", "--out", "out.png").exit_code == 2

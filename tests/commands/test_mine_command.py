@@ -1,0 +1,344 @@
+"""``crp mine``, ``crp status`` and ``crp merge``, as they are typed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mining_cases import files_of
+from PIL import Image
+from torch import nn
+
+from crp.__main__ import cli
+from crp.attribution import CondAttribution
+from crp.commands import models
+from crp.commands.errors import CommandError
+from crp.commands.mine import _part
+from crp.commands.models import Loaded
+from crp.commands.pictures import Normalized, Prepared
+from crp.commands.sources import load_source
+from crp.composites import EpsilonPlus
+from crp.concepts import ChannelConcept
+from crp.visualization.mining.run import mine
+from crp.visualization.table.lock import get_owners, locked
+from crp.visualization.table.store import Table
+
+MODULE = """
+import os, time
+import torch
+from torch import nn
+from PIL import Image
+import numpy as np
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+class Rows:
+    def __init__(self, seconds=0): self.seconds = seconds
+    def __len__(self): return 12
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        generator = torch.Generator().manual_seed(index)
+        return {"pixels": torch.randn(1, 6, 6, generator=generator), "label": index % 3, "id": str(index)}
+
+class Items(Rows):
+    def __init__(self, make): super().__init__(); self.make = make
+    def __getitem__(self, index): return self.make(*list(super().__getitem__(index).values())[:2])
+
+alone = Items(lambda x, y: x)
+single = Items(lambda x, y: (x,))
+ragged = Items(lambda x, y: (x, list(range(y))))
+hot = Items(lambda x, y: (x, torch.arange(3) < y))
+sizes = Items(lambda x, y: (x[:, :4 + y], y))
+nan = Items(lambda x, y: (x / (y - 2), y))
+def pooled():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+rows = Rows()
+def slow(): return Rows(0.05)
+number = 3
+"""
+NET = ["--model", "words:net", "--layers", "1", "--composite", "epsilon_plus", "--quiet"]
+ROWS = ["--data", "words:rows", "--fields", "pixels,label", "--shard-size", "2", "--batch-size", "2"]
+SLOW = [word if word != "words:rows" else "words:slow" for word in ROWS]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "words.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "words", raising=False)
+    return tmp_path
+
+
+def crp(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def mined(out: str, *more: object) -> Result:
+    return crp("mine", *NET, *ROWS, "--out", out, *more)
+
+
+# --- mining ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_mines_what_the_function_mines(here: Path) -> None:
+    result = mined("a", "--modes", "relevance", "--kinds", "sum", "--targets", "0,2", "--set", "epsilon=0.01")
+    assert result.exit_code == 0, result.output
+    assert result.output == "12 of 12 samples, 24 rows; complete\n"
+    import words  # type: ignore[import-not-found]
+
+    rows = [(words.rows[i]["pixels"], None) for i in range(12)]
+    settings: dict[str, Any] = {"modes": ["relevance"], "kinds": ["sum"], "targets": [0, 2], "progress": False}
+    attribution, layer_map = CondAttribution(words.net().eval()), {"1": ChannelConcept()}
+    table = mine(attribution, rows, layer_map, EpsilonPlus(epsilon=0.01), here / "b", batch_size=2, **settings)
+    expected, found = table.column("1", 2), Table.open(here / "a").column("1", 2)
+    assert found.sample.tolist() == expected.sample.tolist() and found.target.tolist() == expected.target.tolist()
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-6)
+
+
+def test_parts_and_their_merge_equal_the_whole(here: Path) -> None:
+    assert mined("whole").exit_code == 0
+    first = mined("parts", "--shard", "1/2")
+    assert first.exit_code == 0
+    assert first.output == "part 1/2 is done; 6 of 12 samples, 6 rows; incomplete: 6 samples are missing\n"
+    assert crp("status", "parts").exit_code == 1
+    assert crp("merge", "parts").exit_code == 1
+    assert mined("more", "--shard", "0/2").exit_code == 0
+    result = crp("merge", "parts", "more")
+    assert (result.exit_code, result.output) == (0, "parts: 12 of 12 samples, 12 rows; complete\n")
+    assert files_of(here / "parts") == files_of(here / "whole")
+
+
+@pytest.mark.parametrize(
+    ("share", "environment", "expected"),
+    [
+        (None, {}, None),
+        ("3/8", {}, (3, 8)),
+        ("3/8", {"RANK": "1", "WORLD_SIZE": "4"}, (3, 8)),  # of another launcher
+        (None, {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        ("3/8", {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}, (13, 32)),
+    ],
+)
+def test_the_share_of_a_process(share: str | None, environment: dict[str, str], expected: Any) -> None:
+    assert _part(share, environment) == expected
+
+
+def test_torchrun_whose_rank_is_killed_goes_on(here: Path) -> None:
+    assert mined("whole").exit_code == 0
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--standalone"]
+    command = [sys.executable, *run, "-m", "crp", "mine", *NET, *SLOW, "--out", "out"]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment)
+    wait_for_shards(here / "out")
+    os.kill(get_owners(here / "out")[0]["pid"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "exitcode: -9" in errors.replace("exitcode  :", "exitcode:")
+    Table.open("out").clean()
+    assert files_of(here / "out") == files_of(here / "whole")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_an_interruption_keeps_whole_shards_and_says_how_to_go_on(here: Path, number: int) -> None:
+    pid = os.fork()
+    if not pid:
+        result = crp("mine", *NET, *SLOW, "--out", "out")
+        (here / "told").write_text(result.output)
+        os._exit(result.exit_code)
+    wait_for_shards(here / "out")
+    os.kill(pid, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    told = (here / "told").read_text()
+    assert told == "\nInterrupted. All whole shards are kept in out; the same command goes on from there.\n"
+    assert not list(here.glob("out/lock-*"))
+    left = Table.open("out").coverage().missing
+    assert left and left[0][0] >= 2
+    assert crp("mine", *NET, *SLOW, "--out", "out").exit_code == 0
+    mined("whole")
+    assert files_of(here / "out") == files_of(here / "whole")
+
+
+def wait_for_shards(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(path.glob("shards/*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layers", "conv"], "<layers> 'conv' not found in model"),
+        (["--composite", "epsilon_pus"], "there is no composite 'epsilon_pus'"),
+        (["--set", "epsilon"], "--set 'epsilon' must be KEY=VALUE"),
+        (["--set", "epsilonn=1"], "epsilonn"),
+        (["--composite", "epsilon_gamma_box"], "epsilon_gamma_box: missing a required argument: 'low'; --set KEY="),
+        (["--multi-label", "list", "--targets", "all"], "single_targets is about labels"),
+        (["--composite", "none", "--set", "a=1"], "--set is for a composite"),
+        (["--targets", "labels"], "targets must be 'label', 'prediction'"),
+        (["--modes", "relevances"], "modes must be among"),
+        (["--shard", "2/2"], "--shard 2/2 must be I/N with I from 0 to N - 1"),
+        (["--shard", "0/2", "--overwrite"], "--overwrite does not go with several processes"),
+        (["--data", "words:nothing"], "words has no 'nothing'"),
+        (["--data", "words:number"], "--data words:number: the dataset needs __len__ and __getitem__; int lacks one"),
+        (["--data", "nowhere"], "--data nowhere is neither a folder nor package.module:factory"),
+        (["--data", "."], "--fields is for datasets"),
+        (["--fields", "a,b,c"], "--fields names data and label, not 3 fields"),
+        (["--fields", "image"], "has no data at 'image'; it has the keys 'pixels', 'label', 'id'"),
+        (["--fields", "pixels"], "label None is no integer class"),
+        (["--mean", "0.5", "--std", "0.2"], "--mean: this dataset gives tensors, which are taken as they are"),
+        (["--size", "8"], "--size: this dataset gives tensors"),
+        (["--stop", "13"], "the range 0 to 13 must be within the dataset"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_mistakes_are_told_in_a_line(here: Path, more: list[str], message: str) -> None:
+    result = mined("out", *more)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ") and message in result.output, result.output
+    assert not list(here.glob("out/shards/*"))
+
+
+def of_items(name: str, out: str, *more: str) -> Result:
+    return crp("mine", *NET, "--data", f"words:{name}", "--out", out, *more)
+
+
+def test_items_without_labels_and_with_several(here: Path) -> None:
+    plain = warnings.formatwarning
+    for name in ("alone", "single"):
+        assert "label None is no integer class" in of_items(name, name).output
+        result = of_items(name, name, "--targets", "top-2")
+        assert (result.exit_code, result.output) == (0, "12 of 12 samples, 24 rows; complete\n")
+    told = of_items("ragged", "ragged").output
+    assert "label [] is no integer class" in told and "--multi-label" in told
+    assert of_items("ragged", "ragged", "--multi-label", "list").exit_code == 0
+    assert of_items("hot", "hot", "--multi-label", "hot").exit_code == 0
+    targets = [target for i in range(12) for target in range(i % 3)]
+    assert warnings.formatwarning is plain  # _told's own is gone
+    for name in ("ragged", "hot"):
+        assert Table.open(name).rows().target.tolist() == targets
+
+
+def test_a_run_that_mined_nothing_binds_the_folder_to_nothing(here: Path) -> None:
+    sized = ["--model", "words:pooled", "--batch-size", "2"]
+    told = of_items("sizes", "out", *sized).output
+    assert "sample 1: its shape is (1, 5, 6)" in told and "(--mixed-shapes) mines them, too" in told
+    assert Table.open("out").is_empty
+    assert of_items("sizes", "out", *sized, "--mixed-shapes").exit_code == 0
+    assert "another shapes" in of_items("sizes", "out", *sized).output
+
+
+def test_warnings_are_told_in_a_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "crp", "mine", *NET, "--data", "words:nan", "--out", "out"]
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    )
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0
+    assert re.fullmatch(r"Warning: 4 samples were skipped \(sample 2: its data is not finite\); .*\n", found.stderr)
+
+
+def test_another_composite_is_refused_unless_told_otherwise(here: Path) -> None:
+    assert mined("out").exit_code == 0
+    refused = mined("out", "--set", "epsilon=0.5")
+    assert refused.exit_code == 1 and "mined with another composite" in refused.output
+    assert mined("out", "--set", "epsilon=0.5", "--overwrite").exit_code == 0
+    with locked(here / "out"):
+        busy = mined("out", "--set", "epsilon=0.5")
+        assert busy.exit_code == 1 and f"written by process {os.getpid()}" in busy.output
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize(size)
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "EfficientNet_B0"])
+def test_pictures_are_prepared_as_the_weights_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ``crp mine`` and ``crp attribute`` alike; those of EfficientNet ask for bicubic interpolation."""
+    from torchvision import models as of_torchvision
+
+    weights = getattr(of_torchvision, f"{name}_Weights").DEFAULT
+    net = nn.Sequential(nn.Conv2d(3, 1, 1))
+    monkeypatch.setattr(models, "_of_torchvision", lambda name, weights_name: (net, weights))
+    picture(0, (300, 280)).save(tmp_path / "a.png")
+    expected = weights.transforms()(picture(0, (300, 280)))
+    ready = models.load_model(name, "DEFAULT")
+    data, normalize = load_source(tmp_path, [], ready, by_label=False)
+    shown, explained = ready.read(tmp_path / "a.png")
+    assert normalize is not None and torch.equal(data[0][0], shown)
+    torch.testing.assert_close(normalize(data[0][0][None])[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(explained[0], expected, rtol=1e-5, atol=1e-5)
+    assert models.load_model(name, "DEFAULT", size=64).prepared(picture(0)).shape == (3, 64, 64)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, name in enumerate(["b", "a", "c/d"]):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        picture(i).save(tmp_path / "pictures" / name / "1.png")
+    return tmp_path / "pictures"
+
+
+def loaded(classes: list[str], channels: int = 3) -> Loaded:
+    prepared = Prepared("RGB" if channels == 3 else "L", 16, 8)
+    return Loaded(nn.Sequential(nn.Conv2d(channels, 1, 1)), prepared, Normalized((0.5,), (0.25,)), classes)
+
+
+def test_a_folder_of_class_folders(folder: Path) -> None:
+    data, preprocess = load_source(folder, [], loaded([]), by_label=True)
+    assert [data[i][1] for i in range(3)] == [0, 1, 2]
+    assert data[0][0].shape == (3, 8, 8)
+    assert preprocess is not None
+    assert torch.equal(preprocess(data[0][0][None]), (data[0][0][None] - 0.5) / 0.25)
+    named, _ = load_source(folder, [], loaded(["c", "x", "b", "a"]), by_label=True)
+    assert [named[i][1] for i in range(3)] == [3, 2, 0]
+    grey, _ = load_source(folder, [], loaded([], 1), by_label=False)
+    assert grey[0][0].shape == (1, 8, 8) and grey[0][1] is None
+    with pytest.raises(CommandError, match="3 class folders and the model 2 classes"):
+        load_source(folder, [], loaded(["x", "y"]), by_label=True)
+    picture(0).save(folder / "loose.png")
+    with pytest.raises(CommandError, match=r"beside its class folders, such as loose\.png"):
+        load_source(folder, [], loaded([]), by_label=True)
+    with pytest.raises(CommandError, match="has no class folders"):
+        load_source(folder / "b", [], loaded([]), by_label=True)
+    (folder / "empty").mkdir()
+    with pytest.raises(CommandError, match="holds no pictures"):
+        load_source(folder / "empty", [], loaded([]), by_label=False)
+
+
+def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Path, tmp_path: Path) -> None:
+    from torchvision.models import squeezenet1_1
+
+    (folder / "a" / "2.png").write_bytes(b"no picture")
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "net.pt")
+    command = ["mine", "--model", "squeezenet1_1", "--data", folder, "--size", "40", "--layers", "classifier.1"]
+    random = crp(*command, "--out", tmp_path / "out")
+    assert random.exit_code == 1 and "squeezenet1_1 has random weights" in random.output
+    command += ["--checkpoint", tmp_path / "net.pt", "--out", tmp_path / "out", "--targets", "top-2", "--quiet"]
+    stopped = crp(*command)
+    assert stopped.exit_code == 1 and "sample 1: UnidentifiedImageError" in stopped.output
+    with pytest.warns(UserWarning, match="1 samples were skipped"):
+        result = crp(*command, "--on-error", "skip")
+    assert (result.exit_code, result.output) == (0, "3 of 4 samples, 1 skipped, 6 rows; complete\n")
+    told = crp("status", tmp_path / "out").output
+    assert "skipped    1: UnidentifiedImageError: cannot identify image file" in told

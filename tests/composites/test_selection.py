@@ -1,0 +1,269 @@
+"""Which operations a rule reaches: by type, name, pattern, position and function; what is refused."""
+
+import operator
+
+import pytest
+import torch
+from core_cases import conv_net, deviation, exact, heatmap, images, net, rules
+from torch import nn
+from torch.nn import functional as F
+
+from crp.composites import LRP, Composite, Depth, EpsilonPlus, First, Functions, Last
+from crp.layers import LayerNotFoundError
+from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Whole, WSquare, ZPlus
+
+
+def stack():
+    """``features.0`` to ``.4``: convolution, ReLU, convolution, ReLU, convolution; ``fc``."""
+    features = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 2)
+    )
+    model = nn.Sequential()
+    model.add_module("features", features)
+    model.add_module("flat", nn.Flatten())
+    model.add_module("fc", nn.Linear(18, 3))
+    return model.double().eval()
+
+
+def by_layer(*layer_map, model=None, **keywords):
+    """Name of the rule that reaches the operation of each layer of `stack`."""
+    return {layer: rule for layer, _, rule in rules(model or stack(), Composite(layer_map=layer_map, **keywords))}
+
+
+CONVOLUTIONS = ["features.0", "features.2", "features.4"]
+
+
+@pytest.mark.parametrize(
+    ("selector", "reached"),
+    [
+        (nn.Conv2d, CONVOLUTIONS),
+        ((nn.Conv2d, nn.Linear), [*CONVOLUTIONS, "fc"]),
+        ("features.2", ["features.2"]),
+        ("features.*", CONVOLUTIONS),  # ReLU is no layer for γ
+        ("*.[02]", ["features.0", "features.2"]),
+        ("*", [*CONVOLUTIONS, "fc"]),
+        (First(nn.Conv2d), ["features.0"]),
+        (First((nn.Conv2d, nn.Linear), 2), ["features.0", "features.2"]),
+        (Last(nn.Conv2d, 2), ["features.2", "features.4"]),
+        (Last(nn.Conv2d, 9), CONVOLUTIONS),
+        (Depth(0, 0.5, (nn.Conv2d, nn.Linear)), ["features.0", "features.2"]),  # at 0, 1/4, 1/2, 3/4
+        (Depth(0.5, 1, (nn.Conv2d, nn.Linear)), ["features.4", "fc"]),
+        (Depth(0.25, 0.75, (nn.Conv2d, nn.Linear)), ["features.2", "features.4"]),
+    ],
+    ids=str,
+)
+def test_layers_that_a_selector_means(selector, reached):
+    rule_of = by_layer((selector, Gamma()))
+    assert {layer: rule for layer, rule in rule_of.items() if rule != "chain"} == dict.fromkeys(reached, "Gamma")
+    assert len(rule_of) == 7
+
+
+def test_first_match_wins():
+    rule_of = by_layer(
+        ("features.0", Epsilon()),
+        (First(nn.Conv2d), Flat()),
+        ("features.*", None),
+        (nn.Conv2d, Gamma()),
+        (nn.Linear, ZPlus()),
+        (nn.Linear, Gamma()),
+    )
+    assert rule_of == dict.fromkeys(rule_of, "chain") | {"features.0": "Epsilon", "fc": "ZPlus"}
+
+
+def test_names_come_before_the_first_layer_before_the_layer_map():
+    maps = {
+        "first_map": [((nn.Conv2d,), Flat())],
+        "name_map": [(["features.0"], Epsilon()), (["f*"], None), (["features.2"], ZPlus())],
+    }
+    rule_of = by_layer((nn.Conv2d, Gamma()), **maps)
+    assert rule_of == dict.fromkeys(rule_of, "chain") | {"features.0": "Epsilon"}  # the pattern came before features.2
+    rule_of = by_layer((nn.Conv2d, Gamma()), first_map=maps["first_map"])
+    assert [rule_of[layer] for layer in CONVOLUTIONS] == ["Flat", "Gamma", "Gamma"]
+
+
+def test_report_says_which_entry_an_operation_matched():
+    composite = LRP(layer_map=[("features.*", None), (nn.Linear, ZPlus())])
+    reasons = {row.layer: row.why for row in composite.report(stack(), images()).operations}
+    assert reasons["features.0"] == reasons["features.1"] == "('features.*', None)"
+    assert reasons["fc"].startswith("(Linear, ZPlus(") and reasons["flat"] == "the ordinary chain rule is the method"
+
+
+@pytest.mark.parametrize("maps", [{"layer_map": [("feature.2", Gamma())]}, {"name_map": [(["feature.2"], Gamma())]}])
+@pytest.mark.parametrize("error", [KeyError, ValueError])
+def test_unknown_names_are_errors_that_name_the_nearest(maps, error):
+    with pytest.raises(error, match=r"<(layer|name)_map> 'feature.2' not found in model; nearest names: 'features.2'"):
+        heatmap(stack(), Composite(**maps))
+    with pytest.raises(LayerNotFoundError, match=r"'layer\*'"):
+        by_layer(("layer*", Gamma()))
+
+
+@pytest.mark.parametrize(("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'")])
+def test_layers_without_what_the_rule_treats(selector, layers, untouched):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), nn.Flatten()).double().eval()
+    message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and {layers} call no such operation"
+    for run in (heatmap, rules):
+        with untouched(model), pytest.raises(TypeError, match=message):
+            run(model, Composite(layer_map=[(selector, Gamma())]))
+
+
+def test_rule_that_treats_nothing_in_a_module_is_refused(untouched):
+    model = net(lambda s, x: s.fc(s.mix(x, x, x)[0].mean(1)), mix=nn.MultiheadAttention(4, 2), fc=nn.Linear(4, 3))
+    composite = Composite(layer_map=[("mix", Epsilon()), (nn.Linear, Epsilon())])
+    with untouched(model), pytest.raises(TypeError, match=r"\('mix', Epsilon\(.*\)\): "):
+        heatmap(model, composite, torch.randn(2, 3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus(), Composite(layer_map=[(nn.Conv2d, Gamma())])])
+def test_composite_that_reaches_no_operation_is_an_error(composite, untouched):
+    model = nn.Sequential(nn.Flatten(), nn.ReLU()).eval()
+    with (
+        untouched(model),
+        pytest.raises(ValueError, match="no rule for any layer of the model, which consists of Flatten, ReLU, Seq"),
+    ):
+        heatmap(model, composite)
+
+
+def test_rules_for_functions_that_no_one_calls(untouched):
+    model = conv_net(lambda s, h: h.tanh())
+    composite = Composite(layer_map=[(F.relu, GuidedReLU()), (F.gelu, None)])
+    with (
+        untouched(model),
+        pytest.raises(ValueError, match=r"Composite has rules for functions only \(relu\), and Net calls none of them"),
+    ):
+        heatmap(model, composite)
+    with torch.no_grad(), composite.context(model):
+        model(images())  # nothing is explained
+    assert heatmap(conv_net(lambda s, h: h.relu()), composite).any()
+
+
+class Scaled(nn.Module):
+    """A user's activation."""
+
+    def forward(self, x):
+        return 2 * torch.relu(x)
+
+
+@pytest.mark.parametrize("selector", [F.relu, torch.relu, torch.Tensor.relu, torch.relu_, Functions(("relu",))])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda h: F.relu(h),
+        lambda h: h.relu(),
+        lambda h: h.clone().relu_(),
+        lambda h: F.relu(h.clone(), inplace=True),
+        nn.ReLU(),
+        nn.ReLU(inplace=True),
+        lambda h: Scaled()(h) / 2,
+    ],
+)
+def test_function_is_the_same_by_all_its_names(selector, act):
+    composite = LRP(layer_map=[(nn.Conv2d, ZPlus()), (nn.Linear, Epsilon()), (selector, GuidedReLU())])
+    wanted = heatmap(conv_net(lambda s, h: h.relu()), composite)
+    assert deviation(heatmap(conv_net(lambda s, h: act(h)), composite), wanted) < 1e-12
+    plain = LRP(layer_map=[(nn.Conv2d, ZPlus()), (nn.Linear, Epsilon())])
+    assert deviation(heatmap(conv_net(lambda s, h: act(h)), plain), wanted) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("functions", "chosen"),
+    [((F.silu, F.gelu), "silu"), ((F.gelu, F.silu), "silu"), (operator.mul, "mul"), (torch.Tensor.__rmul__, "mul")],
+)
+def test_tuples_of_functions_and_operators(functions, chosen):
+    model = conv_net(lambda s, h: F.silu(h) * torch.sigmoid(h))
+    wanted = {"silu": "Pass", "sigmoid": "Pass", "mul": "Gate"} | {chosen: "chain"}
+    composite = LRP(layer_map=[((nn.Conv2d, nn.Linear), Epsilon()), (functions, None)])
+    rule_of = {function: rule for _, function, rule in rules(model, composite) if function in wanted}
+    assert rule_of == wanted
+
+
+class Gated(nn.Conv2d):
+    """A user's convolution, which calls more than one function."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.sigmoid(x.mean())
+
+
+@pytest.mark.parametrize(
+    ("rule", "reached"),
+    [
+        (WSquare(), ["WSquare", "chain", "Pass", "Gate"]),  # what it does not treat has the rules of others
+        (None, ["chain"] * 4),
+        (Whole(Epsilon()), ["Whole"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("selector", ["0", Gated])
+def test_rule_of_a_module_is_for_what_it_treats_in_it(selector, rule, reached):
+    model = nn.Sequential(Gated(3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(72, 3)).double().eval()
+    operations = rules(model, LRP(layer_map=[(selector, rule), (nn.Linear, Epsilon())]))
+    assert [name for layer, _, name in operations if layer == "0"] == reached
+    assert operations[len(reached) :] == [("1", "silu", "Pass"), ("2", "flatten", "chain"), ("3", "linear", "Epsilon")]
+
+
+@pytest.mark.parametrize("first", ["container", "type"])
+def test_container_without_a_rule_covers_what_no_entry_before_means(first):
+    inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU())
+    model = nn.Sequential(inner, nn.SiLU(), nn.Flatten(), nn.Linear(144, 3)).double().eval()
+    entries = [("0", None), (nn.Conv2d, ZPlus())]
+    layer_map = [*(entries if first == "container" else reversed(entries)), (nn.Linear, Epsilon())]
+    assert rules(model, LRP(layer_map=layer_map)) == [
+        ("0.0", "conv2d", "chain" if first == "container" else "ZPlus"),
+        ("0.1", "silu", "chain"),
+        ("1", "silu", "Pass"),
+        ("2", "flatten", "chain"),
+        ("3", "linear", "Epsilon"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        3,
+        None,
+        (),
+        (nn.ReLU, "fc"),
+        (nn.ReLU, F.relu),
+        nn.ReLU(),
+        lambda x: x,
+        conv_net,
+        ["features.0"],
+    ],
+)
+def test_selectors_of_another_kind_are_refused(selector):
+    with pytest.raises(TypeError, match=r"a rule is mapped by module types, a layer name or pattern, .*; not by"):
+        Composite(layer_map=[(selector, Epsilon())])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Functions("relu"), "Functions takes a tuple of plain names"),
+        (lambda: Functions(()), "Functions takes a tuple of plain names"),
+        (lambda: First("conv"), "First chooses among layers of types, such as nn.Linear or"),
+        (lambda: Last(()), "Last chooses among layers of types"),
+        (lambda: Depth(0, 1, F.relu), "Depth chooses among layers of types"),
+        (lambda: Composite(first_map=[("conv", Epsilon())]), "first_map maps module types, .*, not 'conv'"),
+        (lambda: Composite(name_map=[("fc", Epsilon())]), r"name_map maps lists of layer names, .*, not 'fc'"),
+        (lambda: Composite(layer_map={nn.Linear: Epsilon()}), r"layer_map is a list of pairs \(what, rule\), not"),
+        (lambda: Composite(layer_map=[nn.Linear]), r"layer_map is a list of pairs \(what, rule\), not"),
+        (lambda: Composite(layer_map=[(nn.Linear, "epsilon")]), "str cannot be used in this composite"),
+        (lambda: Composite(layer_map=[(nn.Linear, Epsilon)]), "cannot be used in this composite"),
+    ],
+)
+def test_maps_of_another_kind_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: First(nn.Linear, 0), lambda: Depth(0.5, 0.5, nn.Linear), lambda: Depth(0, 2, nn.Linear)]
+)
+def test_positions_that_mean_no_layer_are_refused(make):
+    with pytest.raises(ValueError, match=r"n must be at least 1|depths must be 0 <= low < high <= 1"):
+        make()
+
+
+def test_presets_conserve_what_their_functions_share():
+    model = conv_net(lambda s, h: F.silu(h) * torch.sigmoid(h))
+    total = heatmap(model, exact()).flatten(1).sum(1)
+    torch.testing.assert_close(total, model(images())[:, 0].detach(), rtol=1e-9, atol=1e-12)

@@ -1,0 +1,382 @@
+"""What nothing else would notice if it broke: notes of tensors, order of arguments, tolerance and references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_cases import deviation, net
+from rule_cases import relevance
+from torch import nn
+from torch.nn import functional as F
+from zennit.composites import NameMapComposite
+
+from crp.attribution import CondAttribution
+from crp.composites import LRP, Composite, EpsilonPlus, First, Kind, Last, UniformLRP0
+from crp.errors import UnseenError
+from crp.rules import AlphaBeta, Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
+
+
+def inputs():
+    return torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def explained(model, composite, m):
+    """Gradient that a composite gives to the inputs."""
+    with composite.context(model):
+        leaf = inputs().requires_grad_()
+        return torch.autograd.grad(model(leaf), leaf, m)[0]
+
+
+def changed_twice(s, x):
+    """The base is changed after the view was made, and then another part of it."""
+    h = s.a(x).abs()
+    rest = h[:, 2:]
+    h.sub_(0.5)
+    h[:, :2].relu_()
+    return s.b(rest)
+
+
+def test_last_change_says_nothing_of_other_views():
+    layers = {"a": nn.Linear(6, 6), "b": nn.Linear(4, 2)}
+    model, plain = net(changed_twice, **layers), net(lambda s, x: s.b((s.a(x).abs() - 0.5)[:, 2:]), **layers)
+    m = torch.ones(3, 2, dtype=torch.float64)
+    assert ((plain.a(inputs()).abs() - 0.5)[:, 2:] < 0).any()
+    assert deviation(relevance(ZPlus(), model, inputs(), m), relevance(ZPlus(), plain, inputs(), m)) <= 1e-12
+
+
+class Twice(torch.autograd.Function):
+    """A function that no mode sees."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Unseen(nn.Module):
+    def forward(self, x):
+        return Twice.apply(x)
+
+
+def test_what_was_made_unseen_is_not_taken_for_the_input():
+    """Nobody knows whether a sum of weighted inputs is in it."""
+    model = net(lambda s, x: s.fc(s.front(x)), front=Unseen(), fc=nn.Linear(6, 2))
+    m = torch.ones(3, 2, dtype=torch.float64)
+    rest = [("front", None), (nn.Linear, Epsilon(1e-3))]
+    found = explained(model, Composite(None, first_map=[(nn.Linear, WSquare())], layer_map=rest), m)
+    assert deviation(found, explained(model, Composite(None, layer_map=rest), m)) <= 1e-12
+
+
+def running(kind):
+    if kind == "data":
+        return None, None, True
+    return inputs()[0], inputs()[1].square() + 0.5, False
+
+
+@pytest.mark.parametrize("kind", ["data", "running"])
+def test_functions_in_cpp_have_another_order_of_arguments(kind):
+    """`torch.instance_norm` is `F.instance_norm` with weight and bias in front of the running statistics."""
+    weight, bias = inputs()[1], inputs()[2]
+    mean, var, is_data = running(kind)
+
+    def ours(s, x):
+        y = x[:, :, None] * torch.arange(1.0, 4, dtype=torch.float64).sin()
+        return s.fc(F.instance_norm(y, mean, var, weight, bias, is_data, 0.1, 1e-2).mean(2))
+
+    def theirs(s, x):
+        y = x[:, :, None] * torch.arange(1.0, 4, dtype=torch.float64).sin()
+        return s.fc(torch.instance_norm(y, weight, bias, mean, var, is_data, 0.1, 1e-2, False).mean(2))
+
+    m = torch.ones(3, 2, dtype=torch.float64)
+    wanted, found = (
+        explained(net(function, fc=nn.Linear(6, 2)), LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m)
+        for function in (ours, theirs)
+    )
+    assert deviation(found, wanted) <= 1e-12
+
+
+def test_sign_is_that_of_the_operand_and_not_of_what_is_added():
+    """The first argument of `torch.addmm` is not negative; what the weight is for has both signs."""
+    layers = {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4, bias=False), "c": nn.Linear(4, 2)}
+    model = net(lambda s, x: s.c(torch.addmm(s.a(x).relu(), x, s.b.weight.T)), **layers)
+    plain = net(lambda s, x: s.c(s.a(x).relu() + s.b(x)), **layers)
+    m = torch.ones(3, 2, dtype=torch.float64)
+    assert deviation(relevance(ZPlus(), model, inputs(), m), relevance(ZPlus(), plain, inputs(), m)) <= 1e-12
+
+
+def test_rule_that_waits_for_the_backward_pass_has_the_precision_of_the_forward_pass():
+    """The second call of the layer is one that a ReLU was expected to read, so that its rule waits."""
+
+    def wiring(s, x):
+        return s.c(s.a(x).relu()) + s.c(s.again(x * 0.5))
+
+    shared, apart = (net(wiring, a=nn.Linear(6, 4), again=nn.Linear(6, 4), c=nn.Linear(4, 2)).float() for _ in "12")
+    apart.again.load_state_dict(apart.a.state_dict())
+    shared.again = shared.a
+    found = []
+    for model in (shared, apart):
+        with Composite(None, layer_map=[(nn.Linear, Gamma(0.25))]).context(model):
+            leaf = inputs().float().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(leaf)
+            found.append(torch.autograd.grad(y.sum(), leaf)[0])
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("selector", ["block", nn.Sequential, "blo*"])
+def test_rule_on_a_container_leaves_activations_to_the_preset(selector):
+    model = net(lambda s, x: s.block(x), block=nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)))
+    m = torch.ones(3, 2, dtype=torch.float64)
+    found, wanted = (explained(model, LRP(layer_map=[(what, Epsilon(0.1))]), m) for what in (selector, nn.Linear))
+    assert deviation(found, wanted) <= 1e-12
+
+
+def test_gamma_rule_is_for_the_input_that_the_layer_read():
+    """What the layer read is changed in place before the ReLU reads the layer's output."""
+
+    def wiring(s, x):
+        h = s.a(x)
+        y = s.b(h)
+        h.add_(1.0)
+        return s.c(y.relu())
+
+    layers = {"a": nn.Linear(6, 5), "b": nn.Linear(5, 4), "c": nn.Linear(4, 2)}
+    model, plain = net(wiring, **layers), net(lambda s, x: s.c(s.b(s.a(x)).relu()), **layers)
+    m = torch.ones(3, 2, dtype=torch.float64)
+    wanted = relevance(Gamma(0.25), plain, inputs(), m)
+    for _ in range(2):  # (the second pass knows of the first)
+        assert deviation(relevance(Gamma(0.25), model, inputs(), m), wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("rule", [Epsilon(0.5), Pass()], ids=["epsilon", "pass"])
+def test_none_around_a_module_comes_before_whole(rule):
+    """The first entry that matches wins."""
+    block = nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.Tanh()), nn.Linear(5, 4))
+    model = net(lambda s, x: s.fc(s.block(x)), block=block, fc=nn.Linear(4, 2))
+    m = torch.ones(3, 2, dtype=torch.float64)
+    none, whole, fc = ("block", None), ("block.1", Whole(rule)), ("fc", Epsilon(0.1))
+    found, wanted, other = (
+        explained(model, LRP(layer_map=[*entries, fc]), m) for entries in ([none, whole], [none], [whole, none])
+    )
+    assert deviation(found, wanted) <= 1e-12
+    assert deviation(other, wanted) > 1e-3
+
+
+def test_padding_by_infinity_keeps_nothing():
+    """A maximum takes nothing from it, so that its share is not 0 times infinity."""
+    layers = {"conv": nn.Conv2d(3, 4, 3), "fc": nn.Linear(16, 2)}
+
+    def wiring(s, x):
+        return s.fc(F.max_pool2d(F.pad(s.conv(x), (1, 1, 1, 1), value=-torch.inf), 3).flatten(1))
+
+    model, plain = net(wiring, **layers), net(lambda s, x: s.fc(F.max_pool2d(s.conv(x), 3, 3, 1).flatten(1)), **layers)
+    data = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    composite = LRP(layer_map=[((nn.Conv2d, nn.Linear), Epsilon(1e-6))])
+    found, wanted = (CondAttribution(n).absorbed(data, [{"y": 1}], composite, init_rel=1.0) for n in (model, plain))
+    assert found.rest.abs().max() <= 1e-10
+    torch.testing.assert_close(found.total, wanted.total, rtol=1e-10, atol=1e-10)
+
+
+def test_whole_in_a_composite_of_zennit_sees_the_input_as_it_was():
+    x = inputs()
+    found = []
+    for in_place in (True, False):
+        model = net(
+            lambda s, x: s.c(s.block(s.a(x))),
+            a=nn.Linear(6, 5),
+            block=nn.Sequential(nn.SiLU(in_place), nn.Tanh()),
+            c=nn.Linear(5, 2),
+        )
+        entries = [(["a", "c"], Epsilon(1e-6)), (["block"], Whole(Epsilon(1e-6)))]
+        with NameMapComposite(entries).context(model):
+            leaf = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(model(leaf).sum(), leaf)[0])
+    assert deviation(*found) <= 1e-12
+
+
+@pytest.mark.parametrize("front", [Unseen, nn.Identity, lambda: nn.Linear(6, 6)], ids=["unseen", "identity", "linear"])
+def test_none_allows_what_is_unseen_inside_only(front):
+    model = net(lambda s, x: s.fc(s.other(s.front(x))), front=front(), other=Unseen(), fc=nn.Linear(6, 2))
+    m = torch.ones(3, 2, dtype=torch.float64)
+    maps = [("front", None), (nn.Linear, Epsilon(1e-3))]
+    with pytest.raises(UnseenError, match="Twice"):
+        explained(model, Composite(None, layer_map=maps), m)
+    assert explained(model, Composite(None, layer_map=[("other", None), *maps]), m).isfinite().all()
+
+
+@pytest.mark.parametrize("entries", [[], [("norm", None)]], ids=["no_entry", "none"])
+def test_bias_of_a_batch_norm_by_the_chain_rule_keeps_its_share(entries):
+    model = net(lambda s, x: s.c(s.norm(s.a(x))), a=nn.Linear(6, 5), norm=nn.BatchNorm1d(5), c=nn.Linear(5, 2))
+    composite = Composite(None, layer_map=[*entries, (nn.Linear, Epsilon(1e-6))])
+    found = CondAttribution(model).absorbed(inputs(), [{"y": 1}], composite)
+    assert found.rest.abs().max() <= 1e-10
+    assert found.layers["norm"]["bias"].abs().min() > 1e-3
+
+
+def test_a_constant_factor_makes_no_product():
+    model = net(lambda s, x: s.c(s.a(x) * 2.0), a=nn.Linear(6, 5), c=nn.Linear(5, 2))
+    m = torch.ones(3, 2, dtype=torch.float64)
+    rest = [(nn.Linear, Epsilon(1e-3))]
+    found = explained(model, Composite(None, layer_map=[(Kind("product"), Epsilon(1.0)), *rest]), m)
+    assert deviation(found, explained(model, Composite(None, layer_map=rest), m)) <= 1e-12
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["gate_first", "signal_first"])
+def test_two_minus_a_gate_is_none(first):
+    """Only 1 minus a gate is closed as far as another one is open; factors that are no gates take half each."""
+
+    def product(s, x):
+        factor = 2 - s.b(x).sigmoid()
+        return s.c(factor * s.a(x) if first else s.a(x) * factor)
+
+    def halves(s, x):
+        factor, other = 2 - s.b(x).sigmoid(), s.a(x)
+        return s.c((factor * other.detach() + factor.detach() * other) / 2)
+
+    layers = {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4), "c": nn.Linear(4, 2)}
+    m = torch.ones(3, 2, dtype=torch.float64)
+    found, wanted = (
+        explained(net(f, **layers), LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m) for f in (product, halves)
+    )
+    assert deviation(found, wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("act", [F.silu, F.hardswish, F.elu])
+def test_rule_that_overwrites_a_part_leaves_the_others(act):
+    def in_place(s, x):
+        h = s.a(x)
+        act(h[:, :2], inplace=True)
+        return s.c(h)
+
+    layers = {"a": nn.Linear(6, 4), "c": nn.Linear(4, 2)}
+    model = net(in_place, **layers)
+    plain = net(lambda s, x: s.c(torch.cat([act(s.a(x)[:, :2]), s.a(x)[:, 2:]], 1)), **layers)
+    m = torch.ones(3, 2, dtype=torch.float64)
+    found, wanted = (explained(n, LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m) for n in (model, plain))
+    assert deviation(found, wanted) <= 1e-12
+
+
+def test_bias_that_counts_as_zero_is_in_the_output_all_the_same():
+    model = net(lambda s, x: s.a(x), a=nn.Linear(6, 2))
+    rule = AlphaBeta(2, 1, zero_params="bias")
+    with Composite(None, layer_map=[(nn.Linear, rule)]).context(model):
+        found = model(inputs().requires_grad_()).detach()
+    torch.testing.assert_close(found, model(inputs()).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_layer_that_is_called_twice_has_one_position():
+    model = net(lambda s, x: s.c(s.a(s.a(x).tanh())), a=nn.Linear(6, 6), c=nn.Linear(6, 2))
+    m, rest = torch.ones(3, 2, dtype=torch.float64), (nn.Linear, Epsilon(1e-6))
+    found, wanted = (
+        explained(model, Composite(None, layer_map=[(what, Epsilon(1.0)), rest]), m) for what in (First(nn.Linear), "a")
+    )
+    assert deviation(found, wanted) <= 1e-12
+
+
+def test_what_is_behind_a_layer_as_a_whole_is_not_first():
+    model = net(lambda s, x: s.c(s.a(x)), a=nn.Linear(6, 6), c=nn.Linear(6, 2))
+    m, rest = torch.ones(3, 2, dtype=torch.float64), [("a", Whole(Epsilon(1e-3))), (nn.Linear, Epsilon(1e-3))]
+    found = explained(model, Composite(None, first_map=[(nn.Linear, WSquare())], layer_map=rest), m)
+    assert deviation(found, explained(model, Composite(None, layer_map=rest), m)) <= 1e-12
+
+
+def test_product_of_two_that_may_be_weights():
+    """What a softmax has made is held constant before what a sigmoid has made."""
+
+    def wiring(s, x, hold=False):
+        p = s.a(x).softmax(1)[:, :, None]
+        return s.c(((p.detach() if hold else p) @ s.b(x).sigmoid()[:, None]).flatten(1))
+
+    def make(hold):
+        torch.manual_seed(0)
+        parts = {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4), "c": nn.Linear(16, 2)}
+        return net(lambda s, x: wiring(s, x, hold), **parts)
+
+    m, composite = torch.ones(3, 2, dtype=torch.float64), UniformLRP0()
+    assert deviation(explained(make(False), composite, m), explained(make(True), composite, m)) <= 1e-12
+
+
+def test_a_true_that_is_not_inplace_leaves_the_operand_as_it_is():
+    """The fourth argument of `torch.rrelu` is `training`."""
+
+    def wiring(s, x):
+        h = s.a(x)
+        return s.b(torch.rrelu(h, 0.2, 0.2, True) + h)
+
+    model = net(wiring, a=nn.Linear(6, 6), b=nn.Linear(6, 2))
+    wanted = model(inputs()).detach()
+    with Composite(None, layer_map=[(torch.rrelu, Pass()), (nn.Linear, Epsilon())]).context(model):
+        assert deviation(model(inputs().requires_grad_()).detach(), wanted) <= 1e-12
+
+
+def test_zeros_do_not_depend_on_the_rest_of_the_batch():
+    """An entry of exactly 0 takes the gradient of the positive part, beside negative ones too."""
+    model = net(lambda s, x: s.c(x[:, :3] - x[:, 3:]), c=nn.Linear(3, 2))
+    data = torch.tensor([[2.0, 3, 1, 2, 1, 0.5], [1.0, 2, 3, 2, 3, 4]], dtype=torch.float64)
+    m = torch.ones(2, 2, dtype=torch.float64)
+    alone = relevance(ZPlus(), model, data[:1], m[:1])
+    assert alone[0, 0] != 0
+    assert deviation(relevance(ZPlus(), model, data, m)[:1], alone) <= 1e-12
+
+
+def test_sum_of_weighted_inputs_that_cannot_be_taken_apart_has_no_rule():
+    """The chain rule of `torch.einsum` is LRP-0, which is not the rule that was mapped."""
+    left, right = torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    model = net(lambda s, x: torch.einsum("...i,ij,jk->...k", s.a(x).relu(), left, right), a=nn.Linear(6, 6))
+    with pytest.warns(UserWarning, match=r"no rule for einsum\(\)"):
+        explained(model, LRP(layer_map=[(nn.Linear, ZPlus())]), torch.ones(3, 6, dtype=torch.float64))
+
+
+def test_rule_of_linear_layers_is_not_for_products():
+    """A product of two matrices that both depend on the input is no layer, though `torch.matmul` may be one."""
+
+    def wiring(s, x):
+        return (s.a(x).sigmoid()[:, None] @ s.b(x)[:, :, None]).flatten(1)
+
+    model = net(wiring, a=nn.Linear(6, 4, bias=False), b=nn.Linear(6, 4, bias=False))
+    composite = LRP(layer_map=[(nn.Linear, Epsilon(0.0))])
+    found = explained(model, composite, torch.ones(3, 1, dtype=torch.float64))
+    assert deviation(found.sum(1), model(inputs()).detach()[:, 0]) <= 1e-12
+
+
+def test_positions_are_counted_again_for_a_model_that_has_changed():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double().eval()
+    composite = LRP(layer_map=[(Last(nn.Linear), Epsilon(0.5)), (nn.Linear, ZPlus())])
+
+    def rules():
+        return [row.rule for row in composite.report(model, inputs()).operations if row.function == "linear"]
+
+    last, other = repr(Epsilon(0.5)), repr(ZPlus())
+    assert rules() == [other, last]
+    model.extend([nn.ReLU(), nn.Linear(4, 2).double()])
+    assert rules() == [other, other, last]
+
+
+class Gelu(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
+
+
+def test_rule_of_a_function_comes_before_that_of_the_activation_which_calls_it():
+    model = net(lambda s, x: s.b(s.act(s.a(x))), a=nn.Linear(6, 5), act=Gelu(), b=nn.Linear(5, 2))
+    rules = {}
+    for name, layer_map in (("preset", []), ("tanh", [(torch.tanh, Epsilon(0.25))])):
+        report = EpsilonPlus(layer_map=layer_map).report(model, inputs())
+        rules[name] = {row.function: row.rule for row in report.operations}
+    assert rules["preset"]["Gelu"] == repr(Pass())
+    assert "tanh" not in rules["preset"] and "Gelu" not in rules["tanh"]
+    assert rules["tanh"]["tanh"] == repr(Epsilon(0.25))
+
+
+def test_account_closes_after_calls_that_were_not_accounted_for():
+    """A layer that a ReLU has read before keeps its account all the same."""
+    model = net(lambda s, x: s.b(s.a(x).relu()), a=nn.Linear(6, 5), b=nn.Linear(5, 2))
+    attribution, composite = CondAttribution(model), LRP(layer_map=[(nn.Linear, Gamma())])
+    attribution(inputs(), [{"y": 1}], composite)
+    kept = attribution.absorbed(inputs(), [{"y": 1}], composite)
+    assert kept.rest.abs().max() <= 1e-12
+    assert set(kept.layers) >= {"a", "b"}
