@@ -75,7 +75,7 @@ class LRPCMP(LRP):
 
     The composite strategy, "LRP-CMP", of Kohlbrenner et al., "Towards best practice in explaining neural network
     decisions with LRP" (IJCNN 2020), section III, with the γ of Montavon et al. (2019), section 10.3, between. With
-    ``split=1`` all convolutions are lower ones, as in the former; ``alpha=1, beta=0`` is z⁺.
+    ``split=1`` all convolutions are lower ones, as in Kohlbrenner et al.; ``alpha=1, beta=0`` is z⁺.
 
     Parameters
     ----------

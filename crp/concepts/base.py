@@ -24,9 +24,9 @@ class Concept:
     Attributes
     ----------
     needs_multiplier : bool
-        Whether masks are right for multipliers only, as those that do more than select entries: such as a projection on
-        a direction. They are then refused under composites that propagate relevance itself, as those of zennit do. A
-        function that is no method says so by an attribute of its own.
+        Whether masks are right for multipliers only. This is so if they do more than select entries, such as a
+        projection on a direction. Such masks are refused under composites that propagate relevance itself, as those of
+        zennit do. A mask function that is no method has an attribute of this name itself.
     """
 
     needs_multiplier: bool = False
@@ -34,8 +34,8 @@ class Concept:
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
         """Return a function that keeps only ``concept_ids`` in row ``batch_id`` of a gradient of shape (rows, ...).
 
-        The function may work in place: it is given a tensor of its own. If its type has a static method ``together``,
-        which makes one function of those of many rows, that one is called for all of them.
+        The function may change the gradient in place, which is a copy. If the functions' type has a static method
+        ``together``, it is called with the functions of many rows, and returns one function for all of them.
         """
         raise self._missing("mask")
 
@@ -76,10 +76,10 @@ class Concept:
 
 
 def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> MaskFactory:
-    """Mask factory of a concept, which says itself whether it needs multipliers: a static method does not."""
+    """Mask factory of a concept, with the concept's `needs_multiplier`, which a static method cannot carry."""
     make: MaskFactory = getattr(concept, method)
     if not getattr(concept, "needs_multiplier", False):
         return make
-    saying: Any = partial(make)
-    saying.needs_multiplier = True
-    return cast(MaskFactory, saying)
+    marked: Any = partial(make)
+    marked.needs_multiplier = True
+    return cast(MaskFactory, marked)

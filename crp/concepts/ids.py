@@ -19,7 +19,7 @@ def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -
         If they are anything else, such as a boolean mask; the message names the layer, where it is given.
     """
     listed = ids.reshape(-1).tolist() if isinstance(ids, Tensor | np.ndarray) else ids
-    # (What can be read only once would serve one row only.)
+    # (an iterator could be read for one row only, so that only collections are ids)
     listed = list(listed) if isinstance(listed, Collection) and not isinstance(ids, str | Mapping) else [listed]
     try:
         if any(isinstance(i, bool | np.bool_) for i in listed):

@@ -19,7 +19,7 @@ from crp.metrics.scoring import Labels, Scorer
 
 
 def translations(sample: Tensor, offsets: Sequence[int], axis: int = -1, fill: float = 0.0) -> Tensor:
-    """Sample moved along an axis, as a path: what leaves on one side is lost, what enters on the other is ``fill``.
+    """Sample moved along an axis, as a path: values that leave on one side are lost, ``fill`` enters on the other.
 
     Parameters
     ----------

@@ -57,7 +57,7 @@ class Shared(Rule):
 
 
 class Proportional(Shared):
-    """The ordinary chain rule, for functions in which constants may take part: these keep their share."""
+    """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""
 
     def __init__(self) -> None:
         super().__init__(0.0)
@@ -78,7 +78,7 @@ class Proportional(Shared):
 
 
 class Refused(Proportional):
-    """Stands where a method has no rule, so that no other method's result goes by its name.
+    """Refuses operations for which a method has no rule, so that no other method's result goes by its name.
 
     Parameters
     ----------
@@ -102,5 +102,5 @@ class Refused(Proportional):
         """
         if len(layer.inputs) == 1 and not layer.known.has("attention"):
             return super().operate(layer)
-        # (a TypeError inside an operator such as @ would be taken for "not my type")
+        # (Python takes a TypeError inside an operator such as @ for "operands of another type")
         raise NotImplementedError(_no_rule(self.method, layer))
