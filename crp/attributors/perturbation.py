@@ -24,9 +24,9 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.attributors.backgrounds import Background, _check_background, blur, make_background
-from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Target
+from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.conditions import check_data
 

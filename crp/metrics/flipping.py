@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from crp.attributors.backgrounds import Background, make_background
-from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName
+from crp.checks import check_choice, check_number
 from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
 from crp.metrics.scoring import Labels, Scorer, area
 

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from crp.attributors.checks import check_number
+from crp.checks import check_number
 from crp.layers import unwrap
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Scorer

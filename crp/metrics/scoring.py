@@ -8,9 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Classes
+from crp.checks import check_choice, check_number
 from crp.engine.conditions import check_data
 
 #: One class for all samples, one for each, or None for what the model predicts.
