@@ -27,19 +27,12 @@ class EpsilonGamma(LRP):
 
     Parameters
     ----------
-    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon : float or callable
-        ε of the dense layers.
     gamma : float
         γ of the convolutions.
-    stabilizer : float or callable
-    layer_map : list of (what, rule)
-        Rules that come before those of the preset.
+    canonizers, epsilon, stabilizer, layer_map, zero_params, gates
+        As in `crp.composites.EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer.
-    zero_params : str or sequence of str, optional
-    gates : "signal" or "split"
-        As in `LRP`.
     """
 
     def __init__(
@@ -74,9 +67,6 @@ class LRPCMP(LRP):
 
     Parameters
     ----------
-    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon : float or callable
-        ε of the dense layers.
     gamma : float
         γ of the upper convolutions.
     alpha, beta : float
@@ -87,16 +77,10 @@ class LRPCMP(LRP):
         Rule of the first layer.
     low, high : float, Tensor or nested list, optional
         Bounds of the input, for ``first="box"``.
-    stabilizer : float or callable
-    layer_map : list of (what, rule)
-        Rules that come before those of the preset.
+    canonizers, epsilon, stabilizer, layer_map, zero_params, empty, gates
+        As in `crp.composites.EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer that come before the preset's.
-    zero_params : str or sequence of str, optional
-    empty : "drop" or "epsilon"
-        What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
-    gates : "signal" or "split"
-        As in `LRP`.
 
     Raises
     ------
