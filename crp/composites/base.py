@@ -23,6 +23,7 @@ from crp.composites.places import hook
 from crp.composites.positions import totals_of
 from crp.composites.report import Report, report_on
 from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
+from crp.engine.encoding import Propagation
 from crp.engine.placed import note_placed, note_removed
 from crp.engine.reference import referencing
 from crp.layers import modules_of, uncompiled, without_parameter_gradients
@@ -42,7 +43,7 @@ NameMap = Sequence[tuple[Sequence[str], Hook | None]]
 _running: ContextVar[Composite | None] = ContextVar("running", default=None)
 
 
-class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
+class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
     """Maps operations to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
     Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's
@@ -82,10 +83,7 @@ class Composite(Remembered, ZennitComposite):  # type: ignore[misc]
     `crp.rules.Whole` makes the module itself one operation. Rules are those of `crp.rules`, or zennit's `BasicHook`.
     """
 
-    encoding: ClassVar[str] = "multiplier"
-    readout: ClassVar[Literal["relevance", "multiplier"]] = "relevance"
-    initial: ClassVar[Literal["output", "one"]] = "output"
-    #: Whether `register` itself runs the model uncompiled, and its parameters outside autograd.
+    encoding: ClassVar[Literal["relevance", "multiplier"]] = "multiplier"
     isolates: ClassVar[bool] = True
 
     def __init__(

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
+from crp.composites.matching import Seen
 from crp.engine.reference import referencing
 from crp.rules.layer import changed
 from crp.trace.graph import tracing
 
-if TYPE_CHECKING:
-    from crp.composites.base import Composite
-
 CHAIN_RULE = "ordinary chain rule"
 MERGED = "merged into"
+
+
+class Watched(Protocol):
+    """What a report needs of a composite.
+
+    Attributes
+    ----------
+    applied : list of (zennit.canonizers.Canonizer, instances)
+        Canonizers that are on the model now, each with the instances that it made.
+    """
+
+    applied: list[tuple[Canonizer, Sequence[Canonizer]]]
+
+    def context(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Context in which the composite is on a model."""
+
+    def watching(self) -> AbstractContextManager[list[Seen]]:
+        """Context in which the operations of forward passes are listed."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,7 @@ class Report:
         return "\n".join([f"{self.composite} on {self.model}", *table, *end])
 
 
-def report_on(composite: Composite, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+def report_on(composite: Watched, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """What a composite does to a model, from one forward pass; see `Composite.report`."""
     modules = dict(model.named_modules())
     calls: Counter[str] = Counter()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
+from crp.engine.encoding import propagation_of
 from crp.engine.placed import placed
 from crp.layers import modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.notices import warn
@@ -65,7 +66,7 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
-    if getattr(found, "encoding", None) == "multiplier" and (rules := rules_by_hand(model, found)):
+    if propagation_of(found).encoding == "multiplier" and (rules := rules_by_hand(model, found)):
         raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(found)))
     return found
 
@@ -149,8 +150,8 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
         )
     composite = composite_on(model, composite) or Composite()
     states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
-    ours = getattr(composite, "isolates", False)
-    if not ours:
+    isolates = propagation_of(composite).isolates
+    if not isolates:
         states += [without_parameter_gradients(model), uncompiled(model)]
     placed = is_on(composite, model)
     if composite.canonizers and not placed:
@@ -160,7 +161,7 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
             stack.enter_context(state)
         with (
             nullcontext(model) if placed else _put(composite, model) as modified,
-            nullcontext() if ours else _called_once(modified),
+            nullcontext() if isolates else _called_once(modified),
         ):
             yield modified
 

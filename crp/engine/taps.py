@@ -1,66 +1,35 @@
-"""Hooks that the engine puts on layers: masking the backward flow, and keeping a layer's output apart to read it."""
+"""Taps: hooks that keep the outputs of layers apart in a forward pass, and the names by which calls are meant."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from crp.engine.reference import referencing
+from crp.layers import find_layers, modules_of
+from crp.notices import warn
 from crp.trace.graph import tracing
-from crp.types import MaskFn
-
-
-@dataclass
-class Flow:
-    """Gradient of a tensor as it arrives: kept, then masked. Only its first arrival counts, until `reset`.
-
-    (A tensor that is first an input and then a root of a backward pass sees its gradient twice.)
-    """
-
-    gradient: Tensor | None = None
-    mask: Callable[[Tensor], Tensor] | None = None
-    arrived: bool = False
-
-    def reset(self, mask: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Forget what arrived, and mask with ``mask`` from now on."""
-        self.gradient, self.mask, self.arrived = None, mask, False
-
-    def __call__(self, grad: Tensor) -> Tensor | None:
-        """Tensor hook."""
-        if self.arrived:
-            return None
-        self.arrived, self.gradient = True, grad
-        return None if self.mask is None else self.mask(grad)
-
-
-@dataclass(frozen=True)
-class Use:
-    """One call of a layer: its output, and the flow of gradient into it, which never holds the output (no cycle).
-
-    ``reference`` is the output of the same call for the reference input of a composite that has one.
-    """
-
-    output: Tensor
-    flow: Flow
-    reference: Tensor | None = None
-
-    @property
-    def value(self) -> Tensor:
-        """What relevance counts: the output, or what it differs by from its reference."""
-        output = self.output.detach()
-        return output if self.reference is None else output - self.reference
 
 
 @dataclass
 class Tap:
-    """Forward hook that keeps every output of a layer apart; the model goes on with a copy."""
+    """Forward hook that keeps every output of a layer apart; the model goes on with a copy.
 
-    name: str
-    uses: list[Use] = field(default_factory=list)
+    Attributes
+    ----------
+    layer : str
+    outputs : list of Tensor
+        Of each call of the layer.
+    references : list of Tensor
+        Of the same calls for the reference input of a composite that has one.
+    """
+
+    layer: str
+    outputs: list[Tensor] = field(default_factory=list)
     references: list[Tensor] = field(default_factory=list)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
@@ -69,7 +38,7 @@ class Tap:
             return None
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"layer {self.name!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
+                f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
                 "name a layer inside it, or after it, that returns one"
             )
         if referencing():
@@ -77,25 +46,75 @@ class Tap:
             return None
         # Dropout and the like return their input, which what flows past the layer reads too.
         passed_on = any(output is given for given in (*args, *kwargs.values()))
-        reference = self.references[len(self.uses)] if self.references else None
-        use = Use(output.clone() if passed_on else output, Flow(), reference)
-        if use.output.requires_grad:
-            use.output.register_hook(use.flow)  # type: ignore[no-untyped-call]
-        self.uses.append(use)
-        return use.output.clone()
+        self.outputs.append(output.clone() if passed_on else output)
+        return self.outputs[-1].clone()
+
+    def call_meant(self, number: int | None, role: str) -> int | None:
+        """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded.
+
+        Raises
+        ------
+        ValueError
+            If there is no such call, or several that can be meant.
+        """
+        layer, n_calls = self.layer, len(self.outputs)
+        if not n_calls and role == "record":
+            warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
+            return None
+        if not n_calls:
+            raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
+        if number is not None and number >= n_calls:
+            raise ValueError(f"layer {layer!r} is called {n_calls} times; there is no {layer}#{number}")
+        if number is None and n_calls > 1:
+            names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
+            if role != "record":
+                raise ValueError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
+            warn(f"layer {layer!r} is called {n_calls} times; its last call is recorded, of {names}")
+        return n_calls - 1 if number is None else number
 
 
-def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
-    """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
-    if functions:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-    kind: Any = type(functions[0]) if functions else None
-    if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
-        functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
-    for function in functions:
-        masked = function(grad)
-        if getattr(masked, "shape", None) != grad.shape:
-            got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
-            raise TypeError(f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}")
-        grad = masked
-    return grad
+@contextmanager
+def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
+    """Context in which layers of a model are tapped.
+
+    Parameters
+    ----------
+    model : nn.Module
+    roles : mapping of str to str
+        For each layer why it is tapped, ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is its second call.
+
+    Yields
+    ------
+    dict of str to (int or None, Tap)
+        For each layer which of its calls is meant, and the tap.
+    """
+    known = modules_of(model) if roles else {}
+    meant = {layer: _split(layer, known) for layer in roles}
+    taps = {name: Tap(name) for name, _ in meant.values()}
+    handles = []
+    try:
+        for name, tap in taps.items():
+            handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
+        yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
+    """Name of a layer and number of its call, ``"name#1"`` being the second."""
+    name, _, number = layer.rpartition("#")
+    if layer in known or not name or name not in known or not number.isdigit():
+        return layer, None
+    return name, int(number)
+
+
+def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
+    """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
+    if not layers:
+        return
+    known = modules_of(model)
+    for layer in layers:
+        if not isinstance(layer, str):
+            raise TypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
+    find_layers(model, [_split(layer, known)[0] for layer in layers], role)

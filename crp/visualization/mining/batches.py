@@ -20,7 +20,13 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.backward import lacks_memory
 from crp.visualization.mining.loading import Problem, Sample, SampleError, load, to_targets
-from crp.visualization.mining.targets import attribute_targets, choose_targets, keeps_graph, record_activations
+from crp.visualization.mining.targets import (
+    attribute_targets,
+    calls_itself,
+    choose_targets,
+    keeps_graph,
+    record_activations,
+)
 from crp.visualization.table.manifest import Array, ShardRecord, TableHeader
 from crp.visualization.table.shards import make_folder, write_shard
 
@@ -323,7 +329,7 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
 def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
     """Relevance of layers, target after target, and once their activation."""
     layers = list(job.concepts)
-    if "relevance" not in job.header.modes and not job.attribution.overrides("__call__"):
+    if "relevance" not in job.header.modes and not calls_itself(job.attribution):
         yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.on_device)}
         return
     results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.on_device)

@@ -1,0 +1,94 @@
+"""Masks of conditions: functions that keep the conditioned part of a gradient, made for rows and applied to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crp.types import Condition, MaskFactory, MaskFn
+
+MaskMap = MaskFactory | Mapping[str, MaskFactory]
+
+
+def row_masks(
+    rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True, n_entries: int = 1
+) -> list[MaskFn]:
+    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...).
+
+    Parameters
+    ----------
+    rows : mapping of int to mapping
+        Condition of each row that takes part.
+    layer : str
+    mask_map : callable or mapping of str to callable
+    multiplies : bool
+        Whether a gradient or multipliers flow, and not relevance itself.
+    n_entries : int
+        How many entries each row has along the first axis of the gradient, (rows * entries, ...); each is masked as
+        the condition of its row says.
+
+    Raises
+    ------
+    TypeError
+        If one is no function, or needs multipliers where relevance itself flows.
+    """
+    make = mask_factory(mask_map, layer)
+    masks = [
+        make(row * n_entries + i, condition[layer], layer)
+        for row, condition in rows.items()
+        if layer in condition
+        for i in range(n_entries)
+    ]
+    for mask in masks:
+        if not callable(mask):
+            raise TypeError(f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}")
+    if not multiplies and any(map(needs_multiplier, [make, *masks])):
+        raise TypeError(
+            f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
+            "itself, as those of zennit do; use one of crp.composites"
+        )
+    return masks
+
+
+def needs_multiplier(mask: object) -> bool:
+    """Whether a mask, or what it is a method of, says that it is right for multipliers only.
+
+    Selecting entries is right for relevance and multipliers alike; projecting on a direction is not.
+    """
+    owners = [mask, getattr(mask, "__self__", None)]
+    if any(getattr(owner, "needs_multiplier", False) for owner in owners):
+        return True
+    return isinstance(mask, partial) and needs_multiplier(mask.func)
+
+
+def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
+    """Mask factory of one layer, or an error that says what ``mask_map`` lacks."""
+    if callable(mask_map):
+        return mask_map
+    if not isinstance(mask_map, Mapping):
+        raise ValueError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
+    if layer not in mask_map:
+        raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
+    if not callable(mask_map[layer]):
+        raise TypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
+    return mask_map[layer]
+
+
+def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
+    """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
+    if functions:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    kind: Any = type(functions[0]) if functions else None
+    if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
+        functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
+    for function in functions:
+        masked = function(grad)
+        if getattr(masked, "shape", None) != grad.shape:
+            got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
+            raise TypeError(f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}")
+        grad = masked
+    return grad
