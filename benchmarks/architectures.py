@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from crp.attribution import CondAttribution
 from crp.composites import Composite, EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from crp.types import AbsorbedRelevance
-from tests.architectures import FAMILIES, Family
+from tests.shared.architectures import FAMILIES, Family
 
 T = TypeVar("T")
 OTHERS = [EpsilonPlusFlat(), EpsilonGammaBox(low=-3.0, high=3.0), EpsilonAlpha2Beta1()]

@@ -15,8 +15,8 @@ import click
 import torch
 from torch import Tensor, nn
 
-from tests.architectures import FAMILIES
-from tests.architectures_timm import LARGE, TIMM
+from tests.shared.architectures import FAMILIES
+from tests.shared.architectures_timm import LARGE, TIMM
 
 #: Keywords of presets, which are named as in the registry, before a comma. The first are compared first.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from crp.compat import accumulators
 
+__all__ = ["Maximization"]
+
 
 class Maximization(accumulators.Maximization):
     """`crp.compat.accumulators.Maximization` that makes its folder at once, for code that lists it."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from crp.compat import accumulators
 
+__all__ = ["Statistics"]
+
 
 class Statistics(accumulators.Statistics):
     """`crp.compat.accumulators.Statistics` that makes its folder at once, for code that lists it."""

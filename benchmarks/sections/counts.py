@@ -1,4 +1,4 @@
-"""One attribution as a multiple of one gradient, in what can be counted exactly; `tests/test_cost.py` asserts it."""
+"""One attribution as a multiple of one gradient, in what can be counted exactly; see `tests/engine/test_cost.py`."""
 
 from __future__ import annotations
 

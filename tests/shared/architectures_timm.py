@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.architectures import randomized
+from tests.shared.architectures import randomized
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def execute(folder: Path, claims: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -427,9 +427,9 @@ def test_shards_mined_apart_make_the_same_table(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(0)
 def test_killed_at_random_and_while_writing(tmp_path: Path) -> None:
-    """``CRP_KILLS=100 pytest tests/test_mining.py -k killed`` kills a hundred times."""
+    """``CRP_KILLS=100 pytest tests/mining -k killed`` kills a hundred times."""
     script, kills = Path(__file__).parent / "kill_mining.py", os.environ.get("CRP_KILLS", "10")
-    paths = [str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     found = subprocess.run([sys.executable, str(script), str(tmp_path), kills], env=env, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

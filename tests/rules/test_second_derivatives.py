@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from core_cases import conv_net, exhibit, images, net
+from second_derivatives import QUIET, check_derivative, relevance
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,36 +28,6 @@ PRESETS = {name: {} for name in composites.names()} | {
     "lrp_cmp": {"low": -5.0, "high": 5.0, "first": "box"},
     "zplus": {"zero_params": "bias"},
 }
-QUIET = "outside DeepLIFT|(DeepLift|GuidedBackprop|DeconvNet|BetaSmooth) has no rule"
-
-
-def relevance(model, data, create_graph=False):
-    leaf = data.detach().requires_grad_() if not create_graph else data
-    return torch.autograd.grad(model(leaf)[:, 0].sum(), leaf, create_graph=create_graph)[0]
-
-
-def check(model, composite, data, tolerance=1e-6, step=3e-5):
-    """Derivative of relevance, summed with weights and squared, by autograd and by differences of fourth order."""
-    generator = torch.Generator().manual_seed(5)
-    weight, direction = (torch.randn(data.shape, generator=generator, dtype=data.dtype) for _ in range(2))
-
-    def loss(found):
-        return (found * weight).sum() + found.square().sum()
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=QUIET)
-        with composite.context(model):
-            leaf = data.clone().requires_grad_()
-            value = loss(relevance(model, leaf, create_graph=True))
-            found = torch.zeros(())
-            if value.requires_grad:
-                with composite.inactive():
-                    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
-                found = torch.zeros(()) if gradient is None else (gradient * direction).sum()
-            a, b, c, d = (loss(relevance(model, data + n * step * direction)) for n in (-2, -1, 1, 2))
-    wanted = (8 * (c - b) - (d - a)) / (12 * step)
-    assert (found - wanted).abs() <= tolerance * max(wanted.abs(), 1e-3 * value.abs().detach()), (found, wanted)
-    return found
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -69,7 +40,7 @@ def test_presets(name, untouched):
             data = images()
         else:
             data = images(2, 8)
-        check(model, composite, data)
+        check_derivative(model, composite, data)
 
 
 RULES = [
@@ -98,14 +69,14 @@ def test_rules_above_activations_in_place_and_smooth_ones(rule):
 
     model = net(wiring, a=nn.Conv2d(3, 4, 3, padding=1), b=nn.Conv2d(4, 4, 3, padding=1, groups=2),
                 relu=nn.ReLU(inplace=True), fc=nn.Linear(4, 3))  # fmt: skip
-    check(model, LRP(layer_map=[((nn.Conv2d, nn.Linear), rule)]), images())
+    check_derivative(model, LRP(layer_map=[((nn.Conv2d, nn.Linear), rule)]), images())
 
 
 @pytest.mark.parametrize("rule", FIRST, ids=repr)
 @pytest.mark.parametrize("prepare", [lambda x: x, lambda x: (x - 0.3) / 2, lambda x: x.clone().sub_(0.3)])
 def test_first_layers(rule, prepare):
     model = net(lambda s, x: s.fc(F.gelu(s.conv(prepare(x))).mean((2, 3))), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(4, 3))
-    check(model, LRP(first_map=[(nn.Conv2d, rule)], layer_map=[(nn.Linear, Epsilon(0.1))]), images())
+    check_derivative(model, LRP(first_map=[(nn.Conv2d, rule)], layer_map=[(nn.Linear, Epsilon(0.1))]), images())
 
 
 OPERATIONS = {
@@ -136,7 +107,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(name, composite):
     layers = {"conv2": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4)}
-    check(conv_net(OPERATIONS[name], **layers), composite, images())
+    check_derivative(conv_net(OPERATIONS[name], **layers), composite, images())
 
 
 @pytest.mark.parametrize("rule", [Norm(0.1), Pass(), Epsilon(0.3)], ids=repr)
@@ -145,7 +116,7 @@ def test_operations(name, composite):
 def test_rules_on_activations_whose_output_is_overwritten(rule, act, after):
     """The gradient of a sigmoid needs its output."""
     model = conv_net(lambda s, h: after(s.act(h)), act=act)
-    check(model, LRP(layer_map=[(type(act), rule), ((nn.Conv2d, nn.Linear), Epsilon(0.1))]), images())
+    check_derivative(model, LRP(layer_map=[(type(act), rule), ((nn.Conv2d, nn.Linear), Epsilon(0.1))]), images())
 
 
 def test_input_of_a_layer_that_was_overwritten_is_a_clear_error():

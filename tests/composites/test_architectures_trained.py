@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
-DATA = Path(os.environ.get("CRP_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("CRP_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 PRESETS = {
     "epsilon_plus": EpsilonPlus(),

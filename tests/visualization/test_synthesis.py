@@ -221,7 +221,6 @@ def test_progress_is_shown_on_demand(softmax_model, capsys):
             r"NaN or infinite for images \[0, 1, 2, 3\]",
         ),
     ],
-    ids=str,
 )
 def test_objectives_are_checked(vgg_bn, images, untouched, objective, error, message):
     with untouched(vgg_bn), pytest.raises(error, match=message):

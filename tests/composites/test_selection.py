@@ -143,9 +143,7 @@ class Scaled(nn.Module):
         return 2 * torch.relu(x)
 
 
-@pytest.mark.parametrize(
-    "selector", [F.relu, torch.relu, torch.Tensor.relu, torch.relu_, Functions(("relu",))], ids=str
-)
+@pytest.mark.parametrize("selector", [F.relu, torch.relu, torch.Tensor.relu, torch.relu_, Functions(("relu",))])
 @pytest.mark.parametrize(
     "act",
     [
@@ -230,7 +228,6 @@ def test_container_without_a_rule_covers_what_no_entry_before_means(first):
         conv_net,
         ["features.0"],
     ],
-    ids=str,
 )
 def test_selectors_of_another_kind_are_refused(selector):
     with pytest.raises(TypeError, match=r"a rule is mapped by module types, a layer name or pattern, .*; not by"):

@@ -138,7 +138,7 @@ def test_the_share_of_a_process(share: str | None, environment: dict[str, str], 
 
 def test_torchrun_whose_rank_is_killed_goes_on(here: Path) -> None:
     assert mined("whole").exit_code == 0
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--standalone"]
     command = [sys.executable, *run, "-m", "crp", "mine", *NET, *SLOW, "--out", "out"]
@@ -247,7 +247,7 @@ def test_a_run_that_mined_nothing_binds_the_folder_to_nothing(here: Path) -> Non
 def test_warnings_are_told_in_a_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "crp", "mine", *NET, "--data", "words:nan", "--out", "out"]
     monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     )
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0

@@ -9,9 +9,9 @@ import torch
 from affine_cases import WRITINGS, Function
 from core_cases import deviation, net
 from rule_cases import FORMS, as_matrices, expected, in_matrices, mapped, relevance, seeded
+from second_derivatives import check_derivative
 from spelling_cases import Written
 from test_affine_spellings import FEW, SPELLINGS, Between
-from test_second_derivatives import check
 from torch import nn
 from torch.nn import functional as F
 
@@ -244,7 +244,7 @@ SMOOTH = [rules.ZPlus(0.01), rules.Gamma(0.25, 0.01), rules.AlphaBeta(2, 1, 0.01
 @pytest.mark.parametrize("rule", SMOOTH, ids=repr)
 @pytest.mark.parametrize("name", FEW)
 def test_second_derivatives(name, rule):
-    check(Between(Written(SPELLINGS[name][0]), nn.SiLU()), mapped(rule), normal(3, 6))
+    check_derivative(Between(Written(SPELLINGS[name][0]), nn.SiLU()), mapped(rule), normal(3, 6))
 
 
 @pytest.mark.parametrize("rule", [rules.ZPlus(0.01), rules.Gamma(0.25, 0.01), rules.Flat(0.01)], ids=repr)
@@ -252,6 +252,6 @@ def test_second_derivatives(name, rule):
 def test_second_derivatives_with_a_computed_weight(writing, rule):
     layer, a = seeded("conv1d", True, False)
     part = WRITINGS[writing](layer, a)[0]
-    check(
+    check_derivative(
         net(lambda s, x: s.fc(F.silu(part(x)).mean(2)), fc=nn.Linear(4, 3)), mapped(rule), a, step=3e-6
     )  # (some outputs are nearly 0)

@@ -413,7 +413,6 @@ def test_methods_are_checked(linear, small):
         (local_lipschitz, {"explain_func": squared, "noise": torch.ones(2, 2, 4, 5)}, ValueError, "noise has shape"),
         (local_lipschitz, {"explain_func": squared, "samples": 0}, ValueError, "samples must be"),
     ],
-    ids=str,
 )
 def test_settings_are_checked(linear, small, untouched, metric, options, error, message):
     with untouched(linear), pytest.raises(error, match=message):

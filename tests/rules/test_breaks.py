@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zennit.composites import NameMapComposite
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, Composite, First, Kind
+from crp.composites import LRP, Composite, EpsilonPlus, First, Kind, Last
 from crp.errors import UnseenError
 from crp.rules import AlphaBeta, Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
 
@@ -314,3 +314,62 @@ def test_zeros_do_not_depend_on_the_rest_of_the_batch():
     alone = relevance(ZPlus(), model, data[:1], m[:1])
     assert alone[0, 0] != 0
     assert deviation(relevance(ZPlus(), model, data, m)[:1], alone) <= 1e-12
+
+
+def test_sum_of_weighted_inputs_that_cannot_be_taken_apart_has_no_rule():
+    """The chain rule of `torch.einsum` is LRP-0, which is not the rule that was mapped."""
+    left, right = torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    model = net(lambda s, x: torch.einsum("...i,ij,jk->...k", s.a(x).relu(), left, right), a=nn.Linear(6, 6))
+    with pytest.warns(UserWarning, match=r"no rule for einsum\(\)"):
+        explained(model, LRP(layer_map=[(nn.Linear, ZPlus())]), torch.ones(3, 6, dtype=torch.float64))
+
+
+def test_rule_of_linear_layers_is_not_for_products():
+    """A product of two matrices that both depend on the input is no layer, though `torch.matmul` may be one."""
+
+    def wiring(s, x):
+        return (s.a(x).sigmoid()[:, None] @ s.b(x)[:, :, None]).flatten(1)
+
+    model = net(wiring, a=nn.Linear(6, 4, bias=False), b=nn.Linear(6, 4, bias=False))
+    composite = LRP(layer_map=[(nn.Linear, Epsilon(0.0))])
+    found = explained(model, composite, torch.ones(3, 1, dtype=torch.float64))
+    assert deviation(found.sum(1), model(inputs()).detach()[:, 0]) <= 1e-12
+
+
+def test_positions_are_counted_again_for_a_model_that_has_changed():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double().eval()
+    composite = LRP(layer_map=[(Last(nn.Linear), Epsilon(0.5)), (nn.Linear, ZPlus())])
+
+    def rules():
+        return [row.rule for row in composite.report(model, inputs()).operations if row.function == "linear"]
+
+    last, other = repr(Epsilon(0.5)), repr(ZPlus())
+    assert rules() == [other, last]
+    model.extend([nn.ReLU(), nn.Linear(4, 2).double()])
+    assert rules() == [other, other, last]
+
+
+class Gelu(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
+
+
+def test_rule_of_a_function_comes_before_that_of_the_activation_which_calls_it():
+    model = net(lambda s, x: s.b(s.act(s.a(x))), a=nn.Linear(6, 5), act=Gelu(), b=nn.Linear(5, 2))
+    rules = {}
+    for name, layer_map in (("preset", []), ("tanh", [(torch.tanh, Epsilon(0.25))])):
+        report = EpsilonPlus(layer_map=layer_map).report(model, inputs())
+        rules[name] = {row.function: row.rule for row in report.operations}
+    assert rules["preset"]["Gelu"] == repr(Pass())
+    assert "tanh" not in rules["preset"] and "Gelu" not in rules["tanh"]
+    assert rules["tanh"]["tanh"] == repr(Epsilon(0.25))
+
+
+def test_account_closes_after_calls_that_were_not_accounted_for():
+    """A layer that a ReLU has read before keeps its account all the same."""
+    model = net(lambda s, x: s.b(s.a(x).relu()), a=nn.Linear(6, 5), b=nn.Linear(5, 2))
+    attribution, composite = CondAttribution(model), LRP(layer_map=[(nn.Linear, Gamma())])
+    attribution(inputs(), [{"y": 1}], composite)
+    kept = attribution.absorbed(inputs(), [{"y": 1}], composite)
+    assert kept.rest.abs().max() <= 1e-12
+    assert set(kept.layers) >= {"a", "b"}

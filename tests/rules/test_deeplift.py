@@ -309,7 +309,7 @@ def test_relevance_of_channels_partitions_the_whole() -> None:
     torch.testing.assert_close(sum(parts), whole, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("selector", [nn.ReLU, "2", F.relu], ids=str)
+@pytest.mark.parametrize("selector", [nn.ReLU, "2", F.relu])
 def test_rules_may_be_mapped_to_the_modules_that_call_a_function(selector) -> None:
     model, (x, x0) = cnn(nn.ReLU(), nn.MaxPool2d(2)), pairs(2, 9, 9)
     mapped = relevance(model, x, DeepLift(reference=x0, variant="reveal_cancel", layer_map=[(selector, Rescale())]))

@@ -79,7 +79,7 @@ def test_names_from_elsewhere_cannot_write_on_the_terminal(tmp_path: Path) -> No
 def test_the_page_and_the_script_use_options_that_exist() -> None:
     import click
 
-    folder = Path(__file__).parents[1] / "tutorials"
+    folder = Path(__file__).parents[2] / "tutorials"
     script, page = (folder / name for name in ("mine.sbatch", "scale.md"))
     known = {option for name in ("mine", "status", "merge") for p in cli.commands[name].params for option in p.opts}
     assert isinstance(cli, click.Group)

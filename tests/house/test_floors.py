@@ -1,0 +1,166 @@
+"""The plan of the house: imports run downward, no circle, budgets of lines, one name for one idea, short functions.
+
+`FLOORS` is the order that the rooms must keep; the other figures are counted from the files. Who adds features raises
+the budget of its room in the same commit and says why; who finishes something lowers what it made smaller.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, floors, functions, public_names, room
+
+#: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
+FLOORS = [
+    ["types", "layers", "notices", "errors", "trace", "concepts", "image"],
+    ["engine"],
+    ["rules"],
+    ["canonizers", "composites"],
+    ["attribution", "concept_graph", "attributors", "explain", "metrics"],
+    ["visualization.table", "visualization.mining", "compat"],
+    ["visualization", "visualization.report"],
+    ["helper", "cache", "graph", "hooks", "maximization", "statistics"],
+    ["demo", "commands", "__main__"],
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+#: The modules that carry import names of zennit-crp.
+IMPORT_NAMES = FLOORS[7]
+
+#: Lines of each room, with docstrings, comments and blanks.
+BUDGETS = {
+    "attribution": 360,
+    "attributors": 2600,
+    "canonizers": 800,
+    "commands": 1050,
+    "compat": 730,
+    "composites": 3300,
+    "concept_graph": 160,
+    "concepts": 360,
+    "demo": 890,
+    "engine": 1950,
+    "explain": 160,
+    "helper": 160,
+    "image": 550,
+    "layers": 180,
+    "metrics": 810,
+    "rules": 4750,
+    "trace": 1370,
+    "types": 140,
+    "visualization": 1710,
+    "visualization.mining": 1430,
+    "visualization.report": 570,
+    "visualization.table": 1930,
+}
+#: Public names that two files define.
+DEFINED_TWICE = {
+    *["Affine", "Classes", "Entry", "Flow", "GLU", "Gradient", "Maximization", "Normalization", "Prepared", "Quotient"],
+    *["References", "Rows", "Statistics", "Unit", "check_targets", "load", "merge", "methods", "mine", "names"],
+    *["obstacle", "read_targets", "same", "tensors_in"],
+}
+#: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
+LONG = {
+    "crp.visualization.mining.run.mine": 63,
+    "crp.visualization.mining.run.prepare": 86,
+    "crp.visualization.synthesis.maximize": 61,
+}
+MANY_PARAMETERS = {
+    "crp.attributors.perturbation.MeaningfulPerturbation.__init__": 22,
+    "crp.commands.attribute.attribute": 14,
+    "crp.composites.by_depth.LRPCMP.__init__": 15,
+    "crp.metrics.flipping.pixel_flipping": 13,
+    "crp.visualization.mining.run.mine": 25,
+    "crp.visualization.mining.run.prepare": 18,
+    "crp.visualization.report.write.write_report": 15,
+    "crp.visualization.synthesis.maximize": 17,
+}
+#: Circles and imports upward that are left to take apart.
+FILE_CIRCLES = [
+    {"crp.attribution", "crp.concept_graph", "crp.engine.call"},
+    {"crp.composites.base", "crp.composites.report"},
+    {"crp.visualization.queries", "crp.visualization.references", "crp.visualization.samples"},
+]
+ROOM_CIRCLES = [{"attribution", "concept_graph", "engine"}, {"visualization", "visualization.report"}]
+UPWARD = {("crp.engine.call", "crp.attribution")}
+
+
+# --- floors ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_room_has_a_floor_and_a_budget():
+    assert {room(module) for module in MODULES if module != "crp"} - set(FLOOR) == set(), "name each new room in FLOORS"
+    assert set(ROOMS) - set(BUDGETS) == set(), "give each new room a budget in BUDGETS"
+
+
+def test_imports_run_downward():
+    upward = {
+        (module, other)
+        for module, others in IMPORTED.items()
+        for other in others
+        if module != "crp" and FLOOR[room(other)] > FLOOR[room(module)]
+    }
+    assert upward - UPWARD == set()
+
+
+def test_no_circle_of_files_or_rooms():
+    of_files, of_rooms = circles(IMPORTED), circles(arrows())
+    assert [circle for circle in of_files if not any(circle <= known for known in FILE_CIRCLES)] == []
+    assert [circle for circle in of_rooms if not any(circle <= known for known in ROOM_CIRCLES)] == []
+
+
+def test_few_rooms_floors_and_arrows():
+    assert len(ROOMS) <= 24
+    assert max(floors().values()) <= 9
+    assert sum(map(len, arrows().values())) <= 77
+
+
+def test_the_package_itself_imports_nothing_of_its_own():
+    assert IMPORTED["crp"] == set()
+
+
+def test_the_engine_knows_no_rule_composite_or_canonizer():
+    known, todo = set(), ["crp.attribution"]
+    while todo:
+        module = todo.pop()
+        if module not in known:
+            known.add(module)
+            todo.extend(IMPORTED[module])
+    assert {"crp.engine.conditions", "crp.concepts"} <= known
+    assert {room(module) for module in known} & {"rules", "composites", "canonizers"} == set()
+
+
+# --- sizes and names ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_rooms_keep_their_budgets(name):
+    assert LINES[name] <= BUDGETS[name], "raise the budget in the commit that adds the feature, and say there why"
+
+
+def test_a_public_name_is_defined_once():
+    twice = {name: sorted(homes) for name, homes in public_names().items() if len(homes) > 1}
+    assert {name: homes for name, homes in twice.items() if name not in DEFINED_TWICE} == {}
+
+
+def test_functions_are_short_and_take_few_parameters():
+    assert [one for one in functions() if one.lines > LONG.get(one.name, 60)] == []
+    assert [one for one in functions() if one.parameters > MANY_PARAMETERS.get(one.name, 12)] == []
+
+
+@pytest.mark.parametrize("name", IMPORT_NAMES)
+def test_modules_under_the_names_of_zennit_crp_say_what_they_offer(name):
+    module = importlib.import_module(f"crp.{name}")
+    assert module.__all__ == sorted(module.__all__)
+    assert [offered for offered in module.__all__ if not hasattr(module, offered)] == []
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name == "__init__.py"])
+def test_what_a_room_offers_is_there(module):
+    loaded = importlib.import_module(module)
+    offered = getattr(loaded, "__all__", [])
+    assert len(set(offered)) == len(offered)
+    assert [name for name in offered if not hasattr(loaded, name)] == []
+
+
+def test_faces_are_no_rooms():
+    assert {"cache", "graph", "hooks", "maximization", "statistics"} <= FACES
