@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crp.engine.forward import ForwardPass
 from crp.engine.masks import apply_masks
-from crp.engine.rows import Grid, Rows, entries_of
+from crp.engine.rows import Grid, Rows, row_index
 from crp.engine.settings import Settings
 from crp.notices import warn
 from crp.types import Condition, MaskFn
@@ -204,7 +204,7 @@ def send_rows_back(
         for name, values in found.items():
             values = values.to(outputs[name])
             if part is not rows:
-                index = torch.tensor(entries_of(group, len(values) // len(group)), device=values.device)
+                index = torch.tensor(row_index(group, len(values) // len(group)), device=values.device)
                 values = (arrived[name] if name in arrived else zeros(name)).index_copy_(0, index, values)
             arrived[name] = values
     return {name: arrived[name] if name in arrived else zeros(name) for name in outputs}  # (0 where none arrived)
@@ -296,7 +296,7 @@ def _in_flow(
     arrived = gradients | seen | begun
     n_columns, rows = len(passed.inputs), list(conditions)
     return {
-        name: values[entries_of(rows, len(values) // n_columns)]
+        name: values[row_index(rows, len(values) // n_columns)]
         for name, values in arrived.items()
         if values is not None
     }

@@ -13,7 +13,7 @@ from zennit.core import Composite
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
 from crp.engine.reference import referencing
-from crp.engine.rows import Rows, entries_of
+from crp.engine.rows import Rows, row_index
 from crp.engine.taps import tapped
 from crp.notices import warn
 from crp.types import AttributionResults, Sinks
@@ -133,7 +133,7 @@ class ForwardPass:
         tensor, columns, n_columns = tensor.detach(), self.columns(rows), len(self.inputs)
         if columns == list(range(n_columns)):
             return tensor.clone() if copy else tensor
-        index = entries_of(columns, len(tensor) // n_columns)
+        index = row_index(columns, len(tensor) // n_columns)
         return tensor.index_select(0, torch.tensor(index, device=tensor.device))
 
     def value(self, layer: str | None, rows: Rows) -> Tensor:

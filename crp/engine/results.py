@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from crp.engine.rows import entries_of
+from crp.engine.rows import row_index
 from crp.types import AttributionResults
 
 #: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
@@ -35,7 +35,7 @@ def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
         joined = torch.cat(list(tensors))
         if order == list(range(len(order))):
             return joined
-        return joined[entries_of(order, len(joined) // len(order))]
+        return joined[row_index(order, len(joined) // len(order))]
 
     results = [result for result, _ in parts]
     result = AttributionResults(

@@ -126,6 +126,6 @@ class Grid:
         return flat if self._identity else flat.index_select(0, self._index)
 
 
-def entries_of(rows: Sequence[int], n_entries: int) -> list[int]:
+def row_index(rows: Sequence[int], n_entries: int) -> list[int]:
     """Entries of rows along the first axis of a layer that has several for each row."""
     return [row * n_entries + i for row in rows for i in range(n_entries)]
