@@ -18,7 +18,7 @@ from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
 from crp.engine.attached import attached, check_alone, check_composite
 from crp.engine.encoding import Encoding
-from crp.engine.forward import tensor_in
+from crp.engine.forward import check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.masks import MaskMap
 from crp.engine.taps import check_layers
@@ -152,6 +152,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         explained = _Explained(self.model, target, Encoding.of(composite))
         record_layer = [record] if record else []
         result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
+        check_one_entry(result, record_layer)
         return Flow(explained.seen, inputs.parts(result.heatmap), result)
 
     def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:

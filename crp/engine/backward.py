@@ -33,23 +33,10 @@ ORDER_MESSAGE = (
 def flow(
     root: Tensor, cotangent: Tensor, goals: Mapping[str, Tensor], records: Mapping[str, Tensor], keep_graph: bool = True
 ) -> dict[str, Tensor]:
-    """Gradient that flows from ``root`` to some tensors, for each slot, and what arrives at others on the way.
+    """Gradient that flows from ``root`` to goals, the inputs or a layer's output, and what arrives at records between.
 
-    Parameters
-    ----------
-    root : Tensor of shape (samples, ...)
-    cotangent : Tensor of shape (slots, samples, ...)
-    goals : dict of str to Tensor
-        The inputs, or a layer's output.
-    records : dict of str to Tensor
-        Those that are not between root and goals are passed over.
-    keep_graph : bool
-        Whether the graph is needed again.
-
-    Returns
-    -------
-    dict of str to Tensor of shape (slots, *shape)
-        Without goals and records that the flow does not reach.
+    From a cotangent of shape (slots, *root shape) to gradients of shape (slots, *shape); without goals and records that
+    the flow does not reach.
     """
     inputs = {**goals, **_between(root, list(goals.values()), records)}
     if len(cotangent) == 1:
@@ -163,51 +150,39 @@ def send_rows_back(
 ) -> dict[str, Tensor]:
     """Send rows back through one forward pass, those with the same conditioned layers together.
 
-    Parameters
-    ----------
-    passed : ForwardPass
-    rows : Rows
-    start : Tensor of shape (rows, *root shape)
-        What starts at the model's output or at the start layer.
-    settings : Settings
-    make_masks : callable
-        ``(condition of each row, layer, n_entries=1) -> mask functions``
-    backward : callable or None
-        `send_back`, or what overrides it, where masks act while the gradient flows; every row then has a column of its
-        own.
-    last : bool
-        Whether the graph is not needed again.
+    ``start``, of shape (rows, *root shape), begins at the model's output or at the start layer. ``backward`` is
+    `send_back`, or what overrides it, if masks act while the gradient flows and every row has a column of its own.
+    With ``last``, the graph is not needed again.
 
     Returns
     -------
     dict of str to Tensor of shape (rows * entries, ...)
-        What arrives at each input that is explained, by `input_name`, and at each layer.
+        What arrives at each input that is explained, by `input_name`, and at each layer; 0 where nothing does.
     """
-    outputs = _leaves(passed) | passed.layers
-    arrived: dict[str, Tensor] = {}
-
-    def zeros(name: str) -> Tensor:
-        n_entries = len(outputs[name]) // len(passed.inputs)
-        return outputs[name].detach().new_zeros(len(rows) * n_entries, *outputs[name].shape[1:])
-
     groups = rows.groups(settings.output_name) if settings.exclude_parallel else [list(range(len(rows)))]
+    arrived = []
     for number, group in enumerate(groups):
         part = rows if len(groups) == 1 else rows.part(group)
         layers = [name for name in part.layers(settings.output_name) if name != settings.start]
         if backward is None:
             keep_graph = not last or number < len(groups) - 1
             begin = start if part is rows else start[group]
-            found = _by_layer(passed, part, begin, layers, settings.start, make_masks, keep_graph)
+            arrived.append(_by_layer(passed, part, begin, layers, settings.start, make_masks, keep_graph))
         else:
             conditions = dict(zip(group, part.conditions, strict=True))
-            found = _in_flow(passed, conditions, start, layers, settings, make_masks, backward)
-        for name, values in found.items():
-            values = values.to(outputs[name])
-            if part is not rows:
-                index = torch.tensor(row_index(group, len(values) // len(group)), device=values.device)
-                values = (arrived[name] if name in arrived else zeros(name)).index_copy_(0, index, values)
-            arrived[name] = values
-    return {name: arrived[name] if name in arrived else zeros(name) for name in outputs}  # (0 where none arrived)
+            arrived.append(_in_flow(passed, conditions, start, layers, settings, make_masks, backward))
+    of_rows = {}
+    for name, output in (_leaves(passed) | passed.layers).items():
+        if len(groups) == 1 and name in arrived[0]:
+            of_rows[name] = arrived[0][name].to(output)
+            continue
+        n_entries = len(output) // len(passed.inputs)
+        of_rows[name] = output.detach().new_zeros(len(rows) * n_entries, *output.shape[1:])
+        for group, of_group in zip(groups, arrived, strict=True):
+            if name in of_group:
+                index = torch.tensor(row_index(group, n_entries), device=output.device)
+                of_rows[name].index_copy_(0, index, of_group.pop(name).to(output))
+    return of_rows
 
 
 def _by_layer(

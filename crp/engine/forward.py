@@ -14,7 +14,7 @@ from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
 from crp.engine.reference import referencing
 from crp.engine.rows import Rows, row_index
-from crp.engine.taps import tapped
+from crp.engine.taps import outputs_meant, tapped
 from crp.notices import warn
 from crp.types import AttributionResults, Sinks
 
@@ -62,22 +62,10 @@ class ForwardPass:
         account: Sinks | None = None,
         samples: tuple[int, ...] = (),
     ) -> ForwardPass:
-        """Run the model on its inputs, tapping layers.
+        """Run the model on its inputs, tapping layers in their roles (see `tapped`).
 
-        Parameters
-        ----------
-        model : nn.Module
-        inputs : Inputs
-        roles : mapping of str to str
-            For each layer its role, ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is its second call.
-        select_output : callable
-            Tensor to explain in what the model returns.
-        composite : zennit.core.Composite or None
-            The one that is on the model.
-        account : Sinks, optional
-            Where its rules account for what layers keep of the only sample.
-        samples : tuple of int, optional
-            Sample of each column; rows that have these very samples have a column each.
+        ``select_output`` chooses the tensor to explain in what the model returns. The composite is the one that is on
+        the model, and accounts for what layers keep of the only sample in ``account``.
         """
         returned_for_reference: list[Any] = []
 
@@ -86,7 +74,6 @@ class ForwardPass:
                 returned_for_reference.append(output)
 
         handle = model.register_forward_hook(keep_reference)
-        references: dict[str | None, Tensor] = {}
         try:
             with tapped(model, roles) as taps, torch.enable_grad():
                 # Tensors made in inference mode cannot take part in autograd, but copies can.
@@ -95,21 +82,17 @@ class ForwardPass:
                     leaf.requires_grad_()
                 returned = inputs.run(model)
                 # (What is chosen of the output is no part of the model, and no rule's business.)
-                if returned_for_reference:
-                    references[None] = select_output(returned_for_reference[0]).detach()
+                reference = select_output(returned_for_reference[0]).detach() if returned_for_reference else None
                 output = select_output(returned)
         finally:
             handle.remove()
         _check_explained("the model's output", output)
         _check_columns("the model's output", output, len(inputs))
-        layers: dict[str, Tensor] = {}
-        for layer, (number, tap) in taps.items():
-            call = tap.call_meant(number, roles[layer])
-            if call is not None:
-                layers[layer] = tap.outputs[call]
-                _check_layer(layer, roles[layer], layers[layer], inputs)
-                if tap.references:
-                    references[layer] = tap.references[call]
+        layers, references = outputs_meant(taps, roles)
+        for layer in layers:
+            _check_layer(layer, roles[layer], layers[layer], inputs)
+        if reference is not None:
+            references[None] = reference
         return cls(inputs, output, layers | _sinks(account), references, Encoding.of(composite), samples)
 
     @property
@@ -158,19 +141,17 @@ def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dic
     roles = dict.fromkeys(layers, "record")
     with tapped(model, roles) as taps, torch.no_grad():
         model(data.clone())
-    outputs = {}
-    for layer, (number, tap) in taps.items():
-        call = tap.call_meant(number, "record")
-        if call is not None:
-            outputs[layer] = tap.outputs[call]
-            _check_columns(f"the output of layer {layer!r}", outputs[layer], len(data))
+    outputs, _ = outputs_meant(taps, roles)
+    for layer, output in outputs.items():
+        _check_columns(f"the output of layer {layer!r}", output, len(data))
     return outputs
 
 
-def check_one_entry(results: AttributionResults) -> None:
-    """Raise a `ValueError` if a recorded layer has several entries for each row."""
-    for layer, relevance in results.relevances.items():
-        _check_columns(f"the output of layer {layer!r}", relevance, len(results.prediction), "rows")
+def check_one_entry(results: AttributionResults, layers: Sequence[str]) -> None:
+    """Raise a `ValueError` if a layer has several entries for each row, where that is not foreseen."""
+    for layer in layers:
+        if layer in results.relevances:
+            _check_columns(f"the output of layer {layer!r}", results.relevances[layer], len(results.prediction), "rows")
 
 
 def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:

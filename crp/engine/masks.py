@@ -17,19 +17,10 @@ MaskMap = MaskFactory | Mapping[str, MaskFactory]
 def row_masks(
     rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True, n_entries: int = 1
 ) -> list[MaskFn]:
-    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...).
+    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...), from the rows' conditions.
 
-    Parameters
-    ----------
-    rows : mapping of int to mapping
-        Condition of each row that takes part.
-    layer : str
-    mask_map : callable or mapping of str to callable
-    multiplies : bool
-        Whether a gradient or multipliers flow, and not relevance itself.
-    n_entries : int
-        How many entries each row has along the first axis of the gradient, (rows * entries, ...); each is masked as
-        the condition of its row says.
+    Where rows have several entries each, (rows * entries, ...), every entry is masked as the condition of its row says.
+    ``multiplies`` says whether a gradient or multipliers flow, and not relevance itself.
 
     Raises
     ------

@@ -87,15 +87,7 @@ class Rows:
 
 
 class Grid:
-    """Puts the values of rows into slots x columns of a forward pass, and takes them out again.
-
-    Parameters
-    ----------
-    columns : sequence of int
-        Column of each row: the place of its sample in the forward pass.
-    n_columns : int
-    device : torch.device
-    """
+    """Puts the values of rows, each with its column, into slots x columns of a forward pass; takes them out again."""
 
     def __init__(self, columns: Sequence[int], n_columns: int, device: torch.device) -> None:
         used = [0] * n_columns

@@ -16,17 +16,7 @@ from crp.engine.conditions import target_ids
 def check_targets_exist(
     targets: Sequence[Any] | None, prediction: Tensor, output_name: str, places: Sequence[int] | None = None
 ) -> None:
-    """Raise an `IndexError` if a row's target is not among the outputs.
-
-    Parameters
-    ----------
-    targets : sequence, or None
-        Of each row; None for a row, or for all, is the whole output.
-    prediction : Tensor of shape (rows, *output shape)
-    output_name : str
-    places : sequence of int, optional
-        Place of each row in the caller's order, which the error names.
-    """
+    """Raise an `IndexError` if a row's target is not among the outputs; it names the place in the caller's order."""
     for row, target in zip(places or range(len(prediction)), targets or (), strict=False):
         if target is None:
             continue
@@ -48,17 +38,9 @@ def check_targets_exist(
 
 
 def init_of_rows(init_rel: Any, places: Sequence[int], prediction: Tensor, lengths: Sequence[int]) -> Any:
-    """``init_rel`` for some rows: a tensor with an entry for each row is cut, and anything else is as it is.
+    """``init_rel`` for rows at these places: a tensor with an entry for each row is cut, anything else is as it is.
 
-    Parameters
-    ----------
-    init_rel : Tensor, or anything
-    places : sequence of int
-        Places of the rows among all rows.
-    prediction : Tensor of shape (rows, *output shape)
-    lengths : sequence of int
-        How many entries a tensor has that is cut: the number of all rows, or that of the rows of a part, which then
-        serves every part.
+    ``lengths`` are those of a tensor that is cut: the number of all rows, or that of a part, which serves every part.
     """
     if not isinstance(init_rel, Tensor) or init_rel.dim() != prediction.dim() or len(init_rel) not in lengths:
         return init_rel

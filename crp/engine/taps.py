@@ -50,13 +50,7 @@ class Tap:
         return self.outputs[-1].clone()
 
     def call_meant(self, number: int | None, role: str) -> int | None:
-        """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded.
-
-        Raises
-        ------
-        ValueError
-            If there is no such call, or several that can be meant.
-        """
+        """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""
         layer, n_calls = self.layer, len(self.outputs)
         if not n_calls and role == "record":
             warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
@@ -75,18 +69,10 @@ class Tap:
 
 @contextmanager
 def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
-    """Context in which layers of a model are tapped.
+    """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
 
-    Parameters
-    ----------
-    model : nn.Module
-    roles : mapping of str to str
-        For each layer why it is tapped, ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is its second call.
-
-    Yields
-    ------
-    dict of str to (int or None, Tap)
-        For each layer which of its calls is meant, and the tap.
+    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"`` or ``"record"``. ``"name#1"`` is its
+    second call.
     """
     known = modules_of(model) if roles else {}
     meant = {layer: _split(layer, known) for layer in roles}
@@ -99,6 +85,21 @@ def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tup
     finally:
         for handle in handles:
             handle.remove()
+
+
+def outputs_meant(
+    taps: Mapping[str, tuple[int | None, Tap]], roles: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str | None, Tensor]]:
+    """Outputs of the calls that are meant, and those for the reference, by layer; without what cannot be recorded."""
+    outputs: dict[str, Tensor] = {}
+    references: dict[str | None, Tensor] = {}
+    for layer, (number, tap) in taps.items():
+        call = tap.call_meant(number, roles[layer])
+        if call is not None:
+            outputs[layer] = tap.outputs[call]
+            if tap.references:
+                references[layer] = tap.references[call]
+    return outputs, references
 
 
 def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:

@@ -71,7 +71,7 @@ def test_layers_whose_first_axis_is_not_the_batch(composite, untouched):
         head=nn.Linear(6, 3),
     )
     assert ask(model, conditions=[{"y": 1}], composite=composite).heatmap.any()
-    message = r"the output of layer 'windows' has shape \(3, 3, 2\); its first axis must be that of 2 samples, or have as many"
+    message = r"the output of layer 'windows' has shape \(3, 3, 2\); its first axis must be that of 2 samples, or have"
     for role in ({"record_layer": ["windows"], "conditions": [{"y": 1}]}, {"conditions": [{"y": 1, "windows": [0]}]}):
         with untouched(model), pytest.raises(ValueError, match=message):
             ask(model, composite=composite, **role)

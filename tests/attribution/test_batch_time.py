@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import AttributionGraph, CondAttribution
+from crp.attributors import GradCAM, Gradient
 from crp.composites import DeepLift, EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.trace.graph import trace_model_graph
 from crp.types import AttributionResults
+from crp.visualization.mining.targets import attribute_targets, record_activations
 
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
@@ -224,3 +226,19 @@ def test_of_zennits_rules_none_sees_two_calls():
         alone = CondAttribution(model)(VIDEOS[[sample]], [{"y": 1, "conv2": [0]}], ZennitEpsilonPlus())
         assert close(found.heatmap[[sample]], alone.heatmap)
     assert rows(found, [0]).heatmap.any()
+
+
+def test_methods_that_need_one_entry_for_each_sample_refuse():
+    model, message = (
+        FOLDED["sample_major"],
+        r"layer 'conv2' has shape \(12, 4, 2, 2\); its first axis must be that of 3",
+    )
+    with pytest.raises(ValueError, match=message):
+        GradCAM(model, layer="conv2")(VIDEOS, 0)
+    attribution, targets = CondAttribution(model), [[0], [1], [0]]
+    with pytest.raises(ValueError, match=message):
+        list(attribute_targets(attribution, VIDEOS, targets, EpsilonPlus(), ["conv2"]))
+    with pytest.raises(ValueError, match=message):
+        record_activations(attribution, VIDEOS, EpsilonPlus(), ["conv2"])
+    _, heatmap = Gradient(model, EpsilonPlus(), condition={"conv2": [0]})(VIDEOS, 1)
+    assert close(heatmap.sum(2), Tables(model)(VIDEOS, [{"y": 1, "conv2": [0]}], EpsilonPlus()).heatmap)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,22 +154,22 @@ def attribute_targets(
     """
     name = attribution.MODEL_OUTPUT_NAME
     slots = [[{name: [target]} for target in slot] for slot in zip(*targets, strict=True)]
-    # (`map` keeps no result while the next one is computed)
     if calls_itself(attribution) or type(attribution).broadcast is not CondAttribution.broadcast:
-        keywords: Any = {"on_device": on_device, "exclude_parallel": False}
-        yield from map(_checked, (attribution(data, slot, composite, layers, **keywords) for slot in slots))
+        for slot in slots:
+            yield _checked(attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False))
         return
     # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
     settings = Settings(
         layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
-    conditions = [condition for slot in slots for condition in slot]
-    rows = Rows.of(list(range(len(data))) * len(slots), conditions)
+    rows = Rows.of(list(range(len(data))) * len(slots), [condition for slot in slots for condition in slot])
     at_once = len(data) if keeps_graph(composite) else len(rows)
+    # (`map` keeps no result while the next one is computed)
     yield from map(_checked, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
 
 
 def _checked(results: AttributionResults) -> AttributionResults:
-    check_one_entry(results)
+    """Results of which every recorded layer has one entry for each row."""
+    check_one_entry(results, list(results.relevances))
     return results
