@@ -7,7 +7,7 @@ Nothing is imported here, so that ``import crp`` is instant; import from the roo
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

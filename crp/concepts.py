@@ -132,7 +132,7 @@ class ChannelConcept(Concept):
         IndexError
             By the function, if the layer has no such channel.
         """
-        return KeepChannels(((batch_id, tuple(as_ids(concept_ids, layer_name))),), layer_name)
+        return _KeepChannels(((batch_id, tuple(as_ids(concept_ids, layer_name))),), layer_name)
 
     @staticmethod
     def mask_rf(batch_id: int, neuron_ids: Mapping[int, Any], layer_name: str | None = None) -> MaskFn:
@@ -251,7 +251,7 @@ def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> Ma
 
 
 @dataclass(frozen=True)
-class KeepChannels:
+class _KeepChannels:
     """Mask function that keeps only some channels, of some rows.
 
     Attributes
@@ -285,9 +285,9 @@ class KeepChannels:
         return grad
 
     @staticmethod
-    def together(masks: Sequence[KeepChannels]) -> KeepChannels:
+    def together(masks: Sequence[_KeepChannels]) -> _KeepChannels:
         """One function that does what several of one layer do one after the other."""
-        return KeepChannels(tuple(kept for mask in masks for kept in mask.kept), masks[0].layer_name)
+        return _KeepChannels(tuple(kept for mask in masks for kept in mask.kept), masks[0].layer_name)
 
 
 def _channel_scores(relevance: Tensor, layer_name: str | None) -> ConceptScores:

@@ -56,7 +56,7 @@ def median(images: Tensor, width: int = 11) -> Tensor:
     return windows.flatten(4).median(4).values
 
 
-def check_background(background: object, choices: object = Named) -> None:
+def _check_background(background: object, choices: object = Named) -> None:
     """Raise an error that lists what a background can be."""
     if isinstance(background, Tensor) or callable(background):
         return
@@ -89,7 +89,7 @@ def make_background(
     -------
     Tensor of the data's shape
     """
-    check_background(background)
+    _check_background(background)
     if background in ("blur", "median") and isinstance(background, str):
         if data.dim() != 4:
             raise ValueError(f"{background!r} needs images of shape (batch, channels, height, width), not {data.shape}")

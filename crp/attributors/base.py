@@ -29,7 +29,7 @@ from crp.types import AttributionResults
 ROWS_BACKWARD, ROWS_FORWARD = 16, 64
 
 
-class Flow(NamedTuple):
+class _Flow(NamedTuple):
     """What came back through the model for some rows.
 
     Attributes
@@ -135,7 +135,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output of the model, and the explanation of each input that is explained; subclasses define it."""
 
-    def flow(self, inputs: Inputs, target: Target, composite: Composite | None = None, record: str = "") -> Flow:
+    def flow(self, inputs: Inputs, target: Target, composite: Composite | None = None, record: str = "") -> _Flow:
         """Send the target back through the model, in one pass for all rows.
 
         Parameters
@@ -153,7 +153,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         record_layer = [record] if record else []
         result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
         check_one_entry(result, record_layer)
-        return Flow(explained.seen, inputs.parts(result.heatmap), result)
+        return _Flow(explained.seen, inputs.parts(result.heatmap), result)
 
     def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output, and what the composite gives in place of the gradient: relevance divided by the input, if need be."""

@@ -18,7 +18,7 @@ from crp.attributors.base import Attributor
 from crp.attributors.cam import CAM, GradCAM, GradCAMPlusPlus, GuidedGradCAM
 from crp.attributors.elrp import ELRP
 from crp.attributors.gradient import Gradient, Saliency, Sensitivity, SimpleTaylor
-from crp.attributors.inputs import baselines
+from crp.attributors.inputs import _baselines
 from crp.attributors.noise import SmoothGrad
 from crp.attributors.occlusion import Occlusion
 from crp.attributors.path import IntegratedGradients
@@ -103,25 +103,25 @@ class Entry:
 def entries() -> dict[str, Entry]:
     """All methods, in the order of their names; composites that were registered meanwhile too."""
     known = {
-        name: Entry(Method(name, family, options(kind, "model", "attr_output"), paper), partial(_attribute, kind))
+        name: Entry(Method(name, family, _options(kind, "model", "attr_output"), paper), partial(_attribute, kind))
         for name, (kind, family, paper) in ATTRIBUTORS.items()
     }
-    flow = options(Gradient, "model", "composite", "attr_output")
+    flow = _options(Gradient, "model", "composite", "attr_output")
     for name, make in {**classes(), "elrp": ELRP, "grad*input": composites.GradientTimesInput}.items():
-        own = options(make)
+        own = _options(make)
         if "layer" in own:  # (that of the composite, and not the one that is explained)
             own["classifier"] = own.pop("layer")
         if issubclass(make, composites.DeepLift):
             own["baseline"] = None
         family, paper = COMPOSITES.get(name, ("propagation", ""))
         known[name] = Entry(Method(name, family, own | flow, paper), partial(_propagate, make, set(flow)))
-    own = {**options(MeaningfulPerturbation, "model"), "batch_size": None}
+    own = {**_options(MeaningfulPerturbation, "model"), "batch_size": None}
     method = Method("meaningful_perturbation", "perturbation", own, "Fong and Vedaldi 2017")
     known[method.name] = Entry(method, _perturb)
     return dict(sorted(known.items()))
 
 
-def options(make: Callable[..., Any], *without: str) -> dict[str, Any]:
+def _options(make: Callable[..., Any], *without: str) -> dict[str, Any]:
     """Keywords of a constructor with their defaults; ``...`` where there is none."""
     return {
         name: ... if parameter.default is parameter.empty else parameter.default
@@ -162,7 +162,7 @@ def _propagate(
         return _explain(Gradient(model, make(**own), **how), inputs, target)
     if "reference" in own:
         raise ValueError("baseline and reference are both given; they are two names of one option")
-    references = baselines(own.pop("baseline"), inputs)
+    references = _baselines(own.pop("baseline"), inputs)
     parts = []
     # Each part has references of its own.
     for sample in torch.split(torch.arange(len(inputs)), how.get("batch_size") or len(inputs)):

@@ -10,7 +10,7 @@ from crp.composites import Composite, Functions
 from crp.composites.base import Canonizers, LayerMap
 from crp.notices import warn
 from crp.rules import Layer, Rule, Term
-from crp.rules.functions import names
+from crp.rules.functions import names_with
 from crp.rules.stabilizer import Stabilize
 
 
@@ -50,7 +50,7 @@ class ELRP(Composite):
     def __init__(
         self, canonizers: Canonizers = None, epsilon: Stabilize = 1e-4, layer_map: LayerMap = ()
     ) -> None:  # fmt: skip
-        activations = tuple(name for name in (*names("identity"), "relu", "leaky_relu") if name != "batch_norm")
+        activations = tuple(name for name in (*names_with("identity"), "relu", "leaky_relu") if name != "batch_norm")
         super().__init__(canonizers, layer_map=[*layer_map, (Functions(activations), ActivationRatio(epsilon))])
 
     def unreached(self, model: nn.Module) -> str | None:

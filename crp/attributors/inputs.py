@@ -15,7 +15,7 @@ OneBaseline: TypeAlias = float | Tensor | np.ndarray | Callable[[Tensor], Tensor
 Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline] | Mapping[str, OneBaseline]
 
 
-def baselines(given: Baseline, inputs: Inputs) -> Tensors:
+def _baselines(given: Baseline, inputs: Inputs) -> Tensors:
     """Baseline of each input that is explained, in its shape.
 
     Parameters

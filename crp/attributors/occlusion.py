@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_FORWARD, Attributor
-from crp.attributors.inputs import Baseline, baselines
+from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.engine.inputs import Inputs, Tensors
 from crp.notices import warn
@@ -71,7 +71,7 @@ class Occlusion(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and differences of scores."""
-        covers = baselines(self.baseline, inputs)
+        covers = _baselines(self.baseline, inputs)
         explained = inputs.explained
         shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
         found = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]

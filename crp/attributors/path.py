@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
-from crp.attributors.inputs import Baseline, baselines
+from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.engine.inputs import Inputs, Tensors
@@ -77,7 +77,7 @@ class IntegratedGradients(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and integrated gradients."""
-        starts = baselines(self.baseline, inputs)
+        starts = _baselines(self.baseline, inputs)
         ways = tuple(data - start for data, start in zip(inputs.explained, starts, strict=True))
         totals = tuple(torch.zeros_like(data) for data in inputs.explained)
         with self.differentiating(target) as gradients_of:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.attributors.backgrounds import Background, blur, check_background, make_background
+from crp.attributors.backgrounds import Background, _check_background, blur, make_background
 from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Target
@@ -179,7 +179,7 @@ class MeaningfulPerturbation:
             ("score", score, ScoreName),
         ):  # fmt: skip
             check_choice(name, value, allowed)
-        check_background(background)
+        _check_background(background)
         for name, number, least in (
             ("sigma", sigma, 0), ("mask_blur", mask_blur, 0), ("l1", l1, 0), ("tv", tv, 0), ("beta", beta, 1),
             ("noise", noise, 0), ("learning_rate", learning_rate, 0),

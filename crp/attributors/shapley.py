@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_FORWARD, Attributor, check_count
-from crp.attributors.inputs import Baseline, baselines
+from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.engine.inputs import Inputs, Tensors
 
@@ -66,7 +66,7 @@ class ShapleySampling(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and Shapley values."""
-        absent = baselines(self.baseline, inputs)
+        absent = _baselines(self.baseline, inputs)
         explained = inputs.explained
         players = self._players(explained)
         n_players = 1 + max(int(numbers.max()) for numbers in players)

@@ -15,9 +15,9 @@ from torch.nn.parameter import is_lazy
 from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
-from crp.canonizers import norms
 from crp.canonizers.folding import fold
-from crp.canonizers.places import Candidate, Linear, Place, Plan, Side, obstacle, plan_of
+from crp.canonizers.norms import _rest_of, is_batch_norm, obstacle
+from crp.canonizers.places import Place, Plan, Side, _Candidate, _Linear, _merge_obstacle, _plan_of
 from crp.layers import modules_of
 from crp.notices import warn
 from crp.trace import Passive, Structure, known, recorded, structure, tracing
@@ -69,7 +69,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         """
         instance = self.copy()
         try:
-            if any(map(norms.is_batch_norm, modules_of(root_module).values())):
+            if any(map(is_batch_norm, modules_of(root_module).values())):
                 instance.register(root_module)
         except BaseException:
             instance.remove()
@@ -81,7 +81,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         key = structure(root_module)
         record = known(root_module, key)
         if record is not None:
-            self._merge(plan_of(root_module, record))
+            self._merge(_plan_of(root_module, record))
         else:
             hook = Passive(partial(self._at_first_call, key))
             self._handles.append(root_module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
@@ -110,7 +110,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         if any(map(is_lazy, (*root.parameters(), *root.buffers()))):
             named = root.named_modules()
             reason = "the model had parameters that no call had initialized"
-            self.left = {name: reason for name, module in named if norms.is_batch_norm(module)}
+            self.left = {name: reason for name, module in named if is_batch_norm(module)}
             return
         try:
             record = recorded(root, args, kwargs, key)
@@ -118,21 +118,21 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
             if "does not require grad" not in str(error):
                 raise
             reason = "the model differentiates inside its forward pass, which the pass that looks for places cannot do"
-            self.left = {name: reason for name, module in root.named_modules() if norms.is_batch_norm(module)}
+            self.left = {name: reason for name, module in root.named_modules() if is_batch_norm(module)}
             warn(f"batch norm is not merged: {reason}")
             return
-        self._merge(plan_of(root, record))
+        self._merge(_plan_of(root, record))
 
     def _merge(self, plan: Plan) -> None:
         self.merged, self.left = {}, {}
-        folds: dict[Linear, dict[Side, nn.Module]] = {}
+        folds: dict[_Linear, dict[Side, nn.Module]] = {}
         for candidate in plan.candidates:
             place = self._choose(candidate)
             if place is not None:
                 folds.setdefault(place.linear, {})[place.side] = candidate.norm()
         for linear, sides in folds.items():
             weight, bias = linear.weight.get(), None if linear.bias is None else linear.bias.get()
-            assert weight is not None  # as `obstacle` has seen
+            assert weight is not None  # as `_merge_obstacle` has seen
             merged = fold(linear.form, weight, bias, sides.get("before"), sides.get("after"))
             for slot, parameter in zip((linear.weight, linear.bias), merged, strict=True):
                 if slot is not None:
@@ -140,16 +140,16 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
                     slot.module()._parameters[slot.name] = parameter
             for norm in sides.values():
                 self._bypassed.append(norm)
-                norm.forward = Passive(norms.rest_of(norm))
+                norm.forward = Passive(_rest_of(norm))
 
-    def _choose(self, candidate: Candidate) -> Place | None:
+    def _choose(self, candidate: _Candidate) -> Place | None:
         """Place to merge at; notes it, or why there is none."""
-        if (reason := norms.obstacle(candidate.norm())) is not None:
+        if (reason := obstacle(candidate.norm())) is not None:
             self.left[candidate.name] = reason
             return None
         reasons = list(candidate.reasons)
         for place in candidate.places:
-            reason = obstacle(candidate.norm(), place.linear, place.side)
+            reason = _merge_obstacle(candidate.norm(), place.linear, place.side)
             if reason is None:
                 self.merged[candidate.name] = place.linear.name
                 return place

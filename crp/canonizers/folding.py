@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.weak import WeakIdKeyDictionary
 
-from crp.canonizers import norms
+from crp.canonizers.norms import _affine, _sources
 
 #: Layers that can take in a batch norm.
 LINEAR = (nn.Linear, _ConvNd)
@@ -55,7 +55,7 @@ class Form(NamedTuple):
     is_shift_invariant: bool
 
 
-def form_of_layer(linear: Any) -> Form:
+def _form_of_layer(linear: Any) -> Form:
     """Form of a module; its own padding other than with zeros comes before the convolution."""
     if isinstance(linear, nn.Linear):
         return _form(False, {}, ())
@@ -65,7 +65,7 @@ def form_of_layer(linear: Any) -> Form:
     return _form(isinstance(linear, _ConvTransposeNd), settings, linear.kernel_size)
 
 
-def form_of_call(function: str, settings: Mapping[str, Any], weight: Tensor) -> Form:
+def _form_of_call(function: str, settings: Mapping[str, Any], weight: Tensor) -> Form:
     """Form of a call of one of `FUNCTIONS`, with its arguments by name."""
     return _form("transpose" in function, settings, weight.shape[2:])
 
@@ -94,7 +94,7 @@ def fold(
     """
     tensors = [weight, bias]
     for norm in (before, after):
-        tensors += norms.sources(norm) if norm is not None else []
+        tensors += _sources(norm) if norm is not None else []
     settings = [form, getattr(before, "eps", None), getattr(after, "eps", None)]
     known = _folded.get(weight)  # type: ignore[no-untyped-call]
     if known is None or known[0] != settings or not _unchanged(known[1], tensors):
@@ -103,10 +103,10 @@ def fold(
     return known[2], known[3]
 
 
-def has_shift(norm: Any) -> bool:
+def _has_shift(norm: Any) -> bool:
     """Whether a batch norm makes anything else than 0 of 0."""
     with torch.no_grad():
-        return bool(norms.affine(norm, torch.promote_types(norm.running_mean.dtype, torch.float32)).shift.any())
+        return bool(_affine(norm, torch.promote_types(norm.running_mean.dtype, torch.float32)).shift.any())
 
 
 class _Mark:
@@ -145,11 +145,11 @@ def _compute(
     shift = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
     factor = torch.ones((), dtype=dtype, device=weight.device)
     if before is not None:
-        first = norms.affine(before, dtype)
+        first = _affine(before, dtype)
         shift = shift + _response(form, precise * _per_input(form, weight, first.shift))
         factor = factor * _per_input(form, weight, first.scale)
     if after is not None:
-        second = norms.affine(after, dtype)
+        second = _affine(after, dtype)
         shift = (shift - second.mean) * second.scale + second.offset
         factor = factor * _per_output(form, weight, second.scale)
     # The weight's own memory format, whatever that of the factors.

@@ -20,7 +20,7 @@ _WITH_ACTIVATION = {"BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
-class Affine(NamedTuple):
+class _Affine(NamedTuple):
     """The map ``scale * (x - mean) + offset``, each of shape (channels,)."""
 
     scale: Tensor
@@ -38,17 +38,17 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or _is_frozen(module)
 
 
-def affine(norm: Any, dtype: torch.dtype) -> Affine:
+def _affine(norm: Any, dtype: torch.dtype) -> _Affine:
     """Map of a batch norm that has running statistics."""
     mean = norm.running_mean.to(dtype)
     scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.to(dtype)
     offset = torch.zeros_like(mean) if norm.bias is None else norm.bias.to(dtype)
-    return Affine(scale, mean, offset)
+    return _Affine(scale, mean, offset)
 
 
-def sources(norm: Any) -> list[Tensor | None]:
+def _sources(norm: Any) -> list[Tensor | None]:
     """Tensors that the map depends on."""
     # (training steps change running statistics without counting it; they do count the batches)
     counter = getattr(norm, "num_batches_tracked", None)
@@ -70,12 +70,12 @@ def obstacle(norm: Any) -> str | None:
     return None
 
 
-def is_affine_only(norm: nn.Module) -> bool:
+def _is_affine_only(norm: nn.Module) -> bool:
     """Whether nothing comes after the affine map."""
     return all(isinstance(part, nn.Identity) for part in _tail(norm))
 
 
-def rest_of(norm: nn.Module) -> Callable[..., Any]:
+def _rest_of(norm: nn.Module) -> Callable[..., Any]:
     """The module's forward without the affine map."""
     return partial(_apply, _tail(norm))
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from crp.canonizers import norms
-from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, form_of_call, form_of_layer, has_shift
+from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, _form_of_call, _form_of_layer, _has_shift
+from crp.canonizers.norms import _is_affine_only, is_batch_norm
 from crp.layers import modules_of, unwrap
 from crp.trace import FunctionCall, ModuleCall, Operand, TensorKind, Trace, undisturbed
 from crp.trace.graph import Unit, adjacent, layers_as_units
@@ -20,7 +20,7 @@ from crp.trace.graph import Unit, adjacent, layers_as_units
 Side: TypeAlias = Literal["before", "after"]
 
 
-class Slot(NamedTuple):
+class _Slot(NamedTuple):
     """Where a module, held weakly, stores a parameter."""
 
     module: Callable[[], Any]
@@ -32,7 +32,7 @@ class Slot(NamedTuple):
         return parameter
 
 
-class Linear(NamedTuple):
+class _Linear(NamedTuple):
     """A linear layer, or a function called with stored parameters.
 
     Attributes
@@ -49,19 +49,19 @@ class Linear(NamedTuple):
 
     name: str
     form: Form
-    weight: Slot
-    bias: Slot | None
+    weight: _Slot
+    bias: _Slot | None
     layer: Callable[[], Any] | None
 
 
 class Place(NamedTuple):
     """A linear layer or function, and on which side of it the batch norm is."""
 
-    linear: Linear
+    linear: _Linear
     side: Side
 
 
-class Candidate(NamedTuple):
+class _Candidate(NamedTuple):
     """A batch norm, held weakly, its places, and why it has no others."""
 
     name: str
@@ -74,26 +74,26 @@ class Candidate(NamedTuple):
 class Plan:
     """All batch norms of a model."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[_Candidate, ...]
 
 
 _plans: weakref.WeakKeyDictionary[Trace, Plan] = weakref.WeakKeyDictionary()
 
 
-def plan_of(root: nn.Module, record: Trace) -> Plan:
+def _plan_of(root: nn.Module, record: Trace) -> Plan:
     """Batch norms of a model and their places, found once for each record of a forward pass."""
     plan = _plans.get(record)
     if plan is None:
-        plan = _plans[record] = find_places(root, record)
+        plan = _plans[record] = _find_places(root, record)
     return plan
 
 
-def find_places(root: nn.Module, record: Trace) -> Plan:
+def _find_places(root: nn.Module, record: Trace) -> Plan:
     """Find all batch norms and their places."""
     modules = modules_of(unwrap(root))  # (whose names a record of the forward pass has)
-    found = {name: module for name, module in modules.items() if norms.is_batch_norm(module)}
+    found = {name: module for name, module in modules.items() if is_batch_norm(module)}
     layers = layers_as_units(record, [name for name, module in modules.items() if isinstance(module, LINEAR)])
-    linear: dict[Unit, Linear | str] = {unit: _layer(unit.name, modules[unit.name]) for unit in layers}
+    linear: dict[Unit, _Linear | str] = {unit: _layer(unit.name, modules[unit.name]) for unit in layers}
     linear |= _functions(modules, record)
     units = layers_as_units(record, found)
     behind, ahead = adjacent(linear, units), adjacent(units, linear)
@@ -114,13 +114,13 @@ def find_places(root: nn.Module, record: Trace) -> Plan:
                 reasons.append(reason)
             else:
                 places.append(Place(place, side))
-        candidates.append(Candidate(name, weakref.ref(norm), tuple(places), tuple(dict.fromkeys(reasons))))
+        candidates.append(_Candidate(name, weakref.ref(norm), tuple(places), tuple(dict.fromkeys(reasons))))
     return Plan(tuple(candidates))
 
 
-def obstacle(norm: Any, linear: Linear, side: Side) -> str | None:
+def _merge_obstacle(norm: Any, linear: _Linear, side: Side) -> str | None:
     """Reason why a batch norm cannot go into a linear layer, as both are now; None if it can."""
-    name = label(linear)
+    name = _label(linear)
     stored = linear.weight.get() is not None
     if linear.layer is not None:
         stored = stored and "bias" in linear.layer()._parameters
@@ -128,27 +128,27 @@ def obstacle(norm: Any, linear: Linear, side: Side) -> str | None:
         stored = stored and linear.bias.get() is not None
     if not stored:
         return f"a parameter of {name} is computed, not stored"
-    if side == "before" and not norms.is_affine_only(norm):
+    if side == "before" and not _is_affine_only(norm):
         return f"its activation comes before {name}"
-    if side == "before" and not linear.form.is_shift_invariant and has_shift(norm):
+    if side == "before" and not linear.form.is_shift_invariant and _has_shift(norm):
         return f"its shift would not reach the borders of {name} as it does now"
-    if linear.bias is None and has_shift(norm):
+    if linear.bias is None and _has_shift(norm):
         return f"{name} is called without a stored bias that could take up its shift"
     return None
 
 
-def label(linear: Linear) -> str:
+def _label(linear: _Linear) -> str:
     """Name of a linear layer or function in a sentence."""
     return linear.name if linear.layer is None else repr(linear.name)
 
 
-def _recorded_obstacle(linear: Linear, unit: Unit, norm: Unit, side: Side) -> str | None:
+def _recorded_obstacle(linear: _Linear, unit: Unit, norm: Unit, side: Side) -> str | None:
     """Reason why the two cannot be merged that lies in their calls."""
     weight = linear.weight.get()
     if weight is not None and any(
         call.returned is None or len(call.returned.shape) != weight.dim() for call in unit.calls
     ):
-        return f"it normalizes another axis than the features of {label(linear)}"
+        return f"it normalizes another axis than the features of {_label(linear)}"
     for call in _module_calls(norm):
         given, returned = (None if kind is None else kind.dtype for kind in (call.given, call.returned))
         if given != returned:
@@ -156,7 +156,7 @@ def _recorded_obstacle(linear: Linear, unit: Unit, norm: Unit, side: Side) -> st
     first, second = (unit, norm) if side == "after" else (norm, unit)
     changed = [call.output_changed for call in _module_calls(first)] + [c.input_changed for c in _module_calls(second)]
     if any(changed):
-        return f"a hook changes what goes between it and {label(linear)}"
+        return f"a hook changes what goes between it and {_label(linear)}"
     return None if linear.layer is None else _layer_obstacle(linear, linear.layer(), _module_calls(unit), side)
 
 
@@ -167,13 +167,13 @@ def _module_calls(unit: Unit) -> list[ModuleCall]:
 # --- functions ------------------------------------------------------------------------------------------------------
 
 
-def _functions(modules: Mapping[str, nn.Module], record: Trace) -> dict[Unit, Linear | str]:
+def _functions(modules: Mapping[str, nn.Module], record: Trace) -> dict[Unit, _Linear | str]:
     """Linear functions that are called outside of linear layers, or the reason why one cannot take in a norm."""
     calls: dict[str, list[FunctionCall]] = {}
     for call in record.operations:
         if call.name in FUNCTIONS and not any(issubclass(around.kind, LINEAR) for around in _around(call)):
             calls.setdefault(_name(call), []).append(call)
-    found: dict[Unit, Linear | str] = {}
+    found: dict[Unit, _Linear | str] = {}
     for name, same in calls.items():
         operands = (operand for call in same for operand in call.operands)
         parameters = dict.fromkeys(operand.parameter for operand in operands if operand.parameter is not None)
@@ -182,7 +182,7 @@ def _functions(modules: Mapping[str, nn.Module], record: Trace) -> dict[Unit, Li
     return found
 
 
-def _function(modules: Mapping[str, nn.Module], record: Trace, unit: Unit, calls: list[FunctionCall]) -> Linear | str:
+def _function(modules: Mapping[str, nn.Module], record: Trace, unit: Unit, calls: list[FunctionCall]) -> _Linear | str:
     """Description of a function that is called with one weight; or the reason why there is none."""
     first, *others = ({**_arguments(call), "input": None} for call in calls)
     weight, bias = first["weight"], first.get("bias")
@@ -199,8 +199,8 @@ def _function(modules: Mapping[str, nn.Module], record: Trace, unit: Unit, calls
         if names:
             return f"the parameter {parameter!r} is also {', '.join(map(repr, names))}"
     slot = _slot(modules, weight.parameter)
-    form = form_of_call(calls[0].name, first, slot.module()._parameters[slot.name])
-    return Linear(unit.name, form, slot, None if bias is None else _slot(modules, bias.parameter), None)
+    form = _form_of_call(calls[0].name, first, slot.module()._parameters[slot.name])
+    return _Linear(unit.name, form, slot, None if bias is None else _slot(modules, bias.parameter), None)
 
 
 def _name(call: FunctionCall) -> str:
@@ -216,9 +216,9 @@ def _arguments(call: FunctionCall) -> dict[str, Any]:
     return dict(zip(FUNCTIONS[call.name], call.arguments, strict=False)) | call.keywords
 
 
-def _slot(modules: Mapping[str, nn.Module], parameter: str) -> Slot:
+def _slot(modules: Mapping[str, nn.Module], parameter: str) -> _Slot:
     layer, _, name = parameter.rpartition(".")
-    return Slot(weakref.ref(modules[layer]), name)
+    return _Slot(weakref.ref(modules[layer]), name)
 
 
 def _around(call: FunctionCall) -> Iterator[ModuleCall]:
@@ -228,9 +228,9 @@ def _around(call: FunctionCall) -> Iterator[ModuleCall]:
 # --- linear layers --------------------------------------------------------------------------------------------------
 
 
-def _layer(name: str, layer: Any) -> Linear:
+def _layer(name: str, layer: Any) -> _Linear:
     here = weakref.ref(layer)
-    return Linear(name, form_of_layer(layer), Slot(here, "weight"), Slot(here, "bias"), here)
+    return _Linear(name, _form_of_layer(layer), _Slot(here, "weight"), _Slot(here, "bias"), here)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -239,7 +239,7 @@ _FORWARDS = {kind.forward for kind in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)}
 _CONV_FORWARDS = {kind._conv_forward for kind in _CONVOLUTIONS}
 
 
-def _layer_obstacle(linear: Linear, layer: Any, calls: list[ModuleCall], side: Side) -> str | None:
+def _layer_obstacle(linear: _Linear, layer: Any, calls: list[ModuleCall], side: Side) -> str | None:
     """Reason why a layer with a forward of its own does not do what its parameters say."""
     if linear.weight.get() is None or _has_plain_forward(layer):
         return None

@@ -11,9 +11,9 @@ import click
 from crp.commands.errors import CommandError
 
 
-@click.command()
+@click.command("methods")
 @click.option("--family", help="Only those of one family, such as cam.")
-def methods(family: str | None) -> None:
+def methods_command(family: str | None) -> None:
     """List all methods with their options and papers."""
     from crp.explain import methods as known
 
@@ -64,7 +64,7 @@ def attribute(
     """Explain one picture: input, heatmap, overlay, colours and prediction in one file."""
     import torch
 
-    from crp.commands.models import load
+    from crp.commands.models import load_model
     from crp.commands.panel import draw
     from crp.explain import explain
     from crp.explain import methods as known
@@ -79,7 +79,7 @@ def attribute(
         given["condition"] = {layer: list(concept)}
     if layer is not None and (not concept or families.get(method) == "cam"):
         given["layer"] = layer
-    loaded = load(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
+    loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
     shown, data = loaded.read(image)
     try:
         with torch.no_grad():

@@ -58,11 +58,11 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
     click.echo(str(figures._replace(seconds=time.perf_counter() - start)))  # with the time of the imports
 
 
-cli.add_command(attribute_commands.methods)
+cli.add_command(attribute_commands.methods_command)
 cli.add_command(attribute_commands.attribute)
-cli.add_command(mine_commands.mine)
+cli.add_command(mine_commands.mine_command)
 cli.add_command(table_commands.status)
-cli.add_command(table_commands.merge)
+cli.add_command(table_commands.merge_command)
 
 
 def main() -> None:

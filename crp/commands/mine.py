@@ -23,7 +23,7 @@ INTERRUPTED = 130
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command()
+@click.command("mine")
 @click.option("--model", required=True, help="Name in torchvision, or package.module:factory.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=_EXISTING, help="State dict.")
@@ -56,7 +56,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
+def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
     """Record how relevant and active every concept is on every sample of a dataset.
 
     The same command goes on after an interruption. Under torchrun, every process takes its share of the shards:
@@ -69,16 +69,16 @@ def mine(out: Path, overwrite: bool, quiet: bool, share: str | None, address: st
     hidden = quiet or (part is not None and part[0] > 0)
     with _told(out, overwrite):
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
-    from crp.commands.table import describe
+    from crp.commands.table import _describe
 
     done = "" if part is None else f"part {part[0]}/{part[1]} is done; "
-    click.echo(f"{done}{describe(table)}")
+    click.echo(f"{done}{_describe(table)}")
 
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
-    from crp.commands.models import load
-    from crp.commands.sources import MULTI_LABEL, gives_pictures, load_source, open_source
+    from crp.commands.models import load_model
+    from crp.commands.sources import MULTI_LABEL, _gives_pictures, _open_source, load_source
     from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.selection import select_layers
@@ -90,15 +90,15 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         raise CommandError(
             f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"
         )
-    source = open_source(given["data"])
+    source = _open_source(given["data"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
-    loaded = load(given["model"], given["weights"], given["checkpoint"], **pictures)
+    loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
     layers = select_layers(loaded.model, given["layers"])
     composite = _composite(given["rules"], given["settings"])
     fields = [field for field in given["fields"].split(",") if field]
     dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
     unused = [f"--{option}" for option in ("size", "mean") if given[option]]
-    if unused and not gives_pictures(dataset):
+    if unused and not _gives_pictures(dataset):
         raise CommandError(
             f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
         )

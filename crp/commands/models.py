@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crp.commands.errors import CommandError, nearest
+from crp.commands.errors import CommandError, _nearest
 from crp.commands.pictures import Normalized, Prepared
 
 
@@ -55,7 +55,7 @@ class Loaded:
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
 
 
-def load(
+def load_model(
     model: str,
     weights: str | None = None,
     checkpoint: Path | None = None,
@@ -132,7 +132,7 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
     known = models.list_models(module=models)
     if name not in known:
         raise CommandError(
-            f"there is no model {name!r} in torchvision{nearest(name, known)}; a model of your own is named "
+            f"there is no model {name!r} in torchvision{_nearest(name, known)}; a model of your own is named "
             "package.module:factory"
         )
     chosen = None
@@ -149,7 +149,7 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
         raise CommandError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
 
 
-def imported(place: str) -> Any:
+def _imported(place: str) -> Any:
     """What ``"pkg.module:name"`` names; the folder of the command is searched, too.
 
     Raises
@@ -167,12 +167,12 @@ def imported(place: str) -> Any:
         sys.path.remove("")
     found = getattr(module, name, None)
     if found is None:
-        raise CommandError(f"{place}: {module_name} has no {name!r}{nearest(name, dir(module))}")
+        raise CommandError(f"{place}: {module_name} has no {name!r}{_nearest(name, dir(module))}")
     return found
 
 
 def _made(place: str) -> nn.Module:
-    factory: Callable[[], Any] | nn.Module = imported(place)
+    factory: Callable[[], Any] | nn.Module = _imported(place)
     made = factory if isinstance(factory, nn.Module) else factory()
     if not isinstance(made, nn.Module):
         raise CommandError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")

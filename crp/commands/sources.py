@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from crp.commands.errors import CommandError
-from crp.commands.models import Loaded, imported
+from crp.commands.models import Loaded, _imported
 from crp.visualization.mining.datasets import Pairs, indexed
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -38,7 +38,7 @@ class Pictures:
             return file.copy(), None if self._labels is None else self._labels[Path(name).parts[0]]
 
 
-def open_source(data: str) -> Any:
+def _open_source(data: str) -> Any:
     """What ``--data`` names; asked before the model is loaded.
 
     Parameters
@@ -60,7 +60,7 @@ def open_source(data: str) -> Any:
         return Path(data)
     if ":" not in data:
         raise CommandError(f"--data {data} is neither a folder nor package.module:factory")
-    factory = imported(data)
+    factory = _imported(data)
     try:
         return indexed(factory() if callable(factory) else factory)
     except TypeError as error:
@@ -75,7 +75,7 @@ def load_source(
     Parameters
     ----------
     source : Path or Dataset
-        From `open_source`.
+        From `_open_source`.
     fields : sequence of str
         Where an item of the dataset holds its data and, if there is one, its label: keys, or places.
     loaded : Loaded
@@ -99,7 +99,7 @@ def load_source(
     else:
         first, *rest = places or _usual_places(source)
         made = Pairs(source, first, rest[0] if rest else None, loaded.prepared)
-    return made, loaded.normalized if gives_pictures(made) else None
+    return made, loaded.normalized if _gives_pictures(made) else None
 
 
 def _usual_places(source: Any) -> list[int | str | None]:
@@ -132,7 +132,7 @@ def as_hot(label: Any) -> list[int]:
 MULTI_LABEL = {"list": as_list, "hot": as_hot}
 
 
-def gives_pictures(pairs: Pairs) -> bool:
+def _gives_pictures(pairs: Pairs) -> bool:
     """Whether the data of a dataset's items are pictures of Pillow."""
     raw = Pairs(pairs.dataset, pairs.data, None, _is_picture)
     for index in range(min(len(raw), 100)):

@@ -36,40 +36,40 @@ def status(folder: Path, verify: bool) -> None:
         table = Table.open(folder)
         waiting = table.unlisted()
     except (TableError, OSError) as error:
-        raise CommandError(plain(str(error))) from error
+        raise CommandError(_plain(str(error))) from error
     coverage = table.coverage()
-    click.echo(f"{plain(str(folder))}: {describe(table)}")
+    click.echo(f"{_plain(str(folder))}: {_describe(table)}")
     click.echo(f"recorded   {' and '.join(table.modes)}, {' and '.join(table.kinds)}, of {len(table.layers)} layers:")
-    click.echo(plain("           " + ", ".join(table.layers)))
+    click.echo(_plain("           " + ", ".join(table.layers)))
     click.echo(f"size       {_size(table):.1f} MB in {len(table.shards)} shards")
     for start, stop in coverage.missing[:_LISTED]:
         click.echo(f"missing    {start} to {stop - 1}")
     if len(coverage.missing) > _LISTED:
         click.echo(f"missing    and {len(coverage.missing) - _LISTED} more ranges")
     for index, reason in list(coverage.skipped.items())[:_LISTED]:
-        click.echo(plain(f"skipped    {index}: {reason}"))
+        click.echo(_plain(f"skipped    {index}: {reason}"))
     if len(coverage.skipped) > _LISTED:
         click.echo(f"skipped    and {len(coverage.skipped) - _LISTED} more samples")
     left = sum(stop - start for start, stop in coverage.missing)
     if left and (rate := _rate(table)):
         click.echo(f"rate       {rate:.3g} samples/s; {left / rate / 60:.1f} min left at that")
     if waiting:
-        click.echo(f"unmerged   {len(waiting)} shards; crp merge {plain(str(folder))} takes them in")
+        click.echo(f"unmerged   {len(waiting)} shards; crp merge {_plain(str(folder))} takes them in")
     for owner in get_owners(folder):
-        click.echo(plain(f"written by process {owner.get('pid')} on {owner.get('host')} ({owner.get('role', 'run')})"))
+        click.echo(_plain(f"written by process {owner.get('pid')} on {owner.get('host')} ({owner.get('role', 'run')})"))
     problems = table.verify() if verify else []
     for problem in problems:
-        click.echo(plain(f"damaged    {problem}"))
+        click.echo(_plain(f"damaged    {problem}"))
     if verify and not problems:
         click.echo("integrity  every shard is as it was written")
     if problems or coverage.missing:
         raise SystemExit(1)
 
 
-@click.command()
+@click.command("merge")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("others", nargs=-1, type=_FOLDER)
-def merge(folder: Path, others: tuple[Path, ...]) -> None:
+def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
     """Take what several processes have mined into one table.
 
     FOLDER is where they have written; OTHERS, if any, are more folders of the same table, which are copied from.
@@ -81,13 +81,13 @@ def merge(folder: Path, others: tuple[Path, ...]) -> None:
     try:
         table = merged(folder, *others)
     except (TableError, OSError) as error:
-        raise CommandError(plain(str(error))) from error
-    click.echo(f"{plain(str(folder))}: {describe(table)}")
+        raise CommandError(_plain(str(error))) from error
+    click.echo(f"{_plain(str(folder))}: {_describe(table)}")
     if table.coverage().missing:
         raise SystemExit(1)
 
 
-def describe(table: Table) -> str:
+def _describe(table: Table) -> str:
     """What a table holds of its dataset, in a line."""
     coverage = table.coverage()
     missing = sum(stop - start for start, stop in coverage.missing)
@@ -97,7 +97,7 @@ def describe(table: Table) -> str:
     return f"{seen} of {table.n_samples} samples{skipped}, {sum(shard.rows for shard in table.shards)} rows; {state}"
 
 
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """Text without control characters, which a table from elsewhere may hold."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

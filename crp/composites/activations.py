@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from crp.rules.functions import Function
-from crp.rules.layer import tensors_in
 from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
 from crp.trace import undisturbed
+from crp.trace.recorder import tensors_in
 
 
-def may_be_activation(module: nn.Module) -> bool:
+def _may_be_activation(module: nn.Module) -> bool:
     """Whether a module is one of the user's, without parameters and parts, which may be an activation written out."""
-    return _is_of_the_user(type(module)) and not (module._parameters or module._buffers or module._modules)
+    kind: type = type(module)
+    return _is_of_the_user(kind) and not (module._parameters or module._buffers or module._modules)
 
 
 @lru_cache(maxsize=4096)
-def _is_of_the_user(kind: type[nn.Module]) -> bool:
+def _is_of_the_user(kind: Any) -> bool:
     return not (
         kind.__module__.startswith(("torch.", "crp."))
         or issubclass(kind, torch.jit.ScriptModule)
@@ -30,14 +31,14 @@ def _is_of_the_user(kind: type[nn.Module]) -> bool:
     )
 
 
-def one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Function] | None:
+def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Function] | None:
     """Functions of which a module makes one activation in this call; None if it makes anything else.
 
     It does if it is called with one tensor, returns one of the same shape, reads no other that depends on the model's
     input, and calls only elementwise functions that a mode can see, one of them an activation. To know, the module runs
     once for the record, and is left as it was.
     """
-    if not may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+    if not _may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         return None
     probe = _Probe()
     with undisturbed(module), torch.enable_grad():

@@ -15,14 +15,14 @@ from zennit.core import Composite as ZennitComposite
 from zennit.core import Hook
 
 from crp.canonizers import for_model
-from crp.composites.activations import may_be_activation
-from crp.composites.keywords import Remembered
-from crp.composites.matching import Matching, Seen
+from crp.composites.activations import _may_be_activation
+from crp.composites.keywords import _Remembered
+from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
-from crp.composites.places import hook
-from crp.composites.positions import totals_of
-from crp.composites.report import Report, report_on
-from crp.composites.selection import Entry, Selector, Types, addresses, check_map, entries_of
+from crp.composites.places import _hook
+from crp.composites.positions import _totals_of
+from crp.composites.report import Report, _report_on
+from crp.composites.selection import MapEntry, Selector, Types, _addresses, _check_map, _entries_of
 from crp.engine.encoding import Propagation
 from crp.engine.placed import note_placed, note_removed
 from crp.engine.reference import referencing
@@ -31,8 +31,9 @@ from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
-from crp.rules.layer import changed, tensors_in
+from crp.rules.layer import changed
 from crp.trace import Structure, structure, tracing
+from crp.trace.recorder import tensors_in
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.
@@ -43,7 +44,7 @@ NameMap = Sequence[tuple[Sequence[str], Hook | None]]
 _running: ContextVar[Composite | None] = ContextVar("running", default=None)
 
 
-class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
+class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
     """Maps operations to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
     Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's
@@ -97,7 +98,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
     ) -> None:
         if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
             raise TypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
-        check_map(layer_map, [*first_map, *at_input], name_map)
+        _check_map(layer_map, [*first_map, *at_input], name_map)
         self.auto = isinstance(canonizers, str)
         self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
         self.first_map = [(types, hook and lift(hook)) for types, hook in first_map]
@@ -109,7 +110,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
         self._operations: Operations | None = None
         self._depth, self._entered = 0, False
         self._structure: Structure | None = None
-        self._ready: tuple[list[Any], list[Entry], dict[Any, Any]] | None = None
+        self._ready: tuple[list[Any], list[MapEntry], dict[Any, Any]] | None = None
         super().__init__(lambda *_: None, [] if self.auto or canonizers is None else list(canonizers))
 
     def is_method(self, known: Function) -> bool:
@@ -117,9 +118,9 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
         return True
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[MapEntry]:
         """Entries of the maps in the order in which they are asked, with rules that are ready for a model."""
-        maps = entries_of(self.name_map, self.first_map, self.at_input, self.layer_map)
+        maps = _entries_of(self.name_map, self.first_map, self.at_input, self.layer_map)
         key = [(entry.selector, entry.rule) for entry in maps]
         if self._ready is None or self._ready[0] != key:
             rules = [entry.rule and entry.rule.attach(self._attachment) for entry in maps]
@@ -142,7 +143,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
                 "(or call remove()) first, or use another composite"
             )
         entries, modules = self.entries, modules_of(module)
-        addressed = addresses(entries, modules)  # (errors come before anything is done)
+        addressed = _addresses(entries, modules)  # (errors come before anything is done)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
                 instances = canonizer.apply(module)
@@ -152,7 +153,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
             self._structure = structure(module) if has_positions else None
             if self.canonizers:  # (which may have given the model other modules)
                 modules = modules_of(module)
-                addressed = addresses(entries, modules)
+                addressed = _addresses(entries, modules)
             parts = modules.values()
             for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
                 self.handles.append(_Lasting(state))
@@ -161,7 +162,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
             mode = Operations(module, matching, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name, child in modules.items():
-                if name in addressed or (entries and may_be_activation(child)):
+                if name in addressed or (entries and _may_be_activation(child)):
                     self._put(child, addressed.get(name, []), mode, is_root=child is module)
             # Last, so that the mode is active as long as any hook of the composite.
             self._operations = mode
@@ -202,12 +203,12 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
             self._attachment.account = None
 
     @contextmanager
-    def watching(self) -> Iterator[list[Seen]]:
+    def watching(self) -> Iterator[list[SeenOperation]]:
         """List the operations that forward passes of the model run, inside its context.
 
         Yields
         ------
-        list of Seen
+        list of SeenOperation
             In the order of execution.
 
         Raises
@@ -217,7 +218,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
         """
         if self._operations is None:
             raise RuntimeError(f"{type(self).__name__} is on no model; enter its context first")
-        seen: list[Seen] = []
+        seen: list[SeenOperation] = []
         self._operations.seen = seen
         try:
             yield seen
@@ -239,7 +240,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
         Report
             ``print`` it, or take its `to_dict`.
         """
-        return report_on(self, model, *args, **kwargs)
+        return _report_on(self, model, *args, **kwargs)
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
@@ -255,17 +256,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
             self._attachment.model_input.active = before
 
     def unreached(self, model: nn.Module) -> str | None:
-        """Why results are not those of the method, if no operation of a model has got a rule.
-
-        Parameters
-        ----------
-        model : nn.Module
-
-        Returns
-        -------
-        str or None
-            Message of the error; None if this is as it should be.
-        """
+        """Message of the error if no operation of a model gets a rule; None if that is what the method says."""
         entries, modules = [entry for entry in self.entries if entry.rule is not None], modules_of(model)
         types = {type(module) for module in modules.values()}
         if not entries or any(e.modules(modules) or any(map(e.means_module, types)) for e in entries):
@@ -297,14 +288,14 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
         """
         return None
 
-    def _put(self, module: nn.Module, own: list[tuple[Entry, bool]], mode: Operations, is_root: bool) -> None:
+    def _put(self, module: nn.Module, own: list[tuple[MapEntry, bool]], mode: Operations, is_root: bool) -> None:
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return None if tracing() and not mode.matching.is_counting else mode.enter_module(module, own, args, kwargs)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             return None if tracing() and not mode.matching.is_counting else mode.leave_module(module, output)
 
-        self.handles += hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
+        self.handles += _hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -323,7 +314,7 @@ class Composite(Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
                 "put all rules into one composite, by layer names where they differ"
             )
         if self._structure is not None and not mode.matching.totals:
-            mode.matching.totals = totals_of(mode, module, self._structure, args, kwargs)
+            mode.matching.totals = _totals_of(mode, module, self._structure, args, kwargs)
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()

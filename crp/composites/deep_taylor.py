@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from zennit.types import Linear
 
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
-from crp.composites.lrp import base
+from crp.composites.lrp import _base
 from crp.composites.registry import register
 from crp.composites.selection import Having, Kind
 from crp.rules.functions import Function
@@ -88,7 +88,7 @@ class DeepTaylor(Composite):
         rules: LayerMap = [(Kind("convolution"), hidden), (Kind("dense"), hidden)]
         if maxpool == "avg":
             rules = [*rules, (Having.of("maximum"), SumPool())]
-        others = base(zero_params=zero_params, method=type(self).__name__)
+        others = _base(zero_params=zero_params, method=type(self).__name__)
         super().__init__(
             canonizers,
             layer_map=[*layer_map, *rules, *others],

@@ -22,7 +22,14 @@ from crp.rules.deeplift import (
     RevealCancel,
 )
 from crp.rules.functions import Function
-from crp.rules.products import GLU, Normalization, Product, Quotient, Selection, Softmax
+from crp.rules.products import (
+    GLUDifference,
+    NormalizationDifference,
+    ProductDifference,
+    QuotientDifference,
+    SelectionDifference,
+    SoftmaxDifference,
+)
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 
@@ -101,12 +108,12 @@ class DeepLift(Composite):
             (Having.of("rescaled"), elementwise),
             (Having.of("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
-            (Having.of("bilinear"), Product()),
-            (Having.of("quotient"), Quotient()),
-            (Having.of("statistics"), Normalization()),
-            (Having.of("softmax"), Softmax()),
-            (Functions(("glu",)), GLU()),
-            (Having.of("selection"), Selection()),
+            (Having.of("bilinear"), ProductDifference()),
+            (Having.of("quotient"), QuotientDifference()),
+            (Having.of("statistics"), NormalizationDifference()),
+            (Having.of("softmax"), SoftmaxDifference()),
+            (Functions(("glu",)), GLUDifference()),
+            (Having.of("selection"), SelectionDifference()),
         ]
         if variant == "reveal_cancel":
             rules = [(Kind("convolution"), Affine()), (Kind("dense"), Affine()), *rules]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zennit.types import Linear
 
 from crp.composites.base import Canonizers, Composite, LayerMap
-from crp.composites.lrp import base
+from crp.composites.lrp import _base
 from crp.composites.registry import register
 from crp.composites.selection import Kind, Last
 from crp.rules.excitation import ContrastiveExcitation, Excitation, Signed
@@ -51,7 +51,7 @@ class ExcitationBackprop(Composite):
     ) -> None:
         rule = Excitation(signed, stabilizer)
         rules = [(Kind("convolution"), rule), (Kind("dense"), rule)]
-        others = base(zero_params="bias", method=type(self).__name__)
+        others = _base(zero_params="bias", method=type(self).__name__)
         super().__init__(canonizers, layer_map=[*layer_map, *rules, *others])
 
     def is_method(self, known: Function) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 
-class Remembered:
+class _Remembered:
     """Base of what keeps the arguments that it was built with."""
 
     #: Name in the registry.

@@ -31,7 +31,7 @@ from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
 
 
-def base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP") -> LayerMap:
+def _base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP") -> LayerMap:
     """Rules of all LRP presets for what is no affine layer; put those of affine layers before or after them.
 
     ReLU, max and average pooling, addition, concatenation and the like are right by the ordinary chain rule. Other
@@ -65,7 +65,7 @@ def base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP"
 class LRP(Composite):
     """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
 
-    What is no sum of weighted inputs gets the rules of `base`. An operation without a rule that is not right by the
+    What is no sum of weighted inputs gets the rules of `_base`. An operation without a rule that is not right by the
     ordinary chain rule is named in a warning, and attention is refused.
 
     Parameters
@@ -108,7 +108,7 @@ class LRP(Composite):
             layer_map=[
                 *layer_map,
                 *((kind, rule) for kind, rule in own if rule is not None),
-                *base(gates, zero_params, type(self).__name__),
+                *_base(gates, zero_params, type(self).__name__),
             ],
             first_map=first_map,
             name_map=name_map,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crp.composites.selection import Entry, fits, is_counted
+from crp.composites.selection import MapEntry, _fits, _is_counted
 from crp.rules import Rule, Whole
 from crp.rules.functions import AFFINE, Function, look_up
 from crp.rules.mode import Choice
@@ -19,7 +19,7 @@ _LINEAR = look_up(nn.functional.linear)
 Context = tuple[tuple[int, bool], ...]
 
 
-class Seen(NamedTuple):
+class SeenOperation(NamedTuple):
     """An operation that depends on the model's input, and the rule that reached it.
 
     Attributes
@@ -51,7 +51,7 @@ class Matching:
 
     Parameters
     ----------
-    entries : sequence of Entry
+    entries : sequence of MapEntry
         The first that matches wins.
     choices : dict
         Rules that were found, to be kept as long as the entries are the same.
@@ -73,7 +73,7 @@ class Matching:
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[MapEntry],
         choices: dict[Any, Choice],
         is_method: Callable[[Function], bool],
         model: nn.Module,
@@ -132,7 +132,7 @@ class Matching:
                 return Choice(entry.rule, True, str(entry), entry.number)
             if entry.number not in context:
                 continue
-            is_meant = entry.position is not None and fits(known, kind, entry.position.types)
+            is_meant = entry.position is not None and _fits(known, kind, entry.position.types)
             if entry.rule is None or is_meant:
                 return Choice(entry.rule, True, str(entry), entry.number)
             if not several and entry.rule.treats(known, kind, context[entry.number]):
@@ -148,7 +148,7 @@ class Matching:
         return tuple(
             (entry.number, False)
             for entry in self.positions
-            if entry.position is not None and fits(known, kind, entry.position.types) and self._is_chosen(entry, layer)
+            if entry.position is not None and _fits(known, kind, entry.position.types) and self._is_chosen(entry, layer)
         )
 
     def _layer_of(self, weight: Tensor) -> object:
@@ -159,7 +159,7 @@ class Matching:
         place = self.locate()
         return (place, weight.shape) if place else object()
 
-    def _is_chosen(self, entry: Entry, layer: object) -> bool:
+    def _is_chosen(self, entry: MapEntry, layer: object) -> bool:
         known = self.counts.setdefault(entry.number, {})
         k = known.setdefault(layer, len(known))
         assert entry.position is not None
@@ -169,13 +169,13 @@ class Matching:
         """How many layers each position has met."""
         return {entry.number: len(self.counts.get(entry.number, ())) for entry in self.positions}
 
-    def enter(self, module: nn.Module, own: Sequence[tuple[Entry, bool]], explained: bool) -> int:
+    def enter(self, module: nn.Module, own: Sequence[tuple[MapEntry, bool]], explained: bool) -> int:
         """From now on operations are inside a module; how many of its entries are the ordinary chain rule.
 
         Parameters
         ----------
         module : nn.Module
-        own : sequence of (Entry, bool)
+        own : sequence of (MapEntry, bool)
             Entries that mean it, and whether it contains no other module.
         explained : bool
             Whether it reads what depends on the model's input.
@@ -183,7 +183,7 @@ class Matching:
         known, added, without_rule = dict(self._context), [], 0
         for entry, alone in own:
             position = entry.position
-            counts = position is not None and is_counted(type(module), position.types)
+            counts = position is not None and _is_counted(type(module), position.types)
             if position is not None and not (counts and self._is_chosen(entry, module)):
                 continue
             if explained and entry.rule is not None and entry.rule.needs_weight:
@@ -200,7 +200,7 @@ class Matching:
         self._context, without_rule = self._stack.pop()
         return without_rule
 
-    def whole(self, own: Sequence[tuple[Entry, bool]]) -> Entry | None:
+    def whole(self, own: Sequence[tuple[MapEntry, bool]]) -> MapEntry | None:
         """Entry by which the module that was entered last is one operation; None if it is not."""
         context = dict(self._context)
         for entry in self.entries:

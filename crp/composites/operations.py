@@ -9,22 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
-from crp.composites.activations import one_activation
-from crp.composites.matching import Matching, Seen
+from crp.composites.activations import _one_activation
+from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
-from crp.composites.references import References
-from crp.composites.selection import Entry
+from crp.composites.references import ReferenceCalls
+from crp.composites.selection import MapEntry
 from crp.engine.reference import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
 from crp.rules.functional import Proportional
 from crp.rules.functions import AFFINE, Function, activation, in_place, overwrites
-from crp.rules.layer import Layer, changed, tensors_in
+from crp.rules.layer import Layer, changed
 from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.redirect import overwritten
 from crp.rules.whole import whole_call
+from crp.trace.recorder import tensors_in
 
 
 class _Whole(NamedTuple):
@@ -55,7 +56,7 @@ class Operations(SeeingMode):
     ----------
     treated : int
         Operations that got a rule, in all forward passes.
-    seen : list of Seen or None
+    seen : list of SeenOperation or None
         Where all operations are listed, for a report.
     """
 
@@ -70,12 +71,12 @@ class Operations(SeeingMode):
         self.model, self.method, self.attachment = model, method, attachment
         self.matching, matching.locate = matching, self.innermost
         self.treated = 0
-        self.seen: list[Seen] | None = None
+        self.seen: list[SeenOperation] | None = None
         self._wholes: list[_Whole | None] = []
         self._is_running = False
         self.places = Places(model)
         self._aside = 0
-        self.references = References()
+        self.references = ReferenceCalls()
         self._untreated: dict[str, None] = {}
 
     # --- rules ------------------------------------------------------------------------------------------------------
@@ -157,12 +158,12 @@ class Operations(SeeingMode):
     def _list(self, operation: str, choice: Choice) -> None:
         if self.seen is not None:
             layer, call = self.places.now
-            self.seen.append(Seen(layer, call, operation, choice.rule, choice.is_method, choice.why))
+            self.seen.append(SeenOperation(layer, call, operation, choice.rule, choice.is_method, choice.why))
 
     # --- modules ----------------------------------------------------------------------------------------------------
 
     def enter_module(
-        self, module: nn.Module, own: Sequence[tuple[Entry, bool]], args: Any, kwargs: dict[str, Any]
+        self, module: nn.Module, own: Sequence[tuple[MapEntry, bool]], args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         """From now on operations are inside a module that entries mean; forward pre-hook."""
         if not self._is_running:
@@ -218,7 +219,7 @@ class Operations(SeeingMode):
             self._step_back()
 
     def _choice_of_whole(
-        self, module: nn.Module, own: Sequence[tuple[Entry, bool]], args: Any, kwargs: Any
+        self, module: nn.Module, own: Sequence[tuple[MapEntry, bool]], args: Any, kwargs: Any
     ) -> tuple[Choice, Function] | None:
         """Rule of a module that counts as one operation; None for others."""
         if self._aside:
@@ -228,7 +229,7 @@ class Operations(SeeingMode):
             return Choice(entry.rule, True, str(entry), entry.number), activation(type(module).__name__)
         self._step_aside()
         try:
-            functions = one_activation(module, args, kwargs)
+            functions = _one_activation(module, args, kwargs)
         finally:
             self._step_back()
         if functions is None:
@@ -302,7 +303,7 @@ class Operations(SeeingMode):
         maker = "unseen" if node is None else node.name().rpartition("::")[2]
         why = f"{reader} reads what was {'changed' if is_changed else 'made'} where no rule can see it: refused"
         assert self.seen is not None
-        self.seen.append(Seen(layer, call, maker, None, False, why))
+        self.seen.append(SeenOperation(layer, call, maker, None, False, why))
 
     def check_output(self, output: Any) -> None:
         """Raise an `UnseenError` if the model's output was made by what cannot be seen."""

@@ -35,7 +35,7 @@ class Places:
         """Begin to follow a forward pass."""
         for name, module in self.model.named_modules():
             if module is not self.model:
-                self._handles += hook(module, partial(self._enter, name), self._leave)
+                self._handles += _hook(module, partial(self._enter, name), self._leave)
 
     def stop(self) -> None:
         """End of the forward pass."""
@@ -63,7 +63,7 @@ class Places:
         return [name for name, module in self.model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
 
 
-def hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any], **keywords: Any) -> list[Any]:
+def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any], **keywords: Any) -> list[Any]:
     """Hooks that run before and after each call of a module, after errors, too; they must be removed."""
     # (scripted modules say that they cannot be hooked, but torch runs hooks of them)
     keywords = {"prepend": True} | keywords

@@ -19,7 +19,7 @@ _REMEMBERED = 4
 _counted: weakref.WeakKeyDictionary[nn.Module, deque[tuple[Any, dict[int, int]]]] = weakref.WeakKeyDictionary()
 
 
-def totals_of(
+def _totals_of(
     mode: Operations, model: nn.Module, structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[int, int]:
     """Number of layers of each position's types, by the number of its entry; counted once for a structure."""

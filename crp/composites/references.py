@@ -10,7 +10,7 @@ from torch import Tensor
 from crp.rules.layer import Layer, changed
 
 
-class References:
+class ReferenceCalls:
     """Calls that have a rule, in the order in which the model's pass on the data will meet them.
 
     Attributes

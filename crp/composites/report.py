@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
-from crp.composites.matching import Seen
+from crp.composites.matching import SeenOperation
 from crp.engine.reference import referencing
 from crp.rules.layer import changed
 from crp.trace.graph import tracing
@@ -22,26 +22,8 @@ CHAIN_RULE = "ordinary chain rule"
 MERGED = "merged into"
 
 
-class Watched(Protocol):
-    """What a report needs of a composite.
-
-    Attributes
-    ----------
-    applied : list of (zennit.canonizers.Canonizer, instances)
-        Canonizers that are on the model now, each with the instances that it made.
-    """
-
-    applied: list[tuple[Canonizer, Sequence[Canonizer]]]
-
-    def context(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Context in which the composite is on a model."""
-
-    def watching(self) -> AbstractContextManager[list[Seen]]:
-        """Context in which the operations of forward passes are listed."""
-
-
 @dataclass(frozen=True)
-class Treated:
+class _Treated:
     """One operation that depends on the model's input.
 
     Attributes
@@ -97,16 +79,16 @@ class Report:
 
     composite: str
     model: str
-    operations: Sequence[Treated]
+    operations: Sequence[_Treated]
     modules: Mapping[str, str]
     calls: Mapping[str, int]
     changed: Mapping[str, str]
     canonizers: Sequence[str]
     left: Sequence[str]
 
-    def by_layer(self) -> dict[str, list[Treated]]:
+    def by_layer(self) -> dict[str, list[_Treated]]:
         """Operations of each module, in the order of ``model.named_modules()``."""
-        found: dict[str, list[Treated]] = {name: [] for name in self.modules}
+        found: dict[str, list[_Treated]] = {name: [] for name in self.modules}
         for operation in self.operations:
             found[operation.layer].append(operation)
         return found
@@ -135,7 +117,19 @@ class Report:
         return "\n".join([f"{self.composite} on {self.model}", *table, *end])
 
 
-def report_on(composite: Watched, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+class _Reportable(Protocol):
+    """What the report needs of a composite."""
+
+    applied: list[tuple[Canonizer, Sequence[Canonizer]]]
+
+    def context(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The composite on a model."""
+
+    def watching(self) -> AbstractContextManager[list[SeenOperation]]:
+        """Record of the operations that depend on the model's input."""
+
+
+def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """What a composite does to a model, from one forward pass; see `Composite.report`."""
     modules = dict(model.named_modules())
     calls: Counter[str] = Counter()
@@ -158,7 +152,7 @@ def report_on(composite: Watched, model: nn.Module, *args: Any, **kwargs: Any) -
             module.training = True
     told = {name: what for layers, _ in done for name, what in layers.items()}
     operations = [
-        Treated(
+        _Treated(
             layer,
             type(modules[layer]).__name__,
             call,

@@ -153,7 +153,7 @@ Selector: TypeAlias = (
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class MapEntry:
     """One entry of a composite's maps.
 
     Attributes
@@ -184,7 +184,7 @@ class Entry:
     @cached_property
     def is_address(self) -> bool:
         """Whether it may mean modules."""
-        return isinstance(self.selector, str | First | Depth) or is_types(self.selector)
+        return isinstance(self.selector, str | First | Depth) or _is_types(self.selector)
 
     def modules(self, modules: Mapping[str, nn.Module]) -> list[str]:
         """Names of the modules that it means by name, pattern or type, and whose operations it does not mean anyway.
@@ -220,9 +220,9 @@ class Entry:
         if isinstance(selector, Having):
             return not known.properties.isdisjoint(selector.properties)
         if isinstance(selector, First | Depth):
-            return fits(known, kind, selector.types)
-        if is_types(selector):
-            return fits(known, kind, selector)
+            return _fits(known, kind, selector.types)
+        if _is_types(selector):
+            return _fits(known, kind, selector)
         return known.canonical in map(canonical, self.functions)
 
     def means_module(self, module: type) -> bool:
@@ -235,7 +235,7 @@ class Entry:
         selector = self.selector
         if isinstance(selector, Functions):
             return list(selector.names)
-        if isinstance(selector, str | First | Depth | Kind | Having) or is_types(selector):
+        if isinstance(selector, str | First | Depth | Kind | Having) or _is_types(selector):
             return []
         return [name_of(function) for function in (selector if isinstance(selector, tuple) else (selector,))]
 
@@ -243,32 +243,32 @@ class Entry:
         return f"({_shown(self.selector)}, {self.rule!r})"
 
 
-def fits(known: Function, kind: str, types: Types) -> bool:
+def _fits(known: Function, kind: str, types: Types) -> bool:
     """Whether an affine operation is what modules of these types call."""
     return kind in AFFINE and known.example is not None and _is_one_of(known.example, types)
 
 
-def entries_of(
+def _entries_of(
     name_map: Sequence[tuple[Sequence[str], Rule | None]],
     first_map: Sequence[tuple[Types, Rule | None]],
     at_input: Sequence[tuple[Types, Rule | None]],
     layer_map: Sequence[tuple[Selector, Rule | None]],
-) -> list[Entry]:
+) -> list[MapEntry]:
     """Entries of a composite's maps in the order in which they are asked."""
     found: list[tuple[Any, Rule | None, bool, str]] = []
     found += [(name, rule, False, "name_map") for names, rule in name_map for name in names]
     found += [(types, rule, True, "first_map") for types, rule in first_map]
     found += [(types, rule, True, "at_input") for types, rule in at_input]
     found += [(selector, rule, False, "layer_map") for selector, rule in layer_map]
-    return [Entry(number, *entry) for number, entry in enumerate(found)]
+    return [MapEntry(number, *entry) for number, entry in enumerate(found)]
 
 
-def addresses(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[Entry, bool]]]:
+def _addresses(entries: Sequence[MapEntry], modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[MapEntry, bool]]]:
     """By module, the entries that mean it, and whether it contains no other module.
 
     Entries of a container that is never called itself stand for what is in it.
     """
-    found: dict[str, list[tuple[Entry, bool]]] = {}
+    found: dict[str, list[tuple[MapEntry, bool]]] = {}
     for entry in (entry for entry in entries if entry.is_address):
         names = entry.modules(modules)
         known = {name: not modules[name]._modules for name in names}
@@ -300,7 +300,7 @@ def _is_subclass(kind: type, types: Types) -> bool:
     return issubclass(kind, types)
 
 
-def is_counted(module: type, types: Types) -> bool:
+def _is_counted(module: type, types: Types) -> bool:
     """Whether a call of a module of a type counts for a position among these types, and not what it calls."""
     return _is_one_of(module, types) and not any(
         _is_one_of(plain, types) for plain in module.__mro__ if plain in _CALLED
@@ -321,13 +321,13 @@ def _shown(selector: object) -> str:
     return repr(selector) if not callable(selector) else name_of(selector)
 
 
-def is_types(selector: object) -> TypeGuard[Types]:
+def _is_types(selector: object) -> TypeGuard[Types]:
     """Whether a selector is a module type, or a tuple of these."""
     kinds = selector if isinstance(selector, tuple) else (selector,)
     return bool(kinds) and all(isinstance(kind, type) for kind in kinds)
 
 
-def check_map(layer_map: Sequence[Any], first_map: Sequence[Any], name_map: Sequence[Any]) -> None:
+def _check_map(layer_map: Sequence[Any], first_map: Sequence[Any], name_map: Sequence[Any]) -> None:
     """Raise a TypeError if an entry is no pair, or not for what its map is for."""
     for name, pairs in (("layer_map", layer_map), ("first_map", first_map), ("name_map", name_map)):
         if not isinstance(pairs, Sequence) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
@@ -342,13 +342,13 @@ def check_map(layer_map: Sequence[Any], first_map: Sequence[Any], name_map: Sequ
 
 
 def _check_types(types: object, what: str) -> None:
-    if not is_types(types):
+    if not _is_types(types):
         raise TypeError(f"{what}, such as nn.Linear or (nn.Linear, nn.Conv2d), not {types!r}")
 
 
 def _check_selector(selector: object) -> None:
     given = selector if isinstance(selector, tuple) else (selector,)
-    if isinstance(selector, str | First | Depth | Functions | Kind | Having) or is_types(selector):
+    if isinstance(selector, str | First | Depth | Functions | Kind | Having) or _is_types(selector):
         return
     if not given or not all(_is_function(f) for f in given):
         raise TypeError(

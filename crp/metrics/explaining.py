@@ -70,7 +70,7 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
     return explain_func
 
 
-def as_explain_func(method: Method) -> ExplainFunc:
+def _as_explain_func(method: Method) -> ExplainFunc:
     """Explanation function of any method; functions are taken as they are.
 
     Raises
@@ -88,7 +88,7 @@ def as_explain_func(method: Method) -> ExplainFunc:
     return method
 
 
-def relevance_by(explain_func: ExplainFunc, model: nn.Module, data: Tensor, target: Tensor) -> Tensor:
+def _relevance_by(explain_func: ExplainFunc, model: nn.Module, data: Tensor, target: Tensor) -> Tensor:
     """Relevance of data, in the shape of the data or with one channel.
 
     Parameters
@@ -104,10 +104,10 @@ def relevance_by(explain_func: ExplainFunc, model: nn.Module, data: Tensor, targ
     Tensor of shape (batch, *input shape) or (batch, 1, *space)
     """
     inputs, targets = data.detach().cpu().numpy(), target.detach().cpu().numpy()
-    return check_relevance(explain_func(model=model, inputs=inputs, targets=targets), data)
+    return _check_relevance(explain_func(model=model, inputs=inputs, targets=targets), data)
 
 
-def check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
+def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
     """Relevance as a tensor beside the data, with all axes of the data.
 
     Raises

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crp.attributors.backgrounds import Background, make_background
 from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName
-from crp.metrics.explaining import Array, Method, as_explain_func, check_relevance, relevance_by
+from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
 from crp.metrics.scoring import Labels, Scorer, area
 
 Order = Literal["most", "least"]
@@ -134,12 +134,12 @@ def pixel_flipping(
     check_choice("channels", channels, Literal["together", "apart"])
     if (explain_func is None) == (relevance is None):
         raise ValueError("give either explain_func or relevance")
-    explain = None if explain_func is None else as_explain_func(explain_func)
-    given = None if relevance is None else check_relevance(relevance, data)
+    explain = None if explain_func is None else _as_explain_func(explain_func)
+    given = None if relevance is None else _check_relevance(relevance, data)
     scorer = Scorer(model, data, target, score, batch_size)
     if given is None:
         assert explain is not None
-        given = relevance_by(explain, model, data, scorer.classes)
+        given = _relevance_by(explain, model, data, scorer.classes)
     filled = make_background(replacement, data, sigma, torch.Generator().manual_seed(seed))
     place, values = _features(given, data, patch, channels)
     count = values.shape[1]
@@ -187,7 +187,7 @@ def selectivity(
     -------
     Selectivity
     """
-    explain = as_explain_func(explain_func)
+    explain = _as_explain_func(explain_func)
     check_number("patch", patch, 1, whole=True)
     check_number("steps", steps, 1, whole=True)
     space = data.shape[2:] if data.dim() > 2 else data.shape[1:]
@@ -200,7 +200,7 @@ def selectivity(
     curve = [scorer.rate(left.__getitem__, every)]
     for step in range(1, steps + 1):
         if step == 1 or recompute:
-            relevance = _over_channels(relevance_by(explain, model, left, scorer.classes), data)
+            relevance = _over_channels(_relevance_by(explain, model, left, scorer.classes), data)
         spot = _best_patch(relevance.masked_fill(removed > 0, -torch.inf), patch)
         removed = torch.where(spot & (removed == 0), step, removed)
         left = torch.where(spot.view(len(data), *[1] * (data.dim() - 1 - len(space)), *space), filled, left)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.attributors.checks import check_number
-from crp.metrics.explaining import Method, as_explain_func, relevance_by
+from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Scorer
 
 
@@ -86,11 +86,11 @@ def continuity(
     ValueError
         If all points are the same.
     """
-    explain = as_explain_func(explain_func)
+    explain = _as_explain_func(explain_func)
     first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size)
     classes = first.classes.expand(len(path))
     parts = [slice(start, start + batch_size) for start in range(0, len(path), batch_size)]
-    relevance = torch.cat([relevance_by(explain, model, path[part], classes[part]) for part in parts]).flatten(1)
+    relevance = torch.cat([_relevance_by(explain, model, path[part], classes[part]) for part in parts]).flatten(1)
     points = path.detach().flatten(1)
     if neighbours:
         change, way = relevance.diff(dim=0).abs().sum(1), points.diff(dim=0).norm(dim=1)
@@ -135,7 +135,7 @@ def local_lipschitz(
     -------
     Tensor of shape (batch,)
     """
-    explain = as_explain_func(explain_func)
+    explain = _as_explain_func(explain_func)
     scorer = Scorer(model, data, target, "output", batch_size)
     if not isinstance(noise, Tensor):
         check_number("noise", noise, 0)
@@ -153,7 +153,7 @@ def local_lipschitz(
     every = torch.cat([data.detach()[None], moved]).flatten(0, 1)
     classes = scorer.classes.repeat(len(moved) + 1)
     parts = [slice(start, start + batch_size) for start in range(0, len(every), batch_size)]
-    relevance = torch.cat([relevance_by(explain, model, every[part], classes[part]) for part in parts])
+    relevance = torch.cat([_relevance_by(explain, model, every[part], classes[part]) for part in parts])
     relevance = relevance.view(len(moved) + 1, len(data), -1)
     change = (relevance[1:] - relevance[0]).norm(dim=2)
     way = (moved - data.detach()).flatten(2).norm(dim=2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crp.attributors.checks import check_number
 from crp.layers import unwrap
-from crp.metrics.explaining import Method, as_explain_func, relevance_by
+from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Scorer
 
 
@@ -57,7 +57,7 @@ def randomization(
     ValueError
         If no layer has parameters.
     """
-    explain = as_explain_func(explain_func)
+    explain = _as_explain_func(explain_func)
     check_number("batch_size", batch_size, 1, whole=True)
     classes = Scorer(model, data, target, "output", batch_size).classes
     changed = copy.deepcopy(unwrap(model)).eval()
@@ -68,7 +68,7 @@ def randomization(
     parts = [slice(start, start + batch_size) for start in range(0, len(data), batch_size)]
 
     def ranks() -> Tensor:
-        found = torch.cat([relevance_by(explain, changed, data[part], classes[part]) for part in parts]).flatten(1)
+        found = torch.cat([_relevance_by(explain, changed, data[part], classes[part]) for part in parts]).flatten(1)
         return _ranks(found.abs() if absolute else found)
 
     generator = torch.Generator().manual_seed(seed)

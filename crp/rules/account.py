@@ -54,13 +54,13 @@ class Account:
         y : Tensor of shape (batch, *output shape)
         shares : Shares
         """
-        sink = cast(Tensor, Sink.apply(a, y.detach()))
+        sink = cast(Tensor, _Sink.apply(a, y.detach()))
         self.sinks.setdefault(layer, []).append(sink)
         given = [torch.as_tensor(share, dtype=y.dtype, device=y.device) for share in shares]
-        return cast(Tensor, Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in given)))
+        return cast(Tensor, _Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in given)))
 
 
-class Sink(torch.autograd.Function):
+class _Sink(torch.autograd.Function):
     """Zeros, one row per sample (one for a number), that depend on ``a`` for the order of things only."""
 
     @staticmethod
@@ -74,7 +74,7 @@ class Sink(torch.autograd.Function):
         return None, None
 
 
-class Absorb(torch.autograd.Function):
+class _Absorb(torch.autograd.Function):
     """Identity; each sample's share of what arrives goes into the sink as well."""
 
     @staticmethod

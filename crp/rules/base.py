@@ -43,10 +43,10 @@ from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from crp.rules.account import Account, Shares
 from crp.rules.functions import AFFINE, Function
 from crp.rules.layer import Layer
-from crp.rules.model_input import AsRelevance, DetachedInput, ModelInput, Unit, UnitMultiplier
+from crp.rules.model_input import ModelInput, _AsRelevance, _DetachedInput, _Unit, _UnitMultiplier
 from crp.rules.notes import Copied, Notes
 from crp.rules.one_module import OneModule
-from crp.rules.redirect import Redirect, SecondOrder, released, saves_output
+from crp.rules.redirect import Redirect, SecondOrder, _released, _saves_output
 from crp.rules.stabilizer import Absolute, quotient, stabilizing
 
 
@@ -216,11 +216,11 @@ class Rule(Hook):  # type: ignore[misc]
         if self.attachment is not None and layer.at_input:
             note = self.attachment.notes.of(a)
             layer.copied = None if note is None else note.copied
-            layer.held = cast(Tensor, DetachedInput.apply(a, self.attachment.model_input))
+            layer.held = cast(Tensor, _DetachedInput.apply(a, self.attachment.model_input))
         if self.adds_up and self.multiplier and layer.operands is not None:
             terms = self.terms(layer, a, a)
             layer.result = functools.reduce(torch.add, [term.z for term in terms])
-            return self.share(layer, a, writable(layer.result), terms)
+            return self.share(layer, a, _writable(layer.result), terms)
         output = layer.output
         if output is a:  # handed back as it was
             return output
@@ -229,7 +229,7 @@ class Rule(Hook):  # type: ignore[misc]
                 f"{type(self).__name__} treats operations of one result; {layer} returns a {type(output).__name__}"
             )
         # (what a module as a whole has saved for its gradient cannot be known)
-        return self.propagate(layer, a, writable(output) if layer.module is None else output.detach().clone())
+        return self.propagate(layer, a, _writable(output) if layer.module is None else output.detach().clone())
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Output of an operation, with this rule as its gradient.
@@ -321,13 +321,13 @@ class Rule(Hook):  # type: ignore[misc]
     def _source(self, layer: Layer, a: Tensor) -> Tensor:
         """Tensor that stands for the input in the surrogate, and turns its gradient into what travels on."""
         if not layer.at_input:
-            return a if self.multiplier else cast(Tensor, AsRelevance.apply(a))
-        unit = None if layer.copied is None else unit_of(layer.copied)
+            return a if self.multiplier else cast(Tensor, _AsRelevance.apply(a))
+        unit = None if layer.copied is None else _unit_of(layer.copied)
         if unit is not None and unit.shape == a.shape:
             return unit
         if not self.multiplier:
-            return cast(Tensor, Unit.apply(a, a))
-        source = cast(Tensor, UnitMultiplier.apply(a.clone()))  # (the model may overwrite its tensor)
+            return cast(Tensor, _Unit.apply(a, a))
+        source = cast(Tensor, _UnitMultiplier.apply(a.clone()))  # (the model may overwrite its tensor)
         if self.attachment is None or self.attachment.account is None:
             return source
         lost = Shares(empty=(a.detach() == 0).to(a.dtype))  # no multiplier of 0 is relevance
@@ -366,21 +366,21 @@ class Rule(Hook):  # type: ignore[misc]
         self.__dict__.update(state, attachment=None)
 
 
-def unit_of(copied: Copied) -> Tensor:
+def _unit_of(copied: Copied) -> Tensor:
     """Ones where a tensor holds copies of the model's input, to which their gradient is handed as relevance."""
-    return copied.of(lambda leaf: cast(Tensor, Unit.apply(leaf, leaf)))
+    return copied.of(lambda leaf: cast(Tensor, _Unit.apply(leaf, leaf)))
 
 
-def writable(output: Tensor) -> Tensor:
+def _writable(output: Tensor) -> Tensor:
     """Values of an output, which may become the output of something else.
 
     That counts as a change in place, which views and outputs that a gradient needs cannot bear.
     """
-    bears = output.requires_grad and not output._is_view() and not saves_output(output)
-    return output if bears else released(output)
+    bears = output.requires_grad and not output._is_view() and not _saves_output(output)
+    return output if bears else _released(output)
 
 
-def is_exact(rule: Rule) -> bool:
+def _is_exact(rule: Rule) -> bool:
     """Whether a rule whose surrogate is the operation itself is the ordinary chain rule."""
     return (
         rule.multiplier

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
-from crp.rules.redirect import Redirect, SecondOrder, released
+from crp.rules.redirect import Redirect, SecondOrder, _released
 
 #: A midpoint derivative that predicts Δy to this many roundings of y is used in place of the quotient.
 ROUNDINGS = 4
@@ -81,7 +81,7 @@ class Difference(Rule):
         if isinstance(self.attachment, Differences):
             self.attachment.outside[str(layer)] = exact and self.attachment.outside.get(str(layer), True)
 
-    def parts_of(self, tensor: Tensor) -> Parts | None:
+    def parts_of(self, tensor: Tensor) -> _Parts | None:
         """Parts of an affine output, or of a copy of it; None for other tensors."""
         note = None if self.attachment is None else self.attachment.notes.of(tensor)
         return None if note is None else note.parts
@@ -113,7 +113,7 @@ class Difference(Rule):
         compute : callable
             Gives the scales once more, differentiable, for second derivatives.
         """
-        y = released(output)
+        y = _released(output)
         own = output if output.requires_grad else None
         second = SecondOrder(layer.again(), layer.inputs, self.is_active, compute)
         return cast(Tensor, Redirect.apply(y, second, len(surrogates), *surrogates, *scales, own))
@@ -162,7 +162,7 @@ class MaxPool(Difference):
         x, x0, call = layer.inputs[0], reference.inputs[0], layer.again()
         y, y0 = _first(layer.output), _first(reference.output)
         at = -int(layer.name.partition("pool")[2][0])
-        chosen = torch.where(y >= y0, maxima(layer, x.detach()), maxima(reference, x0)).flatten(at)
+        chosen = torch.where(y >= y0, _maxima(layer, x.detach()), _maxima(reference, x0)).flatten(at)
 
         def gathered(values: Tensor) -> Tensor:
             return values.flatten(at).gather(-1, chosen).view(y.shape)
@@ -179,7 +179,7 @@ class MaxPool(Difference):
 
 
 @dataclass(frozen=True)
-class Parts:
+class _Parts:
     r"""An affine output, and what its positive contributions are.
 
     Attributes
@@ -214,8 +214,8 @@ class Affine(Difference):
             up, down = (delta > 0).to(delta) + half, (delta < 0).to(delta) + half
             return call(delta * up, positive, bias=False) + call(delta * down, negative, bias=False)
 
-        layer.parts = Parts(whole, above)
-        return cast(Tensor, Apart.apply(whole.data, whole))
+        layer.parts = _Parts(whole, above)
+        return cast(Tensor, _Apart.apply(whole.data, whole))
 
 
 class BatchNorm(Difference):
@@ -233,10 +233,10 @@ class BatchNorm(Difference):
         parts = self.parts_of(layer.inputs[0])
         if parts is None:
             return cast(Tensor, whole)
-        below, scale = parts, derivative(layer.again(), layer.inputs[0].detach())
+        below, scale = parts, _derivative(layer.again(), layer.inputs[0].detach())
         # (A negative factor swaps the two parts, between which RevealCancel makes no difference.)
-        layer.parts = Parts(below.whole * scale, lambda: below.positive() * scale)
-        return cast(Tensor, Apart.apply(whole.data, whole))
+        layer.parts = _Parts(below.whole * scale, lambda: below.positive() * scale)
+        return cast(Tensor, _Apart.apply(whole.data, whole))
 
 
 class RevealCancel(Rescale):
@@ -275,7 +275,7 @@ class RevealCancel(Rescale):
         return self.send(layer, layer.output, [x, parts.whole, plus], found, scales)
 
 
-class Apart(torch.autograd.Function):
+class _Apart(torch.autograd.Function):
     """Value of ``y``, whose gradient goes into ``z``; what reads one can tell it from the other."""
 
     @staticmethod
@@ -297,7 +297,7 @@ def slope(call: Callable[[Tensor], Tensor], x: Tensor, x0: Tensor, y: Tensor, y0
     name = getattr(call, "name", getattr(call, "__name__", ""))
     if name == "relu":
         return torch.where(dx == 0, (x > 0).to(quotient), quotient)
-    between = derivative(call, (x + x0) / 2)
+    between = _derivative(call, (x + x0) / 2)
     size = y.abs() + y0.abs()
     if name == "gelu":  # 1 + erf(x) is no better than 1
         size = size + x.abs() + x0.abs()
@@ -305,7 +305,7 @@ def slope(call: Callable[[Tensor], Tensor], x: Tensor, x0: Tensor, y: Tensor, y0
     return torch.where((between * dx - dy).abs() <= rounding, between, quotient)
 
 
-def derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Derivative of an elementwise function, differentiable if ``x`` is."""
     differentiable = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
@@ -314,20 +314,20 @@ def derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return found
 
 
-def maxima(layer: Layer, x: Tensor) -> Tensor:
+def _maxima(layer: Layer, x: Tensor) -> Tensor:
     """Where each window of a max-pooling has its maximum, as an index into the flattened space."""
     pool: Any = getattr(F, layer.name.removesuffix("_with_indices") + "_with_indices")
     named = {k: v for k, v in layer.kwargs.items() if k not in ("input", "self", "return_indices")}
     return cast(Tensor, pool(x, *layer.args[1:], **named)[1])
 
 
-def same_operands(layer: Layer, reference: Layer, start: int = 0) -> bool:
+def _same_operands(layer: Layer, reference: Layer, start: int = 0) -> bool:
     """Whether operands from ``start`` on are those of the reference's call."""
     pairs = zip(layer.inputs[start:], reference.inputs[start:], strict=True)
-    return all(same(value, value0) for value, value0 in pairs)
+    return all(_same(value, value0) for value, value0 in pairs)
 
 
-def same(value: Tensor, value0: Tensor) -> bool:
+def _same(value: Tensor, value0: Tensor) -> bool:
     """Whether two tensors hold the same values."""
     return value.shape == value0.shape and (value.data_ptr() == value0.data_ptr() or torch.equal(value, value0))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from zennit import rules as zennit_rules
 from zennit.core import BasicHook, Hook, ParamMod
 
-from crp.rules.base import Rule, unit_of
+from crp.rules.base import Rule, _unit_of
 from crp.rules.layer import Layer
 from crp.rules.lrp import Pass
 
@@ -33,14 +33,14 @@ def lift(hook: Hook) -> Rule:
         return Pass()
     own = [name for name in ("forward", "backward") if getattr(type(hook), name, None) is not getattr(BasicHook, name)]
     if isinstance(hook, BasicHook) and not own:
-        return Lifted(hook)
+        return _Lifted(hook)
     raise TypeError(
         f"{type(hook).__name__} cannot be used in this composite: neither a crp rule nor a zennit BasicHook with the "
         "passes of that class. Use it in a zennit composite, which propagates relevance."
     )
 
 
-class Lifted(Rule):
+class _Lifted(Rule):
     """A zennit `BasicHook` with ``R = m * y`` in and ``R / a`` out (0 where ``a`` is 0).
 
     At the model's input relevance is handed out as it is.
@@ -67,7 +67,7 @@ class Lifted(Rule):
             outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), given)))
             inputs.append(given)
         note = None if self.attachment is None else self.attachment.notes.of(a)
-        unit = None if note is None or note.copied is None else unit_of(note.copied)
+        unit = None if note is None or note.copied is None else _unit_of(note.copied)
         target, divisor = (a, a.detach()) if unit is None else (unit, None)
         return cast(Tensor, _Propagate.apply(target, y, divisor, self.hook, inputs, outputs))
 

@@ -18,7 +18,7 @@ from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.notes import Born
-from crp.rules.redirect import Redirect, SecondOrder, released
+from crp.rules.redirect import Redirect, SecondOrder, _released
 
 #: What becomes of a product's gate: held constant, or given half of the relevance.
 Gates: TypeAlias = Literal["signal", "split"]
@@ -41,7 +41,7 @@ class Linearized(Rule):
         parts = self.parts(layer, *layer.inputs)
         zs, scales = [z for z, _ in parts], [scale.detach() for _, scale in parts]
         second = SecondOrder(again, layer.inputs, self.is_active, lambda: self._scales_of(again))
-        out = cast(Tensor, Redirect.apply(released(own), second, len(zs), *zs, *scales, own))
+        out = cast(Tensor, Redirect.apply(_released(own), second, len(zs), *zs, *scales, own))
         account = None if self.attachment is None else self.attachment.account
         if account is None:
             return out

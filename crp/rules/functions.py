@@ -269,7 +269,7 @@ def look_up(function: Callable[..., Any]) -> Function:
     """What is known of a function, however it is spelled."""
     found = _functions.get(function)
     if found is None:
-        found = _functions[function] = described(*_named(function))
+        found = _functions[function] = _described(*_named(function))
     return found
 
 
@@ -282,7 +282,7 @@ def _named(function: Callable[..., Any]) -> tuple[str, bool]:
 
 
 @lru_cache(maxsize=4096)
-def described(name: str, is_attribute: bool = False) -> Function:
+def _described(name: str, is_attribute: bool = False) -> Function:
     """What is known of a function of this plain name."""
     if name in _METADATA or (is_attribute and name not in _VIEWS):
         return Function(name, name, metadata=True)
@@ -316,7 +316,7 @@ def activation(name: str, gives: int = 0) -> Function:
     return Function(name, name, "activation", properties, True, keeps=FIRST, gives=gives | Born.ACTIVATION)
 
 
-def names(*properties: str) -> tuple[str, ...]:
+def names_with(*properties: str) -> tuple[str, ...]:
     """Names in the table of functions that are of one of these kinds, or have one of these properties, sorted."""
     unknown = set(properties) - PROPERTIES - set(KINDS)
     if unknown:
@@ -325,7 +325,7 @@ def names(*properties: str) -> tuple[str, ...]:
     return tuple(sorted(chosen))
 
 
-def parameters(known: Function, function: Callable[..., Any]) -> tuple[str, ...]:
+def _parameters_of(known: Function, function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a function's positional arguments; empty where rules need none."""
     if known.canonical in _BUILT_IN and not isinstance(function, FunctionType):
         return _BUILT_IN[known.canonical]
@@ -368,7 +368,7 @@ def overwrites(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     return name_of(function) == "setitem" or in_place(function, args, kwargs)
 
 
-def out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
     """Like a function that works in place, but on a copy."""
 
     def copying(first: Any, *args: Any, **kwargs: Any) -> Any:
@@ -378,7 +378,7 @@ def out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return copying
 
 
-def has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a number below zero is among the arguments."""
     return any(isinstance(value, int | float) and value < 0 for value in (*args, *kwargs.values()))
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from crp.rules.base import Term
-from crp.rules.layer import Boosted, Layer, negative, positive
-from crp.rules.lrp import LRPRule, Names, contributions, itself
+from crp.rules.layer import Layer, _Boosted, negative, positive
+from crp.rules.lrp import LRPRule, Names, _contributions, _itself
 from crp.rules.redirect import SecondOrder
 from crp.rules.stabilizer import Stabilize, quotient
 
@@ -64,7 +64,7 @@ class Gamma(LRPRule):
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term for the positive and one for the negative outputs."""
-        z, p = itself(self, layer, a), contributions(layer, a, positive, negative)
+        z, p = _itself(self, layer, a), _contributions(layer, a, positive, negative)
         # The negative contributions are what the positive ones leave of z: where z < 0 nothing cancels.
         return [Term(z + self.gamma * p, outputs=1), Term(z + self.gamma * (z - p), outputs=-1)]
 
@@ -91,7 +91,7 @@ class Gamma(LRPRule):
 
     def rectified(self, layer: Layer, a: Tensor) -> Tensor:
         """Surrogate of the layer for its positive outputs."""
-        return contributions(layer, a, Boosted(self.gamma, positive), Boosted(self.gamma, negative))
+        return _contributions(layer, a, _Boosted(self.gamma, positive), _Boosted(self.gamma, negative))
 
 
 @dataclass

@@ -25,7 +25,7 @@ from crp.rules.layer import Layer
 _LINEAR_BEYOND = 40.0
 
 
-class ReLURule(Rule):
+class _ReLURule(Rule):
     """Base of these rules: the gradient of an activation goes through its `surrogate`, perhaps cut off at 0."""
 
     #: Whether the negative part of what arrives is cut off.
@@ -45,7 +45,7 @@ class ReLURule(Rule):
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the activation's output, whose gradient goes through the surrogate."""
         z = self.surrogate(layer, a)
-        return self.redirect(layer, a, y, [cast(Tensor, Cut.apply(z)) if self.cuts else z], [torch.ones_like(y)])
+        return self.redirect(layer, a, y, [cast(Tensor, _Cut.apply(z)) if self.cuts else z], [torch.ones_like(y)])
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         return torch.ones_like(y)
@@ -55,7 +55,7 @@ class ReLURule(Rule):
         return kind == "activation"
 
 
-class GuidedReLU(ReLURule):
+class GuidedReLU(_ReLURule):
     r"""Guided backprop, :math:`m_a = m\,1[m > 0]\,1[a > 0]`.
 
     Springenberg, Dosovitskiy, Brox and Riedmiller, "Striving for simplicity: the all convolutional net" (ICLR
@@ -67,7 +67,7 @@ class GuidedReLU(ReLURule):
         return cast(Tensor, layer.itself(a))
 
 
-class DeconvReLU(ReLURule):
+class DeconvReLU(_ReLURule):
     r"""Deconvnet, :math:`m_a = m\,1[m > 0]`: what flows back is rectified, whatever the input was.
 
     Zeiler and Fergus, "Visualizing and understanding convolutional networks" (ECCV 2014), section 2.1.
@@ -78,7 +78,7 @@ class DeconvReLU(ReLURule):
         return a
 
 
-class SmoothReLU(ReLURule):
+class SmoothReLU(_ReLURule):
     r"""β-smooth ReLU, :math:`m_a = m\,\sigma(\beta a)`: the gradient of softplus in place of that of ReLU.
 
     Dombrowski et al., "Explanations can be manipulated and geometry is to blame" (NeurIPS 2019), section 3.2. The
@@ -109,7 +109,7 @@ class SmoothReLU(ReLURule):
         return F.softplus(a, self.beta, _LINEAR_BEYOND)
 
 
-class Cut(torch.autograd.Function):
+class _Cut(torch.autograd.Function):
     """Identity; the negative part of its gradient is cut off."""
 
     @staticmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crp.rules.base import Term
-from crp.rules.layer import Layer, negative, ones, positive, square
+from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
 
@@ -39,7 +39,7 @@ class WSquare(LRPRule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the sum of the squared weights."""
-        return layer(a, square)
+        return layer(a, _square)
 
 
 class Flat(LRPRule):
@@ -63,7 +63,7 @@ class Flat(LRPRule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the number of inputs in reach."""
-        return layer(a, ones, bias=False)
+        return layer(a, _ones, bias=False)
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Number of inputs in reach; one convolution of one channel serves where all channels read the same."""

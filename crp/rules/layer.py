@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
-from dataclasses import fields as fields_of
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from crp.rules.functions import Function, look_up, parameters
+from crp.rules.functions import Function, _parameters_of, look_up
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
+from crp.trace.recorder import tensors_in
 
 Modifier: TypeAlias = Callable[[Tensor], Tensor]
 #: How many modified copies of a weight are kept.
@@ -23,7 +23,7 @@ KEPT = 8
 _modified: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def same(weight: Tensor) -> Tensor:
+def _same(weight: Tensor) -> Tensor:
     """Weight as it is."""
     return weight
 
@@ -38,18 +38,18 @@ def negative(weight: Tensor) -> Tensor:
     return weight.clamp(max=0)
 
 
-def square(weight: Tensor) -> Tensor:
+def _square(weight: Tensor) -> Tensor:
     """Square."""
     return weight.square()
 
 
-def ones(weight: Tensor) -> Tensor:
+def _ones(weight: Tensor) -> Tensor:
     """Ones in place of every entry."""
     return torch.ones_like(weight)
 
 
 @dataclass(frozen=True)
-class Boosted:
+class _Boosted:
     """Weight plus ``gamma`` times a part of it."""
 
     gamma: float
@@ -60,15 +60,15 @@ class Boosted:
         return weight + self.gamma * self.part(weight)
 
 
-def split_by_sign(a: Tensor) -> tuple[Tensor, Tensor | None]:
+def _split_by_sign(a: Tensor) -> tuple[Tensor, Tensor | None]:
     """Positive and negative part of a layer's input; None where there is no negative part, as behind a ReLU."""
     if a.numel() == 0 or a.detach().amin() >= 0:
         return a, None
-    positive_part, negative_part = cast(tuple[Tensor, Tensor], SplitBySign.apply(a))
+    positive_part, negative_part = cast(tuple[Tensor, Tensor], _SplitBySign.apply(a))
     return positive_part, negative_part
 
 
-class SplitBySign(torch.autograd.Function):
+class _SplitBySign(torch.autograd.Function):
     """Positive and negative part; each entry takes the gradient of the part that it is in."""
 
     @staticmethod
@@ -181,7 +181,7 @@ class Layer:
     def arguments(self) -> dict[str, Any]:
         """Arguments by name, where the table of functions has the names."""
         named = {"input" if key == "self" else key: value for key, value in self.kwargs.items()}
-        return {**dict(zip(parameters(self.known, self.function), self.args, strict=False)), **named}
+        return {**dict(zip(_parameters_of(self.known, self.function), self.args, strict=False)), **named}
 
     def __call__(
         self,
@@ -209,7 +209,7 @@ class Layer:
         if operands is None:
             self._refuse_modifier(weight, bias)
             return cast(Tensor, self.value(a, *(o for o in (weight, bias, *others) if isinstance(o, Tensor))))
-        modifier = same if weight is None or isinstance(weight, Tensor) else weight
+        modifier = _same if weight is None or isinstance(weight, Tensor) else weight
         w = weight if isinstance(weight, Tensor) else self._modified("weight", operands.weight, modifier)
         assert w is not None
         if isinstance(bias, Tensor) or bias is False:
@@ -229,7 +229,7 @@ class Layer:
             given = iter(inputs)
             mine = {id(tensor) for tensor in self.inputs}
             args, kwargs = changed((list(self.args), dict(self.kwargs)), lambda t: next(given) if id(t) in mine else t)
-            if self.module is not None and works_in_place(self.module):
+            if self.module is not None and _works_in_place(self.module):
                 args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
             return self.function(*args, **kwargs)
 
@@ -257,14 +257,14 @@ class Layer:
 
     def split_by_sign(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
         """Positive and negative part of an input; None where there is no negative part, as behind a ReLU."""
-        return (a, None) if self.nonnegative else split_by_sign(a)
+        return (a, None) if self.nonnegative else _split_by_sign(a)
 
     def _modified(self, name: str, operand: Tensor | None, modifier: Modifier) -> Tensor | None:
         if operand is None or (name == "bias" and name in self.zero_params):
             return None
         if name in self.zero_params:
             return torch.zeros_like(operand)
-        return operand.detach() if modifier is same else modified(operand, modifier)
+        return operand.detach() if modifier is _same else modified(operand, modifier)
 
     def _refuse_modifier(self, weight: object, bias: object) -> None:
         has_parameters = self.module is not None and next(self.module.parameters(), None) is not None
@@ -281,12 +281,12 @@ class Layer:
         return f"{self.name}() in {place!r}" if place else f"{self.name}()"
 
 
-def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Layer:
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Layer:
     """A call of a function of torch as a layer, all of whose tensors are its inputs."""
     return Layer(function, args, kwargs, tuple(tensors_in((args, kwargs))), look_up(function))
 
 
-def works_in_place(module: nn.Module) -> bool:
+def _works_in_place(module: nn.Module) -> bool:
     """Whether a module, or a part of it, overwrites its input."""
     return any(getattr(part, "inplace", False) for part in module.modules())
 
@@ -310,21 +310,6 @@ def modified(weight: Tensor, modifier: Modifier) -> Tensor:
 
 
 # --- tensors in what functions are called with ----------------------------------------------------------------------
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Tensors in sequences, mappings and dataclasses, nested in any way."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields_of(value):
-            yield from tensors_in(getattr(value, entry.name))
 
 
 def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crp.rules.base import Rule, Term, is_exact
+from crp.rules.base import Rule, Term, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
 from crp.rules.redirect import Redirect
@@ -92,11 +92,11 @@ class Epsilon(LRPRule):
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Output of an operation, with this rule as its gradient; for ε = 0 the ordinary chain rule is that."""
-        return layer.output if is_exact(self) else super().propagate(layer, a, y)
+        return layer.output if _is_exact(self) else super().propagate(layer, a, y)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer itself."""
-        return itself(self, layer, a)
+        return _itself(self, layer, a)
 
 
 class LRP0(Epsilon):
@@ -219,14 +219,14 @@ class ZPlus(LRPRule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer's positive contributions."""
-        return contributions(layer, a, positive, negative)
+        return _contributions(layer, a, positive, negative)
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Positive contributions, and the layer itself where there are none, if asked for."""
         terms = [Term(self.surrogate(layer, a), sign=1)]
         if self.empty == "drop":
             return terms
-        return _or_itself(terms, _is_empty(layer, a, positive, negative), itself(self, layer, a))
+        return _or_itself(terms, _is_empty(layer, a, positive, negative), _itself(self, layer, a))
 
 
 class AlphaBeta(LRPRule):
@@ -287,12 +287,12 @@ class AlphaBeta(LRPRule):
         """Positive and negative contributions, and the layer itself where a part is empty, if asked for."""
         parts = [(self.alpha, positive, negative), (-self.beta, negative, positive)][: 2 if self.beta else 1]
         terms = [
-            Term(contributions(layer, a, up, down), weight, sign=1 if weight > 0 else -1) for weight, up, down in parts
+            Term(_contributions(layer, a, up, down), weight, sign=1 if weight > 0 else -1) for weight, up, down in parts
         ]
         if self.empty == "drop":
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
-        return _or_itself(terms, torch.stack(empty).any(0), itself(self, layer, a))
+        return _or_itself(terms, torch.stack(empty).any(0), _itself(self, layer, a))
 
 
 Modifier = Callable[[Tensor], Tensor]
@@ -311,12 +311,12 @@ def _is_rectifier(layer: Layer) -> bool:
     )
 
 
-def itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:
+def _itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:
     """Layer as it is; in multipliers the output of this forward call serves."""
     return cast(Tensor, layer.itself(a) if rule.multiplier else layer(a))
 
 
-def contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: bool = True) -> Tensor:
+def _contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: bool = True) -> Tensor:
     """Output from positive inputs with weights ``up`` and negative inputs with weights ``down``; bias as ``up``."""
     above, below = layer.split_by_sign(a)
     z = layer(above, up, bias)
@@ -326,7 +326,7 @@ def contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: b
 def _is_empty(layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> Tensor:
     """Where an output has no contributions of this sign."""
     with torch.no_grad():
-        return contributions(layer, a, up, down, bias=False) == 0
+        return _contributions(layer, a, up, down, bias=False) == 0
 
 
 def _or_itself(terms: Sequence[Term], empty: Tensor, itself: Tensor) -> list[Term]:

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
-from crp.rules.functions import Function, has_negative, in_place, look_up, out_of_place, overwrites
-from crp.rules.layer import Layer, changed, tensors_in
+from crp.rules.functions import Function, _has_negative, _on_a_copy, in_place, look_up, overwrites
+from crp.rules.layer import Layer, changed
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born, Copied, Notes
 from crp.rules.operands import Operands
 from crp.rules.redirect import overwritten
+from crp.trace.recorder import tensors_in
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _transform = torch._C._functorch.peek_interpreter_stack
 _add, _sum = look_up(torch.add), look_up(torch.sum)
 
 
-class Operates(Protocol):
+class _Operates(Protocol):
     """What a mode needs of a rule."""
 
     def operate(self, layer: Layer) -> Any:
@@ -329,7 +330,7 @@ def _passed(known: Function, args: Any, kwargs: Mapping[str, Any], inputs: Seque
     elif name in ("mul", "div"):
         if len(inputs) > 1:
             kept &= ~BORN | Born.SQUASHED  # (a product of gates is one)
-        if kept & NONNEGATIVE and has_negative(args, kwargs):
+        if kept & NONNEGATIVE and _has_negative(args, kwargs):
             kept &= ~NONNEGATIVE
     elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):
         kept |= Born.SQUASHED  # a gate is closed as far as another one is open
@@ -358,7 +359,7 @@ def _out_of_place(
     copy = target.clone()
     if kwargs.get("inplace"):
         return func, (copy, *others), {**kwargs, "inplace": False}, target
-    return out_of_place(func), (copy, *others), kwargs, target
+    return _on_a_copy(func), (copy, *others), kwargs, target
 
 
 def innermost_module(names: Mapping[int, str]) -> str:

@@ -36,10 +36,10 @@ class ModelInput:
         reference : Tensor, optional
             What the relevance counts from (DeepLIFT); it broadcasts to ``data``.
         """
-        return cast(Tensor, AsRelevance.apply(data, reference, self))
+        return cast(Tensor, _AsRelevance.apply(data, reference, self))
 
 
-class AsRelevance(torch.autograd.Function):
+class _AsRelevance(torch.autograd.Function):
     """Identity; the multiplier that arrives is multiplied with the value, and so leaves as relevance."""
 
     @staticmethod
@@ -58,7 +58,7 @@ class AsRelevance(torch.autograd.Function):
         return grads[0] * (a if ctx.reference is None else a - ctx.reference), None, None
 
 
-class Unit(torch.autograd.Function):
+class _Unit(torch.autograd.Function):
     """Ones in the shape of ``a``; what arrives is handed to ``leaf`` as it is."""
 
     @staticmethod
@@ -72,7 +72,7 @@ class Unit(torch.autograd.Function):
         return grads[0].clone(memory_format=torch.contiguous_format), None
 
 
-class DetachedInput(torch.autograd.Function):
+class _DetachedInput(torch.autograd.Function):
     """Identity through which relevance does not flow; only the ordinary gradient does, where rules are inactive."""
 
     @staticmethod
@@ -87,7 +87,7 @@ class DetachedInput(torch.autograd.Function):
         return None if ctx.model_input.active else grads[0], None
 
 
-class UnitMultiplier(torch.autograd.Function):
+class _UnitMultiplier(torch.autograd.Function):
     """Ones in the shape of ``a``; the relevance that arrives leaves as multiplier, and is lost where ``a`` is 0."""
 
     @staticmethod

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from crp.engine.reference import referencing
 from crp.rules.functions import Function
-from crp.rules.layer import tensors_in
-from crp.rules.mode import Choice, Operates, SeeingMode
+from crp.rules.mode import Choice, SeeingMode, _Operates
 from crp.rules.notes import Notes
 from crp.trace.graph import tracing
+from crp.trace.recorder import tensors_in
 
 
 class OneModule(SeeingMode):
@@ -24,7 +24,7 @@ class OneModule(SeeingMode):
     module : nn.Module
     """
 
-    def __init__(self, rule: Operates, module: nn.Module) -> None:
+    def __init__(self, rule: _Operates, module: nn.Module) -> None:
         super().__init__(Notes())
         self.rule, self.alone = rule, not module._modules
         self.kind = type(module).__name__

@@ -17,11 +17,12 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor
 
-from crp.rules.deeplift import Difference, same, same_operands, slope
-from crp.rules.layer import Layer, tensors_in
+from crp.rules.deeplift import Difference, _same, _same_operands, slope
+from crp.rules.layer import Layer
+from crp.trace.recorder import tensors_in
 
 
-class Decomposed(Difference):
+class _Decomposed(Difference):
     """Base: functions whose difference is that of a linear surrogate, with coefficients that are held constant."""
 
     def through(self, layer: Layer, surrogate: Tensor) -> Tensor:
@@ -37,12 +38,12 @@ class Decomposed(Difference):
         """Value of a call that is linear in what depends on the input, if all else is as for the reference."""
         pairs = zip(tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True)
         mine = {id(value) for value in layer.inputs}
-        if not all(id(value) in mine or same(value, value0) for value, value0 in pairs):
+        if not all(id(value) in mine or _same(value, value0) for value, value0 in pairs):
             self.beyond(layer, exact=False)
         return cast(Tensor, layer.output)
 
 
-class Selection(Decomposed):
+class SelectionDifference(_Decomposed):
     """Functions such as `torch.where`: the ordinary chain rule, which is right where both passes select alike."""
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
@@ -50,7 +51,7 @@ class Selection(Decomposed):
         return self.linear(layer, reference)
 
 
-class Product(Decomposed):
+class ProductDifference(_Decomposed):
     """Products of two factors, each with the mean of the other: see the module."""
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
@@ -60,14 +61,14 @@ class Product(Decomposed):
         if len(layer.inputs) > 2:
             self.beyond(layer, exact=False)
             return cast(Tensor, layer.output)
-        if not any(same(value, value0) for value, value0 in zip(layer.inputs, reference.inputs, strict=True)):
+        if not any(_same(value, value0) for value, value0 in zip(layer.inputs, reference.inputs, strict=True)):
             self.beyond(layer, exact=True)
         (u, v), call = layer.inputs, layer.again()
-        u_mean, v_mean = means(layer, reference)
+        u_mean, v_mean = _means(layer, reference)
         return self.through(layer, call.value(u, v_mean) + call.value(u_mean, v))
 
 
-class Quotient(Decomposed):
+class QuotientDifference(_Decomposed):
     r"""Quotients :math:`u / v`: :math:`\Delta y = \overline{1/v} \, \Delta u - \bar u \, \Delta v / (v v_0)`."""
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
@@ -80,15 +81,15 @@ class Quotient(Decomposed):
             return self.linear(layer, reference)
         if len(layer.inputs) == 1:
             return self.rescaled(layer, reference)
-        if not same_operands(layer, reference, 1):
+        if not _same_operands(layer, reference, 1):
             self.beyond(layer, exact=True)
         (u, v), (_, v0) = layer.inputs, reference.inputs
-        u_mean, _ = means(layer, reference)
+        u_mean, _ = _means(layer, reference)
         fixed = v.detach()
         return self.through(layer, u * (1 / fixed + 1 / v0) / 2 - u_mean / (fixed * v0) * v)
 
 
-class Normalization(Decomposed):
+class NormalizationDifference(_Decomposed):
     r"""Layer, group, instance and RMS norm: :math:`y = w \odot u r + b`, :math:`u = x - \operatorname{mean} x`.
 
     With :math:`\sigma^2 = \operatorname{mean} u^2 + \varepsilon` and :math:`r = 1/\sigma`, a product of two factors,
@@ -138,7 +139,7 @@ class Normalization(Decomposed):
         return self.through(layer, z)
 
 
-class Softmax(Decomposed):
+class SoftmaxDifference(_Decomposed):
     r"""Softmax and its logarithm :math:`t = x - \log \sum e^x`.
 
     :math:`\Delta \log \sum e^x = q \sum_j p_j \Delta x_j`, with the quotients :math:`p` of the exponential and
@@ -168,7 +169,7 @@ class Softmax(Decomposed):
         return self.through(layer, t)
 
 
-class GLU(Decomposed):
+class GLUDifference(_Decomposed):
     r"""Gated linear unit, :math:`a \, \sigma(b)` of the two halves of its input: a product."""
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
@@ -182,7 +183,7 @@ class GLU(Decomposed):
         return self.through(layer, a * (gate + gate0) / 2 + opened * b)
 
 
-def means(layer: Layer, reference: Layer) -> list[Tensor]:
+def _means(layer: Layer, reference: Layer) -> list[Tensor]:
     """Mean of each operand and its reference, held constant."""
     pairs = zip(layer.inputs, reference.inputs, strict=True)
     return [(value.detach() + value0) / 2 for value, value0 in pairs]

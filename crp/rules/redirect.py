@@ -75,7 +75,7 @@ class Redirect(torch.autograd.Function):
         return (None, None, None, *(m * scale for scale in scales), *none, *(None for _ in ctx.is_own))
 
 
-class Overwrite(torch.autograd.Function):
+class _Overwrite(torch.autograd.Function):
     """Tensor with the values of another one, to which all of its gradient goes."""
 
     @staticmethod
@@ -95,18 +95,18 @@ def overwritten(target: Tensor, result: Tensor) -> Tensor:
     same = target.shape == result.shape and target.dtype == result.dtype
     if not same or target._is_view() or not result.requires_grad or (target.is_leaf and target.requires_grad):
         return target.copy_(result)
-    return cast(Tensor, Overwrite.apply(target, result))
+    return cast(Tensor, _Overwrite.apply(target, result))
 
 
-def released(output: Tensor) -> Tensor:
+def _released(output: Tensor) -> Tensor:
     """Values of an output, which may be overwritten in place without harm to what its own gradient needs."""
-    return output.detach().clone() if output._is_view() or saves_output(output) else output.data
+    return output.detach().clone() if output._is_view() or _saves_output(output) else output.data
 
 
 _saving: dict[type, bool] = {}
 
 
-def saves_output(own: Tensor | None) -> bool:
+def _saves_output(own: Tensor | None) -> bool:
     """Whether the gradient of a call needs the call's output, as that of a sigmoid does."""
     if own is None:
         return False

@@ -12,8 +12,9 @@ from zennit.core import RemovableHandle, RemovableHandleList
 from crp.engine.reference import referencing
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
-from crp.rules.layer import Layer, tensors_in, works_in_place
+from crp.rules.layer import Layer, _works_in_place
 from crp.trace.graph import tracing
+from crp.trace.recorder import tensors_in
 
 
 class Whole(Rule):
@@ -91,7 +92,7 @@ class Whole(Rule):
             return self.rule.operate(whole_call(module, args, kwargs, inputs, output, known)) if acts else None
 
         handles = RemovableHandleList([RemovableHandle(self)])
-        if works_in_place(module):
+        if _works_in_place(module):
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         else:
             handles.append(module.register_forward_pre_hook(lambda m, a, k: kept.append((a, k)), with_kwargs=True))

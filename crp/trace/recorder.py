@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from crp.layers import uncompiled, unwrap
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.trace.state import Snapshot, undisturbed, version_of
+from crp.trace.state import Snapshot, _version_of, undisturbed
 
 #: Functions that look at a tensor without reading its values.
 _METADATA = frozenset(
@@ -121,13 +121,13 @@ class _Recorder(TorchFunctionMode):
         self._writes: dict[int, Node] = {}
 
     def keep(self, tensor: Tensor, node: Node) -> None:
-        self._nodes[id(tensor)] = (weakref.ref(tensor), node, version_of(tensor))
+        self._nodes[id(tensor)] = (weakref.ref(tensor), node, _version_of(tensor))
 
     def find(self, tensor: Tensor) -> Node | None:
         if (entry := self._nodes.get(id(tensor))) is None or entry[0]() is not tensor:
             return None
         _, node, version = entry
-        return node if version == version_of(tensor) else self._writes.get(_storage(tensor), node)
+        return node if version == _version_of(tensor) else self._writes.get(_storage(tensor), node)
 
     def find_all(self, tensors: Iterable[Tensor]) -> list[Node]:
         nodes = {id(node): node for tensor in tensors if (node := self.find(tensor)) is not None}
@@ -143,7 +143,7 @@ class _Recorder(TorchFunctionMode):
         given = list(tensors_in((args, kwargs)))
         if name not in _READING and name not in _METADATA:
             self._keep_parameters(given)
-        sources, versions = self.find_all(given), [version_of(tensor) for tensor in given]
+        sources, versions = self.find_all(given), [_version_of(tensor) for tensor in given]
         arguments = self._recordable(args), {key: self._recordable(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
@@ -151,7 +151,7 @@ class _Recorder(TorchFunctionMode):
             return result
         if name == "__get__":  # a view, as `weight.T` is
             self._keep_parameters(given)
-        written = [t for t, version in zip(given, versions, strict=True) if version != version_of(t)]
+        written = [t for t, version in zip(given, versions, strict=True) if version != _version_of(t)]
         if name == "__set__" and len(given) > 1:  # x.data = y
             written.append(given[0])
         new = [tensor for tensor in made if not any(tensor is other for other in given)]
@@ -341,7 +341,7 @@ class _Version:
     """A tensor as it is; equal to another one if it is the same and nobody wrote to it between."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, version_of(tensor)
+        self._tensor, self._version = tensor, _version_of(tensor)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Version) and self._tensor is other._tensor and self._version == other._version

@@ -72,7 +72,7 @@ def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) ->
         snapshot.restore()
 
 
-def version_of(tensor: Tensor) -> int | None:
+def _version_of(tensor: Tensor) -> int | None:
     """Count of in-place changes, shared by all views; None where torch keeps no count."""
     return None if tensor.is_inference() else tensor._version
 
@@ -166,7 +166,7 @@ class Snapshot:
     def _keep_content(self, tensor: Tensor) -> None:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             same = tensor.detach()  # the same memory, and the shape and type of now
-            self._undo.append(partial(_put_tensor_back, tensor, same, version_of(tensor), _once(same).clone()))
+            self._undo.append(partial(_put_tensor_back, tensor, same, _version_of(tensor), _once(same).clone()))
 
 
 def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content: Tensor) -> None:
@@ -174,7 +174,7 @@ def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content:
         if _form(tensor) != _form(same):  # resized, or given other memory
             tensor.data = same
         if not _is_plain(same):
-            if version_of(tensor) != version or tensor.layout is torch.sparse_coo:  # (which does not count all changes)
+            if _version_of(tensor) != version or tensor.layout is torch.sparse_coo:  # (which misses some changes)
                 tensor.copy_(content)
         elif not _equals(_once(same), content):
             # Batch norm does not count its changes as versions. Neither does this.

@@ -166,7 +166,7 @@ def test_weights_say_how_pictures_are_prepared(place, monkeypatch):
     monkeypatch.setattr(
         loading, "_of_torchvision", lambda name, weights: (squeezenet, models.SqueezeNet1_1_Weights.DEFAULT)
     )
-    loaded = loading.load("squeezenet1_1", "DEFAULT")
+    loaded = loading.load_model("squeezenet1_1", "DEFAULT")
     assert loaded.normalized is not None
     assert (loaded.prepared.resize, loaded.prepared.size, loaded.normalized.mean[0]) == (256, 224, 0.485)
     assert loaded.class_name(1) == "goldfish" and loaded.class_name(1000) == "class 1000"

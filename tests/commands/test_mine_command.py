@@ -282,13 +282,13 @@ def test_pictures_are_prepared_as_the_weights_say(name: str, tmp_path: Path, mon
     monkeypatch.setattr(models, "_of_torchvision", lambda name, weights_name: (net, weights))
     picture(0, (300, 280)).save(tmp_path / "a.png")
     expected = weights.transforms()(picture(0, (300, 280)))
-    ready = models.load(name, "DEFAULT")
+    ready = models.load_model(name, "DEFAULT")
     data, normalize = load_source(tmp_path, [], ready, by_label=False)
     shown, explained = ready.read(tmp_path / "a.png")
     assert normalize is not None and torch.equal(data[0][0], shown)
     torch.testing.assert_close(normalize(data[0][0][None])[0], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(explained[0], expected, rtol=1e-5, atol=1e-5)
-    assert models.load(name, "DEFAULT", size=64).prepared(picture(0)).shape == (3, 64, 64)
+    assert models.load_model(name, "DEFAULT", size=64).prepared(picture(0)).shape == (3, 64, 64)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from house_plan import ROOT
+from house_plan import PACKAGE, ROOMS, ROOT
 
 README = ROOT / "README.md"
 
@@ -56,3 +56,30 @@ def test_the_page_of_methods_has_every_preset():
     rows = (ROOT / "tutorials" / "methods.md").read_text(encoding="utf-8").splitlines()
     found = {row.split("`")[1]: row.split("`")[3] for row in rows if row.startswith("| `")}
     assert found == {name: kind.__name__ for name, kind in classes().items()}
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_a_page_names_files_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"`([\w/.]+\.(?:py|md|toml)|[\w/]+/)`", text)) | set(re.findall(r"\]\(([^)#:]+)", text))
+    assert names
+    assert [name for name in names if not (ROOT / name).exists() and not (PACKAGE / name).exists()] == []
+
+
+def test_the_page_of_the_architecture_has_every_room():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rooms = {name.split(".")[0] for name in ROOMS}
+    assert [name for name in rooms if f"`{name}`" not in text and f"`{name}/`" not in text] == []
+
+
+def test_contributing_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 50
+
+
+def test_the_citation_has_the_version():
+    from crp import __version__
+
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from crp.attribution import CondAttribution
 from crp.composites import Composite, DeepTaylor
 from crp.composites.selection import Functions
 from crp.rules import SumPool
-from crp.rules.functions import names
+from crp.rules.functions import names_with
 
 few = settings(max_examples=20, deadline=None)
 LOW, HIGH = -1.5, 2.0
@@ -71,7 +71,7 @@ POOLS = {
     "3d": (nn.MaxPool3d(2, 1, 1), (1, 3, 2, 4)),
     "3d_adaptive": (nn.AdaptiveMaxPool3d((2, 1, 2)), (1, 3, 3, 4)),
 }
-SUM_POOL = Composite(None, layer_map=[(Functions(names("maximum")), SumPool())])
+SUM_POOL = Composite(None, layer_map=[(Functions(names_with("maximum")), SumPool())])
 
 
 def pooled(model, a, r, composite=SUM_POOL):
