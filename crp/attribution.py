@@ -23,12 +23,10 @@ from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
 from crp.engine.call import Call, sum_of_channels
+from crp.engine.conditions import MaskMap, Rows, initial_relevance
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.engine.masks import MaskMap
-from crp.engine.rows import Rows
 from crp.engine.settings import Overrides, Settings
-from crp.engine.start import initial_relevance
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
@@ -257,14 +255,13 @@ class CondAttribution:
         return Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
 
     def _overrides(self) -> Overrides:
-        kind, own = type(self), CondAttribution
-        selects = self.output is not None or kind.select_output is not own.select_output
+        own = CondAttribution
         return Overrides(
-            select_output=self.select_output if selects else None,
-            relevance_init=self.relevance_init if kind.relevance_init is not own.relevance_init else None,
-            heatmap_modifier=self.heatmap_modifier if kind.heatmap_modifier is not own.heatmap_modifier else None,
-            broadcast=self.broadcast if kind.broadcast is not own.broadcast else None,
-            backward=self.backward if kind.backward is not own.backward else None,
+            select_output=self.select_output if self.output else _unless(own.select_output, self.select_output),
+            relevance_init=_unless(own.relevance_init, self.relevance_init),
+            heatmap_modifier=_unless(own.heatmap_modifier, self.heatmap_modifier),
+            broadcast=_unless(own.broadcast, self.broadcast),
+            backward=_unless(own.backward, self.backward),
         )
 
     def relevance_init(self, prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
@@ -361,3 +358,8 @@ class CondAttribution:
             for _ in range(n_parts):
                 yield next(parts)
                 bar.update()
+
+
+def _unless(inherited: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Method of an object, unless it is the inherited one."""
+    return None if getattr(method, "__func__", None) is inherited else method

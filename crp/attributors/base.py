@@ -17,11 +17,10 @@ from crp.attributors.target import Start, Target
 from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
 from crp.engine.attached import attached, check_alone, check_composite
+from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_one_entry, tensor_in
+from crp.engine.forward import check_layers, check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
-from crp.engine.masks import MaskMap
-from crp.engine.taps import check_layers
 from crp.layers import unwrap
 from crp.types import AttributionResults
 

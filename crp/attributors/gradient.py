@@ -12,8 +12,8 @@ from zennit.core import Composite
 from crp.attributors.base import Attributor
 from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
+from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
-from crp.engine.masks import MaskMap
 
 
 class Gradient(Attributor):

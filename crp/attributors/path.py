@@ -14,8 +14,8 @@ from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
 from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
+from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
-from crp.engine.masks import MaskMap
 
 Quadrature = Literal["right", "left", "middle", "trapezoid", "gauss_legendre"]
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
-from crp.engine.reference import referencing
 from crp.notices import warn
 from crp.rules.deeplift import (
     Affine,
@@ -30,6 +29,7 @@ from crp.rules.products import (
     SelectionDifference,
     SoftmaxDifference,
 )
+from crp.trace.running import referencing
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 

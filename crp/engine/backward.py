@@ -10,9 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from crp.engine.conditions import Grid, Rows, apply_masks, row_index
 from crp.engine.forward import ForwardPass
-from crp.engine.masks import apply_masks
-from crp.engine.rows import Grid, Rows, row_index
 from crp.engine.settings import Settings
 from crp.notices import warn
 from crp.types import Condition, MaskFn

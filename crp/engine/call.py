@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,25 @@ from zennit.core import Composite
 
 from crp.engine.attached import attached, composite_on, is_on, rules_by_hand
 from crp.engine.backward import input_name, send_back, send_rows_back
-from crp.engine.conditions import check_conditions
+from crp.engine.conditions import (
+    Rows,
+    check_conditions,
+    check_start,
+    check_targets_exist,
+    init_of_rows,
+    initial_relevance,
+    row_index,
+    row_masks,
+)
 from crp.engine.encoding import Encoding, propagation_of
-from crp.engine.forward import SINK, ForwardPass, tensor_in
+from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs
-from crp.engine.masks import row_masks
-from crp.engine.results import Part, average, in_order
-from crp.engine.rows import Rows
 from crp.engine.settings import Overrides, Settings
-from crp.engine.start import check_start, check_targets_exist, init_of_rows, initial_relevance
-from crp.engine.taps import check_layers
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
+
+#: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
+Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -291,3 +299,48 @@ def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -
 def sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
+
+
+def average(parts: Sequence[Part]) -> Part:
+    """Mean of several results of the same rows; without multipliers, which have none."""
+    if len(parts) == 1:
+        return parts[0]
+    first, _ = parts[0]
+    heatmap, relevances = (_each([getattr(result, field) for result, _ in parts], _mean) for field in _AVERAGED)
+    result = AttributionResults(heatmap, first.activations, relevances, first.prediction, encoding=first.encoding)
+    return result, [_mean(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
+
+
+_AVERAGED = ("heatmap", "relevances")
+
+
+def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
+    """Results of all rows of several parts: as row i the ``order[i]``-th of the parts one after the other."""
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(tensors))
+        if order == list(range(len(order))):
+            return joined
+        return joined[row_index(order, len(joined) // len(order))]
+
+    results = [result for result, _ in parts]
+    result = AttributionResults(
+        *(_each(list(values), join) for values in zip(*results, strict=True)),
+        encoding=results[0].encoding,
+        multipliers=_each([result.multipliers for result in results], join),
+    )
+    return result, [join(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(0)
+
+
+def _each(values: list[Any], combine: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """Tensors combined, or those in tuples or dicts of the same form; None where there are none."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: _each([value[name] for value in values], combine) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_each(list(entries), combine) for entries in zip(*values, strict=True))
+    return None if first is None else combine(values)

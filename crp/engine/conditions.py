@@ -1,18 +1,27 @@
-"""Conditions and their targets, checked before the model runs.
+"""Conditions as data: checked, paired with samples, and turned into initial relevance and masks.
 
-A condition is a dict ``{layer name: concept ids, "y": targets}``.
+A condition is a dict ``{layer name: concept ids, "y": targets}``. With n samples and n conditions they are paired; with
+other counts every sample meets every condition, samples first. Each (sample, condition) is a *row* of the result. Rows
+are computed in a *grid* of slots x samples: the forward pass sees each sample once, and slot k holds the k-th condition
+of every sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from crp.notices import warn
-from crp.types import Condition
+from crp.types import Condition, MaskFactory, MaskFn
+
+MaskMap = MaskFactory | Mapping[str, MaskFactory]
 
 
 def check_conditions(
@@ -61,7 +70,7 @@ def check_conditions(
 
 
 def _check_target(targets: Any, what: str) -> None:
-    ids, elements = target_ids(targets)
+    ids, elements = _target_ids(targets)
     if ids.size == 0 and not elements:
         raise ValueError(f"{what} is empty; name at least one output, or leave it out")
     if ids.size and ids.dtype.kind not in "iu" and (ids.dtype.kind, ids.ndim) != ("b", 1):
@@ -71,7 +80,7 @@ def _check_target(targets: Any, what: str) -> None:
             raise TypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
 
 
-def target_ids(targets: Any) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+def _target_ids(targets: Any) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
     """Targets as an array of int, or of bool for a mask of the outputs, and elements: the tuples in a list of targets.
 
     The array is of another kind if they are neither.
@@ -89,3 +98,259 @@ def target_ids(targets: Any) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
 
 def _plain(ids: Any) -> Any:
     return ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a result. Parts of them keep their samples and places: nothing is numbered anew.
+
+    Attributes
+    ----------
+    samples : tuple of int
+        Sample of each row, as the caller numbers them.
+    conditions : tuple of mapping
+        Condition of each row.
+    places : tuple of int
+        Place of each row among all rows, in the caller's order.
+    """
+
+    samples: tuple[int, ...]
+    conditions: tuple[Condition, ...]
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[int], conditions: Sequence[Condition]) -> Rows:
+        """All rows, in this order."""
+        return cls(tuple(samples), tuple(conditions), tuple(range(len(samples))))
+
+    @classmethod
+    def broadcast(cls, n_samples: int, conditions: Sequence[Condition]) -> Rows:
+        """Pair samples with conditions where they are equally many; otherwise every sample meets every condition."""
+        if n_samples == len(conditions):
+            return cls.of(range(n_samples), conditions)
+        return cls.of([sample for sample in range(n_samples) for _ in conditions], list(conditions) * n_samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def part(self, rows: Sequence[int]) -> Rows:
+        """Some of these rows."""
+        samples, places = (tuple(numbers[i] for i in rows) for numbers in (self.samples, self.places))
+        return Rows(samples, tuple(self.conditions[i] for i in rows), places)
+
+    def chunks(self, size: int) -> list[Rows]:
+        """Consecutive parts of at most ``size`` rows."""
+        starts = range(0, len(self), size)
+        return [self.part(range(i, min(i + size, len(self)))) for i in starts]
+
+    def one_by_one(self, every_row: bool) -> list[Rows]:
+        """The rows of each sample, or every row by itself."""
+        if every_row:
+            return self.chunks(1)
+        found: dict[int, list[int]] = {}
+        for row, sample in enumerate(self.samples):
+            found.setdefault(sample, []).append(row)
+        return [self.part(rows) for rows in found.values()]
+
+    def groups(self, output_name: str) -> list[list[int]]:
+        """Which of these rows have the same conditioned layers in the same order."""
+        found: dict[tuple[str, ...], list[int]] = {}
+        for row, condition in enumerate(self.conditions):
+            found.setdefault(tuple(name for name in condition if name != output_name), []).append(row)
+        return list(found.values())
+
+    def layers(self, output_name: str) -> list[str]:
+        """Layers named by the conditions, in the order in which they are first named."""
+        return list(dict.fromkeys(name for condition in self.conditions for name in condition if name != output_name))
+
+    def targets(self, output_name: str) -> list[Any] | None:
+        """Targets of each row (None where a row has none), or None if no row has any."""
+        targets = [condition.get(output_name) for condition in self.conditions]
+        return None if all(t is None for t in targets) else targets
+
+
+class Grid:
+    """Puts the values of rows, each with its column, into slots x columns of a forward pass; takes them out again."""
+
+    def __init__(self, columns: Sequence[int], n_columns: int, device: torch.device) -> None:
+        used = [0] * n_columns
+        place = []
+        for column in columns:
+            place.append(used[column] * n_columns + column)
+            used[column] += 1
+        self.n_columns, self.n_slots = n_columns, max(used)
+        # Row i in place i needs no moving: paired samples and conditions, or one sample.
+        self._identity = place == list(range(self.n_slots * n_columns))
+        self._index = torch.tensor(place, device=device)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """(rows, ...) to (slots, columns, ...); places without a row are 0.
+
+        With a single column, each row may have several entries: (rows * entries, ...) to (slots, entries, ...).
+        """
+        if not self._identity:
+            rows = rows.new_zeros(self.n_slots * self.n_columns, *rows.shape[1:]).index_copy(0, self._index, rows)
+        return rows.reshape(self.n_slots, len(rows) // self.n_slots, *rows.shape[1:])
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """(slots, columns, ...) to (rows, ...), or (slots, entries, ...) to (rows * entries, ...).
+
+        Slots that share their values, (1, columns, ...), are repeated.
+        """
+        flat = grid.expand(self.n_slots, *grid.shape[1:]).flatten(0, 1)
+        return flat if self._identity else flat.index_select(0, self._index)
+
+
+def row_index(rows: Sequence[int], n_entries: int) -> list[int]:
+    """Entries of rows along the first axis of a layer that has several for each row."""
+    return [row * n_entries + i for row in rows for i in range(n_entries)]
+
+
+def check_targets_exist(
+    targets: Sequence[Any] | None, prediction: Tensor, output_name: str, places: Sequence[int] | None = None
+) -> None:
+    """Raise an `IndexError` if a row's target is not among the outputs; it names the place in the caller's order."""
+    for row, target in zip(places or range(len(prediction)), targets or (), strict=False):
+        if target is None:
+            continue
+        if prediction.dim() < 2:
+            raise ValueError(
+                f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
+                "Leave it out and give init_rel instead."
+            )
+        (ids, elements), size = _target_ids(target), prediction.shape[1]
+        if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
+            raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
+        shape = tuple(prediction.shape[1:])
+        for place in elements:
+            if len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
+                raise IndexError(
+                    f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
+                    f"{shape} for each sample"
+                )
+
+
+def init_of_rows(init_rel: Any, places: Sequence[int], prediction: Tensor, lengths: Sequence[int]) -> Any:
+    """``init_rel`` for rows at these places: a tensor with an entry for each row is cut, anything else is as it is.
+
+    ``lengths`` are those of a tensor that is cut: the number of all rows, or that of a part, which serves every part.
+    """
+    if not isinstance(init_rel, Tensor) or init_rel.dim() != prediction.dim() or len(init_rel) not in lengths:
+        return init_rel
+    chosen = [place % len(init_rel) for place in places]
+    return init_rel if chosen == list(range(len(init_rel))) else init_rel[chosen]
+
+
+def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
+    """What relevance starts with; see `CondAttribution.relevance_init`."""
+    given = init_rel(prediction) if callable(init_rel) and not isinstance(init_rel, Tensor) else init_rel
+    if init_rel is None:
+        selection = prediction
+    elif isinstance(given, Tensor):
+        selection = given
+    elif isinstance(given, Real):
+        selection = torch.full_like(prediction, float(given))
+    elif callable(init_rel):
+        raise TypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")
+    else:
+        raise TypeError(f"init_rel must be a tensor, a number or a function, not {type(given).__name__}")
+    if init_rel is not None and not torch.isfinite(selection).all():
+        raise ValueError("init_rel has NaN or infinite values")
+    try:
+        selection = selection.to(prediction).expand_as(prediction)
+    except RuntimeError:
+        raise ValueError(
+            f"init_rel has shape {tuple(selection.shape)}; it must broadcast to (rows, *output shape) = "
+            f"{tuple(prediction.shape)}"
+        ) from None
+    if not target_list:
+        return selection
+    chosen = [_target_ids(targets) for targets in target_list]
+    whole = not any(elements for _, elements in chosen)
+    shape = tuple(prediction.shape)
+    kept = np.zeros(shape[:2] + (1,) * (len(shape) - 2) if whole else shape, dtype=bool)
+    for row, (ids, elements) in enumerate(chosen):
+        kept[row, ... if target_list[row] is None else ids] = True
+        for place in elements:
+            kept[row][place] = True
+    return torch.where(torch.from_numpy(kept).to(selection.device), selection, 0)
+
+
+def check_start(start: Any, prediction: Tensor) -> None:
+    """Raise a `ValueError` if initial relevance has not the shape of the prediction."""
+    if getattr(start, "shape", None) != prediction.shape:
+        got = f"the shape {tuple(start.shape)}" if isinstance(start, Tensor) else f"the type {type(start).__name__}"
+        raise ValueError(
+            f"the initial relevance has {got}; it must be a tensor of (rows, *output shape) = {tuple(prediction.shape)}"
+        )
+
+
+def row_masks(
+    rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True, n_entries: int = 1
+) -> list[MaskFn]:
+    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...), from the rows' conditions.
+
+    Where rows have several entries each, (rows * entries, ...), every entry is masked as the condition of its row says.
+    ``multiplies`` says whether a gradient or multipliers flow, and not relevance itself.
+
+    Raises
+    ------
+    TypeError
+        If one is no function, or needs multipliers where relevance itself flows.
+    """
+    make = mask_factory(mask_map, layer)
+    masks = [
+        make(row * n_entries + i, condition[layer], layer)
+        for row, condition in rows.items()
+        if layer in condition
+        for i in range(n_entries)
+    ]
+    for mask in masks:
+        if not callable(mask):
+            raise TypeError(f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}")
+    if not multiplies and any(map(needs_multiplier, [make, *masks])):
+        raise TypeError(
+            f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
+            "itself, as those of zennit do; use one of crp.composites"
+        )
+    return masks
+
+
+def needs_multiplier(mask: object) -> bool:
+    """Whether a mask, or what it is a method of, says that it is right for multipliers only.
+
+    Selecting entries is right for relevance and multipliers alike; projecting on a direction is not.
+    """
+    owners = [mask, getattr(mask, "__self__", None)]
+    if any(getattr(owner, "needs_multiplier", False) for owner in owners):
+        return True
+    return isinstance(mask, partial) and needs_multiplier(mask.func)
+
+
+def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
+    """Mask factory of one layer, or an error that says what ``mask_map`` lacks."""
+    if callable(mask_map):
+        return mask_map
+    if not isinstance(mask_map, Mapping):
+        raise ValueError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
+    if layer not in mask_map:
+        raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
+    if not callable(mask_map[layer]):
+        raise TypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
+    return mask_map[layer]
+
+
+def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
+    """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
+    if functions:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    kind: Any = type(functions[0]) if functions else None
+    if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
+        functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
+    for function in functions:
+        masked = function(grad)
+        if getattr(masked, "shape", None) != grad.shape:
+            got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
+            raise TypeError(f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}")
+        grad = masked
+    return grad

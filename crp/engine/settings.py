@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Explain
-from crp.engine.masks import MaskMap
 
 
 @dataclass(frozen=True)

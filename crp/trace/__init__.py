@@ -11,7 +11,8 @@ output of the module around them then counts as made from all of that module's i
 
 from crp.trace.cache import Passive, Structure, known, recorded, structure
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.trace.recorder import looking, trace, tracing
+from crp.trace.recorder import trace
+from crp.trace.running import looking, on_reference, referencing, tracing
 from crp.trace.state import undisturbed
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "Trace",
     "known",
     "looking",
+    "on_reference",
     "recorded",
+    "referencing",
     "structure",
     "trace",
     "tracing",

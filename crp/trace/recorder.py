@@ -6,7 +6,6 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from crp.layers import uncompiled, unwrap
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
+from crp.trace.running import _active
 from crp.trace.state import Snapshot, _version_of, undisturbed
 
 #: Functions that look at a tensor without reading its values.
@@ -32,25 +32,6 @@ _READING = frozenset(
 )
 #: Longest sequence of numbers that is recorded.
 _LONGEST = 64
-
-_active: ContextVar[object] = ContextVar("crp_trace", default=None)
-
-
-def tracing() -> bool:
-    """Whether a `trace` is running here; hooks that change values stay inert meanwhile."""
-    return _active.get() is not None
-
-
-@contextlib.contextmanager
-def looking() -> Iterator[None]:
-    """Context in which a model runs for the record only, as in a `trace`; what it has to say it says later."""
-    token = _active.set(looking)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        _active.reset(token)
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:

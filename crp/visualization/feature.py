@@ -15,7 +15,7 @@ from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import Maximization, Statistics
 from crp.concepts import Concept
-from crp.engine.taps import check_layers
+from crp.engine.forward import check_layers
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import of_loader
 from crp.visualization.mining.run import SHARD_BATCHES, SampleError, mine

@@ -27,9 +27,8 @@ from zennit.core import Composite
 from crp.attributors.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.attached import attached, check_composite
-from crp.engine.forward import ForwardPass, tensor_in
+from crp.engine.forward import ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Inputs, check_data
-from crp.engine.taps import check_layers
 from crp.layers import unwrap
 
 #: Name of the model's output among the layers; no layer has this name.

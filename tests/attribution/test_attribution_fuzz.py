@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
-from crp.engine.rows import Rows
+from crp.engine.conditions import Rows
 
 MODEL = small_net()
 ATTRIBUTION = CondAttribution(MODEL)

@@ -7,9 +7,9 @@ from attribution_cases import SMALL, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crp.engine.conditions import Grid, Rows, row_index
 from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs
-from crp.engine.rows import Grid, Rows, row_index
 
 CPU = torch.device("cpu")
 ABC = [{"y": 0}, {"y": 1, "a": [1]}, {"y": 2, "b": [0], "a": [2]}]

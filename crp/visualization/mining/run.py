@@ -20,7 +20,7 @@ from zennit.core import Composite
 import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
-from crp.engine.taps import check_layers
+from crp.engine.forward import check_layers
 from crp.visualization.mining.batches import Job
 from crp.visualization.mining.datasets import indexed
 from crp.visualization.mining.loading import SampleError as SampleError

@@ -14,9 +14,9 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
 from crp.engine.attached import attached
+from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
-from crp.engine.rows import Rows
 from crp.engine.settings import Settings
 from crp.types import AttributionResults
 
