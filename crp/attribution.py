@@ -257,7 +257,9 @@ class CondAttribution:
     def _overrides(self) -> Overrides:
         own = CondAttribution
         return Overrides(
-            select_output=self.select_output if self.output else _unless(own.select_output, self.select_output),
+            select_output=self.select_output
+            if self.output is not None
+            else _unless(own.select_output, self.select_output),
             relevance_init=_unless(own.relevance_init, self.relevance_init),
             heatmap_modifier=_unless(own.heatmap_modifier, self.heatmap_modifier),
             broadcast=_unless(own.broadcast, self.broadcast),

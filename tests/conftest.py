@@ -12,11 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from covering import mark_the_rest_slow
 from model_state import state_of
 from torch import Tensor, nn
 
 # Nets this small gain nothing from threads, and lose much where the machine is busy.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_slow(items)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two to four processes for the whole suite, none for a few files, whose start would take longer than they do."""
+    is_whole = config.args == config.getini("testpaths")
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4) * is_whole
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What takes the place of a pixel that is taken away: a blurred image, a constant, or noise."""
+"""What replaces a removed pixel: a blurred image, a constant, or noise."""
 
 from __future__ import annotations
 

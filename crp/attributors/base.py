@@ -24,7 +24,7 @@ from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.layers import unwrap
 from crp.types import AttributionResults
 
-#: Rows of a pass through the model, where samples are seen several times and nothing else is asked for.
+#: Default number of rows in a pass through the model, for methods that see each sample several times.
 ROWS_BACKWARD, ROWS_FORWARD = 16, 64
 
 
@@ -67,7 +67,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
     Raises
     ------
     TypeError, ValueError
-        If one of these is of no such kind; the message names it.
+        If an argument has a wrong type or value; the message names it.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         inputs.check()
         inputs = inputs.each(Tensor.detach)
         target = _target(self.attr_output if attr_output is None else attr_output)
-        output, found = self._explain(inputs, target)
-        return output, inputs.shaped([result.to(inputs.explained[0].device) for result in found])
+        output, relevance = self._explain(inputs, target)
+        return output, inputs.shaped([result.to(inputs.explained[0].device) for result in relevance])
 
     def forward(self, input: Data, attr_output_fn: Any) -> tuple[Tensor, Any]:
         """Explain the model's output, as `__call__` does."""
@@ -155,13 +155,13 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         return _Flow(explained.seen, inputs.parts(result.heatmap), result)
 
     def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
-        """Output, and what the composite gives in place of the gradient: relevance divided by the input, if need be."""
-        found = self.flow(inputs, target)
+        """Output, and what stands for the gradient: multipliers of a composite, or its relevance over the input."""
+        returned = self.flow(inputs, target)
         encoding = Encoding.of(self._composite())
         if not encoding.multiplier or encoding.as_multiplier:
-            return found.output, found.inputs
-        pairs = zip(found.inputs, inputs.explained, strict=True)
-        return found.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
+            return returned.output, returned.inputs
+        pairs = zip(returned.inputs, inputs.explained, strict=True)
+        return returned.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
 
     @contextmanager
     def differentiating(self, target: Target, relevance: bool = False) -> Iterator[Callable[[Inputs, Target], Tensors]]:
@@ -216,8 +216,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         for row in torch.split(torch.arange(n_samples * times), size):
             yield row % n_samples, row // n_samples
 
-    def _composite(self, given: Composite | None = None) -> Composite:
-        return given or self.composite or GradientComposite()
+    def _composite(self, chosen: Composite | None = None) -> Composite:
+        return chosen or self.composite or GradientComposite()
 
     def _explain(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         target.check(len(inputs))
@@ -303,14 +303,14 @@ def _check_layer(model: nn.Module, target: Target) -> None:
         check_layers(model, [target.layer], "layer")
 
 
-def _target(given: Any) -> Target:
-    if isinstance(given, Target):
-        return given
-    if given is None:
+def _target(target: Any) -> Target:
+    if isinstance(target, Target):
+        return target
+    if target is None:
         return Start(lambda output: output)
-    if callable(given) or (isinstance(given, Tensor) and given.is_floating_point()):
-        return Start(given)
-    return Target.of(given)
+    if callable(target) or (isinstance(target, Tensor) and target.is_floating_point()):
+        return Start(target)
+    return Target.of(target)
 
 
 def check_count(name: str, value: object) -> None:

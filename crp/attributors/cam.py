@@ -112,7 +112,7 @@ class LayerCAM(Attributor):
         if target.layer is not None:
             raise ValueError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
         inputs = Inputs.of(data)
-        outputs, found = [], []
+        outputs, heatmaps = [], []
         for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
             flow = self.flow(inputs.select(sample), target.rows(sample), record=self.layer)
             if self.layer not in flow.layers.activations:
@@ -134,8 +134,8 @@ class LayerCAM(Attributor):
             weights = self.weigh(activation, gradient, flow.output, target.rows(sample))
             cam = (weights * activation).sum(1, keepdim=True)
             outputs.append(flow.output)
-            found.append(cam.clamp(min=0) if self.relu else cam)
-        return torch.cat(outputs), torch.cat(found)
+            heatmaps.append(cam.clamp(min=0) if self.relu else cam)
+        return torch.cat(outputs), torch.cat(heatmaps)
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
         """Weight of each channel.
@@ -280,15 +280,15 @@ class CAM(LayerCAM):
                 f"the model's output is not {self.classifier!r} of the mean of {self.layer!r} over its positions, as "
                 "CAM needs; name the layer that is averaged, or use grad_cam"
             )
-        found = target.weights(output) @ weight
-        found = found.reshape(*found.shape, *[1] * (activation.dim() - 2))
-        return found if not self.condition else torch.where(gradient == 0, 0, found)
+        map_gradient = target.weights(output) @ weight
+        map_gradient = map_gradient.reshape(*map_gradient.shape, *[1] * (activation.dim() - 2))
+        return map_gradient if not self.condition else torch.where(gradient == 0, 0, map_gradient)
 
 
 class GuidedGradCAM(Attributor):
     """Guided Grad-CAM: the product of guided backprop and of `GradCAM`, enlarged.
 
-    Selvaraju et al. (2017), section 3.2: as fine as the first, and as specific of the class as the second.
+    Selvaraju et al. (2017), section 3.2: as fine as guided backprop, and as specific for the class as Grad-CAM.
 
     Parameters
     ----------

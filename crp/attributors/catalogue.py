@@ -109,7 +109,7 @@ def entries() -> dict[str, Entry]:
     flow = _options(Gradient, "model", "composite", "attr_output")
     for name, make in {**classes(), "elrp": ELRP, "grad*input": composites.GradientTimesInput}.items():
         own = _options(make)
-        if "layer" in own:  # (that of the composite, and not the one that is explained)
+        if "layer" in own:  # (the composite's layer, not the layer that is explained)
             own["classifier"] = own.pop("layer")
         if issubclass(make, composites.DeepLift):
             own["baseline"] = None
@@ -137,8 +137,8 @@ def _attribute(
 
 
 def _explain(attributor: Attributor, inputs: Inputs, target: Target) -> Tensors:
-    found = attributor(inputs, target)[1]
-    return (found,) if isinstance(found, Tensor) else inputs.parts(found)
+    relevance = attributor(inputs, target)[1]
+    return (relevance,) if isinstance(relevance, Tensor) else inputs.parts(relevance)
 
 
 def _with_composite(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,9 +193,9 @@ def _perturb(model: nn.Module, inputs: Inputs, target: Target, given: Mapping[st
     own = _with_composite(given)
     size = own.pop("batch_size", None) or len(data)
     attributor = MeaningfulPerturbation(model, **own)
-    found = []
+    heatmaps = []
     for sample in torch.split(torch.arange(len(data)), size):
         part = data[sample.to(data.device)]
         heatmap = attributor(part, target.rows(sample)).heatmap
-        found.append(heatmap[:, None].expand(part.shape).to(part))
-    return (torch.cat(found),)
+        heatmaps.append(heatmap[:, None].expand(part.shape).to(part))
+    return (torch.cat(heatmaps),)

@@ -34,10 +34,10 @@ class ELRP(Composite):
     r"""ε-LRP by modified gradients: :math:`f(a) / (a + \varepsilon \operatorname{sign} a)` in place of :math:`f'(a)`.
 
     Ancona, Ceolini, Öztireli and Gross, "Towards better understanding of gradient-based attribution methods for deep
-    neural networks" (ICLR 2018), proposition 1, with the ε of their DeepExplain. All else is the ordinary chain rule,
-    max-pooling and biases too. Conserves relevance, up to biases and ε. In nets of affine layers, each followed by an
-    activation, it is the ε rule but for where ε sits; the last layer has no ε. In nets without activations it is
-    gradient × input, as in DeepExplain, and a warning says so.
+    neural networks" (ICLR 2018), proposition 1, with the ε of their DeepExplain. Everything else, max-pooling and
+    biases too, is the ordinary chain rule. Conserves relevance, up to biases and ε. In nets of affine layers, each
+    followed by an activation, it differs from the ε rule only in where ε is added; the last layer has no ε. In nets
+    without activations it is gradient × input, as in DeepExplain, and a warning says so.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The gradient and what is made of it; with a composite, whatever that gives in its place."""
+"""The gradient, its square and absolute value, and gradient × input; or a composite's result in its place."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Gradient(Attributor):
     Parameters
     ----------
     model, composite, attr_output, condition, mask_map, batch_size
-        As in `Attributor`. What starts at a tensor or function in zennit's sense is the initial relevance of the
-        composite; any other target starts from its own value, or from 1 where the composite says so.
+        As in `Attributor`. If ``attr_output`` is a tensor or function in zennit's sense, it is the initial relevance of
+        the composite. Any other target starts from its own value, or from 1 if the composite says so.
     layer : str, optional
         Layer that is explained in place of the input.
 
@@ -55,13 +55,13 @@ class Gradient(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and gradient."""
-        outputs, found = [], []
+        outputs, gradients = [], []
         for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
             part = inputs.select(sample)
             flow = self.flow(part, target.rows(sample), record=self.layer or "")
             outputs.append(flow.output)
-            found.append(flow.inputs if self.layer is None else (self._of_layer(flow.layers.relevances),))
-        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+            gradients.append(flow.inputs if self.layer is None else (self._of_layer(flow.layers.relevances),))
+        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
 
     def _of_layer(self, relevances: Mapping[str, Tensor]) -> Tensor:
         if self.layer is None or self.layer not in relevances:
@@ -73,14 +73,14 @@ class Sensitivity(Gradient):
     r"""Sensitivity, :math:`(\partial f / \partial x)^2`: how much the score changes, not what it is made of.
 
     Gevrey et al. (2003); Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks"
-    (Digital Signal Processing 73, 2018), section 4.1. Sums to the squared norm of the gradient. Of the score itself,
-    for which logits are usual; give a function of the output to explain probabilities.
+    (Digital Signal Processing 73, 2018), section 4.1. Sums to the squared norm of the gradient. The score is usually a
+    logit; to explain a probability, give a function of the output.
     """
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and squared gradient."""
-        output, found = super().attribute(inputs, target)
-        return output, tuple(gradient.square() for gradient in found)
+        output, gradients = super().attribute(inputs, target)
+        return output, tuple(gradient.square() for gradient in gradients)
 
 
 class Saliency(Gradient):
@@ -88,23 +88,23 @@ class Saliency(Gradient):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and absolute value of the gradient."""
-        output, found = super().attribute(inputs, target)
-        return output, tuple(gradient.abs() for gradient in found)
+        output, gradients = super().attribute(inputs, target)
+        return output, tuple(gradient.abs() for gradient in gradients)
 
 
 class SimpleTaylor(Attributor):
     r"""Simple Taylor decomposition at the root point 0, :math:`x \odot \partial f / \partial x`: gradient × input.
 
     Montavon, Samek and Müller (2018), section 4.2. Exact for homogeneous functions, such as nets of ReLU
-    without biases; what a composite gives is brought to a multiplier first, so that relevance stays relevance.
+    without biases. Relevance of a composite is divided by the input first, so that it is not multiplied twice.
     """
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and gradient × input."""
-        outputs, found = [], []
+        outputs, products = [], []
         for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
             part = inputs.select(sample)
             output, multipliers = self.multipliers(part, target.rows(sample))
             outputs.append(output)
-            found.append(tuple(m * data.to(m) for m, data in zip(multipliers, part.explained, strict=True)))
-        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+            products.append(tuple(m * data.to(m) for m, data in zip(multipliers, part.explained, strict=True)))
+        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*products, strict=True))

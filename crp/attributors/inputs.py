@@ -1,4 +1,4 @@
-"""Baselines of one input or several: what is there where a feature is not."""
+"""Baselines of one input or several: the values that stand for "this feature is absent"."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _baselines(given: Baseline, inputs: Inputs) -> Tensors:
     ValueError
         If a shape does not fit, or there are not as many as inputs.
     TypeError
-        If one is nothing of this kind.
+        If a baseline is none of these.
     """
     explained = inputs.explained
     if isinstance(given, Mapping):

@@ -34,7 +34,7 @@ class SmoothGrad(Attributor):
     noise_level : float
         Standard deviation in units of the range ``max - min`` of each sample.
     noise : Tensor of shape (n, *data shape), or tuple of them, optional
-        Noise to add, in place of drawing it: as it is, in the data's units. Axes of size 1 are shared.
+        Noise to add in place of random noise, in units of the data. Axes of size 1 are shared.
     statistic : "mean", "squared" or "variance"
         Mean of the gradients, of their squares (Hooker et al., "A benchmark for interpretability methods", NeurIPS
         2019), or variance over the n (VarGrad: Adebayo et al., "Local explanation methods for deep neural networks
@@ -45,7 +45,7 @@ class SmoothGrad(Attributor):
     Raises
     ------
     ValueError, TypeError
-        If a setting is of no such kind, or, before the model runs, noise has not the shape of the data.
+        If a setting has a wrong type or value; before the model runs, if noise does not have the shape of the data.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class SmoothGrad(Attributor):
                         draws[number][copies] * spreads[number][rows] if given is None else given[number][copies, rows]
                     )
                     noisy.append(data[rows] + own)
-                for number, found in enumerate(gradients_of(inputs.having(noisy, sample), target.rows(sample))):
-                    rows, gradient = sample.to(explained[number].device), found.to(sums[number])
+                for number, result in enumerate(gradients_of(inputs.having(noisy, sample), target.rows(sample))):
+                    rows, gradient = sample.to(explained[number].device), result.to(sums[number])
                     sums[number].index_add_(0, rows, gradient)
                     squares[number].index_add_(0, rows, gradient.square())
         results = []
@@ -122,17 +122,17 @@ def _fitting(noise: Tensor | Sequence[Tensor], inputs: Tensors) -> list[Tensor]:
     given = [noise] if isinstance(noise, Tensor) else list(noise)
     if len(given) != len(inputs):
         raise ValueError(f"there is noise for {len(given)} inputs of {len(inputs)}; give one tensor for each")
-    found = []
+    widths = []
     for tensor, data in zip(given, inputs, strict=True):
         try:
             if tensor.dim() != data.dim() + 1 or len(tensor) == 0:
                 raise RuntimeError
-            found.append(tensor.to(data).expand(len(tensor), *data.shape))
+            widths.append(tensor.to(data).expand(len(tensor), *data.shape))
         except RuntimeError:
             raise ValueError(
                 f"noise has shape {tuple(tensor.shape)}; for data of shape {tuple(data.shape)} it must be "
                 f"(n, {', '.join(map(str, data.shape))}), or broadcast to it"
             ) from None
-    if len({len(tensor) for tensor in found}) > 1:
-        raise ValueError(f"noise is given {[len(tensor) for tensor in found]} times; as often for each input")
-    return found
+    if len({len(tensor) for tensor in widths}) > 1:
+        raise ValueError(f"noise is given {[len(tensor) for tensor in widths]} times; as often for each input")
+    return widths

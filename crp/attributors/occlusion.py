@@ -74,12 +74,12 @@ class Occlusion(Attributor):
         covers = _baselines(self.baseline, inputs)
         explained = inputs.explained
         shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
-        found = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
+        places = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
         totals = [torch.zeros_like(data).flatten(1) for data in explained]
         with self.scoring(target) as score:
             whole = self._whole(score, inputs, target)
             for number, (data, cover) in enumerate(zip(explained, covers, strict=True)):
-                starts, offsets = (part.to(data.device) for part in found[number])
+                starts, offsets = (part.to(data.device) for part in places[number])
                 cover = cover.flatten(1)
                 for sample, window in self.rows(len(data), len(starts), target, ROWS_FORWARD):
                     sample = sample.to(data.device)
@@ -91,10 +91,10 @@ class Occlusion(Attributor):
                     fall = whole[sample] - score(rows, target.rows(sample)).to(whole)
                     index = sample[:, None].expand_as(place), place
                     totals[number].index_put_(index, fall[:, None].expand_as(place), accumulate=True)
-        counts = [_cover_count(data[0], *part) for data, part in zip(explained, found, strict=True)]
+        counts = [_cover_count(data[0], *part) for data, part in zip(explained, places, strict=True)]
         _tell_uncovered(counts)
         results = []
-        for data, total, count, (_, offsets) in zip(explained, totals, counts, found, strict=True):
+        for data, total, count, (_, offsets) in zip(explained, totals, counts, places, strict=True):
             shared = count * len(offsets) if self.per_feature else count
             results.append(torch.where(count > 0, total / shared, 0).view_as(data))
         return self.output(inputs), tuple(results)
@@ -114,7 +114,7 @@ def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths =
     starts : Tensor of shape (windows,)
         First feature of each window, counted in the flattened input.
     offsets : Tensor of shape (features of a window,)
-        What to add for all of its features.
+        What to add to the first feature for each feature of the window.
 
     Raises
     ------

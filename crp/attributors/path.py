@@ -86,8 +86,8 @@ class IntegratedGradients(Attributor):
                 for start, way in zip(starts, ways, strict=True):
                     rows, alpha = sample.to(way.device), self.points[step].to(way)
                     points.append(start[rows] + alpha.reshape(-1, *[1] * (way.dim() - 1)) * way[rows])
-                found = gradients_of(inputs.having(points, sample), target.rows(sample))
-                for total, gradient in zip(totals, found, strict=True):
+                slopes = gradients_of(inputs.having(points, sample), target.rows(sample))
+                for total, gradient in zip(totals, slopes, strict=True):
                     weight = self.weights[step].to(total).reshape(-1, *[1] * (total.dim() - 1))
                     total.index_add_(0, sample.to(total.device), weight * gradient.to(total))
         return self.output(inputs), tuple(total * way for total, way in zip(totals, ways, strict=True))

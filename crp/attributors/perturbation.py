@@ -1,4 +1,4 @@
-r"""Meaningful perturbation: a mask that is learned, so that it takes away little and changes the prediction much.
+r"""Meaningful perturbation: a learned mask that perturbs little of an image and changes the prediction much.
 
 Fong and Vedaldi, "Interpretable explanations of black boxes by meaningful perturbation", ICCV 2017. A mask
 :math:`m`, 1 where a pixel is kept and 0 where it is perturbed, plays the *deletion game* (eq. 3 and 4)
@@ -8,7 +8,7 @@ Fong and Vedaldi, "Interpretable explanations of black boxes by meaningful pertu
 
 or the *preservation game*, where :math:`\lVert m \rVert_1` is small and :math:`f_c` is large. The mask is coarse, and
 brought to the size of the image by :math:`M = g_{\sigma} * \mathrm{up}(m)`, so that it cannot draw an adversarial
-pattern; jitter serves the same end. :math:`\Phi` blurs (each pixel by its own width), or fades to a colour or noise.
+pattern; jitter has the same purpose. :math:`\Phi` blurs (each pixel by its own width), or fades to a colour or noise.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.attributors.backgrounds import Background, _check_background, blur, make_background
-from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Target
+from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.inputs import check_data
 
@@ -37,7 +37,7 @@ Start = Literal["circle", "ones", "zeros"]
 
 #: Settings of the well-known implementation pytorch-explain-black-box, where they are not the paper's: it fades to a
 #: median-filtered background, adds input noise, takes means in place of sums, and neither jitters nor blurs the mask.
-#: (Its mask, unlike ours, feels no pull of the first term where it is exactly 1.)
+#: (In it, unlike here, the first term has no gradient where the mask is exactly 1.)
 BLACK_BOX: Mapping[str, Any] = MappingProxyType(
     {
         "background": "median",
@@ -58,7 +58,7 @@ CIRCLES = 32
 
 
 class Perturbation(NamedTuple):
-    """What `MeaningfulPerturbation` finds.
+    """Result of `MeaningfulPerturbation`.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class Perturbation(NamedTuple):
 class MeaningfulPerturbation:
     """Learn the smallest mask that takes the evidence for a class out of an image, or keeps it.
 
-    The defaults are the paper's, which are for images of 224 x 224 pixels: widths and jitter are in pixels, and want to
+    The defaults are the paper's, which are for images of 224 x 224 pixels: widths and jitter are in pixels, and should
     be smaller for smaller images. Images of a batch do not influence each other: they share one draw of noise and
     jitter per step, which the seed decides.
 
@@ -253,7 +253,7 @@ class MeaningfulPerturbation:
         return Perturbation(heatmap, kept, torch.stack(scores, 1), limits, known)
 
     def objective(self, mask: Tensor, scores: Tensor) -> Tensor:
-        """What each image's mask makes small, from its mask of shape (batch, 1, *mask size) and its score.
+        """Loss of each image, from its mask of shape (batch, 1, *mask size) and its score.
 
         Returns
         -------
@@ -320,13 +320,13 @@ class MeaningfulPerturbation:
         radii = torch.linspace(-1e-6, 2**0.5 + 1e-6, CIRCLES).to(images)
         whole, nothing = limits.unbind(1)
         deletes = self.game == "deletion"
-        found = torch.full((len(limits),), CIRCLES - 1, device=images.device)
+        chosen = torch.full((len(limits),), CIRCLES - 1, device=images.device)
         for number in reversed(range(CIRCLES)):
             inside = (distance <= radii[number]).to(images).expand(shape)
             score = rate(mix(images, self._enlarge(1 - inside if deletes else inside, images)))
             way = (whole - score) if deletes else (score - nothing)
-            found = torch.where(way >= 0.99 * (whole - nothing), number, found)
-        inside = (distance <= radii[found].view(-1, 1, 1, 1)).to(images)
+            chosen = torch.where(way >= 0.99 * (whole - nothing), number, chosen)
+        inside = (distance <= radii[chosen].view(-1, 1, 1, 1)).to(images)
         return 1 - inside if deletes else inside
 
     def _enlarge(self, mask: Tensor, images: Tensor, offset: list[int] | None = None) -> Tensor:
@@ -334,7 +334,7 @@ class MeaningfulPerturbation:
         options = {} if self.upsampling == "nearest" else {"align_corners": False}
         large = F.interpolate(mask, images.shape[3:], mode=self.upsampling, **options)
         large = blur(large, self.mask_blur)
-        if self.upsampling == "bicubic":  # which overshoots; a clamp's own gradient would be 0 where a mask is 0 or 1
+        if self.upsampling == "bicubic":  # (values overshoot; a clamp would have no gradient at masks of 0 or 1)
             large = large + (large.clamp(0, 1) - large).detach()
         if offset is None or self.jitter == 1:
             return large

@@ -18,7 +18,7 @@ ScoreName = Literal["softmax", "log_softmax", "output"]
 
 
 def target_of(target: Any, n_samples: int) -> Target | None:
-    """Target from what a user gives, checked before the model runs; None stays for what the model predicts.
+    """Target from a user's argument, checked before the model runs; None stands for what the model predicts.
 
     Raises
     ------
@@ -29,11 +29,11 @@ def target_of(target: Any, n_samples: int) -> Target | None:
     """
     if target is None:
         return None
-    found = Target.of(target)
-    if found.layer is not None:
-        raise TypeError(f"target must be one of the model's output; it is in layer {found.layer!r}")
-    found.check(n_samples)
-    return found
+    chosen = Target.of(target)
+    if chosen.layer is not None:
+        raise TypeError(f"target must be one of the model's output; it is in layer {chosen.layer!r}")
+    chosen.check(n_samples)
+    return chosen
 
 
 def known_target(target: Target | None, output: Tensor) -> Target:
@@ -62,7 +62,7 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     ----------
     output : Tensor of shape (rows, classes, ...)
     target : Target
-        A function of the output is given it as it is: ``score`` counts for classes and masks.
+        A target that is a function gets the output itself; ``score`` counts for classes and masks only.
     score : "softmax", "log_softmax" or "output"
         Probability of the class, its logarithm, or the output itself.
 
@@ -77,7 +77,7 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
 
 @contextmanager
 def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Function from inputs to the model's output, in evaluation mode; leaving, the model is as it was found.
+    """Context with a function from inputs to the model's output, in evaluation mode. On leaving, all is as before.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from crp.engine.inputs import Inputs, Tensors
 
 
 class ShapleySampling(Attributor):
-    r"""Shapley values, estimated: what a player adds to those before it, averaged over permutations.
+    r"""Estimated Shapley values: what a player adds to the score of those before it, averaged over permutations.
 
     Castro, Gómez and Tejada, "Polynomial calculation of the Shapley value based on sampling" (Computers & Operations
     Research 36, 2009). A player is absent when it has the value of the baseline. Efficient: for any number
@@ -38,7 +38,7 @@ class ShapleySampling(Attributor):
     seed : int or None
         Of the permutations; None takes torch's global generator.
     permutations : Tensor of shape (samples, players), optional
-        In place of drawing them.
+        These permutations, in place of random ones.
 
     Raises
     ------
@@ -87,15 +87,15 @@ class ShapleySampling(Attributor):
                 scores[sample, time] = score(inputs.having(made, sample), target.rows(sample)).to(scores)
         added = scores.view(n_samples, len(orders), coalitions).diff(dim=2)
         values = added.gather(2, ranks.expand(n_samples, -1, -1)).mean(1)  # (samples, players)
-        found = (
+        shares = (
             values[:, numbers.flatten()].view(n_samples, *numbers.shape).expand(data.shape).to(data)
             for data, numbers in zip(explained, players, strict=True)
         )
-        return self.output(inputs), tuple(part.contiguous() for part in found)
+        return self.output(inputs), tuple(part.contiguous() for part in shares)
 
     def _players(self, inputs: Tensors) -> list[Tensor]:
         """Number of the player that each feature belongs to; axes that are no players have length 1."""
-        found, count = [], 0
+        numbered, count = [], 0
         for data in inputs:
             axes = tuple(range(1, data.dim())) if self.sampling_dims is None else tuple(self.sampling_dims)
             if not axes or len(set(axes)) < len(axes) or not all(0 < axis < data.dim() for axis in axes):
@@ -106,8 +106,8 @@ class ShapleySampling(Attributor):
             shape = [n if axis in axes else 1 for axis, n in enumerate(data.shape)][1:]
             numbers = torch.arange(count, count + torch.Size(shape).numel()).view(shape)
             count += numbers.numel()
-            found.append(numbers)
-        return found
+            numbered.append(numbers)
+        return numbered
 
     def _orders(self, n_players: int) -> Tensor:
         if self.permutations is None:

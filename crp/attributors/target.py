@@ -23,7 +23,7 @@ class Target:
     """
 
     layer: str | None = None
-    #: Whether it is a function of the user's, which may count on all samples being there.
+    #: Whether it is a function of the user's, which may need all samples at once.
     joint: bool = False
 
     def score(self, output: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ class Target:
         raise NotImplementedError
 
     def weights(self, output: Tensor) -> Tensor:
-        """What each output is worth for the score: its gradient, of shape (rows, *output shape)."""
+        """Gradient of the score with respect to the output, of shape (rows, *output shape)."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.score(leaf).sum(), leaf)
         return gradient
 
     def keep(self, row: int, ids: Any, layer: str) -> MaskFn:
-        """Mask, in the protocol of `crp.types.MaskFactory`, that keeps of `layer` what is scored."""
+        """Mask, in the protocol of `crp.types.MaskFactory`, that keeps the part of `layer` that is scored."""
         raise NotImplementedError
 
     def check(self, n_samples: int) -> None:
@@ -189,14 +189,14 @@ class Score(Target):
 
     def score(self, output: Tensor) -> Tensor:
         """Value of the function."""
-        found = self.function(output)
-        if not isinstance(found, Tensor) or found.shape != output.shape[:1]:
-            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        scores = self.function(output)
+        if not isinstance(scores, Tensor) or scores.shape != output.shape[:1]:
+            what = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise ValueError(
                 f"the target, a function, returned {what} for an output of {tuple(output.shape)}; it must return one "
                 f"score for each row, ({len(output)},); with batch_size, rows are some of the samples"
             )
-        return found
+        return scores
 
 
 class Neuron(Target):
@@ -207,7 +207,7 @@ class Neuron(Target):
     layer : str
         Name of a layer; ``"name#1"`` is its second call.
     index : int or tuple of int
-        Place in the layer's output, without the batch axis. A shorter one, such as a channel, is all that it holds.
+        Place in the layer's output, without the batch axis. A shorter index, such as a channel, means all places in it.
 
     Examples
     --------
@@ -224,7 +224,7 @@ class Neuron(Target):
             raise ValueError(f"layer {layer!r}: the neuron has no index; give at least one")
 
     def score(self, output: Tensor) -> Tensor:
-        """Output of the neuron, summed over what the index leaves open."""
+        """Output of the neuron, summed over axes that the index does not name."""
         return output[self._place(output)].reshape(len(output), -1).sum(1)
 
     def keep(self, row: int, ids: Any, layer: str) -> MaskFn:
@@ -252,7 +252,7 @@ class Neuron(Target):
 
 
 class Start(Target):
-    """What starts, as zennit's attributors take it: a tensor, or a function of the output that returns one.
+    """Initial relevance as zennit's attributors take it: a tensor, or a function of the output that returns one.
 
     Parameters
     ----------
@@ -266,24 +266,24 @@ class Start(Target):
         self.joint = not isinstance(attr_output, Tensor)
 
     def score(self, output: Tensor) -> Tensor:
-        """Sum of the outputs that start, or of what the function makes of them."""
+        """Sum of output times tensor, or sum of what the function returns."""
         given = self.weights(output)
         return (given * output if isinstance(self.attr_output, Tensor) else given).flatten(1).sum(1)
 
     def weights(self, output: Tensor) -> Tensor:
-        """What starts."""
+        """Return the initial relevance."""
         given = self.attr_output
-        found = given.to(output) if isinstance(given, Tensor) else given(output)
+        factors = given.to(output) if isinstance(given, Tensor) else given(output)
         try:
-            return found.expand_as(output)
+            return factors.expand_as(output)
         except (AttributeError, RuntimeError):
-            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            what = f"shape {tuple(factors.shape)}" if isinstance(factors, Tensor) else f"a {type(factors).__name__}"
             raise ValueError(
                 f"attr_output gives {what} for an output of {tuple(output.shape)}; these must agree"
             ) from None
 
     def rows(self, index: Tensor) -> Target:
-        """What starts in some samples."""
+        """Initial relevance of some samples."""
         given = self.attr_output
         if not isinstance(given, Tensor) or given.dim() < 2 or len(given) == 1:
             return self

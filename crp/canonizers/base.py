@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 class Reporting(Protocol):
     """A canonizer that can say what it did: every instance that `apply` of one of ours returns.
 
-    Known after the model's first call; names are those of ``model.named_modules()``. An instance whose `merged` is
-    empty changed nothing.
+    Both attributes are known after the model's first call; names are those of ``model.named_modules()``. An instance
+    whose `merged` is empty changed nothing.
 
     Attributes
     ----------

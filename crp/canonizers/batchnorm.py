@@ -24,14 +24,15 @@ from crp.trace import Passive, Structure, known, recorded, structure, tracing
 
 
 class MergeBatchNorm(Canonizer):  # type: ignore[misc]
-    """Merge every batch norm into a linear or convolutional layer that it shares a tensor with, and no one else.
+    """Merge every batch norm into the linear or convolutional layer next to it.
 
-    The layer before it is preferred, whose output it alone reads; next comes the one after it, where that is exact:
-    zero padding must not meet a shift. If the two are called several times, it is so in every call. A function counts
-    as a layer if its weight and bias are parameters of the model: ``F.conv2d(x, self.kernel, self.offset)``.
+    The layer before the norm is preferred; nothing but the norm may read its output. Otherwise it is the layer after
+    the norm, if that is exact: zero padding must not meet a shift. If norm and layer are called several times, this
+    must hold in every call. A function counts as a layer if its weight and bias are parameters of the model:
+    ``F.conv2d(x, self.kernel, self.offset)``.
 
-    What is next to what is found by one traced forward pass, at the first call of the model; the answer is kept for the
-    model, and so are the merged parameters, until one changes.
+    One traced forward pass, at the first call of the model, finds which layers are next to each other. The result and
+    the merged parameters are kept for the model until one of them changes.
 
     What cannot be merged is left alone; it is affine, unless in training mode, so that a rule can treat it.
 

@@ -56,7 +56,7 @@ def _sources(norm: Any) -> list[Tensor | None]:
 
 
 def obstacle(norm: Any) -> str | None:
-    """Reason why a module is no fixed affine map, possibly with an activation behind it; None if it is."""
+    """Reason why a module is no fixed affine map (an activation may follow the map); None if it is one."""
     if "forward" in vars(norm):
         return "its forward is replaced"
     if norm.training and not _is_frozen(norm):

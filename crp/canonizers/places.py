@@ -91,19 +91,19 @@ def _plan_of(root: nn.Module, record: Trace) -> Plan:
 def _find_places(root: nn.Module, record: Trace) -> Plan:
     """Find all batch norms and their places."""
     modules = modules_of(unwrap(root))  # (whose names a record of the forward pass has)
-    found = {name: module for name, module in modules.items() if is_batch_norm(module)}
+    batch_norms = {name: module for name, module in modules.items() if is_batch_norm(module)}
     layers = layers_as_units(record, [name for name, module in modules.items() if isinstance(module, LINEAR)])
     linear: dict[Unit, _Linear | str] = {unit: _layer(unit.name, modules[unit.name]) for unit in layers}
     linear |= _functions(modules, record)
-    units = layers_as_units(record, found)
+    units = layers_as_units(record, batch_norms)
     behind, ahead = adjacent(linear, units), adjacent(units, linear)
-    pairs: dict[str, list[tuple[Side, Unit, Unit]]] = {name: [] for name in found}
+    pairs: dict[str, list[tuple[Side, Unit, Unit]]] = {name: [] for name in batch_norms}
     for pair in behind.pairs:
         pairs[pair.second.name].append(("after", pair.first, pair.second))
     for pair in ahead.pairs:
         pairs[pair.first.name].append(("before", pair.second, pair.first))
     candidates = []
-    for name, norm in found.items():
+    for name, norm in batch_norms.items():
         reasons = [other.unpaired[name] for other in (behind, ahead) if name in other.unpaired]
         places = []
         for side, unit, norm_unit in pairs[name]:
@@ -143,16 +143,16 @@ def _label(linear: _Linear) -> str:
 
 
 def _recorded_obstacle(linear: _Linear, unit: Unit, norm: Unit, side: Side) -> str | None:
-    """Reason why the two cannot be merged that lies in their calls."""
+    """Reason in the recorded calls why the two cannot be merged; None if there is none."""
     weight = linear.weight.get()
     if weight is not None and any(
         call.returned is None or len(call.returned.shape) != weight.dim() for call in unit.calls
     ):
         return f"it normalizes another axis than the features of {_label(linear)}"
     for call in _module_calls(norm):
-        given, returned = (None if kind is None else kind.dtype for kind in (call.given, call.returned))
-        if given != returned:
-            return f"it makes {returned} of {given}"
+        read, returned = (None if kind is None else kind.dtype for kind in (call.given, call.returned))
+        if read != returned:
+            return f"it makes {returned} of {read}"
     first, second = (unit, norm) if side == "after" else (norm, unit)
     changed = [call.output_changed for call in _module_calls(first)] + [c.input_changed for c in _module_calls(second)]
     if any(changed):
@@ -173,13 +173,13 @@ def _functions(modules: Mapping[str, nn.Module], record: Trace) -> dict[Unit, _L
     for call in record.operations:
         if call.name in FUNCTIONS and not any(issubclass(around.kind, LINEAR) for around in _around(call)):
             calls.setdefault(_name(call), []).append(call)
-    found: dict[Unit, _Linear | str] = {}
+    units: dict[Unit, _Linear | str] = {}
     for name, same in calls.items():
         operands = (operand for call in same for operand in call.operands)
         parameters = dict.fromkeys(operand.parameter for operand in operands if operand.parameter is not None)
         unit = Unit(name, same, {parameter: record.parameter_readers[parameter] for parameter in parameters})
-        found[unit] = _function(modules, record, unit, same)
-    return found
+        units[unit] = _function(modules, record, unit, same)
+    return units
 
 
 def _function(modules: Mapping[str, nn.Module], record: Trace, unit: Unit, calls: list[FunctionCall]) -> _Linear | str:
@@ -240,7 +240,7 @@ _CONV_FORWARDS = {kind._conv_forward for kind in _CONVOLUTIONS}
 
 
 def _layer_obstacle(linear: _Linear, layer: Any, calls: list[ModuleCall], side: Side) -> str | None:
-    """Reason why a layer with a forward of its own does not do what its parameters say."""
+    """Reason why a layer whose forward is not torch's does not follow its weight and bias; None if it does."""
     if linear.weight.get() is None or _has_plain_forward(layer):
         return None
     kind = type(layer).__name__
@@ -261,10 +261,10 @@ def _has_plain_forward(layer: Any) -> bool:
 
 @torch.no_grad()
 def _follows_its_parameters(layer: Any, given: TensorKind | None) -> bool:
-    """Whether the output is the bias without the weight, and -2 times itself with -2 times both.
+    """Whether the layer computes ``weight * input + bias``, however it pads.
 
-    So it is where a layer only pads as it likes, but not where it standardizes its weight. Both are exact in floating
-    point, so that no tolerance is needed.
+    Two tests, which a layer that standardizes its weight fails: with a weight of zero, the output is the bias; with -2
+    times weight and bias, it is -2 times the output. Both are exact in floating point, so no tolerance is needed.
     """
     if given is None:
         return False

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from crp.visualization.table.store import Table
 
 INTERRUPTED = 130
+#: Options that are those of `crp.visualization.mine`, under the same names.
+_AS_THEY_ARE = ("start", "stop", "batch_size", "shard_size", "on_error", "retry_skipped", "mixed_shapes")
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -67,7 +69,7 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
     if part is not None and (overwrite or address):
         raise CommandError(f"{'--overwrite' if overwrite else '--dask'} does not go with several processes")
     hidden = quiet or (part is not None and part[0] > 0)
-    with _told(out, overwrite):
+    with _errors_in_a_line(out, overwrite):
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
     from crp.commands.table import _describe
 
@@ -82,10 +84,10 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.selection import select_layers
-    from crp.visualization.mining.targets import check_targets
+    from crp.visualization.mining.targets import parse_targets
 
     named = given["targets"].strip()
-    targets = check_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
+    targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
     if ":" not in given["model"] and not (given["weights"] or given["checkpoint"]):
         raise CommandError(
             f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"
@@ -109,27 +111,21 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             {layer: ChannelConcept() for layer in layers},
             composite,
             out,
-            start=given["start"],
-            stop=given["stop"],
-            batch_size=given["batch_size"],
-            shard_size=given["shard_size"],
             preprocess=preprocess,
             single_targets=MULTI_LABEL.get(given["multi_label"]),
             modes=given["modes"].split(","),
             kinds=given["kinds"].split(","),
             num_workers=given["workers"],
-            on_error=given["on_error"],
-            retry_skipped=given["retry_skipped"],
             targets=targets,
-            mixed_shapes=given["mixed_shapes"],
             part=part,
             client=client,
+            **{name: given[name] for name in _AS_THEY_ARE},
             **settings,
         )
 
 
 @contextmanager
-def _told(out: Path, overwrite: bool) -> Iterator[None]:
+def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
     """Errors in one line, and what to do after an interruption."""
 
     def end(*_: object) -> None:

@@ -75,11 +75,11 @@ def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
     FOLDER is where they have written; OTHERS, if any, are more folders of the same table, which are copied from.
     The exit status is 1 if samples are missing.
     """
-    from crp.visualization.mining.workers import merge as merged
+    from crp.visualization.mining.workers import merge
     from crp.visualization.table.manifest import TableError
 
     try:
-        table = merged(folder, *others)
+        table = merge(folder, *others)
     except (TableError, OSError) as error:
         raise CommandError(_plain(str(error))) from error
     click.echo(f"{_plain(str(folder))}: {_describe(table)}")

@@ -17,11 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crp.compat import folders
-from crp.compat.folders import FolderName
+from crp.compat.folders import SAMPLE_SIZE
 from crp.concepts import Concept
-
-#: Samples kept for each concept, as in zennit-crp.
-SAMPLE_SIZE = 40
+from crp.visualization.table.manifest import KINDS
+from crp.visualization.table.question import Question
 
 
 class Ranking(NamedTuple):
@@ -48,14 +47,34 @@ class _Accumulator:
     _per_target: bool
 
     def __init__(
-        self, mode: str = "relevance", max_target: str = "sum", abs_norm: bool = False, path: str | Path | None = None
+        self,
+        mode: str = "relevance",
+        max_target: str = "sum",
+        abs_norm: bool = False,
+        path: str | Path | None = None,
+        *,
+        make_folder: bool = True,
     ) -> None:
-        name = FolderName.checked(mode, self._per_target, max_target, abs_norm)
-        self.mode, self.max_target, self.abs_norm = name.mode, name.max_target, name.abs_norm
-        self.sub_folder = Path(str(name))
+        if max_target not in KINDS:
+            raise ValueError(f"max_target must be 'sum' or 'max', not {max_target!r}")
+        self.question = Question(mode, max_target, bool(abs_norm), self._per_target)
+        self.mode, self.max_target, self.abs_norm = mode, max_target, bool(abs_norm)
+        self.sub_folder = Path(folders.folder_name(self.question))
         self.PATH = Path(path or "") / self.sub_folder
         self.SAMPLE_SIZE = SAMPLE_SIZE
         self._rankings: dict[Any, Ranking] = {}
+        if make_folder:
+            self.PATH.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def PATH(self) -> Path:
+        """Result folder; one that is set says by its name what is asked."""
+        return self._path
+
+    @PATH.setter
+    def PATH(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self.question = folders.question_of(self._path.name) or self.question
 
     def delete_result_arrays(self) -> None:
         """Forget what was gathered."""
@@ -120,13 +139,17 @@ class Maximization(_Accumulator):
         Rank by shares: each sample's values are divided by the sum of their absolute values.
     path : str or Path, optional
         Folder in which the result folder lies; the working directory by default.
+    make_folder : bool, keyword-only
+        Whether the result folder is made at once, for code that lists it, or when something is saved.
 
     Attributes
     ----------
     PATH : Path
-        Result folder; it is made when something is saved.
+        Result folder.
     SAMPLE_SIZE : int
         Samples kept for each concept, 40 by default.
+    question : Question
+        What the results answer.
     """
 
     _per_target = False

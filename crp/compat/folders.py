@@ -19,8 +19,13 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from crp.visualization.table.question import Question
+
+#: Samples kept for each concept, as in zennit-crp.
+SAMPLE_SIZE = 40
 _UNSAFE = re.compile(r'[%<>:"/\\|?*\x00-\x1f]|^\.|[. ]$')
 _FOLDER = re.compile(r"(Rel|Act)(Max|Stats)_(sum|max)_(normed|unnormed)")
+_SIZE = "sample_size.txt"
 _SUFFIXES = ("data.npy", "rel.npy", "rf.npy")
 
 
@@ -42,44 +47,19 @@ class Top(NamedTuple):
     position: np.ndarray
 
 
-class FolderName(NamedTuple):
-    """What the name of a result folder says.
+def folder_name(question: Question) -> str:
+    """Name of the result folder that answers a question."""
+    kind = {"relevance": "Rel", "activation": "Act"}[question.mode] + ("Stats" if question.per_class else "Max")
+    return f"{kind}_{question.kind}_{'normed' if question.normed else 'unnormed'}"
 
-    Attributes
-    ----------
-    mode : {"relevance", "activation"}
-    per_target : bool
-        Whether it holds the samples of each target apart.
-    max_target : {"sum", "max"}
-    abs_norm : bool
-    """
 
-    mode: str
-    per_target: bool
-    max_target: str
-    abs_norm: bool
-
-    def __str__(self) -> str:
-        kind = {"relevance": "Rel", "activation": "Act"}[self.mode] + ("Stats" if self.per_target else "Max")
-        return f"{kind}_{self.max_target}_{'normed' if self.abs_norm else 'unnormed'}"
-
-    @classmethod
-    def checked(cls, mode: str, per_target: bool, max_target: str, abs_norm: bool) -> FolderName:
-        """Name of the folder for these settings, or a `ValueError` that says which one is wrong."""
-        if mode not in ("relevance", "activation"):
-            raise ValueError(f"mode must be 'relevance' or 'activation', not {mode!r}")
-        if max_target not in ("sum", "max"):
-            raise ValueError(f"max_target must be 'sum' or 'max', not {max_target!r}")
-        return cls(mode, per_target, max_target, bool(abs_norm))
-
-    @classmethod
-    def parse(cls, name: str) -> FolderName | None:
-        """Settings that a folder's name tells, or None if it is no such name."""
-        match = _FOLDER.fullmatch(name)
-        if match is None:
-            return None
-        mode = "relevance" if match[1] == "Rel" else "activation"
-        return cls(mode, match[2] == "Stats", match[3], match[4] == "normed")
+def question_of(name: str) -> Question | None:
+    """Question that a result folder of this name answers, or None if it is no such name."""
+    match = _FOLDER.fullmatch(name)
+    if match is None:
+        return None
+    mode = "relevance" if match[1] == "Rel" else "activation"
+    return Question(mode, match[3], match[4] == "normed", match[2] == "Stats")
 
 
 def file_name(layer_name: str) -> str:
@@ -122,15 +102,27 @@ def write_top(prefix: str, top: Top) -> str:
     return prefix
 
 
+def write_size(folder: Path, size: int) -> None:
+    """Keep how many samples of a concept are to be read from a table under the name of this folder."""
+    file = folder / _SIZE
+    if size == SAMPLE_SIZE:
+        file.unlink(missing_ok=True)
+    else:
+        with replacing(file) as opened:
+            opened.write(f"{size}\n".encode())
+
+
+def read_size(folder: Path) -> int:
+    """How many samples of a concept `write_size` said are to be read; 40 where it said nothing."""
+    try:
+        return int((folder / _SIZE).read_text())
+    except FileNotFoundError:
+        return SAMPLE_SIZE
+
+
 def write_targets(folder: Path, targets: Iterable[int]) -> None:
     """Write ``targets.npy``; as strings, which is what zennit-crp writes."""
     write_array(folder / "targets.npy", np.array(sorted(targets), dtype=str))
-
-
-def read_targets(folder: Path) -> np.ndarray:
-    """Read ``targets.npy`` as int64, in the order of the file."""
-    targets: np.ndarray = np.load(folder / "targets.npy", allow_pickle=False).astype(np.int64)
-    return targets
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

@@ -34,9 +34,9 @@ def _is_of_the_user(kind: Any) -> bool:
 def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Function] | None:
     """Functions of which a module makes one activation in this call; None if it makes anything else.
 
-    It does if it is called with one tensor, returns one of the same shape, reads no other that depends on the model's
-    input, and calls only elementwise functions that a mode can see, one of them an activation. To know, the module runs
-    once for the record, and is left as it was.
+    A module is one activation if it is called with one tensor, returns one of the same shape, reads no other tensor
+    that depends on the model's input, and calls only elementwise functions that a mode can see, one of them an
+    activation. To find out, the module runs once more, and is left as it was.
     """
     if not _may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         return None
@@ -58,7 +58,7 @@ def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, An
 
 
 class _OfModule(Notes):
-    """Notes in which whatever may depend on the model's input and is not noted is none of the module's."""
+    """Notes of one module: any tensor without a note that requires grad comes from outside, and counts as unseen."""
 
     def _reaches_input(self, tensor: Tensor) -> bool:
         return True
@@ -85,7 +85,7 @@ class _Probe(SeeingMode):
         return result
 
     def note_unseen(self, tensor: Tensor, is_changed: bool) -> None:
-        """Note that a tensor was made unseen, or is none of the module's."""
+        """Note that a tensor was made unseen, or comes from outside the module."""
         self.is_seen = False
 
     _unseen = note_unseen

@@ -63,7 +63,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
     name_map : list of (names, rule)
         Rules by layer names or patterns; these come first.
     at_input : list of (types, rule)
-        As first_map, for presets: rules that ``layer_map`` has for modules by name come before them.
+        As ``first_map``, for presets: rules of ``layer_map`` for named modules come before these.
 
     Attributes
     ----------
@@ -164,7 +164,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             for name, child in modules.items():
                 if name in addressed or (entries and _may_be_activation(child)):
                     self._put(child, addressed.get(name, []), mode, is_root=child is module)
-            # Last, so that the mode is active as long as any hook of the composite.
+            # This hook is the last one, so that the mode is active while any hook of the composite runs.
             self._operations = mode
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
             note_placed(self, module)
@@ -177,7 +177,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         if self._depth:  # (a forward pass was interrupted)
             self._depth = 1
             self._leave()
-        # In reverse: what came last may stand on what came first.
+        # In reverse order, as later handles may depend on earlier ones.
         for handle in reversed(self.handles):
             handle.remove()
         self.handles.clear()
@@ -300,7 +300,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Turn the multiplier of the model's inputs into relevance, and look at what the model does."""
+        """Prepare the model's inputs, whose multipliers become relevance, and begin to see operations."""
         mode = self._operations
         if tracing() or referencing() or mode is None:
             return None
@@ -329,7 +329,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
     def _explain(
         self, module: nn.Module, mode: Operations, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Tensor]]:
-        """Inputs of the model as it shall get them, and what takes relevance that needs no value, by `id` of each."""
+        """Arguments for the model; and by `id` of each input, the tensor that takes relevance handed out as it is."""
         explained = {id(data): data for data in tensors_in((args, kwargs)) if data.requires_grad}
         references = {key: self.reference_for(data, n) for n, (key, data) in enumerate(explained.items())}
         if torch.is_grad_enabled() and any(reference is not None for reference in references.values()):

@@ -27,19 +27,12 @@ class EpsilonGamma(LRP):
 
     Parameters
     ----------
-    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon : float or callable
-        ε of the dense layers.
     gamma : float
         γ of the convolutions.
-    stabilizer : float or callable
-    layer_map : list of (what, rule)
-        Rules that come before those of the preset.
+    canonizers, epsilon, stabilizer, layer_map, zero_params, gates
+        As in `crp.composites.EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer.
-    zero_params : str or sequence of str, optional
-    gates : "signal" or "split"
-        As in `LRP`.
     """
 
     def __init__(
@@ -70,13 +63,10 @@ class LRPCMP(LRP):
 
     The composite strategy, "LRP-CMP", of Kohlbrenner et al., "Towards best practice in explaining neural network
     decisions with LRP" (IJCNN 2020), section III, with the γ of Montavon et al. (2019), section 10.3, between. With
-    ``split=1`` all convolutions are lower ones, as in the former; ``alpha=1, beta=0`` is z⁺.
+    ``split=1`` all convolutions are lower ones, as in Kohlbrenner et al.; ``alpha=1, beta=0`` is z⁺.
 
     Parameters
     ----------
-    canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon : float or callable
-        ε of the dense layers.
     gamma : float
         γ of the upper convolutions.
     alpha, beta : float
@@ -87,16 +77,10 @@ class LRPCMP(LRP):
         Rule of the first layer.
     low, high : float, Tensor or nested list, optional
         Bounds of the input, for ``first="box"``.
-    stabilizer : float or callable
-    layer_map : list of (what, rule)
-        Rules that come before those of the preset.
+    canonizers, epsilon, stabilizer, layer_map, zero_params, empty, gates
+        As in `crp.composites.EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer that come before the preset's.
-    zero_params : str or sequence of str, optional
-    empty : "drop" or "epsilon"
-        What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
-    gates : "signal" or "split"
-        As in `LRP`.
 
     Raises
     ------

@@ -32,7 +32,7 @@ class DeepTaylor(Composite):
     :math:`\sum_i R_i` is the target's output, and no relevance has another sign than it, where the paper's conditions
     hold: activations are ReLU, biases are not positive (:math:`b \le 0`), and the input is in its box. Biases count as
     zero by default and so keep nothing. A neuron that is positive through a positive bias alone has no excitatory
-    input and keeps its relevance; what is so lost can be asked for (`accounting`).
+    input and keeps its relevance; `accounting` tells how much is lost so.
 
     For max-pooling, ``"wta"`` gives all to the winner, as in Bach et al. (2015), which leaves the explanation
     discontinuous. ``"avg"`` shares in proportion to the activations in the window: the paper derives this for the

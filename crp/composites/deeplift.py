@@ -1,4 +1,4 @@
-"""DeepLIFT: relevance of what differs from a reference."""
+"""DeepLIFT: relevance of the differences from a reference."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class DeepLift(Composite):
     With :math:`\Delta` for the difference from the reference and multipliers :math:`m` as in `crp.rules.deeplift`,
     the relevance is :math:`R = m \, \Delta x` (Shrikumar, Greenside, Kundaje, "Learning important features through
     propagating activation differences", ICML 2017, eq. 2 and 3), also in layers that are recorded, for which it is
-    :math:`m \, \Delta a`. It explains what saturates, where gradients vanish, and has no jumps, as gradient × input
-    has with biases; the choice of the reference is part of the question that is asked. Explain logits, not
-    probabilities (section 3.6).
+    :math:`m \, \Delta a`. It explains saturated activations too, where gradients vanish, and has no jumps, which
+    gradient × input has in nets with biases. The result depends on the reference: choose one that means "nothing is
+    there". Explain logits, not probabilities (section 3.6).
 
     Conserves: summation-to-delta, :math:`\sum R = f(x) - f(x_0)` (eq. 1), up to rounding, at the input and in every
-    layer through which all flows. Biases cancel, so that no layer keeps anything, and batch norm needs no merging.
+    layer through which everything flows. Biases cancel, so that no layer keeps relevance, and batch norm is not merged.
 
     Products, normalizations and softmax are outside the paper: they are decomposed exactly (`crp.rules.products`), and
-    one warning for each call names them. What is not decomposed is named as well. Nets with layer norm are explained
-    with less rounding in float64, or by a reference that is not constant.
+    one warning for each call names them, and operations that are not decomposed. In nets with layer norm, float64 or a
+    reference that is not constant makes rounding errors smaller.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class DeepLift(Composite):
         return [self._member(reference) for reference in self.reference]
 
     def members_for(self, data: Tensor) -> list[Composite]:
-        """One composite for each reference that there is for ``data``, be they listed or stacked in a tensor."""
+        """One composite for each reference of ``data``, whether these are listed or stacked in a tensor."""
         if isinstance(self.reference, Tensor) and self.reference.dim() == data.dim() + 1:
             return [self._member(reference) for reference in self.reference]
         return self.members
@@ -156,23 +156,23 @@ class DeepLift(Composite):
         TypeError
             If a callable returns no tensor.
         """
-        given = self.reference
-        if isinstance(given, list) or (isinstance(given, Tensor) and given.dim() == data.dim() + 1):
+        chosen = self.reference
+        if isinstance(chosen, list) or (isinstance(chosen, Tensor) and chosen.dim() == data.dim() + 1):
             raise ValueError(
-                f"this DeepLift has {len(given)} references, whose results CondAttribution averages; "
+                f"this DeepLift has {len(chosen)} references, whose results CondAttribution averages; "
                 "within a context of your own, use one of composite.members_for(data) at a time"
             )
-        if callable(given) and not isinstance(given, Tensor):
-            given = given(data.detach())
-            if not isinstance(given, Tensor):
-                raise TypeError(f"the reference function must return a tensor, not {given!r}")
-            if given.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
+        if callable(chosen) and not isinstance(chosen, Tensor):
+            chosen = chosen(data.detach())
+            if not isinstance(chosen, Tensor):
+                raise TypeError(f"the reference function must return a tensor, not {chosen!r}")
+            if chosen.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
                 raise ValueError(
-                    f"the reference function returned shape {tuple(given.shape)} for data of {tuple(data.shape)}"
+                    f"the reference function returned shape {tuple(chosen.shape)} for data of {tuple(data.shape)}"
                 )
-        if not isinstance(given, Tensor):
-            return torch.full_like(data, given or 0.0).requires_grad_()
-        reference = given.detach().to(data)
+        if not isinstance(chosen, Tensor):
+            return torch.full_like(data, chosen or 0.0).requires_grad_()
+        reference = chosen.detach().to(data)
         if (
             self._samples is not None
             and len(self._samples[0]) == len(data)
@@ -182,14 +182,14 @@ class DeepLift(Composite):
             reference = reference[self._samples[0]]
         if self._listed and reference.dim() < data.dim():
             raise ValueError(
-                f"references in a list have a batch axis; give this of {tuple(given.shape)} as {(1, *given.shape)}"
+                f"references in a list have a batch axis; give this of {tuple(chosen.shape)} as {(1, *chosen.shape)}"
             )
         if reference.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
             advice = ""
             if reference.shape[1:] == data.shape[1:] and reference.dim() == data.dim():
                 advice = "; for any part of the samples, give one reference for all, or a function of the data"
             raise ValueError(
-                f"reference of shape {tuple(given.shape)} for data of shape {tuple(data.shape)}: it must have that "
+                f"reference of shape {tuple(chosen.shape)} for data of shape {tuple(data.shape)}: it must have that "
                 f"shape, {(1, *data.shape[1:])} or {tuple(data.shape[1:])}{advice}"
             )
         return reference.expand(data.shape).requires_grad_()
@@ -199,7 +199,7 @@ class DeepLift(Composite):
         return known.has("linear")
 
     def unreached(self, model: nn.Module) -> str | None:
-        """Nothing: of a linear model the gradient is what DeepLIFT gives."""
+        """None: a model without a rule is linear, and DeepLIFT then is gradient times difference."""
         return None
 
     def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:

@@ -24,11 +24,10 @@ class ExcitationBackprop(Composite):
     smooth and not negative, and say little about what speaks against a class.
 
     Max-pooling hands all to the winner, average pooling, additions and concatenations share in proportion to the
-    values, and smooth activations pass on. Where a summand of a residual block is negative, its share is negative,
-    too; the sum is still 1. Batch norm is merged, or passed with ``canonizers=None``, which is the same where its
-    scale is positive. Zennit's preset lets
-    biases take part and gives up to 60 % else; other implementations add 1e-20 (TorchRay) or 1e-10 (Greydanus' port)
-    to denominators, and the latter lets the biases of convolutions take part.
+    values, and smooth activations pass relevance on. If a summand of a residual block is negative, its share is
+    negative, too; the sum is still 1. Batch norm is merged; with ``canonizers=None`` it passes relevance on, which is
+    the same if its scale is positive. Zennit's preset gives biases a share, which changes results by up to 60 %.
+    TorchRay adds 1e-20 to denominators; Greydanus' port adds 1e-10, and gives biases of convolutions a share.
 
     Parameters
     ----------
@@ -70,9 +69,9 @@ class ContrastiveExcitationBackprop(ExcitationBackprop):
     ``heatmap.sum(1).clamp(min=0)``, as TorchRay does (the default heatmap is this sum, before clamping).
 
     The paper and the implementations propagate both parts and subtract them further down: at the classifier's input
-    (Caffe, Greydanus' port) or at any ``contrast_layer`` (TorchRay). Excitation backprop is linear in what starts, so
-    the difference may be taken right at the classifier; the result is the same for every choice. What matters is the
-    layer whose weights change sign, ``layer``.
+    (Caffe, Greydanus' port) or at any ``contrast_layer`` (TorchRay). Excitation backprop is linear in the relevance
+    that starts, so that every place of the subtraction gives the same result; here it is the classifier itself. The
+    result depends only on ``layer``, whose weights change sign.
 
     Parameters
     ----------

@@ -7,8 +7,8 @@ an output would be under a modified chain rule. The target's multiplier is 1 by 
 others to 0: the result is how the output changes with the input through these concepts alone. Gradient, gradient ×
 input and β-smooth are linear, so that the results of all concepts of a layer add up to the whole. Guided backprop and
 deconvnet rectify what flows back: each result is what the method shows for that concept, but they do not add up,
-and neither do those of several outputs. `start_layer` explains a unit inside the model, as these methods were first
-used for.
+and neither do those of several outputs. `start_layer` explains a unit inside the model, the first use of these
+methods.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _ReLUMethod(Composite):
         super().__init__(canonizers, layer_map=[*layer_map, (Functions(("relu",)), rule)])
 
     def is_method(self, known: Function) -> bool:
-        """Whether a function is no activation: the methods leave the ordinary chain rule to these."""
+        """Whether a function is no activation: for all others, the methods take the ordinary chain rule."""
         return known.known and known.kind != "activation"
 
     def unreached(self, model: nn.Module) -> str | None:
@@ -89,9 +89,9 @@ class GuidedBackprop(_ReLUMethod):
     excites a unit; it depends little on the class (Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018).
     Conserves nothing, and is not linear: see `crp.composites.gradient` for what conditions mean.
 
-    Modules and functions are treated alike; zennit and captum, which only see modules, give the plain gradient where
-    a model calls `F.relu`. The method is defined for ReLU. Models with other activations besides get a warning; choose
-    with ``layer_map=[(F.gelu, GuidedReLU())]``, or None in place of the rule for the ordinary chain rule.
+    Modules and functions are treated alike; zennit and captum only see modules, and give the plain gradient where a
+    model calls `F.relu`. The method is defined for ReLU. If a model has other activations as well, a warning names
+    them: map this rule to them, ``layer_map=[(F.gelu, GuidedReLU())]``, or None for the ordinary chain rule.
 
     Parameters
     ----------
@@ -139,8 +139,8 @@ class BetaSmooth(_ReLUMethod):
     r"""β-smooth gradient: that of softplus in place of that of ReLU, :math:`m_a = m\,\sigma(\beta a)`.
 
     Dombrowski et al., "Explanations can be manipulated and geometry is to blame" (NeurIPS 2019), section 3.2. Gradients
-    that small changes of the input cannot manipulate as easily. Predictions, and thus what lies above each ReLU, stay
-    those of the model. Linear in what starts; conserves nothing.
+    that small changes of the input cannot manipulate as easily. Predictions and activations stay those of the model.
+    Linear in the relevance that starts; conserves nothing.
 
     Parameters
     ----------

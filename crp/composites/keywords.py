@@ -51,8 +51,8 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         if "keywords" not in vars(self):
-            given = list(bound.arguments.items())[1:]
-            self.keywords = {k: v for k, v in given if v is not signature.parameters[k].default and k not in open_ended}
+            named = list(bound.arguments.items())[1:]
+            self.keywords = {k: v for k, v in named if v is not signature.parameters[k].default and k not in open_ended}
             for name in open_ended:
                 self.keywords |= bound.arguments.get(name, {})
         init(self, *args, **kwargs)

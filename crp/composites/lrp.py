@@ -32,7 +32,7 @@ from crp.rules.stabilizer import Stabilize
 
 
 def _base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP") -> LayerMap:
-    """Rules of all LRP presets for what is no affine layer; put those of affine layers before or after them.
+    """Rules of all LRP presets for operations that are not affine.
 
     ReLU, max and average pooling, addition, concatenation and the like are right by the ordinary chain rule. Other
     activations pass relevance on, normalizations hold their variance constant, gates are held constant or split, and
@@ -65,8 +65,8 @@ def _base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP
 class LRP(Composite):
     """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
 
-    What is no sum of weighted inputs gets the rules of `_base`. An operation without a rule that is not right by the
-    ordinary chain rule is named in a warning, and attention is refused.
+    Operations that are not affine get the rules of `_base`. Where LRP has neither a rule nor takes the ordinary chain
+    rule, a warning names the operation; attention is refused.
 
     Parameters
     ----------
@@ -82,8 +82,8 @@ class LRP(Composite):
     zero_params : str or sequence of str, optional
         ``"bias"`` gives the share of the biases of normalizations to their inputs.
     convolution, dense, first : Rule, optional
-        Rules of convolutions, of dense layers, and of these where they read the model's input; after those of the maps,
-        but that types in ``layer_map`` do not come before ``first``.
+        Rules of convolutions, of dense layers, and of both where they read the model's input. Rules of the maps come
+        before these, except that types in ``layer_map`` do not come before ``first``.
     types : type or tuple of types
         What ``first`` is for: convolutions and dense layers by default.
     """

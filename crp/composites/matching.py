@@ -54,7 +54,7 @@ class Matching:
     entries : sequence of MapEntry
         The first that matches wins.
     choices : dict
-        Rules that were found, to be kept as long as the entries are the same.
+        Cache of chosen rules, valid as long as the entries are the same.
     is_method : callable
         Whether the ordinary chain rule is what the method says for a function.
     model : nn.Module
@@ -116,13 +116,13 @@ class Matching:
             treats = entry.rule is None or entry.position is not None or entry.rule.treats(known, kind, alone)
             if treats:
                 self._met.add(number)
-            elif not known.has("selects", "copies", "arithmetic"):  # (whose chain rule is that of any method)
+            elif not known.has("selects", "copies", "arithmetic"):  # (for these, every method takes the chain rule)
                 self._called.add(number)
         key = (known, kind, first, several, context)
-        found = self._choices.get(key)
-        if found is None:
-            found = self._choices[key] = self._match(known, kind, first, several, dict(context))
-        return found
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = self._choices[key] = self._match(known, kind, first, several, dict(context))
+        return choice
 
     def _match(self, known: Function, kind: str, first: bool, several: bool, context: Mapping[int, bool]) -> Choice:
         for entry in self.entries:
@@ -152,7 +152,7 @@ class Matching:
         )
 
     def _layer_of(self, weight: Tensor) -> object:
-        """What calls of one layer have in common: a stored weight, or the module that computes it; else each counts."""
+        """Key of a layer: its stored weight, or the module that computes the weight; otherwise each call is a layer."""
         stored = weight if weight._base is None else weight._base
         if isinstance(stored, nn.Parameter) or id(stored) in self._buffers:
             return id(stored)
@@ -170,7 +170,7 @@ class Matching:
         return {entry.number: len(self.counts.get(entry.number, ())) for entry in self.positions}
 
     def enter(self, module: nn.Module, own: Sequence[tuple[MapEntry, bool]], explained: bool) -> int:
-        """From now on operations are inside a module; how many of its entries are the ordinary chain rule.
+        """Begin of a module; returns how many of its entries are the ordinary chain rule.
 
         Parameters
         ----------
@@ -196,7 +196,7 @@ class Matching:
         return without_rule
 
     def leave(self) -> int:
-        """End of a module; how many of its entries were the ordinary chain rule."""
+        """End of a module; returns how many of its entries were the ordinary chain rule."""
         self._context, without_rule = self._stack.pop()
         return without_rule
 
@@ -211,7 +211,7 @@ class Matching:
         return None
 
     def problem(self, model: nn.Module) -> Exception | None:
-        """What is wrong with the entries, as a forward pass that is done has shown."""
+        """Error of the entries that a completed forward pass has shown; None if there is none."""
         for number, count in self.counted().items():
             if self.totals.get(number, count) != count:
                 return RuntimeError(

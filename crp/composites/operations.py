@@ -1,4 +1,4 @@
-"""The mode of a composite: which of its entries an operation gets, and what is kept of a forward pass."""
+"""The mode of a composite: it brings the matching rule to each operation of a forward pass."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Operations(SeeingMode):
     ----------
     model : nn.Module
     matching : Matching
-        Operations that have no rule, and for which the ordinary chain rule is not the method, are listed in a warning
-        when the model has run.
+        After the forward pass, a warning lists operations that have no rule although the method is not the ordinary
+        chain rule for them.
     method : str
         What messages call the method.
     attachment : Attachment
@@ -140,7 +140,7 @@ class Operations(SeeingMode):
             self._untreated[f"{known.name}() in {place!r}" if place else f"{known.name}()"] = None
         self._list(known.name, choice)
         if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
-            # (what a function does that the method knows no rule for is not to be lost)
+            # (a function without a rule keeps what its inputs do not explain, and the account must close)
             layer = Layer(func, args, kwargs, tuple(inputs), known, place=self.place(), result=result)
             return Proportional().attach(self.attachment).operate(layer)
         if account is not None and constant is not None and constant.any():
@@ -149,7 +149,7 @@ class Operations(SeeingMode):
         return result
 
     def _note_reading(self, inputs: Sequence[Tensor]) -> None:
-        """Tell outputs of the γ rule that not only a ReLU reads them."""
+        """Note for outputs of the γ rule that something else than a ReLU reads them."""
         for tensor in inputs if self.attachment.rectifiable else ():
             call = self.attachment.rectifiable.get(id(tensor))
             if call is not None and call.holds(tensor):
@@ -181,9 +181,9 @@ class Operations(SeeingMode):
         # (the module may change its input in place, which the rule needs)
         copies = {id(tensor): tensor.clone() for tensor in inputs}
         self._wholes[-1] = _Whole(args, kwargs, inputs, copies, *choice)
-        given: tuple[Any, dict[str, Any]]
-        given = changed((tuple(args), dict(kwargs)), lambda tensor: copies.get(id(tensor), tensor))
-        return given
+        entered: tuple[Any, dict[str, Any]]
+        entered = changed((tuple(args), dict(kwargs)), lambda tensor: copies.get(id(tensor), tensor))
+        return entered
 
     def leave_module(self, module: nn.Module, output: Any) -> Any:
         """End of a module that entries mean, also after an error; forward hook."""
@@ -192,7 +192,7 @@ class Operations(SeeingMode):
         tolerant, whole = self.matching.leave(), self._wholes.pop()
         self.notes.tolerant -= tolerant
         if whole is None:
-            if tolerant and output is not None:  # what was unseen inside is known from here on
+            if tolerant and output is not None:  # (unseen tensors are allowed inside; from here on the output is known)
                 self.notes.allow(tensors_in(output))
             return None
         try:
@@ -243,7 +243,7 @@ class Operations(SeeingMode):
         return choice, known
 
     def _step_aside(self) -> None:
-        # (being asked for each function has its price)
+        # (leaving the mode is cheaper than passing every function through it)
         if not self._aside and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
             self._aside = 1
@@ -326,12 +326,12 @@ class Operations(SeeingMode):
             self._forget()
 
     def _run(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], explained: bool) -> None:
-        """Run the model on copies of its inputs, for the record; all of them are explained if they shall be."""
-        given, named = changed((tuple(args), dict(kwargs)), lambda tensor: _entered(tensor, explained))
+        """Run the model on copies of its inputs, for the record; with ``explained``, all of them require grad."""
+        positional, named = changed((tuple(args), dict(kwargs)), lambda tensor: _entered(tensor, explained))
         with torch.enable_grad():
-            self.begin((given, named), {})
+            self.begin((positional, named), {})
             try:
-                model(*given, **named)
+                model(*positional, **named)
             finally:
                 self.leave()
 
@@ -384,6 +384,6 @@ class Operations(SeeingMode):
 
 
 def _entered(tensor: Tensor, explained: bool) -> Tensor:
-    """Input of its own for a model, which may change it in place."""
+    """Copy of an input, as the model may change it in place."""
     entered = tensor.detach()
     return entered.requires_grad_(tensor.requires_grad or (explained and entered.is_floating_point())).clone()

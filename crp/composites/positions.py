@@ -14,7 +14,7 @@ from crp.trace import Structure, looking, undisturbed
 if TYPE_CHECKING:
     from crp.composites.operations import Operations
 
-#: What was counted for a model: by its structure and the positions, as many as of structures are remembered.
+#: Number of structures for which the counts of a model are remembered.
 _REMEMBERED = 4
 _counted: weakref.WeakKeyDictionary[nn.Module, deque[tuple[Any, dict[int, int]]]] = weakref.WeakKeyDictionary()
 

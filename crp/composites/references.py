@@ -1,4 +1,4 @@
-"""Operations of a forward pass on a reference input, kept for the pass on the data."""
+"""Operations of the forward pass on a reference input, to compare with those of the pass on the data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ReferenceCalls:
 
 
 def _detached(layer: Layer) -> Layer:
-    # Copies, as the model may overwrite what it has used; of each tensor one.
+    # One copy of each tensor, as the model may overwrite tensors later.
     known: dict[int, Tensor] = {}
     mine = {id(tensor) for tensor in layer.inputs}
 

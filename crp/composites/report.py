@@ -73,7 +73,7 @@ class Report:
     canonizers : list of str
         Each with how many layers it changed; those that matched nothing are named as such.
     left : list of str
-        Operations without a rule for which the ordinary chain rule is not known to be the method.
+        Operations without a rule, if the ordinary chain rule is not known to be the method for them.
     """
 
     composite: str
@@ -87,10 +87,10 @@ class Report:
 
     def by_layer(self) -> dict[str, list[_Treated]]:
         """Operations of each module, in the order of ``model.named_modules()``."""
-        found: dict[str, list[_Treated]] = {name: [] for name in self.modules}
+        treated: dict[str, list[_Treated]] = {name: [] for name in self.modules}
         for operation in self.operations:
-            found[operation.layer].append(operation)
-        return found
+            treated[operation.layer].append(operation)
+        return treated
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
@@ -184,7 +184,7 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
 
 
 def _is_aside() -> bool:
-    """Whether the model runs for the record only."""
+    """Whether the model runs for a record only, or on a reference."""
     return tracing() or referencing()
 
 

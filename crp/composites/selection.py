@@ -104,8 +104,8 @@ class Functions:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        given: object = self.names
-        if not isinstance(given, tuple | list) or not given or not all(isinstance(name, str) for name in given):
+        value: object = self.names
+        if not isinstance(value, tuple | list) or not value or not all(isinstance(name, str) for name in value):
             raise TypeError(f"Functions takes a tuple of plain names, such as ('relu',), not {self.names!r}")
 
 
@@ -187,7 +187,9 @@ class MapEntry:
         return isinstance(self.selector, str | First | Depth) or _is_types(self.selector)
 
     def modules(self, modules: Mapping[str, nn.Module]) -> list[str]:
-        """Names of the modules that it means by name, pattern or type, and whose operations it does not mean anyway.
+        """Names of the modules that it means by name, pattern or type.
+
+        Modules are left out if the entry means their operations already, as ``nn.Conv2d`` means `F.conv2d`.
 
         Raises
         ------
@@ -255,12 +257,12 @@ def _entries_of(
     layer_map: Sequence[tuple[Selector, Rule | None]],
 ) -> list[MapEntry]:
     """Entries of a composite's maps in the order in which they are asked."""
-    found: list[tuple[Any, Rule | None, bool, str]] = []
-    found += [(name, rule, False, "name_map") for names, rule in name_map for name in names]
-    found += [(types, rule, True, "first_map") for types, rule in first_map]
-    found += [(types, rule, True, "at_input") for types, rule in at_input]
-    found += [(selector, rule, False, "layer_map") for selector, rule in layer_map]
-    return [MapEntry(number, *entry) for number, entry in enumerate(found)]
+    entries: list[tuple[Any, Rule | None, bool, str]] = []
+    entries += [(name, rule, False, "name_map") for names, rule in name_map for name in names]
+    entries += [(types, rule, True, "first_map") for types, rule in first_map]
+    entries += [(types, rule, True, "at_input") for types, rule in at_input]
+    entries += [(selector, rule, False, "layer_map") for selector, rule in layer_map]
+    return [MapEntry(number, *entry) for number, entry in enumerate(entries)]
 
 
 def _addresses(entries: Sequence[MapEntry], modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[MapEntry, bool]]]:
@@ -268,7 +270,7 @@ def _addresses(entries: Sequence[MapEntry], modules: Mapping[str, nn.Module]) ->
 
     Entries of a container that is never called itself stand for what is in it.
     """
-    found: dict[str, list[tuple[MapEntry, bool]]] = {}
+    by_module: dict[str, list[tuple[MapEntry, bool]]] = {}
     for entry in (entry for entry in entries if entry.is_address):
         names = entry.modules(modules)
         known = {name: not modules[name]._modules for name in names}
@@ -281,12 +283,12 @@ def _addresses(entries: Sequence[MapEntry], modules: Mapping[str, nn.Module]) ->
                 known.update(dict.fromkeys(parts, False))
                 todo += parts
         for name, alone in known.items():
-            found.setdefault(name, []).append((entry, alone))
-    return found
+            by_module.setdefault(name, []).append((entry, alone))
+    return by_module
 
 
 def _is_addressed(module: nn.Module, types: Types) -> bool:
-    """Whether a module is of these types, and calls more than what the types mean anyway."""
+    """Whether a module is of these types, and more than the one function that the types mean already."""
     return _is_one_of(type(module), types) and (type(module) not in _CALLED or "forward" in vars(module))
 
 
@@ -347,10 +349,10 @@ def _check_types(types: object, what: str) -> None:
 
 
 def _check_selector(selector: object) -> None:
-    given = selector if isinstance(selector, tuple) else (selector,)
+    members = selector if isinstance(selector, tuple) else (selector,)
     if isinstance(selector, str | First | Depth | Functions | Kind | Having) or _is_types(selector):
         return
-    if not given or not all(_is_function(f) for f in given):
+    if not members or not all(_is_function(f) for f in members):
         raise TypeError(
             "a rule is mapped by module types, a layer name or pattern, First, Last or Depth, a Kind, or functions of "
             f"torch; not by {selector!r}"
@@ -358,7 +360,7 @@ def _check_selector(selector: object) -> None:
 
 
 def _is_function(value: object) -> bool:
-    """Whether torch could tell us of calls: functions of one's own are seen by what they call."""
+    """Whether calls of it can be seen: of a Python function outside torch, only the torch functions inside are."""
     if isinstance(value, FunctionType):
         return value.__module__.partition(".")[0] == "torch"
     return callable(value) and not isinstance(value, type | nn.Module) and hasattr(value, "__name__")

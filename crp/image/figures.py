@@ -26,6 +26,27 @@ if TYPE_CHECKING:
 Images: TypeAlias = Tensor | Sequence[Tensor]
 
 
+def abs_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
+    """Divide by the sum of the absolute values; zeros stay zeros, in every dtype.
+
+    Parameters
+    ----------
+    rel : Tensor
+    stabilize : float
+        Added to the sum.
+
+    Returns
+    -------
+    Tensor of the same shape
+
+    Examples
+    --------
+    >>> abs_norm(torch.tensor([3.0, -1.0]))
+    tensor([ 0.7500, -0.2500])
+    """
+    return rel / (rel.abs().sum() + max(stabilize, torch.finfo(rel.dtype).tiny))
+
+
 def max_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
     """Divide by the largest value; by the largest absolute value where none is positive, so that no sign ever changes.
 

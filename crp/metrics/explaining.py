@@ -1,7 +1,7 @@
 """One form for all methods that are measured: the explanation function of Quantus.
 
-``explain_func(model, inputs, targets, **options)`` takes and returns arrays. Metrics here take such a function as it
-is, and a composite, an attributor's class or the name of a method as well, by way of `quantus_explain`.
+``explain_func(model, inputs, targets, **options)`` takes and returns arrays. Metrics here take such a function, or a
+composite, an attributor's class or the name of a method, which `quantus_explain` makes such a function of.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
         A name that `crp.explain` knows; a composite, of ours or of zennit; or a class that is made as
         ``method(model, **options)`` and called with data and target, such as `MeaningfulPerturbation`.
     **options
-        Of the method. Those that Quantus passes on with each call (``explain_func_kwargs``) come on top.
+        Of the method. Options that Quantus passes with a call (``explain_func_kwargs``) replace these.
 
     Returns
     -------
@@ -61,10 +61,10 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
 
     def explain_func(model: nn.Module, inputs: Any, targets: Any, **more: Any) -> Array:
         data, target = _tensors(model, inputs, targets)
-        found = _explain(method, model, data, target, {**options, **more})
-        if found.dim() == data.dim() - 1:
-            found = found.unsqueeze(1)
-        array: Array = found.detach().cpu().numpy()
+        relevance = _explain(method, model, data, target, {**options, **more})
+        if relevance.dim() == data.dim() - 1:
+            relevance = relevance.unsqueeze(1)
+        array: Array = relevance.detach().cpu().numpy()
         return array
 
     return explain_func
@@ -115,20 +115,20 @@ def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
     ValueError
         If it is of another shape, or not finite.
     """
-    found = torch.as_tensor(relevance).detach().to(data.device)
-    found = found if found.is_floating_point() else found.to(data.dtype)
-    if found.dim() == data.dim() - 1:
-        found = found.unsqueeze(1)
-    if found.shape != data.shape and (data.dim() < 3 or found.shape != (len(data), 1, *data.shape[2:])):
+    checked = torch.as_tensor(relevance).detach().to(data.device)
+    checked = checked if checked.is_floating_point() else checked.to(data.dtype)
+    if checked.dim() == data.dim() - 1:
+        checked = checked.unsqueeze(1)
+    if checked.shape != data.shape and (data.dim() < 3 or checked.shape != (len(data), 1, *data.shape[2:])):
         space = tuple(data.shape[2:])
         heatmaps = f", or that of heatmaps, {(len(data), *space)}" if space else ""
         raise ValueError(
-            f"relevance has shape {tuple(found.shape)}; it must have that of the data, {tuple(data.shape)}{heatmaps}"
+            f"relevance has shape {tuple(checked.shape)}; it must have that of the data, {tuple(data.shape)}{heatmaps}"
         )
-    if not found.isfinite().all():
-        wrong = (~found.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if not checked.isfinite().all():
+        wrong = (~checked.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         raise ValueError(f"relevance is NaN or infinite for samples {wrong}")
-    return found
+    return checked
 
 
 def _tensors(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -145,13 +145,13 @@ def _explain(method: str | Composite | type, model: nn.Module, data: Tensor, tar
         CondAttribution(model)(leaf, [{"y": int(c)} for c in target], method, **options)
         assert leaf.grad is not None
         return leaf.grad
-    found: Any = (
+    result: Any = (
         crp.explain(method, model, data, target, **options)
         if isinstance(method, str)
         else method(model, **options)(data, target)
     )
     # Attributors return (output, attribution), as those of zennit do.
-    found = getattr(found, "heatmap", found[1] if type(found) is tuple and len(found) == 2 else found)
-    if not isinstance(found, Tensor):
-        raise TypeError(f"{method!r} gives a {type(found).__name__}; a tensor, or an object with a heatmap, is needed")
-    return found
+    result = getattr(result, "heatmap", result[1] if type(result) is tuple and len(result) == 2 else result)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{method!r} gives a {type(result).__name__}; a tensor, or an object with a heatmap, is needed")
+    return result

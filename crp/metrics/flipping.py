@@ -1,9 +1,9 @@
-"""Pixel flipping and selectivity: whether the prediction falls when what is said to be relevant is taken away.
+"""Pixel flipping and selectivity: whether the prediction falls when the most relevant features are removed.
 
 Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance propagation", PLoS
 ONE 10 (2015); Samek et al., "Evaluating the visualization of what a deep neural network has learned", IEEE TNNLS 28
-(2017). Features go most relevant first (MoRF, the score should fall fast) or least relevant first (LeRF, it should
-stay); the area between the two curves is large for a good explanation (Achtibat et al., "AttnLRP", ICML 2024).
+(2017). Features are removed most relevant first (MoRF: the score should fall fast) or least relevant first (LeRF: it
+should stay). The area between the two curves is large for a good explanation (Achtibat et al., "AttnLRP", ICML 2024).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from crp.attributors.backgrounds import Background, make_background
-from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName
+from crp.checks import check_choice, check_number
 from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
 from crp.metrics.scoring import Labels, Scorer, area
 
@@ -23,7 +23,7 @@ Order = Literal["most", "least"]
 
 
 class Flipping(NamedTuple):
-    """What `pixel_flipping` finds.
+    """Result of `pixel_flipping`.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Flipping(NamedTuple):
 
 
 class Selectivity(NamedTuple):
-    """What `selectivity` finds.
+    """Result of `selectivity`.
 
     Attributes
     ----------
@@ -166,7 +166,7 @@ def selectivity(
     score: ScoreName = "softmax",
     batch_size: int = 256,
 ) -> Selectivity:
-    """Score of a class while the most relevant patch is removed, again and again, and relevance is computed anew.
+    """Score of a class while the most relevant patch is removed, step by step, and relevance is computed anew.
 
     Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks", Digital Signal
     Processing 73 (2018), section 7.2. A patch may lie anywhere, but not over one that was removed. Where no such place
@@ -181,7 +181,7 @@ def selectivity(
     steps : int
         Patches to remove.
     recompute : bool
-        Whether relevance is that of what is left, or that of the whole input all the time.
+        Whether relevance is computed anew after each removal, or once for the whole input.
 
     Returns
     -------

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from crp.attributors.checks import check_number
+from crp.checks import check_number
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Scorer
 
 
 def translations(sample: Tensor, offsets: Sequence[int], axis: int = -1, fill: float = 0.0) -> Tensor:
-    """Sample moved along an axis, as a path: what leaves on one side is lost, what enters on the other is ``fill``.
+    """Sample moved along an axis, as a path: values that leave on one side are lost, ``fill`` enters on the other.
 
     Parameters
     ----------

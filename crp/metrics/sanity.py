@@ -1,4 +1,4 @@
-"""Model parameter randomization: an explanation that does not depend on the weights explains something else.
+"""Model parameter randomization: an explanation that does not depend on the weights does not explain the model.
 
 Adebayo, Gilmer, Muelly, Goodfellow, Hardt and Kim, "Sanity checks for saliency maps", NeurIPS 2018: layers are
 randomized from the output down, one more each time, and explanations compared with those of the trained model.
@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from crp.attributors.checks import check_number
+from crp.checks import check_number
 from crp.layers import unwrap
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Scorer
@@ -68,18 +68,18 @@ def randomization(
     parts = [slice(start, start + batch_size) for start in range(0, len(data), batch_size)]
 
     def ranks() -> Tensor:
-        found = torch.cat([_relevance_by(explain, changed, data[part], classes[part]) for part in parts]).flatten(1)
-        return _ranks(found.abs() if absolute else found)
+        relevance = torch.cat([_relevance_by(explain, changed, data[part], classes[part]) for part in parts]).flatten(1)
+        return _ranks(relevance.abs() if absolute else relevance)
 
     generator = torch.Generator().manual_seed(seed)
-    original, found = ranks(), {}
+    original, similarity = ranks(), {}
     for name in reversed(layers):
         for parameter in layers[name]:
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             with torch.no_grad():
                 parameter.copy_(parameter.flatten()[order].view_as(parameter))
-        found[name] = _correlation(original, ranks())
-    return found
+        similarity[name] = _correlation(original, ranks())
+    return similarity
 
 
 def _ranks(values: Tensor) -> Tensor:

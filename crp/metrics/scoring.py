@@ -8,9 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.attributors.checks import check_choice, check_number
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Classes
+from crp.checks import check_choice, check_number
 from crp.engine.inputs import check_data
 
 #: One class for all samples, one for each, or None for what the model predicts.
@@ -54,7 +54,7 @@ class Scorer:
         self.classes = ids.to(data.device)
 
     def rate(self, make: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
-        """Score of inputs that are made when their turn comes.
+        """Score of changed inputs, which are made batch by batch.
 
         Parameters
         ----------
@@ -67,11 +67,11 @@ class Scorer:
         -------
         Tensor of shape (n,)
         """
-        found = []
+        scores = []
         with explaining(self.model) as run, torch.no_grad():
             for index in torch.split(torch.arange(len(samples), device=samples.device), self.batch_size):
-                found.append(score_of(run(make(index)), Classes(self.classes[samples[index]]), self.score))
-        return torch.cat(found)
+                scores.append(score_of(run(make(index)), Classes(self.classes[samples[index]]), self.score))
+        return torch.cat(scores)
 
 
 def area(curve: Tensor) -> Tensor:

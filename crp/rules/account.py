@@ -7,8 +7,8 @@ a rule, :math:`z(0)` its value at an input of zero and :math:`s = z + \varepsilo
 .. math:: R = \underbrace{\tfrac{z - z(0)}{s} R}_{\text{handed on}} + \underbrace{\tfrac{z(0)}{s} R}_{\text{bias}}
     + \underbrace{\tfrac{s - z}{s} R}_{\text{stabilizer}} \quad (z \ne 0), \qquad R = \text{empty} \quad (z = 0).
 
-The three shares are accounted for while the relevance flows, as if each layer had an input of its own for them, a
-*sink*; so they are right for conditioned relevance, too.
+Each layer gets an extra input for these shares, a *sink*. They flow into it with the relevance, and so are right for
+conditioned relevance, too.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class Account:
         """
         sink = cast(Tensor, _Sink.apply(a, y.detach()))
         self.sinks.setdefault(layer, []).append(sink)
-        given = [torch.as_tensor(share, dtype=y.dtype, device=y.device) for share in shares]
-        return cast(Tensor, _Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in given)))
+        tensors = [torch.as_tensor(share, dtype=y.dtype, device=y.device) for share in shares]
+        return cast(Tensor, _Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in tensors)))
 
 
 class _Sink(torch.autograd.Function):
-    """Zeros, one row per sample (one for a number), that depend on ``a`` for the order of things only."""
+    """Zeros, one row per sample (one for a scalar), behind ``a`` in the graph, so that autograd keeps the order."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, y: Tensor) -> Tensor:
@@ -89,6 +89,6 @@ class _Absorb(torch.autograd.Function):
         """Sum each share over the sample."""
         (m,) = grads
         rows = len(m) if m.dim() else 1
-        # (where nothing arrives nothing is kept, also of the minus infinity by which pooling pads)
+        # (0 times the minus infinity by which pooling pads would be NaN; where nothing arrives, nothing is kept)
         kept = [torch.where(m == 0, 0.0, m * share).reshape(rows, -1).sum(1) for share in ctx.saved_tensors]
         return m, torch.stack(kept, 1), *(None for _ in kept)

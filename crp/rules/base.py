@@ -91,9 +91,9 @@ class Attachment:
     notes : Notes
         What is known of the tensors of the forward pass.
     rectifiable : dict of int to object
-        By `id`, outputs of operations whose rule is simpler where a ReLU follows; see `crp.rules.gamma`.
+        Outputs, by `id`, of operations whose rule is simpler if a ReLU follows; see `crp.rules.gamma`.
     rectified : WeakIdKeyDictionary
-        Weights of operations whose output a ReLU has read: a hint, which spares work and changes no number.
+        Weights of operations whose output was read by a ReLU: a hint, which saves work and changes no number.
     """
 
     model_input: ModelInput = field(default_factory=ModelInput)
@@ -103,7 +103,7 @@ class Attachment:
     rectified: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def clear(self) -> None:
-        """Forget the forward passes that were."""
+        """Forget past forward passes."""
         self.notes.clear()
         self.rectifiable.clear()
 
@@ -205,7 +205,7 @@ class Rule(Hook):  # type: ignore[misc]
         if self.needs_weight and layer.operands is None:
             raise TypeError(f"{type(self).__name__} treats sums of weighted inputs, which {layer} is not")
         if len(layer.inputs) != 1:
-            # (a TypeError inside an operator such as ** would be taken for "not my type")
+            # (Python takes a TypeError inside an operator such as ** for "operands of another type")
             raise NotImplementedError(
                 f"{type(self).__name__} treats functions of one input; {layer} has {len(layer.inputs)} that "
                 "depend on the model's input"
@@ -299,7 +299,7 @@ class Rule(Hook):  # type: ignore[misc]
         return scale * term.weight
 
     def _above(self, term: Term, y: Tensor, multiplier: bool) -> Tensor:
-        """What is shared among the contributions, for each unit that arrives at an output."""
+        """Numerator of the rule: what the contributions share, for each unit that arrives at an output."""
         if not multiplier:
             return torch.ones_like(y) if term.outputs == 0 else (y > 0 if term.outputs > 0 else y < 0).to(y.dtype)
         return y if term.outputs == 0 else y.clamp(min=0) if term.outputs > 0 else y.clamp(max=0)
@@ -358,7 +358,7 @@ class Rule(Hook):  # type: ignore[misc]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hook state is per registration; what is left are the settings.
+        # The state of hooks belongs to one registration; only settings are copied.
         return {k: v for k, v in vars(self).items() if k not in ("stored_tensors", "tensor_handles", "attachment")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -367,17 +367,18 @@ class Rule(Hook):  # type: ignore[misc]
 
 
 def _unit_of(copied: Copied) -> Tensor:
-    """Ones where a tensor holds copies of the model's input, to which their gradient is handed as relevance."""
+    """Ones in the shape of a copy of the model's input; their gradient reaches the input as relevance."""
     return copied.of(lambda leaf: cast(Tensor, _Unit.apply(leaf, leaf)))
 
 
 def _writable(output: Tensor) -> Tensor:
-    """Values of an output, which may become the output of something else.
+    """Values of an output, which may become the output of another autograd function.
 
-    That counts as a change in place, which views and outputs that a gradient needs cannot bear.
+    Autograd counts that as a change in place. Views, and outputs that their own gradient needs, must not be changed;
+    these are copied.
     """
-    bears = output.requires_grad and not output._is_view() and not _saves_output(output)
-    return output if bears else _released(output)
+    can_change = output.requires_grad and not output._is_view() and not _saves_output(output)
+    return output if can_change else _released(output)
 
 
 def _is_exact(rule: Rule) -> bool:

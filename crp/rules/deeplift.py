@@ -42,7 +42,7 @@ class Differences(Attachment):
     outside: dict[str, bool] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget the forward passes that were."""
+        """Forget past forward passes."""
         super().clear()
         self.outside.clear()
 
@@ -65,7 +65,7 @@ class Difference(Rule):
         """
         if layer.reference is None and not isinstance(self.attachment, Differences):
             raise TypeError(f"{type(self).__name__} compares with a reference, which composites such as DeepLift have")
-        # Without one, nothing that is explained has been entered.
+        # Without a reference call, no input that is explained has entered the model.
         return layer.output if layer.reference is None else self.compare(layer, layer.reference)
 
     def compare(self, layer: Layer, reference: Layer) -> Any:
@@ -221,7 +221,7 @@ class Affine(Difference):
 class BatchNorm(Difference):
     """Batch norm in evaluation mode: linear, so the ordinary chain rule; the parts of an affine layer pass through.
 
-    In training mode it depends on the batch: outside the method, and said so.
+    In training mode it depends on the batch, for which the method has no rule; a warning says so.
     """
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
@@ -269,14 +269,14 @@ class RevealCancel(Rescale):
             return [rescaled, down / 2 - rescaled, (up - down) / 2]
 
         with torch.no_grad():
-            found = scales(x.detach(), plus.detach())
-        # What arrives at the layer's output is that of Rescale, m·Δy/Δz: the relevance of the layer itself. The rest,
-        # which is worth nothing in sum, tells the two parts apart below it.
-        return self.send(layer, layer.output, [x, parts.whole, plus], found, scales)
+            now = scales(x.detach(), plus.detach())
+        # The layer's output receives the multiplier of Rescale, m·Δy/Δz, which is the layer's own relevance. The other
+        # two terms sum to zero; below the layer they tell the two parts apart.
+        return self.send(layer, layer.output, [x, parts.whole, plus], now, scales)
 
 
 class _Apart(torch.autograd.Function):
-    """Value of ``y``, whose gradient goes into ``z``; what reads one can tell it from the other."""
+    """Value of ``y`` as a new tensor, whose gradient goes into ``z``; notes can tell the two apart."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor) -> Tensor:
@@ -310,8 +310,8 @@ def _derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     differentiable = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
         x = x if differentiable else x.detach().requires_grad_()
-        (found,) = torch.autograd.grad(call(x).sum(), x, create_graph=differentiable)
-    return found
+        (slopes,) = torch.autograd.grad(call(x).sum(), x, create_graph=differentiable)
+    return slopes
 
 
 def _maxima(layer: Layer, x: Tensor) -> Tensor:

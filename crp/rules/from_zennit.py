@@ -58,14 +58,14 @@ class _Lifted(Rule):
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, with the hook's rule as its gradient."""
-        # Run the modified forward passes now, so that the backward pass needs nothing of the model any more.
+        # The modified forward passes run now, so that the backward pass does not need the model.
         inputs, outputs = [], []
         for in_mod, param_mod, out_mod in zip(
             self.hook.input_modifiers, self.hook.param_modifiers, self.hook.output_modifiers, strict=True
         ):
-            given = in_mod(a.detach().clone()).detach().clone().requires_grad_()
-            outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), given)))
-            inputs.append(given)
+            inner = in_mod(a.detach().clone()).detach().clone().requires_grad_()
+            outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), inner)))
+            inputs.append(inner)
         note = None if self.attachment is None else self.attachment.notes.of(a)
         unit = None if note is None or note.copied is None else _unit_of(note.copied)
         target, divisor = (a, a.detach()) if unit is None else (unit, None)
@@ -78,9 +78,9 @@ def _modified(layer: Layer, modifier: ParamMod, a: Tensor) -> Tensor:
         with modifier(layer.module) as module:
             return cast(Tensor, module.forward(a))
     arguments = layer.arguments
-    given = {name: getattr(layer, name) if layer.operands else arguments.get(name) for name in ("weight", "bias")}
+    parameters = {name: getattr(layer, name) if layer.operands else arguments.get(name) for name in ("weight", "bias")}
     changed: dict[str, Tensor | None] = {}
-    for name, value in given.items():
+    for name, value in parameters.items():
         if not isinstance(value, Tensor):
             changed[name] = None
         elif modifier.param_keys is not None and name not in modifier.param_keys:

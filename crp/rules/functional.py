@@ -2,7 +2,7 @@ r"""Rules for functions of torch: gates, quotients, normalizations, and what mus
 
 The ordinary chain rule on multipliers is LRP-0 for every function that is homogeneous of degree one in what depends on
 the model's input, :math:`f(c\,x) = c f(x)`: then :math:`\sum_i x_i \partial f / \partial x_i = f(x)` (Euler), and
-relevance is conserved. `crp.rules.functions` says which are. What stands here are rules for others.
+relevance is conserved. `crp.rules.functions` says which functions are. This module has rules for the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crp.rules.layer import Layer
 from crp.rules.notes import Born
 from crp.rules.redirect import Redirect, SecondOrder, _released
 
-#: What becomes of a product's gate: held constant, or given half of the relevance.
+#: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
 Gates: TypeAlias = Literal["signal", "split"]
 
 
@@ -64,9 +64,9 @@ class Gate(Linearized):
     The ordinary chain rule would give the whole relevance to each factor. ``"signal"`` holds the gate :math:`g`
     constant, so that the signal :math:`s` takes all ("signal-take-all", Arras et al., "Explaining and interpreting
     LSTMs", 2019, section 11.2.3); ``"split"`` gives each factor half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
-    Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation, or else the one
-    that a sigmoid or softmax has made (or that is 1 minus such), wherever its values went since; where neither holds,
-    the relevance is split.
+    Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation. If none or both
+    are, it is the factor that a sigmoid or softmax has made (or 1 minus such), also after reshaping or indexing. If
+    that does not decide, the relevance is split.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ class GLU(Linearized):
         self.mode = _checked(mode)
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """First half, scaled by the gate; the other one hands on what its gate is given."""
+        """First half, scaled by the gate; for ``"split"`` also the second half, from which the gate is made."""
         signal, below = inputs[0].chunk(2, layer.arguments.get("dim", -1))
         gate = below.sigmoid()
         if self.mode == "signal":
@@ -206,9 +206,9 @@ class GLU(Linearized):
 
 
 class Quotient(Linearized):
-    """A quotient: what divides is held constant, as the statistics of a normalization.
+    """A quotient, with the divisor held constant, as the statistics of a normalization are.
 
-    The ordinary chain rule would take from the divisor what it gives to the dividend, and leave nothing.
+    By the ordinary chain rule, the divisor would get minus the relevance of the dividend, and the sum would be zero.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -255,9 +255,9 @@ class Normalization(Linearized):
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Centred input, scaled; and the input at the same place for the bias, where that counts as zero."""
         (a,) = inputs
-        given = _arguments(layer)
-        weight, bias = (_aligned(given.get(name), layer.name, a) for name in ("weight", "bias"))
-        z, mean, deviation = _STATISTICS[layer.name](a, given)
+        arguments = _arguments(layer)
+        weight, bias = (_aligned(arguments.get(name), layer.name, a) for name in ("weight", "bias"))
+        z, mean, deviation = _STATISTICS[layer.name](a, arguments)
         scale = 1 / deviation if weight is None else weight / deviation
         if "bias" not in self.zero_params:
             return [(z, scale)]
@@ -266,7 +266,7 @@ class Normalization(Linearized):
 
 
 class Proportional(Rule):
-    """The ordinary chain rule, for functions in which constants may take part: these keep their share."""
+    """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""
 
     settings: ClassVar[tuple[str, ...]] = ()
 
@@ -287,7 +287,7 @@ class Proportional(Rule):
 
 
 class Refused(Proportional):
-    """Stands where a method has no rule, so that no other method's result goes by its name.
+    """Refuses operations for which a method has no rule, so that no other method's result goes by its name.
 
     Parameters
     ----------
@@ -311,7 +311,7 @@ class Refused(Proportional):
         """
         if len(layer.inputs) == 1 and not layer.known.has("attention"):
             return super().operate(layer)
-        # (a TypeError inside an operator such as @ would be taken for "not my type")
+        # (Python takes a TypeError inside an operator such as @ for "operands of another type")
         raise NotImplementedError(_no_rule(self.method, layer))
 
 
@@ -343,28 +343,28 @@ def _aligned(parameter: Tensor | None, function: str, a: Tensor) -> Tensor | Non
     return parameter.reshape(-1, *(1,) * (a.dim() - 2))
 
 
-def _layer_statistics(a: Tensor, given: dict[str, Any]) -> Statistics:
-    dims = tuple(range(-len(given["normalized_shape"]), 0))
-    return a - a.mean(dims, keepdim=True), 0.0, _deviation(a, dims, given["eps"])
+def _layer_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
+    dims = tuple(range(-len(arguments["normalized_shape"]), 0))
+    return a - a.mean(dims, keepdim=True), 0.0, _deviation(a, dims, arguments["eps"])
 
 
-def _rms_statistics(a: Tensor, given: dict[str, Any]) -> Statistics:
-    dims = tuple(range(-len(given["normalized_shape"]), 0))
-    eps = torch.finfo(a.dtype).eps if given["eps"] is None else given["eps"]
+def _rms_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
+    dims = tuple(range(-len(arguments["normalized_shape"]), 0))
+    eps = torch.finfo(a.dtype).eps if arguments["eps"] is None else arguments["eps"]
     return a, 0.0, (a.square().mean(dims, keepdim=True) + eps).sqrt()
 
 
-def _group_statistics(a: Tensor, given: dict[str, Any]) -> Statistics:
-    grouped = a.reshape(len(a), given["num_groups"], -1)
-    deviation = _deviation(grouped, (-1,), given["eps"]).expand(grouped.shape)
+def _group_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
+    grouped = a.reshape(len(a), arguments["num_groups"], -1)
+    deviation = _deviation(grouped, (-1,), arguments["eps"]).expand(grouped.shape)
     return (grouped - grouped.mean(-1, keepdim=True)).reshape(a.shape), 0.0, deviation.reshape(a.shape)
 
 
-def _instance_statistics(a: Tensor, given: dict[str, Any]) -> Statistics:
-    if given["use_input_stats"]:
-        return _group_statistics(a, given | {"num_groups": a.shape[1]})
-    mean, var = (given[name].reshape(-1, *(1,) * (a.dim() - 2)) for name in ("running_mean", "running_var"))
-    return a, mean, (var + given["eps"]).sqrt()
+def _instance_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
+    if arguments["use_input_stats"]:
+        return _group_statistics(a, arguments | {"num_groups": a.shape[1]})
+    mean, var = (arguments[name].reshape(-1, *(1,) * (a.dim() - 2)) for name in ("running_mean", "running_var"))
+    return a, mean, (var + arguments["eps"]).sqrt()
 
 
 def _deviation(a: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

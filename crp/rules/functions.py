@@ -17,20 +17,20 @@ from torch import nn
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
 from crp.rules.operands import PARSERS, Parse
 
-#: Kinds of operations; "product" is what an affine function is when both of its operands depend on the input.
+#: Kinds of operations. An affine function is a "product" if both of its operands depend on the input.
 KINDS = ("convolution", "dense", "activation", "normalization", "product", "pooling", "embedding")
 #: Kinds of operations that sum up weighted inputs.
 AFFINE = frozenset({"convolution", "dense"})
 
-#: What a function can have.
+#: Properties of functions.
 #:
 #: - homogeneous: of degree one in what depends on the input, so that the ordinary chain rule is LRP-0
 #: - linear: linear in what depends on the input
 #: - constant: may add a constant, which keeps its share of the relevance
-#: - step: no small change of the input moves it, so that it hands nothing on in any method
+#: - step: its derivative is zero, so that it hands nothing on in any method
 #: - identity: LRP hands relevance on as it is
-#: - rescaled: DeepLIFT's Rescale rule is for it
-#: - bilinear, quotient, selection, statistics, softmax: as DeepLIFT takes differences apart
+#: - rescaled: treated by DeepLIFT's Rescale rule
+#: - bilinear, quotient, selection, statistics, softmax: how DeepLIFT decomposes the difference
 #: - arithmetic: sums, products and the like of entries
 #: - elementwise: every entry of the result is made of the entries at the same place
 #: - choosing: chooses between operands, of which some may be constant
@@ -39,8 +39,8 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - nonnegative: results are not negative
 #: - sign: results are not negative if no operand is
 #: - selects: the result holds entries of the operands, rearranged
-#: - scales: a constant factor changes no more than the scale
-#: - copies: like selects, with a constant beside it perhaps; what is known of a place of the input is known of the copy
+#: - scales: with a constant operand, it changes nothing but the scale
+#: - copies: as selects, perhaps beside constants; what is known of an entry of the input holds for its copies
 #: - maximum: the maximum of a window
 PROPERTIES = frozenset(
     """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax
@@ -267,10 +267,10 @@ _functions: dict[Any, Function] = {}
 
 def look_up(function: Callable[..., Any]) -> Function:
     """What is known of a function, however it is spelled."""
-    found = _functions.get(function)
-    if found is None:
-        found = _functions[function] = _described(*_named(function))
-    return found
+    entry = _functions.get(function)
+    if entry is None:
+        entry = _functions[function] = _described(*_named(function))
+    return entry
 
 
 def _named(function: Callable[..., Any]) -> tuple[str, bool]:

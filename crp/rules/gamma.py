@@ -1,4 +1,4 @@
-"""The γ rule, and what a ReLU behind a layer spares it."""
+"""The γ rule, and its shorter form for a layer that a ReLU follows."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ class Gamma(LRPRule):
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Layer's output, with this rule as its gradient.
 
-        Behind a ReLU only positive outputs have relevance, and one surrogate with weights ``w + γ w⁺`` does. The ReLU
-        itself takes it (`rectify`); the whole rule, for anything else that reads the output, then waits until it is
-        asked for.
+        If only a ReLU reads the output, only positive outputs have relevance, and one surrogate with weights
+        ``w + γ w⁺`` is enough: the ReLU sends its gradient there (`rectify`). The whole rule, for anything else that
+        reads the output, is computed only when a gradient arrives.
         """
         attachment = self.attachment
         if attachment is None or attachment.account is not None or layer.weight is None:
             return super().propagate(layer, a, y)
-        if self.zero_params:  # where the output is positive, its surrogate need not be
+        if self.zero_params:  # (the surrogate of a positive output may be negative)
             return super().propagate(layer, a, y)
         waiting = layer.again()
         if attachment.rectified.get(layer.weight):  # type: ignore[no-untyped-call]
@@ -123,7 +123,7 @@ class _Rectifiable:
         return self.output() is tensor and tensor._version == self.versions[0]
 
     def read(self) -> None:
-        """Note that not only a ReLU reads the output: later calls need the whole rule at once, as this one does."""
+        """Note that something else than a ReLU reads the output, so that later calls compute the whole rule at once."""
         assert self.rule.attachment is not None
         self.rule.attachment.rectified[self.layer.weight] = False
 
@@ -157,7 +157,7 @@ class _Rectified(torch.autograd.Function):
 
 
 class _Later(torch.autograd.Function):
-    """Value of ``y``; the rule is worked out when a gradient arrives."""
+    """Value of ``y``; the rule is computed only when a gradient arrives."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, a: Tensor, rule: Gamma, layer: Layer) -> Tensor:
@@ -170,7 +170,7 @@ class _Later(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         rule, layer, m = ctx.rule, ctx.layer, grads[0]
-        if m is None:  # a ReLU has taken it
+        if m is None:  # (all of the gradient went through a ReLU)
             return None, None, None, None
         if not ctx.second.is_active():
             return m, None, None, None
@@ -181,7 +181,7 @@ class _Later(torch.autograd.Function):
             y = layer.value(a)
             terms = rule.terms(layer, a, y)
             scales = [rule._scale(term, y).to(term.z.dtype) for term in terms]
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [term.z for term in terms], a, [m * scale for scale in scales], create_graph=live
             )
-        return None, found[0], None, None
+        return None, gradients[0], None, None

@@ -1,7 +1,7 @@
 r"""Rules for the first layer, whose inputs are pixels: flat, w² and zᴮ.
 
-Relevance that these give to an input does not depend on its value being non-zero: a black pixel may get some. They
-therefore belong on the first layer, where relevance itself is handed out and not a multiplier.
+An input of zero, a black pixel say, may get relevance by these rules, which no multiplier can express. They therefore
+belong on the first layer, where they hand out relevance itself.
 """
 
 from __future__ import annotations
@@ -180,17 +180,17 @@ def _bound(bound: Bound) -> float | Tensor:
 
 def _fitted(name: str, bound: float | Tensor, value: Tensor, layer: Layer) -> Tensor:
     """Bound in the shape of the layer's input."""
-    given = torch.as_tensor(bound).to(value.dtype).to(value.device)
-    batch = len(given) if given.ndim == value.ndim else 1
-    if batch not in (1, len(value)) and (given == given[:1]).all():
-        given = given[:1]
+    values = torch.as_tensor(bound).to(value.dtype).to(value.device)
+    batch = len(values) if values.ndim == value.ndim else 1
+    if batch not in (1, len(value)) and (values == values[:1]).all():
+        values = values[:1]
     try:
-        return given.expand(value.shape)
+        return values.expand(value.shape)
     except RuntimeError:
-        if layer.copied is not None and given.dim():  # bounds of pixels, which padding and the like have moved
+        if layer.copied is not None and values.dim():  # bounds of pixels, which padding and the like have moved
             with contextlib.suppress(RuntimeError):
-                return layer.copied.of(lambda leaf: given.expand(leaf.shape)).detach()
+                return layer.copied.of(lambda leaf: values.expand(leaf.shape)).detach()
         raise ValueError(
-            f"ZBox: {name} has the shape {tuple(given.shape)}, which does not broadcast to the layer's input of shape "
+            f"ZBox: {name} has the shape {tuple(values.shape)}, which does not broadcast to the layer's input of shape "
             f"{tuple(value.shape)}; bounds per channel of an image have the shape (channels, 1, 1)"
         ) from None

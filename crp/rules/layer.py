@@ -113,13 +113,13 @@ class Layer:
     reference : Layer or None
         The same call in the forward pass of the reference input, where there is one.
     at_input : bool
-        Whether the relevance of the input does not depend on its value, as the rule has it.
+        Whether the rule hands out relevance itself and no multiplier.
     copied : Copied or None
         How the input is a copy of the model's, where the rule does not depend on its value.
     locate : callable or None
         Finds the place for a message, where it is not tracked.
     parts : object
-        What the rule shall be told of by the operation that reads the output.
+        What the rule of the next operation needs to know of this call.
     """
 
     function: Callable[..., Any]
@@ -226,9 +226,9 @@ class Layer:
                 operands = self.operands
                 bias = None if operands.bias is None else operands.bias.detach()
                 return operands.run(inputs[0], operands.weight.detach(), bias)
-            given = iter(inputs)
+            new = iter(inputs)
             mine = {id(tensor) for tensor in self.inputs}
-            args, kwargs = changed((list(self.args), dict(self.kwargs)), lambda t: next(given) if id(t) in mine else t)
+            args, kwargs = changed((list(self.args), dict(self.kwargs)), lambda t: next(new) if id(t) in mine else t)
             if self.module is not None and _works_in_place(self.module):
                 args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
             return self.function(*args, **kwargs)

@@ -30,7 +30,7 @@ from crp.rules.redirect import Redirect
 from crp.rules.stabilizer import Stabilize, stabilizing
 
 Names = str | Sequence[str] | None
-#: Inputs that `Pass` takes for 0.
+#: Largest absolute value of an input that counts as 0 for `Pass`.
 TINY = 1e-30
 Empty = Literal["drop", "epsilon"]
 
@@ -91,7 +91,7 @@ class Epsilon(LRPRule):
         self.epsilon = epsilon
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
-        """Output of an operation, with this rule as its gradient; for ε = 0 the ordinary chain rule is that."""
+        """Output of an operation, with this rule as its gradient: for ε = 0 the ordinary chain rule."""
         return layer.output if _is_exact(self) else super().propagate(layer, a, y)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Pass(Rule):
         return [Term(a, sign=1 if _is_rectifier(layer) else 0)]
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
-        # Where the input is next to nothing, the quotient would not be finite.
+        # For inputs close to 0 the quotient would not be finite.
         a = term.z
         if torch.is_grad_enabled() or a.dtype != y.dtype:
             nothing = a.abs() <= TINY

@@ -2,7 +2,7 @@
 
 A `torch.overrides.TorchFunctionMode` is told of each call of a function of torch: `F.relu`, ``x * gate``,
 ``x.softmax(-1)``, and what modules call inside. What it cannot see (scripted parts, custom autograd functions, other
-threads) leaves tensors without a note behind, so that whoever reads one notices.
+threads) makes tensors without a note, and the next operation that reads one is refused.
 """
 
 from __future__ import annotations
@@ -115,18 +115,18 @@ class SeeingMode(TorchFunctionMode):
         if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
             return self._in_two(func, known, types, args, kwargs)
         if _saved_tensors_hooks(False) is not None:
-            # A checkpoint would compute what it needs again where no rule acts.
+            # A checkpoint would run the operation again in the backward pass, where no rule acts.
             with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
                 return self._see(func, known, args, kwargs, inputs, flags)
         return self._see(func, known, args, kwargs, inputs, flags)
 
     def _in_two(self, func: Any, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = dict(zip(_ADDENDS, args, strict=False)) | kwargs
-        first, *pair = (given.pop(name) for name in _ADDENDS)
+        arguments = dict(zip(_ADDENDS, args, strict=False)) | kwargs
+        first, *pair = (arguments.pop(name) for name in _ADDENDS)
         product = self.__torch_function__(_IN_TWO[known.canonical], types, pair)
         add = Tensor.add_ if in_place(func, args, kwargs) else torch.add
-        given["alpha"] = given.pop("value", 1)
-        return self.__torch_function__(add, types, (first, product), given)
+        arguments["alpha"] = arguments.pop("value", 1)
+        return self.__torch_function__(add, types, (first, product), arguments)
 
     def _see(
         self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
@@ -135,7 +135,7 @@ class SeeingMode(TorchFunctionMode):
         if known.parse is not None:
             operands = known.parse(func, args, kwargs, _among(inputs))
             if operands is None and len(inputs) == 1 and known.has("constant"):
-                known, kind = _add, ""  # what depends on the input is only added
+                known, kind = _add, ""  # only the addend depends on the input
             elif operands is None and len(list(tensors_in((args, kwargs)))) == 1:
                 known, kind = _sum, ""  # there is nothing to weight it with
             elif operands is None:
@@ -236,8 +236,8 @@ class SeeingMode(TorchFunctionMode):
 
         def again(*others: Tensor) -> Any:
             copies = {id(tensor): other for tensor, other in zip(inputs, others, strict=True)}
-            given, named = changed((list(args), dict(kwargs)), lambda t: copies.get(id(t), _none_of(t)))
-            return func(*given, **named)
+            positional, named = changed((list(args), dict(kwargs)), lambda t: copies.get(id(t), _none_of(t)))
+            return func(*positional, **named)
 
         if known.has("constant"):  # beside copies, which count as no input
             return Copied(below, lambda *others: again(*others) - again(*map(torch.zeros_like, others)))
@@ -377,9 +377,9 @@ def constant_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, An
     """Value of an affine function where all that depends on the model's input is zero."""
     depends = _among(inputs)
     with torch.no_grad():
-        given, named = changed((args, dict(kwargs)), lambda t: torch.zeros_like(t) if depends(t) else t)
-        if given and overwrites(function, args, kwargs):
-            given = (given[0].clone(), *given[1:])
-            function(*given, **named)
-            return cast(Tensor, given[0])
-        return cast(Tensor, function(*given, **named))
+        positional, named = changed((args, dict(kwargs)), lambda t: torch.zeros_like(t) if depends(t) else t)
+        if positional and overwrites(function, args, kwargs):
+            positional = (positional[0].clone(), *positional[1:])
+            function(*positional, **named)
+            return cast(Tensor, positional[0])
+        return cast(Tensor, function(*positional, **named))

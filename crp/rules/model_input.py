@@ -1,4 +1,4 @@
-"""Where the model's input is, and where relevance is made out of multipliers or multipliers out of relevance."""
+"""The model's input in autograd's graph, and functions that turn multipliers into relevance and back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class ModelInput:
-    """The model's inputs: what comes back to them leaves as relevance.
-
-    Rules that make relevance out of nothing (flat, w², zᴮ) hand it out here.
+    """The model's inputs, at which arriving multipliers become relevance.
 
     Attributes
     ----------
@@ -40,7 +38,7 @@ class ModelInput:
 
 
 class _AsRelevance(torch.autograd.Function):
-    """Identity; the multiplier that arrives is multiplied with the value, and so leaves as relevance."""
+    """Identity; multiplies the arriving multiplier with the value, which makes it relevance."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, reference: Tensor | None = None, model_input: ModelInput | None = None) -> Tensor:
@@ -68,7 +66,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Pass on; each input has memory of its own, also where rules give the same to all channels."""
+        """Pass a copy on, as rules may give all channels the same memory."""
         return grads[0].clone(memory_format=torch.contiguous_format), None
 
 
@@ -88,7 +86,7 @@ class _DetachedInput(torch.autograd.Function):
 
 
 class _UnitMultiplier(torch.autograd.Function):
-    """Ones in the shape of ``a``; the relevance that arrives leaves as multiplier, and is lost where ``a`` is 0."""
+    """Ones in the shape of ``a``; divides the arriving relevance by ``a``, and drops it where ``a`` is 0."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What is known about the tensors of a forward pass: one note for each that depends on the model's input.
 
-A note holds for one tensor object and one version of its values. How notes pass through a function stands in the table
-of functions (`crp.rules.functions`). A tensor that depends on the input and has no note was made by something that no
-rule could see; to read it is an error.
+A note holds for one tensor object and one version of its values. The table of functions (`crp.rules.functions`) says
+how notes pass through a function. A tensor that depends on the input and has no note was made where no rule could see
+it; reading it is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NONNEGATIVE = 2
 
 
 class Born:
-    """What made a tensor's values, in whatever place and scale they are now."""
+    """What made a tensor's values; rearranging or scaling them does not change it."""
 
     SQUASHED = 4  # of a squashing function such as the sigmoid, or 1 minus such
     SOFTMAX = 8
@@ -29,7 +29,7 @@ class Born:
 
 
 BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.NEGATED
-#: What constants do not change in a result that they have a part in.
+#: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 
 
@@ -58,7 +58,7 @@ class Note:
 
 
 class Copied:
-    """How a tensor was copied from the model's input: the input itself, or a call that copies copies.
+    """How a tensor was copied from the model's input: not at all, or by a call whose operands are copies themselves.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ class Notes:
     Attributes
     ----------
     tolerant : int
-        How many parts of the model are running in which tensors may be made unseen.
+        Number of running modules in which tensors may be made unseen.
     """
 
     def __init__(self) -> None:
@@ -213,8 +213,8 @@ class Notes:
             flags = 0
         if known and note is not None and note.tensor() is tensor:
             flags &= note.flags
-        found = self._notes[id(tensor)] = Note(tensor, flags & ~NONNEGATIVE)
-        return found
+        new_note = self._notes[id(tensor)] = Note(tensor, flags & ~NONNEGATIVE)
+        return new_note
 
     def _reaches_input(self, tensor: Tensor) -> bool:
         """Whether autograd knows that a tensor depends on the model's input."""

@@ -1,7 +1,7 @@
 """Sums of weighted inputs, taken apart: which operand of a call is the input, which the weight and which the bias.
 
-The operand that depends on the model's input is the input, whatever its place; the other one is the weight, whatever
-made it. A call in which both depend on the input is a product, and is not taken apart.
+The operand that depends on the model's input is the input, in whatever place it stands. The other operand is the
+weight, whatever made it. A call in which both depend on the model's input is a product, and is not taken apart.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     convolves : bool
         Whether the weight is a kernel of shape (outputs, inputs in a group, *kernel shape), whose outputs sum up ``a``.
     added : Tensor or None
-        What is added, if it depends on the model's input; not by `run`.
+        What is added, if it depends on the model's input; `run` does not add it.
     """
 
     a: Tensor
@@ -68,7 +68,7 @@ def _layer(slides: bool = False, convolves: bool = False) -> Parse:
                 return Operands(weight, _dense(first), bias, swapped, space, added=added)
             return None
         weight = _dense(weight)
-        if not depends(first):  # what depends on the input is only added
+        if not depends(first):  # only the addend depends on the input
             return None
         if others or rest:
             run = lambda a, w, b: function(a, w, b, *rest, **others)  # noqa: E731
@@ -166,8 +166,8 @@ def _bilinear(
 ) -> Operands | None:
     """``y_o = sum_ij x_i W_oij z_j + b_o``: the product of ``W`` and the constant one of ``x``, ``z`` is the weight."""
     names = ("input1", "input2", "weight", "bias")
-    given: list[Any] = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-    left, right, kernel, bias = given
+    arguments: list[Any] = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+    left, right, kernel, bias = arguments
     if depends(kernel) or depends(left) == depends(right):
         return None
     if depends(left):

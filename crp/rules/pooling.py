@@ -1,4 +1,4 @@
-"""Max-pooling as sum-pooling, for methods in which all of a window takes part and not the winner alone."""
+"""Max-pooling as sum-pooling, for methods that share relevance within a window, not only with its maximum."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class SumPool(Rule):
     another input becomes the maximum; here it changes continuously. Recommended with deep Taylor decomposition in
     Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks", Digital Signal
     Processing 73 (2018). Conserves relevance. It is for inputs that are not negative, as behind a ReLU; with other
-    signs a sum may be close to 0. Windows may overlap, and have stride, padding, dilation and ``ceil_mode``; what is
-    padded takes no part.
+    signs a sum may be close to 0. Windows may overlap, and have stride, padding, dilation and ``ceil_mode``; padding
+    gets no relevance.
 
     Parameters
     ----------
@@ -42,11 +42,11 @@ class SumPool(Rule):
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the sums of the windows, up to a factor for each."""
-        given, dims = layer.arguments, int(layer.name.split("pool")[1][0])
-        if "output_size" in given:
+        settings, dims = layer.arguments, int(layer.name.split("pool")[1][0])
+        if "output_size" in settings:
             pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
-            return pool(a, given["output_size"])
-        return _window_sums(a, dims, given)
+            return pool(a, settings["output_size"])
+        return _window_sums(a, dims, settings)
 
     def operate(self, layer: Layer) -> Any:
         """Treat a max-pooling function; indices, if it gives them, stay as they are."""
@@ -72,9 +72,9 @@ def _values_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return values
 
 
-def _window_sums(a: Tensor, dims: int, given: dict[str, Any]) -> Tensor:
+def _window_sums(a: Tensor, dims: int, settings: dict[str, Any]) -> Tensor:
     def per_axis(name: str, default: Any) -> list[int]:
-        value = given.get(name)
+        value = settings.get(name)
         value = default if value is None or value == [] or value == () else value
         return list(value) * (dims if len(value) == 1 else 1) if isinstance(value, list | tuple) else [value] * dims
 
@@ -86,7 +86,7 @@ def _window_sums(a: Tensor, dims: int, given: dict[str, Any]) -> Tensor:
     for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True):
         span, room = d * (k - 1) + 1, size + 2 * p
         count = (room - span) // s + 1
-        if given.get("ceil_mode") and (room - span) % s and count * s < size + p:
+        if settings.get("ceil_mode") and (room - span) % s and count * s < size + p:
             count += 1  # one more window, unless it would begin in the padding
         beyond += [max((count - 1) * s + span - size - p, 0), p]
     # (from the last axis to the first, as `pad` takes it)

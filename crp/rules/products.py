@@ -1,13 +1,13 @@
-r"""What DeepLIFT's paper has no rule for: products, quotients, normalizations and softmax, decomposed exactly.
+r"""DeepLIFT's rules for what the paper leaves out: products, quotients, normalizations and softmax.
 
 A product of two factors that both depend on the input differs from that of the reference by
 
 .. math:: \Delta(uv) = \bar v \, \Delta u + \bar u \, \Delta v, \qquad \bar u = \tfrac12 (u + u_0), \;
     \bar v = \tfrac12 (v + v_0),
 
-which is exact, symmetric, and gives each factor its Shapley value. Quotients are products with :math:`1/v`, and what
-is elementwise inside is treated as by `Rescale`; so summation-to-delta holds throughout. The choice is ours, and the
-composite warns of it: other implementations take the ordinary chain rule here, with which nothing is conserved.
+which is exact, symmetric, and gives each factor its Shapley value. Quotients are products with :math:`1/v`, and
+elementwise functions inside are treated as by `Rescale`, so that summation-to-delta holds throughout. The paper does
+not say so: the composite warns. Other implementations take the ordinary chain rule here, which conserves nothing.
 """
 
 from __future__ import annotations

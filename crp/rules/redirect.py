@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class SecondOrder:
-    """What second derivatives need of a call: its scales, computed once more so that they can be differentiated.
+    """What second derivatives need of a call: its scales, computed again with their graph.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class _Overwrite(torch.autograd.Function):
 
 
 def overwritten(target: Tensor, result: Tensor) -> Tensor:
-    """``target.copy_(result)``, without the zeros that this sends back to what ``target`` was before."""
+    """``target.copy_(result)``, whose gradient goes to ``result`` only; `copy_` would send zeros to the old target."""
     same = target.shape == result.shape and target.dtype == result.dtype
     if not same or target._is_view() or not result.requires_grad or (target.is_leaf and target.requires_grad):
         return target.copy_(result)
@@ -99,7 +99,7 @@ def overwritten(target: Tensor, result: Tensor) -> Tensor:
 
 
 def _released(output: Tensor) -> Tensor:
-    """Values of an output, which may be overwritten in place without harm to what its own gradient needs."""
+    """Values of an output, as a tensor that may be overwritten although the output's own gradient is still needed."""
     return output.detach().clone() if output._is_view() or _saves_output(output) else output.data
 
 

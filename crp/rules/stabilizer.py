@@ -90,7 +90,7 @@ def quotient(above: Tensor, below: Tensor, stabilize: Callable[[Tensor], Tensor]
     epsilon = stabilize.epsilon
     if torch.is_grad_enabled() and (above.requires_grad or below.requires_grad):
         return above / torch.add(below, below.sign(), alpha=epsilon).masked_fill(below == 0, math.inf)
-    # Nothing needs the steps between, which may share their memory.
+    # Without gradients, all steps can share one memory.
     if above is below and epsilon > 0:
         above = below.abs()
         bottom = above + epsilon

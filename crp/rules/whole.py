@@ -17,10 +17,10 @@ from crp.trace.running import referencing, tracing
 
 
 class Whole(Rule):
-    """A module as one operation: the rule treats what it makes of its input, and nothing that it calls.
+    """A module as one operation: the rule treats the module's output as a function of its input.
 
-    For modules whose parts no rule can see (scripted or traced ones, custom autograd functions), and for blocks that
-    shall be one function, by a rule that takes no weights apart.
+    What the module calls inside gets no rule. For modules whose parts no rule can see (scripted or traced ones, custom
+    autograd functions), and for blocks that count as one function.
 
     Parameters
     ----------

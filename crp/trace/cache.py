@@ -15,7 +15,7 @@ from crp.trace.recorder import trace
 
 Structure: TypeAlias = tuple[object, ...]
 
-#: Structures that are remembered for each model: with and without what is put on it, in training and in evaluation.
+#: Number of structures remembered for each model: with and without a composite, in training and in evaluation.
 _REMEMBERED = 4
 _records: weakref.WeakKeyDictionary[nn.Module, deque[tuple[Structure, Trace]]] = weakref.WeakKeyDictionary()
 
@@ -59,7 +59,7 @@ def known(model: nn.Module, key: Structure) -> Trace | None:
 
 
 def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Structure) -> Trace:
-    """Record of a forward pass of a model; one is made only if none is known for this structure.
+    """Record of a forward pass of a model, made unless one is known for this structure.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ke
     Returns
     -------
     Trace
-        The same object as long as it is known, so that what is derived from it can be kept beside it.
+        The same object as long as it is kept, so that it can be the key of what is derived from it.
     """
     record = known(model, key)
     if record is None:

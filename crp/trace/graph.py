@@ -2,8 +2,8 @@
 
 `crp.trace.trace` records one forward pass; two queries stand on it:
 
-- `adjacent`: layers whose output goes, unchanged and to no one else, into another one, as an exact merge of batch norm
-  needs it;
+- `adjacent`: pairs of layers, of which only the second reads the output of the first, unchanged; an exact merge of
+  batch norm needs this;
 - `ModelGraph.find_input_layers`: the nearest layers, among chosen ones, that feed a layer, for `AttributionGraph`.
 """
 
@@ -109,9 +109,9 @@ def layers_as_units(record: Trace, layers: Iterable[str]) -> list[Unit]:
 def adjacent(first: Iterable[Unit], second: Iterable[Unit]) -> Adjacency:
     """Pairs in which the second unit's whole input is the output of the first one, which nothing else uses.
 
-    It is so in every call of both; the tensor is the same object (possibly handed through containers), unchanged and no
-    part of the model's output, and nothing outside their calls reads a parameter of either. So replacing the two by one
-    that computes both leaves every other value of this forward pass as it is.
+    In every call of both, the tensor is the same object (possibly handed through containers), unchanged, and no part of
+    the model's output. Nothing outside their calls reads a parameter of either. So one layer that computes both can
+    replace the two, and every other value of this forward pass stays as it is.
 
     Parameters
     ----------

@@ -261,7 +261,7 @@ class Trace:
             raise KeyError(f"layer {layer!r} is in the model, but the forward pass did not call it")
         todo = [node for call in calls for output in call.outputs for node in output.sources]
         todo.reverse()
-        found: dict[str, None] = {}
+        feeding: dict[str, None] = {}
         seen: set[int] = set()
         while todo:
             node = todo.pop()
@@ -269,7 +269,7 @@ class Trace:
                 continue
             seen.add(id(node))
             if node.kind == "output" and node.name in names:
-                found[node.name] = None
+                feeding[node.name] = None
             else:
                 todo.extend(reversed(node.sources))
-        return list(found)
+        return list(feeding)

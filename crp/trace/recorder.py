@@ -56,23 +56,23 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
     token = _active.set(recorder)
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            warnings.simplefilter("ignore")  # (what the model has to say it says when it runs for good)
+            warnings.simplefilter("ignore")  # (the model warns again when it runs for the user)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(uncompiled(model))
             recorder.snapshot = stack.enter_context(undisturbed(model, args, kwargs, later=recorder.later(model)))
-            given, named = _copied(list(args)), _copied(kwargs)
-            for number, tensor in enumerate(tensors_in((given, named))):
+            positional, named = _copied(list(args)), _copied(kwargs)
+            for number, tensor in enumerate(tensors_in((positional, named))):
                 recorder.keep(tensor, Node("input", "input", None, [], origins=frozenset([number])))
             stack.enter_context(recorder.hooks(model))
             stack.enter_context(recorder)
-            model(*given, **named)
+            model(*positional, **named)
     finally:
         _active.reset(token)
     return recorder.trace
 
 
-#: Functions whose result no small change of their operands moves.
+#: Functions whose result does not depend on the values of their operands, or not differentiably.
 _CONSTANT = frozenset(
     """data detach empty_like full_like new_empty new_empty_strided new_full new_ones new_tensor new_zeros ones_like
     rand_like randint_like randn_like zeros_like""".split()  # noqa: SIM905
@@ -96,8 +96,8 @@ class _Recorder(TorchFunctionMode):
         self._stack: list[ModuleCall] = []
         self._is_paused = False
         self.snapshot: Snapshot | None = None
-        # A tensor is known by its id, as long as the reference beside it is alive. Its version tells whether it was
-        # written through another view since; by whom, `_writes` tells (by storage).
+        # A tensor is found by its id while the weak reference beside it is alive. If its version has changed since, it
+        # was written to through another view; `_writes` has the node of that write, by storage.
         self._nodes: dict[int, tuple[weakref.ref[Tensor], Node, int | None]] = {}
         self._writes: dict[int, Node] = {}
 
@@ -121,21 +121,21 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if self._is_paused:
             return func(*args, **kwargs)
-        given = list(tensors_in((args, kwargs)))
+        operands = list(tensors_in((args, kwargs)))
         if name not in _READING and name not in _METADATA:
-            self._keep_parameters(given)
-        sources, versions = self.find_all(given), [_version_of(tensor) for tensor in given]
+            self._keep_parameters(operands)
+        sources, versions = self.find_all(operands), [_version_of(tensor) for tensor in operands]
         arguments = self._recordable(args), {key: self._recordable(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
         if not made and name in _METADATA:
             return result
         if name == "__get__":  # a view, as `weight.T` is
-            self._keep_parameters(given)
-        written = [t for t, version in zip(given, versions, strict=True) if version != _version_of(t)]
-        if name == "__set__" and len(given) > 1:  # x.data = y
-            written.append(given[0])
-        new = [tensor for tensor in made if not any(tensor is other for other in given)]
+            self._keep_parameters(operands)
+        written = [t for t, version in zip(operands, versions, strict=True) if version != _version_of(t)]
+        if name == "__set__" and len(operands) > 1:  # x.data = y
+            written.append(operands[0])
+        new = [tensor for tensor in made if not any(tensor is other for other in operands)]
         if made and not new and not written:  # handed back as it was: contiguous(), dropout in evaluation
             return result
 
@@ -145,7 +145,7 @@ class _Recorder(TorchFunctionMode):
         reader = Reader(function.name, call, function)
         for node in sources:
             node.readers.append(reader)
-        for tensor in given:
+        for tensor in operands:
             if id(tensor) in self._parameters:
                 self.trace.parameter_readers[self._parameters[id(tensor)]].append(reader)
         passes = function.name not in _CONSTANT
@@ -190,9 +190,9 @@ class _Recorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
-        """Hooks on all modules: before and after the hooks of others, whose doings count as the module's own."""
+        """Hooks on all modules, around the hooks of others, so that what these change counts as done by the module."""
         counts: dict[str, int] = {}
-        # What went into a call, or came out of it, before the hooks of others.
+        # Inputs, or outputs, of a call before the hooks of others.
         before: dict[ModuleCall, list[_Version]] = {}
 
         def enter(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -231,8 +231,8 @@ class _Recorder(TorchFunctionMode):
             return output
 
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            warnings.simplefilter("ignore")  # (what the model has to say it says when it runs for good)
-            # (of `nn.Module`, as those of scripted modules refuse)
+            warnings.simplefilter("ignore")  # (as above)
+            # (methods of `nn.Module`, as those of scripted modules raise an error)
             before_forward, after_forward = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
             for layer, module in model.named_modules():
                 for register, hook, options in (
@@ -257,7 +257,7 @@ class _Recorder(TorchFunctionMode):
         with _looking():
             node = self.find(output) if isinstance(output, Tensor) else None
         if node is not None and node in call.inputs:
-            # The input itself: identity, dropout in evaluation. An alias tells its readers from those of the input.
+            # The output is the input itself (identity, dropout in evaluation); an alias keeps their readers apart.
             node.readers.append(Reader("identity", call))
             self._is_paused = True
             output = output.detach()
@@ -281,7 +281,7 @@ class _Recorder(TorchFunctionMode):
         self.keep(tensor, node)
 
 
-#: Context in which questions about tensors are no operations.
+#: Context in which functions of torch are not recorded.
 _looking = torch._C.DisableTorchFunction
 
 

@@ -18,7 +18,7 @@ def tracing() -> bool:
 
 @contextlib.contextmanager
 def looking() -> Iterator[None]:
-    """Context in which a model runs for the record only, as in a `trace`; what it has to say it says later."""
+    """Context in which a model runs for the record only, as in a `trace`; its warnings are silenced."""
     token = _active.set(looking)
     try:
         with warnings.catch_warnings():

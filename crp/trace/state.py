@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-#: What holds no state that a forward pass changes.
+#: Types without state that a forward pass could change.
 _CONSTANT = (int, float, str, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, partial)
-#: Integers of the size of a number. As these, NaN equals NaN, and 0 differs from -0.
+#: Integer types by size, to compare bits: NaN then equals NaN, and 0 differs from -0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -116,7 +116,7 @@ class Snapshot:
             self._keep_container(vars(value), objects=False)
 
     def keep_now(self, tensor: Tensor) -> None:
-        """Keep one of the tensors that were left for later; others are kept already, or were never to be."""
+        """Keep one of the tensors of ``later``; does nothing for others."""
         if self._later.pop(id(tensor), None) is not None:
             self._keep_content(tensor)
 
@@ -177,7 +177,7 @@ def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content:
             if _version_of(tensor) != version or tensor.layout is torch.sparse_coo:  # (which misses some changes)
                 tensor.copy_(content)
         elif not _equals(_once(same), content):
-            # Batch norm does not count its changes as versions. Neither does this.
+            # (through `.data`, which does not count as a new version; batch norm's own changes do not count either)
             _once(same).data.copy_(content)
 
 
@@ -223,7 +223,7 @@ def _put_content_back(value: Any, content: Any) -> None:
         for name in [name for name in value if name not in content]:
             del value[name]
         value.update(content)
-        if list(value) == list(content):  # never cleared, as other threads may read a module's attributes meanwhile
+        if list(value) == list(content):  # (not cleared, as other threads may read a module's attributes meanwhile)
             return
     value.clear()
     (value.update if isinstance(value, dict | set) else value.extend)(content)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from crp.visualization.feature import FeatureVisualization
     from crp.visualization.mining.datasets import Pairs
     from crp.visualization.mining.run import mine
-    from crp.visualization.report.write import write_report
     from crp.visualization.synthesis import maximize
     from crp.visualization.table.store import Table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,46 @@ class ImageCache(Cache):
     def _folder(self, layer: str, mode: str, composite: Any, rf: bool, func_name: str, plot_name: str) -> Path:
         method = f"{mode}_{type(composite).__name__}{'_rf' if rf else ''}-{fingerprint_composite(composite)[:8]}"
         return self.path / safe_name(func_name) / safe_name(plot_name) / method / safe_name(layer)
+
+
+def from_cache(
+    cache: Cache,
+    ranks: Mapping[Any, tuple[int, int]],
+    where: tuple[str, str, Any, bool, str, str],
+    compute: Callable[[Sequence[Any], tuple[int, int]], Mapping[Any, Any]],
+    overwrite: bool = False,
+) -> dict[Any, Any]:
+    """Take references from a cache; those that it lacks are computed, and kept in it.
+
+    Parameters
+    ----------
+    cache : Cache
+    ranks : dict of id to (int, int)
+        Ranks that are asked for.
+    where : tuple
+        ``(layer_name, mode, composite, rf, f_name, plot_name)``, as for `Cache.save`.
+    compute : callable
+        ``(ids, ranks) -> {id: value}``
+    overwrite : bool
+        Whether all are computed.
+
+    Returns
+    -------
+    dict of id to value
+    """
+    layer, mode, *rest = where
+    held: dict[Any, Any] = {}
+    missing: dict[tuple[int, int], list[Any]] = {}
+    for id_, wanted in ranks.items():
+        known, absent = ({}, {id_: wanted}) if overwrite else cache.load([id_], layer, mode, wanted, *rest)
+        held.update(known)
+        for span in absent.values():
+            missing.setdefault(span, []).append(id_)
+    for span, ids in missing.items():
+        computed = compute(ids, span)
+        cache.save(computed, layer, mode, span, *rest)
+        held = cache.extend_dict(held, computed)
+    return {id_: held[id_] for id_ in ranks}
 
 
 def safe_name(text: str) -> str:

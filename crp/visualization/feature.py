@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from zennit.core import Composite
@@ -14,19 +13,30 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import Maximization, Statistics
+from crp.compat.memory import InMemoryAnalysis, methods_not_called
 from crp.concepts import Concept
 from crp.engine.forward import check_layers
+from crp.notices import warn
 from crp.visualization.cache import Cache
-from crp.visualization.mining.datasets import of_loader
-from crp.visualization.mining.run import SHARD_BATCHES, SampleError, mine
+from crp.visualization.mining.datasets import SampleError, of_loader
+from crp.visualization.mining.options import SHARD_BATCHES, MiningKeywords, RunKeywords
+from crp.visualization.mining.run import mine
 from crp.visualization.queries import ReferenceQueries
-from crp.visualization.samples import Classes, Prepared, SampleAccess, function_of
+from crp.visualization.samples import LabelTargets, PreparedSamples, SampleAccess, function_of
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table, TableError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class FeatureVisualization(ReferenceQueries):
+
+class _Keywords(RunKeywords, total=False):
+    part: tuple[int, int] | None
+    client: Any
+
+
+class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
     """Reference samples of concepts.
 
     `run` looks once at every sample of a dataset and keeps, in a table below ``path``, how relevant and how active
@@ -97,10 +107,10 @@ class FeatureVisualization(ReferenceQueries):
         self.attribution = attribution
         self.device = attribution.device if device is None else torch.device(device)
         self.path = Path(path)
-        self.RelMax = Maximization("relevance", max_target, abs_norm, path)
-        self.ActMax = Maximization("activation", max_target, abs_norm, path)
-        self.RelStats = Statistics("relevance", max_target, abs_norm, path)
-        self.ActStats = Statistics("activation", max_target, abs_norm, path)
+        self.RelMax = Maximization("relevance", max_target, abs_norm, path, make_folder=False)
+        self.ActMax = Maximization("activation", max_target, abs_norm, path, make_folder=False)
+        self.RelStats = Statistics("relevance", max_target, abs_norm, path, make_folder=False)
+        self.ActStats = Statistics("activation", max_target, abs_norm, path, make_folder=False)
         self.Cache = cache
         self.saved_checkpoints: dict[str, list[str]] = {}
         self._check = check
@@ -114,7 +124,7 @@ class FeatureVisualization(ReferenceQueries):
         batch_size: int = 32,
         checkpoint: int = 500,
         on_device: torch.device | str | None = None,
-        **options: Any,
+        **options: Unpack[_Keywords],
     ) -> dict[str, list[str]]:
         """Look at the samples of a range, and add them to the table.
 
@@ -152,13 +162,7 @@ class FeatureVisualization(ReferenceQueries):
         batch_size: int = 16,
         checkpoint: int = 500,
         on_device: torch.device | str | None = None,
-        *,
-        num_workers: int = 0,
-        overwrite: bool = False,
-        modes: Sequence[Literal["relevance", "activation"]] = ("relevance", "activation"),
-        on_error: Literal["stop", "skip"] = "stop",
-        progress: bool = True,
-        **options: Any,
+        **options: Unpack[_Keywords],
     ) -> dict[str, list[str]]:
         """Look at the samples of a range, as `run` does, without asking whether the table is complete.
 
@@ -166,19 +170,10 @@ class FeatureVisualization(ReferenceQueries):
         ----------
         composite, data_start, data_end, batch_size, checkpoint, on_device
             As in `run`.
-        num_workers : int
-            Processes that load samples, through a `torch.utils.data.DataLoader`; 0 loads in this process.
-        overwrite : bool
-            Start afresh: discard a table that was mined with another model, composite or dataset.
-        modes : sequence of {"relevance", "activation"}
-            What is kept.
-        on_error : {"stop", "skip"}
-            Whether a sample that cannot be loaded ends the run, or is listed as skipped.
-        progress : bool
-            Whether to show a progress bar.
         **options
-            ``kinds``, ``targets``, ``mixed_shapes``, ``retry_skipped``, ``part`` and ``client``, as of
-            `crp.visualization.mine`.
+            ``num_workers``, ``overwrite``, ``modes``, ``kinds``, ``on_error``, ``progress``, ``targets``,
+            ``mixed_shapes`` and ``retry_skipped``, as in `crp.visualization.mining.options.MiningOptions`; ``part`` and
+            ``client``, as in `crp.visualization.mine`.
 
         Returns
         -------
@@ -191,7 +186,14 @@ class FeatureVisualization(ReferenceQueries):
         TableMismatchError
             If the table was mined with another model, composite or dataset, and is not to be overwritten.
         """
+        if uncalled := methods_not_called(self):
+            warn(
+                f"mining fills a table, and does not call {', '.join(uncalled)}. To have them called, override "
+                "run_distributed as for zennit-crp; or give layer_map a Concept with scores of its own, or override "
+                "get_data_sample",
+            )
         is_plain = type(self).get_data_sample is SampleAccess.get_data_sample
+        num_workers = options.get("num_workers", 0)
         if num_workers and not is_plain:
             raise ValueError(
                 f"num_workers={num_workers} loads dataset[i] in other processes, where {type(self).__name__}."
@@ -199,38 +201,27 @@ class FeatureVisualization(ReferenceQueries):
             )
         stop = len(self.dataset) if data_end is None else int(data_end)
         own = function_of(self.multitarget_to_single)
-        classes = None if own is SampleAccess.multitarget_to_single else Classes(self.multitarget_to_single)
+        labels = None if own is SampleAccess.multitarget_to_single else LabelTargets(self.multitarget_to_single)
+        settings: MiningKeywords = {
+            "batch_size": batch_size,
+            "shard_size": min(checkpoint, SHARD_BATCHES) * batch_size,
+            "preprocess": self.preprocess_data if is_plain else None,
+            "single_targets": labels,
+            "on_device": on_device,
+            "device": self.device,
+            "fingerprints": self._identity() | {"single_targets": fingerprint(None if labels is None else own)},
+        }
+        if taken := [name for name in options if name in settings]:
+            raise TypeError(f"{taken[0]} is said by FeatureVisualization itself; mine() takes it")
+        keywords: dict[str, Any] = {**settings, **options, "start": int(data_start), "stop": stop}
+        dataset = self.dataset if is_plain else PreparedSamples(self)
         try:
-            table = mine(
-                self.attribution,
-                self.dataset if is_plain else Prepared(self),
-                self.layer_map,
-                composite,
-                self.path,
-                start=int(data_start),
-                stop=stop,
-                batch_size=batch_size,
-                shard_size=min(checkpoint, SHARD_BATCHES) * batch_size,
-                preprocess=self.preprocess_data if is_plain else None,
-                single_targets=classes,
-                modes=modes,
-                num_workers=num_workers,
-                on_device=on_device,
-                device=self.device,
-                on_error=on_error,
-                progress=progress,
-                overwrite=overwrite,
-                **options,
-                fingerprints={
-                    **self._identity(),
-                    "single_targets": fingerprint(None if classes is None else own),
-                },
-            )
+            table = mine(self.attribution, dataset, self.layer_map, composite, self.path, **keywords)
         except SampleError as error:
-            if classes is None or classes.error is None or error.__cause__ is not classes.error:
+            if labels is None or labels.error is None or error.__cause__ is not labels.error:
                 raise
             error.__cause__ = None
-            raise classes.error from error
+            raise labels.error from error
         parts = [str(table.path / "shards" / s.file) for s in table.shards if s.start < stop and s.stop > data_start]
         self.saved_checkpoints = {key: list(parts) for key in ("r_max", "a_max", "r_stats", "a_stats")}
         return self.saved_checkpoints
@@ -256,10 +247,18 @@ class FeatureVisualization(ReferenceQueries):
         ------
         TableError
             If a checkpoint is not in the table, is damaged, or samples are missing; the message says which.
+
+        Notes
+        -----
+        The checkpoints of a ``run_distributed`` of one's own, which `Maximization` and `Statistics` wrote as files, are
+        joined as in zennit-crp.
         """
+        paths = [part for parts in checkpoints.values() for part in parts]
+        if paths and not any(path.endswith(".safetensors") for path in paths):
+            return self._collect_files(checkpoints, d_index)
         table = Table.open(self.path)
         shards = {shard.file: shard for shard in table.shards}
-        named = {Path(part).name for parts in checkpoints.values() for part in parts}
+        named = {Path(path).name for path in paths}
         if lost := sorted(named - set(shards)):
             raise TableError(f"{lost} are not in the table at {str(self.path)!r}, which holds {sorted(shards)}")
         if problems := table.verify():
@@ -273,34 +272,9 @@ class FeatureVisualization(ReferenceQueries):
         targets = list_targets(table).tolist()
         names: dict[str, list[str]] = {}
         for key, best, stats in (("r", self.RelMax, self.RelStats), ("a", self.ActMax, self.ActStats)):
+            for results in (best, stats):
+                folders.write_size(results.PATH, results.SAMPLE_SIZE)
             layers = table.layers if best.mode in table.modes else ()
             names[f"{key}_max"] = [folders.max_prefix(best.PATH, layer) for layer in layers]
             names[f"{key}_stats"] = [folders.stats_prefix(stats.PATH, layer, t) for layer in layers for t in targets]
         return names
-
-    @torch.no_grad()
-    def analyze_relevance(
-        self, rel: Tensor, layer_name: str, concept: Concept, data_indices: Any, targets: Any
-    ) -> None:
-        """Rank a batch's relevance in memory, in ``RelMax`` and ``RelStats``, for analyses of one's own.
-
-        Parameters
-        ----------
-        rel : Tensor of shape (batch, *layer shape)
-        layer_name : str
-        concept : Concept
-        data_indices, targets : sequences of int, of length batch
-        """
-        ranked = self.RelMax.analyze_layer(rel, concept, layer_name, data_indices, targets)
-        self.RelStats.analyze_layer(*ranked, layer_name)
-
-    @torch.no_grad()
-    def analyze_activation(
-        self, act: Tensor, layer_name: str, concept: Concept, data_indices: Any, targets: Any
-    ) -> None:
-        """Rank a batch's activation in memory; a sample with several targets counts once in ``ActMax``."""
-        indices, labels = (torch.as_tensor(ids).cpu().numpy() for ids in (data_indices, targets))
-        _, first = np.unique(indices, return_index=True)
-        self.ActMax.analyze_layer(act[first], concept, layer_name, indices[first], labels[first])
-        each = Maximization("activation", self.ActStats.max_target, self.ActStats.abs_norm)
-        self.ActStats.analyze_layer(*each.analyze_layer(act, concept, layer_name, data_indices, targets), layer_name)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,25 +13,26 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.compat.accumulators import Maximization, Statistics
-from crp.compat.folders import FolderName
-from crp.compat.results import read_class_statistics, read_references, table_of
+from crp.compat.cached import cache_reference
+from crp.compat.results import open_answers
 from crp.concepts import Concept, mask_of
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
+from crp.notices import warn
 from crp.visualization import references as refs
-from crp.visualization.cache import Cache
-from crp.visualization.references import ConceptId, cache_reference
+from crp.visualization.cache import Cache, from_cache
+from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
-from crp.visualization.table.ranking import References
-from crp.visualization.table.store import Table
+from crp.visualization.table.question import Answers, Question
+from crp.visualization.table.ranking import ReferenceSamples
 
-PlotFn = Callable[[Tensor, Tensor, bool], Any]
+#: From concept ids, classes (none, where they do not matter) and ranks to what is to be shown for each.
+_Compute = Callable[[list[Any], list[int], tuple[int, int]], dict[Any, Any]]
 
 
 class ReferenceQueries(SampleAccess):
     """What `FeatureVisualization` answers once a dataset was mined."""
 
-    layer_map: Mapping[str, Concept]
     RelMax: Maximization
     ActMax: Maximization
     RelStats: Statistics
@@ -43,7 +42,6 @@ class ReferenceQueries(SampleAccess):
 
     cache_reference = staticmethod(cache_reference)
 
-    @cache_reference
     def get_max_reference(
         self,
         concept_ids: Any,
@@ -57,6 +55,7 @@ class ReferenceQueries(SampleAccess):
         *,
         init: Literal["activation", "relevance"] = "activation",
         targets: Any = None,
+        overwrite: bool = False,
     ) -> dict[Any, Any]:
         """Reference samples of concepts: those for which a concept was most relevant, or most active.
 
@@ -82,7 +81,7 @@ class ReferenceQueries(SampleAccess):
         targets : int or sequence of int, optional
             With ``init="relevance"``: class whose relevance is shown (of several, the sum). By default, the class for
             which the reference was mined.
-        overwrite : bool, keyword-only
+        overwrite : bool
             Compute again what the cache holds.
 
         Returns
@@ -104,18 +103,23 @@ class ReferenceQueries(SampleAccess):
         TableMismatchError
             If another model, dataset or preprocessing was mined.
         """
-        self._warn_without_heatmaps(rf, composite)
-        top, ranks = self._lookup(layer_name, mode, r_range)
-        references = {}
-        for concept_id in refs.concept_list(concept_ids):
-            chosen = self._chosen(top, ranks, concept_id, layer_name, mode)
-            start = refs.row_targets(init, targets, chosen.target, layer_name)
-            references[concept_id] = self._load_ref_and_attribution(
-                chosen.sample, concept_id, chosen.position, layer_name, composite, rf, plot_fn, batch_size, **start
-            )
-        return references
 
-    @cache_reference
+        def compute(ids: list[Any], _classes: list[int], wanted: tuple[int, int]) -> dict[Any, Any]:
+            top, ranks = self._lookup(layer_name, mode, wanted)
+            references = {}
+            for concept_id in ids:
+                chosen = self._chosen(top, ranks, concept_id, layer_name, mode)
+                start = refs.row_targets(init, targets, chosen.target, layer_name)
+                references[concept_id] = self._load_ref_and_attribution(
+                    chosen.sample, concept_id, chosen.position, layer_name, composite, rf, plot_fn, batch_size, **start
+                )
+            return references
+
+        options: dict[str, Any] = {} if init == "activation" else {"init": init}
+        options |= {} if targets is None else {"targets": targets}
+        request = PictureRequest("get_max_reference", layer_name, mode, composite, rf, plot_fn, options)
+        return self._cached(request, concept_ids, None, r_range, overwrite, compute)
+
     def get_stats_reference(
         self,
         concept_id: Any,
@@ -129,6 +133,7 @@ class ReferenceQueries(SampleAccess):
         batch_size: int = 32,
         *,
         init: Literal["activation", "relevance"] = "activation",
+        overwrite: bool = False,
     ) -> dict[str, Any]:
         """Reference samples of one concept among the samples of single classes.
 
@@ -140,7 +145,7 @@ class ReferenceQueries(SampleAccess):
             Classes, such as `compute_stats` returns.
         mode, r_range, composite, rf, plot_fn, batch_size, init
             As in `get_max_reference`; with ``init="relevance"``, heatmaps show the relevance of the respective class.
-        overwrite : bool, keyword-only
+        overwrite : bool
             Compute again what the cache holds.
 
         Returns
@@ -148,17 +153,21 @@ class ReferenceQueries(SampleAccess):
         dict of str to value
             Keys are ``"concept_id:target"``; values as in `get_max_reference`. It raises the same errors.
         """
-        self._warn_without_heatmaps(rf, composite)
-        (concept,) = refs.concept_list([concept_id])
-        references = {}
-        for target in refs.target_list(targets):
-            top, ranks = self._lookup(layer_name, mode, r_range, target)
-            chosen = self._chosen(top, ranks, concept, layer_name, mode)
-            start = refs.row_targets(init, target if init == "relevance" else None, chosen.target, layer_name)
-            references[f"{concept}:{target}"] = self._load_ref_and_attribution(
-                chosen.sample, concept, chosen.position, layer_name, composite, rf, plot_fn, batch_size, **start
-            )
-        return references
+
+        def compute(ids: list[Any], classes: list[int], wanted: tuple[int, int]) -> dict[Any, Any]:
+            references = {}
+            for concept, target in zip(ids, classes, strict=True):
+                top, ranks = self._lookup(layer_name, mode, wanted, target)
+                chosen = self._chosen(top, ranks, concept, layer_name, mode)
+                start = refs.row_targets(init, target if init == "relevance" else None, chosen.target, layer_name)
+                references[f"{concept}:{target}"] = self._load_ref_and_attribution(
+                    chosen.sample, concept, chosen.position, layer_name, composite, rf, plot_fn, batch_size, **start
+                )
+            return references
+
+        options: dict[str, Any] = {} if init == "activation" else {"init": init}
+        request = PictureRequest("get_stats_reference", layer_name, mode, composite, rf, plot_fn, options)
+        return self._cached(request, [concept_id], targets, r_range, overwrite, compute)
 
     def compute_stats(
         self,
@@ -190,10 +199,9 @@ class ReferenceQueries(SampleAccess):
             In descending order.
         """
         (concept,) = refs.concept_list([concept_id])
-        folder = self._results(mode, per_target=True).PATH
-        self._table(folder)
+        question, answers = self._answers(mode, per_class=True)
         index = partial(refs.column, self._concept(layer_name), concept, layer_name)
-        targets, means = read_class_statistics(folder, layer_name, index, mean_N)
+        targets, means = answers.class_statistics(question, layer_name, index, mean_N)
         values = torch.from_numpy(np.array(means[:top_N]))
         if norm and len(values):
             values = values / values[0].abs().clamp_min(torch.finfo(values.dtype).tiny)
@@ -236,21 +244,52 @@ class ReferenceQueries(SampleAccess):
             raise ValueError("precompute_ref needs a composite: without it, there are no heatmaps")
         for layer, concept_ids in layer_c_ind.items():
             for concept_id in tqdm(refs.concept_list(concept_ids), desc=layer, dynamic_ncols=True):
-                _, ranks = self._lookup(layer, mode, r_range)
-                ((samples, heatmaps),) = self.get_max_reference(
-                    [concept_id], layer, mode, ranks, composite, rf, None, batch_size
-                ).values()
-                self._save_precomputed(
-                    samples, heatmaps, concept_id, plot_list, layer, mode, ranks, composite, rf, "get_max_reference"
-                )
-                for target in self.compute_stats(concept_id, layer, mode, top_N, mean_N)[0] if stats else ():
-                    _, ranks = self._lookup(layer, mode, r_range, int(target))
-                    ((key, (samples, heatmaps)),) = self.get_stats_reference(
-                        concept_id, layer, int(target), mode, ranks, composite, rf, None, batch_size
-                    ).items()
-                    self._save_precomputed(
-                        samples, heatmaps, key, plot_list, layer, mode, ranks, composite, rf, "get_stats_reference"
-                    )
+                shared: Any = (mode, r_range, composite, rf, None, batch_size)
+                of_all = self.get_max_reference([concept_id], layer, *shared)
+                found: list[tuple[str, int | None, dict[Any, Any]]] = [("get_max_reference", None, of_all)]
+                for target in self.compute_stats(concept_id, layer, mode, top_N, mean_N)[0].tolist() if stats else ():
+                    of_class = self.get_stats_reference(concept_id, layer, target, *shared)
+                    found.append(("get_stats_reference", target, of_class))
+                for method, of, references in found:
+                    _, ranks = self._lookup(layer, mode, r_range, of)
+                    for key, (shown, heat) in references.items():
+                        self._save_precomputed(shown, heat, key, plot_list, layer, mode, ranks, composite, rf, method)
+
+    def _cached(
+        self,
+        request: tuple[Any, ...],
+        concept_ids: Any,
+        classes: Any,
+        r_range: tuple[int, int],
+        overwrite: bool,
+        compute: _Compute,
+    ) -> dict[Any, Any]:
+        """What the cache holds of some references, and the rest as computed, which the cache keeps.
+
+        ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
+        samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
+        """
+        picture = PictureRequest(*request)
+        concepts = refs.concept_list(concept_ids)
+        # key of the answer -> the concept, and the class whose samples are ranked
+        asked: dict[Any, tuple[ConceptId, int | None]] = {concept: (concept, None) for concept in concepts}
+        if classes is not None:
+            (concept,) = concepts
+            asked = {f"{concept}:{target}": (concept, target) for target in refs.target_list(classes)}
+
+        def computed(keys: Sequence[Any], ranks: tuple[int, int]) -> dict[Any, Any]:
+            wanted = [asked[key] for key in keys]
+            return compute([c for c, _ in wanted], [t for _, t in wanted if t is not None], ranks)
+
+        if picture.rf and not picture.composite:
+            warn("rf=True restricts heatmaps, and without a composite there are none")
+        if self.Cache is None or picture.composite is None or picture.plot_fn is None:
+            return computed(list(asked), r_range)
+        layer, mode = picture.layer, picture.mode
+        name = self._plot_name(picture.plot_fn, layer, mode, picture.options)
+        ranks = {key: self._lookup(layer, mode, r_range, target)[1] for key, (_, target) in asked.items()}
+        where = layer, mode, picture.composite, picture.rf, picture.method, name
+        return from_cache(self.Cache, ranks, where, computed, overwrite)
 
     def _save_precomputed(
         self, s_tensor: Tensor, h_tensor: Tensor, index: Any, plot_list: Sequence[PlotFn], layer_name: str, mode: str,
@@ -312,38 +351,32 @@ class ReferenceQueries(SampleAccess):
         return torch.cat(heatmaps)
 
     def _chosen(
-        self, top: References, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str
-    ) -> References:
-        """References of one concept at some ranks: arrays of shape (references,)."""
+        self, top: ReferenceSamples, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str
+    ) -> ReferenceSamples:
+        """ReferenceSamples of one concept at some ranks: arrays of shape (references,)."""
         index = refs.column(self._concept(layer), concept_id, layer, top.sample.shape[1])
-        chosen = References(*(array[slice(*ranks), index] for array in top))
+        chosen = ReferenceSamples(*(array[slice(*ranks), index] for array in top))
         if not np.any(chosen.value):
-            warnings.warn(
+            warn(
                 f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references; their order means nothing",
-                stacklevel=4,
             )
         return chosen
 
-    @staticmethod
-    def _warn_without_heatmaps(rf: bool, composite: Composite | None) -> None:
-        if rf and not composite:
-            warnings.warn("rf=True restricts heatmaps, and without a composite there are none", stacklevel=4)
-
     def _lookup(
         self, layer: str, mode: str, r_range: tuple[int, int], target: int | None = None
-    ) -> tuple[References, tuple[int, int]]:
+    ) -> tuple[ReferenceSamples, tuple[int, int]]:
         """Best samples of a layer's concepts (of one class), and those of the ranks asked for that exist."""
-        results = self._results(mode, per_target=target is not None)
+        results = self._results(mode, target is not None)
         self._concept(layer)
-        self._table(results.PATH)
-        top = read_references(results.PATH, layer, max(results.SAMPLE_SIZE, int(r_range[1])), target)
+        question, answers = self._answers(mode, target is not None)
+        top = answers.references(question, layer, max(results.SAMPLE_SIZE, int(r_range[1])), target)
         of_class = "" if target is None else f" and class {target}"
         return top, refs.clip(r_range, len(top.sample), f"layer {layer!r}{of_class}")
 
-    def _results(self, mode: str, per_target: bool) -> Maximization | Statistics:
+    def _results(self, mode: str, per_class: bool) -> Maximization | Statistics:
         if mode not in ("relevance", "activation"):
             raise ValueError(f"`mode` must be `relevance` or `activation`, not {mode!r}")
-        if per_target:
+        if per_class:
             return self.RelStats if mode == "relevance" else self.ActStats
         return self.RelMax if mode == "relevance" else self.ActMax
 
@@ -352,23 +385,16 @@ class ReferenceQueries(SampleAccess):
             raise LayerNotFoundError(layer, self.layer_map, "layer_name")
         return self.layer_map[layer]
 
-    def _table(self, folder: Path) -> tuple[Table, FolderName] | None:
-        """Table behind a result folder, checked to be of this model and data; None where there is none."""
-        found = table_of(folder)
-        if found is not None and self._check:
-            found[0].check(**self._identity())
-        return found
+    def _answers(self, mode: str, per_class: bool) -> tuple[Question, Answers]:
+        """What is asked, and the table or the folder that answers, checked to be of this model, data and concepts."""
+        results = self._results(mode, per_class)
+        answers = open_answers(results.PATH)
+        if self._check and answers.layers is not None:
+            answers.check(**self._identity(answers.layers))
+        return results.question, answers
 
     def _plot_name(self, plot_fn: PlotFn, layer: str, mode: str, options: Mapping[str, Any]) -> str:
         """Name of a plot function with a digest of all that its pictures depend on, except the composite."""
-        results = self._results(mode, per_target=False)
-        found = self._table(results.PATH)
-        origin = read_references(results.PATH, layer) if found is None else found[0].digest
-        content = [
-            self._identity(),
-            self._concept(layer),
-            origin,
-            results.sub_folder,
-            dict(options),
-        ]
+        question, answers = self._answers(mode, per_class=False)
+        content = [self._identity(), self._concept(layer), answers.content(question, layer), question, dict(options)]
         return refs.plot_name(plot_fn, content)

@@ -1,25 +1,39 @@
-"""What reference pictures need: concept ids as users write them, ranks, heatmaps of references, and their cache."""
+"""What references are asked for: concept ids and classes as users write them, ranks, and where heatmaps start."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
+from zennit.core import Composite
 
 from crp.concepts import Concept, as_ids
 from crp.visualization.table.fingerprint import fingerprint
 
-if TYPE_CHECKING:
-    from crp.visualization.queries import ReferenceQueries
-
 #: Concept id: a channel, or what a custom concept calls its parts.
 ConceptId = int | tuple[int, ...]
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+PlotFn = Callable[[Tensor, Tensor, bool], Any]
+
+
+class PictureRequest(NamedTuple):
+    """What a method such as `get_max_reference` is asked for, besides concepts, classes and ranks.
+
+    Attributes
+    ----------
+    options : mapping
+        Whatever else the pictures depend on, such as where heatmaps start.
+    """
+
+    method: str
+    layer: str
+    mode: str
+    composite: Composite | None
+    rf: bool
+    plot_fn: PlotFn | None
+    options: Mapping[str, Any]
 
 
 def concept_list(concept_ids: Any) -> list[ConceptId]:
@@ -138,69 +152,6 @@ def row_targets(init: str, targets: Any, mined: np.ndarray, layer: str) -> dict[
             f"the references of layer {layer!r} were mined without classes; say from which to start: targets="
         )
     return {"targets": [[int(target)] for target in mined]}
-
-
-def stacked(samples: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-    """Samples of shape (1, ...) as one batch; a `ValueError` names the dataset index of one that does not fit."""
-    for index, sample in zip(indices, samples, strict=True):
-        if sample.shape != samples[0].shape:
-            raise ValueError(
-                f"dataset[{index}] has shape {tuple(sample.shape[1:])}, but dataset[{indices[0]}] has "
-                f"{tuple(samples[0].shape[1:])}; resize the samples to one shape, in the dataset or in preprocess_data"
-            )
-    return torch.cat(list(samples))
-
-
-def cache_reference(method: _Method) -> _Method:
-    """Decorate `get_max_reference` or `get_stats_reference` of a `FeatureVisualization` so that its cache is used.
-
-    The decorated method takes a further keyword ``overwrite``: compute again what the cache holds. References without a
-    composite or a plot function are tensors, and not cached.
-    """
-    signature = inspect.signature(method)
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    part = "targets" if "concept_id" in signature.parameters else "concept_ids"
-
-    @functools.wraps(method)
-    def wrapper(self: ReferenceQueries, *args: Any, overwrite: bool = False, **kwargs: Any) -> dict[Any, Any]:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        cache, plot_fn, composite = self.Cache, given["plot_fn"], given["composite"]
-        if cache is None or plot_fn is None or composite is None:
-            return cast("dict[Any, Any]", method(*bound.args, **bound.kwargs))
-
-        layer, mode, rf, r_range = (given[name] for name in ("layer_name", "mode", "rf", "r_range"))
-        options = {n: v for n, v in given.items() if n not in (*_KNOWN, part) and repr(v) != repr(defaults[n])}
-        key = composite, rf, method.__name__, self._plot_name(plot_fn, layer, mode, options)
-
-        # id -> what the method is asked for, and the class whose samples are ranked
-        asked: dict[Any, tuple[Any, int | None]]
-        if part == "targets":
-            (concept_id,) = concept_list([given["concept_id"]])
-            asked = {f"{concept_id}:{t}": (t, t) for t in target_list(given["targets"])}
-        else:
-            asked = {concept_id: (concept_id, None) for concept_id in concept_list(given["concept_ids"])}
-        found: dict[Any, Any] = {}
-        missing: dict[tuple[int, int], list[Any]] = {}
-        for id_, (_, target) in asked.items():
-            _, ranks = self._lookup(layer, mode, r_range, target)
-            here, absent = ({}, {id_: ranks}) if overwrite else cache.load([id_], layer, mode, ranks, *key)
-            found.update(here)
-            for rest in absent.values():
-                missing.setdefault(rest, []).append(id_)
-        for ranks, ids in missing.items():
-            given.update({part: [asked[id_][0] for id_ in ids], "r_range": ranks})
-            computed = method(*bound.args, **bound.kwargs)
-            cache.save(computed, layer, mode, ranks, *key)
-            found = cache.extend_dict(found, computed)
-        return {id_: found[id_] for id_ in asked}
-
-    return cast(_Method, wrapper)
-
-
-#: Arguments that do not tell pictures apart, or that a `Cache` is told by name.
-_KNOWN = ["self", "concept_id", "layer_name", "mode", "r_range", "composite", "rf", "plot_fn", "batch_size"]
 
 
 def plot_name(plot_fn: Callable[..., Any], content: Sequence[Any]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.visualization.references import stacked
+from crp.concepts import Concept
+from crp.notices import warn
+from crp.visualization.mining.datasets import read
 from crp.visualization.table.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
 
 
@@ -20,6 +22,7 @@ class SampleAccess:
     dataset: Any
     preprocess_fn: Callable[[Tensor], Tensor] | None
     device: torch.device
+    layer_map: Mapping[str, Concept]
     _fingerprints: dict[str, tuple[object, str]]
 
     def preprocess_data(self, data: Tensor) -> Tensor:
@@ -55,28 +58,20 @@ class SampleAccess:
         TypeError
             If the dataset gives anything else; the message says what to do.
         """
-        item = self.dataset[int(index)]
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            found = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
-            raise TypeError(
-                f"dataset[{index}] gives {found}; it must give a pair (tensor, class). Wrap the dataset, or override "
-                "FeatureVisualization.get_data_sample"
+        sample = read(self.dataset, int(index))
+        if sample.problem is not None:
+            raise sample.problem.error or TypeError(
+                f"sample {index}: {sample.problem.reason}, or override FeatureVisualization.get_data_sample"
             )
-        data, target = item
-        if not isinstance(data, Tensor):
-            raise TypeError(
-                f"dataset[{index}] gives a {type(data).__name__}; it must be a tensor. Convert it in the dataset "
-                "(images by torchvision.transforms.ToTensor), or override FeatureVisualization.get_data_sample"
-            )
-        data = data.to(self.device).unsqueeze(0)
+        data = sample.data.to(self.device).unsqueeze(0)
         if preprocessing:
             data = self.preprocess_data(data)
             if not data.is_floating_point():
                 raise TypeError(
-                    f"dataset[{index}] gives a tensor of {data.dtype} after preprocess_data; relevance needs a "
+                    f"sample {index}: it is a tensor of {data.dtype} after preprocess_data, and relevance needs a "
                     "floating-point tensor. Convert it there, and explain tokens from their embedding on"
                 )
-        return data.detach().requires_grad_(data.is_floating_point()), target
+        return data.detach().requires_grad_(data.is_floating_point()), sample.label
 
     def get_data_concurrently(self, indices: Any, preprocessing: bool = False) -> tuple[Tensor, Any]:
         """Samples of the dataset as a batch, read one after the other: a dataset need not be safe for threads.
@@ -103,29 +98,71 @@ class SampleAccess:
         samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)
         return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
 
-    def _identity(self) -> dict[str, str]:
-        """Fingerprints of what samples are, how they are prepared, and the model that sees them."""
+    def _identity(self, layers: Iterable[str] = ()) -> dict[str, str]:
+        """Fingerprints of what samples are, how they are prepared, the model that sees them, and the layers' concepts.
+
+        Parameters
+        ----------
+        layers : iterable of str
+            All layers of a table. Its concepts have one fingerprint; where ``layer_map`` lacks one of the layers, they
+            cannot be compared, which a warning says.
+        """
         model = self.attribution.model
-        tensors = [*model.parameters(), *model.buffers()]
         # The fingerprint reads all weights; whether they changed since is told faster.
-        state = repr(model), [(t.data_ptr(), t._version, _glimpse(t)) for t in tensors]
-        return {
+        state = repr(model), _states([*model.parameters(), *model.buffers()])
+        found = {
             "model": self._remembered("model", state, lambda: fingerprint_model(model)),
             "dataset": self._remembered(
-                "dataset", (id(self.dataset), len(self.dataset)), lambda: fingerprint_dataset(self.dataset)
+                "dataset", (_Same(self.dataset), len(self.dataset)), lambda: fingerprint_dataset(self.dataset)
             ),
             "preprocess": self._preparation(),
         }
+        if lacking := [layer for layer in layers if layer not in self.layer_map]:
+            warn(
+                f"layer_map lacks {', '.join(map(repr, lacking))}, which were mined, too: whether the concepts are "
+                "those that were mined cannot be told; give all layers of the table",
+            )
+        elif concepts := {layer: self.layer_map[layer] for layer in layers}:
+            # A concept may keep notes of its use, which would change its fingerprint: what counts are its tensors.
+            kept = [(layer, _Same(c), _states(_tensors_of(c))) for layer, c in concepts.items()]
+            found["layers"] = self._remembered("layers", kept, lambda: fingerprint(concepts))
+        return found
 
     def _preparation(self) -> str:
-        own = type(self).get_data_sample, function_of(self.preprocess_data)
-        default = SampleAccess.get_data_sample, SampleAccess.preprocess_data
-        return fingerprint(self.preprocess_fn if own == default else (*own, self.preprocess_fn))
+        own = [
+            None if function is default else function
+            for function, default in (
+                (type(self).get_data_sample, SampleAccess.get_data_sample),
+                (function_of(self.preprocess_data), SampleAccess.preprocess_data),
+            )
+        ]
+        return fingerprint(self.preprocess_fn if own == [None, None] else (*own, self.preprocess_fn))
 
     def _remembered(self, name: str, state: object, compute: Callable[[], str]) -> str:
         if self._fingerprints.get(name, (None,))[0] != state:
             self._fingerprints[name] = state, compute()
         return self._fingerprints[name][1]
+
+
+class _Same:
+    """An object that equals itself alone; it is kept, so that no other one takes its place."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._value is self._value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _tensors_of(concept: Concept) -> list[Tensor]:
+    return [value for value in getattr(concept, "__dict__", {}).values() if isinstance(value, Tensor)]
+
+
+def _states(tensors: Iterable[Tensor]) -> list[tuple[int, int, float]]:
+    """What changes when a tensor is replaced or written to."""
+    return [(tensor.data_ptr(), tensor._version, _glimpse(tensor)) for tensor in tensors]
 
 
 def _glimpse(tensor: Tensor) -> float:
@@ -134,7 +171,18 @@ def _glimpse(tensor: Tensor) -> float:
     return float(flat[:: max(1, len(flat) // 1024)].sum(dtype=torch.float64))
 
 
-class Prepared:
+def stacked(samples: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    """Samples of shape (1, ...) as one batch; a `ValueError` names the dataset index of one that does not fit."""
+    for index, sample in zip(indices, samples, strict=True):
+        if sample.shape != samples[0].shape:
+            raise ValueError(
+                f"dataset[{index}] has shape {tuple(sample.shape[1:])}, but dataset[{indices[0]}] has "
+                f"{tuple(samples[0].shape[1:])}; resize the samples to one shape, in the dataset or in preprocess_data"
+            )
+    return torch.cat(list(samples))
+
+
+class PreparedSamples:
     """Dataset of what an overridden `get_data_sample` gives."""
 
     def __init__(self, visualization: SampleAccess) -> None:
@@ -148,7 +196,7 @@ class Prepared:
         return data[0].detach(), target
 
 
-class Classes:
+class LabelTargets:
     """`SampleAccess.multitarget_to_single`, and what it raised last."""
 
     def __init__(self, method: Callable[[Any], Iterable[Any]]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.attributors.checks import check_number
+from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.attached import attached, check_composite
 from crp.engine.forward import ForwardPass, check_layers, tensor_in

@@ -29,7 +29,7 @@ def test_files_are_met_by_their_functions_only():
 @pytest.mark.parametrize(
     ("walk", "start", "end"),
     [
-        ("condition", "attribution.py", "concepts.py"),
+        ("condition", "attribution.py", "concepts/channels.py"),
         ("sample", "visualization/feature.py", "visualization/references.py"),
         ("rule", "composites/lrp.py", "rules/redirect.py"),
     ],

@@ -230,7 +230,7 @@ def test_items_without_labels_and_with_several(here: Path) -> None:
     assert of_items("ragged", "ragged", "--multi-label", "list").exit_code == 0
     assert of_items("hot", "hot", "--multi-label", "hot").exit_code == 0
     targets = [target for i in range(12) for target in range(i % 3)]
-    assert warnings.formatwarning is plain  # _told's own is gone
+    assert warnings.formatwarning is plain  # that of the command is gone
     for name in ("ragged", "hot"):
         assert Table.open(name).rows().target.tolist() == targets
 

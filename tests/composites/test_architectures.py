@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
+#: Nets of many layers, whose blocks a smaller one of them has as well.
+LARGE = {"efficientnet_v2_s"}
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, id=str(f), marks=[pytest.mark.slow] if f.name in LARGE else []) for f in FAMILIES],
+)
 def net(request):
     """One model at a time is in memory."""
     family = request.param

@@ -41,7 +41,17 @@ def test_there_are_at_least_thirty_families():
     assert len(files) >= 30
 
 
-@pytest.mark.parametrize("net", TIMM, ids=str)
+#: What others of them have as well: standardised weights, attention to channels, padding, kernels of several sizes.
+SIMILAR = {
+    *["legacy_seresnet18", "skresnext50_32x4d", "res2next50", "resnetv2_50x1_bit", "nf_ecaresnet26", "tf_mixnet_s"],
+    *["efficientnet_lite0", "mobilenetv2_035"],
+}
+
+
+@pytest.mark.parametrize(
+    "net",
+    [pytest.param(net, id=str(net), marks=[pytest.mark.slow] if net.name in SIMILAR else []) for net in TIMM],
+)
 def test_prediction_is_the_model_s_and_all_relevance_is_accounted_for(net, untouched):
     check(net.build(), net.images(2), EpsilonPlusFlat(), untouched)
 

@@ -13,7 +13,7 @@ from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, 
 
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
-    ["types", "layers", "notices", "errors", "trace", "concepts", "image"],
+    ["types", "layers", "notices", "errors", "checks", "trace", "concepts", "image"],
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
@@ -33,39 +33,30 @@ BUDGETS = {
     "attributors": 2600,
     "canonizers": 800,
     "commands": 1050,
-    "compat": 730,
+    "compat": 950,
     "composites": 3300,
     "concept_graph": 160,
-    "concepts": 360,
+    "concepts": 420,
     "demo": 890,
     "engine": 1950,
     "explain": 160,
-    "helper": 160,
-    "image": 550,
+    "image": 570,
     "layers": 180,
     "metrics": 810,
     "rules": 4750,
     "trace": 1370,
     "types": 140,
-    "visualization": 1710,
-    "visualization.mining": 1430,
+    "visualization": 2040,
+    "visualization.mining": 1480,
     "visualization.report": 570,
-    "visualization.table": 1930,
+    "visualization.table": 1760,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {
-    "Classes",
     "Gradient",
-    "Maximization",
-    "Prepared",
-    "Rows",
-    "Statistics",
-    "read_targets",
 }
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG = {
-    "crp.visualization.mining.run.mine": 63,
-    "crp.visualization.mining.run.prepare": 86,
     "crp.visualization.synthesis.maximize": 61,
 }
 MANY_PARAMETERS = {
@@ -73,16 +64,12 @@ MANY_PARAMETERS = {
     "crp.commands.attribute.attribute": 14,
     "crp.composites.by_depth.LRPCMP.__init__": 15,
     "crp.metrics.flipping.pixel_flipping": 13,
-    "crp.visualization.mining.run.mine": 25,
-    "crp.visualization.mining.run.prepare": 18,
     "crp.visualization.report.write.write_report": 15,
     "crp.visualization.synthesis.maximize": 17,
 }
 #: Circles that are left to take apart.
-FILE_CIRCLES = [
-    {"crp.visualization.queries", "crp.visualization.references", "crp.visualization.samples"},
-]
-ROOM_CIRCLES = [{"visualization", "visualization.report"}]
+FILE_CIRCLES = []
+ROOM_CIRCLES: list[set[str]] = []
 
 
 # --- floors ---------------------------------------------------------------------------------------------------------
@@ -126,7 +113,7 @@ def test_the_engine_knows_no_rule_composite_or_canonizer():
         if module not in known:
             known.add(module)
             todo.extend(IMPORTED[module])
-    assert {"crp.engine.conditions", "crp.concepts"} <= known
+    assert {"crp.engine.conditions", "crp.concepts.channels"} <= known
     assert {room(module) for module in known} & {"rules", "composites", "canonizers"} == set()
 
 

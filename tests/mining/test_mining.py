@@ -24,8 +24,9 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept
 from crp.visualization.mining import batches as scoring
-from crp.visualization.mining.loading import LabelError, to_targets
+from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.run import SampleError, mine_shard, prepare
+from crp.visualization.mining.targets import to_targets
 from crp.visualization.table.lock import locked
 from crp.visualization.table.ranking import class_means, list_targets, top_k
 from crp.visualization.table.store import Table, TableLockedError, TableMismatchError
@@ -426,9 +427,9 @@ def test_shards_mined_apart_make_the_same_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(0)
-def test_killed_at_random_and_while_writing(tmp_path: Path) -> None:
-    """``CRP_KILLS=100 pytest tests/mining -k killed`` kills a hundred times."""
-    script, kills = Path(__file__).parent / "kill_mining.py", os.environ.get("CRP_KILLS", "10")
+@pytest.mark.parametrize("kills", ["2", pytest.param("20", marks=pytest.mark.slow)])
+def test_killed_at_random_and_while_writing(tmp_path: Path, kills: str) -> None:
+    script = Path(__file__).parent / "kill_mining.py"
     paths = [str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     found = subprocess.run([sys.executable, str(script), str(tmp_path), kills], env=env, capture_output=True, text=True)

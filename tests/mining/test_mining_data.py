@@ -22,7 +22,7 @@ from crp.trace.running import tracing
 from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
-from crp.visualization.mining.targets import check_targets, choose_targets
+from crp.visualization.mining.targets import choose_targets, parse_targets
 
 
 class Items:
@@ -197,7 +197,7 @@ def test_of_equal_outputs_the_smaller_class_is_predicted() -> None:
 @pytest.mark.parametrize("targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3])
 def test_targets_that_are_none(tmp_path: Path, targets: Any) -> None:
     with pytest.raises(ValueError, match="targets must be 'label', 'prediction', 'top-5', 'all', or a list"):
-        check_targets(targets)
+        parse_targets(targets)
 
 
 def test_single_targets_are_for_labels(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_function(name, kind):
     assert not deviations(model, plain, a, torch.randn_like(plain(a)))
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("writing", list(WRITINGS)[1:])
 @pytest.mark.parametrize("name", LAYERS)
 def test_weight_that_the_forward_pass_computes(name, writing):

@@ -241,6 +241,7 @@ def test_lrp0_puts_nothing_into_the_graph(rule, functional):
 SMOOTH = [rules.ZPlus(0.01), rules.Gamma(0.25, 0.01), rules.AlphaBeta(2, 1, 0.01), rules.Epsilon(0.1)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("rule", SMOOTH, ids=repr)
 @pytest.mark.parametrize("name", FEW)
 def test_second_derivatives(name, rule):

@@ -63,6 +63,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", ALL)
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_part_is_refused_by_name(name, preset, tmp_path, untouched):
@@ -157,6 +158,7 @@ class Energy(nn.Module):
         return self.down(h - 0.1 * force)
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("how", ["grad", "grad_of_input", "backward", "func", "jacobian", "vjp"])
 @pytest.mark.filterwarnings("ignore:Using backward")
@@ -229,6 +231,7 @@ def saved(net, x):
         return net(x)
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", {**ALL, "gradient": Gradient, "gradient_x_input": GradientTimesInput})
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints_change_nothing(name, preset):

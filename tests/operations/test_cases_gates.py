@@ -110,6 +110,7 @@ GATES = {
 }
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", GATES)
 def test_a_gate_is_constant_whatever_it_went_through(name, preset):
@@ -154,6 +155,7 @@ def chunked(n, h, a):
     return new * n + keep * h
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", GRUS)
 def test_spellings_of_a_gated_recurrent_unit_give_the_same(name, preset):
@@ -190,6 +192,7 @@ LSTMS = {
 }
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", LSTMS)
 def test_spellings_of_a_cell_give_the_same(name, preset):
@@ -236,6 +239,7 @@ POOLS = {
 }
 
 
+@pytest.mark.covering(4)
 @pytest.mark.filterwarnings("ignore:.*no rule for softmax")
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", POOLS)
@@ -282,6 +286,7 @@ LASTS = {
 }
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("last", LASTS)
 def test_the_account_of_one_number_for_each_sample(last, preset):

@@ -76,6 +76,7 @@ WRAPPED_LAYERS = {
 }
 
 
+@pytest.mark.covering(12)
 @pytest.mark.parametrize("preset", FEW)
 @pytest.mark.parametrize("layer", WRAPPED_LAYERS)
 @pytest.mark.parametrize("wrap", WRAPPED)
@@ -137,6 +138,7 @@ OUTPUT_SIZES = {
 }
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("sizes", OUTPUT_SIZES)
 def test_transposed_convolution_keeps_its_output_size(sizes, preset):

@@ -101,6 +101,7 @@ IN_PLACE = {
 }
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_equals_out_of_place(name, preset):

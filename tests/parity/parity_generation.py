@@ -12,7 +12,7 @@ from zennit.composites import EpsilonPlus
 
 from crp.attribution import AttributionGraph, CondAttribution
 from crp.concepts import ChannelConcept
-from crp.trace.graph import trace_model_graph
+from crp.graph import trace_model_graph
 
 CASES: dict[str, Case] = {}
 case = case_decorator(CASES, "*relevances/{}")

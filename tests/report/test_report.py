@@ -18,9 +18,9 @@ from PIL import Image
 from torch import nn
 from zennit.composites import EpsilonPlus
 
+from crp.visualization.report import Finding, make_tile, write_report
 from crp.visualization.report.page import ClassSection, Page, Tile, percent, render
 from crp.visualization.report.pictures import DIM, NEGATIVE, POSITIVE, heatmap_picture, sample_picture
-from crp.visualization.report.write import Finding, make_tile, write_report
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
 

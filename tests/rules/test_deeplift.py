@@ -247,7 +247,9 @@ def test_slope_across_a_kink_is_the_quotient() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "densenet121", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", pytest.param("vgg11_bn", marks=pytest.mark.slow), "densenet121", "mobilenet_v3_small"]
+)
 def test_nets_of_torchvision_sum_to_delta(name: str, variant: str) -> None:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name).double().eval()

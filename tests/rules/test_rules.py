@@ -31,6 +31,7 @@ def few(request, kind):
     return seeded(request.param, "no_bias" not in kind, "nonnegative" in kind)
 
 
+@pytest.mark.covering(13)
 @pytest.mark.parametrize("name", list(FORMS))
 def test_rule_is_the_paper_s_formula_in_relevances(name, case):
     (rule, form), (layer, a) = FORMS[name], case
@@ -38,6 +39,7 @@ def test_rule_is_the_paper_s_formula_in_relevances(name, case):
     close(attribute(rule, layer, a, r), expected(form, layer, a, r))
 
 
+@pytest.mark.covering(9)
 @pytest.mark.parametrize("name", [name for name, (rule, _) in FORMS.items() if not rule.at_input])
 def test_rule_is_the_paper_s_formula_in_multipliers(name, case):
     (rule, form), (layer, a) = FORMS[name], case
@@ -46,6 +48,7 @@ def test_rule_is_the_paper_s_formula_in_multipliers(name, case):
     close(attribute(rule, layer, a, m, True), expected(form, layer, a, m * y))
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("name", [name for name, (rule, _) in FORMS.items() if rule.at_input])
 def test_rule_at_the_input_hands_out_relevance_also_where_the_input_is_zero(name, case):
     (rule, form), (layer, a) = FORMS[name], case
@@ -111,6 +114,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.covering(6)
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=lambda rule: repr(rule) if isinstance(rule, Rule) else "")
 def test_rule_in_relevance_encoding_is_zennit_s(ours, theirs, few):
     layer, a = few
@@ -136,6 +140,7 @@ def test_rule_between_activations_is_zennit_s(ours, theirs):
     close(relevance(ours, model, a, torch.ones_like(y)), wanted)
 
 
+@pytest.mark.covering(6)
 @pytest.mark.parametrize("hook", [hook for _, hook in PAIRS], ids=[repr(ours) for ours, _ in PAIRS])
 def test_lifted_zennit_rule_gives_the_same_relevance(hook, few):
     layer, a = few

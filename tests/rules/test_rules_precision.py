@@ -43,6 +43,7 @@ def deviation(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("name", list(LAYERS))
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_one_layer(rule, name):

@@ -37,7 +37,7 @@ def rank(source: Source, layer: str, mode: str, kind: str, normed: bool, k: int,
     return result
 
 
-def as_rows(top: ranking.References) -> list[list[tuple]]:
+def as_rows(top: ranking.ReferenceSamples) -> list[list[tuple]]:
     return [list(zip(*(column[:, c] for column in top), strict=True)) for c in range(top.value.shape[1])]
 
 

@@ -171,7 +171,7 @@ def test_S18_pictures_of_something_else_are_not_served(tmp_path, change):
 OTHER_READERS: dict[str, dict[str, Any]] = {
     "model": {"net": make_net(1), "check": False},
     "preprocess": {"preprocess_fn": torch.sigmoid, "check": False},
-    "concept": {"layers": {"first": type("Other", (ChannelConcept,), {})()}},
+    "concept": {"layers": {"first": type("Other", (ChannelConcept,), {})()}, "check": False},
     "max_target": {"max_target": "max"},
     "abs_norm": {"abs_norm": False},
 }
@@ -368,9 +368,8 @@ def test_cache_reference_decorates_methods_of_subclasses(tmp_path):
         def get_max_reference(self, concept_ids, layer_name, mode="relevance", r_range=(0, 8), composite=None, rf=False,
                               plot_fn=pictures, batch_size=32, shade=0):  # fmt: skip
             asked.append(shade)
-            return super().get_max_reference.__wrapped__(
-                self, concept_ids, layer_name, mode, r_range, composite, rf, plot_fn, batch_size
-            )
+            found = super().get_max_reference(concept_ids, layer_name, mode, r_range, composite, rf, None, batch_size)
+            return {concept_id: plot_fn(*tensors, rf, shade) for concept_id, tensors in found.items()}
 
     asked: list[int] = []
     fv = with_cache(tmp_path, cls=Mine)

@@ -358,7 +358,7 @@ def test_C10_odd_datasets_get_a_hint(tmp_path, kind):
             return ODD[kind]
 
     fv = make_fv(tmp_path, Odd())
-    with pytest.raises(TypeError, match=r"dataset\[2\] gives .*(get_data_sample|floating-point)"):
+    with pytest.raises(TypeError, match=r"sample 2: .*(get_data_sample|floating-point)"):
         fv.get_data_sample(2)
     with pytest.raises(Exception, match=r"dataset|sample|float"):
         fv.run(EpsilonPlus(), 0, 12, **QUIET)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +18,16 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.backward import lacks_memory
-from crp.visualization.mining.loading import Problem, Sample, SampleError, load, to_targets
+from crp.notices import warn
+from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
+from crp.visualization.mining.options import MiningOptions
 from crp.visualization.mining.targets import (
     attribute_targets,
     calls_itself,
     choose_targets,
     keeps_graph,
     record_activations,
+    to_targets,
 )
 from crp.visualization.table.manifest import Array, ShardRecord, TableHeader
 from crp.visualization.table.shards import make_folder, write_shard
@@ -39,18 +41,21 @@ SHARD_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """All that mining a range needs; `crp.visualization.mining.run.prepare` makes one. Attributes as for `mine`.
+    """All that mining a range needs; `crp.visualization.mining.run.prepare` makes one.
 
     Attributes
     ----------
+    attribution, dataset, composite, path
+        As for `crp.visualization.mining.run.mine`.
     concepts : dict of str to Concept
         The layer map, in the order of the model.
     header : TableHeader
         What the table is about.
     shape, dtype
         Of a sample as the model gets it; the shape is None where samples may differ.
-    targets : str or tuple of int
-        From `crp.visualization.mining.targets.check_targets`.
+    device, shard_size, targets
+        As in the options, with their defaults filled in.
+    options : MiningOptions
     """
 
     attribution: CondAttribution
@@ -61,15 +66,10 @@ class Job:
     header: TableHeader
     shape: tuple[int, ...] | None
     dtype: torch.dtype
-    batch_size: int
-    shard_size: int
-    preprocess: Callable[[Tensor], Tensor] | None
-    single_targets: Callable[[Any], Iterable[Any]] | None
-    num_workers: int
     device: torch.device
-    on_device: torch.device | str | None
-    on_error: str
-    targets: str | tuple[int, ...] = "label"
+    shard_size: int
+    targets: str | tuple[int, ...]
+    options: MiningOptions
 
 
 def mine_ranges(
@@ -82,12 +82,12 @@ def mine_ranges(
     folder = job.path / "shards"
     make_folder(folder)
     batches = list(_get_batches(job, ranges))
-    loaded = load(job.dataset, (range(begin, end) for begin, end, _ in batches), job.num_workers)
+    loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
     shard = None
-    fortune = _Fortune(job.batch_size)
+    limit = _MemoryLimit(job.options.batch_size)
     for (begin, end, is_last), samples in zip(batches, loaded, strict=True):
         shard = shard or _Shard(begin)
-        _Batch(job, samples, fortune).score(shard)
+        _Batch(job, samples, limit).score(shard)
         if progress is not None:
             progress(end - begin)
         if is_last or shard.n_bytes >= SHARD_BYTES:
@@ -100,8 +100,8 @@ def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
     for start, stop in ranges:
         while start < stop:
             end = min(stop, (start // job.shard_size + 1) * job.shard_size)
-            for begin in range(start, end, job.batch_size):
-                last = min(begin + job.batch_size, end)
+            for begin in range(start, end, job.options.batch_size):
+                last = min(begin + job.options.batch_size, end)
                 yield begin, last, last == end
             start = end
 
@@ -127,15 +127,15 @@ class _Shard:
 
 
 @dataclass
-class _Fortune:
-    """What earlier batches have taught.
+class _MemoryLimit:
+    """What earlier batches have shown about the memory of the device.
 
     Attributes
     ----------
     rows : int
-        How many are sent back at once, so that they fit into memory.
+        How many rows go through a backward pass at once.
     works : bool
-        Whether any sample was attributed.
+        Whether any sample was attributed, so that an error is about the sample at hand.
     """
 
     rows: int
@@ -145,10 +145,10 @@ class _Fortune:
 class _Batch:
     """Samples of one batch on their way to scores; those with problems drop out."""
 
-    def __init__(self, job: Job, samples: Sequence[Sample], fortune: _Fortune) -> None:
+    def __init__(self, job: Job, samples: Sequence[Sample], limit: _MemoryLimit) -> None:
         self._job = job
         self._samples = samples
-        self._fortune = fortune
+        self._limit = limit
         self._problems: dict[int, str] = {}
 
     def score(self, shard: _Shard) -> None:
@@ -162,7 +162,7 @@ class _Batch:
             units = self._get_units([targets[index] for index in indices])
             parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices))
         if parts:
-            self._fortune.works = True
+            self._limit.works = True
             arrays = {key: _joined([part[key] for part in parts]) for key in parts[0]}
             self._drop_not_finite(arrays)
             order = np.lexsort((arrays["target"], arrays["sample"]))
@@ -174,7 +174,7 @@ class _Batch:
 
     def _drop(self, index: int, reason: str, error: Exception | None = None) -> None:
         """Skip a sample, or stop."""
-        if self._job.on_error == "stop":
+        if self._job.options.on_error == "stop":
             raise SampleError(index, reason) from error
         self._problems.setdefault(index, reason)
 
@@ -189,7 +189,9 @@ class _Batch:
         found = {}
         for index, label in self._get_readable().items():
             try:
-                found[index] = to_targets(label, self._job.single_targets, "relevance" in self._job.header.modes)
+                found[index] = to_targets(
+                    label, self._job.options.single_targets, "relevance" in self._job.header.modes
+                )
             except Exception as error:
                 self._drop(index, Problem.of(error).reason, error)
         return found
@@ -208,7 +210,7 @@ class _Batch:
 
     def _get_data(self, samples: Sequence[Sample]) -> list[tuple[list[int], Tensor]]:
         """Indices and data, as the model gets it, of the samples that are as they should be, for every shape."""
-        preprocess, like = self._job.preprocess, (self._job.shape, self._job.dtype)
+        preprocess, like = self._job.options.preprocess, (self._job.shape, self._job.dtype)
         groups: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
         for index, data, _, _ in samples:
             try:
@@ -241,7 +243,7 @@ class _Batch:
     def _get_units(self, targets: list[list[int]]) -> list[Unit]:
         """What is attributed in one call each: samples of equally many targets share a forward pass."""
         units: list[Unit] = []
-        keeps, size = keeps_graph(self._job.composite), self._fortune.rows
+        keeps, size = keeps_graph(self._job.composite), self._limit.rows
         for n in sorted({len(of_sample) for of_sample in targets} - {0}):
             alike = [place for place, of_sample in enumerate(targets) if len(of_sample) == n]
             # What memory holds are the samples where the targets come one after the other, and else all rows.
@@ -275,13 +277,13 @@ class _Batch:
             todo += halves[::-1]
             if is_memory:
                 held = len(halves[1]) if keeps_graph(self._job.composite) else sum(len(t) for _, t in halves[1])
-                self._fortune.rows = min(self._fortune.rows, held)
+                self._limit.rows = min(self._limit.rows, held)
                 torch.cuda.empty_cache()
         failures.sort(key=operator.itemgetter(0, 1))
-        if not parts and not self._fortune.works and len({place for place, _, _ in failures}) > 1:
+        if not parts and not self._limit.works and len({place for place, _, _ in failures}) > 1:
             raise failures[0][2]  # no sample's fault
         if reasons and not failures:
-            warnings.warn(f"{reasons[0]} and were attributed in parts; lower batch_size", stacklevel=6)
+            warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
         for place, target, failure in failures:
             doing = f"target {target}: " if target >= 0 else ""
             self._drop(indices[place], Problem.of(failure, doing).reason, failure)
@@ -330,9 +332,9 @@ def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator
     """Relevance of layers, target after target, and once their activation."""
     layers = list(job.concepts)
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.on_device)}
+        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.options.on_device)}
         return
-    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.on_device)
+    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.options.on_device)
     for number, result in enumerate(results):
         activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
         yield {"relevance": result.relevances} | ({} if number else {"activation": activations})

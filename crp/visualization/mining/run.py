@@ -7,11 +7,11 @@ on where it was, and any number of machines can share a dataset. A shard's conte
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.forward import check_layers
 from crp.visualization.mining.batches import Job
-from crp.visualization.mining.datasets import indexed
-from crp.visualization.mining.loading import SampleError as SampleError
-from crp.visualization.mining.loading import read
-from crp.visualization.mining.targets import Targets, check_targets
+from crp.visualization.mining.datasets import SampleError as SampleError
+from crp.visualization.mining.datasets import indexed, read
+from crp.visualization.mining.options import SHARD_BATCHES, MiningKeywords, MiningOptions
+from crp.visualization.mining.targets import parse_targets
 from crp.visualization.mining.workers import mine_all, mine_part
 from crp.visualization.mining.workers import mine_shard as mine_shard
 from crp.visualization.table.fingerprint import (
@@ -37,8 +37,8 @@ from crp.visualization.table.fingerprint import (
 from crp.visualization.table.manifest import KINDS, MODES, TableHeader
 from crp.visualization.table.store import Table
 
-#: Batches in a shard, by default.
-SHARD_BATCHES = 64
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def mine(
@@ -50,24 +50,9 @@ def mine(
     *,
     start: int = 0,
     stop: int | None = None,
-    batch_size: int = 32,
-    shard_size: int | None = None,
-    preprocess: Callable[[Tensor], Tensor] | None = None,
-    single_targets: Callable[[Any], Iterable[int]] | None = None,
-    modes: Sequence[str] = MODES,
-    kinds: Sequence[str] = KINDS,
-    num_workers: int = 0,
-    on_device: torch.device | str | None = None,
-    device: torch.device | str | None = None,
-    on_error: str = "stop",
-    retry_skipped: bool = False,
-    progress: bool = True,
-    overwrite: bool = False,
-    fingerprints: Mapping[str, str] | None = None,
-    targets: Targets = "label",
-    mixed_shapes: bool = False,
     part: tuple[int, int] | None = None,
     client: Any = None,
+    **options: Unpack[MiningKeywords],
 ) -> Table:
     """Mine a range of a dataset into a folder; what the folder holds already is not computed again.
 
@@ -86,46 +71,13 @@ def mine(
         Folder of the table; made if need be.
     start, stop : int
         Range of dataset indices; to the end of the dataset by default.
-    batch_size : int
-        Samples that are loaded, and rows that are attributed, at once.
-    shard_size : int, optional
-        Samples in a file, which is what an interruption can lose; 64 batches by default. A file that reaches 128 MiB
-        before is closed earlier, so that memory is bounded.
-    preprocess : callable, optional
-        Function of a sample of shape (1, channels, *space), on the device.
-    single_targets : callable, optional
-        Function of a label that gives its classes, for datasets with several per sample; a sample of none has no rows.
-    modes, kinds : sequences of str
-        What to record of ``"relevance"`` and ``"activation"``, and of ``"sum"`` and ``"max"``. A label of None is
-        allowed if relevance is not recorded.
-    num_workers : int
-        Processes that read the dataset; 0 reads it in this one, sample after sample.
-    on_device : torch.device or str, optional
-        Where relevances and activations are moved before they are scored.
-    device : torch.device or str, optional
-        Where the data is moved; that of the model by default.
-    on_error : {"stop", "skip"}
-        What to do about a sample that cannot be read or attributed, or has another shape: raise a `SampleError`, or
-        list it as skipped. A sample with values that are not finite is always skipped.
-    retry_skipped : bool
-        Mine shards with skipped samples again.
-    progress : bool
-        Whether to show a progress bar.
-    overwrite : bool
-        Discard what the folder holds.
-    fingerprints : dict of str to str, optional
-        In place of those computed for ``"model", "composite", "dataset", "layers", "preprocess", "single_targets"``.
-    targets : {"label", "prediction", "top-5", "all"} or sequence of int
-        Classes whose relevance is recorded, each in a row of its own: those of the sample's label, the predicted one,
-        the five (or any number of) highest ones, all outputs, or these. All but the first need no labels.
-    mixed_shapes : bool
-        Whether samples may differ in shape. Those of equal shape are attributed together; positions count within the
-        sample's own shape.
     part : (int, int), optional
         Of ``(i, n)``, mine only the shards of process i out of n, counted from 0. All write into the same folder, at
         the same time if need be, and each merges what there is in the end.
     client : distributed.Client, optional
         Mine by the workers of a Dask cluster, which must see the same folder.
+    **options
+        As the attributes of `crp.visualization.mining.options.MiningOptions`, such as ``batch_size=64``.
 
     Returns
     -------
@@ -142,26 +94,8 @@ def mine(
     SampleError
         If a sample cannot be mined, unless it is to be skipped. The shards before it are kept.
     """
-    job = prepare(
-        attribution,
-        dataset,
-        layer_map,
-        composite,
-        path,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        preprocess=preprocess,
-        single_targets=single_targets,
-        modes=modes,
-        kinds=kinds,
-        num_workers=num_workers,
-        on_device=on_device,
-        device=device,
-        on_error=on_error,
-        fingerprints=fingerprints,
-        targets=targets,
-        mixed_shapes=mixed_shapes,
-    )
+    job = prepare(attribution, dataset, layer_map, composite, path, **options)
+    overwrite = job.options.overwrite
     n = job.header.n_samples
     stop = n if stop is None else stop
     if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= n):
@@ -171,12 +105,12 @@ def mine(
         if part is not None or not table.is_empty:
             table.check_header(job.header)
     if part is None:
-        return mine_all(job, start, stop, retry_skipped, progress, overwrite, client)
+        return mine_all(job, start, stop, client)
     if not (len(part) == 2 and all(type(i) is int for i in part) and 0 <= part[0] < part[1]):
         raise ValueError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
     if overwrite or client is not None:
         raise ValueError("part shares the folder with other processes: it goes with neither overwrite nor client")
-    return mine_part(job, start, stop, part, retry_skipped, progress)
+    return mine_part(job, start, stop, part)
 
 
 def prepare(
@@ -185,86 +119,74 @@ def prepare(
     layer_map: Mapping[str, Concept],
     composite: Composite | None,
     path: str | Path,
-    *,
-    batch_size: int = 32,
-    shard_size: int | None = None,
-    preprocess: Callable[[Tensor], Tensor] | None = None,
-    single_targets: Callable[[Any], Iterable[int]] | None = None,
-    modes: Sequence[str] = MODES,
-    kinds: Sequence[str] = KINDS,
-    num_workers: int = 0,
-    on_device: torch.device | str | None = None,
-    device: torch.device | str | None = None,
-    on_error: str = "stop",
-    fingerprints: Mapping[str, str] | None = None,
-    targets: Targets = "label",
-    mixed_shapes: bool = False,
+    **options: Unpack[MiningKeywords],
 ) -> Job:
     """Check the arguments of `mine` and put them into a job; nothing is written."""
     dataset = indexed(dataset)
+    concepts = _in_order(attribution, layer_map)
+    if composite is not None and not isinstance(composite, Composite):
+        raise TypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
+    checked = MiningOptions.of(options)
+    device = torch.device(attribution.device if checked.device is None else checked.device)
+    first = _get_first(dataset, checked.preprocess, device)
+    return Job(
+        attribution=attribution,
+        dataset=dataset,
+        concepts=concepts,
+        composite=composite,
+        path=Path(path),
+        header=_header(attribution, dataset, concepts, composite, checked),
+        shape=None if checked.mixed_shapes else tuple(first.shape[1:]),
+        dtype=first.dtype,
+        device=device,
+        shard_size=SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size,
+        targets=parse_targets(checked.targets),
+        options=checked,
+    )
+
+
+def _in_order(attribution: CondAttribution, layer_map: Mapping[str, Concept]) -> dict[str, Concept]:
+    """The layer map, checked, in the order of the model."""
     if not isinstance(layer_map, Mapping) or not layer_map:
         raise ValueError(f"layer_map must map layers to concepts, such as ChannelConcept(); not {layer_map!r}")
     check_layers(attribution.model, list(layer_map), "layer_map")
     for layer, concept in layer_map.items():
         if isinstance(concept, type) or not hasattr(concept, "scores"):
             raise TypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
-    if composite is not None and not isinstance(composite, Composite):
-        raise TypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
-    shard_size = SHARD_BATCHES * batch_size if shard_size is None else shard_size
-    sizes = {"batch_size": (batch_size, 1), "shard_size": (shard_size, 1), "num_workers": (num_workers, 0)}
-    for name, (value, least) in sizes.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
-    choices = {"modes": (modes, MODES), "kinds": (kinds, KINDS), "on_error": ([on_error], ("stop", "skip"))}
-    for name, (given, known) in choices.items():
-        if isinstance(given, str) or not given or not set(given) <= set(known):
-            raise ValueError(f"{name} must be among {', '.join(map(repr, known))}; not {given!r}")
-    chosen = check_targets(targets)
-    if single_targets is not None and chosen != "label":
-        raise ValueError(f"single_targets is about labels, and targets={targets!r} are not those of labels")
     order = list(dict(attribution.model.named_modules()))
     layers = sorted(layer_map, key=lambda layer: order.index(layer if layer in order else layer.rpartition("#")[0]))
-    device = torch.device(attribution.device if device is None else device)
-    first = _get_first(dataset, preprocess, device)
-    made: dict[str, Callable[[], str]] = {
+    return {layer: layer_map[layer] for layer in layers}
+
+
+def _header(
+    attribution: CondAttribution,
+    dataset: Any,
+    concepts: Mapping[str, Concept],
+    composite: Composite | None,
+    options: MiningOptions,
+) -> TableHeader:
+    """What all rows of the table share. This is where a table says what it is of."""
+    targets = parse_targets(options.targets)
+    make: dict[str, Callable[[], str]] = {
         "model": lambda: fingerprint_model(attribution.model),
         "composite": lambda: fingerprint_composite(composite),
         "dataset": lambda: fingerprint_dataset(dataset),
-        "layers": lambda: fingerprint({layer: layer_map[layer] for layer in layers}),
-        "preprocess": lambda: fingerprint(preprocess),
-        "single_targets": lambda: fingerprint(single_targets),
+        "layers": lambda: fingerprint(dict(concepts)),
+        "preprocess": lambda: fingerprint(options.preprocess),
+        "single_targets": lambda: fingerprint(options.single_targets),
     }
-    if chosen != "label":
-        made["targets"] = lambda: fingerprint(chosen)
-    if mixed_shapes:
-        made["shapes"] = lambda: fingerprint("mixed")
-    prints = dict(fingerprints or {})
-    header = TableHeader(
+    if targets != "label":
+        make["targets"] = lambda: fingerprint(targets)
+    if options.mixed_shapes:
+        make["shapes"] = lambda: fingerprint("mixed")
+    known = dict(options.fingerprints or {})
+    return TableHeader(
         n_samples=len(dataset),
-        layers=tuple(layers),
-        modes=tuple(mode for mode in MODES if mode in modes),
-        kinds=tuple(kind for kind in KINDS if kind in kinds),
-        fingerprints={key: prints[key] if key in prints else make() for key, make in made.items()} | prints,
+        layers=tuple(concepts),
+        modes=tuple(mode for mode in MODES if mode in options.modes),
+        kinds=tuple(kind for kind in KINDS if kind in options.kinds),
+        fingerprints={key: known[key] if key in known else one() for key, one in make.items()} | known,
         versions=_versions(),
-    )
-    return Job(
-        attribution=attribution,
-        dataset=dataset,
-        concepts={layer: layer_map[layer] for layer in layers},
-        composite=composite,
-        path=Path(path),
-        header=header,
-        shape=None if mixed_shapes else tuple(first.shape[1:]),
-        dtype=first.dtype,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        preprocess=preprocess,
-        single_targets=single_targets,
-        num_workers=num_workers,
-        device=device,
-        on_device=on_device,
-        on_error=on_error,
-        targets=chosen,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.settings import Settings
 from crp.types import AttributionResults
+from crp.visualization.mining.datasets import LabelError
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -26,13 +29,13 @@ Targets = str | Sequence[int]
 _TOP = re.compile(r"top-([1-9]\d{0,8})")
 
 
-def check_targets(targets: Targets) -> str | tuple[int, ...]:
-    """What `mine` takes as ``targets``, in one form.
+def parse_targets(targets: Targets) -> str | tuple[int, ...]:
+    """Value of `mine`'s ``targets``, checked: a word, or classes in ascending order.
 
     Raises
     ------
     ValueError
-        If it is nothing of that.
+        If it is neither.
     """
     if isinstance(targets, str):
         if targets in ("label", "prediction", "all") or _TOP.fullmatch(targets):
@@ -42,13 +45,41 @@ def check_targets(targets: Targets) -> str | tuple[int, ...]:
     raise ValueError(f"targets must be 'label', 'prediction', 'top-5', 'all', or a list of classes; not {targets!r}")
 
 
+def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None, needed: bool) -> list[int]:
+    """Targets that a label names, ascending and each once; [-1] stands for no label, where none is ``needed``.
+
+    Raises
+    ------
+    LabelError
+        If they are no classes.
+    """
+    if single_targets is None and label is None and not needed:
+        return [-1]
+    targets = [label] if single_targets is None else list(single_targets(label))
+    found = []
+    for target in targets:
+        try:
+            found.append(operator.index(target))
+        except TypeError:
+            what = "label" if single_targets is None else "target"
+            raise LabelError(
+                f"{what} {_shortened(target)} is no integer class; single_targets (of FeatureVisualization: "
+                "multitarget_to_single; of crp mine: --multi-label) turns a label into classes, and "
+                "targets='prediction' (--targets prediction) needs no labels"
+            ) from None
+    for target in found:
+        if not 0 <= target < 1 << 63:
+            raise LabelError(f"target {target} is no class; classes count from 0")
+    return sorted(set(found))
+
+
 def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution, data: Tensor) -> list[list[int]]:
     """Classes of every sample, ascending, where they are not those of its label.
 
     Parameters
     ----------
     targets : str or tuple of int
-        From `check_targets`.
+        From `parse_targets`.
     attribution : CondAttribution
     data : Tensor of shape (samples, ...)
 
@@ -173,3 +204,8 @@ def _checked(results: AttributionResults) -> AttributionResults:
     """Results of which every recorded layer has one entry for each row."""
     check_one_entry(results, list(results.relevances))
     return results
+
+
+def _shortened(label: object) -> str:
+    text = " ".join(repr(label).split())
+    return text if len(text) <= 60 else f"{text[:60]}…"

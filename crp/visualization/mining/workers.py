@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from crp.notices import warn
 from crp.visualization.mining.batches import Job, mine_ranges
 from crp.visualization.table.lock import TableLockedError, locked
 from crp.visualization.table.manifest import ShardRecord, TableCorruptError
@@ -52,26 +52,24 @@ def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
     return list(mine_ranges(job, [(start, stop)]))
 
 
-def mine_all(
-    job: Job, start: int, stop: int, retry_skipped: bool, progress: bool, overwrite: bool, client: Any = None
-) -> Table:
+def mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
     """Mine what a table misses of a range, here or by a Dask ``client``'s workers, and hold the folder meanwhile."""
     make_folder(job.path)
     with locked(job.path):
-        if overwrite or (Table.exists(job.path) and Table.open(job.path).is_empty):
+        if job.options.overwrite or (Table.exists(job.path) and Table.open(job.path).is_empty):
             Table.discard(job.path)
         table = _opened(job)
         table.clean()
         for problem in table.drop_damaged():
-            warnings.warn(f"{problem.partition(';')[0]}; its samples are mined again", stacklevel=3)
+            warn(f"{problem.partition(';')[0]}; its samples are mined again")
         table.adopt()
         before = table.coverage(start, stop)
         todo = before.missing
-        if retry_skipped:
+        if job.options.retry_skipped:
             todo = sorted(todo + _with_skipped(table.shards, start, stop))
         write = mine_ranges if client is None else partial(_mine_on_dask, client)
         try:
-            with _bar(todo, start, stop, progress) as bar:
+            with _bar(job, todo, start, stop) as bar:
                 for record in write(job, todo, bar.update):
                     table.add(record)
         except BaseException:
@@ -81,11 +79,11 @@ def mine_all(
     skipped = table.coverage(start, stop).skipped
     if new := [i for i in skipped if i not in before.skipped]:
         first = f"sample {new[0]}: {skipped[new[0]]}"
-        warnings.warn(f"{len(new)} samples were skipped ({first}); see Table.coverage().skipped", stacklevel=3)
+        warn(f"{len(new)} samples were skipped ({first}); see Table.coverage().skipped")
     return table
 
 
-def mine_part(job: Job, start: int, stop: int, part: tuple[int, int], retry_skipped: bool, progress: bool) -> Table:
+def mine_part(job: Job, start: int, stop: int, part: tuple[int, int]) -> Table:
     """Mine the shards of one process out of several, then merge what all have written until then.
 
     A process that is started again goes on where it was. The last one to end leaves the whole table.
@@ -99,13 +97,13 @@ def mine_part(job: Job, start: int, stop: int, part: tuple[int, int], retry_skip
         table = _opened(job)
         others = (shard.start // job.shard_size % n != number for shard in table.shards)
         sound = [s for s, other in zip(table.shards, others, strict=True) if other or _is_sound(table, s)]
-        found = Table(table.path, table.header, [*sound, *table.unlisted()])
-        todo = found.coverage(start, stop).missing
-        if retry_skipped:
-            todo = sorted(todo + _with_skipped(found.shards, start, stop))
+        listed = Table(table.path, table.header, [*sound, *table.unlisted()])
+        todo = listed.coverage(start, stop).missing
+        if job.options.retry_skipped:
+            todo = sorted(todo + _with_skipped(listed.shards, start, stop))
         units = [unit for unit in _split(todo, job.shard_size) if unit[0] // job.shard_size % n == number]
         own = [unit for unit in _split([(start, stop)], job.shard_size) if unit[0] // job.shard_size % n == number]
-        with _bar(units, 0, sum(b - a for a, b in own), progress) as bar:
+        with _bar(job, units, 0, sum(b - a for a, b in own)) as bar:
             for _ in mine_ranges(job, units, bar.update):
                 pass
     return merge(job.path)
@@ -184,7 +182,7 @@ def _is_sound(table: Table, shard: ShardRecord) -> bool:
     try:
         check_shard(table.path / "shards", shard)
     except TableCorruptError as error:
-        warnings.warn(f"{str(error).partition(';')[0]}; its samples are mined again", stacklevel=4)
+        warn(f"{str(error).partition(';')[0]}; its samples are mined again")
         return False
     return True
 
@@ -202,10 +200,10 @@ def _split(ranges: Ranges, size: int) -> Iterator[tuple[int, int]]:
             start = end
 
 
-def _bar(todo: Ranges, start: int, stop: int, progress: bool) -> Any:
+def _bar(job: Job, todo: Ranges, start: int, stop: int) -> Any:
     n = sum(b - a for a, b in todo)
     done = max(stop - start - n, 0)
-    hidden = not (progress and n)
+    hidden = not (job.options.progress and n)
     return tqdm(desc="Mining", total=n + done, initial=done, unit="sample", disable=hidden, dynamic_ncols=True)
 
 

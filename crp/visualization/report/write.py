@@ -27,11 +27,9 @@ from crp.visualization.report.page import (
 )
 from crp.visualization.report.pictures import heatmap_picture, sample_picture
 from crp.visualization.table.fingerprint import fingerprint_composite
-from crp.visualization.table.ranking import ClassMeans, References, class_means, top_k
+from crp.visualization.table.ranking import ClassMeans, ReferenceSamples, class_means, top_k
 from crp.visualization.table.shards import write_atomic
 from crp.visualization.table.store import Table
-
-__all__ = ["Finding", "make_tile", "write_report"]
 
 #: Number of other classes that a concept's card names.
 ELSEWHERE = 3
@@ -190,7 +188,7 @@ class _Maker:
         self.batch_size = batch_size
         self.rows = self.table.rows()
         self.active: dict[tuple[str, int], list[Tile]] = {}
-        self.best: dict[tuple[str, str, int | None], References] = {}
+        self.best: dict[tuple[str, str, int | None], ReferenceSamples] = {}
 
     def largest_side(self) -> int:
         sample, _ = self.fv.get_data_sample(int(self.rows.sample[0]), preprocessing=False)
@@ -216,7 +214,7 @@ class _Maker:
         return [
             ("Samples", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped, missing: {missing}"),
             ("Layers", ", ".join(table.layers)),
-            ("References ranked by", ranked),
+            ("ReferenceSamples ranked by", ranked),
             ("Heatmaps by", _description(self.composite)),
             ("Content of the index", table.digest),
             *((f"Fingerprint: {key}", value) for key, value in sorted(table.fingerprints.items())),
@@ -273,7 +271,7 @@ class _Maker:
         if key not in self.best:
             settings = results.max_target, results.abs_norm, self.n_references
             self.best[key] = top_k(self.table, layer, mode, *settings, of_class=target)
-        best = References(*(column[:, concept] for column in self.best[key]))
+        best = ReferenceSamples(*(column[:, concept] for column in self.best[key]))
         if target is None:
             (found,) = fv.get_max_reference([concept], layer, mode, ranks, **options).values()
         else:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crp.visualization.table.manifest import Array, Block, Rows, ShardRecord
+from crp.visualization.table.manifest import Array, Block, RowIds, ShardRecord
 from crp.visualization.table.shards import open_shard
 
 #: Added to the norm of a row, as zennit-crp does.
@@ -37,12 +37,12 @@ class Query(NamedTuple):
     samples: Array | None
 
 
-def read_rows(folder: Path, shards: Sequence[ShardRecord]) -> Rows:
+def read_rows(folder: Path, shards: Sequence[ShardRecord]) -> RowIds:
     """Sample and target of every row."""
-    none = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    none = RowIds(np.zeros(0, np.int64), np.zeros(0, np.int64))
     each = zip(shards, _get_earlier(shards), strict=True)
     found = [none, *(_read_ids(folder, shard, earlier)[0] for shard, earlier in each)]
-    return Rows(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    return RowIds(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 def count_rows(folder: Path, shards: Sequence[ShardRecord]) -> int:
@@ -80,7 +80,7 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
                 yield Block(sample[part], target[part], value, position.astype(np.int64))
 
 
-def _read_ids(folder: Path, shard: ShardRecord, earlier: Sequence[ShardRecord]) -> tuple[Rows, Array]:
+def _read_ids(folder: Path, shard: ShardRecord, earlier: Sequence[ShardRecord]) -> tuple[RowIds, Array]:
     """Sample and target of a shard's rows that no earlier shard holds, and their place in the shard."""
     with open_shard(folder, shard) as file:
         sample, target = file.get_tensor("sample"), file.get_tensor("target")
@@ -88,7 +88,7 @@ def _read_ids(folder: Path, shard: ShardRecord, earlier: Sequence[ShardRecord]) 
     for other in earlier:
         inside = (sample >= other.start) & (sample < other.stop)
         keep &= ~(inside & ~np.isin(sample, list(other.skipped)))
-    return Rows(sample[keep], target[keep]), np.flatnonzero(keep)
+    return RowIds(sample[keep], target[keep]), np.flatnonzero(keep)
 
 
 def _get_earlier(shards: Sequence[ShardRecord]) -> list[list[ShardRecord]]:

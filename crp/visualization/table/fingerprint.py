@@ -29,10 +29,8 @@ from zennit.core import Composite, Hook
 from crp.layers import unwrap
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
-#: What hooks and composites keep of past calls, and what is on a model at the moment: no part of what they are.
-_RUNTIME = frozenset(
-    {"stored_tensors", "tensor_handles", "handles", "hook_refs", "active", "entry", "_entry", "_before"}
-)
+#: What zennit's hooks and composites keep of past calls, and of the model that they are on: no part of what they are.
+_RUNTIME = frozenset({"stored_tensors", "tensor_handles", "handles", "hook_refs", "active"})
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 _BY_REPR = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice, PurePath)
 

@@ -100,8 +100,8 @@ class ShardRecord:
         return record
 
 
-class Rows(NamedTuple):
-    """Which rows a table has.
+class RowIds(NamedTuple):
+    """Sample and target of each row of a table.
 
     Attributes
     ----------

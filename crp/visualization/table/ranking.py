@@ -21,7 +21,7 @@ from crp.visualization.table.shards import write_atomic
 from crp.visualization.table.store import Table
 
 
-class References(NamedTuple):
+class ReferenceSamples(NamedTuple):
     """Best samples of every concept, best first.
 
     Attributes
@@ -93,7 +93,7 @@ def top_k(
     samples: Iterable[int] | None = None,
     concepts: int | Sequence[int] | None = None,
     cache: bool = False,
-) -> References:
+) -> ReferenceSamples:
     """Best samples of every concept of a layer.
 
     Parameters
@@ -119,7 +119,7 @@ def top_k(
 
     Returns
     -------
-    top : References
+    top : ReferenceSamples
         Arrays of shape (min(k, candidates), concepts). The order is value descending, then sample and target ascending.
 
     Raises
@@ -137,11 +137,11 @@ def top_k(
     if cache and concepts is not None:  # kept for all concepts at once
         ids = table.concept_ids(layer, concepts)
         every = top_k(table, layer, mode, target, normed, k, of_class=of_class, samples=chosen, cache=True)
-        return References(*(column[:, ids] for column in every))
+        return ReferenceSamples(*(column[:, ids] for column in every))
     some = concepts if concepts is None or isinstance(concepts, int) else [int(c) for c in concepts]
 
     def compute() -> tuple[Array, ...]:
-        best: References | None = None
+        best: ReferenceSamples | None = None
         blocks = table.blocks(layer, mode, target, normed, concepts=some, of_class=of_class, samples=chosen)
         for block in once_per_sample(blocks) if mode == "activation" else blocks:
             found = _better_of_block(block, best, k) if best is not None and len(best.value) == k else None
@@ -149,11 +149,11 @@ def top_k(
         if best is None:
             width = table.n_concepts(layer) if some is None else np.size(some)
             ids = np.zeros((0, width), np.int64)
-            return References(ids, ids.astype(np.float32), ids, ids)
+            return ReferenceSamples(ids, ids.astype(np.float32), ids, ids)
         return best
 
     query = ["top_k", layer, mode, target, normed, k, of_class, chosen, some]
-    return References(*_cached(table, query, compute, cache))
+    return ReferenceSamples(*_cached(table, query, compute, cache))
 
 
 def class_statistics(
@@ -269,7 +269,7 @@ def once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
         yield Block(*(column[first] for column in block))
 
 
-def _best_of_block(block: Block, k: int) -> References:
+def _best_of_block(block: Block, k: int) -> ReferenceSamples:
     """Best rows of every concept; of equal ones the first, as rows ascend."""
     n = len(block.value)
     if n <= k:
@@ -280,15 +280,17 @@ def _best_of_block(block: Block, k: int) -> References:
         keep = above | (equal & (np.cumsum(equal, axis=0) <= k - above.sum(axis=0)))
         row = np.nonzero(keep.T)[1].reshape(-1, k).T
     take = np.take_along_axis
-    return References(block.sample[row], take(block.value, row, 0), take(block.position, row, 0), block.target[row])
+    return ReferenceSamples(
+        block.sample[row], take(block.value, row, 0), take(block.position, row, 0), block.target[row]
+    )
 
 
-def _better_of_block(block: Block, best: References, k: int) -> References | None:
+def _better_of_block(block: Block, best: ReferenceSamples, k: int) -> ReferenceSamples | None:
     """Rows that rank before the last of ``best``; columns with fewer are filled up. None if there are many.
 
     Most blocks have few, and no sorting is needed to find them.
     """
-    last = References(*(column[-1] for column in best))
+    last = ReferenceSamples(*(column[-1] for column in best))
     better, equal = block.value > last.value, block.value == last.value
     if equal.any():
         sample, target = block.sample[:, None], block.target[:, None]
@@ -299,7 +301,7 @@ def _better_of_block(block: Block, best: References, k: int) -> References | Non
     concept, row = np.nonzero(better.T)
     place = np.arange(len(row)) - (np.cumsum(counts) - counts)[concept]
     size, ends = (int(counts.max(initial=0)), len(counts)), np.iinfo(np.int64).max
-    new = References(
+    new = ReferenceSamples(
         np.full(size, ends), np.full(size, -np.inf, block.value.dtype), np.zeros(size, np.int64), np.full(size, ends)
     )
     columns = block.sample[row], block.value[row, concept], block.position[row, concept], block.target[row]
@@ -308,11 +310,11 @@ def _better_of_block(block: Block, best: References, k: int) -> References | Non
     return new
 
 
-def _merge(best: References | None, new: References, k: int) -> References:
+def _merge(best: ReferenceSamples | None, new: ReferenceSamples, k: int) -> ReferenceSamples:
     if best is not None:
-        new = References(*(np.concatenate(pair) for pair in zip(best, new, strict=True)))
+        new = ReferenceSamples(*(np.concatenate(pair) for pair in zip(best, new, strict=True)))
     order = np.lexsort((new.target, new.sample, -new.value), axis=0)[:k]
-    return References(*(np.take_along_axis(column, order, 0) for column in new))
+    return ReferenceSamples(*(np.take_along_axis(column, order, 0) for column in new))
 
 
 def _by_class(block: Block) -> Iterator[tuple[int, Array]]:

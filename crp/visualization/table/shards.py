@@ -19,7 +19,7 @@ from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptErr
 
 _REDO = "mine again with the same arguments to redo it"
 #: Files that were found to be what their sha256 says, as (path, size, time of change, sha256).
-_believed: set[tuple[str, int, int, str]] = set()
+_verified: set[tuple[str, int, int, str]] = set()
 
 
 def write_shard(
@@ -92,7 +92,7 @@ def check_shard(folder: Path, record: ShardRecord) -> None:
     try:
         status = path.stat()
         known = (str(path.resolve()), status.st_size, status.st_mtime_ns, record.sha256)
-        if known in _believed:
+        if known in _verified:
             return
         sha = _sha256(path)
     except OSError as error:
@@ -101,7 +101,7 @@ def check_shard(folder: Path, record: ShardRecord) -> None:
         raise TableCorruptError(
             f"{path} is damaged: its sha256 is {sha[:16]}…, the manifest says {record.sha256[:16]}…; {_REDO}"
         )
-    _believed.add(known)
+    _verified.add(known)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

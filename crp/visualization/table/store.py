@@ -27,7 +27,7 @@ from crp.visualization.table.manifest import (
     Array,
     Block,
     Coverage,
-    Rows,
+    RowIds,
     ShardRecord,
     TableCorruptError,
     TableHeader,
@@ -41,6 +41,8 @@ from crp.visualization.table.manifest import TableError as TableError
 from crp.visualization.table.shards import check_shard, make_folder, open_shard, read_record, write_atomic
 
 _ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
+#: What a fingerprint is of, where its key does not say it.
+_WHAT = {"layers": "set of layers and concepts"}
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -178,12 +180,12 @@ class Table:
     def check(self, **fingerprints: str) -> None:
         """Raise a `TableMismatchError` that names which of the given fingerprints differ from the table's."""
         theirs = self.fingerprints
-        differ = [key for key, value in fingerprints.items() if theirs.get(key) != value]
-        if differ:
+        if differ := [key for key, value in fingerprints.items() if theirs.get(key) != value]:
+            what = " and another ".join(_WHAT.get(key, key) for key in differ)
             details = ", ".join(f"{k} {theirs.get(k, 'none')[:8]} there, {fingerprints[k][:8]} here" for k in differ)
             versions = ", ".join(f"{key} {version}" for key, version in self.versions.items())
             raise TableMismatchError(
-                f"the table in {self.path} was mined with another {' and another '.join(differ)} (fingerprints: "
+                f"the table in {self.path} was mined with another {what} (fingerprints: "
                 f"{details}; mined with {versions}); {_ELSEWHERE}"
             )
 
@@ -201,7 +203,7 @@ class Table:
         """Which samples of a range were mined, skipped and missed."""
         return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
 
-    def rows(self) -> Rows:
+    def rows(self) -> RowIds:
         """Sample and target of every row, in the order of `blocks`."""
         return read_rows(self.path / "shards", self.shards)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from table_maker import Source, make_table
 
-from crp.visualization.table.analysis import (
-    Rows,
+from crp.visualization.analysis import (
+    RowSelection,
     co_occurrence,
     frames,
     histogram,
@@ -29,7 +29,7 @@ CHOICES = [
 ]
 
 
-def whole(source: Source, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def whole(source: Source, rows: RowSelection) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers and values that are meant, all at once."""
     keep = np.ones(len(source.sample), bool)
     if rows.of_class is not None:
@@ -46,9 +46,9 @@ def whole(source: Source, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(params=CHOICES, ids=str)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Table, Rows, np.ndarray, np.ndarray]:
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Table, RowSelection, np.ndarray, np.ndarray]:
     table, source = make_table(tmp_path, RANGES, n_concepts=6)
-    rows = Rows("a", **request.param)
+    rows = RowSelection("a", **request.param)
     return table, rows, *whole(source, rows)
 
 
@@ -64,7 +64,7 @@ def test_concepts_by_their_mean(case: Any) -> None:
 def test_concepts_of_one_sample(tmp_path: Path) -> None:
     table, source = make_table(tmp_path, n_concepts=6)
     (row,) = np.flatnonzero(source.sample == 4)[:1]
-    found = top_concepts(table, Rows("b", normed=False, samples=[4]), 6)
+    found = top_concepts(table, RowSelection("b", normed=False, samples=[4]), 6)
     assert found.value.tolist() == sorted(source.columns["relevance.sum/b"][row].tolist(), reverse=True)
 
 
@@ -93,7 +93,7 @@ def test_a_concept_that_is_always_zero_is_like_none(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path, [(0, 10)], n_concepts=3)
     table.add(source.write(table, 0, 10))
     for kind in ("cosine", "correlation"):
-        found = similarity(table, Rows("a"), kind)  # type: ignore[arg-type]
+        found = similarity(table, RowSelection("a"), kind)  # type: ignore[arg-type]
         assert found[1].tolist() == [0, 0, 0] and found[0, 0] == pytest.approx(1)
 
 
@@ -134,18 +134,21 @@ def test_files(case: Any, tmp_path: Path, suffix: str) -> None:
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path)
-    with pytest.raises(ValueError, match=r"has no rows of Rows\(layer='a'.* of_class=17"):
-        top_concepts(table, Rows("a", of_class=17))
+    with pytest.raises(ValueError, match=r"has no rows of RowSelection\(layer='a'.* of_class=17"):
+        top_concepts(table, RowSelection("a", of_class=17))
     with pytest.raises(KeyError, match="layer 'c' was not mined"):
-        similarity(table, Rows("c"))
+        similarity(table, RowSelection("c"))
     with pytest.raises(IndexError, match="there is no concept 5"):
-        histogram(table, Rows("a"), 5)
-    for wrong in (lambda: top_concepts(table, Rows("a"), 0), lambda: co_occurrence(table, Rows("a"), 0)):
+        histogram(table, RowSelection("a"), 5)
+    for wrong in (
+        lambda: top_concepts(table, RowSelection("a"), 0),
+        lambda: co_occurrence(table, RowSelection("a"), 0),
+    ):
         with pytest.raises(ValueError, match="k must be at least 1, not 0"):
             wrong()
     with pytest.raises(ValueError, match="bins must be at least 1, not 0"):
-        histogram(table, Rows("a"), 1, 0)
+        histogram(table, RowSelection("a"), 1, 0)
     with pytest.raises(ValueError, match="kind must be 'cosine' or 'correlation', not 'dot'"):
-        similarity(table, Rows("a"), "dot")  # type: ignore[arg-type]
+        similarity(table, RowSelection("a"), "dot")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must end in \.csv or \.parquet"):
-        write_frame(table, Rows("a"), tmp_path / "x.txt")
+        write_frame(table, RowSelection("a"), tmp_path / "x.txt")

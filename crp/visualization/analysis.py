@@ -46,7 +46,7 @@ class Histogram(NamedTuple):
     edges: Array
 
 
-class Rows(NamedTuple):
+class RowSelection(NamedTuple):
     """Which rows and values of a table are meant.
 
     Attributes
@@ -82,13 +82,13 @@ class Rows(NamedTuple):
             raise ValueError(f"the table in {table.path} has no rows of {self}")
 
 
-def top_concepts(table: Table, rows: Rows, k: int = 10) -> Concepts:
+def top_concepts(table: Table, rows: RowSelection, k: int = 10) -> Concepts:
     """Concepts with the largest mean value over some rows, such as those of a class or of a sample.
 
     Parameters
     ----------
     table : Table
-    rows : Rows
+    rows : RowSelection
     k : int
         How many, at most.
 
@@ -110,14 +110,14 @@ def top_concepts(table: Table, rows: Rows, k: int = 10) -> Concepts:
 
 
 def histogram(
-    table: Table, rows: Rows, concept: int, bins: int | Sequence[float] = 50, density: bool = False
+    table: Table, rows: RowSelection, concept: int, bins: int | Sequence[float] = 50, density: bool = False
 ) -> Histogram:
     """How a concept's values are distributed.
 
     Parameters
     ----------
     table : Table
-    rows : Rows
+    rows : RowSelection
     concept : int
     bins : int or sequence of float
         How many between the least and the largest value, or their edges, beyond which values are not counted.
@@ -142,13 +142,13 @@ def histogram(
     return Histogram(count / (np.sum(count) * np.diff(edges)), edges)
 
 
-def similarity(table: Table, rows: Rows, kind: Literal["cosine", "correlation"] = "cosine") -> Array:
+def similarity(table: Table, rows: RowSelection, kind: Literal["cosine", "correlation"] = "cosine") -> Array:
     """How much alike concepts are in their values over all rows.
 
     Parameters
     ----------
     table : Table
-    rows : Rows
+    rows : RowSelection
     kind : {"cosine", "correlation"}
         Cosine of the angle between the columns of two concepts, as they are or less their means.
 
@@ -179,13 +179,13 @@ def similarity(table: Table, rows: Rows, kind: Literal["cosine", "correlation"] 
     return cosine.clip(-1, 1)
 
 
-def co_occurrence(table: Table, rows: Rows, k: int = 10) -> Array:
+def co_occurrence(table: Table, rows: RowSelection, k: int = 10) -> Array:
     """In how many rows two concepts are both among the ``k`` largest.
 
     Parameters
     ----------
     table : Table
-    rows : Rows
+    rows : RowSelection
     k : int
         Of equal values, the smaller id counts as larger.
 
@@ -205,7 +205,7 @@ def co_occurrence(table: Table, rows: Rows, k: int = 10) -> Array:
     return np.asarray(counts).astype(np.int64)
 
 
-def frames(table: Table, rows: Rows, concepts: Sequence[int] | None = None) -> Iterator[Any]:
+def frames(table: Table, rows: RowSelection, concepts: Sequence[int] | None = None) -> Iterator[Any]:
     """Values as data frames of pandas, some rows at a time, with columns ``sample``, ``target`` and one per concept."""
     import pandas
 
@@ -215,13 +215,13 @@ def frames(table: Table, rows: Rows, concepts: Sequence[int] | None = None) -> I
         yield head.join(pandas.DataFrame(block.value, columns=[str(i) for i in ids]))
 
 
-def write_frame(table: Table, rows: Rows, path: str | Path, concepts: Sequence[int] | None = None) -> Path:
+def write_frame(table: Table, rows: RowSelection, path: str | Path, concepts: Sequence[int] | None = None) -> Path:
     """Write values as one file of CSV or parquet, without holding them all; see `frames`.
 
     Parameters
     ----------
     table : Table
-    rows : Rows
+    rows : RowSelection
     path : str or Path
         It ends in ``.csv`` or ``.parquet``; for the latter, pyarrow is needed beside pandas.
     concepts : sequence of int, optional

@@ -1,4 +1,4 @@
-"""Settings of methods: errors that say what would be right."""
+"""Checks of settings, whose errors say what would be right."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+"""Concept ids in every form that users write them in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -> list[int]:
+    """Ids as a list of int, from an int, a sequence, an array or a tensor.
+
+    Raises
+    ------
+    TypeError
+        If they are anything else, such as a boolean mask; the message names the layer, where it is given.
+    """
+    listed = ids.reshape(-1).tolist() if isinstance(ids, Tensor | np.ndarray) else ids
+    # (an iterator could be read for one row only, so that only collections are ids)
+    listed = list(listed) if isinstance(listed, Collection) and not isinstance(ids, str | Mapping) else [listed]
+    try:
+        if any(isinstance(i, bool | np.bool_) for i in listed):
+            raise TypeError
+        return [operator.index(i) for i in listed]
+    except TypeError:
+        where = "" if layer_name is None else f"layer {layer_name!r}: "
+        raise TypeError(f"{where}{what} must be integers, not {ids!r}") from None
+
+
+def in_range(ids: Sequence[int], size: int, layer_name: str | None, what: str = "channel") -> list[int]:
+    """The ids themselves; an error that names the layer where one of them is not in range."""
+    for i in ids:
+        if not -size <= i < size:
+            raise IndexError(f"layer {layer_name!r} has {size} {what}s, 0 to {size - 1}; there is no {what} {i}")
+    return list(ids)

@@ -1,0 +1,77 @@
+"""Scores of concepts, from their values at every position."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ConceptScores(NamedTuple):
+    """Per-sample scores of every concept of a layer; what a mining run stores.
+
+    Attributes
+    ----------
+    sum : Tensor of shape (batch, concepts)
+        Sum over the concept's positions.
+    max : Tensor of shape (batch, concepts)
+        Largest value among the concept's positions.
+    position : Tensor of shape (batch, concepts)
+        Index of that position in the flattened space (int64).
+    """
+
+    sum: Tensor
+    max: Tensor
+    position: Tensor
+
+
+def scores_of(values: Tensor, layer_name: str | None = None) -> ConceptScores:
+    """Sum, maximum and its position of each concept.
+
+    Parameters
+    ----------
+    values : Tensor of shape (batch, concepts, *positions)
+    layer_name : str, optional
+        Named in error messages.
+    """
+    flat = by_position(values, layer_name)
+    if flat.shape[-1] == 1:
+        value = flat[..., 0]
+        return ConceptScores(value, value, torch.zeros_like(value, dtype=torch.int64))
+    if flat.device.type == "cpu":  # torch's argmax on the CPU costs seven times numpy's
+        position = torch.from_numpy(flat.detach().numpy().argmax(-1))
+    else:
+        position = flat.argmax(-1)
+    return ConceptScores(flat.sum(-1), flat.gather(-1, position[..., None])[..., 0], position)
+
+
+def normalize(value: Tensor, stabilizer: float = 1e-10) -> Tensor:
+    """Divide by the sum of the absolute values along the last axis; zeros stay zeros, in every dtype.
+
+    Parameters
+    ----------
+    value : Tensor of shape (..., n)
+    stabilizer : float
+        Added to the sum; raised to the smallest number of the dtype where it would vanish.
+
+    Returns
+    -------
+    Tensor of shape (..., n)
+    """
+    stabilizer = max(stabilizer, torch.finfo(value.dtype).tiny)
+    return value / (value.abs().sum(-1, keepdim=True) + stabilizer)
+
+
+def by_position(values: Tensor, layer_name: str | None) -> Tensor:
+    """Values of shape (batch, concepts, positions), in at least float32."""
+    channels_in(values, layer_name)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.reshape(*values.shape[:2], -1)
+
+
+def channels_in(tensor: Tensor, layer_name: str | None) -> int:
+    """Length of axis 1."""
+    if tensor.dim() < 2:
+        raise ValueError(f"layer {layer_name!r} gives {tuple(tensor.shape)}; channels need (batch, channel, *space)")
+    return tensor.shape[1]

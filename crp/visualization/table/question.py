@@ -1,0 +1,92 @@
+"""A question to what was mined, as data, and a table that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from crp.visualization.table.manifest import KINDS, MODES
+from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, class_statistics, top_k
+from crp.visualization.table.store import Table
+
+
+@dataclass(frozen=True)
+class Question:
+    """By what the samples of a concept are ranked.
+
+    Attributes
+    ----------
+    mode : {"relevance", "activation"}
+    kind : {"sum", "max"}
+        Sum over a concept's positions, or the largest value among them.
+    normed : bool
+        Whether a sample's values are divided by the sum of their absolute values over all concepts.
+    per_class : bool
+        Whether the samples of each class are ranked apart.
+    """
+
+    mode: str = "relevance"
+    kind: str = "sum"
+    normed: bool = True
+    per_class: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("mode", self.mode, MODES), ("kind", self.kind, KINDS)):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
+
+
+class Answers(Protocol):
+    """What answers questions: a table, or result folders that zennit-crp wrote."""
+
+    @property
+    def layers(self) -> tuple[str, ...] | None:
+        """Layers that were mined; None where that is not known."""
+
+    def check(self, **fingerprints: str) -> None:
+        """Refuse to answer for another model, dataset, concept or preprocessing, where that is known."""
+
+    def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
+        """Best samples of every concept of a layer, at most ``size``; of one class, if the question is per class."""
+
+    def class_statistics(
+        self, question: Question, layer: str, column: Callable[[int], int], mean_n: int
+    ) -> ClassStatistics:
+        """Classes of the concept in the column that ``column`` gives for the number of concepts, best first."""
+
+    def content(self, question: Question, layer: str) -> object:
+        """What tells these answers from those of other results."""
+
+
+@dataclass(frozen=True)
+class TableAnswers:
+    """Answers of a table; they are kept beside it."""
+
+    table: Table
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers of the table."""
+        return self.table.layers
+
+    def check(self, **fingerprints: str) -> None:
+        """Raise a `TableMismatchError` that names what differs."""
+        self.table.check(**fingerprints)
+
+    def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
+        """See `crp.visualization.table.ranking.top_k`, which names what was not mined."""
+        mode, kind, normed = question.mode, question.kind, question.normed
+        return top_k(self.table, layer, mode, kind, normed, size, of_class=of_class, cache=True)
+
+    def class_statistics(
+        self, question: Question, layer: str, column: Callable[[int], int], mean_n: int
+    ) -> ClassStatistics:
+        """See `crp.visualization.table.ranking.class_statistics`."""
+        mode, kind, normed = question.mode, question.kind, question.normed
+        index = column(self.table.n_concepts(layer))
+        return class_statistics(self.table, layer, index, mode, kind, normed, mean_n=mean_n, cache=True)
+
+    def content(self, question: Question, layer: str) -> object:
+        """Digest of the whole table."""
+        return self.table.digest
