@@ -29,22 +29,8 @@ def check_conditions(
 ) -> list[Condition]:
     """Conditions as a list, or an error that names the one that is wrong.
 
-    Parameters
-    ----------
-    conditions : sequence of mappings
-    output_name : str
-        Key of the targets, ``"y"`` by default.
-    start_layer : str, optional
-        Where the backward pass begins instead of the output.
-    has_init : bool
-        Whether an initial relevance is given.
-
-    Raises
-    ------
-    TypeError
-        If ``conditions`` is no sequence of mappings of strings, or targets are no integers.
-    ValueError
-        If it is empty, a target list is empty, or nothing says where relevance starts.
+    ``output_name`` is the key of the targets. Where neither a start layer nor an initial relevance is given, every
+    condition must say where relevance starts.
     """
     if isinstance(conditions, Mapping) or not isinstance(conditions, Sequence):
         raise TypeError(f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list")

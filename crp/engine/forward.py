@@ -148,11 +148,12 @@ def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dic
     return outputs
 
 
-def check_one_entry(results: AttributionResults, layers: Sequence[str]) -> None:
-    """Raise a `ValueError` if a layer has several entries for each row, where that is not foreseen."""
-    for layer in layers:
-        if layer in results.relevances:
-            _check_columns(f"the output of layer {layer!r}", results.relevances[layer], len(results.prediction), "rows")
+def check_one_entry(results: AttributionResults, layers: Collection[str] | None = None) -> AttributionResults:
+    """Raise a `ValueError` if layers (all, by default) have several entries for each row; otherwise the results."""
+    for layer, relevance in results.relevances.items():
+        if layers is None or layer in layers:
+            _check_columns(f"the output of layer {layer!r}", relevance, len(results.prediction), "rows")
+    return results
 
 
 def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:

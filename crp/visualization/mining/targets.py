@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from operator import itemgetter
+from operator import index, itemgetter
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
     found = []
     for target in targets:
         try:
-            found.append(operator.index(target))
+            found.append(index(target))
         except TypeError:
             what = "label" if single_targets is None else "target"
             raise LabelError(
@@ -187,7 +186,9 @@ def attribute_targets(
     slots = [[{name: [target]} for target in slot] for slot in zip(*targets, strict=True)]
     if calls_itself(attribution) or type(attribution).broadcast is not CondAttribution.broadcast:
         for slot in slots:
-            yield _checked(attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False))
+            yield check_one_entry(
+                attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
+            )
         return
     # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
     settings = Settings(
@@ -197,13 +198,7 @@ def attribute_targets(
     rows = Rows.of(list(range(len(data))) * len(slots), [condition for slot in slots for condition in slot])
     at_once = len(data) if keeps_graph(composite) else len(rows)
     # (`map` keeps no result while the next one is computed)
-    yield from map(_checked, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
-
-
-def _checked(results: AttributionResults) -> AttributionResults:
-    """Results of which every recorded layer has one entry for each row."""
-    check_one_entry(results, list(results.relevances))
-    return results
+    yield from map(check_one_entry, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
 
 
 def _shortened(label: object) -> str:
