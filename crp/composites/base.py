@@ -25,7 +25,7 @@ from crp.composites.report import Report, _report_on
 from crp.composites.selection import MapEntry, Selector, Types, _addresses, _check_map, _entries_of
 from crp.engine.attached import note_placed, note_removed
 from crp.engine.encoding import Propagation
-from crp.layers import modules_of, uncompiled, without_parameter_gradients
+from crp.layers import modules_of, referencing, uncompiled, without_parameter_gradients
 from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
@@ -33,7 +33,6 @@ from crp.rules.functions import Function
 from crp.rules.layer import changed
 from crp.trace import Structure, structure, tracing
 from crp.trace.recorder import tensors_in
-from crp.trace.running import referencing
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
+from crp.layers import referencing
 from crp.notices import warn
 from crp.rules.deeplift import (
     Affine,
@@ -29,7 +30,6 @@ from crp.rules.products import (
     SelectionDifference,
     SoftmaxDifference,
 )
-from crp.trace.running import referencing
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 

@@ -14,6 +14,7 @@ from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
 from crp.composites.references import ReferenceCalls
 from crp.composites.selection import MapEntry
+from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
@@ -25,7 +26,6 @@ from crp.rules.notes import FIRST
 from crp.rules.redirect import overwritten
 from crp.rules.whole import whole_call
 from crp.trace.recorder import tensors_in
-from crp.trace.running import on_reference
 
 
 class _Whole(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crp.trace.running import referencing
+from crp.layers import referencing
 
 
 class Places:

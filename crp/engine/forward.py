@@ -14,9 +14,8 @@ from zennit.core import Composite
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
-from crp.layers import find_layers, modules_of
+from crp.layers import find_layers, modules_of, referencing, tracing
 from crp.notices import warn
-from crp.trace.running import referencing, tracing
 from crp.types import AttributionResults, Sinks
 
 #: Begin of the names of sinks; no layer has such a name.

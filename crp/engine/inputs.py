@@ -165,15 +165,7 @@ class Inputs:
 
 
 def check_data(data: Tensor, name: str = "data") -> None:
-    """Raise a clear error, with this name, if relevance cannot be assigned to the data.
-
-    Raises
-    ------
-    TypeError
-        If it is no floating-point tensor.
-    ValueError
-        If it is empty, or has NaN or infinite values; the message names the samples.
-    """
+    """Raise an error, with this name, if data are no floating-point tensor, are empty, or have values not finite."""
     if not isinstance(data, Tensor) or not data.is_floating_point():
         kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
         raise TypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")

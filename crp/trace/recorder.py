@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crp.layers import uncompiled, unwrap
+from crp.layers import _active, uncompiled, unwrap
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.trace.running import _active
 from crp.trace.state import Snapshot, _version_of, undisturbed
 
 #: Functions that look at a tensor without reading its values.

@@ -118,7 +118,7 @@ def keeps_graph(composite: Composite | None) -> bool:
 
 
 def calls_itself(attribution: CondAttribution) -> bool:
-    """Whether a subclass has a ``__call__`` of its own, which then makes every result."""
+    """Whether a subclass has a ``__call__`` of its own."""
     return type(attribution).__call__ is not CondAttribution.__call__
 
 
