@@ -126,8 +126,9 @@ class Rows:
 
     def chunks(self, size: int) -> list[Rows]:
         """Consecutive parts of at most ``size`` rows."""
-        starts = range(0, len(self), size)
-        return [self.part(range(i, min(i + size, len(self)))) for i in starts]
+        if size >= len(self):
+            return [self]
+        return [self.part(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
 
     def one_by_one(self, every_row: bool) -> list[Rows]:
         """The rows of each sample, or every row by itself."""
