@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import heapq
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,25 +83,47 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
                 yield Block(sample[part], target[part], value, position.astype(np.int64))
 
 
-def _read_ids(folder: Path, shard: ShardRecord, earlier: Sequence[ShardRecord]) -> tuple[RowIds, Array]:
+class _Overlap(NamedTuple):
+    """Earlier shards that reach into the range of a shard.
+
+    Attributes
+    ----------
+    stops : array of int
+        Where each ends, ascending. All begin at or before the shard, as shards are in the order of their ranges.
+    skipped : mapping of int to int
+        By sample, how many of them have skipped it.
+    """
+
+    stops: Array
+    skipped: Mapping[int, int]
+
+
+def _read_ids(folder: Path, shard: ShardRecord, earlier: _Overlap | None) -> tuple[RowIds, Array]:
     """Sample and target of a shard's rows that no earlier shard holds, and their place in the shard."""
     with open_shard(folder, shard) as file:
         sample, target = file.get_tensor("sample"), file.get_tensor("target")
     keep = np.ones(len(sample), bool)
-    for other in earlier:
-        inside = (sample >= other.start) & (sample < other.stop)
-        keep &= ~(inside & ~np.isin(sample, list(other.skipped)))
+    if earlier is not None:
+        n_around = len(earlier.stops) - np.searchsorted(earlier.stops, sample, "right")
+        n_skipped = np.array([earlier.skipped.get(i, 0) for i in sample.tolist()], np.int64)
+        keep = n_around == n_skipped
     return RowIds(sample[keep], target[keep]), np.flatnonzero(keep)
 
 
-def _get_earlier(shards: Sequence[ShardRecord]) -> list[list[ShardRecord]]:
-    """For each shard, in the order of their ranges, those before it whose ranges overlap with its range."""
-    found, reaching = [], list[ShardRecord]()
-    for shard in shards:
-        reaching = [other for other in reaching if other.stop > shard.start]
-        found.append(list(reaching))
-        reaching.append(shard)
-    return found
+def _get_earlier(shards: Sequence[ShardRecord]) -> Iterator[_Overlap | None]:
+    """For each shard, in the order of their ranges, those before it whose ranges overlap with its range, if any."""
+    stops: list[int] = []
+    reaching: list[tuple[int, int, Mapping[int, str]]] = []  # a heap by the stop
+    skipped = Counter[int]()
+    for number, shard in enumerate(shards):
+        while reaching and reaching[0][0] <= shard.start:
+            stop, _, left = heapq.heappop(reaching)
+            del stops[bisect_left(stops, stop)]
+            skipped.subtract(left.keys())
+        yield _Overlap(np.array(stops, np.int64), skipped) if stops else None
+        insort(stops, shard.stop)
+        heapq.heappush(reaching, (shard.stop, number, shard.skipped))
+        skipped.update(shard.skipped.keys())
 
 
 def _get_span(concepts: Array | None) -> tuple[slice, Array | None]:
