@@ -55,7 +55,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 500
+PUBLIC_NAMES = 540
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
