@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from crp.rules.account import Shares
-from crp.rules.attention import Attention, _check_attention
+from crp.rules.attention import Attention, Exponential, _check_attention
 from crp.rules.base import Rule
-from crp.rules.functions import Function
+from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer
 from crp.rules.notes import Born
 from crp.rules.redirect import Redirect, SecondOrder, _released
+from crp.rules.shared import Proportional
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
 Gates: TypeAlias = Literal["signal", "split"]
@@ -174,6 +175,7 @@ class Quotient(Linearized):
     """A quotient, with the divisor held constant, as the statistics of a normalization are.
 
     By the ordinary chain rule, the divisor would get minus the relevance of the dividend, and the sum would be zero.
+    Exponentials that are divided by their sum are a softmax, which has the ordinary chain rule.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -186,7 +188,26 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        return super().operate(layer)
+        dim = self._softmax_along(layer) if len(layer.inputs) == 2 and self.attachment is not None else None
+        if dim is None or self.attachment is None:
+            return super().operate(layer)
+        note = self.attachment.notes.of(layer.inputs[0])
+        assert note is not None
+        source = note.parts.source
+        written = Layer(torch.softmax, (source, dim), {}, (source,), look_up(torch.softmax), place=layer.place)
+        layer.gives = Born.SOFTMAX
+        return cast(Tensor, Proportional().attach(self.attachment).operate(written))
+
+    def _softmax_along(self, layer: Layer) -> int | None:
+        """Axis along which exponentials are divided by their sum, if that is what the quotient is."""
+        above, below = layer.inputs
+        note = None if self.attachment is None else self.attachment.notes.of(above)
+        if note is None or not isinstance(note.parts, Exponential) or above.dim() != below.dim():
+            return None
+        summed = [d for d, (n, k) in enumerate(zip(above.shape, below.shape, strict=True)) if n != k]
+        total = above.sum(summed, keepdim=True) if len(summed) == 1 else None
+        is_sum = total is not None and total.shape == below.shape and torch.allclose(total, below, rtol=1e-5, atol=0)
+        return summed[0] if is_sum else None
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Dividend, scaled by one over the divisor; a divisor alone hands its relevance on."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.rules.attention import Exponential
 from crp.rules.base import Rule, Term, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
@@ -148,6 +149,7 @@ class Pass(Rule):
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise ValueError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
+        layer.parts = Exponential(a) if layer.name == "exp" and layer.module is None else None
         return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
