@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +17,9 @@ import click
 import torch
 
 from benchmarks import report
-from benchmarks.harness import measure
+from benchmarks.harness import measure, not_measured
 from benchmarks.remote import Worker
-from benchmarks.sections import SECTIONS, default
+from benchmarks.sections import ON_CUDA, SECTIONS, default, gpu
 
 
 @click.command()
@@ -43,39 +44,51 @@ def main(
         for name, section in SECTIONS.items():
             click.echo(f"{name:14} {section.TITLE}")
         return
+    if others := [name for name in sections if device == "cuda" and name not in ON_CUDA]:
+        raise click.UsageError(f"{', '.join(others)} are measured on the CPU only; leave out --device cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda needs a GPU, and torch finds none")
     names = sections or default(device)
+    failed: list[str] = []
     with TemporaryDirectory() as folder:
         record = record or Path(folder) / "figures.json"
         if len(names) == 1:
-            measure_section(names[0], peers, quick, report.Record(record))
+            failed = measure_section(names[0], peers, quick, device, report.Record(record))
         else:
             options = ["--device", device, *(["--peers", peers] if peers else []), *(["--quick"] if quick else [])]
             for name in names:  # in a process of its own: what the allocator has been through changes times by 10 %
                 subprocess.run([sys.executable, "-m", "benchmarks", name, "--json", record, *options], check=True)
         if markdown is not None:
             report.Record(record).write_markdown(markdown)
+    if failed:
+        raise click.ClickException("not measured: " + "; ".join(failed))
 
 
-def measure_section(name: str, peers: str | None, quick: bool, kept: report.Record) -> None:
-    """Measure one section, print its table, and add it to what is kept."""
+def measure_section(name: str, peers: str | None, quick: bool, device: str, kept: report.Record) -> list[str]:
+    """Measure one section, print its table, and add it to what is kept; gives the cases that failed, and why."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     section = SECTIONS[name]
     click.echo(f"\n{name}: {section.TITLE}")
     with Worker(peers) if peers else nullcontext() as worker:
-        about = report.environment(worker.versions() if worker else {})
-        rows = []
-        for case in section.cases():
+        about = report.environment(worker.versions() if worker else {}, device)
+        rows, failed = [], []
+        for case in gpu.cases(device) if name in ON_CUDA else section.cases():
             if quick and case.thorough:
                 continue
             click.echo(f"  {case.name} …", err=True)
-            rows += measure(case, worker, quick)
-    if rows:
-        kept.sections[name] = report.Section(section.TITLE, about, rows)
-        kept.save()
-        for line in report.lines(rows):
-            click.echo(line)
+            try:
+                rows += measure(case, worker, quick)
+            except Exception as error:
+                failed.append(f"{case.name}: {type(error).__name__}: {error}")
+                click.echo("".join(traceback.format_exception(error, limit=-3)), err=True)
+                rows += not_measured(case, type(error).__name__)
+            kept.add(name, report.Section(section.TITLE, about, rows))
+            kept.save()  # (so that what was measured outlasts a time limit)
+    for line in report.lines(rows) if rows else ():
+        click.echo(line)
     click.echo(f"({time.perf_counter() - start:.0f} s)")
+    return failed
 
 
 if __name__ == "__main__":

@@ -77,6 +77,20 @@ def kept_bytes(run: Run) -> float:
     return sum(memory_changes(run))
 
 
+def wall_seconds(run: Run) -> float:
+    """Time that a user waits: until the host and, where there is one, the GPU have done everything."""
+    _synchronize()
+    start = time.perf_counter()
+    run()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def cuda_seconds(run: Run) -> float:
     """Time on the GPU from the first to the last kernel; synchronizes before and after only."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -98,12 +112,32 @@ def cuda_peak_bytes(run: Run) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
-def launches(run: Run) -> float:
-    """Kernels that were started on the GPU."""
+def cuda_events(run: Run, *names: str) -> float:
+    """Number of the profiler's events that have one of these parts in their names."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         run()
         torch.cuda.synchronize()
-    return float(sum(event.count for event in record.key_averages() if "LaunchKernel" in event.key))
+    return float(sum(event.count for event in record.key_averages() if any(name in event.key for name in names)))
+
+
+def launches(run: Run) -> float:
+    """Kernels and graphs that were started on the GPU."""
+    return cuda_events(run, "LaunchKernel", "GraphLaunch")
+
+
+def waits(run: Run) -> float:
+    """How often the host waited for work that it had given to the GPU."""
+    return cuda_events(run, "cudaStreamSynchronize", "cudaEventSynchronize")
+
+
+def copies_to_host(run: Run) -> float:
+    """Copies from the GPU to the host."""
+    return cuda_events(run, "Memcpy DtoH")
+
+
+def copies_to_device(run: Run) -> float:
+    """Copies from the host to the GPU."""
+    return cuda_events(run, "Memcpy HtoD")
 
 
 def synchronizations(run: Run) -> float:
@@ -136,9 +170,13 @@ CLOCKS: dict[str, Callable[[Run], float]] = {
     "calls": calls,
     "peak": peak_bytes,
     "kept": kept_bytes,
+    "wall": wall_seconds,
     "cuda": cuda_seconds,
     "cuda peak": cuda_peak_bytes,
     "launches": launches,
+    "waits": waits,
+    "copies to host": copies_to_host,
+    "copies to device": copies_to_device,
     "synchronizations": synchronizations,
     "value": value,
 }

@@ -235,6 +235,11 @@ def measure(case: Case, peers: Peers | None = None, quick: bool = False) -> list
     return rows
 
 
+def not_measured(case: Case, note: str) -> list[Row]:
+    """Lines of a case that could not be measured, and why."""
+    return [Row(line.goal, line.metric, case.name, line.bound, None, None, note) for line in case.ratios]
+
+
 def _ours(run: Run, clock: Callable[[Run], float], repeat: int) -> Callable[[], float]:
     if repeat == 1:
         return lambda: clock(run)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,15 @@ CANDIDATES: dict[str, Callable[..., Run]] = {
 }
 
 
+def versions(*names: str) -> dict[str, str]:
+    """Versions of packages, without those that are not installed: an environment need not have all peers."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 class Session:
     """Answers requests.
 
@@ -146,7 +155,7 @@ class Session:
     def answer(self, request: Mapping[str, Any]) -> Any:
         """Value that answers a request: ``{"do": "run" | "forget" | "versions", ...}``."""
         if request["do"] == "versions":
-            return {name: version(name) for name in ("zennit-crp", "zennit", "captum", "torch")}
+            return versions("zennit-crp", "zennit", "captum", "torch")
         if request["do"] == "forget":
             self._made.clear()
             built.cache_clear()

@@ -21,20 +21,28 @@ from benchmarks.harness import Row, Spread
 BY_HAND = "<!-- by hand from here on -->"
 
 
+#: What a section of figures was measured on, where that was no GPU.
+CPU = "CPU"
+
+
+def device_name(device: str) -> str:
+    """Name of the card that measures on ``"cuda"``, or `CPU`."""
+    return torch.cuda.get_device_name() if device == "cuda" else CPU
+
+
 def machine() -> str:
     """Class of the machine, without its name."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores {platform.machine()}"
     best = torch.backends.cpu.get_cpu_capability()
-    return f"{os.cpu_count()} cores {platform.machine()} ({best}), no GPU"
+    return f"{os.cpu_count()} cores {platform.machine()} ({best})"
 
 
-def environment(peers: dict[str, str]) -> dict[str, str]:
-    """Versions, machine and day."""
+def environment(peers: dict[str, str], device: str = "cpu") -> dict[str, str]:
+    """Day, device, machine and versions."""
     versions = {name: version(name) for name in ("torch", "torchvision", "zennit")}
     theirs = {f"{name} (peers)": found for name, found in peers.items() if versions.get(name) != found}
     day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return {"date": day, "machine": machine(), "crp": crp.__version__, **versions, **theirs}
+    about = {"date": day, "device": device_name(device), "machine": machine()}
+    return about | {"crp": crp.__version__, **versions, **theirs}
 
 
 @dataclass
@@ -44,6 +52,11 @@ class Section:
     title: str
     environment: dict[str, str]
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        """Name of the card, or `CPU`."""
+        return self.environment.get("device", CPU)
 
 
 class Record:
@@ -63,6 +76,10 @@ class Record:
                 rows = [Row.from_json(row) for row in found["rows"]]
                 self.sections[name] = Section(found["title"], found["environment"], rows)
 
+    def add(self, name: str, section: Section) -> None:
+        """Keep a section, in place of the one that was measured on the same device before."""
+        self.sections[name if section.device == CPU else f"{name} on {section.device}"] = section
+
     def save(self) -> None:
         """Write the file, where there is one."""
         if self._path is not None:
@@ -81,9 +98,13 @@ class Record:
         }
 
     def markdown(self) -> str:
-        """All sections as tables."""
+        """All sections as tables, those of a device together; the CPU's come first."""
         lines = ["# Results", "", "Printed by `python -m benchmarks --markdown`; README.md says how it is measured."]
-        for name, section in self.sections.items():
+        device = CPU
+        for name, section in sorted(self.sections.items(), key=lambda item: (item[1].device != CPU, item[1].device)):
+            if section.device != device:
+                device = section.device
+                lines += ["", f"# Results on a GPU: {device}"]
             about = ", ".join(f"{key} {value}" for key, value in section.environment.items())
             lines += ["", f"## {name}: {section.title}", "", f"{about}.", ""]
             lines += ["| # | metric | case | goal | measured | | peer |", "|---|---|---|---|---|---|---|"]

@@ -1,34 +1,142 @@
-"""On a GPU, at realistic sizes: time, launches, memory, and whether the host waits."""
+"""On a GPU at the sizes that users have: attributions, concepts, mining; time, launches, waits, copies, memory.
+
+On a CPU the same cases run with nets so small that they test the benchmark itself.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torchvision.transforms import Normalize
 
 from benchmarks import ours
 from benchmarks.clocks import Run
 from benchmarks.harness import Bound, Case, Ratio
-from benchmarks.nets import Setup
-from benchmarks.sections.attribution import case
+from benchmarks.nets import Samples, Setup, convolutions, gradient
+from benchmarks.sections import compiled
+from crp.attribution import CondAttribution
+from crp.concepts import ChannelConcept
+from crp.visualization import FeatureVisualization
+from crp.visualization.table.store import Table
 
-TITLE = "on a GPU, 224×224 batch 64, and 512 concepts"
-DEVICE = "cuda"
-PRESET = "EpsilonPlusFlat"
-
-
-def attributions(device: str, size: int = 224, batch: int = 64) -> list[Case]:
-    """Time, launches and memory of one attribution."""
-    nets = {"resnet50": (1.35, 2.0, 1.9), "vgg16_bn": (1.40, 1.50, 2.0)}
-    rounds = {"cuda": 9, "launches": 1, "cuda peak": 1}
-    return [
-        replace(
-            case("", Setup(net, size, batch, device), limits, n, clock), name=f"{clock}, {net} {size} batch {batch}"
-        )
-        for net, limits in nets.items()
-        for clock, n in rounds.items()
-    ]
+TITLE = "attributions, concepts and mining as users of a GPU run them"
+PRESETS = ("EpsilonPlusFlat", "EpsilonGammaBox", "EpsilonAlpha2Beta1Flat")
+PRESET = PRESETS[0]
+#: Clocks that need a GPU, and what stands for them on a CPU.
+ON_CPU = {"cuda": "cpu", "cuda peak": "peak", "launches": "calls"}
 
 
-def concepts(setup: Setup, layer: str, n: int = 512, batch_size: int = 64, clock: str = "cuda") -> Case:
+@dataclass(frozen=True)
+class Goals:
+    """What is asked for of one net.
+
+    Attributes
+    ----------
+    layer : str
+        Whose concepts are attributed.
+    presets : tuple of float or None
+        Attribution ÷ gradient, batch 64.
+    single : float
+        The same of batch 1.
+    concepts : float
+        Concepts ÷ gradient below on copies.
+    mining, narrow : float
+        Share of the gradient pass in images per second, in float32 and in bfloat16.
+    """
+
+    layer: str
+    presets: tuple[float | None, ...]
+    single: float
+    concepts: float
+    mining: float
+    narrow: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes
+    ----------
+    nets : dict of str to Goals
+    size, batch : int
+        Of the images.
+    n_concepts : int
+    n_batches : int
+        Batches of a mined dataset.
+    n_of_peer : int
+        Images that zennit-crp mines.
+    """
+
+    nets: Mapping[str, Goals]
+    size: int
+    batch: int
+    n_concepts: int
+    n_batches: int
+    n_of_peer: int
+
+
+LARGE = Scale(
+    {
+        "resnet50": Goals("layer4.1.conv2", (1.35, 2.0, 1.9), 1.4, 1.0, 0.45, 0.5),
+        "vgg16_bn": Goals("features.40", (1.35, None, None), 1.4, 0.9, 0.65, 0.8),
+    },
+    size=224,
+    batch=64,
+    n_concepts=512,
+    n_batches=5,
+    n_of_peer=64,
+)
+TINY = Scale(
+    {"demo": Goals("block.relu1", (None, None, None), 1.4, 1.0, 0.45, 0.5)},
+    size=32,
+    batch=4,
+    n_concepts=8,
+    n_batches=2,
+    n_of_peer=4,
+)
+
+
+def attributions(setup: Setup, goals: Goals, clock: str, rounds: int, more: bool = False) -> Case:
+    """One attribution of a batch; with ``more``, also in ``channels_last`` and bfloat16."""
+    single = setup.batch == 1
+    presets = PRESETS[:1] if single else PRESETS
+    treatments = [each for each in compiled.TREATMENTS if each.name != "plain"] if more else []
+
+    def make() -> dict[str, Run]:
+        model, data = setup.build()
+        runs = {"gradient": ours.gradient_of(model, data)}
+        runs |= {preset: ours.attribution(model, data, ours.composite(preset)) for preset in presets}
+        for treatment in treatments:
+            changed, same = treatment.build(setup)
+            runs[treatment.name] = partial(treatment.run, compiled.heatmaps(changed), same)
+        return runs
+
+    limits = (goals.single,) if single else goals.presets
+    ratios = []
+    for preset, limit in zip(presets, limits, strict=True):
+        bound = Bound(limit) if limit is not None and clock == "cuda" else None
+        ratios.append(Ratio(f"{preset} ÷ gradient", preset, "gradient", bound, "", f"zennit-crp {preset}"))
+    ratios += [Ratio(f"{PRESET}, {each.name} ÷ gradient", each.name, "gradient") for each in treatments]
+    if clock == "cuda":
+        ratios.append(Ratio("gradient, ms", "gradient", scale=1e3))
+    peers = {f"zennit-crp {p}": {"candidate": "attribution", "setup": setup, "preset": p} for p in presets}
+    return Case(f"{clock}, {setup}", make, tuple(ratios), peers, clock, rounds)
+
+
+def deviating(setup: Setup) -> Case:
+    """Deviation of heatmaps in ``channels_last`` and bfloat16 from those in float64."""
+    return replace(compiled.deviating(setup), thorough=False)
+
+
+def concepts(setup: Setup, layer: str, limit: float, n: int, batch_size: int, clock: str = "cuda") -> Case:
     """Many concepts of a layer, against the gradient below and the peer."""
     below, peer = "gradient below on copies", f"zennit-crp generate(batch_size={batch_size})"
 
@@ -41,11 +149,10 @@ def concepts(setup: Setup, layer: str, n: int = 512, batch_size: int = 64, clock
         }
 
     return Case(
-        name=f"{setup.net} {setup.size}, {n} concepts of {layer}, parts of {batch_size}",
+        name=f"{setup.net} {setup.size}×{setup.size}, {n} concepts of {layer}, parts of {batch_size}",
         make=make,
         ratios=(
-            Ratio(f"time ÷ {below}", "ours", below, Bound(1.2), "", peer),
-            Ratio("zennit-crp ÷ ours", peer, "ours", Bound(6.0, at_least=True)),
+            Ratio(f"time ÷ {below}", "ours", below, Bound(limit), "", peer),
             Ratio("ours, ms", "ours", peer=peer, scale=1e3),
         ),
         peers={
@@ -53,7 +160,7 @@ def concepts(setup: Setup, layer: str, n: int = 512, batch_size: int = 64, clock
             | {"layer": layer, "n": n, "batch_size": batch_size}
         },
         clock=clock,
-        rounds=5,
+        rounds=3,
     )
 
 
@@ -73,13 +180,165 @@ def waiting(setup: Setup) -> Case:
     )
 
 
-def cases() -> list[Case]:
-    """resnet50 and vgg16_bn."""
-    resnet, vgg = Setup("resnet50", 224, 64, DEVICE), Setup("vgg16_bn", 224, 64, DEVICE)
-    return [
-        *attributions(DEVICE),
-        concepts(resnet, "layer4.1.conv2"),
-        concepts(vgg, "features.40"),
-        waiting(resnet),
-        waiting(vgg),
+class Mining:
+    """A dataset that is mined as users do it: images prepared by a function, all convolutions, results on disk.
+
+    Parameters
+    ----------
+    setup : Setup
+    n : int
+        Images, of as many classes as the net has.
+    """
+
+    def __init__(self, setup: Setup, n: int) -> None:
+        self.model, self.data = setup.build()
+        self.n, self.batch, self.device = n, setup.batch, setup.device
+        with torch.no_grad():
+            classes = self.model(self.data[:1]).shape[1]
+        self.dataset = Samples(n, tuple(self.data.shape[1:]), classes)
+        channels = self.data.shape[1]
+        self.prepare = Normalize([0.0] * channels, [1.0] * channels)
+        self.concepts = dict.fromkeys(convolutions(self.model), ChannelConcept())
+        self.attribution, self.rules = CondAttribution(self.model), ours.composite(PRESET)
+        with tempfile.TemporaryDirectory() as folder:  # kernels are chosen in the first batch
+            self.mined_into(folder, self.batch)
+
+    def mined_into(self, folder: str | Path, n: int | None = None) -> FeatureVisualization:
+        """Mine the first ``n`` images into a folder."""
+        found = FeatureVisualization(self.attribution, self.dataset, self.concepts, self.prepare, path=folder)
+        self.run_again(found, n)
+        return found
+
+    def run_again(self, found: FeatureVisualization, n: int | None = None) -> None:
+        """Mine what is not in the table yet, and collect the results."""
+        found.run(self.rules, 0, n or self.n, self.batch, progress=False)
+
+    def run(self) -> None:
+        """Mine all images into a new folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.mined_into(folder)
+
+    def run_narrow(self) -> None:
+        """The same in bfloat16."""
+        with torch.autocast(self.device, torch.bfloat16):
+            self.run()
+
+    def gradients(self) -> None:
+        """As many gradients; their data is on the device already."""
+        for _ in range(self.n // self.batch):
+            gradient(self.model, self.data)
+
+    def bytes_of_an_entry(self) -> float:
+        """Bytes on disk for each row and concept."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.mined_into(folder)
+            table = Table.open(folder)
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+            return size / (self.n * sum(table.n_concepts(layer) for layer in self.concepts))
+
+
+def mining(setup: Setup, goals: Goals, n: int) -> Case:
+    """Images per second, as a share of those of a gradient pass."""
+
+    def make() -> dict[str, Run]:
+        made = Mining(setup, n)
+        return {"gradients": made.gradients, "float32": made.run, "bfloat16": made.run_narrow}
+
+    ms = {name: Ratio(f"mining, {name}, ms an image", name, scale=1e3 / n) for name in ("float32", "bfloat16")}
+    return Case(
+        name=f"{setup}, {n} images, all convolutions",
+        make=make,
+        ratios=(
+            Ratio("images per second, mining ÷ gradient pass", "gradients", "float32", Bound(goals.mining, True)),
+            Ratio("the same in bfloat16", "gradients", "bfloat16", Bound(goals.narrow, True)),
+            replace(ms["float32"], bound=Bound(1.0) if setup.net == "vgg16_bn" else None),
+            ms["bfloat16"],
+        ),
+        clock="wall",
+        rounds=3,
+    )
+
+
+def mining_of_peer(setup: Setup, n: int) -> Case:
+    """A few images, which is what zennit-crp mines in a reasonable time."""
+    peer = "zennit-crp"
+    return Case(
+        name=f"{setup}, {n} images, all convolutions",
+        make=lambda: {"ours": Mining(setup, n).run},
+        ratios=(Ratio("mining, ms an image", "ours", peer=peer, scale=1e3 / n),),
+        peers={
+            peer: {"candidate": "mining", "setup": setup, "preset": PRESET} | {"layers": None, "n": n, "classes": 10}
+        },
+        clock="wall",
+        rounds=1,
+        warmup=0,
+    )
+
+
+def host_time(setup: Setup, n: int) -> Case:
+    """What a run costs besides its batches: checks, and `collect_results`."""
+
+    def make() -> dict[str, Run]:
+        made = Mining(setup, n)
+        folder = tempfile.mkdtemp()
+        weakref.finalize(made, shutil.rmtree, folder)
+        return {"again": partial(made.run_again, made.mined_into(folder))}
+
+    metric = "a run of a finished table, all classes, ms"
+    return Case(
+        f"{setup}, {n} images", make, (Ratio(metric, "again", bound=Bound(100.0), scale=1e3),), clock="wall", rounds=3
+    )
+
+
+def mining_counts(setup: Setup, n: int) -> list[Case]:
+    """Waits and copies for each batch, and bytes on disk."""
+    scale = setup.batch / n
+    bounds = {"waits": Bound(2.0), "copies to host": Bound(1.0), "copies to device": Bound(1.0), "launches": None}
+
+    def counted(method: Callable[[Mining], object]) -> Callable[[], dict[str, Run]]:
+        return lambda: {"ours": partial(method, Mining(setup, n))}
+
+    cases = [
+        Case(
+            name=f"{setup}, {n} images, all convolutions",
+            make=counted(Mining.run),
+            ratios=(Ratio(f"mining, {clock} a batch", "ours", bound=bound, scale=scale),),
+            clock=clock,
+            rounds=1,
+            warmup=0,
+        )
+        for clock, bound in bounds.items()
     ]
+    size = Ratio("bytes on disk for each concept and row", "ours")
+    make = counted(Mining.bytes_of_an_entry)
+    return [*cases, Case(str(setup), make, (size,), clock="value", rounds=1, warmup=0)]
+
+
+def cases(device: str = "cuda") -> list[Case]:
+    """Cases of a GPU, or the tiny ones of a CPU, where nothing waits and nothing is copied."""
+    on_gpu = device == "cuda"
+    scale = LARGE if on_gpu else TINY
+    clock = (lambda name: name) if on_gpu else ON_CPU.__getitem__
+    found: list[Case] = []
+    for net, goals in scale.nets.items():
+        setup = Setup(net, scale.size, scale.batch, device)
+        few = scale.n_batches * scale.batch
+        found += [
+            attributions(setup, goals, clock("cuda"), 7, more=True),
+            attributions(setup._replace(batch=1), goals, clock("cuda"), 9, more=True),
+            attributions(setup, goals, clock("launches"), 1),
+            attributions(setup, goals, clock("cuda peak"), 1),
+            deviating(setup._replace(batch=4)),
+            concepts(setup, goals.layer, goals.concepts, scale.n_concepts, scale.batch, clock("cuda")),
+            mining(setup, goals, few),
+            host_time(setup, few),
+            mining_of_peer(setup, scale.n_of_peer),
+        ]
+        counts = mining_counts(setup, 2 * scale.batch)
+        found += [waiting(setup), *counts] if on_gpu else counts[-1:]
+    return found if on_gpu else [without_goals(case) for case in found]
+
+
+def without_goals(case: Case) -> Case:
+    """The same case, of which nothing is asked."""
+    return replace(case, ratios=tuple(replace(ratio, bound=None) for ratio in case.ratios))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,12 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import clocks, harness, ours, report
+from benchmarks import clocks, harness, ours, peer, report
 from benchmarks.__main__ import main
 from benchmarks.harness import Bound, Case, PeerError, Ratio, Row, Spread, interleaved, measure, ratio
 from benchmarks.nets import NETS, PRESETS, Samples, Setup, gradient
 from benchmarks.remote import Worker
-from benchmarks.sections import SECTIONS, default, gpu
+from benchmarks.sections import SECTIONS, default
 
 MIB = 1 << 20
 #: A peers' process with candidates that need no peers.
@@ -201,6 +202,23 @@ def test_markdown_keeps_what_is_by_hand(tmp_path):
     assert text.count(report.BY_HAND) == 1
 
 
+def test_figures_of_a_gpu_have_a_table_of_their_own(tmp_path, monkeypatch):
+    made = report.Record()
+    for device in ("Card B", "CPU", "Card A"):
+        monkeypatch.setattr(report, "device_name", lambda _, device=device: device)
+        made.add("gpu", report.Section("Title", report.environment({}, "cuda"), list(ROWS)))
+    assert list(made.sections) == ["gpu on Card B", "gpu", "gpu on Card A"]
+    heads = [line for line in made.markdown().splitlines() if line.startswith("#")]
+    assert heads == [
+        "# Results", "## gpu: Title",
+        "# Results on a GPU: Card A", "## gpu on Card A: Title",
+        "# Results on a GPU: Card B", "## gpu on Card B: Title",
+    ]  # fmt: skip
+    made.add("gpu", report.Section("Newer", made.sections["gpu on Card A"].environment, []))
+    assert made.sections["gpu on Card A"].title == "Newer"
+    assert report.Section("Title", {}).device == report.CPU
+
+
 def test_the_table_of_the_terminal():
     head, first, second = report.lines(ROWS)
     assert head.split() == ["#", "metric", "case", "goal", "measured", "peer"]
@@ -226,6 +244,10 @@ def test_requests_and_answers():
         with pytest.raises(PeerError, match=r"^ValueError: no such rule$"):
             worker.cost({"candidate": "broken"}, "value")
         assert worker.cost(request, "value") == 34.5
+
+
+def test_peers_that_are_not_installed_have_no_version():
+    assert peer.versions("torch", "no-such-package") == {"torch": version("torch")}
 
 
 def test_a_process_that_has_ended_is_told():
@@ -273,16 +295,6 @@ def test_candidates_are_those_of_the_lines():
     rows = measure(Case(case.name, case.make, case.ratios, case.peers, clock="calls", rounds=1))
     assert rows[2].measured.median > 1
     assert rows[0].note == "needs --peers"
-
-
-def test_the_case_for_the_gpu_on_the_cpu():
-    case = gpu.concepts(Setup("demo", 32, 2), "block.relu1", n=4, batch_size=2, clock="calls")
-    share, _, calls = measure(case)
-    assert share.measured.median > 1
-    assert calls.measured.median > 10_000  # (in thousandths)
-    model, data = Setup("demo", 32, 2).build()
-    run = ours.backward(model, data, ours.composite("EpsilonPlusFlat"))
-    assert [run()[0].shape for _ in range(2)] == [data.shape] * 2
 
 
 def test_the_part_below_a_layer():

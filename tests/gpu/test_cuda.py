@@ -1,0 +1,157 @@
+"""On a GPU, the numbers are those of the CPU, and no backward pass waits for the device."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import FAMILIES
+from preset_cases import LRP_PRESETS
+from torch import Tensor, nn
+
+import crp.composites as composites
+from crp.attribution import CondAttribution
+from crp.concepts import ChannelConcept
+from crp.visualization import FeatureVisualization
+from crp.visualization.table.ranking import top_k
+from crp.visualization.table.store import Table
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+NETS = {
+    str(family): family
+    for family in FAMILIES
+    if family.name in ("vgg11_bn", "resnet18", "densenet121", "mobilenet_v2", "efficientnet_b0")
+}
+PRESETS = {
+    name: LRP_PRESETS[name]
+    for name in ("epsilon", "gamma", "alpha_beta", "epsilon_plus_flat", "epsilon_alpha2_beta1_flat",
+                 "epsilon_gamma_box", "deep_taylor", "excitation_backprop")
+}  # fmt: skip
+nets = pytest.mark.parametrize("net", NETS)
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """Without TF32, in which factors of float32 products have 10 bits."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    yield
+    convolutions.allow_tf32, products.allow_tf32 = before
+
+
+@lru_cache(maxsize=1)
+def pair(net: str) -> tuple[nn.Module, nn.Module]:
+    """The same net on the CPU and on the GPU, in float64."""
+    model = NETS[net].build().requires_grad_(False)
+    return model, copy.deepcopy(model).to(DEVICE)
+
+
+def heatmap(model: nn.Module, data: Tensor, preset: str, conditions: list[dict[str, list[int]]]) -> Tensor:
+    return CondAttribution(model)(data, conditions, PRESETS[preset]()).heatmap.cpu().double()
+
+
+def deviation(found: Tensor, exact: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((found - exact).abs().max() / exact.abs().max())
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Context in which an operation that makes the host wait raises an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@nets
+def test_float64_and_float32(net: str, preset: str) -> None:
+    """float32 deviates from float64 no more than on the CPU, but for how errors add up."""
+    model, on_gpu = pair(net)
+    data, conditions = NETS[net].images(2), [{"y": [1]}]
+    exact = heatmap(model, data, preset, conditions)
+    assert float(exact.abs().max()) > 0
+    assert deviation(heatmap(on_gpu, data.to(DEVICE), preset, conditions), exact) <= 1e-9
+    narrow = heatmap(copy.deepcopy(model).float(), data.float(), preset, conditions)
+    on_gpu = copy.deepcopy(on_gpu).float()
+    found = heatmap(on_gpu, data.float().to(DEVICE), preset, conditions)
+    assert deviation(found, exact) <= 10 * deviation(narrow, exact) + 1e-4
+
+
+@nets
+def test_concepts(net: str) -> None:
+    model, on_gpu = pair(net)
+    data, conditions = NETS[net].images(), [{"y": [0], NETS[net].middle: [channel]} for channel in range(5)]
+    rules = composites.EpsilonPlusFlat()
+
+    def maps(model: nn.Module, data: Tensor) -> Tensor:
+        parts = CondAttribution(model).generate(data, conditions, rules, batch_size=3, verbose=False)
+        return torch.cat([part.heatmap.cpu() for part in parts])
+
+    assert deviation(maps(on_gpu, data.to(DEVICE)), maps(model, data)) <= 1e-9
+
+
+@nets
+def test_backward_passes_wait_for_nothing(net: str) -> None:
+    model, data = pair(net)[1].float(), NETS[net].images(2).float().to(DEVICE).requires_grad_()
+    try:
+        for preset, make in PRESETS.items():
+            with make().context(model) as modified:
+                output = modified(data)[:, 0].sum()
+            (first,) = torch.autograd.grad(output, data, retain_graph=True)  # (weights are modified once)
+            torch.cuda.synchronize()
+            with no_waiting():
+                (second,) = torch.autograd.grad(output, data)
+            assert deviation(second, first) <= 1e-4, preset
+    finally:
+        pair.cache_clear()  # (float32 has rounded the weights)
+
+
+class Images:
+    """Six images of a net, with labels."""
+
+    def __init__(self, net: str) -> None:
+        self._images = NETS[net].images(6)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._images[index], index % 3
+
+
+@pytest.mark.parametrize("net", ["vgg11_bn", "resnet18"])
+def test_mining(net: str, tmp_path: Path) -> None:
+    """Ranks are the same to the last, and values to rounding."""
+    tables = []
+    for name, model in zip(("cpu", "gpu"), pair(net), strict=True):
+        layers = [layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        channels = dict.fromkeys(layers, ChannelConcept())
+        found = FeatureVisualization(CondAttribution(model), Images(net), channels, path=tmp_path / name)
+        found.run(composites.EpsilonPlusFlat(), batch_size=4, progress=False)
+        tables.append(Table.open(tmp_path / name))
+    for layer in layers:
+        for mode in ("relevance", "activation"):
+            one, other = (top_k(table, layer, mode, k=6) for table in tables)
+            np.testing.assert_allclose(other.value, one.value, rtol=1e-9, atol=1e-9 * np.abs(one.value).max())
+            # Samples of equal value, such as 0, may be in any order.
+            distinct = np.diff(one.value, axis=0, prepend=np.inf, append=-np.inf)
+            alone = (np.abs(distinct[:-1]) > 1e-9) & (np.abs(distinct[1:]) > 1e-9)
+            assert alone.mean() > 0.25
+            np.testing.assert_array_equal(other.sample[alone], one.sample[alone])
+            np.testing.assert_array_equal(other.position[alone], one.position[alone])
