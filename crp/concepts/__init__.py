@@ -3,13 +3,14 @@
 A concept type answers three questions about one layer: how the backward flow is restricted to some of its concepts
 (`mask`, `mask_rf`), how relevant or active each concept was (`attribute`, `scores`), and where (`get_rf_indices`).
 Channels are the concepts of "From attribution maps to human-understandable explanations through Concept Relevance
-Propagation" (Achtibat et al., Nature Machine Intelligence 2023); subclass `Concept` for heads, directions, or
-anything else.
+Propagation" (Achtibat et al., Nature Machine Intelligence 2023); `AxisConcept` is for heads, neurons and tokens of
+transformers. Subclass `Concept` for anything else.
 """
 
+from crp.concepts.axes import AxisConcept
 from crp.concepts.base import Concept, mask_of
 from crp.concepts.channels import ChannelConcept
 from crp.concepts.ids import as_ids
 from crp.concepts.scores import ConceptScores, normalize
 
-__all__ = ["ChannelConcept", "Concept", "ConceptScores", "as_ids", "mask_of", "normalize"]
+__all__ = ["AxisConcept", "ChannelConcept", "Concept", "ConceptScores", "as_ids", "mask_of", "normalize"]
