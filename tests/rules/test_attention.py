@@ -83,7 +83,7 @@ def closed_form(q, k, v, r, attention, scale=None, mask=None, dependent="qkv"):
 
 
 def operands(heads=HEADS):
-    shapes = ((2, heads, L, E), (2, heads, S, E), (2, heads, S, E))
+    shapes = ((1, heads, L, E), (1, heads, S, E), (1, heads, S, E))
     return [numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
@@ -97,7 +97,7 @@ def masked(*hidden):
 CAUSAL = masked(*((i, j) for i in range(L) for j in range(S) if j > i))
 HIDDEN = masked((0, 0), (1, 2), (2, 0), (2, 1))
 FULL = masked((0, 0), *((1, j) for j in range(S)))
-BIAS = numbers(2, HEADS, L, S, seed=9)
+BIAS = numbers(1, HEADS, L, S, seed=9)
 #: Keywords of the call, and what these do to logits.
 CALLS = {
     "plain": ({}, {}),
@@ -115,7 +115,7 @@ CALLS = {
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_dot_product_attention(call, attention):
     given, meant = CALLS[call]
-    inputs, r = operands(), numbers(2, HEADS, L, E, seed=8)
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
     found, kept = explain(lambda *t: F.scaled_dot_product_attention(*t, **given), inputs, r, lrp(attention))
     expected = closed_form(*inputs, r, attention, **meant)
     for name, one in zip("qkv", found, strict=True):
@@ -137,7 +137,7 @@ DEPENDENT = ["v", "q", "k", "qk", "qv", "kv", "qkv", "m", "vm", "qkvm"]
 @pytest.mark.parametrize("is_written", [False, True])
 def test_operands_that_do_not_depend_on_the_input_take_no_part(dependent, attention, is_written):
     everything = dict(zip("qkvm", [*operands(), BIAS], strict=True))
-    r = numbers(2, HEADS, L, E, seed=8)
+    r = numbers(1, HEADS, L, E, seed=8)
 
     def function(*inputs):
         t = everything | dict(zip(dependent, inputs, strict=True))
@@ -156,7 +156,7 @@ def test_operands_that_do_not_depend_on_the_input_take_no_part(dependent, attent
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_grouped_heads(attention):
     q, k, v = operands(4)[0], *operands(2)[1:]
-    r = numbers(2, 4, L, E, seed=8)
+    r = numbers(1, 4, L, E, seed=8)
     found, _ = explain(lambda *t: F.scaled_dot_product_attention(*t, enable_gqa=True), [q, k, v], r, lrp(attention))
     k, v = (t.repeat_interleave(2, 1) for t in (k, v))
     expected = closed_form(q, k, v, r, attention)
@@ -193,7 +193,7 @@ def masked_fill(q, k, v):
 
 def sink(q, k, v):
     """A logit that takes attention away, and is cut off."""
-    logits = torch.cat([q @ k.mT * E**-0.5, torch.full((2, HEADS, L, 1), -1e3, dtype=q.dtype)], -1)
+    logits = torch.cat([q @ k.mT * E**-0.5, torch.full((len(q), HEADS, L, 1), -1e3, dtype=q.dtype)], -1)
     return logits.softmax(-1)[..., :-1] @ v
 
 
@@ -231,7 +231,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_spellings_of_attention_are_explained_alike(name, attention):
-    inputs, r = operands(), numbers(2, HEADS, L, E, seed=8)
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
     found, _ = explain(SPELLINGS[name], inputs, r, lrp(attention, gates="split" if attention == "split" else "signal"))
     expected = closed_form(*inputs, r, attention)
     for key, one in zip("qkv", found, strict=True):
@@ -251,7 +251,7 @@ def test_attention_that_is_not_torchs_own_call_is_refused_by_name():
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
     with pytest.raises(NotImplementedError, match="no rule for scaled_dot_product_flash_attention_for_cpu"):
-        explain(low, operands(), numbers(2, HEADS, L, E), lrp("split"))
+        explain(low, operands(), numbers(1, HEADS, L, E), lrp("split"))
 
 
 @torch.compile(backend="eager")
@@ -307,7 +307,7 @@ UNSEEN = {
 @pytest.mark.parametrize("name", UNSEEN)
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_what_cannot_be_seen_is_right_or_refused(name, attention):
-    inputs, r = operands(), numbers(2, HEADS, L, E, seed=8)
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
     try:
         found, _ = explain(UNSEEN[name], inputs, r, lrp(attention))
     except UnseenError as error:
@@ -326,7 +326,7 @@ def test_what_cannot_be_seen_is_right_or_refused(name, attention):
 def test_registered_kernels_have_the_rule(attention):
     attend = register_attention(kernel, q="queries", k=2, v=0, mask="bias")
     assert register_attention(kernel) is attend and attend.__name__ == "kernel"
-    inputs, r = [*operands(), BIAS], numbers(2, HEADS, L, E, seed=8)
+    inputs, r = [*operands(), BIAS], numbers(1, HEADS, L, E, seed=8)
     found, _ = explain(lambda q, k, v, m: attend(v, m, queries=q, keys=k)[0], inputs, r, lrp(attention))
     expected = closed_form(*inputs[:3], r, attention, mask=BIAS, dependent="qkvm")
     for key, one in zip(["q", "k", "v", "mask"], found, strict=True):
