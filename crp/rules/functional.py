@@ -20,7 +20,7 @@ from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer
 from crp.rules.notes import Born
 from crp.rules.redirect import Redirect, SecondOrder, _released
-from crp.rules.shared import Proportional
+from crp.rules.shared import Part, Parts, Proportional, Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
 Gates: TypeAlias = Literal["signal", "split"]
@@ -60,7 +60,7 @@ class Linearized(Rule):
             return [scale for _, scale in self.parts(layer, *layer.inputs)]
 
 
-class Gate(Linearized):
+class Gate(Shared):
     r"""A product :math:`y = s \odot g` of two factors that both depend on the model's input.
 
     The ordinary chain rule would give the whole relevance to each factor. ``"signal"`` holds the gate :math:`g`
@@ -94,20 +94,18 @@ class Gate(Linearized):
         held: Attention = "constant" if mode == "signal" else "split"
         self.attention = held if attention is None else _check_attention(attention)
 
-    def operate(self, layer: Layer) -> Tensor:
+    def operate(self, layer: Layer) -> Any:
         """Return the product; one factor alone is right by the ordinary chain rule."""
-        return cast(Tensor, layer.output) if len(layer.inputs) == 1 else super().operate(layer)
+        return layer.output if len(layer.inputs) == 1 else super().operate(layer)
 
-    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The signal, scaled by the gate."""
-        left, right = inputs
-        shape = layer.output.shape
-        if left is right:
-            return [(left, left)]  # the square of a tensor hands its relevance on
-        gate = self._gate(layer)
-        if gate is not None:
-            return [(right.expand(shape), left) if gate == 0 else (left.expand(shape), right)]
-        return [(left.expand(shape), right / 2), (right.expand(shape), left / 2)]
+    def parts(self, layer: Layer) -> Parts:
+        """All for the signal, or half for each; a square hands its relevance on."""
+        left, right = layer.inputs
+        held = None if left is right else self._gate(layer)
+        of_inputs = iter((0.5, 0.5) if held is None else (float(held == 1), float(held == 0)))
+        mine = {id(left), id(right)}
+        parts: list[Part] = [next(of_inputs) if id(value) in mine else 1.0 for value in layer.args]
+        return parts, {name: next(of_inputs) if id(value) in mine else 1.0 for name, value in layer.kwargs.items()}
 
     def _gate(self, layer: Layer) -> int | None:
         """Which of the two factors is held constant, if one is."""
@@ -243,12 +241,35 @@ class Normalization(Linearized):
         (a,) = inputs
         arguments = _arguments(layer)
         weight, bias = (_aligned(arguments.get(name), layer.name, a) for name in ("weight", "bias"))
+        if layer.name in ("layer_norm", "rms_norm") and not self.zero_params and not self._accounts():
+            dims = tuple(range(-len(arguments["normalized_shape"]), 0))
+            z = cast(Tensor, _Centred.apply(a, weight, dims if layer.name == "layer_norm" else None))
+            return [(z, 1 / _DEVIATIONS[layer.name](a, dims, arguments["eps"]))]
         z, mean, deviation = _STATISTICS[layer.name](a, arguments)
         scale = 1 / deviation if weight is None else weight / deviation
         if "bias" not in self.zero_params:
             return [(z, scale)]
         shift = (0.0 if bias is None else bias) - scale * mean
         return [(z, scale), (a, torch.where(a == 0, 0.0, shift / a))]
+
+    def _accounts(self) -> bool:
+        return self.attachment is not None and self.attachment.account is not None
+
+
+class _Centred(torch.autograd.Function):
+    """Stands for the centred input times the weight: with its gradient, but not its value, which nobody needs."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor | None, dims: tuple[int, ...] | None) -> Tensor:
+        """Return another view of the input; ``dims`` are None where nothing is centred."""
+        ctx.weight, ctx.dims = weight, dims
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Scale, and centre."""
+        u = grads[0] if ctx.weight is None else grads[0] * ctx.weight.detach()
+        return u if ctx.dims is None else u - u.mean(ctx.dims, keepdim=True), None, None
 
 
 def _arguments(layer: Layer) -> dict[str, Any]:
@@ -271,8 +292,7 @@ def _layer_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
 
 def _rms_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
     dims = tuple(range(-len(arguments["normalized_shape"]), 0))
-    eps = torch.finfo(a.dtype).eps if arguments["eps"] is None else arguments["eps"]
-    return a, 0.0, (a.square().mean(dims, keepdim=True) + eps).sqrt()
+    return a, 0.0, _root_mean_square(a, dims, arguments["eps"])
 
 
 def _group_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
@@ -292,6 +312,11 @@ def _deviation(a: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return (a.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
 
 
+def _root_mean_square(a: Tensor, dims: tuple[int, ...], eps: float | None) -> Tensor:
+    return (a.square().mean(dims, keepdim=True) + (torch.finfo(a.dtype).eps if eps is None else eps)).sqrt()
+
+
+_DEVIATIONS: dict[str, Callable[..., Tensor]] = {"layer_norm": _deviation, "rms_norm": _root_mean_square}
 #: Function linear in the input, constant mean, and deviation.
 Statistics: TypeAlias = tuple[Tensor, Tensor | float, Tensor]
 _STATISTICS: dict[str, Callable[[Tensor, dict[str, Any]], Statistics]] = {
