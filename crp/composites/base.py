@@ -30,6 +30,7 @@ from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
+from crp.rules.kernels import _in_registries
 from crp.rules.layer import changed
 from crp.trace import Structure, structure, tracing
 from crp.trace.recorder import tensors_in
@@ -154,7 +155,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
+            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts), _in_registries()):
                 self.handles.append(_Lasting(state))
             assert self._ready is not None
             matching = Matching(entries, self._ready[2], self.is_method, module)

@@ -43,7 +43,7 @@ BUDGETS = {
     "image": 570,
     "layers": 210,
     "metrics": 810,
-    "rules": 5200,
+    "rules": 5300,
     "trace": 1370,
     "types": 150,
     "visualization": 2120,
