@@ -50,12 +50,13 @@ BUDGETS = {
     "visualization": 2120,
     "visualization.mining": 1530,
     "visualization.report": 600,
-    "visualization.table": 1760,
+    # (the manifest of version 2 with its checksum, what a shard must hold, and files that are never followed)
+    "visualization.table": 2100,
 }
 #: Public names that two files define.
-DEFINED_TWICE = {
-    "Gradient",
-}
+DEFINED_TWICE = {"Gradient"}
+#: How many public classes and functions there may be.
+PUBLIC_NAMES = 500
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -121,6 +122,11 @@ def test_rooms_keep_their_budgets(name):
 def test_a_public_name_is_defined_once():
     twice = {name: sorted(homes) for name, homes in public_names().items() if len(homes) > 1}
     assert {name: homes for name, homes in twice.items() if name not in DEFINED_TWICE} == {}
+
+
+def test_few_names_are_public():
+    number = sum(map(len, public_names().values()))
+    assert number <= PUBLIC_NAMES, "what no face, test or other room needs gets an underscore"
 
 
 def test_functions_are_short_and_take_few_parameters():

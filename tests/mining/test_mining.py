@@ -457,7 +457,7 @@ def test_another_model_composite_dataset_or_function_is_refused(tmp_path: Path) 
         ("dataset", other, {"composite": epsilon}),
         ("preprocess", data, {"composite": epsilon, "preprocess": lambda x: x}),
         ("single_targets", data, {"composite": epsilon, "single_targets": lambda label: [label]}),
-        ("layers", data, {"composite": epsilon, "layer_map": {"conv": ChannelConcept()}}),
+        ("set of layers and concepts", data, {"composite": epsilon, "layer_map": {"conv": ChannelConcept()}}),
     ]
     for name, dataset, change in changes:
         with pytest.raises(TableMismatchError, match=f"mined with another {name} "):

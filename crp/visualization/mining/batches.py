@@ -29,8 +29,9 @@ from crp.visualization.mining.targets import (
     record_activations,
     to_targets,
 )
+from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
-from crp.visualization.table.shards import make_folder, write_shard
+from crp.visualization.table.shards import write_shard
 
 T = TypeVar("T")
 #: Samples, as places in a batch, each with its targets: equally many for every sample.
@@ -47,7 +48,7 @@ def mine_ranges(
     Shards end at multiples of the job's shard size, or where they are full; batches start where a shard does.
     """
     folder = job.path / "shards"
-    make_folder(folder)
+    make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
     loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
     shard = None
