@@ -2,8 +2,8 @@ r"""Sparse autoencoders, transcoders and dictionaries within a model, so that th
 
 With :math:`z = \mathrm{encode}(a)` and :math:`\hat a = \mathrm{decode}(z)`, a layer's output :math:`a` is replaced by
 :math:`\hat a + (a - \hat a)`, which is the same. Its multiplier :math:`m` then reaches every latent by the ordinary
-chain rule: :math:`R_k = z_k\,(d_k \cdot m)` for a linear decoder with directions :math:`d_k` and bias :math:`b`. Latents,
-error :math:`(a - \hat a) \cdot m` and bias :math:`b \cdot m` add up to the relevance of the layer.
+chain rule: :math:`R_k = z_k\,(d_k \cdot m)` for a linear decoder with directions :math:`d_k` and bias :math:`b`.
+Latents, error :math:`(a - \hat a) \cdot m` and bias :math:`b \cdot m` add up to the relevance of the layer.
 """
 
 from __future__ import annotations
