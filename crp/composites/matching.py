@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crp.composites.selection import MapEntry, _fits, _is_counted
+from crp.composites.selection import OF_MODULE, MapEntry, _fits, _is_counted
 from crp.rules import Rule, Whole
 from crp.rules.functions import AFFINE, Function, look_up
 from crp.rules.mode import Choice
@@ -88,6 +88,7 @@ class Matching:
         self.is_counting = False
         self.counts: dict[int, dict[object, int]] = {}
         self._computed: Counter[object] = Counter()
+        self._has_exempt = bool(entries) and entries[0].role == OF_MODULE
         self._choices = choices
         self._context: Context = ()
         self._stack: list[tuple[Context, int]] = []
@@ -109,7 +110,7 @@ class Matching:
             Of a sum of weighted inputs.
         """
         first, context = first and kind in AFFINE, self._context
-        if self.positions:
+        if self.positions and not (self._has_exempt and any(number == 0 for number, _ in context)):
             context = context + self._positions(known, kind, operands)
             if self.is_counting:
                 return Choice(None, True, "")

@@ -16,6 +16,7 @@ from crp.concepts.ids import as_ids
 from crp.concepts.linear import DirectionConcept, SubspaceConcept
 from crp.concepts.reading import check_concept, relevance_in
 from crp.concepts.scores import ConceptScores, normalize, scores_of
+from crp.concepts.spliced import Spliced, splice
 
 __all__ = [
     "AxisConcept",
@@ -24,6 +25,7 @@ __all__ = [
     "ConceptScores",
     "DirectionConcept",
     "Directions",
+    "Spliced",
     "SubspaceConcept",
     "as_ids",
     "check_concept",
@@ -31,4 +33,5 @@ __all__ = [
     "normalize",
     "relevance_in",
     "scores_of",
+    "splice",
 ]
