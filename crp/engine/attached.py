@@ -13,7 +13,7 @@ from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.encoding import propagation_of
-from crp.layers import modules_of, uncompiled, unwrap, without_parameter_gradients
+from crp.layers import ByChainRule, modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.notices import warn
 
 #: Which composites are on which module.
@@ -75,20 +75,20 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
     check_composite(composite)
     with _locks_guard:
         by_hand = [(other, module) for other, module in placed() if other not in _of_calls]
-    found = composite
+    chosen = composite
     for other, module in by_hand:
-        if module is model and found in (None, other):
-            found = other
+        if module is model and chosen in (None, other):
+            chosen = other
         elif module is model:
-            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(found)))
+            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(chosen)))
         elif module is not None and _are_nested(module, model):
             raise RuntimeError(
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
-    if propagation_of(found).encoding == "multiplier" and (rules := rules_by_hand(model, found)):
-        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(found)))
-    return found
+    if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen)):
+        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
+    return chosen
 
 
 def check_alone(model: nn.Module, composite: Composite | None, method: str) -> None:
@@ -168,7 +168,10 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
         raise RuntimeError(
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
-    composite = composite_on(model, composite) or Composite()
+    composite = composite_on(model, composite)
+    if composite is not None:
+        _check_chain_rule(model, composite)
+    composite = composite or Composite()
     states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
     isolates = propagation_of(composite).isolates
     if not isolates:
@@ -184,6 +187,16 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
             nullcontext() if isolates else _called_once(modified),
         ):
             yield modified
+
+
+def _check_chain_rule(model: nn.Module, composite: Composite) -> None:
+    """Refuse parts of a model that need the ordinary chain rule, under composites that propagate relevance itself."""
+    exempt = [name for name, module in modules_of(model).items() if isinstance(module, ByChainRule)]
+    if exempt and propagation_of(composite).encoding != "multiplier":
+        raise TypeError(
+            f"layer {exempt[0]!r} needs the ordinary chain rule, and {_kind(composite)} propagates relevance itself. "
+            "Use one of crp.composites"
+        )
 
 
 @contextmanager
@@ -223,7 +236,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _called_once(model: nn.Module) -> Iterator[None]:
-    # zennit's rules know the input of a module's last call only; ours know each.
+    # zennit's rules keep the input of a module's last call only, so that relevance of earlier calls would be wrong.
     calls: Counter[str] = Counter()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
@@ -252,7 +265,7 @@ def _called_once(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    # A canonizer that raises half-way never hands out what would undo its first half.
+    # A canonizer that raises an error half-way returns nothing by which its first half could be undone.
     states = [
         (vars(module), dict(vars(module)), {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict | set)})
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Which classes a sample's relevance is computed for: those of its label, those that the model gives, or given ones."""
+"""Classes for which a sample's relevance is computed: those of its label, those the model predicts, or a fixed list."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     """
     if not isinstance(targets, str):
         return [list(targets)] * len(data)
-    # (of all outputs, only their number is asked)
+    # For "all", only the number of outputs is needed, which one sample tells.
     asked = data[:1] if targets == "all" else data
     with torch.no_grad(), attached(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
@@ -113,7 +113,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
 
 
 def keeps_graph(composite: Composite | None) -> bool:
-    """Whether what a composite does lives in the graph, which then serves one backward pass after the other."""
+    """Whether rules are part of autograd's graph, so that several backward passes can use one forward pass."""
     return composite is None or Encoding.of(composite).multiplier
 
 
@@ -157,6 +157,7 @@ def attribute_targets(
     composite: Composite | None,
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
+    multipliers: bool = False,
 ) -> Iterator[AttributionResults]:
     """Attribute several targets of every sample; each sample takes part in one forward pass.
 
@@ -170,6 +171,8 @@ def attribute_targets(
     layers : sequence of str
         Recorded ones.
     on_device : torch.device or str, optional
+    multipliers : bool
+        Whether results keep multipliers, which not all concepts read.
 
     Yields
     ------
@@ -190,9 +193,9 @@ def attribute_targets(
                 attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
             )
         return
-    # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
+    # Multipliers would be a second copy from the device, which scores of channels do not need.
     settings = Settings(
-        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=multipliers
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
     rows = Rows.of(list(range(len(data))) * len(slots), [condition for slot in slots for condition in slot])
