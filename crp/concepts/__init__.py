@@ -10,7 +10,24 @@ transformers. Subclass `Concept` for anything else.
 from crp.concepts.axes import AxisConcept
 from crp.concepts.base import Concept, mask_of
 from crp.concepts.channels import ChannelConcept
+from crp.concepts.directions import Directions
 from crp.concepts.ids import as_ids
-from crp.concepts.scores import ConceptScores, normalize
+from crp.concepts.linear import DirectionConcept, SubspaceConcept
+from crp.concepts.reading import check_concept, relevance_in
+from crp.concepts.scores import ConceptScores, normalize, scores_of
 
-__all__ = ["AxisConcept", "ChannelConcept", "Concept", "ConceptScores", "as_ids", "mask_of", "normalize"]
+__all__ = [
+    "AxisConcept",
+    "ChannelConcept",
+    "Concept",
+    "ConceptScores",
+    "DirectionConcept",
+    "Directions",
+    "SubspaceConcept",
+    "as_ids",
+    "check_concept",
+    "mask_of",
+    "normalize",
+    "relevance_in",
+    "scores_of",
+]

@@ -35,26 +35,27 @@ BUDGETS = {
     "commands": 1050,
     "compat": 950,
     "composites": 3550,
-    "concept_graph": 175,
-    "concepts": 570,
+    "concept_graph": 180,
+    "concepts": 1630,
     "demo": 890,
-    "engine": 1950,
+    "engine": 1960,
     "explain": 160,
     "image": 570,
     "layers": 210,
     "metrics": 810,
     "rules": 5300,
     "trace": 1370,
-    "types": 140,
-    "visualization": 2050,
-    "visualization.mining": 1485,
+    "types": 150,
+    "visualization": 2120,
+    "visualization.mining": 1530,
     "visualization.report": 600,
-    "visualization.table": 1760,
+    # (the manifest of version 2 with its checksum, what a shard must hold, and files that are never followed)
+    "visualization.table": 2100,
 }
 #: Public names that two files define.
-DEFINED_TWICE = {
-    "Gradient",
-}
+DEFINED_TWICE = {"Gradient"}
+#: How many public classes and functions there may be (with presets, rules and concepts for transformers).
+PUBLIC_NAMES = 520
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -120,6 +121,11 @@ def test_rooms_keep_their_budgets(name):
 def test_a_public_name_is_defined_once():
     twice = {name: sorted(homes) for name, homes in public_names().items() if len(homes) > 1}
     assert {name: homes for name, homes in twice.items() if name not in DEFINED_TWICE} == {}
+
+
+def test_few_names_are_public():
+    number = sum(map(len, public_names().values()))
+    assert number <= PUBLIC_NAMES, "what no face, test or other room needs gets an underscore"
 
 
 def test_functions_are_short_and_take_few_parameters():
