@@ -40,7 +40,7 @@ BUDGETS = {
     "demo": 890,
     "engine": 1950,
     "explain": 160,
-    "image": 570,
+    "image": 1090,
     "layers": 210,
     "metrics": 810,
     "rules": 5200,
