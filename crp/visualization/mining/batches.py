@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.concepts import Concept
+from crp.concepts import ChannelConcept, Concept, check_concept
+from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.engine.backward import lacks_memory
+from crp.errors import ConceptError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.job import Job
@@ -27,8 +29,9 @@ from crp.visualization.mining.targets import (
     record_activations,
     to_targets,
 )
+from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
-from crp.visualization.table.shards import make_folder, write_shard
+from crp.visualization.table.shards import write_shard
 
 T = TypeVar("T")
 #: Samples, as places in a batch, each with its targets: equally many for every sample.
@@ -45,7 +48,7 @@ def mine_ranges(
     Shards end at multiples of the job's shard size, or where they are full; batches start where a shard does.
     """
     folder = job.path / "shards"
-    make_folder(folder)
+    make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
     loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
     shard = None
@@ -125,7 +128,8 @@ class _Batch:
             if not by_label:
                 targets |= self._choose(indices, data)
             units = self._get_units([targets[index] for index in indices])
-            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices))
+            first = not self._limit.works
+            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices, first))
         if parts:
             self._limit.works = True
             arrays = {key: _joined([part[key] for part in parts]) for key in parts[0]}
@@ -231,6 +235,8 @@ class _Batch:
             try:
                 parts.append(compute(unit))
                 continue
+            except ConceptError:  # (no sample's fault)
+                raise
             except Exception as error:
                 if n_rows == 1:
                     failures.append((unit[0][0], unit[0][1][0], error))
@@ -270,8 +276,11 @@ def _halved(unit: Unit) -> tuple[Unit, Unit]:
     return [(place, targets[: len(targets) // 2])], [(place, targets[len(targets) // 2 :])]
 
 
-def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[str, Array]:
-    """Columns of a unit's rows, ordered by target: first the first target of every sample, then the second, ..."""
+def _get_scores(job: Job, data: Tensor, indices: list[int], check: bool, unit: Unit) -> dict[str, Array]:
+    """Columns of a unit's rows, ordered by target: first the first target of every sample, then the second, ...
+
+    With ``check``, concepts that contradict themselves are an error.
+    """
     places = [place for place, _ in unit]
     batch = data if places == list(range(len(data))) else data[places]
     # A sample without a label has target -1, and activations do not depend on the target.
@@ -282,7 +291,7 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
         for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds)
+            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds, check)
             for key, column in columns.items():
                 found.setdefault(key, []).append(column)
     arrays = {key: _joined(columns) for key, columns in found.items()}
@@ -293,16 +302,20 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
     return {"sample": np.tile(sample, len(slots)), "target": slots.reshape(-1)} | arrays
 
 
-def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
+def _get_recorded(
+    job: Job, batch: Tensor, targets: list[list[int]]
+) -> Iterator[Mapping[str, Mapping[str, Tensor | LayerValues]]]:
     """Relevance of layers, one target after the other; the first also comes with their activation."""
-    layers = list(job.concepts)
+    layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.options.on_device)}
+        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, device)}
         return
-    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.options.on_device)
+    reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
+    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
     for number, result in enumerate(results):
         activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
-        yield {"relevance": result.relevances} | ({} if number else {"activation": activations})
+        relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
+        yield {"relevance": relevances} | ({} if number else {"activation": activations})
 
 
 def _joined(arrays: list[Array]) -> Array:
@@ -310,14 +323,21 @@ def _joined(arrays: list[Array]) -> Array:
 
 
 @torch.no_grad()
-def _get_columns(concept: Concept, values: Tensor, layer: str, mode: str, kinds: Sequence[str]) -> dict[str, Array]:
-    scores = concept.scores(values, layer)
+def _get_columns(
+    concept: Concept, values: Tensor | LayerValues, layer: str, mode: str, kinds: Sequence[str], check: bool
+) -> dict[str, Array]:
+    if isinstance(values, Tensor):
+        n_rows, scores = len(values), activation_scores(concept, values, layer)
+    else:
+        if check:
+            check_concept(concept, values, layer)
+        n_rows, scores = len(values.relevance), relevance_scores(concept, values, layer)
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
     for kind in kinds:
         value: Tensor = getattr(scores, kind)
-        if value.dim() != 2 or len(value) != len(values):
+        if value.dim() != 2 or len(value) != n_rows:
             raise ValueError(
-                f"{concept!r} scores {len(values)} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
+                f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
                 "it must be (rows, concepts)"
             )
         value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
