@@ -42,7 +42,7 @@ BUDGETS = {
     "engine": 1990,
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
-    "image": 1090,
+    "image": 1130,
     "layers": 220,
     "metrics": 810,
     "rules": 5300,
