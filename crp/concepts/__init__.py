@@ -4,7 +4,8 @@ A concept type answers three questions about one layer: how the backward flow is
 (`mask`, `mask_rf`), how relevant or active each concept was (`attribute`, `scores`), and where (`get_rf_indices`).
 Channels are the concepts of "From attribution maps to human-understandable explanations through Concept Relevance
 Propagation" (Achtibat et al., Nature Machine Intelligence 2023); `AxisConcept` is for heads, neurons and tokens of
-transformers. Subclass `Concept` for anything else.
+transformers, `DirectionConcept` and `SubspaceConcept` for what a layer holds along directions. Subclass `Concept` for
+anything else.
 """
 
 from crp.concepts.axes import AxisConcept
@@ -15,6 +16,7 @@ from crp.concepts.ids import as_ids
 from crp.concepts.linear import DirectionConcept, SubspaceConcept
 from crp.concepts.reading import check_concept, relevance_in
 from crp.concepts.scores import ConceptScores, normalize, scores_of
+from crp.concepts.spliced import Spliced, splice
 
 __all__ = [
     "AxisConcept",
@@ -23,6 +25,7 @@ __all__ = [
     "ConceptScores",
     "DirectionConcept",
     "Directions",
+    "Spliced",
     "SubspaceConcept",
     "as_ids",
     "check_concept",
@@ -30,4 +33,5 @@ __all__ = [
     "normalize",
     "relevance_in",
     "scores_of",
+    "splice",
 ]

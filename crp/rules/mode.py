@@ -27,7 +27,8 @@ from crp.rules.passing import _passed
 from crp.rules.redirect import overwritten
 from crp.trace.recorder import tensors_in
 
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 _transform = torch._C._functorch.peek_interpreter_stack
 _add, _sum = look_up(torch.add), look_up(torch.sum)
 

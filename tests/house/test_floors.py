@@ -19,7 +19,7 @@ FLOORS = [
     ["canonizers", "composites"],
     ["attribution", "concept_graph", "attributors", "explain", "metrics"],
     ["visualization.table", "visualization.mining", "compat"],
-    ["visualization", "visualization.report"],
+    ["visualization", "visualization.report", "audit"],
     ["helper", "cache", "graph", "hooks", "maximization", "statistics"],
     ["demo", "commands", "__main__"],
 ]
@@ -31,17 +31,19 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 370,
     "attributors": 2600,
+    "audit": 200,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
     "composites": 3550,
     "concept_graph": 180,
-    "concepts": 1630,
+    "concepts": 1760,
     "demo": 890,
-    "engine": 1960,
+    "engine": 1990,
     "explain": 160,
-    "image": 570,
-    "layers": 210,
+    # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
+    "image": 1130,
+    "layers": 220,
     "metrics": 810,
     "rules": 5300,
     "trace": 1370,
@@ -54,8 +56,8 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-#: How many public classes and functions there may be (with presets, rules and concepts for transformers).
-PUBLIC_NAMES = 520
+#: How many public classes and functions there may be.
+PUBLIC_NAMES = 560
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -92,7 +94,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 70
+    assert sum(map(len, arrows().values())) <= 76
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
