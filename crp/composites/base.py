@@ -38,6 +38,7 @@ from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
+from crp.rules.kernels import _in_registries
 from crp.rules.layer import changed
 from crp.trace import Structure, structure, tracing
 from crp.trace.recorder import tensors_in
@@ -166,7 +167,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
+            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts), _in_registries()):
                 self.handles.append(_Lasting(state))
             matching = Matching(entries, choices, self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)
@@ -328,7 +329,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()
-        if self._attachment.account is not None or mode.seen is not None:
+        if self._attachment.account is not None or mode.seen is not None or mode.matching.positions:
             mode.places.track()
         self._depth, self._entered = 1, mode.is_needed
         _running.set(self)

@@ -3,10 +3,12 @@
 A concept type answers three questions about one layer: how the backward flow is restricted to some of its concepts
 (`mask`, `mask_rf`), how relevant or active each concept was (`attribute`, `scores`), and where (`get_rf_indices`).
 Channels are the concepts of "From attribution maps to human-understandable explanations through Concept Relevance
-Propagation" (Achtibat et al., Nature Machine Intelligence 2023); subclass `Concept` for heads, directions, or
+Propagation" (Achtibat et al., Nature Machine Intelligence 2023); `AxisConcept` is for heads, neurons and tokens of
+transformers, `DirectionConcept` and `SubspaceConcept` for what a layer holds along directions. Subclass `Concept` for
 anything else.
 """
 
+from crp.concepts.axes import AxisConcept
 from crp.concepts.base import Concept, mask_of
 from crp.concepts.channels import ChannelConcept
 from crp.concepts.directions import Directions
@@ -17,6 +19,7 @@ from crp.concepts.scores import ConceptScores, normalize, scores_of
 from crp.concepts.spliced import Spliced, splice
 
 __all__ = [
+    "AxisConcept",
     "ChannelConcept",
     "Concept",
     "ConceptScores",
