@@ -31,7 +31,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 370,
     "attributors": 2600,
-    "audit": 760,
+    "audit": 1200,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
@@ -43,7 +43,7 @@ BUDGETS = {
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 220,
+    "layers": 270,
     "metrics": 810,
     "rules": 5300,
     "trace": 1370,
