@@ -23,7 +23,7 @@ from crp.rules.layer import Layer, changed
 from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.redirect import overwritten
-from crp.rules.shared import Proportional
+from crp.rules.shared import _Proportional
 from crp.rules.whole import whole_call
 from crp.trace.recorder import tensors_in
 
@@ -148,7 +148,7 @@ class Operations(SeeingMode):
         if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
             # (a function without a rule keeps what its inputs do not explain, and the account must close)
             layer = Layer(func, args, kwargs, tuple(inputs), known, place=self.place(), result=result)
-            return Proportional().attach(self.attachment).operate(layer)
+            return _Proportional().attach(self.attachment).operate(layer)
         if account is not None and constant is not None and constant.any():
             target = account.absorb(self.place(), inputs[0], target, Shares(bias=constant))
             return None if result is None else target

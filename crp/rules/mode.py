@@ -23,7 +23,7 @@ from crp.rules.functions import Function, _on_a_copy, in_place, look_up, name_of
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import FIRST, Copied, Notes
 from crp.rules.operands import Operands
-from crp.rules.passing import passed
+from crp.rules.passing import _passed
 from crp.rules.redirect import overwritten
 from crp.trace.recorder import tensors_in
 
@@ -165,7 +165,7 @@ class SeeingMode(TorchFunctionMode):
             result = self.by_chain_rule(choice, func, known, kind, args, kwargs, inputs)
         else:
             result = self._by_rule(choice, func, known, args, kwargs, inputs, flags, operands)
-        flags = passed(known, args, kwargs, inputs, flags, self.notes.born) | self._gives
+        flags = _passed(known, args, kwargs, inputs, flags, self.notes.born) | self._gives
         self._gives = 0
         if isinstance(target, Tensor) and target.requires_grad:
             self.notes.add_written(target, flags, copied if isinstance(copied, Copied) else None)
