@@ -31,7 +31,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 370,
     "attributors": 2600,
-    "audit": 200,
+    "audit": 1200,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
@@ -41,8 +41,9 @@ BUDGETS = {
     "demo": 890,
     "engine": 1990,
     "explain": 160,
-    "image": 570,
-    "layers": 220,
+    # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
+    "image": 1130,
+    "layers": 270,
     "metrics": 810,
     "rules": 5300,
     "trace": 1370,
@@ -56,7 +57,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 560
+PUBLIC_NAMES = 590
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -93,7 +94,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 76
+    assert sum(map(len, arrows().values())) <= 80
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
