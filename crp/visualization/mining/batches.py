@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.concepts import Concept
+from crp.concepts import ChannelConcept, Concept, check_concept
+from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.engine.backward import lacks_memory
+from crp.errors import ConceptError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.job import Job
@@ -106,7 +108,8 @@ class _Batch:
             if not by_label:
                 targets |= self._choose(indices, data)
             units = self._get_units([targets[index] for index in indices])
-            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices))
+            first = not self._limit.works
+            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices, first))
         if parts:
             self._limit.works = True
             arrays = {key: _joined([part[key] for part in parts]) for key in parts[0]}
@@ -212,6 +215,8 @@ class _Batch:
             try:
                 parts.append(compute(unit))
                 continue
+            except ConceptError:  # (no sample's fault)
+                raise
             except Exception as error:
                 if n_rows == 1:
                     failures.append((unit[0][0], unit[0][1][0], error))
@@ -251,8 +256,11 @@ def _halved(unit: Unit) -> tuple[Unit, Unit]:
     return [(place, targets[: len(targets) // 2])], [(place, targets[len(targets) // 2 :])]
 
 
-def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[str, Array]:
-    """Columns of a unit's rows, ordered by target: first the first target of every sample, then the second, ..."""
+def _get_scores(job: Job, data: Tensor, indices: list[int], check: bool, unit: Unit) -> dict[str, Array]:
+    """Columns of a unit's rows, ordered by target: first the first target of every sample, then the second, ...
+
+    With ``check``, concepts that contradict themselves are an error.
+    """
     places = [place for place, _ in unit]
     batch = data if places == list(range(len(data))) else data[places]
     # A sample without a label has target -1, and activations do not depend on the target.
@@ -265,7 +273,7 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
         for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds)
+            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds, check)
             for key, column in columns.items():
                 found.setdefault(key, []).append(column)
     arrays = {key: _joined(columns) for key, columns in found.items()}
@@ -278,17 +286,19 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
 
 def _get_recorded(
     job: Job, batch: Tensor, targets: list[list[int]]
-) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor]], Any]]:
+) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor | LayerValues]], Any]]:
     """Relevance of layers, one target after the other; the first also comes with their activation, and the output."""
-    layers, on_device = list(job.concepts), job.options.on_device
+    layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        found, output = record_activations(job.attribution, batch, job.composite, layers, on_device)
+        found, output = record_activations(job.attribution, batch, job.composite, layers, device)
         yield {"activation": found}, output
         return
-    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, on_device)
+    reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
+    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
     for number, result in enumerate(results):
         activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
-        yield {"relevance": result.relevances} | ({} if number else {"activation": activations}), result.prediction
+        relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
+        yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction
 
 
 def _joined(arrays: list[Array]) -> Array:
@@ -296,14 +306,21 @@ def _joined(arrays: list[Array]) -> Array:
 
 
 @torch.no_grad()
-def _get_columns(concept: Concept, values: Tensor, layer: str, mode: str, kinds: Sequence[str]) -> dict[str, Array]:
-    scores = concept.scores(values, layer)
+def _get_columns(
+    concept: Concept, values: Tensor | LayerValues, layer: str, mode: str, kinds: Sequence[str], check: bool
+) -> dict[str, Array]:
+    if isinstance(values, Tensor):
+        n_rows, scores = len(values), activation_scores(concept, values, layer)
+    else:
+        if check:
+            check_concept(concept, values, layer)
+        n_rows, scores = len(values.relevance), relevance_scores(concept, values, layer)
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
     for kind in kinds:
         value: Tensor = getattr(scores, kind)
-        if value.dim() != 2 or len(value) != len(values) or not value.shape[1]:
+        if value.dim() != 2 or len(value) != n_rows or not value.shape[1]:
             raise ValueError(
-                f"{concept!r} scores {len(values)} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
+                f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
                 "it must be (rows, concepts), with at least one concept"
             )
         value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
