@@ -1,6 +1,6 @@
 """What to explain of a dense output: single pixels, single elements, and a score for each class of a segmentation.
 
-They are for ``"y"`` in conditions (`Pixels`, `Element`) and for ``CondAttribution(model, output=...)`` (`segmentation`).
+`Pixels` and `Element` are for ``"y"`` in conditions, `segmentation` for ``CondAttribution(model, output=...)``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _entry(returned: Any, key: str) -> Any:
         return returned[key]
     if not hasattr(returned, key):
         raise TypeError(
-            f"the model returns a {type(returned).__name__}, which has no {key!r}; name the logits, or give key=None if "
-            "it returns them themselves"
+            f"the model returns a {type(returned).__name__}, which has no {key!r}; name the logits, or give key=None "
+            "if it returns them themselves"
         )
     return getattr(returned, key)

@@ -27,9 +27,9 @@ def context_scores(
 ) -> Tensor:
     r"""Share of each concept's positive relevance that lies outside of the object, in the input.
 
-    :math:`1 - \sum_{p\,\text{inside}} R_p^+ / \sum_p R_p^+` of the concept's conditional heatmap: 0 for a concept of the
-    object itself, 1 for one of its surroundings. Dreyer et al., "Revealing Hidden Context Bias in Segmentation and
-    Object Detection through Concept-specific Explanations", CVPR Workshops (2023), section 3.3.
+    It is :math:`1 - \sum_{p\,\text{inside}} R_p^+ / \sum_p R_p^+` of the concept's conditional heatmap: 0 for a
+    concept of the object itself, 1 for one of its surroundings. Dreyer et al., "Revealing Hidden Context Bias in
+    Segmentation and Object Detection through Concept-specific Explanations", CVPR Workshops (2023), section 3.3.
 
     Parameters
     ----------

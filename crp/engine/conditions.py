@@ -224,8 +224,8 @@ def check_targets_exist(
                 given = _mask_of(place).shape
                 if not -size <= place.of_class < size or given != shape[1:]:
                     raise IndexError(
-                        f"row {row}: {output_name!r} names pixels of class {place.of_class} by a mask of {given}, but the "
-                        f"model's output has the shape {shape} for each sample"
+                        f"row {row}: {output_name!r} names pixels of class {place.of_class} by a mask of {given}, but "
+                        f"the model's output has the shape {shape} for each sample"
                     )
             elif len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
                 raise IndexError(
