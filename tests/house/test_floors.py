@@ -31,7 +31,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 370,
     "attributors": 2600,
-    "audit": 1290,
+    "audit": 1490,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
