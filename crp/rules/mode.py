@@ -99,6 +99,9 @@ class SeeingMode(TorchFunctionMode):
         """Whether a function that calls others shall be one operation all the same."""
         return False
 
+    def note_constant(self, result: Any, args: Any, kwargs: Any) -> None:
+        """Note a call on which the model's input has no influence."""
+
     def place(self) -> str:
         """Name of the innermost module that runs, where it is tracked."""
         return ""
@@ -117,7 +120,9 @@ class SeeingMode(TorchFunctionMode):
         if kwargs:
             flags &= self.notes.read(kwargs.values(), inputs, self._unseen)
         if not inputs:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self.note_constant(result, args, kwargs)
+            return result
         if known.canonical in ("grad", "backward"):
             self._refuse_derivative(known)
         if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):

@@ -13,7 +13,7 @@ from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, 
 
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
-    ["types", "layers", "notices", "errors", "checks", "trace", "concepts", "image"],
+    ["types", "outputs", "layers", "notices", "errors", "checks", "trace", "concepts", "image"],
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
@@ -31,7 +31,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 370,
     "attributors": 2600,
-    "audit": 200,
+    "audit": 1290,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
@@ -43,21 +43,24 @@ BUDGETS = {
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 220,
+    "layers": 270,
+    "outputs": 110,
     "metrics": 810,
     "rules": 5300,
     "trace": 1370,
     "types": 150,
-    "visualization": 2120,
-    "visualization.mining": 1530,
+    "visualization": 2160,
+    # (what a table says in words, which dataset it is of, and the columns about samples)
+    "visualization.mining": 2070,
     "visualization.report": 600,
-    # (the manifest of version 2 with its checksum, what a shard must hold, and files that are never followed)
-    "visualization.table": 2100,
+    # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
+    # about samples)
+    "visualization.table": 2200,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 560
+PUBLIC_NAMES = 590
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -94,7 +97,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 76
+    assert sum(map(len, arrows().values())) <= 80
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from crp.errors import ConceptError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.job import Job
+from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.targets import (
     attribute_targets,
     calls_itself,
@@ -28,10 +28,10 @@ from crp.visualization.mining.targets import (
     keeps_graph,
     record_activations,
     to_targets,
+    top_class,
 )
 from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
-from crp.visualization.table.shards import write_shard
 
 T = TypeVar("T")
 #: Samples, as places in a batch, each with its targets: equally many for every sample.
@@ -54,12 +54,12 @@ def mine_ranges(
     shard = None
     limit = _MemoryLimit(job.options.batch_size)
     for (begin, end, is_last), samples in zip(batches, loaded, strict=True):
-        shard = shard or _Shard(begin)
+        shard = shard or ShardRows(begin)
         _Batch(job, samples, limit).score(shard)
         if progress is not None:
             progress(end - begin)
         if is_last or shard.n_bytes >= SHARD_BYTES:
-            yield shard.write(folder, job.header.identity, end)
+            yield shard.write(folder, job.header.identity, end, job.dataset, job.header.storage)
             shard = None
 
 
@@ -72,26 +72,6 @@ def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
                 last = min(begin + job.options.batch_size, end)
                 yield begin, last, last == end
             start = end
-
-
-class _Shard:
-    """Rows of a shard that is not written yet."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-        self._arrays: dict[str, list[Array]] = {"sample": [np.zeros(0, np.int64)], "target": [np.zeros(0, np.int64)]}
-        self.skipped: dict[int, str] = {}
-        self.n_bytes = 0
-
-    def extend(self, arrays: Mapping[str, Array]) -> None:
-        for key, array in arrays.items():
-            self._arrays.setdefault(key, []).append(array)
-            self.n_bytes += array.nbytes
-
-    def write(self, folder: Path, identity: str, stop: int) -> ShardRecord:
-        # One column is joined at a time, so that memory holds the shard only once.
-        arrays = {key: _narrowed(key, np.concatenate(self._arrays.pop(key))) for key in list(self._arrays)}
-        return write_shard(folder, identity, self._start, stop, arrays, self.skipped)
 
 
 @dataclass
@@ -119,7 +99,7 @@ class _Batch:
         self._limit = limit
         self._problems: dict[int, str] = {}
 
-    def score(self, shard: _Shard) -> None:
+    def score(self, shard: ShardRows) -> None:
         """Add the rows of the batch to a shard."""
         by_label = self._job.targets == "label"
         targets = self._get_targets() if by_label else {i: [0] for i in self._get_readable()}
@@ -138,7 +118,7 @@ class _Batch:
             keep = order[~np.isin(arrays["sample"][order], list(self._problems))]
             if not np.array_equal(keep, np.arange(len(order))):
                 arrays = {key: array[keep] for key, array in arrays.items()}
-            shard.extend(arrays)
+            shard.extend(arrays, self._samples)
         shard.skipped.update(self._problems)
 
     def _drop(self, index: int, reason: str, error: Exception | None = None) -> None:
@@ -149,10 +129,10 @@ class _Batch:
 
     def _get_readable(self) -> dict[int, Any]:
         """Labels of the samples that could be read."""
-        for index, _, _, problem in self._samples:
-            if problem is not None:
-                self._drop(index, problem.reason, problem.error)
-        return {index: label for index, _, label, problem in self._samples if problem is None}
+        for sample in self._samples:
+            if sample.problem is not None:
+                self._drop(sample.id, sample.problem.reason, sample.problem.error)
+        return {sample.id: sample.label for sample in self._samples if sample.problem is None}
 
     def _get_targets(self) -> dict[int, list[int]]:
         found = {}
@@ -181,7 +161,7 @@ class _Batch:
         """Indices and prepared data of the sound samples, grouped by shape."""
         preprocess, like = self._job.options.preprocess, (self._job.shape, self._job.dtype)
         groups: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
-        for index, data, _, _ in samples:
+        for index, data in ((sample.id, sample.data) for sample in samples):
             try:
                 one = data[None] if preprocess is None else preprocess(data[None].to(self._job.device))
             except Exception as error:
@@ -287,7 +267,9 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], check: bool, unit: U
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
     slots = np.array([of_sample for _, of_sample in unit], np.int64).T
     found: dict[str, list[Array]] = {}
-    for recorded in _get_recorded(job, batch, targets):
+    for number, (recorded, output) in enumerate(_get_recorded(job, batch, targets)):
+        if not number:
+            found["prediction"], found["probability"] = ([column] for column in top_class(output, len(batch)))
         for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
@@ -296,7 +278,7 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], check: bool, unit: U
                 found.setdefault(key, []).append(column)
     arrays = {key: _joined(columns) for key, columns in found.items()}
     for key, array in arrays.items():
-        if key.startswith("activation.") and len(slots) > 1:
+        if not key.startswith("relevance.") and len(slots) > 1:
             arrays[key] = np.concatenate([array] * len(slots))
     sample = np.array([indices[place] for place in places], np.int64)
     return {"sample": np.tile(sample, len(slots)), "target": slots.reshape(-1)} | arrays
@@ -304,18 +286,19 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], check: bool, unit: U
 
 def _get_recorded(
     job: Job, batch: Tensor, targets: list[list[int]]
-) -> Iterator[Mapping[str, Mapping[str, Tensor | LayerValues]]]:
-    """Relevance of layers, one target after the other; the first also comes with their activation."""
+) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor | LayerValues]], Any]]:
+    """Relevance of layers, one target after the other; the first also comes with their activation, and the output."""
     layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, device)}
+        found, output = record_activations(job.attribution, batch, job.composite, layers, device)
+        yield {"activation": found}, output
         return
     reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
     results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
     for number, result in enumerate(results):
         activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
         relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
-        yield {"relevance": relevances} | ({} if number else {"activation": activations})
+        yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction
 
 
 def _joined(arrays: list[Array]) -> Array:
@@ -335,17 +318,11 @@ def _get_columns(
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
     for kind in kinds:
         value: Tensor = getattr(scores, kind)
-        if value.dim() != 2 or len(value) != n_rows:
+        if value.dim() != 2 or len(value) != n_rows or not value.shape[1]:
             raise ValueError(
                 f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
-                "it must be (rows, concepts)"
+                "it must be (rows, concepts), with at least one concept"
             )
         value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
         columns |= {f"{mode}.{kind}/{layer}": value, f"{mode}.{kind}_norm/{layer}": value.abs().sum(-1)}
     return {key: column.cpu().numpy() for key, column in columns.items()}
-
-
-def _narrowed(key: str, array: Array) -> Array:
-    """Positions as uint16, if all of them fit; other columns as they are."""
-    fits = ".position/" in key and (not array.size or array.max() < 1 << 16)
-    return array.astype(np.uint16) if fits else array

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import index, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from zennit.core import Composite
@@ -21,6 +23,7 @@ from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.settings import Settings
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
+from crp.visualization.table.manifest import Array
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -128,8 +131,8 @@ def record_activations(
     composite: Composite | None,
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
-) -> dict[str, Tensor]:
-    """Outputs of layers for every sample, by the forward pass alone.
+) -> tuple[dict[str, Tensor], Any]:
+    """Outputs of layers for every sample, by the forward pass alone, and what the model returns.
 
     Parameters
     ----------
@@ -142,12 +145,50 @@ def record_activations(
 
     Returns
     -------
-    dict of str to Tensor of shape (samples, ...)
+    activations : dict of str to Tensor of shape (samples, ...)
         Without layers that the forward pass does not use.
+    output : Tensor or None
+        What would be explained; None where the model returns no such tensor.
     """
+    returned: list[Any] = []
     with attached(composite, attribution.model) as model:
-        found = record_outputs(model, data, layers)
-    return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}
+        handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
+        try:
+            found = record_outputs(model, data, layers)
+        finally:
+            handle.remove()
+    output = None
+    with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
+        output = attribution.select_output(returned[-1])
+    return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}, output
+
+
+@torch.no_grad()
+def top_class(output: Any, n_samples: int) -> tuple[Array, Array]:
+    """Predicted class of every sample, and its probability.
+
+    Parameters
+    ----------
+    output : Tensor of shape (rows, classes)
+        Scores, of which a softmax is taken, or probabilities; the samples come first.
+    n_samples : int
+
+    Returns
+    -------
+    prediction : array of shape (samples,)
+        Of equal outputs, the smaller class (int64); -1 where the output is no such tensor.
+    probability : array of shape (samples,)
+        As float32.
+    """
+    is_scores = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
+    if not is_scores or len(output) < n_samples or output.shape[1] < 2:
+        return np.full(n_samples, -1, np.int64), np.zeros(n_samples, np.float32)
+    output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
+    shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
+    scores = torch.where(shares[:, None], output, output.softmax(1))
+    value, order = torch.sort(scores, dim=1, descending=True, stable=True)
+    probability = value[:, 0].nan_to_num(0).clamp(0, 1).float()
+    return order[:, 0].cpu().numpy(), probability.cpu().numpy()
 
 
 def attribute_targets(
