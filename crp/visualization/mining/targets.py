@@ -14,7 +14,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.engine.attached import attached
+from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
@@ -96,7 +96,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         return [list(targets)] * len(data)
     # (of all outputs, only their number is asked)
     asked = data[:1] if targets == "all" else data
-    with torch.no_grad(), attached(None, attribution.model) as model:
+    with torch.no_grad(), put_on(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
     if output.dim() != 2 or len(output) != len(asked):
         raise ValueError(
@@ -145,7 +145,7 @@ def record_activations(
     dict of str to Tensor of shape (samples, ...)
         Without layers that the forward pass does not use.
     """
-    with attached(composite, attribution.model) as model:
+    with put_on(composite, attribution.model) as model:
         found = record_outputs(model, data, layers)
     return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}
 
