@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
 from threading import get_ident
@@ -20,18 +19,27 @@ from crp.composites.activations import _may_be_activation
 from crp.composites.keywords import _Remembered
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
-from crp.composites.places import _hook
+from crp.composites.places import _hook, _Lasting
 from crp.composites.positions import _totals_of
 from crp.composites.report import Report, _report_on
-from crp.composites.selection import MapEntry, Selector, Types, _addresses, _check_map, _entries_of
+from crp.composites.selection import (
+    MapEntry,
+    Selector,
+    Types,
+    _addresses,
+    _by_chain_rule_first,
+    _check_map,
+    _entries_of,
+)
 from crp.engine.attached import check_free, note_placed, note_removed
 from crp.engine.encoding import Propagation
-from crp.layers import modules_of, referencing, uncompiled, without_parameter_gradients
+from crp.layers import ByChainRule, modules_of, referencing, uncompiled, without_parameter_gradients
 from crp.layers.interrupts import atomic, undivided
 from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
+from crp.rules.kernels import _in_registries
 from crp.rules.layer import changed
 from crp.trace import Structure, structure, tracing
 from crp.trace.recorder import tensors_in
@@ -145,6 +153,10 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             )
         check_free(self, module)
         entries, modules = self.entries, modules_of(module)
+        assert self._ready is not None
+        choices = self._ready[2]
+        if any(isinstance(child, ByChainRule) for child in modules.values()):
+            entries, choices = _by_chain_rule_first(entries), {}
         addressed = _addresses(entries, modules)  # (errors come before anything is done)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
@@ -157,11 +169,10 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
+            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts), _in_registries()):
                 self.handles.append(_Lasting(state))
-            assert self._ready is not None
             self._thread = get_ident()
-            matching = Matching(entries, self._ready[2], self.is_method, module)
+            matching = Matching(entries, choices, self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name, child in modules.items():
@@ -385,15 +396,3 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
             if why is not None:
                 raise ValueError(why)
-
-
-class _Lasting:
-    """Handle of a context that lasts until it is removed."""
-
-    def __init__(self, state: AbstractContextManager[Any]) -> None:
-        self._exits = ExitStack()
-        self._exits.enter_context(state)
-
-    def remove(self) -> None:
-        """Leave the context."""
-        self._exits.close()

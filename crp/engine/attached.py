@@ -17,23 +17,13 @@ from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.encoding import propagation_of
 from crp.engine.turns import TURNS, parts_of
-from crp.layers import evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
+from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic
 from crp.notices import warn
 
 
 class Placed(NamedTuple):
-    """A composite that is on a module.
-
-    Attributes
-    ----------
-    composite : zennit.core.Composite
-    module : nn.Module
-    thread : int
-        That has put it there.
-    by_call : bool
-        Whether a call did, and not a user's own hand.
-    """
+    """A composite on a module, the thread that has put it there, and whether a call did and not a user's own hand."""
 
     composite: Composite
     module: nn.Module
@@ -122,7 +112,7 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
     """
     check_composite(composite)
     _clear_left_behind()
-    found = composite
+    chosen = composite
     for other, module, thread, by_call in placed():
         if by_call or not (module is model or _are_nested(module, model)):
             continue
@@ -131,17 +121,17 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
-        if found not in (None, other):
-            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(found)))
+        if chosen not in (None, other):
+            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(chosen)))
         if thread != get_ident():
             raise RuntimeError(
                 f"another thread has put {_kind(other)} on the model, and it acts in that thread only; leave its "
                 "context, and give the composite to the call"
             )
-        found = other
-    if propagation_of(found).encoding == "multiplier" and (rules := rules_by_hand(model, found)):
-        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(found)))
-    return found
+        chosen = other
+    if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen)):
+        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
+    return chosen
 
 
 def check_alone(model: nn.Module, composite: Composite | None, method: str) -> None:
@@ -235,7 +225,10 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         raise RuntimeError(
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
-    composite = composite_on(model, composite) or Composite()
+    composite = composite_on(model, composite)
+    if composite is not None:
+        _check_chain_rule(model, composite)
+    composite = composite or Composite()
     parts = parts_of(model)
     with ExitStack() as undo:
         undo.enter_context(TURNS.taken([composite, *parts]))
@@ -266,6 +259,16 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         if not isolates:
             undo.enter_context(_called_once(model))
         yield model
+
+
+def _check_chain_rule(model: nn.Module, composite: Composite) -> None:
+    """Refuse parts of a model that need the ordinary chain rule, under composites that propagate relevance itself."""
+    exempt = [name for name, module in modules_of(model).items() if isinstance(module, ByChainRule)]
+    if exempt and propagation_of(composite).encoding != "multiplier":
+        raise TypeError(
+            f"layer {exempt[0]!r} needs the ordinary chain rule, and {_kind(composite)} propagates relevance itself. "
+            "Use one of crp.composites"
+        )
 
 
 def _take_off(composite: Composite) -> None:
@@ -319,7 +322,7 @@ def _for_this_thread(modules: dict[str, nn.Module], before: dict[tuple[int, str]
 
 @atomic
 def _called_once(model: nn.Module) -> Iterator[None]:
-    # zennit's rules know the input of a module's last call only; ours know each.
+    # zennit's rules keep the input of a module's last call only, so that relevance of earlier calls would be wrong.
     calls: Counter[str] = Counter()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
@@ -345,7 +348,7 @@ def _called_once(model: nn.Module) -> Iterator[None]:
 
 @atomic
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    # A canonizer that raises half-way never hands out what would undo its first half.
+    # A canonizer that raises an error half-way returns nothing by which its first half could be undone.
     states = [
         (vars(module), dict(vars(module)), {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict | set)})
         for module in model.modules()

@@ -77,7 +77,9 @@ def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor, n_bytes: int
     # in the backward pass cannot be batched at all.
     for way in (_by_vmap, _by_older_vmap):
         try:
-            return _joined([way(grad, part) for part in parts], torch.cat)
+            with warnings.catch_warnings():  # (fused attention runs once for each slot)
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return _joined([way(grad, part) for part in parts], torch.cat)
         except RuntimeError as error:
             if lacks_memory(error):
                 raise
@@ -102,9 +104,7 @@ def _by_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
 
 
 def _by_older_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return list(grad(cotangent, is_grads_batched=True))
+    return list(grad(cotangent, is_grads_batched=True))
 
 
 def _joined(parts: list[Gradients], join: Callable[[list[Tensor]], Tensor]) -> Gradients:
@@ -267,11 +267,8 @@ def _in_flow(
         warn(f"conditions on {missed} have no effect: relevance does not reach them")
     arrived = gradients | seen | begun
     n_columns, rows = len(passed.inputs), list(conditions)
-    return {
-        name: values[row_index(rows, len(values) // n_columns)]
-        for name, values in arrived.items()
-        if values is not None
-    }
+    reached = {name: values for name, values in arrived.items() if values is not None}
+    return {name: values[row_index(rows, len(values) // n_columns)] for name, values in reached.items()}
 
 
 def _names_by_output(passed: ForwardPass) -> dict[int, list[str]]:

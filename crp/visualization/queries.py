@@ -15,7 +15,7 @@ from zennit.core import Composite
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.cached import cache_reference
 from crp.compat.folders import open_answers
-from crp.concepts import Concept, mask_of
+from crp.concepts import Concept
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
 from crp.notices import warn
@@ -23,10 +23,10 @@ from crp.visualization import references as refs
 from crp.visualization.cache import Cache, from_cache
 from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
-from crp.visualization.table.question import Answers, Question
+from crp.visualization.table.question import Answers, Question, TableAnswers
 from crp.visualization.table.ranking import ReferenceSamples
 
-#: From concept ids, classes (none, where they do not matter) and ranks to what is to be shown for each.
+#: ``(concept ids, classes, ranks) -> {id: value}``; there are no classes where samples of all classes are ranked.
 _Compute = Callable[[list[Any], list[int], tuple[int, int]], dict[Any, Any]]
 
 
@@ -264,7 +264,7 @@ class ReferenceQueries(SampleAccess):
         overwrite: bool,
         compute: _Compute,
     ) -> dict[Any, Any]:
-        """What the cache holds of some references, and the rest as computed, which the cache keeps.
+        """References from the cache; what it lacks is computed, and kept in it.
 
         ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
         samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
@@ -330,30 +330,14 @@ class ReferenceQueries(SampleAccess):
             raise ValueError(
                 f"length of 'neuron_ids' must be equal to the length of 'data': {len(neuron_ids)} and {len(data)}"
             )
-        concept = self._concept(layer_name)
-        conditions: list[dict[str, Any]] = []
-        for i in range(len(data)):
-            start = {} if targets is None else {self.attribution.MODEL_OUTPUT_NAME: targets[i]}
-            conditions.append({**start, layer_name: {concept_id: int(neuron_ids[i])} if rf else [concept_id]})
-        heatmaps = [
-            self.attribution(
-                data[i : i + batch_size].detach(),
-                conditions[i : i + batch_size],
-                composite,
-                mask_map=mask_of(concept, "mask_rf" if rf else "mask"),
-                start_layer=layer_name if targets is None else None,
-                on_device=self.device,
-                # From the output, relevance could pass by the concept in a parallel branch.
-                exclude_parallel=targets is not None,
-            ).heatmap
-            for i in range(0, len(data), batch_size)
-        ]
-        return torch.cat(heatmaps)
+        at = [int(position) for position in neuron_ids] if rf else None
+        wanted = refs.OfConcept(self._concept(layer_name), concept_id, layer_name)
+        return refs.heatmaps_of(self.attribution, data, wanted, composite, at, targets, batch_size, self.device)
 
     def _chosen(
         self, top: ReferenceSamples, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str
     ) -> ReferenceSamples:
-        """ReferenceSamples of one concept at some ranks: arrays of shape (references,)."""
+        """Reference samples of one concept at some ranks: arrays of shape (references,)."""
         index = refs.column(self._concept(layer), concept_id, layer, top.sample.shape[1])
         chosen = ReferenceSamples(*(array[slice(*ranks), index] for array in top))
         if not np.any(chosen.value):
@@ -389,8 +373,8 @@ class ReferenceQueries(SampleAccess):
         """What is asked, and the table or the folder that answers, checked to be of this model, data and concepts."""
         results = self._results(mode, per_class)
         answers = open_answers(results.PATH)
-        if self._check and answers.layers is not None:
-            answers.check(**self._identity(answers.layers))
+        if self._check and isinstance(answers, TableAnswers):
+            self._check_table(answers.table)
         return results.question, answers
 
     def _plot_name(self, plot_fn: PlotFn, layer: str, mode: str, options: Mapping[str, Any]) -> str:

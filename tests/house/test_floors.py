@@ -13,13 +13,13 @@ from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, 
 
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
-    ["types", "layers", "notices", "errors", "checks", "trace", "concepts", "image"],
+    ["types", "outputs", "layers", "notices", "errors", "checks", "trace", "concepts", "image"],
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
     ["attribution", "concept_graph", "attributors", "explain", "metrics"],
     ["visualization.table", "visualization.mining", "compat"],
-    ["visualization", "visualization.report"],
+    ["visualization", "visualization.report", "audit"],
     ["helper", "cache", "graph", "hooks", "maximization", "statistics"],
     ["demo", "commands", "__main__"],
 ]
@@ -31,30 +31,36 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 370,
     "attributors": 2600,
+    "audit": 1290,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
     "composites": 3550,
-    "concept_graph": 175,
-    "concepts": 420,
+    "concept_graph": 180,
+    "concepts": 1760,
     "demo": 890,
-    "engine": 2320,
+    "engine": 2400,
     "explain": 160,
-    "image": 570,
-    "layers": 430,
+    # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
+    "image": 1130,
+    "layers": 490,
+    "outputs": 110,
     "metrics": 810,
-    "rules": 5200,
+    "rules": 5300,
     "trace": 1370,
-    "types": 140,
-    "visualization": 2050,
-    "visualization.mining": 1485,
+    "types": 150,
+    "visualization": 2160,
+    # (what a table says in words, which dataset it is of, and the columns about samples)
+    "visualization.mining": 2070,
     "visualization.report": 600,
-    "visualization.table": 1760,
+    # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
+    # about samples)
+    "visualization.table": 2200,
 }
 #: Public names that two files define.
-DEFINED_TWICE = {
-    "Gradient",
-}
+DEFINED_TWICE = {"Gradient"}
+#: How many public classes and functions there may be.
+PUBLIC_NAMES = 620
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -91,7 +97,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 70
+    assert sum(map(len, arrows().values())) <= 80
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
@@ -120,6 +126,11 @@ def test_rooms_keep_their_budgets(name):
 def test_a_public_name_is_defined_once():
     twice = {name: sorted(homes) for name, homes in public_names().items() if len(homes) > 1}
     assert {name: homes for name, homes in twice.items() if name not in DEFINED_TWICE} == {}
+
+
+def test_few_names_are_public():
+    number = sum(map(len, public_names().values()))
+    assert number <= PUBLIC_NAMES, "what no face, test or other room needs gets an underscore"
 
 
 def test_functions_are_short_and_take_few_parameters():

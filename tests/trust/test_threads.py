@@ -228,9 +228,11 @@ def test_a_fork_while_another_thread_has_the_model():
     wanted = CondAttribution(model)(data, CONDITIONS[:2], EpsilonPlusFlat()).heatmap
     before = state(model)
     thread, go = in_a_thread(model)
-    asked = lambda: torch.allclose(
-        CondAttribution(model)(data, CONDITIONS[:2], EpsilonPlusFlat()).heatmap, wanted, rtol=1e-9
-    )
+
+    def asked() -> bool:
+        found = CondAttribution(model)(data, CONDITIONS[:2], EpsilonPlusFlat()).heatmap
+        return torch.allclose(found, wanted, rtol=1e-9)
+
     try:
         for _ in range(3):
             assert in_a_child(asked)

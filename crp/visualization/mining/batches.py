@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crp.concepts import Concept
+from crp.concepts import ChannelConcept, Concept, check_concept
+from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.engine.backward import lacks_memory
+from crp.errors import ConceptError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.job import Job
+from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.targets import (
     attribute_targets,
     calls_itself,
@@ -26,12 +28,13 @@ from crp.visualization.mining.targets import (
     keeps_graph,
     record_activations,
     to_targets,
+    top_class,
 )
+from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
-from crp.visualization.table.shards import make_folder, write_shard
 
 T = TypeVar("T")
-#: Places of samples in a batch, each with its targets; of all of them equally many.
+#: Samples, as places in a batch, each with its targets: equally many for every sample.
 Unit = list[tuple[int, list[int]]]
 #: Bytes of scores after which a shard is closed.
 SHARD_BYTES = 128 << 20
@@ -40,23 +43,23 @@ SHARD_BYTES = 128 << 20
 def mine_ranges(
     job: Job, ranges: Sequence[tuple[int, int]], progress: Callable[[int], object] | None = None
 ) -> Iterator[ShardRecord]:
-    """Mine ranges into shard files of the job's folder; gives the record of each once it is written.
+    """Mine ranges into shard files of the job's folder, and yield the record of each once it is written.
 
     Shards end at multiples of the job's shard size, or where they are full; batches start where a shard does.
     """
     folder = job.path / "shards"
-    make_folder(folder)
+    make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
     loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
     shard = None
     limit = _MemoryLimit(job.options.batch_size)
     for (begin, end, is_last), samples in zip(batches, loaded, strict=True):
-        shard = shard or _Shard(begin)
+        shard = shard or ShardRows(begin)
         _Batch(job, samples, limit).score(shard)
         if progress is not None:
             progress(end - begin)
         if is_last or shard.n_bytes >= SHARD_BYTES:
-            yield shard.write(folder, job.header.identity, end)
+            yield shard.write(folder, job.header.identity, end, job.dataset, job.header.storage)
             shard = None
 
 
@@ -69,26 +72,6 @@ def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
                 last = min(begin + job.options.batch_size, end)
                 yield begin, last, last == end
             start = end
-
-
-class _Shard:
-    """Rows of a shard in the making."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-        self._arrays: dict[str, list[Array]] = {"sample": [np.zeros(0, np.int64)], "target": [np.zeros(0, np.int64)]}
-        self.skipped: dict[int, str] = {}
-        self.n_bytes = 0
-
-    def extend(self, arrays: Mapping[str, Array]) -> None:
-        for key, array in arrays.items():
-            self._arrays.setdefault(key, []).append(array)
-            self.n_bytes += array.nbytes
-
-    def write(self, folder: Path, identity: str, stop: int) -> ShardRecord:
-        # Column after column, so that memory holds the shard once.
-        arrays = {key: _narrowed(key, np.concatenate(self._arrays.pop(key))) for key in list(self._arrays)}
-        return write_shard(folder, identity, self._start, stop, arrays, self.skipped)
 
 
 @dataclass
@@ -108,7 +91,7 @@ class _MemoryLimit:
 
 
 class _Batch:
-    """Samples of one batch on their way to scores; those with problems drop out."""
+    """Samples of one batch, which are prepared, attributed and scored; those with problems are left out."""
 
     def __init__(self, job: Job, samples: Sequence[Sample], limit: _MemoryLimit) -> None:
         self._job = job
@@ -116,7 +99,7 @@ class _Batch:
         self._limit = limit
         self._problems: dict[int, str] = {}
 
-    def score(self, shard: _Shard) -> None:
+    def score(self, shard: ShardRows) -> None:
         """Add the rows of the batch to a shard."""
         by_label = self._job.targets == "label"
         targets = self._get_targets() if by_label else {i: [0] for i in self._get_readable()}
@@ -125,7 +108,8 @@ class _Batch:
             if not by_label:
                 targets |= self._choose(indices, data)
             units = self._get_units([targets[index] for index in indices])
-            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices))
+            first = not self._limit.works
+            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices, first))
         if parts:
             self._limit.works = True
             arrays = {key: _joined([part[key] for part in parts]) for key in parts[0]}
@@ -134,21 +118,21 @@ class _Batch:
             keep = order[~np.isin(arrays["sample"][order], list(self._problems))]
             if not np.array_equal(keep, np.arange(len(order))):
                 arrays = {key: array[keep] for key, array in arrays.items()}
-            shard.extend(arrays)
+            shard.extend(arrays, self._samples)
         shard.skipped.update(self._problems)
 
     def _drop(self, index: int, reason: str, error: Exception | None = None) -> None:
-        """Skip a sample, or stop."""
+        """Note why a sample is skipped, or raise, as ``on_error`` says."""
         if self._job.options.on_error == "stop":
             raise SampleError(index, reason) from error
         self._problems.setdefault(index, reason)
 
     def _get_readable(self) -> dict[int, Any]:
         """Labels of the samples that could be read."""
-        for index, _, _, problem in self._samples:
-            if problem is not None:
-                self._drop(index, problem.reason, problem.error)
-        return {index: label for index, _, label, problem in self._samples if problem is None}
+        for sample in self._samples:
+            if sample.problem is not None:
+                self._drop(sample.id, sample.problem.reason, sample.problem.error)
+        return {sample.id: sample.label for sample in self._samples if sample.problem is None}
 
     def _get_targets(self) -> dict[int, list[int]]:
         found = {}
@@ -162,7 +146,7 @@ class _Batch:
         return found
 
     def _choose(self, indices: list[int], data: Tensor) -> dict[int, list[int]]:
-        """Targets of samples that are not those of their labels."""
+        """Targets of samples where they are not taken from the labels."""
 
         def chosen(unit: Unit) -> list[tuple[int, list[int]]]:
             places = [place for place, _ in unit]
@@ -174,10 +158,10 @@ class _Batch:
         return found | dict(pair for part in parts for pair in part)
 
     def _get_data(self, samples: Sequence[Sample]) -> list[tuple[list[int], Tensor]]:
-        """Indices and data, as the model gets it, of the samples that are as they should be, for every shape."""
+        """Indices and prepared data of the sound samples, grouped by shape."""
         preprocess, like = self._job.options.preprocess, (self._job.shape, self._job.dtype)
         groups: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
-        for index, data, _, _ in samples:
+        for index, data in ((sample.id, sample.data) for sample in samples):
             try:
                 one = data[None] if preprocess is None else preprocess(data[None].to(self._job.device))
             except Exception as error:
@@ -206,12 +190,12 @@ class _Batch:
         return [index for index in indices if index not in self._problems], batch
 
     def _get_units(self, targets: list[list[int]]) -> list[Unit]:
-        """What is attributed in one call each: samples of equally many targets share a forward pass."""
+        """Units, each attributed in one call: samples with equally many targets share a forward pass."""
         units: list[Unit] = []
         keeps, size = keeps_graph(self._job.composite), self._limit.rows
         for n in sorted({len(of_sample) for of_sample in targets} - {0}):
             alike = [place for place, of_sample in enumerate(targets) if len(of_sample) == n]
-            # What memory holds are the samples where the targets come one after the other, and else all rows.
+            # A graph that is kept serves one target after the other: memory holds the samples. Else it holds all rows.
             width = n if keeps else min(n, size)
             height = size if keeps else max(size // width, 1)
             for first in range(0, len(alike), height):
@@ -231,13 +215,15 @@ class _Batch:
             try:
                 parts.append(compute(unit))
                 continue
+            except ConceptError:  # (no sample's fault)
+                raise
             except Exception as error:
                 if n_rows == 1:
                     failures.append((unit[0][0], unit[0][1][0], error))
                     continue
                 reasons.append(f"{n_rows} rows at once failed ({Problem.of(error).reason})")
                 is_memory = lacks_memory(error)
-            # Here, the exception no longer holds what the call had in memory.
+            # The exception is gone here, and with it the tensors of the failed call that it referred to.
             halves = _halved(unit)
             todo += halves[::-1]
             if is_memory:
@@ -246,7 +232,7 @@ class _Batch:
                 torch.cuda.empty_cache()
         failures.sort(key=operator.itemgetter(0, 1))
         if not parts and not self._limit.works and len({place for place, _, _ in failures}) > 1:
-            raise failures[0][2]  # no sample's fault
+            raise failures[0][2]  # nothing ever worked: it is not about one sample
         if reasons and not failures:
             warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
         for place, target, failure in failures:
@@ -263,46 +249,56 @@ class _Batch:
 
 
 def _halved(unit: Unit) -> tuple[Unit, Unit]:
-    """A unit cut between samples or, if it has one, between targets; the second half is not the smaller one."""
+    """Halves of a unit: of its samples, or of the targets of a single sample. The second half is at least as large."""
     if len(unit) > 1:
         return unit[: len(unit) // 2], unit[len(unit) // 2 :]
     [(place, targets)] = unit
     return [(place, targets[: len(targets) // 2])], [(place, targets[len(targets) // 2 :])]
 
 
-def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[str, Array]:
-    """Columns of the rows of a unit: the first target of every sample, the second one, ..."""
+def _get_scores(job: Job, data: Tensor, indices: list[int], check: bool, unit: Unit) -> dict[str, Array]:
+    """Columns of a unit's rows, ordered by target: first the first target of every sample, then the second, ...
+
+    With ``check``, concepts that contradict themselves are an error.
+    """
     places = [place for place, _ in unit]
     batch = data if places == list(range(len(data))) else data[places]
     # A sample without a label has target -1, and activations do not depend on the target.
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
     slots = np.array([of_sample for _, of_sample in unit], np.int64).T
     found: dict[str, list[Array]] = {}
-    for recorded in _get_recorded(job, batch, targets):
+    for number, (recorded, output) in enumerate(_get_recorded(job, batch, targets)):
+        if not number:
+            found["prediction"], found["probability"] = ([column] for column in top_class(output, len(batch)))
         for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds)
+            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds, check)
             for key, column in columns.items():
                 found.setdefault(key, []).append(column)
     arrays = {key: _joined(columns) for key, columns in found.items()}
     for key, array in arrays.items():
-        if key.startswith("activation.") and len(slots) > 1:
+        if not key.startswith("relevance.") and len(slots) > 1:
             arrays[key] = np.concatenate([array] * len(slots))
     sample = np.array([indices[place] for place in places], np.int64)
     return {"sample": np.tile(sample, len(slots)), "target": slots.reshape(-1)} | arrays
 
 
-def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
-    """Relevance of layers, target after target, and once their activation."""
-    layers = list(job.concepts)
+def _get_recorded(
+    job: Job, batch: Tensor, targets: list[list[int]]
+) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor | LayerValues]], Any]]:
+    """Relevance of layers, one target after the other; the first also comes with their activation, and the output."""
+    layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.options.on_device)}
+        found, output = record_activations(job.attribution, batch, job.composite, layers, device)
+        yield {"activation": found}, output
         return
-    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.options.on_device)
+    reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
+    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
     for number, result in enumerate(results):
         activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
-        yield {"relevance": result.relevances} | ({} if number else {"activation": activations})
+        relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
+        yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction
 
 
 def _joined(arrays: list[Array]) -> Array:
@@ -310,22 +306,23 @@ def _joined(arrays: list[Array]) -> Array:
 
 
 @torch.no_grad()
-def _get_columns(concept: Concept, values: Tensor, layer: str, mode: str, kinds: Sequence[str]) -> dict[str, Array]:
-    scores = concept.scores(values, layer)
+def _get_columns(
+    concept: Concept, values: Tensor | LayerValues, layer: str, mode: str, kinds: Sequence[str], check: bool
+) -> dict[str, Array]:
+    if isinstance(values, Tensor):
+        n_rows, scores = len(values), activation_scores(concept, values, layer)
+    else:
+        if check:
+            check_concept(concept, values, layer)
+        n_rows, scores = len(values.relevance), relevance_scores(concept, values, layer)
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
     for kind in kinds:
         value: Tensor = getattr(scores, kind)
-        if value.dim() != 2 or len(value) != len(values):
+        if value.dim() != 2 or len(value) != n_rows or not value.shape[1]:
             raise ValueError(
-                f"{concept!r} scores {len(values)} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
-                "it must be (rows, concepts)"
+                f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
+                "it must be (rows, concepts), with at least one concept"
             )
         value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
         columns |= {f"{mode}.{kind}/{layer}": value, f"{mode}.{kind}_norm/{layer}": value.abs().sum(-1)}
     return {key: column.cpu().numpy() for key, column in columns.items()}
-
-
-def _narrowed(key: str, array: Array) -> Array:
-    """Positions as uint16 where they fit."""
-    fits = ".position/" in key and (not array.size or array.max() < 1 << 16)
-    return array.astype(np.uint16) if fits else array

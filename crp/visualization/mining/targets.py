@@ -1,15 +1,18 @@
-"""Which classes a sample's relevance is computed for: those of its label, those that the model gives, or given ones."""
+"""Classes for which a sample's relevance is computed: those of its label, those the model predicts, or a fixed list."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import index, itemgetter
+from threading import get_ident
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
@@ -19,8 +22,10 @@ from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.settings import Settings
+from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
+from crp.visualization.table.manifest import Array
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -94,7 +99,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     """
     if not isinstance(targets, str):
         return [list(targets)] * len(data)
-    # (of all outputs, only their number is asked)
+    # For "all", only the number of outputs is needed, which one sample tells.
     asked = data[:1] if targets == "all" else data
     with torch.no_grad(), put_on(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
@@ -113,7 +118,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
 
 
 def keeps_graph(composite: Composite | None) -> bool:
-    """Whether what a composite does lives in the graph, which then serves one backward pass after the other."""
+    """Whether rules are part of autograd's graph, so that several backward passes can use one forward pass."""
     return composite is None or Encoding.of(composite).multiplier
 
 
@@ -128,8 +133,8 @@ def record_activations(
     composite: Composite | None,
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
-) -> dict[str, Tensor]:
-    """Outputs of layers for every sample, by the forward pass alone.
+) -> tuple[dict[str, Tensor], Any]:
+    """Outputs of layers for every sample, by the forward pass alone, and what the model returns.
 
     Parameters
     ----------
@@ -142,12 +147,53 @@ def record_activations(
 
     Returns
     -------
-    dict of str to Tensor of shape (samples, ...)
+    activations : dict of str to Tensor of shape (samples, ...)
         Without layers that the forward pass does not use.
+    output : Tensor or None
+        What would be explained; None where the model returns no such tensor.
     """
+    returned: list[Any] = []
     with put_on(composite, attribution.model) as model:
-        found = record_outputs(model, data, layers)
-    return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}
+        thread = get_ident()
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if get_ident() == thread:
+                returned.append(output)
+
+        with hooked({model: keep}):
+            found = record_outputs(model, data, layers)
+    output = None
+    with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
+        output = attribution.select_output(returned[-1])
+    return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}, output
+
+
+@torch.no_grad()
+def top_class(output: Any, n_samples: int) -> tuple[Array, Array]:
+    """Predicted class of every sample, and its probability.
+
+    Parameters
+    ----------
+    output : Tensor of shape (rows, classes)
+        Scores, of which a softmax is taken, or probabilities; the samples come first.
+    n_samples : int
+
+    Returns
+    -------
+    prediction : array of shape (samples,)
+        Of equal outputs, the smaller class (int64); -1 where the output is no such tensor.
+    probability : array of shape (samples,)
+        As float32.
+    """
+    is_scores = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
+    if not is_scores or len(output) < n_samples or output.shape[1] < 2:
+        return np.full(n_samples, -1, np.int64), np.zeros(n_samples, np.float32)
+    output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
+    shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
+    scores = torch.where(shares[:, None], output, output.softmax(1))
+    value, order = torch.sort(scores, dim=1, descending=True, stable=True)
+    probability = value[:, 0].nan_to_num(0).clamp(0, 1).float()
+    return order[:, 0].cpu().numpy(), probability.cpu().numpy()
 
 
 def attribute_targets(
@@ -157,6 +203,7 @@ def attribute_targets(
     composite: Composite | None,
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
+    multipliers: bool = False,
 ) -> Iterator[AttributionResults]:
     """Attribute several targets of every sample; each sample takes part in one forward pass.
 
@@ -170,6 +217,8 @@ def attribute_targets(
     layers : sequence of str
         Recorded ones.
     on_device : torch.device or str, optional
+    multipliers : bool
+        Whether results keep multipliers, which not all concepts read.
 
     Yields
     ------
@@ -190,9 +239,9 @@ def attribute_targets(
                 attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
             )
         return
-    # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
+    # Multipliers would be a second copy from the device, which scores of channels do not need.
     settings = Settings(
-        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=multipliers
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
     rows = Rows.of(list(range(len(data))) * len(slots), [condition for slot in slots for condition in slot])

@@ -27,9 +27,9 @@ from crp.visualization.report.page import (
     render,
 )
 from crp.visualization.report.pictures import heatmap_picture, sample_picture
+from crp.visualization.table.files import write_atomic
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import ClassMeans, ReferenceSamples, class_means, top_k
-from crp.visualization.table.shards import write_atomic
 from crp.visualization.table.store import Table
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class _Maker:
         return [
             ("Samples", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped, missing: {missing}"),
             ("Layers", ", ".join(table.layers)),
-            ("ReferenceSamples ranked by", ranked),
+            ("References ranked by", ranked),
             ("Heatmaps by", _description(self.composite)),
             ("Content of the index", table.digest),
             *((f"Fingerprint: {key}", value) for key, value in sorted(table.fingerprints.items())),

@@ -1,4 +1,4 @@
-"""One writer per folder: a lock that names its owner, and is no obstacle once the owner is dead."""
+"""One writer per folder: a lock that names its owner, and that is ignored once the owner's process has ended."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crp.visualization.table.manifest import TableError
-from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.files import check_file, write_atomic
+from crp.visualization.table.manifest import TableCorruptError, TableError
 
 _PATTERN = "lock-*.json"
-#: Who may not be in the folder with whom: a run that does all, a part of a run, and a merge of what parts have written.
+#: How often a lock is written whose temporary file another run takes for one that was left behind.
+_ATTEMPTS = 20
+#: Bytes of a lock, at most.
+_SIZE = 1 << 16
+#: Roles, and the roles that may not hold the folder at the same time: a whole run, a part of a run, a merge of parts.
 _CONFLICTS = {"run": {"run", "part", "merge"}, "part": {"run"}, "merge": {"run", "merge"}}
 
 
@@ -35,7 +39,7 @@ class TableLockedError(TableError, RuntimeError):
 def locked(folder: Path, role: str = "run") -> Iterator[None]:
     """Hold the folder for writing.
 
-    A run wants it for itself; parts of a run share it with each other and with one merge.
+    A run holds it alone; parts of a run share it with each other and with one merge.
 
     Every run that wants the folder leaves a file of its own first and then looks for others, so that of two runs at
     most one goes on. A file whose process is gone is removed. A process on another machine cannot be asked, and counts
@@ -47,8 +51,15 @@ def locked(folder: Path, role: str = "run") -> Iterator[None]:
         At once, if another run that may be alive holds the folder; the message names it.
     """
     own = folder / f"lock-{uuid.uuid4().hex}.json"
+    content = json.dumps(_owner() | {"role": role}).encode()
     try:
-        write_atomic(own, json.dumps(_owner() | {"role": role}).encode())
+        for attempt in range(_ATTEMPTS):
+            try:
+                write_atomic(own, content)
+                break
+            except FileNotFoundError:  # a run that holds the folder has cleaned it meanwhile
+                if attempt == _ATTEMPTS - 1 or not folder.is_dir():
+                    raise
         for other in sorted(folder.glob(_PATTERN)):
             if other == own:
                 continue
@@ -80,7 +91,7 @@ def _owner() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, str]:
-    """What tells one boot of a machine, and one of its process namespaces, from another; empty where unknown."""
+    """Identifiers of this boot of the machine and of its process namespace; empty where they are unknown."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"boot": boot, "namespace": str(Path("/proc/self/ns/pid").readlink())}
@@ -88,12 +99,14 @@ def _machine() -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    owner = None
     try:
-        owner = json.loads(path.read_text())
+        # (a folder, a link or a pipe in the place of a lock is not read, and counts as a lock)
+        with contextlib.suppress(ValueError, RecursionError, TableCorruptError):
+            if check_file(path).st_size <= _SIZE:
+                owner = json.loads(path.read_text())
     except FileNotFoundError:  # released in the meantime
         return None
-    except ValueError:
-        owner = None
     return owner if isinstance(owner, dict) else {"pid": "unknown", "host": "unknown"}
 
 

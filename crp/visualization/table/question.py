@@ -40,23 +40,16 @@ class Question:
 class Answers(Protocol):
     """What answers questions: a table, or result folders that zennit-crp wrote."""
 
-    @property
-    def layers(self) -> tuple[str, ...] | None:
-        """Layers that were mined; None where that is not known."""
-
-    def check(self, **fingerprints: str) -> None:
-        """Refuse to answer for another model, dataset, concept or preprocessing, where that is known."""
-
     def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
         """Best samples of every concept of a layer, at most ``size``; of one class, if the question is per class."""
 
     def class_statistics(
         self, question: Question, layer: str, column: Callable[[int], int], mean_n: int
     ) -> ClassStatistics:
-        """Classes of the concept in the column that ``column`` gives for the number of concepts, best first."""
+        """Classes of a concept, best first; ``column`` gives the concept's column for the number of concepts."""
 
     def content(self, question: Question, layer: str) -> object:
-        """What tells these answers from those of other results."""
+        """Something that differs where the answers would differ, for the keys of caches."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +57,6 @@ class TableAnswers:
     """Answers of a table; they are kept beside it."""
 
     table: Table
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers of the table."""
-        return self.table.layers
-
-    def check(self, **fingerprints: str) -> None:
-        """Raise a `TableMismatchError` that names what differs."""
-        self.table.check(**fingerprints)
 
     def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
         """See `crp.visualization.table.ranking.top_k`, which names what was not mined."""

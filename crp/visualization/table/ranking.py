@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from crp.visualization.table.manifest import Array, Block
-from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.files import check_file, make_own_folder, write_atomic
+from crp.visualization.table.manifest import Array, Block, TableCorruptError
 from crp.visualization.table.store import Table
 
 
@@ -261,7 +261,7 @@ def _check_class(table: Table, of_class: int) -> None:
 
 
 def once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Without the further rows of a sample that has several targets; its activation does not depend on them."""
+    """Keep one row of each sample: its activation is the same for all of its targets."""
     last = -1
     for block in blocks:
         first = np.diff(block.sample, prepend=last) != 0
@@ -270,7 +270,7 @@ def once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
 
 
 def _best_of_block(block: Block, k: int) -> ReferenceSamples:
-    """Best rows of every concept; of equal ones the first, as rows ascend."""
+    """Best rows of every concept; of rows with equal values, the first ones."""
     n = len(block.value)
     if n <= k:
         row = np.broadcast_to(np.arange(n)[:, None], block.value.shape)
@@ -337,14 +337,17 @@ def _cached(table: Table, query: object, compute: Callable[[], tuple[Array, ...]
     key = hashlib.sha256(json.dumps([table.digest, query]).encode()).hexdigest()[:32]
     path = table.path / "derived" / f"{key}.safetensors"
     unusable = (OSError, SafetensorError, KeyError, TypeError, ValueError)
-    with contextlib.suppress(*unusable), safe_open(path, framework="numpy") as file:
-        answer = tuple(file.get_tensor(str(i)) for i in range(len(file.keys())))
-        if file.metadata()["sha256"] == _hash(answer):
-            return answer
+    with contextlib.suppress(*unusable):
+        check_file(path)
+        with safe_open(path, framework="numpy") as file:
+            answer = tuple(file.get_tensor(str(i)) for i in range(len(file.keys())))
+            if file.metadata()["sha256"] == _hash(answer):
+                return answer
     answer = tuple(np.ascontiguousarray(array) for array in compute())
     content = save({str(i): array for i, array in enumerate(answer)}, metadata={"sha256": _hash(answer)})
-    with contextlib.suppress(OSError):  # a folder that cannot be written can still be read
-        path.parent.mkdir(exist_ok=True)
+    # A folder that cannot be written, or holds a link in place of its own, can still be read.
+    with contextlib.suppress(OSError, TableCorruptError):
+        make_own_folder(path.parent)
         write_atomic(path, content)
     return answer
 
