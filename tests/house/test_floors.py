@@ -40,11 +40,11 @@ BUDGETS = {
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 890,
-    "engine": 1990,
+    "engine": 2400,
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 270,
+    "layers": 490,
     "outputs": 110,
     "metrics": 810,
     "rules": 5300,
@@ -61,7 +61,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 590
+PUBLIC_NAMES = 620
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
