@@ -9,6 +9,8 @@ the data is its relevance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,11 @@ from zennit.core import Composite
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
-from crp.engine.call import Call
-from crp.engine.conditions import MaskMap, Rows, Settings, initial_relevance
+from crp.engine.call import Call, sum_of_channels
+from crp.engine.conditions import MaskMap, Rows, initial_relevance
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
+from crp.engine.settings import Overrides, Settings
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
@@ -161,12 +164,12 @@ class CondAttribution:
             If the layers of a condition are not in order (with ``exclude_parallel``), or a composite is given while
             another one is on the model.
         """
-        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
-        planned = Call.plan(self, data, conditions, composite, call)
-        result, relevances = planned.all_rows()
-        if not self.overrides("broadcast"):
-            for tensor, relevance in zip(planned.given, relevances, strict=True):
-                fill_grad(tensor, planned.rows.samples, relevance, self.overwrite_data_grad)
+        settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
+        call = self.plan(data, conditions, composite, settings)
+        result, relevances = next(call.parts())
+        if call.overrides.broadcast is None:
+            for tensor, relevance in zip(Inputs.of(data, explain).explained, relevances, strict=True):
+                fill_grad(tensor, call.rows.samples, relevance, self.overwrite_data_grad)
         return result
 
     def generate(
@@ -204,10 +207,10 @@ class CondAttribution:
         """
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
-        call = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
-        planned = Call.plan(self, data, conditions, composite, call)
-        n_parts = -(-len(planned.rows) // batch_size)
-        return self._show(planned.parts(batch_size), n_parts, verbose)
+        settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
+        call = replace(self.plan(data, conditions, composite, settings), batch_size=batch_size)
+        n_parts = -(-len(call.rows) // batch_size)
+        return self._show(map(itemgetter(0), call.parts()), n_parts, verbose)
 
     def absorbed(
         self,
@@ -241,8 +244,27 @@ class CondAttribution:
         TypeError
             If the composite is one of zennit, which keeps no account.
         """
-        call = Settings((), mask_map, start_layer, init_rel, None, exclude_parallel, explain)
-        return Call.plan(self, data, conditions, composite, call).absorbed()
+        settings = Settings((), mask_map, start_layer, init_rel, None, exclude_parallel, explain)
+        return self.plan(data, conditions, composite, settings).absorbed()
+
+    def plan(
+        self, data: Data, conditions: Sequence[Condition], composite: Composite | None, settings: Settings
+    ) -> Call:
+        """Call of the engine with the methods that a subclass overrides, checked before the model runs."""
+        settings = replace(settings, output_name=self.MODEL_OUTPUT_NAME)
+        return Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
+
+    def _overrides(self) -> Overrides:
+        own = CondAttribution
+        return Overrides(
+            select_output=self.select_output
+            if self.output is not None
+            else _unless(own.select_output, self.select_output),
+            relevance_init=_unless(own.relevance_init, self.relevance_init),
+            heatmap_modifier=_unless(own.heatmap_modifier, self.heatmap_modifier),
+            broadcast=_unless(own.broadcast, self.broadcast),
+            backward=_unless(own.backward, self.backward),
+        )
 
     def relevance_init(self, prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
         """Initial relevance; override it to start from anything else.
@@ -277,10 +299,7 @@ class CondAttribution:
         Tensor of shape (rows, *space)
             Sum over the channels; the relevance itself of an input of one number for each row, (rows,).
         """
-        assert data.grad is not None
-        heatmap = data.grad.detach()
-        heatmap = heatmap.sum(dim=1) if heatmap.dim() > 1 else heatmap
-        return heatmap.to(on_device) if on_device else heatmap
+        return sum_of_channels(data, on_device)
 
     def backward(
         self,
@@ -307,8 +326,7 @@ class CondAttribution:
         generate : bool
             Whether the graph is needed again.
         """
-        steps = {name: layer_out[name] for name in layer_names} if partial_backward else {}
-        send_back(pred, grad_mask.to(pred), steps, generate)
+        send_back(pred, grad_mask, partial_backward, layer_names, layer_out, generate)
 
     def broadcast(self, data: Any, conditions: Sequence[Condition]) -> tuple[Any, Sequence[Condition]]:
         """Pair data with conditions, one row each; override it for another pairing.
@@ -336,13 +354,14 @@ class CondAttribution:
             raise TypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
         return chosen
 
-    def overrides(self, name: str) -> bool:
-        """Whether a subclass has a method of its own in place of `CondAttribution`'s."""
-        return getattr(type(self), name) is not getattr(CondAttribution, name)
-
     @staticmethod
     def _show(parts: Iterator[AttributionResults], n_parts: int, verbose: bool) -> Iterator[AttributionResults]:
         with tqdm(total=n_parts, disable=not verbose, dynamic_ncols=True) as bar:
             for _ in range(n_parts):
                 yield next(parts)
                 bar.update()
+
+
+def _unless(inherited: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Method of an object, unless it is the inherited one."""
+    return None if getattr(method, "__func__", None) is inherited else method

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.concepts import Concept, mask_of
+from crp.concepts import Concept, mask_of, normalize
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.trace.graph import ModelGraph
-from crp.types import AttributionGraphResults, Node
+from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
 
-if TYPE_CHECKING:
-    from crp.attribution import CondAttribution
+
+class Generating(Protocol):
+    """What a graph needs of a `CondAttribution`."""
+
+    MODEL_OUTPUT_NAME: str
+
+    def generate(
+        self, data: Data, conditions: Sequence[Condition], composite: Composite | None, **keywords: Any
+    ) -> Iterable[AttributionResults]:
+        """Attribute many conditions in parts."""
 
 
 class AttributionGraph:
@@ -23,14 +31,14 @@ class AttributionGraph:
 
     Parameters
     ----------
-    attribution : CondAttribution
+    attribution : crp.attribution.CondAttribution
     graph : ModelGraph
         Which layer feeds which, from `crp.trace.graph.trace_model_graph`.
     layer_map : dict of str to Concept
         Concept type of each layer.
     """
 
-    def __init__(self, attribution: CondAttribution, graph: ModelGraph, layer_map: Mapping[str, Concept]) -> None:
+    def __init__(self, attribution: Generating, graph: ModelGraph, layer_map: Mapping[str, Concept]) -> None:
         self.attribution = attribution
         self.graph = graph
         self.set_layer_map(layer_map)
@@ -125,27 +133,40 @@ class AttributionGraph:
                 mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size, exclude_parallel=False,
                 verbose=verbose, **named,
             )  # fmt: skip
-            relevant = (self._most_relevant(part.relevances, row, abs_norm, n_kept) for part in parts
+            relevant = (self._most_relevant(part, row, abs_norm, n_kept) for part in parts
                         for row in range(len(part.prediction)))  # fmt: skip
             lower: list[Node] = []
-            for node, found in zip(level, relevant, strict=True):
+            for node, concepts in zip(level, relevant, strict=True):
                 for name in self.graph.find_input_layers(node[0]):
-                    connections.setdefault(node, []).extend((name, concept, value) for concept, value in found[name])
-                    lower.extend((name, concept) for concept, _ in found[name])
+                    connections.setdefault(node, []).extend((name, concept, value) for concept, value in concepts[name])
+                    lower.extend((name, concept) for concept, _ in concepts[name])
             nodes += lower
             level = lower
         return AttributionGraphResults(nodes, connections)
 
     def _most_relevant(
-        self, relevances: Mapping[str, Tensor], row: int, abs_norm: bool, n_kept: int
+        self, results: AttributionResults, row: int, abs_norm: bool, n_kept: int
     ) -> dict[str, list[tuple[int, float]]]:
-        found = {}
-        for name in relevances:
+        """Concepts of each layer with the greatest relevance for one row, and that relevance."""
+        most_relevant = {}
+        for name, relevances in results.relevances.items():
             if name in self.layer_map:
-                value = self.layer_map[name].attribute(relevances[name][[row]], abs_norm=abs_norm)[0]
+                value = self._of_concepts(name, relevances[self._entries(relevances, results, row)], abs_norm)
                 order = torch.argsort(value, descending=True, stable=True)[:n_kept].tolist()
-                found[name] = [(concept, value[concept].item()) for concept in order]
-        return found
+                most_relevant[name] = [(concept, value[concept].item()) for concept in order]
+        return most_relevant
+
+    def _of_concepts(self, layer: str, relevance: Tensor, abs_norm: bool) -> Tensor:
+        """Relevance of a layer's concepts for one row with all its entries, (entries, ...) to (concepts,)."""
+        if len(relevance) == 1:
+            return self.layer_map[layer].attribute(relevance, abs_norm=abs_norm)[0]
+        total = self.layer_map[layer].attribute(relevance, abs_norm=False).sum(0)
+        return normalize(total) if abs_norm else total
+
+    @staticmethod
+    def _entries(relevances: Tensor, results: AttributionResults, row: int) -> slice:
+        n_entries = len(relevances) // len(results.prediction)
+        return slice(row * n_entries, (row + 1) * n_entries)
 
     def _check_mapped(self, layers: Iterable[str]) -> None:
         for name in layers:

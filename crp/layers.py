@@ -1,13 +1,18 @@
-"""Names of a model's layers: finding them, checking them, and their output shapes."""
+"""Layers of a model and their names, and the state in which a model runs: compiled, or for the record only."""
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+
+_active: ContextVar[object] = ContextVar("crp_trace", default=None)
+_referencing: ContextVar[bool] = ContextVar("referencing", default=False)
 
 
 def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]]) -> list[str]:
@@ -168,3 +173,35 @@ def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: It
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def tracing() -> bool:
+    """Whether a `trace` is running here; hooks that change values stay inert meanwhile."""
+    return _active.get() is not None
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """Context in which a model runs for the record only, as in a `trace`; its warnings are silenced."""
+    token = _active.set(looking)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _active.reset(token)
+
+
+def referencing() -> bool:
+    """Whether a model runs on a reference input now."""
+    return _referencing.get()
+
+
+@contextmanager
+def on_reference() -> Iterator[None]:
+    """Context in which a model runs on a reference input."""
+    token = _referencing.set(True)
+    try:
+        yield
+    finally:
+        _referencing.reset(token)

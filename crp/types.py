@@ -36,7 +36,9 @@ class AttributionResults(_Fields):
         Relevance of the input, summed over its channels (by default). Where several inputs are explained, one for each,
         in the form of the data, with None for inputs that are not.
     activations : dict of str to Tensor of shape (rows, *layer shape)
-        Outputs of the recorded layers.
+        Outputs of the recorded layers. Where a layer has k entries for each sample, as one that runs on (batch * time),
+        here and below it is (rows * k, *layer shape): the k entries of the first row, then those of the second, ...;
+        ``tensor.unflatten(0, (rows, -1))`` tells them apart.
     relevances : dict of str to Tensor of shape (rows, *layer shape)
         Relevance at the outputs of the recorded layers, before a condition on that layer masks it.
     prediction : Tensor of shape (rows, *output shape)

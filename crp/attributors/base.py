@@ -19,7 +19,7 @@ from crp.concepts import ChannelConcept
 from crp.engine.attached import attached, check_alone, check_composite
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_layers, tensor_in
+from crp.engine.forward import check_layers, check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.layers import unwrap
 from crp.types import AttributionResults
@@ -151,6 +151,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         explained = _Explained(self.model, target, Encoding.of(composite))
         record_layer = [record] if record else []
         result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
+        check_one_entry(result, record_layer)
         return _Flow(explained.seen, inputs.parts(result.heatmap), result)
 
     def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:

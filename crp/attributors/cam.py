@@ -19,10 +19,9 @@ from crp.attributors.gradient import Gradient
 from crp.attributors.target import Target
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
-from crp.engine.conditions import MaskMap, row_masks
+from crp.engine.conditions import MaskMap, apply_masks, row_masks
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Data, Inputs, Tensors
-from crp.engine.taps import apply_masks
 from crp.layers import find_layers, unwrap
 
 Interpolation = Literal["linear", "nearest"]

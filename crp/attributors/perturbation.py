@@ -28,7 +28,7 @@ from crp.attributors.scores import ScoreName, explaining, known_target, score_of
 from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
-from crp.engine.conditions import check_data
+from crp.engine.inputs import check_data
 
 Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]

@@ -23,9 +23,9 @@ from crp.composites.places import _hook
 from crp.composites.positions import _totals_of
 from crp.composites.report import Report, _report_on
 from crp.composites.selection import MapEntry, Selector, Types, _addresses, _check_map, _entries_of
-from crp.engine.placed import note_placed, note_removed
-from crp.engine.reference import referencing
-from crp.layers import modules_of, uncompiled, without_parameter_gradients
+from crp.engine.attached import note_placed, note_removed
+from crp.engine.encoding import Propagation
+from crp.layers import modules_of, referencing, uncompiled, without_parameter_gradients
 from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
@@ -43,7 +43,7 @@ NameMap = Sequence[tuple[Sequence[str], Hook | None]]
 _running: ContextVar[Composite | None] = ContextVar("running", default=None)
 
 
-class Composite(_Remembered, ZennitComposite):  # type: ignore[misc]
+class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
     """Maps operations to rules; a zennit composite whose rules propagate multipliers, ``R = a * m``.
 
     Inside its `context`, a model predicts as before (up to rounding), and the gradient of its input is the input's
@@ -83,10 +83,7 @@ class Composite(_Remembered, ZennitComposite):  # type: ignore[misc]
     `crp.rules.Whole` makes the module itself one operation. Rules are those of `crp.rules`, or zennit's `BasicHook`.
     """
 
-    encoding: ClassVar[str] = "multiplier"
-    readout: ClassVar[Literal["relevance", "multiplier"]] = "relevance"
-    initial: ClassVar[Literal["output", "one"]] = "output"
-    #: Whether `register` itself runs the model uncompiled, and its parameters outside autograd.
+    encoding: ClassVar[Literal["relevance", "multiplier"]] = "multiplier"
     isolates: ClassVar[bool] = True
 
     def __init__(

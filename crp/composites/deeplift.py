@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
-from crp.engine.reference import referencing
+from crp.layers import referencing
 from crp.notices import warn
 from crp.rules.deeplift import (
     Affine,

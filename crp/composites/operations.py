@@ -14,7 +14,7 @@ from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
 from crp.composites.references import ReferenceCalls
 from crp.composites.selection import MapEntry
-from crp.engine.reference import on_reference
+from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crp.engine.reference import referencing
+from crp.layers import referencing
 
 
 class Places:

@@ -14,9 +14,8 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.composites.matching import SeenOperation
-from crp.engine.reference import referencing
+from crp.layers import referencing, tracing
 from crp.rules.layer import changed
-from crp.trace.graph import tracing
 
 CHAIN_RULE = "ordinary chain rule"
 MERGED = "merged into"

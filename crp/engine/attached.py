@@ -12,14 +12,35 @@ import torch
 from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
-from crp.engine.placed import placed
+from crp.engine.encoding import propagation_of
 from crp.layers import modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.notices import warn
 
+#: Which composites are on which module.
+_placed_on: weakref.WeakKeyDictionary[Composite, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_placed_guard = threading.Lock()
 #: Composites that a call has put on a model, and not a user's own hand.
 _of_calls: weakref.WeakSet[Composite] = weakref.WeakSet()
 _locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
+
+
+def note_placed(composite: Composite, module: nn.Module) -> None:
+    """Remember that a composite is on a module now; a composite says so when it is registered."""
+    with _placed_guard:
+        _placed_on[composite] = weakref.ref(module)
+
+
+def note_removed(composite: Composite) -> None:
+    """Forget where a composite was."""
+    with _placed_guard:
+        _placed_on.pop(composite, None)
+
+
+def placed() -> list[tuple[Composite, nn.Module | None]]:
+    """All composites that are on a module, each with it."""
+    with _placed_guard:
+        return [(composite, module()) for composite, module in _placed_on.items()]
 
 
 def check_composite(composite: object) -> None:
@@ -65,7 +86,7 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
-    if getattr(found, "encoding", None) == "multiplier" and (rules := rules_by_hand(model, found)):
+    if propagation_of(found).encoding == "multiplier" and (rules := rules_by_hand(model, found)):
         raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(found)))
     return found
 
@@ -149,18 +170,18 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
         )
     composite = composite_on(model, composite) or Composite()
     states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
-    ours = getattr(composite, "isolates", False)
-    if not ours:
+    isolates = propagation_of(composite).isolates
+    if not isolates:
         states += [without_parameter_gradients(model), uncompiled(model)]
-    placed = is_on(composite, model)
-    if composite.canonizers and not placed:
+    is_placed = is_on(composite, model)
+    if composite.canonizers and not is_placed:
         states.append(_restored_on_error(model))
     with ExitStack() as stack:
         for state in states:
             stack.enter_context(state)
         with (
-            nullcontext(model) if placed else _put(composite, model) as modified,
-            nullcontext() if ours else _called_once(modified),
+            nullcontext(model) if is_placed else _put(composite, model) as modified,
+            nullcontext() if isolates else _called_once(modified),
         ):
             yield modified
 

@@ -1,27 +1,23 @@
-"""Gradient flow through one forward pass: what `CondAttribution` is built from.
-
-`Backward` sends relevance back through a `crp.engine.forward.ForwardPass`.
-"""
+"""Gradient flow through one forward pass: what `CondAttribution` is built from."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from crp.engine.conditions import Grid, Rows, Settings, row_masks
-from crp.engine.inputs import Tensors
-from crp.engine.taps import Use, apply_masks
+from crp.engine.conditions import Grid, Rows, apply_masks, row_index
+from crp.engine.forward import ForwardPass
+from crp.engine.settings import Settings
 from crp.notices import warn
 from crp.types import Condition, MaskFn
 
-#: Begin of the names of inputs among those of layers; no layer has such a name.
-INPUT = "."
+#: ``(condition of each row, layer, n_entries=entries of a row) -> mask functions``
+MakeMasks: TypeAlias = Callable[..., list[MaskFn]]
 
 #: Bytes of data whose gradients, throughout a usual convolutional net, stay in a CPU's cache.
 IN_CACHE = 2**19
@@ -36,44 +32,38 @@ ORDER_MESSAGE = (
 def flow(
     root: Tensor, cotangent: Tensor, goals: Mapping[str, Tensor], records: Mapping[str, Tensor], keep_graph: bool = True
 ) -> dict[str, Tensor]:
-    """Gradient that flows from ``root`` to some tensors, for each slot, and what arrives at others on the way.
+    """Gradient that flows from ``root`` to goals, the inputs or a layer's output, and what arrives at records between.
 
-    Parameters
-    ----------
-    root : Tensor of shape (samples, ...)
-    cotangent : Tensor of shape (slots, samples, ...)
-    goals : dict of str to Tensor
-        The inputs, or a layer's output.
-    records : dict of str to Tensor
-        Those that are not between root and goals are passed over.
-    keep_graph : bool
-        Whether the graph is needed again.
-
-    Returns
-    -------
-    dict of str to Tensor of shape (slots, *shape)
-        Without goals and records that the flow does not reach.
+    From a cotangent of shape (slots, *root shape) to gradients of shape (slots, *shape); without goals and records that
+    the flow does not reach.
     """
     inputs = {**goals, **_between(root, list(goals.values()), records)}
     if len(cotangent) == 1:
-        found = torch.autograd.grad(
+        slot = torch.autograd.grad(
             root, list(inputs.values()), cotangent[0], retain_graph=keep_graph, allow_unused=True
         )
-        gradients: list[Tensor | None] = [None if g is None else g[None] for g in found]
+        gradients: list[Tensor | None] = [None if g is None else g[None] for g in slot]
     else:
         gradients = _batched(root, list(inputs.values()), cotangent, sum(goal.nbytes for goal in goals.values()))
     return {name: g for name, g in zip(inputs, gradients, strict=True) if g is not None}
 
 
-def send_back(root: Tensor, cotangent: Tensor, steps: Mapping[str, Tensor], keep_graph: bool) -> None:
-    """Send a cotangent from ``root`` from step to step, and into the leaves."""
-    origin = "the start"
-    for name, target in steps.items():
-        (reached,) = torch.autograd.grad(root, target, cotangent, retain_graph=True, allow_unused=True)
+def send_back(
+    pred: Tensor,
+    grad_mask: Tensor,
+    partial_backward: bool,
+    layer_names: Sequence[str],
+    layer_out: Mapping[str, Tensor],
+    generate: bool = False,
+) -> None:
+    """Send a cotangent into the leaves, if need be from layer to layer; see `CondAttribution.backward`."""
+    root, cotangent, origin = pred, grad_mask.to(pred), "the start"
+    for name in layer_names if partial_backward else ():
+        (reached,) = torch.autograd.grad(root, layer_out[name], cotangent, retain_graph=True, allow_unused=True)
         if reached is None:
             raise RuntimeError(ORDER_MESSAGE.format(origin, name))
-        root, cotangent, origin = target, reached, repr(name)
-    torch.autograd.backward(root, cotangent, retain_graph=keep_graph)
+        root, cotangent, origin = layer_out[name], reached, repr(name)
+    torch.autograd.backward(root, cotangent, retain_graph=generate)
 
 
 Gradients = list[Tensor | None]
@@ -83,7 +73,8 @@ def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor, n_bytes: int
     """Gradients of all slots, for each input that the flow reaches; a slot's result has so many bytes."""
     grad = partial(torch.autograd.grad, root, inputs, retain_graph=True, allow_unused=True)
     parts = torch.split(cotangent, _slots_at_once(cotangent, n_bytes))
-    # Not every rule can be batched: those of zennit only in torch's older way, one that looks at values in none.
+    # zennit's rules cannot be batched by `torch.func.vmap`, but by torch's older batching; rules that look at values
+    # in the backward pass cannot be batched at all.
     for way in (_by_vmap, _by_older_vmap):
         try:
             return _joined([way(grad, part) for part in parts], torch.cat)
@@ -102,12 +93,12 @@ def _by_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
     reached: list[bool] = []
 
     def of_slot(start: Tensor) -> tuple[Tensor, ...]:
-        found = grad(start)
-        reached[:] = [gradient is not None for gradient in found]
-        return tuple(gradient for gradient in found if gradient is not None)
+        of_inputs = grad(start)
+        reached[:] = [gradient is not None for gradient in of_inputs]
+        return tuple(gradient for gradient in of_inputs if gradient is not None)
 
-    found = iter(torch.func.vmap(of_slot)(cotangent))
-    return [next(found) if is_reached else None for is_reached in reached]
+    gradients = iter(torch.func.vmap(of_slot)(cotangent))
+    return [next(gradients) if is_reached else None for is_reached in reached]
 
 
 def _by_older_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
@@ -117,8 +108,7 @@ def _by_older_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
 
 
 def _joined(parts: list[Gradients], join: Callable[[list[Tensor]], Tensor]) -> Gradients:
-    found = zip(*parts, strict=True)
-    return [None if of_input[0] is None else join(list(of_input)) for of_input in found]
+    return [None if of_input[0] is None else join(list(of_input)) for of_input in zip(*parts, strict=True)]
 
 
 def _slots_at_once(cotangent: Tensor, n_bytes: int) -> int:
@@ -148,174 +138,169 @@ def _between(root: Tensor, goals: Sequence[Tensor], records: Mapping[str, Tensor
     return {name: tensor for name, tensor in records.items() if leads.get(tensor.grad_fn, False)}
 
 
-@dataclass
-class Backward:
-    """Backward passes of all rows through one forward pass.
+def send_rows_back(
+    passed: ForwardPass,
+    rows: Rows,
+    start: Tensor,
+    settings: Settings,
+    make_masks: MakeMasks,
+    backward: Callable[..., None] | None,
+    last: bool,
+) -> dict[str, Tensor]:
+    """Send rows back through one forward pass, those with the same conditioned layers together.
 
-    Attributes
-    ----------
-    inputs : tuple of Tensor of shape (samples, *input shape)
-        Leaves that are explained.
-    root : Tensor of shape (samples, ...)
-        Where the flow starts: the model's output or a layer's.
-    uses : dict of str to Use
-        Conditioned, recorded and start layers.
-    call : Settings
-    output_name : str
-    backward : callable or None
-        `CondAttribution.backward`, or what overrides it, where masks act while the gradient flows.
-    multiplies : bool
-        Whether a gradient flows, or multipliers, and not relevance itself, for which not every mask is right.
-    sinks : collection of str
-        Of ``uses``, what layers keep.
+    ``start``, of shape (rows, *root shape), begins at the model's output or at the start layer. ``backward`` is
+    `send_back`, or what overrides it, if masks act while the gradient flows and every row has a column of its own.
+    With ``last``, the graph is not needed again.
+
+    Returns
+    -------
+    dict of str to Tensor of shape (rows * entries, ...)
+        What arrives at each input that is explained, by `input_name`, and at each layer; 0 where nothing does.
     """
-
-    inputs: Tensors
-    root: Tensor
-    uses: dict[str, Use]
-    call: Settings
-    output_name: str
-    backward: Callable[..., None] | None
-    multiplies: bool
-    sinks: Collection[str] = ()
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        """The inputs that are explained, by names that no layer has."""
-        return {f"{INPUT}{number}": tensor for number, tensor in enumerate(self.inputs)}
-
-    def run(self, rows: Rows, start: Tensor, last: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Send ``start``, of shape (rows, *root shape), back.
-
-        Returns
-        -------
-        relevances : list of Tensor of shape (rows, *input shape)
-        recorded : dict of str to Tensor of shape (rows, *output shape of the layer)
-        """
-        leaves = self.leaves
-        outputs = leaves | {name: use.output for name, use in self.uses.items()}
-        found: dict[str, Tensor] = {}
-
-        def zeros(name: str) -> Tensor:
-            return outputs[name].detach().new_zeros(len(rows), *outputs[name].shape[1:])
-
-        groups = rows.groups(self.output_name) if self.call.exclude_parallel else [list(range(len(rows)))]
-        for number, group in enumerate(groups):
-            part = rows if len(groups) == 1 else rows.part(group)
-            layers = [name for name in part.layers(self.output_name) if name != self.call.start]
+    groups = rows.groups(settings.output_name) if settings.exclude_parallel else [list(range(len(rows)))]
+    arrived = []
+    for number, group in enumerate(groups):
+        part = rows if len(groups) == 1 else rows.part(group)
+        layers = [name for name in part.layers(settings.output_name) if name != settings.start]
+        if backward is None:
             keep_graph = not last or number < len(groups) - 1
-            if self.backward is None:
-                arrived = self.by_layer(part, start if part is rows else start[group], layers, keep_graph)
-            else:
-                arrived = self.in_flow(dict(zip(group, part.conditions, strict=True)), start, layers, self.backward)
-            for name, values in arrived.items():
-                values = values.to(outputs[name])
-                if part is not rows:
-                    index = torch.tensor(group, device=values.device)
-                    values = (found[name] if name in found else zeros(name)).index_copy_(0, index, values)
-                found[name] = values
-        found = {name: found[name] if name in found else zeros(name) for name in outputs}  # (0 where none arrived)
-        return [found.pop(name) for name in leaves], found
+            begin = start if part is rows else start[group]
+            arrived.append(_by_layer(passed, part, begin, layers, settings.start, make_masks, keep_graph))
+        else:
+            conditions = dict(zip(group, part.conditions, strict=True))
+            arrived.append(_in_flow(passed, conditions, start, layers, settings, make_masks, backward))
+    of_rows = {}
+    for name, output in (_leaves(passed) | passed.layers).items():
+        if len(groups) == 1 and name in arrived[0]:
+            of_rows[name] = arrived[0][name].to(output)
+            continue
+        n_entries = len(output) // len(passed.inputs)
+        of_rows[name] = output.detach().new_zeros(len(rows) * n_entries, *output.shape[1:])
+        for group, of_group in zip(groups, arrived, strict=True):
+            if name in of_group:
+                index = torch.tensor(row_index(group, n_entries), device=output.device)
+                of_rows[name].index_copy_(0, index, of_group.pop(name).to(output))
+    return of_rows
 
-    def by_layer(self, rows: Rows, start: Tensor, layers: Sequence[str], keep_graph: bool) -> dict[str, Tensor]:
-        """From conditioned layer to conditioned layer to the inputs; rows of one sample share the forward pass.
 
-        Parameters
-        ----------
-        rows : Rows
-        start : Tensor of shape (rows, *root shape)
-        layers : sequence of str
-            From the output to the input.
-        keep_graph : bool
-            Whether the graph is needed again.
+def _by_layer(
+    passed: ForwardPass,
+    rows: Rows,
+    start: Tensor,
+    layers: Sequence[str],
+    start_layer: str | None,
+    make_masks: MakeMasks,
+    keep_graph: bool,
+) -> dict[str, Tensor]:
+    """From conditioned layer to conditioned layer to the inputs; rows of one sample share its column.
 
-        Returns
-        -------
-        dict of str to Tensor of shape (rows, ...)
-            What arrives at each layer and input; rows that share it are views of the same memory.
-        """
-        grid = Grid(rows.samples, len(self.inputs[0]), start.device)
-        conditions = dict(enumerate(rows.conditions))
-        outputs = {name: use.output for name, use in self.uses.items()}
-        recorded, start = self._begin(conditions, start)
-        recorded = {name: grid.scatter(values) for name, values in recorded.items()}
-        root, origin, cotangent = self.root, "the start", grid.scatter(start)
-        if layers and (cotangent == cotangent[:1]).all():
-            cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
-        for name in layers:
-            target = outputs[name]
-            seen = flow(root, cotangent, {name: target}, outputs) if target.requires_grad else {}
-            if name not in seen:
-                raise RuntimeError(ORDER_MESSAGE.format(origin, name))
-            gradient = seen[name]
-            recorded = {**seen, **recorded}
-            masks = self._masks(conditions, name)
-            masked = apply_masks(masks, grid.gather(gradient.expand(grid.n_slots, *gradient.shape[1:])))
-            root, origin, cotangent = target, repr(name), grid.scatter(masked)
-        recorded = {**flow(root, cotangent, self.leaves, outputs, keep_graph), **recorded}
-        of_rows = {}
-        for name, values in recorded.items():
-            if name in self.sinks:  # (which row of one is whose cannot be told: only one sample starts at a time)
-                values = values.sum(1, keepdim=True).expand(-1, grid.n_samples, *values.shape[2:])
-            of_rows[name] = grid.gather(values.expand(grid.n_slots, *values.shape[1:]))
-        return of_rows
+    Takes ``layers`` from the output to the input. Returns what arrives at each layer and input, (rows * entries, ...);
+    rows that share it are views of the same memory.
+    """
+    grid = Grid(passed.columns(rows), len(passed.inputs), start.device)
+    conditions = dict(enumerate(rows.conditions))
+    recorded: dict[str, Tensor] = {}
+    root = passed.output
+    if start_layer is not None:
+        recorded[start_layer] = grid.scatter(start)
+        root, start = passed.layers[start_layer], apply_masks(make_masks(conditions, start_layer), start)
+    origin, cotangent = "the start", grid.scatter(start)
+    if layers and (cotangent == cotangent[:1]).all():
+        cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
+    for name in layers:
+        target = passed.layers[name]
+        seen = flow(root, cotangent, {name: target}, passed.layers) if target.requires_grad else {}
+        if name not in seen:
+            raise RuntimeError(ORDER_MESSAGE.format(origin, name))
+        recorded = {**seen, **recorded}
+        masks = make_masks(conditions, name, n_entries=len(target) // len(passed.inputs))
+        root, origin, cotangent = target, repr(name), grid.scatter(apply_masks(masks, grid.gather(seen[name])))
+    recorded = {**flow(root, cotangent, _leaves(passed), passed.layers, keep_graph), **recorded}
+    return {name: grid.gather(values) for name, values in recorded.items()}
 
-    def in_flow(
-        self, conditions: dict[int, Condition], start: Tensor, layers: Sequence[str], backward: Callable[..., None]
-    ) -> dict[str, Tensor]:
-        """Through ``backward``, masking where the flow passes; every row has a sample of its own.
 
-        Parameters
-        ----------
-        conditions : dict of int to Condition
-            Condition of each row that takes part.
-        start : Tensor of shape (rows of all groups, *root shape)
-        layers : sequence of str
-        backward : callable
-            As `CondAttribution.backward`.
+def _in_flow(
+    passed: ForwardPass,
+    conditions: Mapping[int, Condition],
+    start: Tensor,
+    layers: Sequence[str],
+    settings: Settings,
+    make_masks: MakeMasks,
+    backward: Callable[..., None],
+) -> dict[str, Tensor]:
+    """Through ``backward``, masking where the flow passes; every row has a column of its own.
 
-        Returns
-        -------
-        dict of str to Tensor of shape (rows that take part, ...)
-        """
-        index = torch.tensor(list(conditions), device=start.device)
-        begun, start = self._begin(conditions, torch.zeros_like(start).index_copy_(0, index, start[index]))
-        outputs = {name: use.output for name, use in self.uses.items()}
-        for use in self.uses.values():
-            known_as = [name for name in layers if self.uses[name] is use]  # "conv", "conv#0", or both
-            masks = [mask for name in known_as for mask in self._masks(conditions, name)]
-            use.flow.reset(partial(apply_masks, masks) if masks else None)
-        leaves = self.leaves
+    Takes the condition of each row that takes part, and a start of shape (rows of all groups, *root shape). Returns
+    what arrives at each layer and input, (rows that take part * entries, ...).
+    """
+    index = torch.tensor(list(conditions), device=start.device)
+    start = torch.zeros_like(start).index_copy_(0, index, start[index])
+    begun: dict[str, Tensor] = {}
+    root = passed.output
+    if settings.start is not None:
+        begun[settings.start] = start
+        root = passed.layers[settings.start]
+        start = apply_masks(make_masks(conditions, settings.start), start)
+    leaves = _leaves(passed)
+    # ("conv" and "conv#0" may name one call, whose output arrives once and is masked by both.)
+    names_of: dict[int, list[str]] = {}
+    for name, output in passed.layers.items():
+        if output.requires_grad:
+            names_of.setdefault(id(output), []).append(name)
+    handles: list[Any] = []
+    seen: dict[str, Tensor | None] = {}
+    for leaf in leaves.values():
+        leaf.grad = None
+    try:
+        for names in names_of.values():
+            output = passed.layers[names[0]]
+            n = len(output) // len(passed.inputs)
+            masks = [mask for name in names if name in layers for mask in make_masks(conditions, name, n_entries=n)]
+            handles.append(output.register_hook(_keeping_first(names, masks, seen)))  # type: ignore[no-untyped-call]
+        backward(root, start, settings.exclude_parallel, layers, dict(passed.layers), True)
+        gradients = {name: leaf.grad for name, leaf in leaves.items()}
+    finally:
         for leaf in leaves.values():
             leaf.grad = None
-        try:
-            backward(self.root, start, self.call.exclude_parallel, layers, outputs, True)
-            if missed := [name for name in layers if not self.uses[name].flow.arrived]:
-                warn(f"conditions on {missed} have no effect: relevance does not reach them")
-            gradients = {name: leaf.grad for name, leaf in leaves.items()}
-            arrived = gradients | {name: use.flow.gradient for name, use in self.uses.items()} | begun
-        finally:
-            for leaf in leaves.values():
-                leaf.grad = None
-            for use in self.uses.values():
-                use.flow.reset()
-        of_rows = {}
-        for name, values in arrived.items():
-            if values is not None and name in self.sinks:  # (as in `by_layer`)
-                values = values.sum(0, keepdim=True).expand(len(start), *values.shape[1:])
-            if values is not None:
-                of_rows[name] = values[index]
-        return of_rows
+        for handle in handles:
+            handle.remove()
+    if missed := [name for name in layers if name not in seen]:
+        warn(f"conditions on {missed} have no effect: relevance does not reach them")
+    arrived = gradients | seen | begun
+    n_columns, rows = len(passed.inputs), list(conditions)
+    return {
+        name: values[row_index(rows, len(values) // n_columns)]
+        for name, values in arrived.items()
+        if values is not None
+    }
 
-    def _begin(self, conditions: dict[int, Condition], start: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Record and mask what starts at the start layer."""
-        name = self.call.start
-        if name is None:
-            return {}, start
-        return {name: start}, apply_masks(self._masks(conditions, name), start)
 
-    def _masks(self, conditions: dict[int, Condition], layer: str) -> list[MaskFn]:
-        return row_masks(conditions, layer, self.call.mask_map, self.multiplies)
+def _keeping_first(
+    names: Sequence[str], masks: list[MaskFn], arrived: dict[str, Tensor | None]
+) -> Callable[[Tensor], Tensor | None]:
+    """Tensor hook that keeps the gradient and masks it, once.
+
+    A tensor that is first an input and then a root of a backward pass sees its gradient twice.
+    """
+
+    def hook(gradient: Tensor) -> Tensor | None:
+        if names[0] in arrived:
+            return None
+        arrived.update(dict.fromkeys(names, gradient))
+        return apply_masks(masks, gradient) if masks else None
+
+    return hook
+
+
+def _leaves(passed: ForwardPass) -> dict[str, Tensor]:
+    """Inputs that are explained, by names that no layer has."""
+    return {input_name(number): leaf for number, leaf in enumerate(passed.inputs.explained)}
+
+
+def input_name(number: int) -> str:
+    """Name of an input among those of layers; no layer has such a name."""
+    return f".{number}"
 
 
 def fill_grad(data: Tensor, samples: Sequence[int], relevance: Tensor, overwrite: bool) -> None:

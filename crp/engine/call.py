@@ -2,105 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.engine.attached import attached, composite_on, is_on, rules_by_hand
-from crp.engine.backward import Backward
-from crp.engine.conditions import Rows, Settings, check_conditions, check_start, check_targets, row_masks
-from crp.engine.encoding import Encoding, average
-from crp.engine.forward import SINK, ForwardPass, check_layers
-from crp.engine.inputs import Data, Inputs, Tensors
-from crp.engine.taps import Use
+from crp.engine.backward import input_name, send_back, send_rows_back
+from crp.engine.conditions import (
+    Rows,
+    check_conditions,
+    check_start,
+    check_targets_exist,
+    init_of_rows,
+    initial_relevance,
+    row_index,
+    row_masks,
+)
+from crp.engine.encoding import Encoding, propagation_of
+from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
+from crp.engine.inputs import Data, Inputs
+from crp.engine.settings import Overrides, Settings
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
 
-if TYPE_CHECKING:
-    from crp.attribution import CondAttribution
+#: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
+Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
     """What a call is about, checked before the model runs.
 
     Attributes
     ----------
-    attribution : CondAttribution
-        Its methods may be overridden.
-    given : tuple of Tensor of shape (samples, *input shape)
-        Inputs that are explained, as the user gave them.
-    inputs : Inputs
-    rows : Rows
+    model : nn.Module
     composite : zennit.core.Composite or None
         The one that was given, or that is on the model.
+    inputs : Inputs
+    rows : Rows
     settings : Settings
+    overrides : Overrides
+    batch_size : int or None
+        Rows that are computed together; all, if None.
     """
 
-    attribution: CondAttribution
-    given: Tensors
+    model: nn.Module
+    composite: Composite | None
     inputs: Inputs
     rows: Rows
-    composite: Composite | None
     settings: Settings
+    overrides: Overrides
+    batch_size: int | None = None
 
     @classmethod
     def plan(
         cls,
-        attribution: CondAttribution,
+        model: nn.Module,
+        device: torch.device,
         data: Data,
         conditions: Sequence[Condition],
         composite: Composite | None,
         settings: Settings,
+        overrides: Overrides,
     ) -> Call:
         """Check everything that can be checked before the model runs."""
         inputs = Inputs.of(data, settings.explain)
         inputs.check()
-        given = inputs.explained
-        composite = composite_on(attribution.model, composite)
+        composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise TypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
-        model, output_name, start = attribution.model, attribution.MODEL_OUTPUT_NAME, settings.start
-        if is_layer(model, output_name):
+        if is_layer(model, settings.output_name):
             raise ValueError(
-                f"the model has a layer called {output_name!r}, which names the output in conditions; "
+                f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
-        conditions = check_conditions(conditions, output_name, start, settings.init_rel is not None)
-        check_layers(model, [] if start is None else [start], "start_layer")
-        if not attribution.overrides("broadcast"):
+        conditions = check_conditions(
+            conditions, settings.output_name, settings.start, settings.init_rel is not None
+        )  # fmt: skip
+        check_layers(model, [] if settings.start is None else [settings.start], "start_layer")
+        if overrides.broadcast is None:
             rows = Rows.broadcast(len(inputs), conditions)
         else:
-            data, conditions = attribution.broadcast(inputs.data, conditions)
+            data, conditions = overrides.broadcast(inputs.data, conditions)
             inputs = Inputs.of(data, settings.explain)
             inputs.check()
             if len(inputs) != len(conditions):
                 raise ValueError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
-            rows = Rows(tuple(range(len(inputs))), tuple(conditions))
-        call = cls(attribution, given, inputs.to(attribution.device), rows, composite, settings)
-        for layer in rows.layers(output_name):
+            rows = Rows.of(range(len(inputs)), conditions)
+        call = cls(model, composite, inputs.to(device), rows, settings, overrides)
+        for layer in rows.layers(settings.output_name):
             row_masks({}, layer, settings.mask_map, call._multiplies())
         return call
 
-    def all_rows(self) -> tuple[AttributionResults, list[Tensor]]:
-        """Results of all rows, and the relevance of each input that is explained, (rows, *input shape)."""
-        found = []
-        for composite in self._members():
-            samples, local = self.rows.distinct(self._masks_in_flow())
-            with attached(composite, self.attribution.model) as model:
-                passed = self._forward(model, samples, composite)
-                found.append(self._results(passed, local, self.settings, last=True))
-        return average(found)
-
-    def parts(self, batch_size: int) -> Iterator[AttributionResults]:
-        """Results of ``batch_size`` rows at a time."""
-        runs = [self._parts(composite, batch_size) for composite in self._members()]
+    def parts(self) -> Iterator[Part]:
+        """Results of ``batch_size`` rows at a time; means, for composites whose results are averaged."""
+        runs = [self._parts(composite) for composite in self._members()]
         # (the caller alone keeps a part while the next one is computed)
-        return (average([next(run) for run in runs])[0] for _ in self.rows.chunks(batch_size))
+        return (average([next(run) for run in runs]) for _ in self._chunks())
 
     def absorbed(self) -> AbsorbedRelevance:
         """What each layer keeps of the relevance of each row.
@@ -110,32 +113,28 @@ class Call:
         TypeError
             If the composite keeps no account.
         """
-        accounting = getattr(self.composite, "accounting", None)
+        accounting = propagation_of(self.composite).accounting()
         if accounting is None or self._members() != [self.composite]:
             raise TypeError(f"only a composite of crp.composites accounts for what layers keep, not {self.composite!r}")
         if Encoding.of(self.composite).as_multiplier:
             raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
-        # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
-        in_flow = self._masks_in_flow()
-        samples, local = self.rows.distinct(in_flow)
-        size = 1 if in_flow else len(self.rows) // len(samples)
         initials, inputs, kept = [], [], []
-        with attached(self.composite, self.attribution.model) as model, accounting() as account:
-            passed = None if in_flow else self._forward(model, samples, self.composite, account)
-            for number, part in enumerate(local.chunks(size)):
-                if passed is None or in_flow:
-                    passed = self._forward(model, [samples[number]], self.composite, account)
-                    part = Rows((0,), part.conditions)
-                settings, last = self.settings.part(number, size, len(self.rows)), number == len(samples) - 1
-                back = self._backward(passed, part, settings, last=last or in_flow)
+        with attached(self.composite, self.model) as model, accounting as account:
+            # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
+            for rows in self.rows.one_by_one(self._masks_in_flow()):
+                passed = self._forward(model, rows, self.composite, account)
+                _, start, arrived = self._send_back(passed, rows, last=True)
+                initial = sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
+                initials.append(initial)
+                relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
+                inputs.append(torch.stack([sum_of_rows(r).to(initial) for r in relevances]).sum(0))
                 layers: dict[str, Tensor] = {}
-                for name in passed.sinks:
-                    layer = name.removeprefix(SINK).rpartition("#")[0]
-                    layers[layer] = layers.get(layer, 0) + back.found[name]
+                for name in passed.layers:
+                    if name.startswith(SINK):
+                        layer = name.removeprefix(SINK).rpartition("#")[0]
+                        share = arrived[name].reshape(len(rows), *passed.layers[name].shape).sum(1)
+                        layers[layer] = layers.get(layer, 0) + share
                 kept.append(layers)
-                initial = passed.encoding.read(back.start, rows_of(back.root, part))
-                initials.append(sum_of_rows(initial))
-                inputs.append(torch.stack([sum_of_rows(r).to(initial) for r in back.relevances]).sum(0))
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
         shares = {name: torch.cat([layers.get(name, zero) for layers in kept]) for name, zero in nothing.items()}
         named = {layer: dict(zip(account.kinds, values.unbind(1), strict=True)) for layer, values in shares.items()}
@@ -143,94 +142,122 @@ class Call:
 
     def _members(self) -> list[Composite | None]:
         """Composites whose results are averaged: several, where a method has several references."""
-        members_for = getattr(self.composite, "members_for", None)
-        if members_for is None or is_on(self.composite, self.attribution.model):
+        members = propagation_of(self.composite).members_for(self.inputs.explained[0])
+        if self.composite is None or not members or is_on(self.composite, self.model):
             return [self.composite]
-        return list(members_for(self.inputs.explained[0]))
+        return [*members]
+
+    def _chunks(self) -> list[Rows]:
+        return self.rows.chunks(self.batch_size or len(self.rows))
+
+    def _parts(self, composite: Composite | None) -> Iterator[Part]:
+        passed: ForwardPass | None = None
+        # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
+        keeps = Encoding.of(composite).multiplier or composite is None
+        chunks = self._chunks()
+        for number, rows in enumerate(chunks):
+            last = number == len(chunks) - 1 or not keeps
+            if passed is not None and passed.samples == self._samples(rows):
+                part = [self._results(passed, rows, last)]
+            else:
+                with attached(composite, self.model) as model:
+                    passed = self._forward(model, rows, composite)
+                    part = [] if passed.is_folded else [self._results(passed, rows, last)]
+            if not part:
+                shapes = {name: output.shape for name, output in passed.layers.items()}
+                passed = None
+                part = [self._one_by_one(rows, composite, shapes)]
+            if last:
+                passed = None
+            yield part.pop()
+
+    def _one_by_one(self, rows: Rows, composite: Composite | None, shapes: Mapping[str, torch.Size]) -> Part:
+        """Results of rows by a forward pass for each sample, whose entries are then known in every layer.
+
+        Takes the shapes that layers have in one forward pass for all of these rows.
+        """
+        found: list[Part] = []
+        places: list[int] = []
+        n_samples = len(self._samples(rows))
+        for part in rows.one_by_one(self._masks_in_flow()):
+            with attached(composite, self.model) as model:
+                passed = self._forward(model, part, composite)
+                found.append(self._results(passed, part, last=True))
+            for name, shape in shapes.items():
+                alone = passed.layers.get(name)
+                if alone is not None and len(alone) * n_samples != shape[0]:
+                    raise ValueError(
+                        f"the output of layer {name!r} has shape {tuple(shape)} for {n_samples} samples, and "
+                        f"{tuple(alone.shape)} for one of them; its first axis must be that of the samples, or have as "
+                        "many entries for each of them"
+                    )
+            places += part.places
+        return in_order(found, [places.index(place) for place in rows.places])
+
+    def _masks_in_flow(self) -> bool:
+        """Whether masks act while the gradient flows; every row then needs a column of its own."""
+        if self.overrides.backward is not None:
+            return True
+        layers = self.rows.layers(self.settings.output_name)
+        return not self.settings.exclude_parallel and any(name != self.settings.start for name in layers)
 
     def _multiplies(self) -> bool:
         """Whether a gradient flows, or multipliers, and not relevance itself."""
         if self.composite is None:
-            return not rules_by_hand(self.attribution.model)
+            return not rules_by_hand(self.model)
         return Encoding.of(self.composite).multiplier
 
-    def _parts(self, composite: Composite | None, batch_size: int) -> Iterator[tuple[AttributionResults, list[Tensor]]]:
-        passed, passed_samples = None, None
-        # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
-        keeps = Encoding.of(composite).multiplier or composite is None
-        parts = self.rows.chunks(batch_size)
-        for number, part in enumerate(parts):
-            samples, local = part.distinct(self._masks_in_flow())
-            settings = self.settings.part(number, batch_size, len(self.rows))
-            last = number == len(parts) - 1
-            if keeps and passed is not None and samples == passed_samples:
-                found = [self._results(passed, local, settings, last)]
-            else:
-                with attached(composite, self.attribution.model) as model:
-                    passed = self._forward(model, samples, composite)
-                    found = [self._results(passed, local, settings, last or not keeps)]
-                passed_samples = samples
-            if not keeps or last:
-                passed = None
-            yield found.pop()
-
-    def _masks_in_flow(self) -> bool:
-        """Whether masks act while the gradient flows; every row then needs a sample of its own."""
-        if self.attribution.overrides("backward"):
-            return True
-        layers = self.rows.layers(self.attribution.MODEL_OUTPUT_NAME)
-        return not self.settings.exclude_parallel and any(name != self.settings.start for name in layers)
+    def _samples(self, rows: Rows) -> tuple[int, ...]:
+        """Sample of each column of a forward pass for these rows, which share columns if they may."""
+        return rows.samples if self._masks_in_flow() else tuple(sorted({*rows.samples}))
 
     def _forward(
-        self, model: nn.Module, samples: list[int], composite: Composite | None, account: Sinks | None = None
+        self, model: nn.Module, rows: Rows, composite: Composite | None, account: Sinks | None = None
     ) -> ForwardPass:
         settings = self.settings
         # (canonizers may have given the model further layers)
-        conditioned = self.rows.layers(self.attribution.MODEL_OUTPUT_NAME)
+        conditioned = self.rows.layers(settings.output_name)
         check_layers(model, conditioned, "conditions")
         check_layers(model, settings.record, "record_layer")
-        layers = dict.fromkeys(settings.record, "record") | dict.fromkeys(conditioned, "condition")
+        roles = dict.fromkeys(settings.record, "record") | dict.fromkeys(conditioned, "condition")
         if settings.start is not None:
-            layers[settings.start] = "start"
-        expect = getattr(composite, "expect", None)
-        if expect is not None:
-            expect(samples, len(self.inputs))
-        inputs = self.inputs.select(samples)
-        return ForwardPass.run(model, inputs, layers, self.attribution.select_output, composite, account)
+            roles[settings.start] = "start"
+        samples = self._samples(rows)
+        propagation_of(composite).expect(list(samples), len(self.inputs))
+        inputs, select_output = self.inputs.select(list(samples)), self.overrides.select_output or tensor_in
+        return ForwardPass.run(model, inputs, roles, select_output, composite, account, samples)
 
-    def _backward(self, passed: ForwardPass, rows: Rows, settings: Settings, last: bool) -> Arrived:
-        """Send all rows back through one forward pass."""
-        root = passed.output if settings.start is None else passed.uses[settings.start]
-        prediction = rows.select(root.output, copy=not last)
-        start = self._start(prediction, rows_of(root, rows), rows, passed.encoding, settings)
-        backward = self.attribution.backward if self._masks_in_flow() else None
-        uses = passed.uses | passed.sinks
-        output_name = self.attribution.MODEL_OUTPUT_NAME
-        leaves, multiplies = passed.inputs.explained, self._multiplies()
-        passes = Backward(leaves, root.output, uses, settings, output_name, backward, multiplies, {*passed.sinks})
-        relevances, found = passes.run(rows, start, last)
-        return Arrived(root, prediction, start, relevances, found)
+    def _send_back(self, passed: ForwardPass, rows: Rows, last: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Prediction of each row, what started there, and what arrived at each input and layer."""
+        root = passed.output if self.settings.start is None else passed.layers[self.settings.start]
+        prediction = passed.of_rows(root, rows, copy=not last)
+        start = self._start(prediction, passed, rows)
+        backward = (self.overrides.backward or send_back) if self._masks_in_flow() else None
+        make_masks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
+        return prediction, start, send_rows_back(passed, rows, start, self.settings, make_masks, backward, last)
 
-    def _start(self, prediction: Tensor, value: Tensor, rows: Rows, encoding: Encoding, settings: Settings) -> Tensor:
-        """What starts at the root, (rows, *output shape): initial relevance, or that divided by the output."""
-        attribution = self.attribution
-        targets = None if settings.start is not None else rows.targets(attribution.MODEL_OUTPUT_NAME)
-        targets = check_targets(targets, prediction, attribution.MODEL_OUTPUT_NAME)
-        initial = settings.initial(prediction)
-        if initial is None and encoding.starts_from_one and not attribution.overrides("relevance_init"):
-            return attribution.relevance_init(torch.ones_like(prediction), targets, None)
+    def _start(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Tensor:
+        """What starts at the root, (rows, *root shape): initial relevance, or that divided by the output."""
+        settings, encoding = self.settings, passed.encoding
+        targets = rows.targets(settings.output_name) if settings.start is None else None
+        check_targets_exist(targets, prediction, settings.output_name, rows.places)
+        lengths = (len(self.rows), self.batch_size or len(self.rows))
+        initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
+        overridden = self.overrides.relevance_init
+        if initial is None and encoding.starts_from_one and overridden is None:
+            return initial_relevance(torch.ones_like(prediction), targets, None)
         if initial is None and encoding.from_one:
             initial = 1.0
-        start = attribution.relevance_init(value.clone(), targets, initial)
+        value = passed.value(settings.start, rows)
+        start = (overridden or initial_relevance)(value.clone(), targets, initial)
         check_start(start, prediction)
         return encoding.start(start.detach().to(prediction), value)
 
-    def _results(
-        self, passed: ForwardPass, rows: Rows, settings: Settings, last: bool
-    ) -> tuple[AttributionResults, list[Tensor]]:
+    def _results(self, passed: ForwardPass, rows: Rows, last: bool) -> Part:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
-        back = self._backward(passed, rows, settings, last)
-        uses, encoding = passed.uses, passed.encoding
+        settings, encoding = self.settings, passed.encoding
+        prediction, _, arrived = self._send_back(passed, rows, last)
+        relevances_of_inputs = [arrived.pop(input_name(i)) for i in range(len(passed.inputs.explained))]
         keeps = encoding.multiplier and settings.multipliers
 
         def own(tensor: Tensor) -> Tensor:
@@ -238,59 +265,82 @@ class Call:
             tensor = tensor.contiguous() if tensor.stride()[:1] == (0,) else tensor
             return tensor.to(settings.on_device) if settings.on_device else tensor
 
-        activations = {name: own(rows.select(use.output, copy=not last)) for name, use in uses.items()}
+        activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}
         relevances, multipliers = {}, {}
-        for name, use in uses.items():
-            arrived = back.found.pop(name)
-            relevances[name] = own(encoding.read(arrived, rows_of(use, rows)))
+        for name in passed.layers:
+            of_layer = arrived.pop(name)
+            relevances[name] = own(encoding.read(of_layer, passed.value(name, rows)))
             if keeps:
-                multipliers[name] = relevances[name] if encoding.as_multiplier else own(arrived)
+                multipliers[name] = relevances[name] if encoding.as_multiplier else own(of_layer)
         heatmaps = []
-        for leaf, relevance in zip(passed.inputs.explained, back.relevances, strict=True):
-            explained = rows.select(leaf)
+        for leaf, relevance in zip(passed.inputs.explained, relevances_of_inputs, strict=True):
+            explained = passed.of_rows(leaf, rows)
             explained.grad = relevance
-            heatmaps.append(self.attribution.heatmap_modifier(explained, settings.on_device))
+            heatmaps.append((self.overrides.heatmap_modifier or sum_of_channels)(explained, settings.on_device))
         result = AttributionResults(
             passed.inputs.shaped(heatmaps),
             activations,
             relevances,
-            own(back.prediction),
+            own(prediction),
             encoding=encoding.name,
             multipliers=multipliers if keeps else None,
         )
-        return result, back.relevances
+        return result, relevances_of_inputs
 
 
-@dataclass
-class Arrived:
-    """What one backward pass of some rows gave.
-
-    Attributes
-    ----------
-    root : Use
-        Where it started.
-    prediction : Tensor of shape (rows, *root shape)
-    start : Tensor of shape (rows, *root shape)
-        What started there.
-    relevances : list of Tensor of shape (rows, *input shape)
-        Of each input that is explained.
-    found : dict of str to Tensor of shape (rows, *layer shape)
-        What arrived at each layer and sink.
-    """
-
-    root: Use
-    prediction: Tensor
-    start: Tensor
-    relevances: list[Tensor]
-    found: dict[str, Tensor]
-
-
-def rows_of(use: Use, rows: Rows) -> Tensor:
-    """What the relevance of each row counts at a layer, to be read only."""
-    value = use.value
-    return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else rows.select(value)
+def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
+    """Heatmap from the relevance of an input, ``data.grad``; see `CondAttribution.heatmap_modifier`."""
+    assert data.grad is not None
+    heatmap = data.grad.detach()
+    heatmap = heatmap.sum(dim=1) if heatmap.dim() > 1 else heatmap
+    return heatmap.to(on_device) if on_device else heatmap
 
 
 def sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
+
+
+def average(parts: Sequence[Part]) -> Part:
+    """Mean of several results of the same rows; without multipliers, which have none."""
+    if len(parts) == 1:
+        return parts[0]
+    first, _ = parts[0]
+    heatmap, relevances = (_each([getattr(result, field) for result, _ in parts], _mean) for field in _AVERAGED)
+    result = AttributionResults(heatmap, first.activations, relevances, first.prediction, encoding=first.encoding)
+    return result, [_mean(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
+
+
+_AVERAGED = ("heatmap", "relevances")
+
+
+def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
+    """Results of all rows of several parts: as row i the ``order[i]``-th of the parts one after the other."""
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(tensors))
+        if order == list(range(len(order))):
+            return joined
+        return joined[row_index(order, len(joined) // len(order))]
+
+    results = [result for result, _ in parts]
+    result = AttributionResults(
+        *(_each(list(values), join) for values in zip(*results, strict=True)),
+        encoding=results[0].encoding,
+        multipliers=_each([result.multipliers for result in results], join),
+    )
+    return result, [join(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(0)
+
+
+def _each(values: list[Any], combine: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """Tensors combined, or those in tuples or dicts of the same form; None where there are none."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: _each([value[name] for value in values], combine) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_each(list(entries), combine) for entries in zip(*values, strict=True))
+    return None if first is None else combine(values)

@@ -1,15 +1,15 @@
-"""Conditions as data: checked, broadcast over the samples and grouped, before the model runs.
+"""Conditions as data: checked, paired with samples, and turned into initial relevance and masks.
 
-A condition is a dict ``{layer name: concept ids, "y": targets}``. With n samples and n conditions they are paired;
-with other counts every sample meets every condition, samples first. Each (sample, condition) is a *row* of the
-result. Rows are computed in a *grid* of slots x samples: the forward pass sees each sample once, and slot k holds the
-k-th condition of every sample.
+A condition is a dict ``{layer name: concept ids, "y": targets}``. With n samples and n conditions they are paired; with
+other counts every sample meets every condition, samples first. Each (sample, condition) is a *row* of the result. Rows
+are computed in a *grid* of slots x samples: the forward pass sees each sample once, and slot k holds the k-th condition
+of every sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -21,28 +21,16 @@ from torch import Tensor
 from crp.notices import warn
 from crp.types import Condition, MaskFactory, MaskFn
 
+MaskMap = MaskFactory | Mapping[str, MaskFactory]
+
 
 def check_conditions(
     conditions: Sequence[Condition], output_name: str, start_layer: str | None = None, has_init: bool = False
 ) -> list[Condition]:
     """Conditions as a list, or an error that names the one that is wrong.
 
-    Parameters
-    ----------
-    conditions : sequence of mappings
-    output_name : str
-        Key of the targets, ``"y"`` by default.
-    start_layer : str, optional
-        Where the backward pass begins instead of the output.
-    has_init : bool
-        Whether an initial relevance is given.
-
-    Raises
-    ------
-    TypeError
-        If ``conditions`` is no sequence of mappings of strings, or targets are no integers.
-    ValueError
-        If it is empty, a target list is empty, or nothing says where relevance starts.
+    ``output_name`` is the key of the targets. Where neither a start layer nor an initial relevance is given, every
+    condition must say where relevance starts.
     """
     if isinstance(conditions, Mapping) or not isinstance(conditions, Sequence):
         raise TypeError(f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list")
@@ -65,53 +53,6 @@ def check_conditions(
     if start_layer is not None and any(output_name in condition for condition in conditions):
         warn(f"{output_name!r} has no effect in conditions: the backward pass begins at start_layer {start_layer!r}")
     return list(conditions)
-
-
-def check_data(data: Tensor, name: str = "data") -> None:
-    """Raise a clear error, with this name, if relevance cannot be assigned to the data.
-
-    Raises
-    ------
-    TypeError
-        If it is no floating-point tensor.
-    ValueError
-        If it is empty, or has NaN or infinite values; the message names the samples.
-    """
-    if not isinstance(data, Tensor) or not data.is_floating_point():
-        kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
-    if data.dim() == 0 or len(data) == 0:
-        raise ValueError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
-    if torch.isfinite(data.detach().sum()):  # (one pass; a sum that overflows says nothing)
-        return
-    finite = torch.isfinite(data).reshape(len(data), -1).all(1)
-    if not finite.all():
-        wrong = (~finite).nonzero().flatten().tolist()
-        passed_on = "" if name == "data" else "; an input that is only passed on may have them, see explain="
-        raise ValueError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
-
-
-def check_targets(targets: list[Any] | None, prediction: Tensor, output_name: str) -> list[Any] | None:
-    """Raise an `IndexError` if a row's target is not among the outputs."""
-    for row, target in enumerate(targets or ()):
-        if target is None:
-            continue
-        if prediction.dim() < 2:
-            raise ValueError(
-                f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
-                "Leave it out and give init_rel instead."
-            )
-        (ids, elements), size = _target_ids(target), prediction.shape[1]
-        if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
-            raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
-        shape = tuple(prediction.shape[1:])
-        for place in elements:
-            if len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
-                raise IndexError(
-                    f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
-                    f"{shape} for each sample"
-                )
-    return targets
 
 
 def _check_target(targets: Any, what: str) -> None:
@@ -139,6 +80,151 @@ def _target_ids(targets: Any) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
     except ValueError:  # ragged
         ids = np.asarray(None)
     return (np.zeros(0, int) if elements and ids.size == 0 else ids), elements
+
+
+def _plain(ids: Any) -> Any:
+    return ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a result. Parts of them keep their samples and places: nothing is numbered anew.
+
+    Attributes
+    ----------
+    samples : tuple of int
+        Sample of each row, as the caller numbers them.
+    conditions : tuple of mapping
+        Condition of each row.
+    places : tuple of int
+        Place of each row among all rows, in the caller's order.
+    """
+
+    samples: tuple[int, ...]
+    conditions: tuple[Condition, ...]
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[int], conditions: Sequence[Condition]) -> Rows:
+        """All rows, in this order."""
+        return cls(tuple(samples), tuple(conditions), tuple(range(len(samples))))
+
+    @classmethod
+    def broadcast(cls, n_samples: int, conditions: Sequence[Condition]) -> Rows:
+        """Pair samples with conditions where they are equally many; otherwise every sample meets every condition."""
+        if n_samples == len(conditions):
+            return cls.of(range(n_samples), conditions)
+        return cls.of([sample for sample in range(n_samples) for _ in conditions], list(conditions) * n_samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def part(self, rows: Sequence[int]) -> Rows:
+        """Some of these rows."""
+        samples, places = (tuple(numbers[i] for i in rows) for numbers in (self.samples, self.places))
+        return Rows(samples, tuple(self.conditions[i] for i in rows), places)
+
+    def chunks(self, size: int) -> list[Rows]:
+        """Consecutive parts of at most ``size`` rows."""
+        starts = range(0, len(self), size)
+        return [self.part(range(i, min(i + size, len(self)))) for i in starts]
+
+    def one_by_one(self, every_row: bool) -> list[Rows]:
+        """The rows of each sample, or every row by itself."""
+        if every_row:
+            return self.chunks(1)
+        found: dict[int, list[int]] = {}
+        for row, sample in enumerate(self.samples):
+            found.setdefault(sample, []).append(row)
+        return [self.part(rows) for rows in found.values()]
+
+    def groups(self, output_name: str) -> list[list[int]]:
+        """Which of these rows have the same conditioned layers in the same order."""
+        found: dict[tuple[str, ...], list[int]] = {}
+        for row, condition in enumerate(self.conditions):
+            found.setdefault(tuple(name for name in condition if name != output_name), []).append(row)
+        return list(found.values())
+
+    def layers(self, output_name: str) -> list[str]:
+        """Layers named by the conditions, in the order in which they are first named."""
+        return list(dict.fromkeys(name for condition in self.conditions for name in condition if name != output_name))
+
+    def targets(self, output_name: str) -> list[Any] | None:
+        """Targets of each row (None where a row has none), or None if no row has any."""
+        targets = [condition.get(output_name) for condition in self.conditions]
+        return None if all(t is None for t in targets) else targets
+
+
+class Grid:
+    """Puts the values of rows, each with its column, into slots x columns of a forward pass; takes them out again."""
+
+    def __init__(self, columns: Sequence[int], n_columns: int, device: torch.device) -> None:
+        used = [0] * n_columns
+        place = []
+        for column in columns:
+            place.append(used[column] * n_columns + column)
+            used[column] += 1
+        self.n_columns, self.n_slots = n_columns, max(used)
+        # Row i in place i needs no moving: paired samples and conditions, or one sample.
+        self._identity = place == list(range(self.n_slots * n_columns))
+        self._index = torch.tensor(place, device=device)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """(rows, ...) to (slots, columns, ...); places without a row are 0.
+
+        With a single column, each row may have several entries: (rows * entries, ...) to (slots, entries, ...).
+        """
+        if not self._identity:
+            rows = rows.new_zeros(self.n_slots * self.n_columns, *rows.shape[1:]).index_copy(0, self._index, rows)
+        return rows.reshape(self.n_slots, len(rows) // self.n_slots, *rows.shape[1:])
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """(slots, columns, ...) to (rows, ...), or (slots, entries, ...) to (rows * entries, ...).
+
+        Slots that share their values, (1, columns, ...), are repeated.
+        """
+        flat = grid.expand(self.n_slots, *grid.shape[1:]).flatten(0, 1)
+        return flat if self._identity else flat.index_select(0, self._index)
+
+
+def row_index(rows: Sequence[int], n_entries: int) -> list[int]:
+    """Entries of rows along the first axis of a layer that has several for each row."""
+    return [row * n_entries + i for row in rows for i in range(n_entries)]
+
+
+def check_targets_exist(
+    targets: Sequence[Any] | None, prediction: Tensor, output_name: str, places: Sequence[int] | None = None
+) -> None:
+    """Raise an `IndexError` if a row's target is not among the outputs; it names the place in the caller's order."""
+    for row, target in zip(places or range(len(prediction)), targets or (), strict=False):
+        if target is None:
+            continue
+        if prediction.dim() < 2:
+            raise ValueError(
+                f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
+                "Leave it out and give init_rel instead."
+            )
+        (ids, elements), size = _target_ids(target), prediction.shape[1]
+        if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
+            raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
+        shape = tuple(prediction.shape[1:])
+        for place in elements:
+            if len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
+                raise IndexError(
+                    f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
+                    f"{shape} for each sample"
+                )
+
+
+def init_of_rows(init_rel: Any, places: Sequence[int], prediction: Tensor, lengths: Sequence[int]) -> Any:
+    """``init_rel`` for rows at these places: a tensor with an entry for each row is cut, anything else is as it is.
+
+    ``lengths`` are those of a tensor that is cut: the number of all rows, or that of a part, which serves every part.
+    """
+    if not isinstance(init_rel, Tensor) or init_rel.dim() != prediction.dim() or len(init_rel) not in lengths:
+        return init_rel
+    chosen = [place % len(init_rel) for place in places]
+    return init_rel if chosen == list(range(len(init_rel))) else init_rel[chosen]
 
 
 def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
@@ -185,152 +271,26 @@ def check_start(start: Any, prediction: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of an attribution that do not depend on the row."""
+def row_masks(
+    rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True, n_entries: int = 1
+) -> list[MaskFn]:
+    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...), from the rows' conditions.
 
-    record: Sequence[str]
-    mask_map: MaskMap
-    start: str | None
-    init_rel: Any
-    on_device: torch.device | str | None
-    exclude_parallel: bool
-    explain: Any = None
-    #: Whether results keep what arrived at layers beside its product with the activation.
-    multipliers: bool = True
-    #: First of the rows that are computed now, how many there are in a part, and in all parts.
-    begin: int = 0
-    batch_size: int = 0
-    n_rows: int = 0
-
-    def part(self, number: int, batch_size: int, n_rows: int) -> Settings:
-        """The same for the part of the rows that begins at ``number * batch_size``."""
-        return replace(self, begin=number * batch_size, batch_size=min(batch_size, n_rows), n_rows=n_rows)
-
-    def initial(self, prediction: Tensor) -> Any:
-        """``init_rel`` for these rows.
-
-        A tensor with a row for each of all rows is cut; one for the rows of a part serves every part.
-        """
-        given = self.init_rel
-        if not isinstance(given, Tensor) or given.dim() != prediction.dim():
-            return given
-        if len(given) not in (self.n_rows, self.batch_size):
-            return given
-        begin = self.begin if len(given) == self.n_rows else 0
-        return given[begin : begin + len(prediction)]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which sample and which condition each row of the result has."""
-
-    samples: tuple[int, ...]
-    conditions: tuple[Condition, ...]
-
-    @classmethod
-    def broadcast(cls, n_samples: int, conditions: Sequence[Condition]) -> Rows:
-        """Pair samples with conditions where they are equally many; otherwise every sample meets every condition."""
-        if n_samples == len(conditions):
-            return cls(tuple(range(n_samples)), tuple(conditions))
-        samples = np.repeat(np.arange(n_samples), len(conditions))
-        return cls(tuple(samples.tolist()), tuple(conditions) * n_samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def part(self, rows: Sequence[int]) -> Rows:
-        """Some of the rows."""
-        return Rows(tuple(self.samples[i] for i in rows), tuple(self.conditions[i] for i in rows))
-
-    def distinct(self, repeat: bool) -> tuple[list[int], Rows]:
-        """Samples that these rows need, and the rows in terms of them.
-
-        Parameters
-        ----------
-        repeat : bool
-            Whether every row gets a sample of its own.
-        """
-        if repeat:
-            return list(self.samples), Rows(tuple(range(len(self))), self.conditions)
-        samples = sorted(set(self.samples))
-        place = {sample: i for i, sample in enumerate(samples)}
-        return samples, Rows(tuple(place[sample] for sample in self.samples), self.conditions)
-
-    def select(self, samples: Tensor, copy: bool = False) -> Tensor:
-        """(samples, ...) to (rows, ...), detached; where that is the same, a view, unless ``copy``."""
-        samples = samples.detach()
-        if self.samples == tuple(range(len(samples))):
-            return samples.clone() if copy else samples
-        return samples.index_select(0, torch.tensor(self.samples, device=samples.device))
-
-    def chunks(self, size: int) -> list[Rows]:
-        """Consecutive parts of at most ``size`` rows."""
-        starts = range(0, len(self), size)
-        return [Rows(self.samples[i : i + size], self.conditions[i : i + size]) for i in starts]
-
-    def groups(self, output_name: str) -> list[list[int]]:
-        """Row numbers, grouped by the conditioned layers in their order."""
-        found: dict[tuple[str, ...], list[int]] = {}
-        for row, condition in enumerate(self.conditions):
-            found.setdefault(tuple(name for name in condition if name != output_name), []).append(row)
-        return list(found.values())
-
-    def layers(self, output_name: str) -> list[str]:
-        """Layers named by the conditions, in the order in which they are first named."""
-        return list(dict.fromkeys(name for condition in self.conditions for name in condition if name != output_name))
-
-    def targets(self, output_name: str) -> list[Any] | None:
-        """Targets of each row (None where a row has none), or None if no row has any."""
-        targets = [condition.get(output_name) for condition in self.conditions]
-        return None if all(t is None for t in targets) else targets
-
-
-class Grid:
-    """Places some rows in slots x samples, and back.
-
-    Parameters
-    ----------
-    samples : sequence of int
-        Sample of each row.
-    n_samples : int
-    device : torch.device
-    """
-
-    def __init__(self, samples: Sequence[int], n_samples: int, device: torch.device) -> None:
-        used = [0] * n_samples
-        place = []
-        for sample in samples:
-            place.append(used[sample] * n_samples + sample)
-            used[sample] += 1
-        self.n_samples, self.n_slots = n_samples, max(used)
-        self.samples, self.place = list(samples), place
-        # Row i in place i needs no moving: paired samples and conditions, or one sample.
-        self._identity = place == list(range(self.n_slots * n_samples))
-        self._index = torch.tensor(place, device=device)
-
-    def scatter(self, rows: Tensor) -> Tensor:
-        """(rows, ...) to (slots, samples, ...); places without a row are 0."""
-        if not self._identity:
-            rows = rows.new_zeros(self.n_slots * self.n_samples, *rows.shape[1:]).index_copy(0, self._index, rows)
-        return rows.reshape(self.n_slots, self.n_samples, *rows.shape[1:])
-
-    def gather(self, grid: Tensor) -> Tensor:
-        """(slots, samples, ...) to (rows, ...)."""
-        flat = grid.flatten(0, 1)
-        return flat if self._identity else flat.index_select(0, self._index)
-
-
-def row_masks(rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True) -> list[MaskFn]:
-    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...).
+    Where rows have several entries each, (rows * entries, ...), every entry is masked as the condition of its row says.
+    ``multiplies`` says whether a gradient or multipliers flow, and not relevance itself.
 
     Raises
     ------
     TypeError
-        If one is no function, or needs multipliers where relevance itself flows, and not what ``multiplies``.
+        If one is no function, or needs multipliers where relevance itself flows.
     """
     make = mask_factory(mask_map, layer)
-    masks = [make(row, condition[layer], layer) for row, condition in rows.items() if layer in condition]
+    masks = [
+        make(row * n_entries + i, condition[layer], layer)
+        for row, condition in rows.items()
+        if layer in condition
+        for i in range(n_entries)
+    ]
     for mask in masks:
         if not callable(mask):
             raise TypeError(f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}")
@@ -353,9 +313,6 @@ def needs_multiplier(mask: object) -> bool:
     return isinstance(mask, partial) and needs_multiplier(mask.func)
 
 
-MaskMap = MaskFactory | Mapping[str, MaskFactory]
-
-
 def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
     """Mask factory of one layer, or an error that says what ``mask_map`` lacks."""
     if callable(mask_map):
@@ -369,5 +326,17 @@ def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
     return mask_map[layer]
 
 
-def _plain(ids: Any) -> Any:
-    return ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
+def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
+    """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
+    if functions:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    kind: Any = type(functions[0]) if functions else None
+    if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
+        functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
+    for function in functions:
+        masked = function(grad)
+        if getattr(masked, "shape", None) != grad.shape:
+            got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
+            raise TypeError(f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}")
+        grad = masked
+    return grad

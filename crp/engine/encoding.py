@@ -1,21 +1,64 @@
-"""What flows backward under a composite, and how relevance is read from it."""
+"""What a composite says of itself, what flows backward under it, and how relevance is read from that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.types import AttributionResults
+from crp.types import Sinks
+
+
+class Propagation:
+    """What the engine asks of a composite; the defaults hold for those of zennit, and for None.
+
+    Attributes
+    ----------
+    encoding : "relevance" or "multiplier"
+        What flows back: relevance itself, or relevance divided by activation.
+    readout : "relevance" or "multiplier"
+        What results hold: relevance, or what flows, as for gradients.
+    initial : "output" or "one"
+        Initial relevance of a target, if a call gives none: the output's value, or 1.
+    isolates : bool
+        Whether `register` itself runs the model uncompiled, keeps its parameters outside autograd, and knows every call
+        of a module.
+    """
+
+    encoding: ClassVar[Literal["relevance", "multiplier"]] = "relevance"
+    readout: ClassVar[Literal["relevance", "multiplier"]] = "relevance"
+    initial: ClassVar[Literal["output", "one"]] = "output"
+    isolates: ClassVar[bool] = False
+
+    def members_for(self, data: Tensor) -> list[Composite]:
+        """Composites whose results are averaged, for methods with several references; empty for all others."""
+        return []
+
+    def expect(self, samples: list[int], total: int) -> None:
+        """Take note of which of ``total`` samples the next forward pass has."""
+
+    def accounting(self) -> AbstractContextManager[Sinks] | None:
+        """Context in which what layers keep is accounted for; None if the composite keeps no account."""
+        return None
+
+
+def propagation_of(composite: Composite | None) -> Propagation:
+    """What a composite says of itself; the defaults, for all that it does not say."""
+    if isinstance(composite, Propagation):
+        return composite
+    propagation = Propagation()
+    asked = (name for name in vars(Propagation) if not name.startswith("_"))
+    vars(propagation).update({name: getattr(composite, name) for name in asked if hasattr(composite, name)})
+    return propagation
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a composite says of itself; composites of zennit, and None, say nothing.
+    """What flows backward under a composite.
 
     Attributes
     ----------
@@ -34,11 +77,8 @@ class Encoding:
     @classmethod
     def of(cls, composite: Composite | None) -> Encoding:
         """Encoding of a composite."""
-        return cls(
-            getattr(composite, "encoding", None) == "multiplier",
-            getattr(composite, "readout", None) == "multiplier",
-            getattr(composite, "initial", None) == "one",
-        )
+        asked = propagation_of(composite)
+        return cls(asked.encoding == "multiplier", asked.readout == "multiplier", asked.initial == "one")
 
     @property
     def name(self) -> Literal["multiplier", "relevance"]:
@@ -57,32 +97,6 @@ class Encoding:
         # An output of exactly 0 has nothing to distribute.
         return torch.where(value == 0, 0, initial / value)
 
-    def read(self, found: Tensor, activation: Tensor) -> Tensor:
+    def read(self, arrived: Tensor, activation: Tensor) -> Tensor:
         """Relevance in what arrived at a layer of this ``activation`` (less that of the reference, if there is one)."""
-        return activation * found if self.multiplier and not self.as_multiplier else found
-
-
-def average(found: Sequence[tuple[AttributionResults, list[Tensor]]]) -> tuple[AttributionResults, list[Tensor]]:
-    """Mean of several results of the same rows, each with the relevance of the inputs."""
-    if len(found) == 1:
-        return found[0]
-    results = [result for result, _ in found]
-    first = results[0]
-    result = AttributionResults(
-        _mean([result.heatmap for result in results]),
-        first.activations,
-        _mean([result.relevances for result in results]),
-        first.prediction,
-        encoding=first.encoding,
-    )
-    return result, [_mean(of_input) for of_input in zip(*(relevance for _, relevance in found), strict=True)]
-
-
-def _mean(found: Sequence[Any]) -> Any:
-    """Mean of tensors, or of what holds them in the same way."""
-    first = found[0]
-    if isinstance(first, dict):
-        return {name: _mean([each[name] for each in found]) for name in first}
-    if isinstance(first, tuple):
-        return tuple(_mean(each) for each in zip(*found, strict=True))
-    return None if first is None else torch.stack(list(found)).mean(0)
+        return activation * arrived if self.multiplier and not self.as_multiplier else arrived

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
-from crp.engine.reference import referencing
-from crp.engine.taps import Flow, Tap, Use
-from crp.layers import find_layers, modules_of
+from crp.layers import find_layers, modules_of, referencing, tracing
 from crp.notices import warn
-from crp.types import Sinks
+from crp.types import AttributionResults, Sinks
 
 #: Begin of the names of sinks; no layer has such a name.
 SINK = "absorbed by "
@@ -27,117 +26,150 @@ SINK = "absorbed by "
 class ForwardPass:
     """What one forward pass leaves behind for any number of backward passes.
 
+    Its tensors have a *column* for each sample along the first axis. A layer may have several entries for each: one
+    that runs on (batch * time), say. Which entry is of which sample is known where there is one column only.
+
     Attributes
     ----------
     inputs : Inputs
         What the model was given; those that are explained are leaves that the gradient is asked for.
-    output : Use
-        The model's, of shape (samples, *output shape).
-    uses : dict of str to Use
-        Conditioned, recorded and start layers.
+    output : Tensor of shape (columns, *output shape)
+        The model's.
+    layers : dict of str to Tensor of shape (columns * entries, *layer shape)
+        Outputs of conditioned, recorded and start layers; and sinks, whose gradient is what a layer keeps.
+    references : dict of str or None to Tensor
+        Outputs for the reference input of a composite that has one, by layer; the model's own by None.
     encoding : Encoding
-    sinks : dict of str to Use
-        What layers keep of the relevance, if that is accounted for; by layer and number of its call.
+    samples : tuple of int
+        Sample of each column, as rows name it.
     """
 
     inputs: Inputs
-    output: Use
-    uses: dict[str, Use]
+    output: Tensor
+    layers: dict[str, Tensor]
+    references: dict[str | None, Tensor]
     encoding: Encoding
-    sinks: dict[str, Use]
+    samples: tuple[int, ...] = ()
 
     @classmethod
     def run(
         cls,
         model: nn.Module,
         inputs: Inputs,
-        layers: dict[str, str],
+        roles: Mapping[str, str],
         select_output: Callable[[Any], Tensor],
         composite: Composite | None,
         account: Sinks | None = None,
+        samples: tuple[int, ...] = (),
     ) -> ForwardPass:
-        """Run the model on its inputs, tapping layers.
+        """Run the model on its inputs, tapping layers in their roles (see `tapped`).
 
-        Parameters
-        ----------
-        model : nn.Module
-        inputs : Inputs
-        layers : dict of str to str
-            Layer name to its role, ``"condition"``, ``"start"`` or ``"record"``; ``"name#1"`` is its second use.
-        select_output : callable
-            Tensor to explain in what the model returns.
-        composite : zennit.core.Composite or None
-            The one that is on the model.
-        account : Sinks, optional
-            Where its rules account for what layers keep.
+        ``select_output`` chooses the tensor to explain in what the model returns. The composite is the one that is on
+        the model, and accounts for what layers keep of the only sample in ``account``.
         """
-        references: list[Any] = []
+        returned_for_reference: list[Any] = []
 
         def keep_reference(module: nn.Module, args: Any, output: Any) -> None:
             if referencing():
-                references.append(output)
+                returned_for_reference.append(output)
 
         handle = model.register_forward_hook(keep_reference)
         try:
-            with _tapped(model, layers) as called, torch.enable_grad():
+            with tapped(model, roles) as taps, torch.enable_grad():
                 # Tensors made in inference mode cannot take part in autograd, but copies can.
                 inputs = inputs.each(lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
                 for leaf in inputs.explained:
                     leaf.requires_grad_()
                 returned = inputs.run(model)
                 # (What is chosen of the output is no part of the model, and no rule's business.)
-                reference = select_output(references[0]).detach() if references else None
+                reference = select_output(returned_for_reference[0]).detach() if returned_for_reference else None
                 output = select_output(returned)
         finally:
             handle.remove()
         _check_explained("the model's output", output)
-        _check_batch("the model's output", output, len(inputs))
-        uses = _uses(layers, called, len(inputs))
-        for layer, use in uses.items():
-            if layers[layer] == "start":
-                _check_explained(f"the output of start_layer {layer!r}", use.output)
-            elif inputs.passes_on and not use.output.requires_grad:
-                warn(
-                    f"layer {layer!r} reads inputs that are passed on only ({', '.join(map(repr, inputs.names))} are "
-                    "explained); its relevance is not known, and given as 0"
-                )
-        output_use = Use(output, Flow(), reference)
-        return cls(inputs, output_use, uses, Encoding.of(composite), _sinks(account))
+        _check_columns("the model's output", output, len(inputs))
+        layers, references = outputs_meant(taps, roles)
+        for layer in layers:
+            _check_layer(layer, roles[layer], layers[layer], inputs)
+        if reference is not None:
+            references[None] = reference
+        return cls(inputs, output, layers | _sinks(account), references, Encoding.of(composite), samples)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether a layer has several entries for each column, of which it is not known whose they are."""
+        n_columns = len(self.inputs)
+        return n_columns > 1 and any(len(output) != n_columns for output in self.layers.values())
+
+    def columns(self, rows: Rows) -> list[int]:
+        """Column of each row."""
+        if rows.samples == self.samples:
+            return list(range(len(rows)))
+        place = {sample: column for column, sample in enumerate(self.samples)}
+        return [place[sample] for sample in rows.samples]
+
+    def of_rows(self, tensor: Tensor, rows: Rows, copy: bool = False) -> Tensor:
+        """(columns * entries, ...) to (rows * entries, ...), detached.
+
+        A view where nothing is moved, unless ``copy``.
+        """
+        tensor, columns, n_columns = tensor.detach(), self.columns(rows), len(self.inputs)
+        if columns == list(range(n_columns)):
+            return tensor.clone() if copy else tensor
+        index = row_index(columns, len(tensor) // n_columns)
+        return tensor.index_select(0, torch.tensor(index, device=tensor.device))
+
+    def value(self, layer: str | None, rows: Rows) -> Tensor:
+        """What relevance of rows counts at a layer, or at the model's output: (rows * entries, ...), to be read only.
+
+        The output, or what it differs by from its reference.
+        """
+        value = (self.output if layer is None else self.layers[layer]).detach()
+        if layer in self.references:
+            value = value - self.references[layer]
+        return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else self.of_rows(value, rows)
 
 
 def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Outputs of layers for ``data``, by a forward pass without gradients; without those that it does not use."""
-    recorded = dict.fromkeys(layers, "record")
-    with _tapped(model, recorded) as called, torch.no_grad():
+    """Outputs of layers for ``data``, by a forward pass without gradients; without those that it does not use.
+
+    Raises
+    ------
+    ValueError
+        If an output has not one entry for each sample.
+    """
+    roles = dict.fromkeys(layers, "record")
+    with tapped(model, roles) as taps, torch.no_grad():
         model(data.clone())
-    return {layer: use.output for layer, use in _uses(recorded, called, len(data)).items()}
+    outputs, _ = outputs_meant(taps, roles)
+    for layer, output in outputs.items():
+        _check_columns(f"the output of layer {layer!r}", output, len(data))
+    return outputs
 
 
-@contextmanager
-def _tapped(model: nn.Module, layers: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
-    """Context in which layers are tapped; by layer, which call is meant, and the tap."""
-    known = modules_of(model) if layers else {}
-    meant = {layer: _split(layer, known) for layer in layers}
-    taps = {name: Tap(name) for name, _ in meant.values()}
-    handles = []
-    try:
-        for name, tap in taps.items():
-            handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
-        yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
-    finally:
-        for handle in handles:
-            handle.remove()
+def check_one_entry(results: AttributionResults, layers: Collection[str] | None = None) -> AttributionResults:
+    """Raise a `ValueError` if layers (all, by default) have several entries for each row; otherwise the results."""
+    for layer, relevance in results.relevances.items():
+        if layers is None or layer in layers:
+            _check_columns(f"the output of layer {layer!r}", relevance, len(results.prediction), "rows")
+    return results
 
 
-def _uses(layers: Mapping[str, str], called: Mapping[str, tuple[int | None, Tap]], n_samples: int) -> dict[str, Use]:
-    """Calls of layers that are meant; without layers to record that are not called."""
-    found = {}
-    for layer, (number, tap) in called.items():
-        use = _use(tap.name, number, tap.uses, layers[layer])
-        if use is not None:
-            found[layer] = use
-            _check_batch(f"the output of layer {layer!r}", use.output, n_samples)
-    return found
+def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:
+    n_samples, what = len(inputs), f"the output of layer {layer!r}"
+    if role == "start":
+        _check_columns(what, output, n_samples)
+        _check_explained(f"the output of start_layer {layer!r}", output)
+    elif output.dim() == 0 or len(output) == 0 or len(output) % n_samples:
+        raise ValueError(
+            f"{what} has shape {tuple(output.shape)}; its first axis must be that of {n_samples} samples, or have as "
+            "many entries for each of them"
+        )
+    elif inputs.passes_on and not output.requires_grad:
+        warn(
+            f"layer {layer!r} reads inputs that are passed on only ({', '.join(map(repr, inputs.names))} are "
+            "explained); its relevance is not known, and given as 0"
+        )
 
 
 def _check_explained(what: str, tensor: Tensor) -> None:
@@ -148,36 +180,15 @@ def _check_explained(what: str, tensor: Tensor) -> None:
         )
 
 
-def _check_batch(what: str, tensor: Tensor, n_samples: int) -> None:
-    if tensor.dim() == 0 or len(tensor) != n_samples:
-        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; its first axis must be that of {n_samples} samples")
+def _check_columns(what: str, tensor: Tensor, n: int, of: str = "samples") -> None:
+    if tensor.dim() == 0 or len(tensor) != n:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; its first axis must be that of {n} {of}")
 
 
-def _use(layer: str, number: int | None, uses: list[Use], role: str) -> Use | None:
-    """Call of a layer that is meant; None for a layer to record that is not called."""
-    if not uses and role == "record":
-        warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
-        return None
-    if not uses:
-        raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
-    if number is not None and number >= len(uses):
-        raise ValueError(f"layer {layer!r} is called {len(uses)} times; there is no {layer}#{number}")
-    if number is None and len(uses) > 1:
-        names = ", ".join(f"{layer}#{i}" for i in range(len(uses)))
-        if role != "record":
-            raise ValueError(f"layer {layer!r} is called {len(uses)} times in the forward pass; name one: {names}")
-        warn(f"layer {layer!r} is called {len(uses)} times; its last call is recorded, of {names}")
-    return uses[-1 if number is None else number]
-
-
-def _sinks(account: Sinks | None) -> dict[str, Use]:
+def _sinks(account: Sinks | None) -> dict[str, Tensor]:
     """What layers keep of the only sample, as if each call of a layer had an output for it."""
-    found = {}
-    for layer, sinks in (account.sinks if account is not None else {}).items():
-        for number, sink in enumerate(sinks):
-            use = found[f"{SINK}{layer}#{number}"] = Use(sink, Flow())
-            sink.register_hook(use.flow)  # type: ignore[no-untyped-call]
-    return found
+    sinks = account.sinks if account is not None else {}
+    return {f"{SINK}{layer}#{number}": sink for layer, calls in sinks.items() for number, sink in enumerate(calls)}
 
 
 def tensor_in(output: Any) -> Tensor:
@@ -193,8 +204,95 @@ def tensor_in(output: Any) -> Tensor:
     return output
 
 
+@dataclass
+class Tap:
+    """Forward hook that keeps every output of a layer apart; the model goes on with a copy.
+
+    Attributes
+    ----------
+    layer : str
+    outputs : list of Tensor
+        Of each call of the layer.
+    references : list of Tensor
+        Of the same calls for the reference input of a composite that has one.
+    """
+
+    layer: str
+    outputs: list[Tensor] = field(default_factory=list)
+    references: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Forward hook, with keywords."""
+        if tracing():
+            return None
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
+                "name a layer inside it, or after it, that returns one"
+            )
+        if referencing():
+            self.references.append(output.detach())
+            return None
+        # Dropout and the like return their input, which what flows past the layer reads too.
+        passed_on = any(output is given for given in (*args, *kwargs.values()))
+        self.outputs.append(output.clone() if passed_on else output)
+        return self.outputs[-1].clone()
+
+    def call_meant(self, number: int | None, role: str) -> int | None:
+        """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""
+        layer, n_calls = self.layer, len(self.outputs)
+        if not n_calls and role == "record":
+            warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
+            return None
+        if not n_calls:
+            raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
+        if number is not None and number >= n_calls:
+            raise ValueError(f"layer {layer!r} is called {n_calls} times; there is no {layer}#{number}")
+        if number is None and n_calls > 1:
+            names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
+            if role != "record":
+                raise ValueError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
+            warn(f"layer {layer!r} is called {n_calls} times; its last call is recorded, of {names}")
+        return n_calls - 1 if number is None else number
+
+
+@contextmanager
+def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
+    """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
+
+    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"`` or ``"record"``. ``"name#1"`` is its
+    second call.
+    """
+    known = modules_of(model) if roles else {}
+    meant = {layer: _split(layer, known) for layer in roles}
+    taps = {name: Tap(name) for name, _ in meant.values()}
+    handles = []
+    try:
+        for name, tap in taps.items():
+            handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
+        yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs_meant(
+    taps: Mapping[str, tuple[int | None, Tap]], roles: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str | None, Tensor]]:
+    """Outputs of the calls that are meant, and those for the reference, by layer; without what cannot be recorded."""
+    outputs: dict[str, Tensor] = {}
+    references: dict[str | None, Tensor] = {}
+    for layer, (number, tap) in taps.items():
+        call = tap.call_meant(number, roles[layer])
+        if call is not None:
+            outputs[layer] = tap.outputs[call]
+            if tap.references:
+                references[layer] = tap.references[call]
+    return outputs, references
+
+
 def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
-    """Name of a layer and number of its use, ``"name#1"`` being the second."""
+    """Name of a layer and number of its call, ``"name#1"`` being the second."""
     name, _, number = layer.rpartition("#")
     if layer in known or not name or name not in known or not number.isdigit():
         return layer, None

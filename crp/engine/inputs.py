@@ -9,8 +9,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from crp.engine.conditions import check_data
-
 Tensors: TypeAlias = tuple[Tensor, ...]
 #: One input; inputs by position, or by name. Tensors have the samples on their first axis.
 Data: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any] | Inputs"
@@ -164,6 +162,22 @@ class Inputs:
             return found[0]
         by_name = dict.fromkeys(self.values) | dict(zip(self.names, found, strict=True))
         return by_name if self.form == "dict" else tuple(by_name.values())
+
+
+def check_data(data: Tensor, name: str = "data") -> None:
+    """Raise an error, with this name, if data are no floating-point tensor, are empty, or have values not finite."""
+    if not isinstance(data, Tensor) or not data.is_floating_point():
+        kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
+    if data.dim() == 0 or len(data) == 0:
+        raise ValueError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
+    if torch.isfinite(data.detach().sum()):  # (one pass; a sum that overflows says nothing)
+        return
+    finite = torch.isfinite(data).reshape(len(data), -1).all(1)
+    if not finite.all():
+        wrong = (~finite).nonzero().flatten().tolist()
+        passed_on = "" if name == "data" else "; an input that is only passed on may have them, see explain="
+        raise ValueError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
 
 
 def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Classes
 from crp.checks import check_choice, check_number
-from crp.engine.conditions import check_data
+from crp.engine.inputs import check_data
 
 #: One class for all samples, one for each, or None for what the model predicts.
 Labels: TypeAlias = int | Sequence[int] | Tensor | None

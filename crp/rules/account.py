@@ -39,7 +39,7 @@ class Account:
         Sinks of the calls of each layer; the gradient of one is what this call keeps, by `KINDS`.
     """
 
-    kinds = KINDS
+    kinds: tuple[str, ...] = KINDS
 
     def __init__(self) -> None:
         self.sinks: dict[str, list[Tensor]] = {}

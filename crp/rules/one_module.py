@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crp.engine.reference import referencing
+from crp.layers import referencing, tracing
 from crp.rules.functions import Function
 from crp.rules.mode import Choice, SeeingMode, _Operates
 from crp.rules.notes import Notes
-from crp.trace.graph import tracing
 from crp.trace.recorder import tensors_in
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from zennit.core import RemovableHandle, RemovableHandleList
 
-from crp.engine.reference import referencing
+from crp.layers import referencing, tracing
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
 from crp.rules.layer import Layer, _works_in_place
-from crp.trace.graph import tracing
 from crp.trace.recorder import tensors_in
 
 

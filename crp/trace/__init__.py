@@ -9,9 +9,10 @@ does not show to Python (the C++ part of a custom `autograd.Function`, a round t
 output of the module around them then counts as made from all of that module's inputs.
 """
 
+from crp.layers import looking, tracing
 from crp.trace.cache import Passive, Structure, known, recorded, structure
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.trace.recorder import looking, trace, tracing
+from crp.trace.recorder import trace
 from crp.trace.state import undisturbed
 
 __all__ = [

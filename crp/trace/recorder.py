@@ -6,7 +6,6 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crp.layers import uncompiled, unwrap
+from crp.layers import _active, uncompiled, unwrap
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 from crp.trace.state import Snapshot, _version_of, undisturbed
 
@@ -32,25 +31,6 @@ _READING = frozenset(
 )
 #: Longest sequence of numbers that is recorded.
 _LONGEST = 64
-
-_active: ContextVar[object] = ContextVar("crp_trace", default=None)
-
-
-def tracing() -> bool:
-    """Whether a `trace` is running here; hooks that change values stay inert meanwhile."""
-    return _active.get() is not None
-
-
-@contextlib.contextmanager
-def looking() -> Iterator[None]:
-    """Context in which a model runs for the record only, as in a `trace`; its warnings are silenced."""
-    token = _active.set(looking)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        _active.reset(token)
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:

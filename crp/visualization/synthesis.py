@@ -27,9 +27,8 @@ from zennit.core import Composite
 from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.attached import attached, check_composite
-from crp.engine.conditions import check_data
 from crp.engine.forward import ForwardPass, check_layers, tensor_in
-from crp.engine.inputs import Inputs
+from crp.engine.inputs import Inputs, check_data
 from crp.layers import unwrap
 
 #: Name of the model's output among the layers; no layer has this name.
@@ -296,7 +295,7 @@ def _rate(model: nn.Module, objective: Objective, composite: Composite | None, i
     """Objective of each image, and its gradient."""
     roles = dict.fromkeys(objective.layers - {OUTPUT}, "condition")
     found = ForwardPass.run(model, Inputs.single(images), roles, tensor_in, composite)
-    outputs = {OUTPUT: found.output.output} | {name: use.output for name, use in found.uses.items()}
+    outputs = {OUTPUT: found.output, **found.layers}
     values = objective(outputs)
     if values.shape != images.shape[:1]:
         raise ValueError(f"the objective must give one value for each of {len(images)} images, not {values.shape}")

@@ -66,12 +66,12 @@ def test_layers_with_a_tuple_as_output(composite, untouched):
 def test_layers_whose_first_axis_is_not_the_batch(composite, untouched):
     """Rows of such a layer would be taken from the wrong samples."""
     model = net(
-        lambda s, x: s.head(s.windows(x.reshape(-1, 9)).reshape(len(x), -1)),
-        windows=nn.Linear(9, 2),
-        head=nn.Linear(24, 3),
+        lambda s, x: s.head(s.windows(torch.cat([x[:1], x]).flatten(2)).reshape(len(x) + 1, -1)[1:]),
+        windows=nn.Linear(36, 2),
+        head=nn.Linear(6, 3),
     )
     assert ask(model, conditions=[{"y": 1}], composite=composite).heatmap.any()
-    message = r"the output of layer 'windows' has shape \(24, 2\); its first axis must be that of 2 samples"
+    message = r"the output of layer 'windows' has shape \(3, 3, 2\); its first axis must be that of 2 samples, or have"
     for role in ({"record_layer": ["windows"], "conditions": [{"y": 1}]}, {"conditions": [{"y": 1, "windows": [0]}]}):
         with untouched(model), pytest.raises(ValueError, match=message):
             ask(model, composite=composite, **role)

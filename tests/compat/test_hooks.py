@@ -1,4 +1,4 @@
-"""Hooks on layers: of the engine, and in zennit's protocol."""
+"""Hooks on layers in zennit's protocol."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.engine.taps import Flow, Tap, apply_masks
 from crp.hooks import FeatVisHook, MaskHook
 
 
@@ -21,82 +20,6 @@ def keep_first(grad: Tensor) -> Tensor:
 
 def double(grad: Tensor) -> Tensor:
     return grad * 2
-
-
-def test_masks_are_applied_in_order_to_a_copy():
-    grad = torch.ones(2, 3)
-    found = apply_masks([keep_first, lambda g: g + 1], grad)
-    assert found.tolist() == [[2, 1, 1]] * 2
-    assert apply_masks([lambda g: g + 1, keep_first], grad).tolist() == [[2, 0, 0]] * 2
-    assert grad.eq(1).all()
-    assert apply_masks([], grad) is grad
-
-
-def test_masks_of_an_expanded_gradient():
-    """C12: all entries are one number in memory."""
-    grad = torch.ones(1).expand(2, 3, 4)
-    assert apply_masks([keep_first], grad).sum() == 8
-    strided = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    assert apply_masks([ChannelConcept.mask_rf(1, {0: [5]})], strided)[1].nonzero().tolist() == [[0, 1, 1]]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "got"), [(lambda g: None, "NoneType"), (lambda g: g[:1], r"\(1, 3\)"), (lambda g: 1, "int")]
-)
-def test_mask_that_gives_no_gradient(wrong, got):
-    with pytest.raises(TypeError, match=rf"mask function .*lambda.* must return a gradient of \(2, 3\), not {got}"):
-        apply_masks([keep_first, wrong], torch.ones(2, 3))
-
-
-def test_flow_keeps_what_arrives_first_and_masks_it():
-    flow, first = Flow(), torch.ones(1, 2)
-    assert flow(first) is None
-    assert flow.gradient is first
-    flow.reset(double)
-    assert flow.gradient is None
-    assert flow(first).tolist() == [[2, 2]]
-    assert flow(torch.zeros(1, 2)) is None
-    assert flow.gradient is first
-    flow.reset()
-    assert flow(first) is None
-
-
-def test_tap_keeps_every_output_apart():
-    layer, tap = nn.Linear(2, 2), Tap("name")
-    handle = layer.register_forward_hook(tap, with_kwargs=True)
-    x = torch.ones(1, 2, requires_grad=True)
-    outputs = [layer(x), layer(input=2 * x)]
-    handle.remove()
-    assert len(tap.uses) == 2
-    for use, output in zip(tap.uses, outputs, strict=True):
-        assert use.output is not output
-        assert torch.equal(use.output, output)
-    outputs[0].zero_()
-    outputs[1].sum().backward()
-    assert tap.uses[0].output.any()
-    assert tap.uses[0].flow.gradient is None
-    assert tap.uses[1].flow.gradient.tolist() == [[1, 1]]
-
-
-@pytest.mark.parametrize("call", [lambda layer, x: layer(x), lambda layer, x: layer(input=x)])
-def test_tap_of_a_layer_that_returns_its_input(call):
-    layer, tap = nn.Identity(), Tap("name")
-    layer.register_forward_hook(tap, with_kwargs=True)
-    x = torch.ones(1, 2, requires_grad=True) * 1
-    out = call(layer, x)
-    (3 * out + 5 * x).sum().backward()
-    assert tap.uses[0].flow.gradient.tolist() == [[3, 3]]
-
-
-def test_tap_without_gradient():
-    layer, tap = nn.Linear(2, 2), Tap("name")
-    layer.register_forward_hook(tap, with_kwargs=True)
-    with torch.no_grad():
-        layer(torch.ones(1, 2))
-    assert tap.uses[0].flow.gradient is None
-
-
-# --- hooks in zennit's protocol -------------------------------------------------------------------------------------
 
 
 def test_mask_hook_in_a_composite(vgg_bn, images):

@@ -254,7 +254,7 @@ def test_composites_of_zennit_and_multipliers_keep_no_account():
 @pytest.mark.parametrize(
     "wiring",
     [
-        lambda s, x: s.fc(x.flatten(2).flatten(0, 1)).reshape(2, -1),
+        lambda s, x: s.fc(x.flatten(2).flatten(0, 1)).reshape(len(x), -1),
         lambda s, x: s.fc(x.flatten(2).transpose(0, 1)).transpose(0, 1).flatten(1),
     ],
     ids=["flat", "transposed"],

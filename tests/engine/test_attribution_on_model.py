@@ -22,7 +22,7 @@ from crp.attributors import Gradient, GuidedGradCAM, IntegratedGradients, Meanin
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, ExcitationBackprop, GradientTimesInput
 from crp.composites import Gradient as GradientComposite
 from crp.engine import attached as guard
-from crp.engine.placed import placed
+from crp.engine.attached import placed
 from crp.rules import ZPlus
 
 CONDITIONS = [{"y": 1}, {"y": 2, "features.3": [0, 2]}]

@@ -1,4 +1,4 @@
-"""Conditions as data: pairing, grouping, places in the grid, initial relevance, masks."""
+"""Conditions as data: their checks, initial relevance, masks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import functools
 import pytest
 import torch
 from attribution_cases import net, small_net
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
@@ -16,107 +14,18 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, Gradient
 from crp.concepts import ChannelConcept, mask_of
 from crp.engine.conditions import (
-    Grid,
-    Rows,
-    Settings,
     check_conditions,
-    check_data,
     check_start,
-    check_targets,
+    check_targets_exist,
+    init_of_rows,
     initial_relevance,
     mask_factory,
     needs_multiplier,
     row_masks,
 )
+from crp.engine.inputs import check_data
 
-CPU = torch.device("cpu")
 ABC = [{"y": 0}, {"y": 1, "a": [1]}, {"y": 2, "b": [0], "a": [2]}]
-
-
-def call(init_rel: object = None) -> Settings:
-    return Settings((), {}, None, init_rel, None, True)
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-def test_as_many_conditions_as_samples_are_paired():
-    rows = Rows.broadcast(3, ABC)
-    assert rows.samples == (0, 1, 2)
-    assert rows.conditions == tuple(ABC)
-
-
-def test_otherwise_every_sample_meets_every_condition():
-    for n in (1, 2, 5):
-        rows = Rows.broadcast(n, ABC)
-        assert list(zip(rows.samples, rows.conditions, strict=True)) == [(i, c) for i in range(n) for c in ABC]
-        assert len(rows) == 3 * n
-    assert Rows.broadcast(3, ABC[:1]).samples == (0, 1, 2)
-
-
-def test_parts_of_the_rows():
-    rows = Rows.broadcast(2, ABC)
-    assert [len(part) for part in rows.chunks(4)] == [4, 2]
-    assert rows.chunks(4)[1] == Rows((1, 1), (ABC[1], ABC[2]))
-    assert rows.chunks(100) == [rows]
-    assert rows.part([5, 0]) == Rows((1, 0), (ABC[2], ABC[0]))
-
-
-def test_samples_that_are_needed():
-    rows = Rows((3, 1, 3), tuple(ABC))
-    assert rows.distinct(repeat=False) == ([1, 3], Rows((1, 0, 1), tuple(ABC)))
-    assert rows.distinct(repeat=True) == ([3, 1, 3], Rows((0, 1, 2), tuple(ABC)))
-
-
-def test_select_is_detached_and_a_copy_where_asked():
-    samples = torch.arange(6.0).reshape(3, 2).requires_grad_()
-    same = Rows.broadcast(3, ABC)
-    view, copy = same.select(samples), same.select(samples, copy=True)
-    assert not view.requires_grad
-    assert not copy.requires_grad
-    assert view.data_ptr() == samples.data_ptr() != copy.data_ptr()
-    assert torch.equal(view, copy)
-    assert torch.equal(Rows((2, 0), tuple(ABC[:2])).select(samples), samples.detach()[[2, 0]])
-    assert torch.equal(Rows((0, 1), tuple(ABC[:2])).select(samples), samples.detach()[:2])
-
-
-def test_layers_and_targets():
-    rows = Rows.broadcast(3, ABC)
-    assert rows.layers("y") == ["a", "b"]
-    assert rows.layers("a") == ["y", "b"]
-    assert rows.targets("y") == [0, 1, 2]
-    assert Rows.broadcast(2, [{"a": [0]}, {"y": 1}]).targets("y") == [None, 1]
-    assert Rows.broadcast(2, [{"a": [0]}, {}]).targets("y") is None
-
-
-def test_groups_have_their_layers_in_one_order():
-    conditions = [{"a": 0, "y": 1, "b": 0}, {"b": 0, "a": 0}, {"y": 0}, {"a": 0, "b": 0}, {}]
-    assert Rows.broadcast(5, conditions).groups("y") == [[0, 3], [1], [2, 4]]
-
-
-# --- grid -----------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
-def test_grid_places_every_row_and_gives_it_back(samples):
-    grid = Grid(samples, 4, CPU)
-    rows = torch.arange(1.0, 2 * len(samples) + 1).reshape(-1, 2)
-    placed = grid.scatter(rows)
-    assert placed.shape == (grid.n_slots, 4, 2)
-    assert grid.n_slots == max(samples.count(i) for i in range(4))
-    assert torch.equal(grid.gather(placed), rows)
-    assert placed.count_nonzero() == rows.numel()
-    for row, sample in zip(rows, samples, strict=True):
-        assert (placed[:, sample] == row).all(-1).any()
-
-
-def test_grid_of_pairs_or_of_one_sample_moves_nothing():
-    rows = torch.ones(3, 2)
-    for grid in (Grid([0, 1, 2], 3, CPU), Grid([0, 0, 0], 1, CPU)):
-        assert grid.scatter(rows).data_ptr() == rows.data_ptr()
-        assert grid.gather(grid.scatter(rows)).data_ptr() == rows.data_ptr()
-    assert Grid([1, 0], 2, CPU).scatter(rows[:2]).data_ptr() != rows.data_ptr()
 
 
 # --- initial relevance ----------------------------------------------------------------------------------------------
@@ -142,16 +51,15 @@ def test_initial_relevance_of_maps_starts_at_whole_channels():
 
 
 def test_initial_relevance_of_a_part():
+    """A tensor with an entry for each row is cut by the rows' places; one for a part serves every part."""
     prediction, rows = torch.zeros(2, 5), torch.arange(25.0).reshape(5, 5)
-    second = call(rows).part(1, 2, 5)
-    assert torch.equal(second.initial(prediction), rows[2:4])
-    assert torch.equal(call(rows).part(2, 2, 5).initial(prediction[:1]), rows[4:])
-    assert torch.equal(call(rows[:2]).part(1, 2, 5).initial(prediction), rows[:2])
-    assert torch.equal(call(rows[:2]).part(2, 2, 5).initial(prediction[:1]), rows[:1])
-    assert torch.equal(call(rows[:3]).part(0, 9, 3).initial(torch.zeros(3, 5)), rows[:3])
+    assert torch.equal(init_of_rows(rows, [2, 3], prediction, (5, 2)), rows[2:4])
+    assert torch.equal(init_of_rows(rows, [4, 1], prediction, (5, 2)), rows[[4, 1]])
+    assert torch.equal(init_of_rows(rows[:2], [2, 3], prediction, (5, 2)), rows[:2])
+    assert torch.equal(init_of_rows(rows[:2], [4], prediction[:1], (5, 2)), rows[:1])
+    assert init_of_rows(rows, range(5), torch.zeros(5, 5), (5, 5)) is rows
     for whole in (rows[0], rows[:1], rows[:3], rows[None], torch.tensor(1.0), 3, None, torch.exp):
-        assert call(whole).part(1, 2, 5).initial(prediction) is whole
-        assert call(whole).initial(prediction) is whole
+        assert init_of_rows(whole, [2, 3], prediction, (5, 2)) is whole
 
 
 def test_start_has_the_shape_of_the_prediction():
@@ -171,15 +79,15 @@ def test_conditions_that_are_right():
     assert check_conditions([{}, {"a": []}], "y", start_layer="a") == [{}, {"a": []}]
     assert check_conditions([{"a": object()}, {"y": None}], "y", has_init=True)
     assert check_conditions([{"class": [[0, 1]]}], "class")
-    check_targets([3, -4, [0, 1], torch.tensor([2]), None, [True] * 4, range(2)], torch.zeros(7, 4), "y")
-    check_targets(None, torch.zeros(3), "y")
+    check_targets_exist([3, -4, [0, 1], torch.tensor([2]), None, [True] * 4, range(2)], torch.zeros(7, 4), "y")
+    check_targets_exist(None, torch.zeros(3), "y")
 
 
 def test_elements_of_the_output_are_tuples():
     """G8: on an output of shape (B, C, H, W), one element; a shorter tuple is all that it holds."""
     prediction = torch.arange(2.0 * 4 * 3 * 5).reshape(2, 4, 3, 5) + 1
     targets: list[object] = [[(1, 2, 3)], [(0, 1), 2, (3, -1, -5)]]
-    assert check_targets(targets, prediction, "y") is targets
+    check_targets_exist(targets, prediction, "y")
     found = initial_relevance(prediction, targets, None)
     wanted = torch.zeros_like(prediction)
     wanted[0, 1, 2, 3] = prediction[0, 1, 2, 3]
@@ -199,9 +107,11 @@ def test_elements_of_the_output_are_tuples():
             check_conditions([{"y": wrong}], "y")
     for wrong in ((4, 0, 0), (0, 3, 0), (0, 0, -6), (0, 0, 0, 0)):
         with pytest.raises(IndexError, match=r"row 1: 'y' names the element .* output has the shape \(4, 3, 5\)"):
-            check_targets([0, [wrong]], prediction, "y")
+            check_targets_exist([0, [wrong]], prediction, "y")
+    with pytest.raises(IndexError, match="row 7: 'y' is 4"):
+        check_targets_exist([0, 4], prediction, "y", places=[2, 7])
     with pytest.raises(IndexError, match=r"row 0: 'y' names the element \(1, 2\), .* has the shape \(4,\)"):
-        check_targets([[(1, 2)]], torch.zeros(1, 4), "y")
+        check_targets_exist([[(1, 2)]], torch.zeros(1, 4), "y")
 
 
 @pytest.mark.parametrize("exclude_parallel", [True, False])
@@ -241,6 +151,9 @@ def test_masks_know_their_row_ids_and_layer():
     assert asked == [(4, [1], "a"), (9, "head", "a")]
     assert mask_factory({"a": mask_map}, "a") is mask_map
     assert row_masks({}, "a", mask_map) == []
+    asked.clear()
+    assert len(row_masks({0: {"a": 1}, 2: {"a": 5}}, "a", mask_map, n_entries=3)) == 6
+    assert asked == [(row, 1, "a") for row in range(3)] + [(row, 5, "a") for row in range(6, 9)]
 
 
 @pytest.mark.parametrize("exclude_parallel", [True, False])

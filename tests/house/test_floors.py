@@ -29,25 +29,25 @@ IMPORT_NAMES = FLOORS[7]
 
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
-    "attribution": 360,
+    "attribution": 370,
     "attributors": 2600,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
     "composites": 3300,
-    "concept_graph": 160,
+    "concept_graph": 175,
     "concepts": 420,
     "demo": 890,
     "engine": 1950,
     "explain": 160,
     "image": 570,
-    "layers": 180,
+    "layers": 210,
     "metrics": 810,
     "rules": 4750,
-    "trace": 1370,
+    "trace": 1350,
     "types": 140,
     "visualization": 2040,
-    "visualization.mining": 1480,
+    "visualization.mining": 1485,
     "visualization.report": 570,
     "visualization.table": 1760,
 }
@@ -67,12 +67,6 @@ MANY_PARAMETERS = {
     "crp.visualization.report.write.write_report": 15,
     "crp.visualization.synthesis.maximize": 17,
 }
-#: Circles and imports upward that are left to take apart.
-FILE_CIRCLES = [
-    {"crp.attribution", "crp.concept_graph", "crp.engine.call"},
-]
-ROOM_CIRCLES = [{"attribution", "concept_graph", "engine"}]
-UPWARD = {("crp.engine.call", "crp.attribution")}
 
 
 # --- floors ---------------------------------------------------------------------------------------------------------
@@ -90,19 +84,18 @@ def test_imports_run_downward():
         for other in others
         if module != "crp" and FLOOR[room(other)] > FLOOR[room(module)]
     }
-    assert upward - UPWARD == set()
+    assert upward == set()
 
 
 def test_no_circle_of_files_or_rooms():
-    of_files, of_rooms = circles(IMPORTED), circles(arrows())
-    assert [circle for circle in of_files if not any(circle <= known for known in FILE_CIRCLES)] == []
-    assert [circle for circle in of_rooms if not any(circle <= known for known in ROOM_CIRCLES)] == []
+    assert circles(IMPORTED) == []
+    assert circles(arrows()) == []
 
 
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 77
+    assert sum(map(len, arrows().values())) <= 70
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

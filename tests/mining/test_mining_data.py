@@ -18,7 +18,7 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.engine import backward as engine
 from crp.engine.forward import ForwardPass
-from crp.trace.graph import tracing
+from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers

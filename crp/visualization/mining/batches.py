@@ -23,6 +23,7 @@ from crp.visualization.mining.datasets import Problem, Sample, SampleError, read
 from crp.visualization.mining.options import MiningOptions
 from crp.visualization.mining.targets import (
     attribute_targets,
+    calls_itself,
     choose_targets,
     keeps_graph,
     record_activations,
@@ -330,7 +331,7 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
 def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
     """Relevance of layers, target after target, and once their activation."""
     layers = list(job.concepts)
-    if "relevance" not in job.header.modes and not job.attribution.overrides("__call__"):
+    if "relevance" not in job.header.modes and not calls_itself(job.attribution):
         yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.options.on_device)}
         return
     results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.options.on_device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import index, itemgetter
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
 from crp.engine.attached import attached
-from crp.engine.call import Call
-from crp.engine.conditions import Rows, Settings
+from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
-from crp.engine.forward import record_outputs
+from crp.engine.forward import check_one_entry, record_outputs
+from crp.engine.settings import Settings
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
 
@@ -58,7 +58,7 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
     found = []
     for target in targets:
         try:
-            found.append(operator.index(target))
+            found.append(index(target))
         except TypeError:
             what = "label" if single_targets is None else "target"
             raise LabelError(
@@ -117,6 +117,11 @@ def keeps_graph(composite: Composite | None) -> bool:
     return composite is None or Encoding.of(composite).multiplier
 
 
+def calls_itself(attribution: CondAttribution) -> bool:
+    """Whether a subclass has a ``__call__`` of its own."""
+    return type(attribution).__call__ is not CondAttribution.__call__
+
+
 def record_activations(
     attribution: CondAttribution,
     data: Tensor,
@@ -171,21 +176,29 @@ def attribute_targets(
     AttributionResults
         First target of every sample, second target of every sample, ...; some such groups of rows at a time. Only an
         attribution with a ``__call__`` or a ``broadcast`` of its own needs a forward pass for each.
+
+    Raises
+    ------
+    ValueError
+        If a layer has several entries for each sample, as one that runs on (batch * time).
     """
     name = attribution.MODEL_OUTPUT_NAME
     slots = [[{name: [target]} for target in slot] for slot in zip(*targets, strict=True)]
-    if attribution.overrides("__call__") or attribution.overrides("broadcast"):
+    if calls_itself(attribution) or type(attribution).broadcast is not CondAttribution.broadcast:
         for slot in slots:
-            yield attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
+            yield check_one_entry(
+                attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
+            )
         return
     # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
     settings = Settings(
         layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
     )  # fmt: skip
-    call = Call.plan(attribution, data, slots[0], composite, settings)
-    rows = Rows(tuple(range(len(data))) * len(slots), tuple(condition for slot in slots for condition in slot))
+    call = attribution.plan(data, slots[0], composite, settings)
+    rows = Rows.of(list(range(len(data))) * len(slots), [condition for slot in slots for condition in slot])
     at_once = len(data) if keeps_graph(composite) else len(rows)
-    yield from replace(call, rows=rows).parts(at_once)
+    # (`map` keeps no result while the next one is computed)
+    yield from map(check_one_entry, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
 
 
 def _shortened(label: object) -> str:

@@ -1,0 +1,41 @@
+"""What a call is given beside data and conditions: the arguments that hold for all rows, and overridden methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crp.engine.conditions import MaskMap
+from crp.engine.inputs import Explain
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `CondAttribution` that do not depend on the row."""
+
+    record: Sequence[str]
+    mask_map: MaskMap
+    start: str | None
+    init_rel: Any
+    on_device: torch.device | str | None
+    exclude_parallel: bool
+    explain: Explain = None
+    #: Key of the targets in a condition.
+    output_name: str = "y"
+    #: Whether results keep what arrived at layers beside its product with the activation.
+    multipliers: bool = True
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Methods that a subclass of `CondAttribution` has in place of the engine's own; None where it has none."""
+
+    select_output: Callable[[Any], Tensor] | None = None
+    relevance_init: Callable[..., Tensor] | None = None
+    heatmap_modifier: Callable[..., Tensor] | None = None
+    broadcast: Callable[..., tuple[Any, Any]] | None = None
+    backward: Callable[..., None] | None = None
