@@ -1,7 +1,7 @@
 """Helpers under the module name of zennit-crp: layers of a model, norms, and reading results."""
 
-from crp.compat.results import (
-    export,
+from crp.compat.export import export
+from crp.compat.folders import (
     find_files,
     load_maximization,
     load_receptive_field,

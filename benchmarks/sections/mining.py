@@ -15,7 +15,8 @@ from benchmarks.harness import Bound, Case, Ratio
 from benchmarks.nets import ForkNet, Samples, Setup, convolutions, gradient
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.visualization.mining.run import mine, prepare
+from crp.visualization.mining.job import prepare
+from crp.visualization.mining.run import mine
 from crp.visualization.table.ranking import class_means, class_statistics, top_k
 from crp.visualization.table.store import Table
 

@@ -75,7 +75,7 @@ def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
     FOLDER is where they have written; OTHERS, if any, are more folders of the same table, which are copied from.
     The exit status is 1 if samples are missing.
     """
-    from crp.visualization.mining.workers import merge
+    from crp.visualization.mining.run import merge
     from crp.visualization.table.manifest import TableError
 
     try:

@@ -3,6 +3,7 @@
 ``canonizers="auto"`` is the first parameter of each: batch norm is merged unless you say otherwise.
 """
 
+from crp.composites.attention import CPLRP, AttnLRP, RelP
 from crp.composites.base import Composite
 from crp.composites.by_depth import LRPCMP, EpsilonGamma
 from crp.composites.deep_taylor import DeepTaylor
@@ -23,8 +24,10 @@ from crp.composites.selection import Depth, First, Functions, Kind, Last
 from crp.composites.uniform import UniformAlphaBeta, UniformEpsilon, UniformGamma, UniformLRP0, UniformZPlus
 
 __all__ = [
+    "CPLRP",
     "LRP",
     "LRPCMP",
+    "AttnLRP",
     "BetaSmooth",
     "Composite",
     "ContrastiveExcitationBackprop",
@@ -46,6 +49,7 @@ __all__ = [
     "GuidedBackprop",
     "Kind",
     "Last",
+    "RelP",
     "Report",
     "UniformAlphaBeta",
     "UniformEpsilon",

@@ -11,6 +11,7 @@ from crp.composites.lrp import LRP
 from crp.composites.registry import register
 from crp.composites.selection import Depth
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, ZBox
+from crp.rules.attention import Attention
 from crp.rules.functional import Gates
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
@@ -29,7 +30,7 @@ class EpsilonGamma(LRP):
     ----------
     gamma : float
         γ of the convolutions.
-    canonizers, epsilon, stabilizer, layer_map, zero_params, gates
+    canonizers, epsilon, stabilizer, layer_map, zero_params, gates, attention
         As in `crp.composites.EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer.
@@ -45,12 +46,14 @@ class EpsilonGamma(LRP):
         first_map: FirstMap = (),
         zero_params: Names = None,
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=Gamma(gamma, stabilizer, zero_params),
             dense=Epsilon(epsilon, zero_params),
@@ -77,7 +80,7 @@ class LRPCMP(LRP):
         Rule of the first layer.
     low, high : float, Tensor or nested list, optional
         Bounds of the input, for ``first="box"``.
-    canonizers, epsilon, stabilizer, layer_map, zero_params, empty, gates
+    canonizers, epsilon, stabilizer, layer_map, zero_params, empty, gates, attention
         As in `crp.composites.EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer that come before the preset's.
@@ -106,6 +109,7 @@ class LRPCMP(LRP):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         if not 0 <= split <= 1:
             raise ValueError(f"split must be between 0 (all convolutions get γ) and 1 (all get αβ), got {split}")
@@ -122,6 +126,7 @@ class LRPCMP(LRP):
             layer_map=[*layer_map, *([(Depth(0, split, Convolution), lower)] if split else [])],
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=Gamma(gamma, stabilizer, zero_params),
             dense=Epsilon(epsilon, zero_params),

@@ -29,6 +29,7 @@ from crp.rules.products import (
     QuotientDifference,
     SelectionDifference,
     SoftmaxDifference,
+    TakenApart,
 )
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
@@ -48,9 +49,9 @@ class DeepLift(Composite):
     Conserves: summation-to-delta, :math:`\sum R = f(x) - f(x_0)` (eq. 1), up to rounding, at the input and in every
     layer through which everything flows. Biases cancel, so that no layer keeps relevance, and batch norm is not merged.
 
-    Products, normalizations and softmax are outside the paper: they are decomposed exactly (`crp.rules.products`), and
-    one warning for each call names them, and operations that are not decomposed. In nets with layer norm, float64 or a
-    reference that is not constant makes rounding errors smaller.
+    Products, normalizations, softmax and attention are outside the paper: they are decomposed exactly
+    (`crp.rules.products`), and one warning for each call names them, and operations that are not decomposed. In nets
+    with layer norm, float64 or a reference that is not constant makes rounding errors smaller.
 
     Parameters
     ----------
@@ -114,6 +115,7 @@ class DeepLift(Composite):
             (Having.of("softmax"), SoftmaxDifference()),
             (Functions(("glu",)), GLUDifference()),
             (Having.of("selection"), SelectionDifference()),
+            (Functions(("scaled_dot_product_attention",)), TakenApart()),
         ]
         if variant == "reveal_cancel":
             rules = [(Kind("convolution"), Affine()), (Kind("dense"), Affine()), *rules]

@@ -15,50 +15,63 @@ from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameM
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
+from crp.rules.attention import Attention, ConstantWeights, DotProductAttention, MatrixProduct, _check_attention
 from crp.rules.functional import (
     GLU,
-    ConstantWeights,
     Gate,
     Gates,
     Normalization,
-    Proportional,
     Quotient,
-    Refused,
 )
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
+from crp.rules.shared import Proportional, Refused
 from crp.rules.stabilizer import Stabilize
 
 
-def _base(gates: Gates = "signal", zero_params: Names = None, method: str = "LRP") -> LayerMap:
+def _base(
+    gates: Gates = "signal", attention: Attention | None = None, zero_params: Names = None, method: str = "LRP"
+) -> LayerMap:
     """Rules of all LRP presets for operations that are not affine.
 
     ReLU, max and average pooling, addition, concatenation and the like are right by the ordinary chain rule. Other
-    activations pass relevance on, normalizations hold their variance constant, gates are held constant or split, and
-    attention is refused.
+    activations pass relevance on, normalizations hold their variance constant, gates and attention are held constant or
+    split.
 
     Parameters
     ----------
     gates : "signal" or "split"
         See `crp.rules.functional.Gate`.
+    attention : "constant" or "split", optional
+        See `crp.rules.attention`; None is for methods that have no rule for attention, and refuse it. (They hold
+        constant what a softmax has made where that weights a sum.)
     zero_params : str or sequence of str, optional
         ``"bias"`` gives the share of the biases of normalizations to their inputs.
     method : str
         Name for messages.
     """
     refused = Refused(method)
+    products: LayerMap = [
+        (Functions(("addr", "ger", "kron", "outer")), refused),
+        (Kind("product"), ConstantWeights(method)),
+    ]
+    if attention is not None:
+        products = [
+            (Functions(("scaled_dot_product_attention",)), DotProductAttention(attention)),
+            (Having.of("softmax"), Proportional()),
+            (Kind("product"), MatrixProduct(attention)),
+        ]
     return [
-        (Having.of("attention"), refused),
         (Having.of("identity"), Pass()),
-        (Functions(("mul",)), Gate(gates)),
+        (Functions(("mul",)), Gate(gates, attention)),
         (Having.of("quotient"), Quotient()),
         (Having.of("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
         (Having.of("choosing"), Proportional()),
         (Functions(("std",)), Proportional()),
-        (Functions(("addr", "ger", "kron", "outer")), refused),
-        (Kind("product"), ConstantWeights(gates, method)),
+        *products,
+        (Having.of("attention"), refused),
     ]
 
 
@@ -66,7 +79,7 @@ class LRP(Composite):
     """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
 
     Operations that are not affine get the rules of `_base`. Where LRP has neither a rule nor takes the ordinary chain
-    rule, a warning names the operation; attention is refused.
+    rule, a warning names the operation.
 
     Parameters
     ----------
@@ -79,6 +92,9 @@ class LRP(Composite):
         Rules by layer names or patterns; these come first.
     gates : "signal" or "split"
         Whether a product's gate, as in squeeze-and-excitation, is held constant, or takes half of the relevance.
+    attention : "constant" or "split"
+        Whether the probabilities of attention are held constant, or take half of the relevance; see
+        `crp.rules.attention`.
     zero_params : str or sequence of str, optional
         ``"bias"`` gives the share of the biases of normalizations to their inputs.
     convolution, dense, first : Rule, optional
@@ -96,6 +112,7 @@ class LRP(Composite):
         first_map: FirstMap = (),
         name_map: NameMap = (),
         gates: Gates = "signal",
+        attention: Attention = "constant",
         zero_params: Names = None,
         convolution: Rule | None = None,
         dense: Rule | None = None,
@@ -108,7 +125,7 @@ class LRP(Composite):
             layer_map=[
                 *layer_map,
                 *((kind, rule) for kind, rule in own if rule is not None),
-                *_base(gates, zero_params, type(self).__name__),
+                *_base(gates, _check_attention(attention), zero_params, type(self).__name__),
             ],
             first_map=first_map,
             name_map=name_map,
@@ -139,6 +156,8 @@ class EpsilonPlus(LRP):
         What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
     gates : "signal" or "split"
         As in `LRP`.
+    attention : "constant" or "split"
+        As in `LRP`.
     """
 
     def __init__(
@@ -150,11 +169,13 @@ class EpsilonPlus(LRP):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=ZPlus(stabilizer, zero_params, empty=empty),
             dense=Epsilon(epsilon, zero_params),
@@ -168,7 +189,7 @@ class EpsilonPlusFlat(LRP):
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, zero_params, empty, gates
+    epsilon, stabilizer, layer_map, zero_params, empty, gates, attention
         As in `EpsilonPlus`.
     first_map : list of (types, rule)
         Rules for the first layer that come before flat.
@@ -184,12 +205,14 @@ class EpsilonPlusFlat(LRP):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=ZPlus(stabilizer, zero_params, empty=empty),
             dense=Epsilon(epsilon, zero_params),
@@ -204,7 +227,7 @@ class EpsilonAlpha2Beta1(LRP):
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, zero_params, empty, gates
+    epsilon, stabilizer, layer_map, zero_params, empty, gates, attention
         As in `EpsilonPlus`.
     """
 
@@ -217,11 +240,13 @@ class EpsilonAlpha2Beta1(LRP):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty),
             dense=Epsilon(epsilon, zero_params),
@@ -235,7 +260,7 @@ class EpsilonAlpha2Beta1Flat(LRP):
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, first_map, zero_params, empty, gates
+    epsilon, stabilizer, layer_map, first_map, zero_params, empty, gates, attention
         As in `EpsilonPlusFlat`.
     """
 
@@ -249,12 +274,14 @@ class EpsilonAlpha2Beta1Flat(LRP):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty),
             dense=Epsilon(epsilon, zero_params),
@@ -274,7 +301,7 @@ class EpsilonGammaBox(LRP):
         1).
     gamma : float
         γ of the convolutions.
-    epsilon, stabilizer, layer_map, first_map, zero_params, gates
+    epsilon, stabilizer, layer_map, first_map, zero_params, gates, attention
         As in `EpsilonPlusFlat`.
     """
 
@@ -291,12 +318,14 @@ class EpsilonGammaBox(LRP):
         first_map: FirstMap = (),
         zero_params: Names = None,
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             first=ZBox(low, high, stabilizer, zero_params),
             types=Convolution,

@@ -18,12 +18,12 @@ from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
-from crp.rules.functional import Proportional
 from crp.rules.functions import AFFINE, Function, activation, in_place, overwrites
 from crp.rules.layer import Layer, changed
 from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.redirect import overwritten
+from crp.rules.shared import Proportional
 from crp.rules.whole import whole_call
 from crp.trace.recorder import tensors_in
 
@@ -84,6 +84,10 @@ class Operations(SeeingMode):
     def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
         """First entry that matches."""
         return self.matching.choose(known, kind, bool(flags & FIRST), several, self.operands)
+
+    def is_named(self, known: Function) -> bool:
+        """Whether an entry means the function itself, and not what it calls."""
+        return any(entry.position is None and entry.means(known, known.kind) for entry in self.matching.entries)
 
     def count(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, int]:
         """Run the model to count what each position chooses among."""

@@ -6,6 +6,7 @@ from crp.composites.base import Canonizers, FirstMap, LayerMap
 from crp.composites.lrp import LRP
 from crp.composites.registry import register
 from crp.rules import lrp as rules
+from crp.rules.attention import Attention
 from crp.rules.functional import Gates
 from crp.rules.gamma import Gamma
 from crp.rules.lrp import Empty, Names
@@ -21,12 +22,14 @@ class _Uniform(LRP):
         first_map: FirstMap,
         zero_params: Names,
         gates: Gates,
+        attention: Attention,
     ) -> None:
         super().__init__(
             canonizers,
             layer_map=layer_map,
             first_map=first_map,
             gates=gates,
+            attention=attention,
             zero_params=zero_params,
             convolution=rule,
             dense=rule,
@@ -51,6 +54,8 @@ class UniformLRP0(_Uniform):
         Parameters that count as zero in the rules, such as ``"bias"``.
     gates : "signal" or "split"
         As in `LRP`.
+    attention : "constant" or "split"
+        As in `LRP`.
     """
 
     def __init__(
@@ -60,8 +65,9 @@ class UniformLRP0(_Uniform):
         first_map: FirstMap = (),
         zero_params: Names = None,
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
-        super().__init__(canonizers, rules.LRP0(zero_params), layer_map, first_map, zero_params, gates)
+        super().__init__(canonizers, rules.LRP0(zero_params), layer_map, first_map, zero_params, gates, attention)
 
 
 @register("epsilon")
@@ -77,7 +83,7 @@ class UniformEpsilon(_Uniform):
     epsilon : float or callable
     norm_scale : bool
         Whether ε is relative to the root mean square of each sample's output.
-    layer_map, first_map, zero_params, gates
+    layer_map, first_map, zero_params, gates, attention
         As in `UniformLRP0`.
     """
 
@@ -90,9 +96,10 @@ class UniformEpsilon(_Uniform):
         first_map: FirstMap = (),
         zero_params: Names = None,
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         rule = rules.Epsilon(epsilon, zero_params, norm_scale=norm_scale)
-        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates)
+        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates, attention)
 
 
 @register("gamma")
@@ -107,7 +114,7 @@ class UniformGamma(_Uniform):
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
     gamma : float
     stabilizer : float or callable
-    layer_map, first_map, zero_params, gates
+    layer_map, first_map, zero_params, gates, attention
         As in `UniformLRP0`.
     """
 
@@ -120,9 +127,10 @@ class UniformGamma(_Uniform):
         first_map: FirstMap = (),
         zero_params: Names = None,
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         rule = Gamma(gamma, stabilizer, zero_params)
-        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates)
+        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates, attention)
 
 
 @register("zplus")
@@ -135,7 +143,7 @@ class UniformZPlus(_Uniform):
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
     stabilizer : float or callable
-    layer_map, first_map, zero_params, gates
+    layer_map, first_map, zero_params, gates, attention
         As in `UniformLRP0`.
     empty : "drop" or "epsilon"
         What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
@@ -150,9 +158,10 @@ class UniformZPlus(_Uniform):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         rule = rules.ZPlus(stabilizer, zero_params, empty=empty)
-        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates)
+        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates, attention)
 
 
 @register("alpha_beta")
@@ -166,7 +175,7 @@ class UniformAlphaBeta(_Uniform):
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
     alpha, beta : float
     stabilizer : float or callable
-    layer_map, first_map, zero_params, gates
+    layer_map, first_map, zero_params, gates, attention
         As in `UniformLRP0`.
     empty : "drop" or "epsilon"
         As in `UniformZPlus`.
@@ -183,6 +192,7 @@ class UniformAlphaBeta(_Uniform):
         zero_params: Names = None,
         empty: Empty = "drop",
         gates: Gates = "signal",
+        attention: Attention = "constant",
     ) -> None:
         rule = rules.AlphaBeta(alpha, beta, stabilizer, zero_params, empty=empty)
-        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates)
+        super().__init__(canonizers, rule, layer_map, first_map, zero_params, gates, attention)

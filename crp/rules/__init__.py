@@ -1,5 +1,6 @@
 """Propagation rules: each says how one layer's relevance is shared among its inputs."""
 
+from crp.rules.attention import DotProductAttention, MatrixProduct
 from crp.rules.base import Rule, Term
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
@@ -19,6 +20,7 @@ __all__ = [
     "AlphaBeta",
     "ContrastiveExcitation",
     "DeconvReLU",
+    "DotProductAttention",
     "Epsilon",
     "Excitation",
     "Flat",
@@ -27,6 +29,7 @@ __all__ = [
     "GuidedReLU",
     "Layer",
     "Linearized",
+    "MatrixProduct",
     "MaxPool",
     "Norm",
     "Normalization",

@@ -59,6 +59,20 @@ class Account:
         tensors = [torch.as_tensor(share, dtype=y.dtype, device=y.device) for share in shares]
         return cast(Tensor, _Absorb.apply(y, sink, *(share.detach().expand(y.shape) for share in tensors)))
 
+    def open(self, layer: str, a: Tensor) -> Tensor:
+        """Sink of an operation of several inputs, which keeps what arrives and is not handed on; see `Balance`.
+
+        Parameters
+        ----------
+        layer : str
+        a : Tensor
+            Any of the inputs.
+        """
+        kind = torch.promote_types(a.dtype, torch.float32)
+        sink = cast(Tensor, _Sink.apply(a, a.detach().new_empty(1, dtype=kind)))
+        self.sinks.setdefault(layer, []).append(sink)
+        return sink
+
 
 class _Sink(torch.autograd.Function):
     """Zeros, one row per sample (one for a scalar), behind ``a`` in the graph, so that autograd keeps the order."""
@@ -92,3 +106,21 @@ class _Absorb(torch.autograd.Function):
         # (0 times the minus infinity by which pooling pads would be NaN; where nothing arrives, nothing is kept)
         kept = [torch.where(m == 0, 0.0, m * share).reshape(rows, -1).sum(1) for share in ctx.saved_tensors]
         return m, torch.stack(kept, 1), *(None for _ in kept)
+
+
+class Balance(torch.autograd.Function):
+    """Identity; the relevance that arrives is added to the sink's share of the bias, or (sign -1) taken from it."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, sink: Tensor, sign: int) -> Tensor:
+        """Return a copy."""
+        ctx.save_for_backward(a)
+        ctx.sign, ctx.dtype = sign, sink.dtype
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Sum the relevance up."""
+        (m,), (a,) = grads, ctx.saved_tensors
+        total = ctx.sign * torch.where(m == 0, 0.0, m.to(ctx.dtype) * a).sum()
+        return m, torch.stack([total, *[torch.zeros_like(total)] * (len(KINDS) - 1)])[None], None

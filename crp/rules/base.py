@@ -126,14 +126,14 @@ class Rule(Hook):  # type: ignore[misc]
         What rules of the same composite share; None in a composite of zennit.
     """
 
-    #: Whether relevance is independent of the input's value, so that it cannot be expressed as a multiplier.
+    #: Whether relevance does not depend on the input's value, so that it cannot be expressed as a multiplier.
     at_input = False
     #: Whether the output is the sum of the terms, so that the operation itself need not be run.
     adds_up = False
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
     needs_weight: ClassVar[bool] = False
-    #: Attributes of a rule that are settings; `__repr__` shows them.
-    settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")
+    written_out: ClassVar[Callable[..., Any] | None] = None  #: run in place of a call; what it calls has rules
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")  #: attributes that `__repr__` shows
 
     def __init__(
         self, stabilizer: float | Callable[[Tensor], Tensor] = 1e-6, zero_params: str | Sequence[str] | None = None

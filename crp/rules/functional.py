@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from crp.rules.account import Shares
+from crp.rules.attention import Attention, _check_attention
 from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
@@ -65,24 +66,32 @@ class Gate(Linearized):
     constant, so that the signal :math:`s` takes all ("signal-take-all", Arras et al., "Explaining and interpreting
     LSTMs", 2019, section 11.2.3); ``"split"`` gives each factor half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
     Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation. If none or both
-    are, it is the factor that a sigmoid or softmax has made (or 1 minus such), also after reshaping or indexing. If
-    that does not decide, the relevance is split.
+    are, it is the factor that a sigmoid has made (or 1 minus such), or else the one that an activation has made, also
+    after reshaping or indexing. If that does not decide, the relevance is split.
+
+    Both modes hold constant what other rules hold constant: a factor that is one over something and broadcast, as the
+    deviation in a norm, and the weights of experts that a router chooses. A factor that a softmax has made is treated
+    as ``attention`` says.
 
     Parameters
     ----------
     mode : "signal" or "split"
+    attention : "constant" or "split", optional
+        What becomes of factors that a softmax has made; as the gates by default.
 
     Raises
     ------
     ValueError
-        If it is neither.
+        If it is something else.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("mode",)
+    settings: ClassVar[tuple[str, ...]] = ("mode", "attention")
 
-    def __init__(self, mode: Gates = "signal") -> None:
+    def __init__(self, mode: Gates = "signal", attention: Attention | None = None) -> None:
         super().__init__()
         self.mode = _checked(mode)
+        held: Attention = "constant" if mode == "signal" else "split"
+        self.attention = held if attention is None else _check_attention(attention)
 
     def operate(self, layer: Layer) -> Tensor:
         """Return the product; one factor alone is right by the ordinary chain rule."""
@@ -94,81 +103,37 @@ class Gate(Linearized):
         shape = layer.output.shape
         if left is right:
             return [(left, left)]  # the square of a tensor hands its relevance on
-        gate = _gate(layer) if self.mode == "signal" else None
+        gate = self._gate(layer)
         if gate is not None:
             return [(right.expand(shape), left) if gate == 0 else (left.expand(shape), right)]
         return [(left.expand(shape), right / 2), (right.expand(shape), left / 2)]
 
+    def _gate(self, layer: Layer) -> int | None:
+        """Which of the two factors is held constant, if one is."""
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in layer.inputs))  # type: ignore[no-untyped-call]
+        broadcast = [_is_broadcast(factor, shape) for factor in layer.inputs]
 
-class ConstantWeights(Linearized):
-    r"""A product of matrices, such as :math:`y = \sum_j s_j v_j`, of which a softmax or sigmoid made one operand.
+        def only(flags: int, among: Sequence[bool] = (True, True)) -> int | None:
+            marks = [bool(born & flags) and is_among for born, is_among in zip(layer.born, among, strict=True)]
+            return marks.index(True) if marks[0] != marks[1] else None
 
-    ``"signal"`` holds that one constant, so that the values take all relevance, as `Gate` does for products of
-    entries; ``"split"`` gives each operand half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
-
-    Parameters
-    ----------
-    mode : "signal" or "split"
-    method : str
-        Name of the method, for the message.
-
-    Raises
-    ------
-    ValueError
-        If the mode is neither.
-    """
-
-    settings: ClassVar[tuple[str, ...]] = ("mode",)
-
-    def __init__(self, mode: Gates = "signal", method: str = "LRP") -> None:
-        super().__init__()
-        self.mode, self.method = _checked(mode), method
-
-    def operate(self, layer: Layer) -> Tensor:
-        """Return the product.
-
-        Raises
-        ------
-        NotImplementedError
-            If neither operand can be told to be weights.
-        """
-        weights = [bool(born & _GATES) for born in layer.born]
-        if len(weights) != 2 or sum(weights) != 1:
-            raise NotImplementedError(_no_rule(self.method, layer))
-        return super().operate(layer)
-
-    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The product itself, in the values; in each operand, with half of it."""
-        left, right = inputs
-        fixed_left, fixed_right = left.detach(), right.detach()
-        by_left, by_right = layer.value(left, fixed_right), layer.value(fixed_left, right)
+        for flags in (Born.DIVISOR, Born.ROUTED):
+            if (held := only(flags, broadcast)) is not None:
+                return held
+        if (held := only(Born.SOFTMAX)) is not None:
+            return held if self.attention == "constant" else None
         if self.mode == "split":
-            half = torch.full((), 0.5, dtype=by_left.dtype, device=by_left.device)
-            return [(by_left, half), (by_right, half)]
-        z = by_right if layer.born[0] & _GATES else by_left
-        return [(z, torch.ones((), dtype=z.dtype, device=z.device))]
-
-    def _scales_of(self, layer: Layer) -> list[Tensor]:
-        raise RuntimeError(f"{type(self).__name__} has no second derivatives through {layer}")
-
-
-#: What made the values of a gate.
-_GATES = Born.SQUASHED | Born.NEGATED | Born.SOFTMAX
+            return None
+        if broadcast[0] != broadcast[1]:
+            return broadcast.index(True)
+        kinds = (Born.SQUASHED | Born.NEGATED | Born.ROUTED, Born.DIVISOR, Born.ACTIVATION)
+        return next((held for flags in kinds if (held := only(flags)) is not None), None)
 
 
 def _checked(mode: Gates) -> Gates:
     if mode not in ("signal", "split"):
         raise ValueError(f'gates are held constant ("signal") or take half ("split"); got {mode!r}')
     return mode
-
-
-def _gate(layer: Layer) -> int | None:
-    """Which of the two factors of a product is the gate, if one is."""
-    first, second = (tensor.shape for tensor in layer.inputs)
-    shape = torch.broadcast_shapes(first, second)  # type: ignore[no-untyped-call]
-    broadcast = [_is_broadcast(factor, shape) for factor in layer.inputs]
-    made = broadcast if broadcast[0] != broadcast[1] else [bool(born & _GATES) for born in layer.born]
-    return made.index(True) if made[0] != made[1] else None
 
 
 def _is_broadcast(factor: Tensor, shape: torch.Size) -> bool:
@@ -263,71 +228,6 @@ class Normalization(Linearized):
             return [(z, scale)]
         shift = (0.0 if bias is None else bias) - scale * mean
         return [(z, scale), (a, torch.where(a == 0, 0.0, shift / a))]
-
-
-class Proportional(Rule):
-    """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""
-
-    settings: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def operate(self, layer: Layer) -> Any:
-        """Return the function's output; what the operands that depend on the model's input do not explain is kept."""
-        output, account = layer.output, None if self.attachment is None else self.attachment.account
-        if account is None or not isinstance(output, Tensor):
-            return output
-        shares = Shares(bias=output.detach() - _explained(layer))
-        return account.absorb(layer.place, layer.inputs[0], output.clone(), shares)
-
-    def treats(self, known: Function, kind: str, alone: bool) -> bool:
-        """Whatever is inside the module."""
-        return True
-
-
-class Refused(Proportional):
-    """Refuses operations for which a method has no rule, so that no other method's result goes by its name.
-
-    Parameters
-    ----------
-    method : str
-        Name of the method, for the message.
-    """
-
-    settings: ClassVar[tuple[str, ...]] = ("method",)
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.method = method
-
-    def operate(self, layer: Layer) -> Any:
-        """Refuse functions of more than one operand that depends on the model's input; others are affine.
-
-        Raises
-        ------
-        NotImplementedError
-            Naming the operation and where it ran.
-        """
-        if len(layer.inputs) == 1 and not layer.known.has("attention"):
-            return super().operate(layer)
-        # (Python takes a TypeError inside an operator such as @ for "operands of another type")
-        raise NotImplementedError(_no_rule(self.method, layer))
-
-
-def _no_rule(method: str, layer: Layer) -> str:
-    return f"{method} has no rule for {layer}; give one in layer_map, or None for the ordinary chain rule"
-
-
-def _explained(layer: Layer) -> Tensor:
-    r"""What the inputs contribute by the ordinary chain rule, :math:`\sum_i x_i \, \partial f / \partial x_i`."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in layer.inputs]
-        output = layer.value(*inputs)
-        # (the derivative of a vector-Jacobian product by its vector is the Jacobian)
-        vector = torch.zeros_like(output).requires_grad_()
-        gradients = torch.autograd.grad(output, inputs, vector, create_graph=True)
-        return torch.autograd.grad(gradients, vector, [t.detach() for t in inputs])[0]
 
 
 def _arguments(layer: Layer) -> dict[str, Any]:

@@ -34,7 +34,8 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - arithmetic: sums, products and the like of entries
 #: - elementwise: every entry of the result is made of the entries at the same place
 #: - choosing: chooses between operands, of which some may be constant
-#: - attention: of two operands, made by a softmax of one of them
+#: - attention: of queries, keys and values, made by a softmax of products of the former two
+#: - composed: calls other functions, which have rules of their own
 #: - squashing: results lie between 0 and 1
 #: - nonnegative: results are not negative
 #: - sign: results are not negative if no operand is
@@ -42,9 +43,11 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - scales: with a constant operand, it changes nothing but the scale
 #: - copies: as selects, perhaps beside constants; what is known of an entry of the input holds for its copies
 #: - maximum: the maximum of a window
+#: - indexes: entries are chosen, or put, by an index
 PROPERTIES = frozenset(
     """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax
-    elementwise choosing attention squashing nonnegative sign selects scales copies maximum""".split()  # noqa: SIM905
+    elementwise choosing attention composed squashing nonnegative sign selects scales copies maximum
+    indexes""".split()  # noqa: SIM905
 )
 
 #: Kind (or none), properties, and names.
@@ -55,7 +58,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("dense", "linear constant", "linear addmm"),
     ("dense", "constant", "addbmm addmv baddbmm"),
     ("dense", "homogeneous bilinear", "einsum matmul rmatmul mm mv"),
-    ("dense", "bilinear", "bilinear bmm dot inner tensordot"),
+    ("dense", "bilinear", "bilinear bmm dot grouped_mm inner tensordot"),
     ("dense", "homogeneous", "sparse_mm vdot"),
     ("embedding", "", "embedding"),
     # --- products, quotients, attention ---
@@ -65,7 +68,10 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("dense", "", "chain_matmul linalg_multi_dot"),
     ("product", "", "ger kron"),
     ("", "arithmetic quotient elementwise scales", "div"),
-    ("", "attention", "multi_head_attention_forward scaled_dot_product_attention"),
+    ("", "composed", "multi_head_attention_forward"),
+    ("", "attention", "native_multi_head_attention scaled_dot_product_attention scaled_dot_product_attention_math"),
+    ("", "attention", "scaled_dot_product_cudnn_attention scaled_dot_product_efficient_attention"),
+    ("", "attention", "scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu"),
     ("", "softmax nonnegative", "softmax"),
     ("", "softmax", "log_softmax softmin"),
     # --- activations ---
@@ -116,9 +122,9 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "constant elementwise", "lerp"),
     # --- choice ---
     ("", "homogeneous choosing elementwise", "maximum minimum"),
-    ("", "homogeneous choosing", "max min"),
-    ("", "homogeneous", "amax amin cummax sort topk masked_select"),
-    ("", "homogeneous selects", "take"),
+    ("", "homogeneous choosing indexes", "max min"),
+    ("", "homogeneous", "amax amin cummax"),
+    ("", "homogeneous selects indexes", "masked_select sort take topk"),
     # --- the same entries at other places ---
     ("", "homogeneous linear selects copies sign", "chunk flatten getitem permute reshape squeeze transpose"),
     ("", "homogeneous linear selects copies sign elementwise", "bfloat16 clone contiguous double float half to"),
@@ -135,13 +141,13 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ),
     ("", "homogeneous linear selects copies elementwise", "cpu cuda identity resolve_conj resolve_neg type type_as"),
     ("", "homogeneous linear selects", "broadcast_tensors tril triu"),
-    ("", "homogeneous selection selects copies", "gather index_select take_along_dim"),
+    ("", "homogeneous selection selects copies indexes", "gather index_select take_along_dim"),
     ("", "homogeneous linear constant selects copies", "pad"),
     ("", "homogeneous linear constant selects copies sign", "cat"),
     ("", "homogeneous linear constant selects copies", "dstack hstack stack vstack"),
     ("", "homogeneous linear constant selects", "copy setitem"),
-    ("", "homogeneous constant selects", "column_stack index_copy index_fill index_put masked_scatter row_stack"),
-    ("", "homogeneous constant selects", "scatter select_scatter slice_scatter"),
+    ("", "homogeneous constant selects", "column_stack index_fill row_stack select_scatter slice_scatter"),
+    ("", "homogeneous constant selects indexes", "index_copy index_put masked_scatter scatter"),
     ("", "homogeneous constant selection selects elementwise", "masked_fill where"),
     ("", "homogeneous constant", "fill put"),
     ("", "homogeneous linear", "real imag view_as_real view_as_complex"),
@@ -188,6 +194,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "hardtanh": ("input", "min_val", "max_val", "inplace"),
     **dict.fromkeys(("softmax", "log_softmax", "softmin"), ("input", "dim")),
     **dict.fromkeys(("div", "mul"), ("input", "other")),
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
     **{
         f"{kind}max_pool{n}d{ending}": names
         for kind, names in (
@@ -231,6 +238,8 @@ class Function:
         Module type of torch that calls this function and nothing else.
     keeps, gives : int
         What is known of its result: notes of all operands that it keeps, and notes that it gives (`crp.rules.notes`).
+    arguments, operands : tuple of str
+        Of a kernel that is registered as attention: names of positional arguments, and of queries, keys, values, mask.
     """
 
     name: str
@@ -244,6 +253,8 @@ class Function:
     example: type[nn.Module] | None = None
     keeps: int = 0
     gives: int = 0
+    arguments: tuple[str, ...] = ()
+    operands: tuple[str, ...] = ()
 
     def has(self, *properties: str) -> bool:
         """Whether it has any of these properties."""
@@ -253,15 +264,7 @@ class Function:
         return f"{self.name}()"
 
 
-def _entries() -> dict[str, tuple[str, frozenset[str]]]:
-    entries: dict[str, tuple[str, frozenset[str]]] = {}
-    for kind, properties, names in _TABLE:
-        for name in names.split():
-            entries[name] = (kind, frozenset(properties.split()))
-    return entries
-
-
-_ENTRIES = _entries()
+_ENTRIES = {name: (kind, frozenset(has.split())) for kind, has, names in _TABLE for name in names.split()}
 _functions: dict[Any, Function] = {}
 
 
@@ -271,6 +274,11 @@ def look_up(function: Callable[..., Any]) -> Function:
     if entry is None:
         entry = _functions[function] = _described(*_named(function))
     return entry
+
+
+def enter(function: Callable[..., Any], known: Function) -> None:
+    """Make a function known that torch does not have."""
+    _functions[function] = known
 
 
 def _named(function: Callable[..., Any]) -> tuple[str, bool]:
@@ -288,7 +296,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         return Function(name, name, metadata=True)
     canonical = _ALIASES.get(name, name)
     kind, properties = _ENTRIES.get(canonical, ("", frozenset()))
-    keeps, gives = 0 if canonical in PARSERS else FIRST, 0
+    keeps, gives = 0 if canonical in PARSERS or "attention" in properties else FIRST, 0
     if properties & {"selects", "scales"}:
         keeps |= BORN
     if "sign" in properties:
@@ -297,6 +305,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         gives |= NONNEGATIVE
     gives |= Born.SQUASHED if "squashing" in properties else 0
     gives |= Born.SOFTMAX if canonical == "softmax" else 0
+    gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
     gives |= Born.ACTIVATION if kind == "activation" else 0
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)
     known, parse = canonical in _ENTRIES, PARSERS.get(canonical)
@@ -327,6 +336,8 @@ def names_with(*properties: str) -> tuple[str, ...]:
 
 def _parameters_of(known: Function, function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a function's positional arguments; empty where rules need none."""
+    if known.arguments:
+        return known.arguments
     if known.canonical in _BUILT_IN and not isinstance(function, FunctionType):
         return _BUILT_IN[known.canonical]
     return _PARAMETERS.get(known.canonical, ())

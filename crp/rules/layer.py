@@ -281,6 +281,11 @@ class Layer:
         return f"{self.name}() in {place!r}" if place else f"{self.name}()"
 
 
+def _no_rule(method: str, layer: Layer) -> str:
+    """Message that a method has no rule for a call."""
+    return f"{method} has no rule for {layer}; give one in layer_map, or None for the ordinary chain rule"
+
+
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Layer:
     """A call of a function of torch as a layer, all of whose tensors are its inputs."""
     return Layer(function, args, kwargs, tuple(tensors_in((args, kwargs))), look_up(function))

@@ -7,10 +7,11 @@ threads) makes tensors without a note, and the next operation that reads one is 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
-from crp.rules.functions import Function, _has_negative, _on_a_copy, in_place, look_up, overwrites
+from crp.rules.functions import Function, _on_a_copy, in_place, look_up, name_of, overwrites
 from crp.rules.layer import Layer, changed
-from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born, Copied, Notes
+from crp.rules.notes import FIRST, Copied, Notes
 from crp.rules.operands import Operands
+from crp.rules.passing import passed
 from crp.rules.redirect import overwritten
 from crp.trace.recorder import tensors_in
 
@@ -91,6 +93,10 @@ class SeeingMode(TorchFunctionMode):
         """
         raise NotImplementedError
 
+    def is_named(self, known: Function) -> bool:
+        """Whether a function that calls others shall be one operation all the same."""
+        return False
+
     def place(self) -> str:
         """Name of the innermost module that runs, where it is tracked."""
         return ""
@@ -132,6 +138,9 @@ class SeeingMode(TorchFunctionMode):
         self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
     ) -> Any:
         kind, operands = known.kind, None
+        if known.has("composed") and not self.is_named(known):
+            with self:
+                return _written_out(func)(*args, **kwargs)
         if known.parse is not None:
             operands = known.parse(func, args, kwargs, _among(inputs))
             if operands is None and len(inputs) == 1 and known.has("constant"):
@@ -145,12 +154,16 @@ class SeeingMode(TorchFunctionMode):
         self.operands = operands
         copied = self._copied(func, known, args, kwargs, inputs, flags) if flags & FIRST else None
         choice = self.choose(known, kind, flags, operands is None and len(inputs) > 1)
+        apart = None if choice.rule is None else choice.rule.written_out
+        if apart is not None:
+            with self:
+                return apart(*args, **kwargs)
         target = args[0] if args and overwrites(func, args, kwargs) else kwargs.get("out")
         if choice.rule is None:
             result = self.by_chain_rule(choice, func, known, kind, args, kwargs, inputs)
         else:
             result = self._by_rule(choice, func, known, args, kwargs, inputs, flags, operands)
-        flags = _passed(known, args, kwargs, inputs, flags)
+        flags = passed(known, args, kwargs, inputs, flags, self.notes.born)
         if isinstance(target, Tensor) and target.requires_grad:
             self.notes.add_written(target, flags, copied if isinstance(copied, Copied) else None)
             if result is target:
@@ -321,32 +334,16 @@ def _among(inputs: Sequence[Tensor]) -> Callable[[object], bool]:
     return lambda value: any(value is tensor for tensor in inputs)
 
 
-def _passed(known: Function, args: Any, kwargs: Mapping[str, Any], inputs: Sequence[Tensor], flags: int) -> int:
-    """What is known of a result."""
-    kept = flags & known.keeps
-    name = known.canonical
-    if name == "neg" and flags & (Born.SQUASHED | Born.NEGATED):
-        kept ^= Born.SQUASHED | Born.NEGATED
-    elif name in ("mul", "div"):
-        if len(inputs) > 1:
-            kept &= ~BORN | Born.SQUASHED  # (a product of gates is one)
-        if kept & NONNEGATIVE and _has_negative(args, kwargs):
-            kept &= ~NONNEGATIVE
-    elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):
-        kept |= Born.SQUASHED  # a gate is closed as far as another one is open
-    return kept | known.gives
-
-
-def _is_complement(
-    name: str, flags: int, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]
-) -> bool:
-    """Whether a sum or difference is 1 (or a constant tensor) minus what a squashing function has made."""
-    if not flags & (Born.NEGATED if name == "add" else Born.SQUASHED):
-        return False
-    values = [*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
-    whole, part = values if name == "sub" or (name == "add" and values[1] is inputs[0]) else values[::-1]
-    is_only = len(inputs) == 1 and part is inputs[0]
-    return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1
+def _written_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is written in Python, such as `F.multi_head_attention_forward`, so that a mode sees its calls."""
+    plain = inspect.unwrap(function)
+    if not isinstance(plain, FunctionType):
+        raise TypeError(f"{name_of(function)}() is not written in Python, so that no rule can see what it calls")
+    # (it asks whether a mode is to be told of itself)
+    names = {**plain.__globals__, "has_torch_function": lambda values: False}
+    copy = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return copy
 
 
 def _out_of_place(

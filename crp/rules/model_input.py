@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -99,3 +100,20 @@ class _UnitMultiplier(torch.autograd.Function):
         """Divide by the value."""
         (a,) = ctx.saved_tensors
         return torch.where(a == 0, 0.0, grads[0] / a)
+
+
+class PartOf(torch.autograd.Function):
+    """Identity; only a part of the multiplier that arrives is handed on, and all where rules are inactive."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, part: float, is_active: Callable[[], bool]) -> Tensor:
+        """Return another view."""
+        ctx.part, ctx.is_active = part, is_active
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        """Scale."""
+        if not ctx.is_active():
+            return grads[0], None, None
+        return (grads[0] * ctx.part if ctx.part else None), None, None

@@ -26,9 +26,11 @@ class Born:
     SOFTMAX = 8
     ACTIVATION = 16
     NEGATED = 32  # minus what a squashing function has made
+    ROUTED = 64  # of a softmax or squashing function, of which some entries were chosen, or which was divided
+    DIVISOR = 128  # one over something
 
 
-BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.NEGATED
+BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.NEGATED | Born.ROUTED | Born.DIVISOR
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 

@@ -82,7 +82,9 @@ def _product(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
 ) -> Operands | None:
     """Calls of ``f(left, right)``."""
-    names = [name for name in ("input", "self", "other", "mat1", "mat2", "vec", "tensor") if name in kwargs]
+    names = [
+        name for name in ("input", "self", "other", "mat1", "mat2", "mat_a", "mat_b", "vec", "tensor") if name in kwargs
+    ]
     left, right, *rest = [*args[:2], *(kwargs[name] for name in names), *args[2:]]
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or (depends(left) and depends(right)):
         return None
@@ -213,7 +215,9 @@ PARSERS: dict[str, Parse] = {
     "convolution": _TRANSPOSED,  # (or not, as one of its arguments says)
     **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
     "linear": _layer(),
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "tensordot", "sparse_mm"), _product),
+    **dict.fromkeys(
+        ("matmul", "mm", "bmm", "mv", "dot", "vdot", "grouped_mm", "inner", "tensordot", "sparse_mm"), _product
+    ),
     "rmatmul": _swapped,
     "addmm": _sum_of_product(torch.matmul, "input", "mat1", "mat2"),
     "baddbmm": _sum_of_product(torch.matmul, "input", "batch1", "batch2"),
@@ -223,3 +227,10 @@ PARSERS: dict[str, Parse] = {
     **dict.fromkeys(("chain_matmul", "linalg_multi_dot"), _chain),
     "bilinear": _bilinear,
 }
+#: Names of the operand that products only add, and its position.
+ADDED: dict[str, tuple[int, tuple[str, ...]]] = {
+    **dict.fromkeys(("addbmm", "addmm", "addmv", "addr", "baddbmm"), (0, ("input", "self"))),
+    **dict.fromkeys(("convolution", "linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))),
+                    (2, ("bias",))),
+    "bilinear": (3, ("bias",)),
+}  # fmt: skip

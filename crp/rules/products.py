@@ -12,11 +12,13 @@ not say so: the composite warns. Other implementations take the ordinary chain r
 
 from __future__ import annotations
 
-from typing import NoReturn, cast
+from typing import ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from crp.rules.base import Rule
 from crp.rules.deeplift import Difference, _same, _same_operands, slope
 from crp.rules.layer import Layer
 from crp.trace.recorder import tensors_in
@@ -151,8 +153,8 @@ class SoftmaxDifference(_Decomposed):
         """Return the function's value."""
         self.beyond(layer, exact=True)
         sign = -1 if layer.name == "softmin" else 1
-        x = layer.inputs[0] * sign
-        x0 = reference.inputs[0] * sign
+        lowest = torch.finfo(layer.inputs[0].dtype).min  # (what a mask of minus infinity leaves)
+        x, x0 = ((value * sign).clamp(min=lowest) for value in (layer.inputs[0], reference.inputs[0]))
         dim = layer.arguments.get("dim")
         if dim is None:  # as torch chooses
             dim = 0 if x.dim() in (0, 1, 3) else 1
@@ -181,6 +183,40 @@ class GLUDifference(_Decomposed):
             gate, gate0 = b.sigmoid(), b0.sigmoid()
             opened = slope(torch.sigmoid, b.detach(), b0, gate, gate0) * (a + a0) / 2
         return self.through(layer, a * (gate + gate0) / 2 + opened * b)
+
+
+def _written_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` as products and a softmax, without infinite logits."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    hidden = None if attn_mask is None else attn_mask.isneginf() if attn_mask.is_floating_point() else ~attn_mask
+    if is_causal:
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+    elif attn_mask is not None and attn_mask.is_floating_point():
+        logits = logits + attn_mask.masked_fill(attn_mask.isneginf(), 0.0)
+    if hidden is not None:
+        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+    shares = logits.softmax(-1)
+    if hidden is not None:
+        shares = shares.masked_fill(hidden, 0.0)
+    return F.dropout(shares, dropout_p) @ value if dropout_p else shares @ value
+
+
+class TakenApart(Rule):
+    """Attention as products and a softmax, which have rules."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+    written_out = staticmethod(_written_attention)
 
 
 def _means(layer: Layer, reference: Layer) -> list[Tensor]:

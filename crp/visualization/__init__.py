@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crp.compat.results import export
+    from crp.compat.export import export
     from crp.visualization.cache import Cache, ImageCache
     from crp.visualization.feature import FeatureVisualization
     from crp.visualization.mining.datasets import Pairs
@@ -35,7 +35,7 @@ _HOMES = {
     "ImageCache": "crp.visualization.cache",
     "Pairs": "crp.visualization.mining.datasets",
     "Table": "crp.visualization.table.store",
-    "export": "crp.compat.results",
+    "export": "crp.compat.export",
     "maximize": "crp.visualization.synthesis",
     "mine": "crp.visualization.mining.run",
     "write_report": "crp.visualization.report.write",

@@ -12,14 +12,13 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.compat import folders
-from crp.compat.accumulators import Maximization, Statistics
-from crp.compat.memory import InMemoryAnalysis, methods_not_called
+from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import Concept
 from crp.engine.forward import check_layers
 from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
-from crp.visualization.mining.options import SHARD_BATCHES, MiningKeywords, RunKeywords
+from crp.visualization.mining.job import SHARD_BATCHES, MiningKeywords, RunKeywords
 from crp.visualization.mining.run import mine
 from crp.visualization.queries import ReferenceQueries
 from crp.visualization.samples import LabelTargets, PreparedSamples, SampleAccess, function_of
@@ -172,7 +171,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             As in `run`.
         **options
             ``num_workers``, ``overwrite``, ``modes``, ``kinds``, ``on_error``, ``progress``, ``targets``,
-            ``mixed_shapes`` and ``retry_skipped``, as in `crp.visualization.mining.options.MiningOptions`; ``part`` and
+            ``mixed_shapes`` and ``retry_skipped``, as in `crp.visualization.mining.job.MiningOptions`; ``part`` and
             ``client``, as in `crp.visualization.mine`.
 
         Returns

@@ -14,7 +14,7 @@ from zennit.core import Composite
 
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.cached import cache_reference
-from crp.compat.results import open_answers
+from crp.compat.folders import open_answers
 from crp.concepts import Concept, mask_of
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from crp.engine.attached import attached, check_composite
 from crp.engine.forward import ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.layers import unwrap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: Name of the model's output among the layers; no layer has this name.
 OUTPUT = ""
@@ -167,6 +170,70 @@ class Synthesis(NamedTuple):
     scores: Tensor
 
 
+class SynthesisKeywords(TypedDict, total=False):
+    """Settings of `maximize`; `SynthesisSettings` says what they mean."""
+
+    l2: float
+    mean: Tensor | float
+    tv: float
+    beta: float
+    jitter: int
+    bounds: tuple[float, float] | None
+    optimizer: MakeOptimizer | None
+    learning_rate: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class SynthesisSettings:
+    r"""How images are made up.
+
+    Attributes
+    ----------
+    l2 : float
+        Weight of half the squared distance from ``mean``.
+    mean : Tensor or float
+        Of a class's images, or codes; broadcasts to their shape.
+    tv : float
+        Weight of the images' total variation, the sum over neighbours of :math:`|x_i - x_j|^\beta`.
+    beta : float
+        At least 1.
+    jitter : int
+        Images are rolled by up to this many pixels per axis in each step.
+    bounds : (low, high), optional
+        Images, or codes, are clamped after each step.
+    optimizer : callable, optional
+        From a list of tensors to an optimizer of torch, which may need a closure (LBFGS); Adam by default.
+    learning_rate : float
+        Of the default optimizer.
+    steps : int
+    """
+
+    l2: float = 0.1
+    mean: Tensor | float = 0.0
+    tv: float = 0.0
+    beta: float = 2.0
+    jitter: int = 0
+    bounds: tuple[float, float] | None = None
+    optimizer: MakeOptimizer | None = None
+    learning_rate: float = 0.05
+    steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name, least in (("l2", 0), ("tv", 0), ("beta", 1), ("learning_rate", 0)):
+            check_number(name, getattr(self, name), least)
+        for name, least in (("steps", 1), ("jitter", 0)):
+            check_number(name, getattr(self, name), least, whole=True)
+        bounds: object = self.bounds
+        if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2 and bounds[0] < bounds[1]):
+            raise ValueError(f"bounds must be (low, high) with low below high, not {bounds!r}")
+
+    def penalty(self, images: Tensor, codes: Tensor, centre: Tensor) -> Tensor:
+        """What is subtracted from the objective of each image."""
+        variation = _variation(images, _axes(images), self.beta)
+        return 0.5 * self.l2 * (codes - centre).square().flatten(1).sum(1) + self.tv * variation
+
+
 def maximize(
     model: nn.Module,
     objective: Objective,
@@ -174,20 +241,12 @@ def maximize(
     *,
     decoder: Callable[[Tensor], Tensor] | None = None,
     start: Tensor | None = None,
-    l2: float = 0.1,
-    mean: Tensor | float = 0.0,
-    tv: float = 0.0,
-    beta: float = 2.0,
-    jitter: int = 0,
-    bounds: tuple[float, float] | None = None,
-    optimizer: MakeOptimizer | None = None,
-    learning_rate: float = 0.05,
-    steps: int = 500,
     seed: int = 0,
     composite: Composite | None = None,
     verbose: bool = False,
+    **settings: Unpack[SynthesisKeywords],
 ) -> Synthesis:
-    r"""Make up images for which an objective is large.
+    """Make up images for which an objective is large.
 
     Each image has a penalty of its own, and shares only the jitter with the others; with an optimizer that treats each
     value alone (SGD, Adam), images of a batch do not influence each other.
@@ -202,29 +261,14 @@ def maximize(
         From codes to images, differentiable; a module is left in the mode it is in.
     start : Tensor, optional
         Broadcasts to ``shape``; by default zeros, and for codes standard normal numbers.
-    l2 : float
-        Weight of half the squared distance from ``mean``.
-    mean : Tensor or float
-        Of a class's images, or codes; broadcasts to ``shape``.
-    tv : float
-        Weight of the images' total variation, the sum over neighbours of :math:`|x_i - x_j|^\beta`.
-    beta : float
-        At least 1.
-    jitter : int
-        Images are rolled by up to this many pixels per axis in each step.
-    bounds : (low, high), optional
-        Images, or codes, are clamped after each step.
-    optimizer : callable, optional
-        From a list of tensors to an optimizer of torch, which may need a closure (LBFGS); Adam by default.
-    learning_rate : float
-        Of the default optimizer.
-    steps : int
     seed : int
         Of the starting codes and of the jitter.
     composite : zennit.core.Composite, optional
         Changes the gradients that are followed, such as `GuidedBackprop`; None for the gradient itself.
     verbose : bool
         Whether to show a progress bar.
+    **settings
+        As the attributes of `SynthesisSettings`, such as ``steps=100``.
 
     Returns
     -------
@@ -245,13 +289,8 @@ def maximize(
     >>> maximize(net, log_probability([0, 1, 2]), (3, 4), steps=10).images.shape
     torch.Size([3, 4])
     """
-    _check(model, objective, shape, bounds, composite)
-    for name, value, least in (
-        ("l2", l2, 0), ("tv", tv, 0), ("beta", beta, 1), ("learning_rate", learning_rate, 0),
-    ):  # fmt: skip
-        check_number(name, value, least)
-    for name, count, least in (("steps", steps, 1), ("jitter", jitter, 0)):
-        check_number(name, count, least, whole=True)
+    _check(model, objective, shape, composite)
+    how = SynthesisSettings(**settings)
     model = unwrap(model)
     check_layers(model, sorted(objective.layers - {OUTPUT}), "layer")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -259,8 +298,8 @@ def maximize(
     if start is None:
         start = torch.zeros(1) if decoder is None else torch.randn(tuple(shape), generator=generator, dtype=like.dtype)
     codes = _spread("start", start, shape, like).clone().requires_grad_()
-    centre = _spread("mean", mean, shape, like)
-    opt = torch.optim.Adam([codes], lr=learning_rate) if optimizer is None else optimizer([codes])
+    centre = _spread("mean", how.mean, shape, like)
+    opt = torch.optim.Adam([codes], lr=how.learning_rate) if how.optimizer is None else how.optimizer([codes])
     decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
     scores: list[Tensor] = []
 
@@ -269,23 +308,24 @@ def maximize(
 
         def loss(offset: list[int]) -> float:
             images = decode(codes)
-            axes = tuple(range(max(1, images.dim() - 2), images.dim()))
+            axes = _axes(images)
             moved = images.roll(offset[: len(axes)], axes) if any(offset) else images
             values, gradient = rate(moved)
-            penalty = 0.5 * l2 * (codes - centre).square().flatten(1).sum(1) + tv * _variation(images, axes, beta)
-            found = torch.autograd.grad([moved, penalty.sum()], codes, [-gradient, None], materialize_grads=True)
-            codes.grad = found[0]
-            history.append(values)
+            penalty = how.penalty(images, codes, centre)
+            (codes.grad,) = torch.autograd.grad(
+                [moved, penalty.sum()], codes, [-gradient, None], materialize_grads=True
+            )
+            values_of_step.append(values)
             return float(penalty.detach().sum() - values.sum())
 
-        for _ in tqdm(range(steps), disable=not verbose, dynamic_ncols=True):
-            history: list[Tensor] = []
-            offset = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
+        for _ in tqdm(range(how.steps), disable=not verbose, dynamic_ncols=True):
+            values_of_step: list[Tensor] = []
+            offset = torch.randint(-how.jitter, how.jitter + 1, (2,), generator=generator).tolist()
             opt.step(partial(loss, offset))
             with torch.no_grad():
-                if bounds is not None:
-                    codes.clamp_(*bounds)
-            scores.append(history[0])
+                if how.bounds is not None:
+                    codes.clamp_(*how.bounds)
+            scores.append(values_of_step[0])
         images = decode(codes).detach()
         scores.append(rate(images)[0])
     return Synthesis(images, codes.detach(), torch.stack(scores, 1))
@@ -306,20 +346,23 @@ def _rate(model: nn.Module, objective: Objective, composite: Composite | None, i
     return values.detach(), gradient
 
 
+def _axes(images: Tensor) -> tuple[int, ...]:
+    """The last two axes of images, where there are so many."""
+    return tuple(range(max(1, images.dim() - 2), images.dim()))
+
+
 def _variation(images: Tensor, axes: tuple[int, ...], beta: float) -> Tensor:
     parts = [images.diff(dim=axis).abs().pow(beta).flatten(1).sum(1) for axis in axes]
     return torch.stack(parts).sum(0)
 
 
-def _check(model: object, objective: object, shape: object, bounds: object, composite: object) -> None:
+def _check(model: object, objective: object, shape: object, composite: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective, such as log_probability(3), not {objective!r}")
     if not isinstance(shape, Iterable) or len(sizes := list(shape)) < 2 or any(n < 1 for n in sizes):
         raise ValueError(f"shape must be (images, *shape of an image or code), not {shape!r}")
-    if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2 and bounds[0] < bounds[1]):
-        raise ValueError(f"bounds must be (low, high) with low below high, not {bounds!r}")
     check_composite(composite)
 
 

@@ -55,7 +55,7 @@ def test_why_is_the_entry_that_an_operation_matched():
     assert reasons["stem.0"].endswith("Flat(stabilizer=1e-06, norm_scale=False))")
     assert reasons["deep"].startswith("(Kind(name='convolution'), ZPlus(")
     assert reasons["fc"].startswith("(Kind(name='dense'), Epsilon(")
-    assert reasons["mul"] == "(Functions(names=('mul',)), Gate(mode='signal'))"
+    assert reasons["mul"] == "(Functions(names=('mul',)), Gate(mode='signal', attention='constant'))"
     assert reasons["relu"] == reasons["pool"] == "the ordinary chain rule is the method"
 
 
@@ -126,7 +126,7 @@ def test_report_leaves_the_model_and_the_data_alone(training, untouched):
     with untouched(model):
         of(model, data=data)
     assert not data.requires_grad and data.grad is None
-    broken = conv_net(lambda s, h: h @ h[0, 0, 0])
+    broken = conv_net(lambda s, h: h[:, :, :1, :1] ** h)
     with untouched(broken), pytest.raises(RuntimeError):
         of(broken, data=images())
 

@@ -14,14 +14,16 @@ from zennit.canonizers import SequentialMergeBatchNorm
 import crp.composites as composites
 from crp.attribution import CondAttribution
 from crp.canonizers import MergeBatchNorm
-from crp.composites import Composite, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+from crp.composites import Composite, DeepTaylor, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
 
 #: All presets, each with an argument that is not its default.
 PRESETS = {
     "alpha_beta": {"alpha": 1.4, "beta": 0.4},
+    "attn_lrp": {"epsilon": 0.1},
     "beta_smooth": {"beta": 3.0},
     "contrastive_excitation_backprop": {"layer": "features.7", "signed": "as_is"},
+    "cp_lrp": {"epsilon": 0.1},
     "deconvnet": {},
     "deeplift": {"reference": 0.5},
     "deep_taylor": {"low": -4.0, "high": 4.0, "maxpool": "avg"},
@@ -39,6 +41,7 @@ PRESETS = {
     "guided_backprop": {},
     "lrp_0": {"zero_params": "bias"},
     "lrp_cmp": {"split": 0.4, "first": "box", "low": -4.0, "high": 4.0},
+    "relp": {"zero_params": "bias"},
     "zplus": {"empty": "epsilon"},
 }
 NAMES = sorted(PRESETS)
@@ -214,13 +217,13 @@ def test_smooth_activations_hand_relevance_on():
     assert not torch.allclose(total, gradient_times_input, rtol=1e-2)
 
 
-def test_attention_is_refused_until_a_rule_or_none_is_named(untouched):
+def test_attention_is_refused_by_methods_without_a_rule_until_one_or_none_is_named(untouched):
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
     data = torch.randn(1, 3, 4)
-    message = r"EpsilonPlus has no rule for multi_head_attention_forward\(\) in 'self_attn'; give one .*, or None"
+    message = r"DeepTaylor has no rule for scaled_dot_product_attention\(\) in 'self_attn'; give one .*, or None"
     with untouched(model), pytest.raises(NotImplementedError, match=message):
-        CondAttribution(model)(data, [{}], EpsilonPlus(), init_rel=1)
-    composite = EpsilonPlus(layer_map=[(nn.MultiheadAttention, None)])
+        CondAttribution(model)(data, [{}], DeepTaylor(), init_rel=1)
+    composite = DeepTaylor(layer_map=[(nn.MultiheadAttention, None)])
     assert CondAttribution(model)(data, [{}], composite, init_rel=1).heatmap.shape == (1, 4)
 
 

@@ -16,8 +16,10 @@ import crp.composites as composites
 #: Measured deviations in float32 and under autocast to bfloat16.
 MEASURED = {
     "alpha_beta": (4.4e-07, 8.9e-02),
+    "attn_lrp": (6.2e-07, 7.2e-02),
     "beta_smooth": (3.4e-07, 2.1e-02),
     "contrastive_excitation_backprop": (5.1e-07, 6.6e-02),
+    "cp_lrp": (1.3e-07, 4.5e-02),
     "deconvnet": (1.1e-07, 3.3e-03),
     "deep_taylor": (2.3e-07, 2.4e-02),
     "deeplift": (4.4e-07, 1.9e-02),
@@ -35,6 +37,7 @@ MEASURED = {
     "guided_backprop": (9.1e-08, 7.7e-02),
     "lrp_0": (1.3e-07, 4.5e-02),
     "lrp_cmp": (3.9e-07, 1.5e-02),
+    "relp": (6.2e-07, 7.2e-02),
     "zplus": (2.2e-07, 8.7e-03),
 }
 #: How many times as much is allowed.

@@ -22,7 +22,7 @@ from crp.demo import run as demo_run
 from crp.demo.folder import DemoError, DemoFolder
 from crp.demo.run import Figures, run_demo
 from crp.demo.shortcut import rank_by_box, switched_off
-from crp.visualization.mining import workers as engines
+from crp.visualization.mining import run as engines
 
 
 @pytest.fixture(scope="module")

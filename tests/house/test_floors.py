@@ -34,7 +34,7 @@ BUDGETS = {
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
-    "composites": 3300,
+    "composites": 3550,
     "concept_graph": 175,
     "concepts": 420,
     "demo": 890,
@@ -43,12 +43,12 @@ BUDGETS = {
     "image": 570,
     "layers": 210,
     "metrics": 810,
-    "rules": 4750,
-    "trace": 1350,
+    "rules": 5200,
+    "trace": 1370,
     "types": 140,
-    "visualization": 2040,
+    "visualization": 2050,
     "visualization.mining": 1485,
-    "visualization.report": 570,
+    "visualization.report": 600,
     "visualization.table": 1760,
 }
 #: Public names that two files define.
@@ -56,16 +56,12 @@ DEFINED_TWICE = {
     "Gradient",
 }
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
-LONG = {
-    "crp.visualization.synthesis.maximize": 61,
-}
+LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
     "crp.attributors.perturbation.MeaningfulPerturbation.__init__": 22,
     "crp.commands.attribute.attribute": 14,
-    "crp.composites.by_depth.LRPCMP.__init__": 15,
+    "crp.composites.by_depth.LRPCMP.__init__": 16,
     "crp.metrics.flipping.pixel_flipping": 13,
-    "crp.visualization.report.write.write_report": 15,
-    "crp.visualization.synthesis.maximize": 17,
 }
 
 

@@ -15,9 +15,9 @@ from mining_cases import Data, files_of, make_net, run
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
 from crp.visualization import FeatureVisualization
-from crp.visualization.mining import workers as engines
-from crp.visualization.mining.run import prepare
-from crp.visualization.mining.workers import merge, mine_shard
+from crp.visualization.mining import run as engines
+from crp.visualization.mining.job import prepare
+from crp.visualization.mining.run import merge, mine_shard
 from crp.visualization.table.lock import locked
 from crp.visualization.table.store import Table, TableLockedError, TableMismatchError, TableNotFoundError
 

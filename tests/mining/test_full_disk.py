@@ -15,7 +15,7 @@ from mining_cases import Data, files_of, run
 
 from crp.__main__ import cli
 from crp.concepts import ChannelConcept
-from crp.visualization.mining.workers import merge
+from crp.visualization.mining.run import merge
 from crp.visualization.table.store import Table
 
 CALLS = ["open", "write", "fsync", "replace", "mkdir"]

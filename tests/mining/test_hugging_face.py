@@ -14,7 +14,7 @@ from PIL import Image
 
 from crp.__main__ import cli
 from crp.visualization import Pairs
-from crp.visualization.mining.run import prepare
+from crp.visualization.mining.job import prepare
 from crp.visualization.table.store import Table
 
 datasets = pytest.importorskip("datasets", reason="datasets of Hugging Face are not installed")

@@ -25,7 +25,8 @@ from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept
 from crp.visualization.mining import batches as scoring
 from crp.visualization.mining.datasets import LabelError
-from crp.visualization.mining.run import SampleError, mine_shard, prepare
+from crp.visualization.mining.job import prepare
+from crp.visualization.mining.run import SampleError, mine_shard
 from crp.visualization.mining.targets import to_targets
 from crp.visualization.table.lock import locked
 from crp.visualization.table.ranking import class_means, list_targets, top_k

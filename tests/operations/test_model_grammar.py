@@ -75,7 +75,16 @@ PRESETS: dict[str, tuple[type[Composite], dict[str, object], Method]] = {
         composites.UniformEpsilon, {"epsilon": 0.2, "norm_scale": True, "zero_params": "bias"},
         Method(Rule("epsilon", 0.2, is_relative=True), Rule("epsilon", 0.2, is_relative=True), zero_bias=True),
     ),
-    "gamma": (composites.UniformGamma, {"gates": "split"}, Method(GAMMA, GAMMA, gates="split")),
+    "gamma": (
+        composites.UniformGamma, {"gates": "split", "attention": "split"},
+        Method(GAMMA, GAMMA, gates="split", attention="split"),
+    ),
+    "attn_lrp": (
+        composites.AttnLRP, {"epsilon": 0.1},
+        Method(Rule("epsilon", 0.1), Rule("epsilon", 0.1), gates="split", attention="split"),
+    ),
+    "cp_lrp": (composites.CPLRP, {}, Method(Rule("epsilon", 0.0), Rule("epsilon", 0.0))),
+    "relp": (composites.RelP, {}, Method(Rule("epsilon", 0.0), Rule("epsilon", 0.0), gates="split")),
     "gamma_zero_bias": (
         composites.UniformGamma, {"gamma": 1.0, "zero_params": "bias"},
         Method(Rule("gamma", gamma=1.0), Rule("gamma", gamma=1.0), zero_bias=True),
@@ -87,12 +96,12 @@ PRESETS: dict[str, tuple[type[Composite], dict[str, object], Method]] = {
     ),
     "deep_taylor": (
         composites.DeepTaylor, {},
-        Method(Rule("zplus", 0.0), Rule("zplus", 0.0), both(Rule("wsquare", 0.0)), zero_bias=True),
+        Method(Rule("zplus", 0.0), Rule("zplus", 0.0), both(Rule("wsquare", 0.0)), zero_bias=True, attention=None),
     ),
     "deep_taylor_box": (
         composites.DeepTaylor, {"low": -3.0, "high": 2.5, "maxpool": "avg"},
         Method(Rule("zplus", 0.0), Rule("zplus", 0.0), both(Rule("zbox", 0.0, low=-3.0, high=2.5)), zero_bias=True,
-               sums_pools=True),
+               sums_pools=True, attention=None),
     ),
 }  # fmt: skip
 
@@ -208,11 +217,25 @@ def test_every_spelling(name, spelling):
             pytest.fail("no program")
 
 
+#: Presets that differ from the others in attention and gates only.
+TRANSFORMERS = ("attn_lrp", "cp_lrp", "relp")
+OTHERS = [name for name in PRESETS if name not in TRANSFORMERS]
+
+
 @settings(
     max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
-@given(programs(), st.lists(st.sampled_from(list(PRESETS)), min_size=2, max_size=2, unique=True), st.integers(0, 5))
+@given(programs(), st.lists(st.sampled_from(OTHERS), min_size=2, max_size=2, unique=True), st.integers(0, 5))
 def test_relevance_of_any_small_model(program, presets, target):
     for preset in presets:
         with contextlib.suppress(Doubtful):
             check(program, preset, target)
+
+
+@settings(
+    max_examples=EXAMPLES // 5, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+@given(programs(), st.sampled_from(TRANSFORMERS), st.integers(0, 5))
+def test_presets_for_transformers_on_any_small_model(program, preset, target):
+    with contextlib.suppress(Doubtful):
+        check(program, preset, target)

@@ -409,7 +409,9 @@ def test_parameters_are_constants_inside_the_context(untouched):
     with untouched(model):
         (found,) = within(model, composite, data)
     torch.testing.assert_close(found.flatten(1).sum(1), model(data)[:, 0].detach(), rtol=1e-9, atol=1e-12)
-    assert [o.rule for o in composite.report(model, data).operations if o.function == "mul"] == ["Gate(mode='split')"]
+    assert [o.rule for o in composite.report(model, data).operations if o.function == "mul"] == [
+        "Gate(mode='split', attention='constant')"
+    ]
 
 
 # --- around a model --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zennit.composites import NameMapComposite
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, Composite, EpsilonPlus, First, Kind, Last
+from crp.composites import LRP, Composite, EpsilonPlus, First, Kind, Last, UniformLRP0
 from crp.errors import UnseenError
 from crp.rules import AlphaBeta, Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
 
@@ -284,13 +284,20 @@ def test_what_is_behind_a_layer_as_a_whole_is_not_first():
     assert deviation(found, explained(model, Composite(None, layer_map=rest), m)) <= 1e-12
 
 
-def test_product_of_two_that_may_be_weights_is_refused():
-    def wiring(s, x):
-        return s.c((s.a(x).softmax(1)[:, :, None] @ s.b(x).sigmoid()[:, None]).flatten(1))
+def test_product_of_two_that_may_be_weights():
+    """What a softmax has made is held constant before what a sigmoid has made."""
 
-    model = net(wiring, a=nn.Linear(6, 4), b=nn.Linear(6, 4), c=nn.Linear(16, 2))
-    with pytest.raises(NotImplementedError, match="no rule for matmul"):
-        explained(model, LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), torch.ones(3, 2, dtype=torch.float64))
+    def wiring(s, x, hold=False):
+        p = s.a(x).softmax(1)[:, :, None]
+        return s.c(((p.detach() if hold else p) @ s.b(x).sigmoid()[:, None]).flatten(1))
+
+    def make(hold):
+        torch.manual_seed(0)
+        parts = {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4), "c": nn.Linear(16, 2)}
+        return net(lambda s, x: wiring(s, x, hold), **parts)
+
+    m, composite = torch.ones(3, 2, dtype=torch.float64), UniformLRP0()
+    assert deviation(explained(make(False), composite, m), explained(make(True), composite, m)) <= 1e-12
 
 
 def test_a_true_that_is_not_inplace_leaves_the_operand_as_it_is():

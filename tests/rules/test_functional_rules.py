@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, EpsilonPlus
+from crp.composites import LRP, DeepTaylor, EpsilonPlus, ExcitationBackprop
 from crp.rules import LRP0
 
 
@@ -458,34 +458,52 @@ def test_constants_keep_their_share(name):
 def test_what_has_no_rule_is_named_once_with_its_module():
     class Inner(nn.Module):
         def forward(self, x):
-            return (x.softmax(1) + x.softmax(1)).logsumexp(1)
+            return torch.logaddexp(x, x).logsumexp(1)
 
     model = Net(lambda x, inner: inner(x), inner=Inner())
     x = numbers(2, 6)
-    wanted = re.escape("LRP has no rule for softmax() in 'inner', logsumexp() in 'inner'; the ordinary chain rule")
+    wanted = re.escape("LRP has no rule for logaddexp() in 'inner', logsumexp() in 'inner'; the ordinary")
     with pytest.warns(UserWarning, match=wanted) as caught:
         CondAttribution(model.double().eval())(x[:, :, None], [{}], lrp(), init_rel=1)
     assert len(caught) == 1
 
 
-ATTENTION = {
-    "matmul": (lambda x: x @ x.mT, "matmul"),
-    "bmm": (lambda x: torch.bmm(x, x.mT), "bmm"),
-    "einsum": (lambda x: torch.einsum("bij,bkj->bik", x, x), "einsum"),
-    "baddbmm": (lambda x: torch.baddbmm(torch.zeros(1, 3, 3).double(), x, x.mT), "baddbmm"),
-    "addmm": (lambda x: torch.addmm(x[0], x[0], x[0, :, :3])[None], "addmm"),
-    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), "scaled_dot_product_attention"),
-    "constant_queries": (
-        lambda x: F.scaled_dot_product_attention(numbers(1, 3, 3), x, numbers(1, 3, 3)),
-        "scaled_dot_product_attention",
-    ),
-    "bilinear": (lambda x: F.bilinear(x, x, numbers(2, 3, 3)), "bilinear"),
+#: Products of matrices, and how many operands there are whose parts are alike.
+PRODUCTS = {
+    "matmul": (lambda x: x @ x.mT, 2),
+    "bmm": (lambda x: torch.bmm(x, x.mT), 2),
+    "einsum": (lambda x: torch.einsum("bij,bkj->bik", x, x), 2),
+    "einsum_of_three": (lambda x: torch.einsum("bij,bkj,bkl->bil", x, x, x), 3),
+    "einsum_of_a_list": (lambda x: torch.einsum("bij,bkj->bik", [x, x]), 2),
+    "baddbmm": (lambda x: torch.baddbmm(numbers(1, 3, 3), x, x.mT), 2),
+    "addmm": (lambda x: torch.addmm(numbers(3, 3), x[0], mat2=x[0], beta=2, alpha=3)[None], 2),
+    "bilinear": (lambda x: F.bilinear(x, x, numbers(2, 3, 3), numbers(2)), 2),
+    "outer": (lambda x: torch.outer(x[0, 0], x[0, 1])[None], 2),
+    "kron": (lambda x: torch.kron(x, x), 2),
+    "addr": (lambda x: torch.addr(numbers(3, 3), x[0, 0], x[0, 1])[None], 2),
+    "chain": (lambda x: torch.linalg.multi_dot([x[0], x[0].mT, x[0]])[None], 3),
+    "weights_of_the_input": (lambda x: F.linear(x, x[0], numbers(3)), 2),
 }
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_is_refused_by_name(name, untouched):
-    function, operation = ATTENTION[name]
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_operands_of_a_product_share_alike_and_what_is_added_keeps(name, attention):
+    function, n = PRODUCTS[name]
+    x = numbers(1, 3, 3)
+    y = function(x)
+    r = numbers(*y.shape, seed=8)
+    found, kept = explain(function, x, r, lrp(attention=attention))
+    matrix = jacobian(function, x)
+    close(found, lrp_0(matrix, x, y, r) / n, 1e-10)
+    constant = y.flatten() - matrix @ x.flatten() / n
+    close(kept, (constant * (r / y).flatten()).sum()[None], 1e-9)
+
+
+@pytest.mark.parametrize("preset", [DeepTaylor, ExcitationBackprop])
+@pytest.mark.parametrize("name", ["matmul", "einsum", "baddbmm", "bilinear", "outer"])
+def test_methods_without_a_rule_for_products_refuse_them_by_name(name, preset, untouched):
+    function = PRODUCTS[name][0]
 
     class Inner(nn.Module):
         def forward(self, x):
@@ -496,22 +514,13 @@ def test_attention_is_refused_by_name(name, untouched):
             self.dense = nn.Linear(3, 3)
 
     model = Net(lambda x, inner: inner(x), inner=Inner()).double().eval()
-    message = re.escape(f"EpsilonPlus has no rule for {operation}() in 'inner'; give one in layer_map, or None")
+    message = re.escape(f"{preset.__name__} has no rule for {name}() in 'inner'; give one in layer_map, or None")
     with untouched(model), pytest.raises(NotImplementedError, match=message):
-        CondAttribution(model)(numbers(1, 3, 3), [{}], EpsilonPlus(), init_rel=1)
+        CondAttribution(model)(numbers(1, 3, 3), [{}], preset(), init_rel=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        named = EpsilonPlus(layer_map=[(getattr(torch, operation, getattr(F, operation, None)), None)])
+        named = preset(layer_map=[(getattr(torch, name, getattr(F, name, None)), None)])
         assert CondAttribution(model)(numbers(1, 3, 3), [{}], named, init_rel=1).heatmap.isfinite().all()
-
-
-def test_multi_head_attention_is_refused(untouched):
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).double().eval()
-    message = (
-        r"EpsilonPlus has no rule for multi_head_attention_forward\(\) in '0.self_attn'; give one in layer_map, or None"
-    )
-    with untouched(model), pytest.raises(NotImplementedError, match=message):
-        CondAttribution(model)(numbers(1, 3, 4), [{}], EpsilonPlus(), init_rel=1)
 
 
 def test_two_operands_of_an_elementwise_function_are_refused(untouched):
@@ -529,4 +538,7 @@ def test_steps_hand_nothing_on():
 def test_gates_of_other_kinds_are_refused():
     for make in (lambda: LRP(gates="both"), lambda: EpsilonPlus(gates="none")):
         with pytest.raises(ValueError, match="gates are held constant"):
+            make()
+    for make in (lambda: LRP(attention="signal"), lambda: EpsilonPlus(attention=None)):
+        with pytest.raises(ValueError, match="attention is held constant"):
             make()

@@ -94,16 +94,6 @@ FAMILIES = [
     Family("regnet_y_400mf", 32, "trunk_output.block3", conserves=False),
     Family("convnext_tiny", 32, "features.3", conserves=False),
 ]
-#: Families that are refused, the size of their input, and the operation and the layer that the message names.
-REFUSED = {
-    "vit_b_16": (
-        224,
-        r"EpsilonPlus has no rule for multi_head_attention_forward\(\) in 'encoder.layers.encoder_layer_0.self_att",
-    ),
-    "swin_t": (32, r"EpsilonPlus has no rule for matmul\(\) in 'features.1.0.attn'"),
-    "swin_v2_t": (32, r"EpsilonPlus has no rule for matmul\(\) in 'features.1.0.attn'"),
-    "maxvit_t": (224, r"EpsilonPlus has no rule for einsum\(\) in 'blocks.0.layers.0.layers.window_attention.attn_"),
-}
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:

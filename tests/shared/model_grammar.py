@@ -171,6 +171,27 @@ def squashed(program: Program) -> list[bool | None]:
     return known
 
 
+#: Spellings of activations that are no call of an activation.
+_BY_HAND = frozenset({"mask", "where", "maximum", "product", "written"})
+
+
+def activated(program: Program) -> list[bool | None]:
+    """Whether each value comes from an activation by steps that keep it so; None where that is not for us to say."""
+    known: list[bool | None] = [False]
+    for step in program.steps:
+        read = [known[i] for i in step.reads]
+        rule, name = step.operation.rule, step.name
+        if rule == "squash" or (rule == "pass" and name not in ("abs", "square", "normalize")):
+            known.append(True if step.is_module or step.spelling not in _BY_HAND else None)
+        elif name in SQUASH_KEEPING and all(read):
+            known.append(True)
+        elif rule in ("dense", "convolution", "batch_norm", "norm") or not any(r is not False for r in read):
+            known.append(False)
+        else:
+            known.append(None)
+    return known
+
+
 def merged(program: Program) -> dict[int, int]:
     """Batch norm by the step of the module whose output it alone reads, and which is called once."""
     found = {}

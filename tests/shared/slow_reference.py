@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from grammar_affine import conv_padded, conv_valid, linear, transposed
-from model_grammar import Program, merged, squashed
+from model_grammar import Program, activated, merged, squashed
 from slow_rules import Doubtful, Refused, Rule, at_input, divided, hidden, shared
 from torch import Tensor
 
@@ -39,6 +39,8 @@ class Method:
     zero_bias : bool
         Whether biases count as zero in rules and in norms.
     gates : "signal" or "split"
+    attention : "constant" or "split", or None
+        Whether what a sigmoid has made is held constant in products of matrices; None refuses products without such.
     sums_pools : bool
         Whether max-pooling is taken for sum-pooling.
     """
@@ -50,6 +52,7 @@ class Method:
     split: float = 0.0
     zero_bias: bool = False
     gates: str = "signal"
+    attention: str | None = "constant"
     sums_pools: bool = False
 
 
@@ -100,9 +103,9 @@ class SlowReference:
         zeros: str = "none",
     ) -> None:
         self.program, self.method, self.data, self.zeros = program, method, data, zeros
-        self.values, self.squashed = [data], squashed(program)
+        self.values, self.squashed, self.activated = [data], squashed(program), activated(program)
         for k, step in enumerate(program.steps):
-            if step.operation.rule == "refused" or (step.operation.rule == "weighted" and not self._has_weights(k)):
+            if step.operation.rule == "refused" or (step.operation.rule == "weighted" and not self._has_rule(k)):
                 raise Refused(step.name)
             self.values.append(program.plain(k, *(self.values[i] for i in step.reads)))
         self._look_at_input(unreached)
@@ -320,20 +323,31 @@ class SlowReference:
             raise Doubtful("weights or values")
         return made[0] != made[1]
 
+    def _has_rule(self, k: int) -> bool:
+        return self.method.attention is not None or self._has_weights(k)
+
     def _weighted(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
         """The values take all and the weights nothing, or each half."""
-        m, is_split = m.reshape(self.values[k + 1].shape), self.method.gates == "split"
+        m = m.reshape(self.values[k + 1].shape)
+        is_split = self.method.attention == "split" or not self._has_weights(k)
         half, of_values = 0.5 if is_split else 1.0, self.squashed[self.program.steps[k].reads[1]]
         to_a = half * m @ b.flatten(2) if is_split or of_values else None
         to_b = half * m.mT @ a.flatten(2) if is_split or not of_values else None
         return [to_a, to_b]
 
     def _is_gate(self, i: int, j: int) -> bool:
-        """Whether value i is the gate in a product with value j: the one that is broadcast, or else squashed."""
+        """Whether value i is the gate in a product with value j.
+
+        The one that is broadcast, or else squashed, or else made by an activation.
+        """
         broadcast, other = self._shape(i) != self._widest(i, j), self._shape(j) != self._widest(i, j)
         if broadcast != other:
             return broadcast
-        return bool(self.squashed[i]) and not self.squashed[j]
+        if self.squashed[i] != self.squashed[j]:
+            return bool(self.squashed[i])
+        if self.method.gates == "signal" and None in (self.activated[i], self.activated[j]):
+            raise Doubtful("what is an activation depends on how it is written")
+        return bool(self.activated[i]) and not self.activated[j]
 
     def _widest(self, i: int, j: int) -> tuple[int, ...]:
         return tuple(torch.broadcast_shapes(self._shape(i), self._shape(j)))

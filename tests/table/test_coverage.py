@@ -7,8 +7,8 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crp.visualization.table.blocks import _get_earlier
 from crp.visualization.table.manifest import ShardRecord, get_coverage
+from crp.visualization.table.shards import _get_earlier
 
 
 def shard(start: int, stop: int, skipped: dict[int, str]) -> ShardRecord:

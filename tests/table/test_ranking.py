@@ -100,7 +100,7 @@ def test_ties_with_samples_that_were_mined_later(tmp_path: Path) -> None:
 def test_blocks_may_be_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, _ = make_table(tmp_path)
     whole = [top_k(table, "a", mode) for mode in ("relevance", "activation")]
-    monkeypatch.setattr("crp.visualization.table.blocks._BLOCK_BYTES", 100)
+    monkeypatch.setattr("crp.visualization.table.shards._BLOCK_BYTES", 100)
     assert max(len(block.sample) for block in table.blocks("a")) <= 2
     for one, mode in zip(whole, ("relevance", "activation"), strict=True):
         assert as_rows(top_k(table, "a", mode)) == as_rows(one)

@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from zennit.core import Composite
 
-from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.backward import lacks_memory
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
-from crp.visualization.mining.options import MiningOptions
+from crp.visualization.mining.job import Job
 from crp.visualization.mining.targets import (
     attribute_targets,
     calls_itself,
@@ -29,7 +27,7 @@ from crp.visualization.mining.targets import (
     record_activations,
     to_targets,
 )
-from crp.visualization.table.manifest import Array, ShardRecord, TableHeader
+from crp.visualization.table.manifest import Array, ShardRecord
 from crp.visualization.table.shards import make_folder, write_shard
 
 T = TypeVar("T")
@@ -37,39 +35,6 @@ T = TypeVar("T")
 Unit = list[tuple[int, list[int]]]
 #: Bytes of scores after which a shard is closed.
 SHARD_BYTES = 128 << 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that mining a range needs; `crp.visualization.mining.run.prepare` makes one.
-
-    Attributes
-    ----------
-    attribution, dataset, composite, path
-        As for `crp.visualization.mining.run.mine`.
-    concepts : dict of str to Concept
-        The layer map, in the order of the model.
-    header : TableHeader
-        What the table is about.
-    shape, dtype
-        Of a sample as the model gets it; the shape is None where samples may differ.
-    device, shard_size, targets
-        As in the options, with their defaults filled in.
-    options : MiningOptions
-    """
-
-    attribution: CondAttribution
-    dataset: Any
-    concepts: Mapping[str, Concept]
-    composite: Composite | None
-    path: Path
-    header: TableHeader
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype
-    device: torch.device
-    shard_size: int
-    targets: str | tuple[int, ...]
-    options: MiningOptions
 
 
 def mine_ranges(

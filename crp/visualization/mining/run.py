@@ -1,44 +1,45 @@
 """Mining: one pass over a dataset that records how relevant and active every concept was on every sample.
 
 The work is cut into shards, each a job that needs nothing but its range (`mine_shard`), so that an interrupted run goes
-on where it was, and any number of machines can share a dataset. A shard's content depends on its range alone.
+on where it was. Who mines them (this process, one of several processes, or the workers of a Dask cluster) does not
+matter: what a shard holds depends on its range alone. Processes share a folder, and nothing else: no messages, no
+collectives.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import version
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from tqdm import tqdm
 from zennit.core import Composite
 
-import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
-from crp.engine.forward import check_layers
-from crp.visualization.mining.batches import Job
+from crp.notices import warn
+from crp.visualization.mining.batches import mine_ranges
 from crp.visualization.mining.datasets import SampleError as SampleError
-from crp.visualization.mining.datasets import indexed, read
-from crp.visualization.mining.options import SHARD_BATCHES, MiningKeywords, MiningOptions
-from crp.visualization.mining.targets import parse_targets
-from crp.visualization.mining.workers import mine_all, mine_part
-from crp.visualization.mining.workers import mine_shard as mine_shard
-from crp.visualization.table.fingerprint import (
-    fingerprint,
-    fingerprint_composite,
-    fingerprint_dataset,
-    fingerprint_model,
-)
-from crp.visualization.table.manifest import KINDS, MODES, TableHeader
+from crp.visualization.mining.job import Job, MiningKeywords, prepare
+from crp.visualization.table.lock import TableLockedError, locked
+from crp.visualization.table.manifest import ShardRecord, TableCorruptError
+from crp.visualization.table.shards import check_shard, make_folder, write_atomic
 from crp.visualization.table.store import Table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+#: Seconds that a merge waits for another one.
+PATIENCE = 120.0
+#: How often a Dask worker tries a shard that failed.
+RETRIES = 3
+
+Ranges = Sequence[tuple[int, int]]
 
 
 def mine(
@@ -77,7 +78,7 @@ def mine(
     client : distributed.Client, optional
         Mine by the workers of a Dask cluster, which must see the same folder.
     **options
-        As the attributes of `crp.visualization.mining.options.MiningOptions`, such as ``batch_size=64``.
+        As the attributes of `crp.visualization.mining.job.MiningOptions`, such as ``batch_size=64``.
 
     Returns
     -------
@@ -113,107 +114,200 @@ def mine(
     return mine_part(job, start, stop, part)
 
 
-def prepare(
-    attribution: CondAttribution,
-    dataset: Any,
-    layer_map: Mapping[str, Concept],
-    composite: Composite | None,
-    path: str | Path,
-    **options: Unpack[MiningKeywords],
-) -> Job:
-    """Check the arguments of `mine` and put them into a job; nothing is written."""
-    dataset = indexed(dataset)
-    concepts = _in_order(attribution, layer_map)
-    if composite is not None and not isinstance(composite, Composite):
-        raise TypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
-    checked = MiningOptions.of(options)
-    device = torch.device(attribution.device if checked.device is None else checked.device)
-    first = _get_first(dataset, checked.preprocess, device)
-    return Job(
-        attribution=attribution,
-        dataset=dataset,
-        concepts=concepts,
-        composite=composite,
-        path=Path(path),
-        header=_header(attribution, dataset, concepts, composite, checked),
-        shape=None if checked.mixed_shapes else tuple(first.shape[1:]),
-        dtype=first.dtype,
-        device=device,
-        shard_size=SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size,
-        targets=parse_targets(checked.targets),
-        options=checked,
-    )
+def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
+    """Mine a range into files of the job's folder, without touching its manifest.
+
+    It can run anywhere, any number of times and beside others; `Table.add` of what it returns, or `Table.adopt` of what
+    it wrote, makes it count.
+
+    Parameters
+    ----------
+    job : Job
+        From `crp.visualization.mining.job.prepare`.
+    start, stop : int
+
+    Returns
+    -------
+    list of ShardRecord
+        One, or several where a file was full before.
+    """
+    return list(mine_ranges(job, [(start, stop)]))
 
 
-def _in_order(attribution: CondAttribution, layer_map: Mapping[str, Concept]) -> dict[str, Concept]:
-    """The layer map, checked, in the order of the model."""
-    if not isinstance(layer_map, Mapping) or not layer_map:
-        raise ValueError(f"layer_map must map layers to concepts, such as ChannelConcept(); not {layer_map!r}")
-    check_layers(attribution.model, list(layer_map), "layer_map")
-    for layer, concept in layer_map.items():
-        if isinstance(concept, type) or not hasattr(concept, "scores"):
-            raise TypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
-    order = list(dict(attribution.model.named_modules()))
-    layers = sorted(layer_map, key=lambda layer: order.index(layer if layer in order else layer.rpartition("#")[0]))
-    return {layer: layer_map[layer] for layer in layers}
+def mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
+    """Mine what a table misses of a range, here or by a Dask ``client``'s workers, and hold the folder meanwhile."""
+    make_folder(job.path)
+    with locked(job.path):
+        if job.options.overwrite or (Table.exists(job.path) and Table.open(job.path).is_empty):
+            Table.discard(job.path)
+        table = _opened(job)
+        table.clean()
+        for problem in table.drop_damaged():
+            warn(f"{problem.partition(';')[0]}; its samples are mined again")
+        table.adopt()
+        before = table.coverage(start, stop)
+        todo = before.missing
+        if job.options.retry_skipped:
+            todo = sorted(todo + _with_skipped(table.shards, start, stop))
+        write = mine_ranges if client is None else partial(_mine_on_dask, client)
+        try:
+            with _bar(job, todo, start, stop) as bar:
+                for record in write(job, todo, bar.update):
+                    table.add(record)
+        except BaseException:
+            with suppress(OSError):  # a shard may be whole and not yet listed
+                table.adopt()
+            raise
+    skipped = table.coverage(start, stop).skipped
+    if new := [i for i in skipped if i not in before.skipped]:
+        first = f"sample {new[0]}: {skipped[new[0]]}"
+        warn(f"{len(new)} samples were skipped ({first}); see Table.coverage().skipped")
+    return table
 
 
-def _header(
-    attribution: CondAttribution,
-    dataset: Any,
-    concepts: Mapping[str, Concept],
-    composite: Composite | None,
-    options: MiningOptions,
-) -> TableHeader:
-    """What all rows of the table share. This is where a table says what it is of."""
-    targets = parse_targets(options.targets)
-    make: dict[str, Callable[[], str]] = {
-        "model": lambda: fingerprint_model(attribution.model),
-        "composite": lambda: fingerprint_composite(composite),
-        "dataset": lambda: fingerprint_dataset(dataset),
-        "layers": lambda: fingerprint(dict(concepts)),
-        "preprocess": lambda: fingerprint(options.preprocess),
-        "single_targets": lambda: fingerprint(options.single_targets),
+def mine_part(job: Job, start: int, stop: int, part: tuple[int, int]) -> Table:
+    """Mine the shards of one process out of several, then merge what all have written until then.
+
+    A process that is started again goes on where it was. The last one to end leaves the whole table.
+    """
+    number, n = part
+    make_folder(job.path)
+    with locked(job.path, "part"):
+        if not Table.exists(job.path):
+            with _turn(job.path):
+                _opened(job)
+        table = _opened(job)
+        others = (shard.start // job.shard_size % n != number for shard in table.shards)
+        sound = [s for s, other in zip(table.shards, others, strict=True) if other or _is_sound(table, s)]
+        listed = Table(table.path, table.header, [*sound, *table.unlisted()])
+        todo = listed.coverage(start, stop).missing
+        if job.options.retry_skipped:
+            todo = sorted(todo + _with_skipped(listed.shards, start, stop))
+        units = [unit for unit in _split(todo, job.shard_size) if unit[0] // job.shard_size % n == number]
+        own = [unit for unit in _split([(start, stop)], job.shard_size) if unit[0] // job.shard_size % n == number]
+        with _bar(job, units, 0, sum(b - a for a, b in own)) as bar:
+            for _ in mine_ranges(job, units, bar.update):
+                pass
+    return merge(job.path)
+
+
+def merge(path: str | Path, *others: str | Path) -> Table:
+    """Take all shards of a folder, and of others, into one table.
+
+    Parameters
+    ----------
+    path : str or Path
+        A table's folder; it is made, if there are others.
+    *others : str or Path
+        Folders of the same table, on other disks for example. They are copied from and left as they are.
+
+    Returns
+    -------
+    Table
+        Whether it is whole is told by `Table.coverage`.
+
+    Raises
+    ------
+    TableNotFoundError
+        If there is no table.
+    TableMismatchError
+        If tables are of different models, composites, datasets, ...
+    TableCorruptError
+        If a shard is damaged.
+    TableLockedError
+        If a run writes into the folder.
+    """
+    path = Path(path)
+    sources = [Table.open(other) for other in others]
+    if sources and not Table.exists(path):
+        make_folder(path)
+        with _turn(path):
+            Table.create(path, sources[0].header)
+    known = Table.open(path)
+    for source in sources:
+        known.check_header(source.header)
+    with _turn(path):
+        table = Table.open(path)
+        make_folder(path / "shards")
+        for source in sources:
+            for shard in [*source.shards, *source.unlisted()]:
+                if not (path / "shards" / shard.file).exists():
+                    check_shard(source.path / "shards", shard)
+                    write_atomic(path / "shards" / shard.file, (source.path / "shards" / shard.file).read_bytes())
+        table.adopt()
+    return table
+
+
+def _opened(job: Job) -> Table:
+    table = Table.open(job.path) if Table.exists(job.path) else Table.create(job.path, job.header)
+    table.check_header(job.header)
+    return table
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Hold the folder for a merge, after those of others."""
+    end = time.monotonic() + PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path, "merge"))
+                break
+            except TableLockedError as error:
+                if error.role != "merge" or time.monotonic() > end:
+                    raise
+            time.sleep(random.SystemRandom().uniform(0.01, 0.2))  # two that gave way to each other would meet again
+        yield
+
+
+def _is_sound(table: Table, shard: ShardRecord) -> bool:
+    try:
+        check_shard(table.path / "shards", shard)
+    except TableCorruptError as error:
+        warn(f"{str(error).partition(';')[0]}; its samples are mined again")
+        return False
+    return True
+
+
+def _with_skipped(shards: Iterable[ShardRecord], start: int, stop: int) -> list[tuple[int, int]]:
+    return [(shard.start, shard.stop) for shard in shards if any(start <= i < stop for i in shard.skipped)]
+
+
+def _split(ranges: Ranges, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges cut at the multiples of ``size``."""
+    for start, stop in ranges:
+        while start < stop:
+            end = min(stop, (start // size + 1) * size)
+            yield start, end
+            start = end
+
+
+def _bar(job: Job, todo: Ranges, start: int, stop: int) -> Any:
+    n = sum(b - a for a, b in todo)
+    done = max(stop - start - n, 0)
+    hidden = not (job.options.progress and n)
+    return tqdm(desc="Mining", total=n + done, initial=done, unit="sample", disable=hidden, dynamic_ncols=True)
+
+
+def _mine_on_dask(client: Any, job: Job, ranges: Ranges, progress: Callable[[int], object]) -> Iterator[ShardRecord]:
+    """Records of ranges that the workers of a Dask cluster mine; they may come and go."""
+    from distributed import as_completed
+    from distributed.protocol import pickle
+
+    job = replace(job, path=job.path.resolve())
+    # A task of its own, which is computed anew where the worker that held its result is lost.
+    carried = client.submit(pickle.loads, pickle.dumps(job), pure=False)
+    units = list(_split(ranges, job.shard_size))
+    futures = {
+        client.submit(mine_shard, carried, start, stop, pure=False, retries=RETRIES): stop - start
+        for start, stop in units
     }
-    if targets != "label":
-        make["targets"] = lambda: fingerprint(targets)
-    if options.mixed_shapes:
-        make["shapes"] = lambda: fingerprint("mixed")
-    known = dict(options.fingerprints or {})
-    return TableHeader(
-        n_samples=len(dataset),
-        layers=tuple(concepts),
-        modes=tuple(mode for mode in MODES if mode in options.modes),
-        kinds=tuple(kind for kind in KINDS if kind in options.kinds),
-        fingerprints={key: known[key] if key in known else one() for key, one in make.items()} | known,
-        versions=_versions(),
-    )
-
-
-def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:
-    """First sample that can be read, as the model gets it, of shape (1, ...): all others must be like it."""
-    if len(dataset) == 0:
-        raise ValueError("the dataset is empty")
-    failed = None
-    for index in range(min(len(dataset), 100)):
-        sample = read(dataset, index)
-        if sample.problem is None:
-            data = sample.data[None].to(device)
-            ready = data if preprocess is None else preprocess(data)
-            if not isinstance(ready, Tensor) or len(ready) != 1:
-                got = tuple(ready.shape) if isinstance(ready, Tensor) else f"a {type(ready).__name__}"
-                raise TypeError(f"preprocess must make a sample of shape (1, ...) of {tuple(data.shape)}, not {got}")
-            return ready
-        if sample.problem.error is None:  # no fault of the sample: the dataset is of another kind
-            raise TypeError(f"sample {index}: {sample.problem.reason}")
-        failed = failed or SampleError(index, sample.problem.reason)
-    raise failed or AssertionError
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "zennit", "numpy")
-    return {"crp": crp.__version__, "python": platform.python_version()} | {name: _version(name) for name in names}
-
-
-# (each search takes milliseconds)
-_version = cache(version)
+    try:
+        for future, records in as_completed(list(futures), with_results=True):
+            for record in records:
+                check_shard(job.path / "shards", record)  # the worker's folder must be this one
+                yield record
+            progress(futures.pop(future))
+            future.release()
+    finally:
+        client.cancel(list(futures))

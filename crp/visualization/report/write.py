@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -31,38 +32,36 @@ from crp.visualization.table.ranking import ClassMeans, ReferenceSamples, class_
 from crp.visualization.table.shards import write_atomic
 from crp.visualization.table.store import Table
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 #: Number of other classes that a concept's card names.
 ELSEWHERE = 3
 
 
-def write_report(
-    fv: FeatureVisualization,
-    composite: Composite | None,
-    path: str | Path,
-    *,
-    class_names: Sequence[str] | Mapping[int, str] | None = None,
-    classes: Sequence[int] | None = None,
-    layers: Sequence[str] | None = None,
-    n_concepts: int = 4,
-    n_references: int = 6,
-    n_mean: int = 64,
-    findings: Sequence[Finding] = (),
-    title: str = "What the model looks at",
-    lead: str = "",
-    picture_size: int = 96,
-    batch_size: int = 32,
-    verbose: bool = True,
-) -> Path:
-    """Write one static HTML file: the classes, their concepts, and the concepts' reference samples.
+class ReportKeywords(TypedDict, total=False):
+    """Options of `write_report`; `ReportOptions` says what they mean."""
 
-    Parameters
+    class_names: Sequence[str] | Mapping[int, str] | None
+    classes: Sequence[int] | None
+    layers: Sequence[str] | None
+    n_concepts: int
+    n_references: int
+    n_mean: int
+    findings: Sequence[Finding]
+    title: str
+    lead: str
+    picture_size: int
+    batch_size: int
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report shows.
+
+    Attributes
     ----------
-    fv : FeatureVisualization
-        Of a dataset of images, that was mined: ``fv.run(composite)``.
-    composite : zennit Composite, or None for the plain gradient
-        Rules for the heatmaps.
-    path : path
-        The file; its folder is made where there is none.
     class_names : sequence of str, or mapping of class to str, optional
         Numbers by default.
     classes : sequence of int, optional
@@ -83,6 +82,42 @@ def write_report(
         Samples per attribution.
     verbose : bool
         Show the progress.
+    """
+
+    class_names: Sequence[str] | Mapping[int, str] | None = None
+    classes: Sequence[int] | None = None
+    layers: Sequence[str] | None = None
+    n_concepts: int = 4
+    n_references: int = 6
+    n_mean: int = 64
+    findings: Sequence[Finding] = ()
+    title: str = "What the model looks at"
+    lead: str = ""
+    picture_size: int = 96
+    batch_size: int = 32
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("n_concepts", "n_references", "n_mean", "picture_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def write_report(
+    fv: FeatureVisualization, composite: Composite | None, path: str | Path, **options: Unpack[ReportKeywords]
+) -> Path:
+    """Write one static HTML file: the classes, their concepts, and the concepts' reference samples.
+
+    Parameters
+    ----------
+    fv : FeatureVisualization
+        Of a dataset of images that was mined: ``fv.run(composite)``.
+    composite : zennit Composite, or None for the plain gradient
+        Rules for the heatmaps.
+    path : path
+        The file; its folder is made where there is none.
+    **options
+        As the attributes of `ReportOptions`, such as ``n_concepts=4``.
 
     Returns
     -------
@@ -102,27 +137,24 @@ def write_report(
     ValueError
         If a number is not positive, a class has no name, or the samples are no images.
     """
-    counts = {"n_concepts": n_concepts, "n_references": n_references, "n_mean": n_mean, "picture_size": picture_size}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    shares = _shares(Table.open(fv.path), layers)
+    chosen = ReportOptions(**options)
+    shares = _shares(Table.open(fv.path), chosen.layers)
     targets = next(iter(shares.values())).targets.tolist()
-    shown = targets if classes is None else list(classes)
+    shown = targets if chosen.classes is None else list(chosen.classes)
     for target in shown:
         if target not in targets:
             raise KeyError(f"no sample of class {target!r} was mined; the classes are {targets}")
-    names = _names(class_names, targets)
-    found = [finding.concept for finding in findings if finding.concept is not None]
-    places = _places(shares, shown, n_concepts, found)
-    maker = _Maker(fv, composite, names, shares, places, found, n_references, picture_size, batch_size)
-    bar = tqdm(shown, desc="Report", unit="class", disable=not verbose, dynamic_ncols=True)
+    names = _names(chosen.class_names, targets)
+    wanted = [finding.concept for finding in chosen.findings if finding.concept is not None]
+    places = _places(shares, shown, chosen.n_concepts, wanted)
+    maker = _Maker(fv, composite, names, shares, places, chosen)
+    bar = tqdm(shown, desc="Report", unit="class", disable=not chosen.verbose, dynamic_ncols=True)
     page = Page(
-        title=title,
-        lead=lead,
-        pixelated=maker.largest_side() < picture_size,
-        findings=[(finding, "" if finding.concept is None else places[finding.concept]) for finding in findings],
-        classes=[maker.class_section(target, n_mean) for target in bar],
+        title=chosen.title,
+        lead=chosen.lead,
+        pixelated=maker.largest_side() < chosen.picture_size,
+        findings=[(finding, "" if finding.concept is None else places[finding.concept]) for finding in chosen.findings],
+        classes=[maker.class_section(target) for target in bar],
         provenance=maker.provenance(),
         skipped=sorted(maker.table.coverage().skipped.items()),
     )
@@ -171,10 +203,7 @@ class _Maker:
         names: Mapping[int, str],
         shares: Mapping[str, ClassMeans],
         places: Mapping[Place, str],
-        found: Collection[Place],
-        n_references: int,
-        picture_size: int,
-        batch_size: int,
+        options: ReportOptions,
     ) -> None:
         self.fv = fv
         self.table = Table.open(fv.path)
@@ -182,10 +211,8 @@ class _Maker:
         self.names = names
         self.shares = shares
         self.places = places
-        self.found = found
-        self.n_references = n_references
-        self.picture_size = picture_size
-        self.batch_size = batch_size
+        self.options = options
+        self.of_findings = [finding.concept for finding in options.findings]
         self.rows = self.table.rows()
         self.active: dict[tuple[str, int], list[Tile]] = {}
         self.best: dict[tuple[str, str, int | None], ReferenceSamples] = {}
@@ -194,9 +221,9 @@ class _Maker:
         sample, _ = self.fv.get_data_sample(int(self.rows.sample[0]), preprocessing=False)
         return max(sample.shape[-2:])
 
-    def class_section(self, target: int, n_mean: int) -> ClassSection:
+    def class_section(self, target: int) -> ClassSection:
         samples = self.rows.sample[self.rows.target == target]
-        chosen = samples[np.linspace(0, len(samples) - 1, min(n_mean, len(samples))).round().astype(int)]
+        chosen = samples[np.linspace(0, len(samples) - 1, min(self.options.n_mean, len(samples))).round().astype(int)]
         return ClassSection(
             anchor=f"class-{target}",
             name=self.names[target],
@@ -225,8 +252,8 @@ class _Maker:
         """Mean over samples of a class: of the images, and of the heatmaps, which all have the same weight."""
         image: Any = 0
         heat: Any = 0
-        for start in range(0, len(samples), self.batch_size):
-            data, _ = self.fv.get_data_concurrently(samples[start : start + self.batch_size])
+        for start in range(0, len(samples), self.options.batch_size):
+            data, _ = self.fv.get_data_concurrently(samples[start : start + self.options.batch_size])
             attribution = self.fv.attribution
             conditions = [{attribution.MODEL_OUTPUT_NAME: [target]}]
             prepared = self.fv.preprocess_data(data.detach())
@@ -235,13 +262,13 @@ class _Maker:
             heat = heat + (found / total.reshape(-1, *[1] * (found.dim() - 1))).sum(0)
             image = image + data.detach().cpu().double().sum(0)
         n = len(samples)
-        return make_tile(image / n, heat / n, "", f"mean over {n} samples", size=2 * self.picture_size)
+        return make_tile(image / n, heat / n, "", f"mean over {n} samples", size=2 * self.options.picture_size)
 
     def _layer_section(self, target: int, layer: str) -> LayerSection:
         own = [place for place in self.places if place[:2] == (target, layer)]
         cards = [self._card(place) for place in sorted(own, key=lambda place: (-self._share(place), place[2]))]
         is_last = layer == list(self.shares)[-1]
-        has_finding = any(place in self.found for place in own)
+        has_finding = any(place in self.of_findings for place in own)
         share = sum(card.share for card in cards)
         return LayerSection(layer, is_last or has_finding, cards, share, self.shares[layer].value.shape[1])
 
@@ -264,12 +291,12 @@ class _Maker:
 
     def _references(self, layer: str, concept: int, mode: str, target: int | None) -> list[Tile]:
         """Best samples of a concept: the most relevant ones of a class, or the most active ones of all classes."""
-        fv, ranks = self.fv, (0, self.n_references)
-        options: dict[str, Any] = {"composite": self.composite, "plot_fn": None, "batch_size": self.batch_size}
+        fv, ranks = self.fv, (0, self.options.n_references)
+        options: dict[str, Any] = {"composite": self.composite, "plot_fn": None, "batch_size": self.options.batch_size}
         results = fv.RelMax if mode == "relevance" else fv.ActMax
         key = layer, mode, target
         if key not in self.best:
-            settings = results.max_target, results.abs_norm, self.n_references
+            settings = results.max_target, results.abs_norm, self.options.n_references
             self.best[key] = top_k(self.table, layer, mode, *settings, of_class=target)
         best = ReferenceSamples(*(column[:, concept] for column in self.best[key]))
         if target is None:
@@ -286,7 +313,7 @@ class _Maker:
                 what = f"{amount} of the sample's {mode}" if results.abs_norm else f"{mode} {amount}"
                 caption = name if target is None else amount
                 tip = f"sample {index}, class {name}: {what}"
-                tiles.append(make_tile(sample, heatmap, caption, tip, size=self.picture_size))
+                tiles.append(make_tile(sample, heatmap, caption, tip, size=self.options.picture_size))
         return tiles
 
     def _share(self, place: Place) -> float:

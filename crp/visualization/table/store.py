@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from crp.visualization.table.blocks import Query, count_rows, read_blocks, read_rows
 from crp.visualization.table.lock import TableLockedError as TableLockedError
 from crp.visualization.table.manifest import (
     DERIVED,
@@ -38,7 +37,17 @@ from crp.visualization.table.manifest import (
 from crp.visualization.table.manifest import KINDS as KINDS
 from crp.visualization.table.manifest import MODES as MODES
 from crp.visualization.table.manifest import TableError as TableError
-from crp.visualization.table.shards import check_shard, make_folder, open_shard, read_record, write_atomic
+from crp.visualization.table.shards import (
+    Query,
+    check_shard,
+    count_rows,
+    make_folder,
+    open_shard,
+    read_blocks,
+    read_record,
+    read_rows,
+    write_atomic,
+)
 
 _ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
 #: What a fingerprint is of, where its key does not say it.

@@ -1,0 +1,106 @@
+"""Rules that leave a call as it is, and hand each operand a part of its gradient; what is missing is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias, cast
+
+from torch import Tensor
+
+from crp.rules.account import Balance
+from crp.rules.base import Rule
+from crp.rules.functions import Function
+from crp.rules.layer import Layer, _no_rule, changed
+from crp.rules.model_input import PartOf
+
+#: Part of an argument's gradient; or a function that tells it for each tensor in the argument.
+Part: TypeAlias = float | Callable[[Tensor], float]
+#: Parts of all positional arguments, and of all keywords.
+Parts: TypeAlias = tuple[list[Part], dict[str, Part]]
+
+
+class Shared(Rule):
+    """Base of these rules."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, layer: Layer) -> Parts:
+        """Parts of all arguments."""
+        raise NotImplementedError
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the function's output; parts of what flows back go to its operands."""
+        account = None if self.attachment is None else self.attachment.account
+        sink = None if account is None else account.open(layer.place, layer.inputs[0])
+        mine = {id(tensor) for tensor in layer.inputs}
+
+        def taking(value: Any, part: Part) -> Any:
+            def take(tensor: Tensor) -> Tensor:
+                if id(tensor) not in mine:
+                    return tensor
+                counted = tensor if sink is None else cast(Tensor, Balance.apply(tensor, sink, -1))
+                size = part(tensor) if callable(part) else part
+                return counted if size == 1 else cast(Tensor, PartOf.apply(counted, size, self.is_active))
+
+            return value if sink is None and part == 1 else changed(value, take)
+
+        parts, named = self.parts(layer)
+        args = [taking(arg, part) for arg, part in zip(layer.args, parts, strict=True)]
+        result = layer.function(*args, **{name: taking(value, named[name]) for name, value in layer.kwargs.items()})
+        if sink is None:
+            return result
+        return changed(result, lambda tensor: Balance.apply(tensor, sink, 1) if tensor.requires_grad else tensor)
+
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """What a module without parts calls."""
+        return alone and not known.has("selects", "copies")
+
+
+class Proportional(Shared):
+    """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the function's output; what the operands that depend on the model's input do not explain is kept."""
+        if self.attachment is None or self.attachment.account is None:
+            return layer.output
+        return super().operate(layer)
+
+    def parts(self, layer: Layer) -> Parts:
+        """All of it."""
+        return [1.0] * len(layer.args), dict.fromkeys(layer.kwargs, 1.0)
+
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Whatever is inside the module."""
+        return True
+
+
+class Refused(Proportional):
+    """Refuses operations for which a method has no rule, so that no other method's result goes by its name.
+
+    Parameters
+    ----------
+    method : str
+        Name of the method, for the message.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("method",)
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+
+    def operate(self, layer: Layer) -> Any:
+        """Refuse functions of more than one operand that depends on the model's input; others are affine.
+
+        Raises
+        ------
+        NotImplementedError
+            Naming the operation and where it ran.
+        """
+        if len(layer.inputs) == 1 and not layer.known.has("attention"):
+            return super().operate(layer)
+        # (Python takes a TypeError inside an operator such as @ for "operands of another type")
+        raise NotImplementedError(_no_rule(self.method, layer))

@@ -1,0 +1,290 @@
+"""What is to be mined, and how: the options, checked, and the job that is made of them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+from zennit.core import Composite
+
+import crp
+from crp.attribution import CondAttribution
+from crp.concepts import Concept
+from crp.engine.forward import check_layers
+from crp.visualization.mining.datasets import SampleError, indexed, read
+from crp.visualization.mining.targets import Targets, parse_targets
+from crp.visualization.table.fingerprint import (
+    fingerprint,
+    fingerprint_composite,
+    fingerprint_dataset,
+    fingerprint_model,
+)
+from crp.visualization.table.manifest import KINDS, MODES, TableHeader
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: Batches in a shard, by default.
+SHARD_BATCHES = 64
+
+
+class RunKeywords(TypedDict, total=False):
+    """Keywords of `mine` that `FeatureVisualization.run` takes, too; `MiningOptions` says what they mean."""
+
+    modes: Sequence[str]
+    kinds: Sequence[str]
+    targets: Targets
+    mixed_shapes: bool
+    num_workers: int
+    on_error: str
+    retry_skipped: bool
+    overwrite: bool
+    progress: bool
+
+
+class MiningKeywords(RunKeywords, total=False):
+    """All options of `mine`."""
+
+    batch_size: int
+    shard_size: int | None
+    preprocess: Callable[[Tensor], Tensor] | None
+    single_targets: Callable[[Any], Iterable[Any]] | None
+    device: torch.device | str | None
+    on_device: torch.device | str | None
+    fingerprints: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class MiningOptions:
+    """How a dataset is mined.
+
+    Attributes
+    ----------
+    batch_size : int
+        Samples that are loaded, and rows that are attributed, at once.
+    shard_size : int, optional
+        Samples in a file, which is what an interruption can lose; 64 batches by default. A file that reaches 128 MiB
+        before is closed earlier, so that memory is bounded.
+    preprocess : callable, optional
+        Function of a sample of shape (1, channels, *space), on the device.
+    single_targets : callable, optional
+        Function of a label that gives its classes, for datasets with several per sample; a sample of none has no rows.
+    modes, kinds : sequences of str
+        What to record of ``"relevance"`` and ``"activation"``, and of ``"sum"`` and ``"max"``. A label of None is
+        allowed if relevance is not recorded.
+    targets : {"label", "prediction", "top-5", "all"} or sequence of int
+        Classes whose relevance is recorded, each in a row of its own: those of the sample's label, the predicted one,
+        the five (or any number of) highest ones, all outputs, or these. All but the first need no labels.
+    mixed_shapes : bool
+        Whether samples may differ in shape. Those of equal shape are attributed together; positions count within the
+        sample's own shape.
+    num_workers : int
+        Processes that read the dataset; 0 reads it in this one, sample after sample.
+    device : torch.device or str, optional
+        Where the data is moved; that of the model by default.
+    on_device : torch.device or str, optional
+        Where relevances and activations are moved before they are scored.
+    on_error : {"stop", "skip"}
+        What to do about a sample that cannot be read or attributed, or has another shape: raise a `SampleError`, or
+        list it as skipped. A sample with values that are not finite is always skipped.
+    retry_skipped : bool
+        Mine shards with skipped samples again.
+    overwrite : bool
+        Discard what the folder holds.
+    progress : bool
+        Whether to show a progress bar.
+    fingerprints : dict of str to str, optional
+        In place of those computed for ``"model", "composite", "dataset", "layers", "preprocess", "single_targets"``.
+    """
+
+    batch_size: int = 32
+    shard_size: int | None = None
+    preprocess: Callable[[Tensor], Tensor] | None = None
+    single_targets: Callable[[Any], Iterable[Any]] | None = None
+    modes: Sequence[str] = MODES
+    kinds: Sequence[str] = KINDS
+    targets: Targets = "label"
+    mixed_shapes: bool = False
+    num_workers: int = 0
+    device: torch.device | str | None = None
+    on_device: torch.device | str | None = None
+    on_error: str = "stop"
+    retry_skipped: bool = False
+    overwrite: bool = False
+    progress: bool = True
+    fingerprints: Mapping[str, str] | None = None
+
+    @classmethod
+    def of(cls, keywords: MiningKeywords) -> MiningOptions:
+        """Options of these keywords, checked.
+
+        Raises
+        ------
+        TypeError
+            If there is no such option.
+        ValueError
+            If the value of one is wrong.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in keywords if name not in known]:
+            raise TypeError(f"mining has no option {unknown[0]!r}; there are {', '.join(known)}")
+        options = cls(**keywords)
+        sizes = [("batch_size", options.batch_size, 1), ("num_workers", options.num_workers, 0)]
+        sizes += [] if options.shard_size is None else [("shard_size", options.shard_size, 1)]
+        for name, size, least in sizes:
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, not {size!r}")
+        lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
+        lists["on_error"] = [options.on_error], ("stop", "skip")
+        for name, (words, known_words) in lists.items():
+            if isinstance(words, str) or not words or not set(words) <= set(known_words):
+                raise ValueError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
+        if parse_targets(options.targets) != "label" and options.single_targets is not None:
+            raise ValueError(f"single_targets is about labels, and targets={options.targets!r} are not those of labels")
+        return options
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that mining a range needs; `crp.visualization.mining.job.prepare` makes one.
+
+    Attributes
+    ----------
+    attribution, dataset, composite, path
+        As for `crp.visualization.mining.run.mine`.
+    concepts : dict of str to Concept
+        The layer map, in the order of the model.
+    header : TableHeader
+        What the table is about.
+    shape, dtype
+        Of a sample as the model gets it; the shape is None where samples may differ.
+    device, shard_size, targets
+        As in the options, with their defaults filled in.
+    options : MiningOptions
+    """
+
+    attribution: CondAttribution
+    dataset: Any
+    concepts: Mapping[str, Concept]
+    composite: Composite | None
+    path: Path
+    header: TableHeader
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    shard_size: int
+    targets: str | tuple[int, ...]
+    options: MiningOptions
+
+
+def prepare(
+    attribution: CondAttribution,
+    dataset: Any,
+    layer_map: Mapping[str, Concept],
+    composite: Composite | None,
+    path: str | Path,
+    **options: Unpack[MiningKeywords],
+) -> Job:
+    """Check the arguments of `mine` and put them into a job; nothing is written."""
+    dataset = indexed(dataset)
+    concepts = _in_order(attribution, layer_map)
+    if composite is not None and not isinstance(composite, Composite):
+        raise TypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
+    checked = MiningOptions.of(options)
+    device = torch.device(attribution.device if checked.device is None else checked.device)
+    first = _get_first(dataset, checked.preprocess, device)
+    return Job(
+        attribution=attribution,
+        dataset=dataset,
+        concepts=concepts,
+        composite=composite,
+        path=Path(path),
+        header=_header(attribution, dataset, concepts, composite, checked),
+        shape=None if checked.mixed_shapes else tuple(first.shape[1:]),
+        dtype=first.dtype,
+        device=device,
+        shard_size=SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size,
+        targets=parse_targets(checked.targets),
+        options=checked,
+    )
+
+
+def _in_order(attribution: CondAttribution, layer_map: Mapping[str, Concept]) -> dict[str, Concept]:
+    """The layer map, checked, in the order of the model."""
+    if not isinstance(layer_map, Mapping) or not layer_map:
+        raise ValueError(f"layer_map must map layers to concepts, such as ChannelConcept(); not {layer_map!r}")
+    check_layers(attribution.model, list(layer_map), "layer_map")
+    for layer, concept in layer_map.items():
+        if isinstance(concept, type) or not hasattr(concept, "scores"):
+            raise TypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
+    order = list(dict(attribution.model.named_modules()))
+    layers = sorted(layer_map, key=lambda layer: order.index(layer if layer in order else layer.rpartition("#")[0]))
+    return {layer: layer_map[layer] for layer in layers}
+
+
+def _header(
+    attribution: CondAttribution,
+    dataset: Any,
+    concepts: Mapping[str, Concept],
+    composite: Composite | None,
+    options: MiningOptions,
+) -> TableHeader:
+    """What all rows of the table share. This is where a table says what it is of."""
+    targets = parse_targets(options.targets)
+    make: dict[str, Callable[[], str]] = {
+        "model": lambda: fingerprint_model(attribution.model),
+        "composite": lambda: fingerprint_composite(composite),
+        "dataset": lambda: fingerprint_dataset(dataset),
+        "layers": lambda: fingerprint(dict(concepts)),
+        "preprocess": lambda: fingerprint(options.preprocess),
+        "single_targets": lambda: fingerprint(options.single_targets),
+    }
+    if targets != "label":
+        make["targets"] = lambda: fingerprint(targets)
+    if options.mixed_shapes:
+        make["shapes"] = lambda: fingerprint("mixed")
+    known = dict(options.fingerprints or {})
+    return TableHeader(
+        n_samples=len(dataset),
+        layers=tuple(concepts),
+        modes=tuple(mode for mode in MODES if mode in options.modes),
+        kinds=tuple(kind for kind in KINDS if kind in options.kinds),
+        fingerprints={key: known[key] if key in known else one() for key, one in make.items()} | known,
+        versions=_versions(),
+    )
+
+
+def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:
+    """First sample that can be read, as the model gets it, of shape (1, ...): all others must be like it."""
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty")
+    failed = None
+    for index in range(min(len(dataset), 100)):
+        sample = read(dataset, index)
+        if sample.problem is None:
+            data = sample.data[None].to(device)
+            ready = data if preprocess is None else preprocess(data)
+            if not isinstance(ready, Tensor) or len(ready) != 1:
+                got = tuple(ready.shape) if isinstance(ready, Tensor) else f"a {type(ready).__name__}"
+                raise TypeError(f"preprocess must make a sample of shape (1, ...) of {tuple(data.shape)}, not {got}")
+            return ready
+        if sample.problem.error is None:  # no fault of the sample: the dataset is of another kind
+            raise TypeError(f"sample {index}: {sample.problem.reason}")
+        failed = failed or SampleError(index, sample.problem.reason)
+    raise failed or AssertionError
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "zennit", "numpy")
+    return {"crp": crp.__version__, "python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+# (each search takes milliseconds)
+_version = cache(version)

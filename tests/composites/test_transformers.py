@@ -1,0 +1,142 @@
+"""Transformers of three libraries under presets of LRP: the same prediction, finite relevance, a closed account."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from preset_cases import LRP_PRESETS, off
+from torch import Tensor, nn
+from transformer_families import FAMILIES, Logits, built
+
+import crp.composites as composites
+from crp.attribution import CondAttribution
+from crp.composites import CPLRP, AttnLRP, Composite
+from crp.errors import UnseenError
+from crp.rules import Pass, Whole
+
+#: What holds a custom function, which is named by an error.
+REMEDIES = {"bloom": [("*.gelu_impl", Whole(Pass()))]}
+#: All presets that have a rule for attention.
+PRESETS = [name for name in LRP_PRESETS if "taylor" not in name and "excitation" not in name]
+PRESETS += ["attn_lrp", "cp_lrp", "relp"]
+#: Models that compute their norms or softmax in float32, whatever the data are in.
+ROUGH = 1e-6
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield request.param, *built(request.param)
+
+
+def preset(kind: type[Composite], name: str) -> Composite:
+    return kind(layer_map=REMEDIES.get(name, []))
+
+
+def relevance(model: nn.Module, data: Tensor, composite: Composite) -> tuple[Tensor, Tensor]:
+    """Prediction, and relevance of the data for the second output."""
+    with composite.context(model):
+        leaf = data.clone().requires_grad_()
+        prediction = model(leaf)
+        return prediction.detach(), torch.autograd.grad(prediction[:, 1].sum(), leaf)[0]
+
+
+def assert_closes(model: nn.Module, data: Tensor, composite: Composite) -> None:
+    found = CondAttribution(model).absorbed(data, [{"y": 1}], composite)
+    amounts = [share.abs() for shares in found.layers.values() for share in shares.values()]
+    assert (found.rest.abs() <= ROUGH * (found.initial.abs() + found.input.abs() + sum(amounts))).all(), found.rest
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+def test_prediction_stays_and_the_account_closes(family, kind, untouched):
+    name, model, data = family
+    plain = model(data).detach()
+    with untouched(model):
+        prediction, found = relevance(model, data, preset(kind, name))
+        assert off(prediction, plain) <= 1e-12
+        assert found.isfinite().all() and found.abs().max() > 1e-9
+        assert_closes(model, data, preset(kind, name))
+
+
+SEVERAL = ["torchvision_vit", "torchvision_swin", "bert", "gpt2", "llama", "mixtral"]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("kind", PRESETS)
+def test_all_presets_explain_the_families_that_differ_most(name, kind, untouched):
+    model, data = built(name)
+    composite = LRP_PRESETS[kind]() if kind in LRP_PRESETS else composites.get(kind)
+    with untouched(model):
+        found = CondAttribution(model)(data, [{"y": 1}], composite, init_rel=1.0)
+    assert found.heatmap.isfinite().all() and found.heatmap.abs().max() > 0
+    assert_closes(model, data, composite)
+
+
+@pytest.mark.parametrize("name", ["torchvision_vit", "gpt2"])
+@pytest.mark.parametrize("kind", ["deep_taylor", "excitation_backprop", "contrastive_excitation_backprop"])
+def test_methods_without_a_rule_for_attention_say_so(name, kind, untouched):
+    model, data = built(name)
+    message = f"{type(LRP_PRESETS[kind]()).__name__} has no rule for scaled_dot_product_attention"
+    with untouched(model), pytest.raises(NotImplementedError, match=message):
+        CondAttribution(model)(data, [{"y": 1}], LRP_PRESETS[kind]())
+
+
+def test_a_custom_function_is_named_with_its_remedy(untouched):
+    model, data = built("bloom")
+    with untouched(model), pytest.raises(UnseenError, match=r"was made by GeLUFunctionBackward.* Map Whole\(rule\)"):
+        CondAttribution(model)(data, [{"y": 1}], AttnLRP())
+
+
+def test_constants_set_to_zero_conserve():
+    """Without biases and constant embeddings, constant attention and gates hand all on; in float32 but for rounding."""
+    for name in ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "qwen3_moe"):
+        model, data = built(name)
+        prediction, found = relevance(model, data, CPLRP())
+        assert abs(float(found.sum() / prediction[:, 1]) - 1) <= 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "opt"])
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+def test_attention_of_hugging_face_is_the_same_written_out_and_fused(name, kind):
+    model, data = built(name)
+    found = []
+    for way in ("sdpa", "eager"):
+        model.model.set_attn_implementation(way)
+        found.append(relevance(model, data, kind())[1])
+    assert off(found[0], found[1]) <= 1e-6  # (what is written out has its softmax in float32)
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+def test_padded_texts_are_explained_as_each_alone(way, kind):
+    model, data = built("llama")
+    model.model.set_attn_implementation(way)
+    if way == "eager":  # (in float64, the mask of a padded token is infinite, and so the model itself returns NaN)
+        model, data = model.float(), data.float()
+    short = data[:, 2:]
+    batch = torch.cat([data, torch.cat([torch.full_like(data[:, :2], 9.0), short], 1)])
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    places = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
+    padded = Logits(model.model, attention_mask=mask, position_ids=places)
+    _, found = relevance(padded, batch, kind())
+    _, first = relevance(model, data, kind())
+    _, second = relevance(model, short, kind())
+    assert off(found[:1], first) <= 1e-5 and off(found[1:, 2:], second) <= 1e-5
+    assert not found[1, :2].any()
+
+
+@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_the_same_in_all_ways_to_run_them(name, way):
+    model, data = built(name)
+    model, data = model.float(), data.float()
+    _, wanted = relevance(model, data, AttnLRP())
+    model.model.set_experts_implementation(way)
+    _, found = relevance(model, data, AttnLRP())
+    assert off(found, wanted) <= 1e-4

@@ -1,0 +1,519 @@
+"""Attention against its closed forms, as relevances in matrices, however it is written."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from preset_cases import numbers, off
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from crp.attribution import CondAttribution
+from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, UniformGamma, UniformZPlus
+from crp.rules import LRP0, DotProductAttention
+
+HEADS, L, S, E = 2, 3, 4, 5
+
+
+class Net(nn.Module):
+    """A function of several inputs as a model; one layer that is never called has a rule."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.unused = function, nn.Linear(1, 1)
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def lrp(attention, **keywords):
+    return LRP(layer_map=[((nn.Linear, nn.Conv2d), LRP0())], attention=attention, **keywords)
+
+
+def explain(function, inputs, r, composite):
+    """Relevance of each input, for that of the output ``r``, and all that is kept."""
+    net = Net(function).double().eval()
+    with composite.context(net):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = net(*leaves)
+        found = torch.autograd.grad(y, leaves, torch.where(y == 0, 0.0, r / y).detach())
+    torch.testing.assert_close(y.detach(), function(*inputs), rtol=1e-12, atol=1e-13)
+    start = torch.where(y == 0, 0.0, r).detach()
+    kept = CondAttribution(net).absorbed(tuple(inputs), [{}], composite, init_rel=start)
+    assert kept.rest.abs().max() <= 1e-10 * (r.abs().sum() + sum(f.abs().sum() for f in found))
+    return found, kept.total
+
+
+def closed_form(q, k, v, r, attention, scale=None, mask=None, dependent="qkv"):
+    """Relevance of queries, keys, values and mask, pair by pair, from the papers' rules.
+
+    ``R(v_jd) = sum_i P_ij v_jd R_id / O_id`` (all of it, or half); the rest reaches ``P_ij``, is softmax's Taylor term
+    at the logits, ``R(S_ij) = S_ij P_ij (g_ij - sum_l P_il g_il)`` with ``g`` its multiplier, and halved for q and k.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype) if mask is None else mask
+    found = {name: torch.zeros_like(t) for name, t in (("q", q), ("k", k), ("v", v))}
+    found["mask"] = torch.zeros(*q.shape[:-1], k.shape[-2], dtype=q.dtype)
+    has_logits = bool(set(dependent) - {"v"})
+    to_values = 1.0 if attention == "constant" or not has_logits else 0.5
+    to_logits = 1 - to_values if "v" in dependent else 1.0
+    to_operands = to_logits / (2 if "q" in dependent and "k" in dependent else 1)
+    for place in itertools.product(*map(range, q.shape[:-2])):
+        allowed = mask.expand(*q.shape[:-2], *mask.shape[-2:])[place]
+        for i in range(q.shape[-2]):
+            logits = torch.stack([scale * (q[place][i] * k[place][j]).sum() for j in range(k.shape[-2])]) + allowed[i]
+            if logits.isinf().all():
+                continue
+            p = (logits - logits.max()).exp()
+            p = p / p.sum()
+            o = sum(p[j] * v[place][j] for j in range(len(p)))
+            m = r[place][i] / o
+            g = torch.stack([(v[place][j] * m).sum() for j in range(len(p))])
+            below = p * (g - (p * g).sum())
+            for j in range(len(p)):
+                found["v"][place][j] += to_values * p[j] * v[place][j] * m
+                found["q"][place][i] += to_operands * scale * q[place][i] * k[place][j] * below[j]
+                found["k"][place][j] += to_operands * scale * q[place][i] * k[place][j] * below[j]
+                found["mask"][place][i, j] += to_logits * (below[j] * allowed[i, j] if p[j] > 0 else 0.0)
+    return found
+
+
+def operands(heads=HEADS):
+    shapes = ((2, heads, L, E), (2, heads, S, E), (2, heads, S, E))
+    return [numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def masked(*hidden):
+    mask = torch.zeros(L, S, dtype=torch.float64)
+    for i, j in hidden:
+        mask[i, j] = -torch.inf
+    return mask
+
+
+CAUSAL = masked(*((i, j) for i in range(L) for j in range(S) if j > i))
+HIDDEN = masked((0, 0), (1, 2), (2, 0), (2, 1))
+FULL = masked((0, 0), *((1, j) for j in range(S)))
+BIAS = numbers(2, HEADS, L, S, seed=9)
+#: Keywords of the call, and what these do to logits.
+CALLS = {
+    "plain": ({}, {}),
+    "scale": ({"scale": 0.3}, {"scale": 0.3}),
+    "causal": ({"is_causal": True}, {"mask": CAUSAL}),
+    "bool_mask": ({"attn_mask": HIDDEN == 0}, {"mask": HIDDEN}),
+    "float_mask": ({"attn_mask": HIDDEN}, {"mask": HIDDEN}),
+    "bias": ({"attn_mask": BIAS}, {"mask": BIAS}),
+    "hidden_row": ({"attn_mask": FULL == 0}, {"mask": FULL}),
+    "hidden_row_float": ({"attn_mask": FULL, "dropout_p": 0.0}, {"mask": FULL}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_dot_product_attention(call, attention):
+    given, meant = CALLS[call]
+    inputs, r = operands(), numbers(2, HEADS, L, E, seed=8)
+    found, kept = explain(lambda *t: F.scaled_dot_product_attention(*t, **given), inputs, r, lrp(attention))
+    expected = closed_form(*inputs, r, attention, **meant)
+    for name, one in zip("qkv", found, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, expected[name], rtol=1e-9, atol=1e-9 * float(r.abs().max()))
+    reached = r.clone()
+    if "hidden_row" in call:
+        reached[:, :, 1] = 0
+    assert abs(float(kept.sum() - (reached.sum() - sum(expected[name].sum() for name in "qkv")))) <= 1e-8
+    if attention == "constant":
+        assert not found[0].any() and not found[1].any() and kept.abs().max() <= 1e-9
+
+
+DEPENDENT = ["v", "q", "k", "qk", "qv", "kv", "qkv", "m", "vm", "qkvm"]
+
+
+@pytest.mark.parametrize("dependent", DEPENDENT)
+@pytest.mark.parametrize("attention", ["constant", "split"])
+@pytest.mark.parametrize("is_written", [False, True])
+def test_operands_that_do_not_depend_on_the_input_take_no_part(dependent, attention, is_written):
+    everything = dict(zip("qkvm", [*operands(), BIAS], strict=True))
+    r = numbers(2, HEADS, L, E, seed=8)
+
+    def function(*inputs):
+        t = everything | dict(zip(dependent, inputs, strict=True))
+        if not is_written:
+            return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], t["m"])
+        return (t["q"] @ t["k"].mT * E**-0.5 + t["m"]).softmax(-1) @ t["v"]
+
+    found, _ = explain(function, [everything[name] for name in dependent], r, lrp(attention))
+    t = everything
+    expected = closed_form(t["q"], t["k"], t["v"], r, attention, mask=t["m"], dependent=dependent)
+    expected["m"] = expected["mask"]
+    for name, one in zip(dependent, found, strict=True):
+        torch.testing.assert_close(one, expected[name], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_grouped_heads(attention):
+    q, k, v = operands(4)[0], *operands(2)[1:]
+    r = numbers(2, 4, L, E, seed=8)
+    found, _ = explain(lambda *t: F.scaled_dot_product_attention(*t, enable_gqa=True), [q, k, v], r, lrp(attention))
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    expected = closed_form(q, k, v, r, attention)
+    for name, one in zip("qkv", found, strict=True):
+        wanted = expected[name] if name == "q" else expected[name].unflatten(1, (2, 2)).sum(2)
+        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-9)
+
+
+def heads_first(x):
+    return x.unflatten(-1, (HEADS, -1)).transpose(-3, -2)
+
+
+def by_parts(q, k, v):
+    """Product and sum, one query at a time."""
+    logits = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * E**-0.5
+    return (logits.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
+
+
+def baddbmm(q, k, v):
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    logits = torch.baddbmm(torch.zeros(1, dtype=q.dtype), flat[0], flat[1].mT, alpha=E**-0.5)
+    return torch.bmm(F.softmax(logits, -1), flat[2]).unflatten(0, q.shape[:2])
+
+
+def einsum(q, k, v):
+    p = torch.einsum("bhid,bhjd->bhij", q, k).mul(E**-0.5).softmax(-1)
+    return torch.einsum("bhij,bhjd->bhid", p, v)
+
+
+def masked_fill(q, k, v):
+    logits = torch.matmul(q, k.transpose(-1, -2)) / E**0.5
+    return F.dropout(logits.masked_fill(torch.zeros(L, S) > 0, -torch.inf).softmax(-1), 0.1, False) @ v
+
+
+def sink(q, k, v):
+    """A logit that takes attention away, and is cut off."""
+    logits = torch.cat([q @ k.mT * E**-0.5, torch.full((2, HEADS, L, 1), -1e3, dtype=q.dtype)], -1)
+    return logits.softmax(-1)[..., :-1] @ v
+
+
+SPELLINGS = {
+    "function": F.scaled_dot_product_attention,
+    "in_words": lambda q, k, v: F.scaled_dot_product_attention(value=v, key=k, query=q),
+    "built_in": torch._C._nn.scaled_dot_product_attention,
+    "aten": torch.ops.aten.scaled_dot_product_attention,
+    "matmul": lambda q, k, v: torch.matmul(torch.softmax(torch.matmul(q, k.mT) * E**-0.5, -1), v),
+    "operators": lambda q, k, v: (q * E**-0.5 @ k.mT).softmax(-1) @ v,
+    "right_hand": lambda q, k, v: (v.mT @ (q @ k.mT / E**0.5).softmax(-1).mT).mT,
+    "aten_products": lambda q, k, v: torch.ops.aten.matmul(
+        torch.ops.aten.softmax(torch.ops.aten.matmul(q, k.mT) * E**-0.5, -1), v
+    ),
+    "baddbmm": baddbmm,
+    "einsum": einsum,
+    "masked_fill": masked_fill,
+    "product_and_sum": by_parts,
+    "sink": sink,
+    "module": lambda q, k, v: nn.Softmax(-1)(q @ k.mT * E**-0.5) @ v,
+    "rows": lambda q, k, v: torch.stack([F.scaled_dot_product_attention(*t) for t in zip(q, k, v, strict=True)]),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_spellings_of_attention_are_explained_alike(name, attention):
+    inputs, r = operands(), numbers(2, HEADS, L, E, seed=8)
+    found, _ = explain(SPELLINGS[name], inputs, r, lrp(attention, gates="split" if attention == "split" else "signal"))
+    expected = closed_form(*inputs, r, attention)
+    for key, one in zip("qkv", found, strict=True):
+        torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_self_attention_of_one_tensor(attention):
+    x, r = numbers(2, L, E), numbers(2, L, E, seed=8)
+    (found,), _ = explain(lambda x: F.scaled_dot_product_attention(x, x, x), [x], r, lrp(attention))
+    expected = closed_form(x, x, x, r, attention)
+    torch.testing.assert_close(found, sum(expected[name] for name in "qkv"), rtol=1e-9, atol=1e-9)
+
+
+def test_attention_that_is_not_torchs_own_call_is_refused_by_name():
+    def low(q, k, v):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+    with pytest.raises(NotImplementedError, match="no rule for scaled_dot_product_flash_attention_for_cpu"):
+        explain(low, operands(), numbers(2, HEADS, L, E), lrp("split"))
+
+
+# --- nn.MultiheadAttention ------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """The same as an `nn.MultiheadAttention`, of dense layers and matrix products; batch first."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        a = attention
+        weights = a.in_proj_weight.chunk(3) if a._qkv_same_embed_dim else (a.q_proj_weight, a.k_proj_weight,
+                                                                          a.v_proj_weight)  # fmt: skip
+        biases = [None] * 3 if a.in_proj_bias is None else a.in_proj_bias.chunk(3)
+        for name, weight, bias in zip("qkv", weights, biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).double()
+            layer.weight = nn.Parameter(weight.detach().clone())
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.detach().clone())
+            self.add_module(name, layer)
+        self.out = nn.Linear(a.embed_dim, a.embed_dim, a.out_proj.bias is not None).double()
+        self.out.load_state_dict(a.out_proj.state_dict())
+        self.heads, self.more = a.num_heads, (a.bias_k, a.bias_v)
+        self.adds_zero = a.add_zero_attn
+
+    def forward(self, q, k, v, mask=None):
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        if self.more[0] is not None:
+            k, v = (torch.cat([t, row.expand(len(t), 1, -1)], 1) for t, row in zip((k, v), self.more, strict=True))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if self.adds_zero:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        if mask is not None:
+            logits = logits + F.pad(mask, (0, logits.shape[-1] - mask.shape[-1]))
+        return self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+MODULES = {
+    "self": {},
+    "without_bias": {"bias": False},
+    "bias_k": {"add_bias_kv": True},
+    "zero": {"add_zero_attn": True},
+    "both": {"add_bias_kv": True, "add_zero_attn": True},
+    "widths": {"kdim": 5, "vdim": 7},
+}
+WIDTH = 6
+PADDING = torch.tensor([[False, False, False, True], [False, False, False, False]])
+ADDED = numbers(L, S, seed=6)
+
+
+def modules_of(name):
+    torch.manual_seed(1)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **MODULES[name]).double().eval()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return attention, Plain(attention)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("needs_weights", [True, False])
+@pytest.mark.parametrize("masks", ["none", "added", "padding", "both"])
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP, UniformZPlus, UniformGamma])
+def test_multi_head_attention_is_dense_layers_and_attention(name, needs_weights, masks, kind):
+    attention, plain = modules_of(name)
+    inputs = [numbers(2, L, WIDTH), numbers(2, S, attention.kdim, seed=2), numbers(2, S, attention.vdim, seed=3)]
+    padding = torch.zeros(2, S, dtype=torch.float64).masked_fill(PADDING, -torch.inf)
+    given, mask = {}, torch.zeros(2, 1, L, S, dtype=torch.float64)
+    if masks in ("added", "both"):
+        given["attn_mask"], mask = ADDED, mask + ADDED
+    if masks in ("padding", "both"):
+        given["key_padding_mask"] = padding if masks == "both" else PADDING
+        mask = mask + padding[:, None, None]
+    m = numbers(2, L, WIDTH, seed=8)
+    found = []
+    for model, call in (
+        (attention, lambda net, *t: net(*t, need_weights=needs_weights, **given)[0]),
+        (plain, lambda net, *t: net(*t, mask)),
+    ):
+        wrapped = Wrapped(model, call)
+        with kind().context(wrapped):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            y = wrapped(*leaves)
+            found.append((y.detach(), *torch.autograd.grad(y, leaves, m)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    assert found[0][3].abs().max() > 0
+
+
+class Wrapped(nn.Module):
+    """A module that is called in some way."""
+
+    def __init__(self, module, call):
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *inputs):
+        return self.call(self.module, *inputs)
+
+
+@pytest.mark.parametrize("needs_weights", [True, False])
+@pytest.mark.parametrize("layout", ["unbatched", "time_first", "one_tensor"])
+def test_layouts_of_multi_head_attention(needs_weights, layout):
+    attention, plain = modules_of("self")
+    x, m = numbers(2, L, WIDTH), numbers(2, L, WIDTH, seed=8)
+
+    def call(net, x):
+        if layout == "one_tensor":
+            return net(x, x, x, need_weights=needs_weights)[0]
+        if layout == "unbatched":
+            return torch.stack([net(row, row, row, need_weights=needs_weights)[0] for row in x])
+        net.batch_first = False
+        t = x.transpose(0, 1)
+        return net(t, t, t, need_weights=needs_weights)[0].transpose(0, 1)
+
+    found = []
+    for model, way in ((attention, call), (plain, lambda net, x: net(x, x, x))):
+        wrapped = Wrapped(model, way)
+        with AttnLRP().context(wrapped):
+            leaf = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(wrapped(leaf), leaf, m)[0])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_encoder_of_torch_is_explained_with_padding_and_names_of_inner_operations():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).double().eval()
+    x, padding = numbers(2, S, WIDTH), PADDING
+    wrapped = Wrapped(model, lambda net, x: net(x, src_key_padding_mask=padding).masked_fill(padding[..., None], 0.0))
+    with torch.no_grad():
+        plain = wrapped(x)
+    with CPLRP().context(wrapped):
+        leaf = x.clone().requires_grad_()
+        y = wrapped(leaf)
+        (found,) = torch.autograd.grad(y[:, 0].sum(), leaf)
+    torch.testing.assert_close(y.detach(), plain, rtol=1e-9, atol=1e-10)
+    assert not found[0, 3].any() and found[1, 3].any()
+    rows = [(row.function, row.rule.partition("(")[0]) for row in CPLRP().report(wrapped, x).operations]
+    assert ("linear", "Epsilon") in rows and ("scaled_dot_product_attention", "DotProductAttention") in rows
+    assert not any(function == "multi_head_attention_forward" for function, _ in rows)
+
+
+def test_attention_as_one_function_if_it_is_named():
+    attention, _ = modules_of("self")
+    wrapped = Wrapped(attention, lambda net, x: net(x, x, x, need_weights=False)[0])
+    x, m = numbers(2, L, WIDTH), numbers(2, L, WIDTH, seed=8)
+    (wanted,) = torch.autograd.grad(wrapped(leaf := x.clone().requires_grad_()), leaf, m)
+    with AttnLRP(layer_map=[(F.multi_head_attention_forward, None)]).context(wrapped):
+        (found,) = torch.autograd.grad(wrapped(leaf := x.clone().requires_grad_()), leaf, m)
+    assert off(found, wanted * x) <= 1e-12
+
+
+# --- in all ways to run ---------------------------------------------------------------------------------------------
+
+
+def projected():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(E, 3 * E), nn.Linear(E, 2)).double()
+
+    def forward(net, x):
+        q, k, v = net[0](x).chunk(3, -1)
+        return net[1](F.scaled_dot_product_attention(q, k, v)).mean(1)
+
+    return Wrapped(net, forward).eval(), numbers(3, S, E)
+
+
+def test_fused_kernels_stay_fused():
+    model, data = projected()
+    for composite in (AttnLRP(), CPLRP()):
+        with composite.context(model):
+            out = model(data.clone().requires_grad_())
+        names, todo = set(), [out.grad_fn]
+        while todo:
+            node = todo.pop()
+            names.add(node.name())
+            todo += [below for below, _ in node.next_functions if below is not None]
+        assert any("FlashAttention" in name for name in names)
+        assert not any("Softmax" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+def test_many_conditions_go_back_together(kind):
+    model, data = projected()
+    conditions = [{"y": 1, "module.0": [c]} for c in range(3 * E)]
+    mask = _last_axis
+    together = CondAttribution(model)(data[:1], conditions, kind(), mask_map=mask).heatmap
+    alone = [CondAttribution(model)(data[:1], [one], kind(), mask_map=mask).heatmap for one in conditions]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-10, atol=1e-12)
+    whole = CondAttribution(model)(data[:1], [{"y": 1}], kind()).heatmap
+    torch.testing.assert_close(together.sum(0, keepdim=True), whole, rtol=1e-10, atol=1e-12)
+
+
+def _last_axis(batch_id, concept_ids, layer_name=None):
+    def mask(grad: Tensor) -> Tensor:
+        kept = torch.ones_like(grad)
+        kept[batch_id] = 0
+        kept[batch_id][..., concept_ids] = 1
+        return grad * kept
+
+    return mask
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+def test_relevance_has_derivatives_where_the_kernel_has(kind):
+    model, data = projected()
+    weight, direction = numbers(3, S, E, seed=5), numbers(3, S, E, seed=6)
+
+    def relevance(leaf, create_graph=False):
+        return torch.autograd.grad(model(leaf)[:, 0].sum(), leaf, create_graph=create_graph)[0]
+
+    composite = kind()
+    with sdpa_kernel(SDPBackend.MATH), composite.context(model):
+        leaf = data.clone().requires_grad_()
+        value = (relevance(leaf, True) * weight).sum()
+        with composite.inactive():
+            (gradient,) = torch.autograd.grad(value, leaf)
+        step = 1e-5
+        above, below = (
+            (relevance((data + sign * step * direction).requires_grad_()) * weight).sum() for sign in (1, -1)
+        )
+    assert abs((gradient * direction).sum() - (above - below) / (2 * step)) <= 1e-7 * abs(value.detach())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(kind, dtype, autocast):
+    model, data = projected()
+    composite = kind()
+
+    def relevance(model, data):
+        with composite.context(model), torch.autocast("cpu", dtype, enabled=autocast and data.dtype == torch.float32):
+            leaf = data.clone().requires_grad_()
+            return torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0]
+
+    wanted = relevance(model, data)
+    low = torch.float32 if autocast else dtype
+    found = relevance(model.to(low), data.to(low))
+    assert found.dtype == low and found.isfinite().all()
+    assert off(found.double(), wanted) <= (0.02 if dtype == torch.float16 else 0.1)
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+def test_checkpoints_change_nothing(kind):
+    model, data = projected()
+    plain, found = model.call, []
+    for call in (plain, lambda net, x: torch.utils.checkpoint.checkpoint(plain, net, x, use_reentrant=False)):
+        model.call = call
+        with kind().context(model):
+            leaf = data.clone().requires_grad_()
+            found.append(torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0])
+    assert torch.equal(*found)
+
+
+def test_rule_of_another_mode_is_refused():
+    with pytest.raises(ValueError, match=r'attention is held constant \("constant"\) or takes half'):
+        DotProductAttention("signal")
+
+
+@pytest.mark.filterwarnings("ignore:.*outside DeepLIFT")
+@pytest.mark.parametrize("call", CALLS)
+def test_deeplift_takes_attention_apart(call):
+    given, _ = CALLS[call]
+    inputs = operands()
+    net = Net(lambda *t: F.scaled_dot_product_attention(*t, **given).flatten(1)).double().eval()
+    composite = DeepLift(reference=0.3)
+    with composite.context(net):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = net(*leaves)
+        found = torch.autograd.grad(y[:, 0].sum(), leaves)
+    reference = net(*(torch.full_like(x, 0.3) for x in inputs))
+    total = sum(one.flatten(1).sum(1) for one in found)
+    torch.testing.assert_close(total, (y - reference)[:, 0].detach(), rtol=1e-9, atol=1e-10)
