@@ -126,7 +126,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
 
 @contextmanager
 def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
-    """Errors in one line, and what to do after an interruption."""
+    """Show errors and warnings in one line, and say what to do after an interruption."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt

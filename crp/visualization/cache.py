@@ -142,7 +142,7 @@ class ImageCache(Cache):
                 raise TypeError(
                     f"ImageCache saves lists, or pairs of equally long lists; the value of {id_!r} is neither"
                 )
-            # The first list last: where its file is, the other's is as well.
+            # The first list is written last: if its file exists, so does that of the second list.
             for part, images in reversed(list(enumerate(lists))):
                 for rank, image in zip(range(*r_range), images, strict=False):
                     with replacing(folder / _file(id_, part, rank)) as file:

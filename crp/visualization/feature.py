@@ -1,4 +1,4 @@
-"""Feature visualization: what concepts stand for, shown by the samples of a dataset in which they matter most."""
+"""Feature visualization: concepts, shown by the samples of a dataset in which they matter most."""
 
 from __future__ import annotations
 

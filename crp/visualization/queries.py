@@ -26,7 +26,7 @@ from crp.visualization.samples import SampleAccess
 from crp.visualization.table.question import Answers, Question
 from crp.visualization.table.ranking import ReferenceSamples
 
-#: From concept ids, classes (none, where they do not matter) and ranks to what is to be shown for each.
+#: ``(concept ids, classes, ranks) -> {id: value}``; there are no classes where samples of all classes are ranked.
 _Compute = Callable[[list[Any], list[int], tuple[int, int]], dict[Any, Any]]
 
 
@@ -264,7 +264,7 @@ class ReferenceQueries(SampleAccess):
         overwrite: bool,
         compute: _Compute,
     ) -> dict[Any, Any]:
-        """What the cache holds of some references, and the rest as computed, which the cache keeps.
+        """References from the cache; what it lacks is computed, and kept in it.
 
         ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
         samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
@@ -343,7 +343,7 @@ class ReferenceQueries(SampleAccess):
                 mask_map=mask_of(concept, "mask_rf" if rf else "mask"),
                 start_layer=layer_name if targets is None else None,
                 on_device=self.device,
-                # From the output, relevance could pass by the concept in a parallel branch.
+                # Relevance that starts at the output could flow around the concept, through a parallel branch.
                 exclude_parallel=targets is not None,
             ).heatmap
             for i in range(0, len(data), batch_size)
@@ -353,7 +353,7 @@ class ReferenceQueries(SampleAccess):
     def _chosen(
         self, top: ReferenceSamples, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str
     ) -> ReferenceSamples:
-        """ReferenceSamples of one concept at some ranks: arrays of shape (references,)."""
+        """Reference samples of one concept at some ranks: arrays of shape (references,)."""
         index = refs.column(self._concept(layer), concept_id, layer, top.sample.shape[1])
         chosen = ReferenceSamples(*(array[slice(*ranks), index] for array in top))
         if not np.any(chosen.value):

@@ -1,4 +1,4 @@
-"""Samples of a dataset as `FeatureVisualization` reads them: to show, to mine, and to tell apart from others."""
+"""Samples of a dataset as `FeatureVisualization` reads them, and the fingerprints of model, data and preparation."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class SampleAccess:
             cannot be compared, which a warning says.
         """
         model = self.attribution.model
-        # The fingerprint reads all weights; whether they changed since is told faster.
+        # The fingerprint reads all weights. Whether they have changed since is seen faster, by their versions.
         state = repr(model), _states([*model.parameters(), *model.buffers()])
         found = {
             "model": self._remembered("model", state, lambda: fingerprint_model(model)),
@@ -123,7 +123,7 @@ class SampleAccess:
                 "those that were mined cannot be told; give all layers of the table",
             )
         elif concepts := {layer: self.layer_map[layer] for layer in layers}:
-            # A concept may keep notes of its use, which would change its fingerprint: what counts are its tensors.
+            # A concept may count its uses, which would change its fingerprint: only its tensors are watched.
             kept = [(layer, _Same(c), _states(_tensors_of(c))) for layer, c in concepts.items()]
             found["layers"] = self._remembered("layers", kept, lambda: fingerprint(concepts))
         return found
@@ -145,7 +145,7 @@ class SampleAccess:
 
 
 class _Same:
-    """An object that equals itself alone; it is kept, so that no other one takes its place."""
+    """An object compared by identity. It is kept alive, so that no other object can have its id."""
 
     def __init__(self, value: object) -> None:
         self._value = value

@@ -31,7 +31,7 @@ from crp.visualization.table.manifest import Array, ShardRecord
 from crp.visualization.table.shards import make_folder, write_shard
 
 T = TypeVar("T")
-#: Places of samples in a batch, each with its targets; of all of them equally many.
+#: Samples, as places in a batch, each with its targets: equally many for every sample.
 Unit = list[tuple[int, list[int]]]
 #: Bytes of scores after which a shard is closed.
 SHARD_BYTES = 128 << 20
@@ -40,7 +40,7 @@ SHARD_BYTES = 128 << 20
 def mine_ranges(
     job: Job, ranges: Sequence[tuple[int, int]], progress: Callable[[int], object] | None = None
 ) -> Iterator[ShardRecord]:
-    """Mine ranges into shard files of the job's folder; gives the record of each once it is written.
+    """Mine ranges into shard files of the job's folder, and yield the record of each once it is written.
 
     Shards end at multiples of the job's shard size, or where they are full; batches start where a shard does.
     """
@@ -72,7 +72,7 @@ def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
 
 
 class _Shard:
-    """Rows of a shard in the making."""
+    """Rows of a shard that is not written yet."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -86,7 +86,7 @@ class _Shard:
             self.n_bytes += array.nbytes
 
     def write(self, folder: Path, identity: str, stop: int) -> ShardRecord:
-        # Column after column, so that memory holds the shard once.
+        # One column is joined at a time, so that memory holds the shard only once.
         arrays = {key: _narrowed(key, np.concatenate(self._arrays.pop(key))) for key in list(self._arrays)}
         return write_shard(folder, identity, self._start, stop, arrays, self.skipped)
 
@@ -108,7 +108,7 @@ class _MemoryLimit:
 
 
 class _Batch:
-    """Samples of one batch on their way to scores; those with problems drop out."""
+    """Samples of one batch, which are prepared, attributed and scored; those with problems are left out."""
 
     def __init__(self, job: Job, samples: Sequence[Sample], limit: _MemoryLimit) -> None:
         self._job = job
@@ -138,7 +138,7 @@ class _Batch:
         shard.skipped.update(self._problems)
 
     def _drop(self, index: int, reason: str, error: Exception | None = None) -> None:
-        """Skip a sample, or stop."""
+        """Note why a sample is skipped, or raise, as ``on_error`` says."""
         if self._job.options.on_error == "stop":
             raise SampleError(index, reason) from error
         self._problems.setdefault(index, reason)
@@ -162,7 +162,7 @@ class _Batch:
         return found
 
     def _choose(self, indices: list[int], data: Tensor) -> dict[int, list[int]]:
-        """Targets of samples that are not those of their labels."""
+        """Targets of samples where they are not taken from the labels."""
 
         def chosen(unit: Unit) -> list[tuple[int, list[int]]]:
             places = [place for place, _ in unit]
@@ -174,7 +174,7 @@ class _Batch:
         return found | dict(pair for part in parts for pair in part)
 
     def _get_data(self, samples: Sequence[Sample]) -> list[tuple[list[int], Tensor]]:
-        """Indices and data, as the model gets it, of the samples that are as they should be, for every shape."""
+        """Indices and prepared data of the sound samples, grouped by shape."""
         preprocess, like = self._job.options.preprocess, (self._job.shape, self._job.dtype)
         groups: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
         for index, data, _, _ in samples:
@@ -206,12 +206,12 @@ class _Batch:
         return [index for index in indices if index not in self._problems], batch
 
     def _get_units(self, targets: list[list[int]]) -> list[Unit]:
-        """What is attributed in one call each: samples of equally many targets share a forward pass."""
+        """Units, each attributed in one call: samples with equally many targets share a forward pass."""
         units: list[Unit] = []
         keeps, size = keeps_graph(self._job.composite), self._limit.rows
         for n in sorted({len(of_sample) for of_sample in targets} - {0}):
             alike = [place for place, of_sample in enumerate(targets) if len(of_sample) == n]
-            # What memory holds are the samples where the targets come one after the other, and else all rows.
+            # A graph that is kept serves one target after the other: memory holds the samples. Else it holds all rows.
             width = n if keeps else min(n, size)
             height = size if keeps else max(size // width, 1)
             for first in range(0, len(alike), height):
@@ -237,7 +237,7 @@ class _Batch:
                     continue
                 reasons.append(f"{n_rows} rows at once failed ({Problem.of(error).reason})")
                 is_memory = lacks_memory(error)
-            # Here, the exception no longer holds what the call had in memory.
+            # The exception is gone here, and with it the tensors of the failed call that it referred to.
             halves = _halved(unit)
             todo += halves[::-1]
             if is_memory:
@@ -246,7 +246,7 @@ class _Batch:
                 torch.cuda.empty_cache()
         failures.sort(key=operator.itemgetter(0, 1))
         if not parts and not self._limit.works and len({place for place, _, _ in failures}) > 1:
-            raise failures[0][2]  # no sample's fault
+            raise failures[0][2]  # nothing ever worked: it is not about one sample
         if reasons and not failures:
             warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
         for place, target, failure in failures:
@@ -263,7 +263,7 @@ class _Batch:
 
 
 def _halved(unit: Unit) -> tuple[Unit, Unit]:
-    """A unit cut between samples or, if it has one, between targets; the second half is not the smaller one."""
+    """Halves of a unit: of its samples, or of the targets of a single sample. The second half is at least as large."""
     if len(unit) > 1:
         return unit[: len(unit) // 2], unit[len(unit) // 2 :]
     [(place, targets)] = unit
@@ -271,7 +271,7 @@ def _halved(unit: Unit) -> tuple[Unit, Unit]:
 
 
 def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[str, Array]:
-    """Columns of the rows of a unit: the first target of every sample, the second one, ..."""
+    """Columns of a unit's rows, ordered by target: first the first target of every sample, then the second, ..."""
     places = [place for place, _ in unit]
     batch = data if places == list(range(len(data))) else data[places]
     # A sample without a label has target -1, and activations do not depend on the target.
@@ -294,7 +294,7 @@ def _get_scores(job: Job, data: Tensor, indices: list[int], unit: Unit) -> dict[
 
 
 def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
-    """Relevance of layers, target after target, and once their activation."""
+    """Relevance of layers, one target after the other; the first also comes with their activation."""
     layers = list(job.concepts)
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
         yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.options.on_device)}
@@ -326,6 +326,6 @@ def _get_columns(concept: Concept, values: Tensor, layer: str, mode: str, kinds:
 
 
 def _narrowed(key: str, array: Array) -> Array:
-    """Positions as uint16 where they fit."""
+    """Positions as uint16, if all of them fit; other columns as they are."""
     fits = ".position/" in key and (not array.size or array.max() < 1 << 16)
     return array.astype(np.uint16) if fits else array

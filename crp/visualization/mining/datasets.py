@@ -150,14 +150,14 @@ class LabelError(ValueError):
 
 
 class Problem(NamedTuple):
-    """Why a sample has no rows, and the exception that says so, where it is at hand."""
+    """Why a sample has no rows, with the exception if there is one (an exception of a worker process stays there)."""
 
     reason: str
     error: Exception | None = None
 
     @classmethod
     def of(cls, error: Exception, doing: str = "") -> Problem:
-        """Problem that an exception tells of, in words that do not change from run to run."""
+        """Problem of an exception, described without addresses, so that the text is the same in every run."""
         text = str(error) if isinstance(error, LabelError) else f"{type(error).__name__}: {error}"
         text = _ADDRESS.sub("", text.strip().splitlines()[0])[:300]
         # Exceptions of worker processes stay there: not every one can be pickled.

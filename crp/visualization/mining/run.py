@@ -135,7 +135,7 @@ def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
 
 
 def mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
-    """Mine what a table misses of a range, here or by a Dask ``client``'s workers, and hold the folder meanwhile."""
+    """Mine the missing samples of a range, here or by a Dask ``client``'s workers; the folder is locked meanwhile."""
     make_folder(job.path)
     with locked(job.path):
         if job.options.overwrite or (Table.exists(job.path) and Table.open(job.path).is_empty):
@@ -246,7 +246,7 @@ def _opened(job: Job) -> Table:
 
 @contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Hold the folder for a merge, after those of others."""
+    """Hold the folder for a merge, once the merges of other processes are done."""
     end = time.monotonic() + PATIENCE
     with ExitStack() as stack:
         while True:
@@ -256,7 +256,9 @@ def _turn(path: Path) -> Iterator[None]:
             except TableLockedError as error:
                 if error.role != "merge" or time.monotonic() > end:
                     raise
-            time.sleep(random.SystemRandom().uniform(0.01, 0.2))  # two that gave way to each other would meet again
+            time.sleep(
+                random.SystemRandom().uniform(0.01, 0.2)
+            )  # (random, or two processes that wait for each other would collide again)
         yield
 
 
@@ -295,7 +297,7 @@ def _mine_on_dask(client: Any, job: Job, ranges: Ranges, progress: Callable[[int
     from distributed.protocol import pickle
 
     job = replace(job, path=job.path.resolve())
-    # A task of its own, which is computed anew where the worker that held its result is lost.
+    # The job is sent once, as a task: if the worker that holds it is lost, Dask computes it again elsewhere.
     carried = client.submit(pickle.loads, pickle.dumps(job), pure=False)
     units = list(_split(ranges, job.shard_size))
     futures = {
@@ -305,7 +307,7 @@ def _mine_on_dask(client: Any, job: Job, ranges: Ranges, progress: Callable[[int
     try:
         for future, records in as_completed(list(futures), with_results=True):
             for record in records:
-                check_shard(job.path / "shards", record)  # the worker's folder must be this one
+                check_shard(job.path / "shards", record)  # (fails if the worker wrote into another folder)
                 yield record
             progress(futures.pop(future))
             future.release()

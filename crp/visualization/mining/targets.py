@@ -1,4 +1,4 @@
-"""Which classes a sample's relevance is computed for: those of its label, those that the model gives, or given ones."""
+"""Classes for which a sample's relevance is computed: those of its label, those the model predicts, or a fixed list."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     """
     if not isinstance(targets, str):
         return [list(targets)] * len(data)
-    # (of all outputs, only their number is asked)
+    # For "all", only the number of outputs is needed, which one sample tells.
     asked = data[:1] if targets == "all" else data
     with torch.no_grad(), attached(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
@@ -113,7 +113,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
 
 
 def keeps_graph(composite: Composite | None) -> bool:
-    """Whether what a composite does lives in the graph, which then serves one backward pass after the other."""
+    """Whether rules are part of autograd's graph, so that several backward passes can use one forward pass."""
     return composite is None or Encoding.of(composite).multiplier
 
 
@@ -190,7 +190,7 @@ def attribute_targets(
                 attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
             )
         return
-    # (Of what arrived, scores read relevance only, and a second copy from the device would have its price.)
+    # Scores need relevance only; multipliers would be a second copy from the device.
     settings = Settings(
         layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
     )  # fmt: skip

@@ -241,7 +241,7 @@ class _Maker:
         return [
             ("Samples", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped, missing: {missing}"),
             ("Layers", ", ".join(table.layers)),
-            ("ReferenceSamples ranked by", ranked),
+            ("References ranked by", ranked),
             ("Heatmaps by", _description(self.composite)),
             ("Content of the index", table.digest),
             *((f"Fingerprint: {key}", value) for key, value in sorted(table.fingerprints.items())),

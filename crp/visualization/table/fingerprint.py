@@ -121,14 +121,14 @@ class _Walk:
         known = self._known.get(id(value))
         if known is not None:
             return known[1]
-        if id(value) in self._path:  # a cycle: what counts is how far up it leads
+        if id(value) in self._path:  # a cycle counts by the number of steps back to where it begins
             return _hash("cycle", str(len(self._path) - self._path[id(value)]).encode())
         self._path[id(value)] = len(self._path)
         try:
             result = self._digest(value)
         finally:
             del self._path[id(value)]
-        self._known[id(value)] = (value, result)  # the value is kept, or its id could be another's
+        self._known[id(value)] = (value, result)  # (keeping the value keeps its id from being used again)
         return result
 
     def _all(self, kind: str, values: Iterable[object]) -> bytes:
@@ -172,7 +172,7 @@ class _Walk:
         return self._object(value)
 
     def _function(self, value: Any) -> bytes | None:
-        """Digest of something that is called by what it is made of; None for other callable objects."""
+        """Digest of a function, method or partial, by its parts; None for other callable objects."""
         if isinstance(value, functools.partial):
             return self._all("partial", [value.func, value.args, value.keywords])
         if isinstance(value, types.MethodType):

@@ -1,4 +1,4 @@
-"""One writer per folder: a lock that names its owner, and is no obstacle once the owner is dead."""
+"""One writer per folder: a lock that names its owner, and that is ignored once the owner's process has ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crp.visualization.table.manifest import TableError
 from crp.visualization.table.shards import write_atomic
 
 _PATTERN = "lock-*.json"
-#: Who may not be in the folder with whom: a run that does all, a part of a run, and a merge of what parts have written.
+#: Roles, and the roles that may not hold the folder at the same time: a whole run, a part of a run, a merge of parts.
 _CONFLICTS = {"run": {"run", "part", "merge"}, "part": {"run"}, "merge": {"run", "merge"}}
 
 
@@ -35,7 +35,7 @@ class TableLockedError(TableError, RuntimeError):
 def locked(folder: Path, role: str = "run") -> Iterator[None]:
     """Hold the folder for writing.
 
-    A run wants it for itself; parts of a run share it with each other and with one merge.
+    A run holds it alone; parts of a run share it with each other and with one merge.
 
     Every run that wants the folder leaves a file of its own first and then looks for others, so that of two runs at
     most one goes on. A file whose process is gone is removed. A process on another machine cannot be asked, and counts
@@ -80,7 +80,7 @@ def _owner() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, str]:
-    """What tells one boot of a machine, and one of its process namespaces, from another; empty where unknown."""
+    """Identifiers of this boot of the machine and of its process namespace; empty where they are unknown."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"boot": boot, "namespace": str(Path("/proc/self/ns/pid").readlink())}

@@ -210,7 +210,7 @@ def get_coverage(shards: Sequence[ShardRecord], start: int, stop: int) -> Covera
         i: reason
         for shard in shards
         for i, reason in shard.skipped.items()
-        # (by every shard whose range it is in)
+        # (skipped only if every shard whose range holds it skipped it)
         if start <= i < stop and listed[i] == bisect_right(starts, i) - bisect_right(stops, i)
     }
     return Coverage(seen, dict(sorted(skipped.items())), missing)

@@ -53,10 +53,10 @@ class Answers(Protocol):
     def class_statistics(
         self, question: Question, layer: str, column: Callable[[int], int], mean_n: int
     ) -> ClassStatistics:
-        """Classes of the concept in the column that ``column`` gives for the number of concepts, best first."""
+        """Classes of a concept, best first; ``column`` gives the concept's column for the number of concepts."""
 
     def content(self, question: Question, layer: str) -> object:
-        """What tells these answers from those of other results."""
+        """Something that differs where the answers would differ, for the keys of caches."""
 
 
 @dataclass(frozen=True)

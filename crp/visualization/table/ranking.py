@@ -261,7 +261,7 @@ def _check_class(table: Table, of_class: int) -> None:
 
 
 def once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Without the further rows of a sample that has several targets; its activation does not depend on them."""
+    """Keep one row of each sample: its activation is the same for all of its targets."""
     last = -1
     for block in blocks:
         first = np.diff(block.sample, prepend=last) != 0
@@ -270,7 +270,7 @@ def once_per_sample(blocks: Iterator[Block]) -> Iterator[Block]:
 
 
 def _best_of_block(block: Block, k: int) -> ReferenceSamples:
-    """Best rows of every concept; of equal ones the first, as rows ascend."""
+    """Best rows of every concept; of rows with equal values, the first ones."""
     n = len(block.value)
     if n <= k:
         row = np.broadcast_to(np.arange(n)[:, None], block.value.shape)

@@ -1,4 +1,4 @@
-"""Shard files: one stretch of a dataset each, complete or absent, and checked before their content is believed."""
+"""Shard files: each holds a range of a dataset, is complete or absent, and is checked by its hash before it is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from crp.visualization.table.manifest import Array, Block, RowIds, ShardRecord, TableCorruptError
 
 _REDO = "mine again with the same arguments to redo it"
-#: Files that were found to be what their sha256 says, as (path, size, time of change, sha256).
+#: Files whose sha256 was checked, as (path, size, time of change, sha256).
 _verified: set[tuple[str, int, int, str]] = set()
 
 
@@ -46,7 +46,7 @@ def write_shard(
     rows = len(arrays["sample"])
     described = {"table": identity, "start": start, "stop": stop}
     described["skipped"] = {str(i): skipped[i] for i in sorted(skipped)}
-    # One entry, as safetensors writes several in arbitrary order.
+    # Metadata is one entry, because safetensors writes several in arbitrary order, which would change the file's hash.
     content = save(dict(arrays), metadata={"crp": json.dumps(described)})
     sha = hashlib.sha256(content).hexdigest()
     file = f"{start}-{stop}-{sha[:8]}.safetensors"
@@ -118,7 +118,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, unless it is there; a full disk is told of as by `write_atomic`."""
+    """Make a folder, unless it exists; on a full disk, the error says what to do, as in `write_atomic`."""
     with _hinted(path):
         path.mkdir(parents=True, exist_ok=True)
 
@@ -149,7 +149,7 @@ def _write(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name != "nt":  # the rename is safe once the folder is
+    if os.name != "nt":  # a rename outlasts a crash once its folder is synced
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -169,7 +169,7 @@ def _concepts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return {key.partition("/")[2]: int(shape[1]) for key, shape in sorted(shapes.items()) if len(shape) == 2}
 
 
-# --- rows of several shards: each (sample, target) once, whatever the shards' ranges ---
+# --- rows of several shards: each (sample, target) is read once, also where ranges overlap ----------------------------
 
 #: Added to the norm of a row, as zennit-crp does.
 STABILIZER = 1e-10

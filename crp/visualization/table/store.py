@@ -50,8 +50,6 @@ from crp.visualization.table.shards import (
 )
 
 _ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
-#: What a fingerprint is of, where its key does not say it.
-_WHAT = {"layers": "set of layers and concepts"}
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -190,11 +188,10 @@ class Table:
         """Raise a `TableMismatchError` that names which of the given fingerprints differ from the table's."""
         theirs = self.fingerprints
         if differ := [key for key, value in fingerprints.items() if theirs.get(key) != value]:
-            what = " and another ".join(_WHAT.get(key, key) for key in differ)
             details = ", ".join(f"{k} {theirs.get(k, 'none')[:8]} there, {fingerprints[k][:8]} here" for k in differ)
             versions = ", ".join(f"{key} {version}" for key, version in self.versions.items())
             raise TableMismatchError(
-                f"the table in {self.path} was mined with another {what} (fingerprints: "
+                f"the table in {self.path} was mined with another {' and another '.join(differ)} (fingerprints: "
                 f"{details}; mined with {versions}); {_ELSEWHERE}"
             )
 
@@ -338,7 +335,7 @@ class Table:
         return list(problems.values())
 
     def clean(self) -> None:
-        """Delete what writes that were cut off have left behind."""
+        """Delete temporary files of writes that were interrupted."""
         for folder in (self.path, self.path / "shards", self.path / "derived"):
             for file in folder.glob(".*.tmp"):
                 if _TEMPORARY.fullmatch(file.name):
@@ -359,7 +356,7 @@ class Table:
         except BaseException:
             self.shards = before
             raise
-        for file in (self.path / "derived").glob("*.safetensors"):  # answers about the table as it was
+        for file in (self.path / "derived").glob("*.safetensors"):  # cached answers to the table before the change
             if DERIVED.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
