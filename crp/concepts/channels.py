@@ -13,6 +13,7 @@ from torch import Tensor
 from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, in_range
 from crp.concepts.scores import ConceptScores, by_position, channels_in, normalize, scores_of
+from crp.devices import send_to
 from crp.types import MaskFn
 
 
@@ -179,7 +180,7 @@ class _KeepChannels:
             others = np.ones(n_channels, dtype=bool)
             others[in_range(channels, n_channels, self.layer_name)] = False
             drop[places[row], others] = True
-        dropped = torch.from_numpy(drop).to(grad.device)
+        dropped = send_to(grad.device, torch.from_numpy(drop))
         if len(rows) == 1:
             grad[rows[0]].masked_fill_(dropped[0], 0)
         elif rows == list(range(len(grad))):

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from crp.devices import send_to
 from crp.engine.conditions import Grid, Rows, apply_masks, row_index
 from crp.engine.forward import ForwardPass
 from crp.engine.settings import Settings
@@ -179,7 +180,7 @@ def send_rows_back(
         of_rows[name] = output.detach().new_zeros(len(rows) * n_entries, *output.shape[1:])
         for group, of_group in zip(groups, arrived, strict=True):
             if name in of_group:
-                index = torch.tensor(row_index(group, n_entries), device=output.device)
+                index = send_to(output.device, torch.tensor(row_index(group, n_entries)))
                 of_rows[name].index_copy_(0, index, of_group.pop(name).to(output))
     return of_rows
 
@@ -234,7 +235,7 @@ def _in_flow(
     Takes the condition of each row that takes part, and a start of shape (rows of all groups, *root shape). Returns
     what arrives at each layer and input, (rows that take part * entries, ...).
     """
-    index = torch.tensor(list(conditions), device=start.device)
+    index = send_to(start.device, torch.tensor(list(conditions)))
     start = torch.zeros_like(start).index_copy_(0, index, start[index])
     begun: dict[str, Tensor] = {}
     root = passed.output
@@ -307,7 +308,7 @@ def fill_grad(data: Tensor, samples: Sequence[int], relevance: Tensor, overwrite
     """Put the relevance of each sample, summed over its rows, into ``data.grad``, where data require a gradient."""
     if not (data.requires_grad and data.is_leaf):
         return
-    grad = torch.zeros_like(data).index_add_(0, torch.tensor(samples, device=data.device), relevance.to(data))
+    grad = torch.zeros_like(data).index_add_(0, send_to(data.device, torch.tensor(samples)), relevance.to(data))
     if data.grad is not None and not overwrite:
         warn("data.grad is filled; relevance is added to it, as overwrite_data_grad is False")
         grad = grad + data.grad
