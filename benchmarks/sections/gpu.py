@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torchvision.transforms import Normalize
+from torch import Tensor
 
 from benchmarks import ours
 from benchmarks.clocks import Run
@@ -180,6 +180,11 @@ def waiting(setup: Setup) -> Case:
     )
 
 
+def normalized(images: Tensor) -> Tensor:
+    """What users prepare images by; of noise, it leaves everything as it is."""
+    return (images - 0.0) / 1.0
+
+
 class Mining:
     """A dataset that is mined as users do it: images prepared by a function, all convolutions, results on disk.
 
@@ -196,8 +201,6 @@ class Mining:
         with torch.no_grad():
             classes = self.model(self.data[:1]).shape[1]
         self.dataset = Samples(n, tuple(self.data.shape[1:]), classes)
-        channels = self.data.shape[1]
-        self.prepare = Normalize([0.0] * channels, [1.0] * channels)
         self.concepts = dict.fromkeys(convolutions(self.model), ChannelConcept())
         self.attribution, self.rules = CondAttribution(self.model), ours.composite(PRESET)
         with tempfile.TemporaryDirectory() as folder:  # kernels are chosen in the first batch
@@ -205,7 +208,7 @@ class Mining:
 
     def mined_into(self, folder: str | Path, n: int | None = None) -> FeatureVisualization:
         """Mine the first ``n`` images into a folder."""
-        found = FeatureVisualization(self.attribution, self.dataset, self.concepts, self.prepare, path=folder)
+        found = FeatureVisualization(self.attribution, self.dataset, self.concepts, normalized, path=folder)
         self.run_again(found, n)
         return found
 
