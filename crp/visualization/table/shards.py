@@ -51,6 +51,8 @@ def write_shard(
     sha = hashlib.sha256(content).hexdigest()
     file = f"{start}-{stop}-{sha[:8]}.safetensors"
     write_atomic(folder / file, content)
+    status = (folder / file).stat()  # (what has just been written and synced is not read again to be checked)
+    _verified.add((str((folder / file).resolve()), status.st_size, status.st_mtime_ns, sha))
     concepts = _concepts({key: array.shape for key, array in arrays.items()})
     return ShardRecord(file, sha, start, stop, rows, concepts, dict(skipped))
 
