@@ -361,4 +361,6 @@ def methods_not_called(visualization: InMemoryAnalysis) -> list[str]:
 def _is_overridden(instance: object, method: str) -> bool:
     """Whether the object itself, or a class outside of this package, has a method of this name."""
     owners = [kind for kind in type(instance).__mro__ if method in vars(kind)]
-    return method in vars(instance) or (bool(owners) and owners[0].__module__.partition(".")[0] != "crp")
+    return method in getattr(instance, "__dict__", ()) or (
+        bool(owners) and owners[0].__module__.partition(".")[0] != "crp"
+    )

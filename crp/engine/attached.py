@@ -75,20 +75,20 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
     check_composite(composite)
     with _locks_guard:
         by_hand = [(other, module) for other, module in placed() if other not in _of_calls]
-    found = composite
+    chosen = composite
     for other, module in by_hand:
-        if module is model and found in (None, other):
-            found = other
+        if module is model and chosen in (None, other):
+            chosen = other
         elif module is model:
-            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(found)))
+            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(chosen)))
         elif module is not None and _are_nested(module, model):
             raise RuntimeError(
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
-    if propagation_of(found).encoding == "multiplier" and (rules := rules_by_hand(model, found)):
-        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(found)))
-    return found
+    if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen)):
+        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
+    return chosen
 
 
 def check_alone(model: nn.Module, composite: Composite | None, method: str) -> None:
@@ -223,7 +223,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _called_once(model: nn.Module) -> Iterator[None]:
-    # zennit's rules know the input of a module's last call only; ours know each.
+    # zennit's rules keep the input of a module's last call only, so that relevance of earlier calls would be wrong.
     calls: Counter[str] = Counter()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
@@ -252,7 +252,7 @@ def _called_once(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    # A canonizer that raises half-way never hands out what would undo its first half.
+    # A canonizer that raises an error half-way returns nothing by which its first half could be undone.
     states = [
         (vars(module), dict(vars(module)), {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict | set)})
         for module in model.modules()

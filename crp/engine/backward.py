@@ -270,11 +270,8 @@ def _in_flow(
         warn(f"conditions on {missed} have no effect: relevance does not reach them")
     arrived = gradients | seen | begun
     n_columns, rows = len(passed.inputs), list(conditions)
-    return {
-        name: values[row_index(rows, len(values) // n_columns)]
-        for name, values in arrived.items()
-        if values is not None
-    }
+    reached = {name: values for name, values in arrived.items() if values is not None}
+    return {name: values[row_index(rows, len(values) // n_columns)] for name, values in reached.items()}
 
 
 def _keeping_first(

@@ -176,13 +176,13 @@ class Call:
 
         Takes the shapes that layers have in one forward pass for all of these rows.
         """
-        found: list[Part] = []
+        results: list[Part] = []
         places: list[int] = []
         n_samples = len(self._samples(rows))
         for part in rows.one_by_one(self._masks_in_flow()):
             with attached(composite, self.model) as model:
                 passed = self._forward(model, part, composite)
-                found.append(self._results(passed, part, last=True))
+                results.append(self._results(passed, part, last=True))
             for name, shape in shapes.items():
                 alone = passed.layers.get(name)
                 if alone is not None and len(alone) * n_samples != shape[0]:
@@ -192,7 +192,7 @@ class Call:
                         "many entries for each of them"
                     )
             places += part.places
-        return in_order(found, [places.index(place) for place in rows.places])
+        return in_order(results, [places.index(place) for place in rows.places])
 
     def _masks_in_flow(self) -> bool:
         """Whether masks act while the gradient flows; every row then needs a column of its own."""

@@ -127,24 +127,25 @@ class Rows:
 
     def chunks(self, size: int) -> list[Rows]:
         """Consecutive parts of at most ``size`` rows."""
-        starts = range(0, len(self), size)
-        return [self.part(range(i, min(i + size, len(self)))) for i in starts]
+        if size >= len(self):
+            return [self]
+        return [self.part(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
 
     def one_by_one(self, every_row: bool) -> list[Rows]:
         """The rows of each sample, or every row by itself."""
         if every_row:
             return self.chunks(1)
-        found: dict[int, list[int]] = {}
+        rows_of: dict[int, list[int]] = {}
         for row, sample in enumerate(self.samples):
-            found.setdefault(sample, []).append(row)
-        return [self.part(rows) for rows in found.values()]
+            rows_of.setdefault(sample, []).append(row)
+        return [self.part(rows) for rows in rows_of.values()]
 
     def groups(self, output_name: str) -> list[list[int]]:
         """Which of these rows have the same conditioned layers in the same order."""
-        found: dict[tuple[str, ...], list[int]] = {}
+        groups: dict[tuple[str, ...], list[int]] = {}
         for row, condition in enumerate(self.conditions):
-            found.setdefault(tuple(name for name in condition if name != output_name), []).append(row)
-        return list(found.values())
+            groups.setdefault(tuple(name for name in condition if name != output_name), []).append(row)
+        return list(groups.values())
 
     def layers(self, output_name: str) -> list[str]:
         """Layers named by the conditions, in the order in which they are first named."""

@@ -51,9 +51,11 @@ def propagation_of(composite: Composite | None) -> Propagation:
     if isinstance(composite, Propagation):
         return composite
     propagation = Propagation()
-    asked = (name for name in vars(Propagation) if not name.startswith("_"))
-    vars(propagation).update({name: getattr(composite, name) for name in asked if hasattr(composite, name)})
+    vars(propagation).update({name: getattr(composite, name) for name in _ASKED if hasattr(composite, name)})
     return propagation
+
+
+_ASKED = [name for name in vars(Propagation) if not name.startswith("_")]
 
 
 @dataclass(frozen=True)

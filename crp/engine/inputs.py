@@ -148,19 +148,19 @@ class Inputs:
             return model(**{str(name): value for name, value in copies.items()})
         return model(*copies.values())
 
-    def parts(self, found: Any) -> tuple[Any, ...]:
+    def parts(self, results: Any) -> tuple[Any, ...]:
         """Undo `shaped`."""
-        return (found,) if len(self.names) == 1 else tuple(found[name] for name in self.names)
+        return (results,) if len(self.names) == 1 else tuple(results[name] for name in self.names)
 
-    def shaped(self, found: Sequence[Any]) -> Any:
-        """What was found for each input that is explained, in one object.
+    def shaped(self, results: Sequence[Any]) -> Any:
+        """Results of each input that is explained, in one object.
 
         The only one as it is; several in the form of the data, a tuple or dict with None for inputs that are not
         explained.
         """
-        if len(found) == 1:
-            return found[0]
-        by_name = dict.fromkeys(self.values) | dict(zip(self.names, found, strict=True))
+        if len(results) == 1:
+            return results[0]
+        by_name = dict.fromkeys(self.values) | dict(zip(self.names, results, strict=True))
         return by_name if self.form == "dict" else tuple(by_name.values())
 
 

@@ -54,6 +54,14 @@ def test_heatmap_modifier(mlp, vectors, composite, exclude_parallel):
     assert close(attribution.seen, vectors[:2].repeat_interleave(4, 0))
 
 
+def test_methods_replaced_on_an_object(mlp, vectors):
+    attribution = CondAttribution(mlp)
+    attribution.heatmap_modifier = lambda data, on_device=None: data.grad
+    attribution.select_output = lambda output: 2 * output
+    found = attribution(vectors[:2], CONDITIONS, init_rel=1)
+    assert close(found.heatmap, 2 * Tables(mlp)(vectors[:2], CONDITIONS, init_rel=1).heatmap)
+
+
 class Margin(Tables):
     """Starts with the target's output minus the mean of all."""
 

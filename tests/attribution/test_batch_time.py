@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attribution_cases import KINDS, close, net, rows, same, stack
@@ -12,6 +14,8 @@ from crp.attribution import AttributionGraph, CondAttribution
 from crp.attributors import GradCAM, Gradient
 from crp.composites import DeepLift, EpsilonPlus
 from crp.concepts import ChannelConcept
+from crp.engine.conditions import Rows
+from crp.engine.settings import Settings
 from crp.trace.graph import trace_model_graph
 from crp.types import AttributionResults
 from crp.visualization.mining.targets import attribute_targets, record_activations
@@ -121,6 +125,20 @@ def test_rows_are_those_of_each_sample_alone(order, exclude_parallel):
         assert close(found.heatmap[2 * sample : 2 * sample + 2], alone.heatmap)
         of_sample = found.relevances["conv1"].unflatten(0, (-1, T))[2 * sample : 2 * sample + 2]
         assert close(of_sample.flatten(0, 1), alone.relevances["conv1"])
+
+
+@both_orders
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_rows_of_a_sample_that_are_apart(order, batch_size):
+    """As in mining: the first condition of every sample, then the second one; results are in this order."""
+    conditions = [condition for condition in CONDITIONS[:2] for _ in range(N)]
+    settings = Settings(["conv1"], ChannelConcept.mask, None, None, None, exclude_parallel=True)
+    found = []
+    for model in (FOLDED[order], VOLUME):
+        call = Tables(model).plan(VIDEOS, conditions[:N], EpsilonPlus(), settings)
+        call = replace(call, rows=Rows.of([*range(N)] * 2, conditions), batch_size=batch_size)
+        found.append(stack(result for result, _ in call.parts()))
+    assert same(found[0], folded(found[1]))
 
 
 @both_orders

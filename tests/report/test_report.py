@@ -135,7 +135,7 @@ def test_provenance_and_coverage(fv, page):
         assert value in page.text
     for name, version in table.versions.items():
         assert f"{name} {version}" in page.text
-    assert "12 of 12 looked at, 0 skipped, missing: none" in page.text
+    assert "12 of 12 looked at, 0 skipped, missing: none" in page.text and "References ranked by" in page.text
 
 
 def test_missing_and_skipped_samples_are_told(tmp_path):

@@ -1,0 +1,40 @@
+"""What a composite says of itself, in one place for ours, for zennit's and for none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
+from zennit.core import Composite as ZennitComposite
+
+from crp.composites import DeepLift, EpsilonPlus, ExcitationBackprop, Gradient
+from crp.engine.encoding import Encoding, Propagation, propagation_of
+
+
+@pytest.mark.parametrize("composite", [None, ZennitEpsilonPlus()], ids=["none", "zennit"])
+def test_what_says_nothing_has_the_defaults(composite):
+    asked = propagation_of(composite)
+    assert (asked.encoding, asked.readout, asked.initial, asked.isolates) == ("relevance", "relevance", "output", False)
+    assert asked.members_for(torch.ones(1)) == [] and asked.accounting() is None
+    assert asked.expect([0], 1) is None
+    assert Encoding.of(composite) == Encoding(multiplier=False)
+    assert not vars(propagation_of(composite))
+
+
+def test_composites_of_ours_answer_themselves():
+    for composite in (EpsilonPlus(), Gradient(), DeepLift()):
+        assert propagation_of(composite) is composite
+    assert Encoding.of(EpsilonPlus()) == Encoding(multiplier=True)
+    assert Encoding.of(Gradient()).as_multiplier
+    assert Encoding.of(ExcitationBackprop()).from_one
+    assert EpsilonPlus().accounting() is not None
+
+
+def test_a_composite_of_zennit_may_say_some_of_it():
+    class Multiplying(ZennitComposite):
+        encoding = "multiplier"
+
+    asked = propagation_of(Multiplying())
+    assert isinstance(asked, Propagation)
+    assert (asked.encoding, asked.readout) == ("multiplier", "relevance")
+    assert asked.members_for(torch.ones(1)) == []
