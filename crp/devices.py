@@ -1,6 +1,9 @@
-"""Small tensors on their way to a device."""
+"""What the host and a device do beside each other: small tensors on their way, and work that is recorded."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,3 +18,22 @@ def send_to(device: torch.device, tensor: Tensor) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+_recordings = 0
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Context in which work for a device is recorded, to be done again with other numbers: nothing may look at them."""
+    global _recordings
+    _recordings += 1
+    try:
+        yield
+    finally:
+        _recordings -= 1
+
+
+def is_recording() -> bool:
+    """Whether work is recorded, in whatever thread: autograd works in threads of its own."""
+    return _recordings > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -166,6 +166,9 @@ class _KeepChannels:
     layer_name : str or None
         Named in error messages.
     """
+
+    #: A mask of this kind says for each row and channel whether it is kept, and nothing else.
+    selects_channels: ClassVar[bool] = True
 
     kept: tuple[tuple[int, tuple[int, ...]], ...]
     layer_name: str | None

@@ -167,7 +167,7 @@ def send_rows_back(
         if backward is None:
             keep_graph = not last or number < len(groups) - 1
             begin = start if part is rows else start[group]
-            arrived.append(_by_layer(passed, part, begin, layers, settings.start, make_masks, keep_graph))
+            arrived.append(_by_layer(passed, part, begin, layers, settings, make_masks, keep_graph))
         else:
             conditions = dict(zip(group, part.conditions, strict=True))
             arrived.append(_in_flow(passed, conditions, start, layers, settings, make_masks, backward))
@@ -190,7 +190,7 @@ def _by_layer(
     rows: Rows,
     start: Tensor,
     layers: Sequence[str],
-    start_layer: str | None,
+    settings: Settings,
     make_masks: MakeMasks,
     keep_graph: bool,
 ) -> dict[str, Tensor]:
@@ -203,11 +203,12 @@ def _by_layer(
     conditions = dict(enumerate(rows.conditions))
     recorded: dict[str, Tensor] = {}
     root = passed.output
-    if start_layer is not None:
-        recorded[start_layer] = grid.scatter(start)
-        root, start = passed.layers[start_layer], apply_masks(make_masks(conditions, start_layer), start)
+    if settings.start is not None:
+        recorded[settings.start] = grid.scatter(start)
+        root, start = passed.layers[settings.start], apply_masks(make_masks(conditions, settings.start), start)
     origin, cotangent = "the start", grid.scatter(start)
-    if layers and (cotangent == cotangent[:1]).all():
+    shared = settings.shared_start
+    if layers and (bool((cotangent == cotangent[:1]).all()) if shared is None else shared):
         cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
     for name in layers:
         target = passed.layers[name]
