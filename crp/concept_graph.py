@@ -10,6 +10,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.concepts import Concept, mask_of, normalize
+from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
@@ -151,16 +152,17 @@ class AttributionGraph:
         most_relevant = {}
         for name, relevances in results.relevances.items():
             if name in self.layer_map:
-                value = self._of_concepts(name, relevances[self._entries(relevances, results, row)], abs_norm)
+                values = LayerValues.of(results, name).rows(self._entries(relevances, results, row))
+                value = self._of_concepts(name, values, abs_norm)
                 order = torch.argsort(value, descending=True, stable=True)[:n_kept].tolist()
                 most_relevant[name] = [(concept, value[concept].item()) for concept in order]
         return most_relevant
 
-    def _of_concepts(self, layer: str, relevance: Tensor, abs_norm: bool) -> Tensor:
+    def _of_concepts(self, layer: str, values: LayerValues, abs_norm: bool) -> Tensor:
         """Relevance of a layer's concepts for one row with all its entries, (entries, ...) to (concepts,)."""
-        if len(relevance) == 1:
-            return self.layer_map[layer].attribute(relevance, abs_norm=abs_norm)[0]
-        total = self.layer_map[layer].attribute(relevance, abs_norm=False).sum(0)
+        if len(values.relevance) == 1:
+            return relevance_sums(self.layer_map[layer], values, layer, abs_norm)[0]
+        total = relevance_sums(self.layer_map[layer], values, layer, abs_norm=False).sum(0)
         return normalize(total) if abs_norm else total
 
     @staticmethod

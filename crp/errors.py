@@ -13,3 +13,7 @@ class UnseenError(CRPError, RuntimeError):
     Such are scripted and traced parts, custom autograd functions, `torch.func` transforms, other threads and re-entrant
     checkpoints. The plain gradient would be returned under another method's name.
     """
+
+
+class ConceptError(CRPError, ValueError):
+    """A concept type contradicts itself: its scores are not the relevance that its masks let through."""

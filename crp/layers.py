@@ -15,6 +15,10 @@ _active: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
 
 
+class ByChainRule(nn.Module):
+    """A module inside of which every composite of `crp.composites` leaves the ordinary chain rule; base of others."""
+
+
 def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]]) -> list[str]:
     """Names of all layers of the given types, in the order of ``model.named_modules()``.
 

@@ -28,7 +28,7 @@ class _Fields(NamedTuple):
 class AttributionResults(_Fields):
     """What `CondAttribution` returns; one row per (sample, condition), samples first.
 
-    A tuple of four: ``heatmap, activations, relevances, prediction = result``. Encoding and multipliers are attributes.
+    A tuple of four: ``heatmap, activations, relevances, prediction = result``. The others are attributes.
 
     Attributes
     ----------
@@ -50,10 +50,15 @@ class AttributionResults(_Fields):
         What arrived at the outputs of the recorded layers, under multiplier encoding: relevance is its product with the
         activation (or with what that differs by from its reference). None where that is not known: in relevance
         encoding, and for means over several references.
+    counted : dict of str to Tensor of shape (rows, *layer shape), or None
+        What relevance counts at the recorded layers, so that it is ``counted * multipliers``: the activation, or what
+        that differs by from its reference. None where multipliers are, and where relevance is the multiplier itself, as
+        under gradients.
     """
 
     encoding: Literal["multiplier", "relevance"] = "relevance"
     multipliers: dict[str, Tensor] | None = None
+    counted: dict[str, Tensor] | None = None
 
     def __new__(
         cls,
@@ -64,15 +69,16 @@ class AttributionResults(_Fields):
         *,
         encoding: Literal["multiplier", "relevance"] = "relevance",
         multipliers: dict[str, Tensor] | None = None,
+        counted: dict[str, Tensor] | None = None,
     ) -> AttributionResults:
         """Tuple of the four fields."""
         self = super().__new__(cls, heatmap, activations, relevances, prediction)
-        self.encoding, self.multipliers = encoding, multipliers
+        self.encoding, self.multipliers, self.counted = encoding, multipliers, counted
         return self
 
     def _replace(self, **changes: Any) -> AttributionResults:
-        """Return the same with other fields, encoding or multipliers."""
-        same = {"encoding": self.encoding, "multipliers": self.multipliers}
+        """Return the same with other fields or attributes."""
+        same = {name: getattr(self, name) for name in ("encoding", "multipliers", "counted")}
         return type(self)(**{**self._asdict(), **same, **changes})
 
 

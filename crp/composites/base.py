@@ -22,14 +22,23 @@ from crp.composites.operations import Operations
 from crp.composites.places import _hook
 from crp.composites.positions import _totals_of
 from crp.composites.report import Report, _report_on
-from crp.composites.selection import MapEntry, Selector, Types, _addresses, _check_map, _entries_of
+from crp.composites.selection import (
+    MapEntry,
+    Selector,
+    Types,
+    _addresses,
+    _by_chain_rule_first,
+    _check_map,
+    _entries_of,
+)
 from crp.engine.attached import note_placed, note_removed
 from crp.engine.encoding import Propagation
-from crp.layers import modules_of, referencing, uncompiled, without_parameter_gradients
+from crp.layers import ByChainRule, modules_of, referencing, uncompiled, without_parameter_gradients
 from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
+from crp.rules.kernels import _in_registries
 from crp.rules.layer import changed
 from crp.trace import Structure, structure, tracing
 from crp.trace.recorder import tensors_in
@@ -142,6 +151,10 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 "(or call remove()) first, or use another composite"
             )
         entries, modules = self.entries, modules_of(module)
+        assert self._ready is not None
+        choices = self._ready[2]
+        if any(isinstance(child, ByChainRule) for child in modules.values()):
+            entries, choices = _by_chain_rule_first(entries), {}
         addressed = _addresses(entries, modules)  # (errors come before anything is done)
         try:
             for canonizer in for_model(module) if self.auto else self.canonizers:
@@ -154,10 +167,9 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts)):
+            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts), _in_registries()):
                 self.handles.append(_Lasting(state))
-            assert self._ready is not None
-            matching = Matching(entries, self._ready[2], self.is_method, module)
+            matching = Matching(entries, choices, self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             for name, child in modules.items():
@@ -317,7 +329,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()
-        if self._attachment.account is not None or mode.seen is not None:
+        if self._attachment.account is not None or mode.seen is not None or mode.matching.positions:
             mode.places.track()
         self._depth, self._entered = 1, mode.is_needed
         _running.set(self)

@@ -69,7 +69,7 @@ class Operations(SeeingMode):
     ) -> None:
         super().__init__(attachment.notes)
         self.model, self.method, self.attachment = model, method, attachment
-        self.matching, matching.locate = matching, self.innermost
+        self.matching, matching.locate = matching, lambda: (self.innermost(), self.places.now)
         self.treated = 0
         self.seen: list[SeenOperation] | None = None
         self._wholes: list[_Whole | None] = []
@@ -92,10 +92,12 @@ class Operations(SeeingMode):
     def count(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, int]:
         """Run the model to count what each position chooses among."""
         self.matching.is_counting = True
+        self.places.track()
         try:
             self._run(model, args, kwargs, False)
             return self.matching.counted()
         finally:
+            self.places.stop()
             self.matching.is_counting = False
             self._forget()
 
@@ -288,7 +290,7 @@ class Operations(SeeingMode):
         for tensor in tensors_in(value):
             if tensor.requires_grad:
                 self.notes.enter(tensor, leaves.get(id(tensor)))
-        self.matching.counts.clear()
+        self.matching.begin()
         self._is_running = True
         self.__enter__()  # type: ignore[no-untyped-call]
 

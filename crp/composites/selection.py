@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from types import FunctionType
 from typing import Any, TypeAlias, TypeGuard
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crp.layers import LayerNotFoundError
+from crp.layers import ByChainRule, LayerNotFoundError
 from crp.rules import Rule, Whole
 from crp.rules.functions import AFFINE, KINDS, PROPERTIES, Function, canonical, look_up, name_of
 
@@ -152,6 +152,10 @@ Selector: TypeAlias = (
 )
 
 
+#: Role of the entry that modules bring themselves.
+OF_MODULE = "ByChainRule"
+
+
 @dataclass(frozen=True, eq=False)
 class MapEntry:
     """One entry of a composite's maps.
@@ -263,6 +267,12 @@ def _entries_of(
     entries += [(types, rule, True, "at_input") for types, rule in at_input]
     entries += [(selector, rule, False, "layer_map") for selector, rule in layer_map]
     return [MapEntry(number, *entry) for number, entry in enumerate(entries)]
+
+
+def _by_chain_rule_first(entries: Sequence[MapEntry]) -> list[MapEntry]:
+    """Entries of a composite, after one that leaves the ordinary chain rule to modules that ask for it."""
+    first = MapEntry(0, (ByChainRule,), None, role=OF_MODULE)
+    return [first, *(replace(entry, number=entry.number + 1) for entry in entries)]
 
 
 def _addresses(entries: Sequence[MapEntry], modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[MapEntry, bool]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, in_range
-from crp.concepts.scores import ConceptScores, by_position, channels_in, normalize, scores_of
+from crp.concepts.scores import channels_in
 from crp.devices import send_to
 from crp.types import MaskFn
 
@@ -23,6 +23,8 @@ class ChannelConcept(Concept):
     For outputs of shape (batch, channel, *space) and (batch, channel). Tokens of shape (batch, token, channel) need a
     concept type of their own, as axis 1 is that of the tokens.
     """
+
+    noun = "channel"
 
     @staticmethod
     def mask(batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
@@ -82,77 +84,6 @@ class ChannelConcept(Concept):
             return grad
 
         return mask_fn
-
-    def get_rf_indices(self, output_shape: Sequence[int], layer_name: str | None = None) -> Sequence[int] | np.ndarray:
-        """Positions of a channel: ``[0]`` for a layer without space."""
-        return [0] if len(output_shape) == 1 else np.arange(int(np.prod(output_shape[1:])))
-
-    def attribute(
-        self, relevance: Tensor, mask: Tensor | None = None, layer_name: str | None = None, abs_norm: bool = True
-    ) -> Tensor:
-        """Relevance of every channel, summed in at least float32.
-
-        Parameters
-        ----------
-        relevance : Tensor of shape (batch, channels, *space), or (channels,) of a single sample
-        mask : Tensor, optional
-            Multiplied with ``relevance`` first; broadcast to its shape.
-        layer_name : str, optional
-        abs_norm : bool
-            Divide by the sum over channels of the absolute values plus 1e-10, so that they become shares.
-
-        Returns
-        -------
-        Tensor of shape (batch, channels)
-        """
-        if isinstance(mask, Tensor):
-            relevance = relevance * mask
-        if relevance.dim() == 1:
-            relevance = relevance[None]
-        total = by_position(relevance, layer_name).sum(-1)
-        return normalize(total) if abs_norm else total
-
-    def scores(self, relevance: Tensor, layer_name: str | None = None) -> ConceptScores:
-        """Sum, maximum and its position for every channel, accumulated in at least float32."""
-        if self._ranks_itself() and type(self).scores is ChannelConcept.scores:
-            return super().scores(relevance, layer_name)
-        return scores_of(relevance, layer_name)
-
-    def reference_sampling(
-        self,
-        relevance: Tensor,
-        layer_name: str | None = None,
-        max_target: Literal["sum", "max"] | str = "sum",
-        abs_norm: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sort the batch by each channel's relevance.
-
-        Parameters
-        ----------
-        relevance : Tensor of shape (batch, channels, *space)
-        layer_name : str, optional
-        max_target : {"sum", "max"}
-            Rank by the sum or by the largest value among a channel's positions.
-        abs_norm : bool
-            Rank by shares: divide each sample's values by the sum of their absolute values.
-
-        Returns
-        -------
-        sample, value, position : Tensors of shape (batch, channels)
-            Batch index, value, and position of the maximum, in descending order; ties in the order of the batch.
-        """
-        if max_target not in ("sum", "max"):
-            raise ValueError(f"max_target must be 'sum' or 'max', not {max_target!r}")
-        scores = (scores_of if self._ranks_itself() else self.scores)(relevance, layer_name)
-        value = getattr(scores, max_target)
-        if abs_norm:
-            value = normalize(value)
-        value, order = value.sort(dim=0, descending=True, stable=True)
-        return order, value, scores.position.gather(0, order)
-
-    def _ranks_itself(self) -> bool:
-        """Whether a subclass has a `reference_sampling` of its own, which may call this one's."""
-        return type(self).reference_sampling is not ChannelConcept.reference_sampling
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.files import write_atomic
 from crp.visualization.table.store import Table
 
 SETTINGS = "demo.json"

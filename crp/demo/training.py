@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from crp.demo.data import Digits
 from crp.demo.net import DigitNet
-from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.files import write_atomic
 
 LEARNING_RATE = 3e-3
 

@@ -13,7 +13,7 @@ from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.encoding import propagation_of
-from crp.layers import modules_of, uncompiled, unwrap, without_parameter_gradients
+from crp.layers import ByChainRule, modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.notices import warn
 
 #: Which composites are on which module.
@@ -168,7 +168,10 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
         raise RuntimeError(
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
-    composite = composite_on(model, composite) or Composite()
+    composite = composite_on(model, composite)
+    if composite is not None:
+        _check_chain_rule(model, composite)
+    composite = composite or Composite()
     states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
     isolates = propagation_of(composite).isolates
     if not isolates:
@@ -184,6 +187,16 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
             nullcontext() if isolates else _called_once(modified),
         ):
             yield modified
+
+
+def _check_chain_rule(model: nn.Module, composite: Composite) -> None:
+    """Refuse parts of a model that need the ordinary chain rule, under composites that propagate relevance itself."""
+    exempt = [name for name, module in modules_of(model).items() if isinstance(module, ByChainRule)]
+    if exempt and propagation_of(composite).encoding != "multiplier":
+        raise TypeError(
+            f"layer {exempt[0]!r} needs the ordinary chain rule, and {_kind(composite)} propagates relevance itself. "
+            "Use one of crp.composites"
+        )
 
 
 @contextmanager

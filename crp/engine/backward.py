@@ -78,7 +78,9 @@ def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor, n_bytes: int
     # in the backward pass cannot be batched at all.
     for way in (_by_vmap, _by_older_vmap):
         try:
-            return _joined([way(grad, part) for part in parts], torch.cat)
+            with warnings.catch_warnings():  # (fused attention runs once for each slot)
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return _joined([way(grad, part) for part in parts], torch.cat)
         except RuntimeError as error:
             if lacks_memory(error):
                 raise
@@ -103,9 +105,7 @@ def _by_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
 
 
 def _by_older_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return list(grad(cotangent, is_grads_batched=True))
+    return list(grad(cotangent, is_grads_batched=True))
 
 
 def _joined(parts: list[Gradients], join: Callable[[list[Tensor]], Tensor]) -> Gradients:

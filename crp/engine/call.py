@@ -311,12 +311,13 @@ class Call:
             return tensor.to(settings.on_device) if settings.on_device else tensor
 
         activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}
-        relevances, multipliers = {}, {}
+        relevances, multipliers, counted = {}, {}, {}
         for name in passed.layers:
             of_layer = arrived.pop(name)
             relevances[name] = own(encoding.read(of_layer, passed.value(name, rows)))
             if keeps:
                 multipliers[name] = relevances[name] if encoding.as_multiplier else own(of_layer)
+                counted[name] = activations[name] if name not in passed.references else own(passed.value(name, rows))
         heatmaps = []
         for leaf, relevance in zip(passed.inputs.explained, relevances_of_inputs, strict=True):
             explained = passed.of_rows(leaf, rows)
@@ -329,6 +330,7 @@ class Call:
             own(prediction),
             encoding=encoding.name,
             multipliers=multipliers if keeps else None,
+            counted=counted if keeps and not encoding.as_multiplier else None,
         )
         return result, relevances_of_inputs
 
@@ -373,6 +375,7 @@ def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
         *(_each(list(values), join) for values in zip(*results, strict=True)),
         encoding=results[0].encoding,
         multipliers=_each([result.multipliers for result in results], join),
+        counted=_each([result.counted for result in results], join),
     )
     return result, [join(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +84,7 @@ class Replayed:
         inputs = {"data": chosen} | sent(given, chosen)
         tensors = self.replays.run((key, given.shared), ModelState(call.model, composite), compute, inputs)
         encoding = Encoding.of(composite)
-        return restored(tensors, encoding.name, encoding.multiplier and settings.multipliers)
+        return restored(tensors, encoding, encoding.multiplier and settings.multipliers)
 
     def _learn(self, key: Hashable, call: Call, composite: Composite) -> Part | None:
         """Compute rows once, to know the shapes of their output and layers; none where they cannot be replayed."""
@@ -154,14 +153,17 @@ def flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[str
     found: dict[str, Tensor] = {"heatmap": results.heatmap, "prediction": results.prediction}
     groups: dict[str, Mapping[str, Tensor]] = {"activations": results.activations, "relevances": results.relevances}
     groups["multipliers"] = results.multipliers or {}
+    counted = results.counted or {}
+    groups["counted"] = {layer: each for layer, each in counted.items() if each is not results.activations[layer]}
     for group, layers in groups.items():
         found |= {f"{group} {layer}": tensor for layer, tensor in layers.items()}
     return found | {f"input {number}": tensor for number, tensor in enumerate(relevances)}
 
 
-def restored(tensors: dict[str, Tensor], encoding: Any, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
+def restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
     """Results of rows from what `flattened` made of them."""
-    groups: dict[str, dict[str, Tensor]] = {"activations": {}, "relevances": {}, "multipliers": {}, "input": {}}
+    names = ("activations", "relevances", "multipliers", "counted", "input")
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():
         group, _, layer = name.partition(" ")
         if group in groups:
@@ -171,8 +173,9 @@ def restored(tensors: dict[str, Tensor], encoding: Any, keeps: bool) -> tuple[At
         groups["activations"],
         groups["relevances"],
         tensors["prediction"],
-        encoding=encoding,
+        encoding=encoding.name,
         multipliers=groups["multipliers"] if keeps else None,
+        counted=groups["activations"] | groups["counted"] if keeps and not encoding.as_multiplier else None,
     )
     return results, list(groups["input"].values())
 

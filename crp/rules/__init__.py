@@ -9,6 +9,7 @@ from crp.rules.functional import GLU, Gate, Linearized, Normalization, Quotient
 from crp.rules.gamma import Gamma
 from crp.rules.gradient import DeconvReLU, GuidedReLU, SmoothReLU
 from crp.rules.input_layer import Flat, WSquare, ZBox
+from crp.rules.kernels import register_attention
 from crp.rules.layer import Layer, negative, positive
 from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Norm, Pass, ZPlus
 from crp.rules.pooling import SumPool
@@ -48,4 +49,5 @@ __all__ = [
     "lift",
     "negative",
     "positive",
+    "register_attention",
 ]

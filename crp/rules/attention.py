@@ -22,7 +22,7 @@ fused, in both directions. These have no second derivative on the CPU: with ``cr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -35,6 +35,12 @@ from crp.trace.recorder import tensors_in
 
 #: What becomes of attention's probabilities: held constant, or given half of the relevance.
 Attention: TypeAlias = Literal["constant", "split"]
+
+
+class Exponential(NamedTuple):
+    """What a rule remembers of an exponential: by its sum, it may become a softmax."""
+
+    source: Tensor
 
 
 class Attending(Shared):

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from crp.rules.account import Shares
-from crp.rules.attention import Attention, _check_attention
+from crp.rules.attention import Attention, Exponential, _check_attention
 from crp.rules.base import Rule
-from crp.rules.functions import Function
+from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer
 from crp.rules.notes import Born
 from crp.rules.redirect import Redirect, SecondOrder, _released
+from crp.rules.shared import Part, Parts, Proportional, Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
 Gates: TypeAlias = Literal["signal", "split"]
@@ -59,7 +60,7 @@ class Linearized(Rule):
             return [scale for _, scale in self.parts(layer, *layer.inputs)]
 
 
-class Gate(Linearized):
+class Gate(Shared):
     r"""A product :math:`y = s \odot g` of two factors that both depend on the model's input.
 
     The ordinary chain rule would give the whole relevance to each factor. ``"signal"`` holds the gate :math:`g`
@@ -93,20 +94,18 @@ class Gate(Linearized):
         held: Attention = "constant" if mode == "signal" else "split"
         self.attention = held if attention is None else _check_attention(attention)
 
-    def operate(self, layer: Layer) -> Tensor:
+    def operate(self, layer: Layer) -> Any:
         """Return the product; one factor alone is right by the ordinary chain rule."""
-        return cast(Tensor, layer.output) if len(layer.inputs) == 1 else super().operate(layer)
+        return layer.output if len(layer.inputs) == 1 else super().operate(layer)
 
-    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The signal, scaled by the gate."""
-        left, right = inputs
-        shape = layer.output.shape
-        if left is right:
-            return [(left, left)]  # the square of a tensor hands its relevance on
-        gate = self._gate(layer)
-        if gate is not None:
-            return [(right.expand(shape), left) if gate == 0 else (left.expand(shape), right)]
-        return [(left.expand(shape), right / 2), (right.expand(shape), left / 2)]
+    def parts(self, layer: Layer) -> Parts:
+        """All for the signal, or half for each; a square hands its relevance on."""
+        left, right = layer.inputs
+        held = None if left is right else self._gate(layer)
+        of_inputs = iter((0.5, 0.5) if held is None else (float(held == 1), float(held == 0)))
+        mine = {id(left), id(right)}
+        parts: list[Part] = [next(of_inputs) if id(value) in mine else 1.0 for value in layer.args]
+        return parts, {name: next(of_inputs) if id(value) in mine else 1.0 for name, value in layer.kwargs.items()}
 
     def _gate(self, layer: Layer) -> int | None:
         """Which of the two factors is held constant, if one is."""
@@ -174,6 +173,7 @@ class Quotient(Linearized):
     """A quotient, with the divisor held constant, as the statistics of a normalization are.
 
     By the ordinary chain rule, the divisor would get minus the relevance of the dividend, and the sum would be zero.
+    Exponentials that are divided by their sum are a softmax, which has the ordinary chain rule.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -186,7 +186,26 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        return super().operate(layer)
+        dim = self._softmax_along(layer) if len(layer.inputs) == 2 and self.attachment is not None else None
+        if dim is None or self.attachment is None:
+            return super().operate(layer)
+        note = self.attachment.notes.of(layer.inputs[0])
+        assert note is not None
+        source = note.parts.source
+        written = Layer(torch.softmax, (source, dim), {}, (source,), look_up(torch.softmax), place=layer.place)
+        layer.gives = Born.SOFTMAX
+        return cast(Tensor, Proportional().attach(self.attachment).operate(written))
+
+    def _softmax_along(self, layer: Layer) -> int | None:
+        """Axis along which exponentials are divided by their sum, if that is what the quotient is."""
+        above, below = layer.inputs
+        note = None if self.attachment is None else self.attachment.notes.of(above)
+        if note is None or not isinstance(note.parts, Exponential) or above.dim() != below.dim():
+            return None
+        summed = [d for d, (n, k) in enumerate(zip(above.shape, below.shape, strict=True)) if n != k]
+        total = above.sum(summed, keepdim=True) if len(summed) == 1 else None
+        is_sum = total is not None and total.shape == below.shape and torch.allclose(total, below, rtol=1e-5, atol=0)
+        return summed[0] if is_sum else None
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Dividend, scaled by one over the divisor; a divisor alone hands its relevance on."""
@@ -222,12 +241,35 @@ class Normalization(Linearized):
         (a,) = inputs
         arguments = _arguments(layer)
         weight, bias = (_aligned(arguments.get(name), layer.name, a) for name in ("weight", "bias"))
+        if layer.name in ("layer_norm", "rms_norm") and not self.zero_params and not self._accounts():
+            dims = tuple(range(-len(arguments["normalized_shape"]), 0))
+            z = cast(Tensor, _Centred.apply(a, weight, dims if layer.name == "layer_norm" else None))
+            return [(z, 1 / _DEVIATIONS[layer.name](a, dims, arguments["eps"]))]
         z, mean, deviation = _STATISTICS[layer.name](a, arguments)
         scale = 1 / deviation if weight is None else weight / deviation
         if "bias" not in self.zero_params:
             return [(z, scale)]
         shift = (0.0 if bias is None else bias) - scale * mean
         return [(z, scale), (a, torch.where(a == 0, 0.0, shift / a))]
+
+    def _accounts(self) -> bool:
+        return self.attachment is not None and self.attachment.account is not None
+
+
+class _Centred(torch.autograd.Function):
+    """Stands for the centred input times the weight: with its gradient, but not its value, which nobody needs."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor | None, dims: tuple[int, ...] | None) -> Tensor:
+        """Return another view of the input; ``dims`` are None where nothing is centred."""
+        ctx.weight, ctx.dims = weight, dims
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Scale, and centre."""
+        u = grads[0] if ctx.weight is None else grads[0] * ctx.weight.detach()
+        return u if ctx.dims is None else u - u.mean(ctx.dims, keepdim=True), None, None
 
 
 def _arguments(layer: Layer) -> dict[str, Any]:
@@ -250,8 +292,7 @@ def _layer_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
 
 def _rms_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
     dims = tuple(range(-len(arguments["normalized_shape"]), 0))
-    eps = torch.finfo(a.dtype).eps if arguments["eps"] is None else arguments["eps"]
-    return a, 0.0, (a.square().mean(dims, keepdim=True) + eps).sqrt()
+    return a, 0.0, _root_mean_square(a, dims, arguments["eps"])
 
 
 def _group_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
@@ -271,6 +312,11 @@ def _deviation(a: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return (a.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
 
 
+def _root_mean_square(a: Tensor, dims: tuple[int, ...], eps: float | None) -> Tensor:
+    return (a.square().mean(dims, keepdim=True) + (torch.finfo(a.dtype).eps if eps is None else eps)).sqrt()
+
+
+_DEVIATIONS: dict[str, Callable[..., Tensor]] = {"layer_norm": _deviation, "rms_norm": _root_mean_square}
 #: Function linear in the input, constant mean, and deviation.
 Statistics: TypeAlias = tuple[Tensor, Tensor | float, Tensor]
 _STATISTICS: dict[str, Callable[[Tensor, dict[str, Any]], Statistics]] = {

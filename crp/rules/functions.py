@@ -276,7 +276,7 @@ def look_up(function: Callable[..., Any]) -> Function:
     return entry
 
 
-def enter(function: Callable[..., Any], known: Function) -> None:
+def _enter(function: Callable[..., Any], known: Function) -> None:
     """Make a function known that torch does not have."""
     _functions[function] = known
 

@@ -121,6 +121,8 @@ class Layer:
         Finds the place for a message, where it is not tracked.
     parts : object
         What the rule of the next operation needs to know of this call.
+    gives : int
+        What the rule knows of the output (`crp.rules.notes`).
     """
 
     function: Callable[..., Any]
@@ -138,6 +140,7 @@ class Layer:
     at_input: bool = False
     copied: Copied | None = field(default=None, repr=False)
     parts: Any = field(default=None, repr=False)
+    gives: int = 0
     locate: Callable[[], str] | None = field(default=None, repr=False)
     held: Tensor | None = field(default=None, repr=False)
     result: Any = field(default=None, repr=False)

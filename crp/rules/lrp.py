@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.rules.attention import Exponential
 from crp.rules.base import Rule, Term, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
-from crp.rules.redirect import Redirect
+from crp.rules.redirect import Redirect, RedirectLater, SecondOrder
 from crp.rules.stabilizer import Stabilize, stabilizing
 
 Names = str | Sequence[str] | None
@@ -148,7 +149,17 @@ class Pass(Rule):
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise ValueError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
+        layer.parts = Exponential(a) if layer.name == "exp" and layer.module is None else None
+        if self.multiplier and self._scales_later(layer, y):
+            again = layer.again()
+            second = SecondOrder(again, [a], self.is_active, lambda: self._scales_again(again, a))
+            return cast(Tensor, RedirectLater.apply(y, second, a))
         return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
+
+    def _scales_later(self, layer: Layer, y: Tensor) -> bool:
+        """Whether the input is kept anyway, by the call's own gradient, so that the scale need not be."""
+        has_account = self.attachment is None or self.attachment.account is not None
+        return not has_account and y is layer.output and hasattr(y.grad_fn, "_saved_self")
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""

@@ -76,6 +76,7 @@ class SeeingMode(TorchFunctionMode):
         self.notes = notes
         self._reading = _add
         self._parts: Any = None
+        self._gives = 0
         self.operands: Operands | None = None
 
     def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
@@ -155,7 +156,7 @@ class SeeingMode(TorchFunctionMode):
         copied = self._copied(func, known, args, kwargs, inputs, flags) if flags & FIRST else None
         choice = self.choose(known, kind, flags, operands is None and len(inputs) > 1)
         apart = None if choice.rule is None else choice.rule.written_out
-        if apart is not None:
+        if apart is not None and not known.operands:
             with self:
                 return apart(*args, **kwargs)
         target = args[0] if args and overwrites(func, args, kwargs) else kwargs.get("out")
@@ -163,7 +164,8 @@ class SeeingMode(TorchFunctionMode):
             result = self.by_chain_rule(choice, func, known, kind, args, kwargs, inputs)
         else:
             result = self._by_rule(choice, func, known, args, kwargs, inputs, flags, operands)
-        flags = passed(known, args, kwargs, inputs, flags, self.notes.born)
+        flags = passed(known, args, kwargs, inputs, flags, self.notes.born) | self._gives
+        self._gives = 0
         if isinstance(target, Tensor) and target.requires_grad:
             self.notes.add_written(target, flags, copied if isinstance(copied, Copied) else None)
             if result is target:
@@ -211,7 +213,7 @@ class SeeingMode(TorchFunctionMode):
                 layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
             layer.inputs, layer.nonnegative = (operands.a,), self.notes.nonnegative(operands.a)
         result = self.by_rule(choice, layer)
-        self._parts = layer.parts
+        self._parts, self._gives = layer.parts, layer.gives
         if operands is not None and operands.added is not None:
             result = result + operands.added
         return result if target is None else overwritten(target, result)

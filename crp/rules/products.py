@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from crp.rules.base import Rule
 from crp.rules.deeplift import Difference, _same, _same_operands, slope
-from crp.rules.layer import Layer
+from crp.rules.layer import Layer, _no_rule
 from crp.trace.recorder import tensors_in
 
 
@@ -217,6 +217,10 @@ class TakenApart(Rule):
 
     settings: ClassVar[tuple[str, ...]] = ()
     written_out = staticmethod(_written_attention)
+
+    def operate(self, layer: Layer) -> NoReturn:
+        """Refuse kernels of which torch does not know how they are written."""
+        raise NotImplementedError(_no_rule("DeepLift", layer))
 
 
 def _means(layer: Layer, reference: Layer) -> list[Tensor]:

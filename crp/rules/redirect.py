@@ -75,6 +75,27 @@ class Redirect(torch.autograd.Function):
         return (None, None, None, *(m * scale for scale in scales), *none, *(None for _ in ctx.is_own))
 
 
+class RedirectLater(torch.autograd.Function):
+    """As `Redirect`, into one surrogate; its scale is not kept, but computed once more when the gradient arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, again: SecondOrder, z: Tensor) -> Tensor:
+        """Return ``y`` itself, which is the call's own output."""
+        ctx.mark_dirty(y)
+        ctx.set_materialize_grads(False)
+        ctx.again = again
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+        """Scale the gradient for the surrogate."""
+        m = grads[0]
+        if m is None or not ctx.again.is_active():
+            return m, None, None
+        (scale,) = ctx.again()
+        return None, None, m * scale
+
+
 class _Overwrite(torch.autograd.Function):
     """Tensor with the values of another one, to which all of its gradient goes."""
 

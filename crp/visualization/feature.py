@@ -260,7 +260,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         named = {Path(path).name for path in paths}
         if lost := sorted(named - set(shards)):
             raise TableError(f"{lost} are not in the table at {str(self.path)!r}, which holds {sorted(shards)}")
-        if problems := table.verify():
+        if problems := table.damaged():
             raise TableError(f"the table at {str(self.path)!r} is damaged: {'; '.join(problems)}")
         if d_index is None and named:
             d_index = min(shards[n].start for n in named), max(shards[n].stop for n in named)

@@ -15,7 +15,7 @@ from zennit.core import Composite
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.cached import cache_reference
 from crp.compat.folders import open_answers
-from crp.concepts import Concept, mask_of
+from crp.concepts import Concept
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
 from crp.notices import warn
@@ -330,25 +330,9 @@ class ReferenceQueries(SampleAccess):
             raise ValueError(
                 f"length of 'neuron_ids' must be equal to the length of 'data': {len(neuron_ids)} and {len(data)}"
             )
-        concept = self._concept(layer_name)
-        conditions: list[dict[str, Any]] = []
-        for i in range(len(data)):
-            start = {} if targets is None else {self.attribution.MODEL_OUTPUT_NAME: targets[i]}
-            conditions.append({**start, layer_name: {concept_id: int(neuron_ids[i])} if rf else [concept_id]})
-        heatmaps = [
-            self.attribution(
-                data[i : i + batch_size].detach(),
-                conditions[i : i + batch_size],
-                composite,
-                mask_map=mask_of(concept, "mask_rf" if rf else "mask"),
-                start_layer=layer_name if targets is None else None,
-                on_device=self.device,
-                # Relevance that starts at the output could flow around the concept, through a parallel branch.
-                exclude_parallel=targets is not None,
-            ).heatmap
-            for i in range(0, len(data), batch_size)
-        ]
-        return torch.cat(heatmaps)
+        at = [int(position) for position in neuron_ids] if rf else None
+        wanted = refs.OfConcept(self._concept(layer_name), concept_id, layer_name)
+        return refs.heatmaps_of(self.attribution, data, wanted, composite, at, targets, batch_size, self.device)
 
     def _chosen(
         self, top: ReferenceSamples, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.concepts import Concept, as_ids
+from crp.attribution import CondAttribution
+from crp.concepts import Concept, as_ids, mask_of
+from crp.concepts.reading import has_own, initial_relevance_of
 from crp.visualization.table.fingerprint import fingerprint
 
 #: Concept id: a channel, or what a custom concept calls its parts.
@@ -74,7 +77,7 @@ def target_list(targets: Any) -> list[int]:
     return as_ids([int(t) if isinstance(t, str) and t.isdecimal() else t for t in targets], what="targets")
 
 
-def column(concept: Concept, concept_id: ConceptId, layer: str, n_concepts: int) -> int:
+def column(concept: Concept, concept_id: ConceptId, layer: str, n_concepts: int | None = None) -> int:
     """Column of a concept in a layer's scores: the id itself, or what ``concept.column(concept_id, layer)`` says.
 
     Raises
@@ -94,7 +97,7 @@ def column(concept: Concept, concept_id: ConceptId, layer: str, n_concepts: int)
         )
     else:
         index = concept_id
-    if not -n_concepts <= index < n_concepts:
+    if n_concepts is not None and not -n_concepts <= index < n_concepts:
         raise IndexError(
             f"layer {layer!r} has {n_concepts} concepts, 0 to {n_concepts - 1}; there is no concept {concept_id}"
         )
@@ -161,3 +164,63 @@ def plot_name(plot_fn: Callable[..., Any], content: Sequence[Any]) -> str:
         named = named.func
     name = getattr(named, "__name__", type(named).__name__)
     return f"{name}-{fingerprint([plot_fn, *content])[:16]}"
+
+
+class OfConcept(NamedTuple):
+    """One concept of a layer."""
+
+    concept: Concept
+    concept_id: ConceptId
+    layer: str
+
+
+def heatmaps_of(
+    attribution: CondAttribution,
+    data: Tensor,
+    chosen: OfConcept,
+    composite: Composite,
+    positions: Sequence[int] | None,
+    targets: Sequence[Any] | None,
+    batch_size: int,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Heatmaps of a concept on some samples, of shape (samples, *space).
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    data : Tensor of shape (samples, *input shape)
+    chosen : OfConcept
+    composite : zennit Composite
+    positions : sequence of int, optional
+        One for each sample; by default, all positions count.
+    targets : sequence, optional
+        For each sample the classes whose relevance is shown. Without them, heatmaps show how active the concept is.
+    batch_size : int
+    device : torch.device or str, optional
+    """
+    concept, concept_id, layer = chosen
+    by_code = targets is None and has_own(concept, "code")
+    keywords: dict[str, Any] = {"on_device": device, "start_layer": layer if targets is None else None}
+    conditions: list[dict[str, Any]] = [{}] * len(data)
+    if not by_code:
+        keywords["mask_map"] = mask_of(concept, "mask" if positions is None else "mask_rf")
+        ids = [[concept_id]] * len(data) if positions is None else [{concept_id: at} for at in positions]
+        conditions = [{layer: kept} for kept in ids]
+    if targets is not None:
+        output_name = attribution.MODEL_OUTPUT_NAME
+        conditions = [{output_name: classes, **kept} for classes, kept in zip(targets, conditions, strict=True)]
+    heatmaps = []
+    for i in range(0, len(data), batch_size):
+        part = slice(i, i + batch_size)
+        if by_code:
+            at = None if positions is None else positions[part]
+            keywords["init_rel"] = functools.partial(
+                initial_relevance_of, concept, concept_id=column(*chosen), positions=at
+            )  # fmt: skip
+        # From the output, relevance could pass by the concept in a parallel branch.
+        found = attribution(
+            data[part].detach(), conditions[part], composite, exclude_parallel=targets is not None, **keywords
+        )  # fmt: skip
+        heatmaps.append(found.heatmap)
+    return torch.cat(heatmaps)

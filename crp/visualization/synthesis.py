@@ -26,6 +26,7 @@ from zennit.core import Composite
 
 from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
+from crp.concepts.reading import activation_sums
 from crp.engine.attached import attached, check_composite
 from crp.engine.forward import ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Inputs, check_data
@@ -142,11 +143,11 @@ def direction(layer: str, vector: Tensor | Sequence[float]) -> Objective:
 
 
 def concept(layer: str, concept_id: Any, kind: Concept | None = None) -> Objective:
-    """Activation of a concept of any kind, as `Concept.attribute` gives it (for channels: the sum over positions)."""
+    """Activation of a concept of any kind, as `Concept.code` gives it, summed over positions."""
     kind = ChannelConcept() if kind is None else kind
 
     def value(outputs: Mapping[str, Tensor]) -> Tensor:
-        values = kind.attribute(outputs[layer], layer_name=layer, abs_norm=False)
+        values = activation_sums(kind, outputs[layer], layer)
         place = kind.column(concept_id, layer) if hasattr(kind, "column") else concept_id
         return _pick(values, place, _name(layer))
 

@@ -107,7 +107,8 @@ def test_layers_without_what_the_rule_treats(selector, layers, untouched):
 
 
 def test_rule_that_treats_nothing_in_a_module_is_refused(untouched):
-    model = net(lambda s, x: s.fc(s.mix(x, x, x)[0].mean(1)), mix=nn.MultiheadAttention(4, 2), fc=nn.Linear(4, 3))
+    mix = net(lambda s, x: s.part(x).softmax(-1), part=nn.Identity())
+    model = net(lambda s, x: s.fc(s.mix(x).mean(1)), mix=mix, fc=nn.Linear(4, 3))
     composite = Composite(layer_map=[("mix", Epsilon()), (nn.Linear, Epsilon())])
     with untouched(model), pytest.raises(TypeError, match=r"\('mix', Epsilon\(.*\)\): "):
         heatmap(model, composite, torch.randn(2, 3, 4, dtype=torch.float64))

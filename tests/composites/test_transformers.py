@@ -9,13 +9,14 @@ import pytest
 import torch
 from preset_cases import LRP_PRESETS, off
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_families import FAMILIES, Logits, built
 
 import crp.composites as composites
 from crp.attribution import CondAttribution
 from crp.composites import CPLRP, AttnLRP, Composite
 from crp.errors import UnseenError
-from crp.rules import Pass, Whole
+from crp.rules import Pass, Whole, register_attention
 
 #: What holds a custom function, which is named by an error.
 REMEDIES = {"bloom": [("*.gelu_impl", Whole(Pass()))]}
@@ -140,3 +141,39 @@ def test_experts_are_the_same_in_all_ways_to_run_them(name, way):
     model.model.set_experts_implementation(way)
     _, found = relevance(model, data, AttnLRP())
     assert off(found, wanted) <= 1e-4
+
+
+def test_registered_attention_stands_in_the_registry_of_hugging_face_while_a_composite_is_on():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, scale):
+            ctx.save_for_backward(q, k, v)
+            ctx.scale = scale
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=ctx.scale, enable_gqa=True)
+                return *torch.autograd.grad(out, leaves, grad), None
+
+    def tiny_kernel(module, query, key, value, attention_mask, scaling=None, **more):
+        return Plain.apply(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+    model, data = built("llama")
+    wanted = relevance(model, data, AttnLRP())[1]
+    AttentionInterface.register("tiny_kernel", tiny_kernel)
+    try:
+        model.model.set_attn_implementation("tiny_kernel")
+        with pytest.raises(UnseenError, match="PlainBackward"):
+            relevance(model, data, AttnLRP())
+        register_attention(tiny_kernel, q=1, k=2, v=3)
+        assert off(relevance(model, data, AttnLRP())[1], wanted) <= 1e-9
+        with AttnLRP().context(model), AttnLRP().context(built("gpt2")[0]):
+            assert ALL_ATTENTION_FUNCTIONS["tiny_kernel"] is not tiny_kernel
+        assert ALL_ATTENTION_FUNCTIONS["tiny_kernel"] is tiny_kernel
+    finally:
+        del AttentionInterface._global_mapping["tiny_kernel"]

@@ -281,20 +281,60 @@ def test_scores_and_rankings_of_a_subclass_agree(concept):
             assert all(torch.allclose(one.double(), two.double()) for one, two in zip(found, right, strict=True))
 
 
+class Halves(Concept):
+    """Two concepts, the halves of the channels, by `code`, `relevance` and `mask` alone."""
+
+    def code(self, activation):
+        halves = activation.unflatten(1, (2, -1))
+        return halves.movedim(2, -1)
+
+    def relevance(self, activation, multiplier):
+        return self.code(activation * multiplier)
+
+    def mask(self, batch_id, concept_ids, layer_name=None):
+        def keep(grad):
+            rows = grad[batch_id].unflatten(0, (2, -1)).clone()
+            for half in {0, 1} - set(as_ids(concept_ids)):
+                rows[half] = 0
+            grad[batch_id] = rows.flatten(0, 1)
+            return grad
+
+        return keep
+
+
+def test_what_follows_from_code_and_relevance():
+    concept, relevance = Halves(), drawn(3, 4, 2, 5)
+    halves = relevance.reshape(3, 2, -1)
+    assert close(concept.attribute(relevance, abs_norm=False), halves.sum(-1))
+    shares = halves.sum(-1) / halves.sum(-1).abs().sum(1, keepdim=True)
+    assert close(concept.attribute(relevance), shares, 1e-9)
+    scores = concept.scores(relevance, "layer")
+    assert close(scores.sum, halves.sum(-1))
+    assert close(scores.max, halves.amax(-1))
+    assert torch.equal(concept.code(relevance).flatten(2).gather(2, scores.position[..., None])[..., 0], scores.max)
+    order, value, _ = concept.reference_sampling(relevance, "layer", "max", False)
+    assert torch.equal(order, halves.amax(-1).argsort(0, descending=True))
+    assert close(value, halves.amax(-1).sort(0, descending=True)[0])
+    assert concept.get_rf_indices((4, 2, 5)).tolist() == list(range(20))
+    with pytest.raises(NotImplementedError, match=r"of the layer \(2, 5\); define Halves\.mask_rf"):
+        concept.mask_rf(0, {0: 1}, "layer")(relevance)
+
+
 def test_interface():
-    concept = Concept()
+    """Without a word of its own, a concept type is that of the entries of axis 1, with no mask."""
+    concept, relevance = Concept(), drawn(4, 3, 2, 2)
     assert repr(concept) == "Concept()"
-    calls = [
-        lambda: concept.mask(0, [1]), lambda: concept.mask_rf(0, {}), lambda: concept.attribute(drawn(1, 2)),
-        lambda: concept.reference_sampling(drawn(1, 2)), lambda: concept.get_rf_indices((1,)),
-    ]  # fmt: skip
-    for call, method in zip(
-        calls, ["mask", "mask_rf", "attribute", "reference_sampling", "get_rf_indices"], strict=True
-    ):
-        with pytest.raises(NotImplementedError, match=rf"Concept does not implement Concept\.{method}$"):
-            call()
-    with pytest.raises(NotImplementedError, match=r"Concept does not implement Concept\.reference_sampling"):
-        concept.scores(drawn(1, 2))
+    assert concept.describe(2) == "concept 2"
+    assert torch.equal(concept.code(relevance), relevance)
+    assert close(concept.attribute(relevance), CHANNEL.attribute(relevance))
+    for found, wanted in zip(concept.scores(relevance), CHANNEL.scores(relevance), strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(NotImplementedError, match=r"Concept does not implement Concept\.mask$"):
+        concept.mask(0, [1])
+    with pytest.raises(NotImplementedError, match=r"Concept does not implement Concept\.mask$"):
+        concept.mask_rf(0, {1: 0})(relevance)
+    with pytest.raises(TypeError, match=r"layer 'conv': mask_rf needs \{concept: positions\}, not \[1\]"):
+        concept.mask_rf(0, [1], "conv")
     assert "ChannelConcept()" in repr({"layer": ChannelConcept()})
 
 

@@ -47,9 +47,9 @@ def assert_same(attribution: CondAttribution, data: Tensor, conditions: Any, rul
     found, exact = (each(data, conditions, rules, **keywords) for each in (attribution, plain))
     for name in ("heatmap", "prediction"):
         torch.testing.assert_close(getattr(found, name), getattr(exact, name), rtol=0, atol=0)
-    for name in ("activations", "relevances", "multipliers"):
-        assert list(getattr(found, name)) == list(getattr(exact, name))
-        for layer, tensor in getattr(found, name).items():
+    for name in ("activations", "relevances", "multipliers", "counted"):
+        assert list(getattr(found, name) or ()) == list(getattr(exact, name) or ())
+        for layer, tensor in (getattr(found, name) or {}).items():
             torch.testing.assert_close(tensor, getattr(exact, name)[layer], rtol=0, atol=0)
     assert found.encoding == exact.encoding
 

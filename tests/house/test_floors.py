@@ -19,7 +19,7 @@ FLOORS = [
     ["canonizers", "composites"],
     ["attribution", "concept_graph", "attributors", "explain", "metrics"],
     ["visualization.table", "visualization.mining", "compat"],
-    ["visualization", "visualization.report"],
+    ["visualization", "visualization.report", "audit"],
     ["helper", "cache", "graph", "hooks", "maximization", "statistics"],
     ["demo", "commands", "__main__"],
 ]
@@ -31,31 +31,33 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 380,
     "attributors": 2600,
+    "audit": 200,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
     "composites": 3550,
-    "concept_graph": 175,
-    "concepts": 420,
+    "concept_graph": 180,
+    "concepts": 1700,
     "demo": 890,
     "devices": 50,
-    "engine": 2600,
+    "engine": 2650,
     "explain": 160,
     "image": 570,
-    "layers": 210,
+    "layers": 220,
     "metrics": 810,
-    "rules": 5200,
+    "rules": 5300,
     "trace": 1370,
-    "types": 140,
-    "visualization": 2050,
-    "visualization.mining": 2000,
+    "types": 150,
+    "visualization": 2120,
+    "visualization.mining": 2060,
     "visualization.report": 600,
-    "visualization.table": 1760,
+    # (the manifest of version 2 with its checksum, what a shard must hold, and files that are never followed)
+    "visualization.table": 2100,
 }
 #: Public names that two files define.
-DEFINED_TWICE = {
-    "Gradient",
-}
+DEFINED_TWICE = {"Gradient"}
+#: How many public classes and functions there may be.
+PUBLIC_NAMES = 560
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -92,7 +94,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 70
+    assert sum(map(len, arrows().values())) <= 76
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
@@ -121,6 +123,11 @@ def test_rooms_keep_their_budgets(name):
 def test_a_public_name_is_defined_once():
     twice = {name: sorted(homes) for name, homes in public_names().items() if len(homes) > 1}
     assert {name: homes for name, homes in twice.items() if name not in DEFINED_TWICE} == {}
+
+
+def test_few_names_are_public():
+    number = sum(map(len, public_names().values()))
+    assert number <= PUBLIC_NAMES, "what no face, test or other room needs gets an underscore"
 
 
 def test_functions_are_short_and_take_few_parameters():

@@ -285,7 +285,8 @@ def test_scores_that_are_not_finite_are_never_ranked(tmp_path: Path) -> None:
         def scores(self, relevance, layer_name=None):
             return super().scores(relevance**3, layer_name)
 
-    with pytest.warns(UserWarning, match="1 samples were skipped"):
+    skipped = pytest.warns(UserWarning, match="1 samples were skipped")
+    with skipped, pytest.warns(UserWarning, match=r"Cubed\(\) contradicts itself"):
         table = run(tmp_path, data, layer_map={"relu": Cubed()}, single_targets=list)
     assert "at layer 'relu' is not finite" in table.coverage().skipped[5]
     assert rows_of(table) == [(i, t) for i in range(9) if i != 5 for t in (0, 1)]
@@ -459,7 +460,7 @@ def test_another_model_composite_dataset_or_function_is_refused(tmp_path: Path) 
         ("dataset", other, {"composite": epsilon}),
         ("preprocess", data, {"composite": epsilon, "preprocess": lambda x: x}),
         ("single_targets", data, {"composite": epsilon, "single_targets": lambda label: [label]}),
-        ("layers", data, {"composite": epsilon, "layer_map": {"conv": ChannelConcept()}}),
+        ("set of layers and concepts", data, {"composite": epsilon, "layer_map": {"conv": ChannelConcept()}}),
     ]
     for name, dataset, change in changes:
         with pytest.raises(TableMismatchError, match=f"mined with another {name} "):

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crp.attribution import CondAttribution
-from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, UniformGamma, UniformZPlus
-from crp.rules import LRP0, DotProductAttention
+from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, UniformGamma, UniformZPlus
+from crp.errors import UnseenError
+from crp.rules import LRP0, DotProductAttention, register_attention
 
 HEADS, L, S, E = 2, 3, 4, 5
 
@@ -82,7 +83,7 @@ def closed_form(q, k, v, r, attention, scale=None, mask=None, dependent="qkv"):
 
 
 def operands(heads=HEADS):
-    shapes = ((2, heads, L, E), (2, heads, S, E), (2, heads, S, E))
+    shapes = ((1, heads, L, E), (1, heads, S, E), (1, heads, S, E))
     return [numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
@@ -96,7 +97,7 @@ def masked(*hidden):
 CAUSAL = masked(*((i, j) for i in range(L) for j in range(S) if j > i))
 HIDDEN = masked((0, 0), (1, 2), (2, 0), (2, 1))
 FULL = masked((0, 0), *((1, j) for j in range(S)))
-BIAS = numbers(2, HEADS, L, S, seed=9)
+BIAS = numbers(1, HEADS, L, S, seed=9)
 #: Keywords of the call, and what these do to logits.
 CALLS = {
     "plain": ({}, {}),
@@ -114,7 +115,7 @@ CALLS = {
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_dot_product_attention(call, attention):
     given, meant = CALLS[call]
-    inputs, r = operands(), numbers(2, HEADS, L, E, seed=8)
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
     found, kept = explain(lambda *t: F.scaled_dot_product_attention(*t, **given), inputs, r, lrp(attention))
     expected = closed_form(*inputs, r, attention, **meant)
     for name, one in zip("qkv", found, strict=True):
@@ -136,7 +137,7 @@ DEPENDENT = ["v", "q", "k", "qk", "qv", "kv", "qkv", "m", "vm", "qkvm"]
 @pytest.mark.parametrize("is_written", [False, True])
 def test_operands_that_do_not_depend_on_the_input_take_no_part(dependent, attention, is_written):
     everything = dict(zip("qkvm", [*operands(), BIAS], strict=True))
-    r = numbers(2, HEADS, L, E, seed=8)
+    r = numbers(1, HEADS, L, E, seed=8)
 
     def function(*inputs):
         t = everything | dict(zip(dependent, inputs, strict=True))
@@ -155,7 +156,7 @@ def test_operands_that_do_not_depend_on_the_input_take_no_part(dependent, attent
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_grouped_heads(attention):
     q, k, v = operands(4)[0], *operands(2)[1:]
-    r = numbers(2, 4, L, E, seed=8)
+    r = numbers(1, 4, L, E, seed=8)
     found, _ = explain(lambda *t: F.scaled_dot_product_attention(*t, enable_gqa=True), [q, k, v], r, lrp(attention))
     k, v = (t.repeat_interleave(2, 1) for t in (k, v))
     expected = closed_form(q, k, v, r, attention)
@@ -192,11 +193,21 @@ def masked_fill(q, k, v):
 
 def sink(q, k, v):
     """A logit that takes attention away, and is cut off."""
-    logits = torch.cat([q @ k.mT * E**-0.5, torch.full((2, HEADS, L, 1), -1e3, dtype=q.dtype)], -1)
+    logits = torch.cat([q @ k.mT * E**-0.5, torch.full((len(q), HEADS, L, 1), -1e3, dtype=q.dtype)], -1)
     return logits.softmax(-1)[..., :-1] @ v
 
 
+def exponentials(q, k, v):
+    logits = q @ k.mT * E**-0.5
+    e = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
 SPELLINGS = {
+    "exponentials": exponentials,
+    "exponentials_in_words": lambda q, k, v: torch.einsum(
+        "bhij,bhjd->bhid", torch.div((q @ k.mT * E**-0.5).exp(), (q @ k.mT * E**-0.5).exp().sum(3, True)), v
+    ),
     "function": F.scaled_dot_product_attention,
     "in_words": lambda q, k, v: F.scaled_dot_product_attention(value=v, key=k, query=q),
     "built_in": torch._C._nn.scaled_dot_product_attention,
@@ -220,7 +231,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_spellings_of_attention_are_explained_alike(name, attention):
-    inputs, r = operands(), numbers(2, HEADS, L, E, seed=8)
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
     found, _ = explain(SPELLINGS[name], inputs, r, lrp(attention, gates="split" if attention == "split" else "signal"))
     expected = closed_form(*inputs, r, attention)
     for key, one in zip("qkv", found, strict=True):
@@ -240,7 +251,96 @@ def test_attention_that_is_not_torchs_own_call_is_refused_by_name():
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
     with pytest.raises(NotImplementedError, match="no rule for scaled_dot_product_flash_attention_for_cpu"):
-        explain(low, operands(), numbers(2, HEADS, L, E), lrp("split"))
+        explain(low, operands(), numbers(1, HEADS, L, E), lrp("split"))
+
+
+@torch.compile(backend="eager")
+def compiled(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.transpose(-2, -1), -1) @ v
+
+
+def scripted(q, k, v):
+    return torch.jit.script(written)(q, k, v)
+
+
+def flexible(q, k, v):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v)
+
+
+class Kernel(torch.autograd.Function):
+    """Attention as a custom function, without a derivative of its derivative."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        ctx.save_for_backward(q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+
+
+def kernel(values, bias, keys, queries):
+    """Attention with its arguments in an order of its own, and more than one result."""
+    return Kernel.apply(queries, keys, values, bias), None
+
+
+UNSEEN = {
+    "vmap": lambda q, k, v: torch.vmap(F.scaled_dot_product_attention)(q, k, v),
+    "scripted": scripted,
+    "kernel": lambda q, k, v: kernel(v, BIAS, k, q)[0],
+    "flex_attention": flexible,
+    "compiled": compiled,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*(flex_attention|performance drop|not a leaf Tensor):UserWarning")
+@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_what_cannot_be_seen_is_right_or_refused(name, attention):
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
+    try:
+        found, _ = explain(UNSEEN[name], inputs, r, lrp(attention))
+    except UnseenError as error:
+        assert "Map Whole(rule) to the module" in str(error)
+        return
+    except NotImplementedError as error:
+        assert "FlexAttention does not support backward on CPU" in str(error)
+        return
+    assert name in ("compiled", "flex_attention")
+    expected = closed_form(*inputs, r, attention)
+    for key, one in zip("qkv", found, strict=True):
+        torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_registered_kernels_have_the_rule(attention):
+    attend = register_attention(kernel, q="queries", k=2, v=0, mask="bias")
+    assert register_attention(kernel) is attend and attend.__name__ == "kernel"
+    inputs, r = [*operands(), BIAS], numbers(1, HEADS, L, E, seed=8)
+    found, _ = explain(lambda q, k, v, m: attend(v, m, queries=q, keys=k)[0], inputs, r, lrp(attention))
+    expected = closed_form(*inputs[:3], r, attention, mask=BIAS, dependent="qkvm")
+    for key, one in zip(["q", "k", "v", "mask"], found, strict=True):
+        torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-9)
+    for composite, method in ((DeepLift(reference=0.3), "DeepLift"), (DeepTaylor(), "DeepTaylor")):
+        with pytest.raises(NotImplementedError, match=rf"{method} has no rule for kernel\(\)"):
+            explain(lambda q, k, v: attend(v, BIAS, queries=q, keys=k)[0], inputs[:3], r, composite)
+
+
+def test_kernels_that_cannot_be_registered():
+    with pytest.raises(ValueError, match=r"exponentials has no argument 3; it has \('q', 'k', 'v'\)"):
+        register_attention(exponentials, mask=3)
+    with pytest.raises(TypeError, match="have no names; wrap it in a function of Python"):
+        register_attention(torch.add)
 
 
 # --- nn.MultiheadAttention ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zennit.composites import NameMapComposite
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, Composite, EpsilonPlus, First, Kind, Last, UniformLRP0
+from crp.composites import LRP, Composite, Depth, EpsilonPlus, First, Kind, Last, UniformLRP0
 from crp.errors import UnseenError
 from crp.rules import AlphaBeta, Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
 
@@ -380,3 +380,31 @@ def test_account_closes_after_calls_that_were_not_accounted_for():
     kept = attribution.absorbed(inputs(), [{"y": 1}], composite)
     assert kept.rest.abs().max() <= 1e-12
     assert set(kept.layers) >= {"a", "b"}
+
+
+class Standardised(nn.Linear):
+    """A layer that computes its weight."""
+
+    def forward(self, x):
+        return F.linear(x, (self.weight - self.weight.mean(1, keepdim=True)) / self.weight.std(1, keepdim=True))
+
+
+def rules_of(model):
+    """Rules of the calls of `F.linear`, where the first half of the layers has z⁺."""
+    report = LRP(layer_map=[(Depth(0, 0.5, nn.Linear), ZPlus()), (nn.Linear, Epsilon(0.5))]).report(model, inputs())
+    return ["z+" if row.rule == repr(ZPlus()) else "ε" for row in report.operations if row.function == "linear"]
+
+
+def test_weights_that_one_module_computes_are_a_layer_each():
+    def wiring(s, x):
+        for layer in (s.a, s.b, s.c, s.d):
+            x = F.linear(x, layer.weight * layer.weight.abs())
+        return x
+
+    assert rules_of(net(wiring, **{name: nn.Linear(6, 6) for name in "abcd"})) == ["z+", "z+", "ε", "ε"]
+    assert rules_of(nn.Sequential(net(wiring, **{n: nn.Linear(6, 6) for n in "abcd"}))) == ["z+", "z+", "ε", "ε"]
+
+
+def test_module_that_computes_its_weight_at_each_call_is_one_layer():
+    model = net(lambda s, x: s.b(s.a(s.a(s.a(x)))), a=Standardised(6, 6), b=nn.Linear(6, 2))
+    assert rules_of(model) == ["z+", "z+", "z+", "ε"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,9 +42,12 @@ def test_every_sample_is_seen_or_missing_and_skipped_if_all_skip_it(
 @given(shards=shards_of())
 @settings(max_examples=60, deadline=None)
 def test_earlier_shards_are_those_whose_ranges_overlap(shards: list[ShardRecord]) -> None:
-    assert _get_earlier(shards) == [
-        [s for s in shards[:i] if s.stop > one.start] for i, one in enumerate(shards)
-    ]  # fmt: skip
+    for number, (one, found) in enumerate(zip(shards, _get_earlier(shards), strict=True)):
+        earlier = [s for s in shards[:number] if s.stop > one.start]
+        assert (found is None) == (not earlier)
+        if found is not None:
+            assert found.stops.tolist() == sorted(s.stop for s in earlier)
+            assert +found.skipped == Counter(i for s in earlier for i in s.skipped)
 
 
 def test_thousands_of_shards_with_many_skipped_samples() -> None:
@@ -51,7 +55,7 @@ def test_thousands_of_shards_with_many_skipped_samples() -> None:
     shards = [shard(n * 10, n * 10 + 10, {n * 10 + i: "broken" for i in (1, 3, 5, 7)}) for n in range(5_000)]
     begin = time.process_time()
     coverage = get_coverage(shards, 0, 60_000)
-    earlier = _get_earlier(shards)
+    earlier = list(_get_earlier(shards))
     assert time.process_time() - begin < 2
     assert (len(coverage.skipped), coverage.seen, coverage.missing) == (20_000, [(0, 50_000)], [(50_000, 60_000)])
     assert not any(earlier)

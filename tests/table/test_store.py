@@ -15,6 +15,7 @@ import pytest
 from table_maker import Source, make_header, make_table
 
 from crp.visualization.table import lock, shards
+from crp.visualization.table.document import get_checksum
 from crp.visualization.table.lock import locked
 from crp.visualization.table.manifest import ShardRecord
 from crp.visualization.table.store import (
@@ -160,8 +161,11 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest, with a checksum that fits."""
     manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksum"]
     change(manifest)
+    manifest["checksum"] = get_checksum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -181,7 +185,18 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         lambda m: m["shards"][0].update(more=1),
         lambda m: m["shards"].__setitem__(0, []),
         lambda m: m.update(shards=None),
-        lambda m: m.update(version=2),
+        lambda m: m.update(version=1),
+        lambda m: m.update(version=3),
+        lambda m: m.update(storage="float64"),
+        lambda m: m.update(layers=["a", "a"]),
+        lambda m: m.update(layers=["a"]),
+        lambda m: m.update(recipe=[]),
+        lambda m: m.update(n_samples=99),
+        lambda m: m["shards"][0].update(stop=100),
+        lambda m: m["shards"][0].update(concepts={"a": 0, "b": 5}),
+        lambda m: m["shards"][0].update(concepts={"a": 4, "b": 5}),
+        lambda m: m["shards"].append(m["shards"][0]),
+        lambda m: m.update(probes={"0": float("nan")}),
         lambda m: m.update(more=1),
         lambda m: m.pop("version"),
         lambda m: m.update(layers=1),

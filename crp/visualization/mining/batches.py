@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from crp.engine.backward import lacks_memory
+from crp.errors import ConceptError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.job import Job
@@ -22,8 +23,9 @@ from crp.visualization.mining.scores import Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
 from crp.visualization.mining.transfers import Transfers
 from crp.visualization.mining.writing import Shard, Shards, ShardWriter
+from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
-from crp.visualization.table.shards import make_folder, write_shard
+from crp.visualization.table.shards import write_shard
 
 T = TypeVar("T")
 
@@ -36,7 +38,7 @@ def mine_ranges(
     Shards end at multiples of the job's shard size, or where they are full; batches start where a shard does.
     """
     folder = job.path / "shards"
-    make_folder(folder)
+    make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
     loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
     state = _MiningState(_MemoryLimit(job.options.batch_size), Transfers(job.device), _preparation(job))
@@ -161,7 +163,8 @@ class _Batch:
         if self._job.targets != "label":
             self._targets |= self._choose(indices, data, finite)
         units = self._get_units([self._targets[index] for index in indices])
-        compute = partial(score_unit, self._job, self._state.transfers, data, indices, finite=finite)
+        first = not self._state.limit.works
+        compute = partial(score_unit, self._job, self._state.transfers, data, indices, finite=finite, check=first)
         scores = self._in_parts(units, indices, partial(_blame_data, compute, finite))
         self._state.limit.works |= bool(scores)
         return scores
@@ -281,7 +284,7 @@ class _Batch:
             try:
                 parts.append(compute(unit))
                 continue
-            except _NotFiniteError:
+            except (_NotFiniteError, ConceptError):  # (no sample's fault, or known whose)
                 raise
             except Exception as error:
                 if n_rows == 1:
@@ -326,6 +329,8 @@ def _blame_data(compute: Callable[[Unit], T], finite: Tensor | None, unit: Unit)
     """Result for a unit; an error where data is not finite is a `_NotFiniteError`."""
     try:
         return compute(unit)
+    except ConceptError:
+        raise
     except Exception as error:
         if finite is not None and not finite.all():
             raise _NotFiniteError from error

@@ -17,6 +17,8 @@ from zennit.core import Composite
 import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
+from crp.engine.attached import composite_on
+from crp.engine.encoding import Encoding
 from crp.engine.forward import check_layers
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.targets import Targets, parse_targets
@@ -199,6 +201,8 @@ def prepare(
     if composite is not None and not isinstance(composite, Composite):
         raise TypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
     checked = MiningOptions.of(options)
+    if "relevance" in checked.modes:
+        _check_multipliers(attribution, concepts, composite)
     device = torch.device(attribution.device if checked.device is None else checked.device)
     first = _get_first(dataset, checked.preprocess, device)
     return Job(
@@ -215,6 +219,19 @@ def prepare(
         targets=parse_targets(checked.targets),
         options=checked,
     )
+
+
+def _check_multipliers(
+    attribution: CondAttribution, concepts: Mapping[str, Concept], composite: Composite | None
+) -> None:
+    """Refuse concepts that need multipliers under composites that have none."""
+    encoding = Encoding.of(composite_on(attribution.model, composite))
+    for layer, concept in concepts.items():
+        if getattr(concept, "needs_multiplier", False) and (not encoding.multiplier or encoding.as_multiplier):
+            raise TypeError(
+                f"layer_map[{layer!r}]: {concept!r} needs multipliers, whose product with activation is relevance; "
+                f"{composite!r} has none. Use one of crp.composites, such as EpsilonPlus or GradientTimesInput"
+            )
 
 
 def _in_order(attribution: CondAttribution, layer_map: Mapping[str, Concept]) -> dict[str, Concept]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from crp.notices import warn
-from crp.trace.recorder import tensors_in
 
 Prepare = Callable[[Tensor], Tensor]
 #: Methods of tensors by which Python, or another library, reads values.
@@ -99,12 +99,12 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        depends = any(id(tensor) in self._known for tensor in tensors_in((args, dict(kwargs))))
+        depends = any(id(tensor) in self._known for tensor in tree_leaves((args, dict(kwargs))))
         if depends and getattr(func, "__name__", "") in _READING:
             self.reads_values = True
         result = func(*args, **kwargs)
         if depends:
-            self._known |= {id(tensor): tensor for tensor in tensors_in((result, args))}
+            self._known |= {id(part): part for part in tree_leaves((result, args)) if isinstance(part, Tensor)}
         return result
 
 

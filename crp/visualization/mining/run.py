@@ -26,9 +26,10 @@ from crp.notices import warn
 from crp.visualization.mining.batches import mine_ranges
 from crp.visualization.mining.datasets import SampleError as SampleError
 from crp.visualization.mining.job import Job, MiningKeywords, prepare
+from crp.visualization.table.files import make_folder, make_own_folder, write_atomic
 from crp.visualization.table.lock import TableLockedError, locked
 from crp.visualization.table.manifest import ShardRecord, TableCorruptError
-from crp.visualization.table.shards import check_shard, make_folder, write_atomic
+from crp.visualization.table.shards import check_shard
 from crp.visualization.table.store import Table
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def merge(path: str | Path, *others: str | Path) -> Table:
         known.check_header(source.header)
     with _turn(path):
         table = Table.open(path)
-        make_folder(path / "shards")
+        make_own_folder(path / "shards")
         for source in sources:
             for shard in [*source.shards, *source.unlisted()]:
                 if not (path / "shards" / shard.file).exists():

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.concepts import Concept
+from crp.concepts import ChannelConcept, Concept, check_concept
+from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations
 from crp.visualization.mining.transfers import Fetched, Transfers
@@ -52,7 +53,7 @@ class UnitScores:
 
 
 def score_unit(
-    job: Job, transfers: Transfers, data: Tensor, indices: Sequence[int], unit: Unit, finite: Tensor | None
+    job: Job, transfers: Transfers, data: Tensor, indices: Sequence[int], unit: Unit, finite: Tensor | None, check: bool
 ) -> UnitScores:
     """Attribute and score the rows of a unit; nothing waits for the device.
 
@@ -67,6 +68,8 @@ def score_unit(
     unit : list of (int, list of int)
     finite : Tensor of shape (samples,), optional
         Fetched together with the scores.
+    check : bool
+        Whether concepts that contradict themselves are an error.
     """
     places = [place for place, _ in unit]
     batch = data if places == list(range(len(data))) else data[places]
@@ -77,7 +80,7 @@ def score_unit(
         for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds)
+            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds, check)
             for key, column in columns.items():
                 found.setdefault(key, []).append(column)
     joined = {key: columns[0] if len(columns) == 1 else torch.cat(columns) for key, columns in found.items()}
@@ -87,27 +90,38 @@ def score_unit(
     return UnitScores(sample, slots, transfers.fetch(joined | flags))
 
 
-def _get_recorded(job: Job, batch: Tensor, targets: list[list[int]]) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
+def _get_recorded(
+    job: Job, batch: Tensor, targets: list[list[int]]
+) -> Iterator[Mapping[str, Mapping[str, Tensor | LayerValues]]]:
     """Relevance of layers, one target after the other; the first also comes with their activation."""
-    layers = list(job.concepts)
+    layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, job.options.on_device)}
+        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, device)}
         return
-    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, job.options.on_device)
+    reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
+    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
     for number, result in enumerate(results):
         activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
-        yield {"relevance": result.relevances} | ({} if number else {"activation": activations})
+        relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
+        yield {"relevance": relevances} | ({} if number else {"activation": activations})
 
 
 @torch.no_grad()
-def _get_columns(concept: Concept, values: Tensor, layer: str, mode: str, kinds: Sequence[str]) -> dict[str, Tensor]:
-    scores = concept.scores(values, layer)
+def _get_columns(
+    concept: Concept, values: Tensor | LayerValues, layer: str, mode: str, kinds: Sequence[str], check: bool
+) -> dict[str, Tensor]:
+    if isinstance(values, Tensor):
+        n_rows, scores = len(values), activation_scores(concept, values, layer)
+    else:
+        if check:
+            check_concept(concept, values, layer)
+        n_rows, scores = len(values.relevance), relevance_scores(concept, values, layer)
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
     for kind in kinds:
         value: Tensor = getattr(scores, kind)
-        if value.dim() != 2 or len(value) != len(values):
+        if value.dim() != 2 or len(value) != n_rows:
             raise ValueError(
-                f"{concept!r} scores {len(values)} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
+                f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
                 "it must be (rows, concepts)"
             )
         value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)

@@ -157,6 +157,7 @@ def attribute_targets(
     composite: Composite | None,
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
+    multipliers: bool = False,
 ) -> Iterator[AttributionResults]:
     """Attribute several targets of every sample; each sample takes part in one forward pass.
 
@@ -170,6 +171,8 @@ def attribute_targets(
     layers : sequence of str
         Recorded ones.
     on_device : torch.device or str, optional
+    multipliers : bool
+        Whether results keep multipliers, which not all concepts read.
 
     Yields
     ------
@@ -190,9 +193,9 @@ def attribute_targets(
                 attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
             )
         return
-    # Scores need relevance only; multipliers would be a second copy from the device.
+    # Multipliers would be a second copy from the device, which scores of channels do not need.
     settings = Settings(
-        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=False
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=multipliers
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
     rows = Rows.of(list(range(len(data))) * len(slots), [condition for slot in slots for condition in slot])

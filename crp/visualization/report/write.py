@@ -27,9 +27,9 @@ from crp.visualization.report.page import (
     render,
 )
 from crp.visualization.report.pictures import heatmap_picture, sample_picture
+from crp.visualization.table.files import write_atomic
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import ClassMeans, ReferenceSamples, class_means, top_k
-from crp.visualization.table.shards import write_atomic
 from crp.visualization.table.store import Table
 
 if TYPE_CHECKING:

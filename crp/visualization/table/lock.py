@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crp.visualization.table.manifest import TableError
-from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.files import check_file, write_atomic
+from crp.visualization.table.manifest import TableCorruptError, TableError
 
 _PATTERN = "lock-*.json"
+#: How often a lock is written whose temporary file another run takes for one that was left behind.
+_ATTEMPTS = 20
+#: Bytes of a lock, at most.
+_SIZE = 1 << 16
 #: Roles, and the roles that may not hold the folder at the same time: a whole run, a part of a run, a merge of parts.
 _CONFLICTS = {"run": {"run", "part", "merge"}, "part": {"run"}, "merge": {"run", "merge"}}
 
@@ -47,8 +51,15 @@ def locked(folder: Path, role: str = "run") -> Iterator[None]:
         At once, if another run that may be alive holds the folder; the message names it.
     """
     own = folder / f"lock-{uuid.uuid4().hex}.json"
+    content = json.dumps(_owner() | {"role": role}).encode()
     try:
-        write_atomic(own, json.dumps(_owner() | {"role": role}).encode())
+        for attempt in range(_ATTEMPTS):
+            try:
+                write_atomic(own, content)
+                break
+            except FileNotFoundError:  # a run that holds the folder has cleaned it meanwhile
+                if attempt == _ATTEMPTS - 1 or not folder.is_dir():
+                    raise
         for other in sorted(folder.glob(_PATTERN)):
             if other == own:
                 continue
@@ -88,12 +99,14 @@ def _machine() -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    owner = None
     try:
-        owner = json.loads(path.read_text())
+        # (a folder, a link or a pipe in the place of a lock is not read, and counts as a lock)
+        with contextlib.suppress(ValueError, RecursionError, TableCorruptError):
+            if check_file(path).st_size <= _SIZE:
+                owner = json.loads(path.read_text())
     except FileNotFoundError:  # released in the meantime
         return None
-    except ValueError:
-        owner = None
     return owner if isinstance(owner, dict) else {"pid": "unknown", "host": "unknown"}
 
 

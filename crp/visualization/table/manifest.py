@@ -1,6 +1,6 @@
 """What a table's manifest says: what was mined, and which shards there are.
 
-All of it is plain data; files are read and written by `shards` and `store`.
+All of it is plain data; `document` makes text of it, and `files` writes and reads that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 #: Of the layout on disk.
-VERSION = 1
+VERSION = 2
 MODES = ("relevance", "activation")
 KINDS = ("sum", "max")
+#: How values are kept: as they were computed, or as float16 with a scale for each concept of a shard.
+STORAGES = ("float32", "float16")
 
 #: File names of shards.
 NAME = re.compile(r"\d{1,18}-\d{1,18}-[0-9a-f]{8}\.safetensors")
@@ -93,8 +95,10 @@ class ShardRecord:
             numbers = (record.start, record.stop, record.rows, *record.concepts.values())
             sound = all(type(n) is int and n >= 0 for n in numbers) and record.start < record.stop
             sound = sound and all(record.start <= i < record.stop for i in record.skipped)
-            if not (sound and NAME.fullmatch(record.file) and _SHA.fullmatch(record.sha256)):
-                raise ValueError("values out of range, or a file name that no shard has")
+            sound = sound and 0 not in record.concepts.values() and bool(record.concepts) == (record.rows > 0)
+            named = f"{record.start}-{record.stop}-{record.sha256[:8]}.safetensors"
+            if not (sound and NAME.fullmatch(record.file) and _SHA.fullmatch(record.sha256) and record.file == named):
+                raise ValueError("values out of range, or a file name that no such shard has")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise TableCorruptError(f"{source}: shard {entry!r} is not valid: {error}") from error
         return record
@@ -164,6 +168,14 @@ class TableHeader:
         Of the model, the composite, the dataset, the concepts and the functions in between.
     versions : dict of str to str
         Of the libraries it was mined with; for information.
+    storage : {"float32", "float16"}
+        How values are kept; of a model that computes in float64, ``"float32"`` keeps float64.
+    probes : dict of str to str
+        What a few samples were when the table was made, by their indices; a dataset that differs is another one.
+    recipe : dict of str to object
+        The same as the fingerprints in words: how model, weights, dataset and the rest were named. Plain JSON.
+    version : int
+        Of the layout on disk.
     """
 
     n_samples: int
@@ -172,18 +184,29 @@ class TableHeader:
     kinds: tuple[str, ...] = KINDS
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    storage: str = STORAGES[0]
+    probes: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
 
     def __post_init__(self) -> None:
-        words = (*self.layers, *self.modes, *self.kinds)
-        words += (*self.fingerprints, *self.fingerprints.values(), *self.versions, *self.versions.values())
+        words = [*self.layers, *self.modes, *self.kinds, self.storage]
+        for mapping in (self.fingerprints, self.versions, self.probes):
+            words += [*mapping, *mapping.values()]
         if type(self.n_samples) is not int or self.n_samples < 0 or not all(type(word) is str for word in words):
             raise TypeError(f"n_samples must be a number and all else words; not {self}")
+        parts = ((self.modes, MODES), (self.kinds, KINDS), ((self.storage,), STORAGES))
+        if any(not set(there) <= set(known) for there, known in parts) or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"modes, kinds and storage must be known ones, and each layer once; not {self}")
+        if not isinstance(self.recipe, Mapping) or json.loads(json.dumps(self.recipe, allow_nan=False)) != self.recipe:
+            raise TypeError(f"recipe must be plain JSON, not {self.recipe!r}")
 
     @property
     def identity(self) -> str:
-        """Short hash of all that must agree between shards of one table."""
-        content = {key: value for key, value in asdict(self).items() if key != "versions"}
-        return hashlib.sha256(json.dumps([VERSION, content], sort_keys=True).encode()).hexdigest()[:32]
+        """Short hash of all that must agree between shards of one table; its dataset may grow."""
+        names = ["layers", "modes", "kinds", "fingerprints"] + (["n_samples"] if self.version == 1 else ["storage"])
+        content = {name: getattr(self, name) for name in names}
+        return hashlib.sha256(json.dumps([self.version, content], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def get_coverage(shards: Sequence[ShardRecord], start: int, stop: int) -> Coverage:

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from crp.visualization.table.manifest import Array, Block
-from crp.visualization.table.shards import write_atomic
+from crp.visualization.table.files import check_file, make_own_folder, write_atomic
+from crp.visualization.table.manifest import Array, Block, TableCorruptError
 from crp.visualization.table.store import Table
 
 
@@ -337,14 +337,17 @@ def _cached(table: Table, query: object, compute: Callable[[], tuple[Array, ...]
     key = hashlib.sha256(json.dumps([table.digest, query]).encode()).hexdigest()[:32]
     path = table.path / "derived" / f"{key}.safetensors"
     unusable = (OSError, SafetensorError, KeyError, TypeError, ValueError)
-    with contextlib.suppress(*unusable), safe_open(path, framework="numpy") as file:
-        answer = tuple(file.get_tensor(str(i)) for i in range(len(file.keys())))
-        if file.metadata()["sha256"] == _hash(answer):
-            return answer
+    with contextlib.suppress(*unusable):
+        check_file(path)
+        with safe_open(path, framework="numpy") as file:
+            answer = tuple(file.get_tensor(str(i)) for i in range(len(file.keys())))
+            if file.metadata()["sha256"] == _hash(answer):
+                return answer
     answer = tuple(np.ascontiguousarray(array) for array in compute())
     content = save({str(i): array for i, array in enumerate(answer)}, metadata={"sha256": _hash(answer)})
-    with contextlib.suppress(OSError):  # a folder that cannot be written can still be read
-        path.parent.mkdir(exist_ok=True)
+    # A folder that cannot be written, or holds a link in place of its own, can still be read.
+    with contextlib.suppress(OSError, TableCorruptError):
+        make_own_folder(path.parent)
         write_atomic(path, content)
     return answer
 

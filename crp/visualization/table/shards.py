@@ -1,13 +1,13 @@
-"""Shard files: each holds a range of a dataset, is complete or absent, and is checked by its hash before it is read."""
+"""Shard files: one stretch of a dataset each, complete or absent, and checked before their content is believed."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
+import heapq
 import json
-import os
-import uuid
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from crp.visualization.table.contents import find_problem
+from crp.visualization.table.files import check_file, write_atomic
 from crp.visualization.table.manifest import Array, Block, RowIds, ShardRecord, TableCorruptError
 
 _REDO = "mine again with the same arguments to redo it"
-#: Files whose sha256 was checked, as (path, size, time of change, sha256).
+#: Files that were written here, or found to be what their record says, as (path, size, time of change, sha256).
 _verified: set[tuple[str, int, int, str]] = set()
+#: What reading a file that is no shard, or a forged one, may raise.
+_UNREADABLE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def write_shard(
@@ -51,15 +55,15 @@ def write_shard(
     sha = hashlib.sha256(content).hexdigest()
     file = f"{start}-{stop}-{sha[:8]}.safetensors"
     write_atomic(folder / file, content)
-    status = (folder / file).stat()  # (what has just been written and synced is not read again to be checked)
-    _verified.add((str((folder / file).resolve()), status.st_size, status.st_mtime_ns, sha))
+    _verified.add(_state(folder / file, sha))
     concepts = _concepts({key: array.shape for key, array in arrays.items()})
     return ShardRecord(file, sha, start, stop, rows, concepts, dict(skipped))
 
 
 def read_record(path: Path, identity: str) -> ShardRecord | None:
     """Record of a shard file that no manifest lists; None if it is damaged or belongs to another table."""
-    with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, *_UNREADABLE):
+        check_file(path)
         sha = _sha256(path)
         with safe_open(path, framework="numpy") as file:
             described = json.loads(file.metadata()["crp"])
@@ -89,74 +93,44 @@ def open_shard(folder: Path, record: ShardRecord) -> Iterator[Any]:
         raise TableCorruptError(f"{path} is damaged ({error}); {_REDO}") from error
 
 
-def check_shard(folder: Path, record: ShardRecord) -> None:
-    """Raise a `TableCorruptError` unless the file is there and has the sha256 of its record (computed once)."""
+def check_shard(folder: Path, record: ShardRecord, *, again: bool = False) -> None:
+    """Raise a `TableCorruptError` unless a shard's file is what its record says, and holds what a shard may hold.
+
+    Parameters
+    ----------
+    folder : Path
+        ``<table>/shards``.
+    record : ShardRecord
+    again : bool
+        Read the file, also where this process has read or written it and its size and time are as they were.
+    """
     path = folder / record.file
     try:
-        status = path.stat()
-        known = (str(path.resolve()), status.st_size, status.st_mtime_ns, record.sha256)
-        if known in _verified:
+        state = _state(path, record.sha256)
+        if state in _verified and not again:
             return
+        _verified.discard(state)
         sha = _sha256(path)
+        if sha != record.sha256:
+            raise TableCorruptError(
+                f"{path} is damaged: its sha256 is {sha[:16]}…, the manifest says {record.sha256[:16]}…; {_REDO}"
+            )
+        with safe_open(path, framework="numpy") as file:
+            problem = find_problem(file, record)
     except OSError as error:
         raise TableCorruptError(f"{path} cannot be read ({error.strerror}); {_REDO}") from error
-    if sha != record.sha256:
-        raise TableCorruptError(
-            f"{path} is damaged: its sha256 is {sha[:16]}…, the manifest says {record.sha256[:16]}…; {_REDO}"
-        )
-    _verified.add(known)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent, also after a crash: written beside, synced, then renamed.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; of a full disk, the message says what to do.
-    """
-    with _hinted(path):
-        _write(path, content)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, unless it exists; on a full disk, the error says what to do, as in `write_atomic`."""
-    with _hinted(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _hinted(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        hint = f"{error.strerror}: what was written before is kept; make room, then run the same again to go on"
-        raise OSError(error.errno, hint, str(path)) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            view = memoryview(content)
-            while view:
-                view = view[os.write(handle, view) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except TableCorruptError:
         raise
-    if os.name != "nt":  # a rename outlasts a crash once its folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    except _UNREADABLE as error:
+        raise TableCorruptError(f"{path} is damaged ({error}); {_REDO}") from error
+    if problem:
+        raise TableCorruptError(f"{path} is not what mining writes: {problem}; {_REDO}")
+    _verified.add(state)
+
+
+def _state(path: Path, sha: str) -> tuple[str, int, int, str]:
+    status = check_file(path)
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, sha
 
 
 def _sha256(path: Path) -> str:
@@ -242,25 +216,47 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
                 yield Block(sample[part], target[part], value, position.astype(np.int64))
 
 
-def _read_ids(folder: Path, shard: ShardRecord, earlier: Sequence[ShardRecord]) -> tuple[RowIds, Array]:
+class _Overlap(NamedTuple):
+    """Earlier shards that reach into the range of a shard.
+
+    Attributes
+    ----------
+    stops : array of int
+        Where each ends, ascending. All begin at or before the shard, as shards are in the order of their ranges.
+    skipped : mapping of int to int
+        By sample, how many of them have skipped it.
+    """
+
+    stops: Array
+    skipped: Mapping[int, int]
+
+
+def _read_ids(folder: Path, shard: ShardRecord, earlier: _Overlap | None) -> tuple[RowIds, Array]:
     """Sample and target of a shard's rows that no earlier shard holds, and their place in the shard."""
     with open_shard(folder, shard) as file:
         sample, target = file.get_tensor("sample"), file.get_tensor("target")
     keep = np.ones(len(sample), bool)
-    for other in earlier:
-        inside = (sample >= other.start) & (sample < other.stop)
-        keep &= ~(inside & ~np.isin(sample, list(other.skipped)))
+    if earlier is not None:
+        n_around = len(earlier.stops) - np.searchsorted(earlier.stops, sample, "right")
+        n_skipped = np.array([earlier.skipped.get(i, 0) for i in sample.tolist()], np.int64)
+        keep = n_around == n_skipped
     return RowIds(sample[keep], target[keep]), np.flatnonzero(keep)
 
 
-def _get_earlier(shards: Sequence[ShardRecord]) -> list[list[ShardRecord]]:
-    """For each shard, in the order of their ranges, those before it whose ranges overlap with its range."""
-    found, reaching = [], list[ShardRecord]()
-    for shard in shards:
-        reaching = [other for other in reaching if other.stop > shard.start]
-        found.append(list(reaching))
-        reaching.append(shard)
-    return found
+def _get_earlier(shards: Sequence[ShardRecord]) -> Iterator[_Overlap | None]:
+    """For each shard, in the order of their ranges, those before it whose ranges overlap with its range, if any."""
+    stops: list[int] = []
+    reaching: list[tuple[int, int, Mapping[int, str]]] = []  # a heap by the stop
+    skipped = Counter[int]()
+    for number, shard in enumerate(shards):
+        while reaching and reaching[0][0] <= shard.start:
+            stop, _, left = heapq.heappop(reaching)
+            del stops[bisect_left(stops, stop)]
+            skipped.subtract(left.keys())
+        yield _Overlap(np.array(stops, np.int64), skipped) if stops else None
+        insort(stops, shard.stop)
+        heapq.heappush(reaching, (shard.stop, number, shard.skipped))
+        skipped.update(shard.skipped.keys())
 
 
 def _get_span(concepts: Array | None) -> tuple[slice, Array | None]:

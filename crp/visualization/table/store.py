@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from crp.visualization.table.document import decode, encode
+from crp.visualization.table.files import check_file, check_folder, make_own_folder, read_file, write_atomic
 from crp.visualization.table.lock import TableLockedError as TableLockedError
 from crp.visualization.table.manifest import (
     DERIVED,
@@ -37,17 +38,7 @@ from crp.visualization.table.manifest import (
 from crp.visualization.table.manifest import KINDS as KINDS
 from crp.visualization.table.manifest import MODES as MODES
 from crp.visualization.table.manifest import TableError as TableError
-from crp.visualization.table.shards import (
-    Query,
-    check_shard,
-    count_rows,
-    make_folder,
-    open_shard,
-    read_blocks,
-    read_record,
-    read_rows,
-    write_atomic,
-)
+from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
 
 _ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -71,8 +62,8 @@ class Table:
 
     @staticmethod
     def exists(path: str | Path) -> bool:
-        """Whether a folder holds a table."""
-        return (Path(path) / "manifest.json").is_file()
+        """Whether a folder holds a table, or something in the place of its manifest."""
+        return os.path.lexists(Path(path) / "manifest.json")
 
     @classmethod
     def open(cls, path: str | Path) -> Table:
@@ -87,25 +78,17 @@ class Table:
         """
         manifest = Path(path) / "manifest.json"
         try:
-            content = json.loads(manifest.read_bytes())
-        except FileNotFoundError:
+            text = read_file(manifest)
+        except (FileNotFoundError, NotADirectoryError):
             raise TableNotFoundError(f"nothing was mined into {path}: it has no manifest.json") from None
-        except (ValueError, RecursionError) as error:
-            raise TableCorruptError(f"{manifest} is damaged: {error}") from error
-        try:
-            if content.pop("version") != VERSION:
-                raise TableCorruptError(f"{manifest} is not of version {VERSION}, which this version of crp reads")
-            shards = [ShardRecord.from_json(entry, manifest) for entry in content.pop("shards")]
-            content |= {key: tuple(content[key]) for key in ("layers", "modes", "kinds")}
-            return cls(path, TableHeader(**content), shards)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise TableCorruptError(f"{manifest} is no manifest of a table: {error!r}") from error
+        check_folder(Path(path) / "shards")
+        return cls(path, *decode(text, manifest))
 
     @classmethod
     def create(cls, path: str | Path, header: TableHeader) -> Table:
         """Table without shards in a folder, which is made."""
         table = cls(path, header)
-        make_folder(table.path / "shards")
+        make_own_folder(table.path / "shards")
         table._save()
         return table
 
@@ -117,7 +100,10 @@ class Table:
     @staticmethod
     def discard(path: str | Path) -> None:
         """Delete the table in a folder, if there is one, and nothing else."""
-        (Path(path) / "manifest.json").unlink(missing_ok=True)
+        manifest = Path(path) / "manifest.json"
+        if manifest.is_dir() and not manifest.is_symlink():
+            check_file(manifest)
+        manifest.unlink(missing_ok=True)
         for folder, names in ((Path(path) / "shards", NAME), (Path(path) / "derived", DERIVED)):
             for file in folder.glob("*.safetensors"):
                 if names.fullmatch(file.name) and not folder.is_symlink():
@@ -272,17 +258,19 @@ class Table:
 
     def verify(self) -> list[str]:
         """Check every shard against the manifest, byte by byte; returns what is wrong, nothing if all is well."""
-        problems = []
+        return list(self._damaged(again=True).values())
+
+    def damaged(self) -> list[str]:
+        """What is wrong with shards; those that this process has read or written are only asked for size and time."""
+        return list(self._damaged().values())
+
+    def _damaged(self, again: bool = False) -> dict[str, str]:
+        problems = {}
         for shard in self.shards:
             try:
-                with open_shard(self.path / "shards", shard) as file:
-                    sample, target = file.get_tensor("sample"), file.get_tensor("target")
-                inside = ((sample >= shard.start) & (sample < shard.stop)).all()
-                step, next_target = np.diff(sample), np.diff(target) > 0
-                if len(sample) != shard.rows or not inside or not ((step > 0) | ((step == 0) & next_target)).all():
-                    problems.append(f"{shard.file}: its rows do not ascend from {shard.start} to {shard.stop - 1}")
+                check_shard(self.path / "shards", shard, again=again)
             except TableCorruptError as error:
-                problems.append(str(error))
+                problems[shard.file] = str(error)
         return problems
 
     def add(self, shard: ShardRecord) -> None:
@@ -324,12 +312,7 @@ class Table:
 
     def drop_damaged(self) -> list[str]:
         """Forget shards whose files are missing or damaged, so that their samples count as missing; returns why."""
-        problems = {}
-        for shard in self.shards:
-            try:
-                check_shard(self.path / "shards", shard)
-            except TableCorruptError as error:
-                problems[shard.file] = str(error)
+        problems = self._damaged()
         if problems:
             self._change([shard for shard in self.shards if shard.file not in problems])
         return list(problems.values())
@@ -350,6 +333,11 @@ class Table:
         return ids % n
 
     def _change(self, shards: Iterable[ShardRecord]) -> None:
+        if self.header.version != VERSION:
+            raise TableError(
+                f"the table in {self.path} is of version {self.header.version}, which is read and not added to; "
+                "mine into another folder"
+            )
         before, self.shards = self.shards, sorted(shards, key=_order)
         try:
             self._save()
@@ -361,9 +349,7 @@ class Table:
                 file.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        head = json.dumps({"version": VERSION, **asdict(self.header)}, indent=1).removesuffix("\n}")
-        shards = ",\n".join(json.dumps(shard.to_json()) for shard in self.shards)  # a line for each
-        write_atomic(self.path / "manifest.json", f'{head},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
+        write_atomic(self.path / "manifest.json", encode(self.header, self.shards))
 
 
 def _order(shard: ShardRecord) -> tuple[int, int, str]:

@@ -1,0 +1,164 @@
+"""Activation and multiplier vectors of a layer at single positions, from which directions are found."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from zennit.core import Composite
+
+from crp.attribution import CondAttribution
+from crp.concepts.reading import LayerValues
+from crp.visualization.mining.datasets import indexed, read
+
+
+class Collected(NamedTuple):
+    """Vectors of a layer.
+
+    Attributes
+    ----------
+    activations, multipliers : Tensor of shape (vectors, channels)
+        Relevance is their product. Activations are less those of the reference, where the composite has one.
+    sample, target, position : ndarray of shape (vectors,), int64
+        Which sample of the dataset, whose class's relevance, and where in the flattened space.
+    """
+
+    activations: Tensor
+    multipliers: Tensor
+    sample: np.ndarray
+    target: np.ndarray
+    position: np.ndarray
+
+
+def collect(
+    attribution: CondAttribution,
+    dataset: Any,
+    composite: Composite,
+    layer: str,
+    n: int = 5000,
+    *,
+    per_sample: int = 10,
+    axis: int = 1,
+    labels: Sequence[int] | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Collected:
+    """Draw vectors of a layer, from equally many samples of each class and at random positions.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    dataset : Dataset
+        Gives pairs (tensor, class), read by index.
+    composite : crp.composites.Composite
+        One in multiplier encoding, whose relevance is the product of activation and multiplier.
+    layer : str
+    n : int
+        Number of vectors, at most: less if the samples do not suffice.
+    per_sample : int
+        Positions drawn of each sample; all, where a layer has fewer.
+    axis : int
+        Axis of the channels in the layer's output: 1, or -1 for tokens.
+    labels : sequence of int, optional
+        Class of every sample. By default, the dataset's ``targets`` or ``labels``, or what reading every sample gives.
+    preprocess : callable, optional
+        Function of samples of shape (1, ...).
+    batch_size : int
+        Samples attributed at once.
+    seed : int
+
+    Returns
+    -------
+    Collected
+
+    Raises
+    ------
+    ValueError
+        If the number of labels is not that of the samples.
+    TypeError
+        If the composite has no multipliers whose product with activation is relevance.
+    """
+    dataset = indexed(dataset)
+    rng = np.random.default_rng(seed)
+    classes = _classes(dataset, labels)
+    first = _vectors(attribution, dataset, composite, layer, [0], classes, preprocess, axis)
+    drawn_of_each = min(per_sample, first[0].shape[1])
+    samples = _stratified(classes, -(-n // drawn_of_each), rng)
+    parts = []
+    for begin in range(0, len(samples), batch_size):
+        chosen = samples[begin : begin + batch_size]
+        activations, multipliers = _vectors(attribution, dataset, composite, layer, chosen, classes, preprocess, axis)
+        places = np.stack([rng.permutation(activations.shape[1])[:drawn_of_each] for _ in chosen])
+        index = torch.from_numpy(places)[..., None].expand(-1, -1, activations.shape[2]).to(activations.device)
+        parts.append((activations.gather(1, index).flatten(0, 1), multipliers.gather(1, index).flatten(0, 1), places))
+    sample = np.repeat(np.array(samples, np.int64), drawn_of_each)
+    return Collected(
+        torch.cat([part[0] for part in parts])[:n],
+        torch.cat([part[1] for part in parts])[:n],
+        sample[:n],
+        classes[sample][:n],
+        np.concatenate([part[2].reshape(-1) for part in parts])[:n].astype(np.int64),
+    )
+
+
+def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
+    """Class of every sample."""
+    if labels is None:
+        labels = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
+    if labels is None:
+        labels = [read(dataset, i).label for i in range(len(dataset))]
+    try:
+        classes = np.array([int(label) for label in labels], np.int64)
+    except TypeError:
+        raise TypeError(f"labels must be one class for each sample, such as 3; the first is {labels[0]!r}") from None
+    if len(classes) != len(dataset):
+        raise ValueError(f"there are {len(classes)} labels for {len(dataset)} samples")
+    return classes
+
+
+def _stratified(classes: np.ndarray, n: int, rng: np.random.Generator) -> list[int]:
+    """Samples in a random order in which all classes take turns, as long as they have samples."""
+    turn = defaultdict[int, int](int)
+    keyed = []
+    for sample in rng.permutation(len(classes)).tolist():
+        label = int(classes[sample])
+        keyed.append((turn[label], sample))
+        turn[label] += 1
+    return [sample for _, sample in sorted(keyed, key=lambda pair: pair[0])][:n]
+
+
+def _vectors(
+    attribution: CondAttribution,
+    dataset: Any,
+    composite: Composite,
+    layer: str,
+    samples: Sequence[int],
+    classes: np.ndarray,
+    preprocess: Callable[[Tensor], Tensor] | None,
+    axis: int,
+) -> tuple[Tensor, Tensor]:
+    """What relevance counts and multipliers, each (samples, positions, channels)."""
+    tensors = []
+    for i in samples:
+        sample = read(dataset, i)
+        if sample.problem is not None:
+            raise sample.problem.error or TypeError(f"sample {i}: {sample.problem.reason}")
+        one = sample.data[None].to(attribution.device)
+        tensors.append(one if preprocess is None else preprocess(one))
+    conditions = [{attribution.MODEL_OUTPUT_NAME: int(classes[i])} for i in samples]
+    result = attribution(torch.cat(tensors), conditions, composite, [layer])
+    values = LayerValues.of(result, layer)
+    if values.counted is None or values.multiplier is None:
+        raise TypeError(
+            f"{composite!r} has no multipliers whose product with activation is relevance; use one of crp.composites, "
+            "such as EpsilonPlus or GradientTimesInput"
+        )
+    counted, multiplier = (
+        t.movedim(axis, -1).reshape(len(t), -1, t.shape[axis]) for t in (values.counted, values.multiplier)
+    )
+    return counted.detach(), multiplier.detach()

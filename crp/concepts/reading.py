@@ -1,0 +1,204 @@
+"""What concepts read in the results of an attribution, and a check that a concept type agrees with itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crp.concepts.base import Concept, mask_of
+from crp.concepts.scores import ConceptScores, by_position, scores_of
+from crp.errors import ConceptError
+from crp.notices import warn
+from crp.types import AttributionResults
+
+
+class LayerValues(NamedTuple):
+    """What an attribution recorded of one layer.
+
+    Attributes
+    ----------
+    activation : Tensor of shape (rows, *layer shape)
+    relevance : Tensor of the same shape
+    multiplier : Tensor of the same shape, or None
+        None where it is not known, as under composites of zennit.
+    counted : Tensor of the same shape, or None
+        What relevance counts: the activation, or what it differs by from a reference. None where relevance is not its
+        product with the multiplier.
+    """
+
+    activation: Tensor
+    relevance: Tensor
+    multiplier: Tensor | None = None
+    counted: Tensor | None = None
+
+    @classmethod
+    def of(cls, result: AttributionResults, layer: str) -> LayerValues:
+        """Values of a recorded layer."""
+        for recorded in (result.activations, result.relevances):
+            if layer not in recorded:
+                raise KeyError(f"layer {layer!r} was not recorded; the result has {sorted(recorded)}")
+        multipliers, counted = result.multipliers or {}, result.counted or {}
+        return cls(result.activations[layer], result.relevances[layer], multipliers.get(layer), counted.get(layer))
+
+    def rows(self, chosen: slice) -> LayerValues:
+        """Values of some rows."""
+        return LayerValues(*(None if tensor is None else tensor[chosen].detach() for tensor in self))  # type: ignore[arg-type]
+
+
+def relevance_in(concept: Concept, result: AttributionResults, layer_name: str) -> Tensor:
+    """Relevance of every concept at every position, from the result of an attribution.
+
+    Parameters
+    ----------
+    concept : Concept
+    result : AttributionResults
+        With the layer among its recorded ones.
+    layer_name : str
+
+    Returns
+    -------
+    Tensor of shape (rows, concepts, *positions)
+
+    Raises
+    ------
+    KeyError
+        If the layer was not recorded.
+    TypeError
+        If the concepts need multipliers, and the composite propagated relevance itself.
+    """
+    return _relevance(concept, LayerValues.of(result, layer_name), layer_name)
+
+
+def code_of(concept: Any, activation: Tensor) -> Tensor:
+    """How active each concept is: `Concept.code`, or the activation for concepts from before it."""
+    code = getattr(concept, "code", None)
+    return activation if code is None else code(activation)
+
+
+def activation_scores(concept: Any, activation: Tensor, layer_name: str) -> ConceptScores:
+    """Scores of every concept of every sample by how active it was."""
+    if has_own(concept, "code"):
+        return scores_of(code_of(concept, activation), layer_name)
+    found: ConceptScores = concept.scores(activation, layer_name)
+    return found
+
+
+def activation_sums(concept: Any, activation: Tensor, layer_name: str) -> Tensor:
+    """How active every concept is, summed over its positions, of shape (rows, concepts)."""
+    if has_own(concept, "code"):
+        return by_position(code_of(concept, activation), layer_name).sum(-1)
+    found: Tensor = concept.attribute(activation, layer_name=layer_name, abs_norm=False)
+    return found
+
+
+def relevance_scores(concept: Any, values: LayerValues, layer_name: str) -> ConceptScores:
+    """Scores of every concept of every sample by how relevant it was."""
+    if has_own(concept, "relevance") and concept.needs_multiplier:
+        return scores_of(_relevance(concept, values, layer_name), layer_name)
+    found: ConceptScores = concept.scores(values.relevance, layer_name)
+    return found
+
+
+def relevance_sums(concept: Any, values: LayerValues, layer_name: str, abs_norm: bool = True) -> Tensor:
+    """Relevance of every concept, of shape (rows, concepts): `Concept.attribute`, also where it needs multipliers."""
+    if has_own(concept, "relevance") and concept.needs_multiplier:
+        return Concept().attribute(_relevance(concept, values, layer_name), layer_name=layer_name, abs_norm=abs_norm)
+    found: Tensor = concept.attribute(values.relevance, layer_name=layer_name, abs_norm=abs_norm)
+    return found
+
+
+def initial_relevance_of(
+    concept: Any, activation: Tensor, concept_id: int, positions: Sequence[int] | None = None
+) -> Tensor:
+    """Relevance that explains how active one concept is: activation times the gradient of the concept's `code`.
+
+    Parameters
+    ----------
+    concept : Concept
+    activation : Tensor of shape (rows, *layer shape)
+    concept_id : int
+        Its place on axis 1 of `code`.
+    positions : sequence of int, optional
+        One for each row, in the flattened space of `code`; by default, the sum over all positions is explained.
+
+    Returns
+    -------
+    Tensor of shape (rows, *layer shape)
+    """
+    with torch.enable_grad():
+        leaf = activation.detach().clone().requires_grad_()
+        code = code_of(concept, leaf)
+        values = code.reshape(*code.shape[:2], -1)[:, concept_id]
+        if positions is not None:
+            values = values[range(len(values)), list(positions)]
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return leaf.detach() * gradient
+
+
+def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> None:
+    """Compare a concept type's scores with the relevance that its mask lets through, in one row.
+
+    Compared are the strongest, the first and the last concept. Concept types without a mask, or with ids that are
+    tuples, are not checked.
+
+    Parameters
+    ----------
+    concept : Concept
+    values : LayerValues
+        Of one batch; its first row is looked at.
+    layer_name : str
+
+    Raises
+    ------
+    ConceptError
+        If they differ. For concept types from before `Concept.relevance` it is a warning.
+    """
+    if hasattr(concept, "column") or not has_own(concept, "mask"):
+        return
+    first = values.rows(slice(1))
+    scores = relevance_scores(concept, first, layer_name).sum[0]
+    if first.counted is None or first.multiplier is None:
+        flows, counted = first.relevance, torch.ones_like(first.relevance)
+    else:
+        flows, counted = first.multiplier, first.counted
+    whole = first.relevance.abs().sum().item()
+    tolerance = 1e-3 * whole + torch.finfo(flows.dtype).tiny
+    make = mask_of(concept)
+    for concept_id in sorted({int(scores.abs().argmax()), 0, len(scores) - 1}):
+        kept = (counted * make(0, [concept_id], layer_name)(flows.clone())).sum().item()
+        score = scores[concept_id].item()
+        if abs(kept - score) <= tolerance or math.isnan(whole):
+            continue
+        message = (
+            f"layer {layer_name!r}: {concept!r} contradicts itself. It scores {concept.describe(concept_id)} by "
+            f"{score:.4g}, but its mask lets {kept:.4g} of the relevance through; define "
+            f"{type(concept).__name__}.relevance(activation, multiplier) so that both agree"
+        )
+        older = any(has_own(concept, name) for name in ("scores", "reference_sampling"))
+        if not older or concept.needs_multiplier or has_own(concept, "relevance"):
+            raise ConceptError(message)
+        warn(message)
+        return
+
+
+def _relevance(concept: Concept, values: LayerValues, layer_name: str) -> Tensor:
+    """Relevance of every concept at every position, (rows, concepts, *positions)."""
+    if not concept.needs_multiplier:
+        return concept._from_relevance(values.relevance, layer_name)
+    if values.counted is None or values.multiplier is None:
+        raise TypeError(
+            f"layer {layer_name!r}: {concept!r} needs multipliers, and relevance is their product with activation; the "
+            "composite propagates relevance itself, gives gradients, or averages over references. Use one of "
+            "crp.composites, such as EpsilonPlus or GradientTimesInput"
+        )
+    return concept.relevance(values.counted, values.multiplier)
+
+
+def has_own(concept: Any, method: str) -> bool:
+    """Whether a concept type defines a method, and does not inherit that of `Concept`."""
+    defined = getattr(type(concept), method, None)
+    return defined is not None and defined is not getattr(Concept, method)

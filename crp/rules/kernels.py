@@ -1,0 +1,124 @@
+"""Attention by kernels that are no functions of torch, such as those of flash-attn and xformers.
+
+A custom kernel is a custom function of autograd, which no rule can see. `register_attention` makes it known as
+attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.overrides import handle_torch_function, has_torch_function
+
+from crp.rules.functions import Function, _enter
+from crp.trace.recorder import tensors_in
+
+_registered: dict[Callable[..., Any], Callable[..., Any]] = {}
+_lock = threading.Lock()
+#: Composites that are on models now; and what they have replaced: mapping, name and entry.
+_users: list[object] = []
+_replaced: list[tuple[dict[str, Any], str, Any]] = []
+
+
+def register_attention(
+    function: Callable[..., Any], q: int | str = 0, k: int | str = 1, v: int | str = 2, mask: int | str | None = None
+) -> Callable[..., Any]:
+    """Make a kernel known as attention, for the rules of `crp.rules.DotProductAttention`.
+
+    Parameters
+    ----------
+    function : callable
+        Differentiable; it returns the attended values, or a tuple that begins with them.
+    q, k, v, mask : int or str
+        Positions or names of its arguments that are queries, keys, values, and what is added to the logits, if any.
+
+    Returns
+    -------
+    callable
+        To be called in place of the kernel: it is the kernel, unless a composite explains the model that calls it.
+        Entries of Hugging Face's registry of attention functions that are registered need no such call; they are
+        replaced while a composite is on any model.
+
+    Raises
+    ------
+    TypeError
+        If the function's arguments have no names.
+    ValueError
+        If it has no such argument.
+
+    Examples
+    --------
+    >>> import torch
+    >>> def attend(query, key, value):
+    ...     return torch.softmax(query @ key.mT, -1) @ value
+    >>> attend = register_attention(attend)
+    """
+    if function in _registered:
+        return _registered[function]
+    try:
+        names = tuple(inspect.signature(function).parameters)
+    except ValueError as error:
+        raise TypeError(f"the arguments of {function!r} have no names; wrap it in a function of Python") from error
+
+    def named(key: int | str | None) -> str:
+        if key is None:
+            return ""
+        if key not in (*names, *range(len(names))):
+            raise ValueError(f"{getattr(function, '__name__', function)} has no argument {key!r}; it has {names}")
+        return names[key] if isinstance(key, int) else key
+
+    operands = tuple(map(named, (q, k, v, mask)))
+
+    @functools.wraps(function)
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        tensors = tuple(tensors_in((args, kwargs)))
+        if has_torch_function(tensors):
+            return handle_torch_function(attend, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    name = getattr(function, "__name__", "attention")
+    known = Function(
+        name,
+        "scaled_dot_product_attention",
+        properties=frozenset({"attention"}),
+        known=True,
+        arguments=names,
+        operands=operands,
+    )
+    _enter(attend, known)
+    _registered[function] = attend
+    return attend
+
+
+@contextmanager
+def _in_registries() -> Iterator[None]:
+    """Registered kernels stand in Hugging Face's registry as what `register_attention` returned."""
+    user = object()
+    with _lock:
+        _users.append(user)
+        if len(_users) == 1:
+            _replace()
+    try:
+        yield
+    finally:
+        with _lock:
+            _users.remove(user)
+            while not _users and _replaced:
+                mapping, name, entry = _replaced.pop()
+                mapping[name] = entry
+
+
+def _replace() -> None:
+    registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
+    for attribute in ("_global_mapping", "_local_mapping"):
+        mapping: dict[str, Any] = getattr(registry, attribute, {})
+        for name, entry in list(mapping.items()) if _registered else ():
+            if entry in _registered:
+                _replaced.append((mapping, name, entry))
+                mapping[name] = _registered[entry]

@@ -1,0 +1,122 @@
+"""Files of a table: written whole or not at all, and read only where they are plain files.
+
+A folder that comes from elsewhere may hold links, pipes or folders in the place of files; these are never followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from crp.visualization.table.manifest import TableCorruptError
+
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFREG: "a file",
+}
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file that is complete or absent, also after a crash: written beside, synced, then renamed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; of a full disk, the message says what to do.
+    """
+    with _hinted(path):
+        _write(path, content)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there; a full disk is told of as by `write_atomic`."""
+    with _hinted(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def make_own_folder(path: Path) -> None:
+    """Make a folder inside of a table; see `check_folder`."""
+    check_folder(path)
+    make_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raise a `TableCorruptError` if a link or a file has the place of a table's own folder."""
+    _check(path, stat.S_IFDIR)
+
+
+def check_file(path: Path) -> os.stat_result:
+    """Status of a plain file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing.
+    TableCorruptError
+        If something else has its place, such as a link, which is not followed.
+    """
+    found = _check(path, stat.S_IFREG)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return found
+
+
+def read_file(path: Path) -> bytes:
+    """Content of a plain file; raises as `check_file`."""
+    check_file(path)
+    return path.read_bytes()
+
+
+def _check(path: Path, kind: int) -> os.stat_result | None:
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if (there := stat.S_IFMT(found.st_mode)) != kind:
+        what, wanted = _KINDS.get(there, "something else"), _KINDS[kind].removeprefix("a ")
+        raise TableCorruptError(f"{path} is {what}, not the {wanted} of a table, and is left alone; move it away")
+    return found
+
+
+@contextlib.contextmanager
+def _hinted(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        hint = f"{error.strerror}: what was written before is kept; make room, then run the same again to go on"
+        raise OSError(error.errno, hint, str(path)) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(handle, view) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name != "nt":  # the rename is safe once the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

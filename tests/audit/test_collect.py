@@ -1,0 +1,62 @@
+"""Vectors of a layer: what they are, and from which samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from feature_net import Images, make_net
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
+
+from crp.attribution import CondAttribution
+from crp.audit import collect
+from crp.composites import EpsilonPlus
+from crp.concepts import directions
+
+
+@pytest.fixture
+def attribution() -> CondAttribution:
+    return CondAttribution(make_net())
+
+
+@pytest.mark.parametrize(("layer", "space"), [("second", 9), ("hidden", 1)])
+def test_vectors_are_those_of_their_samples(attribution, layer, space):
+    data = Images(12)
+    found = collect(attribution, data, EpsilonPlus(), layer, 1000, batch_size=5)
+    assert len(found.sample) == 12 * min(space, 10) == len(found.activations)
+    assert found.target.tolist() == [data.labels[i] for i in found.sample]
+    result = attribution(data.data, [{"y": label} for label in data.labels], EpsilonPlus(), [layer])
+    flat = result.activations[layer].reshape(12, -1, space), result.multipliers[layer].reshape(12, -1, space)
+    for vectors, wanted in zip(found[:2], flat, strict=True):
+        assert torch.allclose(vectors, wanted[found.sample, :, found.position], rtol=1e-12)
+    assert len(set(zip(found.sample, found.position, strict=True))) == len(found.sample)
+    total = (found.activations * found.multipliers).sum()
+    assert torch.allclose(total, result.relevances[layer].sum(), rtol=1e-10)
+    everything = directions.prca(*found[:2], found.activations.shape[1])
+    assert everything.explained(*found[:2]).sum() == pytest.approx(1, rel=1e-10)
+
+
+def test_classes_take_turns(attribution):
+    """Nine of twelve samples are of class 0; of six that are drawn, two are."""
+    data = Images(12, [0] * 9 + [1, 1, 2])
+    found = collect(attribution, data, EpsilonPlus(), "second", 18, per_sample=3)
+    assert np.bincount(found.target).tolist() == [9, 6, 3]
+    again = collect(attribution, data, EpsilonPlus(), "second", 18, per_sample=3)
+    assert np.array_equal(found.position, again.position)
+    assert not np.array_equal(found.sample, collect(attribution, data, EpsilonPlus(), "second", 18, seed=1).sample)
+
+
+def test_labels_are_not_read_where_the_dataset_has_them(attribution):
+    data = Images(12, [0] * 12)
+    found = collect(attribution, data, EpsilonPlus(), "second", 6, per_sample=3, labels=[2] * 12)
+    assert set(found.target) == {2}
+    del data.labels
+    with pytest.raises(ValueError, match="there are 3 labels for 12 samples"):
+        collect(attribution, data, EpsilonPlus(), "second", labels=[1, 2, 0])
+    with pytest.raises(TypeError, match="labels must be one class for each sample, such as 3; the first is"):
+        collect(attribution, data, EpsilonPlus(), "second", labels=[[1, 2]] * 12)
+
+
+def test_composites_without_multipliers_are_refused(attribution):
+    with pytest.raises(TypeError, match="has no multipliers whose product with activation is relevance"):
+        collect(attribution, Images(4), ZennitEpsilonPlus(), "second")

@@ -1,0 +1,212 @@
+"""Autoencoders within a model: predictions and heatmaps as they were, and latents that are concepts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attribution_cases import close, net
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
+
+from crp.attribution import CondAttribution
+from crp.composites import DeepLift, EpsilonGamma, EpsilonPlus, EpsilonPlusFlat, GradientTimesInput
+from crp.concepts import ChannelConcept, splice
+from crp.rules import Epsilon, Whole, ZPlus
+
+C = 5
+COMPOSITES = [EpsilonPlus(), EpsilonPlusFlat(), EpsilonGamma(), GradientTimesInput(), DeepLift()]
+every_composite = pytest.mark.parametrize("composite", COMPOSITES, ids=lambda c: type(c).__name__)
+
+
+class Autoencoder(nn.Module):
+    """Sparse autoencoder with biases, as it is before or after training."""
+
+    def __init__(self, width: int = 2, top: int | None = None) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(C, width * C), nn.Linear(width * C, C)
+        self.top = top
+        self.double().eval()
+
+    def encode(self, activation: Tensor):
+        latents = self.encoder(activation - self.decoder.bias).relu()
+        if self.top is None:
+            return latents
+        least = latents.topk(self.top, -1).values[..., -1:]
+        return torch.where(latents >= least, latents, 0), least
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)
+
+
+class Identity:
+    def encode(self, activation: Tensor) -> Tensor:
+        return activation
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+def trained() -> Autoencoder:
+    torch.manual_seed(1)
+    model, data = Autoencoder(4), torch.randn(200, C).double().relu()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        latents = model.encode(data)
+        (F.mse_loss(model.decode(latents), data) + 1e-3 * latents.mean()).backward()
+        optimizer.step()
+    return model
+
+
+CODES = {
+    "identity": Identity,
+    "random": Autoencoder,
+    "wide": lambda: Autoencoder(16),
+    "top": lambda: Autoencoder(4, 3),
+    "trained": trained,
+}
+every_code = pytest.mark.parametrize("make", CODES.values(), ids=list(CODES))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return net(
+        lambda s, x: s.fc(s.body(s.conv1(x).relu()).relu().mean((2, 3))),
+        conv1=nn.Conv2d(3, C, 3), body=nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU()), fc=nn.Linear(C, 4),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def data() -> Tensor:
+    return torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@every_code
+@every_composite
+@pytest.mark.parametrize("layer", ["conv1", "body.0", "body"])
+def test_nothing_changes_but_the_names(model, data, untouched, make, composite, layer):
+    attribution = CondAttribution(model)
+    with untouched(model):
+        wanted = attribution(data, [{"y": 1}], composite, [layer, "fc"])
+        with splice(model, layer, make()) as names:
+            found = attribution(data, [{"y": 1}], composite, [layer, "fc"])
+            assert names.code == f"{layer}.code"
+    assert close(found.prediction, wanted.prediction, 1e-12)
+    assert close(found.heatmap, wanted.heatmap, 1e-9)
+    for name in (layer, "fc"):
+        assert close(found.relevances[name], wanted.relevances[name], 1e-9)
+
+
+@every_code
+@pytest.mark.parametrize("composite", COMPOSITES[:4], ids=lambda c: type(c).__name__)
+def test_latents(model, data, make, composite):
+    """R_k = z_k (d_k·m); with the error, and the decoder's bias, they are the relevance of the layer."""
+    attribution, code = CondAttribution(model), make()
+    plain = attribution(data, [{"y": 1}], composite, ["body.0"])
+    a, m = (values["body.0"].movedim(1, -1) for values in (plain.activations, plain.multipliers))
+    z = code.encode(a)
+    z = (z[0] if isinstance(z, tuple) else z).detach()
+    weight = torch.eye(C).double() if isinstance(code, Identity) else code.decoder.weight.detach()
+    bias = torch.zeros(C).double() if isinstance(code, Identity) else code.decoder.bias.detach()
+    with splice(model, "body.0", code) as names:
+        found = attribution(data, [{"y": 1}], composite, [names.code, names.error])
+    assert close(found.activations[names.code].movedim(1, -1), z, 1e-12)
+    latents = found.relevances[names.code].movedim(1, -1)
+    assert close(latents, z * (m @ weight), 1e-9)
+    error = (a - z @ weight.mT - bias) * m
+    assert torch.allclose(found.relevances[names.error].movedim(1, -1), error, rtol=1e-9, atol=1e-12)
+    whole = latents.sum(-1) + error.sum(-1) + m @ bias
+    assert close(whole, plain.relevances["body.0"].sum(1), 1e-10)
+
+
+@every_code
+@every_composite
+def test_conditions(model, data, make, composite):
+    """Heatmaps of all latents and of the error add up to the whole."""
+    attribution = CondAttribution(model)
+    with splice(model, "body.0", make()) as names:
+        whole = attribution(data, [{"y": 1}], composite, [names.code])
+        n = whole.activations[names.code].shape[1]
+        conditions = [{"y": 1, names.code: [k]} for k in range(n)] + [{"y": 1, names.error: list(range(C))}]
+        parts = attribution(data, conditions, composite, mask_map=ChannelConcept.mask)
+    assert close(parts.heatmap.unflatten(0, (2, -1)).sum(1), whole.heatmap, 1e-9)
+    assert parts.heatmap[:n].any()
+
+
+@every_code
+@pytest.mark.parametrize("composite", [EpsilonPlus(), EpsilonGamma()], ids=lambda c: type(c).__name__)
+def test_account(model, data, make, composite):
+    attribution = CondAttribution(model)
+    before = attribution.absorbed(data, [{"y": 1}], composite)
+    with splice(model, "body.0", make()):
+        found = attribution.absorbed(data, [{"y": 1}], composite)
+    assert close(found.input, before.input, 1e-9)
+    assert (found.rest.abs() <= 1e-9 * found.initial.abs().max()).all()
+
+
+@pytest.mark.parametrize(
+    "composite",
+    [
+        EpsilonPlus(layer_map=[("body.0", ZPlus())]),
+        EpsilonPlus(layer_map=[(nn.Linear, ZPlus())]),
+        EpsilonPlus(layer_map=[("body", Whole(Epsilon()))]),
+    ],
+    ids=["name", "type", "around"],
+)
+def test_rules_that_are_mapped_to_its_maps_do_not_take_them(model, data, composite):
+    attribution = CondAttribution(model)
+    wanted = attribution(data, [{"y": 1}], composite).heatmap
+    with splice(model, "body.0", Autoencoder()):
+        found = attribution(data, [{"y": 1}], composite).heatmap
+        report = composite.report(model, data)
+    assert close(found, wanted, 1e-9)
+    assert "body.0.code" in str(report) or "Whole" in str(composite)
+
+
+def test_tokens_and_transcoders():
+    torch.manual_seed(0)
+    model = net(lambda s, x: s.head(s.up(s.embed(x).relu()).relu().mean(1)), embed=nn.Linear(4, C), up=nn.Linear(C, C),
+                head=nn.Linear(C, 2))  # fmt: skip
+    attribution, data = CondAttribution(model), torch.randn(2, 3, 4).double()
+    wanted = attribution(data, [{"y": 1}], EpsilonPlus())
+    for reads in ("output", "input"):
+        with splice(model, "up", Autoencoder(3), axis=-1, reads=reads) as names:
+            found = attribution(data, [{"y": 1}], EpsilonPlus(), [names.code, names.error])
+        assert found.relevances[names.code].shape == (2, 3, 3 * C)
+        assert close(found.prediction, wanted.prediction)
+        if reads == "output":  # (a transcoder takes part of the relevance past the layer's own rule)
+            assert close(found.heatmap, wanted.heatmap, 1e-9)
+
+
+def test_composites_of_zennit_are_refused(model, data):
+    attribution = CondAttribution(model)
+    with (
+        splice(model, "conv1", Autoencoder()),
+        pytest.raises(TypeError, match=r"'conv1.code' needs the ordinary chain"),
+    ):
+        attribution(data, [{"y": 1}], ZennitEpsilonPlus())
+    attribution(data, [{"y": 1}], ZennitEpsilonPlus())
+
+
+WRONG = [
+    (KeyError, "'conv2' not found in model; nearest names: 'conv1'", "conv2", Identity(), {}),
+    (TypeError, "code needs the methods encode and decode; Linear has no encode", "conv1", nn.Linear(C, C), {}),
+    (ValueError, "axis must not be 0, that of the samples", "fc", Identity(), {"axis": 0}),
+    (RuntimeError, "must match the size of tensor b", "body", Autoencoder(), {"axis": -1}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "layer", "code", "options"), WRONG, ids=[e.__name__ for e, *_ in WRONG])
+def test_what_is_wrong_is_said(model, data, untouched, error, message, layer, code, options):
+    with untouched(model), pytest.raises(error, match=message), splice(model, layer, code, **options):
+        model(data)
+
+
+def test_attributes_of_the_layer_are_still_there(model):
+    with splice(model, "conv1", Identity()):
+        assert model.conv1.weight.shape == (C, 3, 3, 3)
+        assert model.conv1.kernel_size == (3, 3)
+        with pytest.raises(AttributeError, match="nothing"):
+            model.conv1.nothing  # noqa: B018
