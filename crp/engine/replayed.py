@@ -46,7 +46,7 @@ class Replayed:
         data, settings, name = call.inputs.data, call.settings, call.settings.output_name
         if not isinstance(data, Tensor) or not self.replays.serves(data.device):
             return None
-        if composite is None or is_on(composite, call.model) or not is_replayable(call, composite):
+        if composite is None or is_on(composite, call.model) or not _is_replayable(call, composite):
             return None
         if len(rows.groups(name)) > 1:
             return None
@@ -55,14 +55,14 @@ class Replayed:
         chosen = call.inputs.select(list(samples)).explained[0].detach()
         alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
         structure = (id(composite), tuple(columns), tuple(rows.layers(name)), tuple(settings.record))
-        key = (*structure, form_of(chosen), precision_of(chosen.device), settings.multipliers)
+        key = (*structure, _form_of(chosen), _precision_of(chosen.device), settings.multipliers)
         if key not in self._shapes:
             return self._learn(key, replace(call, rows=rows, shortcut=None), composite)
         shapes = self._shapes[key]
         if not shapes:
             return None
         check_targets_exist(rows.targets(name), torch.empty(shapes[None], device="meta"), name, rows.places)
-        given = given_for(rows, columns, settings, shapes)
+        given = _given_for(rows, columns, settings, shapes)
         if given is None:
             return None
 
@@ -79,12 +79,12 @@ class Replayed:
             )
             part = inner.at_once(composite)
             assert part is not None, "a layer has one entry for each sample, as it had before"
-            return flattened(*part)
+            return _flattened(*part)
 
-        inputs = {"data": chosen} | sent(given, chosen)
+        inputs = {"data": chosen} | _sent(given, chosen)
         tensors = self.replays.run((key, given.shared), ModelState(call.model, composite), compute, inputs)
         encoding = Encoding.of(composite)
-        return restored(tensors, encoding, encoding.multiplier and settings.multipliers)
+        return _restored(tensors, encoding, encoding.multiplier and settings.multipliers)
 
     def _learn(self, key: Hashable, call: Call, composite: Composite) -> Part | None:
         """Compute rows once, to know the shapes of their output and layers; none where they cannot be replayed."""
@@ -99,7 +99,7 @@ class Replayed:
         return part
 
 
-def is_replayable(call: Call, composite: Composite) -> bool:
+def _is_replayable(call: Call, composite: Composite) -> bool:
     """Whether an attribution is nothing but a function of tensors, as far as that can be told.
 
     Initial relevance is 1 at the targets, no method is overridden, no reference is chosen for each sample, and nobody
@@ -115,12 +115,12 @@ def is_replayable(call: Call, composite: Composite) -> bool:
     return usual and not own and settings.on_device is None and not is_watched(call.model)
 
 
-def form_of(tensor: Tensor) -> Hashable:
+def _form_of(tensor: Tensor) -> Hashable:
     """What kernels depend on beside a tensor's values."""
     return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.stride()
 
 
-def precision_of(device: torch.device) -> Hashable:
+def _precision_of(device: torch.device) -> Hashable:
     """Precision in which operations run now."""
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -128,7 +128,7 @@ def precision_of(device: torch.device) -> Hashable:
     return autocast, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.deterministic
 
 
-def given_for(
+def _given_for(
     rows: Rows, columns: list[int], settings: Settings, shapes: Mapping[str | None, torch.Size]
 ) -> Given | None:
     """Start and masks of rows, on the host; None where a mask is no selection of channels.
@@ -148,7 +148,7 @@ def given_for(
     return Given(start, masks, bool((of_slots == of_slots[:1]).all()))
 
 
-def flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[str, Tensor]:
+def _flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[str, Tensor]:
     """Results of rows as tensors by name."""
     found: dict[str, Tensor] = {"heatmap": results.heatmap, "prediction": results.prediction}
     groups: dict[str, Mapping[str, Tensor]] = {"activations": results.activations, "relevances": results.relevances}
@@ -160,8 +160,8 @@ def flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[str
     return found | {f"input {number}": tensor for number, tensor in enumerate(relevances)}
 
 
-def restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
-    """Results of rows from what `flattened` made of them."""
+def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
+    """Results of rows from what `_flattened` made of them."""
     names = ("activations", "relevances", "multipliers", "counted", "input")
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():
@@ -180,7 +180,7 @@ def restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tup
     return results, list(groups["input"].values())
 
 
-def sent(given: Given, data: Tensor) -> dict[str, Tensor]:
+def _sent(given: Given, data: Tensor) -> dict[str, Tensor]:
     """Start and masks beside the data, by name, as a recording reads them."""
     masks = {f"mask {layer}": send_to(data.device, mask) for layer, mask in given.masks.items()}
     return {"start": send_to(data.device, given.start.to(data.dtype))} | masks

@@ -37,7 +37,7 @@ BUDGETS = {
     "compat": 950,
     "composites": 3550,
     "concept_graph": 180,
-    "concepts": 1700,
+    "concepts": 1760,
     "demo": 890,
     "devices": 50,
     "engine": 2650,
