@@ -94,8 +94,8 @@ def attribute(
     probability = output.softmax(1)[0]
     first = int(probability.argmax())
     index = (first if target is None else target) % len(probability)
-    prediction = f"{loaded.class_name(first)} ({probability[first]:.0%})"
-    of = "" if index == first else f"explained: {loaded.class_name(index)} ({probability[index]:.0%})"
+    prediction = f"{loaded.class_name(first)} ({probability[first]:.1%})"
+    of = "" if index == first else f"explained: {loaded.class_name(index)} ({probability[index]:.1%})"
     # A map of positions is the same for every channel; relevance of channels adds up.
     is_map = method in ("cam", "grad_cam", "grad_cam_pp", "meaningful_perturbation")
     flat = heatmap[0, 0] if is_map else heatmap[0].sum(0)

@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from crp.image.reading import as_viewed
+
 
 class Prepared:
     """A picture as a tensor in 0..1, resized and cut as the weights ask for; tensors and arrays are left alone.
+
+    Pictures are taken as a viewer shows them, see `crp.image.as_viewed`.
 
     Parameters
     ----------
@@ -31,7 +35,7 @@ class Prepared:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
 
-        picture = data.convert(self.mode)
+        picture = as_viewed(data).convert(self.mode)
         if self.resize:
             picture = F.resize(picture, [self.resize], self.interpolation or InterpolationMode.BILINEAR, antialias=True)
         if self.size:

@@ -329,7 +329,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:
             self._attachment.account.sinks.clear()
-        if self._attachment.account is not None or mode.seen is not None or mode.matching.positions:
+        if self._attachment.account is not None or mode.seen is not None:
             mode.places.track()
         self._depth, self._entered = 1, mode.is_needed
         _running.set(self)

@@ -15,7 +15,7 @@ from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameM
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
-from crp.rules.attention import Attention, ConstantWeights, DotProductAttention, MatrixProduct, _check_attention
+from crp.rules.attention import Attention, DotProductAttention, MatrixProduct, _check_attention, _ConstantWeights
 from crp.rules.functional import (
     GLU,
     Gate,
@@ -26,7 +26,7 @@ from crp.rules.functional import (
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
-from crp.rules.shared import Proportional, Refused
+from crp.rules.shared import _Proportional, _Refused
 from crp.rules.stabilizer import Stabilize
 
 
@@ -51,15 +51,15 @@ def _base(
     method : str
         Name for messages.
     """
-    refused = Refused(method)
+    refused = _Refused(method)
     products: LayerMap = [
         (Functions(("addr", "ger", "kron", "outer")), refused),
-        (Kind("product"), ConstantWeights(method)),
+        (Kind("product"), _ConstantWeights(method)),
     ]
     if attention is not None:
         products = [
             (Functions(("scaled_dot_product_attention",)), DotProductAttention(attention)),
-            (Having.of("softmax"), Proportional()),
+            (Having.of("softmax"), _Proportional()),
             (Kind("product"), MatrixProduct(attention)),
         ]
     return [
@@ -68,8 +68,8 @@ def _base(
         (Having.of("quotient"), Quotient()),
         (Having.of("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
-        (Having.of("choosing"), Proportional()),
-        (Functions(("std",)), Proportional()),
+        (Having.of("choosing"), _Proportional()),
+        (Functions(("std",)), _Proportional()),
         *products,
         (Having.of("attention"), refused),
     ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
+from crp.composites.origins import Origins
 from crp.composites.selection import OF_MODULE, MapEntry, _fits, _is_counted
 from crp.rules import Rule, Whole
 from crp.rules.functions import AFFINE, Function, look_up
@@ -62,8 +62,8 @@ class Matching:
 
     Attributes
     ----------
-    locate : callable
-        Finds the name of the innermost module that runs, and which of its calls it is.
+    origins : Origins or None
+        What the weights of layers are made of, where there are positions.
     totals : dict of int to int
         How many layers each position chooses among, by the number of its entry; set before the model runs.
     is_counting : bool
@@ -80,14 +80,12 @@ class Matching:
         model: nn.Module,
     ) -> None:
         self.entries, self.is_method = entries, is_method
-        self.locate: Callable[[], tuple[str, object]] = lambda: ("", 0)
         self.positions = [entry for entry in entries if entry.position is not None]
-        self._buffers = {id(buffer) for buffer in model.buffers()} if self.positions else set()
+        self.origins = Origins(model) if self.positions else None
         self._named = {e.number for e in entries if isinstance(e.selector, str) and e.role == "layer_map"}
         self.totals: dict[int, int] = {}
         self.is_counting = False
         self.counts: dict[int, dict[object, int]] = {}
-        self._computed: Counter[object] = Counter()
         self._has_exempt = bool(entries) and entries[0].role == OF_MODULE
         self._choices = choices
         self._context: Context = ()
@@ -148,18 +146,10 @@ class Matching:
     def _positions(self, known: Function, kind: str, operands: Operands | None) -> Context:
         """Positions that an operation has; it is counted."""
         fitting = [e for e in self.positions if e.position is not None and _fits(known, kind, e.position.types)]
-        layer = self._layer_of(operands.weight) if fitting and operands is not None else None
+        layer: object = None
+        if fitting and operands is not None and self.origins is not None:
+            layer = self.origins.of(operands.weight) or object()  # (calls with the same stored weight are one layer)
         return tuple((entry.number, False) for entry in fitting if self._is_chosen(entry, layer))
-
-    def _layer_of(self, weight: Tensor) -> object:
-        """Key of a layer: its stored weight; or the module that computes it, and which of such weights in its call."""
-        stored = weight if weight._base is None else weight._base
-        if isinstance(stored, nn.Parameter) or id(stored) in self._buffers:
-            return id(stored)
-        place, call = self.locate()
-        number = self._computed[place, call, weight.shape]
-        self._computed[place, call, weight.shape] += 1
-        return place, weight.shape, number
 
     def _is_chosen(self, entry: MapEntry, layer: object) -> bool:
         known = self.counts.setdefault(entry.number, {})
@@ -234,11 +224,6 @@ class Matching:
                 )
             return TypeError(f"{entry}: {what}no operation that {names} call")
         return None
-
-    def begin(self) -> None:
-        """Begin of a forward pass."""
-        self.counts.clear()
-        self._computed.clear()
 
     def clear(self) -> None:
         """Forget the forward pass."""

@@ -23,7 +23,7 @@ from crp.rules.layer import Layer, changed
 from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.redirect import overwritten
-from crp.rules.shared import Proportional
+from crp.rules.shared import _Proportional
 from crp.rules.whole import whole_call
 from crp.trace.recorder import tensors_in
 
@@ -69,7 +69,7 @@ class Operations(SeeingMode):
     ) -> None:
         super().__init__(attachment.notes)
         self.model, self.method, self.attachment = model, method, attachment
-        self.matching, matching.locate = matching, lambda: (self.innermost(), self.places.now)
+        self.matching = matching
         self.treated = 0
         self.seen: list[SeenOperation] | None = None
         self._wholes: list[_Whole | None] = []
@@ -89,15 +89,18 @@ class Operations(SeeingMode):
         """Whether an entry means the function itself, and not what it calls."""
         return any(entry.position is None and entry.means(known, known.kind) for entry in self.matching.entries)
 
+    def note_constant(self, result: Any, args: Any, kwargs: Any) -> None:
+        """Note what a constant was made of, where positions ask for it."""
+        if self.matching.origins is not None:
+            self.matching.origins.add(result, args, kwargs)
+
     def count(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, int]:
         """Run the model to count what each position chooses among."""
         self.matching.is_counting = True
-        self.places.track()
         try:
             self._run(model, args, kwargs, False)
             return self.matching.counted()
         finally:
-            self.places.stop()
             self.matching.is_counting = False
             self._forget()
 
@@ -148,7 +151,7 @@ class Operations(SeeingMode):
         if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
             # (a function without a rule keeps what its inputs do not explain, and the account must close)
             layer = Layer(func, args, kwargs, tuple(inputs), known, place=self.place(), result=result)
-            return Proportional().attach(self.attachment).operate(layer)
+            return _Proportional().attach(self.attachment).operate(layer)
         if account is not None and constant is not None and constant.any():
             target = account.absorb(self.place(), inputs[0], target, Shares(bias=constant))
             return None if result is None else target
@@ -290,7 +293,7 @@ class Operations(SeeingMode):
         for tensor in tensors_in(value):
             if tensor.requires_grad:
                 self.notes.enter(tensor, leaves.get(id(tensor)))
-        self.matching.begin()
+        self.matching.counts.clear()
         self._is_running = True
         self.__enter__()  # type: ignore[no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""Where in a model its forward pass is: the innermost module, tracked for accounts, reports and positions only."""
+"""Where in a model its forward pass is: the innermost module, tracked for accounts and reports only."""
 
 from __future__ import annotations
 

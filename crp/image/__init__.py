@@ -12,16 +12,46 @@ import numpy as np  # noqa: F401
 import torch  # noqa: F401
 from PIL import Image  # noqa: F401
 
+from crp.image.colours import AGAINST, FOR
 from crp.image.figures import get_crop_range, max_norm, plot_grid, vis_img_heatmap, vis_opaque_img
+from crp.image.forms import (
+    FORMS,
+    add_colour_bar,
+    draw_contour,
+    draw_crop,
+    draw_form,
+    draw_heatmap,
+    draw_masked,
+    draw_overlay,
+    plot_form,
+    relevant_box,
+)
+from crp.image.graphs import PictureNode, plot_graph
 from crp.image.pixels import imgify, overlay, to_data_uri, to_png_bytes
+from crp.image.reading import as_viewed
 
 # The last row holds what scripts get from zennit-crp's ``from crp.image import *``.
 __all__ = [
+    "AGAINST",
+    "FOR",
+    "FORMS",
+    "PictureNode",
+    "add_colour_bar",
+    "as_viewed",
+    "draw_contour",
+    "draw_crop",
+    "draw_form",
+    "draw_heatmap",
+    "draw_masked",
+    "draw_overlay",
     "get_crop_range",
     "imgify",
     "max_norm",
     "overlay",
+    "plot_form",
+    "plot_graph",
     "plot_grid",
+    "relevant_box",
     "to_data_uri",
     "to_png_bytes",
     "vis_img_heatmap",

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
+from crp.image.colours import as_shown
 from crp.image.pixels import Picture, imgify
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def vis_opaque_img(
     Parameters
     ----------
     data_batch : Tensor of shape (n, channels, height, width)
-        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`.
+        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`. Values in 0..1 are shown as they
+        are, those of other images by the range of the whole image.
     heatmaps : Tensor of shape (n, height, width)
     rf : bool
         Whether to crop the image to where the heatmap is above `crop_th`.
@@ -133,12 +135,12 @@ def vis_opaque_img(
     _check_threshold("crop_th", crop_th)
     pictures = []
     for image, heatmap in _pairs(data_batch, heatmaps):
-        smooth = _smooth(heatmap, kernel_size)
+        image, smooth = as_shown(image), _smooth(heatmap, kernel_size)
         dimmed = torch.where(smooth > vis_th, image, image * alpha)
         if rf:
             row1, row2, column1, column2 = get_crop_range(smooth, crop_th)
             dimmed = dimmed[..., row1:row2, column1:column2]
-        pictures.append(imgify(dimmed, cmap="gray"))
+        pictures.append(_whole_range(dimmed))
     return pictures
 
 
@@ -159,7 +161,8 @@ def vis_img_heatmap(
     Parameters
     ----------
     data_batch : Tensor of shape (n, channels, height, width)
-        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`.
+        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`. Values in 0..1 are shown as they
+        are, those of other images by the range of the whole image.
     heatmaps : Tensor of shape (n, height, width)
     rf : bool
         Whether to crop both to where the blurred heatmap is above `crop_th` of its maximum.
@@ -177,10 +180,11 @@ def vis_img_heatmap(
     _check_threshold("crop_th", crop_th)
     images, heats = [], []
     for image, heatmap in _pairs(data_batch, heatmaps):
+        image = as_shown(image)
         if rf:
             row1, row2, column1, column2 = get_crop_range(_smooth(heatmap, kernel_size), crop_th)
             image, heatmap = image[..., row1:row2, column1:column2], heatmap[row1:row2, column1:column2]
-        images.append(imgify(image, cmap="gray"))
+        images.append(_whole_range(image))
         heats.append(imgify(heatmap, cmap=cmap, vmin=vmin, vmax=vmax, symmetric=symmetric))
     return images, heats
 
@@ -240,7 +244,7 @@ def plot_grid(
                 axes.set_yticks([])
                 axes.imshow(picture)
                 if number == column == 0:
-                    axes.set_ylabel(str(key))
+                    axes.set_ylabel(str(key), parse_math=False)
     if hasattr(sys, "ps1") and getattr(figure.canvas, "required_interactive_framework", None):
         figure.show()
     return figure
@@ -270,10 +274,17 @@ def _plain(picture: Picture) -> dict[str, Any]:
 
 
 def _new_figure(figsize: tuple[float, float] | None) -> Figure:
-    """Figure of pyplot that a notebook shows once: where it is the value of a cell, or at the end of the cell."""
-    import matplotlib.pyplot as plt
+    """Figure that a notebook shows once; pyplot, which keeps its figures, has it only in an interactive session."""
+    if hasattr(sys, "ps1"):
+        import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=figsize)
+        figure = plt.figure(figsize=figsize)
+    else:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=figsize)
+        FigureCanvasAgg(figure)
     vars(figure)["_ipython_display_"] = partial(_display, figure)
     return figure
 
@@ -287,6 +298,12 @@ def _display(figure: Figure) -> None:
     figure.savefig(buffer, format="png")
     notebook.display(notebook.Image(buffer.getvalue()))
     plt.close(figure)
+
+
+def _whole_range(image: Tensor) -> Image.Image:
+    """Picture of an image, or of a part of one, whose colours go from 0 to 1."""
+    eight_bits = image.detach().cpu().double().mul(255).round().to(torch.uint8)
+    return imgify(eight_bits, cmap="gray")
 
 
 def _check_threshold(name: str, value: float) -> None:

@@ -95,6 +95,7 @@ def overlay(
     Parameters
     ----------
     image : Tensor of shape (channels, height, width), ndarray or PIL image
+        Values in 0..1 are shown as they are, those of other images by their range.
     heatmap : Tensor or ndarray of shape (height, width)
     cmap, vmin, vmax
         See `imgify`; the range is symmetric.
@@ -110,7 +111,9 @@ def overlay(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"'alpha' must be between [0, 1], got {alpha}")
-    below = imgify(image, cmap="gray").convert("L").convert("RGB")
+    within = not isinstance(image, Image.Image) and bool(image.min() >= 0 and image.max() <= 1)
+    low, high = (0.0, 1.0) if within else (None, None)
+    below = imgify(image, cmap="gray", vmin=low, vmax=high).convert("L").convert("RGB")
     above = imgify(heatmap, cmap=cmap, vmin=vmin, vmax=vmax, symmetric=True)
     if below.size != above.size:
         raise ValueError(f"image and heatmap must have one size, got {below.size} and {above.size} (width, height)")

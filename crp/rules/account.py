@@ -108,7 +108,7 @@ class _Absorb(torch.autograd.Function):
         return m, torch.stack(kept, 1), *(None for _ in kept)
 
 
-class Balance(torch.autograd.Function):
+class _Balance(torch.autograd.Function):
     """Identity; the relevance that arrives is added to the sink's share of the bias, or (sign -1) taken from it."""
 
     @staticmethod

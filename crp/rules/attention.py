@@ -30,20 +30,20 @@ from crp.rules.functions import _parameters_of
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
 from crp.rules.operands import ADDED
-from crp.rules.shared import Parts, Shared
+from crp.rules.shared import Parts, _Shared
 from crp.trace.recorder import tensors_in
 
 #: What becomes of attention's probabilities: held constant, or given half of the relevance.
 Attention: TypeAlias = Literal["constant", "split"]
 
 
-class Exponential(NamedTuple):
+class _Exponential(NamedTuple):
     """What a rule remembers of an exponential: by its sum, it may become a softmax."""
 
     source: Tensor
 
 
-class Attending(Shared):
+class _Attending(_Shared):
     """Base of rules for products of several operands.
 
     Parameters
@@ -63,7 +63,7 @@ class Attending(Shared):
         self.mode = _check_attention(mode)
 
 
-class DotProductAttention(Attending):
+class DotProductAttention(_Attending):
     """`torch.nn.functional.scaled_dot_product_attention`, and kernels that are registered as such; see the module.
 
     With ``"split"``, values and logits get half each; where only one of them depends on the model's input, it gets all.
@@ -92,7 +92,7 @@ class DotProductAttention(Attending):
         return [part.get(name, 1.0) for name in positional], {name: part.get(name, 1.0) for name in layer.kwargs}
 
 
-class MatrixProduct(Attending):
+class MatrixProduct(_Attending):
     r"""A product of matrices or vectors, :math:`y = \sum_j u_j v_j`, of which several depend on the model's input.
 
     Each operand gets the same part of the relevance, and all together all of it. With ``"constant"``, operands that a
@@ -124,7 +124,7 @@ class MatrixProduct(Attending):
         }
 
 
-class ConstantWeights(MatrixProduct):
+class _ConstantWeights(MatrixProduct):
     """The same for methods without a rule for attention: one operand must be such probabilities, which are constant.
 
     Parameters

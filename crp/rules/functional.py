@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from crp.rules.account import Shares
-from crp.rules.attention import Attention, Exponential, _check_attention
+from crp.rules.attention import Attention, _check_attention, _Exponential
 from crp.rules.base import Rule
 from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer
 from crp.rules.notes import Born
 from crp.rules.redirect import Redirect, SecondOrder, _released
-from crp.rules.shared import Part, Parts, Proportional, Shared
+from crp.rules.shared import Part, Parts, _Proportional, _Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
 Gates: TypeAlias = Literal["signal", "split"]
@@ -60,7 +60,7 @@ class Linearized(Rule):
             return [scale for _, scale in self.parts(layer, *layer.inputs)]
 
 
-class Gate(Shared):
+class Gate(_Shared):
     r"""A product :math:`y = s \odot g` of two factors that both depend on the model's input.
 
     The ordinary chain rule would give the whole relevance to each factor. ``"signal"`` holds the gate :math:`g`
@@ -194,13 +194,13 @@ class Quotient(Linearized):
         source = note.parts.source
         written = Layer(torch.softmax, (source, dim), {}, (source,), look_up(torch.softmax), place=layer.place)
         layer.gives = Born.SOFTMAX
-        return cast(Tensor, Proportional().attach(self.attachment).operate(written))
+        return cast(Tensor, _Proportional().attach(self.attachment).operate(written))
 
     def _softmax_along(self, layer: Layer) -> int | None:
         """Axis along which exponentials are divided by their sum, if that is what the quotient is."""
         above, below = layer.inputs
         note = None if self.attachment is None else self.attachment.notes.of(above)
-        if note is None or not isinstance(note.parts, Exponential) or above.dim() != below.dim():
+        if note is None or not isinstance(note.parts, _Exponential) or above.dim() != below.dim():
             return None
         summed = [d for d, (n, k) in enumerate(zip(above.shape, below.shape, strict=True)) if n != k]
         total = above.sum(summed, keepdim=True) if len(summed) == 1 else None

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crp.rules.attention import Exponential
+from crp.rules.attention import _Exponential
 from crp.rules.base import Rule, Term, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
-from crp.rules.redirect import Redirect, RedirectLater, SecondOrder
+from crp.rules.redirect import Redirect, SecondOrder, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
 
 Names = str | Sequence[str] | None
@@ -149,11 +149,11 @@ class Pass(Rule):
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise ValueError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        layer.parts = Exponential(a) if layer.name == "exp" and layer.module is None else None
+        layer.parts = _Exponential(a) if layer.name == "exp" and layer.module is None else None
         if self.multiplier and self._scales_later(layer, y):
             again = layer.again()
             second = SecondOrder(again, [a], self.is_active, lambda: self._scales_again(again, a))
-            return cast(Tensor, RedirectLater.apply(y, second, a))
+            return cast(Tensor, _RedirectLater.apply(y, second, a))
         return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
 
     def _scales_later(self, layer: Layer, y: Tensor) -> bool:

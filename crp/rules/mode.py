@@ -23,11 +23,12 @@ from crp.rules.functions import Function, _on_a_copy, in_place, look_up, name_of
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import FIRST, Copied, Notes
 from crp.rules.operands import Operands
-from crp.rules.passing import passed
+from crp.rules.passing import _passed
 from crp.rules.redirect import overwritten
 from crp.trace.recorder import tensors_in
 
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 _transform = torch._C._functorch.peek_interpreter_stack
 _add, _sum = look_up(torch.add), look_up(torch.sum)
 
@@ -98,6 +99,9 @@ class SeeingMode(TorchFunctionMode):
         """Whether a function that calls others shall be one operation all the same."""
         return False
 
+    def note_constant(self, result: Any, args: Any, kwargs: Any) -> None:
+        """Note a call on which the model's input has no influence."""
+
     def place(self) -> str:
         """Name of the innermost module that runs, where it is tracked."""
         return ""
@@ -116,7 +120,9 @@ class SeeingMode(TorchFunctionMode):
         if kwargs:
             flags &= self.notes.read(kwargs.values(), inputs, self._unseen)
         if not inputs:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self.note_constant(result, args, kwargs)
+            return result
         if known.canonical in ("grad", "backward"):
             self._refuse_derivative(known)
         if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
@@ -164,7 +170,7 @@ class SeeingMode(TorchFunctionMode):
             result = self.by_chain_rule(choice, func, known, kind, args, kwargs, inputs)
         else:
             result = self._by_rule(choice, func, known, args, kwargs, inputs, flags, operands)
-        flags = passed(known, args, kwargs, inputs, flags, self.notes.born) | self._gives
+        flags = _passed(known, args, kwargs, inputs, flags, self.notes.born) | self._gives
         self._gives = 0
         if isinstance(target, Tensor) and target.requires_grad:
             self.notes.add_written(target, flags, copied if isinstance(copied, Copied) else None)

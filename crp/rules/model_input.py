@@ -102,7 +102,7 @@ class _UnitMultiplier(torch.autograd.Function):
         return torch.where(a == 0, 0.0, grads[0] / a)
 
 
-class PartOf(torch.autograd.Function):
+class _PartOf(torch.autograd.Function):
     """Identity; only a part of the multiplier that arrives is handed on, and all where rules are inactive."""
 
     @staticmethod

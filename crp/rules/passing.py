@@ -14,7 +14,7 @@ from crp.rules.notes import BORN, NONNEGATIVE, Born
 _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
 
 
-def passed(
+def _passed(
     known: Function,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],

@@ -75,7 +75,7 @@ class Redirect(torch.autograd.Function):
         return (None, None, None, *(m * scale for scale in scales), *none, *(None for _ in ctx.is_own))
 
 
-class RedirectLater(torch.autograd.Function):
+class _RedirectLater(torch.autograd.Function):
     """As `Redirect`, into one surrogate; its scale is not kept, but computed once more when the gradient arrives."""
 
     @staticmethod

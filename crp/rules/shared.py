@@ -7,11 +7,11 @@ from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor
 
-from crp.rules.account import Balance
+from crp.rules.account import _Balance
 from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, _no_rule, changed
-from crp.rules.model_input import PartOf
+from crp.rules.model_input import _PartOf
 
 #: Part of an argument's gradient; or a function that tells it for each tensor in the argument.
 Part: TypeAlias = float | Callable[[Tensor], float]
@@ -19,7 +19,7 @@ Part: TypeAlias = float | Callable[[Tensor], float]
 Parts: TypeAlias = tuple[list[Part], dict[str, Part]]
 
 
-class Shared(Rule):
+class _Shared(Rule):
     """Base of these rules."""
 
     settings: ClassVar[tuple[str, ...]] = ()
@@ -38,9 +38,9 @@ class Shared(Rule):
             def take(tensor: Tensor) -> Tensor:
                 if id(tensor) not in mine:
                     return tensor
-                counted = tensor if sink is None else cast(Tensor, Balance.apply(tensor, sink, -1))
+                counted = tensor if sink is None else cast(Tensor, _Balance.apply(tensor, sink, -1))
                 size = part(tensor) if callable(part) else part
-                return counted if size == 1 else cast(Tensor, PartOf.apply(counted, size, self.is_active))
+                return counted if size == 1 else cast(Tensor, _PartOf.apply(counted, size, self.is_active))
 
             return value if sink is None and part == 1 else changed(value, take)
 
@@ -49,14 +49,14 @@ class Shared(Rule):
         result = layer.function(*args, **{name: taking(value, named[name]) for name, value in layer.kwargs.items()})
         if sink is None:
             return result
-        return changed(result, lambda tensor: Balance.apply(tensor, sink, 1) if tensor.requires_grad else tensor)
+        return changed(result, lambda tensor: _Balance.apply(tensor, sink, 1) if tensor.requires_grad else tensor)
 
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """What a module without parts calls."""
         return alone and not known.has("selects", "copies")
 
 
-class Proportional(Shared):
+class _Proportional(_Shared):
     """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Proportional(Shared):
         return True
 
 
-class Refused(Proportional):
+class _Refused(_Proportional):
     """Refuses operations for which a method has no rule, so that no other method's result goes by its name.
 
     Parameters

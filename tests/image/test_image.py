@@ -38,6 +38,10 @@ def pixels(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture)
 
 
+def in_eight_bits(image: torch.Tensor) -> torch.Tensor:
+    return (image.double() * 255).round().to(torch.uint8)
+
+
 def blob(rows: slice, columns: slice, size: int = 12) -> torch.Tensor:
     heatmap = torch.zeros(size, size)
     heatmap[rows, columns] = 1
@@ -215,7 +219,7 @@ def test_images_and_heatmaps_are_drawn_whole():
     images, heatmaps = torch.rand(2, 3, 12, 10), torch.randn(2, 12, 10)
     pictures, heats = vis_img_heatmap(images, heatmaps)
     for image, heatmap, picture, heat in zip(images, heatmaps, pictures, heats, strict=True):
-        assert np.array_equal(pixels(picture), pixels(imgify(image)))
+        assert np.array_equal(pixels(picture), pixels(imgify(in_eight_bits(image))))
         assert np.array_equal(pixels(heat), pixels(imgify(heatmap, symmetric=True)))
 
 
@@ -223,7 +227,7 @@ def test_colour_options_reach_the_heatmaps_only():
     image, heatmap = torch.rand(1, 3, 4, 4), torch.randn(1, 4, 4)
     (picture,), (heat,) = vis_img_heatmap(image, heatmap, cmap="hot", vmin=-1, vmax=2, symmetric=False)
     assert np.array_equal(pixels(heat), pixels(imgify(heatmap[0], cmap="hot", vmin=-1, vmax=2)))
-    assert np.array_equal(pixels(picture), pixels(imgify(image[0])))
+    assert np.array_equal(pixels(picture), pixels(imgify(in_eight_bits(image[0]))))
 
 
 def test_grey_images_are_drawn_grey():
@@ -251,14 +255,14 @@ def test_only_what_is_relevant_is_bright():
     image = torch.rand(1, 3, 12, 12)
     heatmap = blob(slice(4, 7), slice(2, 9))
     (picture,) = vis_opaque_img(image, heatmap[None], alpha=0.5, kernel_size=1)
-    expected = imgify(torch.where(heatmap > 0, image[0], image[0] * 0.5))
+    expected = imgify(in_eight_bits(torch.where(heatmap > 0, image[0], image[0] * 0.5)))
     assert np.array_equal(pixels(picture), pixels(expected))
 
 
 def test_negative_heatmaps_light_nothing_up():
     image = torch.rand(1, 3, 12, 12)
     (picture,) = vis_opaque_img(image, -torch.ones(1, 12, 12), alpha=0.5, rf=True)
-    assert np.array_equal(pixels(picture), pixels(imgify(image[0] * 0.5)))
+    assert np.array_equal(pixels(picture), pixels(imgify(in_eight_bits(image[0] * 0.5))))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 3), (8, 8)])

@@ -408,3 +408,14 @@ def test_weights_that_one_module_computes_are_a_layer_each():
 def test_module_that_computes_its_weight_at_each_call_is_one_layer():
     model = net(lambda s, x: s.b(s.a(s.a(s.a(x)))), a=Standardised(6, 6), b=nn.Linear(6, 2))
     assert rules_of(model) == ["z+", "z+", "z+", "ε"]
+
+
+def test_weight_that_is_computed_for_each_sample_is_one_layer():
+    def wiring(s, x):
+        return torch.stack([F.linear(row, s.a.weight * s.b.weight) for row in x]) @ s.c.weight
+
+    model = net(wiring, **{name: nn.Linear(6, 6) for name in "abc"})
+    composite = LRP(layer_map=[(Depth(0, 0.5, nn.Linear), ZPlus()), (nn.Linear, Epsilon(0.5))])
+    for data in (inputs(), inputs()[:1]):
+        rules = [row.rule for row in composite.report(model, data).operations if row.function in ("linear", "matmul")]
+        assert rules == [repr(ZPlus())] * len(data) + [repr(Epsilon(0.5))]

@@ -1,0 +1,125 @@
+"""The one colour scheme, on pages, in figures and on the command line: red is for, blue against, 0 has no colour.
+
+Colours and strengths were chosen side by side on photographs at 224 pixels; red and blue of this lightness stay apart
+for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from crp.image.pixels import Array
+
+#: Colours of relevance for and against, in 0..1.
+FOR = (0.80, 0.09, 0.11)
+AGAINST = (0.13, 0.35, 0.75)
+#: Relevance beyond this percentile of its absolute values has the full colour.
+PERCENTILE = 99.5
+#: Opacity is the absolute relevance to this power, so that small relevance can be seen.
+POWER = 0.7
+
+
+def clipped(heatmap: Tensor | Array, percentile: float = PERCENTILE) -> tuple[NDArray[Any], float]:
+    """Relevance divided by a percentile of its absolute values and clipped to -1..1, and the value that became 1.
+
+    Parameters
+    ----------
+    heatmap : Tensor or ndarray
+    percentile : float
+        In 0..100.
+
+    Returns
+    -------
+    relevance : array of the same shape, float64
+    one : float
+        What 1 stands for; where the percentile is 0, the largest absolute value, and 0 for a heatmap of zeros.
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite.
+    """
+    values = as_array(heatmap)
+    if broken := int((~np.isfinite(values)).sum()):
+        raise ValueError(f"the heatmap has {broken} of {values.size} values that are not finite, which have no colour")
+    strength = np.abs(values)
+    one = float(np.percentile(strength, percentile) or strength.max(initial=0.0))
+    return (np.clip(values / one, -1, 1) if one else values), one
+
+
+def colours_of(relevance: Array) -> NDArray[Any]:
+    """Colours with opacity of relevance in -1..1: of shape (..., 4), in 0..1."""
+    colour = np.where(relevance[..., None] >= 0, FOR, AGAINST)
+    return np.concatenate([colour, np.abs(relevance)[..., None] ** POWER], -1)
+
+
+def as_array(values: Tensor | Array) -> NDArray[Any]:
+    """Tensor or array as an array of float64."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, np.float64)
+
+
+def as_picture(image: Tensor | Array | Image.Image) -> NDArray[Any]:
+    """Picture as an array of shape (height, width, 3) in 0..1.
+
+    Parameters
+    ----------
+    image : Tensor of shape (channels, height, width), ndarray of that shape or with the channels last, or PIL image
+        Three channels are colours; the mean of others is grey. Values within 0..1 are shown as they are, others are
+        brought there by the whole image's range.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"), np.float64) / 255
+    values = as_array(image)
+    if getattr(image, "dtype", None) in (torch.uint8, np.dtype(np.uint8)):
+        values = values / 255
+    if values.ndim == 3 and isinstance(image, np.ndarray) and values.shape[-1] in (1, 3) and len(values) not in (1, 3):
+        values = np.moveaxis(values, -1, 0)
+    if values.ndim != 3:
+        raise ValueError(f"a picture has the shape (channels, height, width), not {values.shape}")
+    if len(values) != 3:
+        values = np.repeat(values.mean(0, keepdims=True), 3, 0)
+    return np.moveaxis(as_shown(values), 0, -1)
+
+
+def as_shown(values: Any) -> Any:
+    """Values of an image as they are where all are in 0..1, or else brought there by their range."""
+    low, high = float(values.min()), float(values.max())
+    return values if low >= 0 and high <= 1 else (values - low) / ((high - low) or 1.0)
+
+
+def fitted(heatmap: Array, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Heatmap in the size of a picture, between whose positions is interpolated."""
+    if heatmap.shape == tuple(shape):
+        return heatmap
+    return resized(heatmap, (shape[0], shape[1]))
+
+
+def resized(values: Array, size: tuple[int, int]) -> NDArray[Any]:
+    """Map of another (height, width): interpolated where larger, averaged where smaller."""
+    data = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None, None]
+    smaller = size[0] < values.shape[0] or size[1] < values.shape[1]
+    found = F.interpolate(data, size, mode="bilinear", antialias=smaller, align_corners=False)
+    result: NDArray[Any] = found[0, 0].numpy()
+    return result
+
+
+def blurred(values: Array, share: float) -> NDArray[Any]:
+    """Map smoothed by a Gaussian whose standard deviation is a share of the longer side."""
+    sigma = share * max(values.shape)
+    if sigma < 0.3:  # less than a pixel shows
+        return values
+    reach = min(int(3 * sigma + 0.5), min(values.shape) - 1)
+    from torchvision.transforms.functional import gaussian_blur
+
+    data = torch.from_numpy(np.ascontiguousarray(values, np.float64))
+    result: NDArray[Any] = gaussian_blur(data[None], [2 * reach + 1] * 2, [sigma] * 2)[0].numpy()
+    return result

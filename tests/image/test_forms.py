@@ -1,0 +1,219 @@
+"""Forms of pictures: colours, opacity, crops, bars, graphs, and pictures as files hold them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crp.image import (
+    AGAINST,
+    FOR,
+    FORMS,
+    PictureNode,
+    as_viewed,
+    draw_contour,
+    draw_crop,
+    draw_form,
+    draw_heatmap,
+    draw_masked,
+    draw_overlay,
+    plot_form,
+    plot_graph,
+    relevant_box,
+    vis_img_heatmap,
+    vis_opaque_img,
+)
+from crp.image.colours import as_picture, clipped, colours_of
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+# --- colours
+
+
+def test_relevance_is_divided_by_the_percentile_and_clipped():
+    heatmap = np.linspace(-1, 1, 201).reshape(3, 67) * 4
+    values, one = clipped(heatmap, 50)
+    assert one == pytest.approx(np.percentile(np.abs(heatmap), 50))
+    assert values == pytest.approx(np.clip(heatmap / one, -1, 1))
+
+
+@pytest.mark.parametrize(("spike", "one"), [(3.0, 3.0), (0.0, 0.0)], ids=["a single spike", "zeros"])
+def test_a_percentile_of_zero_falls_back_to_the_largest(spike, one):
+    heatmap = torch.zeros(40, 40)
+    heatmap[0, 0] = spike
+    assert clipped(heatmap)[1] == one
+    assert np.isfinite(clipped(heatmap)[0]).all()
+
+
+def test_colours_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="has 1 of 4 values that are not finite"):
+        clipped(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]))
+
+
+def test_red_speaks_for_blue_against_and_zero_is_transparent():
+    colour = colours_of(np.array([1.0, -1.0, 0.0, 0.25]))
+    assert colour[0].tolist() == pytest.approx([*FOR, 1])
+    assert colour[1].tolist() == pytest.approx([*AGAINST, 1])
+    assert colour[2, 3] == 0
+    assert colour[3, 3] == pytest.approx(0.25**0.7)
+    on_white = pixels(draw_heatmap(np.array([[1.0, -1.0, 0.0]])))[0]
+    assert on_white.tolist() == [[204, 23, 28], [33, 89, 191], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_values_of_pictures_in_0_to_1_are_shown_as_they_are(channels):
+    image = torch.rand(channels, 4, 5) * 0.2
+    shown = as_picture(image)
+    expected = image if channels == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
+    assert shown == pytest.approx(expected.permute(1, 2, 0).numpy())
+
+
+def test_other_pictures_are_brought_there_by_their_range():
+    shown = as_picture(torch.tensor([[[-2.0, 0.0, 2.0]]]))
+    assert shown[0, :, 0].tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.2, 1.0])
+def test_flat_pictures_keep_their_grey_in_references(value):
+    image, heatmap = torch.full((1, 3, 8, 8), value), torch.ones(1, 8, 8)
+    for picture in (vis_img_heatmap(image, heatmap)[0][0], vis_opaque_img(image, heatmap)[0]):
+        assert (pixels(picture) == round(255 * value)).all()
+
+
+def test_a_crop_has_the_colours_of_the_whole_picture():
+    image = torch.rand(1, 3, 16, 16)
+    heatmap = torch.zeros(1, 16, 16)
+    heatmap[0, 6, 6] = 1
+    whole, crop = (vis_img_heatmap(image, heatmap, rf=rf, kernel_size=3)[0][0] for rf in (False, True))
+    assert np.array_equal(pixels(whole)[5:8, 5:8], pixels(crop))
+
+
+# --- forms
+
+
+@pytest.fixture
+def spot() -> torch.Tensor:
+    """Relevance in the middle of the lower left quarter, and against in the upper right corner."""
+    heatmap = torch.zeros(64, 64)
+    heatmap[44:52, 12:20] = 1.0
+    heatmap[:6, -6:] = -0.5
+    return heatmap
+
+
+def test_masked_keeps_what_is_relevant_and_whitens_the_rest(spot):
+    image = torch.rand(3, 64, 64)
+    shown, plain = pixels(draw_masked(image, spot)), pixels(draw_form("crop", image, torch.zeros(64, 64)))
+    assert np.abs(shown[46:50, 14:18] - plain[46:50, 14:18]).max() <= 1
+    assert shown[:6, -6:] == pytest.approx(255 * 0.92 + 0.08 * plain[:6, -6:], abs=1), "also what speaks against"
+
+
+def test_overlay_has_the_colours_on_a_light_grey(spot):
+    shown = pixels(draw_overlay(torch.full((3, 64, 64), 0.5), spot))
+    background = 255 * (0.35 + 0.6 * 0.5)
+    assert shown[30, 40] == pytest.approx([background] * 3, abs=1)
+    assert shown[48, 16] == pytest.approx(0.85 * 255 * np.array(FOR) + 0.15 * background, abs=2)
+
+
+def test_contour_surrounds_what_is_relevant_with_a_colour_for_each(spot):
+    other = torch.zeros(64, 64)
+    other[4:12, 4:12] = 1
+    shown = pixels(draw_contour(torch.full((3, 64, 64), 0.8), [spot, other], [(1, 0, 0), (0, 1, 0)]))
+    assert shown[30, 40] == pytest.approx([round(0.8 * 0.55 * 255)] * 3, abs=1)
+    assert (shown == [255, 0, 0]).all(-1).sum() > 8 and (shown == [0, 255, 0]).all(-1).sum() > 8
+    assert shown[48, 16].tolist() == [204] * 3
+
+
+def test_the_box_holds_the_share_of_the_relevance(spot):
+    top, bottom, left, right = relevant_box(spot, 0.9)
+    assert spot[top:bottom, left:right].clamp(min=0).sum() >= 0.9 * spot.clamp(min=0).sum()
+    assert bottom - top < 20 and right - left < 20
+    assert draw_crop(torch.rand(3, 64, 64), spot).size == (right - left, bottom - top)
+    assert relevant_box(-spot.clamp(min=0)) == (0, 64, 0, 64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 30), (64, 48)])
+def test_every_form_has_the_size_of_the_picture(form, size):
+    drawn = draw_form(form, torch.rand(3, *size), torch.rand(4, 4))
+    assert drawn.mode == "RGB"
+    assert form == "crop" or drawn.size == size[::-1]
+
+
+def test_an_unknown_form_names_the_others():
+    with pytest.raises(ValueError, match=r"no form 'blob'; there are masked, heatmap, overlay, contour, crop"):
+        draw_form("blob", torch.rand(3, 4, 4), torch.rand(4, 4))
+
+
+def test_figures_take_axes_and_tell_the_scale():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots(1, 2)
+    heatmap = torch.full((8, 8), -3.0)
+    figure = plot_form(torch.rand(3, 8, 8), heatmap, ax=axes[0])
+    assert figure is axes[0].figure
+    assert [tick.get_text() for tick in figure.axes[-1].get_yticklabels()] == ["-3\nagainst", "0", "+3\nfor"]
+    assert len(plot_form(torch.rand(3, 8, 8), heatmap, "masked").axes) == 1
+
+
+# --- graphs
+
+
+def test_graphs_show_nodes_and_edges_in_their_colours():
+    columns = [{"y": PictureNode("US $1 to $5")}, {1: PictureNode("a", torch.rand(3, 4, 4)), 2: PictureNode("b")}]
+    figure = plot_graph(columns, {("y", 1): 0.5, ("y", 2): -0.25}, titles=["class", "$layer_x"])
+    strong, weak = figure.axes[0].patches[:2]
+    assert strong.get_edgecolor()[:3] == FOR and weak.get_edgecolor()[:3] == AGAINST
+    assert strong.get_linewidth() == pytest.approx(9.4) and weak.get_linewidth() == pytest.approx(4.9)
+    figure.savefig(io.BytesIO(), format="svg")
+    with pytest.raises(KeyError, match="names 7, which is in no column"):
+        plot_graph(columns, {("y", 7): 0.5})
+
+
+# --- pictures of files
+
+
+def read_back(picture: Image.Image, form: str, **options) -> Image.Image:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+def test_a_picture_stored_sideways_is_upright():
+    upright = Image.fromarray(np.repeat(np.arange(0, 240, 30, dtype=np.uint8)[:, None], 16, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = read_back(upright.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    assert np.array_equal(pixels(as_viewed(stored)), pixels(upright))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_of_16_bits_the_upper_8_are_kept(form):
+    deep = Image.fromarray(np.array([[0, 1000, 3000, 65535]], np.uint16))
+    assert pixels(as_viewed(read_back(deep, form))).tolist() == [[0, 3, 11, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([-1.0, 0.0, 3.0], [0, 64, 255])], ids=["0 to 1", "range"]
+)
+def test_floating_point_pixels(values, shown):
+    assert pixels(as_viewed(Image.fromarray(np.array([values], np.float32)))).tolist() == [shown]
+
+
+def test_transparent_parts_are_white_and_other_modes_rgb():
+    assert pixels(as_viewed(Image.new("RGBA", (1, 1), (10, 20, 30, 0))))[0, 0].tolist() == [255] * 3
+    assert as_viewed(Image.new("CMYK", (2, 2), (0, 255, 255, 0))).mode == "RGB"
+    assert as_viewed(Image.new("P", (2, 2))).mode == "RGB"
+    assert as_viewed(Image.new("1", (2, 2), 1)).mode == "L"
+
+
+def test_a_damaged_profile_is_left_out():
+    stored = Image.new("CMYK", (2, 2), (0, 255, 255, 0))
+    stored.info["icc_profile"] = b"no profile"
+    assert np.array_equal(pixels(as_viewed(stored)), pixels(as_viewed(Image.new("CMYK", (2, 2), (0, 255, 255, 0)))))
