@@ -46,7 +46,7 @@ BUDGETS = {
     "image": 1130,
     "layers": 220,
     "metrics": 810,
-    "rules": 5300,
+    "rules": 5320,
     "trace": 1370,
     "types": 150,
     "visualization": 2120,
@@ -58,7 +58,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 560
+PUBLIC_NAMES = 575
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -95,7 +95,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 76
+    assert sum(map(len, arrows().values())) <= 78
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
