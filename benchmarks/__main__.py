@@ -79,6 +79,7 @@ def measure_section(
             if quick and case.thorough:
                 continue
             click.echo(f"  {case.name} …", err=True)
+            torch.cuda.empty_cache()  # (what the last case held is for the peers, too)
             try:
                 rows += measure(case, worker, quick)
             except Exception as error:
