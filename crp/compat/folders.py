@@ -176,10 +176,6 @@ class FolderAnswers:
     """Answers of one result folder that zennit-crp wrote, whatever it is called."""
 
     folder: Path
-    layers: None = None
-
-    def check(self, **fingerprints: str) -> None:
-        """Do nothing: the files do not say what they were made of."""
 
     def references(
         self, question: Question, layer: str, size: int | None, of_class: int | None = None

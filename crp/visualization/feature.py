@@ -19,9 +19,10 @@ from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
 from crp.visualization.mining.job import SHARD_BATCHES, MiningKeywords, RunKeywords
+from crp.visualization.mining.recipe import in_words
 from crp.visualization.mining.run import mine
 from crp.visualization.queries import ReferenceQueries
-from crp.visualization.samples import LabelTargets, PreparedSamples, SampleAccess, function_of
+from crp.visualization.samples import LabelTargets, SampleAccess, function_of
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table, TableError
@@ -171,8 +172,8 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             As in `run`.
         **options
             ``num_workers``, ``overwrite``, ``modes``, ``kinds``, ``on_error``, ``progress``, ``targets``,
-            ``mixed_shapes`` and ``retry_skipped``, as in `crp.visualization.mining.job.MiningOptions`; ``part`` and
-            ``client``, as in `crp.visualization.mine`.
+            ``mixed_shapes``, ``retry_skipped``, ``storage`` and ``recipe``, as in
+            `crp.visualization.mining.job.MiningOptions`; ``part`` and ``client``, as in `crp.visualization.mine`.
 
         Returns
         -------
@@ -208,14 +209,17 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             "single_targets": labels,
             "on_device": on_device,
             "device": self.device,
-            "fingerprints": self._identity() | {"single_targets": fingerprint(None if labels is None else own)},
+            "fingerprints": {
+                **self._identity(dataset=False),
+                "single_targets": fingerprint(None if labels is None else own),
+            },
         }
         if taken := [name for name in options if name in settings]:
             raise TypeError(f"{taken[0]} is said by FeatureVisualization itself; mine() takes it")
         keywords: dict[str, Any] = {**settings, **options, "start": int(data_start), "stop": stop}
-        dataset = self.dataset if is_plain else PreparedSamples(self)
+        keywords["recipe"] = {"preprocess": in_words(self.preprocess_fn)} | dict(options.get("recipe") or {})
         try:
-            table = mine(self.attribution, dataset, self.layer_map, composite, self.path, **keywords)
+            table = mine(self.attribution, self._samples_mined(), self.layer_map, composite, self.path, **keywords)
         except SampleError as error:
             if labels is None or labels.error is None or error.__cause__ is not labels.error:
                 raise

@@ -23,7 +23,7 @@ from crp.visualization import references as refs
 from crp.visualization.cache import Cache, from_cache
 from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
-from crp.visualization.table.question import Answers, Question
+from crp.visualization.table.question import Answers, Question, TableAnswers
 from crp.visualization.table.ranking import ReferenceSamples
 
 #: ``(concept ids, classes, ranks) -> {id: value}``; there are no classes where samples of all classes are ranked.
@@ -373,8 +373,8 @@ class ReferenceQueries(SampleAccess):
         """What is asked, and the table or the folder that answers, checked to be of this model, data and concepts."""
         results = self._results(mode, per_class)
         answers = open_answers(results.PATH)
-        if self._check and answers.layers is not None:
-            answers.check(**self._identity(answers.layers))
+        if self._check and isinstance(answers, TableAnswers):
+            self._check_table(answers.table)
         return results.question, answers
 
     def _plot_name(self, plot_fn: PlotFn, layer: str, mode: str, options: Mapping[str, Any]) -> str:

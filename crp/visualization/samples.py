@@ -12,7 +12,10 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.notices import warn
 from crp.visualization.mining.datasets import read
+from crp.visualization.mining.identity import check_dataset
+from crp.visualization.mining.marks import Source, source_of
 from crp.visualization.table.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
+from crp.visualization.table.store import Table
 
 
 class SampleAccess:
@@ -98,7 +101,25 @@ class SampleAccess:
         samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)
         return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
 
-    def _identity(self, layers: Iterable[str] = ()) -> dict[str, str]:
+    def _check_table(self, table: Table) -> None:
+        """Raise a `TableMismatchError` unless a table is of this model, dataset, preparation and these concepts."""
+        found = self._identity(table.layers, dataset=not table.header.probes)
+        if table.header.probes:
+            state = _Same(self.dataset), len(self.dataset), str(table.path), table.header.identity
+
+            def check() -> str:
+                check_dataset(table, self._samples_mined())
+                return ""
+
+            self._remembered("samples", state, check)
+        table.check(**found)
+
+    def _samples_mined(self) -> Any:
+        """Dataset as it is mined."""
+        is_plain = type(self).get_data_sample is SampleAccess.get_data_sample
+        return self.dataset if is_plain else PreparedSamples(self)
+
+    def _identity(self, layers: Iterable[str] = (), dataset: bool = True) -> dict[str, str]:
         """Fingerprints of what samples are, how they are prepared, the model that sees them, and the layers' concepts.
 
         Parameters
@@ -106,17 +127,19 @@ class SampleAccess:
         layers : iterable of str
             All layers of a table. Its concepts have one fingerprint; where ``layer_map`` lacks one of the layers, they
             cannot be compared, which a warning says.
+        dataset : bool
+            Whether the dataset is asked, of which a few samples are read.
         """
         model = self.attribution.model
         # The fingerprint reads all weights. Whether they have changed since is seen faster, by their versions.
         state = repr(model), _states([*model.parameters(), *model.buffers()])
         found = {
             "model": self._remembered("model", state, lambda: fingerprint_model(model)),
-            "dataset": self._remembered(
-                "dataset", (_Same(self.dataset), len(self.dataset)), lambda: fingerprint_dataset(self.dataset)
-            ),
             "preprocess": self._preparation(),
         }
+        if dataset:
+            kept = _Same(self.dataset), len(self.dataset)
+            found["dataset"] = self._remembered("dataset", kept, lambda: fingerprint_dataset(self.dataset))
         if lacking := [layer for layer in layers if layer not in self.layer_map]:
             warn(
                 f"layer_map lacks {', '.join(map(repr, lacking))}, which were mined, too: whether the concepts are "
@@ -124,8 +147,8 @@ class SampleAccess:
             )
         elif concepts := {layer: self.layer_map[layer] for layer in layers}:
             # A concept may count its uses, which would change its fingerprint: only its tensors are watched.
-            kept = [(layer, _Same(c), _states(_tensors_of(c))) for layer, c in concepts.items()]
-            found["layers"] = self._remembered("layers", kept, lambda: fingerprint(concepts))
+            states = [(layer, _Same(c), _states(_tensors_of(c))) for layer, c in concepts.items()]
+            found["layers"] = self._remembered("layers", states, lambda: fingerprint(concepts))
         return found
 
     def _preparation(self) -> str:
@@ -196,6 +219,10 @@ class PreparedSamples:
 
     def __len__(self) -> int:
         return len(self._visualization.dataset)
+
+    def source(self, index: int) -> Source | None:
+        """File of a sample, where the dataset tells it."""
+        return source_of(self._visualization.dataset, index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         data, target = self._visualization.get_data_sample(index, preprocessing=True)

@@ -13,7 +13,7 @@ from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, 
 
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
-    ["types", "layers", "devices", "notices", "errors", "checks", "trace", "concepts", "image"],
+    ["types", "outputs", "layers", "devices", "notices", "errors", "checks", "trace", "concepts", "image"],
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
@@ -31,7 +31,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 380,
     "attributors": 2600,
-    "audit": 200,
+    "audit": 1290,
     "canonizers": 800,
     "commands": 1050,
     "compat": 950,
@@ -44,21 +44,24 @@ BUDGETS = {
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 220,
+    "layers": 270,
+    "outputs": 110,
     "metrics": 810,
     "rules": 5320,
     "trace": 1370,
     "types": 150,
-    "visualization": 2120,
-    "visualization.mining": 2060,
+    "visualization": 2160,
+    # (what a table says in words, which dataset it is of, and the columns about samples)
+    "visualization.mining": 2560,
     "visualization.report": 600,
-    # (the manifest of version 2 with its checksum, what a shard must hold, and files that are never followed)
-    "visualization.table": 2100,
+    # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
+    # about samples)
+    "visualization.table": 2200,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 575
+PUBLIC_NAMES = 605
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -95,7 +98,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 78
+    assert sum(map(len, arrows().values())) <= 83
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

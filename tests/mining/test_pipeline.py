@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import Normalize
 
 from crp.concepts import ChannelConcept
-from crp.visualization.mining import batches, writing
+from crp.visualization.mining import batches, rows, writing
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.transfers import Transfers
@@ -272,13 +272,13 @@ def test_an_error_surfaces_at_once_and_leaves_no_thread() -> None:
 
 def test_a_slow_disk_loses_and_reorders_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = run(tmp_path / "fast", Data(21), shard_size=4)
-    write, order = batches.write_shard, iter((0.03, 0.0, 0.02, 0.0, 0.01, 0.0))
+    write, order = rows.write_shard, iter((0.03, 0.0, 0.02, 0.0, 0.01, 0.0))
 
     def slow(*args: Any) -> ShardRecord:
         time.sleep(next(order))
         return write(*args)
 
-    monkeypatch.setattr(batches, "write_shard", slow)
+    monkeypatch.setattr(rows, "write_shard", slow)
     table = run(tmp_path / "slow", Data(21), shard_size=4)
     assert [shard.start for shard in table.shards] == [0, 4, 8, 12, 16, 20]
     assert files_of(table.path) == files_of(reference.path)

@@ -78,5 +78,10 @@ def same_rows(one: Table, other: Table, tolerance: float = 1e-12) -> None:
                 np.testing.assert_array_equal(left[3], right[3])
 
 
+def shards_of(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The shards among the files of a table; a manifest also keeps what a few samples were, unless it was told."""
+    return {name: content for name, content in files.items() if name != "manifest.json"}
+
+
 def files_of(path: Path) -> dict[str, bytes]:
     return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}

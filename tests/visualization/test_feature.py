@@ -241,13 +241,13 @@ def test_another_run_into_the_same_folder_is_refused(tmp_path, what):
         keywords["preprocess_fn"] = torch.sigmoid
     elif what == "single_targets":
         keywords["cls"] = type("Twice", (FeatureVisualization,), {"multitarget_to_single": lambda self, t: [t, 2]})
-    other = make_fv(tmp_path, Images(13) if what == "dataset" else None, **keywords)
+    other = make_fv(tmp_path, Images(11) if what == "dataset" else None, **keywords)
     composite = None if what == "composite" else EpsilonPlus()
     with pytest.raises(ValueError, match=what):
-        other.run(composite, 0, 12, **QUIET)
-    other.run(composite, 0, 12, overwrite=True, progress=False)
+        other.run(composite, 0, 11, **QUIET)
+    other.run(composite, 0, 11, overwrite=True, progress=False)
     fresh = make_fv(tmp_path / "fresh", other.dataset, **keywords)
-    fresh.run(composite, 0, 12, **QUIET)
+    fresh.run(composite, 0, 11, **QUIET)
     assert_same(results(other), results(fresh))
 
 

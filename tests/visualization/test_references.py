@@ -406,7 +406,7 @@ def test_statistics_lead_to_references(tmp_path):
 
 SOMETHING_ELSE: dict[str, dict[str, Any]] = {
     "model": {"net": make_net(1)},
-    "dataset": {"dataset": Images(13)},
+    "dataset": {"dataset": [(image + 1, label) for image, label in (Images(12)[i] for i in range(12))]},
     "preprocess": {"preprocess_fn": torch.sigmoid},
 }
 

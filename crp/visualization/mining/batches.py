@@ -19,13 +19,13 @@ from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.preparation import Preparation
+from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.scores import Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
 from crp.visualization.mining.transfers import Transfers
-from crp.visualization.mining.writing import Shard, Shards, ShardWriter
+from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
-from crp.visualization.table.shards import write_shard
 
 T = TypeVar("T")
 
@@ -43,8 +43,8 @@ def mine_ranges(
     loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
     state = _MiningState(_MemoryLimit(job.options.batch_size), Transfers(job.device), _preparation(job))
     with ShardWriter() as writer:
-        shards = Shards(writer, partial(write_shard, folder, job.header.identity), progress)
-        begun: deque[tuple[int, int, bool, Callable[[Shard], None]]] = deque()
+        shards = Shards(writer, job, folder, progress)
+        begun: deque[tuple[int, int, bool, Callable[[ShardRows], None]]] = deque()
         for (begin, end, is_last), samples in zip(batches, loaded, strict=True):
             batch = _Batch(job, samples, state)
             try:
@@ -142,7 +142,7 @@ class _Batch:
                 group = _Group(indices, data, finite, self._attribute(indices, data, None))
             self._groups.append(group)
 
-    def finish(self, shard: Shard) -> None:
+    def finish(self, shard: ShardRows) -> None:
         """Add the rows of the batch to a shard."""
         parts = [arrays for group in self._groups for arrays in self._get_arrays(group)]
         self._groups.clear()
@@ -153,7 +153,7 @@ class _Batch:
             keep = order[~np.isin(arrays["sample"][order], list(self._problems))]
             if not np.array_equal(keep, np.arange(len(order))):
                 arrays = {key: array[keep] for key, array in arrays.items()}
-            shard.extend(arrays)
+            shard.extend(arrays, self._samples)
         shard.skipped.update(self._problems)
 
     def _attribute(self, indices: list[int], data: Tensor, finite: Tensor | None) -> list[UnitScores]:
@@ -192,10 +192,10 @@ class _Batch:
 
     def _get_readable(self) -> dict[int, Any]:
         """Labels of the samples that could be read."""
-        for index, _, _, problem in self._samples:
-            if problem is not None:
-                self._drop(index, problem.reason, problem.error)
-        return {index: label for index, _, label, problem in self._samples if problem is None}
+        for sample in self._samples:
+            if sample.problem is not None:
+                self._drop(sample.id, sample.problem.reason, sample.problem.error)
+        return {sample.id: sample.label for sample in self._samples if sample.problem is None}
 
     def _get_targets(self) -> dict[int, list[int]]:
         found = {}

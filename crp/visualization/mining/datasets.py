@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert, get_worker_info
 
+from crp.visualization.mining.marks import Source, content_of, source_of, stamp_of
+
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _NOTHING = torch.empty(0)
 _HINT = "crp.visualization.Pairs makes pairs of it"
@@ -59,6 +61,10 @@ class Pairs:
 
     def __repr__(self) -> str:
         return f"Pairs({type(self.dataset).__name__}, {self.data!r}, {self.label!r})"
+
+    def source(self, index: int) -> Source | None:
+        """File of a sample, where the dataset tells it."""
+        return source_of(self.dataset, index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         item = self.dataset[index]
@@ -165,12 +171,25 @@ class Problem(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample, or what is wrong with it."""
+    """One sample, or what is wrong with it.
+
+    Attributes
+    ----------
+    id : int
+        In the dataset.
+    data : Tensor
+    label : object
+    problem : Problem or None
+    content, stamp : int
+        Hashes of the sample and of its file, from `crp.visualization.mining.marks`, where it is read to be mined.
+    """
 
     id: int
     data: Tensor
     label: Any
     problem: Problem | None
+    content: int = 0
+    stamp: int = 0
 
 
 def read(dataset: Any, index: int) -> Sample:
@@ -235,7 +254,11 @@ class _Guarded(Dataset[Sample]):
         self._dataset = dataset
 
     def __getitem__(self, index: int) -> Sample:
-        return read(self._dataset, index)
+        stamp = stamp_of(self._dataset, index)  # (before it is read, so that a change in between is noticed later)
+        sample = read(self._dataset, index)
+        if sample.problem is not None:
+            return sample
+        return sample._replace(content=content_of(sample.data, sample.label), stamp=stamp)
 
 
 class _Batches:

@@ -21,18 +21,21 @@ from crp.engine.attached import composite_on
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_layers
 from crp.visualization.mining.datasets import SampleError, indexed, read
+from crp.visualization.mining.identity import probe
+from crp.visualization.mining.recipe import make_recipe
 from crp.visualization.mining.targets import Targets, parse_targets
 from crp.visualization.table.fingerprint import (
     fingerprint,
     fingerprint_composite,
-    fingerprint_dataset,
     fingerprint_model,
 )
-from crp.visualization.table.manifest import KINDS, MODES, TableHeader
+from crp.visualization.table.manifest import KINDS, MODES, STORAGES, TableHeader
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+#: Options that the recipe tells, beside those that are told apart.
+_IN_RECIPE = ("preprocess", "single_targets", "batch_size", "mixed_shapes")
 #: Batches in a shard, by default.
 SHARD_BATCHES = 64
 
@@ -49,6 +52,8 @@ class RunKeywords(TypedDict, total=False):
     retry_skipped: bool
     overwrite: bool
     progress: bool
+    storage: str
+    recipe: Mapping[str, Any] | None
 
 
 class MiningKeywords(RunKeywords, total=False):
@@ -103,8 +108,15 @@ class MiningOptions:
         Discard what the folder holds.
     progress : bool
         Whether to show a progress bar.
+    storage : {"float32", "float16"}
+        How values are kept on disk: as computed, or as float16 with a scale for each concept of a shard, in little more
+        than half of the space. Of a model that computes in float64, ``"float32"`` keeps float64.
+    recipe : dict, optional
+        What the table is to say of itself in words, beside what is found by itself: parts such as ``"model"``,
+        ``"dataset"``, ``"class_names"``. Plain JSON.
     fingerprints : dict of str to str, optional
         In place of those computed for ``"model", "composite", "dataset", "layers", "preprocess", "single_targets"``.
+        With one for the dataset, its samples are not compared.
     """
 
     batch_size: int = 32
@@ -122,6 +134,8 @@ class MiningOptions:
     retry_skipped: bool = False
     overwrite: bool = False
     progress: bool = True
+    storage: str = STORAGES[0]
+    recipe: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] | None = None
 
     @classmethod
@@ -146,6 +160,7 @@ class MiningOptions:
                 raise ValueError(f"{name} must be an integer of at least {least}, not {size!r}")
         lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
         lists["on_error"] = [options.on_error], ("stop", "skip")
+        lists["storage"] = [options.storage], STORAGES
         for name, (words, known_words) in lists.items():
             if isinstance(words, str) or not words or not set(words) <= set(known_words):
                 raise ValueError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
@@ -205,18 +220,22 @@ def prepare(
         _check_multipliers(attribution, concepts, composite)
     device = torch.device(attribution.device if checked.device is None else checked.device)
     first = _get_first(dataset, checked.preprocess, device)
+    shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
+    targets = parse_targets(checked.targets)
+    settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}
+    recipe = make_recipe(attribution, dataset, concepts, composite, settings, checked.recipe)
     return Job(
         attribution=attribution,
         dataset=dataset,
         concepts=concepts,
         composite=composite,
         path=Path(path),
-        header=_header(attribution, dataset, concepts, composite, checked),
+        header=_header(attribution, dataset, concepts, composite, checked, recipe),
         shape=None if checked.mixed_shapes else tuple(first.shape[1:]),
         dtype=first.dtype,
         device=device,
-        shard_size=SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size,
-        targets=parse_targets(checked.targets),
+        shard_size=shard_size,
+        targets=targets,
         options=checked,
     )
 
@@ -253,13 +272,14 @@ def _header(
     concepts: Mapping[str, Concept],
     composite: Composite | None,
     options: MiningOptions,
+    recipe: Mapping[str, Any],
 ) -> TableHeader:
     """What all rows of the table share. This is where a table says what it is of."""
     targets = parse_targets(options.targets)
     make: dict[str, Callable[[], str]] = {
         "model": lambda: fingerprint_model(attribution.model),
         "composite": lambda: fingerprint_composite(composite),
-        "dataset": lambda: fingerprint_dataset(dataset),
+        "dataset": lambda: fingerprint(probes),
         "layers": lambda: fingerprint(dict(concepts)),
         "preprocess": lambda: fingerprint(options.preprocess),
         "single_targets": lambda: fingerprint(options.single_targets),
@@ -269,6 +289,7 @@ def _header(
     if options.mixed_shapes:
         make["shapes"] = lambda: fingerprint("mixed")
     known = dict(options.fingerprints or {})
+    probes = {} if "dataset" in known else probe(dataset)
     return TableHeader(
         n_samples=len(dataset),
         layers=tuple(concepts),
@@ -276,6 +297,9 @@ def _header(
         kinds=tuple(kind for kind in KINDS if kind in options.kinds),
         fingerprints={key: known[key] if key in known else one() for key, one in make.items()} | known,
         versions=_versions(),
+        storage=options.storage,
+        probes=probes,
+        recipe=recipe,
     )
 
 

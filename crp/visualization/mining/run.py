@@ -25,8 +25,10 @@ from crp.concepts import Concept
 from crp.notices import warn
 from crp.visualization.mining.batches import mine_ranges
 from crp.visualization.mining.datasets import SampleError as SampleError
+from crp.visualization.mining.identity import check_dataset
 from crp.visualization.mining.job import Job, MiningKeywords, prepare
 from crp.visualization.table.files import make_folder, make_own_folder, write_atomic
+from crp.visualization.table.fingerprint import fingerprint_dataset
 from crp.visualization.table.lock import TableLockedError, locked
 from crp.visualization.table.manifest import ShardRecord, TableCorruptError
 from crp.visualization.table.shards import check_shard
@@ -97,20 +99,15 @@ def mine(
         If a sample cannot be mined, unless it is to be skipped. The shards before it are kept.
     """
     job = prepare(attribution, dataset, layer_map, composite, path, **options)
-    overwrite = job.options.overwrite
     n = job.header.n_samples
     stop = n if stop is None else stop
     if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= n):
         raise ValueError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
-    if Table.exists(job.path) and not overwrite:
-        table = Table.open(job.path)
-        if part is not None or not table.is_empty:
-            table.check_header(job.header)
     if part is None:
         return mine_all(job, start, stop, client)
     if not (len(part) == 2 and all(type(i) is int for i in part) and 0 <= part[0] < part[1]):
         raise ValueError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
-    if overwrite or client is not None:
+    if job.options.overwrite or client is not None:
         raise ValueError("part shares the folder with other processes: it goes with neither overwrite nor client")
     return mine_part(job, start, stop, part)
 
@@ -141,7 +138,7 @@ def mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
     with locked(job.path):
         if job.options.overwrite or (Table.exists(job.path) and Table.open(job.path).is_empty):
             Table.discard(job.path)
-        table = _opened(job)
+        job, table = _opened(job, start, stop)
         table.clean()
         for problem in table.drop_damaged():
             warn(f"{problem.partition(';')[0]}; its samples are mined again")
@@ -174,10 +171,8 @@ def mine_part(job: Job, start: int, stop: int, part: tuple[int, int]) -> Table:
     number, n = part
     make_folder(job.path)
     with locked(job.path, "part"):
-        if not Table.exists(job.path):
-            with _turn(job.path):
-                _opened(job)
-        table = _opened(job)
+        with _turn(job.path):
+            job, table = _opened(job, start, stop)
         others = (shard.start // job.shard_size % n != number for shard in table.shards)
         sound = [s for s, other in zip(table.shards, others, strict=True) if other or _is_sound(table, s)]
         listed = Table(table.path, table.header, [*sound, *table.unlisted()])
@@ -239,10 +234,32 @@ def merge(path: str | Path, *others: str | Path) -> Table:
     return table
 
 
-def _opened(job: Job) -> Table:
-    table = Table.open(job.path) if Table.exists(job.path) else Table.create(job.path, job.header)
-    table.check_header(job.header)
-    return table
+def _opened(job: Job, start: int, stop: int) -> tuple[Job, Table]:
+    """Table in the job's folder, made if there is none, and the job under the table's own header.
+
+    Where the dataset has grown since the table was made, the table grows, too.
+    """
+    if not Table.exists(job.path):
+        return job, Table.create(job.path, job.header)
+    table, here = Table.open(job.path), job.header
+    if table.header.version == 1:
+        given = job.options.fingerprints or {}
+        print_1 = given.get("dataset") or fingerprint_dataset(job.dataset)
+        table.check_header(replace(here, fingerprints=dict(here.fingerprints) | {"dataset": print_1}))
+        if table.coverage(start, stop).missing:
+            table.check_writable()
+        return replace(job, header=table.header), table
+    compared = dict(here.fingerprints)
+    by_samples = bool(table.header.probes and here.probes)
+    n = min(here.n_samples, table.n_samples)
+    if by_samples:
+        compared["dataset"], n = table.fingerprints["dataset"], table.n_samples
+    table.check_header(replace(here, fingerprints=compared, n_samples=n))
+    if by_samples:
+        check_dataset(table, job.dataset, here.probes)
+    if here.n_samples > table.n_samples:
+        table.grow(here.n_samples)
+    return replace(job, header=table.header), table
 
 
 @contextmanager

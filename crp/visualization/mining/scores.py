@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from crp.concepts import ChannelConcept, Concept, check_concept
 from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.visualization.mining.job import Job
-from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations
+from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations, top_class
 from crp.visualization.mining.transfers import Fetched, Transfers
 from crp.visualization.table.manifest import Array
 
@@ -47,7 +47,7 @@ class UnitScores:
         columns = self.columns.arrays()
         finite = columns.pop(FINITE, None)
         for key, column in columns.items():
-            if key.startswith("activation.") and n > 1:  # (activations do not depend on the target)
+            if not key.startswith("relevance.") and n > 1:  # (the others do not depend on the target)
                 columns[key] = np.concatenate([column] * n)
         return {"sample": np.tile(self.sample, n), "target": self.slots.reshape(-1)} | columns, finite
 
@@ -76,7 +76,9 @@ def score_unit(
     # A sample without a label has target -1, and activations do not depend on the target.
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
     found: dict[str, list[Tensor]] = {}
-    for recorded in _get_recorded(job, batch, targets):
+    for number, (recorded, output) in enumerate(_get_recorded(job, batch, targets)):
+        if not number:
+            found["prediction"], found["probability"] = ([column] for column in top_class(output, len(batch)))
         for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
@@ -92,18 +94,19 @@ def score_unit(
 
 def _get_recorded(
     job: Job, batch: Tensor, targets: list[list[int]]
-) -> Iterator[Mapping[str, Mapping[str, Tensor | LayerValues]]]:
-    """Relevance of layers, one target after the other; the first also comes with their activation."""
+) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor | LayerValues]], Any]]:
+    """Relevance of layers, one target after the other; the first also comes with their activation, and the output."""
     layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        yield {"activation": record_activations(job.attribution, batch, job.composite, layers, device)}
+        found, output = record_activations(job.attribution, batch, job.composite, layers, device)
+        yield {"activation": found}, output
         return
     reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
     results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
     for number, result in enumerate(results):
         activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
         relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
-        yield {"relevance": relevances} | ({} if number else {"activation": activations})
+        yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction
 
 
 @torch.no_grad()
@@ -119,10 +122,10 @@ def _get_columns(
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
     for kind in kinds:
         value: Tensor = getattr(scores, kind)
-        if value.dim() != 2 or len(value) != n_rows:
+        if value.dim() != 2 or len(value) != n_rows or not value.shape[1]:
             raise ValueError(
                 f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
-                "it must be (rows, concepts)"
+                "it must be (rows, concepts), with at least one concept"
             )
         value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
         columns |= {f"{mode}.{kind}/{layer}": value, f"{mode}.{kind}_norm/{layer}": value.abs().sum(-1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import index, itemgetter
 from typing import Any
@@ -128,8 +129,8 @@ def record_activations(
     composite: Composite | None,
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
-) -> dict[str, Tensor]:
-    """Outputs of layers for every sample, by the forward pass alone.
+) -> tuple[dict[str, Tensor], Any]:
+    """Outputs of layers for every sample, by the forward pass alone, and what the model returns.
 
     Parameters
     ----------
@@ -142,12 +143,50 @@ def record_activations(
 
     Returns
     -------
-    dict of str to Tensor of shape (samples, ...)
+    activations : dict of str to Tensor of shape (samples, ...)
         Without layers that the forward pass does not use.
+    output : Tensor or None
+        What would be explained; None where the model returns no such tensor.
     """
+    returned: list[Any] = []
     with attached(composite, attribution.model) as model:
-        found = record_outputs(model, data, layers)
-    return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}
+        handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
+        try:
+            found = record_outputs(model, data, layers)
+        finally:
+            handle.remove()
+    output = None
+    with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
+        output = attribution.select_output(returned[-1])
+    return {layer: output.to(on_device) if on_device else output for layer, output in found.items()}, output
+
+
+@torch.no_grad()
+def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
+    """Predicted class of every sample, and its probability.
+
+    Parameters
+    ----------
+    output : Tensor of shape (rows, classes)
+        Scores, of which a softmax is taken, or probabilities; the samples come first.
+    n_samples : int
+
+    Returns
+    -------
+    prediction : Tensor of shape (samples,)
+        Of equal outputs, the smaller class (int64); -1 where the output is no such tensor.
+    probability : Tensor of shape (samples,)
+        As float32.
+    """
+    is_scores = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
+    if not is_scores or len(output) < n_samples or output.shape[1] < 2:
+        return torch.full((n_samples,), -1), torch.zeros(n_samples, dtype=torch.float32)
+    output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
+    shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
+    scores = torch.where(shares[:, None], output, output.softmax(1))
+    value, order = torch.sort(scores, dim=1, descending=True, stable=True)
+    probability = value[:, 0].nan_to_num(0).clamp(0, 1).float()
+    return order[:, 0], probability
 
 
 def attribute_targets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class Transfers:
         return pinned.to(self.device, non_blocking=True)
 
     def fetch(self, tensors: Mapping[str, Tensor]) -> Fetched:
-        """Begin to copy tensors to the host; those on other devices than the first are moved there before."""
+        """Begin to copy tensors to the host; those on other devices than most are moved there before."""
         self.to_host += 1
         return Fetched(self, tensors)
 
@@ -65,7 +66,7 @@ class Fetched:
         ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
         self._forms = {key: (tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
         self._keys = list(tensors)
-        device = next(iter(tensors.values())).device
+        (device, _), *_ = Counter(tensor.device for tensor in tensors.values()).most_common(1)
         parts = [tensor.detach().to(device).contiguous().flatten().view(torch.uint8) for tensor in ordered.values()]
         packed = torch.cat(parts)
         self._event: torch.cuda.Event | None = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
-from crp.visualization.table.manifest import Array, ShardRecord
+from crp.visualization.mining.job import Job
+from crp.visualization.mining.rows import ShardRows
+from crp.visualization.table.manifest import ShardRecord
 
 #: Bytes of scores after which a shard is closed.
 SHARD_BYTES = 128 << 20
@@ -63,50 +64,34 @@ class ShardWriter:
             yield self._writing.popleft().result()
 
 
-class Shard:
-    """Rows of a shard that is not written yet."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-        self._arrays: dict[str, list[Array]] = {"sample": [np.zeros(0, np.int64)], "target": [np.zeros(0, np.int64)]}
-        self.skipped: dict[int, str] = {}
-        self.n_bytes = 0
-
-    def extend(self, arrays: Mapping[str, Array]) -> None:
-        """Add columns of further rows."""
-        for key, array in arrays.items():
-            self._arrays.setdefault(key, []).append(array)
-            self.n_bytes += array.nbytes
-
-    def write(self, write: Callable[..., ShardRecord], stop: int) -> ShardRecord:
-        """Have ``write`` (start, stop, columns, skipped) write all rows."""
-        # One column is joined at a time, so that memory holds the shard only once.
-        arrays = {key: _narrowed(key, np.concatenate(self._arrays.pop(key))) for key in list(self._arrays)}
-        return write(self._start, stop, arrays, self.skipped)
-
-
 class Shards:
-    """Puts batches into shards, one after the other, and has shards written that are full or at their end."""
+    """Puts batches into shards, one after the other, and has shards written that are full or at their end.
+
+    Parameters
+    ----------
+    writer : ShardWriter
+    job : Job
+    folder : Path
+        ``<table>/shards``.
+    progress : callable, optional
+        Function of the number of samples that were added.
+    """
 
     def __init__(
-        self, writer: ShardWriter, write: Callable[..., ShardRecord], progress: Callable[[int], object] | None
+        self, writer: ShardWriter, job: Job, folder: Path, progress: Callable[[int], object] | None = None
     ) -> None:
-        self._writer, self._write, self._progress = writer, write, progress
-        self._shard: Shard | None = None
+        self._writer, self._job, self._folder, self._progress = writer, job, folder, progress
+        self._shard: ShardRows | None = None
 
-    def add(self, begin: int, end: int, is_last: bool, fill: Callable[[Shard], object]) -> Iterator[ShardRecord]:
+    def add(self, begin: int, end: int, is_last: bool, fill: Callable[[ShardRows], object]) -> Iterator[ShardRecord]:
         """Add samples ``begin`` to ``end``, which ``fill`` puts into a shard; gives the records of written shards."""
-        shard = self._shard = self._shard or Shard(begin)
+        shard = self._shard = self._shard or ShardRows(begin)
         fill(shard)
         if self._progress is not None:
             self._progress(end - begin)
         if is_last or shard.n_bytes >= SHARD_BYTES:
             self._shard = None
-            yield from self._writer.put(partial(shard.write, self._write, end))
+            header, sources = self._job.header, shard.sources(self._job.dataset)
+            write = partial(shard.write, self._folder, header.identity, end, sources, header.storage)
+            yield from self._writer.put(write)
         yield from self._writer.written()
-
-
-def _narrowed(key: str, array: Array) -> Array:
-    """Positions as uint16, if all of them fit; other columns as they are."""
-    fits = ".position/" in key and (not array.size or array.max() < 1 << 16)
-    return array.astype(np.uint16) if fits else array

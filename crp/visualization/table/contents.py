@@ -38,6 +38,10 @@ def find_problem(file: Any, record: ShardRecord) -> str:
         if not slash:
             if name not in SAMPLE_COLUMNS or array.shape != (n_samples,):
                 return f"{key!r} is no column of {n_samples} samples"
+            if name == "prediction" and array.min(initial=0) < -1:
+                return f"{key!r} has no classes"
+            if name == "probability" and not ((array >= 0) & (array <= 1)).all():
+                return f"{key!r} has no probabilities"
             continue
         if layer not in seen:
             return f"{key!r} is of no layer of the shard"

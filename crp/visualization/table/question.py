@@ -40,13 +40,6 @@ class Question:
 class Answers(Protocol):
     """What answers questions: a table, or result folders that zennit-crp wrote."""
 
-    @property
-    def layers(self) -> tuple[str, ...] | None:
-        """Layers that were mined; None where that is not known."""
-
-    def check(self, **fingerprints: str) -> None:
-        """Refuse to answer for another model, dataset, concept or preprocessing, where that is known."""
-
     def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
         """Best samples of every concept of a layer, at most ``size``; of one class, if the question is per class."""
 
@@ -64,15 +57,6 @@ class TableAnswers:
     """Answers of a table; they are kept beside it."""
 
     table: Table
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers of the table."""
-        return self.table.layers
-
-    def check(self, **fingerprints: str) -> None:
-        """Raise a `TableMismatchError` that names what differs."""
-        self.table.check(**fingerprints)
 
     def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
         """See `crp.visualization.table.ranking.top_k`, which names what was not mined."""

@@ -76,8 +76,8 @@ def read_record(path: Path, identity: str) -> ShardRecord | None:
 
 
 @contextlib.contextmanager
-def open_shard(folder: Path, record: ShardRecord) -> Iterator[Any]:
-    """Memory-mapped shard, whose content is what the manifest says.
+def open_shard(folder: Path, record: ShardRecord, check: bool = True) -> Iterator[Any]:
+    """Memory-mapped shard, whose content is what the manifest says; without ``check``, it is hoped to be.
 
     Raises
     ------
@@ -86,7 +86,10 @@ def open_shard(folder: Path, record: ShardRecord) -> Iterator[Any]:
     """
     path = folder / record.file
     try:
-        check_shard(folder, record)
+        if check:
+            check_shard(folder, record)
+        elif not path.is_file():
+            raise TableCorruptError(f"{path} is missing; {_REDO}")
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
@@ -202,11 +205,15 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
             keep &= np.isin(sample, query.samples)
         sample, target, row = sample[keep], target[keep], row[keep]
         with open_shard(folder, shard) as file:
+            scaled = f"{field}_scale/{layer}" in file.keys()  # noqa: SIM118
             for part in _get_parts(row, _BLOCK_BYTES // (8 * shard.concepts[layer]) or 1):
                 begin, end = int(row[part][0]), int(row[part][-1]) + 1
                 whole = end - begin == len(row[part])
                 inner = slice(None) if whole else row[part] - begin
                 value = file.get_slice(f"{field}/{layer}")[begin:end, span][inner]
+                if scaled:
+                    scale = file.get_slice(f"{field}_scale/{layer}")[span]
+                    value = value.astype(scale.dtype) * scale
                 position = file.get_slice(f"{query.mode}.position/{layer}")[begin:end, span][inner]
                 if query.normed:
                     norm = file.get_slice(f"{field}_norm/{layer}")[begin:end][inner]

@@ -13,10 +13,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from crp.visualization.table.columns import SampleColumns, join_columns, read_columns
 from crp.visualization.table.document import decode, encode
 from crp.visualization.table.files import check_file, check_folder, make_own_folder, read_file, write_atomic
 from crp.visualization.table.lock import TableLockedError as TableLockedError
@@ -40,7 +42,8 @@ from crp.visualization.table.manifest import MODES as MODES
 from crp.visualization.table.manifest import TableError as TableError
 from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
 
-_ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
+#: What to do about a table of something else.
+ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -178,17 +181,17 @@ class Table:
             versions = ", ".join(f"{key} {version}" for key, version in self.versions.items())
             raise TableMismatchError(
                 f"the table in {self.path} was mined with another {' and another '.join(differ)} (fingerprints: "
-                f"{details}; mined with {versions}); {_ELSEWHERE}"
+                f"{details}; mined with {versions}); {ELSEWHERE}"
             )
 
     def check_header(self, header: TableHeader) -> None:
         """Raise a `TableMismatchError` that names what differs, unless rows of ``header`` belong into this table."""
         self.check(**dict.fromkeys(self.fingerprints, "none") | dict(header.fingerprints))
-        for name in ("n_samples", "layers", "modes", "kinds"):
+        for name in ("n_samples", "layers", "modes", "kinds", "storage"):
             there, here = getattr(self.header, name), getattr(header, name)
             if there != here:
                 raise TableMismatchError(
-                    f"the table in {self.path} was mined with {name} = {there}, not {here}; {_ELSEWHERE}"
+                    f"the table in {self.path} was mined with {name} = {there}, not {here}; {ELSEWHERE}"
                 )
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
@@ -198,6 +201,14 @@ class Table:
     def rows(self) -> RowIds:
         """Sample and target of every row, in the order of `blocks`."""
         return read_rows(self.path / "shards", self.shards)
+
+    def samples(self) -> SampleColumns:
+        """Where each sample with rows comes from, its label, and the model's prediction for it."""
+        return join_columns(list(self.sample_columns()))
+
+    def sample_columns(self) -> Iterator[SampleColumns]:
+        """The same, shard by shard."""
+        return read_columns(self.path / "shards", self.shards)
 
     def blocks(
         self,
@@ -286,6 +297,20 @@ class Table:
             if old.file != shard.file:
                 (self.path / "shards" / old.file).unlink(missing_ok=True)
 
+    def grow(self, n_samples: int) -> None:
+        """Take in that the dataset has become longer; its new samples are missing then."""
+        self.check_writable()
+        self.header = replace(self.header, n_samples=n_samples)
+        self._save()
+
+    def check_writable(self) -> None:
+        """Raise a `TableError` if the table is of an earlier version, to which nothing is added."""
+        if self.header.version != VERSION:
+            raise TableError(
+                f"the table in {self.path} is of version {self.header.version}, which is read and not added to; "
+                "mine into another folder"
+            )
+
     def adopt(self) -> int:
         """Commit the shards in the folder that belong to this table and that the manifest does not list yet.
 
@@ -333,11 +358,7 @@ class Table:
         return ids % n
 
     def _change(self, shards: Iterable[ShardRecord]) -> None:
-        if self.header.version != VERSION:
-            raise TableError(
-                f"the table in {self.path} is of version {self.header.version}, which is read and not added to; "
-                "mine into another folder"
-            )
+        self.check_writable()
         before, self.shards = self.shards, sorted(shards, key=_order)
         try:
             self._save()

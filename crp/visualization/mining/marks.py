@@ -1,0 +1,97 @@
+"""What a sample leaves in a table, so that another dataset is noticed: its name, hashes of its file and content."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from crp.visualization.table.fingerprint import fingerprint
+
+#: Sums that the content of a sample is hashed by; a prime, so that rows of a picture do not fall on each other.
+_SUMS = 61
+#: Characters of a label, and numbers in one, that are kept.
+_LABEL = 200
+
+
+class Source(NamedTuple):
+    """A sample's file: the folder of the dataset, and the name in it, with ``/`` between folders."""
+
+    folder: str
+    name: str
+
+
+def source_of(dataset: Any, index: int) -> Source | None:
+    """File of a sample, where the dataset tells it.
+
+    Datasets of this package have a method ``source``, torchvision's folders a list ``samples`` and a ``root``; of a
+    `torch.utils.data.Subset` the dataset inside is asked.
+    """
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    if callable(own := getattr(dataset, "source", None)):
+        found = own(index)
+        return found if isinstance(found, Source) else None
+    listed, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
+    if isinstance(listed, list) and isinstance(root, str | Path) and index < len(listed):
+        path = listed[index][0] if isinstance(listed[index], tuple) and listed[index] else None
+        if isinstance(path, str | Path):
+            inside = Path(path).is_relative_to(root)
+            return Source(str(root), Path(path).relative_to(root).as_posix() if inside else str(path))
+    return None
+
+
+def stamp_of(dataset: Any, index: int) -> int:
+    """Hash of size and time of a sample's file; 0 where there is none."""
+    source = source_of(dataset, index)
+    if source is None:
+        return 0
+    try:
+        status = Path(source.folder, source.name).stat()
+    except OSError:
+        return 0
+    return _number(f"{status.st_size} {status.st_mtime_ns}".encode())
+
+
+def content_of(data: Tensor, label: Any) -> int:
+    """Hash of a sample's data and label.
+
+    The data enters by sums of its 8-byte words: a tenth of the time of a cryptographic hash, and every single change
+    is noticed.
+    """
+    if data.layout != torch.strided:
+        data = data.to_dense()
+    flat = data.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    n = len(flat) // (8 * _SUMS) * 8 * _SUMS
+    # (sums of integers wrap around)
+    sums = flat[:n].view(np.int64).reshape(-1, _SUMS).sum(0)
+    about = f"{data.dtype} {tuple(data.shape)} {fingerprint(label)}"
+    return _number(sums.tobytes() + flat[n:].tobytes() + about.encode())
+
+
+def plain_label(label: Any) -> int | float | str | list[int] | None:
+    """Label as JSON holds it: a class, classes, a number or a word; None for all else."""
+    try:
+        return operator.index(label)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    if isinstance(label, str):
+        return label[:_LABEL]
+    if isinstance(label, float):
+        return label if math.isfinite(label) else None
+    try:
+        return [operator.index(one) for one in label] if len(label) <= _LABEL else None
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _number(content: bytes) -> int:
+    """Hash as a positive int64."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1

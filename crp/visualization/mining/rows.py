@@ -1,0 +1,80 @@
+"""Rows of a shard in the making, and how they are kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crp.visualization.mining.datasets import Sample
+from crp.visualization.mining.marks import Source, plain_label, source_of
+from crp.visualization.table.columns import pack_about
+from crp.visualization.table.contents import ABOUT
+from crp.visualization.table.manifest import Array, ShardRecord
+from crp.visualization.table.shards import write_shard
+
+#: Largest value of a column that is kept as float16: a power of two, with room below the largest float16.
+_LARGEST = 1 << 14
+
+
+class ShardRows:
+    """Rows and samples of a shard, until it is written.
+
+    Attributes
+    ----------
+    skipped : dict of int to str
+    n_bytes : int
+        Of the scores so far.
+    """
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+        self._arrays: dict[str, list[Array]] = {"sample": [np.zeros(0, np.int64)], "target": [np.zeros(0, np.int64)]}
+        self._samples: dict[int, tuple[Any, int, int]] = {}
+        self.skipped: dict[int, str] = {}
+        self.n_bytes = 0
+
+    def extend(self, arrays: Mapping[str, Array], samples: Iterable[Sample]) -> None:
+        """Add rows, and the samples that they are of."""
+        for key, array in arrays.items():
+            self._arrays.setdefault(key, []).append(array)
+            self.n_bytes += array.nbytes if "/" in key else 0
+        for sample in samples:
+            self._samples[sample.id] = plain_label(sample.label), sample.content, sample.stamp
+
+    def sources(self, dataset: Any) -> dict[int, Source | None]:
+        """File of each sample, where the dataset tells it."""
+        return {index: source_of(dataset, index) for index in self._samples}
+
+    def write(
+        self, folder: Path, identity: str, stop: int, sources: Mapping[int, Source | None], storage: str
+    ) -> ShardRecord:
+        """Write the shard, which ends before ``stop``, in whatever thread: the dataset is not asked."""
+        arrays: dict[str, Array] = {}
+        # Column after column, so that memory holds the shard once.
+        for key in list(self._arrays):
+            arrays |= _stored(key, np.concatenate(self._arrays.pop(key)), storage)
+        samples, first = np.unique(arrays["sample"], return_index=True)
+        if len(samples):
+            labels, content, stamp = zip(*(self._samples[i] for i in samples.tolist()), strict=True)
+            files = [sources[i] for i in samples.tolist()]
+            arrays |= {name: arrays[name][first] for name in ("prediction", "probability")}
+            arrays |= {"content": np.array(content, np.int64), "stamp": np.array(stamp, np.int64)}
+            arrays[ABOUT] = pack_about(["" if source is None else source.name for source in files], labels)
+        return write_shard(folder, identity, self._start, stop, arrays, self.skipped)
+
+
+def _stored(key: str, array: Array, storage: str) -> dict[str, Array]:
+    """A column as it is kept: positions as uint16 where they fit, values by choice as float16 with a scale for each."""
+    name, slash, layer = key.partition("/")
+    if name.endswith(".position"):
+        return {key: array.astype(np.uint16) if not array.size or array.max() < 1 << 16 else array}
+    if storage == "float32" or not slash or array.ndim != 2:
+        return {key: array}
+    # A scale that is a power of two changes no digit: what is lost is what float16 rounds.
+    largest = np.abs(array).max(axis=0, initial=0)
+    exponent = np.frexp(np.where(largest > 0, largest, 1))[1] - np.frexp(_LARGEST)[1] + 1
+    scale = np.ldexp(np.ones_like(largest), exponent)
+    return {key: (array / scale).astype(np.float16), f"{name}_scale/{layer}": scale}

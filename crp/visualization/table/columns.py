@@ -1,0 +1,85 @@
+"""Columns about samples: where each comes from, what its label says, and what the model says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crp.visualization.table.contents import ABOUT, SAMPLE_COLUMNS
+from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptError
+from crp.visualization.table.shards import open_shard
+
+
+class SampleColumns(NamedTuple):
+    """Samples that have rows, in ascending order.
+
+    Attributes
+    ----------
+    sample : array of shape (samples,)
+        Dataset index (int64).
+    source : list of str
+        Name of the file within the dataset's folder; empty where the dataset does not tell it.
+    label : list
+        A class, a list of classes, a number, a word, or None.
+    prediction : array of shape (samples,)
+        Class of the highest output (int64), -1 where the model gives no scores of classes.
+    probability : array of shape (samples,)
+        Probability of this class (float32): by a softmax, unless the outputs are probabilities already.
+    content, stamp : arrays of shape (samples,)
+        Hashes (int64) of the sample, and of size and time of its file; 0 where unknown.
+    """
+
+    sample: Array
+    source: list[str]
+    label: list[Any]
+    prediction: Array
+    probability: Array
+    content: Array
+    stamp: Array
+
+
+def pack_about(sources: Sequence[str], labels: Sequence[Any]) -> Array:
+    """Names and labels as the bytes of a JSON text."""
+    text = json.dumps({"source": list(sources), "label": list(labels)}, allow_nan=False)
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def read_columns(folder: Path, shards: Sequence[ShardRecord], check: bool = True) -> Iterator[SampleColumns]:
+    """Columns of every shard; of version 1, which keeps none, all is unknown.
+
+    Without ``check``, nothing else of a shard is read, and these columns may be damaged.
+    """
+    for shard in shards:
+        if shard.rows:
+            with open_shard(folder, shard, check) as file:
+                yield _read(file, folder / shard.file)
+
+
+def join_columns(parts: Sequence[SampleColumns]) -> SampleColumns:
+    """Columns of several shards as one; a sample that is in several counts once."""
+    none = np.zeros(0, np.int64)
+    parts = [SampleColumns(none, [], [], none, np.zeros(0, np.float32), none, none), *parts]
+    sample, first = np.unique(np.concatenate([part.sample for part in parts]), return_index=True)
+    sources, labels = ([value for part in parts for value in getattr(part, name)] for name in ("source", "label"))
+    arrays = (np.concatenate([getattr(part, name) for part in parts])[first] for name in SAMPLE_COLUMNS)
+    return SampleColumns(sample, [sources[i] for i in first], [labels[i] for i in first], *arrays)
+
+
+def _read(file: Any, path: Path) -> SampleColumns:
+    sample = np.unique(file.get_tensor("sample"))
+    n = len(sample)
+    if ABOUT not in file.keys():  # noqa: SIM118
+        none = np.zeros(n, np.int64)
+        return SampleColumns(sample, [""] * n, [None] * n, none - 1, np.zeros(n, np.float32), none, none)
+    try:
+        about = json.loads(file.get_tensor(ABOUT).tobytes())
+        sources, labels = [str(name) for name in about["source"]], list(about["label"])
+        if not len(sources) == len(labels) == n:
+            raise ValueError(f"{len(sources)} names for {n} samples")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TableCorruptError(f"{path} is not what mining writes: names of samples: {error}") from error
+    return SampleColumns(sample, sources, labels, *(file.get_tensor(name) for name in SAMPLE_COLUMNS))
