@@ -23,9 +23,11 @@ from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
 from crp.engine.call import Call, Part, sum_of_channels
 from crp.engine.conditions import MaskMap, Rows, initial_relevance
+from crp.engine.copies import alone
 from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
+from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
@@ -56,6 +58,10 @@ class CondAttribution:
     ----------
     MODEL_OUTPUT_NAME : str
         Key of the targets in a condition, ``"y"``; may be changed.
+    replay : bool
+        Whether attributions on a GPU that are the same but for data, targets and concepts are recorded at the third
+        time and then replayed as a CUDA graph, which needs no Python; True by default. Hooks of others on the model, a
+        model that decides by values, and another model, composite or shape are noticed, and computed as usual.
 
     Notes
     -----
@@ -94,6 +100,8 @@ class CondAttribution:
         self.overwrite_data_grad = overwrite_data_grad
         self.no_param_grad = no_param_grad
         self.output = output
+        self.replay = True
+        self._replayed = Replayed()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, device={str(self.device)!r})"
@@ -209,7 +217,7 @@ class CondAttribution:
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
-        call = replace(self.plan(data, conditions, composite, settings), batch_size=batch_size).alone()
+        call = alone(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
         n_parts = -(-len(call.rows) // batch_size)
         return self._show(map(self._checked, call.parts()), n_parts, verbose)
 
@@ -253,7 +261,8 @@ class CondAttribution:
     ) -> Call:
         """Call of the engine with the methods that a subclass overrides, checked before the model runs."""
         settings = replace(settings, output_name=self.MODEL_OUTPUT_NAME)
-        return Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
+        call = Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
+        return replace(call, shortcut=self._replayed) if self.replay else call
 
     def _overrides(self) -> Overrides:
         own = CondAttribution
