@@ -31,20 +31,21 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 380,
     "attributors": 2600,
-    "audit": 1290,
+    "audit": 1490,
     "canonizers": 800,
-    "commands": 1050,
+    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
+    "commands": 1180,
     "compat": 950,
     "composites": 3550,
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 890,
-    "devices": 50,
     "engine": 2650,
+    "devices": 50,
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 270,
+    "layers": 490,
     "outputs": 110,
     "metrics": 810,
     "rules": 5320,
@@ -61,7 +62,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 605
+PUBLIC_NAMES = 620
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
