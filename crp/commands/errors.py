@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 import click
 
+#: Most pixels on a side that a picture is enlarged to.
+LARGEST = 4096
+
 
 class CommandError(click.ClickException):
     """An error that is shown without a traceback."""

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from crp.commands.errors import CommandError, _nearest
+from crp.commands.group import in_a_line
 from crp.commands.pictures import Normalized, Prepared
 
 
@@ -43,7 +45,7 @@ class Loaded:
         try:
             with Image.open(path) as file:
                 image: Tensor = self.prepared(file)
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise CommandError(f"{path} is no picture that can be read: {error}") from error
         try:
             return image, image[None] if self.normalized is None else self.normalized(image[None])
@@ -91,6 +93,8 @@ def load_model(
     """
     if weights and checkpoint:
         raise CommandError("--weights and --checkpoint are both given; one fills the model")
+    if not all(value > 0 and isfinite(value) for value in std) or not all(map(isfinite, mean)):
+        raise CommandError(f"--mean {list(mean)} and --std {list(std)} must be finite numbers, --std more than 0")
     if len(mean) != len(std):
         raise CommandError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
     recipe: Any = None
@@ -158,11 +162,13 @@ def _imported(place: str) -> Any:
         If there is no such module, or no such name in it.
     """
     module_name, _, name = place.partition(":")
+    if not module_name or not name or not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise CommandError(f"{place!r} must be package.module:name, such as my_models:make_net")
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise CommandError(f"{place}: the module {module_name} cannot be imported: {error}") from error
+    except Exception as error:  # (of any kind, as the module runs)
+        raise CommandError(f"{place}: the module {module_name} cannot be imported: {in_a_line(error)}") from error
     finally:
         sys.path.remove("")
     found = getattr(module, name, None)
@@ -173,10 +179,19 @@ def _imported(place: str) -> Any:
 
 def _made(place: str) -> nn.Module:
     factory: Callable[[], Any] | nn.Module = _imported(place)
-    made = factory if isinstance(factory, nn.Module) else factory()
+    made = factory if isinstance(factory, nn.Module) else called(factory, place)
     if not isinstance(made, nn.Module):
         raise CommandError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")
     return made
+
+
+def called(factory: Callable[[], Any], place: str) -> Any:
+    """What a function of the user's gives; its errors are told of with its name."""
+    try:
+        return factory()
+    except Exception as error:
+        what = f"{type(error).__name__}: {in_a_line(error)}"
+        raise CommandError(f"{place}() raised an error, {what} (--debug shows where)") from error
 
 
 def _fill(net: nn.Module, path: Path) -> None:

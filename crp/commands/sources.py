@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from crp.commands.errors import CommandError
-from crp.commands.models import Loaded, _imported
+from crp.commands.models import Loaded, _imported, called
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
 
@@ -67,7 +67,7 @@ def _open_source(data: str) -> Any:
         raise CommandError(f"--data {data} is neither a folder nor package.module:factory")
     factory = _imported(data)
     try:
-        return indexed(factory() if callable(factory) else factory)
+        return indexed(called(factory, data) if callable(factory) else factory)
     except TypeError as error:
         raise CommandError(f"--data {data}: {error}") from error
 
