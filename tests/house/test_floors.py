@@ -33,7 +33,7 @@ BUDGETS = {
     "attributors": 2600,
     "audit": 1490,
     "canonizers": 800,
-    "commands": 1050,
+    "commands": 1150,
     "compat": 950,
     "composites": 3550,
     "concept_graph": 180,
