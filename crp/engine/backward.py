@@ -200,10 +200,11 @@ def _by_layer(
     """
     grid = Grid(passed.columns(rows), len(passed.inputs), start.device)
     conditions = dict(enumerate(rows.conditions))
+    names_of = _names_by_output(passed)
     recorded: dict[str, Tensor] = {}
     root = passed.output
     if start_layer is not None:
-        recorded[start_layer] = grid.scatter(start)
+        recorded.update(dict.fromkeys(names_of[id(passed.layers[start_layer])], grid.scatter(start)))
         root, start = passed.layers[start_layer], apply_masks(make_masks(conditions, start_layer), start)
     origin, cotangent = "the start", grid.scatter(start)
     if layers and (cotangent == cotangent[:1]).all():
@@ -213,7 +214,7 @@ def _by_layer(
         seen = flow(root, cotangent, {name: target}, passed.layers) if target.requires_grad else {}
         if name not in seen:
             raise RuntimeError(ORDER_MESSAGE.format(origin, name))
-        recorded = {**seen, **recorded}
+        recorded = {**seen, **dict.fromkeys(names_of[id(target)], seen[name]), **recorded}
         masks = make_masks(conditions, name, n_entries=len(target) // len(passed.inputs))
         root, origin, cotangent = target, repr(name), grid.scatter(apply_masks(masks, grid.gather(seen[name])))
     recorded = {**flow(root, cotangent, _leaves(passed), passed.layers, keep_graph), **recorded}
@@ -239,22 +240,19 @@ def _in_flow(
     begun: dict[str, Tensor] = {}
     root = passed.output
     if settings.start is not None:
-        begun[settings.start] = start
+        begun.update(dict.fromkeys(_names_by_output(passed)[id(passed.layers[settings.start])], start))
         root = passed.layers[settings.start]
         start = apply_masks(make_masks(conditions, settings.start), start)
     leaves = _leaves(passed)
-    # ("conv" and "conv#0" may name one call, whose output arrives once and is masked by both.)
-    names_of: dict[int, list[str]] = {}
-    for name, output in passed.layers.items():
-        if output.requires_grad:
-            names_of.setdefault(id(output), []).append(name)
     handles: list[Any] = []
     seen: dict[str, Tensor | None] = {}
     for leaf in leaves.values():
         leaf.grad = None
     try:
-        for names in names_of.values():
+        for names in _names_by_output(passed).values():
             output = passed.layers[names[0]]
+            if not output.requires_grad:
+                continue
             n = len(output) // len(passed.inputs)
             masks = [mask for name in names if name in layers for mask in make_masks(conditions, name, n_entries=n)]
             handles.append(output.register_hook(_keeping_first(names, masks, seen)))  # type: ignore[no-untyped-call]
@@ -271,6 +269,14 @@ def _in_flow(
     n_columns, rows = len(passed.inputs), list(conditions)
     reached = {name: values for name, values in arrived.items() if values is not None}
     return {name: values[row_index(rows, len(values) // n_columns)] for name, values in reached.items()}
+
+
+def _names_by_output(passed: ForwardPass) -> dict[int, list[str]]:
+    """Names of each output, by its `id`: "conv" and "conv#0" may name one call, whose output arrives once."""
+    names: dict[int, list[str]] = {}
+    for name, output in passed.layers.items():
+        names.setdefault(id(output), []).append(name)
+    return names
 
 
 def _keeping_first(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.engine.attached import attached, composite_on, is_on, rules_by_hand
+from crp.engine.attached import composite_on, is_on, put_on, rules_by_hand
 from crp.engine.backward import input_name, send_back, send_rows_back
 from crp.engine.conditions import (
     Rows,
@@ -119,7 +119,7 @@ class Call:
         if Encoding.of(self.composite).as_multiplier:
             raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
         initials, inputs, kept = [], [], []
-        with attached(self.composite, self.model) as model, accounting as account:
+        with put_on(self.composite, self.model) as model, accounting as account:
             # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
             for rows in self.rows.one_by_one(self._masks_in_flow()):
                 passed = self._forward(model, rows, self.composite, account)
@@ -160,7 +160,7 @@ class Call:
             if passed is not None and passed.samples == self._samples(rows):
                 part = [self._results(passed, rows, last)]
             else:
-                with attached(composite, self.model) as model:
+                with put_on(composite, self.model) as model:
                     passed = self._forward(model, rows, composite)
                     part = [] if passed.is_folded else [self._results(passed, rows, last)]
             if not part:
@@ -180,7 +180,7 @@ class Call:
         places: list[int] = []
         n_samples = len(self._samples(rows))
         for part in rows.one_by_one(self._masks_in_flow()):
-            with attached(composite, self.model) as model:
+            with put_on(composite, self.model) as model:
                 passed = self._forward(model, part, composite)
                 results.append(self._results(passed, part, last=True))
             for name, shape in shapes.items():

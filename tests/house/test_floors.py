@@ -33,17 +33,18 @@ BUDGETS = {
     "attributors": 2600,
     "audit": 1490,
     "canonizers": 800,
-    "commands": 1150,
+    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
+    "commands": 1280,
     "compat": 950,
-    "composites": 3550,
+    "composites": 3600,
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 890,
-    "engine": 1990,
+    "engine": 2400,
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 270,
+    "layers": 490,
     "outputs": 110,
     "metrics": 810,
     "rules": 5300,
@@ -60,7 +61,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 590
+PUBLIC_NAMES = 620
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -97,7 +98,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 80
+    assert sum(map(len, arrows().values())) <= 84
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

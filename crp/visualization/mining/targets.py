@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import index, itemgetter
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.engine.attached import attached
+from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.settings import Settings
+from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
 from crp.visualization.table.manifest import Array
@@ -99,7 +101,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         return [list(targets)] * len(data)
     # For "all", only the number of outputs is needed, which one sample tells.
     asked = data[:1] if targets == "all" else data
-    with torch.no_grad(), attached(None, attribution.model) as model:
+    with torch.no_grad(), put_on(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
     if output.dim() != 2 or len(output) != len(asked):
         raise ValueError(
@@ -151,12 +153,15 @@ def record_activations(
         What would be explained; None where the model returns no such tensor.
     """
     returned: list[Any] = []
-    with attached(composite, attribution.model) as model:
-        handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
-        try:
+    with put_on(composite, attribution.model) as model:
+        thread = get_ident()
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if get_ident() == thread:
+                returned.append(output)
+
+        with hooked({model: keep}):
             found = record_outputs(model, data, layers)
-        finally:
-            handle.remove()
     output = None
     with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
         output = attribution.select_output(returned[-1])
