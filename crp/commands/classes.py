@@ -49,9 +49,7 @@ def clusters_command(folder: Path, layer: str, of_class: int, what: str, n: int 
 @click.argument("folder", type=_FOLDER)
 @click.argument("layer")
 @click.argument("classes", nargs=-1, type=int)
-@click.option(
-    "--n", type=click.IntRange(min=1), help="Prototypes of each class; that of the least BIC by default."
-)
+@click.option("--n", type=click.IntRange(min=1), help="Prototypes of each class; that of the least BIC by default.")
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="File to save them to (.safetensors).")
 def prototypes_command(folder: Path, layer: str, classes: tuple[int, ...], n: int | None, save: Path | None) -> None:
     """Tell the prototypes of classes: the ways in which they are predicted, each with the sample that shows it."""
