@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from crp.devices import send_to
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
@@ -114,7 +115,7 @@ class ForwardPass:
         if columns == list(range(n_columns)):
             return tensor.clone() if copy else tensor
         index = row_index(columns, len(tensor) // n_columns)
-        return tensor.index_select(0, torch.tensor(index, device=tensor.device))
+        return tensor.index_select(0, send_to(tensor.device, torch.tensor(index)))
 
     def value(self, layer: str | None, rows: Rows) -> Tensor:
         """What relevance of rows counts at a layer, or at the model's output: (rows * entries, ...), to be read only.

@@ -10,7 +10,6 @@ from operator import index, itemgetter
 from threading import get_ident
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
@@ -25,7 +24,6 @@ from crp.engine.settings import Settings
 from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
-from crp.visualization.table.manifest import Array
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -169,7 +167,7 @@ def record_activations(
 
 
 @torch.no_grad()
-def top_class(output: Any, n_samples: int) -> tuple[Array, Array]:
+def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
     """Predicted class of every sample, and its probability.
 
     Parameters
@@ -180,20 +178,20 @@ def top_class(output: Any, n_samples: int) -> tuple[Array, Array]:
 
     Returns
     -------
-    prediction : array of shape (samples,)
+    prediction : Tensor of shape (samples,)
         Of equal outputs, the smaller class (int64); -1 where the output is no such tensor.
-    probability : array of shape (samples,)
+    probability : Tensor of shape (samples,)
         As float32.
     """
     is_scores = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
     if not is_scores or len(output) < n_samples or output.shape[1] < 2:
-        return np.full(n_samples, -1, np.int64), np.zeros(n_samples, np.float32)
+        return torch.full((n_samples,), -1), torch.zeros(n_samples, dtype=torch.float32)
     output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
     shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
     scores = torch.where(shares[:, None], output, output.softmax(1))
     value, order = torch.sort(scores, dim=1, descending=True, stable=True)
     probability = value[:, 0].nan_to_num(0).clamp(0, 1).float()
-    return order[:, 0].cpu().numpy(), probability.cpu().numpy()
+    return order[:, 0], probability
 
 
 def attribute_targets(
