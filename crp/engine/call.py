@@ -153,10 +153,14 @@ class Call:
             raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
         initials, inputs, kept = [], [], []
         with put_on(self.composite, self.model) as model, accounting as account:
-            # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
-            for rows in self.rows.one_by_one(self._masks_in_flow()):
-                passed = self._forward(model, rows, self.composite, account)
-                _, start, arrived = self._send_back(passed, rows, last=True)
+            # One sample starts at a time: whose an entry is cannot be told where the first axis is not the samples'.
+            in_flow = self._masks_in_flow()
+            of_all = None if in_flow else self._forward(model, self.rows, self.composite, account)
+            if of_all is not None and of_all.is_folded:
+                of_all = None
+            for rows in self.rows.one_by_one(in_flow):
+                passed = of_all or self._forward(model, rows, self.composite, account)
+                _, start, arrived = self._send_back(passed, rows, last=of_all is None)
                 initial = sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
@@ -165,7 +169,7 @@ class Call:
                 for name in passed.layers:
                     if name.startswith(SINK):
                         layer = name.removeprefix(SINK).rpartition("#")[0]
-                        share = arrived[name].reshape(len(rows), *passed.layers[name].shape).sum(1)
+                        share = arrived[name].reshape(len(rows), -1, len(account.kinds)).sum(1)
                         layers[layer] = layers.get(layer, 0) + share
                 kept.append(layers)
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
