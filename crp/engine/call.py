@@ -23,10 +23,12 @@ from crp.engine.conditions import (
     row_index,
     row_masks,
 )
+from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs
 from crp.engine.settings import Overrides, Settings
+from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFn, Sinks
 
@@ -106,11 +108,13 @@ class Call:
         """Check everything that can be checked before the model runs."""
         inputs = Inputs.of(data, settings.explain)
         inputs.check()
+        if settings.on_device is not None:
+            check_device(settings.on_device, "on_device")
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
-            raise TypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
+            raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
         if is_layer(model, settings.output_name):
-            raise ValueError(
+            raise InputError(
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
@@ -125,7 +129,7 @@ class Call:
             inputs = Inputs.of(data, settings.explain)
             inputs.check()
             if len(inputs) != len(conditions):
-                raise ValueError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
+                raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
             rows = Rows.of(range(len(inputs)), conditions)
         call = cls(model, composite, inputs.to(device), rows, settings, overrides)
         for layer in rows.layers(settings.output_name):
@@ -148,9 +152,11 @@ class Call:
         """
         accounting = propagation_of(self.composite).accounting()
         if accounting is None or self._members() != [self.composite]:
-            raise TypeError(f"only a composite of crp.composites accounts for what layers keep, not {self.composite!r}")
+            what = "only a composite of crp.composites accounts for what layers keep"
+            raise InputTypeError(f"{what}, not {self.composite!r}")
         if Encoding.of(self.composite).as_multiplier:
-            raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
+            what = "gives multipliers, of which layers keep nothing; it has no relevance"
+            raise InputTypeError(f"{self.composite!r} {what}")
         initials, inputs, kept = [], [], []
         with put_on(self.composite, self.model) as model, accounting as account:
             # One sample starts at a time: whose an entry is cannot be told where the first axis is not the samples'.
@@ -233,7 +239,7 @@ class Call:
             for name, shape in shapes.items():
                 alone = passed.layers.get(name)
                 if alone is not None and len(alone) * n_samples != shape[0]:
-                    raise ValueError(
+                    raise InputError(
                         f"the output of layer {name!r} has shape {tuple(shape)} for {n_samples} samples, and "
                         f"{tuple(alone.shape)} for one of them; its first axis must be that of the samples, or have as "
                         "many entries for each of them"

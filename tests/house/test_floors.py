@@ -29,18 +29,18 @@ IMPORT_NAMES = FLOORS[7]
 
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
-    "attribution": 380,
+    "attribution": 385,
     "attributors": 2600,
     "audit": 1490,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1280,
+    "commands": 1300,
     "compat": 950,
     "composites": 3600,
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 890,
-    "engine": 2950,
+    "engine": 3250,
     "devices": 50,
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
@@ -62,7 +62,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 660
+PUBLIC_NAMES = 675
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
