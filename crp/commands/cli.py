@@ -63,6 +63,7 @@ cli.add_command(attribute_commands.attribute)
 cli.add_command(mine_commands.mine_command)
 cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)
+cli.add_command(table_commands.report_command)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, 
 
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
-    ["types", "layers", "notices", "errors", "checks", "trace", "concepts", "image"],
+    ["types", "layers", "notices", "errors", "checks", "loading", "trace", "concepts", "image"],
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
@@ -34,7 +34,7 @@ BUDGETS = {
     "audit": 200,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1180,
+    "commands": 800,
     "compat": 950,
     "composites": 3550,
     "concept_graph": 180,
@@ -45,11 +45,14 @@ BUDGETS = {
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
     "layers": 220,
+    # (models and how they take pictures, by name; from commands)
+    "loading": 290,
     "metrics": 810,
     "rules": 5300,
     "trace": 1370,
     "types": 150,
-    "visualization": 2160,
+    # (datasets by name, from commands; and what a table was mined of, loaded again)
+    "visualization": 2430,
     # (what a table says in words, which dataset it is of, and the columns about samples)
     "visualization.mining": 2070,
     "visualization.report": 600,
@@ -60,7 +63,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 560
+PUBLIC_NAMES = 570
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
