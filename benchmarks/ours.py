@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,20 @@ def attribution(model: nn.Module, data: Tensor, rules: Composite) -> Run:
     """One attribution of a batch."""
     explain = CondAttribution(model)
     return lambda: explain(data, [{"y": [0]}], rules)
+
+
+def graph(model: nn.Module, data: Tensor, rules: Composite | None = None) -> Run:
+    """Forward pass alone, with what it keeps for the backward pass; the second one, so that all else is known."""
+    leaf, kept = data.clone().requires_grad_(), []
+
+    def run() -> None:
+        with rules.context(model) if rules is not None else nullcontext(model) as modified:
+            kept.append(modified(leaf))
+
+    run()
+    kept.clear()
+    gc.collect()
+    return run
 
 
 def concepts(model: nn.Module, data: Tensor, rules: Composite, layer: str, n: int, batch_size: int) -> Run:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,54 @@ _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
 
 class ByChainRule(nn.Module):
     """A module inside of which every composite of `crp.composites` leaves the ordinary chain rule; base of others."""
+
+
+class Followed(nn.Module):
+    """A layer with something behind it; other attributes are those of the layer.
+
+    Subclasses define ``after``: a function of the layer's output and of its arguments.
+    """
+
+    def __init__(self, layer: nn.Module, **parts: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        for name, part in parts.items():
+            self._modules[name] = part  # (`add_module` would ask the layer for the name)
+            part.training = layer.training
+        self.training = layer.training
+
+    def after(self, output: Tensor, *args: Any) -> Tensor:
+        """What the model gets in place of the layer's output."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the layer, and what follows."""
+        output = self.layer(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the layer returns a {type(output).__name__}, not a tensor; name a layer inside it, or after it"
+            )
+        return self.after(output, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+@contextmanager
+def put_behind(model: nn.Module, layer: str, make: Callable[[nn.Module], Followed]) -> Iterator[Followed]:
+    """Replace a layer by itself and what follows, inside of the context."""
+    inner = find_layers(model, [layer])[layer]
+    parent_name, _, name = layer.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    followed = make(inner)
+    parent._modules[name] = followed
+    try:
+        yield followed
+    finally:
+        parent._modules[name] = inner
 
 
 def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]]) -> list[str]:

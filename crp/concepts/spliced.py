@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
-from crp.layers import ByChainRule, find_layers
+from crp.layers import ByChainRule, Followed, put_behind
 
 
 class Coder(Protocol):
@@ -91,7 +91,6 @@ def splice(
     ...     print(names.code, net(torch.ones(1, 2)).shape)
     0.code torch.Size([1, 2])
     """
-    inner = find_layers(model, [layer])[layer]
     for method in ("encode", "decode"):
         if not callable(getattr(code, method, None)):
             raise TypeError(f"code needs the methods encode and decode; {type(code).__name__} has no {method}")
@@ -99,50 +98,30 @@ def splice(
         raise ValueError(
             f"axis must not be 0, that of the samples, and reads 'output' or 'input'; not {axis}, {reads!r}"
         )
-    parent_name, _, name = layer.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    parent._modules[name] = _SplicedLayer(inner, code, axis, reads)
-    try:
+    with put_behind(model, layer, lambda inner: _SplicedLayer(inner, code, axis, reads)):
         yield Spliced(*(f"{layer}.{part}" for part in Spliced._fields))
-    finally:
-        parent._modules[name] = inner
 
 
-class _SplicedLayer(nn.Module):
-    """A layer with an autoencoder behind it; other attributes are those of the layer."""
+class _SplicedLayer(Followed):
+    """A layer with an autoencoder behind it."""
 
     def __init__(self, layer: nn.Module, coder: Coder, axis: int, reads: str) -> None:
-        super().__init__()
-        self.training = layer.training
-        self.layer, self.reads = layer, reads
-        self.code, self.decoder = _Encode(coder, axis), _Decode(coder, axis)
-        self.error, self.sum = _Error(coder, axis), _Sum()
+        parts = {"code": _Encode(coder, axis), "decoder": _Decode(coder, axis), "error": _Error(coder, axis)}
+        super().__init__(layer, **parts, sum=_Sum())
+        self.reads, self.axis = reads, axis
         if isinstance(coder, nn.Module):
             self.coder = coder
-        for part in (self.code, self.decoder, self.error, self.sum):
-            part.training = layer.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Output of the layer."""
-        output = self.layer(*args, **kwargs)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the layer returns a {type(output).__name__}, not a tensor; splice a layer inside it, or after it"
-            )
+    def after(self, output: Tensor, *args: Any) -> Tensor:
+        """Output of the layer, as a function of latents and error."""
         source = output if self.reads == "output" else args[0]
         explained = self.decoder(self.code(source))
         if explained.shape != output.shape:
             raise ValueError(
                 f"decode gives {tuple(explained.shape)} for an output of {tuple(output.shape)}; are its channels on "
-                f"axis {self.code.axis}?"
+                f"axis {self.axis}?"
             )
-        return self.sum(explained, self.error(output, source))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
+        return cast(Tensor, self.sum(explained, self.error(output, source)))
 
 
 class _Coding(ByChainRule):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from crp.notices import warn
+from crp.outputs import Element, Pixels
 from crp.types import Condition, MaskFactory, MaskFn
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]
@@ -62,19 +63,28 @@ def _check_target(targets: Any, what: str) -> None:
     if ids.size and ids.dtype.kind not in "iu" and (ids.dtype.kind, ids.ndim) != ("b", 1):
         raise TypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
     for place in elements:
-        if not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
+        if isinstance(place, Pixels):
+            if not isinstance(place.of_class, int | np.integer) or _mask_of(place).dtype.kind != "b":
+                raise TypeError(f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}")
+        elif not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
             raise TypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
 
 
-def _target_ids(targets: Any) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
-    """Targets as an array of int, or of bool for a mask of the outputs, and elements: the tuples in a list of targets.
+def _mask_of(pixels: Pixels) -> np.ndarray:
+    return np.asarray(_plain(pixels.mask))
+
+
+def _target_ids(targets: Any) -> tuple[np.ndarray, list[Any]]:
+    """Targets as an array of int, or of bool for a mask of the outputs, and elements: tuples and `Pixels` among them.
 
     The array is of another kind if they are neither.
     """
-    elements: list[tuple[Any, ...]] = []
+    elements: list[Any] = []
+    if isinstance(targets, Pixels | Element):
+        targets = [targets]
     if isinstance(targets, list | tuple):
-        elements = [target for target in targets if isinstance(target, tuple)]
-        targets = [_plain(target) for target in targets if not isinstance(target, tuple)]
+        elements = [target for target in targets if isinstance(target, tuple | Pixels)]
+        targets = [_plain(target) for target in targets if not isinstance(target, tuple | Pixels)]
     try:
         ids = np.asarray(_plain(targets))
     except ValueError:  # ragged
@@ -210,7 +220,14 @@ def check_targets_exist(
             raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
         shape = tuple(prediction.shape[1:])
         for place in elements:
-            if len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
+            if isinstance(place, Pixels):
+                given = _mask_of(place).shape
+                if not -size <= place.of_class < size or given != shape[1:]:
+                    raise IndexError(
+                        f"row {row}: {output_name!r} names pixels of class {place.of_class} by a mask of {given}, but "
+                        f"the model's output has the shape {shape} for each sample"
+                    )
+            elif len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
                 raise IndexError(
                     f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
                     f"{shape} for each sample"
@@ -259,7 +276,10 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     for row, (ids, elements) in enumerate(chosen):
         kept[row, ... if target_list[row] is None else ids] = True
         for place in elements:
-            kept[row][place] = True
+            if isinstance(place, Pixels):
+                kept[row, place.of_class] |= _mask_of(place)
+            else:
+                kept[row][tuple(place)] = True
     return torch.where(torch.from_numpy(kept).to(selection.device), selection, 0)
 
 

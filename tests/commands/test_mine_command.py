@@ -68,7 +68,7 @@ def pooled():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 rows = Rows()
-def slow(): return Rows(0.05)
+def slow(): return Rows(0.15)
 number = 3
 """
 NET = ["--model", "words:net", "--layers", "1", "--composite", "epsilon_plus", "--quiet"]

@@ -13,7 +13,7 @@ from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, 
 
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
-    ["types", "layers", "notices", "errors", "checks", "loading", "trace", "concepts", "image"],
+    ["types", "outputs", "layers", "notices", "errors", "checks", "loading", "trace", "concepts", "image"],
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
@@ -31,7 +31,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 370,
     "attributors": 2600,
-    "audit": 200,
+    "audit": 1490,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
     "commands": 800,
@@ -44,9 +44,10 @@ BUDGETS = {
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 220,
+    "layers": 270,
     # (models and how they take pictures, by name; from commands)
     "loading": 290,
+    "outputs": 110,
     "metrics": 810,
     "rules": 5300,
     "trace": 1370,
@@ -63,7 +64,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 570
+PUBLIC_NAMES = 600
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -100,7 +101,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 76
+    assert sum(map(len, arrows().values())) <= 80
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

@@ -117,11 +117,9 @@ class Program:
         ends = [sum(self.blocks[: i + 1]) for i in range(len(self.blocks))]
         return sum(end <= k for end in ends)
 
-    def parameter(self, k: int) -> tuple[int, int] | None:
-        """What calls with the same parameter have in common; None where the weight of a step is no parameter."""
+    def layer(self, k: int) -> tuple[int, int]:
+        """What calls have in common whose weight is, or is computed from, the same stored one."""
         step = self.steps[k]
-        if step.settings["form"] != "plain" or not (step.is_module or self.store == "parameter"):
-            return None
         owner = k if step.shares is None else step.shares
         return owner, -1 if step.is_module else self.block(k)
 

@@ -153,17 +153,12 @@ class SlowReference:
             return None
         return sum(part @ matrix for part, matrix in zip(parts, below, strict=True))
 
-    def _depths(self) -> dict[int, list[float]]:
-        """Depth of each convolution, by sample: layers in order; calls with the same parameter are one."""
-        found: dict[int, list[int]] = {}
+    def _depths(self) -> dict[int, float]:
+        """Depth of each convolution: layers in order; calls with the same stored weight are one."""
         known: dict[object, int] = {}
-        for k, step in enumerate(self.program.steps):
-            if step.operation.rule == "convolution":
-                one = self.program.parameter(k)
-                by_sample = step.spelling in ("each", "unbatched")
-                names = [one or (k, sample * by_sample) for sample in range(len(self.data))]
-                found[k] = [known.setdefault(name, len(known)) for name in names]
-        return {k: [place / len(known) for place in places] for k, places in found.items()}
+        convolutions = [k for k, step in enumerate(self.program.steps) if step.operation.rule == "convolution"]
+        places = {k: known.setdefault(self.program.layer(k), len(known)) for k in convolutions}
+        return {k: place / len(known) for k, place in places.items()}
 
     def _shape(self, i: int) -> tuple[int, ...]:
         return tuple(self.values[i].shape[1:])
@@ -212,14 +207,10 @@ class SlowReference:
         return [divided(given, values)]
 
     def _convolution(self, k: int, m: Tensor, x: Tensor) -> list[Tensor | None]:
-        method, first = self.method, self.method.first.get("convolution")
-        is_low = [method.lower is not None and depth < method.split for depth in self.depths[k]]
-        if method.lower is None or not any(is_low) or all(is_low):
-            return self._affine(k, m, method.lower if any(is_low) else method.convolution, first, x)
-        chosen = torch.tensor(is_low)[:, None]
-        (low,) = self._affine(k, m * chosen, method.lower, first, x)
-        (high,) = self._affine(k, m * ~chosen, method.convolution, first, x)
-        return [None if low is None else low + high]
+        method = self.method
+        is_low = method.lower is not None and self.depths[k] < method.split
+        rule = method.lower if is_low else method.convolution
+        return self._affine(k, m, rule, method.first.get("convolution"), x)
 
     def _dense(self, k: int, m: Tensor, x: Tensor) -> list[Tensor | None]:
         return self._affine(k, m, self.method.dense, self.method.first.get("dense"), x)
@@ -357,7 +348,7 @@ class SlowReference:
         gate, m = below.sigmoid(), m.reshape(signal.shape)
         if self.method.gates == "signal":
             return [torch.cat([m * gate, torch.zeros_like(m)], 1)]
-        return [torch.cat([m * gate / 2, m * signal * gate / 2 / below], 1)]
+        return [torch.cat([m * gate / 2, torch.where(below == 0, 0.0, m * signal * gate / 2 / below)], 1)]
 
     def _quotient(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
         return [_summed(m.reshape(self.values[k + 1].shape) / b, a.shape), None]

@@ -1,0 +1,195 @@
+r"""Clusters of a class's explanations: spectral relevance analysis (SpRAy).
+
+Explanations of one class are points; those of k nearest neighbours are joined, and the spectrum of the graph's
+normalised Laplacian :math:`L = 1 - D^{-1/2} A D^{-1/2}` says into how many parts it falls: as many as there are
+eigenvalues before the largest gap. A class that falls into parts is predicted for several reasons, one of which may be
+a shortcut.
+
+Lapuschkin et al., "Unmasking Clever Hans predictors and assessing what machines really learn", Nature Communications 10
+(2019); von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17 (2007).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crp.visualization.analysis import RowSelection
+from crp.visualization.table.store import Table
+
+#: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
+MIN_GAP = 4.0
+
+
+class Clusters(NamedTuple):
+    """Clusters of explanations, the largest first.
+
+    Attributes
+    ----------
+    label : ndarray of shape (samples,), int64
+        Cluster of each sample.
+    sample : ndarray of shape (samples,), int64
+        Their numbers in the data set; 0, 1, 2, ... where none were given.
+    eigenvalues : ndarray of shape (n,)
+        Smallest eigenvalues of the Laplacian, ascending.
+    embedding : ndarray of shape (samples, n)
+        Their eigenvectors.
+    separation : float
+        Mean silhouette coefficient in the embedding, from -1 to 1: how well clusters are separated; 0 for one cluster.
+    vectors : ndarray of shape (samples, features)
+        What was clustered.
+    """
+
+    label: np.ndarray
+    sample: np.ndarray
+    eigenvalues: np.ndarray
+    embedding: np.ndarray
+    separation: float
+    vectors: np.ndarray
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of samples in each cluster."""
+        return [int(number) for number in np.bincount(self.label)]
+
+    def members(self, cluster: int) -> np.ndarray:
+        """Samples of a cluster, those nearest to its mean first."""
+        inside = np.flatnonzero(self.label == cluster)
+        distance = np.linalg.norm(self.embedding[inside] - self.embedding[inside].mean(0), axis=1)
+        return np.asarray(self.sample[inside[np.argsort(distance, kind="stable")]])
+
+    def strongest(self, cluster: int, k: int = 5) -> list[tuple[int, float]]:
+        """Features, such as concepts, by which a cluster exceeds the other samples most: with the difference of means.
+
+        The list is shorter where less than ``k`` features exceed.
+        """
+        inside = self.label == cluster
+        others = self.vectors[~inside].mean(0) if not inside.all() else np.zeros(self.vectors.shape[1])
+        difference = self.vectors[inside].mean(0) - others
+        best = np.argsort(-difference, kind="stable")[:k]
+        return [(int(i), float(difference[i])) for i in best if difference[i] > 0]
+
+
+def clusters(
+    source: Table | Any,
+    layer: str | None = None,
+    of_class: int | None = None,
+    *,
+    what: str = "relevance",
+    n: int | None = None,
+    n_neighbours: int = 10,
+    largest: int = 8,
+    normed: bool = True,
+    seed: int = 0,
+) -> Clusters:
+    """Cluster explanations of one class.
+
+    Parameters
+    ----------
+    source : Table, or array or Tensor of shape (samples, ...)
+        A mined table, or explanations such as heatmaps (which are smaller, and easier to compare, after pooling).
+    layer : str
+        Of the table.
+    of_class : int
+        Of the table.
+    what : {"relevance", "activation"}
+        Of the table: what a sample's concepts are compared by.
+    n : int, optional
+        Number of clusters; by default, the one before the largest gap between eigenvalues, where that is wide enough.
+    n_neighbours : int
+        Neighbours that each explanation is joined with.
+    largest : int
+        Largest number of clusters that is looked for.
+    normed : bool
+        Whether only the direction of a vector counts: of a table its shares, of an array each divided by its length.
+    seed : int
+
+    Returns
+    -------
+    Clusters
+
+    Raises
+    ------
+    ValueError
+        If there are not more samples than neighbours, or values are not finite.
+    """
+    if isinstance(source, Table):
+        if layer is None or of_class is None:
+            raise ValueError("clusters of a table need layer= and of_class=")
+        blocks = list(RowSelection(layer, what, normed=normed, of_class=of_class).blocks(source))
+        vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
+        samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
+    else:
+        array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source, np.float64)
+        vectors, samples = array.reshape(len(array), -1), np.arange(len(array))
+        if normed:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
+    if len(vectors) <= n_neighbours:
+        raise ValueError(f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours")
+    if not np.isfinite(vectors).all():
+        raise ValueError("explanations have NaN or infinite values")
+    values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
+    if n is None:
+        gaps = np.where(values[:-1] < values[1:] / MIN_GAP, np.diff(values), 0.0)
+        n = 1 + int(gaps.argmax())
+    label, embedding, separation = _assign(basis, n, seed)
+    return Clusters(label, samples, values, embedding, separation, vectors)
+
+
+def export_corelay(path: str | Path, found: Clusters, heatmaps: Any | None = None, *, name: str = "spectral") -> None:
+    """Write clusters as an analysis file of ViRelAy, in HDF5, as pipelines of CoRelAy write one; needs h5py.
+
+    Parameters
+    ----------
+    path : str or Path
+        A new file.
+    found : Clusters
+    heatmaps : array of shape (samples, ...), optional
+        Kept beside it as ``attribution``.
+    name : str
+        Of the analysis, such as that of the class.
+    """
+    import h5py
+
+    with h5py.File(path, "x") as file:
+        group = file.create_group(name)
+        group["index"] = found.sample.astype(np.uint32)
+        embedding = group.create_group("embedding")
+        embedding["spectral"] = found.embedding.astype(np.float32)
+        embedding["spectral"].attrs["eigenvalue"] = found.eigenvalues[: found.embedding.shape[1]].astype(np.float32)
+        clustering = group.create_group("cluster")
+        clustering["spectral"] = found.label.astype(np.uint32)
+        clustering["spectral"].attrs["embedding"] = "spectral"
+        clustering["spectral"].attrs["k"] = len(found.sizes)
+        clustering["spectral"].attrs["index"] = np.arange(found.embedding.shape[1], dtype=np.uint32)
+        if heatmaps is not None:
+            file["attribution"] = np.asarray(heatmaps, np.float32)
+
+
+def _spectrum(vectors: np.ndarray, n_neighbours: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest eigenvalues of the neighbours' graph, and their eigenvectors."""
+    from sklearn.neighbors import kneighbors_graph
+
+    joined = kneighbors_graph(vectors, n_neighbours, mode="connectivity").toarray()
+    joined = np.maximum(joined, joined.T)
+    root = 1 / np.sqrt(joined.sum(1))
+    values, basis = np.linalg.eigh(np.eye(len(vectors)) - root[:, None] * joined * root)
+    n = min(n, len(vectors))
+    return values[:n], basis[:, :n]
+
+
+def _assign(basis: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Clusters in the span of the first eigenvectors: labels by size, embedding, and separation."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    embedding = basis[:, :n]
+    # (each row of unit length: samples of one part of the graph are then one point)
+    rows = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-300)
+    if n == 1:
+        return np.zeros(len(basis), np.int64), embedding, 0.0
+    found = KMeans(n, n_init=10, random_state=seed).fit_predict(rows)
+    rank = np.argsort(np.argsort(-np.bincount(found, minlength=n), kind="stable"), kind="stable")
+    return rank[found].astype(np.int64), rows, float(silhouette_score(rows, found))

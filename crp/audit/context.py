@@ -1,0 +1,73 @@
+"""How much of a concept's relevance lies outside of the object: its use of context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from zennit.core import Composite
+
+from crp.attribution import CondAttribution
+from crp.concepts import Concept, as_ids, mask_of
+
+
+def context_scores(
+    attribution: CondAttribution,
+    data: Tensor,
+    targets: Sequence[Any],
+    composite: Composite | None,
+    layer: str,
+    concept: Concept,
+    concept_ids: Any,
+    inside: Tensor,
+    *,
+    batch_size: int = 32,
+) -> Tensor:
+    r"""Share of each concept's positive relevance that lies outside of the object, in the input.
+
+    It is :math:`1 - \sum_{p\,\text{inside}} R_p^+ / \sum_p R_p^+` of the concept's conditional heatmap: 0 for a
+    concept of the object itself, 1 for one of its surroundings. Dreyer et al., "Revealing Hidden Context Bias in
+    Segmentation and Object Detection through Concept-specific Explanations", CVPR Workshops (2023), section 3.3.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    data : Tensor of shape (samples, ...)
+    targets : sequence
+        For each sample what ``"y"`` may be in a condition.
+    composite : zennit Composite, or None for the plain gradient
+    layer : str
+    concept : Concept
+    concept_ids : int, or sequence of int
+    inside : Tensor of shape (samples, *space), bool
+        The object in each sample, such as the pixels of its segment or its box.
+    batch_size : int
+        Rows attributed at once.
+
+    Returns
+    -------
+    Tensor of shape (samples, concepts)
+        NaN where a concept has no positive relevance in a sample.
+    """
+    ids = as_ids(concept_ids)
+    if len(targets) != len(data) or len(inside) != len(data):
+        raise ValueError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
+    conditions = [{attribution.MODEL_OUTPUT_NAME: target, layer: [i]} for target in targets for i in ids]
+    rows = torch.arange(len(data)).repeat_interleave(len(ids))
+    shares = []
+    for begin in range(0, len(conditions), batch_size):
+        chosen = rows[begin : begin + batch_size]
+        heatmap = attribution(
+            data[chosen], conditions[begin : begin + batch_size], composite, mask_map=mask_of(concept)
+        ).heatmap.clamp_min(0)
+        within = inside[chosen].to(heatmap.device)
+        if within.shape != heatmap.shape or within.dtype != torch.bool:
+            raise ValueError(
+                f"inside must be boolean, of the heatmaps' shape {tuple(heatmap.shape[1:])} for each sample; it is "
+                f"{tuple(within.shape[1:])}, {within.dtype}"
+            )
+        total = heatmap.flatten(1).sum(1)
+        shares.append(1 - torch.where(within, heatmap, 0).flatten(1).sum(1) / total)
+    return torch.cat(shares).reshape(len(data), len(ids))

@@ -1,0 +1,230 @@
+r"""Correction of a model by a direction or a concept: projected out, penalised in training, or pruned.
+
+:math:`a' = a - v\,(v \cdot a) + z\,v` with a unit vector :math:`v` sets the part of an activation along :math:`v` to
+:math:`z`, at every position. Anders et al., "Finding and removing Clever Hans: Using explanation methods to debug and
+improve deep models", Information Fusion 77 (2022), P-ClArC; Dreyer et al., "From Hope to Safety: Unlearning Biases of
+Deep Models via Gradient Penalization in Latent Space", AAAI (2024); Yeom et al., "Pruning by explaining", Pattern
+Recognition 115 (2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.attribution import CondAttribution
+from crp.concepts import Concept
+from crp.concepts.reading import LayerValues, relevance_sums
+from crp.layers import ByChainRule, Followed, find_layers, put_behind
+
+
+@contextmanager
+def project(
+    model: nn.Module,
+    layer: str,
+    direction: Any,
+    *,
+    at: float = 0.0,
+    when: Callable[[Tensor], Tensor] | None = None,
+    axis: int = 1,
+) -> Iterator[None]:
+    """Set the part of a layer's output along a direction to a constant, inside of the context.
+
+    No rule of a composite acts on the correction: relevance passes by the ordinary chain rule.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str
+    direction : array or Tensor of shape (channels,)
+        Of any length.
+    at : float
+        Coefficient along the direction, such as the mean over samples without the shortcut.
+    when : callable, optional
+        Function of the layer's output that says, in a boolean tensor of shape (samples,), which samples are corrected:
+        a reactive correction. By default all are.
+    axis : int
+        Axis of the channels: 1, or -1 for tokens.
+    """
+    vector = torch.as_tensor(direction).detach().reshape(-1).to(torch.float64)
+    norm = vector.norm()
+    if not torch.isfinite(norm) or norm == 0:
+        raise ValueError(f"direction must be a finite vector other than 0; its length is {norm.item()}")
+    with put_behind(model, layer, partial(_After, correction=_Projection(vector / norm, at, when, axis))):
+        yield
+
+
+@contextmanager
+def prune(model: nn.Module, scores: Mapping[str, Any], share: float) -> Iterator[dict[str, list[int]]]:
+    """Let the channels with the least scores, over all layers, be 0, inside of the context.
+
+    Parameters
+    ----------
+    model : nn.Module
+    scores : mapping of layer name to array or Tensor of shape (channels,)
+        Such as relevance summed over samples.
+    share : float
+        Share of the channels that is pruned.
+
+    Yields
+    ------
+    dict of str to list of int
+        The channels that are pruned.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, not {share}")
+    arrays = {layer: torch.as_tensor(values).detach().double().reshape(-1) for layer, values in scores.items()}
+    ranked = sorted((value, layer, i) for layer, values in arrays.items() for i, value in enumerate(values.tolist()))
+    pruned: dict[str, list[int]] = {layer: [] for layer in arrays}
+    for _, layer, i in ranked[: round(share * len(ranked))]:
+        pruned[layer].append(i)
+    with ExitStack() as stack:
+        for layer, values in arrays.items():
+            keep = torch.ones(len(values))
+            keep[pruned[layer]] = 0
+            stack.enter_context(put_behind(model, layer, partial(_After, correction=_Keep(keep))))
+        yield {layer: sorted(ids) for layer, ids in pruned.items()}
+
+
+@contextmanager
+def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> Iterator[Callable[[Tensor], Tensor]]:
+    r"""Penalty of a model's sensitivity to a direction, for a training loop (right for the right reasons).
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str
+    direction : array or Tensor of shape (channels,)
+    axis : int
+        Axis of the channels: 1, or -1 for tokens.
+
+    Yields
+    ------
+    callable
+        Function of an output of the model's last forward pass, such as the logits of the samples' labels, that gives
+        the mean over samples of :math:`(v \cdot \nabla_a y)^2`, with gradients summed over positions.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> with penalty(net, "0", [1.0, 0, 0, 0]) as term:
+    ...     output = net(torch.ones(5, 3))
+    ...     term(output[:, 1]).backward()
+    """
+    vector = torch.as_tensor(direction).detach().reshape(-1)
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        outputs[:] = [output]
+
+    def term(output: Tensor) -> Tensor:
+        if not outputs:
+            raise RuntimeError(f"layer {layer!r} has not run inside of the context; call the model first")
+        (activation,) = outputs
+        (gradient,) = torch.autograd.grad(output.sum(), activation, create_graph=True)
+        along = gradient.movedim(axis, -1) @ vector.to(gradient)
+        return (along.reshape(len(along), -1).sum(1) ** 2).mean()
+
+    handle = find_layers(model, [layer])[layer].register_forward_hook(keep)
+    try:
+        yield term
+    finally:
+        handle.remove()
+
+
+class Effect(NamedTuple):
+    """What a correction changes: accuracy, and share of a class's relevance that concepts have, before and after.
+
+    Attributes
+    ----------
+    accuracy : (float, float)
+    share : (float, float)
+        Mean over samples of the concepts' share of the absolute relevance of the layer's concepts.
+    """
+
+    accuracy: tuple[float, float]
+    share: tuple[float, float]
+
+
+def effect(
+    attribution: CondAttribution,
+    data: Tensor,
+    labels: Sequence[int],
+    composite: Composite | None,
+    correction: AbstractContextManager[Any],
+    layer: str,
+    concept: Concept,
+    concept_ids: Sequence[int],
+) -> Effect:
+    """Measure a model before and within a correction.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    data : Tensor of shape (samples, ...)
+    labels : sequence of int
+    composite : zennit Composite, or None for the plain gradient
+    correction : context
+        Such as ``project(...)``.
+    layer : str
+        Whose concepts are looked at, in the relevance of each sample's label.
+    concept : Concept
+    concept_ids : sequence of int
+    """
+    classes = np.asarray(labels).tolist()
+    conditions = [{attribution.MODEL_OUTPUT_NAME: int(label)} for label in classes]
+
+    def measure() -> tuple[float, float]:
+        result = attribution(data, conditions, composite, [layer])
+        right = result.prediction.argmax(1).cpu() == torch.tensor(classes)
+        shares = relevance_sums(concept, LayerValues.of(result, layer), layer).abs()[:, list(concept_ids)].sum(1)
+        return right.double().mean().item(), shares.mean().item()
+
+    before = measure()
+    with correction:
+        after = measure()
+    return Effect(*((one, two) for one, two in zip(before, after, strict=True)))
+
+
+class _After(Followed):
+    """A layer with a correction behind it."""
+
+    def after(self, output: Tensor, *args: Any) -> Tensor:
+        """Output, corrected."""
+        return cast(Tensor, self.correction(output))
+
+
+class _Projection(ByChainRule):
+    def __init__(self, vector: Tensor, at: float, when: Callable[[Tensor], Tensor] | None, axis: int) -> None:
+        super().__init__()
+        self.vector, self.at, self.when, self.axis = vector, at, when, axis
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Activation with another coefficient along the direction."""
+        vector, values = self.vector.to(output), output.movedim(self.axis, -1)
+        if values.shape[-1] != len(vector):
+            raise ValueError(f"the direction has {len(vector)} channels; the layer's output is {tuple(output.shape)}")
+        change = (self.at - values @ vector)[..., None] * vector
+        if self.when is not None:
+            chosen = torch.as_tensor(self.when(output.detach())).reshape(-1, *[1] * (change.dim() - 1))
+            change = change * chosen.to(change)
+        return (values + change).movedim(-1, self.axis)
+
+
+class _Keep(ByChainRule):
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Activation without the channels that are pruned."""
+        if output.shape[1] != len(self.keep):
+            raise ValueError(f"there are {len(self.keep)} scores; the layer's output is {tuple(output.shape)}")
+        return output * self.keep.to(output).reshape(-1, *[1] * (output.dim() - 2))

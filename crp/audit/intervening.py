@@ -1,0 +1,135 @@
+"""Interventions: what the prediction is when a concept is switched off, scaled, or taken from another sample.
+
+Relevance is a hypothesis about what the model uses; an intervention is its test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crp.attribution import CondAttribution
+from crp.concepts import Concept
+from crp.concepts.ids import as_ids
+from crp.engine.attached import attached
+from crp.layers import Followed, put_behind
+
+
+def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
+    """Part of an activation that belongs to some concepts: channels themselves, or ``(e·a) d`` of a direction.
+
+    It is what the mask of relevance does, the other way round: for every multiplier, the product with it is what the
+    mask lets through.
+
+    Parameters
+    ----------
+    concept : Concept
+    activation : Tensor of shape (rows, *layer shape)
+    concept_ids : int, or sequence of int
+
+    Returns
+    -------
+    Tensor of shape (rows, *layer shape)
+    """
+    with torch.enable_grad():
+        multiplier = torch.zeros_like(activation).requires_grad_()
+        masked = multiplier.clone()
+        for row in range(len(activation)):
+            masked = concept.mask(row, concept_ids)(masked)
+        (part,) = torch.autograd.grad((activation.detach() * masked).sum(), multiplier)
+    return part
+
+
+def intervene(
+    attribution: CondAttribution,
+    data: Tensor,
+    layer: str,
+    concept: Concept,
+    concept_ids: Sequence[int],
+    targets: Sequence[int],
+    *,
+    scale: float = 0.0,
+    patch: Tensor | None = None,
+) -> Tensor:
+    """Change of the model's output when one concept is changed, for each of several.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    data : Tensor of shape (samples, ...)
+    layer : str
+    concept : Concept
+        Its concepts are changed at all positions.
+    concept_ids : sequence of int
+        One at a time.
+    targets : sequence of int
+        Output of each sample that is looked at.
+    scale : float
+        What the concept's part of the activation is multiplied by; 0 switches it off.
+    patch : Tensor of the shape of the data, optional
+        Samples whose part of the activation takes its place, multiplied by ``scale`` (1 is usual then).
+
+    Returns
+    -------
+    Tensor of shape (samples, concepts)
+        Output after the change, less the output before.
+    """
+    if len(targets) != len(data):
+        raise ValueError(f"there are {len(targets)} targets for {len(data)} samples")
+    if patch is not None and patch.shape != data.shape:
+        raise ValueError(f"patch is of shape {tuple(patch.shape)}, and the data of {tuple(data.shape)}")
+    columns = torch.tensor([int(target) for target in targets], device=attribution.device)[:, None]
+    changing = _Change(concept, scale)
+
+    def output_of(samples: Tensor, model: Any) -> Tensor:
+        return attribution.select_output(model(samples.to(attribution.device))).gather(1, columns)[:, 0]
+
+    changes = []
+    with torch.no_grad(), attached(None, attribution.model) as model:
+        before = output_of(data, model)
+        with put_behind(model, layer, changing.behind):
+            if patch is not None:
+                output_of(patch, model)
+                changing.other = changing.seen
+            for concept_id in as_ids(concept_ids):
+                changing.concept_id = concept_id
+                changes.append(output_of(data, model) - before)
+    if changing.seen is None:
+        raise ValueError(f"the forward pass does not use layer {layer!r}")
+    return torch.stack(changes, 1)
+
+
+class _Change:
+    """What is changed now, and what was seen last."""
+
+    def __init__(self, concept: Concept, scale: float) -> None:
+        self.concept, self.scale = concept, scale
+        self.concept_id: int | None = None
+        self.seen: Tensor | None = None
+        self.other: Tensor | None = None
+
+    def behind(self, layer: Any) -> Followed:
+        return _Changed(layer, self)
+
+    def __call__(self, output: Tensor) -> Tensor:
+        self.seen = output.detach().clone()
+        if self.concept_id is None:
+            return output
+        part = part_of(self.concept, self.seen, [self.concept_id])
+        new = part if self.other is None else part_of(self.concept, self.other, [self.concept_id])
+        return output - part + self.scale * new
+
+
+class _Changed(Followed):
+    """A layer with one of its concepts changed."""
+
+    def __init__(self, layer: Any, change: _Change) -> None:
+        super().__init__(layer)
+        self.change = [change]
+
+    def after(self, output: Tensor, *args: Any) -> Tensor:
+        """Output, changed."""
+        return self.change[0](output)

@@ -1,0 +1,220 @@
+r"""Prototypes of a class: the ways in which a model predicts it, as a mixture over relevance of concepts.
+
+Of each class, the vectors of concept relevance :math:`\nu` of its samples are modelled by
+:math:`p(\nu) = \sum_i \pi_i\, N(\nu; \mu_i, \Sigma_i)`. A sample far from every prototype is an outlier: its prediction
+is made in an unusual way. What differs, :math:`\nu - \mu_i`, are the concepts that it uses more, or less, than usual.
+
+Dreyer et al., "Understanding the (Extra-)Ordinary: Validating Deep Model Decisions with Prototypical Concept-based
+Explanations", CVPR Workshops (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from crp.visualization.analysis import RowSelection
+from crp.visualization.table.store import Table
+
+Covariance = Literal["full", "diag"]
+
+
+class Mixture(NamedTuple):
+    """Prototypes of one class.
+
+    Attributes
+    ----------
+    weights : ndarray of shape (prototypes,)
+    means : ndarray of shape (prototypes, concepts)
+    covariances : ndarray of shape (prototypes, concepts, concepts), or (prototypes, concepts) of the diagonals
+    sample : ndarray of shape (prototypes,), int64
+        Sample nearest to each mean, of those that belong to the prototype.
+    log_density : ndarray of shape (samples,)
+        Of the samples from which the prototypes were made, ascending.
+    """
+
+    weights: np.ndarray
+    means: np.ndarray
+    covariances: np.ndarray
+    sample: np.ndarray
+    log_density: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Prototypes of classes; made by `prototypes`.
+
+    Attributes
+    ----------
+    layer : str
+    normed : bool
+        Whether vectors are shares of the layer's relevance.
+    classes : dict of int to Mixture
+    """
+
+    layer: str
+    normed: bool
+    classes: Mapping[int, Mixture]
+
+    def score(self, vectors: Any, of_class: int) -> np.ndarray:
+        """Log density of vectors of shape (samples, concepts), as predictions of a class: (samples,)."""
+        joint = _joint(self._mixture(of_class), self._vectors(vectors, of_class))
+        return _logsumexp(joint)
+
+    def percentile(self, vectors: Any, of_class: int) -> np.ndarray:
+        """Share, in percent, of the samples behind the prototypes that are no more likely than each vector."""
+        known = self._mixture(of_class).log_density
+        return np.asarray(100.0 * np.searchsorted(known, self.score(vectors, of_class), side="right") / len(known))
+
+    def assign(self, vectors: Any, of_class: int) -> np.ndarray:
+        """Most likely prototype of each vector: (samples,), int64."""
+        return np.asarray(_joint(self._mixture(of_class), self._vectors(vectors, of_class)).argmax(1))
+
+    def deviation(self, vectors: Any, of_class: int) -> np.ndarray:
+        """Difference from the most likely prototype: (samples, concepts); positive where a concept is used more."""
+        means = self._mixture(of_class).means
+        return np.asarray(self._vectors(vectors, of_class) - means[self.assign(vectors, of_class)])
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.safetensors`` file."""
+        arrays = {
+            f"{of_class}/{name}": np.ascontiguousarray(value)
+            for of_class, mixture in self.classes.items()
+            for name, value in mixture._asdict().items()
+        }
+        save_file(arrays, path, {"layer": self.layer, "normed": str(self.normed)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prototypes:
+        """Read what `save` has written."""
+        from safetensors import safe_open
+
+        arrays = load_file(path)
+        with safe_open(path, "np") as file:
+            about = file.metadata()
+        classes = sorted({int(key.partition("/")[0]) for key in arrays})
+        mixtures = {i: Mixture(*(arrays[f"{i}/{name}"] for name in Mixture._fields)) for i in classes}
+        return cls(about["layer"], about["normed"] == "True", mixtures)
+
+    def _mixture(self, of_class: int) -> Mixture:
+        if of_class not in self.classes:
+            raise KeyError(f"there are no prototypes of class {of_class}; there are of {sorted(self.classes)}")
+        return self.classes[of_class]
+
+    def _vectors(self, vectors: Any, of_class: int) -> np.ndarray:
+        array = np.asarray(vectors, np.float64)
+        n_concepts = self._mixture(of_class).means.shape[1]
+        if array.ndim != 2 or array.shape[1] != n_concepts:
+            raise ValueError(f"vectors are of shape {array.shape}; layer {self.layer!r} has {n_concepts} concepts")
+        return array
+
+
+def prototypes(
+    table: Table,
+    layer: str,
+    n: int | Sequence[int] = (1, 2, 3, 4, 5, 6),
+    *,
+    classes: Sequence[int] | None = None,
+    covariance: Covariance = "diag",
+    normed: bool = True,
+    regularization: float = 1e-2,
+    seed: int = 0,
+) -> Prototypes:
+    """Find the prototypes of classes in a mined table, by scikit-learn's `GaussianMixture`.
+
+    Parameters
+    ----------
+    table : Table
+        With relevance.
+    layer : str
+    n : int or sequence of int
+        Number of prototypes of each class; of several numbers the one with the least BIC is taken.
+    classes : sequence of int, optional
+        All that the table has by default.
+    covariance : {"full", "diag"}
+        A full one needs many more samples than concepts.
+    normed : bool
+        Whether vectors are shares of the layer's relevance.
+    regularization : float
+        Added to variances, as a share of the mean variance of the class's vectors; without it, a prototype of few
+        samples is infinitely dense.
+    seed : int
+
+    Returns
+    -------
+    Prototypes
+
+    Raises
+    ------
+    ValueError
+        If a class has fewer than two samples, or none as many as prototypes; or its vectors are all the same.
+    """
+    if covariance not in ("full", "diag"):
+        raise ValueError(f"covariance must be 'full' or 'diag', not {covariance!r}")
+    numbers = [n] if isinstance(n, int) else list(n)
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"n must be at least 1, not {n!r}")
+    if classes is None:
+        classes = sorted(set(table.rows().target.tolist()))
+    found = {}
+    for of_class in classes:
+        blocks = list(RowSelection(layer, normed=normed, of_class=of_class).blocks(table))
+        vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
+        samples = np.concatenate([block.sample for block in blocks])
+        found[of_class] = _fit(vectors, samples, numbers, covariance, regularization, seed, f"class {of_class}")
+    return Prototypes(layer, normed, found)
+
+
+def _fit(
+    vectors: np.ndarray, samples: np.ndarray, numbers: Sequence[int], covariance: Covariance, share: float, seed: int,
+    what: str,
+) -> Mixture:  # fmt: skip
+    from sklearn.mixture import GaussianMixture
+
+    numbers = [number for number in numbers if number <= len(vectors)]
+    variance = vectors.var(0).mean()
+    if len(vectors) < 2 or not numbers or variance == 0:
+        raise ValueError(
+            f"{what} has {len(vectors)} samples of mean variance {variance:.3g}, which are too few, or too alike, for "
+            "prototypes"
+        )
+    models = [
+        GaussianMixture(number, covariance_type=covariance, reg_covar=share * variance, random_state=seed).fit(vectors)
+        for number in numbers
+    ]
+    best = min(models, key=lambda model: model.bic(vectors))
+    mixture = Mixture(best.weights_, best.means_, best.covariances_, np.zeros(0), np.zeros(0))
+    joint = _joint(mixture, vectors)
+    belongs = joint.argmax(1)[:, None] == np.arange(len(best.weights_))
+    distances = np.linalg.norm(vectors[:, None] - best.means_, axis=2)
+    # (a prototype to which no sample belongs has the nearest one of all)
+    distances = np.where(belongs | ~belongs.any(0), distances, np.inf)
+    return mixture._replace(
+        sample=samples[distances.argmin(0)].astype(np.int64), log_density=np.sort(_logsumexp(joint))
+    )  # fmt: skip
+
+
+def _joint(mixture: Mixture, vectors: np.ndarray) -> np.ndarray:
+    """Log density of each vector and prototype together, (samples, prototypes)."""
+    weights, means, covariances = mixture[:3]
+    parts = []
+    for weight, mean, covariance in zip(weights, means, covariances, strict=True):
+        difference = vectors - mean
+        if covariance.ndim == 1:
+            distance, volume = (difference**2 / covariance).sum(1), np.log(covariance).sum()
+        else:
+            factor = np.linalg.cholesky(covariance)
+            distance = (np.linalg.solve(factor, difference.T) ** 2).sum(0)
+            volume = 2 * np.log(np.diag(factor)).sum()
+        parts.append(np.log(weight) - (distance + volume + len(mean) * np.log(2 * np.pi)) / 2)
+    return np.stack(parts, 1)
+
+
+def _logsumexp(values: np.ndarray) -> np.ndarray:
+    largest = values.max(1, keepdims=True)
+    return np.asarray(largest[:, 0] + np.log(np.exp(values - largest).sum(1)))

@@ -1,0 +1,98 @@
+"""Clusters of explanations: two blobs, the spectrum in closed form, tables, and the file for ViRelAy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from feature_net import Images, make_fv
+
+from crp.audit import clusters, export_corelay
+from crp.composites import EpsilonPlus
+from crp.visualization.table.store import Table
+
+
+def blobs(*sizes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Points around the unit vectors, and where each belongs."""
+    rng = np.random.default_rng(seed)
+    which = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return np.eye(6)[which] + rng.normal(size=(len(which), 6)) * 0.05, which
+
+
+@pytest.mark.parametrize("sizes", [(60, 20), (40, 40, 40), (50, 30, 25, 20)], ids=str)
+def test_blobs_are_found(sizes):
+    """The gap after as many eigenvalues of 0 as there are parts says how many clusters there are."""
+    points, which = blobs(*sizes)
+    found = clusters(points)
+    assert np.abs(found.eigenvalues[: len(sizes)]).max() < 1e-9
+    assert found.eigenvalues[len(sizes)] > 0.01
+    assert found.sizes == sorted(sizes, reverse=True)
+    for i in range(len(sizes)):
+        (part,) = {int(w) for w in which[found.label == i]}
+        assert found.strongest(i, 1)[0][0] == part
+        assert set(found.members(i)) == set(np.flatnonzero(which == part))
+    assert found.separation > 0.99
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_blob_is_one_cluster(seed):
+    found = clusters(np.random.default_rng(seed).normal(size=(100, 3)) * 0.1 + [1, 0, 0], normed=False)
+    assert found.sizes == [100] and found.separation == 0
+    assert found.strongest(0, 1)[0] == (0, pytest.approx(found.vectors.mean(0)[0]))
+    assert clusters(blobs(50, 50)[0], n=3).sizes[0] <= 50
+
+
+def test_spectrum_of_a_ring():
+    """Points on a circle, each joined with its two neighbours: eigenvalues 1 - cos(2πk/n)."""
+    angle = 2 * np.pi * np.arange(12) / 12
+    found = clusters(np.stack([np.cos(angle), np.sin(angle)], 1), n=2, n_neighbours=2)
+    wanted = np.sort(1 - np.cos(2 * np.pi * np.arange(12) / 12))[:9]
+    assert np.allclose(found.eigenvalues, wanted, atol=1e-12)
+
+
+def test_heatmaps_of_any_shape():
+    points, _ = blobs(40, 30)
+    maps = torch.from_numpy(points).reshape(70, 2, 3) * 5.0
+    found = clusters(maps)
+    assert found.sizes == [40, 30]
+    assert np.array_equal(clusters(maps * torch.rand(70, 1, 1).add(0.1)).label, found.label)  # (lengths do not count)
+    assert np.array_equal(found.sample, np.arange(70))
+
+
+def test_a_mined_class(tmp_path):
+    data = Images(90)
+    data.data[::6] = torch.ones(1, 6, 6).double() + data.data[::6] * 0.01  # half of class 0
+    fv = make_fv(tmp_path, data)
+    fv.run(EpsilonPlus(), 0, 90, batch_size=30, progress=False)
+    table = Table.open(fv.path)
+    assert clusters(table, "second", 0, n_neighbours=5).sample.tolist() == list(range(0, 90, 3))
+    found = clusters(table, "second", 0, what="activation", n_neighbours=5)
+    assert len(found.sizes) == 2
+    assert set(range(0, 90, 6)) <= set(found.members(int(found.label[0])))
+
+
+def test_file_for_virelay(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    points, _ = blobs(40, 30)
+    found = clusters(points)
+    export_corelay(tmp_path / "a.h5", found, points)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert np.array_equal(file["spectral/cluster/spectral"], found.label)
+        assert file["spectral/cluster/spectral"].attrs["embedding"] == "spectral"
+        assert file["spectral/cluster/spectral"].attrs["index"].tolist() == [0, 1]
+        assert file["spectral/embedding/spectral"].shape == (70, 2)
+        assert np.array_equal(file["spectral/index"], np.arange(70))
+        assert np.allclose(file["attribution"], points, atol=1e-6)
+    with pytest.raises(FileExistsError):
+        export_corelay(tmp_path / "a.h5", found)
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    with pytest.raises(ValueError, match="8 samples have not 10 neighbours each; give a smaller n_neighbours"):
+        clusters(np.ones((8, 2)))
+    with pytest.raises(ValueError, match="explanations have NaN or infinite values"):
+        clusters(np.full((20, 2), np.nan))
+    fv = make_fv(tmp_path)
+    fv.run(EpsilonPlus(), 0, 12, progress=False)
+    with pytest.raises(ValueError, match="clusters of a table need layer= and of_class="):
+        clusters(Table.open(fv.path), "second")
