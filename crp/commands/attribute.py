@@ -67,7 +67,7 @@ def attribute(
     from crp.commands.panel import draw
     from crp.explain import explain
     from crp.explain import methods as known
-    from crp.loading.models import load_model
+    from crp.visualization.models import load_model
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")

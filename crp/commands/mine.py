@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from crp.commands.errors import CommandError
 
 if TYPE_CHECKING:
-    from crp.loading.models import Loaded
+    from crp.visualization.models import Loaded
     from crp.visualization.table.store import Table
 
 INTERRUPTED = 130
@@ -99,10 +99,10 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
     from crp.concepts import ChannelConcept
-    from crp.loading.models import load_model
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.selection import select_layers
     from crp.visualization.mining.targets import parse_targets
+    from crp.visualization.models import load_model
     from crp.visualization.sources import MULTI_LABEL, gives_pictures, load_source, open_source
 
     named = given["targets"].strip()

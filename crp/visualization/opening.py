@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crp.concepts import ChannelConcept, Concept
 from crp.errors import LoadingError
-from crp.loading.models import load_model
+from crp.visualization.models import load_model
 from crp.visualization.sources import load_source, open_source
 
 _CHANNELS = "crp.concepts.channels.ChannelConcept"

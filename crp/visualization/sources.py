@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from crp.errors import LoadingError
-from crp.loading.models import Loaded, imported
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
+from crp.visualization.models import Loaded, imported
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 

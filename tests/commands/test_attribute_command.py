@@ -15,7 +15,7 @@ from torch import nn
 
 import crp
 from crp.commands.cli import cli
-from crp.loading import models as loading
+from crp.visualization import models as loading
 
 FACTORY = """
 import torch

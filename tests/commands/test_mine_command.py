@@ -27,10 +27,10 @@ from crp.commands.mine import _part
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import LoadingError
-from crp.loading import models
-from crp.loading.models import Loaded
-from crp.loading.pictures import Normalized, Prepared
+from crp.visualization import models
 from crp.visualization.mining.run import mine
+from crp.visualization.models import Loaded
+from crp.visualization.prepared import Normalized, Prepared
 from crp.visualization.sources import load_source
 from crp.visualization.table.lock import get_owners, locked
 from crp.visualization.table.store import Table

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from crp.errors import LoadingError
-from crp.loading.pictures import Normalized, Prepared
+from crp.visualization.prepared import Normalized, Prepared
 
 
 @dataclass(frozen=True)
