@@ -40,7 +40,7 @@ BUDGETS = {
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 890,
-    "engine": 2650,
+    "engine": 2950,
     "devices": 50,
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
@@ -100,7 +100,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 87
+    assert sum(map(len, arrows().values())) <= 88
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
