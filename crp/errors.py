@@ -7,6 +7,10 @@ class CRPError(Exception):
     """Base of the errors of this package."""
 
 
+class LoadingError(CRPError, ValueError):
+    """A model, a dataset or a composite that is named in words cannot be made of them."""
+
+
 class InputError(CRPError, ValueError):
     """A value that does not fit: data, conditions, masks, weights. The message names it, and what would be right."""
 

@@ -11,6 +11,7 @@ from crp import __version__
 from crp.commands import attribute as attribute_commands
 from crp.commands import classes as class_commands
 from crp.commands import mine as mine_commands
+from crp.commands import report as report_commands
 from crp.commands import table as table_commands
 
 INTERRUPTED = 130
@@ -66,6 +67,7 @@ cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)
 cli.add_command(class_commands.clusters_command)
 cli.add_command(class_commands.prototypes_command)
+cli.add_command(report_commands.report_command)
 
 
 def main() -> None:
