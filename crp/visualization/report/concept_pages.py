@@ -156,8 +156,11 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
     chance = "" if first.before is None else f" ({first.before:.1%})"
     said = f"Explained for {label}{chance}."
     if first.predicted is not None:
-        right = "as expected" if first.predicted == target else f"not {label}"
-        said = f"Predicted {atlas.class_name(first.predicted)}, {right}; explained for {label}{chance}."
+        true = atlas.labels.get(sample)
+        right = (
+            "" if true is None else ", as labelled" if first.predicted == true else f", not {atlas.class_name(true)}"
+        )
+        said = f"Predicted {atlas.class_name(first.predicted)}{right}; explained for {label}{chance}."
     if concepts:
         part = sum(one["share"] for one in concepts)
         said += f" {len(concepts)} concepts of {top} carry {percent(part)} of the relevance there."
