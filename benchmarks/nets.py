@@ -5,15 +5,17 @@ It is imported by the peers' process, too, and hence imports nothing of this pac
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torchvision.models as vision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from zennit.layer import Sum
 
 DEMO = Path(__file__).resolve().parents[1] / "crp" / "demo" / "net.py"
@@ -51,6 +53,32 @@ class ForkNet(nn.Module):
         return output
 
 
+class Gpt2(nn.Module):
+    """GPT-2 of Hugging Face with random weights, as a function of its input embeddings: logits of the last token.
+
+    Parameters
+    ----------
+    layers, width : int
+    checkpointed : bool
+        Whether every block keeps its input only, and runs again in the backward pass.
+    """
+
+    def __init__(self, layers: int, width: int, checkpointed: bool = False) -> None:
+        super().__init__()
+        transformers = importlib.import_module("transformers")
+        config = transformers.GPT2Config(
+            n_layer=layers, n_embd=width, n_head=width // 64, vocab_size=1000, use_cache=False
+        )
+        self.body, self.head = transformers.GPT2Model(config), nn.Linear(width, 1000, bias=False)
+        for block in self.body.h if checkpointed else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shape (batch, tokens, width) to logits of shape (batch, 1000)."""
+        logits: Tensor = self.head(self.body(inputs_embeds=input).last_hidden_state[:, -1])
+        return logits
+
+
 @lru_cache(maxsize=1)
 def _demo() -> Any:
     """Module of the demo's net, read from its file, since the peers' process must not import its package."""
@@ -72,13 +100,17 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "efficientnet_b0": vision.efficientnet_b0,
     "fork": ForkNet,
     "demo": lambda: _demo().DigitNet(),
+    "gpt2 4×256": partial(Gpt2, 4, 256),
+    "gpt2 4×256 checkpointed": partial(Gpt2, 4, 256, checkpointed=True),
+    "gpt2 12×768": partial(Gpt2, 12, 768),
+    "gpt2 12×768 checkpointed": partial(Gpt2, 12, 768, checkpointed=True),
 }
 #: Nets of images of one channel.
 GREY = {"fork", "demo"}
 
 
 class Setup(NamedTuple):
-    """A net and its input."""
+    """A net and its input; the size is that of an image, or the number of tokens of a text."""
 
     net: str
     size: int
@@ -86,17 +118,35 @@ class Setup(NamedTuple):
     device: str = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.net} {self.size}×{self.size} batch {self.batch}"
+        size = f"{self.size} tokens" if self.net.startswith("gpt2") else f"{self.size}×{self.size}"
+        return f"{self.net} {size} batch {self.batch}"
 
     def build(self) -> tuple[nn.Module, Tensor]:
-        """Net in eval mode, its parameters without gradient, and data of shape (batch, channels, size, size)."""
-        torch.manual_seed(0)
-        model = NETS[self.net]().eval().requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                randomize(module)
-        data = pixels((self.batch, 1 if self.net in GREY else 3, self.size, self.size))
-        return model.to(self.device), data.to(self.device)
+        """Net in eval mode, its parameters without gradient, and data.
+
+        Of shape (batch, channels, size, size), or embeddings of tokens, (batch, size, width).
+        """
+        # (For a GPU, drawing the weights takes longer than what is measured; on a CPU, memory is what it is without.)
+        model, state = _drawn(self.net) if self.device == "cpu" else _drawn_before(self.net)
+        torch.set_rng_state(state)
+        if isinstance(model, Gpt2):
+            data = torch.randn(self.batch, self.size, model.head.in_features)
+        else:
+            data = pixels((self.batch, 1 if self.net in GREY else 3, self.size, self.size))
+        return (model if self.device == "cpu" else copy.deepcopy(model)).to(self.device), data.to(self.device)
+
+
+def _drawn(net: str) -> tuple[nn.Module, Tensor]:
+    """Net with seeded weights and statistics, and torch's random state after it was drawn."""
+    torch.manual_seed(0)
+    model = NETS[net]().eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomize(module)
+    return model, torch.get_rng_state()
+
+
+_drawn_before = lru_cache(maxsize=1)(_drawn)
 
 
 def pixels(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

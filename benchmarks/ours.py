@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,32 @@ def gradient_of(model: nn.Module, data: Tensor) -> Run:
 
 
 def attribution(model: nn.Module, data: Tensor, rules: Composite) -> Run:
-    """One attribution of a batch."""
+    """One attribution of a batch, computed each time."""
     explain = CondAttribution(model)
+    explain.replay = False
     return lambda: explain(data, [{"y": [0]}], rules)
+
+
+def replayed(model: nn.Module, data: Tensor, rules: Composite) -> Run:
+    """The same, recorded before where there is a GPU, and replayed."""
+    explain = CondAttribution(model)
+    for _ in range(6):
+        explain(data, [{"y": [0]}], rules)
+    return lambda: explain(data, [{"y": [0]}], rules)
+
+
+def graph(model: nn.Module, data: Tensor, rules: Composite | None = None) -> Run:
+    """Forward pass alone, with what it keeps for the backward pass; the second one, so that all else is known."""
+    leaf, kept = data.clone().requires_grad_(), []
+
+    def run() -> None:
+        with rules.context(model) if rules is not None else nullcontext(model) as modified:
+            kept.append(modified(leaf))
+
+    run()
+    kept.clear()
+    gc.collect()
+    return run
 
 
 def concepts(model: nn.Module, data: Tensor, rules: Composite, layer: str, n: int, batch_size: int) -> Run:

@@ -1,4 +1,4 @@
-"""What runs in the peers' process: zennit-crp and captum, on the same nets and data.
+"""What runs in the peers' process: zennit-crp, captum and lxt, on the same nets and data.
 
 `benchmarks.remote.Worker` starts it with an interpreter of an environment of their own. Nothing of our package is
 imported here; ``crp`` is zennit-crp.
@@ -7,6 +7,7 @@ imported here; ``crp`` is zennit-crp.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -121,12 +122,31 @@ def captum_lrp(setup: Setup) -> Run:
     return lambda: explain.attribute(data.clone().requires_grad_(), target=0)
 
 
+def lxt(setup: Setup, rules: str) -> Run:
+    """Input times gradient under lxt's patches: ``attnLRP`` or ``cp_LRP``."""
+    modeling = importlib.reload(import_module("transformers.models.gpt2.modeling_gpt2"))  # (without other patches)
+    transformers = import_module("transformers")
+    patches = importlib.reload(import_module("lxt.efficient.models.gpt2"))
+    import_module("lxt.efficient").monkey_patch(modeling, getattr(patches, rules))
+    transformers.GPT2Model = modeling.GPT2Model
+    model, data = setup.build()
+
+    def run() -> Tensor:
+        leaf = data.clone().requires_grad_()
+        torch.autograd.backward(model(leaf)[:, 0].sum())
+        assert leaf.grad is not None
+        return (leaf * leaf.grad).sum(-1)
+
+    return run
+
+
 CANDIDATES: dict[str, Callable[..., Run]] = {
     "attribution": attribution,
     "concepts": concepts,
     "mining": mining,
     "captum deeplift": captum_deeplift,
     "captum lrp": captum_lrp,
+    "lxt": lxt,
 }
 
 
@@ -155,10 +175,11 @@ class Session:
     def answer(self, request: Mapping[str, Any]) -> Any:
         """Value that answers a request: ``{"do": "run" | "forget" | "versions", ...}``."""
         if request["do"] == "versions":
-            return versions("zennit-crp", "zennit", "captum", "torch")
+            return versions("zennit-crp", "zennit", "captum", "lxt", "transformers", "torch")
         if request["do"] == "forget":
             self._made.clear()
             built.cache_clear()
+            torch.cuda.empty_cache()  # (the card's memory is for the others, too)
             return None
         repeat = request["candidate"].get("repeat", 1)
         run = self._candidate(request["candidate"])

@@ -18,6 +18,7 @@ from benchmarks.sections import (
     methods,
     mining,
     small,
+    transformers,
 )
 
 
@@ -41,6 +42,7 @@ SECTIONS: dict[str, Section] = {
     "mining": mining,
     "methods": methods,
     "compiled": compiled,
+    "transformers": transformers,
     "gpu": gpu,
 }
 #: Those that need a GPU.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from crp.rules.functions import Function
+from crp.rules.functions import Function, look_up
 from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
 from crp.trace import undisturbed
@@ -36,13 +38,58 @@ def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, An
 
     A module is one activation if it is called with one tensor, returns one of the same shape, reads no other tensor
     that depends on the model's input, and calls only elementwise functions that a mode can see, one of them an
-    activation. To find out, the module runs once more, and is left as it was.
+    activation. To find out, the module runs once more, and is left as it was. The answer is remembered for as long as
+    nothing changes that it may depend on.
     """
     if not _may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         return None
+    answers, key = _answers.setdefault(module, {}), _key(module, args[0])
+    if key is not None and key in answers:
+        return answers[key]
     probe = _Probe()
+    functions = _probed(module, args[0], probe)
+    if key is not None and not probe.reads_others:
+        if len(answers) >= _MOST_ANSWERS:
+            answers.clear()
+        answers[key] = functions
+    return functions
+
+
+#: Answers that are remembered: for each module, by `_key`.
+_answers: WeakKeyDictionary[nn.Module, dict[Any, list[Function] | None]] = WeakKeyDictionary()
+_MOST_ANSWERS = 64
+
+
+def _key(module: nn.Module, data: Tensor) -> tuple[Any, ...] | None:
+    """What the answer may depend on, beside values of tensors; None where an attribute may hold anything.
+
+    Not in it are variables of Python modules that `forward` reads.
+    """
+    named = [item for item in vars(module).items() if item[0] not in _OF_ALL_MODULES]
+    for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        named += [(key, value) for key, value in vars(kind).items() if not key.startswith("__") or callable(value)]
+    if not all(_is_plain(value) for _, value in named):
+        return None
+    return data.shape, data.dtype, data.device, *((key, type(value), value) for key, value in named)
+
+
+#: Attributes of every module that do not tell what its `forward` does.
+_OF_ALL_MODULES = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, BuiltinFunctionType)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is itself for good: a number, a string, a function without variables of its own, or a tuple."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, FunctionType):
+        return all(isinstance(cell.cell_contents, type) for cell in value.__closure__ or ())
+    return type(value) in _PLAIN
+
+
+def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> list[Function] | None:
     with undisturbed(module), torch.enable_grad():
-        leaf = args[0].detach().clone().requires_grad_()
+        leaf = data.detach().clone().requires_grad_()
         probe.notes.enter(leaf, None)
         data = leaf.clone()  # (a leaf cannot be changed in place)
         probe.notes.add(data, 0)
@@ -71,6 +118,17 @@ class _Probe(SeeingMode):
         super().__init__(_OfModule())
         self.functions: list[Function] = []
         self.is_seen = True
+        #: Whether the module reads values of tensors, or tensors that are not made from its input.
+        self.reads_others = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Call a function, and note what it reads."""
+        result, tensors = super().__torch_function__(func, types, args, kwargs), list(tensors_in((args, kwargs)))
+        known = look_up(func)
+        gives_values = next(tensors_in(result), None) is None and not (known.metadata and known.name != "is_nonzero")
+        if gives_values or any(self.notes.of(tensor) is None for tensor in tensors):
+            self.reads_others = True
+        return result
 
     def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
         """No rule."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.devices import send_to
 from crp.notices import warn
 from crp.outputs import Element, Pixels
 from crp.types import Condition, MaskFactory, MaskFn
@@ -177,15 +178,15 @@ class Grid:
             used[column] += 1
         self.n_columns, self.n_slots = n_columns, max(used)
         # Row i in place i needs no moving: paired samples and conditions, or one sample.
-        self._identity = place == list(range(self.n_slots * n_columns))
-        self._index = torch.tensor(place, device=device)
+        is_identity = place == list(range(self.n_slots * n_columns))
+        self._index = None if is_identity else send_to(device, torch.tensor(place))
 
     def scatter(self, rows: Tensor) -> Tensor:
         """(rows, ...) to (slots, columns, ...); places without a row are 0.
 
         With a single column, each row may have several entries: (rows * entries, ...) to (slots, entries, ...).
         """
-        if not self._identity:
+        if self._index is not None:
             rows = rows.new_zeros(self.n_slots * self.n_columns, *rows.shape[1:]).index_copy(0, self._index, rows)
         return rows.reshape(self.n_slots, len(rows) // self.n_slots, *rows.shape[1:])
 
@@ -195,7 +196,7 @@ class Grid:
         Slots that share their values, (1, columns, ...), are repeated.
         """
         flat = grid.expand(self.n_slots, *grid.shape[1:]).flatten(0, 1)
-        return flat if self._identity else flat.index_select(0, self._index)
+        return flat if self._index is None else flat.index_select(0, self._index)
 
 
 def row_index(rows: Sequence[int], n_entries: int) -> list[int]:
@@ -280,7 +281,7 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
                 kept[row, place.of_class] |= _mask_of(place)
             else:
                 kept[row][tuple(place)] = True
-    return torch.where(torch.from_numpy(kept).to(selection.device), selection, 0)
+    return torch.where(send_to(selection.device, torch.from_numpy(kept)), selection, 0)
 
 
 def check_start(start: Any, prediction: Tensor) -> None:

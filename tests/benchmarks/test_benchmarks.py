@@ -356,3 +356,17 @@ def test_a_section_is_printed_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert "counts: a title" in result.output
     assert "two ÷ one" in result.output
     assert list(json.loads(kept.read_text())) == ["counts"]
+
+
+def test_language_models_keep_what_a_gradient_keeps_at_most():
+    """A short text, in full; without checkpoints, rules add nothing to the graph, and share the norms' statistics."""
+    section, setup = SECTIONS["transformers"], Setup("gpt2 4×256", 8, 1)
+    assert setup.build()[1].shape == (1, 8, 256)
+    assert str(setup) == "gpt2 4×256 8 tokens batch 1"
+    rows = {row.metric: row.measured for row in measure(section.saved(setup))}
+    for name in ("AttnLRP", "CP-LRP"):
+        assert 0 < rows[f"kept by {name} ÷ gradient"].median <= 1.0
+    case = section.time(setup, "AttnLRP", 1)
+    (row,) = measure(Case(case.name, case.make, case.ratios, case.peers, clock="flops", rounds=1))
+    assert row.note == "needs --peers"
+    assert row.measured.median == 1.0
