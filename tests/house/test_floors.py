@@ -62,8 +62,8 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-#: How many public classes and functions there may be.
-PUBLIC_NAMES = 620
+#: How many public classes and functions there may be (with the atlas, whose rooms share records and drawings).
+PUBLIC_NAMES = 655
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -100,7 +100,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 83
+    assert sum(map(len, arrows().values())) <= 85
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

@@ -40,7 +40,7 @@ _TOGETHER = 64
 _SMALL = 64
 
 
-class Job(NamedTuple):
+class HeatmapFile(NamedTuple):
     """A file of heatmaps to draw: its address, what it depends on, and a row for each heatmap."""
 
     address: str
@@ -111,14 +111,14 @@ class Drawer:
         self._data: OrderedDict[int, Tensor] = OrderedDict()
         self._pictures: dict[int, str] = {}
 
-    def job(self, address: str, rows: Sequence[Row]) -> Job:
+    def job(self, address: str, rows: Sequence[Row]) -> HeatmapFile:
         """File of heatmaps, with the key of all it depends on."""
         below = [self._below_of(row.layer) for row in rows]
         content = [self.identity, self.options.map_size, self.options.picture_size, below, rows]
         self.used.add(address)
-        return Job(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
+        return HeatmapFile(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
 
-    def is_drawn(self, job: Job) -> bool:
+    def is_drawn(self, job: HeatmapFile) -> bool:
         """Whether the file is there, of the same content, and with it the picture that it names."""
         facts = read_facts(self.folder / job.address) or {}
         if facts.get("key") != job.key:
@@ -130,7 +130,7 @@ class Drawer:
         self._keep(job, facts)
         return True
 
-    def draw(self, jobs: Sequence[Job]) -> Iterator[Job]:
+    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
         """Draw what is missing, and yield each job when its file is there."""
         for start in range(0, len(jobs), _TOGETHER):
             waiting = []
@@ -141,7 +141,7 @@ class Drawer:
                     waiting.append(job)
             yield from self._draw_together(waiting)
 
-    def _draw_together(self, jobs: Sequence[Job]) -> Iterator[Job]:
+    def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
         """Draw some jobs; rows of one layer are attributed together, whosever they are."""
         places = [(number, place, row) for number, job in enumerate(jobs) for place, row in enumerate(job.rows)]
         places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
@@ -154,7 +154,7 @@ class Drawer:
                     found[number].clear()
                     yield jobs[number]
 
-    def write_mean(self, job: Job, heatmap: Array, picture: tuple[bytes, str]) -> None:
+    def write_mean(self, job: HeatmapFile, heatmap: Array, picture: tuple[bytes, str]) -> None:
         """Write the mean heatmap of a class, and the mean picture that the file names."""
         facts = {"key": job.key, "picture": self.store(*picture), "n": len(job.rows)}
         self._write_file(job, [square_map(heatmap, self.options.map_size)], facts)
@@ -270,14 +270,14 @@ class Drawer:
         place = 0 if layer is None else self.layers.index(layer)
         return self.layers[place - 1] if place else None
 
-    def _keep(self, job: Job, facts: Mapping[str, Any]) -> None:
+    def _keep(self, job: HeatmapFile, facts: Mapping[str, Any]) -> None:
         """Remember the picture that a file of heatmaps names: that of its sample, or of a class."""
         self.used.add(facts["picture"])
         self.smallest_side = min(self.smallest_side, facts.get("side", self.smallest_side))
         if "side" in facts:
             self._pictures[job.rows[0].sample] = facts["picture"]
 
-    def _write(self, job: Job, found: Sequence[tuple[Array, Drawn]]) -> None:
+    def _write(self, job: HeatmapFile, found: Sequence[tuple[Array, Drawn]]) -> None:
         facts: dict[str, Any] = {"key": job.key, "rows": [drawn for _, drawn in found]}
         if job.rows[0].layer is None:
             sample = job.rows[0].sample
@@ -285,7 +285,7 @@ class Drawer:
             self._keep(job, facts)
         self._write_file(job, [one for one, _ in found], facts)
 
-    def _write_file(self, job: Job, maps: Sequence[Array], facts: Mapping[str, Any]) -> None:
+    def _write_file(self, job: HeatmapFile, maps: Sequence[Array], facts: Mapping[str, Any]) -> None:
         path = self.folder / job.address
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, encode_maps(maps, facts))
