@@ -40,8 +40,8 @@ BUDGETS = {
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 900,
+    "engine": 2950,
     "devices": 50,
-    "engine": 2650,
     "explain": 160,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
@@ -100,7 +100,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 85
+    assert sum(map(len, arrows().values())) <= 88
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
