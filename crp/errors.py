@@ -7,6 +7,10 @@ class CRPError(Exception):
     """Base of the errors of this package."""
 
 
+class LoadingError(CRPError, ValueError):
+    """A model, a dataset or a composite that is named in words cannot be made of them."""
+
+
 class UnseenError(CRPError, RuntimeError):
     """A tensor that depends on the model's input was made by something that no rule can see.
 

@@ -10,6 +10,7 @@ import click
 from crp import __version__
 from crp.commands import attribute as attribute_commands
 from crp.commands import mine as mine_commands
+from crp.commands import report as report_commands
 from crp.commands import table as table_commands
 
 INTERRUPTED = 130
@@ -63,6 +64,7 @@ cli.add_command(attribute_commands.attribute)
 cli.add_command(mine_commands.mine_command)
 cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)
+cli.add_command(report_commands.report_command)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
@@ -22,6 +22,7 @@ from crp.visualization.mining.datasets import SampleError, of_loader
 from crp.visualization.mining.job import SHARD_BATCHES, MiningKeywords, RunKeywords
 from crp.visualization.mining.recipe import in_words
 from crp.visualization.mining.run import mine
+from crp.visualization.opening import make_layer_map, open_recipe
 from crp.visualization.queries import ReferenceQueries
 from crp.visualization.samples import LabelTargets, SampleAccess, function_of
 from crp.visualization.table.fingerprint import fingerprint
@@ -116,6 +117,53 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         self.saved_checkpoints: dict[str, list[str]] = {}
         self._check = check
         self._fingerprints: dict[str, tuple[object, str]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        model: nn.Module | None = None,
+        dataset: Any = None,
+        layer_map: Mapping[str, Concept] | None = None,
+        preprocess_fn: Callable[[Tensor], Tensor] | None = None,
+        **settings: Any,
+    ) -> FeatureVisualization:
+        """Feature visualization of a table that was mined.
+
+        Of a table that ``crp mine`` made, model, dataset and preparation are loaded as they were then, so that nothing
+        but the folder is needed. Modules of the user's own that the table names are imported: open tables you trust.
+
+        Parameters
+        ----------
+        path : str or Path
+            Folder of the table.
+        model : nn.Module, optional
+            With ``dataset``, for a table that was mined by Python code.
+        dataset : Dataset, optional
+        layer_map : mapping of layer name to Concept, optional
+            By default, the channels of the layers that were mined.
+        preprocess_fn : callable, optional
+            With ``model`` and ``dataset``.
+        **settings
+            Further ones of the class, such as ``max_target``, ``device`` and ``cache``.
+
+        Raises
+        ------
+        TableNotFoundError
+            If nothing was mined there.
+        LoadingError
+            If the table does not say enough; the message says what to give.
+        """
+        recipe = Table.open(path).header.recipe
+        if (model is None) != (dataset is None) or (preprocess_fn is not None and model is None):
+            raise ValueError("model, dataset and preprocess_fn are given together, or loaded from the table together")
+        if model is None:
+            opened = open_recipe(recipe)
+            model, dataset, preprocess_fn = opened.model, opened.dataset, opened.preprocess
+        if layer_map is None:
+            layer_map = make_layer_map(recipe)
+        return cls(CondAttribution(model), dataset, layer_map, preprocess_fn, path=path, **settings)
 
     def run(
         self,

@@ -34,7 +34,7 @@ BUDGETS = {
     "audit": 1490,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1180,
+    "commands": 1000,
     "compat": 950,
     "composites": 3550,
     "concept_graph": 180,
@@ -51,7 +51,8 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1370,
     "types": 150,
-    "visualization": 2160,
+    # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
+    "visualization": 2700,
     # (what a table says in words, which dataset it is of, and the columns about samples)
     "visualization.mining": 2560,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
@@ -63,7 +64,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be (with the atlas, whose rooms share records and drawings).
-PUBLIC_NAMES = 655
+PUBLIC_NAMES = 695
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -100,7 +101,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 88
+    assert sum(map(len, arrows().values())) <= 90
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
