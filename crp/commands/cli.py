@@ -29,7 +29,7 @@ def cli() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     default="crp-demo",
     show_default=True,
-    help="Folder for the network, the index and the report.",
+    help="Folder for the network, the index and the atlas.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True, help="Passes over the data.")
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of split and training.")
@@ -40,7 +40,7 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
     """Find a planted shortcut in a network; offline, in less than a minute.
 
     Trains a small network on real handwritten digits of which one class carries a mark, mines what every concept of
-    the network was relevant for, and writes OUT/report.html, which names the concept that lives on the mark. After
+    the network was relevant for, and writes OUT/atlas/index.html, which names the concept that lives on the mark. After
     an interruption, the same command goes on where it stopped.
     """
     start = time.perf_counter()

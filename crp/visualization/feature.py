@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -330,3 +331,24 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             of_layers = [folders.stats_prefixes(stats.PATH, layer, targets) for layer in layers]
             names[f"{key}_stats"] = [name for names_of_layer in of_layers for name in names_of_layer]
         return names
+
+    def report(self, path: str | Path, composite: Composite | None = None, **options: Any) -> Path:
+        """Write the concept atlas: pages that show what was mined.
+
+        Parameters
+        ----------
+        path : str or Path
+            A folder, in which only what is missing is drawn; or a file that ends in ``.html``, for small atlases.
+        composite : zennit Composite, or None for the plain gradient
+            Rules for the heatmaps.
+        **options
+            As the attributes of `crp.visualization.report.options.ReportOptions`, such as ``n_references=4``.
+
+        Returns
+        -------
+        Path
+            The first page.
+        """
+        # (by name: a report asks feature visualizations, which need none)
+        found: Path = importlib.import_module("crp.visualization.report").write_report(self, composite, path, **options)
+        return found

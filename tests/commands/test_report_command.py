@@ -49,12 +49,31 @@ def mined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_report_needs_nothing_but_the_folder(mined: Path) -> None:
-    result = crp("report", mined, "--quiet", "--concepts", "2")
-    assert (result.exit_code, result.output) == (0, f"wrote {mined / 'report.html'}\n")
-    page = (mined / "report.html").read_text()
-    assert "cats" in page and "dogs" in page and "2 channels" not in page
+    result = crp("report", mined, "--quiet", "--references", "2")
+    assert (result.exit_code, result.output) == (0, f"wrote {mined / 'atlas' / 'index.html'}\n")
+    page = (mined / "atlas" / "concept" / "0" / "1.html").read_text()
+    assert "cats" in page and "dogs" in page and page.count("cats/") + page.count("dogs/") > 3, "files have names"
     assert Table.open(mined).verify() == []
-    assert crp("report", mined, "--quiet", "--out", mined.parent / "page.html").exit_code == 0
+
+
+def test_a_report_may_be_one_file_and_elsewhere(mined: Path) -> None:
+    assert crp("report", mined, "--quiet", "--single-file", "--references", "1").exit_code == 0
+    assert "cats" in (mined / "atlas.html").read_text()
+    for out in ("page.html", "pages"):
+        assert crp("report", mined, "--quiet", "--references", "1", "--out", mined.parent / out).exit_code == 0
+    result = crp("report", mined, "--single-file", "--out", mined.parent / "other")
+    assert result.exit_code == 1 and "must end in .html with --single-file" in result.output
+
+
+def test_an_interrupted_report_says_how_to_go_on(mined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("crp.visualization.report.write._draw", interrupt)
+        result = crp("report", mined, "--quiet")
+    assert result.exit_code == 130 and "the same command goes on from there" in result.output
+    assert crp("report", mined, "--quiet", "--active", "0").exit_code == 0
 
 
 def test_opening_needs_nothing_but_the_folder(mined: Path) -> None:

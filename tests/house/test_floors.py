@@ -39,7 +39,7 @@ BUDGETS = {
     "composites": 3600,
     "concept_graph": 180,
     "concepts": 1760,
-    "demo": 890,
+    "demo": 900,
     "engine": 3250,
     "devices": 50,
     "explain": 160,
@@ -55,15 +55,15 @@ BUDGETS = {
     "visualization": 2700,
     # (what a table says in words, which dataset it is of, and the columns about samples)
     "visualization.mining": 2560,
-    "visualization.report": 600,
+    # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
+    "visualization.report": 2350,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples)
     "visualization.table": 2200,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-#: How many public classes and functions there may be.
-PUBLIC_NAMES = 675
+PUBLIC_NAMES = 695
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -100,7 +100,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 88
+    assert sum(map(len, arrows().values())) <= 90
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
