@@ -1,11 +1,12 @@
-"""What to explain of a dense output: single pixels, single elements, and a score for each class of a segmentation.
+"""What to explain of a dense output: pixels, elements, tokens of a text, and a score for each class of a segmentation.
 
-`Pixels` and `Element` are for ``"y"`` in conditions, `segmentation` for ``CondAttribution(model, output=...)``.
+`Pixels`, `Element` and `Position` are for ``"y"`` in conditions, `segmentation` is for
+``CondAttribution(model, output=...)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,40 @@ class Pixels:
 
     of_class: int
     mask: Any
+
+
+@dataclass(frozen=True)
+class Position:
+    """Tokens at one position of a text, as a target: ``{"y": Position(-1, token)}``, or a list of these.
+
+    Of an output of shape (batch, positions, vocabulary), the logits of language models; several tokens are summed.
+
+    Attributes
+    ----------
+    position : int
+        Negative ones count from the end of the output, padding included.
+    token : int or sequence of int
+        Ids of the tokens whose logits are explained.
+    against : int or sequence of int
+        Ids of tokens whose logits are taken off: why the one and not the other.
+
+    Examples
+    --------
+    >>> Position(-1, 7, against=3).signed()
+    [((-1, 7), 1), ((-1, 3), -1)]
+    """
+
+    position: int
+    token: int | Sequence[int]
+    against: int | Sequence[int] = ()
+
+    def signed(self) -> list[tuple[tuple[int, int], int]]:
+        """Places in the output, each with its sign."""
+        return [
+            ((self.position, one), sign)
+            for ids, sign in ((self.token, 1), (self.against, -1))
+            for one in ([ids] if isinstance(ids, int) else ids)
+        ]
 
 
 def segmentation(

@@ -71,7 +71,7 @@ class Call:
         overrides: Overrides,
     ) -> Call:
         """Check everything that can be checked before the model runs."""
-        inputs = Inputs.of(data, settings.explain)
+        inputs = Inputs.of(data, settings.explain, model)
         inputs.check()
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
@@ -89,7 +89,7 @@ class Call:
             rows = Rows.broadcast(len(inputs), conditions)
         else:
             data, conditions = overrides.broadcast(inputs.data, conditions)
-            inputs = Inputs.of(data, settings.explain)
+            inputs = Inputs.of(data, settings.explain, model)
             inputs.check()
             if len(inputs) != len(conditions):
                 raise ValueError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
