@@ -53,7 +53,7 @@ def main(
     with TemporaryDirectory() as folder:
         record = record or Path(folder) / "figures.json"
         if len(names) == 1:
-            failed = measure_section(names[0], peers, quick, device, report.Record(record))
+            failed = measure_section(names[0], peers, quick, device, report.Record(record), markdown)
         else:
             options = ["--device", device, *(["--peers", peers] if peers else []), *(["--quick"] if quick else [])]
             for name in names:  # in a process of its own: what the allocator has been through changes times by 10 %
@@ -64,7 +64,9 @@ def main(
         raise click.ClickException("not measured: " + "; ".join(failed))
 
 
-def measure_section(name: str, peers: str | None, quick: bool, device: str, kept: report.Record) -> list[str]:
+def measure_section(
+    name: str, peers: str | None, quick: bool, device: str, kept: report.Record, page: Path | None = None
+) -> list[str]:
     """Measure one section, print its table, and add it to what is kept; gives the cases that failed, and why."""
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -77,6 +79,7 @@ def measure_section(name: str, peers: str | None, quick: bool, device: str, kept
             if quick and case.thorough:
                 continue
             click.echo(f"  {case.name} …", err=True)
+            torch.cuda.empty_cache()  # (what the last case held is for the peers, too)
             try:
                 rows += measure(case, worker, quick)
             except Exception as error:
@@ -85,6 +88,8 @@ def measure_section(name: str, peers: str | None, quick: bool, device: str, kept
                 rows += not_measured(case, type(error).__name__)
             kept.add(name, report.Section(section.TITLE, about, rows))
             kept.save()  # (so that what was measured outlasts a time limit)
+            if page is not None:
+                kept.write_markdown(page)
     for line in report.lines(rows) if rows else ():
         click.echo(line)
     click.echo(f"({time.perf_counter() - start:.0f} s)")

@@ -28,8 +28,17 @@ def gradient_of(model: nn.Module, data: Tensor) -> Run:
 
 
 def attribution(model: nn.Module, data: Tensor, rules: Composite) -> Run:
-    """One attribution of a batch."""
+    """One attribution of a batch, computed each time."""
     explain = CondAttribution(model)
+    explain.replay = False
+    return lambda: explain(data, [{"y": [0]}], rules)
+
+
+def replayed(model: nn.Module, data: Tensor, rules: Composite) -> Run:
+    """The same, recorded before where there is a GPU, and replayed."""
+    explain = CondAttribution(model)
+    for _ in range(6):
+        explain(data, [{"y": [0]}], rules)
     return lambda: explain(data, [{"y": [0]}], rules)
 
 

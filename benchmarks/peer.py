@@ -179,6 +179,7 @@ class Session:
         if request["do"] == "forget":
             self._made.clear()
             built.cache_clear()
+            torch.cuda.empty_cache()  # (the card's memory is for the others, too)
             return None
         repeat = request["candidate"].get("repeat", 1)
         run = self._candidate(request["candidate"])

@@ -26,6 +26,7 @@ from crp.engine.call import Call, sum_of_channels
 from crp.engine.conditions import MaskMap, Rows, initial_relevance
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
+from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
@@ -56,6 +57,10 @@ class CondAttribution:
     ----------
     MODEL_OUTPUT_NAME : str
         Key of the targets in a condition, ``"y"``; may be changed.
+    replay : bool
+        Whether attributions on a GPU that are the same but for data, targets and concepts are recorded at the third
+        time and then replayed as a CUDA graph, which needs no Python; True by default. Hooks of others on the model, a
+        model that decides by values, and another model, composite or shape are noticed, and computed as usual.
 
     Notes
     -----
@@ -94,6 +99,8 @@ class CondAttribution:
         self.overwrite_data_grad = overwrite_data_grad
         self.no_param_grad = no_param_grad
         self.output = output
+        self.replay = True
+        self._replayed = Replayed()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, device={str(self.device)!r})"
@@ -253,7 +260,8 @@ class CondAttribution:
     ) -> Call:
         """Call of the engine with the methods that a subclass overrides, checked before the model runs."""
         settings = replace(settings, output_name=self.MODEL_OUTPUT_NAME)
-        return Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
+        call = Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
+        return replace(call, shortcut=self._replayed) if self.replay else call
 
     def _overrides(self) -> Overrides:
         own = CondAttribution

@@ -61,6 +61,15 @@ class Position:
     token: int | Sequence[int]
     against: int | Sequence[int] = ()
 
+    def check(self, what: str) -> None:
+        """Raise an error that begins with ``what`` unless all are whole numbers, and each token is named once."""
+        whole = all(isinstance(ids, int | list | tuple) for ids in (self.token, self.against))
+        places = [place for place, _ in self.signed()] if whole else []
+        if not places or not all(isinstance(n, int) and not isinstance(n, bool) for place in places for n in place):
+            raise TypeError(f"{what} must have Position(position, token) with ints, or lists of them, not {self!r}")
+        if len(set(places)) < len(places):
+            raise ValueError(f"{what} names a token twice in {self}; explain it once, and against others only")
+
     def signed(self) -> list[tuple[tuple[int, int], int]]:
         """Places in the output, each with its sign."""
         return [

@@ -50,6 +50,7 @@ TREATMENTS = (
 def heatmaps(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Function of the data that attributes the first output."""
     explain, rules = CondAttribution(model), ours.composite("EpsilonPlusFlat")
+    explain.replay = False
     return lambda data: explain(data, [{"y": [0]}], rules).heatmap
 
 

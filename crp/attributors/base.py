@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +16,13 @@ from crp.attribution import CondAttribution
 from crp.attributors.target import Start, Target
 from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
-from crp.engine.attached import attached, check_alone, check_composite
+from crp.engine.attached import check_alone, check_composite, put_on
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_layers, check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
-from crp.layers import unwrap
+from crp.layers import hooked, unwrap
+from crp.layers.interrupts import atomic
 from crp.types import AttributionResults
 
 #: Default number of rows in a pass through the model, for methods that see each sample several times.
@@ -163,7 +164,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         pairs = zip(returned.inputs, inputs.explained, strict=True)
         return returned.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
 
-    @contextmanager
+    @atomic
     def differentiating(self, target: Target, relevance: bool = False) -> Iterator[Callable[[Inputs, Target], Tensors]]:
         """Function, for many passes, from inputs and the target of these rows to what `multipliers` gives.
 
@@ -186,21 +187,21 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             start = rows.weights(output.detach())
             return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
 
-        with attached(None, model), _outputs(model, target.layer) as outputs:
+        with put_on(None, model), _outputs(model, target.layer) as outputs:
             yield gradients
 
-    @contextmanager
+    @atomic
     def scoring(self, target: Target) -> Iterator[Callable[[Inputs, Target], Tensor]]:
         """Function from inputs and the target of these rows to their scores, without gradients."""
         model = unwrap(self.model)
         _check_layer(model, target)
-        with attached(None, model), _outputs(model, target.layer) as outputs, torch.no_grad():
+        with put_on(None, model), _outputs(model, target.layer) as outputs, torch.no_grad():
             yield lambda inputs, rows: rows.score(outputs(inputs))
 
     def output(self, inputs: Inputs) -> Tensor:
         """Output of the model, in parts of ``batch_size`` rows."""
         model = unwrap(self.model)
-        with attached(None, model), _outputs(model, None) as outputs, torch.no_grad():
+        with put_on(None, model), _outputs(model, None) as outputs, torch.no_grad():
             parts = torch.split(torch.arange(len(inputs)), self.batch_size or len(inputs))
             return torch.cat([outputs(inputs.select(part.tolist())) for part in parts])
 
@@ -274,7 +275,7 @@ class _Explained(CondAttribution):
         return weights if self.encoding.as_multiplier or self.encoding.from_one else weights * output
 
 
-@contextmanager
+@atomic
 def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs], Tensor]]:
     """Function from inputs to the model's output, or to that of a layer."""
     device = next(model.parameters(), torch.empty(0)).device
@@ -283,7 +284,11 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
     modules = dict(model.named_modules())
     if layer in modules or not number.isdigit():
         name, number = layer or "", ""
-    handle = modules[name].register_forward_hook(lambda module, args, output: seen.append(output))
+    thread = get_ident()
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if get_ident() == thread:
+            seen.append(output)
 
     def outputs(inputs: Inputs) -> Tensor:
         seen.clear()
@@ -292,10 +297,8 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
             raise ValueError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
         return tensor_in(seen[int(number or 0)])
 
-    try:
+    with hooked({modules[name]: keep}):
         yield outputs
-    finally:
-        handle.remove()
 
 
 def _check_layer(model: nn.Module, target: Target) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.target import Classes, Mask, Target
-from crp.engine.attached import attached, check_composite
+from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import tensor_in
 from crp.layers import unwrap
+from crp.layers.interrupts import atomic
 
 ScoreName = Literal["softmax", "log_softmax", "output"]
 
@@ -75,7 +75,7 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     return target.score(output)
 
 
-@contextmanager
+@atomic
 def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
     """Context with a function from inputs to the model's output, in evaluation mode. On leaving, all is as before.
 
@@ -88,6 +88,6 @@ def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     check_composite(composite)
-    with attached(composite, unwrap(model)) as modified:
+    with put_on(composite, unwrap(model)) as modified:
         # A model may change its input in place.
         yield lambda data: tensor_in(modified(data.clone()))

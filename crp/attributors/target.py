@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crp.concepts import as_ids
-from crp.engine.conditions import Position, check_position, check_targets_exist, initial_relevance
+from crp.engine.conditions import Position, check_targets_exist, initial_relevance
 from crp.types import MaskFn
 
 
@@ -148,7 +148,7 @@ class Tokens(Target):
 
     def __init__(self, positions: Sequence[Position]) -> None:
         for place in positions:
-            check_position(place, "target")
+            place.check("target")
         self.positions = list(positions)
 
     def check(self, n_samples: int) -> None:

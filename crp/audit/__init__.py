@@ -7,23 +7,30 @@ from crp.audit.context import context_scores
 from crp.audit.correcting import Effect, effect, penalty, project, prune
 from crp.audit.intervening import intervene, part_of
 from crp.audit.prototypes import Prototypes, prototypes
+from crp.audit.semantics import Match, clarity, embed_references, polysemanticity, redundancy, search
 
 __all__ = [
     "AuditedSample",
     "Clusters",
     "Collected",
     "Effect",
+    "Match",
     "Prototypes",
     "audit",
+    "clarity",
     "clusters",
     "collect",
     "context_scores",
     "effect",
+    "embed_references",
     "export_corelay",
     "intervene",
     "part_of",
     "penalty",
+    "polysemanticity",
     "project",
     "prototypes",
     "prune",
+    "redundancy",
+    "search",
 ]

@@ -10,7 +10,7 @@ Recognition 115 (2021).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -23,9 +23,10 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.layers import ByChainRule, Followed, find_layers, put_behind
+from crp.layers.interrupts import atomic
 
 
-@contextmanager
+@atomic
 def project(
     model: nn.Module,
     layer: str,
@@ -61,7 +62,7 @@ def project(
         yield
 
 
-@contextmanager
+@atomic
 def prune(model: nn.Module, scores: Mapping[str, Any], share: float) -> Iterator[dict[str, list[int]]]:
     """Let the channels with the least scores, over all layers, be 0, inside of the context.
 
@@ -93,7 +94,7 @@ def prune(model: nn.Module, scores: Mapping[str, Any], share: float) -> Iterator
         yield {layer: sorted(ids) for layer, ids in pruned.items()}
 
 
-@contextmanager
+@atomic
 def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> Iterator[Callable[[Tensor], Tensor]]:
     r"""Penalty of a model's sensitivity to a direction, for a training loop (right for the right reasons).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.concepts.ids import as_ids
-from crp.engine.attached import attached
+from crp.engine.attached import put_on
 from crp.layers import Followed, put_behind
 
 
@@ -88,7 +88,7 @@ def intervene(
         return attribution.select_output(model(samples.to(attribution.device))).gather(1, columns)[:, 0]
 
     changes = []
-    with torch.no_grad(), attached(None, attribution.model) as model:
+    with torch.no_grad(), put_on(None, attribution.model) as model:
         before = output_of(data, model)
         with put_behind(model, layer, changing.behind):
             if patch is not None:

@@ -8,6 +8,7 @@ of execution, and is undone by putting the very same parameters back.
 from __future__ import annotations
 
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from crp.canonizers.folding import fold
 from crp.canonizers.norms import _rest_of, is_batch_norm, obstacle
 from crp.canonizers.places import Place, Plan, Side, _Candidate, _Linear, _merge_obstacle, _plan_of
 from crp.layers import modules_of
+from crp.layers.interrupts import undivided
 from crp.notices import warn
 from crp.trace import Passive, Structure, known, recorded, structure, tracing
 
@@ -56,6 +58,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         self._undo: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self._bypassed: list[nn.Module] = []
         self._handles = RemovableHandleList()
+        self._thread = 0
 
     def apply(self, root_module: nn.Module) -> list[MergeBatchNorm]:
         """Merge now where the plan is known, otherwise at the model's first call.
@@ -79,6 +82,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
 
     def register(self, root_module: nn.Module) -> None:
         """Merge, or arrange for it."""
+        self._thread = get_ident()
         key = structure(root_module)
         record = known(root_module, key)
         if record is not None:
@@ -93,7 +97,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         for module, name, parameter in self._undo:
             module._parameters[name] = parameter
         for module in self._bypassed:
-            del module.forward
+            vars(module).pop("forward", None)
         self._undo.clear()
         self._bypassed.clear()
 
@@ -105,7 +109,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         return f"{type(self).__name__}()"
 
     def _at_first_call(self, key: Structure, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if tracing():
+        if tracing() or get_ident() != self._thread:
             return
         self._handles.remove()
         if any(map(is_lazy, (*root.parameters(), *root.buffers()))):
@@ -124,6 +128,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
             return
         self._merge(_plan_of(root, record))
 
+    @undivided
     def _merge(self, plan: Plan) -> None:
         self.merged, self.left = {}, {}
         folds: dict[_Linear, dict[Side, nn.Module]] = {}

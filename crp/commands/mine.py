@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,26 +14,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from crp.commands.errors import CommandError
 
 if TYPE_CHECKING:
+    from crp.commands.models import Loaded
     from crp.visualization.table.store import Table
 
 INTERRUPTED = 130
 #: Options that are those of `crp.visualization.mine`, under the same names.
-_AS_THEY_ARE = ("start", "stop", "batch_size", "shard_size", "on_error", "retry_skipped", "mixed_shapes")
+_AS_THEY_ARE = ("storage", "start", "stop", "batch_size", "shard_size", "on_error", "retry_skipped", "mixed_shapes")
+#: Options that a table remembers, for a run that is given the folder alone.
+_REMEMBERED = (
+    "model", "weights", "checkpoint", "data", "fields", "layers", "rules", "settings", "targets", "multi_label",
+    "modes", "kinds", "mixed_shapes", "batch_size", "shard_size", "size", "mean", "std", "classes", "storage",
+)  # fmt: skip
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("mine")
-@click.option("--model", required=True, help="Name in torchvision, or package.module:factory.")
+@click.option("--model", help="Name in torchvision, or package.module:factory.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=_EXISTING, help="State dict.")
-@click.option("--data", required=True, help="Folder of pictures, or package.module:factory of a dataset.")
+@click.option("--data", help="Folder of pictures, or package.module:factory of a dataset.")
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
-@click.option("--layers", multiple=True, required=True, help="Name, pattern or type of layers; may be given again.")
+@click.option("--layers", multiple=True, help="Name, pattern or type of layers; may be given again.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
@@ -56,12 +64,20 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
 @click.option("--std", type=float, multiple=True, help="As --mean.")
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
+@click.option(
+    "--storage",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of values; float16 takes little more than half of the space, and keeps three digits.",
+)
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
     """Record how relevant and active every concept is on every sample of a dataset.
 
-    The same command goes on after an interruption. Under torchrun, every process takes its share of the shards:
+    The same command goes on after an interruption, and so does --out alone: the table says how it was made. Under
+    torchrun, every process takes its share of the shards:
 
         torchrun --nproc-per-node 4 -m crp mine ...
     """
@@ -70,6 +86,9 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
         raise CommandError(f"{'--overwrite' if overwrite else '--dask'} does not go with several processes")
     hidden = quiet or (part is not None and part[0] > 0)
     with _errors_in_a_line(out, overwrite):
+        given = given if overwrite else _with_earlier(out, given)
+        if missing := [f"--{name}" for name in ("model", "data", "layers") if not given[name]]:
+            raise CommandError(f"{', '.join(missing)} must be given: {out} holds no table that says it")
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
     from crp.commands.table import _describe
 
@@ -104,6 +123,8 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         raise CommandError(
             f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
         )
+    if isinstance(source, Path) and targets == "label":
+        _check_outputs(loaded, dataset, preprocess, source)
     with _client(address) as client:
         return mine(
             CondAttribution(loaded.model.to(_device(given["device"]))),
@@ -117,10 +138,70 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             kinds=given["kinds"].split(","),
             num_workers=given["workers"],
             targets=targets,
+            recipe=_recipe(given, loaded),
             part=part,
             client=client,
             **{name: given[name] for name in _AS_THEY_ARE},
             **settings,
+        )
+
+
+def _with_earlier(out: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Options, and where they are left out those with which the table in the folder was made."""
+    from crp.visualization.table.store import Table
+
+    if not Table.exists(out):
+        return given
+    earlier = Table.open(out).header.recipe.get("command")
+    context = click.get_current_context()
+    typed = {name for name in given if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if not isinstance(earlier, dict) or typed & {"model", "data", "layers"} == {"model", "data", "layers"}:
+        return given
+    as_typed = {parameter.name: parameter for parameter in context.command.params}
+    found = {name: earlier[name] for name in _REMEMBERED if name in earlier and name not in typed}
+    return given | {name: as_typed[name].type_cast_value(context, value) for name, value in found.items()}
+
+
+def _recipe(given: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+    """What the command line says of a table; places of files are written out, so that they hold from any folder."""
+    command: dict[str, Any] = {name: given[name] for name in _REMEMBERED}
+    for name in ("checkpoint", "classes", "data"):
+        if given[name] and Path(given[name]).exists():
+            command[name] = str(Path(given[name]).resolve())
+    model = {"named": given["model"], "weights": given["weights"]}
+    if given["checkpoint"]:
+        content = Path(given["checkpoint"]).read_bytes()
+        model |= {"checkpoint": command["checkpoint"], "sha256": hashlib.sha256(content).hexdigest()}
+    return {
+        "model": model,
+        "dataset": {"named": command["data"]},
+        "class_names": list(loaded.classes) or None,
+        "command": command,
+    }
+
+
+def _check_outputs(loaded: Loaded, dataset: Any, preprocess: Any, folder: Path) -> None:
+    """Refuse a folder whose class folders are not all outputs of the model, unless names say which they are."""
+    import torch
+
+    from crp.visualization.mining.datasets import read
+
+    n_folders = len([path for path in folder.iterdir() if path.is_dir()])
+    sample = next((one for one in (read(dataset, i) for i in range(min(len(dataset), 100))) if not one.problem), None)
+    if sample is None:
+        return  # mining will tell why
+    data = sample.data[None]
+    with torch.no_grad():
+        output = loaded.model(data if preprocess is None else preprocess(data))
+    if not isinstance(output, torch.Tensor) or output.dim() != 2:
+        return
+    n = output.shape[1]
+    if loaded.classes and len(loaded.classes) != n:
+        raise CommandError(f"there are {len(loaded.classes)} names of classes, and the model has {n} outputs")
+    if not loaded.classes and n_folders != n:
+        raise CommandError(
+            f"--data {folder} has {n_folders} class folders and the model {n} outputs: say by --classes which they are "
+            "(a file with the name of each output in a line), or give --targets prediction"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from crp.commands.errors import CommandError
 from crp.commands.models import Loaded, _imported
 from crp.visualization.mining.datasets import Pairs, indexed
+from crp.visualization.mining.marks import Source
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -30,6 +31,10 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def source(self, index: int) -> Source:
+        """File of a picture."""
+        return Source(self._folder, Path(self._names[index]).as_posix())
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
         name = self._names[index]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,8 +25,9 @@ _RATED = 32
 @click.command()
 @click.argument("folder", type=_FOLDER)
 @click.option("--verify", is_flag=True, help="Read every shard, and compare it with the manifest.")
-def status(folder: Path, verify: bool) -> None:
-    """Tell what a table holds, what it misses, and whether it is sound.
+@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
+def status(folder: Path, verify: bool, as_json: bool) -> None:
+    """Tell what a table is of, what it holds and misses, and whether it is sound.
 
     The exit status is 0 for a table that is whole and sound, and 1 otherwise.
     """
@@ -38,7 +41,15 @@ def status(folder: Path, verify: bool) -> None:
     except (TableError, OSError) as error:
         raise CommandError(_plain(str(error))) from error
     coverage = table.coverage()
+    problems = table.verify() if verify else []
+    if as_json:
+        click.echo(json.dumps(_facts(table, len(waiting), problems if verify else None)))
+        if problems or coverage.missing:
+            raise SystemExit(1)
+        return
     click.echo(f"{_plain(str(folder))}: {_describe(table)}")
+    for line in _recipe_lines(table):
+        click.echo(_plain(line))
     click.echo(f"recorded   {' and '.join(table.modes)}, {' and '.join(table.kinds)}, of {len(table.layers)} layers:")
     click.echo(_plain("           " + ", ".join(table.layers)))
     click.echo(f"size       {_size(table):.1f} MB in {len(table.shards)} shards")
@@ -57,7 +68,6 @@ def status(folder: Path, verify: bool) -> None:
         click.echo(f"unmerged   {len(waiting)} shards; crp merge {_plain(str(folder))} takes them in")
     for owner in get_owners(folder):
         click.echo(_plain(f"written by process {owner.get('pid')} on {owner.get('host')} ({owner.get('role', 'run')})"))
-    problems = table.verify() if verify else []
     for problem in problems:
         click.echo(_plain(f"damaged    {problem}"))
     if verify and not problems:
@@ -95,6 +105,52 @@ def _describe(table: Table) -> str:
     state = f"incomplete: {missing} samples are missing" if missing else "complete"
     skipped = f", {len(coverage.skipped)} skipped" if coverage.skipped else ""
     return f"{seen} of {table.n_samples} samples{skipped}, {sum(shard.rows for shard in table.shards)} rows; {state}"
+
+
+def _facts(table: Table, n_unmerged: int, problems: list[str] | None) -> dict[str, Any]:
+    """What ``--json`` tells."""
+    coverage = table.coverage()
+    return {
+        "folder": str(table.path),
+        "version": table.header.version,
+        "recipe": dict(table.header.recipe),
+        "layers": {layer: next((s.concepts[layer] for s in table.shards if s.rows), None) for layer in table.layers},
+        "modes": table.modes,
+        "kinds": table.kinds,
+        "storage": table.header.storage,
+        "n_samples": table.n_samples,
+        "n_rows": sum(shard.rows for shard in table.shards),
+        "n_shards": len(table.shards),
+        "megabytes": _size(table),
+        "complete": not coverage.missing,
+        "seen": coverage.seen,
+        "missing": coverage.missing,
+        "skipped": {str(index): reason for index, reason in coverage.skipped.items()},
+        "unmerged": n_unmerged,
+        "damaged": problems,
+        "fingerprints": dict(table.fingerprints),
+        "versions": dict(table.versions),
+    }
+
+
+def _recipe_lines(table: Table) -> Iterator[str]:
+    """What was mined, in words; nothing of what the table does not say."""
+    recipe = table.header.recipe
+    if not recipe:
+        return
+    for part, keys in (("model", ("named", "weights", "checkpoint")), ("dataset", ("named",))):
+        about = recipe.get(part)
+        if isinstance(about, dict):
+            words = [str(about[key]) for key in keys if about.get(key)] or [str(about.get("class"))]
+            yield f"{part:10} {', '.join(words)}"
+    composite = recipe.get("composite")
+    if isinstance(composite, dict):
+        given = composite.get("keywords")
+        words = [f"{key}={value}" for key, value in given.items()] if isinstance(given, dict) else []
+        yield f"composite  {composite.get('name') or composite.get('class')}({', '.join(words)})"
+    else:
+        yield "composite  none, the plain gradient"
+    yield f"targets    {recipe.get('targets')}; preprocessing: {recipe.get('preprocess') or 'none'}"
 
 
 def _plain(text: str) -> str:

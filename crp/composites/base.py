@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from threading import get_ident
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,7 @@ from crp.composites.activations import _may_be_activation
 from crp.composites.keywords import _Remembered
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
-from crp.composites.places import _hook
+from crp.composites.places import _hook, _Lasting
 from crp.composites.positions import _totals_of
 from crp.composites.report import Report, _report_on
 from crp.composites.selection import (
@@ -31,9 +31,10 @@ from crp.composites.selection import (
     _check_map,
     _entries_of,
 )
-from crp.engine.attached import note_placed, note_removed
+from crp.engine.attached import check_free, note_placed, note_removed
 from crp.engine.encoding import Propagation
 from crp.layers import ByChainRule, modules_of, referencing, uncompiled, without_parameter_gradients
+from crp.layers.interrupts import atomic, undivided
 from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
@@ -116,7 +117,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
         self._attachment = Attachment()
         self._operations: Operations | None = None
-        self._depth, self._entered = 0, False
+        self._depth, self._entered, self._thread = 0, False, 0
         self._structure: Structure | None = None
         self._ready: tuple[list[Any], list[MapEntry], dict[Any, Any]] | None = None
         super().__init__(lambda *_: None, [] if self.auto or canonizers is None else list(canonizers))
@@ -150,6 +151,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 f"this {type(self).__name__} is on a model already, and can be on one at a time; leave its context "
                 "(or call remove()) first, or use another composite"
             )
+        check_free(self, module)
         entries, modules = self.entries, modules_of(module)
         assert self._ready is not None
         choices = self._ready[2]
@@ -169,6 +171,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             parts = modules.values()
             for state in (uncompiled(module, parts), without_parameter_gradients(module, parts), _in_registries()):
                 self.handles.append(_Lasting(state))
+            self._thread = get_ident()
             matching = Matching(entries, choices, self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -198,14 +201,20 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         self._operations = None
         note_removed(self)
 
-    @contextmanager
-    def accounting(self) -> Iterator[Account]:
-        """Account for the relevance that layers keep, in forward passes inside this context.
+    @atomic
+    def context(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The composite on a model, for calls of this thread only."""
+        self.register(module)
+        try:
+            yield module
+        finally:
+            self.remove()
 
-        Yields
-        ------
-        Account
-            Its ``sinks`` belong to the last forward pass; their gradients are what was kept.
+    @atomic
+    def accounting(self) -> Iterator[Account]:
+        """Account for the relevance that layers keep; ``sinks`` belong to the last forward pass inside this context.
+
+        Their gradients are what was kept.
         """
         self._attachment.account = Account()
         try:
@@ -213,14 +222,9 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         finally:
             self._attachment.account = None
 
-    @contextmanager
+    @atomic
     def watching(self) -> Iterator[list[SeenOperation]]:
-        """List the operations that forward passes of the model run, inside its context.
-
-        Yields
-        ------
-        list of SeenOperation
-            In the order of execution.
+        """List the operations that forward passes of the model run, in their order, inside its context.
 
         Raises
         ------
@@ -253,7 +257,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         """
         return _report_on(self, model, *args, **kwargs)
 
-    @contextmanager
+    @atomic
     def inactive(self) -> Iterator[None]:
         """Context in which backward passes are the ordinary ones: for the derivative of relevance.
 
@@ -301,23 +305,28 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
 
     def _put(self, module: nn.Module, own: list[tuple[MapEntry, bool]], mode: Operations, is_root: bool) -> None:
         def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return None if tracing() and not mode.matching.is_counting else mode.enter_module(module, own, args, kwargs)
+            return mode.enter_module(module, own, args, kwargs) if self._acts(mode) else None
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            return None if tracing() and not mode.matching.is_counting else mode.leave_module(module, output)
+            return mode.leave_module(module, output) if self._acts(mode) else None
 
         self.handles += _hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
 
+    def _acts(self, mode: Operations) -> bool:
+        return get_ident() == self._thread and (mode.matching.is_counting or not tracing())
+
+    @undivided
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Prepare the model's inputs, whose multipliers become relevance, and begin to see operations."""
         mode = self._operations
-        if tracing() or referencing() or mode is None:
+        if mode is None or get_ident() != self._thread or tracing() or referencing():
             return None
         if self._depth:  # the model calls itself
             self._depth += 1
             return None
+        check_free(self, module)
         other = _running.get()
         if other is not None and other is not self:
             raise RuntimeError(
@@ -364,9 +373,10 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         args, kwargs = changed((args, kwargs), enter)
         return args, kwargs, leaves
 
+    @undivided
     def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
         mode = self._operations
-        if mode is None or not self._depth or referencing():
+        if mode is None or not self._depth or referencing() or (module is not None and get_ident() != self._thread):
             return
         self._depth -= 1
         if self._depth:
@@ -386,15 +396,3 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
             if why is not None:
                 raise ValueError(why)
-
-
-class _Lasting:
-    """Handle of a context that lasts until it is removed."""
-
-    def __init__(self, state: AbstractContextManager[Any]) -> None:
-        self._exits = ExitStack()
-        self._exits.enter_context(state)
-
-    def remove(self) -> None:
-        """Leave the context."""
-        self._exits.close()

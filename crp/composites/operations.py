@@ -299,8 +299,8 @@ class Operations(SeeingMode):
 
     def leave(self) -> None:
         """End of a forward pass, which may have been interrupted inside a module that is one operation."""
-        if self._aside != 1:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        while _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            self.__exit__(None, None, None)
         self._aside, self._is_running = 0, False
 
     def refuse_unseen(self, reader: str, tensor: Tensor, is_changed: bool) -> None:

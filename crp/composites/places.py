@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ class Places:
         self._running: list[tuple[str, int]] = []
         self._calls: dict[str, int] = {}
         self._handles: list[Any] = []
+        self._thread = 0
 
     @property
     def now(self) -> tuple[str, int]:
@@ -32,7 +35,8 @@ class Places:
         return self._running[-1] if self._running else ("", 0)
 
     def track(self) -> None:
-        """Begin to follow a forward pass."""
+        """Begin to follow a forward pass, in this thread."""
+        self._thread = get_ident()
         for name, module in self.model.named_modules():
             if module is not self.model:
                 self._handles += _hook(module, partial(self._enter, name), self._leave)
@@ -46,12 +50,12 @@ class Places:
         self._calls.clear()
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        if not referencing():
+        if get_ident() == self._thread and not referencing():
             self._calls[name] = self._calls.get(name, -1) + 1
             self._running.append((name, self._calls[name]))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not referencing() and self._running:
+        if get_ident() == self._thread and not referencing() and self._running:
             self._running.pop()
 
     def names(self) -> dict[int, str]:
@@ -71,3 +75,15 @@ def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., An
         nn.Module.register_forward_pre_hook(module, before, **keywords),
         nn.Module.register_forward_hook(module, after, always_call=True),
     ]
+
+
+class _Lasting:
+    """Handle of a context that lasts until it is removed."""
+
+    def __init__(self, state: AbstractContextManager[Any]) -> None:
+        self._exits = ExitStack()
+        self._exits.enter_context(state)
+
+    def remove(self) -> None:
+        """Leave the context."""
+        self._exits.close()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import Tensor
 
+from crp.layers.interrupts import atomic
 from crp.rules.layer import Layer, changed
 
 
@@ -23,7 +23,7 @@ class ReferenceCalls:
         self.is_recording = False
         self._calls: list[Layer] = []
 
-    @contextmanager
+    @atomic
     def recording(self) -> Iterator[None]:
         """Context in which the model runs on the reference; nothing is kept if it fails."""
         self.clear()

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +16,7 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.composites.matching import SeenOperation
-from crp.layers import referencing, tracing
+from crp.layers import evaluating, hooked, referencing, tracing
 from crp.rules.layer import changed
 
 CHAIN_RULE = "ordinary chain rule"
@@ -132,23 +134,18 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
     """What a composite does to a model, from one forward pass; see `Composite.report`."""
     modules = dict(model.named_modules())
     calls: Counter[str] = Counter()
-    training = [module for module in modules.values() if module.training]
-    handles = []
-    try:
-        for module in training:
-            module.training = False
-        for name, module in modules.items():
-            count = lambda *_, name=name: calls.update([] if _is_aside() else [name])  # noqa: E731
-            handles.append(nn.Module.register_forward_hook(module, count))
-        with composite.context(model), composite.watching() as seen, torch.enable_grad():
-            given, named = changed((args, kwargs), _explained)
+    thread = get_ident()
+
+    def count(name: str, *_: Any) -> None:
+        if get_ident() == thread and not _is_aside():
+            calls.update([name])
+
+    counting = {module: partial(count, name) for name, module in modules.items()}
+    with evaluating(model), hooked(counting), composite.context(model), composite.watching() as seen:
+        given, named = changed((args, kwargs), _explained)
+        with torch.enable_grad():
             model(*given, **named)
-            done = [_done(canonizer, instances) for canonizer, instances in composite.applied]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+        done = [_done(canonizer, instances) for canonizer, instances in composite.applied]
     told = {name: what for layers, _ in done for name, what in layers.items()}
     operations = [
         _Treated(

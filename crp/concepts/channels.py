@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, in_range
 from crp.concepts.scores import channels_in
+from crp.devices import send_to
 from crp.types import MaskFn
 
 
@@ -97,6 +98,9 @@ class _KeepChannels:
         Named in error messages.
     """
 
+    #: A mask of this kind says for each row and channel whether it is kept, and nothing else.
+    selects_channels: ClassVar[bool] = True
+
     kept: tuple[tuple[int, tuple[int, ...]], ...]
     layer_name: str | None
 
@@ -110,7 +114,7 @@ class _KeepChannels:
             others = np.ones(n_channels, dtype=bool)
             others[in_range(channels, n_channels, self.layer_name)] = False
             drop[places[row], others] = True
-        dropped = torch.from_numpy(drop).to(grad.device)
+        dropped = send_to(grad.device, torch.from_numpy(drop))
         if len(rows) == 1:
             grad[rows[0]].masked_fill_(dropped[0], 0)
         elif rows == list(range(len(grad))):

@@ -9,12 +9,12 @@ Latents, error :math:`(a - \hat a) \cdot m` and bias :math:`b \cdot m` add up to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
 from crp.layers import ByChainRule, Followed, put_behind
+from crp.layers.interrupts import atomic
 
 
 class Coder(Protocol):
@@ -45,7 +45,7 @@ class Spliced(NamedTuple):
     decoder: str
 
 
-@contextmanager
+@atomic
 def splice(
     model: nn.Module, layer: str, code: Coder, *, axis: int = 1, reads: Literal["output", "input"] = "output"
 ) -> Iterator[Spliced]:

@@ -19,8 +19,9 @@ from crp.demo.net import DigitNet
 from crp.demo.shortcut import Shortcut, rank_by_box, switched_off
 from crp.demo.training import CheckpointError, accuracy, one_thread, predict, train
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.report.page import Finding, Tile, percent
-from crp.visualization.report.write import make_tile, write_report
+from crp.visualization.report.options import Finding, Tile, make_tile
+from crp.visualization.report.render import percent
+from crp.visualization.report.write import write_report
 from crp.visualization.table.ranking import class_means
 from crp.visualization.table.store import Table, TableError, TableLockedError
 

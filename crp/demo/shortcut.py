@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,8 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.demo.data import Box
+from crp.layers import hooked
+from crp.layers.interrupts import atomic
 
 
 class Shortcut(NamedTuple):
@@ -82,7 +83,7 @@ def rank_by_box(
     return sorted(ranked, key=lambda found: -found.relevance_share * found.box_share)
 
 
-@contextmanager
+@atomic
 def switched_off(model: nn.Module, layer: str, channel: int) -> Iterator[None]:
     """Let a channel of a layer be 0 for all images, inside of the context."""
 
@@ -91,8 +92,5 @@ def switched_off(model: nn.Module, layer: str, channel: int) -> Iterator[None]:
         output[:, channel] = 0
         return output
 
-    handle = model.get_submodule(layer).register_forward_hook(hook)
-    try:
+    with hooked({model.get_submodule(layer): hook}):
         yield
-    finally:
-        handle.remove()

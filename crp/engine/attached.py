@@ -1,46 +1,83 @@
-"""Composites on a model, and the model as it was found afterwards."""
+"""What is put on a model for a call: listed, for one thread only, and taken off whatever happens."""
 
 from __future__ import annotations
 
-import threading
+import os
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.encoding import propagation_of
-from crp.layers import ByChainRule, modules_of, uncompiled, unwrap, without_parameter_gradients
+from crp.engine.turns import TURNS, parts_of
+from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
+from crp.layers.interrupts import atomic
 from crp.notices import warn
 
-#: Which composites are on which module.
-_placed_on: weakref.WeakKeyDictionary[Composite, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-_placed_guard = threading.Lock()
+
+class Placed(NamedTuple):
+    """A composite on a module, the thread that has put it there, and whether a call did and not a user's own hand."""
+
+    composite: Composite
+    module: nn.Module
+    thread: int
+    by_call: bool
+
+
+@dataclass(eq=False)
+class _Use:
+    """A model that a call has in its hands now.
+
+    Attributes
+    ----------
+    model : nn.Module
+    composite : zennit.core.Composite
+    thread : int
+    parts : set of int
+        `id` of its modules and parameters.
+    undo : ExitStack
+        Takes off what was put on.
+    """
+
+    model: nn.Module
+    composite: Composite
+    thread: int
+    parts: set[int]
+    undo: ExitStack
+
+
+#: Which composites are on which module: weak references to both, by `id` of the composite.
+_placed_on: dict[int, tuple[weakref.ref[Composite], weakref.ref[nn.Module], int, bool]] = {}
 #: Composites that a call has put on a model, and not a user's own hand.
 _of_calls: weakref.WeakSet[Composite] = weakref.WeakSet()
-_locks: weakref.WeakKeyDictionary[object, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_guard = threading.Lock()
+#: Models in the hands of calls; and those of threads that a fork has left behind.
+USES: list[_Use] = []
+LEFT_BEHIND: list[_Use] = []
 
 
 def note_placed(composite: Composite, module: nn.Module) -> None:
     """Remember that a composite is on a module now; a composite says so when it is registered."""
-    with _placed_guard:
-        _placed_on[composite] = weakref.ref(module)
+    key = id(composite)
+    gone = weakref.ref(composite, lambda _: _placed_on.pop(key, None))
+    _placed_on[key] = (gone, weakref.ref(module), get_ident(), composite in _of_calls)
 
 
 def note_removed(composite: Composite) -> None:
     """Forget where a composite was."""
-    with _placed_guard:
-        _placed_on.pop(composite, None)
+    _placed_on.pop(id(composite), None)
 
 
-def placed() -> list[tuple[Composite, nn.Module | None]]:
-    """All composites that are on a module, each with it."""
-    with _placed_guard:
-        return [(composite, module()) for composite, module in _placed_on.items()]
+def placed() -> list[Placed]:
+    """All composites that are on a module."""
+    known = [(composite(), module(), thread, by_call) for composite, module, thread, by_call in [*_placed_on.values()]]
+    return [Placed(c, m, thread, by_call) for c, m, thread, by_call in known if c is not None and m is not None]
 
 
 def check_composite(composite: object) -> None:
@@ -70,22 +107,28 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
     Raises
     ------
     RuntimeError
-        If there are two, or one is on a part of the model, or on a module that the model is a part of.
+        If there are two; or one is on a part of the model, or on a module that the model is a part of; or another
+        thread has put it there, where alone it acts.
     """
     check_composite(composite)
-    with _locks_guard:
-        by_hand = [(other, module) for other, module in placed() if other not in _of_calls]
+    _clear_left_behind()
     chosen = composite
-    for other, module in by_hand:
-        if module is model and chosen in (None, other):
-            chosen = other
-        elif module is model:
-            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(chosen)))
-        elif module is not None and _are_nested(module, model):
+    for other, module, thread, by_call in placed():
+        if by_call or not (module is model or _are_nested(module, model)):
+            continue
+        if module is not model:
             raise RuntimeError(
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
+        if chosen not in (None, other):
+            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(chosen)))
+        if thread != get_ident():
+            raise RuntimeError(
+                f"another thread has put {_kind(other)} on the model, and it acts in that thread only; leave its "
+                "context, and give the composite to the call"
+            )
+        chosen = other
     if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen)):
         raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
     return chosen
@@ -101,6 +144,17 @@ def check_alone(model: nn.Module, composite: Composite | None, method: str) -> N
                     f"{_kind(other)} is on the model, and {method} would use what it makes of the gradient; leave its "
                     "context, and give the composite to the method"
                 )
+
+
+def check_free(composite: Composite, model: nn.Module) -> None:
+    """Raise a `RuntimeError` if other rules are on a model that a user's own hand puts a composite on."""
+    if composite in _of_calls:  # (which has looked)
+        return
+    for other in placed():
+        if other.composite is not composite and (other.module is model or _are_nested(other.module, model)):
+            raise RuntimeError(_TWO.format(f"{_kind(other.composite)} is on the model", _kind(composite)))
+    if rules := rules_by_hand(model, composite):
+        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(composite)))
 
 
 _TWO = "{} already, and {} would come on top of it; leave the context of the former first, or use it alone"
@@ -125,33 +179,36 @@ def rules_by_hand(model: nn.Module, composite: Composite | None = None) -> list[
     """Rules on a model's layers, put there by a user's own hand, that are not this composite's."""
     if not _rules_beside(model, composite):
         return []
-    with _lock(model):  # (what is still there is not of a call in another thread)
+    with TURNS.taken(parts_of(model)):  # (what is still there is not of a call in another thread)
         return _rules_beside(model, composite)
 
 
 def _rules_beside(model: nn.Module, composite: Composite | None) -> list[Hook]:
-    rules = [rule for module in modules_of(model).values() if module._forward_hooks for rule in _rules_on(module)]
+    hooked_ones = [module for module in modules_of(model).values() if module._forward_hooks]
+    rules = [rule for module in hooked_ones for rule in _rules_on(module)]
     return [rule for rule in rules if composite is None or rule not in composite.hook_refs]
 
 
 def is_on(composite: Composite, model: nn.Module) -> bool:
     """Whether a user's own hand has put a composite on the model."""
-    with _locks_guard:
-        if composite in _of_calls:
-            return False
-    for other, module in placed():
-        if other is composite:
-            return module is model
+    if composite in _of_calls:
+        return False
+    if (place := _placed_on.get(id(composite))) is not None:
+        return place[1]() is model
     hooks = composite.hook_refs  # (those of zennit do not say where they are)
     return len(hooks) > 0 and any(rule in hooks for part in modules_of(model).values() for rule in _rules_on(part))
 
 
-@contextmanager
-def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]:
+# --- put on, and taken off ------------------------------------------------------------------------------------------
+
+
+@atomic
+def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]:
     """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
 
-    Threads that share a model or a composite take turns. Leaving, also by an exception, leaves the model as it was
-    found: a composite that a user's own hand had put on it stays.
+    Threads that share a model, a part of it or a composite take turns; hooks act in this thread only. Leaving, also by
+    an exception or an interrupt, leaves the model as it was found: a composite that a user's own hand had put on it
+    stays.
 
     Parameters
     ----------
@@ -162,7 +219,7 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
     Raises
     ------
     RuntimeError
-        In inference mode, or if another composite is on the model.
+        In inference mode, if another composite is on the model, or if a call with a composite is under way on it.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -172,21 +229,36 @@ def attached(composite: Composite | None, model: nn.Module) -> Iterator[nn.Modul
     if composite is not None:
         _check_chain_rule(model, composite)
     composite = composite or Composite()
-    states: list[AbstractContextManager[object]] = [_lock(model), _lock(composite), _evaluating(model)]
-    isolates = propagation_of(composite).isolates
-    if not isolates:
-        states += [without_parameter_gradients(model), uncompiled(model)]
-    is_placed = is_on(composite, model)
-    if composite.canonizers and not is_placed:
-        states.append(_restored_on_error(model))
-    with ExitStack() as stack:
-        for state in states:
-            stack.enter_context(state)
-        with (
-            nullcontext(model) if is_placed else _put(composite, model) as modified,
-            nullcontext() if isolates else _called_once(modified),
-        ):
-            yield modified
+    parts = parts_of(model)
+    with ExitStack() as undo:
+        undo.enter_context(TURNS.taken([composite, *parts]))
+        use = _Use(model, composite, get_ident(), set(map(id, parts)), undo)
+        _check_not_nested(use)
+        undo.callback(_forget, use)
+        USES.append(use)
+        modules = modules_of(model)
+        training = undo.enter_context(evaluating(model, modules.values()))
+        if training:
+            warn(
+                f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
+                "Call model.eval() first to say so."
+            )
+        isolates = propagation_of(composite).isolates
+        if not isolates:
+            undo.enter_context(without_parameter_gradients(model, modules.values()))
+            undo.enter_context(uncompiled(model, modules.values()))
+        if not is_on(composite, model):
+            if composite.canonizers:
+                undo.enter_context(_restored_on_error(model))
+            undo.callback(_take_off, composite)
+            _of_calls.add(composite)
+            before = {} if isolates else _hooks_of(modules)
+            composite.register(model)
+            if not isolates:
+                _for_this_thread(modules_of(model), before)
+        if not isolates:
+            undo.enter_context(_called_once(model))
+        yield model
 
 
 def _check_chain_rule(model: nn.Module, composite: Composite) -> None:
@@ -199,42 +271,56 @@ def _check_chain_rule(model: nn.Module, composite: Composite) -> None:
         )
 
 
-@contextmanager
-def _put(composite: Composite, model: nn.Module) -> Iterator[nn.Module]:
-    with _locks_guard:
-        _of_calls.add(composite)
-    try:
-        with composite.context(model) as modified:
-            yield modified
-    finally:
-        composite.remove()  # the context does not, where registering itself failed
-        with _locks_guard:
-            _of_calls.discard(composite)
+def _take_off(composite: Composite) -> None:
+    composite.remove()
+    _of_calls.discard(composite)
 
 
-def _lock(owner: object) -> threading.RLock:
-    with _locks_guard:
-        return _locks.setdefault(owner, threading.RLock())
+def _forget(use: _Use) -> None:
+    with suppress(ValueError):
+        USES.remove(use)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in modules_of(model).values() if module.training]
-    if training:
-        warn(
-            f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
-            "Call model.eval() first to say so."
-        )
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _check_not_nested(use: _Use) -> None:
+    """Refuse a composite within a call of this thread that has one on the same layers."""
+    for other in [*USES]:
+        is_empty = type(other.composite) is Composite and not other.composite.handles
+        if other.thread == use.thread and not is_empty and not other.parts.isdisjoint(use.parts):
+            raise RuntimeError(
+                f"a call with {_kind(other.composite)} is under way on the model, and this one is inside of it; let "
+                "it end first, or explain a copy of the model"
+            )
 
 
-@contextmanager
+class OfThread:
+    """Hook of a module that acts in one thread, and does nothing in others that call the model meanwhile."""
+
+    def __init__(self, hook: Callable[..., Any], thread: int) -> None:
+        self._hook, self._thread = hook, thread
+        self.__self__ = getattr(hook, "__self__", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the hook returns, in its thread."""
+        return self._hook(*args, **kwargs) if get_ident() == self._thread else None
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _hooks_of(modules: dict[str, nn.Module]) -> dict[tuple[int, str], set[int]]:
+    return {(id(m), kind): set(getattr(m, kind)) for m in modules.values() for kind in HOOKS[:2]}
+
+
+def _for_this_thread(modules: dict[str, nn.Module], before: dict[tuple[int, str], set[int]]) -> None:
+    """Let hooks that have come to modules act in this thread only."""
+    for module in modules.values():
+        for kind in HOOKS[:2]:
+            hooks = getattr(module, kind)
+            for number in hooks.keys() - before.get((id(module), kind), set()):
+                hooks[number] = OfThread(hooks[number], get_ident())
+
+
+@atomic
 def _called_once(model: nn.Module) -> Iterator[None]:
     # zennit's rules keep the input of a module's last call only, so that relevance of earlier calls would be wrong.
     calls: Counter[str] = Counter()
@@ -245,16 +331,13 @@ def _called_once(model: nn.Module) -> Iterator[None]:
                 f"layer {name!r} has {len(of_layer)} rules, {' and '.join(map(_kind, of_layer))}: one composite comes "
                 "on top of another; leave the context of the first, or use it alone"
             )
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    counted = {
+        module: OfThread(lambda *_, name=name: calls.update([name]), get_ident())
         for name, (module, of_layer) in rules.items()
         if any(isinstance(rule, BasicHook) for rule in of_layer)
-    ]
-    try:
+    }
+    with hooked(counted):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     repeated = [name for name, count in calls.items() if count > 1]
     if repeated:
         warn(
@@ -263,7 +346,7 @@ def _called_once(model: nn.Module) -> Iterator[None]:
         )
 
 
-@contextmanager
+@atomic
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     # A canonizer that raises an error half-way returns nothing by which its first half could be undone.
     states = [
@@ -283,3 +366,28 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         for tensor, data in values:
             tensor.data = data
         raise
+
+
+def undo_use(use: _Use) -> None:
+    """Take off what a call has put on, if it has not done so itself."""
+    with suppress(ValueError, RuntimeError):  # (what was half put on, or was taken off since)
+        use.undo.close()
+    _forget(use)
+    with suppress(ValueError):
+        LEFT_BEHIND.remove(use)
+
+
+def _clear_left_behind() -> None:
+    for use in reversed(LEFT_BEHIND):
+        undo_use(use)
+
+
+def _after_fork() -> None:
+    """In the child of a fork, calls of other threads do not go on; what they have put on is taken off when asked."""
+    for use in [use for use in USES if use.thread != get_ident()]:
+        _forget(use)
+        LEFT_BEHIND.append(use)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from crp.devices import send_to
 from crp.engine.conditions import Grid, Rows, apply_masks, row_index
 from crp.engine.forward import ForwardPass
 from crp.engine.settings import Settings
@@ -166,7 +167,7 @@ def send_rows_back(
         if backward is None:
             keep_graph = not last or number < len(groups) - 1
             begin = start if part is rows else start[group]
-            arrived.append(_by_layer(passed, part, begin, layers, settings.start, make_masks, keep_graph))
+            arrived.append(_by_layer(passed, part, begin, layers, settings, make_masks, keep_graph))
         else:
             conditions = dict(zip(group, part.conditions, strict=True))
             arrived.append(_in_flow(passed, conditions, start, layers, settings, make_masks, backward))
@@ -179,7 +180,7 @@ def send_rows_back(
         of_rows[name] = output.detach().new_zeros(len(rows) * n_entries, *output.shape[1:])
         for group, of_group in zip(groups, arrived, strict=True):
             if name in of_group:
-                index = torch.tensor(row_index(group, n_entries), device=output.device)
+                index = send_to(output.device, torch.tensor(row_index(group, n_entries)))
                 of_rows[name].index_copy_(0, index, of_group.pop(name).to(output))
     return of_rows
 
@@ -189,7 +190,7 @@ def _by_layer(
     rows: Rows,
     start: Tensor,
     layers: Sequence[str],
-    start_layer: str | None,
+    settings: Settings,
     make_masks: MakeMasks,
     keep_graph: bool,
 ) -> dict[str, Tensor]:
@@ -200,20 +201,23 @@ def _by_layer(
     """
     grid = Grid(passed.columns(rows), len(passed.inputs), start.device)
     conditions = dict(enumerate(rows.conditions))
+    names_of = _names_by_output(passed)
     recorded: dict[str, Tensor] = {}
     root = passed.output
-    if start_layer is not None:
-        recorded[start_layer] = grid.scatter(start)
-        root, start = passed.layers[start_layer], apply_masks(make_masks(conditions, start_layer), start)
+    if settings.start is not None:
+        start_layer = passed.layers[settings.start]
+        recorded.update(dict.fromkeys(names_of[id(start_layer)], grid.scatter(start)))
+        root, start = start_layer, apply_masks(make_masks(conditions, settings.start), start)
     origin, cotangent = "the start", grid.scatter(start)
-    if layers and (cotangent == cotangent[:1]).all():
+    shared = settings.shared_start
+    if layers and (bool((cotangent == cotangent[:1]).all()) if shared is None else shared):
         cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
     for name in layers:
         target = passed.layers[name]
         seen = flow(root, cotangent, {name: target}, passed.layers) if target.requires_grad else {}
         if name not in seen:
             raise RuntimeError(ORDER_MESSAGE.format(origin, name))
-        recorded = {**seen, **recorded}
+        recorded = {**seen, **dict.fromkeys(names_of[id(target)], seen[name]), **recorded}
         masks = make_masks(conditions, name, n_entries=len(target) // len(passed.inputs))
         root, origin, cotangent = target, repr(name), grid.scatter(apply_masks(masks, grid.gather(seen[name])))
     recorded = {**flow(root, cotangent, _leaves(passed), passed.layers, keep_graph), **recorded}
@@ -234,27 +238,24 @@ def _in_flow(
     Takes the condition of each row that takes part, and a start of shape (rows of all groups, *root shape). Returns
     what arrives at each layer and input, (rows that take part * entries, ...).
     """
-    index = torch.tensor(list(conditions), device=start.device)
+    index = send_to(start.device, torch.tensor(list(conditions)))
     start = torch.zeros_like(start).index_copy_(0, index, start[index])
     begun: dict[str, Tensor] = {}
     root = passed.output
     if settings.start is not None:
-        begun[settings.start] = start
+        begun.update(dict.fromkeys(_names_by_output(passed)[id(passed.layers[settings.start])], start))
         root = passed.layers[settings.start]
         start = apply_masks(make_masks(conditions, settings.start), start)
     leaves = _leaves(passed)
-    # ("conv" and "conv#0" may name one call, whose output arrives once and is masked by both.)
-    names_of: dict[int, list[str]] = {}
-    for name, output in passed.layers.items():
-        if output.requires_grad:
-            names_of.setdefault(id(output), []).append(name)
     handles: list[Any] = []
     seen: dict[str, Tensor | None] = {}
     for leaf in leaves.values():
         leaf.grad = None
     try:
-        for names in names_of.values():
+        for names in _names_by_output(passed).values():
             output = passed.layers[names[0]]
+            if not output.requires_grad:
+                continue
             n = len(output) // len(passed.inputs)
             masks = [mask for name in names if name in layers for mask in make_masks(conditions, name, n_entries=n)]
             handles.append(output.register_hook(_keeping_first(names, masks, seen)))  # type: ignore[no-untyped-call]
@@ -271,6 +272,14 @@ def _in_flow(
     n_columns, rows = len(passed.inputs), list(conditions)
     reached = {name: values for name, values in arrived.items() if values is not None}
     return {name: values[row_index(rows, len(values) // n_columns)] for name, values in reached.items()}
+
+
+def _names_by_output(passed: ForwardPass) -> dict[int, list[str]]:
+    """Names of each output, by its `id`: "conv" and "conv#0" may name one call, whose output arrives once."""
+    names: dict[int, list[str]] = {}
+    for name, output in passed.layers.items():
+        names.setdefault(id(output), []).append(name)
+    return names
 
 
 def _keeping_first(
@@ -304,7 +313,7 @@ def fill_grad(data: Tensor, samples: Sequence[int], relevance: Tensor, overwrite
     """Put the relevance of each sample, summed over its rows, into ``data.grad``, where data require a gradient."""
     if not (data.requires_grad and data.is_leaf):
         return
-    grad = torch.zeros_like(data).index_add_(0, torch.tensor(samples, device=data.device), relevance.to(data))
+    grad = torch.zeros_like(data).index_add_(0, send_to(data.device, torch.tensor(samples)), relevance.to(data))
     if data.grad is not None and not overwrite:
         warn("data.grad is filled; relevance is added to it, as overwrite_data_grad is False")
         grad = grad + data.grad

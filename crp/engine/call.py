@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.engine.attached import attached, composite_on, is_on, rules_by_hand
-from crp.engine.backward import input_name, send_back, send_rows_back
+from crp.engine.attached import composite_on, is_on, put_on, rules_by_hand
+from crp.engine.backward import MakeMasks, input_name, send_back, send_rows_back
 from crp.engine.conditions import (
     Rows,
     check_conditions,
@@ -28,10 +28,37 @@ from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs
 from crp.engine.settings import Overrides, Settings
 from crp.layers import is_layer
-from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
+from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFn, Sinks
 
 #: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
 Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
+
+
+#: ``(call, composite, rows) -> results, or None``
+Shortcut: TypeAlias = Callable[["Call", Composite | None, Rows], Part | None]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What starts and what is masked in a backward pass, as tensors.
+
+    Attributes
+    ----------
+    start : Tensor of shape (rows, *output shape)
+    masks : dict of str to Tensor
+        What is kept at each conditioned layer, (rows, channels, 1, ...).
+    shared : bool
+        Whether all slots start alike.
+    """
+
+    start: Tensor
+    masks: Mapping[str, Tensor]
+    shared: bool
+
+    def make_masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
+        """Mask function of a layer, for all rows together."""
+        kept = self.masks[layer]
+        return [lambda gradient: torch.where(kept, gradient, 0)]
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,10 @@ class Call:
     overrides : Overrides
     batch_size : int or None
         Rows that are computed together; all, if None.
+    shortcut : callable or None
+        Gives the results of rows under a composite if it can, in place of their computation.
+    given : Given or None
+        Start and masks, in place of those that follow from the conditions.
     """
 
     model: nn.Module
@@ -58,6 +89,8 @@ class Call:
     settings: Settings
     overrides: Overrides
     batch_size: int | None = None
+    shortcut: Shortcut | None = None
+    given: Given | None = None
 
     @classmethod
     def plan(
@@ -119,7 +152,7 @@ class Call:
         if Encoding.of(self.composite).as_multiplier:
             raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
         initials, inputs, kept = [], [], []
-        with attached(self.composite, self.model) as model, accounting as account:
+        with put_on(self.composite, self.model) as model, accounting as account:
             # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
             for rows in self.rows.one_by_one(self._masks_in_flow()):
                 passed = self._forward(model, rows, self.composite, account)
@@ -157,10 +190,14 @@ class Call:
         chunks = self._chunks()
         for number, rows in enumerate(chunks):
             last = number == len(chunks) - 1 or not keeps
+            if self.shortcut is not None and (known := self.shortcut(self, composite, rows)) is not None:
+                passed = None
+                yield known
+                continue
             if passed is not None and passed.samples == self._samples(rows):
                 part = [self._results(passed, rows, last)]
             else:
-                with attached(composite, self.model) as model:
+                with put_on(composite, self.model) as model:
                     passed = self._forward(model, rows, composite)
                     part = [] if passed.is_folded else [self._results(passed, rows, last)]
             if not part:
@@ -171,6 +208,12 @@ class Call:
                 passed = None
             yield part.pop()
 
+    def at_once(self, composite: Composite | None) -> Part | None:
+        """Results of all rows by one forward pass; None where entries of samples cannot be told apart."""
+        with put_on(composite, self.model) as model:
+            passed = self._forward(model, self.rows, composite)
+            return None if passed.is_folded else self._results(passed, self.rows, last=True)
+
     def _one_by_one(self, rows: Rows, composite: Composite | None, shapes: Mapping[str, torch.Size]) -> Part:
         """Results of rows by a forward pass for each sample, whose entries are then known in every layer.
 
@@ -180,7 +223,7 @@ class Call:
         places: list[int] = []
         n_samples = len(self._samples(rows))
         for part in rows.one_by_one(self._masks_in_flow()):
-            with attached(composite, self.model) as model:
+            with put_on(composite, self.model) as model:
                 passed = self._forward(model, part, composite)
                 results.append(self._results(passed, part, last=True))
             for name, shape in shapes.items():
@@ -231,9 +274,11 @@ class Call:
         """Prediction of each row, what started there, and what arrived at each input and layer."""
         root = passed.output if self.settings.start is None else passed.layers[self.settings.start]
         prediction = passed.of_rows(root, rows, copy=not last)
-        start = self._start(prediction, passed, rows)
+        start = self._start(prediction, passed, rows) if self.given is None else self.given.start.to(prediction)
         backward = (self.overrides.backward or send_back) if self._masks_in_flow() else None
-        make_masks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
+        make_masks: MakeMasks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
+        if self.given is not None:
+            make_masks = self.given.make_masks
         return prediction, start, send_rows_back(passed, rows, start, self.settings, make_masks, backward, last)
 
     def _start(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.devices import send_to
 from crp.notices import warn
 from crp.outputs import Element, Pixels
 from crp.outputs import Position as Position
@@ -68,21 +69,10 @@ def _check_target(targets: Any, what: str) -> None:
             if not isinstance(place.of_class, int | np.integer) or _mask_of(place).dtype.kind != "b":
                 raise TypeError(f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}")
         elif isinstance(place, Position):
-            check_position(place, what)
+            place.check(what)
         elif not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
             raise TypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
     _check_once(elements, what)
-
-
-def check_position(place: Position, what: str) -> None:
-    """Raise an error unless a position and its tokens are whole numbers, and each token is named once."""
-    places = (
-        place.signed() if isinstance(place.token, int | Sequence) and isinstance(place.against, int | Sequence) else []
-    )
-    numbers = [number for at, _ in places for number in at]
-    if not places or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise TypeError(f"{what} must have Position(position, token) with ints, or lists of them, not {place!r}")
-    _check_once([place], what)
 
 
 def _check_once(elements: Sequence[Any], what: str) -> None:
@@ -198,15 +188,15 @@ class Grid:
             used[column] += 1
         self.n_columns, self.n_slots = n_columns, max(used)
         # Row i in place i needs no moving: paired samples and conditions, or one sample.
-        self._identity = place == list(range(self.n_slots * n_columns))
-        self._index = torch.tensor(place, device=device)
+        is_identity = place == list(range(self.n_slots * n_columns))
+        self._index = None if is_identity else send_to(device, torch.tensor(place))
 
     def scatter(self, rows: Tensor) -> Tensor:
         """(rows, ...) to (slots, columns, ...); places without a row are 0.
 
         With a single column, each row may have several entries: (rows * entries, ...) to (slots, entries, ...).
         """
-        if not self._identity:
+        if self._index is not None:
             rows = rows.new_zeros(self.n_slots * self.n_columns, *rows.shape[1:]).index_copy(0, self._index, rows)
         return rows.reshape(self.n_slots, len(rows) // self.n_slots, *rows.shape[1:])
 
@@ -216,7 +206,7 @@ class Grid:
         Slots that share their values, (1, columns, ...), are repeated.
         """
         flat = grid.expand(self.n_slots, *grid.shape[1:]).flatten(0, 1)
-        return flat if self._identity else flat.index_select(0, self._index)
+        return flat if self._index is None else flat.index_select(0, self._index)
 
 
 def row_index(rows: Sequence[int], n_entries: int) -> list[int]:
@@ -314,7 +304,7 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
                     signs[row, at[0] % shape[1], at[1] % shape[2]] = sign
             else:
                 kept[row][tuple(place)] = True
-    start = torch.where(torch.from_numpy(kept).to(selection.device), selection, 0)
+    start = torch.where(send_to(selection.device, torch.from_numpy(kept)), selection, 0)
     for place, sign in signs.items():
         if sign < 0:
             start[place] = -start[place]

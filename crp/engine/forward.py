@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from crp.devices import send_to
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
-from crp.layers import find_layers, modules_of, referencing, tracing
+from crp.layers import find_layers, hooked, modules_of, referencing, tracing
+from crp.layers.interrupts import atomic
 from crp.notices import warn
 from crp.types import AttributionResults, Sinks
 
@@ -70,22 +72,18 @@ class ForwardPass:
         returned_for_reference: list[Any] = []
 
         def keep_reference(module: nn.Module, args: Any, output: Any) -> None:
-            if referencing():
+            if referencing():  # (so that it is this thread that runs the model)
                 returned_for_reference.append(output)
 
-        handle = model.register_forward_hook(keep_reference)
-        try:
-            with tapped(model, roles) as taps, torch.enable_grad():
-                # Tensors made in inference mode cannot take part in autograd, but copies can.
-                inputs = inputs.each(lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
-                for leaf in inputs.explained:
-                    leaf.requires_grad_()
-                returned = inputs.run(model)
-                # (What is chosen of the output is no part of the model, and no rule's business.)
-                reference = select_output(returned_for_reference[0]).detach() if returned_for_reference else None
-                output = select_output(returned)
-        finally:
-            handle.remove()
+        with hooked({model: keep_reference}), tapped(model, roles) as taps, torch.enable_grad():
+            # Tensors made in inference mode cannot take part in autograd, but copies can.
+            inputs = inputs.each(lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach())
+            for leaf in inputs.explained:
+                leaf.requires_grad_()
+            returned = inputs.run(model)
+            # (What is chosen of the output is no part of the model, and no rule's business.)
+            reference = select_output(returned_for_reference[0]).detach() if returned_for_reference else None
+            output = select_output(returned)
         _check_explained("the model's output", output)
         _check_columns("the model's output", output, len(inputs))
         layers, references = outputs_meant(taps, roles)
@@ -117,7 +115,7 @@ class ForwardPass:
         if columns == list(range(n_columns)):
             return tensor.clone() if copy else tensor
         index = row_index(columns, len(tensor) // n_columns)
-        return tensor.index_select(0, torch.tensor(index, device=tensor.device))
+        return tensor.index_select(0, send_to(tensor.device, torch.tensor(index)))
 
     def value(self, layer: str | None, rows: Rows) -> Tensor:
         """What relevance of rows counts at a layer, or at the model's output: (rows * entries, ...), to be read only.
@@ -215,15 +213,18 @@ class Tap:
         Of each call of the layer.
     references : list of Tensor
         Of the same calls for the reference input of a composite that has one.
+    thread : int
+        Whose calls are kept; others pass.
     """
 
     layer: str
     outputs: list[Tensor] = field(default_factory=list)
     references: list[Tensor] = field(default_factory=list)
+    thread: int = field(default_factory=get_ident)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Forward hook, with keywords."""
-        if tracing():
+        if get_ident() != self.thread or tracing():
             return None
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -256,7 +257,7 @@ class Tap:
         return n_calls - 1 if number is None else number
 
 
-@contextmanager
+@atomic
 def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
     """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
 
@@ -266,14 +267,8 @@ def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tup
     known = modules_of(model) if roles else {}
     meant = {layer: _split(layer, known) for layer in roles}
     taps = {name: Tap(name) for name, _ in meant.values()}
-    handles = []
-    try:
-        for name, tap in taps.items():
-            handles.append(known[name].register_forward_hook(tap, with_kwargs=True))
+    with hooked({known[name]: tap for name, tap in taps.items()}, with_kwargs=True):
         yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def outputs_meant(

@@ -28,6 +28,8 @@ class Settings:
     output_name: str = "y"
     #: Whether results keep what arrived at layers beside its product with the activation.
     multipliers: bool = True
+    #: Whether all slots of a backward pass start alike, where that is known without looking at values.
+    shared_start: bool | None = None
 
 
 @dataclass(frozen=True)

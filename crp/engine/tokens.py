@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from crp.engine.attached import attached
+from crp.engine.attached import put_on
 from crp.layers import looking, modules_of
 
-#: Begin of the name by which embeddings are handed to the model's hooks; no argument has such a name.
-_PREFIX = "embeddings of "
+#: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
+_calls = count()
 
 
 class Embedded(NamedTuple):
@@ -112,7 +113,7 @@ def _layer_of_ids(
         for layer, module in layers.items()
     ]
     try:
-        with looking(), attached(None, model), torch.no_grad():
+        with looking(), put_on(None, model), torch.no_grad():
             by_position = [value for key, value in one.items() if isinstance(key, int)]
             model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
     finally:
@@ -153,21 +154,24 @@ def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded])
     ValueError
         At its end, if the model has not looked the ids up.
     """
-    modules, waiting, used, handles = modules_of(model), {}, set[int | str](), []
+    number = next(_calls)
+    keys = {f"embeddings of {name} in call {number}": name for name in embedded}  # (no argument has such a name)
+    waiting: dict[int | str, tuple[Tensor, Tensor]] = {}
+    modules, used, handles = modules_of(model), set[int | str](), []
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for name in embedded:
-            if f"{_PREFIX}{name}" in kwargs:
-                waiting[name] = args[name] if isinstance(name, int) else kwargs[name], kwargs[f"{_PREFIX}{name}"]
-        return args, {key: value for key, value in kwargs.items() if not key.startswith(_PREFIX)}
+        for key, name in keys.items():
+            if key in kwargs:
+                waiting[name] = args[name] if isinstance(name, int) else kwargs[name], kwargs[key]
+        return args, {key: value for key, value in kwargs.items() if key not in keys}
 
     def give(name: int | str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
-        ids, values = waiting[name]
-        if not _is_same(_given(args, kwargs), ids):
+        ids, values = waiting.get(name, (None, None))
+        if ids is None or values is None or not _is_same(_given(args, kwargs), ids):
             return None
         used.add(name)
         # (as it lies in memory otherwise: a model may ask for views of it)
-        return values.movedim(1, -1).contiguous().view(output.shape)  # type: ignore[no-any-return]
+        return values.movedim(1, -1).contiguous().view(output.shape)
 
     handles.append(model.register_forward_pre_hook(take, with_kwargs=True))
     for name, (layer, _) in embedded.items():
@@ -182,7 +186,7 @@ def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded])
                     )
                 )
     try:
-        yield {f"{_PREFIX}{name}": values for name, (_, values) in embedded.items()}
+        yield {key: embedded[name].values for key, name in keys.items()}
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from crp.devices import send_to
 from crp.rules.base import Term
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
@@ -178,9 +180,23 @@ def _bound(bound: Bound) -> float | Tensor:
     return torch.tensor(bound, dtype=torch.float64) if isinstance(bound, Sequence) else bound
 
 
+#: Bounds where they were needed last, so that they are not copied to a device at each call.
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _placed(bound: Tensor, value: Tensor) -> Tensor:
+    """Bound in the dtype and on the device of a value."""
+    state = (None if bound.is_inference() else bound._version, value.dtype, value.device)
+    known: tuple[object, Tensor] | None = _copies.get(bound)  # type: ignore[no-untyped-call]
+    if known is None or known[0] != state:
+        known = (state, send_to(value.device, bound.detach().to(value.dtype)))
+        _copies[bound] = known
+    return known[1]
+
+
 def _fitted(name: str, bound: float | Tensor, value: Tensor, layer: Layer) -> Tensor:
     """Bound in the shape of the layer's input."""
-    values = torch.as_tensor(bound).to(value.dtype).to(value.device)
+    values = _placed(bound, value) if isinstance(bound, Tensor) else value.new_full((), bound)
     batch = len(values) if values.ndim == value.ndim else 1
     if batch not in (1, len(value)) and (values == values[:1]).all():
         values = values[:1]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch.overrides import handle_torch_function, has_torch_function
 
+from crp.layers.interrupts import atomic
 from crp.rules.functions import Function, _enter
 from crp.trace.recorder import tensors_in
 
@@ -96,7 +97,11 @@ def register_attention(
     return attend
 
 
-@contextmanager
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+@atomic
 def _in_registries() -> Iterator[None]:
     """Registered kernels stand in Hugging Face's registry as what `register_attention` returned."""
     user = object()

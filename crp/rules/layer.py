@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from crp.devices import is_recording
 from crp.rules.functions import Function, _parameters_of, look_up
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
@@ -62,7 +63,7 @@ class _Boosted:
 
 def _split_by_sign(a: Tensor) -> tuple[Tensor, Tensor | None]:
     """Positive and negative part of a layer's input; None where there is no negative part, as behind a ReLU."""
-    if a.numel() == 0 or a.detach().amin() >= 0:
+    if not is_recording() and (a.numel() == 0 or a.detach().amin() >= 0):
         return a, None
     positive_part, negative_part = cast(tuple[Tensor, Tensor], _SplitBySign.apply(a))
     return positive_part, negative_part

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crp.layers import _active, uncompiled, unwrap
+from crp.layers.interrupts import atomic
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 from crp.trace.state import Snapshot, _version_of, undisturbed
 
@@ -52,6 +53,14 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
     """
     model = unwrap(model)
     recorder = _Recorder(model)
+    with _recording(recorder, model, args, kwargs) as (positional, named):
+        model(*positional, **named)
+    return recorder.trace
+
+
+@atomic
+def _recording(recorder: _Recorder, model: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], Any]]:
+    """Context in which a recorder sees all that a model does; yields copies of what the model is called with."""
     token = _active.set(recorder)
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
@@ -65,10 +74,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
                 recorder.keep(tensor, Node("input", "input", None, [], origins=frozenset([number])))
             stack.enter_context(recorder.hooks(model))
             stack.enter_context(recorder)
-            model(*positional, **named)
+            yield positional, named
     finally:
         _active.reset(token)
-    return recorder.trace
 
 
 #: Functions whose result does not depend on the values of their operands, or not differentiably.
@@ -187,7 +195,7 @@ class _Recorder(TorchFunctionMode):
         items = tuple(self._recordable(item) for item in value)
         return items if len(items) <= _LONGEST or any(isinstance(item, Operand) for item in items) else ...
 
-    @contextlib.contextmanager
+    @atomic
     def hooks(self, model: nn.Module) -> Iterator[None]:
         """Hooks on all modules, around the hooks of others, so that what these change counts as done by the module."""
         counts: dict[str, int] = {}

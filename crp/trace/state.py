@@ -10,7 +10,6 @@ import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from sys import stdlib_module_names
@@ -22,13 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from crp.layers.interrupts import atomic
+
 #: Types without state that a forward pass could change.
 _CONSTANT = (int, float, str, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, partial)
 #: Integer types by size, to compare bits: NaN then equals NaN, and 0 differs from -0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@contextmanager
+@atomic
 def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) -> Iterator[Snapshot]:
     """Context that leaves a model, what it is called with, and random generators as they were, bit for bit.
 

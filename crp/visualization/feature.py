@@ -279,5 +279,6 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 folders.write_size(results.PATH, results.SAMPLE_SIZE)
             layers = table.layers if best.mode in table.modes else ()
             names[f"{key}_max"] = [folders.max_prefix(best.PATH, layer) for layer in layers]
-            names[f"{key}_stats"] = [folders.stats_prefix(stats.PATH, layer, t) for layer in layers for t in targets]
+            of_layers = [folders.stats_prefixes(stats.PATH, layer, targets) for layer in layers]
+            names[f"{key}_stats"] = [name for names_of_layer in of_layers for name in names_of_layer]
         return names

@@ -185,13 +185,19 @@ def _tensors_of(concept: Concept) -> list[Tensor]:
 
 def _states(tensors: Iterable[Tensor]) -> list[tuple[int, int, float]]:
     """What changes when a tensor is replaced or written to."""
-    return [(tensor.data_ptr(), tensor._version, _glimpse(tensor)) for tensor in tensors]
+    known = list(tensors)
+    glimpses: dict[torch.device, list[Tensor]] = {}
+    for tensor in known:
+        glimpses.setdefault(tensor.device, []).append(_glimpse(tensor))
+    # The host waits for a device once, and not for each tensor.
+    sums = {device: iter(torch.stack(of_device).tolist()) for device, of_device in glimpses.items()}
+    return [(tensor.data_ptr(), tensor._version, next(sums[tensor.device])) for tensor in known]
 
 
-def _glimpse(tensor: Tensor) -> float:
+def _glimpse(tensor: Tensor) -> Tensor:
     """Sum of about a thousand entries, to notice writes through ``.data``, which no version counts."""
     flat = tensor.detach().reshape(-1)
-    return float(flat[:: max(1, len(flat) // 1024)].sum(dtype=torch.float64))
+    return flat[:: max(1, len(flat) // 1024)].sum(dtype=torch.float64)
 
 
 def stacked(samples: Sequence[Tensor], indices: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ from zennit.core import Composite
 from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.concepts.reading import activation_sums
-from crp.engine.attached import attached, check_composite
+from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.layers import unwrap
@@ -304,7 +304,7 @@ def maximize(
     decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
     scores: list[Tensor] = []
 
-    with attached(composite, model) as modified, torch.enable_grad():
+    with put_on(composite, model) as modified, torch.enable_grad():
         rate = partial(_rate, modified, objective, composite)
 
         def loss(offset: list[int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from mining_cases import files_of
+from mining_cases import files_of, shards_of
 from PIL import Image
 from torch import nn
 
@@ -109,6 +110,32 @@ def test_the_command_mines_what_the_function_mines(here: Path) -> None:
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-6)
 
 
+def test_a_run_goes_on_with_nothing_but_the_folder(here: Path) -> None:
+    options = ["--targets", "top-2", "--set", "epsilon=0.01", "--modes", "relevance", "--storage", "float16"]
+    assert mined("whole", *options).exit_code == 0
+    assert mined("out", *options, "--stop", "4").output.endswith("incomplete: 8 samples are missing\n")
+    result = crp("mine", "--out", "out", "--quiet")
+    assert (result.exit_code, result.output) == (0, "12 of 12 samples, 24 rows; complete\n"), result.output
+    assert files_of(here / "out") == files_of(here / "whole")
+    assert "was mined with another composite" in crp("mine", "--out", "out", "--set", "epsilon=0.5").output
+    none = crp("mine", "--out", "none", "--layers", "1")
+    assert (none.exit_code, none.output) == (
+        1,
+        "Error: --model, --data must be given: none holds no table that says it\n",
+    )
+
+
+def test_status_says_what_a_table_is(here: Path) -> None:
+    assert mined("out", "--set", "epsilon=0.01", "--stop", "4").exit_code == 0
+    told = crp("status", "out").output
+    assert "model      words:net\ndataset    words:rows\ncomposite  epsilon_plus(epsilon=0.01" in told
+    assert "targets    label; preprocessing: none\n" in told
+    result = crp("status", "out", "--json", "--verify")
+    facts = json.loads(result.output)
+    assert result.exit_code == 1 and facts["missing"] == [[4, 12]] and facts["damaged"] == [] and not facts["complete"]
+    assert facts["layers"] == {"1": 4} and facts["recipe"]["command"]["model"] == "words:net"
+
+
 def test_parts_and_their_merge_equal_the_whole(here: Path) -> None:
     assert mined("whole").exit_code == 0
     first = mined("parts", "--shard", "1/2")
@@ -149,7 +176,7 @@ def test_torchrun_whose_rank_is_killed_goes_on(here: Path) -> None:
     assert process.returncode == 0, errors
     assert "exitcode: -9" in errors.replace("exitcode  :", "exitcode:")
     Table.open("out").clean()
-    assert files_of(here / "out") == files_of(here / "whole")
+    assert shards_of(files_of(here / "out")) == shards_of(files_of(here / "whole"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -171,7 +198,7 @@ def test_an_interruption_keeps_whole_shards_and_says_how_to_go_on(here: Path, nu
     assert left and left[0][0] >= 2
     assert crp("mine", *NET, *SLOW, "--out", "out").exit_code == 0
     mined("whole")
-    assert files_of(here / "out") == files_of(here / "whole")
+    assert shards_of(files_of(here / "out")) == shards_of(files_of(here / "whole"))
 
 
 def wait_for_shards(path: Path) -> None:
@@ -324,6 +351,29 @@ def test_a_folder_of_class_folders(folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(CommandError, match="holds no pictures"):
         load_source(folder / "empty", [], loaded([]), by_label=False)
+
+
+def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> None:
+    code = (
+        "def six(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 6))\n"
+    )
+    (here / "words.py").write_text(MODULE + code)
+    options = ["--model", "words:six", "--data", folder, "--size", "8", "--layers", "0", "--out", "out", "--quiet"]
+    result = crp("mine", *options)
+    assert result.exit_code == 1 and "has 3 class folders and the model 6 outputs: say by --classes" in result.output
+    assert not (here / "out").exists()
+    (here / "names").write_text("a\nb\nc\n")
+    result = crp("mine", *options, "--classes", here / "names")
+    assert result.exit_code == 1 and "there are 3 names of classes, and the model has 6 outputs" in result.output
+    (here / "names").write_text("x\na\ny\nc\nb\nz\n")
+    assert crp("mine", *options, "--classes", here / "names").exit_code == 0
+    table = Table.open("out")
+    assert table.rows().target.tolist() == [1, 4, 3]
+    assert table.samples().source == ["a/1.png", "b/1.png", "c/d/1.png"]
+    recipe = table.header.recipe
+    assert recipe["class_names"] == ["x", "a", "y", "c", "b", "z"]
+    assert recipe["dataset"]["named"] == str(folder.resolve()) and recipe["command"]["classes"] == str(here / "names")
+    assert crp("mine", *options, "--targets", "prediction", "--overwrite").exit_code == 0
 
 
 def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Path, tmp_path: Path) -> None:

@@ -155,3 +155,56 @@ def test_mining(net: str, tmp_path: Path) -> None:
             assert alone.mean() > 0.25
             np.testing.assert_array_equal(other.sample[alone], one.sample[alone])
             np.testing.assert_array_equal(other.position[alone], one.position[alone])
+
+
+@pytest.mark.parametrize("net", ["vgg11_bn", "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "excitation_backprop"])  # (starts from 1 / y)
+def test_replays(net: str, preset: str) -> None:
+    """A CUDA graph gives what the computation gives, for other data, targets and weights."""
+    model = pair(net)[1]
+    attribution, plain, rules = CondAttribution(model), CondAttribution(model), PRESETS[preset]()
+    plain.replay = False
+    generator = torch.Generator().manual_seed(0)
+    data, layer = NETS[net].images(2).to(DEVICE), NETS[net].middle
+    for number in range(7):
+        if number == 5:
+            with torch.no_grad():
+                next(model.parameters()).mul_(1.25)
+        images = data + torch.randn(data.shape, generator=generator, dtype=data.dtype).to(DEVICE)
+        conditions = [{"y": [number]}, {"y": [2 * number]}]
+        found, exact = (each(images, conditions, rules, [layer]) for each in (attribution, plain))
+        assert deviation(found.heatmap, exact.heatmap) <= 1e-9
+        assert deviation(found.relevances[layer], exact.relevances[layer]) <= 1e-9
+    with torch.no_grad():
+        next(model.parameters()).div_(1.25)
+    assert attribution._replayed.replays.replayed == 2
+
+
+def test_replays_of_concepts() -> None:
+    model, layer = pair("resnet18")[1], "layer3.1.conv1"
+    attribution, plain, rules = CondAttribution(model), CondAttribution(model), composites.EpsilonPlusFlat()
+    plain.replay = False
+    data = NETS["resnet18"].images().to(DEVICE)
+    conditions = [{"y": [1], layer: [channel]} for channel in range(64)]
+    maps = [
+        torch.cat([part.heatmap for part in each.generate(data, conditions, rules, batch_size=8, verbose=False)])
+        for each in (attribution, plain)
+    ]
+    assert deviation(*maps) <= 1e-9
+    assert attribution._replayed.replays.replayed == 8 - 3
+
+
+@pytest.mark.parametrize("net", ["vgg11_bn", "resnet18"])
+def test_attributions_wait_for_nothing(net: str) -> None:
+    """From the forward pass to the heatmap, without and with replay, where no rule looks at signs of the input."""
+    model, data = pair(net)[1], NETS[net].images(2).to(DEVICE)
+    for preset in ("epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat"):
+        attribution, rules = CondAttribution(model), PRESETS[preset]()
+        for number in range(6):
+            torch.cuda.synchronize()
+            if number in (1, 5):  # (once computed, and once replayed)
+                with no_waiting():
+                    attribution(data, [{"y": [number]}], rules)
+            else:
+                attribution(data, [{"y": [number]}], rules)
+        assert attribution._replayed.replays.replayed == 3

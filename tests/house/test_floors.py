@@ -13,7 +13,7 @@ from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, 
 
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
-    ["types", "outputs", "layers", "notices", "errors", "checks", "trace", "concepts", "image"],
+    ["types", "outputs", "layers", "devices", "notices", "errors", "checks", "trace", "concepts", "image"],
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
@@ -29,30 +29,34 @@ IMPORT_NAMES = FLOORS[7]
 
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
-    "attribution": 370,
-    "attributors": 2600,
-    "audit": 1290,
+    "attribution": 380,
+    # (targets at positions of a text)
+    "attributors": 2650,
+    "audit": 1490,
     "canonizers": 800,
-    "commands": 1050,
+    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
+    "commands": 1180,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
-    "composites": 3580,
+    "composites": 3600,
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 890,
-    "engine": 1990,
-    "explain": 160,
+    # (replayed calls; token ids, whose embeddings take the place of what a model looks up)
+    "engine": 3200,
+    "devices": 50,
+    "explain": 180,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 270,
-    "outputs": 110,
+    "layers": 490,
+    "outputs": 150,
     "metrics": 810,
-    "rules": 5300,
+    "rules": 5320,
     "trace": 1370,
     "types": 150,
     "visualization": 2160,
     # (what a table says in words, which dataset it is of, and the columns about samples)
-    "visualization.mining": 2070,
+    "visualization.mining": 2560,
     "visualization.report": 600,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples)
@@ -61,7 +65,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 590
+PUBLIC_NAMES = 620
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -98,7 +102,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 80
+    assert sum(map(len, arrows().values())) <= 83
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

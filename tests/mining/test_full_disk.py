@@ -83,8 +83,9 @@ def check_every_call(
 def test_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, reference: Path) -> None:
     data = Data(9)
     left = check_every_call(tmp_path, monkeypatch, call, lambda path: run(path, data, **SETTINGS), reference)
-    assert left == sorted(left) and left[0] == 0
-    assert left[-1] == 0 if call == "mkdir" else set(left) >= {0, 1, 2}
+    # (Shards are written beside each other: which call is the n-th, and what else is on its way, may differ.)
+    assert left[0] == 0
+    assert left[-1] == 0 if call == "mkdir" else max(left) >= 2
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -96,8 +97,8 @@ def test_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, re
             run(path, data, part=(number, 2), **SETTINGS)
 
     left = check_every_call(tmp_path, monkeypatch, call, parts, reference)
-    assert left == sorted(left) and left[0] == 0
-    assert call == "mkdir" or set(left) >= {0, 1, 2, 3}
+    assert left[0] == 0
+    assert call == "mkdir" or max(left) == 3
 
 
 @pytest.mark.parametrize("call", CALLS)

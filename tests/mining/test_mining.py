@@ -23,8 +23,8 @@ from zennit.rules import Epsilon, ZPlus
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept
-from crp.visualization.mining import batches as scoring
-from crp.visualization.mining import rows as writing
+from crp.visualization.mining import rows as shard_rows
+from crp.visualization.mining import writing
 from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.job import prepare
 from crp.visualization.mining.run import SampleError, mine_shard
@@ -149,7 +149,7 @@ def test_labels_that_are_no_class(label: Any) -> None:
         to_targets(label, None, True)
 
 
-def test_preprocess_gets_one_sample_at_a_time(tmp_path: Path) -> None:
+def test_preprocess_that_needs_one_sample_at_a_time(tmp_path: Path) -> None:
     shapes = []
 
     def by_maximum(x: Tensor) -> Tensor:
@@ -158,10 +158,12 @@ def test_preprocess_gets_one_sample_at_a_time(tmp_path: Path) -> None:
 
     prepared = Data()
     prepared.images = prepared.images / prepared.images.abs().amax((1, 2, 3), keepdim=True)
-    table = run(tmp_path / "a", Data(), preprocess=by_maximum, fingerprints={"preprocess": "by maximum"})
+    with pytest.warns(UserWarning, match="preprocess 'by_maximum' gives other numbers for a batch"):
+        table = run(tmp_path / "a", Data(), preprocess=by_maximum, fingerprints={"preprocess": "by maximum"})
     assert table.fingerprints["preprocess"] == "by maximum"
     same_rows(table, run(tmp_path / "b", prepared))
-    assert set(shapes) == {(1, 1, 6, 6)}
+    assert {shape[1:] for shape in shapes} == {(1, 6, 6)}
+    assert sum(shape[0] > 1 for shape in shapes) == 2  # (one batch, and one of other scales, decided)
 
 
 class Half(Concept):
@@ -395,14 +397,14 @@ def test_a_damaged_or_missing_shard_is_mined_again(tmp_path: Path) -> None:
 def test_full_shards_are_closed_and_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = run(tmp_path / "reference", Data(40), shard_size=32)
     sizes = []
-    write = writing.write_shard
+    write = shard_rows.write_shard
 
     def counted(*args: Any) -> Any:
         sizes.append(sum(array.nbytes for array in args[4].values()))
         return write(*args)
 
-    monkeypatch.setattr(writing, "write_shard", counted)
-    monkeypatch.setattr(scoring, "SHARD_BYTES", 4500)
+    monkeypatch.setattr(shard_rows, "write_shard", counted)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4500)
     table = run(tmp_path / "small", Data(40), shard_size=32)
     assert [(s.start, s.stop) for s in table.shards] == [(0, 12), (12, 24), (24, 32), (32, 40)]
     assert max(sizes) < 2 * 4500

@@ -348,7 +348,7 @@ class SlowReference:
         gate, m = below.sigmoid(), m.reshape(signal.shape)
         if self.method.gates == "signal":
             return [torch.cat([m * gate, torch.zeros_like(m)], 1)]
-        return [torch.cat([m * gate / 2, m * signal * gate / 2 / below], 1)]
+        return [torch.cat([m * gate / 2, torch.where(below == 0, 0.0, m * signal * gate / 2 / below)], 1)]
 
     def _quotient(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
         return [_summed(m.reshape(self.values[k + 1].shape) / b, a.shape), None]

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crp.concepts import ChannelConcept, Concept, check_concept
-from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.engine.backward import lacks_memory
 from crp.errors import ConceptError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.job import Job
+from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
-from crp.visualization.mining.targets import (
-    attribute_targets,
-    calls_itself,
-    choose_targets,
-    keeps_graph,
-    record_activations,
-    to_targets,
-    top_class,
-)
+from crp.visualization.mining.scores import Unit, UnitScores, score_unit
+from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
+from crp.visualization.mining.transfers import Transfers
+from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
 
 T = TypeVar("T")
-#: Samples, as places in a batch, each with its targets: equally many for every sample.
-Unit = list[tuple[int, list[int]]]
-#: Bytes of scores after which a shard is closed.
-SHARD_BYTES = 128 << 20
 
 
 def mine_ranges(
@@ -51,16 +41,28 @@ def mine_ranges(
     make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
     loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
-    shard = None
-    limit = _MemoryLimit(job.options.batch_size)
-    for (begin, end, is_last), samples in zip(batches, loaded, strict=True):
-        shard = shard or ShardRows(begin)
-        _Batch(job, samples, limit).score(shard)
-        if progress is not None:
-            progress(end - begin)
-        if is_last or shard.n_bytes >= SHARD_BYTES:
-            yield shard.write(folder, job.header.identity, end, job.dataset, job.header.storage)
-            shard = None
+    state = _MiningState(_MemoryLimit(job.options.batch_size), Transfers(job.device), _preparation(job))
+    with ShardWriter() as writer:
+        shards = Shards(writer, job, folder, progress)
+        begun: deque[tuple[int, int, bool, Callable[[ShardRows], None]]] = deque()
+        for (begin, end, is_last), samples in zip(batches, loaded, strict=True):
+            batch = _Batch(job, samples, state)
+            try:
+                batch.begin()
+            except Exception:
+                while begun:  # (what was computed before is kept)
+                    yield from shards.add(*begun.popleft())
+                raise
+            begun.append((begin, end, is_last, batch.finish))
+            if len(begun) > state.transfers.batches_ahead:
+                yield from shards.add(*begun.popleft())
+        while begun:
+            yield from shards.add(*begun.popleft())
+        yield from writer.written(wait=True)
+
+
+def _preparation(job: Job) -> Preparation | None:
+    return None if job.options.preprocess is None else Preparation(job.options.preprocess)
 
 
 def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
@@ -90,28 +92,61 @@ class _MemoryLimit:
     works: bool = False
 
 
-class _Batch:
-    """Samples of one batch, which are prepared, attributed and scored; those with problems are left out."""
+@dataclass(frozen=True)
+class _MiningState:
+    """What all batches share."""
 
-    def __init__(self, job: Job, samples: Sequence[Sample], limit: _MemoryLimit) -> None:
+    limit: _MemoryLimit
+    transfers: Transfers
+    preparation: Preparation | None
+
+
+class _NotFiniteError(Exception):
+    """An error of a batch in which data is not finite, and which says nothing about the other samples."""
+
+
+@dataclass
+class _Group:
+    """Samples of one shape: their data on the device, whether it is finite, and their scores on the way to the host."""
+
+    indices: list[int]
+    data: Tensor
+    finite: Tensor
+    scores: list[UnitScores]
+
+
+class _Batch:
+    """Samples of one batch, which are prepared, attributed and scored; those with problems are left out.
+
+    `begin` gives all work to the device; `finish` waits for it.
+    """
+
+    def __init__(self, job: Job, samples: Sequence[Sample], state: _MiningState) -> None:
         self._job = job
         self._samples = samples
-        self._limit = limit
+        self._state = state
         self._problems: dict[int, str] = {}
+        self._targets: dict[int, list[int]] = {}
+        self._groups: list[_Group] = []
 
-    def score(self, shard: ShardRows) -> None:
-        """Add the rows of the batch to a shard."""
+    def begin(self) -> None:
+        """Have the batch attributed and scored."""
         by_label = self._job.targets == "label"
-        targets = self._get_targets() if by_label else {i: [0] for i in self._get_readable()}
-        parts = []
-        for indices, data in self._get_data([sample for sample in self._samples if targets.get(sample.id)]):
-            if not by_label:
-                targets |= self._choose(indices, data)
-            units = self._get_units([targets[index] for index in indices])
-            first = not self._limit.works
-            parts += self._in_parts(units, indices, partial(_get_scores, self._job, data, indices, first))
+        self._targets = self._get_targets() if by_label else {i: [0] for i in self._get_readable()}
+        for indices, data in self._get_data([sample for sample in self._samples if self._targets.get(sample.id)]):
+            finite = torch.isfinite(data).flatten(1).all(1)
+            try:
+                group = _Group(indices, data, finite, self._attribute(indices, data, finite))
+            except _NotFiniteError:
+                indices, data = self._only_finite(indices, data, finite.cpu().numpy())
+                group = _Group(indices, data, finite, self._attribute(indices, data, None))
+            self._groups.append(group)
+
+    def finish(self, shard: ShardRows) -> None:
+        """Add the rows of the batch to a shard."""
+        parts = [arrays for group in self._groups for arrays in self._get_arrays(group)]
+        self._groups.clear()
         if parts:
-            self._limit.works = True
             arrays = {key: _joined([part[key] for part in parts]) for key in parts[0]}
             self._drop_not_finite(arrays)
             order = np.lexsort((arrays["target"], arrays["sample"]))
@@ -120,6 +155,34 @@ class _Batch:
                 arrays = {key: array[keep] for key, array in arrays.items()}
             shard.extend(arrays, self._samples)
         shard.skipped.update(self._problems)
+
+    def _attribute(self, indices: list[int], data: Tensor, finite: Tensor | None) -> list[UnitScores]:
+        """Scores of samples of one shape, in units; in another attempt, ``finite`` is None: they are known to be."""
+        if not indices:
+            return []
+        if self._job.targets != "label":
+            self._targets |= self._choose(indices, data, finite)
+        units = self._get_units([self._targets[index] for index in indices])
+        first = not self._state.limit.works
+        compute = partial(score_unit, self._job, self._state.transfers, data, indices, finite=finite, check=first)
+        scores = self._in_parts(units, indices, partial(_blame_data, compute, finite))
+        self._state.limit.works |= bool(scores)
+        return scores
+
+    def _get_arrays(self, group: _Group) -> list[dict[str, Array]]:
+        found = [scores.arrays() for scores in group.scores]
+        finite = next((flags for _, flags in found if flags is not None), None)
+        if finite is not None and not finite.all():
+            indices, data = self._only_finite(group.indices, group.data, finite)
+            found = [scores.arrays() for scores in self._attribute(indices, data, None)]
+        return [arrays for arrays, _ in found]
+
+    def _only_finite(self, indices: list[int], data: Tensor, finite: Array) -> tuple[list[int], Tensor]:
+        """The samples whose data is finite; the others are skipped."""
+        for index in np.array(indices)[~finite].tolist():
+            self._problems[index] = "its data is not finite"
+        places = np.flatnonzero(finite).tolist()
+        return [indices[place] for place in places], data[places]
 
     def _drop(self, index: int, reason: str, error: Exception | None = None) -> None:
         """Note why a sample is skipped, or raise, as ``on_error`` says."""
@@ -145,7 +208,7 @@ class _Batch:
                 self._drop(index, Problem.of(error).reason, error)
         return found
 
-    def _choose(self, indices: list[int], data: Tensor) -> dict[int, list[int]]:
+    def _choose(self, indices: list[int], data: Tensor, finite: Tensor | None) -> dict[int, list[int]]:
         """Targets of samples where they are not taken from the labels."""
 
         def chosen(unit: Unit) -> list[tuple[int, list[int]]]:
@@ -153,46 +216,52 @@ class _Batch:
             found = choose_targets(self._job.targets, self._job.attribution, data[places])
             return [(indices[place], targets) for place, targets in zip(places, found, strict=True)]
 
-        parts = self._in_parts(self._get_units([[-1]] * len(indices)), indices, chosen)
+        parts = self._in_parts(self._get_units([[-1]] * len(indices)), indices, partial(_blame_data, chosen, finite))
         found: dict[int, list[int]] = {index: [] for index in indices}
         return found | dict(pair for part in parts for pair in part)
 
     def _get_data(self, samples: Sequence[Sample]) -> list[tuple[list[int], Tensor]]:
         """Indices and prepared data of the sound samples, grouped by shape."""
-        preprocess, like = self._job.options.preprocess, (self._job.shape, self._job.dtype)
-        groups: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
-        for index, data in ((sample.id, sample.data) for sample in samples):
+        alike: dict[tuple[object, ...], list[Sample]] = {}
+        for sample in samples:
+            alike.setdefault((sample.data.shape, sample.data.dtype, sample.data.device), []).append(sample)
+        ready = [prepared for of_shape in alike.values() for prepared in self._prepare(of_shape)]
+        groups: dict[tuple[int, ...], list[tuple[list[int], Tensor]]] = {}
+        for indices, data in ready:
+            reason = self._misfit(tuple(data.shape[1:]), data.dtype)
+            if reason is None:
+                groups.setdefault(tuple(data.shape[1:]), []).append((indices, data))
+            for index in indices if reason is not None else ():
+                self._drop(index, reason or "")
+        return [_in_order(group) for group in groups.values()]
+
+    def _prepare(self, samples: list[Sample]) -> list[tuple[list[int], Tensor]]:
+        """Samples of one shape as the model gets them: all at once, or each by itself."""
+        indices, preparation = [sample.id for sample in samples], self._state.preparation
+        batch = self._state.transfers.send([sample.data for sample in samples])
+        together = batch if preparation is None else preparation.batch(batch)
+        if preparation is None or together is not None:
+            return [(indices, batch if together is None else together)]
+        ready = []
+        for index, data in zip(indices, batch, strict=True):
             try:
-                one = data[None] if preprocess is None else preprocess(data[None].to(self._job.device))
+                ready.append(([index], preparation.one(data[None])))
             except Exception as error:
                 self._drop(index, Problem.of(error, "preprocess: ").reason, error)
-                continue
-            shape = tuple(one.shape[1:])
-            if (shape if like[0] is not None else None, one.dtype) != like:
-                reason = f"its shape is {shape}, {one.dtype}; that of the first sample is {like[0] or 'any'}, {like[1]}"
-                if one.dtype == like[1]:
-                    reason += "; mixed_shapes=True (--mixed-shapes) mines them, too"
-                self._drop(index, reason)
-                continue
-            indices, ready = groups.setdefault(shape, ([], []))
-            indices.append(index)
-            ready.append(one)
-        return [self._get_finite(*group) for group in groups.values()]
+        return ready
 
-    def _get_finite(self, indices: list[int], ready: list[Tensor]) -> tuple[list[int], Tensor]:
-        batch = torch.cat(ready).to(self._job.device)
-        finite = torch.isfinite(batch).flatten(1).all(1).tolist()
-        for index, is_finite in zip(indices, finite, strict=True):
-            if not is_finite:
-                self._problems[index] = "its data is not finite"
-        if not all(finite):
-            batch = batch[torch.tensor(finite, device=batch.device)]
-        return [index for index in indices if index not in self._problems], batch
+    def _misfit(self, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        """Why prepared data does not fit to that of the first sample; None if it does."""
+        shape_asked, dtype_asked = self._job.shape, self._job.dtype
+        if dtype == dtype_asked and shape_asked in (None, shape):
+            return None
+        reason = f"its shape is {shape}, {dtype}; that of the first sample is {shape_asked or 'any'}, {dtype_asked}"
+        return reason + ("; mixed_shapes=True (--mixed-shapes) mines them, too" if dtype == dtype_asked else "")
 
     def _get_units(self, targets: list[list[int]]) -> list[Unit]:
         """Units, each attributed in one call: samples with equally many targets share a forward pass."""
         units: list[Unit] = []
-        keeps, size = keeps_graph(self._job.composite), self._limit.rows
+        keeps, size = keeps_graph(self._job.composite), self._state.limit.rows
         for n in sorted({len(of_sample) for of_sample in targets} - {0}):
             alike = [place for place, of_sample in enumerate(targets) if len(of_sample) == n]
             # A graph that is kept serves one target after the other: memory holds the samples. Else it holds all rows.
@@ -215,7 +284,7 @@ class _Batch:
             try:
                 parts.append(compute(unit))
                 continue
-            except ConceptError:  # (no sample's fault)
+            except (_NotFiniteError, ConceptError):  # (no sample's fault, or known whose)
                 raise
             except Exception as error:
                 if n_rows == 1:
@@ -228,10 +297,10 @@ class _Batch:
             todo += halves[::-1]
             if is_memory:
                 held = len(halves[1]) if keeps_graph(self._job.composite) else sum(len(t) for _, t in halves[1])
-                self._limit.rows = min(self._limit.rows, held)
+                self._state.limit.rows = min(self._state.limit.rows, held)
                 torch.cuda.empty_cache()
         failures.sort(key=operator.itemgetter(0, 1))
-        if not parts and not self._limit.works and len({place for place, _, _ in failures}) > 1:
+        if not parts and not self._state.limit.works and len({place for place, _, _ in failures}) > 1:
             raise failures[0][2]  # nothing ever worked: it is not about one sample
         if reasons and not failures:
             warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
@@ -256,73 +325,27 @@ def _halved(unit: Unit) -> tuple[Unit, Unit]:
     return [(place, targets[: len(targets) // 2])], [(place, targets[len(targets) // 2 :])]
 
 
-def _get_scores(job: Job, data: Tensor, indices: list[int], check: bool, unit: Unit) -> dict[str, Array]:
-    """Columns of a unit's rows, ordered by target: first the first target of every sample, then the second, ...
-
-    With ``check``, concepts that contradict themselves are an error.
-    """
-    places = [place for place, _ in unit]
-    batch = data if places == list(range(len(data))) else data[places]
-    # A sample without a label has target -1, and activations do not depend on the target.
-    targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
-    slots = np.array([of_sample for _, of_sample in unit], np.int64).T
-    found: dict[str, list[Array]] = {}
-    for number, (recorded, output) in enumerate(_get_recorded(job, batch, targets)):
-        if not number:
-            found["prediction"], found["probability"] = ([column] for column in top_class(output, len(batch)))
-        for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
-            if layer not in recorded[mode]:
-                raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds, check)
-            for key, column in columns.items():
-                found.setdefault(key, []).append(column)
-    arrays = {key: _joined(columns) for key, columns in found.items()}
-    for key, array in arrays.items():
-        if not key.startswith("relevance.") and len(slots) > 1:
-            arrays[key] = np.concatenate([array] * len(slots))
-    sample = np.array([indices[place] for place in places], np.int64)
-    return {"sample": np.tile(sample, len(slots)), "target": slots.reshape(-1)} | arrays
+def _blame_data(compute: Callable[[Unit], T], finite: Tensor | None, unit: Unit) -> T:
+    """Result for a unit; an error where data is not finite is a `_NotFiniteError`."""
+    try:
+        return compute(unit)
+    except ConceptError:
+        raise
+    except Exception as error:
+        if finite is not None and not finite.all():
+            raise _NotFiniteError from error
+        raise
 
 
-def _get_recorded(
-    job: Job, batch: Tensor, targets: list[list[int]]
-) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor | LayerValues]], Any]]:
-    """Relevance of layers, one target after the other; the first also comes with their activation, and the output."""
-    layers, device = list(job.concepts), job.options.on_device
-    if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        found, output = record_activations(job.attribution, batch, job.composite, layers, device)
-        yield {"activation": found}, output
-        return
-    reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
-    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
-    for number, result in enumerate(results):
-        activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
-        relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
-        yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction
+def _in_order(parts: list[tuple[list[int], Tensor]]) -> tuple[list[int], Tensor]:
+    """Samples of several parts as one, in the order of the dataset."""
+    if len(parts) == 1:
+        return parts[0]
+    indices = np.array([index for part, _ in parts for index in part])
+    order, data = np.argsort(indices), torch.cat([part for _, part in parts])
+    is_sorted = np.array_equal(order, np.arange(len(order)))
+    return indices[order].tolist(), data if is_sorted else data[order.tolist()]
 
 
 def _joined(arrays: list[Array]) -> Array:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-@torch.no_grad()
-def _get_columns(
-    concept: Concept, values: Tensor | LayerValues, layer: str, mode: str, kinds: Sequence[str], check: bool
-) -> dict[str, Array]:
-    if isinstance(values, Tensor):
-        n_rows, scores = len(values), activation_scores(concept, values, layer)
-    else:
-        if check:
-            check_concept(concept, values, layer)
-        n_rows, scores = len(values.relevance), relevance_scores(concept, values, layer)
-    columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
-    for kind in kinds:
-        value: Tensor = getattr(scores, kind)
-        if value.dim() != 2 or len(value) != n_rows or not value.shape[1]:
-            raise ValueError(
-                f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
-                "it must be (rows, concepts), with at least one concept"
-            )
-        value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
-        columns |= {f"{mode}.{kind}/{layer}": value, f"{mode}.{kind}_norm/{layer}": value.abs().sum(-1)}
-    return {key: column.cpu().numpy() for key, column in columns.items()}

@@ -80,7 +80,8 @@ class MiningOptions:
         Samples in a file, which is what an interruption can lose; 64 batches by default. A file that reaches 128 MiB
         before is closed earlier, so that memory is bounded.
     preprocess : callable, optional
-        Function of a sample of shape (1, channels, *space), on the device.
+        Function of a sample of shape (1, channels, *space), on the device. It gets a batch of them at once, if the
+        first batch shows that this gives the same numbers; otherwise a warning says so.
     single_targets : callable, optional
         Function of a label that gives its classes, for datasets with several per sample; a sample of none has no rows.
     modes, kinds : sequences of str

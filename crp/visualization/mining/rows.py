@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from crp.visualization.mining.datasets import Sample
-from crp.visualization.mining.marks import plain_label, source_of
+from crp.visualization.mining.marks import Source, plain_label, source_of
 from crp.visualization.table.columns import pack_about
 from crp.visualization.table.contents import ABOUT
 from crp.visualization.table.manifest import Array, ShardRecord
@@ -44,8 +44,14 @@ class ShardRows:
         for sample in samples:
             self._samples[sample.id] = plain_label(sample.label), sample.content, sample.stamp
 
-    def write(self, folder: Path, identity: str, stop: int, dataset: Any, storage: str) -> ShardRecord:
-        """Write the shard, which ends before ``stop``."""
+    def sources(self, dataset: Any) -> dict[int, Source | None]:
+        """File of each sample, where the dataset tells it."""
+        return {index: source_of(dataset, index) for index in self._samples}
+
+    def write(
+        self, folder: Path, identity: str, stop: int, sources: Mapping[int, Source | None], storage: str
+    ) -> ShardRecord:
+        """Write the shard, which ends before ``stop``, in whatever thread: the dataset is not asked."""
         arrays: dict[str, Array] = {}
         # Column after column, so that memory holds the shard once.
         for key in list(self._arrays):
@@ -53,10 +59,10 @@ class ShardRows:
         samples, first = np.unique(arrays["sample"], return_index=True)
         if len(samples):
             labels, content, stamp = zip(*(self._samples[i] for i in samples.tolist()), strict=True)
-            sources = [source_of(dataset, i) for i in samples.tolist()]
+            files = [sources[i] for i in samples.tolist()]
             arrays |= {name: arrays[name][first] for name in ("prediction", "probability")}
             arrays |= {"content": np.array(content, np.int64), "stamp": np.array(stamp, np.int64)}
-            arrays[ABOUT] = pack_about(["" if source is None else source.name for source in sources], labels)
+            arrays[ABOUT] = pack_about(["" if source is None else source.name for source in files], labels)
         return write_shard(folder, identity, self._start, stop, arrays, self.skipped)
 
 

@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import index, itemgetter
+from threading import get_ident
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
-from crp.engine.attached import attached
+from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.settings import Settings
+from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
-from crp.visualization.table.manifest import Array
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -99,7 +99,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         return [list(targets)] * len(data)
     # For "all", only the number of outputs is needed, which one sample tells.
     asked = data[:1] if targets == "all" else data
-    with torch.no_grad(), attached(None, attribution.model) as model:
+    with torch.no_grad(), put_on(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
     if output.dim() != 2 or len(output) != len(asked):
         raise ValueError(
@@ -151,12 +151,15 @@ def record_activations(
         What would be explained; None where the model returns no such tensor.
     """
     returned: list[Any] = []
-    with attached(composite, attribution.model) as model:
-        handle = model.register_forward_hook(lambda module, args, output: returned.append(output))
-        try:
+    with put_on(composite, attribution.model) as model:
+        thread = get_ident()
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if get_ident() == thread:
+                returned.append(output)
+
+        with hooked({model: keep}):
             found = record_outputs(model, data, layers)
-        finally:
-            handle.remove()
     output = None
     with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
         output = attribution.select_output(returned[-1])
@@ -164,7 +167,7 @@ def record_activations(
 
 
 @torch.no_grad()
-def top_class(output: Any, n_samples: int) -> tuple[Array, Array]:
+def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
     """Predicted class of every sample, and its probability.
 
     Parameters
@@ -175,20 +178,20 @@ def top_class(output: Any, n_samples: int) -> tuple[Array, Array]:
 
     Returns
     -------
-    prediction : array of shape (samples,)
+    prediction : Tensor of shape (samples,)
         Of equal outputs, the smaller class (int64); -1 where the output is no such tensor.
-    probability : array of shape (samples,)
+    probability : Tensor of shape (samples,)
         As float32.
     """
     is_scores = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
     if not is_scores or len(output) < n_samples or output.shape[1] < 2:
-        return np.full(n_samples, -1, np.int64), np.zeros(n_samples, np.float32)
+        return torch.full((n_samples,), -1), torch.zeros(n_samples, dtype=torch.float32)
     output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
     shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
     scores = torch.where(shares[:, None], output, output.softmax(1))
     value, order = torch.sort(scores, dim=1, descending=True, stable=True)
     probability = value[:, 0].nan_to_num(0).clamp(0, 1).float()
-    return order[:, 0].cpu().numpy(), probability.cpu().numpy()
+    return order[:, 0], probability
 
 
 def attribute_targets(

@@ -1,6 +1,6 @@
-"""The page on which a table is looked at."""
+"""The concept atlas: pages on which a mined table is looked at."""
 
-from crp.visualization.report.page import Finding
-from crp.visualization.report.write import make_tile, write_report
+from crp.visualization.report.options import Finding, make_tile
+from crp.visualization.report.write import write_report
 
 __all__ = ["Finding", "make_tile", "write_report"]

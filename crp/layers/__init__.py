@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from crp.layers.interrupts import atomic
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
@@ -54,7 +57,7 @@ class Followed(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
 
-@contextmanager
+@atomic
 def put_behind(model: nn.Module, layer: str, make: Callable[[nn.Module], Followed]) -> Iterator[Followed]:
     """Replace a layer by itself and what follows, inside of the context."""
     inner = find_layers(model, [layer])[layer]
@@ -117,7 +120,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for module, name in names.items()}
 
 
-@contextmanager
+@atomic
 def uncompiled(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[None]:
     """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
     modules = modules_of(model).values() if modules is None else modules
@@ -136,7 +139,21 @@ def uncompiled(model: nn.Module, modules: Collection[nn.Module] | None = None) -
             vars(wrapper)["forward"] = forward
 
 
-@contextmanager
+@atomic
+def evaluating(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[list[nn.Module]]:
+    """Run a model in evaluation mode; yields the modules that were in training mode, and are again afterwards."""
+    modules = modules_of(model).values() if modules is None else modules
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield training
+    finally:
+        for module in training:
+            module.training = True
+
+
+@atomic
 def without_parameter_gradients(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[None]:
     """Keep a model's parameters outside autograd."""
     modules = modules_of(model).values() if modules is None else modules
@@ -192,7 +209,7 @@ class LayerNotFoundError(KeyError, ValueError):
 
 
 def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: Iterable[str]) -> dict[str, torch.Size]:
-    """Output shape of each layer, without the batch axis, from one forward pass.
+    """Output shape of each layer, without the batch axis, from one forward pass in evaluation mode.
 
     Parameters
     ----------
@@ -211,21 +228,33 @@ def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: It
         If a layer is not in the model.
     """
     shapes: dict[str, torch.Size] = {}
-    handles = []
+    thread = get_ident()
 
     def keep(name: str, output: object) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and get_ident() == thread:
             shapes[name] = output.shape[1:]
 
+    hooks = {
+        module: lambda _m, _i, out, name=name: keep(name, out)
+        for name, module in find_layers(model, record_layers, "record_layer").items()
+    }
+    with evaluating(model), hooked(hooks), torch.no_grad():
+        model(single_sample)
+    return shapes
+
+
+@atomic
+def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], **options: Any) -> Iterator[None]:
+    """Forward hooks on modules, inside of the context."""
+    handles: list[RemovableHandle] = []
     try:
-        for name, module in find_layers(model, record_layers, "record_layer").items():
-            handles.append(module.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out)))
-        with torch.no_grad():
-            model(single_sample)
+        for module, hook in hooks.items():
+            # (scripted modules say that they cannot be hooked, but torch runs hooks of them)
+            handles.append(nn.Module.register_forward_hook(module, hook, **options))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
 
 
 def tracing() -> bool:
@@ -233,7 +262,7 @@ def tracing() -> bool:
     return _active.get() is not None
 
 
-@contextmanager
+@atomic
 def looking() -> Iterator[None]:
     """Context in which a model runs for the record only, as in a `trace`; its warnings are silenced."""
     token = _active.set(looking)
@@ -250,7 +279,7 @@ def referencing() -> bool:
     return _referencing.get()
 
 
-@contextmanager
+@atomic
 def on_reference() -> Iterator[None]:
     """Context in which a model runs on a reference input."""
     token = _referencing.set(True)

@@ -1,0 +1,39 @@
+"""What the host and a device do beside each other: small tensors on their way, and work that is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def send_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor of the host on a device.
+
+    A GPU copies it from pinned memory by itself. From ordinary memory the host would have to wait until the GPU has
+    done everything before, and the GPU then for the host.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+_recordings = 0
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Context in which work for a device is recorded, to be done again with other numbers: nothing may look at them."""
+    global _recordings
+    _recordings += 1
+    try:
+        yield
+    finally:
+        _recordings -= 1
+
+
+def is_recording() -> bool:
+    """Whether work is recorded, in whatever thread: autograd works in threads of its own."""
+    return _recordings > 0

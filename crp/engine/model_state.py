@@ -1,0 +1,107 @@
+"""What a model and a composite are at a moment, to be compared with what they are later."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from zennit.core import Composite
+
+from crp.layers import modules_of
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+#: Containers of a module whose entries are compared one by one.
+_OWN = {"_parameters", "_buffers", "_modules", *_HOOKS}
+#: What can change without being replaced.
+_CHANGEABLE = (list, dict, set, Tensor)
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
+    of_all = (vars(torch_module).get(f"_global{name}") for name in _HOOKS)
+    return (
+        any(of_all)
+        or torch._C._len_torch_function_stack() > 0
+        or _get_current_dispatch_mode() is not None
+        or any(getattr(module, name) for module in modules_of(model).values() for name in _HOOKS)
+    )
+
+
+class ModelState:
+    """Attributes, parameters and buffers of all modules, and settings of a composite; compared by ``==``.
+
+    Values that were replaced, tensors that were written to, and lists and dicts with other entries make a difference.
+    Writes through ``.data`` into the same memory are not noticed; a computation that reads the memory sees them.
+
+    Parameters
+    ----------
+    model : nn.Module
+    composite : zennit.core.Composite
+    """
+
+    def __init__(self, model: nn.Module, composite: Composite) -> None:
+        # (The values are kept, so that no other object can take their place in memory.)
+        self._values: list[object] = []
+        self._tensors: list[object] = []
+        for module in modules_of(model).values():
+            attributes = vars(module)
+            self._values += attributes.values()
+            for name in ("_parameters", "_buffers"):
+                for tensor in attributes[name].values():
+                    self._values.append(tensor)
+                    self._tensors.append(_state_of(tensor))
+            for name, value in attributes.items():
+                if isinstance(value, _CHANGEABLE) and name not in _OWN and (isinstance(value, Tensor) or value):
+                    self._tensors += _settings(value)
+        settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
+        for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
+            settings.pop(name, None)
+        self._tensors += _settings(settings)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ModelState) or len(self._values) != len(other._values):
+            return False
+        return all(map(operator.is_, self._values, other._values)) and self._tensors == other._tensors
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _state_of(tensor: Tensor | None) -> object:
+    if tensor is None or tensor.is_inference():
+        return None
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape
+
+
+def _settings(value: Any, depth: int = 6) -> Iterator[object]:
+    """Numbers, words and tensors' states in nested containers and objects; other things by their identity."""
+    if value is None or isinstance(value, bool | int | float | str | type):
+        yield value
+    elif isinstance(value, Tensor):
+        yield id(value), _state_of(value)
+    elif depth == 0 or (callable(value) and not hasattr(value, "__dict__")):
+        yield id(value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield str(key)
+            yield from _settings(entry, depth - 1)
+    elif isinstance(value, list | tuple | set):
+        yield len(value)
+        for entry in value:
+            yield from _settings(entry, depth - 1)
+    else:
+        yield id(value)
+        if not isinstance(value, nn.Module):
+            for name, entry in vars(value).items() if hasattr(value, "__dict__") else ():
+                if not name.startswith("_"):
+                    yield name
+                    yield from _settings(entry, depth - 1)

@@ -1,0 +1,186 @@
+"""Attributions as repeated computations: what in a call a recording reads, and what it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from zennit.core import Composite
+
+from crp.devices import send_to
+from crp.engine.attached import is_on
+from crp.engine.call import Call, Given, Part
+from crp.engine.conditions import Grid, Rows, apply_masks, check_targets_exist, initial_relevance, row_masks
+from crp.engine.encoding import Encoding, Propagation
+from crp.engine.inputs import Inputs
+from crp.engine.model_state import ModelState, is_watched
+from crp.engine.replay import Recorder, Replays
+from crp.engine.settings import Settings
+from crp.types import AttributionResults
+
+#: Structures of which the shapes are remembered.
+KEPT_SHAPES = 64
+
+
+class Replayed:
+    """Gives results of rows by replays of attributions of the same structure; `Call.shortcut`.
+
+    Parameters
+    ----------
+    recorder : Recorder, optional
+        CUDA graphs by default, for models on a GPU only.
+    """
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.replays = Replays(recorder)
+        self._recorder = recorder
+        self._shapes: dict[Hashable, dict[str | None, torch.Size]] = {}
+
+    def __reduce__(self) -> tuple[type[Replayed], tuple[Recorder | None]]:
+        return type(self), (self._recorder,)  # (another process records for itself)
+
+    def __call__(self, call: Call, composite: Composite | None, rows: Rows) -> Part | None:
+        """Results of rows; None where they must be computed in the usual way."""
+        data, settings, name = call.inputs.data, call.settings, call.settings.output_name
+        if not isinstance(data, Tensor) or call.inputs.embedded or not self.replays.serves(data.device):
+            return None
+        if composite is None or is_on(composite, call.model) or not _is_replayable(call, composite):
+            return None
+        if len(rows.groups(name)) > 1:
+            return None
+        samples = tuple(sorted({*rows.samples}))
+        columns = [samples.index(sample) for sample in rows.samples]
+        chosen = call.inputs.select(list(samples)).explained[0].detach()
+        alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
+        structure = (id(composite), tuple(columns), tuple(rows.layers(name)), tuple(settings.record))
+        key = (*structure, _form_of(chosen), _precision_of(chosen.device), settings.multipliers)
+        if key not in self._shapes:
+            return self._learn(key, replace(call, rows=rows, shortcut=None), composite)
+        shapes = self._shapes[key]
+        if not shapes:
+            return None
+        check_targets_exist(rows.targets(name), torch.empty(shapes[None], device="meta"), name, rows.places)
+        given = _given_for(rows, columns, settings, shapes)
+        if given is None:
+            return None
+
+        def compute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            masks = {layer: tensors[f"mask {layer}"] for layer in given.masks}
+            inner = replace(
+                call,
+                inputs=Inputs.of(tensors["data"], settings.explain),
+                rows=alike,
+                settings=replace(settings, shared_start=given.shared),
+                batch_size=None,
+                shortcut=None,
+                given=Given(tensors["start"], masks, given.shared),
+            )
+            part = inner.at_once(composite)
+            assert part is not None, "a layer has one entry for each sample, as it had before"
+            return _flattened(*part)
+
+        inputs = {"data": chosen} | _sent(given, chosen)
+        tensors = self.replays.run((key, given.shared), ModelState(call.model, composite), compute, inputs)
+        encoding = Encoding.of(composite)
+        return _restored(tensors, encoding, encoding.multiplier and settings.multipliers)
+
+    def _learn(self, key: Hashable, call: Call, composite: Composite) -> Part | None:
+        """Compute rows once, to know the shapes of their output and layers; none where they cannot be replayed."""
+        while len(self._shapes) >= KEPT_SHAPES:
+            del self._shapes[next(iter(self._shapes))]
+        part = call.at_once(composite)
+        self._shapes[key] = {}
+        if part is not None and part[0].prediction.is_floating_point():
+            results = part[0]
+            of_layers = {layer: activation.shape for layer, activation in results.activations.items()}
+            self._shapes[key] = {None: results.prediction.shape} | dict[str | None, torch.Size](of_layers)
+        return part
+
+
+def _is_replayable(call: Call, composite: Composite) -> bool:
+    """Whether an attribution is nothing but a function of tensors, as far as that can be told.
+
+    Initial relevance is 1 at the targets, no method is overridden, no reference is chosen for each sample, and nobody
+    watches the model run.
+    """
+    if not isinstance(composite, Propagation) or not Encoding.of(composite).starts_from_one:
+        return False
+    kind, settings = type(composite), call.settings
+    per_sample = kind.expect is not Propagation.expect or kind.members_for is not Propagation.members_for
+    in_flow = not settings.exclude_parallel and bool(call.rows.layers(settings.output_name))
+    usual = settings.init_rel is None and settings.start is None and not in_flow
+    own = per_sample or any(method is not None for method in vars(call.overrides).values())
+    return usual and not own and settings.on_device is None and not is_watched(call.model)
+
+
+def _form_of(tensor: Tensor) -> Hashable:
+    """What kernels depend on beside a tensor's values."""
+    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.stride()
+
+
+def _precision_of(device: torch.device) -> Hashable:
+    """Precision in which operations run now."""
+    kind = device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    backends = torch.backends
+    return autocast, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.deterministic
+
+
+def _given_for(
+    rows: Rows, columns: list[int], settings: Settings, shapes: Mapping[str | None, torch.Size]
+) -> Given | None:
+    """Start and masks of rows, on the host; None where a mask is no selection of channels.
+
+    ``shapes`` are those of the output, by None, and of the conditioned layers, for these rows.
+    """
+    start = initial_relevance(torch.ones(shapes[None]), rows.targets(settings.output_name), None)
+    of_slots = Grid(columns, max(columns) + 1, start.device).scatter(start)
+    masks = {}
+    conditions = dict(enumerate(rows.conditions))
+    for layer in rows.layers(settings.output_name):
+        functions = row_masks(conditions, layer, settings.mask_map)
+        shape = shapes[layer]
+        if len(shape) < 2 or shape[0] != len(rows) or not all(getattr(f, "selects_channels", False) for f in functions):
+            return None
+        masks[layer] = apply_masks(functions, torch.ones(*shape[:2], *[1] * (len(shape) - 2))) != 0
+    return Given(start, masks, bool((of_slots == of_slots[:1]).all()))
+
+
+def _flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[str, Tensor]:
+    """Results of rows as tensors by name."""
+    found: dict[str, Tensor] = {"heatmap": results.heatmap, "prediction": results.prediction}
+    groups: dict[str, Mapping[str, Tensor]] = {"activations": results.activations, "relevances": results.relevances}
+    groups["multipliers"] = results.multipliers or {}
+    counted = results.counted or {}
+    groups["counted"] = {layer: each for layer, each in counted.items() if each is not results.activations[layer]}
+    for group, layers in groups.items():
+        found |= {f"{group} {layer}": tensor for layer, tensor in layers.items()}
+    return found | {f"input {number}": tensor for number, tensor in enumerate(relevances)}
+
+
+def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
+    """Results of rows from what `_flattened` made of them."""
+    names = ("activations", "relevances", "multipliers", "counted", "input")
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, tensor in tensors.items():
+        group, _, layer = name.partition(" ")
+        if group in groups:
+            groups[group][layer] = tensor
+    results = AttributionResults(
+        tensors["heatmap"],
+        groups["activations"],
+        groups["relevances"],
+        tensors["prediction"],
+        encoding=encoding.name,
+        multipliers=groups["multipliers"] if keeps else None,
+        counted=groups["activations"] | groups["counted"] if keeps and not encoding.as_multiplier else None,
+    )
+    return results, list(groups["input"].values())
+
+
+def _sent(given: Given, data: Tensor) -> dict[str, Tensor]:
+    """Start and masks beside the data, by name, as a recording reads them."""
+    masks = {f"mask {layer}": send_to(data.device, mask) for layer, mask in given.masks.items()}
+    return {"start": send_to(data.device, given.start.to(data.dtype))} | masks

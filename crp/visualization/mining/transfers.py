@@ -1,0 +1,102 @@
+"""Copies between the host and the device: a mining batch needs one each way, and one wait."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crp.visualization.table.manifest import Array
+
+
+class Transfers:
+    """Copies samples to a device and scores back, each in one piece, and counts what it does.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Attributes
+    ----------
+    to_device, to_host, waits : int
+        Copies in each direction, and how often the host waited for one.
+    batches_ahead : int
+        Batches that are given to the device before the host waits for an earlier one: a GPU computes meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.to_device = self.to_host = self.waits = 0
+        self.batches_ahead = 1 if device.type == "cuda" else 0
+
+    def send(self, samples: Sequence[Tensor]) -> Tensor:
+        """Samples of one shape, dtype and device on this device, as (samples, *shape)."""
+        self.to_device += 1
+        first = samples[0]
+        if self.device.type != "cuda" or first.device.type != "cpu":
+            return torch.stack(list(samples)).to(self.device)
+        # From pinned memory the GPU copies by itself; torch keeps the memory until it has done so.
+        pinned = torch.empty((len(samples), *first.shape), dtype=first.dtype, pin_memory=True)
+        torch.stack(list(samples), out=pinned)
+        return pinned.to(self.device, non_blocking=True)
+
+    def fetch(self, tensors: Mapping[str, Tensor]) -> Fetched:
+        """Begin to copy tensors to the host; those on other devices than most are moved there before."""
+        self.to_host += 1
+        return Fetched(self, tensors)
+
+
+class Fetched:
+    """Tensors on their way to the host.
+
+    Parameters
+    ----------
+    transfers : Transfers
+        Where the wait is counted.
+    tensors : dict of str to Tensor
+    """
+
+    def __init__(self, transfers: Transfers, tensors: Mapping[str, Tensor]) -> None:
+        self._transfers = transfers
+        # Larger numbers come first, so that each array begins at a multiple of its numbers' size.
+        ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
+        self._forms = {key: (tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
+        self._keys = list(tensors)
+        (device, _), *_ = Counter(tensor.device for tensor in tensors.values()).most_common(1)
+        parts = [tensor.detach().to(device).contiguous().flatten().view(torch.uint8) for tensor in ordered.values()]
+        packed = torch.cat(parts)
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._host = packed.cpu()
+
+    def arrays(self) -> dict[str, Array]:
+        """The tensors as arrays, by their keys; waits for the copy."""
+        self._transfers.waits += 1
+        if self._event is not None:
+            self._event.synchronize()
+        content: Array = self._host.numpy()
+        found: dict[str, Array] = {}
+        begin = 0
+        for key, (shape, dtype) in self._forms.items():
+            end = begin + dtype.itemsize * int(np.prod(shape))
+            found[key] = content[begin:end].view(dtype).reshape(shape)
+            begin = end
+        return {key: found[key] for key in self._keys}
+
+
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float64: np.dtype(np.float64),
+    torch.float32: np.dtype(np.float32),
+    torch.int64: np.dtype(np.int64),
+    torch.int32: np.dtype(np.int32),
+    torch.bool: np.dtype(np.bool_),
+}

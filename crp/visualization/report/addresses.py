@@ -1,0 +1,77 @@
+"""Where pages and files of a report are: names that are safe on every disk, whatever layers and classes are called."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+#: Longest name of a folder; hostile names may have any length.
+_LONGEST = 60
+
+
+def slug(name: str) -> str:
+    """Name of a file or folder for any text; texts that are not safe themselves get a hash, so that none coincide.
+
+    >>> slug("layer4.2.relu")
+    'layer4.2.relu'
+    """
+    safe = _UNSAFE.sub("-", name).strip(".-")[:_LONGEST]
+    if safe == name and safe.lower() == name and safe:
+        return safe
+    return f"{safe or 'x'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+class Addresses:
+    """Addresses of pages and files, relative to the folder.
+
+    Parameters
+    ----------
+    layers : iterable of str
+    """
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._layers = {layer: slug(layer) for layer in layers}
+
+    def layer(self, layer: str, part: int = 0) -> str:
+        """Page of a layer; a wide one has several parts."""
+        return f"layer/{self._layers[layer]}{f'-part{part + 1}' if part else ''}.html"
+
+    def concept(self, layer: str, concept: int) -> str:
+        """Page of a concept."""
+        return f"concept/{self._layers[layer]}/{concept}.html"
+
+    def concept_maps(self, layer: str, concept: int) -> str:
+        """Heatmaps of a concept's references, side by side."""
+        return f"maps/{self._layers[layer]}/{concept}.png"
+
+    @staticmethod
+    def label(target: int) -> str:
+        """Page of a class."""
+        return f"class/{target}.html"
+
+    @staticmethod
+    def label_maps(target: int) -> str:
+        """Mean heatmap of a class."""
+        return f"maps/classes/{target}.png"
+
+    @staticmethod
+    def sample(sample: int) -> str:
+        """Page of a sample."""
+        return f"sample/{sample}.html"
+
+    @staticmethod
+    def sample_maps(sample: int, target: int) -> str:
+        """Heatmaps of a sample: the whole one, then those of its concepts."""
+        return f"maps/samples/{sample}.{target}.png"
+
+    @staticmethod
+    def picture(content: bytes, suffix: str) -> str:
+        """Picture, named after its content, so that none is stored twice."""
+        return f"pictures/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
+
+
+def relative(address: str, page: str) -> str:
+    """Address of a file as a page links to it; both are addresses within the folder."""
+    return "../" * page.count("/") + address

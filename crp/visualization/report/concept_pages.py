@@ -1,0 +1,311 @@
+"""Content of the pages of concepts and samples, with their graphs and histograms."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.drawing import Drawn
+from crp.visualization.report.facts import BINS, Histograms, Reference
+from crp.visualization.report.pages import CLASSES, FEW, Atlas, Shown
+from crp.visualization.report.render import percent
+
+#: Edges of a concept's graph on either side.
+EDGES = 5
+Link = dict[tuple[str, int], list[tuple[int, float]]]
+
+
+class Node(NamedTuple):
+    """A node of a drawn graph."""
+
+    x: float
+    y: float
+    label: str
+    href: str
+    tile: Shown | None
+
+
+class Edge(NamedTuple):
+    """A curve between two nodes, which are drawn over its ends."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    x2: float
+    width: float
+
+
+class Flow(NamedTuple):
+    """Where concepts get their relevance from and hand it to: means over their references."""
+
+    below: Link
+    above: Link
+
+
+def get_flow(atlas: Atlas) -> Flow:
+    """Gather from what was drawn how much relevance concepts hand to those of the layer below."""
+    below: Link = {}
+    above: Link = defaultdict(list)
+    layers = list(atlas.facts)
+    for number, layer in enumerate(layers):
+        if not number:
+            continue
+        for concept in range(atlas.facts[layer].n_concepts):
+            total: dict[int, float] = defaultdict(float)
+            known = [one for one in atlas.known(layer, concept) if one.below]
+            for one in known:
+                for lower, share in one.below:
+                    total[lower] += share / len(known)
+            best = sorted(total.items(), key=lambda pair: -pair[1])[:EDGES]
+            below[layer, concept] = best
+            for lower, share in best:
+                # What a concept hands down counts as much as the concept itself does.
+                above[layers[number - 1], lower].append((concept, share * float(atlas.facts[layer].mean[concept])))
+    return Flow(below, {key: sorted(found, key=lambda pair: -pair[1])[:EDGES] for key, found in above.items()})
+
+
+def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
+    """Render the page of a concept."""
+    facts = atlas.facts[layer]
+    relevant, active = atlas.cells[layer, concept]
+    shares = facts.shares.value[:, concept]
+    order = np.argsort(-shares, kind="stable").tolist()
+    classes = []
+    largest = float(np.abs(shares).max(initial=0.0)) or 1.0
+    for row in order[:CLASSES]:
+        target, share = int(facts.shares.targets[row]), float(shares[row])
+        classes.append((atlas.class_name(target), _class_address(atlas, target), share, max(share, 0.0) / largest))
+    rows = []
+    for heading, references, normed in (("Most relevant", relevant, True), ("Most active", active, False)):
+        found = [atlas.reference(layer, concept, one, _value(atlas, one.value, normed)) for one in references]
+        tiles = [one for one in found if one is not None]
+        note = ""
+        if heading == "Most relevant" and references and references[0].value < 0:
+            note = "Its relevance is negative everywhere: these are the samples in which it speaks least against."
+        if tiles:
+            rows.append((heading, tiles, note))
+    turns = [
+        (str(other), atlas.addresses.concept(layer, other)) if 0 <= other < facts.n_concepts else None
+        for other in (concept - 1, concept + 1)
+    ]
+    off = _switched_off(atlas.known(layer, concept))
+    page = {
+        "layer": layer,
+        "concept": concept,
+        "name": atlas.options.concept_names.get((layer, concept), ""),
+        "trail": [("Atlas", "index.html"), (layer, atlas.addresses.layer(layer)), (str(concept), "")],
+        "before": turns[0],
+        "after": turns[1],
+        "lead": _lead(atlas, layer, concept, order),
+        "figures": _figures(atlas, layer, concept, order, off),
+        "notes": [
+            f"Suspect for {'all classes' if one.target < 0 else atlas.class_name(one.target)}: {one.reason}."
+            for one in atlas.suspects
+            if (one.layer, one.concept) == (layer, concept)
+        ]
+        + ([] if rows else ["It is relevant for no sample, so there are no references."]),
+        "rows": rows,
+        "classes": classes,
+        "more": max(0, len(order) - CLASSES),
+        "off": None if off is None else ("its references, mean", off),
+        "histograms": _histograms(facts.histograms, concept, relevant, active),
+        "alike": _alike(atlas, layer, concept),
+        **_graph_of(atlas, flow, layer, concept),
+    }
+    title = f"{atlas.label(layer, concept)} — concept atlas"
+    atlas.renderer.page(atlas.addresses.concept(layer, concept), "concept.html", title, page=page)
+
+
+def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tuple[int, float]]]) -> None:
+    """Render the page of a sample; ``best`` are its concepts with the largest shares, by layer."""
+    whole = atlas.whole(sample)
+    if whole is None:
+        return
+    layers = list(atlas.facts)
+    top = layers[-1]
+    known = atlas.drawer.facts(whole.maps)
+    concepts: list[dict[str, Any]] = []
+    largest = max((share for _, share in best.get(top, [])), default=0.0) or 1.0
+    for cell, ((concept, share), drawn) in enumerate(zip(best.get(top, []), known[1:], strict=False), start=1):
+        concepts.append(
+            {
+                "here": whole._replace(cell=cell, crop=drawn.crop, href=atlas.addresses.concept(top, concept)),
+                "label": atlas.label(top, concept),
+                "href": atlas.addresses.concept(top, concept),
+                "share": share,
+                "width": share / largest,
+                "others": atlas.best(top, concept, FEW + 1),
+                "below": drawn.below,
+                "concept": concept,
+            }
+        )
+    lists = []
+    for layer in reversed(layers[:-1]):
+        most = max((share for _, share in best.get(layer, [])), default=0.0) or 1.0
+        shown = [
+            (atlas.label(layer, c).removeprefix(f"{layer} · "), atlas.addresses.concept(layer, c), s, max(s, 0) / most)
+            for c, s in best.get(layer, [])
+        ]
+        lists.append({"name": layer, "href": atlas.addresses.layer(layer), "rows": shown})
+    first, label = known[0], atlas.class_name(target)
+    chance = "" if first.before is None else f" ({first.before:.1%})"
+    said = f"Explained for {label}{chance}."
+    if first.predicted is not None:
+        right = "as expected" if first.predicted == target else f"not {label}"
+        said = f"Predicted {atlas.class_name(first.predicted)}, {right}; explained for {label}{chance}."
+    if concepts:
+        part = sum(one["share"] for one in concepts)
+        said += f" {len(concepts)} concepts of {top} carry {percent(part)} of the relevance there."
+    page = {
+        "trail": [("Atlas", "index.html"), (label, _class_address(atlas, target)), (atlas.sample_names[sample], "")],
+        "title": f"Why {label}? {atlas.sample_names[sample]}",
+        "lead": said,
+        "whole": whole._replace(href=""),
+        "concepts": concepts,
+        "layers": lists,
+        "graph": _graph_of_sample(atlas, target, concepts, layers) if concepts else None,
+        "graph_note": f"From the class to {top}" + (f" to {layers[-2]}" if len(layers) > 1 else "") + "; widths are "
+        "shares of relevance.",
+    }
+    atlas.renderer.page(Addresses.sample(sample), "sample.html", f"{page['title']} — concept atlas", page=page)
+
+
+def _class_address(atlas: Atlas, target: int) -> str:
+    return Addresses.label(target) if target in atlas.class_names else "index.html"
+
+
+def _value(atlas: Atlas, value: float, relevance: bool) -> str:
+    fv = atlas.drawer.fv
+    normed = (fv.RelMax if relevance else fv.ActMax).abs_norm
+    return percent(value) if normed else f"{value:.3g}"
+
+
+def _lead(atlas: Atlas, layer: str, concept: int, order: Sequence[int]) -> str:
+    facts = atlas.facts[layer]
+    text = f"Carries {percent(float(facts.mean[concept]))} of the relevance of an average sample"
+    best = [row for row in order[:2] if facts.shares.value[row, concept] > 0]
+    if not best:
+        return text + "."
+    names = " and ".join(atlas.class_name(int(facts.shares.targets[row])) for row in best)
+    return f"{text}; most of it for {names}."
+
+
+def _figures(atlas: Atlas, layer: str, concept: int, order: Sequence[int], off: str | None) -> list[tuple[str, str]]:
+    facts = atlas.facts[layer]
+    figures = []
+    if order:
+        row = order[0]
+        name = atlas.class_name(int(facts.shares.targets[row]))
+        values = facts.shares.value[row]
+        rank = int((values > values[concept]).sum()) + 1
+        figures.append((percent(float(values[concept])), f"of the relevance of {name}"))
+        figures.append((f"#{rank} of {facts.n_concepts}", f"for {name} in this layer"))
+    if off is not None:
+        figures.append((off, "its references' probability when it is switched off"))
+    return figures
+
+
+def _switched_off(known: Sequence[Drawn]) -> str | None:
+    pairs = [(one.before, one.after) for one in known if one.before is not None and one.after is not None]
+    if not pairs:
+        return None
+    before, after = (float(np.mean([pair[i] for pair in pairs])) for i in (0, 1))
+    if min(before, after) >= 0 and max(before, after) <= 1:
+        return f"{100 * before:.1f} → {100 * after:.1f}\N{NO-BREAK SPACE}%"
+    return f"{before:.3g} → {after:.3g}"
+
+
+def _histograms(
+    found: dict[str, Histograms], concept: int, relevant: Sequence[Reference], active: Sequence[Reference]
+) -> list[tuple[dict[str, Any], str, bool]]:
+    shown = []
+    for mode, references in (("relevance", relevant), ("activation", active)):
+        if mode not in found:
+            continue
+        low, high = float(found[mode].low[concept]), float(found[mode].high[concept])
+        if not np.isfinite([low, high]).all():
+            continue
+        heights = np.sqrt(found[mode].height[concept])
+        heights = heights / max(heights.max(), 1) * 92
+        width = (high - low) or 1.0
+        bars = [(round(i * 420 / BINS, 1), round(96 - h, 1), round(h, 1)) for i, h in enumerate(heights.tolist()) if h]
+        ticks = [round(420 * (one.value - low) / width, 1) for one in references]
+        one = {"low": f"{low:.3g}", "high": f"{high:.3g}", "bars": bars, "ticks": ticks}
+        shown.append((one, mode.capitalize(), mode == "activation"))
+    return shown
+
+
+def _alike(atlas: Atlas, layer: str, concept: int) -> list[dict[str, Any]]:
+    ids, cosines = (part[concept].tolist() for part in atlas.facts[layer].alike)
+    found = []
+    for other, cosine in zip(ids, cosines, strict=True):
+        if cosine > 0.05:
+            tiles = atlas.best(layer, other)
+            label = atlas.label(layer, other).removeprefix(f"{layer} · ")
+            tile = tiles[0]._replace(href="") if tiles else None
+            href = atlas.addresses.concept(layer, other)
+            found.append({"href": href, "tile": tile, "label": label, "note": f"{cosine:.0%} alike"})
+    return found
+
+
+def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, Any]:
+    layers = list(atlas.facts)
+    place = layers.index(layer)
+    upper = layers[place + 1] if place + 1 < len(layers) else ""
+    lower = layers[place - 1] if place else ""
+    above, below = flow.above.get((layer, concept), []), flow.below.get((layer, concept), [])
+    if not above and not below:
+        return {"graph": None, "above": upper, "below": lower}
+    rows = max(len(above), len(below))
+    height = 20 + 78 * rows
+    own = atlas.addresses.concept(layer, concept)
+    middle = Node(300, height / 2 - 10, str(concept), own, _tile(atlas, layer, concept))
+    nodes, edges = [middle], []
+    for x, other, found in ((60, upper, above), (540, lower, below)):
+        total = max((share for _, share in found), default=0.0) or 1.0
+        for number, (one, share) in enumerate(found):
+            y = 33 + 78 * (number + (rows - len(found)) / 2)
+            nodes.append(Node(x, y, str(one), atlas.addresses.concept(other, one), _tile(atlas, other, one)))
+            left, right = ((x, y), (middle.x, middle.y)) if x < middle.x else ((middle.x, middle.y), (x, y))
+            thickness = round(1 + 9 * share / total, 1)
+            edges.append(Edge(left[0], left[1], (left[0] + right[0]) / 2, right[1], right[0], thickness))
+    return {"graph": {"width": 600, "height": height, "nodes": nodes, "edges": edges}, "above": upper, "below": lower}
+
+
+def _graph_of_sample(
+    atlas: Atlas, target: int, concepts: Sequence[dict[str, Any]], layers: Sequence[str]
+) -> dict[str, Any]:
+    lower = layers[-2] if len(layers) > 1 else ""
+    wanted: dict[int, float] = defaultdict(float)
+    for one in concepts:
+        for concept, share in one["below"]:
+            wanted[concept] += share * one["share"]
+    kept = sorted(wanted, key=lambda concept: -wanted[concept])[:EDGES]
+    rows = max(len(concepts), len(kept))
+    height = 20 + 78 * rows
+    middle = height / 2 - 10
+    nodes = [Node(45, middle, atlas.class_name(target)[:18], _class_address(atlas, target), None)]
+    edges = []
+    places = {concept: 33 + 78 * (i + (rows - len(kept)) / 2) for i, concept in enumerate(kept)}
+    most = max(one["share"] for one in concepts) or 1.0
+    for number, one in enumerate(concepts):
+        y = 33 + 78 * (number + (rows - len(concepts)) / 2)
+        nodes.append(Node(165, y, str(one["concept"]), one["href"], one["here"]))
+        edges.append(Edge(45, middle, 105, y, 165, round(1 + 9 * max(one["share"], 0) / most, 1)))
+        for concept, share in one["below"]:
+            if concept in places:
+                width = round(0.5 + 9 * max(share * one["share"], 0) / most, 1)
+                edges.append(Edge(165, y, 225, places[concept], 285, width))
+    for concept, y in places.items():
+        nodes.append(Node(285, y, str(concept), atlas.addresses.concept(lower, concept), _tile(atlas, lower, concept)))
+    return {"width": 330, "height": height, "nodes": nodes, "edges": edges}
+
+
+def _tile(atlas: Atlas, layer: str, concept: int) -> Shown | None:
+    tiles = atlas.best(layer, concept)
+    return tiles[0] if tiles else None

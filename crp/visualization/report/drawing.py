@@ -1,0 +1,313 @@
+"""What a report takes from the model: pictures of samples, heatmaps of concepts, and what happens without a concept.
+
+Everything drawn is a file in the report's folder with a key of what it depends on. A file whose key is still right is
+not drawn again, so that an interrupted report goes on, and a table that has grown costs what is new in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from zennit.core import Composite
+
+from crp.concepts import mask_of
+from crp.image.colours import as_picture
+from crp.visualization.feature import FeatureVisualization
+from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
+from crp.visualization.report.options import ReportOptions, check_image
+from crp.visualization.table.files import write_atomic
+from crp.visualization.table.manifest import Array
+
+#: Samples that are kept in memory.
+_KEPT = 256
+#: Concepts below that are kept of each.
+_BELOW = 5
+#: Files that are drawn together.
+_TOGETHER = 64
+#: Side up to which pictures are stored without loss.
+_SMALL = 64
+
+
+class Job(NamedTuple):
+    """A file of heatmaps to draw: its address, what it depends on, and a row for each heatmap."""
+
+    address: str
+    key: str
+    rows: list[Row]
+
+
+class Row(NamedTuple):
+    """A heatmap: of a sample, for a target (-1 for none), through a concept of a layer or through all of them."""
+
+    sample: int
+    target: int
+    layer: str | None = None
+    concept: int = 0
+
+
+class Drawn(NamedTuple):
+    """What is known of a row once it is drawn.
+
+    Attributes
+    ----------
+    crop : (left, top, side)
+        Shares of the longer side.
+    below : list of (concept, share)
+        Of the layer below, for a row through a concept.
+    before, after : float or None
+        Probability of the target, or its output where there is one output only, with the concept and without it.
+    predicted : int or None
+        Class with the largest output.
+    """
+
+    crop: tuple[float, float, float]
+    below: list[tuple[int, float]]
+    before: float | None
+    after: float | None
+    predicted: int | None
+
+
+class Drawer:
+    """Drawer of a report's files.
+
+    Parameters
+    ----------
+    fv : FeatureVisualization
+    composite : zennit Composite or None
+    layers : sequence of str
+        From the input to the output.
+    folder : Path
+    identity : str
+        What every heatmap depends on: model, data, composite.
+    options : ReportOptions
+    """
+
+    def __init__(
+        self,
+        fv: FeatureVisualization,
+        composite: Composite | None,
+        layers: Sequence[str],
+        folder: Path,
+        identity: str,
+        options: ReportOptions,
+    ) -> None:
+        self.fv, self.composite, self.layers, self.options = fv, composite, list(layers), options
+        self.folder, self.identity = folder, identity
+        self.labels: dict[int, Any] = {}
+        self.smallest_side = 1 << 30
+        self.used: set[str] = set()
+        self._data: OrderedDict[int, Tensor] = OrderedDict()
+        self._pictures: dict[int, str] = {}
+
+    def job(self, address: str, rows: Sequence[Row]) -> Job:
+        """File of heatmaps, with the key of all it depends on."""
+        content = [self.identity, self.options.map_size, self._below_of(rows), rows]
+        self.used.add(address)
+        return Job(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
+
+    def is_drawn(self, job: Job) -> bool:
+        """Whether the file is there, and of the same content."""
+        return (read_facts(self.folder / job.address) or {}).get("key") == job.key
+
+    def draw(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """Draw what is missing, and yield each job when its file is there."""
+        for start in range(0, len(jobs), _TOGETHER):
+            waiting = []
+            for job in jobs[start : start + _TOGETHER]:
+                if self.is_drawn(job):
+                    yield job
+                else:
+                    waiting.append(job)
+            yield from self._draw_together(waiting)
+
+    def _draw_together(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """Draw some jobs; rows of one layer are attributed together, whosever they are."""
+        places = [(number, place, row) for number, job in enumerate(jobs) for place, row in enumerate(job.rows)]
+        places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
+        found: list[dict[int, tuple[Array, Drawn]]] = [{} for _ in jobs]
+        for alike in _batches(places, self.options.batch_size):
+            for (number, place, _), drawn in zip(alike, self._draw([row for *_, row in alike]), strict=True):
+                found[number][place] = drawn
+                if len(found[number]) == len(jobs[number].rows):
+                    self._write(jobs[number], [found[number][i] for i in range(len(found[number]))])
+                    found[number].clear()
+                    yield jobs[number]
+
+    def keep_mean(self, job: Job) -> None:
+        """Keep the picture that a file of a mean names."""
+        self.used.add((read_facts(self.folder / job.address) or {}).get("picture", ""))
+
+    def facts(self, address: str) -> list[Drawn]:
+        """What is known of the rows of a file; nothing where it is not drawn."""
+        return [Drawn(*row) for row in (read_facts(self.folder / address) or {}).get("rows", [])]
+
+    def picture(self, sample: int) -> str:
+        """Address of a sample's picture, which is written if it is not there."""
+        if sample not in self._pictures:
+            self._pictures[sample] = self.store(*picture_file(self.data(sample), self.options.picture_size))
+        return self._pictures[sample]
+
+    def store(self, content: bytes, suffix: str) -> str:
+        """Write a picture unless one of the same content is there."""
+        address = Addresses.picture(content, suffix)
+        self.used.add(address)
+        if not (self.folder / address).is_file():
+            (self.folder / address).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / address, content)
+        return address
+
+    def data(self, sample: int) -> Tensor:
+        """Sample as it is shown; its label is kept."""
+        if sample in self._data:
+            self._data.move_to_end(sample)
+            return self._data[sample]
+        data, label = self.fv.get_data_sample(sample, preprocessing=False)
+        self.labels[sample] = label
+        self._data[sample] = data[0].detach().cpu()
+        if data.dim() == 4:
+            self.smallest_side = min(self.smallest_side, max(data.shape[-2:]))
+        if len(self._data) > _KEPT:
+            self._data.popitem(last=False)
+        return self._data[sample]
+
+    def spaces(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Height and width of the layers that have them."""
+        data, _ = self.fv.get_data_sample(sample)
+        result = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0)
+        shapes = {layer: tuple(found.shape[2:]) for layer, found in result.activations.items()}
+        return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
+
+    def _draw(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
+        attribution, output = self.fv.attribution, self.fv.attribution.MODEL_OUTPUT_NAME
+        layer, targets = rows[0].layer, [row.target for row in rows]
+        started = any(target >= 0 for target in targets)
+        conditions: list[dict[str, Any]] = []
+        for row in rows:
+            condition: dict[str, Any] = {output: [row.target]} if started else {}
+            conditions.append(condition if layer is None else {**condition, layer: [row.concept]})
+        below = self._below_of(rows)
+        shown = [self.data(row.sample) for row in rows]
+        data = self.fv.preprocess_data(torch.stack(shown).to(self.fv.device)).detach()
+        result = attribution(
+            data,
+            conditions,
+            self.composite,
+            record_layer=[] if below is None else [below],
+            mask_map=mask_of(self.fv.layer_map[layer]) if layer else mask_of(next(iter(self.fv.layer_map.values()))),
+            start_layer=None if started or layer is None else layer,
+            exclude_parallel=started,
+        )
+        heatmaps = result.heatmap.detach().cpu().double()
+        for sample, heatmap in zip(shown, heatmaps, strict=True):
+            check_image(sample, heatmap)
+        shares = self._shares(result.relevances, below)
+        before, predicted = scores(result.prediction, targets)
+        after: list[float | None] = [None] * len(rows)
+        if layer is not None and started:
+            after = self._without(data, rows, layer)
+        drawn = []
+        for i, heatmap in enumerate(heatmaps.numpy()):
+            facts = Drawn(crop_of(heatmap), shares[i] if below else [], before[i], after[i], predicted[i])
+            drawn.append((square_map(heatmap, self.options.map_size), facts))
+        return drawn
+
+    @torch.no_grad()
+    def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
+        """Scores of the targets when each row's concept is switched off."""
+        mask = mask_of(self.fv.layer_map[layer])
+        masks = [mask(i, [row.concept], layer) for i, row in enumerate(rows)]
+
+        def hook(_module: object, _inputs: object, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return output
+            kept = output.clone()
+            for one in masks:
+                kept = one(kept)
+            return output - kept
+
+        model = self.fv.attribution.model
+        try:
+            handle = model.get_submodule(layer).register_forward_hook(hook)
+        except AttributeError:  # a call of a module, "name#1", or heads, which no hook can change
+            return [None] * len(rows)
+        try:
+            prediction = self.fv.attribution.select_output(model(data))
+        finally:
+            handle.remove()
+        return scores(prediction, [row.target for row in rows])[0]
+
+    def _shares(self, relevances: Mapping[str, Tensor], below: str | None) -> list[list[tuple[int, float]]]:
+        if below is None:
+            return []
+        values = self.fv.layer_map[below].attribute(relevances[below], layer_name=below, abs_norm=True)
+        found = values.detach().cpu().double().numpy()
+        best = np.argsort(-found, axis=1, kind="stable")[:, :_BELOW]
+        return [
+            [(c, round(float(found[i, c]), 4)) for c in row if found[i, c] > 0] for i, row in enumerate(best.tolist())
+        ]
+
+    def _below_of(self, rows: Sequence[Row]) -> str | None:
+        layer = rows[0].layer if rows else None
+        place = self.layers.index(layer) if layer in self.layers else 0
+        return self.layers[place - 1] if place else None
+
+    def _write(self, job: Job, found: Sequence[tuple[Array, Drawn]]) -> None:
+        path = self.folder / job.address
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"key": job.key, "rows": [drawn for _, drawn in found]}
+        write_atomic(path, encode_maps([one for one, _ in found], facts))
+
+
+def _batches(places: Sequence[tuple[int, int, Row]], size: int) -> Iterator[list[tuple[int, int, Row]]]:
+    """Neighbours with the same layer, all with a target or all without, at most ``size`` of them."""
+    for _, alike in groupby(places, key=lambda one: (one[2].layer, one[2].target < 0)):
+        rows = list(alike)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def scores(prediction: Any, targets: Sequence[int]) -> tuple[list[float | None], list[int | None]]:
+    """Probabilities of targets, and the predicted classes.
+
+    Where rows of the output are probabilities already, they are taken as they are; others go through a softmax. Of a
+    single output, the value itself is given.
+    """
+    nothing: list[Any] = [None] * len(targets)
+    if not isinstance(prediction, Tensor) or prediction.dim() != 2 or not len(targets):
+        return nothing, nothing
+    values = prediction.detach().cpu().double()
+    predicted: list[int | None] = list(values.argmax(1).tolist())
+    if values.shape[1] == 1:
+        return values[:, 0].tolist(), nothing
+    whole = torch.ones(len(values), dtype=values.dtype)
+    if not ((values >= 0).all() and torch.allclose(values.sum(1), whole, atol=1e-4)):
+        values = values.softmax(1)
+    return [float(row[target]) if target >= 0 else None for row, target in zip(values, targets, strict=True)], predicted
+
+
+def picture_file(sample: Tensor, size: int) -> tuple[bytes, str]:
+    """Content of a picture's file, and its suffix: small ones without loss, others as WebP."""
+    picture = Image.fromarray((as_picture(sample) * 255).round().astype(np.uint8))
+    if max(picture.size) > size:
+        picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    grey = np.asarray(picture)
+    if (grey == grey[..., :1]).all():
+        picture = picture.convert("L")
+    buffer = io.BytesIO()
+    if max(picture.size) <= _SMALL:
+        picture.save(buffer, "PNG")
+        return buffer.getvalue(), "png"
+    picture.convert("RGB").save(buffer, "WEBP", quality=82, method=4)
+    return buffer.getvalue(), "webp"

@@ -1,0 +1,165 @@
+"""What a table says about a layer's concepts: shares, references, histograms, what is alike, and who matters where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crp.visualization.analysis import RowSelection, similarity
+from crp.visualization.table.manifest import Array
+from crp.visualization.table.question import Question
+from crp.visualization.table.ranking import ClassMeans, ReferenceSamples, class_means, once_per_sample, top_k
+from crp.visualization.table.store import Table
+
+BINS = 40
+ALIKE = 6
+#: Layers with more concepts are not searched for what is alike: the matrix would have more than 67 million entries.
+_WIDEST = 8192
+
+
+class Histograms(NamedTuple):
+    """Distributions of all concepts of a layer.
+
+    Attributes
+    ----------
+    low, high : arrays of shape (concepts,)
+        Ends of the range.
+    height : array of shape (concepts, bins)
+        Number of rows.
+    """
+
+    low: Array
+    high: Array
+    height: Array
+
+
+class Reference(NamedTuple):
+    """A sample that stands for a concept."""
+
+    sample: int
+    target: int
+    value: float
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the table says about a layer.
+
+    Attributes
+    ----------
+    layer : str
+    shares : ClassMeans
+        Share of every concept in every class.
+    relevant, active : ReferenceSamples
+        Best samples, each once, of a concept; fewer than asked for are filled by those of value 0.
+    histograms : mapping of mode to Histograms
+    alike : (array, array) of shape (concepts, few)
+        Concepts whose relevance goes along with that of each, and the cosine.
+    """
+
+    layer: str
+    shares: ClassMeans
+    relevant: ReferenceSamples
+    active: ReferenceSamples | None
+    histograms: dict[str, Histograms]
+    alike: tuple[Array, Array]
+
+    @property
+    def n_concepts(self) -> int:
+        """Number of concepts."""
+        return int(self.shares.value.shape[1])
+
+    @property
+    def mean(self) -> Array:
+        """Share of every concept in an average row."""
+        rows = self.shares.rows
+        if not len(rows):
+            return np.zeros(self.n_concepts)
+        result: Array = (self.shares.value * rows[:, None]).sum(0) / rows.sum()
+        return result
+
+    def share(self, target: int, concept: int) -> float:
+        """Share of a concept in a class; 0 where the class was not mined."""
+        row = int(np.searchsorted(self.shares.targets, target))
+        known = row < len(self.shares.targets) and self.shares.targets[row] == target
+        return float(self.shares.value[row, concept]) if known else 0.0
+
+    def references(self, mode: str, concept: int, n: int) -> list[Reference]:
+        """Best samples of a concept, each once, without those whose value is 0."""
+        best = self.relevant if mode == "relevance" else self.active
+        if best is None:
+            return []
+        found: dict[int, Reference] = {}
+        columns = (best.sample, best.target, best.value)
+        for sample, target, value in zip(*(column[:, concept].tolist() for column in columns), strict=True):
+            if value != 0 and sample not in found:
+                found[sample] = Reference(sample, target, value)
+        return list(found.values())[:n]
+
+
+def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[str, int]) -> LayerFacts:
+    """Ask a table about a layer; answers that take long are kept beside the table.
+
+    Parameters
+    ----------
+    table : Table
+    layer : str
+    questions : mapping of mode to Question
+        By what references are ranked.
+    n : mapping of mode to int
+        Number of references.
+    """
+    best: dict[str, ReferenceSamples] = {}
+    histograms = {}
+    for mode in table.modes:
+        kind, normed = questions[mode].kind, questions[mode].normed
+        wanted = max(1, n[mode]) * (2 if mode == "relevance" else 1)  # a sample with several targets counts once
+        best[mode] = top_k(table, layer, mode, kind, normed, wanted, cache=True)
+        histograms[mode] = _histograms(table, layer, mode, kind, normed)
+    kind = "sum" if "sum" in table.kinds else table.kinds[0]
+    shares = class_means(table, layer, "relevance", kind, normed=True, cache=True)
+    alike = _alike(table, layer, kind, shares.value.shape[1])
+    return LayerFacts(layer, shares, best["relevance"], best.get("activation"), histograms, alike)
+
+
+def concepts_of_samples(table: Table, layer: str, samples: Sequence[int], n: int) -> dict[tuple[int, int], Any]:
+    """Concepts with the largest shares in single rows: ``{(sample, target): [(concept, share), ...]}``."""
+    kind = "sum" if "sum" in table.kinds else table.kinds[0]
+    found = {}
+    for block in table.blocks(layer, "relevance", kind, normed=True, samples=samples):
+        best = np.argsort(-block.value, axis=1, kind="stable")[:, :n]
+        value = np.take_along_axis(block.value, best, 1)
+        for row, key in enumerate(zip(block.sample.tolist(), block.target.tolist(), strict=True)):
+            found[key] = list(zip(best[row].tolist(), value[row].tolist(), strict=True))
+    return found
+
+
+def _histograms(table: Table, layer: str, mode: str, kind: str, normed: bool) -> Histograms:
+    def blocks() -> Any:
+        found = table.blocks(layer, mode, kind, normed)
+        return once_per_sample(found) if mode == "activation" else found
+
+    n = table.n_concepts(layer)
+    low, high = np.full(n, np.inf), np.full(n, -np.inf)
+    for block in blocks():
+        low, high = np.minimum(low, block.value.min(0)), np.maximum(high, block.value.max(0))
+    height = np.zeros((n, BINS), np.int64)
+    width = np.where(high > low, high - low, 1.0)
+    for block in blocks():
+        place = ((block.value - low) / width * BINS).astype(np.int64).clip(0, BINS - 1)
+        flat = (place + np.arange(n) * BINS).ravel()
+        height += np.bincount(flat, minlength=n * BINS).reshape(n, BINS)
+    return Histograms(low, high, height)
+
+
+def _alike(table: Table, layer: str, kind: str, n: int) -> tuple[Array, Array]:
+    few = min(ALIKE, n - 1)
+    if few < 1 or n > _WIDEST:
+        return np.zeros((n, 0), np.int64), np.zeros((n, 0))
+    cosine = similarity(table, RowSelection(layer, "relevance", kind))
+    np.fill_diagonal(cosine, -2)
+    best = np.argsort(-cosine, axis=1, kind="stable")[:, :few]
+    return best, np.take_along_axis(cosine, best, 1)

@@ -1,0 +1,97 @@
+"""Content of the overview."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.options import Finding
+from crp.visualization.report.pages import FEW, Atlas, Shown
+from crp.visualization.report.render import percent
+from crp.visualization.table.store import Table
+
+#: Suspects on the overview.
+SUSPECTS = 6
+
+
+def first_page(atlas: Atlas, table: Table, composite: str) -> None:
+    """Render the overview."""
+    coverage = table.coverage()
+    missing = sum(stop - start for start, stop in coverage.missing)
+    seen = table.n_samples - missing
+    ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in coverage.missing[:20])
+    more = f" and {len(coverage.missing) - 20} more ranges" if len(coverage.missing) > 20 else ""
+    notes = [] if not missing else [f"{missing} of {table.n_samples} samples were not mined yet: {ranges}{more}."]
+    n_concepts = sum(one.n_concepts for one in atlas.facts.values())
+    layers = []
+    for layer in reversed(list(atlas.facts)):
+        mean = atlas.facts[layer].mean
+        order = np.argsort(-mean, kind="stable")[: FEW + 1].tolist()
+        tiles = [tile for concept in order for tile in atlas.best(layer, concept)]
+        address = atlas.addresses.layer(layer)
+        layers.append({"name": layer, "href": address, "n": atlas.facts[layer].n_concepts, "tiles": tiles})
+    fv = atlas.drawer.fv
+    ranked = f"{fv.RelMax.max_target} over positions, {'shares' if fv.RelMax.abs_norm else 'values'}"
+    page = {
+        "title": atlas.options.title,
+        "lead": atlas.options.lead,
+        "findings": [_finding(atlas, one) for one in atlas.options.findings],
+        "figures": [
+            (f"{len(atlas.class_names)}", "classes"),
+            (f"{len(atlas.facts)}", "layers"),
+            (f"{n_concepts}", "concepts"),
+            (f"{seen} of {table.n_samples}", "samples looked at"),
+        ],
+        "notes": notes,
+        "suspects": _suspects(atlas),
+        "layers": layers,
+        "classes": [(name, Addresses.label(target)) for target, name in atlas.class_names.items()],
+        "provenance": [
+            ("Samples", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped"),
+            ("Layers", ", ".join(atlas.facts)),
+            ("References ranked by", ranked),
+            ("Heatmaps by", composite),
+            ("Content of the index", table.digest),
+            *((f"Fingerprint: {key}", value) for key, value in sorted(table.fingerprints.items())),
+            ("Versions", ", ".join(f"{key} {value}" for key, value in sorted(table.versions.items()))),
+        ],
+        "skipped": sorted(coverage.skipped.items()),
+    }
+    atlas.renderer.page("index.html", "index.html", atlas.options.title, page=page)
+
+
+def _suspects(atlas: Atlas) -> list[Shown]:
+    found = []
+    for one in atlas.suspects[:SUSPECTS]:
+        tiles = atlas.best(one.layer, one.concept, 1, one.target)
+        lines = [
+            (f"{percent(one.share)} of {atlas.class_name(one.target)}", ""),
+            (f"{one.inside:.0%} {one.where}", "bad"),
+        ]
+        found += [tile._replace(value=atlas.label(one.layer, one.concept), lines=lines) for tile in tiles]
+    return found
+
+
+def _finding(atlas: Atlas, finding: Finding) -> dict[str, Any]:
+    tiles = []
+    for heading, group in finding.tiles:
+        shown = [
+            {
+                "sample": atlas.drawer.store(one.sample, "png"),
+                "heatmap": atlas.drawer.store(one.heatmap, "png"),
+                "caption": one.caption,
+                "alt": one.tip or f"{heading}, {number}",
+            }
+            for number, one in enumerate(group, start=1)
+        ]
+        tiles.append((heading, shown))
+    href = "" if finding.concept is None else atlas.addresses.concept(*finding.concept[1:])
+    return {
+        "title": finding.title,
+        "text": finding.text,
+        "figures": finding.figures,
+        "tiles": tiles,
+        "href": href,
+    }

@@ -1,0 +1,39 @@
+"""The folder of an atlas: nothing of anyone else's is in it, and nothing of earlier reports is left in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from pathlib import Path
+
+from crp.visualization.table.files import write_atomic
+
+MARKER = "atlas.json"
+#: Folders that pages and pictures are in.
+PARTS = ("class", "concept", "layer", "maps", "pictures", "sample")
+_SUFFIXES = frozenset({".html", ".png", ".webp"})
+
+
+def claim(folder: Path) -> None:
+    """Make the folder of an atlas, or make sure that it is one.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MARKER).is_file() and (foreign := next(iter(sorted(folder.iterdir())), None)):
+        raise FileExistsError(
+            f"{folder} is not a folder of an atlas: it holds {foreign.name!r}, and no {MARKER}. Nothing was changed; "
+            "give another folder"
+        )
+    write_atomic(folder / MARKER, json.dumps({"version": 1}).encode())
+
+
+def remove_others(folder: Path, kept: Set[str]) -> None:
+    """Delete pages and pictures of earlier reports that are not among those ``kept``, and nothing else."""
+    for part in PARTS:
+        for file in sorted((folder / part).rglob("*")):
+            if file.suffix in _SUFFIXES and file.is_file() and file.relative_to(folder).as_posix() not in kept:
+                file.unlink()

@@ -1,0 +1,308 @@
+"""Content of a report's pages, as plain data for the templates."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from crp.visualization.report.addresses import Addresses, slug
+from crp.visualization.report.drawing import Drawer, Drawn
+from crp.visualization.report.facts import LayerFacts, Reference
+from crp.visualization.report.options import ReportOptions
+from crp.visualization.report.render import Renderer, percent
+from crp.visualization.report.suspects import Suspect
+
+#: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
+CARDS, CLASSES, SAMPLES, FEW = 240, 12, 24, 5
+WHOLE = (0.0, 0.0, 1.0)
+
+
+class Shown(NamedTuple):
+    """A tile of a page: picture, its cell in a file of heatmaps, link, what is written below, and its crop."""
+
+    picture: str
+    maps: str
+    cell: int
+    cells: int
+    href: str
+    value: str
+    lines: list[tuple[str, str]]
+    alt: str
+    crop: tuple[float, float, float]
+
+
+@dataclass
+class Atlas:
+    """Everything that pages are made of.
+
+    Attributes
+    ----------
+    drawer : Drawer
+    renderer : Renderer
+    options : ReportOptions
+    addresses : Addresses
+    facts : mapping of layer to LayerFacts
+        From the input to the output.
+    cells : mapping of (layer, concept) to (relevant, active) references
+        In the order of the file of heatmaps; a sample that is both is drawn once.
+    suspects : list of Suspect
+    class_names : mapping of int to str
+        Of all classes with a page.
+    sample_rows : mapping of sample to target
+        Samples that have a page, and for which class it is.
+    sample_names : mapping of sample to str
+    """
+
+    drawer: Drawer
+    renderer: Renderer
+    options: ReportOptions
+    addresses: Addresses
+    facts: Mapping[str, LayerFacts]
+    cells: Mapping[tuple[str, int], tuple[list[Reference], list[Reference]]]
+    suspects: Sequence[Suspect]
+    class_names: Mapping[int, str]
+    sample_rows: Mapping[int, int]
+    sample_names: Mapping[int, str]
+    drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
+
+    # --- words
+
+    def label(self, layer: str, concept: int) -> str:
+        """How a concept is called."""
+        name = self.options.concept_names.get((layer, concept), "")
+        return f"{layer} · {concept}" + (f" {name}" if name else "")
+
+    def class_name(self, target: int) -> str:
+        """How a class is called."""
+        return self.class_names.get(target, str(target) if target >= 0 else "no class")
+
+    # --- tiles
+
+    def rows(self, layer: str, concept: int) -> list[tuple[int, int]]:
+        """Samples and targets in the file of a concept's heatmaps."""
+        relevant, active = self.cells[layer, concept]
+        return list(dict.fromkeys((one.sample, one.target) for one in (*relevant, *active)))
+
+    def known(self, layer: str, concept: int) -> list[Drawn]:
+        """What is known of these references."""
+        key = layer, concept
+        if key not in self.drawn:
+            self.drawn[key] = self.drawer.facts(self.addresses.concept_maps(layer, concept))
+        return self.drawn[key]
+
+    def reference(self, layer: str, concept: int, one: Reference, value: str, href: str | None = None) -> Shown | None:
+        """Tile of a reference; None where its heatmap is not drawn."""
+        place = self.rows(layer, concept).index((one.sample, one.target))
+        known = self.known(layer, concept)
+        if place >= len(known):
+            return None
+        facts = known[place]
+        lines = [(self.class_name(one.target), "")] if one.target >= 0 else []
+        if facts.predicted is not None:
+            right = facts.predicted == one.target
+            chance = f" {facts.before:.0%}" if right and facts.before is not None else ""
+            lines.append((f"predicted {self.class_name(facts.predicted)}{chance}", "ok" if right else "bad"))
+        lines.append((self.sample_names[one.sample], ""))
+        return Shown(
+            self.drawer.picture(one.sample),
+            self.addresses.concept_maps(layer, concept),
+            place,
+            len(known),
+            Addresses.sample(one.sample) if href is None else href,
+            value,
+            lines,
+            f"{self.sample_names[one.sample]}, {self.class_name(one.target)}, where {layer} {concept} is relevant",
+            facts.crop,
+        )
+
+    def best(self, layer: str, concept: int, n: int = 1, target: int | None = None) -> list[Shown]:
+        """Tiles of a concept's best references, which link to the concept; those of a class first."""
+        relevant = self.cells[layer, concept][0]
+        order = sorted(relevant, key=lambda one: target is not None and one.target != target)
+        href = self.addresses.concept(layer, concept)
+        found = (self.reference(layer, concept, one, "", href) for one in order[:n])
+        return [one for one in found if one is not None]
+
+    def card(
+        self, layer: str, concept: int, value: str, lines: list[tuple[str, str]], target: int | None = None
+    ) -> Shown | None:
+        """Tile of a concept with its name; None where it has no references."""
+        tiles = self.best(layer, concept, target=target)
+        return tiles[0]._replace(value=value, lines=lines) if tiles else None
+
+    # --- pages
+
+    def write(self) -> None:
+        """Render all pages but the first and the concepts'."""
+        for layer in self.facts:
+            self._write_layer(layer)
+        for target in self.class_names:
+            self._write_class(target)
+        self._write_suspects()
+        self._write_search()
+
+    def _write_layer(self, layer: str) -> None:
+        facts = self.facts[layer]
+        mean = facts.mean
+        order = np.argsort(-mean, kind="stable").tolist()
+        suspicion: dict[int, float] = defaultdict(float)
+        for one in self.suspects:
+            if one.layer == layer:
+                suspicion[one.concept] = max(suspicion[one.concept], one.score)
+        n_parts = max(1, -(-len(order) // CARDS))
+        for part in range(n_parts):
+            cards = []
+            for concept in order[part * CARDS : (part + 1) * CARDS]:
+                best = int(facts.shares.value[:, concept].argmax()) if len(facts.shares.targets) else 0
+                most = self.class_name(int(facts.shares.targets[best])) if len(facts.shares.targets) else ""
+                lines = [(f"{percent(float(mean[concept]))}, most for {most}", "")]
+                card = self.card(layer, concept, self.label(layer, concept).removeprefix(f"{layer} · "), lines)
+                if card is not None:
+                    highest = float(facts.shares.value[best, concept])
+                    orders = {
+                        "share": round(float(mean[concept]), 6),
+                        "specific": round(highest / max(float(mean[concept]), 1e-9), 4),
+                        "suspect": round(suspicion[concept], 6),
+                        "number": concept,
+                    }
+                    cards.append((card, orders))
+            labels = [f"{p * CARDS + 1} to {min(len(order), (p + 1) * CARDS)}" for p in range(n_parts)]
+            page = {
+                "name": layer,
+                "trail": [("Atlas", "index.html"), (layer, "")],
+                "lead": f"{len(order)} concepts, those with the largest share of the relevance first. "
+                f"{'' if len(cards) else 'None of them is relevant for any sample.'}",
+                "parts": [(text, self.addresses.layer(layer, p), p == part) for p, text in enumerate(labels)],
+                "slug": slug(f"{layer}-{part}"),
+                "cards": cards,
+            }
+            address = self.addresses.layer(layer, part)
+            self.renderer.page(address, "layer.html", f"{layer} — concept atlas", page=page)
+
+    def _write_class(self, target: int) -> None:
+        layers = []
+        for layer in reversed(list(self.facts)):
+            facts = self.facts[layer]
+            shares = np.array([facts.share(target, concept) for concept in range(facts.n_concepts)])
+            order = [int(c) for c in np.argsort(-shares, kind="stable") if shares[c] > 0][: self.options.n_concepts]
+            running, tiles = 0.0, []
+            for concept in order:
+                running += shares[concept]
+                lines = [(f"{percent(float(shares[concept]))}; so far {percent(running)}", "")]
+                label = self.label(layer, concept).removeprefix(f"{layer} · ")
+                tiles.append(self.card(layer, concept, label, lines, target))
+            note = f"{len(order)} of {facts.n_concepts} concepts carry {percent(running)} of the relevance of {{}}."
+            note = note.replace("{}", self.class_name(target))
+            shown = [tile for tile in tiles if tile is not None]
+            layers.append({"name": layer, "href": self.addresses.layer(layer), "note": note, "tiles": shown})
+        samples = self._samples_of(target)
+        suspects = [
+            (self.label(one.layer, one.concept), self.addresses.concept(one.layer, one.concept), one.reason)
+            for one in self.suspects
+            if one.target == target
+        ]
+        classes = list(self.class_names)
+        place = classes.index(target)
+        neighbours = [classes[place - 1] if place else None, classes[place + 1] if place + 1 < len(classes) else None]
+        turns = [None if t is None else (self.class_name(t), Addresses.label(t)) for t in neighbours]
+        rows = next(iter(self.facts.values())).shares
+        found = int(rows.rows[np.searchsorted(rows.targets, target)]) if target in rows.targets.tolist() else 0
+        wrong = sum("bad" in one.lines[0][1] for one in samples)
+        page = {
+            "name": self.class_name(target),
+            "trail": [("Atlas", "index.html"), (self.class_name(target), "")],
+            "before": turns[0],
+            "after": turns[1],
+            "lead": f"{found} samples. For each layer, the concepts that carry most of the class's relevance.",
+            "layers": layers,
+            "samples": samples[:SAMPLES],
+            "samples_note": f"Those among the references, wrong predictions first ({wrong} of {len(samples)}).",
+            "mean": self._mean(target),
+            "suspects": suspects[:FEW],
+        }
+        title = f"{self.class_name(target)} — concept atlas"
+        self.renderer.page(Addresses.label(target), "class.html", title, page=page)
+
+    def _samples_of(self, target: int) -> list[Shown]:
+        found = []
+        for sample, of in self.sample_rows.items():
+            if of == target and (one := self.whole(sample)) is not None:
+                found.append(one)
+        return sorted(found, key=lambda one: "bad" not in one.lines[0][1])
+
+    def whole(self, sample: int) -> Shown | None:
+        """Tile of a sample with all its relevance."""
+        target = self.sample_rows[sample]
+        address = Addresses.sample_maps(sample, target)
+        known = self.drawer.facts(address)
+        if not known:
+            return None
+        first = known[0]
+        lines = [(self.sample_names[sample], "")]
+        if first.predicted is not None:
+            right = first.predicted == target
+            lines.insert(0, (f"predicted {self.class_name(first.predicted)}", "ok" if right else "bad"))
+        name = f"{self.sample_names[sample]}, {self.class_name(target)}"
+        href = Addresses.sample(sample)
+        return Shown(self.drawer.picture(sample), address, 0, len(known), href, "", lines, name, first.crop)
+
+    def _mean(self, target: int) -> Shown | None:
+        from crp.visualization.report.maps import read_facts
+
+        address = Addresses.label_maps(target)
+        facts = read_facts(self.drawer.folder / address)
+        if facts is None:
+            return None
+        lines = [(f"mean over {facts['n']} samples", "")]
+        alt = f"mean over samples of {self.class_name(target)}"
+        return Shown(facts["picture"], address, 0, 1, "", "", lines, alt, WHOLE)
+
+    def _write_suspects(self) -> None:
+        shown = []
+        for one in self.suspects:
+            tiles = self.best(one.layer, one.concept, FEW + 1, one.target)
+            if tiles:
+                shown.append(
+                    {
+                        "here": tiles[0],
+                        "others": tiles[1:],
+                        "href": self.addresses.concept(one.layer, one.concept),
+                        "label": self.label(one.layer, one.concept),
+                        "score": f"{one.score:.3f}",
+                        "class_name": "all classes" if one.target < 0 else self.class_name(one.target),
+                        "class_href": "index.html" if one.target < 0 else Addresses.label(one.target),
+                        "reason": one.reason,
+                    }
+                )
+        page = {"trail": [("Atlas", "index.html"), ("Suspects", "")], "suspects": shown}
+        self.renderer.page("suspects.html", "suspects.html", "Suspects — concept atlas", page=page)
+
+    def _write_search(self) -> None:
+        to = self.renderer.from_first
+        index = {
+            "layers": [
+                [
+                    layer,
+                    to(self.addresses.layer(layer)),
+                    to(self.addresses.concept(layer, 0)).replace("/0.html", "/{}.html"),
+                    [round(float(share), 3) for share in facts.mean],
+                ]
+                for layer, facts in self.facts.items()
+            ],
+            "classes": [[name, to(Addresses.label(target))] for target, name in self.class_names.items()],
+            "names": {f"{layer}:{i}": name for (layer, i), name in self.options.concept_names.items()},
+            "samples": [[self.sample_names[sample], to(Addresses.sample(sample))] for sample in self.sample_rows],
+        }
+        text = json.dumps(index, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+        page = {
+            "trail": [("Atlas", "index.html"), ("Search", "")],
+            "layers": [(layer, self.addresses.layer(layer)) for layer in self.facts],
+            "index": Markup(text),
+        }
+        self.renderer.page("search.html", "search.html", "Search — concept atlas", page=page)

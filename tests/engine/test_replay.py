@@ -1,0 +1,416 @@
+"""Repeated attributions are recorded and replayed, and computed as usual when anything else than data has changed.
+
+On the CPU, a stand-in for CUDA graphs records the calls of kernels, and makes them again without any Python.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mining_cases import Data, files_of, run
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import crp.composites as composites
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus, EpsilonPlusFlat
+from crp.engine import replay
+from crp.engine.replay import CallRecorder, Replays
+from crp.engine.replayed import Replayed
+
+LAYER = "features.7"
+
+
+def replaying(model: nn.Module) -> CondAttribution:
+    """Attribution with the stand-in."""
+    attribution = CondAttribution(model)
+    attribution._replayed = Replayed(CallRecorder())
+    return attribution
+
+
+def count(attribution: CondAttribution) -> int:
+    """Replays so far whose results were given out."""
+    return attribution._replayed.replays.replayed
+
+
+def assert_same(attribution: CondAttribution, data: Tensor, conditions: Any, rules: Any, **keywords: Any) -> None:
+    """Results are, to the last bit, those of an attribution that never replays."""
+    plain = CondAttribution(attribution.model)
+    plain.replay = False
+    found, exact = (each(data, conditions, rules, **keywords) for each in (attribution, plain))
+    for name in ("heatmap", "prediction"):
+        torch.testing.assert_close(getattr(found, name), getattr(exact, name), rtol=0, atol=0)
+    for name in ("activations", "relevances", "multipliers", "counted"):
+        assert list(getattr(found, name) or ()) == list(getattr(exact, name) or ())
+        for layer, tensor in (getattr(found, name) or {}).items():
+            torch.testing.assert_close(tensor, getattr(exact, name)[layer], rtol=0, atol=0)
+    assert found.encoding == exact.encoding
+
+
+def warmed(attribution: CondAttribution, data: Tensor, rules: Any, conditions: Any = None, **keywords: Any) -> None:
+    """Attribute until it is replayed and trusted."""
+    for scale in (1, 2, 3, 4, 5):
+        assert_same(attribution, data / scale, conditions or [{"y": [scale % 5]}], rules, **keywords)
+    assert count(attribution) == 2
+
+
+PRESETS = {
+    "epsilon_plus_flat": EpsilonPlusFlat,
+    "epsilon_gamma_box": lambda: composites.EpsilonGammaBox(low=-4.0, high=4.0),
+    "epsilon_alpha2_beta1_flat": composites.EpsilonAlpha2Beta1Flat,
+    "gradient": lambda: composites.get("gradient"),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_data_and_targets_are_inputs(vgg_bn: nn.Module, images: Tensor, preset: str) -> None:
+    attribution, rules = replaying(vgg_bn), PRESETS[preset]()
+    warmed(attribution, images, rules, record_layer=["features.0", LAYER])
+    assert_same(attribution, -images, [{"y": [i, 4]} for i in range(4)], rules, record_layer=["features.0", LAYER])
+    assert count(attribution) == 3
+
+
+def test_masks_are_inputs(vgg_bn: nn.Module, images: Tensor) -> None:
+    """All concepts of a layer replay one recording."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    plain = CondAttribution(vgg_bn)
+    plain.replay = False
+    conditions = [{"y": [i % 5], LAYER: [i % 8, 3], "features.3": [i % 6]} for i in range(20)]
+    maps = [
+        torch.cat([part.heatmap for part in each.generate(images[:1], conditions, rules, batch_size=2, verbose=False)])
+        for each in (attribution, plain)
+    ]
+    torch.testing.assert_close(*maps, rtol=0, atol=0)
+    assert count(attribution) == 10 - 1 - replay.FIRST_RUNS
+
+
+def test_another_order_of_slots_is_another_recording(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    for number in range(6):
+        for targets in ([1, 1, 1], [0, number % 5, 4]):  # (of one target, the upper part is sent back once)
+            conditions = [{"y": [target], LAYER: [place]} for place, target in enumerate(targets)]
+            assert_same(attribution, images[:1] + number, conditions, rules)
+    assert count(attribution) > 4
+
+
+def test_results_are_the_callers_own(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    first = attribution(images, [{"y": [0]}], rules)
+    kept = first.heatmap.clone()
+    second = attribution(images * 2, [{"y": [1]}], rules)
+    second.heatmap.zero_()
+    assert torch.equal(first.heatmap, kept)
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    leaf = images.clone().requires_grad_()
+    result = attribution(leaf, [{"y": [2]}], rules)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.sum(1), result.heatmap)
+    assert count(attribution) == 6
+
+
+# --- what changes -----------------------------------------------------------------------------------------------------
+
+
+def in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.features[0].weight.mul_(-1.5)
+
+
+def replaced(model: nn.Module) -> None:
+    model.features[3].weight = nn.Parameter(model.features[3].weight.detach() * 2)
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()})
+
+
+def statistics(model: nn.Module) -> None:
+    model.features[1].running_var.mul_(3.0)
+
+
+def attribute(model: nn.Module) -> None:
+    model.features[1].eps = 0.7
+
+
+def other_layer(model: nn.Module) -> None:
+    model.features[5] = nn.ELU().eval()
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, replaced, loaded, statistics, attribute, other_layer], ids=lambda change: change.__name__
+)
+def test_a_changed_model_is_recorded_anew(vgg_bn: nn.Module, images: Tensor, change: Callable[[Any], None]) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    change(vgg_bn)
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 2
+    for scale in (2, 3):
+        assert_same(attribution, images * scale, [{"y": [0]}], rules)
+    assert count(attribution) == 3
+
+
+def test_a_changed_composite_is_recorded_anew(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), composites.get("epsilon", epsilon=0.1)
+    warmed(attribution, images, rules)
+    rules.layer_map = [(what, composites.get("gamma").layer_map[0][1]) for what, _ in rules.layer_map]
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 2
+    other = composites.get("epsilon", epsilon=10.0)
+    assert_same(attribution, images, [{"y": [0]}], other)
+    assert count(attribution) == 2
+
+
+def test_a_rule_with_another_setting_is_recorded_anew(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), composites.EpsilonGammaBox(low=-4.0, high=4.0)
+    box = next(rule for _, rule in [*rules.first_map, *rules.at_input, *rules.layer_map] if hasattr(rule, "low"))
+    warmed(attribution, images, rules)
+    box.low = -8.0
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 2
+
+
+def test_other_shapes_have_recordings_of_their_own(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    assert_same(attribution, images[:2], [{"y": [0]}], rules)
+    assert_same(attribution, images, [{"y": [0]}], rules, record_layer=[LAYER])
+    assert_same(attribution, images.contiguous(memory_format=torch.channels_last), [{"y": [0]}], rules)
+    assert count(attribution) == 2
+    assert_same(attribution, images, [{"y": [3]}], rules)
+    assert count(attribution) == 3
+
+
+def test_only_some_recordings_are_kept(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution = replaying(vgg_bn)
+    for _ in range(replay.KEPT + 2):
+        rules = EpsilonPlus()
+        for scale in range(5):
+            attribution(images / (scale + 1), [{"y": [0]}], rules)
+    assert len(attribution._replayed.replays._entries) == replay.KEPT
+    attribution._replayed.replays.clear()
+    assert_same(attribution, images, [{"y": [0]}], rules)
+
+
+# --- what cannot be replayed ------------------------------------------------------------------------------------------
+
+
+def test_the_switch(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution = replaying(vgg_bn)
+    attribution.replay = False
+    for _ in range(6):
+        attribution(images, [{"y": [0]}], EpsilonPlusFlat())
+    assert count(attribution) == 0 and not attribution._replayed.replays._entries
+
+
+def test_a_cpu_does_not_record_by_itself(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = CondAttribution(vgg_bn), EpsilonPlusFlat()
+    for _ in range(6):
+        attribution(images, [{"y": [0]}], rules)
+    assert not attribution._replayed.replays._entries
+
+
+def test_hooks_of_others_see_every_call(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules, seen = replaying(vgg_bn), EpsilonPlusFlat(), []
+    warmed(attribution, images, rules)
+    handle = vgg_bn.features[2].register_forward_hook(lambda *_: seen.append(1))
+    attribution(images, [{"y": [0]}], rules)
+    assert seen and count(attribution) == 2
+    handle.remove()
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 3
+
+
+def test_modes_of_others_see_every_call(vgg_bn: nn.Module, images: Tensor) -> None:
+    class Counting(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.n += "convolution" in func.overloadpacket.__name__
+            return func(*args, **(kwargs or {}))
+
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    with Counting() as mode:
+        attribution(images, [{"y": [0]}], rules)
+    assert mode.n > 3 and count(attribution) == 2
+
+
+def test_training_mode_is_warned_of_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    vgg_bn.train()
+    for _ in range(6):
+        with pytest.warns(UserWarning, match="training mode"):
+            attribution(images, [{"y": [0]}], rules)
+    vgg_bn.eval()
+    assert count(attribution) == 2
+
+
+class Deciding(nn.Module):
+    """Takes a way through the net that depends on values, on its history, or on nothing."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.by, self.calls, self.history = by, 0, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by == "value":
+            return self.one(x) if x.sum() > 0 else self.two(x)
+        if self.by == "attribute":
+            self.calls += 1
+        if self.by == "list":
+            self.history.append(1)
+        if self.by == "data":
+            self.two.weight.data = self.two.weight.data * 1.0
+        if self.by == "warning":
+            warnings.warn("look here", stacklevel=1)
+        odd = self.calls % 2 or len(self.history) % 2
+        return self.one(x) if odd else self.two(x)
+
+
+@pytest.mark.parametrize("by", ["value", "attribute", "list", "data", "warning"])
+@pytest.mark.filterwarnings("ignore:look here")
+def test_models_that_decide_are_computed_each_time(vectors: Tensor, by: str) -> None:
+    model = Deciding(by).double().eval()
+    attribution, rules, other = replaying(model), composites.get("epsilon"), copy.deepcopy(model)
+    plain = CondAttribution(other)
+    plain.replay = False
+    for number in range(8):
+        data = vectors * (-1) ** number
+        found, exact = (each(data, [{"y": [number % 4]}], rules).heatmap for each in (attribution, plain))
+        assert torch.equal(found, exact)
+    assert count(attribution) == 0
+
+
+def test_what_depends_on_unseen_python_is_found_out(vectors: Tensor) -> None:
+    """A replay is compared with the computation once more, on other data."""
+    factors = iter(range(1, 100))
+
+    class Hidden(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * next(factors))
+
+    attribution, rules = replaying(Hidden(6, 4).double().eval()), composites.get("epsilon")
+    heatmaps = [attribution(vectors, [{"y": [0]}], rules).heatmap.abs().sum() for _ in range(8)]
+    assert len({float(size) for size in heatmaps}) == 8
+    assert count(attribution) == 0
+
+
+OVERRIDES: dict[str, Callable[..., Any]] = {
+    "select_output": lambda self, output: output * 2,
+    "relevance_init": lambda self, prediction, targets, init: prediction,
+    "heatmap_modifier": lambda self, data, on_device=None: data.grad.sum(1) + 1,
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_methods_of_a_subclass_are_called_each_time(vgg_bn: nn.Module, images: Tensor, name: str) -> None:
+    calls = []
+
+    def counted(*args: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return OVERRIDES[name](*args, **keywords)
+
+    attribution = type("Own", (CondAttribution,), {name: counted})(vgg_bn)
+    attribution._replayed = Replayed(CallRecorder())
+    for _ in range(6):
+        attribution(images, [{"y": [0]}], EpsilonPlusFlat())
+    assert len(calls) >= 6 and count(attribution) == 0
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{"init_rel": 1.0}, {"init_rel": lambda y: y * 2}, {"start_layer": LAYER}, {"on_device": "cpu"}],
+    ids=["number", "function", "start layer", "device"],
+)
+def test_other_starts_are_computed_each_time(vgg_bn: nn.Module, images: Tensor, keywords: dict[str, Any]) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    condition = {} if "start_layer" in keywords else {"y": [0]}
+    for _ in range(6):
+        assert_same(attribution, images, [condition], rules, **keywords)
+    assert count(attribution) == 0
+
+
+def test_other_masks_are_computed_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules, calls = replaying(vgg_bn), EpsilonPlusFlat(), []
+
+    def mask(row: int, ids: Any, layer: str) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: calls.append(row) or gradient * 0.5
+
+    for _ in range(6):
+        attribution(images, [{"y": [0], LAYER: [1]}], rules, mask_map=mask)
+    assert len(calls) == 6 * 4 and count(attribution) == 0
+
+
+def test_references_of_each_sample_are_computed_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), composites.get("deeplift", reference=torch.zeros_like(images))
+    for _ in range(6):
+        assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 0
+
+
+def test_errors_are_those_of_the_computation(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    with pytest.raises(IndexError, match=r"row 2: 'y' is \[7\], but the model has outputs 0 to 4"):
+        attribution(images, [{"y": [0]}, {"y": [1]}, {"y": [7]}, {"y": [2]}], rules)
+    with pytest.raises(KeyError, match=r"features\.99"):
+        attribution(images, [{"y": [0]}], rules, ["features.99"])
+    for _ in range(6):
+        with pytest.raises(RuntimeError, match="does not reach"):
+            attribution(images, [{"y": [0], "features.0": [0], LAYER: [0]}], rules)
+    assert_same(attribution, images, [{"y": [1]}], rules)
+    assert count(attribution) == 3
+
+
+def test_an_error_while_recording_is_no_obstacle(vgg_bn: nn.Module, images: Tensor) -> None:
+    class Failing:
+        def record(self, run: Any) -> Any:
+            raise torch.OutOfMemoryError("too little")
+
+    attribution, rules = CondAttribution(vgg_bn), EpsilonPlusFlat()
+    attribution._replayed = Replayed(Failing())
+    for _ in range(6):
+        assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 0
+
+
+# --- lifetimes --------------------------------------------------------------------------------------------------------
+
+
+def test_another_process_records_for_itself(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    for other in (pickle.loads(pickle.dumps(attribution)), copy.deepcopy(attribution)):
+        assert count(other) == 0
+        assert torch.equal(other(images, [{"y": [1]}], rules).heatmap, attribution(images, [{"y": [1]}], rules).heatmap)
+
+
+def test_the_model_is_left_as_it_was(vgg_bn: nn.Module, images: Tensor, untouched: Any) -> None:
+    with untouched(vgg_bn):
+        warmed(replaying(vgg_bn), images, EpsilonPlusFlat())
+
+
+def test_mining_by_replays_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = run(tmp_path / "plain", Data(40))
+    replays: list[Replays] = []
+
+    class Kept(Replayed):
+        def __init__(self, recorder: Any = None) -> None:
+            super().__init__(CallRecorder())
+            replays.append(self.replays)
+
+    monkeypatch.setattr("crp.attribution.Replayed", Kept)
+    table = run(tmp_path / "replayed", Data(40))
+    assert files_of(table.path) == files_of(reference.path)
+    assert sum(each.replayed for each in replays) > 3
