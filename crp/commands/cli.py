@@ -9,6 +9,7 @@ import click
 
 from crp import __version__
 from crp.commands import attribute as attribute_commands
+from crp.commands import classes as class_commands
 from crp.commands import mine as mine_commands
 from crp.commands import table as table_commands
 
@@ -63,6 +64,8 @@ cli.add_command(attribute_commands.attribute)
 cli.add_command(mine_commands.mine_command)
 cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)
+cli.add_command(class_commands.clusters_command)
+cli.add_command(class_commands.prototypes_command)
 
 
 def main() -> None:

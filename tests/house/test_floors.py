@@ -35,7 +35,7 @@ BUDGETS = {
     "audit": 1490,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1180,
+    "commands": 1280,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -65,7 +65,7 @@ BUDGETS = {
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
 #: How many public classes and functions there may be.
-PUBLIC_NAMES = 620
+PUBLIC_NAMES = 660
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -102,7 +102,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 83
+    assert sum(map(len, arrows().values())) <= 88
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

@@ -61,6 +61,8 @@ def test_what_is_fetched_is_what_was_sent() -> None:
         "ints": torch.arange(5, dtype=torch.int32),
         "nothing": torch.empty(0, 4),
         "longs": torch.tensor(7),
+        "one of a row": torch.arange(6).reshape(2, 3)[:1, 0],
+        "column": torch.arange(6.0).reshape(2, 3)[:, 1],
     }
     found = transfers.fetch(tensors).arrays()
     assert list(found) == list(tensors)

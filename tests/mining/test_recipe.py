@@ -84,7 +84,7 @@ def test_nested_values_end() -> None:
 def test_predictions_of_scores_and_of_probabilities() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, -1.0]])
     prediction, probability = top_class(scores, 2)
-    assert prediction.tolist() == [1, 0] and prediction.dtype == np.int64
+    assert prediction.tolist() == [1, 0] and prediction.dtype == torch.int64
     np.testing.assert_allclose(probability, scores.softmax(1).max(1).values, rtol=1e-6)
     prediction, probability = top_class(torch.tensor([[0.25, 0.75], [1.0, 0.0]]), 2)
     assert (prediction.tolist(), probability.tolist()) == ([1, 0], [0.75, 1.0])

@@ -67,8 +67,7 @@ class Fetched:
         self._forms = {key: (tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
         self._keys = list(tensors)
         (device, _), *_ = Counter(tensor.device for tensor in tensors.values()).most_common(1)
-        parts = [tensor.detach().to(device).contiguous().flatten().view(torch.uint8) for tensor in ordered.values()]
-        packed = torch.cat(parts)
+        packed = torch.cat([_bytes_of(tensor.detach().to(device)) for tensor in ordered.values()])
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
@@ -91,6 +90,13 @@ class Fetched:
             found[key] = content[begin:end].view(dtype).reshape(shape)
             begin = end
         return {key: found[key] for key in self._keys}
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # (also a single entry may have any stride)
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
