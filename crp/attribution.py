@@ -177,8 +177,9 @@ class CondAttribution:
         result, relevances = next(call.parts())
         check_result(self.model, result.heatmap, result.prediction)
         if call.overrides.broadcast is None:
-            for tensor, relevance in zip(Inputs.of(data, explain).explained, relevances, strict=True):
-                fill_grad(tensor, call.rows.samples, relevance, self.overwrite_data_grad)
+            for tensor, relevance in zip(call.inputs.given(data), relevances, strict=True):
+                if tensor is not None:
+                    fill_grad(tensor, call.rows.samples, relevance, self.overwrite_data_grad)
         return result
 
     def generate(
@@ -351,7 +352,7 @@ class CondAttribution:
         data : Tensor of shape (rows, *input shape), or tuple or dict of them
         conditions : sequence of dict, one per row
         """
-        inputs = Inputs.of(data)
+        inputs = Inputs.of(data, None, self.model)
         rows = Rows.broadcast(len(inputs), conditions)
         return inputs.each(lambda tensor: tensor[list(rows.samples)]).data, list(rows.conditions)
 

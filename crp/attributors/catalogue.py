@@ -71,7 +71,7 @@ COMPOSITES = MappingProxyType(
         "guided_backprop": ("gradient", "Springenberg et al. 2015"),
         "lrp_0": ("propagation", "Bach et al. 2015"),
         "lrp_cmp": ("propagation", "Kohlbrenner et al. 2020"),
-        "relp": ("propagation", "Rezaei Jafari et al. 2025"),
+        "relp": ("propagation", "arXiv:2508.21258"),
         "zplus": ("propagation", "Montavon et al. 2017"),
     }
 )

@@ -106,7 +106,7 @@ class Call:
         overrides: Overrides,
     ) -> Call:
         """Check everything that can be checked before the model runs."""
-        inputs = Inputs.of(data, settings.explain)
+        inputs = Inputs.of(data, settings.explain, model)
         inputs.check()
         if settings.on_device is not None:
             check_device(settings.on_device, "on_device")
@@ -126,7 +126,7 @@ class Call:
             rows = Rows.broadcast(len(inputs), conditions)
         else:
             data, conditions = overrides.broadcast(inputs.data, conditions)
-            inputs = Inputs.of(data, settings.explain)
+            inputs = Inputs.of(data, settings.explain, model)
             inputs.check()
             if len(inputs) != len(conditions):
                 raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")

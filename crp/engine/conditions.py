@@ -23,6 +23,7 @@ from crp.engine.door import is_finite
 from crp.errors import InputError, InputTypeError
 from crp.notices import warn
 from crp.outputs import Element, Pixels
+from crp.outputs import Position as Position
 from crp.types import Condition, MaskFactory, MaskFn
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]
@@ -73,8 +74,17 @@ def _check_target(targets: Any, what: str) -> None:
                 raise InputTypeError(
                     f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}"
                 )
+        elif isinstance(place, Position):
+            place.check(what)
         elif not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
             raise InputTypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
+    _check_once(elements, what)
+
+
+def _check_once(elements: Sequence[Any], what: str) -> None:
+    places = [at for element in elements if isinstance(element, Position) for at, _ in element.signed()]
+    if len({*places}) < len(places):
+        raise InputError(f"{what} names a token twice in {elements}; explain it once, and against others only")
 
 
 def _mask_of(pixels: Pixels) -> np.ndarray:
@@ -82,16 +92,16 @@ def _mask_of(pixels: Pixels) -> np.ndarray:
 
 
 def _target_ids(targets: Any) -> tuple[np.ndarray, list[Any]]:
-    """Targets as an array of int, or of bool for a mask of the outputs, and elements: tuples and `Pixels` among them.
+    """Targets as an array of int, or of bool for a mask of the outputs, and elements: tuples, `Pixels`, `Position`.
 
     The array is of another kind if they are neither.
     """
     elements: list[Any] = []
-    if isinstance(targets, Pixels | Element):
+    if isinstance(targets, Pixels | Element | Position):
         targets = [targets]
     if isinstance(targets, list | tuple):
-        elements = [target for target in targets if isinstance(target, tuple | Pixels)]
-        targets = [_plain(target) for target in targets if not isinstance(target, tuple | Pixels)]
+        elements = [target for target in targets if isinstance(target, tuple | Pixels | Position)]
+        targets = [_plain(target) for target in targets if not isinstance(target, tuple | Pixels | Position)]
     try:
         ids = np.asarray(_plain(targets))
     except ValueError:  # ragged
@@ -234,6 +244,14 @@ def check_targets_exist(
                         f"row {row}: {output_name!r} names pixels of class {place.of_class} by a mask of {given}, but "
                         f"the model's output has the shape {shape} for each sample"
                     )
+            elif isinstance(place, Position):
+                if len(shape) != 2 or not all(
+                    -n <= i < n for at, _ in place.signed() for i, n in zip(at, shape, strict=True)
+                ):
+                    raise IndexError(
+                        f"row {row}: {output_name!r} is {place}, but the model's output has the shape {shape} for each "
+                        "sample; it must be (positions, vocabulary), and have them"
+                    )
             elif len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
                 raise IndexError(
                     f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
@@ -282,14 +300,23 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     whole = not any(elements for _, elements in chosen)
     shape = tuple(prediction.shape)
     kept = np.zeros(shape[:2] + (1,) * (len(shape) - 2) if whole else shape, dtype=bool)
+    signs: dict[tuple[int, int, int], int] = {}
     for row, (ids, elements) in enumerate(chosen):
         kept[row, ... if target_list[row] is None else ids] = True
         for place in elements:
             if isinstance(place, Pixels):
                 kept[row, place.of_class] |= _mask_of(place)
+            elif isinstance(place, Position):
+                for at, sign in place.signed():
+                    kept[row][at] = True
+                    signs[row, at[0] % shape[1], at[1] % shape[2]] = sign
             else:
                 kept[row][tuple(place)] = True
-    return torch.where(send_to(selection.device, torch.from_numpy(kept)), selection, 0)
+    start = torch.where(send_to(selection.device, torch.from_numpy(kept)), selection, 0)
+    for place, sign in signs.items():
+        if sign < 0:
+            start[place] = -start[place]
+    return start
 
 
 def check_start(start: Any, prediction: Tensor) -> None:

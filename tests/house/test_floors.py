@@ -30,23 +30,24 @@ IMPORT_NAMES = FLOORS[7]
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
     "attribution": 385,
-    "attributors": 2600,
+    "attributors": 2650,
     "audit": 1490,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
     "commands": 1300,
     "compat": 950,
+    # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 900,
     "engine": 3250,
     "devices": 50,
-    "explain": 160,
+    "explain": 180,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
     "layers": 490,
-    "outputs": 110,
+    "outputs": 150,
     "metrics": 810,
     "rules": 5320,
     "trace": 1370,
