@@ -96,7 +96,7 @@ class CondAttribution:
         self.MODEL_OUTPUT_NAME = "y"
         self.model = unwrap(model)
         parameter = next(self.model.parameters(), torch.empty(0))
-        self.device = parameter.device if device is None else check_device(device, "device")
+        self.device = check_device(device, "device") or parameter.device
         self.overwrite_data_grad = overwrite_data_grad
         self.no_param_grad = no_param_grad
         self.output = output
@@ -177,8 +177,9 @@ class CondAttribution:
         result, relevances = next(call.parts())
         check_result(self.model, result.heatmap, result.prediction)
         if call.overrides.broadcast is None:
-            for tensor, relevance in zip(Inputs.of(data, explain).explained, relevances, strict=True):
-                fill_grad(tensor, call.rows.samples, relevance, self.overwrite_data_grad)
+            for tensor, relevance in zip(call.inputs.given(data), relevances, strict=True):
+                if tensor is not None:
+                    fill_grad(tensor, call.rows.samples, relevance, self.overwrite_data_grad)
         return result
 
     def generate(
@@ -351,7 +352,7 @@ class CondAttribution:
         data : Tensor of shape (rows, *input shape), or tuple or dict of them
         conditions : sequence of dict, one per row
         """
-        inputs = Inputs.of(data)
+        inputs = Inputs.of(data, None, self.model)
         rows = Rows.broadcast(len(inputs), conditions)
         return inputs.each(lambda tensor: tensor[list(rows.samples)]).data, list(rows.conditions)
 

@@ -1,10 +1,12 @@
 """Errors of this package, which are also of a kind of Python's own."""
 
-from __future__ import annotations
-
 
 class CRPError(Exception):
     """Base of the errors of this package."""
+
+
+class LoadingError(CRPError, ValueError):
+    """A model, a dataset or a composite that is named in words cannot be made of them."""
 
 
 class InputError(CRPError, ValueError):

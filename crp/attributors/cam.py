@@ -19,9 +19,10 @@ from crp.attributors.gradient import Gradient
 from crp.attributors.target import Target
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
-from crp.engine.conditions import MaskMap, apply_masks, row_masks
+from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Data, Inputs, Tensors
+from crp.engine.masks import apply_masks, row_masks
 from crp.layers import find_layers, unwrap
 
 Interpolation = Literal["linear", "nearest"]
@@ -111,7 +112,7 @@ class LayerCAM(Attributor):
         target = Target.of(target)
         if target.layer is not None:
             raise ValueError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
-        inputs = Inputs.of(data)
+        inputs = Inputs.of(data, None, self.model)
         outputs, heatmaps = [], []
         for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
             flow = self.flow(inputs.select(sample), target.rows(sample), record=self.layer)

@@ -73,13 +73,11 @@ def attribute(
     """Explain one picture: input, heatmap, overlay, colours and prediction in one file."""
     import torch
 
-    from crp.commands.models import load_model
     from crp.commands.panel import draw
     from crp.explain import explain
     from crp.explain import methods as known
+    from crp.visualization.models import load_model
 
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
-        raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
     _check_writable(out)
     given = _parsed(settings)
     families = {one.name: one.family for one in known()}
@@ -89,9 +87,9 @@ def attribute(
         given["condition"] = {layer: list(concept)}
     if layer is not None and (not concept or families.get(method) == "cam"):
         given["layer"] = layer
-    loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
-    shown, data = loaded.read(image)
     try:
+        loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
+        shown, data = loaded.read(image)
         with torch.no_grad():
             output = loaded.model(data)
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
@@ -112,16 +110,19 @@ def attribute(
     through = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
     draw(shown, flat, "; ".join(filter(None, (f"predicted: {prediction}", of))), f"{method}{through}", out)
     if as_json:
-        classes_of = {"predicted": first, "explained": index}
-        shares = {name: {"class": i, "name": loaded.class_name(i), "probability": float(probability[i])}
-                  for name, i in classes_of.items()}  # fmt: skip
-        click.echo(json.dumps({"image": str(image), "method": method, **shares, "out": str(out)}))
+        shown_classes = {
+            name: {"class": i, "name": loaded.class_name(i), "probability": float(probability[i])}
+            for name, i in (("predicted", first), ("explained", index))
+        }
+        click.echo(json.dumps({"image": str(image), "method": method, **shown_classes, "out": str(out)}))
         return
     click.echo(f"{image}: predicted {prediction}{'; ' * bool(of)}{of}\nwrote {out}")
 
 
 def _check_writable(out: Path) -> None:
-    """Make the folder of a file, and see whether files can be written there."""
+    """Make the folder of a picture, and see whether files can be written there."""
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out.parent):

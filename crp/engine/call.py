@@ -21,12 +21,12 @@ from crp.engine.conditions import (
     init_of_rows,
     initial_relevance,
     row_index,
-    row_masks,
 )
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs
+from crp.engine.masks import row_masks
 from crp.engine.settings import Overrides, Settings
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
@@ -106,10 +106,9 @@ class Call:
         overrides: Overrides,
     ) -> Call:
         """Check everything that can be checked before the model runs."""
-        inputs = Inputs.of(data, settings.explain)
+        inputs = Inputs.of(data, settings.explain, model)
         inputs.check()
-        if settings.on_device is not None:
-            check_device(settings.on_device, "on_device")
+        check_device(settings.on_device, "on_device")
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
@@ -118,15 +117,14 @@ class Call:
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
-        conditions = check_conditions(
-            conditions, settings.output_name, settings.start, settings.init_rel is not None
-        )  # fmt: skip
+        has_init = settings.init_rel is not None
+        conditions = check_conditions(conditions, settings.output_name, settings.start, has_init)
         check_layers(model, [] if settings.start is None else [settings.start], "start_layer")
         if overrides.broadcast is None:
             rows = Rows.broadcast(len(inputs), conditions)
         else:
             data, conditions = overrides.broadcast(inputs.data, conditions)
-            inputs = Inputs.of(data, settings.explain)
+            inputs = Inputs.of(data, settings.explain, model)
             inputs.check()
             if len(inputs) != len(conditions):
                 raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
@@ -150,19 +148,21 @@ class Call:
         TypeError
             If the composite keeps no account.
         """
-        accounting = propagation_of(self.composite).accounting()
-        if accounting is None or self._members() != [self.composite]:
-            what = "only a composite of crp.composites accounts for what layers keep"
-            raise InputTypeError(f"{what}, not {self.composite!r}")
-        if Encoding.of(self.composite).as_multiplier:
-            what = "gives multipliers, of which layers keep nothing; it has no relevance"
-            raise InputTypeError(f"{self.composite!r} {what}")
+        accounting = propagation_of(composite := self.composite).accounting()
+        if accounting is None or self._members() != [composite]:
+            raise InputTypeError(f"only a composite of crp.composites accounts for what layers keep, not {composite!r}")
+        if Encoding.of(composite).as_multiplier:
+            raise InputTypeError(f"{composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
         initials, inputs, kept = [], [], []
         with put_on(self.composite, self.model) as model, accounting as account:
-            # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
-            for rows in self.rows.one_by_one(self._masks_in_flow()):
-                passed = self._forward(model, rows, self.composite, account)
-                _, start, arrived = self._send_back(passed, rows, last=True)
+            # One sample starts at a time: whose an entry is cannot be told where the first axis is not the samples'.
+            in_flow = self._masks_in_flow()
+            of_all = None if in_flow else self._forward(model, self.rows, self.composite, account)
+            if of_all is not None and of_all.is_folded:
+                of_all = None
+            for rows in self.rows.one_by_one(in_flow):
+                passed = of_all or self._forward(model, rows, self.composite, account)
+                _, start, arrived = self._send_back(passed, rows, last=of_all is None)
                 initial = sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
@@ -171,7 +171,7 @@ class Call:
                 for name in passed.layers:
                     if name.startswith(SINK):
                         layer = name.removeprefix(SINK).rpartition("#")[0]
-                        share = arrived[name].reshape(len(rows), *passed.layers[name].shape).sum(1)
+                        share = arrived[name].reshape(len(rows), -1, len(account.kinds)).sum(1)
                         layers[layer] = layers.get(layer, 0) + share
                 kept.append(layers)
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}

@@ -98,7 +98,8 @@ class ForwardPass:
     def is_folded(self) -> bool:
         """Whether a layer has several entries for each column, of which it is not known whose they are."""
         n_columns = len(self.inputs)
-        return n_columns > 1 and any(len(output) != n_columns for output in self.layers.values())
+        layers = (output for name, output in self.layers.items() if not name.startswith(SINK))
+        return n_columns > 1 and any(len(output) != n_columns for output in layers)
 
     def columns(self, rows: Rows) -> list[int]:
         """Column of each row."""

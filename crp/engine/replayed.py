@@ -12,9 +12,10 @@ from zennit.core import Composite
 from crp.devices import send_to
 from crp.engine.attached import is_on
 from crp.engine.call import Call, Given, Part
-from crp.engine.conditions import Grid, Rows, apply_masks, check_targets_exist, initial_relevance, row_masks
+from crp.engine.conditions import Grid, Rows, check_targets_exist, initial_relevance
 from crp.engine.encoding import Encoding, Propagation
 from crp.engine.inputs import Inputs
+from crp.engine.masks import apply_masks, row_masks
 from crp.engine.model_state import ModelState, is_watched
 from crp.engine.replay import Recorder, Replays
 from crp.engine.settings import Settings
@@ -44,7 +45,7 @@ class Replayed:
     def __call__(self, call: Call, composite: Composite | None, rows: Rows) -> Part | None:
         """Results of rows; None where they must be computed in the usual way."""
         data, settings, name = call.inputs.data, call.settings, call.settings.output_name
-        if not isinstance(data, Tensor) or not self.replays.serves(data.device):
+        if not isinstance(data, Tensor) or call.inputs.embedded or not self.replays.serves(data.device):
             return None
         if composite is None or is_on(composite, call.model) or not _is_replayable(call, composite):
             return None

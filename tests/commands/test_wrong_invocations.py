@@ -110,31 +110,32 @@ ATTRIBUTE = [
     "--size 0", "--size -1", "--size x", "--size 100000", "--mean 0", "--std 1", "--mean 0 --std 0",
     "--mean nan --std 1", "--mean 0 --std -1", "--mean 0 --mean 0 --std 1 --std 1", "--classes absent.txt",
     "--classes binary.txt", "--classes folder", "--checkpoint absent.pt", "--checkpoint text.pt",
-    "--checkpoint empty.safetensors", "--checkpoint folder", "--weights DEFAULT", "--weights DEFAULT --checkpoint text.pt",
-    "--absent", "--method epsilon_plus --option epsilon=x",
+    "--checkpoint empty.safetensors", "--checkpoint folder", "--weights DEFAULT",
+    "--weights DEFAULT --checkpoint text.pt", "--absent", "--method epsilon_plus --option epsilon=x",
 ]  # fmt: skip
 OUTS = ["/proc/x.png", "out.txt", "out", "folder", "picture.png/x.png", "/proc/1/a/b.png", ""]
 IMAGES = ["absent.png", "text.png", "huge.png", "cut.png", "folder", ""]
 MINE = [
-    "--set canonizers=[1]", "--set x", "--set =1", "--set absent=1", "--composite absent", "--composite none --set a=1",
-    "--layers absent", "--layers absent*", "--targets absent", "--targets -1", "--targets 99", "--targets 1,x",
-    "--targets top-0", "--targets top-99", "--modes absent", "--modes ,", "--kinds absent", "--batch-size 0",
-    "--batch-size x", "--shard-size 0", "--workers -1", "--device foo", "--device cuda:99", "--on-error absent",
-    "--start -1", "--stop 0", "--start 5 --stop 2", "--start 99", "--shard 2/2", "--shard x", "--shard 1", "--shard 0/0",
-    "--dask absent:1", "--size 0", "--size 5", "--mean 0 --std 0", "--mean 0", "--classes absent.txt", "--fields a,b,c",
-    "--fields a", "--multi-label absent", "--storage float8", "--data absent", "--data wrong_nets:empty",
-    "--data wrong_nets:words", "--data wrong_nets:raises", "--data wrong_nets:stream", "--data wrong_nets:number",
-    "--data wrong_nets:absent", "--data none", "--data loose", "--data folder", "--data wrong_nets:broken",
-    "--data wrong_nets:broken --on-error skip", "--data wrong_nets:wide", "--data wrong_nets:far",
-    "--data wrong_nets:far --on-error skip", "--out picture.png", "--out /proc/x", "--overwrite --shard 0/2",
-    "--checkpoint text.pt", "--weights DEFAULT", "--multi-label list", "--model wrong_nets:nan",
-    "--model wrong_nets:tokens --targets prediction",
+    "--set canonizers=[1]", "--set x", "--set =1", "--set absent=1", "--composite absent",
+    "--composite none --set a=1", "--layers absent", "--layers absent*", "--targets absent", "--targets -1",
+    "--targets 99", "--targets 1,x", "--targets top-0", "--modes absent", "--modes ,", "--kinds absent",
+    "--batch-size 0", "--batch-size x", "--shard-size 0", "--workers -1", "--device foo", "--device cuda:99",
+    "--on-error absent", "--start -1", "--stop 0", "--start 5 --stop 2", "--start 99", "--shard 2/2", "--shard x",
+    "--shard 1", "--shard 0/0", "--dask absent:1", "--size 0", "--size 5", "--mean 0 --std 0", "--mean 0",
+    "--classes absent.txt", "--fields a,b,c", "--fields a", "--multi-label absent", "--storage float8",
+    "--data absent", "--data wrong_nets:empty", "--data wrong_nets:words", "--data wrong_nets:raises",
+    "--data wrong_nets:stream", "--data wrong_nets:number", "--data wrong_nets:absent", "--data none", "--data loose",
+    "--data folder", "--data wrong_nets:broken", "--data wrong_nets:broken --on-error skip", "--data wrong_nets:wide",
+    "--data wrong_nets:far", "--data wrong_nets:far --on-error skip", "--out picture.png", "--out /proc/x",
+    "--overwrite --shard 0/2", "--checkpoint text.pt", "--weights DEFAULT", "--multi-label list",
+    "--model wrong_nets:nan", "--model wrong_nets:tokens --targets prediction",
 ]  # fmt: skip
 OTHERS = [
     "", "absent", "--absent", "methods --family absent", "methods x", "status", "status absent", "status none",
-    "status table", "status picture.png", "status none --absent", "merge", "merge none", "merge table", "merge absent none",
-    "merge none absent", "merge none table", "demo --epochs 0", "demo --epochs x", "demo --seed -1", "demo --batch-size 0",
-    "demo --out picture.png", "demo x", "attribute", "attribute picture.png", "mine", "mine --out new", "mine --model x",
+    "status table", "status picture.png", "status none --absent", "merge", "merge none", "merge table",
+    "merge absent none", "merge none absent", "merge none table", "demo --epochs 0", "demo --epochs x",
+    "demo --seed -1", "demo --batch-size 0", "demo --out picture.png", "demo x", "attribute", "attribute picture.png",
+    "mine", "mine --out new", "mine --model x",
 ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""A model, its weights, how it takes pictures, and the names of its classes, from words of the command line."""
+"""A model, its weights, how it takes pictures, and the names of its classes, from words."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -14,9 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crp.commands.errors import CommandError, _nearest
-from crp.commands.group import in_a_line
-from crp.commands.pictures import Normalized, Prepared
+from crp.errors import LoadingError
+from crp.visualization.prepared import Normalized, Prepared
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Loaded:
             with Image.open(path) as file:
                 image: Tensor = self.prepared(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise CommandError(f"{path} is no picture that can be read: {error}") from error
+            raise LoadingError(f"{path} is no picture that can be read: {error}") from error
         try:
             return image, image[None] if self.normalized is None else self.normalized(image[None])
         except ValueError as error:
-            raise CommandError(str(error)) from error
+            raise LoadingError(str(error)) from error
 
     def class_name(self, index: int) -> str:
         """Name of a class, or its number."""
@@ -88,20 +88,20 @@ def load_model(
 
     Raises
     ------
-    CommandError
+    LoadingError
         If anything of this is not there, or does not fit.
     """
     if weights and checkpoint:
-        raise CommandError("--weights and --checkpoint are both given; one fills the model")
+        raise LoadingError("--weights and --checkpoint are both given; one fills the model")
     if not all(value > 0 and isfinite(value) for value in std) or not all(map(isfinite, mean)):
-        raise CommandError(f"--mean {list(mean)} and --std {list(std)} must be finite numbers, --std more than 0")
+        raise LoadingError(f"--mean {list(mean)} and --std {list(std)} must be finite numbers, --std more than 0")
     if len(mean) != len(std):
-        raise CommandError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
+        raise LoadingError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
     recipe: Any = None
     names: Sequence[str] = ()
     if ":" in model:
         if weights:
-            raise CommandError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
+            raise LoadingError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
         net = _made(model)
     else:
         net, chosen = _of_torchvision(model, weights)
@@ -135,7 +135,7 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
 
     known = models.list_models(module=models)
     if name not in known:
-        raise CommandError(
+        raise LoadingError(
             f"there is no model {name!r} in torchvision{_nearest(name, known)}; a model of your own is named "
             "package.module:factory"
         )
@@ -143,46 +143,50 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
     if weights:
         kinds = models.get_model_weights(name)
         if weights not in kinds.__members__:
-            raise CommandError(f"{name} has no weights {weights!r}; it has {', '.join(kinds.__members__)}")
+            raise LoadingError(f"{name} has no weights {weights!r}; it has {', '.join(kinds.__members__)}")
         chosen = kinds[weights]
     try:
         # (without this, GoogLeNet and Inception spend a minute on initial weights)
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not weights else {}
         return models.get_model(name, weights=chosen, **options), chosen
     except OSError as error:
-        raise CommandError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
+        raise LoadingError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
 
 
-def _imported(place: str) -> Any:
+def imported(place: str) -> Any:
     """What ``"pkg.module:name"`` names; the folder of the command is searched, too.
 
     Raises
     ------
-    CommandError
+    LoadingError
         If there is no such module, or no such name in it.
     """
     module_name, _, name = place.partition(":")
     if not module_name or not name or not all(part.isidentifier() for part in (*module_name.split("."), name)):
-        raise CommandError(f"{place!r} must be package.module:name, such as my_models:make_net")
+        raise LoadingError(f"{place!r} must be package.module:name, such as my_models:make_net")
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # (of any kind, as the module runs)
-        raise CommandError(f"{place}: the module {module_name} cannot be imported: {in_a_line(error)}") from error
+        raise LoadingError(f"{place}: the module {module_name} cannot be imported: {_in_a_line(error)}") from error
     finally:
         sys.path.remove("")
     found = getattr(module, name, None)
     if found is None:
-        raise CommandError(f"{place}: {module_name} has no {name!r}{_nearest(name, dir(module))}")
+        raise LoadingError(f"{place}: {module_name} has no {name!r}{_nearest(name, dir(module))}")
     return found
 
 
 def _made(place: str) -> nn.Module:
-    factory: Callable[[], Any] | nn.Module = _imported(place)
+    factory: Callable[[], Any] | nn.Module = imported(place)
     made = factory if isinstance(factory, nn.Module) else called(factory, place)
     if not isinstance(made, nn.Module):
-        raise CommandError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")
+        raise LoadingError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")
     return made
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
 
 
 def called(factory: Callable[[], Any], place: str) -> Any:
@@ -190,8 +194,8 @@ def called(factory: Callable[[], Any], place: str) -> Any:
     try:
         return factory()
     except Exception as error:
-        what = f"{type(error).__name__}: {in_a_line(error)}"
-        raise CommandError(f"{place}() raised an error, {what} (--debug shows where)") from error
+        what = f"{type(error).__name__}: {_in_a_line(error)}"
+        raise LoadingError(f"{place}() raised an error, {what} (--debug shows where)") from error
 
 
 def _fill(net: nn.Module, path: Path) -> None:
@@ -204,17 +208,23 @@ def _fill(net: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds, for files that are something else
-        raise CommandError(f"{path} is no checkpoint that can be read: {error}") from error
+        raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        raise CommandError(f"{path} does not fit the model: {error}") from error
+        raise LoadingError(f"{path} does not fit the model: {_in_a_line(error)}") from error
 
 
 def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path} cannot be read: {error}") from error
+        raise LoadingError(f"{path} cannot be read: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """``"; nearest: a, b"``, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
