@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crp.devices import is_recording
 from crp.engine.conditions import MaskMap
 from crp.engine.door import is_finite
 from crp.errors import InputError, InputTypeError
@@ -80,7 +81,8 @@ def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
     if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
         functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
     for function in functions:
-        before = None if hasattr(function, "together") else is_finite(grad)
+        # (what only selects makes nothing infinite, and what is recorded must not be looked at)
+        before = not hasattr(function, "together") and not is_recording() and is_finite(grad)
         masked = function(grad)
         if not isinstance(masked, Tensor) or masked.shape != grad.shape:
             got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
