@@ -96,7 +96,7 @@ class CondAttribution:
         self.MODEL_OUTPUT_NAME = "y"
         self.model = unwrap(model)
         parameter = next(self.model.parameters(), torch.empty(0))
-        self.device = parameter.device if device is None else check_device(device, "device")
+        self.device = check_device(device, "device") or parameter.device
         self.overwrite_data_grad = overwrite_data_grad
         self.no_param_grad = no_param_grad
         self.output = output

@@ -1,7 +1,5 @@
 """Errors of this package, which are also of a kind of Python's own."""
 
-from __future__ import annotations
-
 
 class CRPError(Exception):
     """Base of the errors of this package."""

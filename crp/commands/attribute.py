@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import click
 
-from crp.commands.errors import CommandError
+from crp.commands.errors import LARGEST, CommandError
+from crp.commands.group import in_a_line
 
 
 @click.command("methods")
 @click.option("--family", help="Only those of one family, such as cam.")
-def methods_command(family: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For machines: a list of JSON objects.")
+def methods_command(family: str | None, as_json: bool) -> None:
     """List all methods with their options and papers."""
     from crp.explain import methods as known
 
@@ -21,6 +24,10 @@ def methods_command(family: str | None) -> None:
     if family is not None and family not in families:
         raise CommandError(f"there is no family {family!r}; there are {', '.join(families)}")
     chosen = [method for method in known() if family in (None, method.family)]
+    if as_json:
+        rows = [{"name": m.name, "family": m.family, "paper": m.paper, "options": _options(m.options)} for m in chosen]
+        click.echo(json.dumps(rows))
+        return
     for name in families:
         of_family = [method for method in chosen if method.family == name]
         if of_family:
@@ -40,11 +47,12 @@ def methods_command(family: str | None) -> None:
 @click.option("--layer", help="Layer of the concepts; of a class activation map; or to be explained itself.")
 @click.option("--concept", type=int, multiple=True, help="Channel of the layer to explain; may be given again.")
 @click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help="Of the method; may be given again.")
-@click.option("--size", type=click.IntRange(min=1), help="Pixels on a side, where the weights do not say.")
+@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
 @click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
 @click.option("--std", type=float, multiple=True, help="As --mean.")
 @click.option("--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Names, one per line.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Picture to write.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def attribute(
     image: Path,
     model: str,
@@ -60,6 +68,7 @@ def attribute(
     std: tuple[float, ...],
     classes: Path | None,
     out: Path,
+    as_json: bool,
 ) -> None:
     """Explain one picture: input, heatmap, overlay, colours and prediction in one file."""
     import torch
@@ -69,8 +78,7 @@ def attribute(
     from crp.explain import methods as known
     from crp.visualization.models import load_model
 
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
-        raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
+    _check_writable(out)
     given = _parsed(settings)
     families = {one.name: one.family for one in known()}
     if concept:
@@ -88,7 +96,7 @@ def attribute(
             raise CommandError(f"the output of {model} is no score of classes")
         heatmap = explain(method, loaded.model, data, int(output[0].argmax()) if target is None else target, **given)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(in_a_line(error)) from error
     if heatmap.dim() != 4:
         raise CommandError(f"layer {layer!r} has no positions to draw; its relevance is {tuple(heatmap.shape)}")
     probability = output.softmax(1)[0]
@@ -100,9 +108,27 @@ def attribute(
     is_map = method in ("cam", "grad_cam", "grad_cam_pp", "meaningful_perturbation")
     flat = heatmap[0, 0] if is_map else heatmap[0].sum(0)
     through = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
-    out.parent.mkdir(parents=True, exist_ok=True)
     draw(shown, flat, "; ".join(filter(None, (f"predicted: {prediction}", of))), f"{method}{through}", out)
+    if as_json:
+        shown_classes = {
+            name: {"class": i, "name": loaded.class_name(i), "probability": float(probability[i])}
+            for name, i in (("predicted", first), ("explained", index))
+        }
+        click.echo(json.dumps({"image": str(image), "method": method, **shown_classes, "out": str(out)}))
+        return
     click.echo(f"{image}: predicted {prediction}{'; ' * bool(of)}{of}\nwrote {out}")
+
+
+def _check_writable(out: Path) -> None:
+    """Make the folder of a picture, and see whether files can be written there."""
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
 
 
 def _parsed(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from crp.commands import classes as class_commands
 from crp.commands import mine as mine_commands
 from crp.commands import report as report_commands
 from crp.commands import table as table_commands
+from crp.commands.group import INTERRUPTED, Commands
 
-INTERRUPTED = 130
 
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, expose_value=False, help="Show where an error comes from.")
 @click.version_option(__version__, prog_name="crp")
 def cli() -> None:
     """Relevance propagation for PyTorch models."""

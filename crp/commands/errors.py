@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import click
 
+#: Most pixels on a side that a picture is enlarged to.
+LARGEST = 4096
+
 
 class CommandError(click.ClickException):
     """An error that is shown without a traceback."""

@@ -6,23 +6,22 @@ import hashlib
 import json
 import os
 import re
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
 
-from crp.commands.errors import CommandError
+from crp.commands.errors import LARGEST, CommandError
+from crp.commands.group import INTERRUPTED, in_a_line
 
 if TYPE_CHECKING:
     from crp.visualization.models import Loaded
     from crp.visualization.table.store import Table
 
-INTERRUPTED = 130
 #: Options that are those of `crp.visualization.mine`, under the same names.
 _AS_THEY_ARE = ("storage", "start", "stop", "batch_size", "shard_size", "on_error", "retry_skipped", "mixed_shapes")
 #: Options that a table remembers, for a run that is given the folder alone.
@@ -60,7 +59,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--stop", type=click.IntRange(1), help="Sample after the last one.")
 @click.option("--shard", "share", metavar="I/N", help="Only the shards of process I of N, counted from 0.")
 @click.option("--dask", "address", help="Address of a Dask scheduler whose workers mine.")
-@click.option("--size", type=click.IntRange(1), help="Pixels on a side, where the weights do not say.")
+@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
 @click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
 @click.option("--std", type=float, multiple=True, help="As --mean.")
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
@@ -94,6 +93,10 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
 
     done = "" if part is None else f"part {part[0]}/{part[1]} is done; "
     click.echo(f"{done}{_describe(table)}")
+    coverage = table.coverage()
+    if part is None and coverage.skipped and not any(shard.rows for shard in table.shards):
+        reason = next(iter(coverage.skipped.values()))
+        raise CommandError(f"nothing was mined: all {len(coverage.skipped)} samples were skipped ({reason})")
 
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
@@ -212,17 +215,11 @@ def _check_outputs(loaded: Loaded, dataset: Any, preprocess: Any, folder: Path) 
 def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
     """Show errors and warnings in one line, and say what to do after an interruption."""
 
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
     def shown(message: Warning | str, *_: object, **__: object) -> str:
         return f"Warning: {message}\n"
 
     plain = warnings.formatwarning
     warnings.formatwarning = cast(Any, shown)
-    before = None
-    with suppress(ValueError):  # not in the main thread
-        before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except KeyboardInterrupt:
@@ -230,11 +227,9 @@ def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
         click.echo(f"\nInterrupted. All whole shards are kept in {out}; {again} goes on from there.", err=True)
         raise SystemExit(INTERRUPTED) from None
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(in_a_line(error)) from error
     finally:
         warnings.formatwarning = plain
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _part(share: str | None, environment: Any) -> tuple[int, int] | None:
@@ -246,7 +241,15 @@ def _part(share: str | None, environment: Any) -> tuple[int, int] | None:
             raise CommandError(f"--shard {share} must be I/N with I from 0 to N - 1, such as 0/8")
         number, n = int(found[1]), int(found[2])
     if "TORCHELASTIC_RUN_ID" in environment:
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        try:
+            rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        except (KeyError, ValueError) as error:
+            raise CommandError(
+                f"TORCHELASTIC_RUN_ID is set, as by torchrun, but RANK and WORLD_SIZE are no numbers ({error}); start "
+                "by torchrun, or unset TORCHELASTIC_RUN_ID"
+            ) from error
+        if not 0 <= rank < size:
+            raise CommandError(f"RANK={rank} must be from 0 to WORLD_SIZE - 1 = {size - 1}")
         return number * size + rank, n * size
     return None if share is None else (number, n)
 
@@ -272,15 +275,17 @@ def _make_composite(name: str, settings: Sequence[str]) -> Any:
         return get(name, **keywords)
     except KeyError as error:
         raise CommandError(str(error.args[0])) from error
-    except TypeError as error:
-        raise CommandError(f"--composite {name}: {error}; --set KEY=VALUE gives it") from error
+    except Exception as error:  # (of any kind, as a setting may be of any)
+        raise CommandError(f"--composite {name}: {in_a_line(error)}; --set KEY=VALUE gives it") from error
 
 
 def _device(name: str | None) -> str:
     import torch
 
     if name:
-        return name
+        from crp.engine.door import check_device
+
+        return str(check_device(name, "--device"))
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"

@@ -31,14 +31,16 @@ def check_form(tensor: Tensor, name: str) -> None:
         raise InputTypeError(f"{name} is on the meta device, where tensors have no values")
 
 
-def check_device(device: Any, name: str) -> torch.device:
-    """Device that is named, which must be there.
+def check_device(device: Any, name: str) -> torch.device | None:
+    """Device that is named, which must be there; None for None.
 
     Raises
     ------
     InputTypeError, InputError
         If it is no device, or none of this machine.
     """
+    if device is None:
+        return None
     if isinstance(device, bool) or not isinstance(device, str | torch.device | int):
         raise InputTypeError(f'{name} must be a device, such as "cpu" or "cuda:0", not {device!r}')
     try:

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Loaded:
         try:
             with Image.open(path) as file:
                 image: Tensor = self.prepared(file)
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise LoadingError(f"{path} is no picture that can be read: {error}") from error
         try:
             return image, image[None] if self.normalized is None else self.normalized(image[None])
@@ -92,6 +93,8 @@ def load_model(
     """
     if weights and checkpoint:
         raise LoadingError("--weights and --checkpoint are both given; one fills the model")
+    if not all(value > 0 and isfinite(value) for value in std) or not all(map(isfinite, mean)):
+        raise LoadingError(f"--mean {list(mean)} and --std {list(std)} must be finite numbers, --std more than 0")
     if len(mean) != len(std):
         raise LoadingError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
     recipe: Any = None
@@ -159,11 +162,13 @@ def imported(place: str) -> Any:
         If there is no such module, or no such name in it.
     """
     module_name, _, name = place.partition(":")
+    if not module_name or not name or not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise LoadingError(f"{place!r} must be package.module:name, such as my_models:make_net")
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise LoadingError(f"{place}: the module {module_name} cannot be imported: {error}") from error
+    except Exception as error:  # (of any kind, as the module runs)
+        raise LoadingError(f"{place}: the module {module_name} cannot be imported: {_in_a_line(error)}") from error
     finally:
         sys.path.remove("")
     found = getattr(module, name, None)
@@ -174,10 +179,23 @@ def imported(place: str) -> Any:
 
 def _made(place: str) -> nn.Module:
     factory: Callable[[], Any] | nn.Module = imported(place)
-    made = factory if isinstance(factory, nn.Module) else factory()
+    made = factory if isinstance(factory, nn.Module) else called(factory, place)
     if not isinstance(made, nn.Module):
         raise LoadingError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")
     return made
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def called(factory: Callable[[], Any], place: str) -> Any:
+    """What a function of the user's gives; its errors are told of with its name."""
+    try:
+        return factory()
+    except Exception as error:
+        what = f"{type(error).__name__}: {_in_a_line(error)}"
+        raise LoadingError(f"{place}() raised an error, {what} (--debug shows where)") from error
 
 
 def _fill(net: nn.Module, path: Path) -> None:
@@ -190,13 +208,13 @@ def _fill(net: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds, for files that are something else
-        raise LoadingError(f"{path} is no checkpoint that can be read: {error}") from error
+        raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        raise LoadingError(f"{path} does not fit the model: {error}") from error
+        raise LoadingError(f"{path} does not fit the model: {_in_a_line(error)}") from error
 
 
 def _read_lines(path: Path) -> list[str]:

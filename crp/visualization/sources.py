@@ -13,7 +13,7 @@ from torch import Tensor
 from crp.errors import LoadingError
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
-from crp.visualization.models import Loaded, imported
+from crp.visualization.models import Loaded, called, imported
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -67,7 +67,7 @@ def open_source(data: str) -> Any:
         raise LoadingError(f"--data {data} is neither a folder nor package.module:factory")
     factory = imported(data)
     try:
-        return indexed(factory() if callable(factory) else factory)
+        return indexed(called(factory, data) if callable(factory) else factory)
     except TypeError as error:
         raise LoadingError(f"--data {data}: {error}") from error
 

@@ -1,0 +1,74 @@
+"""What all commands share: errors in one line, interrupts, and ``--debug``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import click
+
+from crp.commands.errors import CommandError
+
+INTERRUPTED = 130
+#: Longest message of an error that is shown, in characters.
+_LONGEST = 600
+
+
+class Commands(click.Group):
+    """Group of commands whose errors are one line, with exit status 1 or 2; ``--debug`` shows where they come from.
+
+    A termination (SIGTERM) or a lost terminal (SIGHUP) is an interrupt, as Ctrl-C is.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take ``--debug`` from any place before ``--``."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta["crp.debug"] = "--debug" in args[:end]
+        return super().parse_args(ctx, [a for i, a in enumerate(args) if a != "--debug" or i > end])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            with _terminations_interrupt():
+                return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            raise SystemExit(INTERRUPTED) from None
+        except Exception as error:
+            if ctx.meta["crp.debug"]:
+                traceback.print_exc(file=sys.stderr)
+            if isinstance(error, click.ClickException):
+                raise
+            raise CommandError(in_a_line(error)) from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """Message of an error, in one line of limited length."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args and type(error) is KeyError else error
+    line = " ".join(str(text).split()) or type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}… (--debug shows all)"
+
+
+@contextmanager
+def _terminations_interrupt() -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # (nohup ignores SIGHUP, and handlers can be set in the main thread only)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            with suppress(ValueError):
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
