@@ -64,10 +64,10 @@ def attribute(
     """Explain one picture: input, heatmap, overlay, colours and prediction in one file."""
     import torch
 
-    from crp.commands.models import load_model
     from crp.commands.panel import draw
     from crp.explain import explain
     from crp.explain import methods as known
+    from crp.visualization.models import load_model
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
@@ -79,9 +79,9 @@ def attribute(
         given["condition"] = {layer: list(concept)}
     if layer is not None and (not concept or families.get(method) == "cam"):
         given["layer"] = layer
-    loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
-    shown, data = loaded.read(image)
     try:
+        loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
+        shown, data = loaded.read(image)
         with torch.no_grad():
             output = loaded.model(data)
         if not isinstance(output, torch.Tensor) or output.dim() != 2:

@@ -11,6 +11,7 @@ from crp import __version__
 from crp.commands import attribute as attribute_commands
 from crp.commands import classes as class_commands
 from crp.commands import mine as mine_commands
+from crp.commands import report as report_commands
 from crp.commands import table as table_commands
 
 INTERRUPTED = 130
@@ -28,7 +29,7 @@ def cli() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     default="crp-demo",
     show_default=True,
-    help="Folder for the network, the index and the report.",
+    help="Folder for the network, the index and the atlas.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True, help="Passes over the data.")
 @click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True, help="Of split and training.")
@@ -39,7 +40,7 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
     """Find a planted shortcut in a network; offline, in less than a minute.
 
     Trains a small network on real handwritten digits of which one class carries a mark, mines what every concept of
-    the network was relevant for, and writes OUT/report.html, which names the concept that lives on the mark. After
+    the network was relevant for, and writes OUT/atlas/index.html, which names the concept that lives on the mark. After
     an interruption, the same command goes on where it stopped.
     """
     start = time.perf_counter()
@@ -66,6 +67,7 @@ cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)
 cli.add_command(class_commands.clusters_command)
 cli.add_command(class_commands.prototypes_command)
+cli.add_command(report_commands.report_command)
 
 
 def main() -> None:

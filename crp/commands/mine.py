@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from crp.commands.errors import CommandError
 
 if TYPE_CHECKING:
-    from crp.commands.models import Loaded
+    from crp.visualization.models import Loaded
     from crp.visualization.table.store import Table
 
 INTERRUPTED = 130
@@ -98,12 +98,12 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
-    from crp.commands.models import load_model
-    from crp.commands.sources import MULTI_LABEL, _gives_pictures, _open_source, load_source
     from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.selection import select_layers
     from crp.visualization.mining.targets import parse_targets
+    from crp.visualization.models import load_model
+    from crp.visualization.sources import MULTI_LABEL, gives_pictures, load_source, open_source
 
     named = given["targets"].strip()
     targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
@@ -111,15 +111,15 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         raise CommandError(
             f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"
         )
-    source = _open_source(given["data"])
+    source = open_source(given["data"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
     layers = select_layers(loaded.model, given["layers"])
-    composite = _composite(given["rules"], given["settings"])
+    composite = _make_composite(given["rules"], given["settings"])
     fields = [field for field in given["fields"].split(",") if field]
     dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
     unused = [f"--{option}" for option in ("size", "mean") if given[option]]
-    if unused and not _gives_pictures(dataset):
+    if unused and not gives_pictures(dataset):
         raise CommandError(
             f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
         )
@@ -138,7 +138,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             kinds=given["kinds"].split(","),
             num_workers=given["workers"],
             targets=targets,
-            recipe=_recipe(given, loaded),
+            recipe=_recipe(given, loaded, source),
             part=part,
             client=client,
             **{name: given[name] for name in _AS_THEY_ARE},
@@ -162,7 +162,7 @@ def _with_earlier(out: Path, given: dict[str, Any]) -> dict[str, Any]:
     return given | {name: as_typed[name].type_cast_value(context, value) for name, value in found.items()}
 
 
-def _recipe(given: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+def _recipe(given: dict[str, Any], loaded: Loaded, source: Any) -> dict[str, Any]:
     """What the command line says of a table; places of files are written out, so that they hold from any folder."""
     command: dict[str, Any] = {name: given[name] for name in _REMEMBERED}
     for name in ("checkpoint", "classes", "data"):
@@ -172,10 +172,13 @@ def _recipe(given: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
     if given["checkpoint"]:
         content = Path(given["checkpoint"]).read_bytes()
         model |= {"checkpoint": command["checkpoint"], "sha256": hashlib.sha256(content).hexdigest()}
+    names = list(loaded.classes)
+    if not names and isinstance(source, Path) and given["targets"] == "label":
+        names = sorted(path.name for path in source.iterdir() if path.is_dir())
     return {
         "model": model,
         "dataset": {"named": command["data"]},
-        "class_names": list(loaded.classes) or None,
+        "class_names": names or None,
         "command": command,
     }
 
@@ -248,7 +251,8 @@ def _part(share: str | None, environment: Any) -> tuple[int, int] | None:
     return None if share is None else (number, n)
 
 
-def _composite(name: str, settings: tuple[str, ...]) -> Any:
+def _make_composite(name: str, settings: Sequence[str]) -> Any:
+    """Composite of a name of the registry, or of ``"none"``, with settings such as ``"epsilon=1e-6"``."""
     from crp.composites import get
 
     keywords: dict[str, Any] = {}

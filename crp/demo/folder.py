@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from crp.visualization.report.folder import discard
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.store import Table
 
@@ -39,7 +40,7 @@ class DemoFolder:
         self.path = Path(path)
         self.network = self.path / "net.safetensors"
         self.index = self.path / "index"
-        self.report = self.path / "report.html"
+        self.atlas = self.path / "atlas"
         self.figures = self.path / "figures.json"
         try:
             self._claim(dict(settings), overwrite)
@@ -80,7 +81,8 @@ class DemoFolder:
     def _discard(self) -> None:
         """Delete what an earlier demo wrote, and nothing else."""
         Table.discard(self.index)
-        for file in (self.network, self.report, self.figures):
+        discard(self.atlas)
+        for file in (self.network, self.figures):
             file.unlink(missing_ok=True)
 
 

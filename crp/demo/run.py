@@ -52,6 +52,7 @@ class Figures(NamedTuple):
     class_share : float
         The concept's share of the class's relevance, mean over all of the class's test images.
     report : Path
+        First page of the atlas.
     seconds : float
     """
 
@@ -82,7 +83,7 @@ class Figures(NamedTuple):
             "  on the mark": f"{percent(best.box_share)} of the concept's relevance",
             "  switched off": f"{percent(self.flipped)} of other digits become an {digit} by the mark, "
             f"{percent(self.flipped_without)} without the concept",
-            "report": str(self.report),
+            "atlas": str(self.report),
             "seconds": f"{self.seconds:.1f}",
         }
         text = "\n".join(f"{key:<17}{value}" for key, value in lines.items())
@@ -99,12 +100,12 @@ def run_demo(
     overwrite: bool = False,
     verbose: bool = True,
 ) -> Figures:
-    """Train on digits with a planted mark, mine references, and write a report that names the mark's concept.
+    """Train on digits with a planted mark, mine references, and write an atlas that names the mark's concept.
 
     Parameters
     ----------
     out : path
-        Folder for the network, the index and the report. An interrupted demo of the same settings goes on from there.
+        Folder for the network, the index and the atlas. An interrupted demo of the same settings goes on from there.
     epochs, seed, batch_size : int
         As in `train`; the seed also decides the split of the data.
     overwrite : bool
@@ -140,13 +141,16 @@ def run_demo(
             path=folder.index,
         )
         fv.run(composite, 0, len(data.test), batch_size=64, checkpoint=4, progress=verbose)
-        figures = _measure(fv, net, data, composite, folder.report)
+        figures = _measure(fv, net, data, composite, folder.atlas / "index.html")
         size = sum(parameter.numel() for parameter in net.parameters())
         write_report(
             fv,
             composite,
-            folder.report,
+            folder.atlas,
             class_names=data.class_names,
+            n_references=6,
+            n_active=4,
+            n_sample_concepts=3,
             findings=[_finding(figures, fv, net, data, composite)],
             title="What a digit classifier looks at",
             lead=f"A network of {size} parameters was trained on {len(data.train)} handwritten digits; "
@@ -154,7 +158,7 @@ def run_demo(
             verbose=verbose,
         )
         figures = figures._replace(seconds=time.perf_counter() - start)
-        written = {"shortcut": figures.shortcut._asdict(), "report": folder.report.name}
+        written = {"shortcut": figures.shortcut._asdict(), "report": f"{folder.atlas.name}/index.html"}
         folder.write_figures(figures._asdict() | written)
     except TableLockedError as error:
         raise DemoError(str(error)) from error

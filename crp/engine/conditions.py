@@ -8,9 +8,8 @@ of every sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from crp.devices import send_to
+from crp.errors import InputError, InputTypeError
 from crp.notices import warn
 from crp.outputs import Element, Pixels
 from crp.outputs import Position as Position
-from crp.types import Condition, MaskFactory, MaskFn
+from crp.types import Condition, MaskFactory
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]
 
@@ -36,20 +36,22 @@ def check_conditions(
     condition must say where relevance starts.
     """
     if isinstance(conditions, Mapping) or not isinstance(conditions, Sequence):
-        raise TypeError(f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list")
+        raise InputTypeError(
+            f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list"
+        )
     if not conditions:
-        raise ValueError(f"conditions is empty; give at least one, such as [{{{output_name!r}: [0]}}]")
+        raise InputError(f"conditions is empty; give at least one, such as [{{{output_name!r}: [0]}}]")
     for i, condition in enumerate(conditions):
         if not isinstance(condition, Mapping):
-            raise TypeError(f"conditions[{i}] must be a dict, not {type(condition).__name__}: {condition!r}")
+            raise InputTypeError(f"conditions[{i}] must be a dict, not {type(condition).__name__}: {condition!r}")
         for layer in condition:
             if not isinstance(layer, str):
-                raise TypeError(f"conditions[{i}]: layers are named by strings, not {layer!r}")
+                raise InputTypeError(f"conditions[{i}]: layers are named by strings, not {layer!r}")
         targets = condition.get(output_name)
         if targets is not None:
             _check_target(targets, f"conditions[{i}][{output_name!r}]")
         if targets is None and start_layer is None and not has_init:
-            raise ValueError(
+            raise InputError(
                 f"Either {output_name} in 'conditions' or 'start_layer' or 'init_rel' must be defined; "
                 f"conditions[{i}] is {dict(condition)!r}"
             )
@@ -61,24 +63,26 @@ def check_conditions(
 def _check_target(targets: Any, what: str) -> None:
     ids, elements = _target_ids(targets)
     if ids.size == 0 and not elements:
-        raise ValueError(f"{what} is empty; name at least one output, or leave it out")
+        raise InputError(f"{what} is empty; name at least one output, or leave it out")
     if ids.size and ids.dtype.kind not in "iu" and (ids.dtype.kind, ids.ndim) != ("b", 1):
-        raise TypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
+        raise InputTypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
     for place in elements:
         if isinstance(place, Pixels):
             if not isinstance(place.of_class, int | np.integer) or _mask_of(place).dtype.kind != "b":
-                raise TypeError(f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}")
+                raise InputTypeError(
+                    f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}"
+                )
         elif isinstance(place, Position):
             place.check(what)
         elif not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
-            raise TypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
+            raise InputTypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
     _check_once(elements, what)
 
 
 def _check_once(elements: Sequence[Any], what: str) -> None:
     places = [at for element in elements if isinstance(element, Position) for at, _ in element.signed()]
     if len({*places}) < len(places):
-        raise ValueError(f"{what} names a token twice in {elements}; explain it once, and against others only")
+        raise InputError(f"{what} names a token twice in {elements}; explain it once, and against others only")
 
 
 def _mask_of(pixels: Pixels) -> np.ndarray:
@@ -222,7 +226,7 @@ def check_targets_exist(
         if target is None:
             continue
         if prediction.dim() < 2:
-            raise ValueError(
+            raise InputError(
                 f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
                 "Leave it out and give init_rel instead."
             )
@@ -274,15 +278,17 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     elif isinstance(given, Real):
         selection = torch.full_like(prediction, float(given))
     elif callable(init_rel):
-        raise TypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")
+        raise InputTypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")
     else:
-        raise TypeError(f"init_rel must be a tensor, a number or a function, not {type(given).__name__}")
+        raise InputTypeError(f"init_rel must be a tensor, a number or a function, not {type(given).__name__}")
+    if selection.is_complex():
+        raise InputTypeError(f"init_rel must be real numbers, not {selection.dtype}")
     if init_rel is not None and not torch.isfinite(selection).all():
-        raise ValueError("init_rel has NaN or infinite values")
+        raise InputError("init_rel has NaN or infinite values")
     try:
         selection = selection.to(prediction).expand_as(prediction)
     except RuntimeError:
-        raise ValueError(
+        raise InputError(
             f"init_rel has shape {tuple(selection.shape)}; it must broadcast to (rows, *output shape) = "
             f"{tuple(prediction.shape)}"
         ) from None
@@ -315,77 +321,6 @@ def check_start(start: Any, prediction: Tensor) -> None:
     """Raise a `ValueError` if initial relevance has not the shape of the prediction."""
     if getattr(start, "shape", None) != prediction.shape:
         got = f"the shape {tuple(start.shape)}" if isinstance(start, Tensor) else f"the type {type(start).__name__}"
-        raise ValueError(
+        raise InputError(
             f"the initial relevance has {got}; it must be a tensor of (rows, *output shape) = {tuple(prediction.shape)}"
         )
-
-
-def row_masks(
-    rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True, n_entries: int = 1
-) -> list[MaskFn]:
-    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...), from the rows' conditions.
-
-    Where rows have several entries each, (rows * entries, ...), every entry is masked as the condition of its row says.
-    ``multiplies`` says whether a gradient or multipliers flow, and not relevance itself.
-
-    Raises
-    ------
-    TypeError
-        If one is no function, or needs multipliers where relevance itself flows.
-    """
-    make = mask_factory(mask_map, layer)
-    masks = [
-        make(row * n_entries + i, condition[layer], layer)
-        for row, condition in rows.items()
-        if layer in condition
-        for i in range(n_entries)
-    ]
-    for mask in masks:
-        if not callable(mask):
-            raise TypeError(f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}")
-    if not multiplies and any(map(needs_multiplier, [make, *masks])):
-        raise TypeError(
-            f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
-            "itself, as those of zennit do; use one of crp.composites"
-        )
-    return masks
-
-
-def needs_multiplier(mask: object) -> bool:
-    """Whether a mask, or what it is a method of, says that it is right for multipliers only.
-
-    Selecting entries is right for relevance and multipliers alike; projecting on a direction is not.
-    """
-    owners = [mask, getattr(mask, "__self__", None)]
-    if any(getattr(owner, "needs_multiplier", False) for owner in owners):
-        return True
-    return isinstance(mask, partial) and needs_multiplier(mask.func)
-
-
-def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
-    """Mask factory of one layer, or an error that says what ``mask_map`` lacks."""
-    if callable(mask_map):
-        return mask_map
-    if not isinstance(mask_map, Mapping):
-        raise ValueError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
-    if layer not in mask_map:
-        raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
-    if not callable(mask_map[layer]):
-        raise TypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
-    return mask_map[layer]
-
-
-def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
-    """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
-    if functions:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-    kind: Any = type(functions[0]) if functions else None
-    if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
-        functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
-    for function in functions:
-        masked = function(grad)
-        if getattr(masked, "shape", None) != grad.shape:
-            got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
-            raise TypeError(f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}")
-        grad = masked
-    return grad

@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from crp.engine.door import check_form, misfit
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
+from crp.errors import CRPError, InputError, InputTypeError
 from crp.layers import unwrap
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -70,16 +72,18 @@ class Inputs:
         if isinstance(data, Inputs):
             return data
         if isinstance(data, Tensor) and explain is not None:
-            raise ValueError(f"explain={explain!r} chooses among several inputs; data is a single tensor")
+            raise InputError(f"explain={explain!r} chooses among several inputs; data is a single tensor")
         if isinstance(data, Tensor):
             return cls.single(data)._embedding(model)
         if not isinstance(data, tuple | list | Mapping):
-            raise TypeError(
+            raise InputTypeError(
                 "data must be a floating-point tensor, which relevance can be assigned to, not "
                 f"{type(data).__name__}; several inputs are a tuple or dict of them"
             )
         if not data:
-            raise TypeError("data must be a tensor, or a tuple or dict with an input for each argument; it is empty")
+            raise InputTypeError(
+                "data must be a tensor, or a tuple or dict with an input for each argument; it is empty"
+            )
         form: Literal["tuple", "dict"] = "dict" if isinstance(data, Mapping) else "tuple"
         values: dict[Any, Any] = {**data} if isinstance(data, Mapping) else dict(enumerate(data))
         _check_values(values, form == "dict")
@@ -170,11 +174,17 @@ class Inputs:
         copies = self.each(torch.clone)
         positional = [] if self.form == "dict" else [*copies.values.values()]
         named = {str(name): value for name, value in copies.values.items()} if self.form == "dict" else {}
-        if not self.embedded:
-            return model(*positional, **named)
-        assert isinstance(model, nn.Module)
-        with in_place_of_lookup(model, copies.embedded) as embeddings:
-            return model(*positional, **named, **embeddings)
+        try:
+            if not self.embedded:
+                return model(*positional, **named)
+            assert isinstance(model, nn.Module)
+            with in_place_of_lookup(model, copies.embedded) as embeddings:
+                return model(*positional, **named, **embeddings)
+        except (RuntimeError, ValueError) as error:
+            problem = None if isinstance(error, CRPError) else misfit(error, model, self.explained)
+            if problem is None:
+                raise
+            raise problem from error
 
     def parts(self, results: Any) -> tuple[Any, ...]:
         """Undo `shaped`."""
@@ -194,33 +204,38 @@ class Inputs:
 
 def check_data(data: Tensor, name: str = "data") -> None:
     """Raise an error, with this name, if data are no floating-point tensor, are empty, or have values not finite."""
+    if isinstance(data, Tensor):
+        check_form(data, name)
     if not isinstance(data, Tensor) or not data.is_floating_point():
         kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
+        raise InputTypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
-        raise ValueError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
+        raise InputError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
     if torch.isfinite(data.detach().sum()):  # (one pass; a sum that overflows says nothing)
         return
     finite = torch.isfinite(data).reshape(len(data), -1).all(1)
     if not finite.all():
         wrong = (~finite).nonzero().flatten().tolist()
         passed_on = "" if name == "data" else "; an input that is only passed on may have them, see explain="
-        raise ValueError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
+        raise InputError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
 
 
 def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:
     for name, value in values.items():
         if by_name and not isinstance(name, str):
-            raise TypeError(f"a dict of inputs has the names of the model's arguments as keys, not {name!r}")
+            raise InputTypeError(f"a dict of inputs has the names of the model's arguments as keys, not {name!r}")
         if not isinstance(value, (Tensor, *CONSTANTS)):
-            raise TypeError(
+            raise InputTypeError(
                 f"input {name!r} is a {type(value).__name__}; inputs are tensors with the samples on their first axis, "
                 "or numbers, bools, strings and None, which are passed on"
             )
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            check_form(value, f"input {name!r}")
     sizes = {name: len(value) if value.dim() else None for name, value in values.items() if isinstance(value, Tensor)}
     if len(set(sizes.values())) > 1 or None in sizes.values():
         shapes = ", ".join(f"{name!r} of shape {tuple(values[name].shape)}" for name in sizes)
-        raise ValueError(
+        raise InputError(
             f"the inputs are for {list(sizes.values())} samples; each must have as many, on its first axis: {shapes}"
         )
 
@@ -230,19 +245,19 @@ def _explained(values: Mapping[Any, Any], explain: Explain) -> tuple[int | str, 
     if explain is None:
         names = [n for n, value in values.items() if isinstance(value, Tensor) and value.is_floating_point()]
         if not names:
-            raise TypeError(
+            raise InputTypeError(
                 "no input is a floating-point tensor, which relevance can be assigned to: "
                 + ", ".join(f"{n!r} is {getattr(value, 'dtype', value)}" for n, value in values.items())
             )
         return tuple(names)
     asked = [explain] if isinstance(explain, int | str) else list(explain)
     if not asked:
-        raise ValueError("explain is empty; name at least one input, or leave it out")
+        raise InputError("explain is empty; name at least one input, or leave it out")
     # (positions may be counted from the end)
     places = [n + len(values) if isinstance(n, int) and n < 0 else n for n in asked]
     for name, place in zip(asked, places, strict=True):
         if isinstance(name, bool) or not isinstance(name, int | str):
-            raise TypeError(f"explain names inputs by position or name, not by {name!r}")
+            raise InputTypeError(f"explain names inputs by position or name, not by {name!r}")
         if place not in values:
             raise KeyError(f"there is no input {name!r} to explain; there are {', '.join(map(repr, values))}")
     return tuple(name for name in values if name in places)

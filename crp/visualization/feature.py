@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
@@ -21,6 +22,7 @@ from crp.visualization.mining.datasets import SampleError, of_loader
 from crp.visualization.mining.job import SHARD_BATCHES, MiningKeywords, RunKeywords
 from crp.visualization.mining.recipe import in_words
 from crp.visualization.mining.run import mine
+from crp.visualization.opening import make_layer_map, open_recipe
 from crp.visualization.queries import ReferenceQueries
 from crp.visualization.samples import LabelTargets, SampleAccess, function_of
 from crp.visualization.table.fingerprint import fingerprint
@@ -115,6 +117,53 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         self.saved_checkpoints: dict[str, list[str]] = {}
         self._check = check
         self._fingerprints: dict[str, tuple[object, str]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        model: nn.Module | None = None,
+        dataset: Any = None,
+        layer_map: Mapping[str, Concept] | None = None,
+        preprocess_fn: Callable[[Tensor], Tensor] | None = None,
+        **settings: Any,
+    ) -> FeatureVisualization:
+        """Feature visualization of a table that was mined.
+
+        Of a table that ``crp mine`` made, model, dataset and preparation are loaded as they were then, so that nothing
+        but the folder is needed. Modules of the user's own that the table names are imported: open tables you trust.
+
+        Parameters
+        ----------
+        path : str or Path
+            Folder of the table.
+        model : nn.Module, optional
+            With ``dataset``, for a table that was mined by Python code.
+        dataset : Dataset, optional
+        layer_map : mapping of layer name to Concept, optional
+            By default, the channels of the layers that were mined.
+        preprocess_fn : callable, optional
+            With ``model`` and ``dataset``.
+        **settings
+            Further ones of the class, such as ``max_target``, ``device`` and ``cache``.
+
+        Raises
+        ------
+        TableNotFoundError
+            If nothing was mined there.
+        LoadingError
+            If the table does not say enough; the message says what to give.
+        """
+        recipe = Table.open(path).header.recipe
+        if (model is None) != (dataset is None) or (preprocess_fn is not None and model is None):
+            raise ValueError("model, dataset and preprocess_fn are given together, or loaded from the table together")
+        if model is None:
+            opened = open_recipe(recipe)
+            model, dataset, preprocess_fn = opened.model, opened.dataset, opened.preprocess
+        if layer_map is None:
+            layer_map = make_layer_map(recipe)
+        return cls(CondAttribution(model), dataset, layer_map, preprocess_fn, path=path, **settings)
 
     def run(
         self,
@@ -282,3 +331,24 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             of_layers = [folders.stats_prefixes(stats.PATH, layer, targets) for layer in layers]
             names[f"{key}_stats"] = [name for names_of_layer in of_layers for name in names_of_layer]
         return names
+
+    def report(self, path: str | Path, composite: Composite | None = None, **options: Any) -> Path:
+        """Write the concept atlas: pages that show what was mined.
+
+        Parameters
+        ----------
+        path : str or Path
+            A folder, in which only what is missing is drawn; or a file that ends in ``.html``, for small atlases.
+        composite : zennit Composite, or None for the plain gradient
+            Rules for the heatmaps.
+        **options
+            As the attributes of `crp.visualization.report.options.ReportOptions`, such as ``n_references=4``.
+
+        Returns
+        -------
+        Path
+            The first page.
+        """
+        # (by name: a report asks feature visualizations, which need none)
+        found: Path = importlib.import_module("crp.visualization.report").write_report(self, composite, path, **options)
+        return found

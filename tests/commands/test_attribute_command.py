@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import crp
-from crp.commands import models as loading
 from crp.commands.cli import cli
+from crp.visualization import models as loading
 
 FACTORY = """
 import torch

@@ -23,15 +23,15 @@ from torch import nn
 
 from crp.__main__ import cli
 from crp.attribution import CondAttribution
-from crp.commands import models
-from crp.commands.errors import CommandError
 from crp.commands.mine import _part
-from crp.commands.models import Loaded
-from crp.commands.pictures import Normalized, Prepared
-from crp.commands.sources import load_source
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
+from crp.errors import LoadingError
+from crp.visualization import models
 from crp.visualization.mining.run import mine
+from crp.visualization.models import Loaded
+from crp.visualization.prepared import Normalized, Prepared
+from crp.visualization.sources import load_source
 from crp.visualization.table.lock import get_owners, locked
 from crp.visualization.table.store import Table
 
@@ -341,15 +341,15 @@ def test_a_folder_of_class_folders(folder: Path) -> None:
     assert [named[i][1] for i in range(3)] == [3, 2, 0]
     grey, _ = load_source(folder, [], loaded([], 1), by_label=False)
     assert grey[0][0].shape == (1, 8, 8) and grey[0][1] is None
-    with pytest.raises(CommandError, match="3 class folders and the model 2 classes"):
+    with pytest.raises(LoadingError, match="3 class folders and the model 2 classes"):
         load_source(folder, [], loaded(["x", "y"]), by_label=True)
     picture(0).save(folder / "loose.png")
-    with pytest.raises(CommandError, match=r"beside its class folders, such as loose\.png"):
+    with pytest.raises(LoadingError, match=r"beside its class folders, such as loose\.png"):
         load_source(folder, [], loaded([]), by_label=True)
-    with pytest.raises(CommandError, match="has no class folders"):
+    with pytest.raises(LoadingError, match="has no class folders"):
         load_source(folder / "b", [], loaded([]), by_label=True)
     (folder / "empty").mkdir()
-    with pytest.raises(CommandError, match="holds no pictures"):
+    with pytest.raises(LoadingError, match="holds no pictures"):
         load_source(folder / "empty", [], loaded([]), by_label=False)
 
 

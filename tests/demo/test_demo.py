@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -300,9 +301,8 @@ def test_a_small_demo_finds_the_mark(done, data):
     assert done.shortcut.box_share > 0.6
     assert 0.05 < done.class_share < done.shortcut.relevance_share
     assert done.flipped_without < done.flipped
-    assert {file.name for file in done.report.parent.iterdir()} == {
-        "demo.json", "net.safetensors", "index", "report.html", "figures.json",
-    }  # fmt: skip
+    names = {file.name for file in done.report.parent.parent.iterdir()}
+    assert names == {"demo.json", "net.safetensors", "index", "atlas", "figures.json"}
 
 
 def test_figures_are_told_and_written(done):
@@ -311,25 +311,31 @@ def test_figures_are_told_and_written(done):
         assert f"{100 * value:.1f} %" in told
     assert str(done.report) in told
     assert f"planted concept  {shortcut}\n" in told
-    written = json.loads(done.report.with_name("figures.json").read_text())
+    written = json.loads(done.report.parent.with_name("figures.json").read_text())
     assert written["shortcut"] == shortcut._asdict()
     assert written["accuracy"] == done.accuracy
-    assert written["report"] == "report.html"
+    assert written["report"] == "atlas/index.html"
 
 
 def test_the_report_names_the_concept(done):
     page = done.report.read_text(encoding="utf-8")
     assert f"Concept {done.shortcut} lives on the planted mark" in page
     assert f"{100 * done.shortcut.box_share:.1f}\N{NO-BREAK SPACE}%" in page
-    layer = DigitNet.CONCEPT_LAYERS.index(done.shortcut.layer)
-    anchor = f"class-{done.digit}-layer-{layer}-concept-{done.shortcut.concept}"
-    assert f'id="{anchor}"' in page
-    assert page.count('<section class="class"') == 10
-    assert "898 of 898 looked at, 0 skipped, missing: none" in page
+    assert f'<a href="concept/{done.shortcut.layer}/{done.shortcut.concept}.html">' in page
+    assert len(list(done.report.parent.glob("class/*.html"))) == 10
+    assert "898 of 898 looked at, 0 skipped" in page
+
+
+def test_the_concept_on_the_mark_is_the_first_suspect(done):
+    page = done.report.with_name("suspects.html").read_text(encoding="utf-8")
+    first = page.partition('<section class="concept">')[2].partition("</section>")[0]
+    assert f'<a href="class/{done.digit}.html">' in first and "at the top left" in first
+    named = re.findall(r"<h3><a href=.*?>(.*?) · (\d+)</a>", page)
+    assert (done.shortcut.layer, str(done.shortcut.concept)) in named[:2]
 
 
 def test_the_command_reuses_an_earlier_demo_and_refuses_other_settings(done, monkeypatch):
-    out = done.report.parent
+    out = done.report.parent.parent
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != "figures.json"}
 
     def again(*_: object) -> None:
@@ -396,7 +402,14 @@ def test_folder_of_other_settings_says_what_to_do(tmp_path):
 def test_overwriting_deletes_what_the_demo_wrote_only(tmp_path):
     folder = DemoFolder(tmp_path, SETTINGS)
     (folder.index / "shards").mkdir(parents=True)
-    own = [folder.network, folder.report, folder.figures, folder.index / "manifest.json"]
+    folder.atlas.mkdir()
+    own = [
+        folder.network,
+        folder.atlas / "atlas.json",
+        folder.atlas / "index.html",
+        folder.figures,
+        folder.index / "manifest.json",
+    ]
     foreign = [tmp_path / "notes.txt", folder.index / "notes.txt"]
     for file in own + foreign:
         file.write_text("{}")

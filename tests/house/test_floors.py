@@ -29,21 +29,20 @@ IMPORT_NAMES = FLOORS[7]
 
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
-    "attribution": 380,
+    "attribution": 385,
     # (targets at positions of a text, maps of tokens)
     "attributors": 2700,
     "audit": 1490,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1280,
+    "commands": 1300,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
     "concept_graph": 180,
     "concepts": 1760,
-    "demo": 890,
-    # (replayed calls; token ids, whose embeddings take the place of what a model looks up)
-    "engine": 3200,
+    "demo": 900,
+    "engine": 3250,
     "devices": 50,
     "explain": 180,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
@@ -54,18 +53,19 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1370,
     "types": 150,
-    "visualization": 2160,
+    # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
+    "visualization": 2700,
     # (what a table says in words, which dataset it is of, and the columns about samples)
     "visualization.mining": 2560,
-    "visualization.report": 600,
+    # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
+    "visualization.report": 2350,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples)
     "visualization.table": 2200,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-#: How many public classes and functions there may be.
-PUBLIC_NAMES = 660
+PUBLIC_NAMES = 695
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -102,7 +102,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 88
+    assert sum(map(len, arrows().values())) <= 90
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

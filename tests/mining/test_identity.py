@@ -46,6 +46,7 @@ def test_every_change_of_one_entry_changes_the_content() -> None:
     ]
     assert known not in [content_of(*other) for other in others]
     assert content_of(data.transpose(1, 2).contiguous().transpose(1, 2), 3) == known
+    assert content_of(torch.zeros(1, 3)[:, 0], 0) == content_of(torch.zeros(1), 0)  # a single entry, of stride 3
     assert content_of(torch.zeros(0), 0) != content_of(torch.zeros(1), 0)
     assert content_of(torch.eye(3).to_sparse(), 0) == content_of(torch.eye(3), 0)
 

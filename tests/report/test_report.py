@@ -1,10 +1,8 @@
-"""The report: what it shows is what was mined, and whatever it shows is escaped and stays inside of the file."""
+"""The atlas: what it shows is what was mined, each picture is stored once, and whatever is shown stays text."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import re
 from collections import OrderedDict
 from html.parser import HTMLParser
@@ -18,25 +16,29 @@ from PIL import Image
 from torch import nn
 from zennit.composites import EpsilonPlus
 
-from crp.visualization.report import Finding, make_tile, write_report
-from crp.visualization.report.page import ClassSection, Page, Tile, percent, render
-from crp.visualization.report.pictures import DIM, NEGATIVE, POSITIVE, heatmap_picture, sample_picture
+from crp.concepts import ChannelConcept
+from crp.visualization.report import Finding, drawing, make_tile, write_report
+from crp.visualization.report.addresses import Addresses, slug
+from crp.visualization.report.drawing import scores
+from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
+from crp.visualization.report.render import percent
+from crp.visualization.report.suspects import find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
 
-EVIL = "<script>alert('x')</script>\" onload=\"y' & {{ 7 * 6 }}"
+EVIL = "<script>alert('x')</script>\" onload=\"y' & {{ 7 * 6 }} ../../../etc/passwd \u202e \U0001f9ea " + "x" * 300
+NAMES = ["apple", "pear", "plum"]
 
 
 class Parsed(HTMLParser):
-    """Elements of a page: (tag, attributes), and the text outside of the style."""
+    """Elements of a page: (tag, attributes), and its text outside of style and script."""
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, page: Path) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.style = ""
         self._inside = ""
-        self.feed(page)
+        self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -46,18 +48,16 @@ class Parsed(HTMLParser):
         self._inside = ""
 
     def handle_data(self, data):
-        if self._inside == "style":
-            self.style += data
-        else:
+        if self._inside not in ("style", "script"):
             self.text += data
 
     def all(self, attribute: str) -> list[str]:
-        return [attrs[attribute] for _, attrs in self.elements if attribute in attrs]
+        return [attrs[attribute] or "" for _, attrs in self.elements if attribute in attrs]
 
 
-def report(fv, path: Path, **keywords) -> Parsed:
-    keywords = {"n_concepts": 2, "n_references": 3, "verbose": False} | keywords
-    return Parsed(write_report(fv, EpsilonPlus(), path / "report.html", **keywords).read_text(encoding="utf-8"))
+def report(fv, folder: Path, **keywords) -> Path:
+    keywords = {"n_references": 3, "class_names": NAMES, "verbose": False} | keywords
+    return write_report(fv, EpsilonPlus(), folder, **keywords).parent
 
 
 @pytest.fixture(scope="module")
@@ -66,239 +66,338 @@ def fv(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(fv, tmp_path_factory):
-    return report(fv, tmp_path_factory.mktemp("page"), class_names=["apple", "pear", "plum"])
+def atlas(fv, tmp_path_factory) -> Path:
+    return report(fv, tmp_path_factory.mktemp("atlas") / "out")
 
 
-def pixels(address: str) -> np.ndarray:
-    head, content = address.split(",")
-    assert head == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- what is shown
 
 
-def test_concepts_of_a_class_are_its_most_relevant_with_their_shares(fv, page):
+def test_there_is_a_page_for_every_class_layer_concept_and_reference(fv, atlas):
+    table = Table.open(fv.path)
+    wanted = {f"class/{target}.html" for target in range(3)} | {"index.html", "suspects.html", "search.html"}
+    for layer in table.layers:
+        wanted |= {f"layer/{layer}.html", *(f"concept/{layer}/{i}.html" for i in range(table.n_concepts(layer)))}
+        for mode in ("relevance", "activation"):
+            best = top_k(table, layer, mode, k=3)
+            wanted |= {f"sample/{i}.html" for i, v in zip(best.sample.flat, best.value.flat, strict=True) if v}
+    assert {name for name in files(atlas) if name.endswith(".html")} == wanted
+
+
+@pytest.mark.parametrize("layer", ["first", "second"])
+@pytest.mark.parametrize("mode", ["relevance", "activation"])
+def test_references_are_those_of_the_ranking(fv, atlas, layer, mode):
+    best = top_k(Table.open(fv.path), layer, mode, k=3)
+    for concept in range(best.sample.shape[1]):
+        text = (atlas / f"concept/{layer}/{concept}.html").read_text()
+        part = text.partition("Most relevant" if mode == "relevance" else "Most active")[2].partition("</div><h2>")[0]
+        part = part.partition("<h2>")[0]
+        captions = re.findall(r"<figcaption><b>(.*?)</b><span>(.*?)</span>.*?<span>sample (\d+)</span>", part)
+        columns = (best.value[:, concept], best.target[:, concept], best.sample[:, concept])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        assert captions == [(percent(value), NAMES[target], str(sample)) for value, target, sample in rows if value]
+
+
+def test_heatmaps_are_conditioned_on_class_and_concept(fv, atlas):
+    best = top_k(Table.open(fv.path), "second", k=1)
+    for concept in range(5):
+        sample, target = int(best.sample[0, concept]), int(best.target[0, concept])
+        condition = {"y": [target], "second": [concept]}
+        result = fv.attribution(fv.dataset[sample][0][None], [condition], EpsilonPlus(), record_layer=["first"])
+        with Image.open(atlas / f"maps/second/{concept}.png") as image:
+            steps = np.asarray(image)[:, :64].astype(int) - 127
+        expected = square_map(result.heatmap[0].detach().numpy(), 64)
+        assert np.abs(steps / 127 - expected).max() <= 0.5 / 127 + 1e-6
+        row = drawing.Drawn(*read_facts(atlas / f"maps/second/{concept}.png")["rows"][0])
+        relevance = result.relevances["first"].flatten(2).sum(-1)[0]
+        relevance = relevance / relevance.abs().sum()
+        assert row.below == [
+            [i, pytest.approx(float(relevance[i]), abs=1e-4)]
+            for i in relevance.argsort(descending=True).tolist()
+            if relevance[i] > 0
+        ]
+        assert row.before == pytest.approx(float(result.prediction.softmax(1)[0, target]), abs=1e-6)
+        assert row.predicted == int(result.prediction.argmax())
+
+
+def test_a_concept_is_switched_off_to_see_what_it_does(fv, atlas):
+    concept = 1
+    row = drawing.Drawn(*read_facts(atlas / f"maps/second/{concept}.png")["rows"][0])
+    best = top_k(Table.open(fv.path), "second", k=1)
+    sample, target = int(best.sample[0, concept]), int(best.target[0, concept])
+    net = make_net()
+    with torch.no_grad():
+        hidden = net[:4](fv.dataset[sample][0][None])
+        hidden[:, concept] = 0
+        after = float(net[4:](hidden).softmax(1)[0, target])
+    assert row.after == pytest.approx(after, abs=1e-6)
+    assert not fv.attribution.model.get_submodule("second")._forward_hooks
+
+
+def test_classes_show_their_concepts_by_share(fv, atlas):
     means = class_means(Table.open(fv.path), "second")
-    for row, target in enumerate(means.targets):
-        best = np.argsort(-means.value[row])[:2]
-        best = [c for c in best if means.value[row, c] > 0]
-        shown = [a for a in page.all("id") if a.startswith(f"class-{target}-layer-1-")]
-        assert shown == [f"class-{target}-layer-1-concept-{c}" for c in best]
-        for concept in best:
-            assert f"second:{concept} {percent(means.value[row, concept])}" in page.text
+    for target, name in enumerate(NAMES):
+        page = Parsed(atlas / f"class/{target}.html")
+        best = [c for c in np.argsort(-means.value[target], kind="stable") if means.value[target, c] > 0]
+        assert (
+            f"{len(best)} of 5 concepts carry {percent(means.value[target, best].sum())} of the relevance" in page.text
+        )
+        assert name in page.text
+        running = np.cumsum(means.value[target, best])
+        for concept, so_far in zip(best, running, strict=True):
+            assert f"{percent(means.value[target, concept])}; so far {percent(so_far)}" in page.text
 
 
-def test_layers_come_from_output_to_input(page):
-    layers = re.findall(r"(first|second) \d of \d concepts", page.text)
-    assert layers == ["second", "first"] * 3
+def test_mean_heatmap_weighs_the_samples_equally(fv, atlas):
+    heatmaps = fv.attribution(fv.dataset.data[1::3], [{"y": [1]}], EpsilonPlus()).heatmap
+    mean = (heatmaps / heatmaps.abs().sum((1, 2), keepdim=True)).sum(0)
+    with Image.open(atlas / "maps/classes/1.png") as image:
+        assert (
+            np.abs((np.asarray(image).astype(int) - 127) / 127 - square_map(mean.numpy(), 64)).max() <= 0.5 / 127 + 1e-6
+        )
 
 
-def test_references_are_those_of_the_ranking(fv, page):
-    names = ["apple", "pear", "plum"]
-    table = Table.open(fv.path)
-    best = top_k(table, "second", "relevance", k=3, of_class=1)
-    concept = int(next(a for a in page.all("id") if a.startswith("class-1-layer-1")).rsplit("-", 1)[1])
-    tips = [
-        f"sample {i}, class pear: {percent(v)} of the sample's relevance"
-        for i, v in zip(best.sample[:, concept], best.value[:, concept], strict=True)
-    ]
-    active = top_k(table, "second", "activation", k=3)
-    tips += [
-        f"sample {i}, class {names[t]}: {percent(v)} of the sample's activation"
-        for i, v, t in zip(active.sample[:, concept], active.value[:, concept], active.target[:, concept], strict=True)
-    ]
-    titles = page.all("title")
-    at = titles.index(tips[0])
-    assert titles[at : at + 6] == tips
-
-
-def test_heatmap_of_a_most_relevant_sample_is_conditioned_on_class_and_concept(fv, page):
-    concept = int(next(a for a in page.all("id") if a.startswith("class-2-layer-1")).rsplit("-", 1)[1])
-    index = int(top_k(Table.open(fv.path), "second", k=1, of_class=2).sample[0, concept])
-    image = fv.dataset[index][0]
-    heatmap = fv.attribution(image[None], [{"y": [2], "second": [concept]}], EpsilonPlus()).heatmap[0]
-    assert heatmap_picture(heatmap, image, 96) in page.all("src")
-
-
-def test_mean_heatmap_weighs_the_samples_equally(fv, page):
-    images = fv.dataset.data[1::3]
-    heatmaps = fv.attribution(images, [{"y": [1]}], EpsilonPlus()).heatmap
-    mean = (heatmaps / heatmaps.abs().sum((1, 2), keepdim=True)).mean(0)
-    assert heatmap_picture(mean, images.mean(0), 96) in page.all("src")
-
-
-def test_provenance_and_coverage(fv, page):
-    table = Table.open(fv.path)
+def test_provenance_and_coverage(fv, atlas):
+    table, page = Table.open(fv.path), Parsed(atlas / "index.html")
     for value in (*table.fingerprints.values(), table.digest):
         assert value in page.text
-    for name, version in table.versions.items():
-        assert f"{name} {version}" in page.text
-    assert "12 of 12 looked at, 0 skipped, missing: none" in page.text and "References ranked by" in page.text
+    assert "12 of 12 looked at, 0 skipped" in page.text and "References ranked by" in page.text
 
 
 def test_missing_and_skipped_samples_are_told(tmp_path):
-    broken = {4: ValueError("cannot be read <script>")}
-    fv = make_fv(tmp_path, Images(broken=broken))
+    fv = make_fv(tmp_path, Images(broken={4: ValueError("cannot be read <script>")}))
     with pytest.warns(UserWarning, match="skipped"):
         fv.run_distributed(EpsilonPlus(), 0, 9, on_error="skip", progress=False)
-    page = report(fv, tmp_path)
-    assert "9 of 12 looked at, 1 skipped, missing: 9 to 11" in page.text
+    page = Parsed(report(fv, tmp_path / "out") / "index.html")
+    assert "9 of 12 looked at, 1 skipped" in page.text and "3 of 12 samples were not mined yet: 9 to 11" in page.text
     assert "cannot be read <script>" in page.text
-    assert "script" not in [tag for tag, _ in page.elements]
 
 
-def test_elsewhere_names_other_classes(fv, page):
-    means = class_means(Table.open(fv.path), "first")
-    concept = int(next(a for a in page.all("id") if a.startswith("class-0-layer-0")).rsplit("-", 1)[1])
-    share = {name: percent(means.value[row, concept]) for row, name in enumerate(["apple", "pear", "plum"])}
-    at = page.text.index(f"first:{concept}")
-    told = re.sub(r"[ \n]+", " ", page.text[at : page.text.index("Elsewhere", at) + 200])
-    assert f"pear {share['pear']}" in told
-    assert f"plum {share['plum']}" in told
-
-
-def test_findings(fv, tmp_path):
-    image = fv.dataset[0][0]
-    rare = (0, "second", int(class_means(Table.open(fv.path), "second").value[0].argmin()))
-    tile = make_tile(image, image[0], "a caption", "a tip")
-    finding = Finding("A title", ["One.", "Two."], [("42", "answers")], [("A group", [tile])], rare)
-    page = report(fv, tmp_path, findings=[finding], n_concepts=1)
-    for text in ("A title", "One.", "Two.", "42", "answers", "A group", "a caption"):
+def test_findings_come_first_and_link_to_their_concept(fv, tmp_path):
+    tile = make_tile(fv.dataset.data[0], fv.dataset.data[0][0], "a tile")
+    finding = Finding("A mark", ["It is there."], [("90 %", "of it")], [("With it", [tile])], (2, "second", 3))
+    page = Parsed(report(fv, tmp_path / "out", findings=[finding]) / "index.html")
+    for text in ("A mark", "It is there.", "90 %", "With it", "a tile"):
         assert text in page.text
-    assert f"class-0-layer-1-concept-{rare[2]}" in page.all("id")
-    assert f"#class-0-layer-1-concept-{rare[2]}" in page.all("href")
-    assert "a tip" in page.all("title")
+    assert "concept/second/3.html" in page.all("href")
+    with pytest.raises(KeyError, match="a finding is about"):
+        report(fv, tmp_path / "no", findings=[finding._replace(concept=(2, "third", 3))])
+    with pytest.raises(IndexError, match="has the concepts 0 to 4"):
+        report(fv, tmp_path / "no", findings=[finding._replace(concept=(2, "second", 5))])
 
 
-def test_choice_of_classes_and_layers(fv, tmp_path):
-    page = report(fv, tmp_path, classes=[2], layers=["first"])
-    anchors = [a for a in page.all("id") if a.startswith("class-")]
-    assert anchors
-    assert {a[:15] for a in anchors} == {"class-2", "class-2-layer-0"}
+# ---- files
 
 
-def test_the_same_mining_gives_the_same_file(fv, tmp_path):
-    write_report(fv, EpsilonPlus(), tmp_path / "a.html", verbose=False)
-    write_report(fv, EpsilonPlus(), tmp_path / "new" / "b.html", verbose=False)
-    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "new" / "b.html").read_bytes()
+def test_no_picture_is_stored_twice_and_all_files_are_used(fv, atlas):
+    content = files(atlas)
+    pictures = {name: data for name, data in content.items() if name.endswith((".png", ".webp"))}
+    hashes = [hashlib.sha256(data).hexdigest() for name, data in pictures.items() if name.startswith("pictures/")]
+    assert len(set(hashes)) == len(hashes)
+    shown = {
+        (page.parent / address).resolve().relative_to(atlas).as_posix()
+        for page in atlas.rglob("*.html")
+        for address in Parsed(page).all("src")
+    }
+    assert set(pictures) - shown == set()
 
 
-def test_the_model_is_untouched(fv, tmp_path, untouched):
-    with untouched(fv.attribution.model):
+def test_a_second_report_draws_nothing_and_changes_nothing(fv, atlas, monkeypatch):
+    before = files(atlas)
+    monkeypatch.setattr(drawing.Drawer, "_draw", lambda *_: pytest.fail("drawn again"))
+    report(fv, atlas)
+    assert files(atlas) == before
+
+
+def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):
+    draw, left = drawing.Drawer._draw, [2]
+
+    def fail_later(self, rows):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return draw(self, rows)
+
+    with monkeypatch.context() as context:
+        context.setattr(drawing.Drawer, "_draw", fail_later)
+        context.setattr(drawing, "_TOGETHER", 2)
+        with pytest.raises(KeyboardInterrupt):
+            report(fv, tmp_path / "out")
+    there = set(files(tmp_path / "out"))
+    assert any(name.startswith("maps/") for name in there)
+    drawn = []
+    monkeypatch.setattr(drawing.Drawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows))
+    report(fv, tmp_path / "out")
+    assert not any(
+        Addresses(["first", "second"]).concept_maps(row.layer, row.concept) in there for row in drawn if row.layer
+    )
+    assert files(tmp_path / "out") == files(atlas)
+
+
+def test_what_a_smaller_report_has_no_more_is_deleted(fv, tmp_path):
+    report(fv, tmp_path / "out", n_references=5)
+    (tmp_path / "out/notes.txt").write_text("mine")
+    report(fv, tmp_path / "out", n_references=1, layers=["second"])
+    names = set(files(tmp_path / "out"))
+    report(fv, tmp_path / "other", n_references=1, layers=["second"])
+    assert names == {*files(tmp_path / "other"), "notes.txt"}
+
+
+def test_a_folder_of_something_else_is_left_alone(fv, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match=r"holds 'thesis.tex', and no atlas.json. Nothing was changed"):
         report(fv, tmp_path)
-
-
-# ---- that it is safe and whole
-
-
-def test_names_are_escaped(tmp_path):
-    children = make_net().named_children()
-    net = nn.Sequential(OrderedDict((EVIL if name == "second" else name, module) for name, module in children)).eval()
-    fv = mined(tmp_path, net=net, layers=["first", EVIL])
-    page = report(fv, tmp_path, class_names={i: f"{EVIL} {i}" for i in range(3)}, title=EVIL, lead=EVIL,
-                  findings=[Finding(EVIL, [EVIL], [(EVIL, EVIL)], [(EVIL, [])])])  # fmt: skip
-    assert "script" not in [tag for tag, _ in page.elements]
-    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
-    assert f"{EVIL} 0" in page.text
-    assert f"{EVIL}:" in page.text
-    assert any(EVIL in title for title in page.all("title"))
-
-
-def test_nothing_outside_of_the_file_is_referred_to(page):
-    assert all(source.startswith("data:image/png;base64,") for source in page.all("src"))
-    assert all(target.startswith("#") for target in page.all("href"))
-    assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.elements}
-    assert "url(" not in page.style
-    assert "@import" not in page.style
-
-
-def test_policy_allows_pictures_and_this_style_only(page):
-    (policy,) = (a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
-    assert page.style.strip()
-    assert not page.all("style")
-
-
-def test_links_lead_to_places_that_are_there_once(page):
-    ids = page.all("id")
-    assert len(ids) == len(set(ids))
-    assert {target[1:] for target in page.all("href")} <= set(ids)
-
-
-def test_render_is_plain_data_to_text():
-    tile = Tile("data:,a", "data:,b", "", EVIL)
-    section = ClassSection("class-0", EVIL, 1, 1, tile, [])
-    page = Parsed(render(Page("t", "", False, [], [section], [("a", EVIL)], [(3, EVIL)])))
-    assert page.text.count(EVIL) == 4  # navigation, heading, provenance, skipped
-
-
-# ---- pictures
-
-
-def test_heatmap_picture_colours():
-    heatmap = torch.tensor([[2.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
-    sample = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
-    picture = pixels(heatmap_picture(heatmap, sample, 96)) / 255
-    expected = np.array([[POSITIVE, NEGATIVE], [[0] * 3, [DIM] * 3]])
-    assert np.abs(picture - expected).max() < 0.5 / 255 + 1e-9
-
-
-def test_sample_picture_keeps_values_in_range_and_rescales_others():
-    grey = torch.tensor([[[0.0, 0.2], [0.4, 0.6]]], dtype=torch.float64)
-    assert pixels(sample_picture(grey, 96)).tolist() == [[0, 51], [102, 153]]
-    assert pixels(sample_picture(grey * 5 - 1, 96)).tolist() == [[0, 85], [170, 255]]
-    colour = torch.stack([grey[0], grey[0] * 0, grey[0] * 0])
-    assert pixels(sample_picture(colour, 96))[1, 1].tolist() == [153, 0, 0]
-
-
-def test_zero_heatmap_is_the_dimmed_sample():
-    picture = pixels(heatmap_picture(torch.zeros(2, 3), torch.ones(1, 2, 3), 96))
-    assert (picture == round(255 * DIM)).all()
-
-
-def test_large_pictures_are_reduced():
-    assert pixels(sample_picture(torch.rand(3, 60, 30), 20)).shape == (20, 10, 3)
-
-
-# ---- errors
-
-
-@pytest.mark.parametrize(
-    ("keywords", "error", "message"),
-    [
-        ({"n_concepts": 0}, ValueError, "n_concepts must be at least 1, got 0"),
-        ({"classes": [7]}, KeyError, r"no sample of class 7 was mined; the classes are \[0, 1, 2\]"),
-        ({"layers": ["secnd"]}, KeyError, "'secnd' was not mined.*nearest: 'second'"),
-        ({"layers": []}, ValueError, "at least one layer"),
-        ({"class_names": ["a", "b"]}, ValueError, r"2 names, and none for the classes \[2\]"),
-        ({"findings": [Finding("t", concept=(0, "nope", 1))]}, KeyError, "finding is about .*nope"),
-        ({"findings": [Finding("t", concept=(0, "second", 5))]}, IndexError, "has the concepts 0 to 4"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_bad_arguments(fv, tmp_path, keywords, error, message):
-    with pytest.raises(error, match=message):
-        report(fv, tmp_path, **keywords)
-    assert not list(tmp_path.iterdir())
-
-
-def test_nothing_mined(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing was mined"):
-        report(make_fv(tmp_path), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
 
 
 def test_another_model_is_refused(fv, tmp_path):
-    other = make_fv(tmp_path, net=make_net(seed=1))
+    other = make_fv(tmp_path, net=make_net(1))
     other.path, other.RelMax, other.ActMax = fv.path, fv.RelMax, fv.ActMax
-    other.RelStats, other.ActStats = fv.RelStats, fv.ActStats
-    with pytest.raises(ValueError, match="another model"):
-        report(other, tmp_path)
-    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(ValueError, match="was mined with another model"):
+        report(other, tmp_path / "out")
 
 
-def test_a_heatmap_must_fit_its_image():
-    with pytest.raises(ValueError, match=r"got \(1, 4, 4\) and \(8, 8\); resize images in the dataset"):
-        make_tile(torch.zeros(1, 4, 4), torch.zeros(8, 8), "")
+# ---- hostile names
+
+
+def test_hostile_names_stay_text_and_nothing_is_outside(tmp_path):
+    layers = OrderedDict(make_net().named_children())
+    evil = "layer <b>'\"& " + "y" * 280
+    net = nn.Sequential(
+        OrderedDict((evil if name == "second" else name, module) for name, module in layers.items())
+    ).eval()
+    fv = mined(tmp_path / "mined", net=net, layers={evil: ChannelConcept(), "first": ChannelConcept()})
+    before = set(tmp_path.rglob("*"))
+    out = tmp_path / "a" / "out"
+    finding = Finding(EVIL, [EVIL], [(EVIL, EVIL)], [], (0, evil, 0))
+    names = {(evil, 0): EVIL, ("first", 1): "../../../x"}
+    options = {"class_names": [EVIL, "../../x", ""], "concept_names": names, "findings": [finding]}
+    report(fv, out, title=EVIL, lead=EVIL, **options)
+    assert {path for path in set(tmp_path.rglob("*")) - before if not path.is_relative_to(fv.path)} == {
+        tmp_path / "a",
+        out,
+        *out.rglob("*"),
+    }
+    for page in out.rglob("*.html"):
+        parsed = Parsed(page)
+        tags = [tag for tag, _ in parsed.elements]
+        assert tags.count("script") <= 2 and "b" not in {tag for tag, at in parsed.elements if "onload" in at}
+        assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
+        assert not [address for address in parsed.all("href") if re.match(r"[a-z]+:", address)]
+    assert EVIL in Parsed(out / "index.html").text
+    single = write_report(fv, EpsilonPlus(), tmp_path / "one.html", verbose=False, n_references=1, **options)
+    parsed = Parsed(single)
+    assert [tag for tag, _ in parsed.elements].count("script") == 2 and EVIL in parsed.text
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", ".", "A", "é", "con<", "x" * 200, "a b"])
+def test_slugs_are_safe_and_differ(name):
+    found = slug(name)
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,80}", found)
+    assert len({slug(other) for other in (name, name + "!", name + "?", name.lower() + "#")}) == 4
+    assert slug("layer4.2.relu") == "layer4.2.relu"
+
+
+# ---- single file
+
+
+def test_a_single_file_holds_each_picture_once(fv, tmp_path):
+    path = write_report(fv, EpsilonPlus(), tmp_path / "r" / "report.html", verbose=False, n_references=2)
+    assert path == tmp_path / "r" / "report.html"
+    assert [one.name for one in tmp_path.joinpath("r").iterdir()] == ["report.html"]
+    pictures = re.findall(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", path.read_text())
+    assert len(pictures) == len(set(pictures)) > 10
+
+
+def test_a_report_needs_no_composite(fv, tmp_path):
+    assert fv.report(tmp_path / "r.html", verbose=False, n_references=1).is_file()
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"n_references": 0}, ValueError, "n_references must be at least 1, got 0"),
+        ({"n_mean": -1}, ValueError, "n_mean must not be negative"),
+        ({"classes": [7]}, KeyError, "no sample of class 7 was mined; the classes are"),
+        ({"layers": ["third"]}, KeyError, "layer 'third' was not mined"),
+        ({"layers": []}, ValueError, "layers must name at least one layer"),
+        ({"class_names": ["a"]}, ValueError, r"has 1 names, and none for the classes \[1, 2\]"),
+    ],
+    ids=["references", "mean", "class", "layer", "no layer", "names"],
+)
+def test_options_are_checked(fv, tmp_path, options, error, match):
+    with pytest.raises(error, match=match):
+        report(fv, tmp_path / "out", **options)
+
+
+def test_tiles_of_another_size_are_refused(fv):
+    with pytest.raises(ValueError, match=r"got \(1, 6, 6\) and \(3, 3\)"):
+        make_tile(fv.dataset.data[0], torch.zeros(3, 3), "")
+
+
+# ---- parts
+
+
+def test_a_map_keeps_the_shape_of_the_picture():
+    found = square_map(np.ones((8, 16)), 32)
+    assert (found[8:24] == 1).all() and (found[:8] == 0).all() and (found[24:] == 0).all()
+    assert read_facts(Path("nothing.png")) is None
+
+
+def test_the_colours_of_a_map_are_those_of_the_pictures(tmp_path):
+    (tmp_path / "m.png").write_bytes(encode_maps([np.array([[1.0, -1.0], [0.0, 0.5]])], {"key": "k"}))
+    with Image.open(tmp_path / "m.png") as image:
+        pixels = np.asarray(image.convert("RGBA")).reshape(4, 4).tolist()
+    assert pixels[:2] == [[204, 23, 28, 255], [33, 89, 191, 255]]
+    assert pixels[2][3] == 0 and pixels[3][3] == round(255 * (64 / 127) ** 0.7)
+    assert read_facts(tmp_path / "m.png") == {"key": "k"}
+
+
+def test_a_crop_is_a_square_around_the_relevance():
+    heatmap = np.zeros((100, 50))
+    heatmap[80:90, 10:20] = 1
+    left, top, side = crop_of(heatmap)
+    assert left <= 0.35 and top <= 0.8 and left + side >= 0.45 and top + side >= 0.9 and side < 0.35
+    assert crop_of(np.zeros((4, 4))) == (0, 0, 1)
+
+
+def test_probabilities_are_given_only_where_they_are_some():
+    outputs = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+    before, predicted = scores(outputs, [1, -1])
+    assert before == [pytest.approx(float(outputs.softmax(1)[0, 1])), None] and predicted == [1, 0]
+    assert scores(torch.tensor([[0.2, 0.8]]), [0])[0] == [pytest.approx(0.2)]
+    assert scores(torch.tensor([[7.0]]), [0]) == ([7.0], [None])
+    assert scores(torch.zeros(1, 2, 3), [0]) == ([None], [None])
+
+
+def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
+    """Class 0 has a bright corner on half of its pictures; nothing else depends on the place."""
+    images = Images(60)
+    generator = torch.Generator().manual_seed(0)
+    images.data = torch.rand(60, 1, 12, 12, generator=generator, dtype=torch.float64) * 0.1
+    for i in range(60):
+        row, column = torch.randint(1, 10, (2,), generator=generator).tolist()
+        images.data[i, 0, row : row + 2, column : column + 2] = 1
+    images.data[0::6, 0, :2, :2] = torch.eye(2, dtype=torch.float64) * 3
+    net = nn.Sequential(OrderedDict(first=nn.Conv2d(1, 2, 2), relu=nn.ReLU(), flat=nn.Flatten(), out=nn.Linear(242, 3)))
+    net = net.double().eval()
+    with torch.no_grad():
+        net.first.weight.copy_(torch.tensor([[[[1.0, -1], [-1, 1]]], [[[1.0, 1], [1, 1]]]]))
+        net.first.bias.copy_(torch.tensor([-3.0, 0]))
+        net.out.weight.fill_(0.1)
+        net.out.weight[0, :121] = 2.0
+    fv = mined(tmp_path, images, net=net, layers=["relu"])
+    first = find_suspects(Table.open(fv.path), {"relu": (11, 11)}, [0, 1, 2])[0]
+    assert (first.layer, first.concept, first.target) == ("relu", 0, 0)
+    assert first.inside == 1 and first.expected < 0.2 and first.rows == pytest.approx(0.5, abs=0.01)
+    assert first.reason == (
+        f"100% of its relevance lies at the top left, where its layer has {first.expected:.0%}; "
+        "it is carried by 50% of the samples"
+    )

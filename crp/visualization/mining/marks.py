@@ -68,11 +68,15 @@ def content_of(data: Tensor, label: Any) -> int:
     """
     if data.layout != torch.strided:
         data = data.to_dense()
-    flat = data.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    about = f"{data.dtype} {tuple(data.shape)} {fingerprint(label)}"
+    data = data.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    # (a single entry keeps its stride in `contiguous`, and cannot be viewed as bytes)
+    flat = (
+        (data if data.stride(0) == 1 else data.clone(memory_format=torch.contiguous_format)).view(torch.uint8).numpy()
+    )
     n = len(flat) // (8 * _SUMS) * 8 * _SUMS
     # (sums of integers wrap around)
     sums = flat[:n].view(np.int64).reshape(-1, _SUMS).sum(0)
-    about = f"{data.dtype} {tuple(data.shape)} {fingerprint(label)}"
     return _number(sums.tobytes() + flat[n:].tobytes() + about.encode())
 
 

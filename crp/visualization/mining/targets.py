@@ -191,7 +191,8 @@ def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
     scores = torch.where(shares[:, None], output, output.softmax(1))
     value, order = torch.sort(scores, dim=1, descending=True, stable=True)
     probability = value[:, 0].nan_to_num(0).clamp(0, 1).float()
-    return order[:, 0], probability
+    # (a copy, as a column of one row keeps its stride in `contiguous`, and cannot be viewed as bytes)
+    return order[:, 0].clone(memory_format=torch.contiguous_format), probability
 
 
 def attribute_targets(

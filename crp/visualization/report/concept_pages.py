@@ -19,7 +19,7 @@ EDGES = 5
 Link = dict[tuple[str, int], list[tuple[int, float]]]
 
 
-class Node(NamedTuple):
+class PlacedNode(NamedTuple):
     """A node of a drawn graph."""
 
     x: float
@@ -156,8 +156,11 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
     chance = "" if first.before is None else f" ({first.before:.1%})"
     said = f"Explained for {label}{chance}."
     if first.predicted is not None:
-        right = "as expected" if first.predicted == target else f"not {label}"
-        said = f"Predicted {atlas.class_name(first.predicted)}, {right}; explained for {label}{chance}."
+        true = atlas.labels.get(sample)
+        right = (
+            "" if true is None else ", as labelled" if first.predicted == true else f", not {atlas.class_name(true)}"
+        )
+        said = f"Predicted {atlas.class_name(first.predicted)}{right}; explained for {label}{chance}."
     if concepts:
         part = sum(one["share"] for one in concepts)
         said += f" {len(concepts)} concepts of {top} carry {percent(part)} of the relevance there."
@@ -264,13 +267,13 @@ def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, A
     rows = max(len(above), len(below))
     height = 20 + 78 * rows
     own = atlas.addresses.concept(layer, concept)
-    middle = Node(300, height / 2 - 10, str(concept), own, _tile(atlas, layer, concept))
+    middle = PlacedNode(300, height / 2 - 10, str(concept), own, _tile(atlas, layer, concept))
     nodes, edges = [middle], []
     for x, other, found in ((60, upper, above), (540, lower, below)):
         total = max((share for _, share in found), default=0.0) or 1.0
         for number, (one, share) in enumerate(found):
             y = 33 + 78 * (number + (rows - len(found)) / 2)
-            nodes.append(Node(x, y, str(one), atlas.addresses.concept(other, one), _tile(atlas, other, one)))
+            nodes.append(PlacedNode(x, y, str(one), atlas.addresses.concept(other, one), _tile(atlas, other, one)))
             left, right = ((x, y), (middle.x, middle.y)) if x < middle.x else ((middle.x, middle.y), (x, y))
             thickness = round(1 + 9 * share / total, 1)
             edges.append(Edge(left[0], left[1], (left[0] + right[0]) / 2, right[1], right[0], thickness))
@@ -289,20 +292,22 @@ def _graph_of_sample(
     rows = max(len(concepts), len(kept))
     height = 20 + 78 * rows
     middle = height / 2 - 10
-    nodes = [Node(45, middle, atlas.class_name(target)[:18], _class_address(atlas, target), None)]
+    nodes = [PlacedNode(45, middle, atlas.class_name(target)[:18], _class_address(atlas, target), None)]
     edges = []
     places = {concept: 33 + 78 * (i + (rows - len(kept)) / 2) for i, concept in enumerate(kept)}
     most = max(one["share"] for one in concepts) or 1.0
     for number, one in enumerate(concepts):
         y = 33 + 78 * (number + (rows - len(concepts)) / 2)
-        nodes.append(Node(165, y, str(one["concept"]), one["href"], one["here"]))
+        nodes.append(PlacedNode(165, y, str(one["concept"]), one["href"], one["here"]))
         edges.append(Edge(45, middle, 105, y, 165, round(1 + 9 * max(one["share"], 0) / most, 1)))
         for concept, share in one["below"]:
             if concept in places:
                 width = round(0.5 + 9 * max(share * one["share"], 0) / most, 1)
                 edges.append(Edge(165, y, 225, places[concept], 285, width))
     for concept, y in places.items():
-        nodes.append(Node(285, y, str(concept), atlas.addresses.concept(lower, concept), _tile(atlas, lower, concept)))
+        nodes.append(
+            PlacedNode(285, y, str(concept), atlas.addresses.concept(lower, concept), _tile(atlas, lower, concept))
+        )
     return {"width": 330, "height": height, "nodes": nodes, "edges": edges}
 
 

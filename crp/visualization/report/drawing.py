@@ -40,7 +40,7 @@ _TOGETHER = 64
 _SMALL = 64
 
 
-class Job(NamedTuple):
+class HeatmapFile(NamedTuple):
     """A file of heatmaps to draw: its address, what it depends on, and a row for each heatmap."""
 
     address: str
@@ -111,17 +111,26 @@ class Drawer:
         self._data: OrderedDict[int, Tensor] = OrderedDict()
         self._pictures: dict[int, str] = {}
 
-    def job(self, address: str, rows: Sequence[Row]) -> Job:
+    def job(self, address: str, rows: Sequence[Row]) -> HeatmapFile:
         """File of heatmaps, with the key of all it depends on."""
-        content = [self.identity, self.options.map_size, self._below_of(rows), rows]
+        below = [self._below_of(row.layer) for row in rows]
+        content = [self.identity, self.options.map_size, self.options.picture_size, below, rows]
         self.used.add(address)
-        return Job(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
+        return HeatmapFile(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
 
-    def is_drawn(self, job: Job) -> bool:
-        """Whether the file is there, and of the same content."""
-        return (read_facts(self.folder / job.address) or {}).get("key") == job.key
+    def is_drawn(self, job: HeatmapFile) -> bool:
+        """Whether the file is there, of the same content, and with it the picture that it names."""
+        facts = read_facts(self.folder / job.address) or {}
+        if facts.get("key") != job.key:
+            return False
+        if "picture" not in facts:
+            return True
+        if not (self.folder / facts["picture"]).is_file():
+            return False
+        self._keep(job, facts)
+        return True
 
-    def draw(self, jobs: Sequence[Job]) -> Iterator[Job]:
+    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
         """Draw what is missing, and yield each job when its file is there."""
         for start in range(0, len(jobs), _TOGETHER):
             waiting = []
@@ -132,7 +141,7 @@ class Drawer:
                     waiting.append(job)
             yield from self._draw_together(waiting)
 
-    def _draw_together(self, jobs: Sequence[Job]) -> Iterator[Job]:
+    def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
         """Draw some jobs; rows of one layer are attributed together, whosever they are."""
         places = [(number, place, row) for number, job in enumerate(jobs) for place, row in enumerate(job.rows)]
         places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
@@ -145,9 +154,10 @@ class Drawer:
                     found[number].clear()
                     yield jobs[number]
 
-    def keep_mean(self, job: Job) -> None:
-        """Keep the picture that a file of a mean names."""
-        self.used.add((read_facts(self.folder / job.address) or {}).get("picture", ""))
+    def write_mean(self, job: HeatmapFile, heatmap: Array, picture: tuple[bytes, str]) -> None:
+        """Write the mean heatmap of a class, and the mean picture that the file names."""
+        facts = {"key": job.key, "picture": self.store(*picture), "n": len(job.rows)}
+        self._write_file(job, [square_map(heatmap, self.options.map_size)], facts)
 
     def facts(self, address: str) -> list[Drawn]:
         """What is known of the rows of a file; nothing where it is not drawn."""
@@ -176,8 +186,6 @@ class Drawer:
         data, label = self.fv.get_data_sample(sample, preprocessing=False)
         self.labels[sample] = label
         self._data[sample] = data[0].detach().cpu()
-        if data.dim() == 4:
-            self.smallest_side = min(self.smallest_side, max(data.shape[-2:]))
         if len(self._data) > _KEPT:
             self._data.popitem(last=False)
         return self._data[sample]
@@ -197,7 +205,7 @@ class Drawer:
         for row in rows:
             condition: dict[str, Any] = {output: [row.target]} if started else {}
             conditions.append(condition if layer is None else {**condition, layer: [row.concept]})
-        below = self._below_of(rows)
+        below = self._below_of(layer)
         shown = [self.data(row.sample) for row in rows]
         data = self.fv.preprocess_data(torch.stack(shown).to(self.fv.device)).detach()
         result = attribution(
@@ -258,16 +266,29 @@ class Drawer:
             [(c, round(float(found[i, c]), 4)) for c in row if found[i, c] > 0] for i, row in enumerate(best.tolist())
         ]
 
-    def _below_of(self, rows: Sequence[Row]) -> str | None:
-        layer = rows[0].layer if rows else None
-        place = self.layers.index(layer) if layer in self.layers else 0
+    def _below_of(self, layer: str | None) -> str | None:
+        place = 0 if layer is None else self.layers.index(layer)
         return self.layers[place - 1] if place else None
 
-    def _write(self, job: Job, found: Sequence[tuple[Array, Drawn]]) -> None:
+    def _keep(self, job: HeatmapFile, facts: Mapping[str, Any]) -> None:
+        """Remember the picture that a file of heatmaps names: that of its sample, or of a class."""
+        self.used.add(facts["picture"])
+        self.smallest_side = min(self.smallest_side, facts.get("side", self.smallest_side))
+        if "side" in facts:
+            self._pictures[job.rows[0].sample] = facts["picture"]
+
+    def _write(self, job: HeatmapFile, found: Sequence[tuple[Array, Drawn]]) -> None:
+        facts: dict[str, Any] = {"key": job.key, "rows": [drawn for _, drawn in found]}
+        if job.rows[0].layer is None:
+            sample = job.rows[0].sample
+            facts |= {"picture": self.picture(sample), "side": max(self.data(sample).shape[-2:])}
+            self._keep(job, facts)
+        self._write_file(job, [one for one, _ in found], facts)
+
+    def _write_file(self, job: HeatmapFile, maps: Sequence[Array], facts: Mapping[str, Any]) -> None:
         path = self.folder / job.address
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"key": job.key, "rows": [drawn for _, drawn in found]}
-        write_atomic(path, encode_maps([one for one, _ in found], facts))
+        write_atomic(path, encode_maps(maps, facts))
 
 
 def _batches(places: Sequence[tuple[int, int, Row]], size: int) -> Iterator[list[tuple[int, int, Row]]]:

@@ -11,6 +11,8 @@ from crp.visualization.table.files import write_atomic
 MARKER = "atlas.json"
 #: Folders that pages and pictures are in.
 PARTS = ("class", "concept", "layer", "maps", "pictures", "sample")
+#: Files that are in the folder itself.
+SHARED = ("index.html", "suspects.html", "search.html", "atlas.css", "atlas.js", MARKER)
 _SUFFIXES = frozenset({".html", ".png", ".webp"})
 
 
@@ -29,6 +31,19 @@ def claim(folder: Path) -> None:
             "give another folder"
         )
     write_atomic(folder / MARKER, json.dumps({"version": 1}).encode())
+
+
+def discard(folder: Path) -> None:
+    """Delete an atlas, if there is one in a folder, and nothing else."""
+    if (folder / MARKER).is_file():
+        remove_others(folder, frozenset())
+        for name in SHARED:
+            (folder / name).unlink(missing_ok=True)
+        for place in sorted(folder.rglob("*"), reverse=True):
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def remove_others(folder: Path, kept: Set[str]) -> None:

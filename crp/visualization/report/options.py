@@ -78,7 +78,7 @@ class ReportOptions:
     Attributes
     ----------
     class_names : sequence of str, or mapping of class to str, optional
-        Numbers by default.
+        By default, those of the table's recipe, or numbers.
     concept_names : mapping of (layer, concept) to str
         What concepts are called, beside their layer and number.
     classes : sequence of int, optional

@@ -57,6 +57,8 @@ class Atlas:
     sample_rows : mapping of sample to target
         Samples that have a page, and for which class it is.
     sample_names : mapping of sample to str
+    labels : mapping of sample to int
+        Where a label is one class.
     """
 
     drawer: Drawer
@@ -69,6 +71,7 @@ class Atlas:
     class_names: Mapping[int, str]
     sample_rows: Mapping[int, int]
     sample_names: Mapping[int, str]
+    labels: Mapping[int, int]
     drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
 
     # --- words
@@ -104,11 +107,7 @@ class Atlas:
             return None
         facts = known[place]
         lines = [(self.class_name(one.target), "")] if one.target >= 0 else []
-        if facts.predicted is not None:
-            right = facts.predicted == one.target
-            chance = f" {facts.before:.0%}" if right and facts.before is not None else ""
-            lines.append((f"predicted {self.class_name(facts.predicted)}{chance}", "ok" if right else "bad"))
-        lines.append((self.sample_names[one.sample], ""))
+        lines += [*self.predicted(one.sample, one.target, facts), (self.sample_names[one.sample], "")]
         return Shown(
             self.drawer.picture(one.sample),
             self.addresses.concept_maps(layer, concept),
@@ -120,6 +119,14 @@ class Atlas:
             f"{self.sample_names[one.sample]}, {self.class_name(one.target)}, where {layer} {concept} is relevant",
             facts.crop,
         )
+
+    def predicted(self, sample: int, target: int, facts: Drawn) -> list[tuple[str, str]]:
+        """Line that tells the prediction, and whether it is the label; nothing where the model has no classes."""
+        if facts.predicted is None:
+            return []
+        right = facts.predicted == self.labels.get(sample, target)
+        chance = f" {facts.before:.0%}" if facts.predicted == target and facts.before is not None else ""
+        return [(f"predicted {self.class_name(facts.predicted)}{chance}", "ok" if right else "bad")]
 
     def best(self, layer: str, concept: int, n: int = 1, target: int | None = None) -> list[Shown]:
         """Tiles of a concept's best references, which link to the concept; those of a class first."""
@@ -244,10 +251,7 @@ class Atlas:
         if not known:
             return None
         first = known[0]
-        lines = [(self.sample_names[sample], "")]
-        if first.predicted is not None:
-            right = first.predicted == target
-            lines.insert(0, (f"predicted {self.class_name(first.predicted)}", "ok" if right else "bad"))
+        lines = [*self.predicted(sample, target, first), (self.sample_names[sample], "")]
         name = f"{self.sample_names[sample]}, {self.class_name(target)}"
         href = Addresses.sample(sample)
         return Shown(self.drawer.picture(sample), address, 0, len(known), href, "", lines, name, first.crop)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,13 +27,12 @@ from crp.visualization.report.drawing import Drawer, Row, picture_file
 from crp.visualization.report.facts import Reference, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
-from crp.visualization.report.maps import encode_maps, square_map
 from crp.visualization.report.options import Finding, ReportKeywords, ReportOptions, Tile
 from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
 from crp.visualization.report.render import Renderer, SingleRenderer
 from crp.visualization.report.suspects import find_suspects
-from crp.visualization.table.files import write_atomic
+from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table
@@ -88,6 +88,9 @@ def write_report(
     if path.suffix.lower() not in (".html", ".htm"):
         claim(path)
         return _write(fv, composite, path, None, chosen)
+    make_folder(path.parent)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"the report cannot be written to {path}: {'a folder' if path.is_dir() else 'no permission'}")
     with TemporaryDirectory(prefix="crp-report-") as folder:
         return _write(fv, composite, Path(folder), path, chosen)
 
@@ -99,7 +102,7 @@ def _write(
     layers = _layers(table, options.layers)
     fv._lookup(layers[0], "relevance", (0, 1))  # refuses another model, dataset or preprocessing
     targets = list_targets(table).tolist()
-    names = _names(options.class_names, targets)
+    names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
@@ -121,6 +124,7 @@ def _write(
     suspects = find_suspects(table, spaces, targets)
     samples = _samples(cells)
     best = _best_of_samples(table, layers, samples)
+    file_names, labels = _about_samples(table, fv.dataset, samples)
     atlas = Atlas(
         drawer=drawer,
         renderer=Renderer(folder, "", False),
@@ -131,7 +135,8 @@ def _write(
         suspects=suspects,
         class_names={target: names[target] for target in shown},
         sample_rows=samples,
-        sample_names=sample_names(fv.dataset, samples),
+        sample_names=file_names,
+        labels=labels,
     )
     _draw(atlas, best, table, bar)
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
@@ -177,7 +182,6 @@ def _draw_mean(drawer: Drawer, target: int, samples: Sequence[int]) -> None:
     """Mean of a class: of the images, and of the heatmaps, which all have the same weight."""
     job = drawer.job(Addresses.label_maps(target), [Row(sample, target) for sample in samples])
     if drawer.is_drawn(job):
-        drawer.keep_mean(job)
         return
     fv, image, heat = drawer.fv, None, None
     for start in range(0, len(samples), drawer.options.batch_size):
@@ -194,13 +198,8 @@ def _draw_mean(drawer: Drawer, target: int, samples: Sequence[int]) -> None:
         image = shown if image is None else image + shown
     if image is None or heat is None:
         return
-    content, suffix = picture_file((image / len(samples)).clamp(0, 1), drawer.options.picture_size)
-    picture = drawer.store(content, suffix)
-    path = drawer.folder / job.address
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"key": job.key, "picture": picture, "n": len(samples)}
-    write_atomic(path, encode_maps([square_map(heat.numpy(), drawer.options.map_size)], facts))
-    drawer.keep_mean(job)
+    shown = (image / len(samples)).clamp(0, 1)
+    drawer.write_mean(job, heat.numpy(), picture_file(shown, drawer.options.picture_size))
 
 
 def _render(
@@ -230,13 +229,18 @@ def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def _names(class_names: Sequence[str] | Mapping[int, str] | None, targets: Collection[int]) -> dict[int, str]:
-    if class_names is None:
-        return {target: str(target) for target in targets}
+def _names(class_names: Sequence[str] | Mapping[int, str], targets: Collection[int]) -> dict[int, str]:
     known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
     if nameless := [target for target in targets if target not in known]:
         raise ValueError(f"class_names has {len(known)} names, and none for the classes {nameless}")
     return {target: str(known[target]) for target in known}
+
+
+def _names_of(table: Table, targets: Collection[int]) -> dict[int, str]:
+    """Names by the table's recipe; a class without one is called by its number."""
+    known = table.header.recipe.get("class_names")
+    names = dict(enumerate(map(str, known))) if isinstance(known, list) else {}
+    return {target: str(target) for target in targets} | names
 
 
 def _shown(targets: Sequence[int], classes: Sequence[int] | None) -> list[int]:
@@ -275,17 +279,21 @@ def _best_of_samples(
     return best
 
 
-def sample_names(dataset: Any, samples: Iterable[int]) -> dict[int, str]:
-    """What samples are called: their files where the dataset tells them, as torchvision's does, or their numbers."""
+def _about_samples(table: Table, dataset: Any, samples: Iterable[int]) -> tuple[dict[int, str], dict[int, int]]:
+    """What samples are called, by file where the table or the dataset tells it, and labels that are one class."""
+    columns = table.samples()
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
-    found = {}
+    rows = {int(sample): row for row, sample in enumerate(columns.sample)}
+    names, labels = {}, {}
     for sample in samples:
-        name = f"sample {sample}"
-        if isinstance(files, Sequence) and sample < len(files) and isinstance(files[sample], tuple | list):
-            parts = Path(str(files[sample][0])).parts
-            name = "/".join(parts[-2:])
-        found[sample] = name
-    return found
+        row = rows[sample]
+        name = columns.source[row]
+        if not name and isinstance(files, Sequence) and isinstance(files[sample], tuple | list):
+            name = "/".join(Path(str(files[sample][0])).parts[-2:])
+        names[sample] = name or f"sample {sample}"
+        if isinstance(columns.label[row], int):
+            labels[sample] = columns.label[row]
+    return names, labels
 
 
 def _identity(table: Table, composite: Composite | None) -> str:

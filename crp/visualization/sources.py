@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crp.commands.errors import CommandError
-from crp.commands.models import Loaded, _imported
+from crp.errors import LoadingError
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
+from crp.visualization.models import Loaded, imported
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -24,7 +24,7 @@ class Pictures:
     def __init__(self, folder: Path, labels: dict[str, int] | None) -> None:
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
         if not found:
-            raise CommandError(f"--data {folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+            raise LoadingError(f"--data {folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
         self._folder = str(folder)
         self._names = [str(path.relative_to(folder)) for path in found]
         self._labels = labels
@@ -43,7 +43,7 @@ class Pictures:
             return file.copy(), None if self._labels is None else self._labels[Path(name).parts[0]]
 
 
-def _open_source(data: str) -> Any:
+def open_source(data: str) -> Any:
     """What ``--data`` names; asked before the model is loaded.
 
     Parameters
@@ -58,18 +58,18 @@ def _open_source(data: str) -> Any:
 
     Raises
     ------
-    CommandError
+    LoadingError
         If there is no such data, or it has no length and no index.
     """
     if Path(data).is_dir():
         return Path(data)
     if ":" not in data:
-        raise CommandError(f"--data {data} is neither a folder nor package.module:factory")
-    factory = _imported(data)
+        raise LoadingError(f"--data {data} is neither a folder nor package.module:factory")
+    factory = imported(data)
     try:
         return indexed(factory() if callable(factory) else factory)
     except TypeError as error:
-        raise CommandError(f"--data {data}: {error}") from error
+        raise LoadingError(f"--data {data}: {error}") from error
 
 
 def load_source(
@@ -80,7 +80,7 @@ def load_source(
     Parameters
     ----------
     source : Path or Dataset
-        From `_open_source`.
+        From `open_source`.
     fields : sequence of str
         Where an item of the dataset holds its data and, if there is one, its label: keys, or places.
     loaded : Loaded
@@ -90,21 +90,21 @@ def load_source(
 
     Raises
     ------
-    CommandError
+    LoadingError
         If the classes of a folder are not those of the model, or ``fields`` are none.
     """
     places: list[int | str | None] = [int(field) if field.isdigit() else field for field in fields]
     if len(places) > 2:
-        raise CommandError(f"--fields names data and label, not {len(places)} fields")
+        raise LoadingError(f"--fields names data and label, not {len(places)} fields")
     if isinstance(source, Path):
         if places:
-            raise CommandError("--fields is for datasets; a folder holds pictures")
+            raise LoadingError("--fields is for datasets; a folder holds pictures")
         labels = _labels(source, loaded.classes) if by_label else None
         made = Pairs(Pictures(source, labels), 0, 1, loaded.prepared)
     else:
         first, *rest = places or _usual_places(source)
         made = Pairs(source, first, rest[0] if rest else None, loaded.prepared)
-    return made, loaded.normalized if _gives_pictures(made) else None
+    return made, loaded.normalized if gives_pictures(made) else None
 
 
 def _usual_places(source: Any) -> list[int | str | None]:
@@ -137,7 +137,7 @@ def as_hot(label: Any) -> list[int]:
 MULTI_LABEL = {"list": as_list, "hot": as_hot}
 
 
-def _gives_pictures(pairs: Pairs) -> bool:
+def gives_pictures(pairs: Pairs) -> bool:
     """Whether the data of a dataset's items are pictures of Pillow."""
     raw = Pairs(pairs.dataset, pairs.data, None, _is_picture)
     for index in range(min(len(raw), 100)):
@@ -156,14 +156,14 @@ def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
     """Class of every class folder: by name where the names are those of the model, else in order."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not names:
-        raise CommandError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
+        raise LoadingError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
     loose = [p.name for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES]
     if loose:
-        raise CommandError(f"--data {folder} holds pictures beside its class folders, such as {loose[0]}")
+        raise LoadingError(f"--data {folder} holds pictures beside its class folders, such as {loose[0]}")
     if classes and set(names) <= set(classes):
         return {name: list(classes).index(name) for name in names}
     if classes and len(names) != len(classes):
-        raise CommandError(
+        raise LoadingError(
             f"--data {folder} has {len(names)} class folders and the model {len(classes)} classes: name the folders as "
             "the classes are called, or give --targets prediction"
         )

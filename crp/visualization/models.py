@@ -1,10 +1,11 @@
-"""A model, its weights, how it takes pictures, and the names of its classes, from words of the command line."""
+"""A model, its weights, how it takes pictures, and the names of its classes, from words."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crp.commands.errors import CommandError, _nearest
-from crp.commands.pictures import Normalized, Prepared
+from crp.errors import LoadingError
+from crp.visualization.prepared import Normalized, Prepared
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Loaded:
             with Image.open(path) as file:
                 image: Tensor = self.prepared(file)
         except OSError as error:
-            raise CommandError(f"{path} is no picture that can be read: {error}") from error
+            raise LoadingError(f"{path} is no picture that can be read: {error}") from error
         try:
             return image, image[None] if self.normalized is None else self.normalized(image[None])
         except ValueError as error:
-            raise CommandError(str(error)) from error
+            raise LoadingError(str(error)) from error
 
     def class_name(self, index: int) -> str:
         """Name of a class, or its number."""
@@ -86,18 +87,18 @@ def load_model(
 
     Raises
     ------
-    CommandError
+    LoadingError
         If anything of this is not there, or does not fit.
     """
     if weights and checkpoint:
-        raise CommandError("--weights and --checkpoint are both given; one fills the model")
+        raise LoadingError("--weights and --checkpoint are both given; one fills the model")
     if len(mean) != len(std):
-        raise CommandError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
+        raise LoadingError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
     recipe: Any = None
     names: Sequence[str] = ()
     if ":" in model:
         if weights:
-            raise CommandError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
+            raise LoadingError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
         net = _made(model)
     else:
         net, chosen = _of_torchvision(model, weights)
@@ -131,7 +132,7 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
 
     known = models.list_models(module=models)
     if name not in known:
-        raise CommandError(
+        raise LoadingError(
             f"there is no model {name!r} in torchvision{_nearest(name, known)}; a model of your own is named "
             "package.module:factory"
         )
@@ -139,22 +140,22 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
     if weights:
         kinds = models.get_model_weights(name)
         if weights not in kinds.__members__:
-            raise CommandError(f"{name} has no weights {weights!r}; it has {', '.join(kinds.__members__)}")
+            raise LoadingError(f"{name} has no weights {weights!r}; it has {', '.join(kinds.__members__)}")
         chosen = kinds[weights]
     try:
         # (without this, GoogLeNet and Inception spend a minute on initial weights)
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not weights else {}
         return models.get_model(name, weights=chosen, **options), chosen
     except OSError as error:
-        raise CommandError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
+        raise LoadingError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
 
 
-def _imported(place: str) -> Any:
+def imported(place: str) -> Any:
     """What ``"pkg.module:name"`` names; the folder of the command is searched, too.
 
     Raises
     ------
-    CommandError
+    LoadingError
         If there is no such module, or no such name in it.
     """
     module_name, _, name = place.partition(":")
@@ -162,20 +163,20 @@ def _imported(place: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise CommandError(f"{place}: the module {module_name} cannot be imported: {error}") from error
+        raise LoadingError(f"{place}: the module {module_name} cannot be imported: {error}") from error
     finally:
         sys.path.remove("")
     found = getattr(module, name, None)
     if found is None:
-        raise CommandError(f"{place}: {module_name} has no {name!r}{_nearest(name, dir(module))}")
+        raise LoadingError(f"{place}: {module_name} has no {name!r}{_nearest(name, dir(module))}")
     return found
 
 
 def _made(place: str) -> nn.Module:
-    factory: Callable[[], Any] | nn.Module = _imported(place)
+    factory: Callable[[], Any] | nn.Module = imported(place)
     made = factory if isinstance(factory, nn.Module) else factory()
     if not isinstance(made, nn.Module):
-        raise CommandError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")
+        raise LoadingError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")
     return made
 
 
@@ -189,17 +190,23 @@ def _fill(net: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds, for files that are something else
-        raise CommandError(f"{path} is no checkpoint that can be read: {error}") from error
+        raise LoadingError(f"{path} is no checkpoint that can be read: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        raise CommandError(f"{path} does not fit the model: {error}") from error
+        raise LoadingError(f"{path} does not fit the model: {error}") from error
 
 
 def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path} cannot be read: {error}") from error
+        raise LoadingError(f"{path} cannot be read: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """``"; nearest: a, b"``, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""

@@ -1,0 +1,111 @@
+"""``crp report`` and `FeatureVisualization.open`: a table that says what it was mined of needs nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mining_cases import Data, make_net, run
+from PIL import Image
+
+from crp.__main__ import cli
+from crp.composites import EpsilonPlus
+from crp.errors import LoadingError
+from crp.visualization import FeatureVisualization, Table
+
+MODULE = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+"""
+
+
+def crp(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def mined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Table of a folder of pictures, mined by the command."""
+    (tmp_path / "nets.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    for i in range(8):
+        folder = tmp_path / "pictures" / ("cats", "dogs")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    options = ["--model", "nets:net", "--data", "pictures", "--layers", "0", "--composite", "epsilon_plus", "--quiet"]
+    result = crp("mine", *options, "--mean", "0.5", "--std", "0.25", "--out", "atlas")
+    assert result.exit_code == 0, result.output
+    return tmp_path / "atlas"
+
+
+def test_a_report_needs_nothing_but_the_folder(mined: Path) -> None:
+    result = crp("report", mined, "--quiet", "--references", "2")
+    assert (result.exit_code, result.output) == (0, f"wrote {mined / 'atlas' / 'index.html'}\n")
+    page = (mined / "atlas" / "concept" / "0" / "1.html").read_text()
+    assert "cats" in page and "dogs" in page and page.count("cats/") + page.count("dogs/") > 3, "files have names"
+    assert Table.open(mined).verify() == []
+
+
+def test_a_report_may_be_one_file_and_elsewhere(mined: Path) -> None:
+    assert crp("report", mined, "--quiet", "--single-file", "--references", "1").exit_code == 0
+    assert "cats" in (mined / "atlas.html").read_text()
+    for out in ("page.html", "pages"):
+        assert crp("report", mined, "--quiet", "--references", "1", "--out", mined.parent / out).exit_code == 0
+    result = crp("report", mined, "--single-file", "--out", mined.parent / "other")
+    assert result.exit_code == 1 and "must end in .html with --single-file" in result.output
+
+
+def test_an_interrupted_report_says_how_to_go_on(mined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("crp.visualization.report.write._draw", interrupt)
+        result = crp("report", mined, "--quiet")
+    assert result.exit_code == 130 and "the same command goes on from there" in result.output
+    assert crp("report", mined, "--quiet", "--active", "0").exit_code == 0
+
+
+def test_opening_needs_nothing_but_the_folder(mined: Path) -> None:
+    fv = FeatureVisualization.open(mined, max_target="max")
+    assert list(fv.layer_map) == ["0"] and fv.RelMax.max_target == "max"
+    samples, heatmaps = fv.get_max_reference(1, "0", "relevance", (0, 3), EpsilonPlus(), plot_fn=None)[1]
+    assert samples.shape == (3, 3, 8, 8) and heatmaps.shape == (3, 8, 8)
+    data, label = fv.get_data_sample(5, preprocessing=True)
+    torch.testing.assert_close(data, (fv.dataset[5][0][None] - 0.5) / 0.25)
+    assert label == 1
+    assert fv.compute_stats(1, "0")[0].tolist() in ([0, 1], [1, 0])
+
+
+def test_a_table_of_python_code_needs_its_objects(tmp_path: Path) -> None:
+    run(tmp_path, Data(), composite=None)
+    with pytest.raises(LoadingError, match=r"was not mined by crp mine, .*; give them"):
+        FeatureVisualization.open(tmp_path)
+    fv = FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data())
+    assert fv.compute_stats(0, "fc")[0].shape == (3,)
+    with pytest.raises(ValueError, match="model, dataset and preprocess_fn are given together"):
+        FeatureVisualization.open(tmp_path, model=make_net())
+    result = crp("report", tmp_path)
+    assert result.exit_code == 1 and result.output.startswith("Error: the table was not mined by crp mine")
+
+
+def test_what_is_gone_is_named(mined: Path) -> None:
+    for file in (mined.parent / "pictures" / "cats").iterdir():
+        file.unlink()
+    assert crp("report", mined, "--quiet").exit_code == 1
+    (mined.parent / "pictures").rename(mined.parent / "moved")
+    result = crp("report", mined, "--quiet")
+    assert result.exit_code == 1 and "pictures is neither a folder nor package.module:factory" in result.output
+    assert crp("report", mined.parent).output == (
+        f"Error: nothing was mined into {mined.parent}: it has no manifest.json\n"
+    )

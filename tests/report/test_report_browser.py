@@ -1,0 +1,238 @@
+"""The atlas in a real browser, opened from disk: errors, requests, links, search, toggles, sizes, contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+from browser import Browser, find_browser
+from feature_net import Images, mined
+from zennit.composites import EpsilonPlus
+
+from crp.visualization.report import Finding, make_tile, write_report
+
+pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
+
+NAMES = ["apple", "<script>alert(1)</script> pear", "plum"]
+#: Contrast of every text with what is behind it, by the formula of WCAG 2.
+CONTRAST = """
+(() => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+  const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = (c) => c.slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+    if (rgb(c)[3] > 0) return c; } return getComputedStyle(document.documentElement).colorScheme && "Canvas"; };
+  const found = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement;
+    const hidden = ["SCRIPT", "STYLE", "NOSCRIPT"].includes(e.tagName) || !e.checkVisibility();
+    if (hidden || !walk.currentNode.data.trim()) continue;
+    const svg = e.closest("svg");
+    const one = light(rgb(getComputedStyle(e)[svg ? "fill" : "color"])), other = light(rgb(behind(e)));
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.tagName}: ${walk.currentNode.data.trim().slice(0, 40)}`);
+  }
+  return found;
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    one = Browser()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def fv(tmp_path_factory):
+    return mined(tmp_path_factory.mktemp("mined"), Images(30))
+
+
+def options(fv) -> dict:
+    tile = make_tile(fv.dataset.data[0], fv.dataset.data[0][0], "a tile")
+    finding = Finding("A finding", ["Text."], [("1 %", "of it")], [("Some", [tile])], (0, "second", 1))
+    names = {("first", 1): "stripes <b>"}
+    return {"class_names": NAMES, "concept_names": names, "n_references": 3, "findings": [finding], "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def atlas(fv, tmp_path_factory) -> Path:
+    return write_report(fv, EpsilonPlus(), tmp_path_factory.mktemp("atlas") / "out", **options(fv)).parent
+
+
+@pytest.fixture(scope="module")
+def single(fv, tmp_path_factory) -> Path:
+    return write_report(fv, EpsilonPlus(), tmp_path_factory.mktemp("single") / "atlas.html", **options(fv))
+
+
+def pages(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.html"))
+
+
+def test_every_page_is_whole_and_asks_only_for_its_own_folder(browser, atlas):
+    seen = set()
+    for page in pages(atlas):
+        browser.resize(1280)
+        browser.open(page.as_uri())
+        assert browser.errors == [], page
+        for address in browser.requests:
+            path = Path(unquote(urlparse(address).path))
+            assert address.startswith("file:") and path.is_relative_to(atlas) and path.is_file(), (page, address)
+        links = browser.evaluate(
+            "[...document.querySelectorAll('a[href], image[href]')].map(a => a.href.baseVal ?? a.href)"
+        )
+        for link in links:
+            target = (page.parent / unquote(urlparse(link).path)).resolve()
+            assert not link.strip() or target.is_file(), (page, link)
+            seen.add(target)
+        assert browser.evaluate("document.querySelectorAll('main h1').length") == 1
+        assert browser.evaluate("[...document.images].every(one => one.hasAttribute('alt'))")
+    assert set(pages(atlas)) - seen - {atlas / "search.html"} == set(), "every page can be reached"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_texts_have_contrast_and_no_page_is_wider_than_a_phone(browser, atlas, dark):
+    wanted = [
+        "index.html",
+        "concept/second/1.html",
+        "class/0.html",
+        "layer/second.html",
+        "suspects.html",
+        "search.html",
+    ]
+    wanted.append(f"sample/{min(int(p.stem) for p in (atlas / 'sample').iterdir())}.html")
+    for page in wanted:
+        browser.resize(390, 800, dark=dark)
+        browser.open((atlas / page).as_uri())
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390, page
+        assert browser.evaluate(CONTRAST) == [], page
+
+
+def test_the_toggle_shows_pictures_in_another_form_and_keeps_it(browser, atlas):
+    browser.resize(1280)
+    browser.open((atlas / "concept/second/1.html").as_uri())
+    style = "getComputedStyle(document.querySelector('.tile.free {}')).{}"
+    picture, heat = style.format(".stack>img", "visibility"), style.format(".map", "display")
+    assert browser.evaluate(style.format(".map", "filter")).startswith("url(")
+    browser.evaluate("document.getElementById('as-heatmap').click()")
+    assert (browser.evaluate(picture), browser.evaluate(style.format(".map", "filter"))) == ("hidden", "none")
+    browser.evaluate("document.getElementById('as-picture').click()")
+    assert (browser.evaluate(picture), browser.evaluate(heat)) == ("visible", "none")
+    browser.open((atlas / "concept/second/2.html").as_uri())
+    assert browser.evaluate("document.getElementById('as-picture').checked")
+    browser.evaluate("document.getElementById('as-crop').click()")
+    scale = browser.evaluate(style.format(".stack", "transform"))
+    assert scale.startswith("matrix(") and float(scale[7:].split(",")[0]) >= 1
+    browser.evaluate("document.getElementById('as-masked').click()")
+
+
+def test_masked_shows_the_relevant_part_and_whitens_the_rest(browser, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from crp.visualization.report.maps import encode_maps
+    from crp.visualization.report.render import Renderer
+
+    relevance = np.zeros((2, 64, 64))
+    relevance[1, 16:32, 16:32], relevance[1, 40:56, 40:56] = 1, -1
+    (tmp_path / "m.png").write_bytes(encode_maps(list(relevance), {}))
+    Image.new("RGB", (64, 64), (0, 0, 0)).save(tmp_path / "p.png")
+    tile = {"picture": "p.png", "maps": "m.png", "cell": 1, "cells": 2, "href": "", "crop": (0, 0, 1), "alt": "a"}
+    shown = {
+        "trail": [],
+        "suspects": [{"here": tile, "others": [], "href": "", "label": "", "score": "", "reason": ""}],
+    }
+    shown["suspects"][0] |= {"class_name": "", "class_href": ""}
+    renderer = Renderer(tmp_path, "", False)
+    renderer.page("index.html", "suspects.html", "x", page=shown)
+    renderer.finish()
+    browser.resize(1280)
+    browser.open((tmp_path / "index.html").as_uri())
+    box = browser.evaluate(
+        "(({x, y, width}) => [x, y, width])(document.querySelector('.tile').getBoundingClientRect())"
+    )
+    browser.screenshot(tmp_path / "shot.png")
+    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("L")).astype(int)
+
+    def at(x: float, y: float) -> int:
+        return int(pixels[int(box[1] + y / 64 * box[2]), int(box[0] + x / 64 * box[2])])
+
+    assert at(24, 24) < 40, "what speaks for the concept is shown"
+    assert at(48, 48) > 220, "what speaks against it is not"
+    assert at(8, 56) > 220, "nor is the rest"
+
+
+def test_search_finds_concepts_classes_and_samples(browser, atlas):
+    browser.open((atlas / "search.html").as_uri() + "?q=second:3")
+    found = "[...document.querySelectorAll('#results a')].map(a => [a.textContent, a.getAttribute('href')])"
+    assert browser.evaluate(found)[0] == ["second · 3", "concept/second/3.html"]
+    sample = f"sample {min(int(page.stem) for page in (atlas / 'sample').iterdir())}"
+    for query, text in (("stripes", "first · 1 stripes <b>"), ("pear", NAMES[1]), (sample, sample)):
+        browser.evaluate(f"query.value = {query!r}; query.dispatchEvent(new Event('input'))")
+        assert text in [one[0] for one in browser.evaluate(found)]
+    browser.open((atlas / "index.html").as_uri())
+    browser.evaluate(
+        "document.querySelector('[name=q]').value = 'plum'; document.querySelector('form').requestSubmit(); 0"
+    )
+    while not browser.requests or "search.html?q=plum" not in " ".join(browser.requests):
+        browser._next()
+    assert browser.errors == []
+
+
+def test_cards_are_sorted_and_keys_turn_pages(browser, atlas):
+    browser.open((atlas / "layer/second.html").as_uri())
+    browser.evaluate(
+        "{ const s = document.querySelector('select'); s.value = 'number'; s.dispatchEvent(new Event('change')); }"
+    )
+    numbers = browser.evaluate("[...document.querySelectorAll('[data-number]')].map(e => +e.dataset.number)")
+    assert numbers == sorted(numbers) and len(numbers) > 1
+    browser.open((atlas / "concept/second/1.html").as_uri())
+    press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: %r, bubbles: true, cancelable: true}))"
+    browser.evaluate(press % "/")
+    assert browser.evaluate("document.activeElement.name") == "q"
+    browser._loaded = False
+    browser.evaluate("document.activeElement.blur();" + press % "ArrowRight")
+    while not browser._loaded:
+        browser._next()
+    assert browser.evaluate("location.pathname").endswith("concept/second/2.html")
+
+
+def test_everything_can_be_read_without_scripts(browser, atlas):
+    browser.allow_scripts(False)
+    try:
+        browser._loaded = False
+        browser.call("Page.navigate", url=(atlas / "search.html").as_uri())
+        while not browser._loaded:
+            browser._next()
+        document = browser.call("DOM.getDocument", depth=-1)["root"]
+        text = browser.call("DOM.getOuterHTML", nodeId=document["nodeId"])["outerHTML"]
+    finally:
+        browser.allow_scripts(True)
+    assert "concepts are found by their layer" in text and 'href="layer/second.html"' in text
+
+
+def test_a_single_file_shows_one_page_at_a_time(browser, single):
+    browser.resize(390, 800)
+    browser.open(single.as_uri())
+    assert browser.errors == [] and [one for one in browser.requests if one.startswith("file:")] == [single.as_uri()]
+    shown = "[...document.querySelectorAll('.page')].filter(e => e.checkVisibility()).map(e => e.id)"
+    assert browser.evaluate(shown) == ["index.html"]
+    browser.evaluate("location.hash = '#concept/second/1.html'; 0")
+    browser.evaluate("new Promise(done => setTimeout(done, 100))")
+    assert browser.evaluate(shown) == ["concept/second/1.html"]
+    tiles = "document.getElementById('concept/second/1.html').querySelectorAll('.stack>img')"
+    width = f"[...{tiles}].map(i => i.getBoundingClientRect().width)"
+    assert (
+        all(one > 20 for one in browser.evaluate(width))
+        and browser.evaluate("document.documentElement.scrollWidth") <= 390
+    )
+    links = set(browser.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href').slice(1))"))
+    ids = set(browser.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+    assert links - ids == set()
