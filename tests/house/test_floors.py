@@ -42,7 +42,7 @@ BUDGETS = {
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 900,
-    "engine": 3250,
+    "engine": 3480,
     "devices": 50,
     "explain": 180,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
