@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,10 @@ from zennit.core import Composite
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
-from crp.engine.call import Call, sum_of_channels
+from crp.engine.call import Call, Part, sum_of_channels
 from crp.engine.conditions import MaskMap, Rows, initial_relevance
+from crp.engine.copies import alone
+from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.engine.replayed import Replayed
@@ -95,7 +96,7 @@ class CondAttribution:
         self.MODEL_OUTPUT_NAME = "y"
         self.model = unwrap(model)
         parameter = next(self.model.parameters(), torch.empty(0))
-        self.device = parameter.device if device is None else torch.device(device)
+        self.device = parameter.device if device is None else check_device(device, "device")
         self.overwrite_data_grad = overwrite_data_grad
         self.no_param_grad = no_param_grad
         self.output = output
@@ -174,9 +175,11 @@ class CondAttribution:
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         call = self.plan(data, conditions, composite, settings)
         result, relevances = next(call.parts())
+        check_result(self.model, result.heatmap, result.prediction)
         if call.overrides.broadcast is None:
-            for tensor, relevance in zip(Inputs.of(data, explain).explained, relevances, strict=True):
-                fill_grad(tensor, call.rows.samples, relevance, self.overwrite_data_grad)
+            for tensor, relevance in zip(call.inputs.given(data), relevances, strict=True):
+                if tensor is not None:
+                    fill_grad(tensor, call.rows.samples, relevance, self.overwrite_data_grad)
         return result
 
     def generate(
@@ -215,9 +218,9 @@ class CondAttribution:
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
-        call = replace(self.plan(data, conditions, composite, settings), batch_size=batch_size)
+        call = alone(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
         n_parts = -(-len(call.rows) // batch_size)
-        return self._show(map(itemgetter(0), call.parts()), n_parts, verbose)
+        return self._show(map(self._checked, call.parts()), n_parts, verbose)
 
     def absorbed(
         self,
@@ -349,7 +352,7 @@ class CondAttribution:
         data : Tensor of shape (rows, *input shape), or tuple or dict of them
         conditions : sequence of dict, one per row
         """
-        inputs = Inputs.of(data)
+        inputs = Inputs.of(data, None, self.model)
         rows = Rows.broadcast(len(inputs), conditions)
         return inputs.each(lambda tensor: tensor[list(rows.samples)]).data, list(rows.conditions)
 
@@ -361,6 +364,10 @@ class CondAttribution:
         if not isinstance(chosen, Tensor):
             raise TypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
         return chosen
+
+    def _checked(self, part: Part) -> AttributionResults:
+        check_result(self.model, part[0].heatmap, part[0].prediction)
+        return part[0]
 
     @staticmethod
     def _show(parts: Iterator[AttributionResults], n_parts: int, verbose: bool) -> Iterator[AttributionResults]:

@@ -104,7 +104,7 @@ class AttributionGraph:
         KeyError
             If a layer has no entry in ``layer_map``.
         """
-        inputs = Inputs.of(sample, explain)
+        inputs = Inputs.of(sample, explain, getattr(self.attribution, "model", None))
         if len(inputs) != 1:
             raise ValueError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")
         if (parent_c_id is None) != (parent_layer is None):

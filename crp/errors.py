@@ -1,4 +1,4 @@
-"""Errors of this package that are more than a bad argument."""
+"""Errors of this package, which are also of a kind of Python's own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ class LoadingError(CRPError, ValueError):
     """A model, a dataset or a composite that is named in words cannot be made of them."""
 
 
-class UnseenError(CRPError, RuntimeError):
-    """A tensor that depends on the model's input was made by something that no rule can see.
+class InputError(CRPError, ValueError):
+    """A value that does not fit: data, conditions, masks, weights. The message names it, and what would be right."""
 
-    Such are scripted and traced parts, custom autograd functions, `torch.func` transforms, other threads and re-entrant
-    checkpoints. The plain gradient would be returned under another method's name.
-    """
+
+class InputTypeError(CRPError, TypeError):
+    """A value of a kind that does not fit."""
+
+
+class UnseenError(CRPError, RuntimeError):
+    """A tensor was made where no rule can see it, so that the plain gradient would be given another method's name."""
 
 
 class ConceptError(CRPError, ValueError):

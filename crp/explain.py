@@ -50,11 +50,14 @@ def explain(
     model : nn.Module
         It is explained in evaluation mode, and left as it was.
     data : Tensor of shape (samples, *input shape), or tuple or dict of them
-        For models with several inputs, a tuple holds the positional arguments, and a dict the keyword arguments.
+        For models with several inputs, a tuple holds the positional arguments, and a dict the keyword arguments. Of
+        token ids, of shape (samples, tokens), the model's embeddings are explained; the result has a number for each
+        token: the sum over the features of its embedding, or what a map of positions has there.
     target : int, sequence of int, Tensor, callable, Target or None
         One class for all samples, or one for each; a float mask of the output's shape, such as a probability
         distribution; a differentiable function of the output that returns one score per row;
-        ``crp.attributors.Neuron(layer, index)``. None is the class that the model predicts.
+        ``crp.attributors.Neuron(layer, index)``; for a language model ``crp.outputs.Position(position, token)``, or a
+        list of these, one for each sample. None is the class that the model predicts.
     explain : int, str, or sequence of these, optional
         Positions (in a tuple) or names (in a dict) of the inputs that are explained: all floating-point tensors by
         default. Others, such as ids or masks, are passed on.
@@ -100,12 +103,24 @@ def explain(
     if layer is not None:
         options["layer"] = layer
     _check_options(entry.method, options)
-    inputs = Inputs.of(data, explain)
+    inputs = Inputs.of(data, explain, model)
     inputs.check()
     inputs = inputs.each(Tensor.detach)
     aim = _predicted(model, inputs, options) if target is None else Target.of(target)
     aim.check(len(inputs))
-    return inputs.shaped(entry.run(model, inputs, aim, options))
+    results = entry.run(model, inputs, aim, options)
+    if inputs.embedded and (layer is None or entry.method.family == "cam"):
+        of_positions = entry.method.family in ("cam", "perturbation")
+        pairs = zip(inputs.names, results, strict=True)
+        results = tuple(_of_tokens(r, of_positions) if name in inputs.embedded else r for name, r in pairs)
+    return inputs.shaped(results)
+
+
+def _of_tokens(result: Tensor, of_positions: bool) -> Tensor:
+    """Relevance of tokens from that of their embeddings: its sum, or what all features have alike in a map."""
+    if of_positions and bool((result == result[:, :1]).all()):
+        return result[:, 0]
+    return result.sum(1)
 
 
 def methods() -> list[Method]:
@@ -163,7 +178,8 @@ def _predicted(model: nn.Module, inputs: Inputs, options: Mapping[str, Any]) -> 
     output = Gradient(model, batch_size=options.get("batch_size")).output(inputs)
     if output.dim() != 2:
         raise ValueError(
-            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give a target"
+            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give "
+            "a target, such as crp.outputs.Position(-1, token) for a language model"
         )
     return Classes(output.argmax(1))
 

@@ -1,11 +1,12 @@
-"""What to explain of a dense output: single pixels, single elements, and a score for each class of a segmentation.
+"""What to explain of a dense output: pixels, elements, tokens of a text, and a score for each class of a segmentation.
 
-`Pixels` and `Element` are for ``"y"`` in conditions, `segmentation` for ``CondAttribution(model, output=...)``.
+`Pixels`, `Element` and `Position` are for ``"y"`` in conditions, `segmentation` is for
+``CondAttribution(model, output=...)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,49 @@ class Pixels:
 
     of_class: int
     mask: Any
+
+
+@dataclass(frozen=True)
+class Position:
+    """Tokens at one position of a text, as a target: ``{"y": Position(-1, token)}``, or a list of these.
+
+    Of an output of shape (batch, positions, vocabulary), the logits of language models; several tokens are summed.
+
+    Attributes
+    ----------
+    position : int
+        Negative ones count from the end of the output, padding included.
+    token : int or sequence of int
+        Ids of the tokens whose logits are explained.
+    against : int or sequence of int
+        Ids of tokens whose logits are taken off: why the one and not the other.
+
+    Examples
+    --------
+    >>> Position(-1, 7, against=3).signed()
+    [((-1, 7), 1), ((-1, 3), -1)]
+    """
+
+    position: int
+    token: int | Sequence[int]
+    against: int | Sequence[int] = ()
+
+    def check(self, what: str) -> None:
+        """Raise an error that begins with ``what`` unless all are whole numbers, and each token is named once."""
+        whole = all(isinstance(ids, int | list | tuple) for ids in (self.token, self.against))
+        places = [place for place, _ in self.signed()] if whole else []
+        if not places or not all(isinstance(n, int) and not isinstance(n, bool) for place in places for n in place):
+            raise TypeError(f"{what} must have Position(position, token) with ints, or lists of them, not {self!r}")
+        if len(set(places)) < len(places):
+            raise ValueError(f"{what} names a token twice in {self}; explain it once, and against others only")
+
+    def signed(self) -> list[tuple[tuple[int, int], int]]:
+        """Places in the output, each with its sign."""
+        return [
+            ((self.position, one), sign)
+            for ids, sign in ((self.token, 1), (self.against, -1))
+            for one in ([ids] if isinstance(ids, int) else ids)
+        ]
 
 
 def segmentation(

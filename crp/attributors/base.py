@@ -120,7 +120,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         RuntimeError
             If another composite is on the model.
         """
-        inputs = Inputs.of(input, explain)
+        inputs = Inputs.of(input, explain, self.model)
         inputs.check()
         inputs = inputs.each(Tensor.detach)
         target = _target(self.attr_output if attr_output is None else attr_output)

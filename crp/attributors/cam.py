@@ -111,7 +111,7 @@ class LayerCAM(Attributor):
         target = Target.of(target)
         if target.layer is not None:
             raise ValueError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
-        inputs = Inputs.of(data)
+        inputs = Inputs.of(data, None, self.model)
         outputs, heatmaps = [], []
         for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
             flow = self.flow(inputs.select(sample), target.rows(sample), record=self.layer)

@@ -48,8 +48,10 @@ ATTRIBUTORS: Mapping[str, tuple[type[Attributor], str, str]] = MappingProxyType(
 COMPOSITES = MappingProxyType(
     {
         "alpha_beta": ("propagation", "Bach et al. 2015"),
+        "attn_lrp": ("propagation", "Achtibat et al. 2024"),
         "beta_smooth": ("gradient", "Dombrowski et al. 2019"),
         "contrastive_excitation_backprop": ("propagation", "Zhang et al. 2018"),
+        "cp_lrp": ("propagation", "Ali et al. 2022"),
         "deconvnet": ("gradient", "Zeiler and Fergus 2014"),
         "deep_taylor": ("propagation", "Montavon et al. 2017"),
         "deeplift": ("propagation", "Shrikumar et al. 2017"),
@@ -69,6 +71,7 @@ COMPOSITES = MappingProxyType(
         "guided_backprop": ("gradient", "Springenberg et al. 2015"),
         "lrp_0": ("propagation", "Bach et al. 2015"),
         "lrp_cmp": ("propagation", "Kohlbrenner et al. 2020"),
+        "relp": ("propagation", "arXiv:2508.21258"),
         "zplus": ("propagation", "Montavon et al. 2017"),
     }
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crp.concepts import as_ids
+from crp.engine.conditions import Position, check_targets_exist, initial_relevance
 from crp.types import MaskFn
 
 
@@ -63,9 +64,10 @@ class Target:
 
         Parameters
         ----------
-        value : Target, int, sequence of int, Tensor, ndarray or callable
-            One class for all samples, or one for each; a float mask in the output's shape, whose product with the
-            output is summed; or a function of the output that returns one score per row.
+        value : Target, int, Position, sequence of these, Tensor, ndarray or callable
+            One class for all samples, or one for each, or a `crp.outputs.Position` instead; a float mask in the
+            output's shape, whose product with the output is summed; or a function of the output that returns one score
+            per row.
 
         Raises
         ------
@@ -74,6 +76,10 @@ class Target:
         """
         if isinstance(value, Target):
             return value
+        if isinstance(value, Position) or (
+            isinstance(value, list | tuple) and value and all(isinstance(one, Position) for one in value)
+        ):
+            return Tokens([value] if isinstance(value, Position) else value)
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -129,6 +135,42 @@ class Classes(Target):
     def rows(self, index: Tensor) -> Target:
         """Classes of some samples."""
         return self if len(self.ids) == 1 else Classes(self.ids[index.cpu()])
+
+
+class Tokens(Target):
+    """Logits of tokens at a position of each text, less those of others.
+
+    Parameters
+    ----------
+    positions : sequence of Position
+        One for all samples, or one for each.
+    """
+
+    def __init__(self, positions: Sequence[Position]) -> None:
+        for place in positions:
+            place.check("target")
+        self.positions = list(positions)
+
+    def check(self, n_samples: int) -> None:
+        """Raise a `ValueError` if there is not one position, or one for each sample."""
+        if len(self.positions) not in (1, n_samples):
+            raise ValueError(
+                f"target has {len(self.positions)} positions for {n_samples} samples; give one for all, or one for each"
+            )
+
+    def score(self, output: Tensor) -> Tensor:
+        """Sum of the logits with their signs."""
+        return (self.weights(output) * output).flatten(1).sum(1)
+
+    def weights(self, output: Tensor) -> Tensor:
+        """1 at the tokens that are explained, -1 at those that they are explained against."""
+        targets = self.positions * (len(output) if len(self.positions) == 1 else 1)
+        check_targets_exist(targets, output, "target")
+        return initial_relevance(torch.ones_like(output), targets, None)
+
+    def rows(self, index: Tensor) -> Target:
+        """Positions of some samples."""
+        return self if len(self.positions) == 1 else Tokens([self.positions[i] for i in index.tolist()])
 
 
 class Mask(Target):

@@ -9,6 +9,7 @@ import click
 
 from crp import __version__
 from crp.commands import attribute as attribute_commands
+from crp.commands import classes as class_commands
 from crp.commands import layers as layers_commands
 from crp.commands import mine as mine_commands
 from crp.commands import report as report_commands
@@ -66,6 +67,8 @@ cli.add_command(layers_commands.layers_command)
 cli.add_command(mine_commands.mine_command)
 cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)
+cli.add_command(class_commands.clusters_command)
+cli.add_command(class_commands.prototypes_command)
 cli.add_command(report_commands.report_command)
 
 

@@ -49,6 +49,14 @@ class AxisConcept(Concept):
             raise ValueError(f"there must be at least one group, not {groups}")
         self.axis, self.groups = axis, groups
 
+    def code(self, activation: Tensor) -> Tensor:
+        """Entries of each place or group, of shape (batch, concepts, *positions)."""
+        return self.arranged(activation)
+
+    def relevance(self, activation: Tensor, multiplier: Tensor) -> Tensor:
+        """Relevance of the entries of each place or group, of shape (batch, concepts, *positions)."""
+        return self.arranged(activation * multiplier)
+
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:
         """Keep only some places or groups of one row; negative ids count from the end."""
         return _KeepAlongAxis(self, ChannelConcept.mask(batch_id, concept_ids, layer_name), layer_name)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
+from crp.engine.door import check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.turns import TURNS, parts_of
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
@@ -230,6 +231,7 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         _check_chain_rule(model, composite)
     composite = composite or Composite()
     parts = parts_of(model)
+    check_weights(model, parts)
     with ExitStack() as undo:
         undo.enter_context(TURNS.taken([composite, *parts]))
         use = _Use(model, composite, get_ident(), set(map(id, parts)), undo)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crp.devices import send_to
 from crp.engine.conditions import Grid, Rows, apply_masks, row_index
-from crp.engine.forward import ForwardPass
+from crp.engine.forward import SINK, ForwardPass
 from crp.engine.settings import Settings
 from crp.notices import warn
 from crp.types import Condition, MaskFn
@@ -176,7 +176,7 @@ def send_rows_back(
         if len(groups) == 1 and name in arrived[0]:
             of_rows[name] = arrived[0][name].to(output)
             continue
-        n_entries = len(output) // len(passed.inputs)
+        n_entries = 1 if name.startswith(SINK) else len(output) // len(passed.inputs)
         of_rows[name] = output.detach().new_zeros(len(rows) * n_entries, *output.shape[1:])
         for group, of_group in zip(groups, arrived, strict=True):
             if name in of_group:
@@ -221,7 +221,11 @@ def _by_layer(
         masks = make_masks(conditions, name, n_entries=len(target) // len(passed.inputs))
         root, origin, cotangent = target, repr(name), grid.scatter(apply_masks(masks, grid.gather(seen[name])))
     recorded = {**flow(root, cotangent, _leaves(passed), passed.layers, keep_graph), **recorded}
-    return {name: grid.gather(values) for name, values in recorded.items()}
+    # (All of a sink is of the only sample that started, whatever its first axis is.)
+    return {
+        name: values.sum(1).expand(grid.n_slots, -1) if name.startswith(SINK) else grid.gather(values)
+        for name, values in recorded.items()
+    }
 
 
 def _in_flow(

@@ -23,10 +23,12 @@ from crp.engine.conditions import (
     row_index,
     row_masks,
 )
+from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs
 from crp.engine.settings import Overrides, Settings
+from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFn, Sinks
 
@@ -104,13 +106,15 @@ class Call:
         overrides: Overrides,
     ) -> Call:
         """Check everything that can be checked before the model runs."""
-        inputs = Inputs.of(data, settings.explain)
+        inputs = Inputs.of(data, settings.explain, model)
         inputs.check()
+        if settings.on_device is not None:
+            check_device(settings.on_device, "on_device")
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
-            raise TypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
+            raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
         if is_layer(model, settings.output_name):
-            raise ValueError(
+            raise InputError(
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
@@ -122,10 +126,10 @@ class Call:
             rows = Rows.broadcast(len(inputs), conditions)
         else:
             data, conditions = overrides.broadcast(inputs.data, conditions)
-            inputs = Inputs.of(data, settings.explain)
+            inputs = Inputs.of(data, settings.explain, model)
             inputs.check()
             if len(inputs) != len(conditions):
-                raise ValueError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
+                raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
             rows = Rows.of(range(len(inputs)), conditions)
         call = cls(model, composite, inputs.to(device), rows, settings, overrides)
         for layer in rows.layers(settings.output_name):
@@ -148,15 +152,21 @@ class Call:
         """
         accounting = propagation_of(self.composite).accounting()
         if accounting is None or self._members() != [self.composite]:
-            raise TypeError(f"only a composite of crp.composites accounts for what layers keep, not {self.composite!r}")
+            what = "only a composite of crp.composites accounts for what layers keep"
+            raise InputTypeError(f"{what}, not {self.composite!r}")
         if Encoding.of(self.composite).as_multiplier:
-            raise TypeError(f"{self.composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
+            what = "gives multipliers, of which layers keep nothing; it has no relevance"
+            raise InputTypeError(f"{self.composite!r} {what}")
         initials, inputs, kept = [], [], []
         with put_on(self.composite, self.model) as model, accounting as account:
-            # One sample at a time: whose an entry is cannot be told where the first axis is not that of the samples.
-            for rows in self.rows.one_by_one(self._masks_in_flow()):
-                passed = self._forward(model, rows, self.composite, account)
-                _, start, arrived = self._send_back(passed, rows, last=True)
+            # One sample starts at a time: whose an entry is cannot be told where the first axis is not the samples'.
+            in_flow = self._masks_in_flow()
+            of_all = None if in_flow else self._forward(model, self.rows, self.composite, account)
+            if of_all is not None and of_all.is_folded:
+                of_all = None
+            for rows in self.rows.one_by_one(in_flow):
+                passed = of_all or self._forward(model, rows, self.composite, account)
+                _, start, arrived = self._send_back(passed, rows, last=of_all is None)
                 initial = sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
@@ -165,7 +175,7 @@ class Call:
                 for name in passed.layers:
                     if name.startswith(SINK):
                         layer = name.removeprefix(SINK).rpartition("#")[0]
-                        share = arrived[name].reshape(len(rows), *passed.layers[name].shape).sum(1)
+                        share = arrived[name].reshape(len(rows), -1, len(account.kinds)).sum(1)
                         layers[layer] = layers.get(layer, 0) + share
                 kept.append(layers)
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
@@ -229,7 +239,7 @@ class Call:
             for name, shape in shapes.items():
                 alone = passed.layers.get(name)
                 if alone is not None and len(alone) * n_samples != shape[0]:
-                    raise ValueError(
+                    raise InputError(
                         f"the output of layer {name!r} has shape {tuple(shape)} for {n_samples} samples, and "
                         f"{tuple(alone.shape)} for one of them; its first axis must be that of the samples, or have as "
                         "many entries for each of them"

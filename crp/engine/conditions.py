@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from crp.devices import send_to
+from crp.engine.door import is_finite
+from crp.errors import InputError, InputTypeError
 from crp.notices import warn
 from crp.outputs import Element, Pixels
+from crp.outputs import Position as Position
 from crp.types import Condition, MaskFactory, MaskFn
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]
@@ -35,20 +38,22 @@ def check_conditions(
     condition must say where relevance starts.
     """
     if isinstance(conditions, Mapping) or not isinstance(conditions, Sequence):
-        raise TypeError(f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list")
+        raise InputTypeError(
+            f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list"
+        )
     if not conditions:
-        raise ValueError(f"conditions is empty; give at least one, such as [{{{output_name!r}: [0]}}]")
+        raise InputError(f"conditions is empty; give at least one, such as [{{{output_name!r}: [0]}}]")
     for i, condition in enumerate(conditions):
         if not isinstance(condition, Mapping):
-            raise TypeError(f"conditions[{i}] must be a dict, not {type(condition).__name__}: {condition!r}")
+            raise InputTypeError(f"conditions[{i}] must be a dict, not {type(condition).__name__}: {condition!r}")
         for layer in condition:
             if not isinstance(layer, str):
-                raise TypeError(f"conditions[{i}]: layers are named by strings, not {layer!r}")
+                raise InputTypeError(f"conditions[{i}]: layers are named by strings, not {layer!r}")
         targets = condition.get(output_name)
         if targets is not None:
             _check_target(targets, f"conditions[{i}][{output_name!r}]")
         if targets is None and start_layer is None and not has_init:
-            raise ValueError(
+            raise InputError(
                 f"Either {output_name} in 'conditions' or 'start_layer' or 'init_rel' must be defined; "
                 f"conditions[{i}] is {dict(condition)!r}"
             )
@@ -60,15 +65,26 @@ def check_conditions(
 def _check_target(targets: Any, what: str) -> None:
     ids, elements = _target_ids(targets)
     if ids.size == 0 and not elements:
-        raise ValueError(f"{what} is empty; name at least one output, or leave it out")
+        raise InputError(f"{what} is empty; name at least one output, or leave it out")
     if ids.size and ids.dtype.kind not in "iu" and (ids.dtype.kind, ids.ndim) != ("b", 1):
-        raise TypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
+        raise InputTypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
     for place in elements:
         if isinstance(place, Pixels):
             if not isinstance(place.of_class, int | np.integer) or _mask_of(place).dtype.kind != "b":
-                raise TypeError(f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}")
+                raise InputTypeError(
+                    f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}"
+                )
+        elif isinstance(place, Position):
+            place.check(what)
         elif not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
-            raise TypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
+            raise InputTypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
+    _check_once(elements, what)
+
+
+def _check_once(elements: Sequence[Any], what: str) -> None:
+    places = [at for element in elements if isinstance(element, Position) for at, _ in element.signed()]
+    if len({*places}) < len(places):
+        raise InputError(f"{what} names a token twice in {elements}; explain it once, and against others only")
 
 
 def _mask_of(pixels: Pixels) -> np.ndarray:
@@ -76,16 +92,16 @@ def _mask_of(pixels: Pixels) -> np.ndarray:
 
 
 def _target_ids(targets: Any) -> tuple[np.ndarray, list[Any]]:
-    """Targets as an array of int, or of bool for a mask of the outputs, and elements: tuples and `Pixels` among them.
+    """Targets as an array of int, or of bool for a mask of the outputs, and elements: tuples, `Pixels`, `Position`.
 
     The array is of another kind if they are neither.
     """
     elements: list[Any] = []
-    if isinstance(targets, Pixels | Element):
+    if isinstance(targets, Pixels | Element | Position):
         targets = [targets]
     if isinstance(targets, list | tuple):
-        elements = [target for target in targets if isinstance(target, tuple | Pixels)]
-        targets = [_plain(target) for target in targets if not isinstance(target, tuple | Pixels)]
+        elements = [target for target in targets if isinstance(target, tuple | Pixels | Position)]
+        targets = [_plain(target) for target in targets if not isinstance(target, tuple | Pixels | Position)]
     try:
         ids = np.asarray(_plain(targets))
     except ValueError:  # ragged
@@ -212,7 +228,7 @@ def check_targets_exist(
         if target is None:
             continue
         if prediction.dim() < 2:
-            raise ValueError(
+            raise InputError(
                 f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
                 "Leave it out and give init_rel instead."
             )
@@ -227,6 +243,14 @@ def check_targets_exist(
                     raise IndexError(
                         f"row {row}: {output_name!r} names pixels of class {place.of_class} by a mask of {given}, but "
                         f"the model's output has the shape {shape} for each sample"
+                    )
+            elif isinstance(place, Position):
+                if len(shape) != 2 or not all(
+                    -n <= i < n for at, _ in place.signed() for i, n in zip(at, shape, strict=True)
+                ):
+                    raise IndexError(
+                        f"row {row}: {output_name!r} is {place}, but the model's output has the shape {shape} for each "
+                        "sample; it must be (positions, vocabulary), and have them"
                     )
             elif len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
                 raise IndexError(
@@ -256,15 +280,17 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     elif isinstance(given, Real):
         selection = torch.full_like(prediction, float(given))
     elif callable(init_rel):
-        raise TypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")
+        raise InputTypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")
     else:
-        raise TypeError(f"init_rel must be a tensor, a number or a function, not {type(given).__name__}")
+        raise InputTypeError(f"init_rel must be a tensor, a number or a function, not {type(given).__name__}")
+    if selection.is_complex():
+        raise InputTypeError(f"init_rel must be real numbers, not {selection.dtype}")
     if init_rel is not None and not torch.isfinite(selection).all():
-        raise ValueError("init_rel has NaN or infinite values")
+        raise InputError("init_rel has NaN or infinite values")
     try:
         selection = selection.to(prediction).expand_as(prediction)
     except RuntimeError:
-        raise ValueError(
+        raise InputError(
             f"init_rel has shape {tuple(selection.shape)}; it must broadcast to (rows, *output shape) = "
             f"{tuple(prediction.shape)}"
         ) from None
@@ -274,21 +300,30 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     whole = not any(elements for _, elements in chosen)
     shape = tuple(prediction.shape)
     kept = np.zeros(shape[:2] + (1,) * (len(shape) - 2) if whole else shape, dtype=bool)
+    signs: dict[tuple[int, int, int], int] = {}
     for row, (ids, elements) in enumerate(chosen):
         kept[row, ... if target_list[row] is None else ids] = True
         for place in elements:
             if isinstance(place, Pixels):
                 kept[row, place.of_class] |= _mask_of(place)
+            elif isinstance(place, Position):
+                for at, sign in place.signed():
+                    kept[row][at] = True
+                    signs[row, at[0] % shape[1], at[1] % shape[2]] = sign
             else:
                 kept[row][tuple(place)] = True
-    return torch.where(send_to(selection.device, torch.from_numpy(kept)), selection, 0)
+    start = torch.where(send_to(selection.device, torch.from_numpy(kept)), selection, 0)
+    for place, sign in signs.items():
+        if sign < 0:
+            start[place] = -start[place]
+    return start
 
 
 def check_start(start: Any, prediction: Tensor) -> None:
     """Raise a `ValueError` if initial relevance has not the shape of the prediction."""
     if getattr(start, "shape", None) != prediction.shape:
         got = f"the shape {tuple(start.shape)}" if isinstance(start, Tensor) else f"the type {type(start).__name__}"
-        raise ValueError(
+        raise InputError(
             f"the initial relevance has {got}; it must be a tensor of (rows, *output shape) = {tuple(prediction.shape)}"
         )
 
@@ -315,9 +350,11 @@ def row_masks(
     ]
     for mask in masks:
         if not callable(mask):
-            raise TypeError(f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}")
+            raise InputTypeError(
+                f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}"
+            )
     if not multiplies and any(map(needs_multiplier, [make, *masks])):
-        raise TypeError(
+        raise InputTypeError(
             f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
             "itself, as those of zennit do; use one of crp.composites"
         )
@@ -340,11 +377,11 @@ def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
     if callable(mask_map):
         return mask_map
     if not isinstance(mask_map, Mapping):
-        raise ValueError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
+        raise InputError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
     if layer not in mask_map:
         raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
     if not callable(mask_map[layer]):
-        raise TypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
+        raise InputTypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
     return mask_map[layer]
 
 
@@ -356,9 +393,19 @@ def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
     if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
         functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
     for function in functions:
+        before = None if hasattr(function, "together") else is_finite(grad)
         masked = function(grad)
-        if getattr(masked, "shape", None) != grad.shape:
+        if not isinstance(masked, Tensor) or masked.shape != grad.shape:
             got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
-            raise TypeError(f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}")
+            raise InputTypeError(
+                f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}"
+            )
+        if masked.is_complex() or masked.device != grad.device:
+            raise InputTypeError(
+                f"the mask function {function!r} must return real numbers on {grad.device}, not {masked.dtype} on "
+                f"{masked.device}"
+            )
+        if before and not is_finite(masked):
+            raise InputError(f"the mask function {function!r} returns NaN or infinite values")
         grad = masked
     return grad

@@ -15,6 +15,7 @@ from crp.devices import send_to
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
+from crp.errors import InputError, InputTypeError
 from crp.layers import find_layers, hooked, modules_of, referencing, tracing
 from crp.layers.interrupts import atomic
 from crp.notices import warn
@@ -97,7 +98,8 @@ class ForwardPass:
     def is_folded(self) -> bool:
         """Whether a layer has several entries for each column, of which it is not known whose they are."""
         n_columns = len(self.inputs)
-        return n_columns > 1 and any(len(output) != n_columns for output in self.layers.values())
+        layers = (output for name, output in self.layers.items() if not name.startswith(SINK))
+        return n_columns > 1 and any(len(output) != n_columns for output in layers)
 
     def columns(self, rows: Rows) -> list[int]:
         """Column of each row."""
@@ -159,7 +161,7 @@ def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:
         _check_columns(what, output, n_samples)
         _check_explained(f"the output of start_layer {layer!r}", output)
     elif output.dim() == 0 or len(output) == 0 or len(output) % n_samples:
-        raise ValueError(
+        raise InputError(
             f"{what} has shape {tuple(output.shape)}; its first axis must be that of {n_samples} samples, or have as "
             "many entries for each of them"
         )
@@ -172,7 +174,7 @@ def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:
 
 def _check_explained(what: str, tensor: Tensor) -> None:
     if not tensor.requires_grad:
-        raise ValueError(
+        raise InputError(
             f"{what} (dtype {tensor.dtype}) does not depend on the data in a differentiable way; "
             "explain a tensor before rounding, argmax or detach"
         )
@@ -180,7 +182,7 @@ def _check_explained(what: str, tensor: Tensor) -> None:
 
 def _check_columns(what: str, tensor: Tensor, n: int, of: str = "samples") -> None:
     if tensor.dim() == 0 or len(tensor) != n:
-        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; its first axis must be that of {n} {of}")
+        raise InputError(f"{what} has shape {tuple(tensor.shape)}; its first axis must be that of {n} {of}")
 
 
 def _sinks(account: Sinks | None) -> dict[str, Tensor]:
@@ -195,7 +197,7 @@ def tensor_in(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         output = output.get("logits", output)
     if not isinstance(output, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
             "override CondAttribution.select_output to choose the tensor to explain"
         )
@@ -227,7 +229,7 @@ class Tap:
         if get_ident() != self.thread or tracing():
             return None
         if not isinstance(output, Tensor):
-            raise TypeError(
+            raise InputTypeError(
                 f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
                 "name a layer inside it, or after it, that returns one"
             )
@@ -246,13 +248,13 @@ class Tap:
             warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
             return None
         if not n_calls:
-            raise ValueError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
+            raise InputError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
         if number is not None and number >= n_calls:
-            raise ValueError(f"layer {layer!r} is called {n_calls} times; there is no {layer}#{number}")
+            raise InputError(f"layer {layer!r} is called {n_calls} times; there is no {layer}#{number}")
         if number is None and n_calls > 1:
             names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
             if role != "record":
-                raise ValueError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
+                raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
             warn(f"layer {layer!r} is called {n_calls} times; its last call is recorded, of {names}")
         return n_calls - 1 if number is None else number
 
@@ -301,5 +303,5 @@ def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     known = modules_of(model)
     for layer in layers:
         if not isinstance(layer, str):
-            raise TypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
+            raise InputTypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
     find_layers(model, [_split(layer, known)[0] for layer in layers], role)

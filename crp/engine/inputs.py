@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from crp.engine.door import check_form, misfit
+from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
+from crp.errors import CRPError, InputError, InputTypeError
+from crp.layers import unwrap
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 #: One input; inputs by position, or by name. Tensors have the samples on their first axis.
@@ -31,14 +36,17 @@ class Inputs:
         Those that are explained.
     form : "tensor", "tuple" or "dict"
         What they were given as.
+    embedded : dict of int or str to Embedded
+        Embeddings of inputs that are token ids and are explained.
     """
 
     values: dict[int | str, Any]
     names: tuple[int | str, ...]
     form: Literal["tensor", "tuple", "dict"]
+    embedded: dict[int | str, Embedded] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: Data, explain: Explain = None) -> Inputs:
+    def of(cls, data: Data, explain: Explain = None, model: nn.Module | None = None) -> Inputs:
         """Inputs as a user gives them; `check` looks at their values.
 
         Parameters
@@ -47,7 +55,10 @@ class Inputs:
             A tuple holds the model's positional arguments, a dict its keyword arguments. What is no tensor is passed on
             as it is.
         explain : int, str, or sequence of these, optional
-            Positions (in a tuple) or names (in a dict) of the inputs that are explained; all floating ones by default.
+            Positions (in a tuple) or names (in a dict) of the inputs that are explained; all floating ones by default,
+            or, where there are none, token ids: ``"input_ids"``, or the only integers.
+        model : nn.Module, optional
+            What looks up the embeddings of token ids; without it they cannot be explained.
 
         Raises
         ------
@@ -61,20 +72,33 @@ class Inputs:
         if isinstance(data, Inputs):
             return data
         if isinstance(data, Tensor) and explain is not None:
-            raise ValueError(f"explain={explain!r} chooses among several inputs; data is a single tensor")
+            raise InputError(f"explain={explain!r} chooses among several inputs; data is a single tensor")
         if isinstance(data, Tensor):
-            return cls.single(data)
+            return cls.single(data)._embedding(model)
         if not isinstance(data, tuple | list | Mapping):
-            raise TypeError(
+            raise InputTypeError(
                 "data must be a floating-point tensor, which relevance can be assigned to, not "
                 f"{type(data).__name__}; several inputs are a tuple or dict of them"
             )
         if not data:
-            raise TypeError("data must be a tensor, or a tuple or dict with an input for each argument; it is empty")
+            raise InputTypeError(
+                "data must be a tensor, or a tuple or dict with an input for each argument; it is empty"
+            )
         form: Literal["tuple", "dict"] = "dict" if isinstance(data, Mapping) else "tuple"
         values: dict[Any, Any] = {**data} if isinstance(data, Mapping) else dict(enumerate(data))
         _check_values(values, form == "dict")
-        return cls(values, _explained(values, explain), form)
+        ids = None if explain is not None else name_of_ids(values)
+        if ids is not None and isinstance(model, nn.Module) and can_embed(model, values[ids]):
+            explain = ids
+        return cls(values, _explained(values, explain), form)._embedding(model)
+
+    def _embedding(self, model: nn.Module | None) -> Inputs:
+        """The same with the embeddings of token ids that are explained."""
+        if not isinstance(model, nn.Module):
+            return self
+        model = unwrap(model)
+        ids = [name for name in self.names if can_embed(model, self.values[name])]
+        return replace(self, embedded={name: embed(model, self.values, name) for name in ids}) if ids else self
 
     @classmethod
     def single(cls, data: Tensor) -> Inputs:
@@ -99,8 +123,8 @@ class Inputs:
 
     @property
     def explained(self) -> Tensors:
-        """Inputs that are explained, each of shape (samples, *input shape)."""
-        return tuple(self.values[name] for name in self.names)
+        """What is explained of each input, of shape (samples, *input shape): of token ids, their embeddings."""
+        return tuple(self.embedded[name].values if name in self.embedded else self.values[name] for name in self.names)
 
     @property
     def passes_on(self) -> bool:
@@ -114,21 +138,25 @@ class Inputs:
             return {str(name): value for name, value in self.values.items()}
         return self.values[0] if self.form == "tensor" else tuple(self.values.values())
 
+    def given(self, data: Data) -> list[Tensor | None]:
+        """Tensors that a user gave and that are explained; None for token ids, which have no gradient."""
+        values: Any = {0: data} if isinstance(data, Tensor) else data.values if isinstance(data, Inputs) else data
+        return [None if name in self.embedded else values[name] for name in self.names]
+
     def having(self, explained: Sequence[Tensor], samples: Tensor | None = None) -> Inputs:
         """Others in place of the tensors that are explained, and what is passed on for these samples."""
         others = dict(zip(self.names, explained, strict=True))
-        kept = self._with({name: value for name, value in self.values.items() if name not in others})
+        ids = {name: embedded._replace(values=others.pop(name)) for name, embedded in self.embedded.items()}
+        kept = replace(self, values={n: value for n, value in self.values.items() if n not in others}, embedded={})
         passed_on = kept.values if samples is None else kept.select(samples).values
-        return self._with({name: others.get(name, passed_on.get(name)) for name in self.values})
+        values = {name: others.get(name, passed_on.get(name)) for name in self.values}
+        return replace(self, values=values, embedded=ids)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """The same with every tensor changed."""
-        return self._with(
-            {name: change(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
-        )
-
-    def _with(self, values: dict[int | str, Any]) -> Inputs:
-        return Inputs(values, self.names, self.form)
+        values = {name: change(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
+        embedded = {name: entry._replace(values=change(entry.values)) for name, entry in self.embedded.items()}
+        return replace(self, values=values, embedded=embedded)
 
     def select(self, samples: list[int] | Tensor) -> Inputs:
         """Some of the samples, each as often as it is named."""
@@ -143,10 +171,20 @@ class Inputs:
 
     def run(self, model: Callable[..., Any]) -> Any:
         """What a model returns for copies of the inputs, as it may change them in place."""
-        copies = self.each(torch.clone).values
-        if self.form == "dict":
-            return model(**{str(name): value for name, value in copies.items()})
-        return model(*copies.values())
+        copies = self.each(torch.clone)
+        positional = [] if self.form == "dict" else [*copies.values.values()]
+        named = {str(name): value for name, value in copies.values.items()} if self.form == "dict" else {}
+        try:
+            if not self.embedded:
+                return model(*positional, **named)
+            assert isinstance(model, nn.Module)
+            with in_place_of_lookup(model, copies.embedded) as embeddings:
+                return model(*positional, **named, **embeddings)
+        except (RuntimeError, ValueError) as error:
+            problem = None if isinstance(error, CRPError) else misfit(error, model, self.explained)
+            if problem is None:
+                raise
+            raise problem from error
 
     def parts(self, results: Any) -> tuple[Any, ...]:
         """Undo `shaped`."""
@@ -166,33 +204,38 @@ class Inputs:
 
 def check_data(data: Tensor, name: str = "data") -> None:
     """Raise an error, with this name, if data are no floating-point tensor, are empty, or have values not finite."""
+    if isinstance(data, Tensor):
+        check_form(data, name)
     if not isinstance(data, Tensor) or not data.is_floating_point():
         kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
+        raise InputTypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
-        raise ValueError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
+        raise InputError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
     if torch.isfinite(data.detach().sum()):  # (one pass; a sum that overflows says nothing)
         return
     finite = torch.isfinite(data).reshape(len(data), -1).all(1)
     if not finite.all():
         wrong = (~finite).nonzero().flatten().tolist()
         passed_on = "" if name == "data" else "; an input that is only passed on may have them, see explain="
-        raise ValueError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
+        raise InputError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
 
 
 def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:
     for name, value in values.items():
         if by_name and not isinstance(name, str):
-            raise TypeError(f"a dict of inputs has the names of the model's arguments as keys, not {name!r}")
+            raise InputTypeError(f"a dict of inputs has the names of the model's arguments as keys, not {name!r}")
         if not isinstance(value, (Tensor, *CONSTANTS)):
-            raise TypeError(
+            raise InputTypeError(
                 f"input {name!r} is a {type(value).__name__}; inputs are tensors with the samples on their first axis, "
                 "or numbers, bools, strings and None, which are passed on"
             )
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            check_form(value, f"input {name!r}")
     sizes = {name: len(value) if value.dim() else None for name, value in values.items() if isinstance(value, Tensor)}
     if len(set(sizes.values())) > 1 or None in sizes.values():
         shapes = ", ".join(f"{name!r} of shape {tuple(values[name].shape)}" for name in sizes)
-        raise ValueError(
+        raise InputError(
             f"the inputs are for {list(sizes.values())} samples; each must have as many, on its first axis: {shapes}"
         )
 
@@ -202,19 +245,19 @@ def _explained(values: Mapping[Any, Any], explain: Explain) -> tuple[int | str, 
     if explain is None:
         names = [n for n, value in values.items() if isinstance(value, Tensor) and value.is_floating_point()]
         if not names:
-            raise TypeError(
+            raise InputTypeError(
                 "no input is a floating-point tensor, which relevance can be assigned to: "
                 + ", ".join(f"{n!r} is {getattr(value, 'dtype', value)}" for n, value in values.items())
             )
         return tuple(names)
     asked = [explain] if isinstance(explain, int | str) else list(explain)
     if not asked:
-        raise ValueError("explain is empty; name at least one input, or leave it out")
+        raise InputError("explain is empty; name at least one input, or leave it out")
     # (positions may be counted from the end)
     places = [n + len(values) if isinstance(n, int) and n < 0 else n for n in asked]
     for name, place in zip(asked, places, strict=True):
         if isinstance(name, bool) or not isinstance(name, int | str):
-            raise TypeError(f"explain names inputs by position or name, not by {name!r}")
+            raise InputTypeError(f"explain names inputs by position or name, not by {name!r}")
         if place not in values:
             raise KeyError(f"there is no input {name!r} to explain; there are {', '.join(map(repr, values))}")
     return tuple(name for name in values if name in places)

@@ -44,7 +44,7 @@ class Replayed:
     def __call__(self, call: Call, composite: Composite | None, rows: Rows) -> Part | None:
         """Results of rows; None where they must be computed in the usual way."""
         data, settings, name = call.inputs.data, call.settings, call.settings.output_name
-        if not isinstance(data, Tensor) or not self.replays.serves(data.device):
+        if not isinstance(data, Tensor) or call.inputs.embedded or not self.replays.serves(data.device):
             return None
         if composite is None or is_on(composite, call.model) or not _is_replayable(call, composite):
             return None

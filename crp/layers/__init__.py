@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from crp.errors import CRPError
 from crp.layers.interrupts import atomic
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
@@ -192,7 +193,7 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
     return {name: modules[name] for name in names}
 
 
-class LayerNotFoundError(KeyError, ValueError):
+class LayerNotFoundError(CRPError, KeyError, ValueError):
     """A layer name that is not in the model.
 
     A `KeyError`, as for the drop-in contract, and a `ValueError`, as it is a bad argument.

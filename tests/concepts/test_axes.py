@@ -10,9 +10,11 @@ from transformer_families import built
 from crp.attribution import CondAttribution
 from crp.composites import CPLRP, AttnLRP, EpsilonPlus
 from crp.concept_graph import AttributionGraph
-from crp.concepts import AxisConcept, ChannelConcept
+from crp.concepts import AxisConcept, ChannelConcept, check_concept, relevance_in
+from crp.concepts.reading import LayerValues
 from crp.engine.conditions import apply_masks
 from crp.graph import trace_model_graph
+from crp.types import AttributionResults
 
 HEADS, NEURONS, TOKENS = AxisConcept(-1, groups=2), AxisConcept(-1), AxisConcept(1)
 
@@ -126,3 +128,14 @@ def test_what_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     assert repr(HEADS) == "AxisConcept(axis=-1, groups=2)"
+
+
+@pytest.mark.parametrize("concept", [HEADS, NEURONS, TOKENS], ids=repr)
+def test_code_and_relevance_are_arranged(concept):
+    activation, multiplier = numbers(3, 5, 4), numbers(3, 5, 4).flip(0)
+    assert torch.equal(concept.code(activation), concept.arranged(activation))
+    relevance = activation * multiplier
+    assert torch.equal(concept.relevance(activation, multiplier), concept.arranged(relevance))
+    result = AttributionResults(relevance, {"a": activation}, {"a": relevance}, relevance)
+    assert torch.equal(relevance_in(concept, result, "a"), concept.arranged(relevance))
+    check_concept(concept, LayerValues.of(result, "a"), "a")

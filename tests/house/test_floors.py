@@ -29,24 +29,25 @@ IMPORT_NAMES = FLOORS[7]
 
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
-    "attribution": 380,
-    "attributors": 2600,
+    "attribution": 385,
+    "attributors": 2650,
     "audit": 1490,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1000,
+    "commands": 1400,
     "compat": 950,
+    # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 900,
-    "engine": 2950,
+    "engine": 3250,
     "devices": 50,
     "explain": 180,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
     "layers": 490,
-    "outputs": 110,
+    "outputs": 150,
     "metrics": 810,
     "rules": 5320,
     "trace": 1370,
@@ -64,7 +65,6 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-#: How many public classes and functions there may be (with the atlas, whose rooms share records and drawings).
 PUBLIC_NAMES = 695
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
 from crp.visualization.report.render import Renderer, SingleRenderer
 from crp.visualization.report.suspects import find_suspects
+from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table
@@ -86,6 +88,9 @@ def write_report(
     if path.suffix.lower() not in (".html", ".htm"):
         claim(path)
         return _write(fv, composite, path, None, chosen)
+    make_folder(path.parent)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"the report cannot be written to {path}: {'a folder' if path.is_dir() else 'no permission'}")
     with TemporaryDirectory(prefix="crp-report-") as folder:
         return _write(fv, composite, Path(folder), path, chosen)
 

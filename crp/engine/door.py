@@ -1,0 +1,162 @@
+"""What is checked at the door, and what is said where a model cannot take the data: culprit and remedy."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from crp.errors import InputError, InputTypeError
+from crp.layers import modules_of
+from crp.notices import warn
+
+#: Parameters of each model that were finite when they were last looked at: their `id`, version and memory.
+_finite: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int | None, int]]] = weakref.WeakKeyDictionary()
+
+
+def check_form(tensor: Tensor, name: str) -> None:
+    """Raise an `InputTypeError` for tensors that are no plain numbers in memory: sparse, nested, quantized or meta."""
+    if tensor.is_nested:
+        raise InputTypeError(f"{name} is a nested tensor; give samples of one shape in a plain tensor, or one by one")
+    if tensor.layout is not torch.strided:
+        raise InputTypeError(f"{name} is of layout {tensor.layout}; give a dense tensor, as by {name}.to_dense()")
+    if tensor.is_quantized:
+        raise InputTypeError(f"{name} is quantized ({tensor.dtype}); give floating-point numbers: {name}.dequantize()")
+    if tensor.is_meta:
+        raise InputTypeError(f"{name} is on the meta device, where tensors have no values")
+
+
+def check_device(device: Any, name: str) -> torch.device:
+    """Device that is named, which must be there.
+
+    Raises
+    ------
+    InputTypeError, InputError
+        If it is no device, or none of this machine.
+    """
+    if isinstance(device, bool) or not isinstance(device, str | torch.device | int):
+        raise InputTypeError(f'{name} must be a device, such as "cpu" or "cuda:0", not {device!r}')
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f'{name} is {device!r}, which is no device of this machine, such as "cpu"') from error
+    return found
+
+
+def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
+    """Raise an `InputError` that names the parameters with NaN or infinite values.
+
+    They are looked at again only if they have changed.
+    """
+    numbers = [p for p in parameters if isinstance(p, nn.Parameter) and _has_numbers(p)]
+    marks = [(id(p), None if p.is_inference() else p._version, p.data_ptr()) for p in numbers]
+    if _finite.get(model) == marks and all(version is not None for _, version, _ in marks):
+        return
+    if names := not_finite(dict(model.named_parameters())):
+        raise InputError(
+            f"{_listed(names)} of the model {'has' if len(names) == 1 else 'have'} NaN or infinite values, and "
+            "relevance would have, too; load weights that are finite"
+        )
+    _finite[model] = marks
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and not tensor.is_meta and tensor.is_floating_point() and tensor.layout is torch.strided
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of those that have NaN or infinite values."""
+    return [name for name, tensor in tensors.items() if _has_numbers(tensor) and not is_finite(tensor)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite."""
+    if tensor.is_meta:
+        return True
+    tensor = tensor.detach()
+    # (one pass; a sum that overflows says nothing)
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def check_result(model: nn.Module, heatmap: object, prediction: Tensor) -> None:
+    """Raise an `InputError`, or warn, where a heatmap is not finite.
+
+    Weights or buffers that are not finite are named; otherwise numbers have become too large on the way.
+    """
+    parts = heatmap.values() if isinstance(heatmap, dict) else heatmap if isinstance(heatmap, tuple) else [heatmap]
+    if all(is_finite(part) for part in parts if isinstance(part, Tensor)):
+        return
+    if names := not_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}):
+        raise InputError(f"the heatmap is not finite, as {_listed(names)} of the model has NaN or infinite values")
+    where = "as the model's output is" if not is_finite(prediction) else "though the model's output is"
+    warn(f"the heatmap has NaN or infinite values, {where}: numbers became too large, or were divided by 0, on the way")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def misfit(error: BaseException, model: object, explained: Iterable[Tensor]) -> InputError | None:
+    """What is wrong with data that a model cannot take, by the layer that raised the error; None if that is unknown."""
+    found = _layer_of(error.__traceback__)
+    shapes = " and ".join(f"{tuple(tensor.shape)} ({tensor.dtype})" for tensor in explained)
+    if found is None:
+        return None
+    layer, given = found
+    known = modules_of(model) if isinstance(model, nn.Module) else {}
+    name = next((name for name, module in known.items() if module is layer), "")
+    where = f"layer {name!r} ({type(layer).__name__})"
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and given.is_floating_point() and weight.dtype != given.dtype:
+        return InputError(
+            f"{where} has weights of {weight.dtype} and gets {given.dtype}, for data of shape {shapes}: convert one, "
+            f"as by data.to({weight.dtype}) or model.to({given.dtype})"
+        )
+    if isinstance(weight, Tensor) and weight.device != given.device:
+        return InputError(f"{where} is on {weight.device} and gets a tensor on {given.device}; move the whole model")
+    axis, size = _size_of(layer)
+    space = _space_of(layer)
+    if space is not None and given.dim() != space + 2:
+        return InputError(
+            f"{where} takes (samples, {size} channels, {space} axes of space) and gets {tuple(given.shape)}, for data "
+            f"of shape {shapes}; the first axis of data must be that of the samples: data[None] for a single one"
+        )
+    if size is not None and (given.dim() <= abs(axis) - (axis < 0) or given.shape[axis] != size):
+        what = "channels" if axis == 1 else "features"
+        return InputError(
+            f"{where} takes {size} {what} and gets a tensor of shape {tuple(given.shape)}, for data of shape {shapes}; "
+            "give data as the model was made for, with the samples on the first axis (data[None] for a single one)"
+        )
+    return None
+
+
+def _layer_of(traceback: TracebackType | None) -> tuple[nn.Module, Tensor] | None:
+    """Innermost layer in which an error was raised, and its input."""
+    found = None
+    while traceback is not None:
+        names = traceback.tb_frame.f_locals
+        layer, given = names.get("self"), names.get("input")
+        if isinstance(layer, nn.Module) and isinstance(given, Tensor):
+            found = layer, given
+        traceback = traceback.tb_next
+    return found
+
+
+def _size_of(layer: nn.Module) -> tuple[int, int | None]:
+    """Axis of channels or features that a layer reads, and their number."""
+    for attribute, axis in (("in_channels", 1), ("num_features", 1), ("in_features", -1)):
+        size = getattr(layer, attribute, None)
+        if isinstance(size, int):
+            return axis, size
+    return 1, None
+
+
+def _space_of(layer: nn.Module) -> int | None:
+    kinds = {1: nn.Conv1d | nn.ConvTranspose1d, 2: nn.Conv2d | nn.ConvTranspose2d, 3: nn.Conv3d | nn.ConvTranspose3d}
+    return next((n for n, kind in kinds.items() if isinstance(layer, kind)), None)

@@ -1,0 +1,198 @@
+"""Token ids as inputs: what is explained are their embeddings, which take the place of what the model looks up.
+
+A model is called with its ids as ever, so that whatever else it reads of them (padding, positions) stays as it is. The
+embeddings are a further input: axis 1 holds their features, as that of an image holds its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crp.engine.attached import put_on
+from crp.layers import looking, modules_of
+
+#: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
+_calls = count()
+
+
+class Embedded(NamedTuple):
+    """Embeddings of token ids.
+
+    Attributes
+    ----------
+    layer : str
+        Layer of the model that looks them up.
+    values : Tensor of shape (samples, features, *shape of the ids of one sample)
+    """
+
+    layer: str
+    values: Tensor
+
+
+def can_embed(model: nn.Module, ids: object) -> bool:
+    """Whether these may be token ids that the model looks up: integers, and a model with embeddings."""
+    return _are_ids(ids) and any(isinstance(module, nn.Embedding) for module in model.modules())
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32) and value.dim() > 0
+
+
+def name_of_ids(values: Mapping[Any, Any]) -> int | str | None:
+    """Name of the input that holds token ids, among inputs of which none is floating; None where it is not clear."""
+    if any(isinstance(value, Tensor) and value.is_floating_point() for value in values.values()):
+        return None
+    ids = [name for name, value in values.items() if _are_ids(value)]
+    return "input_ids" if "input_ids" in ids else ids[0] if len(ids) == 1 else None
+
+
+def embed(model: nn.Module, values: Mapping[Any, Any], name: int | str) -> Embedded:
+    """Embeddings of one of a model's inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+    values : mapping of int or str to Any
+        All inputs, by position or name.
+    name : int or str
+        The one that holds token ids.
+
+    Raises
+    ------
+    ValueError
+        If it is not clear which layer looks them up.
+    IndexError
+        If an id has no embedding.
+    """
+    layers = {layer: module for layer, module in modules_of(model).items() if isinstance(module, nn.Embedding)}
+    # (the probe for the layer would fail at an id that no layer has)
+    _check_range(values[name], name, *max(layers.items(), key=lambda item: item[1].num_embeddings))
+    layer = _layer_of_ids(model, layers, values, name)
+    module = layers[layer]
+    _check_range(values[name], name, layer, module)
+    ids = values[name].to(module.weight.device)
+    with torch.no_grad(), looking():
+        return Embedded(layer, module(ids).movedim(-1, 1).contiguous())
+
+
+def _check_range(ids: Tensor, name: int | str, layer: str, module: nn.Embedding) -> None:
+    wrong = ids[(ids < 0) | (ids >= module.num_embeddings)]
+    if len(wrong):
+        raise IndexError(
+            f"input {name!r} holds the id {int(wrong[0])}; layer {layer!r} has embeddings of the ids 0 to "
+            f"{module.num_embeddings - 1}"
+        )
+
+
+def _layer_of_ids(
+    model: nn.Module, layers: Mapping[str, nn.Embedding], values: Mapping[Any, Any], name: int | str
+) -> str:
+    """Name of the layer that looks ids up: the input embeddings of Hugging Face, the only one, or what reads them."""
+    if len(layers) == 1:
+        return next(iter(layers))
+    own = _input_embeddings(model) if str(name).endswith("input_ids") else None
+    for layer, module in layers.items():
+        if module is own:
+            return layer
+    readers: dict[str, None] = {}
+    device = next(model.parameters()).device
+    one = {key: value[:1].to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, kwargs, output, layer=layer: (
+                readers.update({layer: None}) if _is_same(_given(args, kwargs), one[name]) else None
+            ),
+            with_kwargs=True,
+        )
+        for layer, module in layers.items()
+    ]
+    try:
+        with looking(), put_on(None, model), torch.no_grad():
+            by_position = [value for key, value in one.items() if isinstance(key, int)]
+            model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(readers) != 1:
+        raise ValueError(
+            f"{'no layer looks' if not readers else f'layers {list(readers)} look'} up the embeddings of input "
+            f"{name!r}; one must, and read the ids as they are, int64. Explain another input, or call the model with "
+            "its embeddings"
+        )
+    return next(iter(readers))
+
+
+def _input_embeddings(model: nn.Module) -> object:
+    own = getattr(model, "get_input_embeddings", None)
+    try:
+        return own() if callable(own) else None
+    except NotImplementedError:
+        return None
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("input")
+
+
+def _is_same(given: object, ids: Tensor) -> bool:
+    """Whether these are the ids themselves, maybe in another shape."""
+    return isinstance(given, Tensor) and given.data_ptr() == ids.data_ptr() and given.numel() == ids.numel()
+
+
+@contextmanager
+def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded]) -> Iterator[dict[str, Tensor]]:
+    """Context in which a model takes embeddings of ids as further keywords, which are yielded.
+
+    Raises
+    ------
+    ValueError
+        At its end, if the model has not looked the ids up.
+    """
+    number = next(_calls)
+    keys = {f"embeddings of {name} in call {number}": name for name in embedded}  # (no argument has such a name)
+    waiting: dict[int | str, tuple[Tensor, Tensor]] = {}
+    modules, used, handles = modules_of(model), set[int | str](), []
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for key, name in keys.items():
+            if key in kwargs:
+                waiting[name] = args[name] if isinstance(name, int) else kwargs[name], kwargs[key]
+        return args, {key: value for key, value in kwargs.items() if key not in keys}
+
+    def give(name: int | str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
+        ids, values = waiting.get(name, (None, None))
+        if ids is None or values is None or not _is_same(_given(args, kwargs), ids):
+            return None
+        used.add(name)
+        # (as it lies in memory otherwise: a model may ask for views of it)
+        return values.movedim(1, -1).contiguous().view(output.shape)
+
+    handles.append(model.register_forward_pre_hook(take, with_kwargs=True))
+    for name, (layer, _) in embedded.items():
+        # (parts of a model, as encoder and decoder, may look ids up by layers that share their weights)
+        for module in (m for m in modules.values() if getattr(m, "weight", None) is modules[layer].weight):
+            if type(module) is type(modules[layer]):
+                handles.append(
+                    module.register_forward_hook(
+                        lambda _, args, kwargs, output, name=name: give(name, args, kwargs, output),
+                        prepend=True,  # (what is recorded of the layer are these embeddings)
+                        with_kwargs=True,
+                    )
+                )
+    try:
+        yield {key: embedded[name].values for key, name in keys.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (layer, _) in embedded.items():
+        if name not in used:
+            raise ValueError(
+                f"layer {layer!r} does not look up the ids of input {name!r} themselves; give them as the model reads "
+                "them, int64, or call the model with its embeddings"
+            )

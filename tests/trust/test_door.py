@@ -1,0 +1,197 @@
+"""What does not fit is refused at the door: the error names the culprit and what would be right, in our own words."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from trust_cases import CONDITIONS, differences, images, net, state
+
+from crp.attribution import CondAttribution
+from crp.attributors import Gradient
+from crp.composites import EpsilonPlus
+from crp.concepts import ChannelConcept
+from crp.errors import CRPError, InputError, InputTypeError, UnseenError
+from crp.layers import LayerNotFoundError
+
+
+def ask(data: Any = None, conditions: Any = None, model: nn.Module | None = None, **keywords: Any) -> Any:
+    attribution = CondAttribution(net() if model is None else model)
+    return attribution(images() if data is None else data, conditions or [{"y": 1}], EpsilonPlus(), **keywords)
+
+
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([images()[0], images()[1]])
+
+
+DATA = {
+    "float32": (lambda: images().float(), r"layer '0' \(Conv2d\) has weights of torch.float64 and gets torch.float32"),
+    "float16": (lambda: images().half(), "convert one, as by data.to"),
+    "meta": (lambda: images().to("meta"), "data is on the meta device"),
+    "sparse": (lambda: images().to_sparse(), "data is of layout torch.sparse_coo"),
+    "unbatched": (lambda: images()[0], "takes 4 channels and gets a tensor of shape"),
+    "channels": (lambda: torch.ones(2, 3, 6, 6).double(), r"layer '0' \(Conv2d\) takes 2 channels and gets"),
+    "vectors": (lambda: torch.ones(2, 3).double(), r"takes \(samples, 2 channels, 2 axes of space\)"),
+    "space": (lambda: torch.ones(2, 2, 9, 9).double(), r"layer '6' \(Linear\) takes 48 features"),
+    "complex": (lambda: images().to(torch.complex128), "data must be a floating-point tensor"),
+    "integers": (lambda: images().long(), "data must be a floating-point tensor"),
+    "array": (lambda: images().numpy(), "data must be a floating-point tensor"),
+    "nothing": (lambda: images()[:0], "at least one sample"),
+    "nan": (lambda: images() * torch.nan, "NaN or infinite values in samples"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+@pytest.mark.parametrize("call", [ask, lambda data: Gradient(net())(data, 1)], ids=["conditional", "attributor"])
+def test_data_that_do_not_fit(case, call):
+    make, message = DATA[case]
+    with pytest.raises((InputError, InputTypeError), match=message):
+        call(make())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nested_tensors_are_refused():
+    with pytest.raises(InputTypeError, match="data is a nested tensor"):
+        ask(nested())
+
+
+def test_errors_of_the_model_itself_pass():
+    class Own(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("an error of the user's model")
+
+    with pytest.raises(RuntimeError, match="an error of the user's model") as raised:
+        ask(model=nn.Sequential(net(), Own()).eval())
+    assert not isinstance(raised.value, CRPError)
+
+
+@pytest.mark.parametrize("device", [True, 3.5, "", "xyz", "cuda:99", []], ids=repr)
+def test_devices_are_checked_before_the_model_runs(device):
+    model = net()
+    model.forward = None
+    for name, call in (
+        ("on_device", lambda: CondAttribution(model)(images(), [{"y": 1}], on_device=device)),
+        ("device", lambda: CondAttribution(model, device)),
+    ):
+        with pytest.raises((InputError, InputTypeError), match=rf"{name} (must be|is)"):
+            call()
+
+
+MASKS = {
+    "nan": (lambda g: g * torch.nan, "returns NaN or infinite values"),
+    "array": (lambda g: g.numpy(), "must return a gradient of"),
+    "list": (lambda g: g.tolist(), "must return a gradient of"),
+    "nothing": (lambda g: None, "must return a gradient of"),
+    "complex": (lambda g: g.to(torch.complex128), "must return real numbers"),
+    "shape": (lambda g: g[:, :1], "must return a gradient of"),
+    "meta": (lambda g: g.to("meta"), "must return real numbers on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("exclude_parallel", [True, False])
+def test_results_of_masks(case, exclude_parallel):
+    mask, message = MASKS[case]
+    with pytest.raises((InputError, InputTypeError), match=message):
+        ask(conditions=[{"y": 1, "3": [0]}], mask_map=lambda *_: mask, exclude_parallel=exclude_parallel)
+
+
+INITIAL = {
+    "complex": torch.ones(2, 3, dtype=torch.complex128),
+    "complex number": 1 + 2j,
+    "complex by a function": lambda output: output.to(torch.complex128),
+    "nan": torch.full((2, 3), torch.nan),
+    "infinite": float("inf"),
+    "array": np.ones((2, 3)),
+    "shape": torch.ones(4, 5),
+}
+
+
+@pytest.mark.parametrize("case", INITIAL)
+def test_initial_relevance_is_real_and_finite(case):
+    with pytest.raises((InputError, InputTypeError), match="init_rel"):
+        ask(init_rel=INITIAL[case])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["0.weight", "6.bias"])
+def test_weights_that_are_not_finite_are_named(value, name):
+    model = net()
+    ask(model=model)
+    wanted = ask(model=model).heatmap
+    parameter = model.get_parameter(name)
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.view(-1)[0] = value
+    model[2].forward = None
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"'{name}' of the model has NaN or infinite values"):
+            ask(model=model)
+    del model[2].forward
+    with torch.no_grad():
+        parameter.copy_(before)
+    assert torch.equal(ask(model=model).heatmap, wanted)
+
+
+def test_what_torch_does_not_count_as_a_change_is_seen_in_the_result():
+    model = net()
+    ask(model=model)
+    model[6].weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"the heatmap is not finite, as '6.weight'"):
+        CondAttribution(model)(images(), [{"y": 0}])
+    model = net()
+    model[1].running_var[0] = torch.nan
+    with pytest.raises(InputError, match=r"the heatmap is not finite, as '1.running_var'"):
+        ask(model=model)
+
+
+def test_numbers_that_become_too_large_are_told_of():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e30)
+    with pytest.warns(UserWarning, match="numbers became too large"):
+        CondAttribution(model)(torch.ones(1, 2), [{"y": 1}])
+
+
+def test_parts_do_not_depend_on_what_the_caller_changes_between():
+    model, data, ids = net(), images(), [0]
+    targets, init = torch.tensor([1]), torch.ones(1, 3).double()
+    conditions = [{"y": targets, "3": ids}, {"y": 2}, {"y": 0, "3": ids}, {"y": targets}]
+    records, masks = ["0"], {"3": ChannelConcept.mask}
+    given = (data, conditions, EpsilonPlus(), records, masks)
+    wanted = [part.heatmap for part in CondAttribution(model).generate(
+        *copy.deepcopy(given[:2]), EpsilonPlus(), ["0"], dict(masks), init_rel=init.clone(), batch_size=3, verbose=False
+    )]  # fmt: skip
+    parts = CondAttribution(model).generate(*given, init_rel=init, batch_size=3, verbose=False)
+    found = [next(parts).heatmap]
+    data.zero_()
+    ids[0], targets[0] = 2, 0
+    init.zero_()
+    conditions[1]["y"] = 1
+    records.append("nothing")
+    masks.clear()
+    found += [part.heatmap for part in parts]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_errors_are_of_one_family():
+    assert issubclass(InputError, ValueError) and issubclass(InputTypeError, TypeError)
+    assert issubclass(LayerNotFoundError, KeyError) and issubclass(UnseenError, RuntimeError)
+    assert all(issubclass(kind, CRPError) for kind in (InputError, InputTypeError, LayerNotFoundError, UnseenError))
+    model = net()
+    before = state(model)
+    for call in (
+        lambda: ask(model=model, conditions=[{"y": 1, "nope": [0]}]),
+        lambda: ask(model=model, record_layer=["nope"]),
+        lambda: ask(model=model, conditions=[{"y": []}]),
+        lambda: ask(model=model, conditions=[3]),
+    ):
+        with pytest.raises(CRPError):
+            call()
+    assert differences(before, state(model)) == []
+    assert len(ask(model=model, conditions=CONDITIONS).heatmap) == 6
