@@ -43,7 +43,7 @@ BUDGETS = {
     "demo": 900,
     "engine": 3250,
     "devices": 50,
-    "explain": 180,
+    "explain": 200,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
     "layers": 490,
