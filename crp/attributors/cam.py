@@ -19,9 +19,10 @@ from crp.attributors.gradient import Gradient
 from crp.attributors.target import Target
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
-from crp.engine.conditions import MaskMap, apply_masks, row_masks
+from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Data, Inputs, Tensors
+from crp.engine.masks import apply_masks, row_masks
 from crp.layers import find_layers, unwrap
 
 Interpolation = Literal["linear", "nearest"]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from zennit.core import RemovableHandleList
 
-from crp.engine.conditions import apply_masks
+from crp.engine.masks import apply_masks
 from crp.types import MaskFn
 
 

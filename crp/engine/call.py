@@ -21,16 +21,16 @@ from crp.engine.conditions import (
     init_of_rows,
     initial_relevance,
     row_index,
-    row_masks,
 )
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs
+from crp.engine.masks import Given, row_masks
 from crp.engine.settings import Overrides, Settings
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
-from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFn, Sinks
+from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
 
 #: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
 Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
@@ -38,29 +38,6 @@ Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
 
 #: ``(call, composite, rows) -> results, or None``
 Shortcut: TypeAlias = Callable[["Call", Composite | None, Rows], Part | None]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What starts and what is masked in a backward pass, as tensors.
-
-    Attributes
-    ----------
-    start : Tensor of shape (rows, *output shape)
-    masks : dict of str to Tensor
-        What is kept at each conditioned layer, (rows, channels, 1, ...).
-    shared : bool
-        Whether all slots start alike.
-    """
-
-    start: Tensor
-    masks: Mapping[str, Tensor]
-    shared: bool
-
-    def make_masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
-        """Mask function of a layer, for all rows together."""
-        kept = self.masks[layer]
-        return [lambda gradient: torch.where(kept, gradient, 0)]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ of every sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor
 
 from crp.devices import send_to
-from crp.engine.door import is_finite
 from crp.errors import InputError, InputTypeError
 from crp.notices import warn
 from crp.outputs import Element, Pixels
 from crp.outputs import Position as Position
-from crp.types import Condition, MaskFactory, MaskFn
+from crp.types import Condition, MaskFactory
 
 MaskMap = MaskFactory | Mapping[str, MaskFactory]
 
@@ -326,86 +324,3 @@ def check_start(start: Any, prediction: Tensor) -> None:
         raise InputError(
             f"the initial relevance has {got}; it must be a tensor of (rows, *output shape) = {tuple(prediction.shape)}"
         )
-
-
-def row_masks(
-    rows: Mapping[int, Condition], layer: str, mask_map: MaskMap, multiplies: bool = True, n_entries: int = 1
-) -> list[MaskFn]:
-    """Mask functions of one layer, each for one row of a gradient of shape (rows, ...), from the rows' conditions.
-
-    Where rows have several entries each, (rows * entries, ...), every entry is masked as the condition of its row says.
-    ``multiplies`` says whether a gradient or multipliers flow, and not relevance itself.
-
-    Raises
-    ------
-    TypeError
-        If one is no function, or needs multipliers where relevance itself flows.
-    """
-    make = mask_factory(mask_map, layer)
-    masks = [
-        make(row * n_entries + i, condition[layer], layer)
-        for row, condition in rows.items()
-        if layer in condition
-        for i in range(n_entries)
-    ]
-    for mask in masks:
-        if not callable(mask):
-            raise InputTypeError(
-                f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}"
-            )
-    if not multiplies and any(map(needs_multiplier, [make, *masks])):
-        raise InputTypeError(
-            f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
-            "itself, as those of zennit do; use one of crp.composites"
-        )
-    return masks
-
-
-def needs_multiplier(mask: object) -> bool:
-    """Whether a mask, or what it is a method of, says that it is right for multipliers only.
-
-    Selecting entries is right for relevance and multipliers alike; projecting on a direction is not.
-    """
-    owners = [mask, getattr(mask, "__self__", None)]
-    if any(getattr(owner, "needs_multiplier", False) for owner in owners):
-        return True
-    return isinstance(mask, partial) and needs_multiplier(mask.func)
-
-
-def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
-    """Mask factory of one layer, or an error that says what ``mask_map`` lacks."""
-    if callable(mask_map):
-        return mask_map
-    if not isinstance(mask_map, Mapping):
-        raise InputError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
-    if layer not in mask_map:
-        raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
-    if not callable(mask_map[layer]):
-        raise InputTypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
-    return mask_map[layer]
-
-
-def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
-    """Apply mask functions in order to a copy: other branches may share ``grad``, and it may be an expanded tensor."""
-    if functions:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-    kind: Any = type(functions[0]) if functions else None
-    if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
-        functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
-    for function in functions:
-        before = None if hasattr(function, "together") else is_finite(grad)
-        masked = function(grad)
-        if not isinstance(masked, Tensor) or masked.shape != grad.shape:
-            got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
-            raise InputTypeError(
-                f"the mask function {function!r} must return a gradient of {tuple(grad.shape)}, not {got}"
-            )
-        if masked.is_complex() or masked.device != grad.device:
-            raise InputTypeError(
-                f"the mask function {function!r} must return real numbers on {grad.device}, not {masked.dtype} on "
-                f"{masked.device}"
-            )
-        if before and not is_finite(masked):
-            raise InputError(f"the mask function {function!r} returns NaN or infinite values")
-        grad = masked
-    return grad

@@ -12,7 +12,7 @@ from crp.composites import CPLRP, AttnLRP, EpsilonPlus
 from crp.concept_graph import AttributionGraph
 from crp.concepts import AxisConcept, ChannelConcept, check_concept, relevance_in
 from crp.concepts.reading import LayerValues
-from crp.engine.conditions import apply_masks
+from crp.engine.masks import apply_masks
 from crp.graph import trace_model_graph
 from crp.types import AttributionResults
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept, as_ids, normalize
-from crp.engine.conditions import apply_masks
+from crp.engine.masks import apply_masks
 
 CHANNEL = ChannelConcept()
 

@@ -11,7 +11,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from crp.attribution import AttributionGraph, CondAttribution
 from crp.composites import DeepLift, EpsilonPlus, Gradient, GradientTimesInput
 from crp.concepts import ChannelConcept, DirectionConcept, SubspaceConcept, mask_of, relevance_in
-from crp.engine.conditions import apply_masks
+from crp.engine.masks import apply_masks
 from crp.trace.graph import trace_model_graph
 
 C = 5

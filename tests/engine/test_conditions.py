@@ -13,17 +13,9 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, Gradient
 from crp.concepts import ChannelConcept, mask_of
-from crp.engine.conditions import (
-    check_conditions,
-    check_start,
-    check_targets_exist,
-    init_of_rows,
-    initial_relevance,
-    mask_factory,
-    needs_multiplier,
-    row_masks,
-)
+from crp.engine.conditions import check_conditions, check_start, check_targets_exist, init_of_rows, initial_relevance
 from crp.engine.inputs import check_data
+from crp.engine.masks import mask_factory, needs_multiplier, row_masks
 
 ABC = [{"y": 0}, {"y": 1, "a": [1]}, {"y": 2, "b": [0], "a": [2]}]
 
