@@ -14,7 +14,19 @@ from crp.attributors import Gradient
 from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.target import Classes, Neuron, Target
+from crp.composites.registry import find_name
 from crp.engine.inputs import Data, Explain, Inputs
+
+#: What methods are called elsewhere.
+ALIASES = {
+    "lrp": "epsilon_plus_flat",
+    "ig": "intgrad",
+    "integrated_gradients": "intgrad",
+    "input_x_gradient": "gradient_x_input",
+    "vanilla_gradient": "gradient",
+    "guided_backpropagation": "guided_backprop",
+    "z_plus": "zplus",
+}
 
 
 def explain(
@@ -33,7 +45,8 @@ def explain(
     Parameters
     ----------
     method : str
-        One of `methods`: the names of DeepExplain, those of all composites, and more.
+        One of `methods`, in any case: the names of DeepExplain, those of all composites, and more. Some go by other
+        names, too, such as ``"LRP"``, ``"ig"`` and ``"IntegratedGradients"``.
     model : nn.Module
         It is explained in evaluation mode, and left as it was.
     data : Tensor of shape (samples, *input shape), or tuple or dict of them
@@ -123,9 +136,23 @@ def methods() -> list[Method]:
 
 def _entry(name: object) -> Entry:
     known = entries()
-    if not isinstance(name, str) or name not in known:
+    found = None
+    if isinstance(name, str):
+        found = find_name(name, known) or _known_as(name)
+    if found is None:
         raise ValueError(f"there is no method {name!r}; {_nearest(str(name), known)}there are {', '.join(known)}")
-    return known[name]
+    return known[found]
+
+
+def find_method(name: str) -> Method:
+    """Method by any name that `explain` takes; a `ValueError` gives the nearest."""
+    return _entry(name).method
+
+
+def _known_as(name: str) -> str | None:
+    """Method that goes by another name elsewhere."""
+    alias = find_name(name, ALIASES)
+    return None if alias is None else ALIASES[alias]
 
 
 def _check_options(method: Method, options: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ of positive gradients (Grad-CAM++). A new one is a subclass of `LayerCAM` with `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +26,8 @@ from crp.engine.masks import apply_masks, row_masks
 from crp.layers import find_layers, unwrap
 
 Interpolation = Literal["linear", "nearest"]
+#: From a layer's output to (samples, channels, *space).
+Reshape = Callable[[Tensor], Tensor]
 
 
 class LayerCAM(Attributor):
@@ -38,11 +40,15 @@ class LayerCAM(Attributor):
     composite : zennit.core.Composite, optional
         What takes the place of the gradient of the layer.
     layer : str
-        Layer whose output has positions: (samples, channels, *space), with as many axes of space as the input.
+        Layer whose output has positions: (samples, channels, *space), with as many axes of space as the input. Channels
+        come last in what `nn.Linear` and `nn.LayerNorm` return, and where the other axis is that of a text's tokens.
     relu : bool
         Whether to keep positive parts only.
     interpolation : "linear" or "nearest"
         How maps are enlarged (linear: bilinear for images, corners of pixels aligned, not centres).
+    reshape : callable, optional
+        From the layer's output to (samples, channels, *space), where it has another form: for a vision transformer with
+        a class token and 14x14 patches ``lambda tokens: tokens[:, 1:].mT.unflatten(2, (14, 14))``.
     condition : mapping of str to concept ids, optional
         Only the gradient through these concepts counts; of ``layer`` itself, only these channels are in the map.
 
@@ -63,6 +69,7 @@ class LayerCAM(Attributor):
         layer: str,
         relu: bool = True,
         interpolation: Interpolation = "linear",
+        reshape: Reshape | None = None,
         condition: Mapping[str, Any] | None = None,
         mask_map: MaskMap = ChannelConcept.mask,
         batch_size: int | None = None,
@@ -73,7 +80,9 @@ class LayerCAM(Attributor):
         if interpolation not in get_args(Interpolation):
             raise ValueError(f'interpolation must be "linear" or "nearest", not {interpolation!r}')
         find_layers(unwrap(model), [layer.partition("#")[0]] if isinstance(layer, str) else [layer])
-        self.layer, self.relu, self.interpolation = layer, relu, interpolation
+        if reshape is not None and not callable(reshape):
+            raise TypeError(f"reshape must be a function of the layer's output, not {reshape!r}")
+        self.layer, self.relu, self.interpolation, self.reshape = layer, relu, interpolation, reshape
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output, and the map, the same for every channel of the input."""
@@ -88,7 +97,8 @@ class LayerCAM(Attributor):
         if maps.dim() != data.dim():
             raise ValueError(
                 f"layer {self.layer!r} has {maps.dim() - 2} axes of space and the input of shape {tuple(data.shape)} "
-                f"has {len(space)}; name a layer that keeps them"
+                f"has {len(space)}; name a layer that keeps them, or say by reshape= how its output has (samples, "
+                "channels, *space)"
             )
         mode = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}[len(space)], "nearest": "nearest"}
         options = {"align_corners": False} if self.interpolation == "linear" else {}
@@ -132,11 +142,38 @@ class LayerCAM(Attributor):
                 self.layer in self.condition) else {}  # fmt: skip
             if own:
                 gradient = apply_masks(row_masks(own, self.layer, self.mask_map), gradient)
+            activation, gradient = (self._arranged(values, inputs) for values in (activation, gradient))
             weights = self.weigh(activation, gradient, flow.output, target.rows(sample))
             cam = (weights * activation).sum(1, keepdim=True)
             outputs.append(flow.output)
             heatmaps.append(cam.clamp(min=0) if self.relu else cam)
         return torch.cat(outputs), torch.cat(heatmaps)
+
+    def _arranged(self, values: Tensor, inputs: Inputs) -> Tensor:
+        """Values of the layer as (rows, channels, *space)."""
+        shape = tuple(values.shape)
+        if self.reshape is not None:
+            arranged = self.reshape(values)
+            if not isinstance(arranged, Tensor) or arranged.dim() < 3 or len(arranged) != len(values):
+                what = tuple(arranged.shape) if isinstance(arranged, Tensor) else type(arranged).__name__
+                raise ValueError(
+                    f"reshape made {what} of the output of layer {self.layer!r}, {shape}; it must be (samples, "
+                    "channels, *space)"
+                )
+            return arranged
+        module = unwrap(self.model).get_submodule(self.layer.partition("#")[0])
+        size = {nn.Linear: "out_features", nn.LayerNorm: "normalized_shape"}.get(type(module))
+        if size is not None and getattr(module, size) in (shape[-1], shape[-1:]):
+            return values.movedim(-1, 1)
+        tokens = next((entry.values.shape[2:] for entry in inputs.embedded.values()), None)
+        if tokens is not None and len(shape) == 3 and shape[1:2] == tokens:
+            if shape[2:] == tokens:
+                raise ValueError(
+                    f"the output of layer {self.layer!r}, {shape}, has as many channels as tokens; say by reshape= "
+                    "which axis is which: (samples, channels, tokens) is asked for"
+                )
+            return values.movedim(-1, 1)
+        return values
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
         """Weight of each channel.
@@ -181,7 +218,7 @@ class GradCAMPlusPlus(LayerCAM):
 
     Parameters
     ----------
-    model, composite, attr_output, layer, relu, interpolation, condition, mask_map, batch_size
+    model, composite, attr_output, layer, relu, interpolation, reshape, condition, mask_map, batch_size
         As in `LayerCAM`.
     eps : float
         Added to the denominators of α. pytorch-grad-cam has 1e-6.
@@ -197,14 +234,14 @@ class GradCAMPlusPlus(LayerCAM):
         eps: float = 0.0,
         relu: bool = True,
         interpolation: Interpolation = "linear",
+        reshape: Reshape | None = None,
         condition: Mapping[str, Any] | None = None,
         mask_map: MaskMap = ChannelConcept.mask,
         batch_size: int | None = None,
     ) -> None:
         common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
-        super().__init__(
-            model, composite, attr_output, layer=layer, relu=relu, interpolation=interpolation, **common
-        )  # fmt: skip
+        how: dict[str, Any] = {"relu": relu, "interpolation": interpolation, "reshape": reshape}
+        super().__init__(model, composite, attr_output, layer=layer, **how, **common)
         self.eps = eps
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
@@ -226,7 +263,7 @@ class CAM(LayerCAM):
 
     Parameters
     ----------
-    model, composite, attr_output, layer, relu, interpolation, mask_map, batch_size
+    model, composite, attr_output, layer, relu, interpolation, reshape, mask_map, batch_size
         As in `LayerCAM`; the layer is the one that is averaged.
     classifier : str, optional
         Name of the dense layer; by default the model's last one.
@@ -250,6 +287,7 @@ class CAM(LayerCAM):
         classifier: str | None = None,
         relu: bool = False,
         interpolation: Interpolation = "linear",
+        reshape: Reshape | None = None,
         condition: Mapping[str, Any] | None = None,
         mask_map: MaskMap = ChannelConcept.mask,
         batch_size: int | None = None,
@@ -257,7 +295,9 @@ class CAM(LayerCAM):
         if condition is not None and set(condition) - {layer}:
             raise ValueError(f"CAM has weights for layer {layer!r} only; condition names {sorted(condition)}")
         common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
-        super().__init__(model, None, attr_output, layer=layer, relu=relu, interpolation=interpolation, **common)
+        super().__init__(
+            model, None, attr_output, layer=layer, relu=relu, interpolation=interpolation, reshape=reshape, **common
+        )
         dense = {name: m for name, m in unwrap(model).named_modules() if isinstance(m, nn.Linear)}
         if classifier is None:
             classifier = next(reversed(dense), "")
@@ -293,7 +333,7 @@ class GuidedGradCAM(Attributor):
 
     Parameters
     ----------
-    model, attr_output, layer, interpolation, condition, mask_map, batch_size
+    model, attr_output, layer, interpolation, reshape, condition, mask_map, batch_size
         As in `GradCAM`. The condition holds in both factors.
     composite : zennit.core.Composite, optional
         Of the first factor; guided backprop by default.
@@ -307,6 +347,7 @@ class GuidedGradCAM(Attributor):
         *,
         layer: str,
         interpolation: Interpolation = "linear",
+        reshape: Reshape | None = None,
         condition: Mapping[str, Any] | None = None,
         mask_map: MaskMap = ChannelConcept.mask,
         batch_size: int | None = None,
@@ -314,7 +355,7 @@ class GuidedGradCAM(Attributor):
         common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
         super().__init__(model, composite or GuidedBackprop(), attr_output, **common)
         self.fine = Gradient(model, self.composite, **common)
-        self.coarse = GradCAM(model, layer=layer, interpolation=interpolation, **common)
+        self.coarse = GradCAM(model, layer=layer, interpolation=interpolation, reshape=reshape, **common)
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and product."""

@@ -1,16 +1,20 @@
-"""``crp methods``, the table of all methods, and ``crp attribute``, one picture explained."""
+"""``crp methods``, the table of all methods, and ``crp attribute``, pictures explained."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
+
+if TYPE_CHECKING:
+    from crp.visualization.models import Loaded
 
 
 @click.command("methods")
@@ -37,13 +41,16 @@ def methods_command(family: str | None, as_json: bool) -> None:
             click.echo(click.wrap_text(_options(method.options), 100, "      ", "      "))
 
 
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+
+
 @click.command()
-@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", required=True, help="Name in torchvision, or package.module:factory.")
+@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", required=True, help="Name in torchvision, timm:NAME, hf:NAME, or package.module:factory.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="State dict.")
 @click.option("--method", default="epsilon_plus_flat", show_default=True, help="See crp methods.")
-@click.option("--target", type=int, help="Class to explain; by default, the predicted one.")
+@click.option("--target", help="Class to explain, by number or name; by default, the predicted one.")
 @click.option("--layer", help="Layer of the concepts; of a class activation map; or to be explained itself.")
 @click.option("--concept", type=int, multiple=True, help="Channel of the layer to explain; may be given again.")
 @click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help="Of the method; may be given again.")
@@ -51,15 +58,15 @@ def methods_command(family: str | None, as_json: bool) -> None:
 @click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
 @click.option("--std", type=float, multiple=True, help="As --mean.")
 @click.option("--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Names, one per line.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Picture to write.")
-@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Picture to write; of several, a folder.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object for each picture, on a line.")
 def attribute(
-    image: Path,
+    images: tuple[Path, ...],
     model: str,
     weights: str | None,
     checkpoint: Path | None,
     method: str,
-    target: int | None,
+    target: str | None,
     layer: str | None,
     concept: tuple[int, ...],
     settings: tuple[str, ...],
@@ -70,62 +77,92 @@ def attribute(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Explain one picture: input, heatmap, overlay, colours and prediction in one file."""
-    import torch
+    """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file.
 
-    from crp.commands.panel import draw
-    from crp.explain import explain
-    from crp.explain import methods as known
+    crp attribute cat.jpg dog.jpg --model timm:resnet18 --out explained/
+    """
+    from crp.explain import find_method
     from crp.visualization.models import load_model
 
-    _check_writable(out)
+    places = _places(images, out)
+    for folder in {place.parent for place in places}:
+        _check_writable(folder, out)
     given = _parsed(settings)
-    families = {one.name: one.family for one in known()}
     if concept:
         if layer is None:
             raise CommandError("--concept needs the --layer that it is in")
         given["condition"] = {layer: list(concept)}
-    if layer is not None and (not concept or families.get(method) == "cam"):
-        given["layer"] = layer
     try:
+        chosen = find_method(method)
+        if layer is not None and (not concept or chosen.family == "cam"):
+            given["layer"] = layer
         loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
+        index = None if target is None else loaded.find_class(target)
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise CommandError(in_a_line(error)) from error
+    through = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
+    for image, place in zip(images, places, strict=True):
+        said, facts = _explain(image, place, loaded, chosen.name, index, given, f"{chosen.name}{through}")
+        click.echo(json.dumps(facts) if as_json else f"{image}: {said}\nwrote {place}")
+
+
+def _places(images: Sequence[Path], out: Path) -> list[Path]:
+    """Where the explanation of each picture is written."""
+    if len(images) == 1 and out.suffix.lower() in _SUFFIXES:
+        return [out]
+    if len(images) == 1 and not out.is_dir():
+        raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
+    if out.suffix.lower() in _SUFFIXES:
+        raise CommandError(f"--out {out} is one picture, and {len(images)} are explained; name a folder")
+    names = [image.stem for image in images]
+    return [
+        out / (f"{name}.png" if names.count(name) == 1 else f"{name}-{number}.png") for number, name in enumerate(names)
+    ]
+
+
+def _explain(
+    image: Path, place: Path, loaded: Loaded, method: str, target: int | None, given: dict[str, Any], caption: str
+) -> tuple[str, dict[str, Any]]:
+    """Explain one picture, and tell what the model says of it, in words and as data."""
+    import torch
+
+    from crp.commands.panel import draw
+    from crp.explain import explain
+
+    try:
         shown, data = loaded.read(image)
         with torch.no_grad():
             output = loaded.model(data)
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
-            raise CommandError(f"the output of {model} is no score of classes")
+            raise CommandError("the output of the model is no score of classes")
         heatmap = explain(method, loaded.model, data, int(output[0].argmax()) if target is None else target, **given)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
     if heatmap.dim() != 4:
-        raise CommandError(f"layer {layer!r} has no positions to draw; its relevance is {tuple(heatmap.shape)}")
+        raise CommandError(
+            f"layer {given.get('layer')!r} has no positions to draw; its relevance is {tuple(heatmap.shape)}"
+        )
     probability = output.softmax(1)[0]
     first = int(probability.argmax())
     index = (first if target is None else target) % len(probability)
-    prediction = f"{loaded.class_name(first)} ({probability[first]:.1%})"
-    of = "" if index == first else f"explained: {loaded.class_name(index)} ({probability[index]:.1%})"
+    said = f"predicted {loaded.class_name(first)} ({probability[first]:.1%})"
+    of = "" if index == first else f"; explained: {loaded.class_name(index)} ({probability[index]:.1%})"
     # A map of positions is the same for every channel; relevance of channels adds up.
     is_map = method in ("cam", "grad_cam", "grad_cam_pp", "meaningful_perturbation")
     flat = heatmap[0, 0] if is_map else heatmap[0].sum(0)
-    through = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
-    draw(shown, flat, "; ".join(filter(None, (f"predicted: {prediction}", of))), f"{method}{through}", out)
-    if as_json:
-        shown_classes = {
-            name: {"class": i, "name": loaded.class_name(i), "probability": float(probability[i])}
-            for name, i in (("predicted", first), ("explained", index))
-        }
-        click.echo(json.dumps({"image": str(image), "method": method, **shown_classes, "out": str(out)}))
-        return
-    click.echo(f"{image}: predicted {prediction}{'; ' * bool(of)}{of}\nwrote {out}")
+    draw(shown, flat, f"{said}{of}".replace("predicted ", "predicted: ", 1), caption, place)
+    classes = {
+        name: {"class": i, "name": loaded.class_name(i), "probability": float(probability[i])}
+        for name, i in (("predicted", first), ("explained", index))
+    }
+    return f"{said}{of}", {"image": str(image), "method": method, **classes, "out": str(place)}
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(folder: Path, out: Path) -> None:
     """Make the folder of a picture, and see whether files can be written there."""
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
-        raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error

@@ -33,13 +33,13 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("mine")
-@click.option("--model", help="Name in torchvision, or package.module:factory.")
+@click.option("--model", help="Name in torchvision, timm:NAME, hf:NAME, or package.module:factory.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=_EXISTING, help="State dict.")
 @click.option("--data", help="Folder of pictures, or package.module:factory of a dataset.")
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
-@click.option("--layers", multiple=True, help="Name, pattern or type of layers; may be given again.")
+@click.option("--layers", multiple=True, help="Name, pattern or type; or auto. May be given again.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
@@ -103,7 +103,6 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     from crp.attribution import CondAttribution
     from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
-    from crp.visualization.mining.selection import select_layers
     from crp.visualization.mining.targets import parse_targets
     from crp.visualization.models import load_model
     from crp.visualization.sources import MULTI_LABEL, gives_pictures, load_source, open_source
@@ -117,7 +116,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     source = open_source(given["data"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
-    layers = select_layers(loaded.model, given["layers"])
+    layers = _layers(loaded, given["layers"])
     composite = _make_composite(given["rules"], given["settings"])
     fields = [field for field in given["fields"].split(",") if field]
     dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
@@ -230,6 +229,18 @@ def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
         raise CommandError(in_a_line(error)) from error
     finally:
         warnings.formatwarning = plain
+
+
+def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:
+    """Layers that ``--layers`` names; ``auto`` are those that ``crp layers`` suggests."""
+    from crp.visualization.mining.selection import list_layers, select_layers
+
+    if "auto" not in wanted or any(name == "auto" for name, _ in loaded.model.named_modules()):
+        return select_layers(loaded.model, wanted)
+    suggested = [one.name for one in list_layers(loaded.model, loaded.example()) if one.suggested]
+    if not suggested:
+        raise CommandError("--layers auto finds no feature maps (channel, height, width); crp layers MODEL lists all")
+    return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])
 
 
 def _part(share: str | None, environment: Any) -> tuple[int, int] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def get(name: str, **keywords: Any) -> Composite:
     Parameters
     ----------
     name : str
-        One of `names`.
+        One of `names`, in any case, with or without underscores.
     **keywords
         Its arguments; lists of numbers may stand for tensors.
 
@@ -38,9 +39,22 @@ def get(name: str, **keywords: Any) -> Composite:
     KeyError
         If there is no such composite.
     """
-    if name not in _registry:
-        raise KeyError(f"there is no composite {name!r}; there are {', '.join(names())}")
-    return _registry[name](**keywords)
+    found = find_name(name, _registry)
+    if found is None:
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+        nearest = f"nearest: {', '.join(map(repr, near))}; " if near else ""
+        raise KeyError(f"there is no composite {name!r}; {nearest}there are {', '.join(names())}")
+    return _registry[found](**keywords)
+
+
+def find_name(name: str, known: Iterable[str]) -> str | None:
+    """Known name that differs from the one that was typed in case and punctuation at most: ``"EpsilonPlusFlat"``."""
+    known = list(known)
+    return name if name in known else {_plain(one): one for one in known}.get(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.casefold().replace("++", "pp").replace("*", "x") if c.isalnum())
 
 
 def names() -> list[str]:

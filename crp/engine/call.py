@@ -26,11 +26,11 @@ from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs
-from crp.engine.masks import row_masks
+from crp.engine.masks import Given, row_masks
 from crp.engine.settings import Overrides, Settings
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
-from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFn, Sinks
+from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
 
 #: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
 Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
@@ -38,29 +38,6 @@ Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
 
 #: ``(call, composite, rows) -> results, or None``
 Shortcut: TypeAlias = Callable[["Call", Composite | None, Rows], Part | None]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What starts and what is masked in a backward pass, as tensors.
-
-    Attributes
-    ----------
-    start : Tensor of shape (rows, *output shape)
-    masks : dict of str to Tensor
-        What is kept at each conditioned layer, (rows, channels, 1, ...).
-    shared : bool
-        Whether all slots start alike.
-    """
-
-    start: Tensor
-    masks: Mapping[str, Tensor]
-    shared: bool
-
-    def make_masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
-        """Mask function of a layer, for all rows together."""
-        kept = self.masks[layer]
-        return [lambda gradient: torch.where(kept, gradient, 0)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +85,8 @@ class Call:
         """Check everything that can be checked before the model runs."""
         inputs = Inputs.of(data, settings.explain, model)
         inputs.check()
-        check_device(settings.on_device, "on_device")
+        if settings.on_device is not None:
+            check_device(settings.on_device, "on_device")
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
@@ -117,8 +95,9 @@ class Call:
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
-        has_init = settings.init_rel is not None
-        conditions = check_conditions(conditions, settings.output_name, settings.start, has_init)
+        conditions = check_conditions(
+            conditions, settings.output_name, settings.start, settings.init_rel is not None
+        )  # fmt: skip
         check_layers(model, [] if settings.start is None else [settings.start], "start_layer")
         if overrides.broadcast is None:
             rows = Rows.broadcast(len(inputs), conditions)
@@ -148,11 +127,13 @@ class Call:
         TypeError
             If the composite keeps no account.
         """
-        accounting = propagation_of(composite := self.composite).accounting()
-        if accounting is None or self._members() != [composite]:
-            raise InputTypeError(f"only a composite of crp.composites accounts for what layers keep, not {composite!r}")
-        if Encoding.of(composite).as_multiplier:
-            raise InputTypeError(f"{composite!r} gives multipliers, of which layers keep nothing; it has no relevance")
+        accounting = propagation_of(self.composite).accounting()
+        if accounting is None or self._members() != [self.composite]:
+            what = "only a composite of crp.composites accounts for what layers keep"
+            raise InputTypeError(f"{what}, not {self.composite!r}")
+        if Encoding.of(self.composite).as_multiplier:
+            what = "gives multipliers, of which layers keep nothing; it has no relevance"
+            raise InputTypeError(f"{self.composite!r} {what}")
         initials, inputs, kept = [], [], []
         with put_on(self.composite, self.model) as model, accounting as account:
             # One sample starts at a time: whose an entry is cannot be told where the first axis is not the samples'.

@@ -1,15 +1,15 @@
-"""Masks of conditioned layers: functions of what flows back, made from the rows' conditions, and what they return."""
+"""Masks of conditions: which functions of the gradient act at a layer, and how they are applied."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from crp.devices import is_recording
 from crp.engine.conditions import MaskMap
 from crp.engine.door import is_finite
 from crp.errors import InputError, InputTypeError
@@ -81,8 +81,8 @@ def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
     if len(functions) > 1 and hasattr(kind, "together") and all(type(function) is kind for function in functions):
         functions = [kind.together(functions)]  # (a mask for each row would be several kernels for each row)
     for function in functions:
-        # (what only selects makes nothing infinite, and what is recorded must not be looked at)
-        before = not hasattr(function, "together") and not is_recording() and is_finite(grad)
+        # (a selection makes nothing that is not finite, and reading values would wait for the device)
+        before = None if selects(function) else is_finite(grad)
         masked = function(grad)
         if not isinstance(masked, Tensor) or masked.shape != grad.shape:
             got = tuple(masked.shape) if isinstance(masked, Tensor) else type(masked).__name__
@@ -98,3 +98,42 @@ def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:
             raise InputError(f"the mask function {function!r} returns NaN or infinite values")
         grad = masked
     return grad
+
+
+def selects(function: object) -> bool:
+    """Whether a mask function is known to do nothing but select entries."""
+    return hasattr(function, "together") or getattr(function, "selects_channels", False)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Mask function that keeps the entries where ``kept`` is true."""
+
+    kept: Tensor
+    selects_channels: ClassVar[bool] = True
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Gradient, 0 where it is not kept."""
+        return torch.where(self.kept, gradient, 0)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What starts and what is masked in a backward pass, as tensors.
+
+    Attributes
+    ----------
+    start : Tensor of shape (rows, *output shape)
+    masks : dict of str to Tensor
+        What is kept at each conditioned layer, (rows, channels, 1, ...).
+    shared : bool
+        Whether all slots start alike.
+    """
+
+    start: Tensor
+    masks: Mapping[str, Tensor]
+    shared: bool
+
+    def make_masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
+        """Mask function of a layer, for all rows together."""
+        return [Selection(self.masks[layer])]

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from crp.errors import LoadingError
+from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
 
 
@@ -52,6 +53,24 @@ class Loaded:
         except ValueError as error:
             raise LoadingError(str(error)) from error
 
+    def example(self) -> Tensor:
+        """A grey picture as the model takes it, for asking what shapes its layers give."""
+        side = self.prepared.size or self.prepared.resize or 224
+        image = torch.full((1, 1 if self.prepared.mode == "L" else 3, side, side), 0.5)
+        return image if self.normalized is None else self.normalized(image)
+
+    def find_class(self, name: str) -> int:
+        """Class by its number or name, in any case; a `LoadingError` names the nearest."""
+        if name.lstrip("-").isdecimal():
+            return int(name)
+        exact = [index for index, one in enumerate(self.classes) if one == name]
+        alike = [index for index, one in enumerate(self.classes) if one.casefold() == name.casefold()]
+        if len(found := exact or alike) != 1:
+            known = _nearest(name, self.classes) if self.classes else "; the model has no names, give --classes"
+            several = f"; it is the name of the classes {', '.join(map(str, found))}" if found else known
+            raise LoadingError(f"--target {name!r} is no class{several}")
+        return found[0]
+
     def class_name(self, index: int) -> str:
         """Name of a class, or its number."""
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
@@ -72,8 +91,9 @@ def load_model(
     Parameters
     ----------
     model : str
-        A name of torchvision, such as ``"resnet18"``, or ``"package.module:factory"``, a function without arguments (or
-        a model) that is looked for in the working directory too.
+        A name of torchvision, such as ``"resnet18"``; ``"timm:..."``, ``"hf:..."`` or ``"torchvision:..."``, whose
+        weights are loaded unless a checkpoint is given; or ``"package.module:factory"``, a function without arguments
+        (or a model) that is looked for in the working directory too.
     weights : str, optional
         Name in torchvision's enumeration for the model, such as ``"DEFAULT"``; they also say how pictures are prepared
         and what classes are called.
@@ -99,6 +119,13 @@ def load_model(
         raise LoadingError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
     recipe: Any = None
     names: Sequence[str] = ()
+    prefix, _, rest = model.partition(":")
+    if prefix == "torchvision":
+        model, weights = rest, weights if weights or checkpoint else "DEFAULT"
+    if prefix in PREFIXES:
+        if weights:
+            raise LoadingError(f"--weights are those of torchvision's models; the name of {model} says which they are")
+        return _of_library(find_in_library(model, pretrained=checkpoint is None), checkpoint, size, mean, std, classes)
     if ":" in model:
         if weights:
             raise LoadingError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
@@ -122,6 +149,23 @@ def load_model(
         Normalized(mean, std) if mean else None,
         names,
     )
+
+
+def _of_library(
+    found: Found,
+    checkpoint: Path | None,
+    size: int | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    classes: Path | None,
+) -> Loaded:
+    if checkpoint:
+        _fill(found.model, checkpoint)
+    names = _read_lines(classes) if classes else found.classes
+    mean, std = (mean, std) if mean else (found.mean, found.std)
+    resize, cut = (size, size) if size else (found.resize, found.size)
+    normalized = Normalized(mean, std) if mean else None
+    return Loaded(found.model.eval(), Prepared(_mode(found.model), resize, cut), normalized, names)
 
 
 def _mode(net: nn.Module) -> str:
@@ -211,10 +255,26 @@ def _fill(net: nn.Module, path: Path) -> None:
         raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
+    if isinstance(state, dict):
+        state = _without_wrapper(state, net)
+        wanted, given = set(net.state_dict()), set(state)
+        if missing := sorted(wanted - given) or sorted(given - wanted):
+            lacks = "lacks" if wanted - given else "has, and the model lacks,"
+            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise LoadingError(f"{path} does not fit the model: it {lacks} {some}")
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise LoadingError(f"{path} does not fit the model: {_in_a_line(error)}") from error
+
+
+def _without_wrapper(state: dict[str, Any], net: nn.Module) -> dict[str, Any]:
+    """Entries without the name that a wrapper, such as `DataParallel` or `torch.compile`, put before all of them."""
+    wanted = set(net.state_dict())
+    for prefix in ("module.", "_orig_mod.", "model.", "net.", "backbone."):
+        if state and not set(state) & wanted and all(str(name).startswith(prefix) for name in state):
+            return _without_wrapper({name.removeprefix(prefix): value for name, value in state.items()}, net)
+    return state
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from crp.layers import LayerNotFoundError
 
@@ -48,6 +50,58 @@ def select_layers(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> 
             raise LayerNotFoundError(one if isinstance(one, str) else one.__name__, list(modules), "layers")
         found |= matching
     return [name for name in modules if name in found]
+
+
+class LayerShape(NamedTuple):
+    """A layer that gives a tensor: its name, type, the shape for one sample, and whether ``auto`` takes it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    suggested: bool
+
+
+@torch.no_grad()
+def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
+    """Layers of a model that give a tensor, in the order in which they end.
+
+    Suggested is the last layer of each size of the feature maps, poolings apart, for the ``n`` last sizes: in a
+    ResNet, ``layer1`` to ``layer4``. Concepts are channels, so that only layers of shape (channel, height, width) are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode.
+    data : Tensor
+        A sample as the model takes it, with a batch axis.
+    n : int
+        How many are suggested, at most.
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    pooled: list[Tensor] = []  # (kept, so that no other tensor can be taken for one of them)
+    maps: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.dim() > 1:
+                found.pop(name, None)
+                found[name] = type(module).__name__, tuple(output.shape[1:])
+                if "Pool" in found[name][0]:
+                    pooled.append(output)
+                elif output.dim() == 4 and min(output.shape[2:]) > 1 and not any(output is one for one in pooled):
+                    maps[name] = found[name][1]
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    try:
+        model(data)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = {maps[name][1:]: name for name in found if name in maps}
+    chosen = set(sorted(last.values(), key=list(found).index)[-n:])
+    return [LayerShape(name, kind, shape, name in chosen) for name, (kind, shape) in found.items()]
 
 
 def _kinds(module: nn.Module) -> set[str]:

@@ -1,0 +1,119 @@
+"""Models of timm and Hugging Face by name, with the preparation and the class names of their training."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from crp.errors import LoadingError
+
+#: Words before the colon of a model's name.
+PREFIXES = ("timm", "hf")
+
+
+class Found(NamedTuple):
+    """A model of a library, and how it takes pictures.
+
+    Attributes
+    ----------
+    model : nn.Module
+    resize, size : int
+        Length of the shorter side, and side of the square in the middle.
+    mean, std : tuple of float
+    classes : sequence of str
+        May be empty.
+    """
+
+    model: nn.Module
+    resize: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: Sequence[str]
+
+
+class Logits(nn.Module):
+    """Model of Hugging Face as a function of pictures that gives a tensor of scores."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Scores of classes."""
+        scores: Tensor = self.model(pixel_values=pixels, return_dict=True).logits
+        return scores
+
+
+def find_in_library(name: str, *, pretrained: bool) -> Found:
+    """Model by ``"timm:name"`` or ``"hf:name"``.
+
+    Parameters
+    ----------
+    name : str
+    pretrained : bool
+        Whether its weights are loaded; they may be downloaded.
+
+    Raises
+    ------
+    LoadingError
+        If the library is not installed, has no such model, or the weights cannot be had.
+    """
+    prefix, _, rest = name.partition(":")
+    made: Callable[[str, bool], Found] = {"timm": _of_timm, "hf": _of_hugging_face}[prefix]
+    try:
+        return made(rest, pretrained)
+    except ImportError as error:
+        package = {"timm": "timm", "hf": "transformers"}[prefix]
+        raise LoadingError(f"{name} needs {package} ({error}): python -m pip install {package}") from error
+    except LoadingError:
+        raise
+    except Exception as error:  # each library has its own, for unknown names and failed downloads
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise LoadingError(f"{name} cannot be loaded: {lines[0]}") from error
+
+
+def _of_timm(name: str, pretrained: bool) -> Found:
+    timm: Any = importlib.import_module("timm")
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise LoadingError(f"there is no model {name!r} in timm; nearest: {', '.join(near) or 'none'}")
+    model = timm.create_model(name, pretrained=pretrained)
+    data: Any = importlib.import_module("timm.data")
+    config = data.resolve_model_data_config(model)
+    size = int(config["input_size"][-1])
+    resize = round(size / float(config.get("crop_pct") or 1))
+    names: Sequence[str] = model.pretrained_cfg.get("label_names") or ()
+    subset = data.infer_imagenet_subset(model)
+    if not names and subset and int(model.pretrained_cfg.get("num_classes") or 0) == model.num_classes:
+        info = data.ImageNetInfo(subset)
+        names = [info.index_to_description(index) for index in range(info.num_classes())]
+    return Found(model, resize, size, tuple(config["mean"]), tuple(config["std"]), names)
+
+
+def _of_hugging_face(name: str, pretrained: bool) -> Found:
+    library: Any = importlib.import_module("transformers")
+    kind = library.AutoModelForImageClassification
+    config = library.AutoConfig.from_pretrained(name)
+    model = kind.from_pretrained(name) if pretrained else kind.from_config(config)
+    processor = library.AutoImageProcessor.from_pretrained(name)
+    crop, size = _side(getattr(processor, "crop_size", None)), _side(processor.size)
+    labels = config.id2label
+    names = [str(labels[index]) for index in sorted(labels)] if labels else ()
+    normal = getattr(processor, "do_normalize", True)
+    mean, std = (tuple(processor.image_mean), tuple(processor.image_std)) if normal else ((), ())
+    return Found(Logits(model), size, crop or size, mean, std, names)
+
+
+def _side(size: Any) -> int:
+    """Pixels on a side, from a number or from words such as ``{"shortest_edge": 224}``."""
+    if size is None:
+        return 0
+    if isinstance(size, int):
+        return size
+    return int(next(size[key] for key in ("shortest_edge", "height", "longest_edge") if key in size))
