@@ -85,6 +85,9 @@ def attribute(
     from crp.visualization.models import load_model
 
     places = _places(images, out)
+    for image, place in zip(images, places, strict=True):
+        if place.exists() and place.samefile(image):
+            raise CommandError(f"--out {out} would write over the picture {image}; name another file or folder")
     for folder in {place.parent for place in places}:
         _check_writable(folder, out)
     given = _parsed(settings)
