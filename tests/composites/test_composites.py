@@ -64,7 +64,7 @@ def test_registry_lists_and_builds_every_preset():
 
 
 def test_registry_names_what_there_is():
-    with pytest.raises(KeyError, match=r"'epsilon_plus_flatt'; nearest: 'epsilon_plus_flat', .*; there are alpha_beta, "):
+    with pytest.raises(KeyError, match=r"'epsilon_plus_flatt'; nearest: 'epsilon_plus_flat', .*; there are alpha_"):
         composites.get("epsilon_plus_flatt")
 
 
