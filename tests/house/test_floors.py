@@ -54,7 +54,7 @@ BUDGETS = {
     "trace": 1370,
     "types": 150,
     # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
-    "visualization": 2890,
+    "visualization": 2910,
     # (what a table says in words, which dataset it is of, and the columns about samples)
     "visualization.mining": 2590,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)

@@ -11,7 +11,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crp.image.colours import AGAINST, FOR
@@ -42,6 +41,8 @@ class Renderer:
     def __init__(self, folder: Path, footer: str, pixelated: bool) -> None:
         self.folder, self.footer, self.pixelated = folder, footer, pixelated
         self.written: set[str] = set()
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
         self._environment = Environment(
             loader=PackageLoader("crp.visualization.report", "templates"),
             autoescape=True,
