@@ -318,11 +318,10 @@ def test_arguments_are_checked(linear, small):
         attributor(small, Neuron("1", 0))
     with pytest.raises(ValueError, match="NaN"):
         attributor(small.clone().fill_(float("nan")))
-    linear[1].weight.data[0, 0] = float("inf")
-    with pytest.raises(
-        ValueError, match=r"score is NaN or infinite for samples \[0, 1, 2\]|'1.weight' of the model has"
-    ):
+    handle = linear.register_forward_hook(lambda module, args, output: output + float("inf"))
+    with pytest.raises(ValueError, match=r"score is NaN or infinite for samples \[0, 1, 2\]"):
         attributor(small, 0)
+    handle.remove()
     with pytest.raises(ValueError, match=r"start has shape \(7,\), which does not broadcast to .*\(3, 1, 4, 5\)"):
         MeaningfulPerturbation(linear, **{**BARE, "steps": 1}, start=torch.zeros(7))(small, 1)
     with pytest.raises(ValueError, match=r"background has shape \(9,\)"):

@@ -191,9 +191,14 @@ def test_report_says_what_happens_in_every_layer(name):
     assert end in text and any(end.removeprefix("canonizer ") in line for line in report.to_dict()["canonizers"])
 
 
+class CumulatedProduct(nn.Module):
+    def forward(self, x):
+        return x.cumprod(1)
+
+
 def test_report_names_what_is_left_to_the_chain_rule():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2)).double().eval()
-    with pytest.warns(UserWarning, match=r"EpsilonPlus has no rule for softmax\(\) in '1'"):
+    model = nn.Sequential(nn.Linear(4, 4), CumulatedProduct(), nn.Linear(4, 2)).double().eval()
+    with pytest.warns(UserWarning, match=r"EpsilonPlus has no rule for cumprod\(\) in '1'"):
         report = EpsilonPlus().report(model, images(1, 4))
-    assert report.to_dict()["left"] == ["softmax() in '1'"]
-    assert "without a rule, by the ordinary chain rule: softmax() in '1'" in str(report)
+    assert report.to_dict()["left"] == ["cumprod() in '1'"]
+    assert "without a rule, by the ordinary chain rule: cumprod() in '1'" in str(report)

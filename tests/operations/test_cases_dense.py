@@ -24,8 +24,8 @@ class Spelled(nn.Module):
     def __init__(self, spelling):
         super().__init__()
         self.spelling = spelling
-        self.w, self.b = nn.Parameter(torch.empty(6, 8)), nn.Parameter(torch.empty(8))
-        self.v, self.c = nn.Parameter(torch.empty(8, 4)), nn.Parameter(torch.empty(4))
+        self.w, self.b = nn.Parameter(torch.zeros(6, 8)), nn.Parameter(torch.zeros(8))
+        self.v, self.c = nn.Parameter(torch.zeros(8, 4)), nn.Parameter(torch.zeros(4))
 
     def forward(self, x):
         h = self.spelling(x, self.w, self.b)
@@ -163,7 +163,7 @@ class Cosine(nn.Module):
 
     def __init__(self, classifier):
         super().__init__()
-        self.stem, self.act, self.w = nn.Linear(6, 8), nn.ReLU(), nn.Parameter(torch.empty(3, 8))
+        self.stem, self.act, self.w = nn.Linear(6, 8), nn.ReLU(), nn.Parameter(torch.zeros(3, 8))
         self.classifier = classifier
 
     def forward(self, x):

@@ -294,10 +294,13 @@ def test_one_composite_per_model_and_one_model_per_composite(untouched):
             pass
         (relevance,) = torch.autograd.grad(first(data)[:, 0].sum(), data)
         assert torch.equal(relevance, wanted)  # it is still on the first
-    with untouched(first), EpsilonPlus().context(first), composites.Gradient().context(first.stem):
-        with pytest.raises(RuntimeError, match="EpsilonPlus and Gradient are on one model, or on a model and a part"):
-            first(data)
-        first.stem(data)  # alone
+    with (
+        untouched(first),
+        EpsilonPlus().context(first),
+        pytest.raises(RuntimeError, match="EpsilonPlus is on the model already, and Gradient would come on top of it"),
+        composites.Gradient().context(first.stem),
+    ):
+        pass
     assert deviation(heatmap(second, composite, data), heatmap(first, composite, data)) == 0
 
 
