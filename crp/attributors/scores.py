@@ -11,6 +11,7 @@ from zennit.core import Composite
 from crp.attributors.target import Classes, Mask, Target
 from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import tensor_in
+from crp.engine.probabilities import log_probabilities, probabilities
 from crp.layers import unwrap
 from crp.layers.interrupts import atomic
 
@@ -64,14 +65,15 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     target : Target
         A target that is a function gets the output itself; ``score`` counts for classes and masks only.
     score : "softmax", "log_softmax" or "output"
-        Probability of the class, its logarithm, or the output itself.
+        Probability of the class, its logarithm, or the output itself. Probabilities are taken as they are, and a single
+        output gets a sigmoid.
 
     Returns
     -------
     Tensor of shape (rows,)
     """
     if isinstance(target, Classes | Mask) and score != "output" and output.dim() > 1:
-        output = output.softmax(1) if score == "softmax" else output.log_softmax(1)
+        output = probabilities(output) if score == "softmax" else log_probabilities(output)
     return target.score(output)
 
 

@@ -85,9 +85,9 @@ def attribute(
     from crp.visualization.models import load_model
 
     places = _places(images, out)
-    for image, place in zip(images, places, strict=True):
-        if place.exists() and place.samefile(image):
-            raise CommandError(f"--out {out} would write over the picture {image}; name another file or folder")
+    for place in places:
+        if any(place.resolve() == image.resolve() for image in images):
+            raise CommandError(f"{place} is explained, and would be overwritten; give --out another name or folder")
     for folder in {place.parent for place in places}:
         _check_writable(folder, out)
     given = _parsed(settings)
@@ -130,6 +130,7 @@ def _explain(
     import torch
 
     from crp.commands.panel import draw
+    from crp.engine.probabilities import probabilities
     from crp.explain import explain
 
     try:
@@ -145,7 +146,7 @@ def _explain(
         raise CommandError(
             f"layer {given.get('layer')!r} has no positions to draw; its relevance is {tuple(heatmap.shape)}"
         )
-    probability = output.softmax(1)[0]
+    probability = probabilities(output)[0]
     first = int(probability.argmax())
     index = (first if target is None else target) % len(probability)
     said = f"predicted {loaded.class_name(first)} ({probability[first]:.1%})"

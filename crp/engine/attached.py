@@ -90,7 +90,9 @@ def check_composite(composite: object) -> None:
         )
 
 
-def composite_on(model: nn.Module, composite: Composite | None = None) -> Composite | None:
+def composite_on(
+    model: nn.Module, composite: Composite | None = None, modules: dict[str, nn.Module] | None = None
+) -> Composite | None:
     """Composite to explain a model by: the one that is given, or that a user's own hand has put on the model.
 
     Parameters
@@ -130,7 +132,7 @@ def composite_on(model: nn.Module, composite: Composite | None = None) -> Compos
                 "context, and give the composite to the call"
             )
         chosen = other
-    if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen)):
+    if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen, modules)):
         raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
     return chosen
 
@@ -176,16 +178,19 @@ def _rules_on(module: nn.Module) -> list[Hook]:
     return list({id(owner): owner for owner in owners if isinstance(owner, Hook)}.values())
 
 
-def rules_by_hand(model: nn.Module, composite: Composite | None = None) -> list[Hook]:
+def rules_by_hand(
+    model: nn.Module, composite: Composite | None = None, modules: dict[str, nn.Module] | None = None
+) -> list[Hook]:
     """Rules on a model's layers, put there by a user's own hand, that are not this composite's."""
-    if not _rules_beside(model, composite):
+    modules = modules_of(model) if modules is None else modules
+    if not _rules_beside(modules, composite):
         return []
     with TURNS.taken(parts_of(model)):  # (what is still there is not of a call in another thread)
-        return _rules_beside(model, composite)
+        return _rules_beside(modules, composite)
 
 
-def _rules_beside(model: nn.Module, composite: Composite | None) -> list[Hook]:
-    hooked_ones = [module for module in modules_of(model).values() if module._forward_hooks]
+def _rules_beside(modules: dict[str, nn.Module], composite: Composite | None) -> list[Hook]:
+    hooked_ones = [module for module in modules.values() if module._forward_hooks]
     rules = [rule for module in hooked_ones for rule in _rules_on(module)]
     return [rule for rule in rules if composite is None or rule not in composite.hook_refs]
 
@@ -226,11 +231,12 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         raise RuntimeError(
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
-    composite = composite_on(model, composite)
-    if composite is not None:
-        _check_chain_rule(model, composite)
+    modules = modules_of(model)
+    composite = composite_on(model, composite, modules)
+    if composite is not None and propagation_of(composite).encoding != "multiplier":
+        _check_chain_rule(modules, composite)
     composite = composite or Composite()
-    parts = parts_of(model)
+    parts = parts_of(model, modules.values())
     check_weights(model, parts)
     with ExitStack() as undo:
         undo.enter_context(TURNS.taken([composite, *parts]))
@@ -238,7 +244,6 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         _check_not_nested(use)
         undo.callback(_forget, use)
         USES.append(use)
-        modules = modules_of(model)
         training = undo.enter_context(evaluating(model, modules.values()))
         if training:
             warn(
@@ -263,10 +268,10 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         yield model
 
 
-def _check_chain_rule(model: nn.Module, composite: Composite) -> None:
+def _check_chain_rule(modules: dict[str, nn.Module], composite: Composite) -> None:
     """Refuse parts of a model that need the ordinary chain rule, under composites that propagate relevance itself."""
-    exempt = [name for name, module in modules_of(model).items() if isinstance(module, ByChainRule)]
-    if exempt and propagation_of(composite).encoding != "multiplier":
+    exempt = [name for name, module in modules.items() if isinstance(module, ByChainRule)]
+    if exempt:
         raise TypeError(
             f"layer {exempt[0]!r} needs the ordinary chain rule, and {_kind(composite)} propagates relevance itself. "
             "Use one of crp.composites"

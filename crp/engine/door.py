@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from math import isfinite
 from types import TracebackType
 from typing import Any
 
@@ -83,7 +84,7 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     tensor = tensor.detach()
     # (one pass; a sum that overflows says nothing)
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def check_result(model: nn.Module, heatmap: object, prediction: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.engine.door import check_form, misfit
+from crp.engine.door import check_form, is_finite, misfit
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
 from crp.errors import CRPError, InputError, InputTypeError
 from crp.layers import unwrap
@@ -211,7 +211,7 @@ def check_data(data: Tensor, name: str = "data") -> None:
         raise InputTypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
         raise InputError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
-    if torch.isfinite(data.detach().sum()):  # (one pass; a sum that overflows says nothing)
+    if is_finite(data):
         return
     finite = torch.isfinite(data).reshape(len(data), -1).all(1)
     if not finite.all():

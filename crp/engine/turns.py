@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from threading import get_ident
 
 from torch import nn
@@ -105,8 +105,8 @@ class Turns:
 TURNS = Turns()
 
 
-def parts_of(model: nn.Module) -> list[object]:
+def parts_of(model: nn.Module, modules: Collection[nn.Module] | None = None) -> list[object]:
     """What of a model a thread must have alone: its modules, and parameters, which other modules may share."""
-    modules = modules_of(model).values()
+    modules = modules_of(model).values() if modules is None else modules
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     return [*modules, *parameters]

@@ -113,7 +113,7 @@ ATTRIBUTE = [
     "--checkpoint empty.safetensors", "--checkpoint folder", "--weights DEFAULT",
     "--weights DEFAULT --checkpoint text.pt", "--absent", "--method epsilon_plus --option epsilon=x",
 ]  # fmt: skip
-OUTS = ["/proc/x.png", "out.txt", "out", "picture.png/x.png", "/proc/1/a/b.png", ""]
+OUTS = ["/proc/x.png", "out.txt", "out", "picture.png/x.png", "picture.png", "/proc/1/a/b.png", ""]
 IMAGES = ["absent.png", "text.png", "huge.png", "cut.png", "folder", ""]
 MINE = [
     "--set canonizers=[1]", "--set x", "--set =1", "--set absent=1", "--composite absent",

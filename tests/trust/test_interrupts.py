@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
 
@@ -16,8 +17,8 @@ from crp.layers.interrupts import _Waiting, atomic, undivided
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def attempts(n: int, seed: int = 0) -> tuple[int, list[str]]:
-    """Number of calls that were interrupted, and what was left by which."""
+def attempts(n_interrupts: int, seed: int = 0) -> list[str]:
+    """What was left by calls of which so many were interrupted."""
     draw, model, data = random.Random(seed), net(), images()
     lasts: dict[str, float] = {}
     n_hit, left = 0, []
@@ -27,28 +28,26 @@ def attempts(n: int, seed: int = 0) -> tuple[int, list[str]]:
         start = time.perf_counter()
         ENTRIES[name](model, data)
         lasts[name] = time.perf_counter() - start
-    for number in range(n):
-        name = names[number % len(names)]
+    for name in itertools.cycle(names):
         before = state(model)
         n_hit += interrupted(lambda name=name, model=model: ENTRIES[name](model, data), draw.uniform(1e-6, lasts[name]))
         wrong = differences(before | {"random": None}, state(model) | {"random": None})
         if wrong:
             left.append(f"{name}: {wrong}")
             model = net()
-    return n_hit, left
+        if n_hit >= n_interrupts:
+            return left
+    return left
 
 
 def test_interrupts_at_random_instants():
-    n_hit, left = attempts(200)
-    assert left == []
-    assert n_hit > 50
+    assert attempts(100) == []
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_many_interrupts_at_random_instants():
-    n_hit, left = attempts(6500, seed=1)
-    assert left == []
-    assert n_hit > 5000
+    assert attempts(5000, seed=1) == []
 
 
 def test_results_after_interrupts_are_the_same():
