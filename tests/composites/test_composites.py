@@ -64,7 +64,7 @@ def test_registry_lists_and_builds_every_preset():
 
 
 def test_registry_names_what_there_is():
-    with pytest.raises(KeyError, match=r"no composite 'epsilon_plus_flatt'; there are alpha_beta, .*epsilon_plus_flat"):
+    with pytest.raises(KeyError, match=r"'epsilon_plus_flatt'; nearest: 'epsilon_plus_flat', .*; there are alpha_"):
         composites.get("epsilon_plus_flatt")
 
 

@@ -45,7 +45,7 @@ class Net(nn.Module):
         self.layer3 = Block(4)
         self.layer4 = nn.Sequential(Block(4), Block(4))
         self.extra = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)])
-        self.weight = nn.Parameter(torch.empty(4, 4, 1, 1))
+        self.weight = nn.Parameter(torch.zeros(4, 4, 1, 1))
         self.fc, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
 
     def forward(self, x):
