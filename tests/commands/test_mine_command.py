@@ -181,6 +181,7 @@ def test_torchrun_whose_rank_is_killed_goes_on(here: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.slow  # (beside other tests, mining may end before it is interrupted)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
 def test_an_interruption_keeps_whole_shards_and_says_how_to_go_on(here: Path, number: int) -> None:
     pid = os.fork()
