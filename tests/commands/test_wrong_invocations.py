@@ -134,14 +134,6 @@ MINE = [
     "--model wrong_nets:nan", "--model wrong_nets:tokens --targets prediction",
 ]  # fmt: skip
 CHECK = ["--composite absent", "--set x", "--target 99", "--target x", "--image absent.png", "--size 0"]
-    "--composite absent",
-    "--set x",
-    "--target 99",
-    "--target x",
-    "--image absent.png",
-    "--image text.png",
-    "--size 0",
-]
 OTHERS = [
     "", "absent", "--absent", "methods --family absent", "methods x", "status", "status absent", "status none",
     "status table", "status picture.png", "status none --absent", "merge", "merge none", "merge table",
@@ -223,7 +215,7 @@ def test_an_explanation_is_checked(place):
     words = ["check", "wrong_nets:net", "--image", "picture.png"]
     result = run(words)
     assert result.exit_code == 0 and result.output.count("ok     ") == 5, result.output
-    assert json.loads(run([*words, "--json", "--composite", "lrp"]).output)["holds"] is True
+    assert json.loads(run([*words, "--json", "--composite", "epsilon_plus"]).output)["holds"] is True
     result = run(["check", "wrong_nets:random", "--image", "picture.png"])
     assert result.exit_code == 1 and "FAILED repeats" in result.output
 
