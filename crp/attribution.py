@@ -22,6 +22,7 @@ from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
 from crp.engine.call import Call, Part, sum_of_channels
+from crp.engine.checking import Checked, check_explanation
 from crp.engine.conditions import MaskMap, Rows, initial_relevance
 from crp.engine.copies import alone
 from crp.engine.door import check_device, check_result
@@ -256,6 +257,14 @@ class CondAttribution:
         """
         settings = Settings((), mask_map, start_layer, init_rel, None, exclude_parallel, explain)
         return self.plan(data, conditions, composite, settings).absorbed()
+
+    def check(self, data: Tensor, conditions: Sequence[Condition], composite: Composite | None = None) -> Checked:
+        """Check what a careful user would: `print` it, or take its ``to_dict()``; its ``holds`` is the verdict.
+
+        The prediction is unchanged; relevance of the data, and what layers keep, is what started; all is finite, and
+        the same again; shuffled weights give another heatmap; which rule reached how many operations.
+        """
+        return check_explanation(self, data, conditions, composite)
 
     def plan(
         self, data: Data, conditions: Sequence[Condition], composite: Composite | None, settings: Settings

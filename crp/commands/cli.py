@@ -9,6 +9,7 @@ import click
 
 from crp import __version__
 from crp.commands import attribute as attribute_commands
+from crp.commands import check as check_commands
 from crp.commands import classes as class_commands
 from crp.commands import layers as layers_commands
 from crp.commands import mine as mine_commands
@@ -64,6 +65,7 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
 cli.add_command(attribute_commands.methods_command)
 cli.add_command(attribute_commands.attribute)
 cli.add_command(layers_commands.layers_command)
+cli.add_command(check_commands.check_command)
 cli.add_command(mine_commands.mine_command)
 cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)

@@ -37,6 +37,9 @@ def nan():
     return model
 def tokens(): return nn.Sequential(nn.Conv2d(1, 4, 3))
 number = 3
+class Random(nn.Module):
+    def forward(self, x): return x * (1 + 0.1 * torch.rand_like(x))
+def random(): return nn.Sequential(net(), Random())
 
 class Rows:
     def __len__(self): return 6
@@ -130,6 +133,7 @@ MINE = [
     "--overwrite --shard 0/2", "--checkpoint text.pt", "--weights DEFAULT", "--multi-label list",
     "--model wrong_nets:nan", "--model wrong_nets:tokens --targets prediction",
 ]  # fmt: skip
+CHECK = ["--composite absent", "--set x", "--target 99", "--target x", "--image absent.png", "--size 0"]
 OTHERS = [
     "", "absent", "--absent", "methods --family absent", "methods x", "status", "status absent", "status none",
     "status table", "status picture.png", "status none --absent", "merge", "merge none", "merge table",
@@ -163,6 +167,9 @@ def invocations() -> dict[str, list[str]]:
     cases |= {f"attribute out {out}": [*attribute, "--out", out] for out in OUTS}
     cases |= {f"attribute image {image}": ["attribute", image, *attribute[2:]] for image in IMAGES}
     cases |= {f"mine {words}": [*mine, *words.split()] for words in MINE}
+    check = ["check", "wrong_nets:net", "--image", "picture.png"]
+    cases |= {f"check {words}": [*check, *words.split()] for words in CHECK}
+    cases |= {f"check model {m}": ["check", m, "--image", "picture.png"] for m in MODELS[:6]}
     return cases | {words or "nothing": words.split() for words in OTHERS}
 
 
@@ -202,6 +209,15 @@ def test_debug_shows_where_an_error_comes_from(place, where):
     assert result.exit_code == 1
     assert "Traceback" in result.output and "ZeroDivisionError: of the user's own" in result.output
     assert result.output.strip().splitlines()[-1].startswith("Error: wrong_nets:raises() raised an error")
+
+
+def test_an_explanation_is_checked(place):
+    words = ["check", "wrong_nets:net", "--image", "picture.png"]
+    result = run(words)
+    assert result.exit_code == 0 and result.output.count("ok     ") == 5, result.output
+    assert json.loads(run([*words, "--json", "--composite", "epsilon_plus"]).output)["holds"] is True
+    result = run(["check", "wrong_nets:random", "--image", "picture.png"])
+    assert result.exit_code == 1 and "FAILED repeats" in result.output
 
 
 def test_machines_read_json(place):

@@ -29,7 +29,7 @@ IMPORT_NAMES = FLOORS[7]
 
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
-    "attribution": 385,
+    "attribution": 400,
     # (targets at positions of a text, maps of tokens)
     "attributors": 2700,
     "audit": 1490,
@@ -42,7 +42,7 @@ BUDGETS = {
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 900,
-    "engine": 3750,
+    "engine": 4000,
     "devices": 50,
     "explain": 200,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
@@ -65,7 +65,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 695
+PUBLIC_NAMES = 710
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

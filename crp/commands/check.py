@@ -1,0 +1,54 @@
+"""``crp check``: what a careful user would check of a method on a model, in one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from crp.commands.errors import LARGEST, CommandError
+from crp.commands.group import in_a_line
+
+_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command("check")
+@click.argument("model")
+@click.option("--image", type=_EXISTING, required=True, help="Picture that is explained.")
+@click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
+@click.option("--target", help="Class to explain, by number or name; by default, the predicted one.")
+@click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
+@click.option("--checkpoint", type=_EXISTING, help="State dict.")
+@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
+@click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
+@click.option("--std", type=float, multiple=True, help="As --mean.")
+@click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
+def check_command(
+    model: str, image: Path, rules: str, settings: tuple[str, ...], target: str | None, as_json: bool, **given: Any
+) -> None:
+    """Check an explanation of one picture by MODEL (a name, or package.module:factory).
+
+    Whether the model predicts the same under the composite, relevance adds up layer by layer, values are finite, the
+    same call gives the same heatmap, and shuffled weights another one; and which rule reached how many operations. The
+    exit status is 1 where something does not hold.
+    """
+    from crp.attribution import CondAttribution
+    from crp.commands.mine import _make_composite
+    from crp.visualization.models import load_model
+
+    composite = _make_composite(rules, settings)
+    try:
+        loaded = load_model(model, given.pop("weights"), given.pop("checkpoint"), **given)
+        _, data = loaded.read(image)
+        attribution = CondAttribution(loaded.model)
+        y = int(loaded.model(data)[0].argmax()) if target is None else loaded.find_class(target)
+        checked = attribution.check(data, [{attribution.MODEL_OUTPUT_NAME: y}], composite)
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise CommandError(in_a_line(error)) from error
+    click.echo(json.dumps(checked.to_dict()) if as_json else str(checked))
+    if not checked.holds:
+        raise SystemExit(1)

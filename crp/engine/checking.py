@@ -1,0 +1,206 @@
+"""What a careful user would check of an explanation: that it is of the model, adds up, and depends on the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from zennit.core import Composite
+
+from crp.engine.door import is_finite, not_finite
+from crp.engine.encoding import Encoding, propagation_of
+from crp.layers import evaluating, modules_of
+from crp.types import AbsorbedRelevance, AttributionResults, Condition
+
+#: Change of a heatmap, relative to its largest value, below which weights count as without effect.
+_EFFECT = 1e-3
+
+
+class Attributing(Protocol):
+    """What is needed of a `CondAttribution`."""
+
+    model: nn.Module
+    device: torch.device
+    MODEL_OUTPUT_NAME: str
+
+    def __call__(self, data: Any, conditions: Any, composite: Any = ..., record_layer: Any = ...) -> AttributionResults:
+        """Attribute."""
+
+    def absorbed(self, data: Any, conditions: Any, composite: Any) -> AbsorbedRelevance:
+        """What layers keep."""
+
+    def select_output(self, output: Any) -> Tensor:
+        """Tensor that is explained."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing that was checked.
+
+    Attributes
+    ----------
+    name : str
+    holds : bool or None
+        None where it does not apply.
+    value : float or None
+        What was measured, to be compared with ``limit``.
+    limit : float or None
+    what : str
+        In words.
+    """
+
+    name: str
+    holds: bool | None
+    value: float | None
+    limit: float | None
+    what: str
+
+    def __str__(self) -> str:
+        mark = {True: "ok    ", False: "FAILED", None: "-     "}[self.holds]
+        measured = "" if self.value is None else f" ({self.value:.2g}, at most {self.limit:.2g})"
+        return f"{mark} {self.name}: {self.what}{measured if self.name != 'weights matter' else ''}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was checked of an explanation; `str` is a page of it.
+
+    Attributes
+    ----------
+    findings : list of Point
+    kept : dict of str to dict of str to float
+        Share of the initial relevance that each layer keeps: with its bias, where nothing contributed, with the
+        stabilizer.
+    rules : dict of str to int
+        Operations by rule; of a composite of `crp.composites`.
+    left : list of str
+        Operations without a rule that were left to the ordinary chain rule.
+    """
+
+    findings: Sequence[Point]
+    kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rules: Mapping[str, int] = field(default_factory=dict)
+    left: Sequence[str] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing failed."""
+        return all(finding.holds is not False for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {**asdict(self), "holds": self.holds}
+
+    def __str__(self) -> str:
+        lines = [str(finding) for finding in self.findings]
+        if self.kept:
+            lines += ["kept by layers, as shares of the initial relevance:"]
+            for layer, shares in self.kept.items():
+                words = ", ".join(f"{kind} {share:.2%}" for kind, share in shares.items() if share)
+                lines.append(f"       {layer or '(model)'}: {words or 'nothing'}")
+        if self.rules:
+            lines += ["operations by rule:", *(f"       {rule}: {count}" for rule, count in self.rules.items())]
+        if self.left:
+            lines.append(f"left to the ordinary chain rule: {', '.join(self.left)}")
+        return "\n".join(lines)
+
+
+def check_explanation(
+    attribution: Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
+) -> Checked:
+    """Check an explanation; see `crp.attribution.CondAttribution.check`."""
+    result = attribution(data, conditions, composite)
+    again = attribution(data, conditions, composite)
+    findings = [
+        _prediction_unchanged(attribution, data, result),
+        _finite(attribution, result),
+        _repeats(result, again),
+        _weights_matter(attribution, data, conditions, composite, result),
+    ]
+    account, kept = _account(attribution, data, conditions, composite)
+    rules, left = _operations(attribution, data, composite)
+    return Checked([findings[0], account, *findings[1:]], kept, rules, left)
+
+
+def _prediction_unchanged(attribution: Attributing, data: Tensor, result: AttributionResults) -> Point:
+    with torch.no_grad(), evaluating(attribution.model):
+        plain = attribution.select_output(attribution.model(data.to(attribution.device).clone()))
+    repeats = len(result.prediction) // len(plain)
+    plain = plain.repeat_interleave(repeats, 0).to(result.prediction)
+    scale = float(plain.abs().max()) or 1.0
+    value, limit = float((result.prediction - plain).abs().max()) / scale, 1e4 * torch.finfo(plain.dtype).eps
+    return Point("prediction", value <= limit, value, limit, "the model predicts the same under the composite")
+
+
+def _account(
+    attribution: Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
+) -> tuple[Point, dict[str, dict[str, float]]]:
+    """Σ input + Σ kept = initial, for targets alone, as conditions on layers mask some of it."""
+    name = attribution.MODEL_OUTPUT_NAME
+    targets = [{name: condition[name]} for condition in conditions if name in condition]
+    what = "relevance of the data, and what layers keep, is what started"
+    encoding = Encoding.of(composite)
+    if not targets or propagation_of(composite).accounting() is None or encoding.as_multiplier:
+        return Point("account", None, None, None, f"{what}: not known of {type(composite).__name__}"), {}
+    account = attribution.absorbed(data, targets, composite)
+    scale = account.initial.abs().clamp(min=torch.finfo(account.initial.dtype).tiny)
+    value, limit = float((account.rest.abs() / scale).max()), float(torch.finfo(account.initial.dtype).eps ** 0.5)
+    kept = {
+        layer: {kind: float((share / account.initial).mean()) for kind, share in shares.items()}
+        for layer, shares in account.layers.items()
+    }
+    return Point("account", value <= limit, value, limit, what), kept
+
+
+def _finite(attribution: Attributing, result: AttributionResults) -> Point:
+    tensors = {"heatmap": result.heatmap, "prediction": result.prediction, **result.relevances}
+    wrong = not_finite({name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+    wrong += not_finite({**dict(attribution.model.named_parameters()), **dict(attribution.model.named_buffers())})
+    what = f"not finite: {', '.join(wrong)}" if wrong else "all values are finite"
+    return Point("finite", not wrong, None, None, what)
+
+
+def _repeats(result: AttributionResults, again: AttributionResults) -> Point:
+    difference = float((result.heatmap - again.heatmap).abs().max())
+    scale = float(result.heatmap.abs().max()) or 1.0
+    what = "the same call gives the same heatmap, bit for bit, on this device"
+    return Point("repeats", torch.equal(result.heatmap, again.heatmap), difference / scale, 0.0, what)
+
+
+def _weights_matter(
+    attribution: Attributing,
+    data: Tensor,
+    conditions: Sequence[Condition],
+    composite: Composite | None,
+    result: AttributionResults,
+) -> Point:
+    """Shuffled weights change the heatmap (Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018)."""
+    what = "the heatmap is another one if weights are shuffled"
+    changed = copy.copy(attribution)
+    changed.model = copy.deepcopy(attribution.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in modules_of(changed.model).values():
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.numel() > 1 and parameter.is_floating_point():
+                    order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                    parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    heatmap = changed(data, conditions, composite).heatmap
+    scale = float(result.heatmap.abs().max()) or 1.0
+    value = float((heatmap - result.heatmap).abs().max()) / scale if is_finite(heatmap) else float("inf")
+    return Point("weights matter", value > _EFFECT, value, _EFFECT, f"{what} (change {value:.2g})")
+
+
+def _operations(
+    attribution: Attributing, data: Tensor, composite: Composite | None
+) -> tuple[dict[str, int], Sequence[str]]:
+    report: Any = getattr(composite, "report", None)
+    if report is None:
+        return {}, ()
+    found = report(attribution.model, data[:1].to(attribution.device))
+    return dict(Counter(operation.rule for operation in found.operations).most_common()), found.left
