@@ -6,9 +6,11 @@ other preset of LRP takes the same two arguments.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from crp.composites.base import Canonizers, FirstMap, LayerMap
-from crp.composites.lrp import LRP
 from crp.composites.registry import register
+from crp.composites.uniform import _Uniform
 from crp.rules import Epsilon
 from crp.rules.attention import Attention
 from crp.rules.functional import Gates
@@ -16,28 +18,21 @@ from crp.rules.lrp import Names
 from crp.rules.stabilizer import Stabilize
 
 
-class _ForTransformers(LRP):
+class _ForTransformers(_Uniform):
+    #: What becomes of gates and of attention, as in `LRP`.
+    _gates: ClassVar[Gates]
+    _attention: ClassVar[Attention]
+
     def __init__(
         self,
-        canonizers: Canonizers,
-        epsilon: Stabilize,
-        layer_map: LayerMap,
-        first_map: FirstMap,
-        zero_params: Names,
-        gates: Gates,
-        attention: Attention,
+        canonizers: Canonizers = "auto",
+        epsilon: Stabilize = 0.0,
+        layer_map: LayerMap = (),
+        first_map: FirstMap = (),
+        zero_params: Names = None,
     ) -> None:
         rule = Epsilon(epsilon, zero_params)
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=rule,
-            dense=rule,
-        )
+        super().__init__(canonizers, rule, layer_map, first_map, zero_params, self._gates, self._attention)
 
 
 @register("attn_lrp")
@@ -62,15 +57,7 @@ class AttnLRP(_ForTransformers):
         Parameters that count as zero in the rules, such as ``"bias"``.
     """
 
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 0.0,
-        layer_map: LayerMap = (),
-        first_map: FirstMap = (),
-        zero_params: Names = None,
-    ) -> None:
-        super().__init__(canonizers, epsilon, layer_map, first_map, zero_params, "split", "split")
+    _gates, _attention = "split", "split"
 
 
 @register("cp_lrp")
@@ -87,15 +74,7 @@ class CPLRP(_ForTransformers):
         As in `AttnLRP`.
     """
 
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 0.0,
-        layer_map: LayerMap = (),
-        first_map: FirstMap = (),
-        zero_params: Names = None,
-    ) -> None:
-        super().__init__(canonizers, epsilon, layer_map, first_map, zero_params, "signal", "constant")
+    _gates, _attention = "signal", "constant"
 
 
 @register("relp")
@@ -111,12 +90,4 @@ class RelP(_ForTransformers):
         As in `AttnLRP`.
     """
 
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 0.0,
-        layer_map: LayerMap = (),
-        first_map: FirstMap = (),
-        zero_params: Names = None,
-    ) -> None:
-        super().__init__(canonizers, epsilon, layer_map, first_map, zero_params, "split", "constant")
+    _gates, _attention = "split", "constant"
