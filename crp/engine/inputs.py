@@ -211,10 +211,8 @@ def check_data(data: Tensor, name: str = "data") -> None:
         raise InputTypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
         raise InputError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
-    if is_finite(data):
-        return
-    finite = torch.isfinite(data).reshape(len(data), -1).all(1)
-    if not finite.all():
+    if not is_finite(data):
+        finite = torch.isfinite(data).reshape(len(data), -1).all(1)
         wrong = (~finite).nonzero().flatten().tolist()
         passed_on = "" if name == "data" else "; an input that is only passed on may have them, see explain="
         raise InputError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")

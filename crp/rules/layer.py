@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.devices import is_recording
-from crp.rules.functions import Function, _parameters_of, look_up
+from crp.rules.functions import Function, _parameters_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
-from crp.trace.recorder import tensors_in
 
 Modifier: TypeAlias = Callable[[Tensor], Tensor]
 #: How many modified copies of a weight are kept.
@@ -288,11 +287,6 @@ class Layer:
 def _no_rule(method: str, layer: Layer) -> str:
     """Message that a method has no rule for a call."""
     return f"{method} has no rule for {layer}; give one in layer_map, or None for the ordinary chain rule"
-
-
-def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Layer:
-    """A call of a function of torch as a layer, all of whose tensors are its inputs."""
-    return Layer(function, args, kwargs, tuple(tensors_in((args, kwargs))), look_up(function))
 
 
 def _works_in_place(module: nn.Module) -> bool:
