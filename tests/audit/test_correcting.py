@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attribution_cases import close, net
+from concept_cases import drawn
 from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
@@ -13,10 +14,6 @@ from crp.composites import EpsilonPlus, GradientTimesInput
 from crp.concepts import ChannelConcept, DirectionConcept, splice
 
 C = 5
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture

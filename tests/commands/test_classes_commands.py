@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_cases import crp
 from table_maker import make_header, make_table
 
-from crp.__main__ import cli
 from crp.audit import Prototypes
 from crp.visualization.table.store import Table
-
-
-def crp(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

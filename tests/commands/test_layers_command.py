@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_cases import crp
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from crp.__main__ import cli
 from crp.composites import EpsilonPlusFlat, get
 from crp.errors import LoadingError
 from crp.explain import explain, find_method
@@ -31,10 +30,6 @@ def net():
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)
     ).eval()
 """
-
-
-def crp(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_cases import crp
 from mining_cases import files_of, shards_of
 from PIL import Image
 from torch import nn
 
-from crp.__main__ import cli
 from crp.attribution import CondAttribution
 from crp.commands.mine import _part
 from crp.composites import EpsilonPlus
@@ -82,10 +82,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "words", raising=False)
     return tmp_path
-
-
-def crp(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def mined(out: str, *more: object) -> Result:

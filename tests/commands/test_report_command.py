@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_cases import crp
 from mining_cases import Data, make_net, run
 from PIL import Image
 
-from crp.__main__ import cli
 from crp.composites import EpsilonPlus
 from crp.errors import LoadingError
 from crp.visualization import FeatureVisualization, Table
@@ -25,10 +24,6 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
 """
-
-
-def crp(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -8,15 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from command_cases import crp
 from table_maker import make_table
 
 from crp.__main__ import cli
 from crp.visualization.table.lock import locked
-
-
-def crp(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def test_status_tells_coverage_rate_and_integrity(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from attribution_cases import close, net
+from concept_cases import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
@@ -16,10 +17,6 @@ from crp.concepts import ChannelConcept, Concept, as_ids, normalize
 from crp.engine.masks import apply_masks
 
 CHANNEL = ChannelConcept()
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------

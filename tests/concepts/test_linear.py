@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attribution_cases import close, net
+from concept_cases import drawn
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
@@ -15,10 +16,6 @@ from crp.engine.masks import apply_masks
 from crp.trace.graph import trace_model_graph
 
 C = 5
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def orthonormal(n: int = C, seed: int = 1) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from concept_cases import drawn
 
 from crp.concepts import ChannelConcept, Concept, DirectionConcept, check_concept, scores_of
 from crp.concepts.reading import (
@@ -16,10 +16,6 @@ from crp.concepts.reading import (
 )
 
 C = 4
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def values(*space: int, encoding: str = "multiplier") -> LayerValues:

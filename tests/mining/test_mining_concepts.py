@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attribution_cases import close
+from concept_cases import drawn
 from feature_net import Images, as_tensors, make_fv
 from torch import Tensor
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
@@ -14,11 +15,6 @@ from crp.composites import DeepLift, EpsilonPlus, Gradient, GradientTimesInput
 from crp.concepts import ChannelConcept, DirectionConcept, SubspaceConcept, relevance_in, scores_of
 from crp.errors import ConceptError
 from crp.visualization.table.store import Table
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 CONCEPTS = {
     "orthonormal": DirectionConcept(torch.linalg.qr(drawn(5, 5))[0][:3]),
