@@ -47,14 +47,15 @@ BUDGETS = {
     "explain": 200,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 490,
+    # (names of layers that mean what they are called with)
+    "layers": 710,
     "outputs": 150,
     "metrics": 810,
     "rules": 5320,
-    "trace": 1370,
+    "trace": 1400,
     "types": 150,
     # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
-    "visualization": 2910,
+    "visualization": 2940,
     # (what a table says in words, which dataset it is of, and the columns about samples)
     "visualization.mining": 2590,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
