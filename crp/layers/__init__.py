@@ -108,16 +108,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """``dict(model.named_modules())``, but faster: every call of a model needs it several times."""
-    names: dict[nn.Module, str] = {}
+    names: dict[nn.Module, str] = {model: ""}
 
-    def walk(module: nn.Module, name: str) -> None:
-        names[module] = name
-        prefix = f"{name}." if name else ""
-        for child, part in module._modules.items():
+    def walk(parts: Mapping[str, nn.Module | None], prefix: str) -> None:
+        for child, part in parts.items():
             if part is not None and part not in names:
-                walk(part, prefix + child)
+                names[part] = name = prefix + child
+                if part._modules:
+                    walk(part._modules, f"{name}.")
 
-    walk(model, "")
+    walk(model._modules, "")
     return {name: module for module, name in names.items()}
 
 
