@@ -108,16 +108,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """``dict(model.named_modules())``, but faster: every call of a model needs it several times."""
-    names: dict[nn.Module, str] = {model: ""}
-
-    def walk(parts: Mapping[str, nn.Module | None], prefix: str) -> None:
-        for child, part in parts.items():
-            if part is not None and part not in names:
-                names[part] = name = prefix + child
-                if part._modules:
-                    walk(part._modules, f"{name}.")
-
-    walk(model._modules, "")
+    names: dict[nn.Module, str] = {}
+    todo = [(model, "")]
+    while todo:
+        module, name = todo.pop()
+        if module in names:
+            continue
+        names[module] = name
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            todo += [(part, prefix + child) for child, part in reversed(module._modules.items()) if part is not None]
     return {name: module for module, name in names.items()}
 
 
