@@ -6,15 +6,19 @@ from crp.audit.collect import Collected, collect
 from crp.audit.context import context_scores
 from crp.audit.correcting import Effect, effect, penalty, project, prune
 from crp.audit.intervening import intervene, part_of
+from crp.audit.meanings import Meanings, meanings
 from crp.audit.prototypes import Prototypes, prototypes
 from crp.audit.semantics import Match, clarity, embed_references, polysemanticity, redundancy, search
+from crp.audit.tested import Interventions, interventions
 
 __all__ = [
     "AuditedSample",
     "Clusters",
     "Collected",
     "Effect",
+    "Interventions",
     "Match",
+    "Meanings",
     "Prototypes",
     "audit",
     "audit_table",
@@ -26,6 +30,8 @@ __all__ = [
     "embed_references",
     "export_corelay",
     "intervene",
+    "interventions",
+    "meanings",
     "part_of",
     "penalty",
     "polysemanticity",

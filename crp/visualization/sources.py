@@ -161,7 +161,7 @@ def _is_picture(data: Any) -> Any:
     return np.bool_(hasattr(data, "getbands"))
 
 
-def class_folders(folder: Path) -> list[str]:
+def _class_folders(folder: Path) -> list[str]:
     """Names of the class folders in a folder of pictures, in order."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
 
@@ -177,7 +177,7 @@ def _is_picture_file(path: Path, folder: Path) -> bool:
 
 def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
     """Class of every class folder: by name where the names are those of the model, by number, else in order."""
-    names = class_folders(folder)
+    names = _class_folders(folder)
     if not names:
         raise LoadingError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
     loose = [p.name for p in folder.iterdir() if _is_picture_file(p, folder)]
