@@ -36,7 +36,7 @@ BUDGETS = {
     "audit": 1950,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1400,
+    "commands": 1600,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -48,16 +48,15 @@ BUDGETS = {
     "explain": 200,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
-    "layers": 490,
+    # (names of layers that mean what they are called with)
+    "layers": 710,
     "outputs": 150,
     "metrics": 810,
     "rules": 5320,
-    "trace": 1370,
+    "trace": 1400,
     "types": 150,
-    # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
-    "visualization": 2910,
-    # (what a table says in words, which dataset it is of, and the columns about samples)
-    "visualization.mining": 2590,
+    "visualization": 3050,
+    "visualization.mining": 2670,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing;
     # and of prototypes, audits, clusters, meanings and interventions)
     "visualization.report": 2750,
@@ -67,7 +66,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 720
+PUBLIC_NAMES = 740
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
