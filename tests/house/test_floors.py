@@ -36,7 +36,7 @@ BUDGETS = {
     "audit": 1950,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1440,
+    "commands": 1600,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -55,7 +55,7 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1400,
     "types": 150,
-    "visualization": 3010,
+    "visualization": 3050,
     "visualization.mining": 2670,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing;
     # and of prototypes, audits, clusters, meanings and interventions)
@@ -66,7 +66,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 730
+PUBLIC_NAMES = 740
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
