@@ -3,7 +3,7 @@
 from crp.audit.auditing import AuditedSample, audit
 from crp.audit.clustering import Clusters, clusters, export_corelay
 from crp.audit.collect import Collected, collect
-from crp.audit.context import context_scores
+from crp.audit.context import context_scores, inside_boxes
 from crp.audit.correcting import Effect, effect, penalty, project, prune
 from crp.audit.intervening import intervene, part_of
 from crp.audit.prototypes import Prototypes, prototypes
@@ -24,6 +24,7 @@ __all__ = [
     "effect",
     "embed_references",
     "export_corelay",
+    "inside_boxes",
     "intervene",
     "part_of",
     "penalty",

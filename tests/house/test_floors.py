@@ -48,7 +48,8 @@ BUDGETS = {
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
     "layers": 490,
-    "outputs": 150,
+    # (logits of a detector's boxes)
+    "outputs": 360,
     "metrics": 810,
     "rules": 5320,
     "trace": 1370,
