@@ -21,13 +21,14 @@ from zennit.core import Composite
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
-from crp.engine.call import Call, Part, sum_of_channels
+from crp.engine.call import Call, sum_of_channels
 from crp.engine.checking import Checked, check_explanation
 from crp.engine.conditions import MaskMap, Rows, initial_relevance
 from crp.engine.copies import alone
 from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
+from crp.engine.joining import Part
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
 from crp.layers import unwrap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,17 @@ from crp.engine.conditions import (
     check_targets_exist,
     init_of_rows,
     initial_relevance,
-    row_index,
 )
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
 from crp.engine.inputs import Data, Inputs, Samples
+from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
 from crp.engine.settings import Overrides, Settings
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
-
-#: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
-Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
-
 
 #: ``(call, composite, rows) -> results, or None``
 Shortcut: TypeAlias = Callable[["Call", Composite | None, Rows], Part | None]
@@ -145,10 +141,10 @@ class Call:
             for rows in self.rows.one_by_one(in_flow):
                 passed = of_all or self._forward(model, rows, self.composite, account)
                 _, start, arrived = self._send_back(passed, rows, last=of_all is None)
-                initial = sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
+                initial = _sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
-                inputs.append(torch.stack([sum_of_rows(r).to(initial) for r in relevances]).sum(0))
+                inputs.append(torch.stack([_sum_of_rows(r).to(initial) for r in relevances]).sum(0))
                 layers: dict[str, Tensor] = {}
                 for name in passed.layers:
                     if name.startswith(SINK):
@@ -335,61 +331,6 @@ def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -
     return heatmap.to(on_device) if on_device else heatmap
 
 
-def sum_of_rows(values: Tensor) -> Tensor:
+def _sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
-
-
-def average(parts: Sequence[Part]) -> Part:
-    """Mean of several results of the same rows; without multipliers, which have none."""
-    if len(parts) == 1:
-        return parts[0]
-    first, _ = parts[0]
-    heatmap, relevances = (_each([getattr(result, field) for result, _ in parts], _mean) for field in _AVERAGED)
-    result = AttributionResults(heatmap, first.activations, relevances, first.prediction, encoding=first.encoding)
-    return result, _each([of_inputs for _, of_inputs in parts], _mean)
-
-
-_AVERAGED = ("heatmap", "relevances")
-
-
-def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
-    """Results of all rows of several parts: as row i the ``order[i]``-th of the parts one after the other.
-
-    Where rows differ in shape, there is a list with a tensor for each.
-    """
-    lengths = [len(result.prediction) for result, _ in parts]
-
-    def join(tensors: Sequence[Tensor]) -> Any:
-        split = [tensor.reshape(n, -1, *tensor.shape[1:]) for tensor, n in zip(tensors, lengths, strict=True)]
-        if len({tensor.shape[1:] for tensor in split}) > 1:
-            entries = zip(tensors, split, lengths, strict=True)
-            rows = [row if len(whole) > n else row[0] for whole, part, n in entries for row in part]
-            return [rows[place] for place in order]
-        joined = torch.cat(list(tensors))
-        if order == list(range(len(order))):
-            return joined
-        return joined[row_index(order, len(joined) // len(order))]
-
-    results = [result for result, _ in parts]
-    result = AttributionResults(
-        *(_each(list(values), join) for values in zip(*results, strict=True)),
-        encoding=results[0].encoding,
-        multipliers=_each([result.multipliers for result in results], join),
-        counted=_each([result.counted for result in results], join),
-    )
-    return result, [join(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).mean(0)
-
-
-def _each(values: list[Any], combine: Callable[[Sequence[Tensor]], Tensor]) -> Any:
-    """Tensors combined, or those in tuples, lists or dicts of the same form; None where there are none."""
-    first = values[0]
-    if isinstance(first, dict):
-        return {name: _each([value[name] for value in values], combine) for name in first}
-    if isinstance(first, tuple | list):
-        return type(first)(_each(list(entries), combine) for entries in zip(*values, strict=True))
-    return None if first is None else combine(values)
