@@ -5,6 +5,7 @@ from crp.audit.clustering import Clusters, clusters, export_corelay, save_cluste
 from crp.audit.collect import Collected, collect
 from crp.audit.context import context_scores, inside_boxes
 from crp.audit.correcting import Effect, effect, penalty, project, prune
+from crp.audit.heatmaps import keep_heatmaps, kept_heatmaps
 from crp.audit.intervening import intervene, part_of
 from crp.audit.prototypes import Prototypes, prototypes
 from crp.audit.semantics import Match, clarity, embed_references, polysemanticity, redundancy, search
@@ -27,6 +28,8 @@ __all__ = [
     "export_corelay",
     "inside_boxes",
     "intervene",
+    "keep_heatmaps",
+    "kept_heatmaps",
     "part_of",
     "penalty",
     "polysemanticity",
