@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crp.audit.heatmaps import kept_heatmaps
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -92,11 +93,11 @@ def clusters(
     source : Table, or array or Tensor of shape (samples, ...)
         A mined table, or explanations such as heatmaps (which are smaller, and easier to compare, after pooling).
     layer : str
-        Of the table.
+        Of the table; not needed for heatmaps.
     of_class : int
         Of the table.
-    what : {"relevance", "activation"}
-        Of the table: what a sample's concepts are compared by.
+    what : {"relevance", "activation", "heatmap"}
+        Of the table: what samples are compared by. Their concepts, or what `keep_heatmaps` has kept.
     n : int, optional
         Number of clusters; by default, the one before the largest gap between eigenvalues, where that is wide enough.
     n_neighbours : int
@@ -116,7 +117,12 @@ def clusters(
     ValueError
         If there are not more samples than neighbours, or values are not finite.
     """
-    if isinstance(source, Table):
+    array = None
+    if isinstance(source, Table) and what == "heatmap":
+        if of_class is None:
+            raise ValueError("clusters of a table's heatmaps need of_class=")
+        samples, array = kept_heatmaps(source, of_class)
+    elif isinstance(source, Table):
         if layer is None or of_class is None:
             raise ValueError("clusters of a table need layer= and of_class=")
         blocks = list(RowSelection(layer, what, normed=normed, of_class=of_class).blocks(source))
@@ -124,7 +130,9 @@ def clusters(
         samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
     else:
         array = _array(source).astype(np.float64)
-        vectors, samples = array.reshape(len(array), -1), np.arange(len(array))
+        samples = np.arange(len(array))
+    if array is not None:
+        vectors = array.reshape(len(array), -1)
         if normed:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
     if len(vectors) <= n_neighbours:

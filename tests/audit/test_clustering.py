@@ -7,8 +7,9 @@ import pytest
 import torch
 from feature_net import Images, make_fv
 
-from crp.audit import clusters, export_corelay
+from crp.audit import clusters, export_corelay, keep_heatmaps, kept_heatmaps, save_clusters
 from crp.composites import EpsilonPlus
+from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.store import Table
 
 
@@ -122,3 +123,39 @@ def test_what_is_wrong_is_said(tmp_path):
     fv.run(EpsilonPlus(), 0, 12, progress=False)
     with pytest.raises(ValueError, match="clusters of a table need layer= and of_class="):
         clusters(Table.open(fv.path), "second")
+
+
+@pytest.mark.parametrize(("size", "shape"), [(3, (3, 3)), (16, (6, 6))], ids=["smaller", "as they are"])
+def test_heatmaps_beside_the_table(tmp_path, size, shape):
+    """Averages over cells, in float16; their clusters are those of the heatmaps themselves."""
+    data = Images(60)
+    fv = make_fv(tmp_path, data)
+    fv.run(EpsilonPlus(), 0, 60, batch_size=20, progress=False)
+    table = Table.open(fv.path)
+    with pytest.raises(TableNotFoundError, match=r"no heatmaps of .* class 1 .*; crp\.audit\.keep_heatmaps\(fv"):
+        clusters(table, of_class=1, what="heatmap")
+    path = keep_heatmaps(fv, EpsilonPlus(), 1, size=size, batch_size=7)
+    samples, heatmaps = kept_heatmaps(table, 1)
+    assert samples.tolist() == list(range(1, 60, 3)) and heatmaps.shape[1:] == shape
+    whole = fv.attribution(data.data[1::3], [{"y": 1}], EpsilonPlus()).heatmap.numpy()
+    step = 6 // shape[0]
+    wanted = whole.reshape(20, shape[0], step, shape[1], step).mean((2, 4))
+    assert (
+        np.abs(heatmaps - wanted) <= np.abs(wanted) / 2048 + np.abs(wanted).max((1, 2), keepdims=True) * 2**-28
+    ).all()
+    found, direct = clusters(table, of_class=1, what="heatmap"), clusters(heatmaps)
+    assert np.array_equal(found.sample, samples) and np.array_equal(found.label, direct.label)
+    save_clusters(table, found, "second", 1, what="heatmap")
+    assert path.stat().st_size < 4096 + 20 * 2 * 36
+    with pytest.raises(ValueError, match="clusters of a table's heatmaps need of_class="):
+        clusters(table, what="heatmap")
+    with pytest.raises(ValueError, match="has no rows of"):
+        keep_heatmaps(fv, EpsilonPlus(), 7)
+
+
+def test_heatmaps_that_cannot_be_kept(tmp_path):
+    fv = make_fv(tmp_path, Images(12))
+    fv.run(EpsilonPlus(), 0, 12, progress=False)
+    fv.attribution.heatmap_modifier = lambda data, on_device=None: data.grad.detach()
+    with pytest.raises(ValueError, match=r"heatmaps have shape \(1, 6, 6\); only those of pictures are made small"):
+        keep_heatmaps(fv, EpsilonPlus(), 1)

@@ -33,7 +33,7 @@ BUDGETS = {
     # (targets at positions of a text, maps of tokens)
     "attributors": 2700,
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
-    "audit": 1950,
+    "audit": 2100,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
     "commands": 1600,
@@ -50,7 +50,8 @@ BUDGETS = {
     "image": 1130,
     # (names of layers that mean what they are called with)
     "layers": 710,
-    "outputs": 150,
+    # (logits of a detector's boxes)
+    "outputs": 360,
     "metrics": 810,
     "rules": 5320,
     "trace": 1400,

@@ -101,10 +101,10 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     asked = data[:1] if targets == "all" else data
     with torch.no_grad(), put_on(None, attribution.model) as model:
         output = attribution.select_output(model(asked))
-    if output.dim() != 2 or len(output) != len(asked):
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(asked):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else "a list of tensors"
         raise ValueError(
-            f"targets={targets!r} needs an output of shape ({len(asked)}, classes), not {tuple(output.shape)}; give "
-            "a list of targets"
+            f"targets={targets!r} needs an output of shape ({len(asked)}, classes), not {shape}; give a list of targets"
         )
     if targets == "all":
         return [list(range(output.shape[1]))] * len(data)
