@@ -45,8 +45,8 @@ BUDGETS = {
     "engine": 4000,
     "devices": 50,
     "explain": 200,
-    # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
-    "image": 1130,
+    # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them; what forms take and give)
+    "image": 1150,
     "layers": 490,
     "outputs": 150,
     "metrics": 810,
