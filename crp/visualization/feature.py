@@ -15,7 +15,7 @@ from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import Concept
-from crp.engine.forward import check_layers
+from crp.engine.taps import check_layers
 from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
@@ -142,7 +142,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             With ``dataset``, for a table that was mined by Python code.
         dataset : Dataset, optional
         layer_map : mapping of layer name to Concept, optional
-            By default, the channels of the layers that were mined.
+            By default, the concepts that were mined; those of the user's own must be given.
         preprocess_fn : callable, optional
             With ``model`` and ``dataset``.
         **settings
