@@ -265,7 +265,8 @@ class CondAttribution:
         """Check what a careful user would: `print` it, or take its ``to_dict()``; its ``holds`` is the verdict.
 
         The prediction is unchanged; relevance of the data, and what layers keep, is what started; all is finite, and
-        the same again; shuffled weights give another heatmap; which rule reached how many operations.
+        the same again; shuffled weights give another heatmap; which rule reached how many operations. Takes the first
+        three parameters of `__call__`, and returns a `Checked`.
         """
         return check_explanation(self, data, conditions, composite)
 

@@ -46,8 +46,8 @@ BUDGETS = {
     "engine": 4000,
     "devices": 50,
     "explain": 200,
-    # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
-    "image": 1130,
+    # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them; what forms take and give)
+    "image": 1150,
     # (names of layers that mean what they are called with)
     "layers": 710,
     # (logits of a detector's boxes)
