@@ -15,6 +15,7 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.layers import unwrap
 from crp.visualization.mining.marks import source_of
+from crp.visualization.mining.texts import texts_in
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 #: Characters of what has no plainer words, entries of a list, and levels of lists in lists.
@@ -53,6 +54,9 @@ def make_recipe(
         "layers": {layer: _describe_concept(concept) for layer, concept in concepts.items()},
         "dataset": {"class": _name(getattr(dataset, "dataset", dataset))} | folder,
     }
+    texts = texts_in(dataset)
+    if texts is not None:
+        recipe["texts"] = in_words(texts.describe())
     recipe |= {key: in_words(value) for key, value in settings.items()}
     for key, value in dict(said or {}).items():
         words, known = in_words(value), recipe.get(key)
