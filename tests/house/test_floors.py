@@ -47,7 +47,7 @@ BUDGETS = {
     "explain": 200,
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     # (and texts with the relevance of their tokens)
-    "image": 1360,
+    "image": 1390,
     "layers": 490,
     "outputs": 150,
     "metrics": 810,
