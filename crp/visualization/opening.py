@@ -25,10 +25,16 @@ class Opened(NamedTuple):
     layer_map: dict[str, Concept]
 
 
-def open_recipe(recipe: Mapping[str, Any]) -> Opened:
+def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> Opened:
     """Load what ``crp mine`` was given, from the recipe of its table.
 
     Modules of the user's own that the recipe names are imported, as ``crp mine`` did: it is for tables that one trusts.
+
+    Parameters
+    ----------
+    recipe : mapping
+    data : str, optional
+        Other data, prepared as the table's were; without labels.
 
     Raises
     ------
@@ -41,14 +47,17 @@ def open_recipe(recipe: Mapping[str, Any]) -> Opened:
             "the table was not mined by crp mine, so that model and dataset cannot be loaded from its recipe; give them"
         )
     try:
-        source = open_source(str(command["data"]))
+        source = open_source(str(command["data"]) if data is None else data)
         checkpoint, classes = (
             None if command[name] is None else Path(command[name]) for name in ("checkpoint", "classes")
         )
         pictures = {name: command[name] for name in ("size", "mean", "std")}
         loaded = load_model(str(command["model"]), command["weights"], checkpoint, classes=classes, **pictures)
         fields = [field for field in str(command["fields"]).split(",") if field]
-        dataset, preprocess = load_source(source, fields, loaded, by_label=command["targets"] == "label")
+        by_label = data is None and command["targets"] == "label"
+        if isinstance(source, Path) and data is not None:
+            fields = []
+        dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
     except (KeyError, TypeError, AttributeError) as error:
         raise LoadingError(f"the recipe of the table lacks or garbles what crp mine was given: {error!r}") from error
     return Opened(loaded.model, dataset, preprocess, make_layer_map(recipe))

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from command_cases import crp
+from command_cases import crp, mine_pictures
 from mining_cases import Data, make_net, run
-from PIL import Image
 
 from crp.composites import EpsilonPlus
 from crp.errors import LoadingError
 from crp.visualization import FeatureVisualization, Table
 
-MODULE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-"""
-
 
 @pytest.fixture
 def mined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Table of a folder of pictures, mined by the command."""
-    (tmp_path / "nets.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    for i in range(8):
-        folder = tmp_path / "pictures" / ("cats", "dogs")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    options = ["--model", "nets:net", "--data", "pictures", "--layers", "0", "--composite", "epsilon_plus", "--quiet"]
-    result = crp("mine", *options, "--mean", "0.5", "--std", "0.25", "--out", "atlas")
-    assert result.exit_code == 0, result.output
-    return tmp_path / "atlas"
+    return mine_pictures(tmp_path, monkeypatch)
 
 
 def test_a_report_needs_nothing_but_the_folder(mined: Path) -> None:
