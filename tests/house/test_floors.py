@@ -36,7 +36,7 @@ BUDGETS = {
     "audit": 1950,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1400,
+    "commands": 1480,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -57,7 +57,7 @@ BUDGETS = {
     "types": 150,
     # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
     # (references that are texts)
-    "visualization": 3190,
+    "visualization": 3240,
     # (what a table says in words, which dataset it is of, and the columns about samples)
     # (texts: read, filled up, scored by token)
     "visualization.mining": 3210,
@@ -69,7 +69,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 722
+PUBLIC_NAMES = 736
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
