@@ -14,7 +14,6 @@ from crp.concepts import AxisConcept
 from crp.errors import LoadingError
 from crp.image import TextHeatmap
 from crp.visualization import FeatureVisualization, Table, Texts
-from crp.visualization.opening import make_layer_map
 from crp.visualization.sources import load_texts, load_tokenizer
 
 pytest.importorskip("transformers")
@@ -133,10 +132,3 @@ def test_texts_made_by_the_user_say_everything_themselves(here: Path) -> None:
         load_texts(texts, None, "-1", "", "m:n")
     assert load_texts([torch.ones(3)], None, None, "", "m:n") is None
     assert type(load_tokenizer("reading:letters")).__name__ == "Letters"
-
-
-def test_a_forged_table_makes_no_concepts() -> None:
-    about = {"concept": "crp.concepts.axes.AxisConcept", "settings": {"axis": 0, "groups": None}}
-    for settings in ({"axis": 0, "groups": None}, None, {"axis": -1}):
-        with pytest.raises(LoadingError, match="the table garbles the concepts of layer 'a'"):
-            make_layer_map({"layers": {"a": {**about, "settings": settings}}})

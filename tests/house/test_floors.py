@@ -36,7 +36,7 @@ BUDGETS = {
     "audit": 1950,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1480,
+    "commands": 1690,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -55,12 +55,12 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1370,
     "types": 150,
-    # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
-    # (references that are texts)
-    "visualization": 3240,
-    # (what a table says in words, which dataset it is of, and the columns about samples)
-    # (texts: read, filled up, scored by token)
-    "visualization.mining": 3210,
+    # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
+    # loaded again; references that are texts)
+    "visualization": 3320,
+    # (what a table says in words, and concepts made again of it; which dataset it is of, and the columns about samples;
+    # texts: read, filled up, scored by token)
+    "visualization.mining": 3300,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
     "visualization.report": 2350,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
