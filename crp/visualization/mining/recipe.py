@@ -111,7 +111,7 @@ def _describe_concept(concept: Concept) -> dict[str, Any]:
     known = {key: value for key, value in getattr(concept, "__dict__", {}).items() if key[:1] != "_"}
     words = {"concept": _name(concept), "axis": in_words(axis), "settings": in_words(known)}
     tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
-    if type(concept) in _OURS and sum(value.nbytes for value in tensors.values()) <= _BYTES:
+    if tensors and type(concept) in _OURS and sum(value.nbytes for value in tensors.values()) <= _BYTES:
         words["tensors"] = {key: _encode(value) for key, value in tensors.items()}
     return words
 
