@@ -132,7 +132,7 @@ class CondAttribution:
             ``{layer name: concept ids, "y": targets}``. Relevance flows through these concepts of these layers only;
             it starts at the targets (several are summed). As many conditions as samples are paired with them;
             otherwise every sample meets every condition, and rows come sample by sample. An empty list of ids lets
-            nothing through.
+            nothing through. ``"name#1"`` is the second call of a layer, ``"name.input"`` what it is called with.
         composite : zennit.core.Composite, optional
             Rules and canonizers: one of ours or of zennit's. None is the plain gradient or, within its context, the
             composite that is on the model.

@@ -24,10 +24,11 @@ from crp.engine.conditions import (
 )
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
-from crp.engine.forward import SINK, ForwardPass, check_layers, tensor_in
+from crp.engine.forward import SINK, ForwardPass, tensor_in
 from crp.engine.inputs import Data, Inputs
 from crp.engine.masks import Given, row_masks
 from crp.engine.settings import Overrides, Settings
+from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks

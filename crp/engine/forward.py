@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from threading import get_ident
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from crp.devices import send_to
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
+from crp.engine.taps import outputs_meant, tapped
 from crp.errors import InputError, InputTypeError
-from crp.layers import find_layers, hooked, modules_of, referencing, tracing
-from crp.layers.interrupts import atomic
+from crp.layers import hooked, referencing
 from crp.notices import warn
 from crp.types import AttributionResults, Sinks
 
@@ -87,7 +86,7 @@ class ForwardPass:
             output = select_output(returned)
         _check_explained("the model's output", output)
         _check_columns("the model's output", output, len(inputs))
-        layers, references = _outputs_meant(taps, roles)
+        layers, references = outputs_meant(taps, roles)
         for layer in layers:
             _check_layer(layer, roles[layer], layers[layer], inputs)
         if reference is not None:
@@ -143,7 +142,7 @@ def record_outputs(
     roles = dict.fromkeys(layers, "record")
     with tapped(model, roles) as taps, torch.no_grad():
         run(model)
-    outputs, _ = _outputs_meant(taps, roles)
+    outputs, _ = outputs_meant(taps, roles)
     for layer, output in outputs.items():
         _check_columns(f"the output of layer {layer!r}", output, n_samples)
     return outputs
@@ -204,106 +203,3 @@ def tensor_in(output: Any) -> Tensor:
             "override CondAttribution.select_output to choose the tensor to explain"
         )
     return output
-
-
-@dataclass
-class Tap:
-    """Forward hook that keeps every output of a layer apart; the model goes on with a copy.
-
-    Attributes
-    ----------
-    layer : str
-    outputs : list of Tensor
-        Of each call of the layer.
-    references : list of Tensor
-        Of the same calls for the reference input of a composite that has one.
-    thread : int
-        Whose calls are kept; others pass.
-    """
-
-    layer: str
-    outputs: list[Tensor] = field(default_factory=list)
-    references: list[Tensor] = field(default_factory=list)
-    thread: int = field(default_factory=get_ident)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Forward hook, with keywords."""
-        if get_ident() != self.thread or tracing():
-            return None
-        if not isinstance(output, Tensor):
-            raise InputTypeError(
-                f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
-                "name a layer inside it, or after it, that returns one"
-            )
-        if referencing():
-            self.references.append(output.detach())
-            return None
-        # Dropout and the like return their input, which what flows past the layer reads too.
-        passed_on = any(output is given for given in (*args, *kwargs.values()))
-        self.outputs.append(output.clone() if passed_on else output)
-        return self.outputs[-1].clone()
-
-    def call_meant(self, number: int | None, role: str) -> int | None:
-        """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""
-        layer, n_calls = self.layer, len(self.outputs)
-        if not n_calls and role == "record":
-            warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
-            return None
-        if not n_calls:
-            raise InputError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
-        if number is not None and number >= n_calls:
-            raise InputError(f"layer {layer!r} is called {n_calls} times; there is no {layer}#{number}")
-        if number is None and n_calls > 1:
-            names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
-            if role != "record":
-                raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
-            warn(f"layer {layer!r} is called {n_calls} times; its last call is recorded, of {names}")
-        return n_calls - 1 if number is None else number
-
-
-@atomic
-def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
-    """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
-
-    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"`` or ``"record"``. ``"name#1"`` is its
-    second call.
-    """
-    known = modules_of(model) if roles else {}
-    meant = {layer: _split(layer, known) for layer in roles}
-    taps = {name: Tap(name) for name, _ in meant.values()}
-    with hooked({known[name]: tap for name, tap in taps.items()}, with_kwargs=True):
-        yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
-
-
-def _outputs_meant(
-    taps: Mapping[str, tuple[int | None, Tap]], roles: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str | None, Tensor]]:
-    """Outputs of the calls that are meant, and those for the reference, by layer; without what cannot be recorded."""
-    outputs: dict[str, Tensor] = {}
-    references: dict[str | None, Tensor] = {}
-    for layer, (number, tap) in taps.items():
-        call = tap.call_meant(number, roles[layer])
-        if call is not None:
-            outputs[layer] = tap.outputs[call]
-            if tap.references:
-                references[layer] = tap.references[call]
-    return outputs, references
-
-
-def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
-    """Name of a layer and number of its call, ``"name#1"`` being the second."""
-    name, _, number = layer.rpartition("#")
-    if layer in known or not name or name not in known or not number.isdigit():
-        return layer, None
-    return name, int(number)
-
-
-def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
-    """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
-    if not layers:
-        return
-    known = modules_of(model)
-    for layer in layers:
-        if not isinstance(layer, str):
-            raise InputTypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
-    find_layers(model, [_split(layer, known)[0] for layer in layers], role)

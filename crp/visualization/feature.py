@@ -15,7 +15,7 @@ from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import Concept
-from crp.engine.forward import check_layers
+from crp.engine.taps import check_layers
 from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader

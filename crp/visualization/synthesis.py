@@ -28,8 +28,9 @@ from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.concepts.reading import activation_sums
 from crp.engine.attached import check_composite, put_on
-from crp.engine.forward import ForwardPass, check_layers, tensor_in
+from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs, check_data
+from crp.engine.taps import check_layers
 from crp.layers import unwrap
 
 if TYPE_CHECKING:
@@ -291,8 +292,7 @@ def maximize(
     torch.Size([3, 4])
     """
     _check(model, objective, shape, composite)
-    how = SynthesisSettings(**settings)
-    model = unwrap(model)
+    how, model = SynthesisSettings(**settings), unwrap(model)
     check_layers(model, sorted(objective.layers - {OUTPUT}), "layer")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,7 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_layers
+from crp.engine.taps import check_layers, in_model_order
 from crp.notices import warn
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.identity import probe
@@ -270,9 +270,7 @@ def _in_order(attribution: CondAttribution, layer_map: Mapping[str, Concept]) ->
     for layer, concept in layer_map.items():
         if isinstance(concept, type) or not hasattr(concept, "scores"):
             raise TypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
-    order = list(dict(attribution.model.named_modules()))
-    layers = sorted(layer_map, key=lambda layer: order.index(layer if layer in order else layer.rpartition("#")[0]))
-    return {layer: layer_map[layer] for layer in layers}
+    return {layer: layer_map[layer] for layer in in_model_order(attribution.model, layer_map)}
 
 
 def _header(
