@@ -259,7 +259,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         settings: MiningKeywords = {
             "batch_size": batch_size,
             "shard_size": min(checkpoint, SHARD_BATCHES) * batch_size,
-            "preprocess": self.preprocess_data if is_plain else None,
+            "preprocess": self.preprocess_data if is_plain and not self._is_of_ids() else None,
             "single_targets": labels,
             "on_device": on_device,
             "device": self.device,
