@@ -113,7 +113,7 @@ class AttributionGraph:
             raise ValueError(
                 f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none"
             )
-        if isinstance(width, str) or not isinstance(width, Collection):
+        if not isinstance(width, Collection):
             raise TypeError(f"width must be a list, with the number of concepts kept at each level; not {width!r}")
         for n_kept in width:
             check_number("each number in width", n_kept, least=1, whole=True)
