@@ -1,7 +1,7 @@
 """What a model makes of its data as a whole: vectors for directions, prototypes, clusters, correction."""
 
-from crp.audit.auditing import AuditedSample, audit
-from crp.audit.clustering import Clusters, clusters, export_corelay
+from crp.audit.auditing import AuditedSample, audit, audit_table, save_audit
+from crp.audit.clustering import Clusters, clusters, export_corelay, save_clusters
 from crp.audit.collect import Collected, collect
 from crp.audit.context import context_scores
 from crp.audit.correcting import Effect, effect, penalty, project, prune
@@ -17,6 +17,7 @@ __all__ = [
     "Match",
     "Prototypes",
     "audit",
+    "audit_table",
     "clarity",
     "clusters",
     "collect",
@@ -32,5 +33,7 @@ __all__ = [
     "prototypes",
     "prune",
     "redundancy",
+    "save_audit",
+    "save_clusters",
     "search",
 ]

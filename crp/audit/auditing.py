@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,10 +11,12 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.prototypes import Prototypes
+from crp.audit.prototypes import Prototypes, class_vectors
 from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.visualization.mining.targets import choose_targets
+from crp.visualization.table.derived import keep_result
+from crp.visualization.table.store import Table
 
 
 class Use(NamedTuple):
@@ -37,6 +41,7 @@ class AuditedSample(NamedTuple):
     Attributes
     ----------
     predicted : int
+        The class with whose prototypes it is compared: the predicted one, or that of ``targets`` or of the table's row.
     percentile : float
         Share, in percent, of the class's samples that are no more likely than this one: 0 for a new kind of outlier.
     prototype : int
@@ -45,6 +50,8 @@ class AuditedSample(NamedTuple):
         Sample of the mined data set that shows it.
     over, under : list of Use
         Concepts used more and less than by the prototype, those with the largest difference first.
+    sample : int or None
+        Its number in the mined data set, where it is of one.
     """
 
     predicted: int
@@ -53,6 +60,7 @@ class AuditedSample(NamedTuple):
     nearest: int
     over: list[Use]
     under: list[Use]
+    sample: int | None = None
 
     def __str__(self) -> str:
         over, under = (", ".join(f"{u.name} ({u.difference:+.3f})" for u in uses) for uses in (self.over, self.under))
@@ -106,22 +114,109 @@ def audit(
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
     rows = vectors.detach().cpu().numpy().astype(np.float64)
-    findings = []
-    for row, of_class in zip(rows, classes, strict=True):
-        vector = row[None]
-        prototype = int(found.assign(vector, of_class)[0])
-        difference = found.deviation(vector, of_class)[0]
-        order = np.argsort(-difference, kind="stable")
+    return [
+        _compared(found, row[None], of_class, concept.describe, k)[0]
+        for row, of_class in zip(rows, classes, strict=True)
+    ]
+
+
+def audit_table(
+    table: Table,
+    found: Prototypes,
+    samples: Sequence[int] | None = None,
+    *,
+    k: int = 5,
+    describe: Callable[[int], str] | None = None,
+) -> list[AuditedSample]:
+    """Compare the mined samples with the prototypes of their class; neither model nor data are needed.
+
+    Parameters
+    ----------
+    table : Table
+        From which the prototypes were made.
+    found : Prototypes
+    samples : sequence of int, optional
+        All by default. A sample with rows for several classes is compared for each that has prototypes.
+    k : int
+        Number of concepts listed.
+    describe : callable, optional
+        Gives the name of a concept; ``"concept 3"`` by default.
+
+    Returns
+    -------
+    list of AuditedSample
+        The least usual first: by percentile, then by number.
+
+    Raises
+    ------
+    KeyError
+        If a sample has no row of a class with prototypes.
+    """
+    named = describe or "concept {}".format
+    audited = []
+    for of_class in found.classes:
+        vectors, numbers = class_vectors(table, found.layer, of_class, found.normed)
+        if samples is not None:
+            inside = np.isin(numbers, list(samples))
+            vectors, numbers = vectors[inside], numbers[inside]
+        if len(vectors):
+            audited += _compared(found, vectors, of_class, named, k, numbers.tolist())
+    if samples is not None and (missed := sorted(set(samples) - {one.sample for one in audited})):
+        raise KeyError(f"sample {missed[0]} has no row of a class with prototypes, which are {sorted(found.classes)}")
+    return sorted(audited, key=lambda one: (one.percentile, one.sample))
+
+
+def save_audit(table: Table, found: Prototypes, audited: Sequence[AuditedSample]) -> Path:
+    """Keep the audit of a table's samples beside it, where ``crp report`` finds it until the table changes.
+
+    Parameters
+    ----------
+    table : Table
+    found : Prototypes
+    audited : sequence of AuditedSample
+        From `audit_table`.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    n = len(audited)
+    longest = max((len(uses) for one in audited for uses in (one.over, one.under)), default=0)
+    ids = {name: np.full((n, longest), -1, np.int64) for name in ("over", "under")}
+    differences = {f"{name}_difference": np.zeros((n, longest)) for name in ids}
+    for row, one in enumerate(audited):
+        for name in ids:
+            for column, use in enumerate(getattr(one, name)):
+                ids[name][row, column] = use.concept
+                differences[f"{name}_difference"][row, column] = use.difference
+    columns = {
+        "sample": np.array([one.sample for one in audited], np.int64),
+        "target": np.array([one.predicted for one in audited], np.int64),
+        "percentile": np.array([one.percentile for one in audited], np.float64),
+        "prototype": np.array([one.prototype for one in audited], np.int64),
+        "nearest": np.array([one.nearest for one in audited], np.int64),
+    }
+    return keep_result(table, "audit", found.layer, {**columns, **ids, **differences}, {"normed": found.normed})
+
+
+def _compared(
+    found: Prototypes,
+    vectors: np.ndarray,
+    of_class: int,
+    describe: Callable[[int], str],
+    k: int,
+    samples: Sequence[int | None] = (None,),
+) -> list[AuditedSample]:
+    """Audit of some vectors of one class."""
+    prototypes, percentiles = found.assign(vectors, of_class), found.percentile(vectors, of_class)
+    audited = []
+    for row, difference in enumerate(found.deviation(vectors, of_class)):
+        order = np.argsort(-difference, kind="stable").tolist()
         over = [i for i in order[:k] if difference[i] > 0]
         under = [i for i in order[::-1][:k] if difference[i] < 0]
-        uses = [[Use(int(i), concept.describe(int(i)), float(difference[i])) for i in ids] for ids in (over, under)]
-        findings.append(
-            AuditedSample(
-                of_class,
-                float(found.percentile(vector, of_class)[0]),
-                prototype,
-                int(found.classes[of_class].sample[prototype]),
-                *uses,
-            )
-        )
-    return findings
+        more, less = ([Use(i, describe(i), float(difference[i])) for i in ids] for ids in (over, under))
+        prototype = int(prototypes[row])
+        nearest = int(found.classes[of_class].sample[prototype])
+        audited.append(AuditedSample(of_class, float(percentiles[row]), prototype, nearest, more, less, samples[row]))
+    return audited

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crp.visualization.analysis import RowSelection
+from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
-MIN_GAP = 4.0
+_MIN_GAP = 4.0
 
 
 class Clusters(NamedTuple):
@@ -132,10 +133,57 @@ def clusters(
         raise ValueError("explanations have NaN or infinite values")
     values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
     if n is None:
-        gaps = np.where(values[:-1] < values[1:] / MIN_GAP, np.diff(values), 0.0)
+        gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
         n = 1 + int(gaps.argmax())
     label, embedding, separation = _assign(basis, n, seed)
     return Clusters(label, samples, values, embedding, separation, vectors)
+
+
+def save_clusters(
+    table: Table, found: Clusters, layer: str, of_class: int, *, what: str = "relevance", k: int = 8
+) -> Path:
+    """Keep the clusters of a class beside the table, where ``crp report`` finds them until the table changes.
+
+    Parameters
+    ----------
+    table : Table
+    found : Clusters
+        Of samples of the table, with its concepts as features; those of heatmaps have no concepts, and the list of the
+        strongest is left out.
+    layer : str
+        Of the table.
+    of_class : int
+    what : {"relevance", "activation", "heatmap"}
+        What was clustered.
+    k : int
+        Number of concepts that are kept of each cluster.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    by_concept = what in ("relevance", "activation")
+    strongest = [found.strongest(i, k) if by_concept else [] for i in range(len(found.sizes))]
+    ids, exceeds = np.full((len(strongest), k), -1, np.int64), np.zeros((len(strongest), k))
+    for row, concepts in enumerate(strongest):
+        for column, (concept, difference) in enumerate(concepts):
+            ids[row, column], exceeds[row, column] = concept, difference
+    members = np.full((len(strongest), k), -1, np.int64)
+    for row in range(len(strongest)):
+        nearest = found.members(row)[:k]
+        members[row, : len(nearest)] = nearest
+    arrays = {
+        "sample": found.sample,
+        "label": found.label,
+        "eigenvalues": found.eigenvalues,
+        "embedding": found.embedding,
+        "members": members,
+        "strongest": ids,
+        "difference": exceeds,
+    }
+    settings = {"what": what, "separation": found.separation}
+    return keep_result(table, "clusters", layer, arrays, settings, of_class)
 
 
 def export_corelay(path: str | Path, found: Clusters, heatmaps: Any | None = None, *, name: str = "spectral") -> None:

@@ -19,12 +19,15 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from crp.visualization.analysis import RowSelection
+from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.store import Table
 
 Covariance = Literal["full", "diag"]
+#: Samples of a prototype that are kept with it beside a table.
+_MEMBERS = 8
 
 
-class Mixture(NamedTuple):
+class _Mixture(NamedTuple):
     """Prototypes of one class.
 
     Attributes
@@ -54,12 +57,12 @@ class Prototypes:
     layer : str
     normed : bool
         Whether vectors are shares of the layer's relevance.
-    classes : dict of int to Mixture
+    classes : dict of int to _Mixture
     """
 
     layer: str
     normed: bool
-    classes: Mapping[int, Mixture]
+    classes: Mapping[int, _Mixture]
 
     def score(self, vectors: Any, of_class: int) -> np.ndarray:
         """Log density of vectors of shape (samples, concepts), as predictions of a class: (samples,)."""
@@ -80,28 +83,71 @@ class Prototypes:
         means = self._mixture(of_class).means
         return np.asarray(self._vectors(vectors, of_class) - means[self.assign(vectors, of_class)])
 
-    def save(self, path: str | Path) -> None:
-        """Write a ``.safetensors`` file."""
+    def save(self, place: str | Path | Table) -> Path:
+        """Write them into a ``.safetensors`` file, or beside the table from which they were made.
+
+        Beside a table, ``crp audit`` and ``crp report`` find them, until the table changes.
+
+        Parameters
+        ----------
+        place : path, or Table
+
+        Returns
+        -------
+        Path
+            The file.
+        """
         arrays = {
             f"{of_class}/{name}": np.ascontiguousarray(value)
             for of_class, mixture in self.classes.items()
             for name, value in mixture._asdict().items()
         }
-        save_file(arrays, path, {"layer": self.layer, "normed": str(self.normed)})
+        if not isinstance(place, Table):
+            save_file(arrays, place, {"layer": self.layer, "normed": str(self.normed)})
+            return Path(place)
+        arrays |= {f"{of_class}/members": self._members(place, of_class) for of_class in self.classes}
+        return keep_result(place, "prototypes", self.layer, arrays, {"normed": self.normed})
 
     @classmethod
-    def load(cls, path: str | Path) -> Prototypes:
-        """Read what `save` has written."""
+    def load(cls, place: str | Path | Table, layer: str | None = None) -> Prototypes:
+        """Read what `save` has written.
+
+        Parameters
+        ----------
+        place : path, or Table
+        layer : str, optional
+            Of the table.
+
+        Raises
+        ------
+        TableNotFoundError
+            If none are kept beside the table.
+        TableMismatchError
+            If the table has changed since they were made.
+        """
+        if isinstance(place, Table):
+            if layer is None:
+                raise ValueError("prototypes that are kept beside a table need layer=")
+            kept = read_kept(place, "prototypes", layer)
+            return cls(layer, bool(kept.settings["normed"]), _mixtures(kept.arrays))
         from safetensors import safe_open
 
-        arrays = load_file(path)
-        with safe_open(path, "np") as file:
+        with safe_open(place, "np") as file:
             about = file.metadata()
-        classes = sorted({int(key.partition("/")[0]) for key in arrays})
-        mixtures = {i: Mixture(*(arrays[f"{i}/{name}"] for name in Mixture._fields)) for i in classes}
-        return cls(about["layer"], about["normed"] == "True", mixtures)
+        return cls(about["layer"], about["normed"] == "True", _mixtures(load_file(place)))
 
-    def _mixture(self, of_class: int) -> Mixture:
+    def _members(self, table: Table, of_class: int) -> np.ndarray:
+        """Samples nearest to the mean of each prototype among those that belong to it, (prototypes, k); -1 for none."""
+        vectors, samples = class_vectors(table, self.layer, of_class, self.normed)
+        means, belongs = self._mixture(of_class).means, self.assign(vectors, of_class)
+        members = np.full((len(means), _MEMBERS), -1, np.int64)
+        for i, mean in enumerate(means):
+            inside = np.flatnonzero(belongs == i)
+            order = np.argsort(np.linalg.norm(vectors[inside] - mean, axis=1), kind="stable")[:_MEMBERS]
+            members[i, : len(order)] = samples[inside[order]]
+        return members
+
+    def _mixture(self, of_class: int) -> _Mixture:
         if of_class not in self.classes:
             raise KeyError(f"there are no prototypes of class {of_class}; there are of {sorted(self.classes)}")
         return self.classes[of_class]
@@ -163,17 +209,27 @@ def prototypes(
         classes = sorted(set(table.rows().target.tolist()))
     found = {}
     for of_class in classes:
-        blocks = list(RowSelection(layer, normed=normed, of_class=of_class).blocks(table))
-        vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
-        samples = np.concatenate([block.sample for block in blocks])
+        vectors, samples = class_vectors(table, layer, of_class, normed)
         found[of_class] = _fit(vectors, samples, numbers, covariance, regularization, seed, f"class {of_class}")
     return Prototypes(layer, normed, found)
+
+
+def class_vectors(table: Table, layer: str, of_class: int, normed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Relevance of a layer's concepts in the rows of a class, (rows, concepts) in float64, and their samples."""
+    blocks = list(RowSelection(layer, normed=normed, of_class=of_class).blocks(table))
+    vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
+    return vectors, np.concatenate([block.sample for block in blocks]).astype(np.int64)
+
+
+def _mixtures(arrays: Mapping[str, np.ndarray]) -> dict[int, _Mixture]:
+    classes = sorted({int(key.partition("/")[0]) for key in arrays})
+    return {i: _Mixture(*(arrays[f"{i}/{name}"] for name in _Mixture._fields)) for i in classes}
 
 
 def _fit(
     vectors: np.ndarray, samples: np.ndarray, numbers: Sequence[int], covariance: Covariance, share: float, seed: int,
     what: str,
-) -> Mixture:  # fmt: skip
+) -> _Mixture:  # fmt: skip
     from sklearn.mixture import GaussianMixture
 
     numbers = [number for number in numbers if number <= len(vectors)]
@@ -188,7 +244,7 @@ def _fit(
         for number in numbers
     ]
     best = min(models, key=lambda model: model.bic(vectors))
-    mixture = Mixture(best.weights_, best.means_, best.covariances_, np.zeros(0), np.zeros(0))
+    mixture = _Mixture(best.weights_, best.means_, best.covariances_, np.zeros(0), np.zeros(0))
     joint = _joint(mixture, vectors)
     belongs = joint.argmax(1)[:, None] == np.arange(len(best.weights_))
     distances = np.linalg.norm(vectors[:, None] - best.means_, axis=2)
@@ -199,7 +255,7 @@ def _fit(
     )  # fmt: skip
 
 
-def _joint(mixture: Mixture, vectors: np.ndarray) -> np.ndarray:
+def _joint(mixture: _Mixture, vectors: np.ndarray) -> np.ndarray:
     """Log density of each vector and prototype together, (samples, prototypes)."""
     weights, means, covariances = mixture[:3]
     parts = []

@@ -1,86 +1,303 @@
-"""``crp clusters`` and ``crp prototypes``: in how many ways a model predicts a class, told from a mined table alone."""
+"""``crp prototypes``, ``crp audit`` and ``crp clusters``: how a model predicts classes, told from a mined table."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from crp.commands.errors import CommandError
+from crp.commands.table import _plain
 
 if TYPE_CHECKING:
+    from crp.audit import AuditedSample, Clusters, Prototypes
     from crp.visualization.table.store import Table
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-#: Samples listed of each cluster, and concepts of each cluster and prototype.
+_JSON = click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
+_KEEP = click.option(
+    "--keep/--no-keep", default=True, show_default=True, help="In FOLDER, for the pages of crp report."
+)
+_SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+#: Samples and concepts that are listed of each cluster and prototype.
 _LISTED = 8
-
-
-@click.command("clusters")
-@click.argument("folder", type=_FOLDER)
-@click.argument("layer")
-@click.argument("of_class", metavar="CLASS", type=int)
-@click.option("--what", type=click.Choice(["relevance", "activation"]), default="relevance", show_default=True)
-@click.option("--n", type=click.IntRange(min=1), help="Number of clusters; that of the largest gap by default.")
-@click.option("--export", type=click.Path(dir_okay=False, path_type=Path), help="New HDF5 file for ViRelAy.")
-def clusters_command(folder: Path, layer: str, of_class: int, what: str, n: int | None, export: Path | None) -> None:
-    """Cluster the explanations of a class (SpRAy): a class in several clusters is predicted for several reasons."""
-    from crp.audit import clusters, export_corelay
-
-    table = _open(folder)
-    try:
-        found = clusters(table, layer, of_class, what=what, n=n)
-        if export is not None:
-            export_corelay(export, found, name=f"class {of_class}")
-    except (KeyError, ValueError, OSError, ImportError) as error:
-        raise CommandError(_message(error)) from error
-    click.echo(
-        f"class {of_class}, layer {layer!r}: {len(found.label)} samples in {len(found.sizes)} clusters, separation "
-        f"{found.separation:.2f}"
-    )
-    for i, size in enumerate(found.sizes):
-        concepts = ", ".join(f"{concept} ({value:+.3f})" for concept, value in found.strongest(i, _LISTED))
-        samples = ", ".join(map(str, found.members(i)[:_LISTED].tolist()))
-        click.echo(f"cluster {i}  {size} samples, such as {samples}; more of concepts {concepts or 'none'}")
 
 
 @click.command("prototypes")
 @click.argument("folder", type=_FOLDER)
 @click.argument("layer")
-@click.argument("classes", nargs=-1, type=int)
-@click.option("--n", type=click.IntRange(min=1), help="Prototypes of each class; that of the least BIC by default.")
+@click.argument("classes", nargs=-1)
+@click.option(
+    "--n", type=click.IntRange(1), help="Prototypes of each class; that of the least BIC, up to 6, by default."
+)
+@click.option("--covariance", type=click.Choice(["diag", "full"]), default="diag", show_default=True)
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="File to save them to (.safetensors).")
-def prototypes_command(folder: Path, layer: str, classes: tuple[int, ...], n: int | None, save: Path | None) -> None:
-    """Tell the prototypes of classes: the ways in which they are predicted, each with the sample that shows it."""
+@_SEED
+@_KEEP
+@_JSON
+def prototypes_command(
+    folder: Path,
+    layer: str,
+    classes: tuple[str, ...],
+    n: int | None,
+    covariance: Any,
+    save: Path | None,
+    seed: int,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Tell the prototypes of CLASSES (all by default): the ways in which they are predicted.
+
+    Each comes with the sample that shows it and its concepts. They are kept in FOLDER, for crp audit and crp report.
+
+        crp prototypes atlas/ layer4 ship
+    """
     from crp.audit import prototypes
-
-    table = _open(folder)
-    try:
-        numbers = range(1, 7) if n is None else n
-        found = prototypes(table, layer, numbers, classes=list(classes) or None)
-        if save is not None:
-            found.save(save)
-    except (KeyError, ValueError, OSError, ImportError) as error:
-        raise CommandError(_message(error)) from error
-    for of_class, mixture in found.classes.items():
-        rows = zip(mixture.weights.tolist(), mixture.sample.tolist(), mixture.means, strict=True)
-        for i, (weight, sample, mean) in enumerate(rows):
-            top = ", ".join(f"{concept} ({mean[concept]:+.3f})" for concept in (-mean).argsort()[:_LISTED].tolist())
-            click.echo(f"class {of_class}, prototype {i}  {weight:.0%} of samples, as in {sample}; concepts {top}")
-
-
-def _open(folder: Path) -> Table:
-    from crp.visualization.table.manifest import TableError
     from crp.visualization.table.store import Table
 
-    try:
-        return Table.open(folder)
-    except (TableError, OSError) as error:
-        raise CommandError(_message(error)) from error
+    table = Table.open(folder)
+    chosen = [_find_class(table, name) for name in classes] or None
+    found = prototypes(table, layer, range(1, 7) if n is None else n, classes=chosen, covariance=covariance, seed=seed)
+    if save is not None:
+        found.save(save)
+    if keep:
+        found.save(table)
+    describe, rows = _describe(table, layer), list[dict[str, Any]]()
+    for of_class, mixture in found.classes.items():
+        for i, mean in enumerate(mixture.means):
+            top = (-mean).argsort(kind="stable")[:_LISTED].tolist()
+            rows.append(
+                {
+                    "class": of_class,
+                    "name": _class_name(table, of_class),
+                    "prototype": i,
+                    "weight": float(mixture.weights[i]),
+                    "sample": int(mixture.sample[i]),
+                    "concepts": [{"concept": c, "name": describe(c), "share": float(mean[c])} for c in top],
+                }
+            )
+    if as_json:
+        click.echo(json.dumps({"layer": layer, "covariance": covariance, "prototypes": rows}))
+        return
+    for row in rows:
+        concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
+        click.echo(
+            _plain(
+                f"{row['name']}, prototype {row['prototype']}  {row['weight']:.0%} of samples, as in {row['sample']}; "
+                f"concepts {concepts}"
+            )
+        )
 
 
-def _message(error: Exception) -> str:
-    """Message of an error, which in a `KeyError` is quoted, without control characters."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+@click.command("audit")
+@click.argument("folder", type=_FOLDER)
+@click.argument("layer")
+@click.option("--sample", "samples", type=click.IntRange(0), multiple=True, help="Of the table; may be given again.")
+@click.option("--data", help="Other samples: a folder of pictures, or package.module:factory.")
+@click.option("--concepts", "k", type=click.IntRange(1), default=5, show_default=True, help="Listed of each sample.")
+@click.option(
+    "--least", type=click.IntRange(1), default=10, show_default=True, help="Samples listed, least usual first."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Of --data, at once.")
+@_KEEP
+@_JSON
+def audit_command(
+    folder: Path,
+    layer: str,
+    samples: tuple[int, ...],
+    data: str | None,
+    k: int,
+    least: int,
+    batch_size: int,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Compare samples with the prototypes of their class: which are unusual, and in which concepts.
+
+    crp prototypes comes first. Without --data, the samples of the table are compared, and neither model nor data are
+    needed; their audit is kept in FOLDER for crp report. With --data, the model is loaded as for crp mine.
+
+        crp audit atlas/ layer4 --data new-photos/
+    """
+    from crp.audit import Prototypes, audit_table, save_audit
+    from crp.visualization.table.store import Table
+
+    if samples and data is not None:
+        raise CommandError("--sample is for samples of the table, and --data for others; give one of them")
+    table = Table.open(folder)
+    found = Prototypes.load(table, layer)
+    if data is not None:
+        names, audited = _audit_data(table, found, data, k, batch_size)
+    else:
+        chosen = list(samples) or None
+        audited = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
+        columns = table.samples()
+        sources = dict(zip(columns.sample.tolist(), columns.source, strict=True))
+        names = [sources[one.sample] or f"sample {one.sample}" for one in audited]
+        if keep and chosen is None:
+            save_audit(table, found, audited)
+    _tell_audit(table, layer, list(zip(names, audited, strict=True)), least, as_json)
+
+
+@click.command("clusters")
+@click.argument("folder", type=_FOLDER)
+@click.argument("layer")
+@click.argument("of_class", metavar="CLASS")
+@click.option("--what", type=click.Choice(["relevance", "activation"]), default="relevance", show_default=True)
+@click.option("--n", type=click.IntRange(min=1), help="Number of clusters; that of the largest gap by default.")
+@click.option("--neighbours", type=click.IntRange(1), default=10, show_default=True, help="Each sample is joined with.")
+@click.option("--export", type=click.Path(dir_okay=False, path_type=Path), help="New HDF5 file for ViRelAy.")
+@_SEED
+@_KEEP
+@_JSON
+def clusters_command(
+    folder: Path,
+    layer: str,
+    of_class: str,
+    what: str,
+    n: int | None,
+    neighbours: int,
+    export: Path | None,
+    seed: int,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Cluster the explanations of CLASS (SpRAy): one in several clusters is predicted for several reasons.
+
+    They are kept in FOLDER for crp report.
+
+        crp clusters atlas/ layer4 ship
+    """
+    from crp.audit import clusters, export_corelay, save_clusters
+    from crp.visualization.table.store import Table
+
+    table = Table.open(folder)
+    target = _find_class(table, of_class)
+    found = clusters(table, layer, target, what=what, n=n, n_neighbours=neighbours, seed=seed)
+    if export is not None:
+        try:
+            export_corelay(export, found, name=f"class {target}")
+        except FileExistsError:
+            raise CommandError(f"--export {export} is there already; name a new file") from None
+        except ImportError:
+            raise CommandError("--export needs h5py: pip install concept-relevance[corelay]") from None
+    if keep:
+        save_clusters(table, found, layer, target, what=what)
+    _tell_clusters(table, layer, target, found, as_json)
+
+
+def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_json: bool) -> None:
+    describe = _describe(table, layer)
+    rows = [
+        {
+            "cluster": i,
+            "size": size,
+            "samples": found.members(i).tolist(),
+            "concepts": [{"concept": c, "name": describe(c), "more": d} for c, d in found.strongest(i, _LISTED)],
+        }
+        for i, size in enumerate(found.sizes)
+    ]
+    if as_json:
+        facts = {"layer": layer, "class": target, "name": _class_name(table, target), "separation": found.separation}
+        click.echo(json.dumps(facts | {"eigenvalues": found.eigenvalues.tolist(), "clusters": rows}))
+        return
+    click.echo(
+        _plain(
+            f"{_class_name(table, target)}, layer {layer!r}: {len(found.label)} samples in {len(rows)} clusters, "
+            f"separation {found.separation:.2f}"
+        )
+    )
+    for row in rows:
+        concepts = ", ".join(f"{one['concept']} ({one['more']:+.3f})" for one in row["concepts"])
+        such = ", ".join(map(str, row["samples"][:_LISTED]))
+        click.echo(
+            f"cluster {row['cluster']}  {row['size']} samples, such as {such}; more of concepts {concepts or 'none'}"
+        )
+
+
+def _tell_audit(
+    table: Table, layer: str, audited: Sequence[tuple[str, AuditedSample]], least: int, as_json: bool
+) -> None:
+    shown = sorted(audited, key=lambda pair: pair[1].percentile)[:least]
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "sample": one.sample,
+                "class": one.predicted,
+                "class_name": _class_name(table, one.predicted),
+                "percentile": one.percentile,
+                "prototype": one.prototype,
+                "nearest": one.nearest,
+                "over": [use._asdict() for use in one.over],
+                "under": [use._asdict() for use in one.under],
+            }
+            for name, one in shown
+        ]
+        click.echo(json.dumps({"layer": layer, "n_samples": len(audited), "samples": rows}))
+        return
+    more = f", of which the {len(shown)} least usual are listed" if len(shown) < len(audited) else ""
+    click.echo(_plain(f"layer {layer!r}: {len(audited)} samples{more}"))
+    for name, one in shown:
+        usual = str(one).replace(f"class {one.predicted}", _class_name(table, one.predicted), 1)
+        click.echo(_plain(f"{name}  {usual}"))
+
+
+def _audit_data(
+    table: Table, found: Prototypes, data: str, k: int, batch_size: int
+) -> tuple[list[str], list[AuditedSample]]:
+    """Audit of samples that are not in the table, with the model of its recipe."""
+    import torch
+
+    from crp.attribution import CondAttribution
+    from crp.audit import audit
+    from crp.commands.mine import _make_composite
+    from crp.visualization.opening import open_recipe
+
+    opened, command = open_recipe(table.header.recipe, data=data), table.header.recipe["command"]
+    composite = _make_composite(command["rules"], command["settings"])
+    attribution, concept = CondAttribution(opened.model), opened.layer_map[found.layer]
+    names, audited, dataset = [], [], opened.dataset
+    for begin in range(0, len(dataset), batch_size):
+        numbers = range(begin, min(begin + batch_size, len(dataset)))
+        names += [getattr(dataset.source(i), "name", "") or f"{data} {i}" for i in numbers]
+        drawn = [dataset[i][0] for i in numbers]
+        alike = len({one.shape for one in drawn}) == 1
+        for batch in [torch.stack(drawn)] if alike else [one[None] for one in drawn]:
+            prepared = batch if opened.preprocess is None else opened.preprocess(batch)
+            audited += audit(attribution, prepared, composite, found, concept, k=k)
+    return names, audited
+
+
+def _describe(table: Table, layer: str) -> Callable[[int], str]:
+    """Names of a layer's concepts, as far as its recipe tells what they are."""
+    about = (table.header.recipe.get("layers") or {}).get(layer)
+    kind = str(about.get("concept", "")) if isinstance(about, dict) else ""
+    return ("channel {}" if kind.endswith(".ChannelConcept") else "concept {}").format
+
+
+def _class_names(table: Table) -> list[str]:
+    known = table.header.recipe.get("class_names")
+    return list(map(str, known)) if isinstance(known, list) else []
+
+
+def _class_name(table: Table, of_class: int) -> str:
+    names = _class_names(table)
+    return names[of_class] if 0 <= of_class < len(names) else f"class {of_class}"
+
+
+def _find_class(table: Table, name: str) -> int:
+    """Class by its number or name, in any case."""
+    if name.lstrip("-").isdecimal():
+        return int(name)
+    alike = [i for i, one in enumerate(_class_names(table)) if one.casefold() == name.casefold()]
+    if len(alike) != 1:
+        from difflib import get_close_matches
+
+        near = ", ".join(map(repr, get_close_matches(name, _class_names(table), 3, 0.4))) or "none; give its number"
+        why = f"the name of the classes {alike}" if alike else f"no class of the table; nearest: {near}"
+        raise CommandError(_plain(f"{name!r} is {why}"))
+    return alike[0]

@@ -69,8 +69,9 @@ cli.add_command(check_commands.check_command)
 cli.add_command(mine_commands.mine_command)
 cli.add_command(table_commands.status)
 cli.add_command(table_commands.merge_command)
-cli.add_command(class_commands.clusters_command)
 cli.add_command(class_commands.prototypes_command)
+cli.add_command(class_commands.audit_command)
+cli.add_command(class_commands.clusters_command)
 cli.add_command(report_commands.report_command)
 
 

@@ -49,9 +49,10 @@ class Commands(click.Group):
 
 
 def in_a_line(error: BaseException) -> str:
-    """Message of an error, in one line of limited length."""
+    """Message of an error, in one line of limited length, without control characters."""
     text = error.args[0] if isinstance(error, KeyError) and error.args and type(error) is KeyError else error
     line = " ".join(str(text).split()) or type(error).__name__
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}… (--debug shows all)"
 
 

@@ -223,7 +223,7 @@ def check_targets_exist(
 ) -> None:
     """Raise an `IndexError` if a row's target is not among the outputs; it names the place in the caller's order."""
     for row, target in zip(places or range(len(prediction)), targets or (), strict=False):
-        if target is None:
+        if target is None or (type(target) is int and prediction.dim() > 1 and 0 <= target < prediction.shape[1]):
             continue
         if prediction.dim() < 2:
             raise InputError(

@@ -16,8 +16,10 @@ from crp.errors import InputError, InputTypeError
 from crp.layers import modules_of
 from crp.notices import warn
 
-#: Parameters of each model that were finite when they were last looked at: their `id`, version and memory.
-_finite: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int | None, int]]] = weakref.WeakKeyDictionary()
+#: A tensor with its version and memory; None in place of both if it is no plain array of floating-point numbers.
+_Mark = tuple[weakref.ref[Tensor], tuple[int, int] | None]
+#: Marks of each model's parameters, which were finite when they were last looked at.
+_finite: weakref.WeakKeyDictionary[nn.Module, list[_Mark]] = weakref.WeakKeyDictionary()
 
 
 def check_form(tensor: Tensor, name: str) -> None:
@@ -57,16 +59,25 @@ def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
 
     They are looked at again only if they have changed.
     """
-    numbers = [p for p in parameters if isinstance(p, nn.Parameter) and _has_numbers(p)]
-    marks = [(id(p), None if p.is_inference() else p._version, p.data_ptr()) for p in numbers]
-    if _finite.get(model) == marks and all(version is not None for _, version, _ in marks):
+    tensors = [p for p in parameters if isinstance(p, Tensor)]
+    marks = _finite.get(model, [])
+    if len(marks) == len(tensors) and all(map(_is_as_marked, marks, tensors)):
         return
     if names := not_finite(dict(model.named_parameters())):
         raise InputError(
             f"{_listed(names)} of the model {'has' if len(names) == 1 else 'have'} NaN or infinite values, and "
             "relevance would have, too; load weights that are finite"
         )
-    _finite[model] = marks
+    if not any(p.is_inference() for p in tensors):  # (of these, torch does not count the changes)
+        _finite[model] = [(weakref.ref(p), (p._version, p.data_ptr()) if _has_numbers(p) else None) for p in tensors]
+
+
+def _is_as_marked(mark: _Mark, tensor: Tensor) -> bool:
+    """Whether this is the tensor that was marked, and nobody has written to it since."""
+    known, state = mark
+    if known() is not tensor:
+        return False
+    return not _has_numbers(tensor) if state is None else state == (tensor._version, tensor.data_ptr())
 
 
 def _has_numbers(tensor: Tensor) -> bool:

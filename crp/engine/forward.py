@@ -87,7 +87,7 @@ class ForwardPass:
             output = select_output(returned)
         _check_explained("the model's output", output)
         _check_columns("the model's output", output, len(inputs))
-        layers, references = outputs_meant(taps, roles)
+        layers, references = _outputs_meant(taps, roles)
         for layer in layers:
             _check_layer(layer, roles[layer], layers[layer], inputs)
         if reference is not None:
@@ -141,7 +141,7 @@ def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dic
     roles = dict.fromkeys(layers, "record")
     with tapped(model, roles) as taps, torch.no_grad():
         model(data.clone())
-    outputs, _ = outputs_meant(taps, roles)
+    outputs, _ = _outputs_meant(taps, roles)
     for layer, output in outputs.items():
         _check_columns(f"the output of layer {layer!r}", output, len(data))
     return outputs
@@ -273,7 +273,7 @@ def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tup
         yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
 
 
-def outputs_meant(
+def _outputs_meant(
     taps: Mapping[str, tuple[int | None, Tap]], roles: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str | None, Tensor]]:
     """Outputs of the calls that are meant, and those for the reference, by layer; without what cannot be recorded."""

@@ -109,15 +109,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """``dict(model.named_modules())``, but faster: every call of a model needs it several times."""
     names: dict[nn.Module, str] = {}
-
-    def walk(module: nn.Module, name: str) -> None:
+    todo = [(model, "")]
+    while todo:
+        module, name = todo.pop()
+        if module in names:
+            continue
         names[module] = name
-        prefix = f"{name}." if name else ""
-        for child, part in module._modules.items():
-            if part is not None and part not in names:
-                walk(part, prefix + child)
-
-    walk(model, "")
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            todo += [(part, prefix + child) for child, part in reversed(module._modules.items()) if part is not None]
     return {name: module for module, name in names.items()}
 
 

@@ -296,7 +296,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         return Function(name, name, metadata=True)
     canonical = _ALIASES.get(name, name)
     kind, properties = _ENTRIES.get(canonical, ("", frozenset()))
-    keeps, gives = 0 if canonical in PARSERS or "attention" in properties else FIRST, 0
+    keeps, gives = 0 if canonical in PARSERS or canonical == "native_multi_head_attention" else FIRST, 0
     if properties & {"selects", "scales"}:
         keeps |= BORN
     if "sign" in properties:

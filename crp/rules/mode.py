@@ -170,7 +170,8 @@ class SeeingMode(TorchFunctionMode):
             result = self.by_chain_rule(choice, func, known, kind, args, kwargs, inputs)
         else:
             result = self._by_rule(choice, func, known, args, kwargs, inputs, flags, operands)
-        flags = _passed(known, args, kwargs, inputs, flags, self.notes.born) | self._gives
+        first = flags & FIRST if kind == "product" else 0  # (several factors depend on the input: it is not affine)
+        flags = _passed(known, args, kwargs, inputs, flags, self.notes.born) | first | self._gives
         self._gives = 0
         if isinstance(target, Tensor) and target.requires_grad:
             self.notes.add_written(target, flags, copied if isinstance(copied, Copied) else None)

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_cases import crp
+from command_cases import crp, mine_pictures
 from mining_cases import Data, make_net, run
-from PIL import Image
 
 from crp.composites import EpsilonPlus
+from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept, SubspaceConcept
 from crp.errors import LoadingError
 from crp.visualization import FeatureVisualization, Table
-
-MODULE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-"""
 
 
 @pytest.fixture
 def mined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Table of a folder of pictures, mined by the command."""
-    (tmp_path / "nets.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    for i in range(8):
-        folder = tmp_path / "pictures" / ("cats", "dogs")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    options = ["--model", "nets:net", "--data", "pictures", "--layers", "0", "--composite", "epsilon_plus", "--quiet"]
-    result = crp("mine", *options, "--mean", "0.5", "--std", "0.25", "--out", "atlas")
-    assert result.exit_code == 0, result.output
-    return tmp_path / "atlas"
+    return mine_pictures(tmp_path, monkeypatch)
 
 
 def test_a_report_needs_nothing_but_the_folder(mined: Path) -> None:
@@ -104,3 +84,38 @@ def test_what_is_gone_is_named(mined: Path) -> None:
     assert crp("report", mined.parent).output == (
         f"Error: nothing was mined into {mined.parent}: it has no manifest.json\n"
     )
+
+
+@pytest.mark.parametrize(
+    "concept",
+    [
+        ChannelConcept(),
+        AxisConcept(-1),
+        AxisConcept(1, groups=2),
+        DirectionConcept(torch.eye(4)[:3] + 0.25, names=["a", "b", "c"]),
+        DirectionConcept(np.eye(4), 2 * np.eye(4), rest=False),
+        SubspaceConcept([torch.eye(4)[:2], torch.eye(4)[3:]], rest=False),
+    ],
+    ids=["channels", "axis", "groups", "directions", "dual", "subspaces"],
+)
+def test_concepts_of_ours_are_made_again(tmp_path: Path, concept: Any) -> None:
+    run(tmp_path, Data(), layer_map={"relu": concept})
+    fv = FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data())
+    assert type(fv.layer_map["relu"]) is type(concept) and getattr(concept, "names", None) == getattr(
+        fv.layer_map["relu"], "names", None
+    )
+    assert len(fv.get_max_reference(1, "relu", "relevance", (0, 2), EpsilonPlus(), plot_fn=None)[1][0]) == 2
+
+
+def test_a_concept_of_the_users_own_is_asked_for(tmp_path: Path) -> None:
+    class Own(ChannelConcept):
+        def __init__(self) -> None:
+            self.strength = 3
+
+    run(tmp_path, Data(), layer_map={"relu": Own()})
+    with pytest.raises(
+        LoadingError, match=r"'relu' was mined with .*Own, a concept of your own with the settings .*3.*give"
+    ):
+        FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data())
+    fv = FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data(), layer_map={"relu": Own()})
+    assert len(fv.get_max_reference(1, "relu", "relevance", (0, 2), EpsilonPlus(), plot_fn=None)[1][0]) == 2

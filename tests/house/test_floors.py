@@ -32,7 +32,8 @@ BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens)
     "attributors": 2700,
-    "audit": 1490,
+    # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
+    "audit": 1950,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
     "commands": 1400,
@@ -53,15 +54,16 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1370,
     "types": 150,
-    # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
-    "visualization": 2910,
-    # (what a table says in words, which dataset it is of, and the columns about samples)
-    "visualization.mining": 2590,
+    # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
+    # loaded again)
+    "visualization": 2990,
+    # (what a table says in words, and concepts made again of it; which dataset it is of, and the columns about samples)
+    "visualization.mining": 2670,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
     "visualization.report": 2350,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
-    # about samples)
-    "visualization.table": 2200,
+    # about samples; results such as prototypes that are kept beside it)
+    "visualization.table": 2400,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}

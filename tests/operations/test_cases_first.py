@@ -231,6 +231,27 @@ def test_a_product_in_front_is_first(spelling, preset):
     assert_same_map(Blurred(spelling).eval(), Blurred(pointwise()).eval(), IMAGES, FIRST_PRESETS[preset]())
 
 
+PRODUCTS = {
+    "elementwise": lambda x: x * x.sin(),
+    "matmul": lambda x: x @ x.sin().mT,
+    "einsum": lambda x: torch.einsum("bcij,bckj->bcik", x, x.sin()),
+    "baddbmm": lambda x: torch.baddbmm(x.mean(1), x[:, 0], x[:, 1].mT)[:, None].expand(-1, 3, -1, -1),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "attention_written_out": lambda x: (x @ x.mT / x.shape[-1] ** 0.5).softmax(-1) @ x,
+}
+
+
+@pytest.mark.parametrize("preset", [preset for preset in FIRST_PRESETS if "deep_taylor" not in preset])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_reads_a_product_of_the_input_is_first(name, preset):
+    """No operation with weights stands before it."""
+    model = Blurred(PRODUCTS[name]).eval()
+    composite = FIRST_PRESETS[preset]()
+    found = {o.layer: o.rule for o in composite.report(model, IMAGES).operations if o.function == "conv2d"}
+    plain = {o.layer: o.rule for o in composite.report(model.net, IMAGES).operations if o.function == "conv2d"}
+    assert found == {f"net.{layer}": rule for layer, rule in plain.items()}
+
+
 def test_a_layer_that_reads_the_input_and_then_features_is_first_once():
     class Twice(nn.Module):
         def __init__(self, shared):

@@ -30,6 +30,8 @@ STORAGES = ("float32", "float16")
 NAME = re.compile(r"\d{1,18}-\d{1,18}-[0-9a-f]{8}\.safetensors")
 #: File names of cached answers.
 DERIVED = re.compile(r"[0-9a-f]{32}\.safetensors")
+#: File names of results that are kept, such as prototypes.
+KEPT = re.compile(r"[a-z]{1,20}-[0-9a-f]{16}\.safetensors")
 _SHA = re.compile(r"[0-9a-f]{64}")
 
 

@@ -3,7 +3,8 @@
 One row per (sample, target). For every layer and mode a row holds the sum and the maximum over each concept's
 positions, the position of the maximum, and the sums of absolute values that norm them. ``manifest.json`` says what was
 mined (fingerprints of model, composite, dataset, ...) and lists the shards with their sha256; ``derived/`` holds cached
-queries and may be deleted. A shard counts from the moment the manifest lists it, and each (sample, target) counts once.
+queries, which may be deleted, and results such as prototypes (`crp.visualization.table.derived`). A shard counts from
+the moment the manifest lists it, and each (sample, target) counts once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from crp.visualization.table.files import check_file, check_folder, make_own_fol
 from crp.visualization.table.lock import TableLockedError as TableLockedError
 from crp.visualization.table.manifest import (
     DERIVED,
+    KEPT,
     NAME,
     VERSION,
     Array,
@@ -107,9 +109,9 @@ class Table:
         if manifest.is_dir() and not manifest.is_symlink():
             check_file(manifest)
         manifest.unlink(missing_ok=True)
-        for folder, names in ((Path(path) / "shards", NAME), (Path(path) / "derived", DERIVED)):
+        for folder, names in ((Path(path) / "shards", (NAME,)), (Path(path) / "derived", (DERIVED, KEPT))):
             for file in folder.glob("*.safetensors"):
-                if names.fullmatch(file.name) and not folder.is_symlink():
+                if any(name.fullmatch(file.name) for name in names) and not folder.is_symlink():
                     file.unlink()
 
     def __repr__(self) -> str:
@@ -268,8 +270,24 @@ class Table:
         return Block(sample, ids, value[:, 0], position[:, 0])
 
     def verify(self) -> list[str]:
-        """Check every shard against the manifest, byte by byte; returns what is wrong, nothing if all is well."""
-        return list(self._damaged(again=True).values())
+        """Check every shard against the manifest, byte by byte; returns what is wrong, nothing if all is well.
+
+        Where the recipe tells how many outputs the model has, targets are compared with that number.
+        """
+        problems = self._damaged(again=True)
+        model = self.header.recipe.get("model")
+        outputs = model.get("outputs") if isinstance(model, Mapping) else None
+        if not isinstance(outputs, int):
+            return list(problems.values())
+        for shard in self.shards:
+            if shard.file not in problems:
+                target = read_rows(self.path / "shards", [shard]).target
+                if len(target) and int(target.max()) >= outputs:
+                    problems[shard.file] = (
+                        f"{self.path / 'shards' / shard.file} has rows of target {target.max()}, and the model "
+                        f"{outputs} outputs"
+                    )
+        return list(problems.values())
 
     def damaged(self) -> list[str]:
         """What is wrong with shards; those that this process has read or written are only asked for size and time."""
