@@ -241,8 +241,8 @@ class CondAttribution:
         """Relevance that layers keep, and do not hand on to the data: with biases, or where nothing contributed.
 
         Takes the parameters of `__call__`. For each row, ``initial = input + sum of what layers kept + rest``. The
-        input's is the sum over all inputs that are explained; the rest is 0 but for what conditions mask, and what
-        belongs to inputs that are passed on.
+        input's is the sum over all inputs that are explained; the rest is 0 but for what conditions mask. What inputs
+        that are passed on add counts as a bias where it is added.
 
         Parameters
         ----------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crp.errors import LoadingError
 from crp.notices import warn
-from crp.visualization.mining.datasets import Pairs, indexed
+from crp.visualization.mining.datasets import LabelError, Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
 from crp.visualization.models import Loaded, called, imported, nearest
@@ -216,8 +216,20 @@ def as_list(label: Any) -> list[int]:
 
 
 def as_hot(label: Any) -> list[int]:
-    """Classes of a label that has a number for each class, and 0 for those that are not there."""
-    found: list[int] = np.flatnonzero(np.asarray(label)).tolist()
+    """Classes of a label that has 1 for each class that is there, and 0 for each that is not.
+
+    Raises
+    ------
+    LabelError
+        If it has other numbers, such as smoothed labels or a mark for "unknown", which name no classes.
+    """
+    marks = np.asarray(label)
+    if marks.ndim != 1 or not np.isin(marks, (0, 1)).all():
+        raise LabelError(
+            f"a label must have 0 or 1 for each class (--multi-label hot), not {marks.ravel()[:9].tolist()} of shape "
+            f"{marks.shape}; a dataset that you write says which classes are there"
+        )
+    found: list[int] = np.flatnonzero(marks).tolist()
     return found
 
 

@@ -40,7 +40,7 @@ BUDGETS = {
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
-    "concept_graph": 180,
+    "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,
     "engine": 4000,
