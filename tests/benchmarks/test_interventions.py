@@ -36,10 +36,10 @@ DATA = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype
 
 def test_gradient_times_activation_is_the_effect_itself_where_the_rest_is_linear():
     """Of all methods, on channels behind which the net is linear; random numbers do not follow it."""
-    model = linear_after(nn.Conv2d(2, 6, 3))
+    model = linear_after(nn.Conv2d(2, 6, 3, bias=False))
     model.act = nn.ReLU().eval()
     model.wiring = lambda s, x: s.fc(s.act(s.conv(x)).mean((2, 3)))
-    figures = correlations(model.float(), DATA.float(), ["act"])
+    figures = correlations(model, DATA, ["act"])
     assert set(figures["act"]) == set(METHODS)
     for name in ("gradient × activation", "EpsilonGamma", "DeepLIFT"):
         assert np.allclose(figures["act"][name], 1)

@@ -116,7 +116,8 @@ def _get_columns(
     if isinstance(values, Tensor):
         n_rows, scores = len(values), activation_scores(concept, values, layer)
     else:
-        if check:
+        # (each check waits for the device; channels are what masks of channels let through)
+        if check and type(concept) is not ChannelConcept:
             check_concept(concept, values, layer)
         n_rows, scores = len(values.relevance), relevance_scores(concept, values, layer)
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
