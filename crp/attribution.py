@@ -241,8 +241,8 @@ class CondAttribution:
         """Relevance that layers keep, and do not hand on to the data: with biases, or where nothing contributed.
 
         Takes the parameters of `__call__`. For each row, ``initial = input + sum of what layers kept + rest``. The
-        input's is the sum over all inputs that are explained; the rest is 0 but for what conditions mask, and what
-        belongs to inputs that are passed on.
+        input's is the sum over all inputs that are explained; the rest is 0 but for what conditions mask. What inputs
+        that are passed on add counts as a bias where it is added.
 
         Parameters
         ----------
@@ -265,7 +265,8 @@ class CondAttribution:
         """Check what a careful user would: `print` it, or take its ``to_dict()``; its ``holds`` is the verdict.
 
         The prediction is unchanged; relevance of the data, and what layers keep, is what started; all is finite, and
-        the same again; shuffled weights give another heatmap; which rule reached how many operations.
+        the same again; shuffled weights give another heatmap; which rule reached how many operations. Takes the first
+        three parameters of `__call__`, and returns a `Checked`.
         """
         return check_explanation(self, data, conditions, composite)
 

@@ -133,10 +133,11 @@ def misfit(error: BaseException, model: object, explained: Iterable[Tensor]) -> 
     name = next((name for name, module in known.items() if module is layer), "")
     where = f"layer {name!r} ({type(layer).__name__})"
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and given.is_floating_point() and weight.dtype != given.dtype:
+    if isinstance(weight, Tensor) and weight.dtype != given.dtype and _size_of(layer)[1] is not None:
+        other = f" or model.to({given.dtype})" if given.is_floating_point() else ""
         return InputError(
             f"{where} has weights of {weight.dtype} and gets {given.dtype}, for data of shape {shapes}: convert one, "
-            f"as by data.to({weight.dtype}) or model.to({given.dtype})"
+            f"as by data.to({weight.dtype}){other}"
         )
     if isinstance(weight, Tensor) and weight.device != given.device:
         return InputError(f"{where} is on {weight.device} and gets a tensor on {given.device}; move the whole model")

@@ -142,8 +142,10 @@ class ForwardPass:
         return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else self.of_rows(value, rows)
 
 
-def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Outputs of layers for ``data``, by a forward pass without gradients; without those that it does not use.
+def record_outputs(
+    model: nn.Module, run: Callable[[nn.Module], Any], n_samples: int, layers: Sequence[str]
+) -> dict[str, Tensor]:
+    """Outputs of layers when ``run`` calls the model, without gradients; without those that are not used.
 
     Raises
     ------
@@ -152,10 +154,10 @@ def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dic
     """
     roles = dict.fromkeys(layers, "record")
     with tapped(model, roles) as taps, torch.no_grad():
-        model(data.clone())
+        run(model)
     outputs, _ = outputs_meant(taps, roles)
     for layer, output in outputs.items():
-        _check_columns(f"the output of layer {layer!r}", output, len(data))
+        _check_columns(f"the output of layer {layer!r}", output, n_samples)
     return outputs
 
 

@@ -309,6 +309,8 @@ def _explained(values: Mapping[Any, Any], explain: Explain) -> tuple[int | str, 
                 + ", ".join(f"{n!r} is {getattr(value, 'dtype', value)}" for n, value in values.items())
             )
         return tuple(names)
+    if not isinstance(explain, int | str | Sequence):
+        raise InputTypeError(f"explain names inputs by position or name, or several in a list; not by {explain!r}")
     asked = [explain] if isinstance(explain, int | str) else list(explain)
     if not asked:
         raise InputError("explain is empty; name at least one input, or leave it out")

@@ -72,19 +72,45 @@ def test_a_mined_class(tmp_path):
     assert set(range(0, 90, 6)) <= set(found.members(int(found.label[0])))
 
 
-def test_file_for_virelay(tmp_path):
+def test_files_for_virelay(tmp_path):
     h5py = pytest.importorskip("h5py")
-    points, _ = blobs(40, 30)
+    points, which = blobs(40, 30)
     found = clusters(points)
-    export_corelay(tmp_path / "a.h5", found, points)
+    maps, outputs = torch.from_numpy(points).reshape(70, 2, 3), torch.rand(70, 4)
+    export_corelay(tmp_path / "a.h5", found, maps, predictions=outputs, labels=which)
     with h5py.File(tmp_path / "a.h5") as file:
+        assert list(file) == ["spectral"], "each entry is a category"
         assert np.array_equal(file["spectral/cluster/spectral"], found.label)
         assert file["spectral/cluster/spectral"].attrs["embedding"] == "spectral"
         assert file["spectral/cluster/spectral"].attrs["index"].tolist() == [0, 1]
         assert file["spectral/embedding/spectral"].shape == (70, 2)
         assert np.array_equal(file["spectral/index"], np.arange(70))
-        assert np.allclose(file["attribution"], points, atol=1e-6)
-    with pytest.raises(FileExistsError):
+    with h5py.File(tmp_path / "a.attribution.h5") as file:
+        assert file["attribution"].shape == (70, 3, 2, 3)
+        assert np.allclose(file["attribution"][:].sum(1), maps, atol=1e-6)
+        assert np.array_equal(file["index"], found.sample) and np.array_equal(file["label"], which)
+        assert np.allclose(file["prediction"], outputs)
+    export_corelay(
+        tmp_path / "b.h5", found, maps[:, None].expand(-1, 2, -1, -1), predictions=outputs, labels=np.eye(2)[which] > 0
+    )
+    with h5py.File(tmp_path / "b.attribution.h5") as file:
+        assert file["attribution"].shape == (70, 2, 2, 3) and file["label"].dtype == bool
+
+
+def test_files_for_virelay_are_whole_or_not_written(tmp_path):
+    pytest.importorskip("h5py")
+    points, which = blobs(40, 30)
+    found = clusters(points)
+    with pytest.raises(ValueError, match="given together; label and prediction are missing"):
+        export_corelay(tmp_path / "a.h5", found, points)
+    with pytest.raises(ValueError, match="the clusters are of 70 samples; labels are of 69"):
+        export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which[1:])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.attribution.h5").write_bytes(b"")
+    with pytest.raises(FileExistsError, match=r"a\.attribution\.h5 is there already"):
+        export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which)
+    export_corelay(tmp_path / "a.h5", found)
+    with pytest.raises(FileExistsError, match=r"a\.h5 is there already"):
         export_corelay(tmp_path / "a.h5", found)
 
 
