@@ -35,8 +35,8 @@ BUDGETS = {
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 1950,
     "canonizers": 800,
-    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1440,
+    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON; processes that draw)
+    "commands": 1490,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -61,7 +61,7 @@ BUDGETS = {
     "visualization.mining": 2670,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing;
     # and of prototypes, audits, clusters, meanings and interventions)
-    "visualization.report": 2750,
+    "visualization.report": 2880,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it)
     "visualization.table": 2400,
