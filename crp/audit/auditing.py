@@ -15,6 +15,7 @@ from crp.audit.prototypes import Prototypes, class_vectors
 from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.visualization.mining.targets import choose_targets
+from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
@@ -109,7 +110,7 @@ def audit(
     """
     name = attribution.MODEL_OUTPUT_NAME
     if targets is None:
-        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, data)]
+        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
     classes = [int(target) for target in targets]
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
