@@ -237,7 +237,7 @@ class Drawer:
         for i, heatmap in enumerate(heatmaps.numpy()):
             facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
             if layer is None:
-                facts = facts._replace(top=top_classes(result.prediction, i))
+                facts = facts._replace(top=_top_classes(result.prediction, i))
             shares = heatmap / (np.abs(heatmap).sum() or 1.0)
             drawn.append((shrunk(shares, self.options.map_size), facts))
         return drawn
@@ -315,7 +315,7 @@ def scores(prediction: Any, targets: Sequence[int]) -> tuple[list[float | None],
     return [float(row[target]) if target >= 0 else None for row, target in zip(values, targets, strict=True)], predicted
 
 
-def top_classes(prediction: Any, row: int) -> list[tuple[int, float]]:
+def _top_classes(prediction: Any, row: int) -> list[tuple[int, float]]:
     """Most probable classes of a row, and their probabilities; nothing where the output is no classes."""
     if not isinstance(prediction, Tensor) or prediction.dim() != 2 or prediction.shape[1] < 2:
         return []
