@@ -57,12 +57,12 @@ BUDGETS = {
     "types": 150,
     # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
     # loaded again)
-    "visualization": 3430,
+    "visualization": 3480,
     # (what a table says in words, and concepts made again of it; which dataset it is of, and the columns about samples)
-    "visualization.mining": 3380,
+    "visualization.mining": 3400,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing;
     # and of prototypes, audits, clusters, meanings and interventions)
-    "visualization.report": 2890,
+    "visualization.report": 2960,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it)
     "visualization.table": 2400,

@@ -82,6 +82,8 @@ def get_kept(table: Table, layers: Sequence[str], classes: Collection[int]) -> K
     """Results that are kept beside a table; those of an earlier state of it are named and not shown."""
     results, notes = [], []
     for found in list_kept(table):
+        if found.kind == "heatmaps":  # of which clusters are made, and these have a page
+            continue
         if found.layer not in layers or not (found.of_class is None or found.of_class in classes):
             continue
         try:
