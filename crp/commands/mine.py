@@ -39,7 +39,11 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--data", help="Folder of pictures, or package.module:factory of a dataset.")
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
-@click.option("--layers", multiple=True, help="Name, pattern or type; or auto. May be given again.")
+@click.option(
+    "--layers",
+    multiple=True,
+    help="Name, pattern or type; or auto. See below.",
+)
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
@@ -79,6 +83,9 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
     torchrun, every process takes its share of the shards:
 
         torchrun --nproc-per-node 4 -m crp mine ...
+
+    --layers may be given again. Concepts are channels. Of transformers, "blocks.*.attn.proj.input:heads=3" has 3 heads
+    for concepts, as they are in the input of the output projection, and "blocks.5:axis=1" tokens, along axis 1.
     """
     part = _part(share, os.environ)
     if part is not None and (overwrite or address):
@@ -101,7 +108,7 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
-    from crp.concepts import ChannelConcept
+    from crp.commands.concepts import concepts_of_layers
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
     from crp.visualization.models import load_model
@@ -116,7 +123,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     source = open_source(given["data"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
-    layers = _layers(loaded, given["layers"])
+    words = {word: _layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
     composite = _make_composite(given["rules"], given["settings"])
     fields = [field for field in given["fields"].split(",") if field]
     dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
@@ -131,7 +138,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         return mine(
             CondAttribution(loaded.model.to(_device(given["device"]))),
             dataset,
-            {layer: ChannelConcept() for layer in layers},
+            concepts_of_layers(loaded.model, words, dataset, preprocess),
             composite,
             out,
             preprocess=preprocess,
@@ -189,15 +196,14 @@ def _check_outputs(loaded: Loaded, dataset: Any, preprocess: Any, folder: Path) 
     """Refuse a folder whose class folders are not all outputs of the model, unless names say which they are."""
     import torch
 
-    from crp.visualization.mining.datasets import read
+    from crp.commands.concepts import first_sample
 
     n_folders = len([path for path in folder.iterdir() if path.is_dir()])
-    sample = next((one for one in (read(dataset, i) for i in range(min(len(dataset), 100))) if not one.problem), None)
+    sample = first_sample(dataset, preprocess)
     if sample is None:
         return  # mining will tell why
-    data = sample.data[None]
     with torch.no_grad():
-        output = loaded.model(data if preprocess is None else preprocess(data))
+        output = loaded.model(sample)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         return
     n = output.shape[1]
@@ -239,7 +245,7 @@ def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:
         return select_layers(loaded.model, wanted)
     suggested = [one.name for one in list_layers(loaded.model, loaded.example()) if one.suggested]
     if not suggested:
-        raise CommandError("--layers auto finds no feature maps (channel, height, width); crp layers MODEL lists all")
+        raise CommandError("--layers auto finds no feature maps, and no tokens; crp layers MODEL lists all layers")
     return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crp.concepts import ChannelConcept, Concept
+from crp.concepts import AxisConcept, ChannelConcept, Concept
 from crp.errors import LoadingError
 from crp.visualization.models import load_model
 from crp.visualization.sources import load_source, open_source
 
-_CHANNELS = "crp.concepts.channels.ChannelConcept"
+_CHANNELS, _AXES = "crp.concepts.channels.ChannelConcept", "crp.concepts.axes.AxisConcept"
 
 
 class Opened(NamedTuple):
@@ -64,11 +64,18 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> Opened:
 
 
 def make_layer_map(recipe: Mapping[str, Any]) -> dict[str, Concept]:
-    """Concepts of the layers; only channels can be made of words."""
+    """Concepts of the layers; only channels, and places along an axis, can be made of words."""
     layers = recipe.get("layers")
     found: dict[str, Concept] = {}
     for layer, about in layers.items() if isinstance(layers, Mapping) else ():
-        if not isinstance(about, Mapping) or about.get("concept") != _CHANNELS:
+        if not isinstance(about, Mapping) or about.get("concept") not in (_CHANNELS, _AXES):
             raise LoadingError(f"layer {layer!r} was mined with concepts that no words can make again; give layer_map")
-        found[layer] = ChannelConcept()
+        found[layer] = ChannelConcept() if about["concept"] == _CHANNELS else _along_axis(layer, about.get("settings"))
     return found
+
+
+def _along_axis(layer: str, settings: Any) -> AxisConcept:
+    try:
+        return AxisConcept(settings["axis"], settings["groups"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoadingError(f"the table garbles the concepts of layer {layer!r}: {error!r}") from error

@@ -20,6 +20,7 @@ from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.encoding import Encoding
 from crp.engine.taps import check_layers, in_model_order
+from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
@@ -220,6 +221,7 @@ def prepare(
         _check_multipliers(attribution, concepts, composite)
     device = torch.device(attribution.device if checked.device is None else checked.device)
     first = _get_first(dataset, checked.preprocess, device)
+    check_axes(attribution.model, first, concepts)
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
     settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}
