@@ -16,7 +16,7 @@ from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
 
 
-class Generating(Protocol):
+class _Generating(Protocol):
     """What a graph needs of a `CondAttribution`."""
 
     MODEL_OUTPUT_NAME: str
@@ -39,7 +39,7 @@ class AttributionGraph:
         Concept type of each layer.
     """
 
-    def __init__(self, attribution: Generating, graph: ModelGraph, layer_map: Mapping[str, Concept]) -> None:
+    def __init__(self, attribution: _Generating, graph: ModelGraph, layer_map: Mapping[str, Concept]) -> None:
         self.attribution = attribution
         self.graph = graph
         self.set_layer_map(layer_map)

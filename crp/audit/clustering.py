@@ -21,7 +21,7 @@ from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
-MIN_GAP = 4.0
+_MIN_GAP = 4.0
 
 
 class Clusters(NamedTuple):
@@ -133,7 +133,7 @@ def clusters(
         raise ValueError("explanations have NaN or infinite values")
     values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
     if n is None:
-        gaps = np.where(values[:-1] < values[1:] / MIN_GAP, np.diff(values), 0.0)
+        gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
         n = 1 + int(gaps.argmax())
     label, embedding, separation = _assign(basis, n, seed)
     return Clusters(label, samples, values, embedding, separation, vectors)

@@ -145,10 +145,10 @@ class Call:
             for rows in self.rows.one_by_one(in_flow):
                 passed = of_all or self._forward(model, rows, self.composite, account)
                 _, start, arrived = self._send_back(passed, rows, last=of_all is None)
-                initial = sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
+                initial = _sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
-                inputs.append(torch.stack([sum_of_rows(r).to(initial) for r in relevances]).sum(0))
+                inputs.append(torch.stack([_sum_of_rows(r).to(initial) for r in relevances]).sum(0))
                 layers: dict[str, Tensor] = {}
                 for name in passed.layers:
                     if name.startswith(SINK):
@@ -223,7 +223,7 @@ class Call:
                         "many entries for each of them"
                     )
             places += part.places
-        return in_order(results, [places.index(place) for place in rows.places])
+        return _in_order(results, [places.index(place) for place in rows.places])
 
     def _masks_in_flow(self) -> bool:
         """Whether masks act while the gradient flows; every row then needs a column of its own."""
@@ -331,7 +331,7 @@ def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -
     return heatmap.to(on_device) if on_device else heatmap
 
 
-def sum_of_rows(values: Tensor) -> Tensor:
+def _sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
 
@@ -349,7 +349,7 @@ def average(parts: Sequence[Part]) -> Part:
 _AVERAGED = ("heatmap", "relevances")
 
 
-def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
+def _in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
     """Results of all rows of several parts: as row i the ``order[i]``-th of the parts one after the other."""
 
     def join(tensors: Sequence[Tensor]) -> Tensor:

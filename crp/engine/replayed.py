@@ -22,7 +22,7 @@ from crp.engine.settings import Settings
 from crp.types import AttributionResults
 
 #: Structures of which the shapes are remembered.
-KEPT_SHAPES = 64
+_KEPT_SHAPES = 64
 
 
 class Replayed:
@@ -89,7 +89,7 @@ class Replayed:
 
     def _learn(self, key: Hashable, call: Call, composite: Composite) -> Part | None:
         """Compute rows once, to know the shapes of their output and layers; none where they cannot be replayed."""
-        while len(self._shapes) >= KEPT_SHAPES:
+        while len(self._shapes) >= _KEPT_SHAPES:
             del self._shapes[next(iter(self._shapes))]
         part = call.at_once(composite)
         self._shapes[key] = {}

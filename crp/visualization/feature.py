@@ -142,7 +142,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             With ``dataset``, for a table that was mined by Python code.
         dataset : Dataset, optional
         layer_map : mapping of layer name to Concept, optional
-            By default, the channels of the layers that were mined.
+            By default, the concepts that were mined; those of the user's own must be given.
         preprocess_fn : callable, optional
             With ``model`` and ``dataset``.
         **settings

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crp.concepts import AxisConcept, ChannelConcept, Concept
+from crp.concepts import Concept
 from crp.errors import LoadingError
+from crp.visualization.mining.recipe import make_concept
 from crp.visualization.models import load_model
 from crp.visualization.sources import load_source, open_source
-
-_CHANNELS, _AXES = "crp.concepts.channels.ChannelConcept", "crp.concepts.axes.AxisConcept"
 
 
 class Opened(NamedTuple):
@@ -64,18 +63,11 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> Opened:
 
 
 def make_layer_map(recipe: Mapping[str, Any]) -> dict[str, Concept]:
-    """Concepts of the layers; only channels, and places along an axis, can be made of words."""
+    """Concepts of the layers; a `LoadingError` says what cannot be made again, and what to give."""
     layers = recipe.get("layers")
-    found: dict[str, Concept] = {}
-    for layer, about in layers.items() if isinstance(layers, Mapping) else ():
-        if not isinstance(about, Mapping) or about.get("concept") not in (_CHANNELS, _AXES):
-            raise LoadingError(f"layer {layer!r} was mined with concepts that no words can make again; give layer_map")
-        found[layer] = ChannelConcept() if about["concept"] == _CHANNELS else _along_axis(layer, about.get("settings"))
-    return found
-
-
-def _along_axis(layer: str, settings: Any) -> AxisConcept:
+    if not isinstance(layers, Mapping) or not all(isinstance(words, Mapping) for words in layers.values()):
+        raise LoadingError("the table does not say which concepts were mined; give layer_map")
     try:
-        return AxisConcept(settings["axis"], settings["groups"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise LoadingError(f"the table garbles the concepts of layer {layer!r}: {error!r}") from error
+        return {layer: make_concept(layer, words) for layer, words in layers.items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise LoadingError(f"the recipe of the table garbles its concepts: {error!r}; give layer_map") from error

@@ -11,23 +11,32 @@ from PIL import Image
 from torch import Tensor
 
 from crp.errors import LoadingError
+from crp.notices import warn
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
-from crp.visualization.models import Loaded, called, imported
+from crp.visualization.models import Loaded, called, imported, nearest
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 class Pictures:
-    """Pictures of a folder, in the order of their names; with class folders in it, these are the labels."""
+    """Pictures of a folder, in the order of their names; with class folders in it, these are the labels.
+
+    What file managers and notebooks leave behind is passed over: names that begin with a dot, and ``__MACOSX``.
+
+    Attributes
+    ----------
+    labels : dict of str to int, optional
+        Class of every class folder.
+    """
 
     def __init__(self, folder: Path, labels: dict[str, int] | None) -> None:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        found = sorted(p for p in folder.rglob("*") if _is_picture_file(p, folder))
         if not found:
             raise LoadingError(f"--data {folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
         self._folder = str(folder)
         self._names = [str(path.relative_to(folder)) for path in found]
-        self._labels = labels
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self._names)
@@ -40,7 +49,7 @@ class Pictures:
         name = self._names[index]
         with Image.open(Path(self._folder, name)) as file:
             file.load()
-            return file.copy(), None if self._labels is None else self._labels[Path(name).parts[0]]
+            return file.copy(), None if self.labels is None else self.labels[Path(name).parts[0]]
 
 
 def open_source(data: str) -> Any:
@@ -152,19 +161,70 @@ def _is_picture(data: Any) -> Any:
     return np.bool_(hasattr(data, "getbands"))
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Names of the class folders in a folder of pictures, in order."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_picture_file(path: Path, folder: Path) -> bool:
+    parts = path.relative_to(folder).parts
+    return path.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, parts)) and path.is_file()
+
+
 def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
-    """Class of every class folder: by name where the names are those of the model, else in order."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    """Class of every class folder: by name where the names are those of the model, by number, else in order."""
+    names = class_folders(folder)
     if not names:
         raise LoadingError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
-    loose = [p.name for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES]
+    loose = [p.name for p in folder.iterdir() if _is_picture_file(p, folder)]
     if loose:
         raise LoadingError(f"--data {folder} holds pictures beside its class folders, such as {loose[0]}")
-    if classes and set(names) <= set(classes):
-        return {name: list(classes).index(name) for name in names}
+    empty = [name for name in names if not any(_is_picture_file(p, folder) for p in (folder / name).rglob("*"))]
+    if empty:
+        warn(f"--data {folder}: no picture is in the class folders {', '.join(empty)}")
+    found = [_find_class(name, classes) for name in names]
+    if any(found):
+        return {name: _one_class(name, of_name, folder, classes) for name, of_name in zip(names, found, strict=True)}
+    if all(name.isdecimal() for name in names):
+        return _by_number(names, folder, classes)
     if classes and len(names) != len(classes):
         raise LoadingError(
             f"--data {folder} has {len(names)} class folders and the model {len(classes)} classes: name the folders as "
             "the classes are called, or give --targets prediction"
         )
     return {name: label for label, name in enumerate(names)}
+
+
+def _find_class(name: str, classes: Sequence[str]) -> list[int]:
+    """Classes that are called like a folder; in any case, where none is spelt alike."""
+    exact = [index for index, one in enumerate(classes) if one == name]
+    return exact or [index for index, one in enumerate(classes) if one.casefold() == name.strip().casefold()]
+
+
+def _one_class(name: str, found: Sequence[int], folder: Path, classes: Sequence[str]) -> int:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LoadingError(
+            f"--data {folder}: {name!r} is the name of the classes {', '.join(map(str, found))}; give --classes with "
+            "names that differ"
+        )
+    raise LoadingError(
+        f"--data {folder}: the class folder {name!r} is no class of the model, and others are{nearest(name, classes)}; "
+        "rename it, or give --targets prediction"
+    )
+
+
+def _by_number(names: Sequence[str], folder: Path, classes: Sequence[str]) -> dict[str, int]:
+    """Classes of folders that are called 0 to n - 1, which in the order of names would be 0, 1, 10, 2, ..."""
+    numbers = sorted(map(int, names))
+    if numbers != list(range(len(names))) or (classes and len(names) != len(classes)):
+        raise LoadingError(
+            f"--data {folder}: the class folders are the numbers {numbers[0]} to {numbers[-1]}, and the classes "
+            f"count from 0 to {len(classes or names) - 1}: say by --classes which class has which folder's name"
+        )
+    return {name: int(name) for name in names}

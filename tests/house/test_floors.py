@@ -55,10 +55,8 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1400,
     "types": 150,
-    # (models, pictures and datasets by name, from commands; and what a table was mined of, loaded again)
-    "visualization": 2940,
-    # (what a table says in words, which dataset it is of, and the columns about samples)
-    "visualization.mining": 2590,
+    "visualization": 2990,
+    "visualization.mining": 2670,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
     "visualization.report": 2350,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns

@@ -20,6 +20,7 @@ from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.encoding import Encoding
 from crp.engine.taps import check_layers, in_model_order
+from crp.notices import warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.identity import probe
@@ -290,6 +291,11 @@ def _header(
         make["shapes"] = lambda: fingerprint("mixed")
     known = dict(options.fingerprints or {})
     probes = {} if "dataset" in known else probe(dataset)
+    if differing := [index for index, mark in probes.items() if mark.startswith("(")]:
+        warn(
+            f"dataset[{differing[0]}] gives other data at every reading, as under a random transform: what is "
+            "shown later is not what is mined. Take random transforms off the dataset"
+        )
     return TableHeader(
         n_samples=len(dataset),
         layers=tuple(concepts),
