@@ -36,7 +36,7 @@ BUDGETS = {
     "audit": 1950,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1400,
+    "commands": 1500,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -53,10 +53,11 @@ BUDGETS = {
     "outputs": 150,
     "metrics": 810,
     "rules": 5320,
-    "trace": 1400,
+    # (along which axis the channels of a layer are)
+    "trace": 1590,
     "types": 150,
-    "visualization": 2990,
-    "visualization.mining": 2670,
+    "visualization": 3050,
+    "visualization.mining": 2790,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
     "visualization.report": 2350,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
@@ -65,7 +66,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 730
+PUBLIC_NAMES = 720
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
