@@ -18,7 +18,7 @@ from crp.composites.registry import find_name
 from crp.engine.inputs import Data, Explain, Inputs
 
 #: What methods are called elsewhere.
-ALIASES = {
+_ALIASES = {
     "lrp": "epsilon_plus_flat",
     "ig": "intgrad",
     "integrated_gradients": "intgrad",
@@ -151,8 +151,8 @@ def find_method(name: str) -> Method:
 
 def _known_as(name: str) -> str | None:
     """Method that goes by another name elsewhere."""
-    alias = find_name(name, ALIASES)
-    return None if alias is None else ALIASES[alias]
+    alias = find_name(name, _ALIASES)
+    return None if alias is None else _ALIASES[alias]
 
 
 def _check_options(method: Method, options: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from crp.attributors.target import Target
 from crp.engine.inputs import Inputs, Tensors
 from crp.notices import warn
 
-Lengths: TypeAlias = int | tuple[int, ...]
+_Lengths: TypeAlias = int | tuple[int, ...]
 
 
 class Occlusion(Attributor):
@@ -31,7 +31,7 @@ class Occlusion(Attributor):
     model, composite, attr_output, batch_size
         As in `Attributor`; a call covers 64 windows in one pass through the model by default.
     window_shape : int, tuple of int, or None
-        Lengths of the window along the last axes of the input; axes that come before these are covered whole. A number
+        _Lengths of the window along the last axes of the input; axes that come before these are covered whole. A number
         is for every axis after the channels, (n, n) for images. None is one feature alone, as in DeepExplain. A list
         holds one for each of several inputs.
     step : int or tuple of int
@@ -60,8 +60,8 @@ class Occlusion(Attributor):
         composite: Composite | None = None,
         attr_output: Any = None,
         *,
-        window_shape: Lengths | list[Any] | None = None,
-        step: Lengths | list[Any] = 1,
+        window_shape: _Lengths | list[Any] | None = None,
+        step: _Lengths | list[Any] = 1,
         baseline: Baseline = None,
         per_feature: bool = False,
         batch_size: int | None = None,
@@ -106,7 +106,7 @@ class Occlusion(Attributor):
         return torch.cat(parts).to(inputs.explained[0])
 
 
-def windows(shape: Sequence[int], window: Lengths | None = None, step: Lengths = 1) -> tuple[Tensor, Tensor]:
+def windows(shape: Sequence[int], window: _Lengths | None = None, step: _Lengths = 1) -> tuple[Tensor, Tensor]:
     """Windows that lie wholly in an input of this shape, without the batch axis.
 
     Returns

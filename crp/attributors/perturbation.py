@@ -30,7 +30,7 @@ from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.inputs import check_data
 
-Game = Literal["deletion", "preservation"]
+_Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]
 Reduction = Literal["sum", "mean"]
 Start = Literal["circle", "ones", "zeros"]
@@ -54,7 +54,7 @@ BLACK_BOX: Mapping[str, Any] = MappingProxyType(
 )
 
 #: How many circles are tried as the start of the mask.
-CIRCLES = 32
+_CIRCLES = 32
 
 
 class Perturbation(NamedTuple):
@@ -150,7 +150,7 @@ class MeaningfulPerturbation:
         model: nn.Module,
         composite: Composite | None = None,
         *,
-        game: Game = "deletion",
+        game: _Game = "deletion",
         background: Background = "blur",
         sigma: float = 10.0,
         levels: int = 8,
@@ -175,7 +175,7 @@ class MeaningfulPerturbation:
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         check_composite(composite)
         for name, value, allowed in (
-            ("game", game, Game), ("upsampling", upsampling, Upsampling), ("reduction", reduction, Reduction),
+            ("game", game, _Game), ("upsampling", upsampling, Upsampling), ("reduction", reduction, Reduction),
             ("score", score, ScoreName),
         ):  # fmt: skip
             check_choice(name, value, allowed)
@@ -317,11 +317,11 @@ class MeaningfulPerturbation:
         row, column = (torch.linspace(-1, 1, n).to(images) if n > 1 else torch.zeros(1).to(images) for n in shape[2:])
         distance = torch.hypot(row[:, None], column).view(1, 1, *shape[2:])
         # from nothing to everything, corners included
-        radii = torch.linspace(-1e-6, 2**0.5 + 1e-6, CIRCLES).to(images)
+        radii = torch.linspace(-1e-6, 2**0.5 + 1e-6, _CIRCLES).to(images)
         whole, nothing = limits.unbind(1)
         deletes = self.game == "deletion"
-        chosen = torch.full((len(limits),), CIRCLES - 1, device=images.device)
-        for number in reversed(range(CIRCLES)):
+        chosen = torch.full((len(limits),), _CIRCLES - 1, device=images.device)
+        for number in reversed(range(_CIRCLES)):
             inside = (distance <= radii[number]).to(images).expand(shape)
             score = rate(mix(images, self._enlarge(1 - inside if deletes else inside, images)))
             way = (whole - score) if deletes else (score - nothing)

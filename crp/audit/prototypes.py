@@ -27,7 +27,7 @@ Covariance = Literal["full", "diag"]
 _MEMBERS = 8
 
 
-class Mixture(NamedTuple):
+class _Mixture(NamedTuple):
     """Prototypes of one class.
 
     Attributes
@@ -57,12 +57,12 @@ class Prototypes:
     layer : str
     normed : bool
         Whether vectors are shares of the layer's relevance.
-    classes : dict of int to Mixture
+    classes : dict of int to _Mixture
     """
 
     layer: str
     normed: bool
-    classes: Mapping[int, Mixture]
+    classes: Mapping[int, _Mixture]
 
     def score(self, vectors: Any, of_class: int) -> np.ndarray:
         """Log density of vectors of shape (samples, concepts), as predictions of a class: (samples,)."""
@@ -147,7 +147,7 @@ class Prototypes:
             members[i, : len(order)] = samples[inside[order]]
         return members
 
-    def _mixture(self, of_class: int) -> Mixture:
+    def _mixture(self, of_class: int) -> _Mixture:
         if of_class not in self.classes:
             raise KeyError(f"there are no prototypes of class {of_class}; there are of {sorted(self.classes)}")
         return self.classes[of_class]
@@ -221,15 +221,15 @@ def class_vectors(table: Table, layer: str, of_class: int, normed: bool) -> tupl
     return vectors, np.concatenate([block.sample for block in blocks]).astype(np.int64)
 
 
-def _mixtures(arrays: Mapping[str, np.ndarray]) -> dict[int, Mixture]:
+def _mixtures(arrays: Mapping[str, np.ndarray]) -> dict[int, _Mixture]:
     classes = sorted({int(key.partition("/")[0]) for key in arrays})
-    return {i: Mixture(*(arrays[f"{i}/{name}"] for name in Mixture._fields)) for i in classes}
+    return {i: _Mixture(*(arrays[f"{i}/{name}"] for name in _Mixture._fields)) for i in classes}
 
 
 def _fit(
     vectors: np.ndarray, samples: np.ndarray, numbers: Sequence[int], covariance: Covariance, share: float, seed: int,
     what: str,
-) -> Mixture:  # fmt: skip
+) -> _Mixture:  # fmt: skip
     from sklearn.mixture import GaussianMixture
 
     numbers = [number for number in numbers if number <= len(vectors)]
@@ -244,7 +244,7 @@ def _fit(
         for number in numbers
     ]
     best = min(models, key=lambda model: model.bic(vectors))
-    mixture = Mixture(best.weights_, best.means_, best.covariances_, np.zeros(0), np.zeros(0))
+    mixture = _Mixture(best.weights_, best.means_, best.covariances_, np.zeros(0), np.zeros(0))
     joint = _joint(mixture, vectors)
     belongs = joint.argmax(1)[:, None] == np.arange(len(best.weights_))
     distances = np.linalg.norm(vectors[:, None] - best.means_, axis=2)
@@ -255,7 +255,7 @@ def _fit(
     )  # fmt: skip
 
 
-def _joint(mixture: Mixture, vectors: np.ndarray) -> np.ndarray:
+def _joint(mixture: _Mixture, vectors: np.ndarray) -> np.ndarray:
     """Log density of each vector and prototype together, (samples, prototypes)."""
     weights, means, covariances = mixture[:3]
     parts = []

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
 
 if TYPE_CHECKING:
+    from crp.concepts import Concept
     from crp.visualization.models import Loaded
     from crp.visualization.table.store import Table
 
@@ -28,7 +29,10 @@ _AS_THEY_ARE = ("storage", "start", "stop", "batch_size", "shard_size", "on_erro
 _REMEMBERED = (
     "model", "weights", "checkpoint", "data", "fields", "layers", "rules", "settings", "targets", "multi_label",
     "modes", "kinds", "mixed_shapes", "batch_size", "shard_size", "size", "mean", "std", "classes", "storage",
+    "tokenizer", "position",
 )  # fmt: skip
+#: Words before the colon of models that are not the user's own.
+_LIBRARIES = ("timm", "hf", "torchvision")
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -40,6 +44,8 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
 @click.option("--layers", multiple=True, help="Name, pattern or type; or auto. May be given again.")
+@click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
+@click.option("--position", help="Of a language model: each, or a number; -1 explains what follows the last token.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
@@ -101,11 +107,12 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
+    from crp.commands.texts import concepts_of_texts
     from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
-    from crp.visualization.models import load_model
-    from crp.visualization.sources import MULTI_LABEL, gives_pictures, load_source, open_source
+    from crp.visualization.models import check_repeatable, load_model
+    from crp.visualization.sources import MULTI_LABEL, load_source, load_texts, open_source
 
     named = given["targets"].strip()
     targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
@@ -116,22 +123,29 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     source = open_source(given["data"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
-    layers = _layers(loaded, given["layers"])
+    if ":" in given["model"] and not given["checkpoint"] and given["model"].partition(":")[0] not in _LIBRARIES:
+        check_repeatable(given["model"], loaded.model)
+    dataset: Any = load_texts(source, given["tokenizer"], given["position"], given["fields"], given["model"])
+    preprocess = labels = outputs = None
+    if dataset is None:
+        concepts: dict[str, Concept] = {layer: ChannelConcept() for layer in _layers(loaded, given["layers"])}
+        fields = [field for field in given["fields"].split(",") if field]
+        dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
+        labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
+        outputs = _count_outputs(loaded, dataset, preprocess)
+    else:
+        concepts = concepts_of_texts(loaded.model, given["layers"])
     composite = _make_composite(given["rules"], given["settings"])
-    fields = [field for field in given["fields"].split(",") if field]
-    dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
-    unused = [f"--{option}" for option in ("size", "mean") if given[option]]
-    if unused and not gives_pictures(dataset):
-        raise CommandError(
-            f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
-        )
-    if isinstance(source, Path) and targets == "label":
-        _check_outputs(loaded, dataset, preprocess, source)
+    pictures_given = _takes_pictures(dataset, given)
+    if labels is not None and outputs is not None:
+        _check_outputs(loaded, outputs, labels, source)
+    if settings["progress"]:
+        _describe_run(list(concepts), len(dataset), pictures_given, loaded, labels)
     with _client(address) as client:
         return mine(
             CondAttribution(loaded.model.to(_device(given["device"]))),
             dataset,
-            {layer: ChannelConcept() for layer in layers},
+            concepts,
             composite,
             out,
             preprocess=preprocess,
@@ -140,12 +154,26 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             kinds=given["kinds"].split(","),
             num_workers=given["workers"],
             targets=targets,
-            recipe=_recipe(given, loaded, source),
+            recipe=_recipe(given, loaded, labels, outputs),
             part=part,
             client=client,
             **{name: given[name] for name in _AS_THEY_ARE},
             **settings,
         )
+
+
+def _takes_pictures(dataset: Any, given: dict[str, Any]) -> bool:
+    """Whether samples are pictures; options about them are refused where there are none."""
+    from crp.visualization.mining.datasets import Pairs
+    from crp.visualization.sources import gives_pictures
+
+    found = isinstance(dataset, Pairs) and gives_pictures(dataset)
+    unused = [f"--{option}" for option in ("size", "mean") if given[option]]
+    if unused and not found:
+        raise CommandError(
+            f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
+        )
+    return found
 
 
 def _with_earlier(out: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -164,19 +192,40 @@ def _with_earlier(out: Path, given: dict[str, Any]) -> dict[str, Any]:
     return given | {name: as_typed[name].type_cast_value(context, value) for name, value in found.items()}
 
 
-def _recipe(given: dict[str, Any], loaded: Loaded, source: Any) -> dict[str, Any]:
+def _describe_run(
+    layers: Sequence[str], n: int, pictures: bool, loaded: Loaded, labels: Mapping[str, int] | None
+) -> None:
+    """Say what was decided for the user: layers, how pictures are prepared, and which class a folder is."""
+    click.echo(f"layers     {_first(layers)}")
+    if pictures:
+        prepared = loaded.normalized or "not normalised, in 0..1 (--mean and --std do it, where the training did)"
+        click.echo(f"pictures   {n}, {prepared}")
+    if labels is not None:
+        folders = [f"{name} {labels[name]}" for name in sorted(labels, key=lambda one: labels[one])]
+        click.echo(f"classes    {_first(folders)}")
+
+
+def _first(words: Sequence[str]) -> str:
+    """The first words of a list, and how many more there are."""
+    more = f" and {len(words) - 20} more" if len(words) > 20 else ""
+    return ", ".join("".join(c if c.isprintable() else "?" for c in word) for word in words[:20]) + more
+
+
+def _recipe(
+    given: dict[str, Any], loaded: Loaded, labels: Mapping[str, int] | None, outputs: int | None
+) -> dict[str, Any]:
     """What the command line says of a table; places of files are written out, so that they hold from any folder."""
     command: dict[str, Any] = {name: given[name] for name in _REMEMBERED}
-    for name in ("checkpoint", "classes", "data"):
+    for name in ("checkpoint", "classes", "data", "tokenizer"):
         if given[name] and Path(given[name]).exists():
             command[name] = str(Path(given[name]).resolve())
-    model = {"named": given["model"], "weights": given["weights"]}
+    model = {"named": given["model"], "weights": given["weights"], "outputs": outputs}
     if given["checkpoint"]:
         content = Path(given["checkpoint"]).read_bytes()
         model |= {"checkpoint": command["checkpoint"], "sha256": hashlib.sha256(content).hexdigest()}
     names = list(loaded.classes)
-    if not names and isinstance(source, Path) and given["targets"] == "label":
-        names = sorted(path.name for path in source.iterdir() if path.is_dir())
+    if not names and labels is not None:
+        names = sorted(labels, key=lambda name: labels[name])
     return {
         "model": model,
         "dataset": {"named": command["data"]},
@@ -185,28 +234,29 @@ def _recipe(given: dict[str, Any], loaded: Loaded, source: Any) -> dict[str, Any
     }
 
 
-def _check_outputs(loaded: Loaded, dataset: Any, preprocess: Any, folder: Path) -> None:
-    """Refuse a folder whose class folders are not all outputs of the model, unless names say which they are."""
+def _count_outputs(loaded: Loaded, dataset: Any, preprocess: Any) -> int | None:
+    """Number of the model's outputs, told by the first sample that can be read; None where they are no classes."""
     import torch
 
     from crp.visualization.mining.datasets import read
 
-    n_folders = len([path for path in folder.iterdir() if path.is_dir()])
     sample = next((one for one in (read(dataset, i) for i in range(min(len(dataset), 100))) if not one.problem), None)
     if sample is None:
-        return  # mining will tell why
+        return None  # mining will tell why
     data = sample.data[None]
     with torch.no_grad():
         output = loaded.model(data if preprocess is None else preprocess(data))
-    if not isinstance(output, torch.Tensor) or output.dim() != 2:
-        return
-    n = output.shape[1]
+    return output.shape[1] if isinstance(output, torch.Tensor) and output.dim() == 2 else None
+
+
+def _check_outputs(loaded: Loaded, n: int, labels: Mapping[str, int], folder: Path) -> None:
+    """Refuse a folder whose class folders are not all outputs of the model, unless names say which they are."""
     if loaded.classes and len(loaded.classes) != n:
         raise CommandError(f"there are {len(loaded.classes)} names of classes, and the model has {n} outputs")
-    if not loaded.classes and n_folders != n:
+    if not loaded.classes and len(labels) != n:
         raise CommandError(
-            f"--data {folder} has {n_folders} class folders and the model {n} outputs: say by --classes which they are "
-            "(a file with the name of each output in a line), or give --targets prediction"
+            f"--data {folder} has {len(labels)} class folders and the model {n} outputs: say by --classes which they "
+            "are (a file with the name of each output in a line), or give --targets prediction"
         )
 
 

@@ -24,22 +24,22 @@ from crp.visualization.table.question import Question
 from crp.visualization.table.store import Table
 
 
-class Ranking(NamedTuple):
+class _Ranking(NamedTuple):
     """Samples of every concept, best first: three tensors of shape (samples, concepts)."""
 
     sample: Tensor
     value: Tensor
     position: Tensor
 
-    def best(self, size: int) -> Ranking:
+    def best(self, size: int) -> _Ranking:
         """First ``size`` samples by value, in descending order; ties by sample."""
         order = self.sample.argsort(dim=0, stable=True)
         order = order.gather(0, self.value.gather(0, order).argsort(dim=0, descending=True, stable=True))[:size]
-        return Ranking(*(tensor.gather(0, order) for tensor in self))
+        return _Ranking(*(tensor.gather(0, order) for tensor in self))
 
-    def joined(self, other: Ranking) -> Ranking:
+    def joined(self, other: _Ranking) -> _Ranking:
         """Samples of both."""
-        return Ranking(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+        return _Ranking(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
 
 
 class _Accumulator:
@@ -63,7 +63,7 @@ class _Accumulator:
         self.sub_folder = Path(folders.folder_name(self.question))
         self.PATH = Path(path or "") / self.sub_folder
         self.SAMPLE_SIZE = SAMPLE_SIZE
-        self._rankings: dict[Any, Ranking] = {}
+        self._rankings: dict[Any, _Ranking] = {}
         if make_folder:
             self.PATH.mkdir(parents=True, exist_ok=True)
 
@@ -100,7 +100,7 @@ class _Accumulator:
         keys = [self._key(prefix) for prefix in path_list]
         for key, prefix in tqdm(list(zip(keys, path_list, strict=True)), desc="Collecting", dynamic_ncols=True):
             top = folders.read_top(prefix)
-            self._add(key, Ranking(*(torch.from_numpy(np.array(array)) for array in top)))
+            self._add(key, _Ranking(*(torch.from_numpy(np.array(array)) for array in top)))
         saved = self._save_results(d_index)
         for prefix in set(path_list) - set(saved):
             folders.remove_top(prefix)
@@ -114,7 +114,7 @@ class _Accumulator:
         self.delete_result_arrays()
         return saved
 
-    def _add(self, key: Any, ranking: Ranking) -> None:
+    def _add(self, key: Any, ranking: _Ranking) -> None:
         known = self._rankings.get(key)
         self._rankings[key] = (ranking if known is None else ranking.joined(known)).best(self.SAMPLE_SIZE)
 
@@ -201,7 +201,7 @@ class Maximization(_Accumulator):
         self, layer_name: str, d_c_sorted: Tensor, rel_c_sorted: Tensor, rf_c_sorted: Tensor
     ) -> None:
         """Add samples, values and positions of shape (samples, concepts) to a layer's, and keep the best."""
-        self._add(layer_name, Ranking(d_c_sorted, rel_c_sorted, rf_c_sorted))
+        self._add(layer_name, _Ranking(d_c_sorted, rel_c_sorted, rf_c_sorted))
 
     def sort_result_array(self, layer_name: str) -> None:
         """Sort a layer's samples and keep the best."""
@@ -248,7 +248,7 @@ class Statistics(_Accumulator):
         self, layer_name: str, target: int, d_c_sorted: Tensor, rel_c_sorted: Tensor, rf_c_sorted: Tensor
     ) -> None:
         """Add samples, values and positions of shape (samples, concepts) to a target's, and keep the best."""
-        self._add((target, layer_name), Ranking(d_c_sorted, rel_c_sorted, rf_c_sorted))
+        self._add((target, layer_name), _Ranking(d_c_sorted, rel_c_sorted, rf_c_sorted))
 
     def sort_result_array(self, layer_name: str, target: int) -> None:
         """Sort a target's samples and keep the best."""

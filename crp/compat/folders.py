@@ -110,7 +110,7 @@ def read_top(prefix: str) -> Top:
 def write_top(prefix: str, top: Top) -> str:
     """Write the three arrays behind a prefix; each file is complete or absent."""
     for suffix, array in zip(_SUFFIXES, top, strict=True):
-        write_array(Path(prefix + suffix), array)
+        _write_array(Path(prefix + suffix), array)
     return prefix
 
 
@@ -124,7 +124,7 @@ def write_size(folder: Path, size: int) -> None:
             opened.write(f"{size}\n".encode())
 
 
-def read_size(folder: Path) -> int:
+def _read_size(folder: Path) -> int:
     """How many samples of a concept `write_size` said are to be read; 40 where it said nothing."""
     try:
         return int((folder / _SIZE).read_text())
@@ -134,10 +134,10 @@ def read_size(folder: Path) -> int:
 
 def write_targets(folder: Path, targets: Iterable[int]) -> None:
     """Write ``targets.npy``; as strings, which is what zennit-crp writes."""
-    write_array(folder / "targets.npy", np.array(sorted(targets), dtype=str))
+    _write_array(folder / "targets.npy", np.array(sorted(targets), dtype=str))
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
+def _write_array(path: Path, array: np.ndarray) -> None:
     """Write one ``.npy`` file; it is complete or absent."""
     with replacing(path) as file:
         np.save(file, array, allow_pickle=False)
@@ -172,7 +172,7 @@ Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
-class FolderAnswers:
+class _FolderAnswers:
     """Answers of one result folder that zennit-crp wrote, whatever it is called."""
 
     folder: Path
@@ -227,7 +227,7 @@ class FolderAnswers:
 
 def open_answers(folder: str | Path) -> Answers:
     """Table that answers for a result folder, or else the files in this folder."""
-    return TableAnswers(table) if (table := _table_at(folder)) is not None else FolderAnswers(Path(folder))
+    return TableAnswers(table) if (table := _table_at(folder)) is not None else _FolderAnswers(Path(folder))
 
 
 def load_maximization(path_folder: str | Path, layer_name: str, sample_size: int | None = None) -> Arrays:
@@ -291,7 +291,7 @@ def load_stat_targets(path_folder: str | Path) -> np.ndarray[Any, Any]:
         If there are no results.
     """
     table = _table_at(path_folder)
-    return FolderAnswers(Path(path_folder)).targets() if table is None else list_targets(table)
+    return _FolderAnswers(Path(path_folder)).targets() if table is None else list_targets(table)
 
 
 def load_receptive_field(path_folder: str | Path, layer_name: str) -> np.ndarray[Any, Any]:
@@ -339,5 +339,5 @@ def _table_at(folder: str | Path) -> Table | None:
 def _load(folder: Path, layer: str, size: int | None, target: int | None) -> Arrays:
     answers, question = open_answers(folder), question_of(folder.name)
     if isinstance(answers, TableAnswers) and question is not None:
-        return answers.references(question, layer, read_size(folder) if size is None else size, target)[:3]
-    return FolderAnswers(folder).references(question or Question(), layer, size, target)[:3]
+        return answers.references(question, layer, _read_size(folder) if size is None else size, target)[:3]
+    return _FolderAnswers(folder).references(question or Question(), layer, size, target)[:3]

@@ -17,7 +17,7 @@ from crp.layers import ByChainRule, Followed, put_behind
 from crp.layers.interrupts import atomic
 
 
-class Coder(Protocol):
+class _Coder(Protocol):
     """What `splice` needs of an autoencoder: functions of tensors whose last axis is that of channels."""
 
     def encode(self, activation: Tensor) -> Any:
@@ -47,7 +47,7 @@ class Spliced(NamedTuple):
 
 @atomic
 def splice(
-    model: nn.Module, layer: str, code: Coder, *, axis: int = 1, reads: Literal["output", "input"] = "output"
+    model: nn.Module, layer: str, code: _Coder, *, axis: int = 1, reads: Literal["output", "input"] = "output"
 ) -> Iterator[Spliced]:
     """Let an autoencoder's latents be a layer of the model, inside of the context.
 
@@ -105,7 +105,7 @@ def splice(
 class _SplicedLayer(Followed):
     """A layer with an autoencoder behind it."""
 
-    def __init__(self, layer: nn.Module, coder: Coder, axis: int, reads: str) -> None:
+    def __init__(self, layer: nn.Module, coder: _Coder, axis: int, reads: str) -> None:
         parts = {"code": _Encode(coder, axis), "decoder": _Decode(coder, axis), "error": _Error(coder, axis)}
         super().__init__(layer, **parts, sum=_Sum())
         self.reads, self.axis = reads, axis
@@ -127,7 +127,7 @@ class _SplicedLayer(Followed):
 class _Coding(ByChainRule):
     """A part of an autoencoder, whose modules are not those of the model."""
 
-    def __init__(self, coder: Coder, axis: int) -> None:
+    def __init__(self, coder: _Coder, axis: int) -> None:
         super().__init__()
         self._coder, self.axis = [coder], axis  # (a list, so that a module is a part of the model once)
 

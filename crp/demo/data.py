@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-IMAGE_SIZE = 32
-FRAME = 4
-CLASS_NAMES = tuple(str(digit) for digit in range(10))
+_IMAGE_SIZE = 32
+_FRAME = 4
+_CLASS_NAMES = tuple(str(digit) for digit in range(10))
 
 
 class Box(NamedTuple):
@@ -145,7 +145,7 @@ def load_digits_data(seed: int = 0, mark: Mark | None = None) -> DigitsData:
     half = (len(images) + 1) // 2
     train = _plant(images[order[:half]], labels[order[:half]], mark, mark.train_share, generator)
     test = _plant(images[order[half:]], labels[order[half:]], mark, mark.test_share, generator)
-    return DigitsData(train, test, mark, CLASS_NAMES)
+    return DigitsData(train, test, mark, _CLASS_NAMES)
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
@@ -159,9 +159,9 @@ def _read_digits() -> tuple[Tensor, Tensor]:
         ) from error
     bundle = load_digits()
     images = torch.from_numpy(bundle.images).float().div(16).unsqueeze(1)
-    side = IMAGE_SIZE - 2 * FRAME
+    side = _IMAGE_SIZE - 2 * _FRAME
     images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
-    return F.pad(images, [FRAME] * 4), torch.from_numpy(bundle.target).long()
+    return F.pad(images, [_FRAME] * 4), torch.from_numpy(bundle.target).long()
 
 
 def _plant(images: Tensor, labels: Tensor, mark: Mark, share: float, generator: torch.Generator) -> Digits:

@@ -28,7 +28,7 @@ from crp.visualization.table.store import Table, TableError, TableLockedError
 __all__ = ["DemoError", "Figures", "run_demo"]
 
 #: Number of marked test images that are looked at for the shortcut.
-LOOKED_AT = 64
+_LOOKED_AT = 64
 PICTURES = 3
 
 
@@ -175,7 +175,7 @@ def _measure(fv: FeatureVisualization, net: DigitNet, data: DigitsData, composit
     of_digit = test.labels == mark.digit
     right = predict(net, test.images) == test.labels
     stamped = mark.stamp(test.images[~of_digit])
-    images = test.images[test.marked][:LOOKED_AT]
+    images = test.images[test.marked][:_LOOKED_AT]
     best = rank_by_box(fv.attribution, images, mark.digit, mark.box, DigitNet.CONCEPT_LAYERS, composite)[0]
     with switched_off(net, best.layer, best.concept):
         without = predict(net, stamped)

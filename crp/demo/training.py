@@ -19,7 +19,7 @@ from crp.demo.data import Digits
 from crp.demo.net import DigitNet
 from crp.visualization.table.files import write_atomic
 
-LEARNING_RATE = 3e-3
+_LEARNING_RATE = 3e-3
 
 
 class CheckpointError(ValueError):
@@ -84,7 +84,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DigitNet()
-    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(net.parameters(), lr=_LEARNING_RATE)
     done = 0 if path is None else _load(path, net, optimizer, settings)
     with tqdm(total=epochs, initial=done, desc="training", unit="epoch", disable=not verbose) as progress:
         for epoch in range(done, epochs):
@@ -119,7 +119,7 @@ def _train_epoch(
     """One pass over the data at a share of the learning rate; returns the mean loss."""
     net.train()
     for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE * rate
+        group["lr"] = _LEARNING_RATE * rate
     total = 0.0
     for batch in batches:
         optimizer.zero_grad()

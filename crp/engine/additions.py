@@ -13,7 +13,7 @@ from crp.engine.turns import TURNS, parts_of
 from crp.layers import modules_of, unwrap
 
 
-class Addition(NamedTuple):
+class _Addition(NamedTuple):
     """Something that is on a model and no part of it.
 
     Attributes
@@ -31,19 +31,22 @@ class Addition(NamedTuple):
     thread: int | None
 
 
-def attached(model: nn.Module) -> list[Addition]:
+def attached(model: nn.Module) -> list[_Addition]:
     """What this package, or zennit, has put on a model, or on a part of it: composites first, then hooks.
 
-    It is empty unless a composite's context is entered, a call is under way, or the program was left in the midst of
-    one; `clear` takes it all off.
+    Returns
+    -------
+    list of Addition
+        Empty unless a composite's context is entered, a call is under way, or the program was left in the midst of one;
+        `clear` takes it all off.
     """
     modules = modules_of(unwrap(model))
     names = {id(module): name for name, module in modules.items()}
     on = [one for one in placed() if id(one.module) in names]
     known = {one.composite for one in on}
-    found = [Addition(type(one.composite).__name__, names[id(one.module)], one.thread) for one in on]
+    found = [_Addition(type(one.composite).__name__, names[id(one.module)], one.thread) for one in on]
     found += [
-        Addition(type(use.composite).__name__, names[id(use.model)], use.thread)
+        _Addition(type(use.composite).__name__, names[id(use.model)], use.thread)
         for use in [*USES, *LEFT_BEHIND]
         if id(use.model) in names and use.composite not in known
     ]
@@ -51,11 +54,11 @@ def attached(model: nn.Module) -> list[Addition]:
         for kind in HOOKS:
             owned = [(hook, owner) for hook in getattr(module, kind).values() if (owner := _owner(hook)) is not None]
             ours = {id(owner): (type(owner).__name__, getattr(hook, "_thread", None)) for hook, owner in owned}
-            found += [Addition(what, name, thread) for what, thread in ours.values()]
+            found += [_Addition(what, name, thread) for what, thread in ours.values()]
     return found
 
 
-def clear(model: nn.Module) -> list[Addition]:
+def clear(model: nn.Module) -> list[_Addition]:
     """Take off a model what this package, or zennit, has put on it; for programs that were left in the midst of a call.
 
     Weights, training flags and attributes that a call has changed are as before it. What a composite of zennit has
@@ -63,7 +66,7 @@ def clear(model: nn.Module) -> list[Addition]:
 
     Returns
     -------
-    list of Addition
+    list of _Addition
         What was there.
 
     Raises

@@ -24,7 +24,7 @@ MakeMasks: TypeAlias = Callable[..., list[MaskFn]]
 #: Bytes of data whose gradients, throughout a usual convolutional net, stay in a CPU's cache.
 IN_CACHE = 2**19
 
-ORDER_MESSAGE = (
+_ORDER_MESSAGE = (
     "The layer names must be ordered according to their succession in the model if 'exclude_parallel'=True: "
     "start with the last and end with the first layer in each condition; parallel layers cannot be in one condition. "
     "The flow from {} does not reach {!r}."
@@ -63,7 +63,7 @@ def send_back(
     for name in layer_names if partial_backward else ():
         (reached,) = torch.autograd.grad(root, layer_out[name], cotangent, retain_graph=True, allow_unused=True)
         if reached is None:
-            raise RuntimeError(ORDER_MESSAGE.format(origin, name))
+            raise RuntimeError(_ORDER_MESSAGE.format(origin, name))
         root, cotangent, origin = layer_out[name], reached, repr(name)
     torch.autograd.backward(root, cotangent, retain_graph=generate)
 
@@ -217,7 +217,7 @@ def _by_layer(
         target = passed.layers[name]
         seen = flow(root, cotangent, {name: target}, passed.layers) if target.requires_grad else {}
         if name not in seen:
-            raise RuntimeError(ORDER_MESSAGE.format(origin, name))
+            raise RuntimeError(_ORDER_MESSAGE.format(origin, name))
         recorded = {**seen, **dict.fromkeys(names_of[id(target)], seen[name]), **recorded}
         masks = make_masks(conditions, name, n_entries=len(target) // len(passed.inputs))
         root, origin, cotangent = target, repr(name), grid.scatter(apply_masks(masks, grid.gather(seen[name])))

@@ -21,7 +21,7 @@ from crp.types import AbsorbedRelevance, AttributionResults, Condition
 _EFFECT = 1e-3
 
 
-class Attributing(Protocol):
+class _Attributing(Protocol):
     """What is needed of a `CondAttribution`."""
 
     model: nn.Module
@@ -39,7 +39,7 @@ class Attributing(Protocol):
 
 
 @dataclass(frozen=True)
-class Point:
+class _Point:
     """One thing that was checked.
 
     Attributes
@@ -72,7 +72,7 @@ class Checked:
 
     Attributes
     ----------
-    findings : list of Point
+    findings : list of _Point
     kept : dict of str to dict of str to float
         Share of the initial relevance that each layer keeps: with its bias, where nothing contributed, with the
         stabilizer.
@@ -82,7 +82,7 @@ class Checked:
         Operations without a rule that were left to the ordinary chain rule.
     """
 
-    findings: Sequence[Point]
+    findings: Sequence[_Point]
     kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rules: Mapping[str, int] = field(default_factory=dict)
     left: Sequence[str] = ()
@@ -111,7 +111,7 @@ class Checked:
 
 
 def check_explanation(
-    attribution: Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
+    attribution: _Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
 ) -> Checked:
     """Check an explanation; see `crp.attribution.CondAttribution.check`."""
     result = attribution(data, conditions, composite)
@@ -127,26 +127,26 @@ def check_explanation(
     return Checked([findings[0], account, *findings[1:]], kept, rules, left)
 
 
-def _prediction_unchanged(attribution: Attributing, data: Tensor, result: AttributionResults) -> Point:
+def _prediction_unchanged(attribution: _Attributing, data: Tensor, result: AttributionResults) -> _Point:
     with torch.no_grad(), evaluating(attribution.model):
         plain = attribution.select_output(attribution.model(data.to(attribution.device).clone()))
     repeats = len(result.prediction) // len(plain)
     plain = plain.repeat_interleave(repeats, 0).to(result.prediction)
     scale = float(plain.abs().max()) or 1.0
     value, limit = float((result.prediction - plain).abs().max()) / scale, 1e4 * torch.finfo(plain.dtype).eps
-    return Point("prediction", value <= limit, value, limit, "the model predicts the same under the composite")
+    return _Point("prediction", value <= limit, value, limit, "the model predicts the same under the composite")
 
 
 def _account(
-    attribution: Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
-) -> tuple[Point, dict[str, dict[str, float]]]:
+    attribution: _Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
+) -> tuple[_Point, dict[str, dict[str, float]]]:
     """Σ input + Σ kept = initial, for targets alone, as conditions on layers mask some of it."""
     name = attribution.MODEL_OUTPUT_NAME
     targets = [{name: condition[name]} for condition in conditions if name in condition]
     what = "relevance of the data, and what layers keep, is what started"
     encoding = Encoding.of(composite)
     if not targets or propagation_of(composite).accounting() is None or encoding.as_multiplier:
-        return Point("account", None, None, None, f"{what}: not known of {type(composite).__name__}"), {}
+        return _Point("account", None, None, None, f"{what}: not known of {type(composite).__name__}"), {}
     account = attribution.absorbed(data, targets, composite)
     scale = account.initial.abs().clamp(min=torch.finfo(account.initial.dtype).tiny)
     value, limit = float((account.rest.abs() / scale).max()), float(torch.finfo(account.initial.dtype).eps ** 0.5)
@@ -154,31 +154,31 @@ def _account(
         layer: {kind: float((share / account.initial).mean()) for kind, share in shares.items()}
         for layer, shares in account.layers.items()
     }
-    return Point("account", value <= limit, value, limit, what), kept
+    return _Point("account", value <= limit, value, limit, what), kept
 
 
-def _finite(attribution: Attributing, result: AttributionResults) -> Point:
+def _finite(attribution: _Attributing, result: AttributionResults) -> _Point:
     tensors = {"heatmap": result.heatmap, "prediction": result.prediction, **result.relevances}
     wrong = not_finite({name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
     wrong += not_finite({**dict(attribution.model.named_parameters()), **dict(attribution.model.named_buffers())})
     what = f"not finite: {', '.join(wrong)}" if wrong else "all values are finite"
-    return Point("finite", not wrong, None, None, what)
+    return _Point("finite", not wrong, None, None, what)
 
 
-def _repeats(result: AttributionResults, again: AttributionResults) -> Point:
+def _repeats(result: AttributionResults, again: AttributionResults) -> _Point:
     difference = float((result.heatmap - again.heatmap).abs().max())
     scale = float(result.heatmap.abs().max()) or 1.0
     what = "the same call gives the same heatmap, bit for bit, on this device"
-    return Point("repeats", torch.equal(result.heatmap, again.heatmap), difference / scale, 0.0, what)
+    return _Point("repeats", torch.equal(result.heatmap, again.heatmap), difference / scale, 0.0, what)
 
 
 def _weights_matter(
-    attribution: Attributing,
+    attribution: _Attributing,
     data: Tensor,
     conditions: Sequence[Condition],
     composite: Composite | None,
     result: AttributionResults,
-) -> Point:
+) -> _Point:
     """Shuffled weights change the heatmap (Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018)."""
     what = "the heatmap is another one if weights are shuffled"
     changed = copy.copy(attribution)
@@ -193,11 +193,11 @@ def _weights_matter(
     heatmap = changed(data, conditions, composite).heatmap
     scale = float(result.heatmap.abs().max()) or 1.0
     value = float((heatmap - result.heatmap).abs().max()) / scale if is_finite(heatmap) else float("inf")
-    return Point("weights matter", value > _EFFECT, value, _EFFECT, f"{what} (change {value:.2g})")
+    return _Point("weights matter", value > _EFFECT, value, _EFFECT, f"{what} (change {value:.2g})")
 
 
 def _operations(
-    attribution: Attributing, data: Tensor, composite: Composite | None
+    attribution: _Attributing, data: Tensor, composite: Composite | None
 ) -> tuple[dict[str, int], Sequence[str]]:
     report: Any = getattr(composite, "report", None)
     if report is None:

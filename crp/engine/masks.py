@@ -106,7 +106,7 @@ def selects(function: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Selection:
+class _Selection:
     """Mask function that keeps the entries where ``kept`` is true."""
 
     kept: Tensor
@@ -136,4 +136,4 @@ class Given:
 
     def make_masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
         """Mask function of a layer, for all rows together."""
-        return [Selection(self.masks[layer])]
+        return [_Selection(self.masks[layer])]

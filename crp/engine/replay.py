@@ -31,7 +31,7 @@ FIRST_RUNS = 2
 #: Recordings that are kept.
 KEPT = 4
 #: Share of a GPU's memory that recordings leave free.
-SPARE = 0.1
+_SPARE = 0.1
 #: Largest deviation of a replay, relative to the largest value: what different kernels may differ by in TF32.
 TOLERANCE = 1e-3
 #: Operations by which Python reads a value.
@@ -65,7 +65,7 @@ class GraphRecorder:
         with _Reads() as reads, torch.cuda.graph(graph):
             outputs = run()
         free, total = torch.cuda.mem_get_info()
-        if free < SPARE * total:
+        if free < _SPARE * total:
             raise MemoryError("a graph keeps its memory, and too little would be left for others")
         return _Graph(graph, reads), outputs
 

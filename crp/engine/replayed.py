@@ -11,10 +11,11 @@ from zennit.core import Composite
 
 from crp.devices import send_to
 from crp.engine.attached import is_on
-from crp.engine.call import Call, Part
+from crp.engine.call import Call
 from crp.engine.conditions import Grid, Rows, check_targets_exist, initial_relevance
 from crp.engine.encoding import Encoding, Propagation
 from crp.engine.inputs import Inputs
+from crp.engine.joining import Part
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import ModelState, is_watched
 from crp.engine.replay import Recorder, Replays
@@ -22,7 +23,7 @@ from crp.engine.settings import Settings
 from crp.types import AttributionResults
 
 #: Structures of which the shapes are remembered.
-KEPT_SHAPES = 64
+_KEPT_SHAPES = 64
 
 
 class Replayed:
@@ -89,7 +90,7 @@ class Replayed:
 
     def _learn(self, key: Hashable, call: Call, composite: Composite) -> Part | None:
         """Compute rows once, to know the shapes of their output and layers; none where they cannot be replayed."""
-        while len(self._shapes) >= KEPT_SHAPES:
+        while len(self._shapes) >= _KEPT_SHAPES:
             del self._shapes[next(iter(self._shapes))]
         part = call.at_once(composite)
         self._shapes[key] = {}

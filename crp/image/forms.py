@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-YELLOW = (1.0, 0.80, 0.0)
+_YELLOW = (1.0, 0.80, 0.0)
 FORMS = ("masked", "heatmap", "overlay", "contour", "crop")
 
 
@@ -57,7 +57,7 @@ def draw_overlay(image: Picture, heatmap: Tensor | Array) -> Image.Image:
 def draw_contour(
     image: Picture,
     heatmaps: Tensor | Array | Sequence[Tensor | Array],
-    colours: Sequence[tuple[float, float, float]] = (YELLOW,),
+    colours: Sequence[tuple[float, float, float]] = (_YELLOW,),
 ) -> Image.Image:
     """Picture with an outline around its relevant parts, outside of which it is dimmed.
 
@@ -120,7 +120,24 @@ def relevant_box(heatmap: Tensor | Array, share: float = 0.9, margin: float = 0.
 
 
 def draw_form(form: str, image: Picture, heatmap: Tensor | Array) -> Image.Image:
-    """Picture and its relevance in one of the forms `FORMS`."""
+    """Picture and its relevance in one of the forms `FORMS`.
+
+    Parameters
+    ----------
+    form : str
+    image : Tensor of shape (channels, height, width), ndarray of that shape or with the channels last, or PIL Image
+        Values within 0..1 are shown as they are, others are brought there by the whole image's range.
+    heatmap : Tensor or ndarray of shape (height, width)
+
+    Returns
+    -------
+    PIL Image
+
+    Raises
+    ------
+    ValueError
+        If there is no such form.
+    """
     if form == "heatmap":
         return draw_heatmap(heatmap, as_picture(image).shape[:2])
     drawn: dict[str, Callable[[Picture, Tensor | Array], Image.Image]] = {

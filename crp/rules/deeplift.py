@@ -26,7 +26,7 @@ from crp.rules.layer import Layer, negative, positive
 from crp.rules.redirect import Redirect, SecondOrder, _released
 
 #: A midpoint derivative that predicts Δy to this many roundings of y is used in place of the quotient.
-ROUNDINGS = 4
+_ROUNDINGS = 4
 
 
 @dataclass
@@ -301,7 +301,7 @@ def slope(call: Callable[[Tensor], Tensor], x: Tensor, x0: Tensor, y: Tensor, y0
     size = y.abs() + y0.abs()
     if name == "gelu":  # 1 + erf(x) is no better than 1
         size = size + x.abs() + x0.abs()
-    rounding = ROUNDINGS * max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps) * size
+    rounding = _ROUNDINGS * max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps) * size
     return torch.where((between * dx - dy).abs() <= rounding, between, quotient)
 
 

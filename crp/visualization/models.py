@@ -66,7 +66,7 @@ class Loaded:
         exact = [index for index, one in enumerate(self.classes) if one == name]
         alike = [index for index, one in enumerate(self.classes) if one.casefold() == name.casefold()]
         if len(found := exact or alike) != 1:
-            known = _nearest(name, self.classes) if self.classes else "; the model has no names, give --classes"
+            known = nearest(name, self.classes) if self.classes else "; the model has no names, give --classes"
             several = f"; it is the name of the classes {', '.join(map(str, found))}" if found else known
             raise LoadingError(f"--target {name!r} is no class{several}")
         return found[0]
@@ -180,7 +180,7 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
     known = models.list_models(module=models)
     if name not in known:
         raise LoadingError(
-            f"there is no model {name!r} in torchvision{_nearest(name, known)}; a model of your own is named "
+            f"there is no model {name!r} in torchvision{nearest(name, known)}; a model of your own is named "
             "package.module:factory"
         )
     chosen = None
@@ -217,7 +217,7 @@ def imported(place: str) -> Any:
         sys.path.remove("")
     found = getattr(module, name, None)
     if found is None:
-        raise LoadingError(f"{place}: {module_name} has no {name!r}{_nearest(name, dir(module))}")
+        raise LoadingError(f"{place}: {module_name} has no {name!r}{nearest(name, dir(module))}")
     return found
 
 
@@ -258,6 +258,10 @@ def _fill(net: nn.Module, path: Path) -> None:
     if isinstance(state, dict):
         state = _without_wrapper(state, net)
         wanted, given = set(net.state_dict()), set(state)
+        # Batch norm of torch before 0.4.1 did not count batches, and predictions do not depend on their number.
+        uncounted = {name for name in wanted - given if name.endswith("num_batches_tracked")}
+        wanted -= uncounted
+        state |= {name: net.state_dict()[name] for name in uncounted}
         if missing := sorted(wanted - given) or sorted(given - wanted):
             lacks = "lacks" if wanted - given else "has, and the model lacks,"
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -278,13 +282,38 @@ def _without_wrapper(state: dict[str, Any], net: nn.Module) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[str]:
+    """Names, one per line, without the blanks and the byte-order mark that editors leave around them."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise LoadingError(f"{path} cannot be read: {error}") from error
+    if "" in names:
+        raise LoadingError(f"{path}: line {names.index('') + 1} is blank; every class has a name in a line of its own")
+    return names
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """``"; nearest: a, b"``, or nothing."""
+def check_repeatable(place: str, model: nn.Module) -> None:
+    """Refuse a function of the user's whose model has other weights at every call.
+
+    Nothing that is mined with such a model can be shown or continued later.
+
+    Raises
+    ------
+    LoadingError
+        If calling it again gives other weights.
+    """
+    if isinstance(imported(place), nn.Module):
+        return
+    again = _made(place).state_dict()
+    for name, value in model.state_dict().items():
+        if not (name in again and value.shape == again[name].shape and torch.equal(value, again[name])):
+            raise LoadingError(
+                f"{place}() makes a model with other weights at every call ({name}), so that pages cannot be drawn of "
+                "what is mined: let it load its weights, or give --checkpoint"
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Nearest names as the end of a message: ``"; nearest: a, b"``, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else ""

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crp.concepts import ChannelConcept, Concept
+from crp.concepts import Concept
 from crp.errors import LoadingError
+from crp.visualization.mining.recipe import make_concept
 from crp.visualization.models import load_model
-from crp.visualization.sources import load_source, open_source
-
-_CHANNELS = "crp.concepts.channels.ChannelConcept"
+from crp.visualization.sources import load_source, load_texts, open_source
 
 
 class Opened(NamedTuple):
@@ -57,18 +56,22 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> Opened:
         by_label = data is None and command["targets"] == "label"
         if isinstance(source, Path) and data is not None:
             fields = []
-        dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
+        tokenizer, position = command.get("tokenizer"), command.get("position")
+        dataset: Any = load_texts(source, tokenizer, position, ",".join(fields), str(command["model"]))
+        preprocess = None
+        if dataset is None:
+            dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
     except (KeyError, TypeError, AttributeError) as error:
         raise LoadingError(f"the recipe of the table lacks or garbles what crp mine was given: {error!r}") from error
     return Opened(loaded.model, dataset, preprocess, make_layer_map(recipe))
 
 
 def make_layer_map(recipe: Mapping[str, Any]) -> dict[str, Concept]:
-    """Concepts of the layers; only channels can be made of words."""
+    """Concepts of the layers; a `LoadingError` says what cannot be made again, and what to give."""
     layers = recipe.get("layers")
-    found: dict[str, Concept] = {}
-    for layer, about in layers.items() if isinstance(layers, Mapping) else ():
-        if not isinstance(about, Mapping) or about.get("concept") != _CHANNELS:
-            raise LoadingError(f"layer {layer!r} was mined with concepts that no words can make again; give layer_map")
-        found[layer] = ChannelConcept()
-    return found
+    if not isinstance(layers, Mapping) or not all(isinstance(words, Mapping) for words in layers.values()):
+        raise LoadingError("the table does not say which concepts were mined; give layer_map")
+    try:
+        return {layer: make_concept(layer, words) for layer, words in layers.items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise LoadingError(f"the recipe of the table garbles its concepts: {error!r}; give layer_map") from error

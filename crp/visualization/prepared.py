@@ -50,6 +50,10 @@ class Normalized:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = tuple(mean), tuple(std)
 
+    def __repr__(self) -> str:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"less {mean}, divided by {std}"
+
     def __call__(self, data: Tensor) -> Tensor:
         """Samples as the model takes them."""
         if len(self.mean) not in (1, data.shape[1]):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import LoadingError
 from crp.visualization import models
+from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.run import mine
 from crp.visualization.models import Loaded
 from crp.visualization.prepared import Normalized, Prepared
-from crp.visualization.sources import load_source
+from crp.visualization.sources import MULTI_LABEL, load_source
 from crp.visualization.table.lock import get_owners, locked
 from crp.visualization.table.store import Table
 
@@ -62,6 +64,7 @@ alone = Items(lambda x, y: x)
 single = Items(lambda x, y: (x,))
 ragged = Items(lambda x, y: (x, list(range(y))))
 hot = Items(lambda x, y: (x, torch.arange(3) < y))
+smooth = Items(lambda x, y: (x, [0.9, 0.05, 0.05]))
 sizes = Items(lambda x, y: (x[:, :4 + y], y))
 nan = Items(lambda x, y: (x / (y - 2), y))
 def pooled():
@@ -243,6 +246,19 @@ def of_items(name: str, out: str, *more: str) -> Result:
     return crp("mine", *NET, "--data", f"words:{name}", "--out", out, *more)
 
 
+@pytest.mark.parametrize("label", [[0.05, 0.9, 0.05], [1, 0, -1], [[1, 0]], 2, [0, 1, 2]], ids=str)
+def test_labels_of_several_classes_are_0_or_1(label: Any) -> None:
+    """Smoothed labels and marks for "unknown" name no classes."""
+    assert MULTI_LABEL["hot"]([0, 1, 1]) == MULTI_LABEL["hot"](torch.tensor([False, True, True])) == [1, 2]
+    with pytest.raises(LabelError, match=r"must have 0 or 1 for each class \(--multi-label hot\), not \["):
+        MULTI_LABEL["hot"](label)
+
+
+def test_items_with_smoothed_labels_are_named(here: Path) -> None:
+    told = of_items("smooth", "smooth", "--multi-label", "hot")
+    assert told.exit_code == 1 and "sample 0: " in told.output and "must have 0 or 1 for each class" in told.output
+
+
 def test_items_without_labels_and_with_several(here: Path) -> None:
     plain = warnings.formatwarning
     for name in ("alone", "single"):
@@ -348,6 +364,133 @@ def test_a_folder_of_class_folders(folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(LoadingError, match="holds no pictures"):
         load_source(folder / "empty", [], loaded([]), by_label=False)
+
+
+def test_hidden_folders_and_files_are_passed_over(folder: Path) -> None:
+    for name in (".ipynb_checkpoints", "__MACOSX/a"):
+        (folder / name).mkdir(parents=True)
+        picture(9).save(folder / name / "1.png")
+    picture(9).save(folder / "a" / "._1.png")
+    data, _ = load_source(folder, [], loaded([]), by_label=True)
+    assert [(data.source(i).name, data[i][1]) for i in range(len(data))] == [  # type: ignore[union-attr]
+        ("a/1.png", 0), ("b/1.png", 1), ("c/d/1.png", 2)
+    ]  # fmt: skip
+
+
+def classes_of(folder: Path, names: list[str], classes: list[str]) -> dict[str, int]:
+    for number, name in enumerate(names):
+        (folder / name).mkdir()
+        picture(number).save(folder / name / "1.png")
+    found: dict[str, int] = load_source(folder, [], loaded(classes), by_label=True)[0].dataset.labels
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "expected"),
+    [
+        ([str(i) for i in range(11)], [], {str(i): i for i in range(11)}),
+        (["00", "01", "02"], [], {"00": 0, "01": 1, "02": 2}),
+        (["Ship", " truck"], ["truck", "ship", "cat"], {"Ship": 1, " truck": 0}),
+        (["a", "A"], ["A", "a"], {"a": 1, "A": 0}),
+        (["n1", "n2"], ["tench", "goldfish"], {"n1": 0, "n2": 1}),
+        (["1", "2"], ["0", "1", "2"], {"1": 1, "2": 2}),
+    ],
+    ids=["numbers", "zeros", "case", "exact", "order", "names are numbers"],
+)
+def test_which_class_a_folder_is(tmp_path: Path, names: list[str], classes: list[str], expected: Any) -> None:
+    assert classes_of(tmp_path, names, classes) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "match"),
+    [
+        (
+            ["ship", "truk"],
+            ["ship", "truck"],
+            "'truk' is no class of the model, and others are; nearest: truck; rename",
+        ),
+        (["1", "2", "10"], [], "are the numbers 1 to 10, and the classes count from 0 to 2"),
+        (["0", "1"], ["a", "b", "c"], "are the numbers 0 to 1, and the classes count from 0 to 2"),
+        (["crane"], ["crane", "b", "crane"], "'crane' is the name of the classes 0, 2; give --classes"),
+    ],
+    ids=["typo", "from 1", "too few", "twice"],
+)
+def test_folders_that_could_be_other_classes_are_refused(
+    tmp_path: Path, names: list[str], classes: list[str], match: str
+) -> None:
+    with pytest.raises(LoadingError, match=match):
+        classes_of(tmp_path, names, classes)
+
+
+def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    with pytest.warns(UserWarning, match="no picture is in the class folders b$"):
+        assert classes_of(tmp_path, ["a", "c"], []) == {"a": 0, "b": 1, "c": 2}
+
+
+def test_names_in_a_file_may_have_blanks_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "names").write_bytes("\ufeffcat \r\n dog\r\n\r\n".encode())
+    (tmp_path / "own.py").write_text("from torch import nn\nnet = nn.Linear(2, 2)\n")
+    monkey = pytest.MonkeyPatch()
+    monkey.chdir(tmp_path)
+    try:
+        assert models.load_model("own:net", classes=tmp_path / "names").classes == ["cat", "dog"]
+        (tmp_path / "names").write_text("cat\n\ndog\n")
+        with pytest.raises(LoadingError, match="line 2 is blank; every class has a name in a line of its own"):
+            models.load_model("own:net", classes=tmp_path / "names")
+    finally:
+        monkey.undo()
+
+
+def test_a_run_says_what_it_has_decided(here: Path, folder: Path) -> None:
+    words = [word for word in NET if word != "--quiet"]
+    code = "nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))"
+    (here / "words.py").write_text(MODULE + f"def three(): torch.manual_seed(0); return {code}\n")
+    words[1] = "words:three"
+    result = crp("mine", *words, "--data", folder, "--size", "8", "--out", "out")
+    assert result.stdout.splitlines()[:3] == [
+        "layers     1",
+        "pictures   3, not normalised, in 0..1 (--mean and --std do it, where the training did)",
+        "classes    a 0, b 1, c 2",
+    ]
+    options = ["--mean", "0.5", "--std", "0.25", "--overwrite"]
+    result = crp("mine", *words, "--data", folder, "--size", "8", "--out", "out", *options)
+    assert "pictures   3, less 0.5, divided by 0.25\n" in result.stdout
+    assert "preprocessing: less 0.5, divided by 0.25\n" in crp("status", "out").output
+
+
+def test_a_model_with_other_weights_at_every_call_is_refused(here: Path) -> None:
+    (here / "words.py").write_text(MODULE + "def random(): return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))\n")
+    words = [word if word != "words:net" else "words:random" for word in NET]
+    result = crp("mine", *words, *ROWS, "--out", "out")
+    assert result.exit_code == 1 and "words:random() makes a model with other weights at every call" in result.output
+    assert not (here / "out").exists()
+
+
+def test_a_checkpoint_may_lack_the_count_of_batches(here: Path) -> None:
+    (here / "words.py").write_text(
+        MODULE + "def normed(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))\n"
+    )
+    sys.path.insert(0, str(here))
+    try:
+        import words  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(here))
+    state = words.normed().state_dict()
+    torch.save({"module." + name: one for name, one in state.items() if "num_batches" not in name}, here / "net.pt")
+    assert torch.equal(models.load_model("words:normed", checkpoint=here / "net.pt").model[0].weight, state["0.weight"])  # type: ignore[index,arg-type]
+    del state["1.running_mean"]
+    torch.save(state, here / "net.pt")
+    with pytest.raises(LoadingError, match=r"it lacks 1\.running_mean$"):
+        models.load_model("words:normed", checkpoint=here / "net.pt")
+
+
+def test_targets_that_are_no_outputs_are_found(here: Path) -> None:
+    assert mined("out").exit_code == 0
+    table = Table.open("out")
+    assert table.header.recipe["model"]["outputs"] == 3 and table.verify() == []
+    few = replace(table.header, recipe={"model": {"outputs": 2}})
+    assert "has rows of target 2, and the model 2 outputs" in Table("out", few, table.shards).verify()[0]
 
 
 def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_cases import crp, mine_pictures
 from mining_cases import Data, make_net, run
 
 from crp.composites import EpsilonPlus
+from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept, SubspaceConcept
 from crp.errors import LoadingError
 from crp.visualization import FeatureVisualization, Table
 
@@ -81,3 +84,38 @@ def test_what_is_gone_is_named(mined: Path) -> None:
     assert crp("report", mined.parent).output == (
         f"Error: nothing was mined into {mined.parent}: it has no manifest.json\n"
     )
+
+
+@pytest.mark.parametrize(
+    "concept",
+    [
+        ChannelConcept(),
+        AxisConcept(-1),
+        AxisConcept(1, groups=2),
+        DirectionConcept(torch.eye(4)[:3] + 0.25, names=["a", "b", "c"]),
+        DirectionConcept(np.eye(4), 2 * np.eye(4), rest=False),
+        SubspaceConcept([torch.eye(4)[:2], torch.eye(4)[3:]], rest=False),
+    ],
+    ids=["channels", "axis", "groups", "directions", "dual", "subspaces"],
+)
+def test_concepts_of_ours_are_made_again(tmp_path: Path, concept: Any) -> None:
+    run(tmp_path, Data(), layer_map={"relu": concept})
+    fv = FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data())
+    assert type(fv.layer_map["relu"]) is type(concept) and getattr(concept, "names", None) == getattr(
+        fv.layer_map["relu"], "names", None
+    )
+    assert len(fv.get_max_reference(1, "relu", "relevance", (0, 2), EpsilonPlus(), plot_fn=None)[1][0]) == 2
+
+
+def test_a_concept_of_the_users_own_is_asked_for(tmp_path: Path) -> None:
+    class Own(ChannelConcept):
+        def __init__(self) -> None:
+            self.strength = 3
+
+    run(tmp_path, Data(), layer_map={"relu": Own()})
+    with pytest.raises(
+        LoadingError, match=r"'relu' was mined with .*Own, a concept of your own with the settings .*3.*give"
+    ):
+        FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data())
+    fv = FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data(), layer_map={"relu": Own()})
+    assert len(fv.get_max_reference(1, "relu", "relevance", (0, 2), EpsilonPlus(), plot_fn=None)[1][0]) == 2

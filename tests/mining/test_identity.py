@@ -124,8 +124,12 @@ def test_random_augmentation_is_no_other_dataset(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> Any:
             return super().__getitem__(index)[0] + torch.randn(1, 6, 6).double(), 1
 
-    assert run(tmp_path, Noisy(), stop=8).header.probes["0"] == "(1, 6, 6) torch.float64"
-    assert run(tmp_path, Noisy()).coverage().missing == []
+    with pytest.warns(
+        UserWarning, match=r"dataset\[0\] gives other data at every reading, as under a random transform"
+    ):
+        assert run(tmp_path, Noisy(), stop=8).header.probes["0"] == "(1, 6, 6) torch.float64"
+    with pytest.warns(UserWarning, match="Take random transforms off the dataset"):
+        assert run(tmp_path, Noisy()).coverage().missing == []
     with pytest.raises(TableMismatchError, match="sample 0 is not what it was"):
         run(tmp_path, Data())
 

@@ -11,7 +11,7 @@ import torch
 from mining_cases import LAYERS, Data, files_of, make_net, rows_of, run, same_rows
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
@@ -23,6 +23,7 @@ from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
+from crp.visualization.mining.text_batches import Asked
 
 
 class Items:
@@ -90,6 +91,36 @@ def test_a_dataloader_is_its_dataset(tmp_path: Path) -> None:
     assert files_of(table.path) == files_of(run(tmp_path / "b", Data()).path)
     with pytest.raises(TypeError, match="collate_fn"):
         run(tmp_path / "c", DataLoader(Data(), collate_fn=list))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sampler": SubsetRandomSampler([1, 2])}, "SubsetRandomSampler"),
+        ({"sampler": RandomSampler(range(21), num_samples=4)}, "RandomSampler"),
+        ({"sampler": RandomSampler(range(21), replacement=True)}, "RandomSampler"),
+        ({"sampler": [3, 4]}, "list"),
+        ({"batch_sampler": [[3, 4], [5]]}, "list"),
+    ],
+    ids=["subset", "some", "again", "indices", "batches"],
+)
+def test_a_dataloader_that_chooses_samples_is_refused(tmp_path: Path, options: Any, named: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"chooses samples by a {named}, .* torch.utils.data.Subset\(dataset, indices\)"
+    ):
+        run(tmp_path, DataLoader(Data(), **options))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preparation_that_works_in_place_reaches_no_sample_of_the_dataset(tmp_path: Path) -> None:
+    def halved(data: Any) -> Any:
+        return data.mul_(0.5)
+
+    data, before = Data(), Data().images
+    table = run(tmp_path / "a", data, preprocess=halved)
+    assert torch.equal(data.images, before)
+    expected = run(tmp_path / "b", Data(), preprocess=lambda data: data * 0.5)
+    assert torch.equal(torch.tensor(table.column("fc", 0).value), torch.tensor(expected.column("fc", 0).value))
 
 
 class Stream(IterableDataset[Any]):
@@ -187,11 +218,11 @@ def test_of_equal_outputs_the_smaller_class_is_predicted() -> None:
     with torch.no_grad():
         attribution.model[0].weight[:, 0] = torch.tensor([0.0, 2, 1, 2, 2])
     data = torch.ones(1, 1)
-    assert choose_targets("prediction", attribution, data) == [[1]]
-    assert choose_targets("top-2", attribution, data) == [[1, 3]]
-    assert choose_targets("top-9", attribution, data) == [[0, 1, 2, 3, 4]]
+    assert choose_targets("prediction", attribution, Asked.of(data, None)) == [[1]]
+    assert choose_targets("top-2", attribution, Asked.of(data, None)) == [[1, 3]]
+    assert choose_targets("top-9", attribution, Asked.of(data, None)) == [[0, 1, 2, 3, 4]]
     with pytest.raises(ValueError, match=r"output of shape \(2, classes\), not \(2, 3, 5\)"):
-        choose_targets("prediction", attribution, torch.ones(2, 3, 1))
+        choose_targets("prediction", attribution, Asked.of(torch.ones(2, 3, 1), None))
 
 
 @pytest.mark.parametrize("targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3])

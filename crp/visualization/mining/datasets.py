@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
 
 from crp.visualization.mining.marks import Source, content_of, source_of, stamp_of
 
@@ -98,17 +107,33 @@ def of_loader(dataset: Any) -> Any:
     Raises
     ------
     TypeError
-        If it is a stream, or a DataLoader with a ``collate_fn``.
+        If it is a stream, or a DataLoader with a ``collate_fn``, or with a sampler that chooses among the samples.
     """
     if isinstance(dataset, DataLoader):
         if dataset.collate_fn not in (default_collate, default_convert):
             raise TypeError(
                 "the DataLoader has a collate_fn, which mining does not call; give a dataset, as Pairs makes"
             )
+        if not isinstance(dataset.dataset, IterableDataset):
+            _check_sampler(dataset)
         dataset = dataset.dataset
     if isinstance(dataset, IterableDataset):
         raise _stream(dataset)
     return dataset
+
+
+def _check_sampler(loader: DataLoader[Any]) -> None:
+    """Refuse a DataLoader that gives other samples than its dataset has; the order does not matter."""
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", batches)
+    if type(sampler) is SequentialSampler:
+        return
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
+        return
+    raise TypeError(
+        f"the DataLoader chooses samples by a {type(sampler).__name__}, and mining looks at all of a dataset: give "
+        "torch.utils.data.Subset(dataset, indices)"
+    )
 
 
 def as_tensor(data: Any) -> Tensor:
@@ -201,7 +226,8 @@ def read(dataset: Any, index: int) -> Sample:
     wrong = _wrong(item)
     if wrong is not None:
         return Sample(index, _NOTHING, None, Problem(wrong))
-    return Sample(index, item[0].detach(), item[1], None)
+    # (a copy: a preparation that works in place must not reach what the dataset keeps)
+    return Sample(index, item[0].detach().clone(), item[1], None)
 
 
 def read_batches(dataset: Any, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[list[Sample]]:

@@ -52,7 +52,8 @@ class Preparation:
 
     def _decide(self, samples: Tensor) -> Tensor | None:
         try:
-            alone = torch.cat([self._function(sample[None]) for sample in samples])
+            # (copies, as the function may work in place)
+            alone = torch.cat([self._function(sample[None].clone()) for sample in samples])
         except Exception:
             return None  # a sample that cannot be prepared says nothing about the others
         devices = [samples.device] if samples.device.type == "cuda" else []
@@ -64,7 +65,7 @@ class Preparation:
                 return alone
             try:
                 same = _are_same(together, alone) and _are_same(
-                    again, torch.cat([self._function(sample[None]) for sample in scaled])
+                    again, torch.cat([self._function(sample[None].clone()) for sample in scaled])
                 )
             except Exception:
                 same = False
@@ -79,8 +80,9 @@ class Preparation:
     def _together(self, samples: Tensor) -> Tensor | None:
         """A batch prepared at once; None if that fails, reads values, or gives another number of samples."""
         try:
-            with _Watch(samples) as watch:
-                prepared = self._function(samples)
+            own = samples.clone()
+            with _Watch(own) as watch:
+                prepared = self._function(own)
         except Exception:
             return None
         is_batch = isinstance(prepared, Tensor) and prepared.shape[:1] == samples.shape[:1]

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.concepts import Concept
+from crp.concepts import AxisConcept, ChannelConcept, Concept, DirectionConcept, SubspaceConcept
+from crp.errors import LoadingError
 from crp.layers import unwrap
 from crp.visualization.mining.marks import source_of
+from crp.visualization.mining.texts import texts_in
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 #: Characters of what has no plainer words, entries of a list, and levels of lists in lists.
 _LENGTH, _ENTRIES, _DEPTH = 300, 10_000, 6
+#: Concepts that can be made again from words and tensors, and the bytes of tensors that a recipe takes.
+_OURS = (ChannelConcept, AxisConcept, DirectionConcept, SubspaceConcept)
+_BYTES = 16_000_000
 
 
 def make_recipe(
@@ -53,6 +60,9 @@ def make_recipe(
         "layers": {layer: _describe_concept(concept) for layer, concept in concepts.items()},
         "dataset": {"class": _name(getattr(dataset, "dataset", dataset))} | folder,
     }
+    texts = texts_in(dataset)
+    if texts is not None:
+        recipe["texts"] = in_words(texts.describe())
     recipe |= {key: in_words(value) for key, value in settings.items()}
     for key, value in dict(said or {}).items():
         words, known = in_words(value), recipe.get(key)
@@ -98,5 +108,52 @@ def _describe_composite(composite: Composite | None) -> dict[str, Any] | None:
 
 def _describe_concept(concept: Concept) -> dict[str, Any]:
     axis = getattr(concept, "axis", 1 if type(concept).__name__ == "ChannelConcept" else None)
-    settings = {key: in_words(value) for key, value in getattr(concept, "__dict__", {}).items() if key[:1] != "_"}
-    return {"concept": _name(concept), "axis": in_words(axis), "settings": settings}
+    known = {key: value for key, value in getattr(concept, "__dict__", {}).items() if key[:1] != "_"}
+    words = {"concept": _name(concept), "axis": in_words(axis), "settings": in_words(known)}
+    tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
+    if tensors and type(concept) in _OURS and sum(value.nbytes for value in tensors.values()) <= _BYTES:
+        words["tensors"] = {key: _encode(value) for key, value in tensors.items()}
+    return words
+
+
+def make_concept(layer: str, words: Mapping[str, Any]) -> Concept:
+    """Concept of a layer, from what the recipe says of it.
+
+    Raises
+    ------
+    LoadingError
+        If it is a concept of the user's own, or its tensors are too large for a recipe.
+    """
+    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _OURS}
+    kind, settings = kinds.get(str(words.get("concept"))), words.get("settings")
+    if kind is None or not isinstance(settings, Mapping):
+        raise LoadingError(
+            f"layer {layer!r} was mined with {words.get('concept')}, a concept of your own with the settings "
+            f"{settings}: give layer_map={{{layer!r}: ...}}"
+        )
+    if kind is ChannelConcept:
+        return ChannelConcept()
+    if kind is AxisConcept:
+        return AxisConcept(settings["axis"], settings["groups"])
+    if "tensors" not in words:
+        raise LoadingError(f"the directions of layer {layer!r} are too large for a recipe: give layer_map")
+    directions, dual = (_decode(words["tensors"][name]) for name in ("directions", "dual"))
+    more = {"rest": settings["rest"], "axis": settings["axis"], "names": settings["names"]}
+    if kind is DirectionConcept:
+        return DirectionConcept(directions, dual, **more)
+    blocks, duals = (torch.split(matrix, settings["sizes"]) for matrix in (directions, dual))
+    return SubspaceConcept(blocks, duals, **more)
+
+
+def _encode(tensor: Tensor) -> dict[str, Any]:
+    values = tensor.detach().cpu().contiguous().numpy()
+    return {
+        "dtype": str(values.dtype),
+        "shape": list(values.shape),
+        "base64": base64.b64encode(values.tobytes()).decode("ascii"),
+    }
+
+
+def _decode(words: Mapping[str, Any]) -> Tensor:
+    values = np.frombuffer(base64.b64decode(words["base64"]), np.dtype(words["dtype"]))
+    return torch.from_numpy(values.reshape(words["shape"]).copy())

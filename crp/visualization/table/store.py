@@ -197,7 +197,7 @@ class Table:
                 )
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
-        """Which samples of a range were mined, skipped and missed."""
+        """Which samples of a range were mined, skipped and missed; of the whole dataset by default."""
         return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
 
     def rows(self) -> RowIds:
@@ -262,7 +262,10 @@ class Table:
     def column(
         self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
     ) -> Block:
-        """All values of one concept, as a `Block` of arrays of shape (rows,)."""
+        """All values of one concept, as a `Block` of arrays of shape (rows,).
+
+        Parameters and errors are those of `blocks`; also a ValueError if the table has no rows.
+        """
         found = list(self.blocks(layer, mode, target, normed, concepts=concept))
         if not found:
             raise ValueError(f"the table in {self.path} has no rows")
@@ -270,8 +273,24 @@ class Table:
         return Block(sample, ids, value[:, 0], position[:, 0])
 
     def verify(self) -> list[str]:
-        """Check every shard against the manifest, byte by byte; returns what is wrong, nothing if all is well."""
-        return list(self._damaged(again=True).values())
+        """Check every shard against the manifest, byte by byte; returns what is wrong, nothing if all is well.
+
+        Where the recipe tells how many outputs the model has, targets are compared with that number.
+        """
+        problems = self._damaged(again=True)
+        model = self.header.recipe.get("model")
+        outputs = model.get("outputs") if isinstance(model, Mapping) else None
+        if not isinstance(outputs, int):
+            return list(problems.values())
+        for shard in self.shards:
+            if shard.file not in problems:
+                target = read_rows(self.path / "shards", [shard]).target
+                if len(target) and int(target.max()) >= outputs:
+                    problems[shard.file] = (
+                        f"{self.path / 'shards' / shard.file} has rows of target {target.max()}, and the model "
+                        f"{outputs} outputs"
+                    )
+        return list(problems.values())
 
     def damaged(self) -> list[str]:
         """What is wrong with shards; those that this process has read or written are only asked for size and time."""
