@@ -66,7 +66,7 @@ class CondAttribution:
         model that decides by values, and another model, composite or shape are noticed, and computed as usual.
     channels_last : bool
         Whether nets with depthwise convolutions are run on a CPU with the channels last in memory, which is faster from
-        16 samples on; True by default. Results have the usual layout, and are the same up to rounding.
+        32 samples on; True by default. Results have the usual layout, and are the same up to rounding.
 
     Notes
     -----

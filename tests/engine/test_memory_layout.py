@@ -19,7 +19,7 @@ from crp.engine.inputs import Inputs
 from crp.engine.memory_layout import is_faster_channels_last
 from crp.visualization.mining.run import mine
 
-N = 16
+N = 32
 COMPOSITES = {
     "EpsilonPlus": EpsilonPlus,
     "EpsilonPlusFlat": EpsilonPlusFlat,
