@@ -198,6 +198,7 @@ def tensor_in(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise InputTypeError(
             f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
-            "override CondAttribution.select_output to choose the tensor to explain"
+            "give CondAttribution(model, output=...) a function that chooses the tensor to explain, or wrap the model "
+            "in one that returns it"
         )
     return output
