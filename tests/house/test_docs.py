@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -57,6 +58,19 @@ def test_the_reference_has_every_public_name(module: str, documented: set[str]) 
     names = offered(module)
     assert names
     assert [name for name in names if f"{module}.{name}" not in documented] == []
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.count(".") == 1 and m[4:] not in INSIDE))
+def test_docstrings_name_no_parameter_that_is_not_there(module: str) -> None:
+    from numpydoc.validate import validate
+
+    named = {f"{module}.{name}": getattr(importlib.import_module(module), name) for name in offered(module)}
+    for name, what in list(named.items()):
+        if inspect.isclass(what):
+            named |= {f"{name}.{part}": how for part, how in vars(what).items() if part[0] != "_" and callable(how)}
+    checked = [name for name, what in named.items() if callable(what) and inspect.getdoc(what)]
+    wrong = [(name, text) for name in checked for code, text in validate(name)["errors"] if code == "PR02"]
+    assert wrong == []
 
 
 def test_the_reference_has_what_the_package_itself_offers(documented: set[str]) -> None:
