@@ -15,6 +15,8 @@ from house_plan import MODULES, ROOT
 for needed in ("sphinx", "myst_nb", "numpydoc", "sphinx_click", "furo"):
     pytest.importorskip(needed, reason="the site is built where the docs extra is installed", exc_type=ImportError)
 
+pytestmark = pytest.mark.timeout(900)  # half a minute on two idle cores, much more where they are busy
+
 #: Modules beside the rooms' faces whose names are for the package itself.
 INSIDE = {"__main__", "checks", "commands", "compat", "devices", "engine", "layers", "notices"}
 
