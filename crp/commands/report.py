@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -25,6 +26,7 @@ INTERRUPTED = 130
 @click.option("--title", default="What the model looks at", show_default=True, help="Of the first page.")
 @click.option("--open", "opened", is_flag=True, help="Show the pages in the browser.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def report_command(
     folder: Path,
     out: Path | None,
@@ -37,6 +39,7 @@ def report_command(
     title: str,
     opened: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Write pages that show what a table has found, with nothing but its FOLDER.
 
@@ -81,6 +84,6 @@ def report_command(
         raise SystemExit(INTERRUPTED) from None
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(_plain(str(error))) from error
-    click.echo(f"wrote {_plain(str(page))}")
+    click.echo(json.dumps({"page": str(page)}) if as_json else f"wrote {_plain(str(page))}")
     if opened:
         click.launch(page.resolve().as_uri())

@@ -36,7 +36,7 @@ BUDGETS = {
     "audit": 1950,
     "canonizers": 800,
     # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1400,
+    "commands": 1450,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -56,7 +56,7 @@ BUDGETS = {
     "types": 150,
     # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
     # loaded again)
-    "visualization": 2990,
+    "visualization": 3100,
     # (what a table says in words, and concepts made again of it; which dataset it is of, and the columns about samples)
     "visualization.mining": 2670,
     # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing)
