@@ -46,7 +46,7 @@ class AttributionGraph:
         self.set_layer_map(layer_map)
 
     def set_layer_map(self, layer_map: Mapping[str, Concept]) -> None:
-        """Set the concept type of each layer."""
+        """Set the concept type of each layer, by the layer's name."""
         self.layer_map = dict(layer_map)
         self.mask_map = {name: mask_of(concept) for name, concept in layer_map.items()}
 

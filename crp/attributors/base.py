@@ -19,9 +19,11 @@ from crp.concepts import ChannelConcept
 from crp.engine.attached import check_alone, check_composite, put_on
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_layers, check_one_entry, tensor_in
+from crp.engine.forward import check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
-from crp.layers import hooked, unwrap
+from crp.engine.taps import check_layers
+from crp.layers import modules_of, unwrap
+from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
 from crp.types import AttributionResults
 
@@ -280,24 +282,22 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
     """Function from inputs to the model's output, or to that of a layer."""
     device = next(model.parameters(), torch.empty(0)).device
     seen: list[Any] = []
-    name, _, number = (layer or "").rpartition("#")
-    modules = dict(model.named_modules())
-    if layer in modules or not number.isdigit():
-        name, number = layer or "", ""
+    modules = modules_of(model)
+    name, is_input, number = Address.of(layer or "", modules)
     thread = get_ident()
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if get_ident() == thread:
             seen.append(output)
 
     def outputs(inputs: Inputs) -> Tensor:
         seen.clear()
         inputs.to(device).run(model)
-        if layer is not None and (len(seen) <= int(number or 0) or (len(seen) > 1 and not number)):
+        if layer is not None and (len(seen) <= (number or 0) or (len(seen) > 1 and number is None)):
             raise ValueError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
-        return tensor_in(seen[int(number or 0)])
+        return tensor_in(seen[number or 0])
 
-    with hooked({modules[name]: keep}):
+    with hooked_at(modules, {(name, is_input): keep}):
         yield outputs
 
 

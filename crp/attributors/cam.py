@@ -23,7 +23,9 @@ from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Data, Inputs, Tensors
 from crp.engine.masks import apply_masks, row_masks
-from crp.layers import find_layers, unwrap
+from crp.engine.taps import check_layers
+from crp.layers import modules_of, unwrap
+from crp.layers.addresses import Address
 
 Interpolation = Literal["linear", "nearest"]
 #: From a layer's output to (samples, channels, *space).
@@ -79,7 +81,7 @@ class LayerCAM(Attributor):
         )  # fmt: skip
         if interpolation not in get_args(Interpolation):
             raise ValueError(f'interpolation must be "linear" or "nearest", not {interpolation!r}')
-        find_layers(unwrap(model), [layer.partition("#")[0]] if isinstance(layer, str) else [layer])
+        check_layers(unwrap(model), [layer], "layer")
         if reshape is not None and not callable(reshape):
             raise TypeError(f"reshape must be a function of the layer's output, not {reshape!r}")
         self.layer, self.relu, self.interpolation, self.reshape = layer, relu, interpolation, reshape
@@ -161,9 +163,14 @@ class LayerCAM(Attributor):
                     "channels, *space)"
                 )
             return arranged
-        module = unwrap(self.model).get_submodule(self.layer.partition("#")[0])
-        size = {nn.Linear: "out_features", nn.LayerNorm: "normalized_shape"}.get(type(module))
-        if size is not None and getattr(module, size) in (shape[-1], shape[-1:]):
+        modules = modules_of(unwrap(self.model))
+        name, is_input, _ = Address.of(self.layer, modules)
+        module, size = modules[name], None
+        if type(module) is nn.Linear:
+            size = module.in_features if is_input else module.out_features
+        elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+            (size,) = module.normalized_shape
+        if size == shape[-1]:
             return values.movedim(-1, 1)
         tokens = next((entry.values.shape[2:] for entry in inputs.embedded.values()), None)
         if tokens is not None and len(shape) == 3 and shape[1:2] == tokens:

@@ -130,16 +130,16 @@ def audit_command(
     table = Table.open(folder)
     found = Prototypes.load(table, layer)
     if data is not None:
-        names, audited = _audit_data(table, found, data, k, batch_size)
+        audited = sorted(_audit_data(table, found, data, k, batch_size), key=lambda pair: pair[1].percentile)
     else:
         chosen = list(samples) or None
-        audited = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
+        compared = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
         columns = table.samples()
         sources = dict(zip(columns.sample.tolist(), columns.source, strict=True))
-        names = [sources[one.sample] or f"sample {one.sample}" for one in audited]
+        audited = [(sources[one.sample] or f"sample {one.sample}", one) for one in compared]
         if keep and chosen is None:
-            save_audit(table, found, audited)
-    _tell_audit(table, layer, list(zip(names, audited, strict=True)), least, as_json)
+            save_audit(table, found, compared)
+    _tell_audit(table, layer, audited, least, as_json)
 
 
 @click.command("clusters")
@@ -221,7 +221,7 @@ def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_js
 def _tell_audit(
     table: Table, layer: str, audited: Sequence[tuple[str, AuditedSample]], least: int, as_json: bool
 ) -> None:
-    shown = sorted(audited, key=lambda pair: pair[1].percentile)[:least]
+    shown = audited[:least]
     if as_json:
         rows = [
             {
@@ -246,10 +246,8 @@ def _tell_audit(
         click.echo(_plain(f"{name}  {usual}"))
 
 
-def _audit_data(
-    table: Table, found: Prototypes, data: str, k: int, batch_size: int
-) -> tuple[list[str], list[AuditedSample]]:
-    """Audit of samples that are not in the table, with the model of its recipe."""
+def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: int) -> list[tuple[str, AuditedSample]]:
+    """Names and audit of samples that are not in the table, with the model of its recipe."""
     import torch
 
     from crp.attribution import CondAttribution
@@ -260,7 +258,9 @@ def _audit_data(
     opened, command = open_recipe(table.header.recipe, data=data), table.header.recipe["command"]
     composite = _make_composite(command["rules"], command["settings"])
     attribution, concept = CondAttribution(opened.model), opened.layer_map[found.layer]
-    names, audited, dataset = [], [], opened.dataset
+    names: list[str] = []
+    audited: list[AuditedSample] = []
+    dataset = opened.dataset
     for begin in range(0, len(dataset), batch_size):
         numbers = range(begin, min(begin + batch_size, len(dataset)))
         names += [getattr(dataset.source(i), "name", "") or f"{data} {i}" for i in numbers]
@@ -269,7 +269,7 @@ def _audit_data(
         for batch in [torch.stack(drawn)] if alike else [one[None] for one in drawn]:
             prepared = batch if opened.preprocess is None else opened.preprocess(batch)
             audited += audit(attribution, prepared, composite, found, concept, k=k)
-    return names, audited
+    return list(zip(names, audited, strict=True))
 
 
 def _describe(table: Table, layer: str) -> Callable[[int], str]:

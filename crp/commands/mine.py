@@ -19,6 +19,7 @@ from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
 
 if TYPE_CHECKING:
+    from crp.concepts import Concept
     from crp.visualization.models import Loaded
     from crp.visualization.table.store import Table
 
@@ -28,6 +29,7 @@ _AS_THEY_ARE = ("storage", "start", "stop", "batch_size", "shard_size", "on_erro
 _REMEMBERED = (
     "model", "weights", "checkpoint", "data", "fields", "layers", "rules", "settings", "targets", "multi_label",
     "modes", "kinds", "mixed_shapes", "batch_size", "shard_size", "size", "mean", "std", "classes", "storage",
+    "tokenizer", "position",
 )  # fmt: skip
 #: Words before the colon of models that are not the user's own.
 _LIBRARIES = ("timm", "hf", "torchvision")
@@ -42,6 +44,8 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
 @click.option("--layers", multiple=True, help="Name, pattern or type; or auto. May be given again.")
+@click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
+@click.option("--position", help="Of a language model: each, or a number; -1 explains what follows the last token.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
@@ -106,11 +110,12 @@ def mine_command(
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
+    from crp.commands.texts import concepts_of_texts
     from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
     from crp.visualization.models import check_repeatable, load_model
-    from crp.visualization.sources import MULTI_LABEL, gives_pictures, load_source, open_source
+    from crp.visualization.sources import MULTI_LABEL, load_source, load_texts, open_source
 
     named = given["targets"].strip()
     targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
@@ -123,26 +128,27 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
     if ":" in given["model"] and not given["checkpoint"] and given["model"].partition(":")[0] not in _LIBRARIES:
         check_repeatable(given["model"], loaded.model)
-    layers = _layers(loaded, given["layers"])
+    dataset: Any = load_texts(source, given["tokenizer"], given["position"], given["fields"], given["model"])
+    preprocess = labels = outputs = None
+    if dataset is None:
+        concepts: dict[str, Concept] = {layer: ChannelConcept() for layer in _layers(loaded, given["layers"])}
+        fields = [field for field in given["fields"].split(",") if field]
+        dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
+        labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
+        outputs = _count_outputs(loaded, dataset, preprocess)
+    else:
+        concepts = concepts_of_texts(loaded.model, given["layers"])
     composite = _make_composite(given["rules"], given["settings"])
-    fields = [field for field in given["fields"].split(",") if field]
-    dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
-    unused = [f"--{option}" for option in ("size", "mean") if given[option]]
-    if unused and not gives_pictures(dataset):
-        raise CommandError(
-            f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
-        )
-    labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
-    outputs = _count_outputs(loaded, dataset, preprocess)
+    pictures_given = _takes_pictures(dataset, given)
     if labels is not None and outputs is not None:
         _check_outputs(loaded, outputs, labels, source)
     if settings["progress"]:
-        _describe_run(layers, len(dataset), gives_pictures(dataset), loaded, labels)
+        _describe_run(list(concepts), len(dataset), pictures_given, loaded, labels)
     with _client(address) as client:
         return mine(
             CondAttribution(loaded.model.to(_device(given["device"]))),
             dataset,
-            {layer: ChannelConcept() for layer in layers},
+            concepts,
             composite,
             out,
             preprocess=preprocess,
@@ -157,6 +163,20 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             **{name: given[name] for name in _AS_THEY_ARE},
             **settings,
         )
+
+
+def _takes_pictures(dataset: Any, given: dict[str, Any]) -> bool:
+    """Whether samples are pictures; options about them are refused where there are none."""
+    from crp.visualization.mining.datasets import Pairs
+    from crp.visualization.sources import gives_pictures
+
+    found = isinstance(dataset, Pairs) and gives_pictures(dataset)
+    unused = [f"--{option}" for option in ("size", "mean") if given[option]]
+    if unused and not found:
+        raise CommandError(
+            f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
+        )
+    return found
 
 
 def _with_earlier(out: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +219,7 @@ def _recipe(
 ) -> dict[str, Any]:
     """What the command line says of a table; places of files are written out, so that they hold from any folder."""
     command: dict[str, Any] = {name: given[name] for name in _REMEMBERED}
-    for name in ("checkpoint", "classes", "data"):
+    for name in ("checkpoint", "classes", "data", "tokenizer"):
         if given[name] and Path(given[name]).exists():
             command[name] = str(Path(given[name]).resolve())
     model = {"named": given["model"], "weights": given["weights"], "outputs": outputs}

@@ -36,10 +36,17 @@ class AxisConcept(Concept):
     ValueError
         If the axis is that of the batch, or there is less than one group.
 
+    Notes
+    -----
+    Heads of attention stand side by side in the input of its output projection, neurons of an MLP in the input of its
+    last layer. A layer's input has a name, too (see `crp.layers.addresses`): ``"attn.proj.input"``, and
+    ``"self_attention.out_proj.input"`` for an `nn.MultiheadAttention`.
+
     Examples
     --------
     >>> heads = AxisConcept(-1, groups=12)
     >>> tokens = AxisConcept(1)
+    >>> condition = {"y": 3, "blocks.5.attn.proj.input": [0, 7]}    # with mask_map=heads.mask
     """
 
     def __init__(self, axis: int = -1, groups: int | None = None) -> None:

@@ -61,6 +61,8 @@ def check_conditions(
 
 
 def _check_target(targets: Any, what: str) -> None:
+    if _single_class(targets) is not None:
+        return
     ids, elements = _target_ids(targets)
     if ids.size == 0 and not elements:
         raise InputError(f"{what} is empty; name at least one output, or leave it out")
@@ -105,6 +107,18 @@ def _target_ids(targets: Any) -> tuple[np.ndarray, list[Any]]:
     except ValueError:  # ragged
         ids = np.asarray(None)
     return (np.zeros(0, int) if elements and ids.size == 0 else ids), elements
+
+
+def _single_class(targets: Any) -> int | None:
+    """The class, where targets are one, as an int or in a list: the usual case, which needs no array."""
+    target = targets[0] if type(targets) is list and len(targets) == 1 else targets
+    return target if type(target) is int and abs(target) < 1 << 31 else None
+
+
+def _classes_of_rows(targets: Sequence[Any] | None) -> np.ndarray | None:
+    """Class of each row, where every row has one."""
+    classes = [] if targets is None else list(map(_single_class, targets))
+    return None if not classes or None in classes else np.array(classes)
 
 
 def _plain(ids: Any) -> Any:
@@ -222,8 +236,11 @@ def check_targets_exist(
     targets: Sequence[Any] | None, prediction: Tensor, output_name: str, places: Sequence[int] | None = None
 ) -> None:
     """Raise an `IndexError` if a row's target is not among the outputs; it names the place in the caller's order."""
+    classes = _classes_of_rows(targets) if prediction.dim() > 1 else None
+    if classes is not None and classes.min() >= -prediction.shape[1] and classes.max() < prediction.shape[1]:
+        return
     for row, target in zip(places or range(len(prediction)), targets or (), strict=False):
-        if target is None or (type(target) is int and prediction.dim() > 1 and 0 <= target < prediction.shape[1]):
+        if target is None:
             continue
         if prediction.dim() < 2:
             raise InputError(
@@ -294,10 +311,13 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
         ) from None
     if not target_list:
         return selection
-    chosen = [_target_ids(targets) for targets in target_list]
+    classes = _classes_of_rows(target_list)
+    chosen = [_target_ids(targets) for targets in target_list] if classes is None else []
     whole = not any(elements for _, elements in chosen)
     shape = tuple(prediction.shape)
     kept = np.zeros(shape[:2] + (1,) * (len(shape) - 2) if whole else shape, dtype=bool)
+    if classes is not None:
+        kept[np.arange(len(classes)), classes] = True
     signs: dict[tuple[int, int, int], int] = {}
     for row, (ids, elements) in enumerate(chosen):
         kept[row, ... if target_list[row] is None else ids] = True

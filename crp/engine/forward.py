@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from threading import get_ident
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,9 @@ from crp.devices import send_to
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
+from crp.engine.taps import outputs_meant, tapped
 from crp.errors import InputError, InputTypeError
-from crp.layers import find_layers, hooked, modules_of, referencing, tracing
-from crp.layers.interrupts import atomic
+from crp.layers import hooked, referencing
 from crp.notices import warn
 from crp.types import AttributionResults, Sinks
 
@@ -45,6 +44,8 @@ class ForwardPass:
     encoding : Encoding
     samples : tuple of int
         Sample of each column, as rows name it.
+    is_ragged : bool
+        Whether outputs of samples differ in shape, as numbers of boxes do; ``output`` is then empty.
     """
 
     inputs: Inputs
@@ -53,6 +54,7 @@ class ForwardPass:
     references: dict[str | None, Tensor]
     encoding: Encoding
     samples: tuple[int, ...] = ()
+    is_ragged: bool = False
 
     @classmethod
     def run(
@@ -83,23 +85,33 @@ class ForwardPass:
                 leaf.requires_grad_()
             returned = inputs.run(model)
             # (What is chosen of the output is no part of the model, and no rule's business.)
-            reference = select_output(returned_for_reference[0]).detach() if returned_for_reference else None
-            output = select_output(returned)
-        _check_explained("the model's output", output)
-        _check_columns("the model's output", output, len(inputs))
-        layers, references = _outputs_meant(taps, roles)
+            output = _stacked(select_output(returned), len(inputs))
+            reference = None
+            if returned_for_reference and output is not None:
+                of_reference = _stacked(select_output(returned_for_reference[0]), len(inputs))
+                reference = None if of_reference is None else of_reference.detach()
+                if reference is None or reference.shape != output.shape:
+                    raise InputError("the model's output for the reference is of another shape than that for the data")
+        if output is not None:
+            _check_explained("the model's output", output)
+            _check_columns("the model's output", output, len(inputs))
+        layers, references = outputs_meant(taps, roles)
         for layer in layers:
             _check_layer(layer, roles[layer], layers[layer], inputs)
         if reference is not None:
             references[None] = reference
-        return cls(inputs, output, layers | _sinks(account), references, Encoding.of(composite), samples)
+        is_ragged, output = output is None, torch.empty(0) if output is None else output
+        return cls(inputs, output, layers | _sinks(account), references, Encoding.of(composite), samples, is_ragged)
 
     @property
     def is_folded(self) -> bool:
-        """Whether a layer has several entries for each column, of which it is not known whose they are."""
+        """Whether samples must be computed one at a time: their outputs differ in shape, or entries have no owner.
+
+        A layer may have several entries for each column, of which it is not known whose they are.
+        """
         n_columns = len(self.inputs)
         layers = (output for name, output in self.layers.items() if not name.startswith(SINK))
-        return n_columns > 1 and any(len(output) != n_columns for output in layers)
+        return self.is_ragged or (n_columns > 1 and any(len(output) != n_columns for output in layers))
 
     def columns(self, rows: Rows) -> list[int]:
         """Column of each row."""
@@ -130,8 +142,10 @@ class ForwardPass:
         return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else self.of_rows(value, rows)
 
 
-def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Outputs of layers for ``data``, by a forward pass without gradients; without those that it does not use.
+def record_outputs(
+    model: nn.Module, run: Callable[[nn.Module], Any], n_samples: int, layers: Sequence[str]
+) -> dict[str, Tensor]:
+    """Outputs of layers when ``run`` calls the model, without gradients; without those that are not used.
 
     Raises
     ------
@@ -140,10 +154,10 @@ def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dic
     """
     roles = dict.fromkeys(layers, "record")
     with tapped(model, roles) as taps, torch.no_grad():
-        model(data.clone())
-    outputs, _ = _outputs_meant(taps, roles)
+        run(model)
+    outputs, _ = outputs_meant(taps, roles)
     for layer, output in outputs.items():
-        _check_columns(f"the output of layer {layer!r}", output, len(data))
+        _check_columns(f"the output of layer {layer!r}", output, n_samples)
     return outputs
 
 
@@ -191,6 +205,15 @@ def _sinks(account: Sinks | None) -> dict[str, Tensor]:
     return {f"{SINK}{layer}#{number}": sink for layer, calls in sinks.items() for number, sink in enumerate(calls)}
 
 
+def _stacked(output: Any, n_samples: int) -> Tensor | None:
+    """Output of all samples, of which a list has one tensor for each; None where these differ in shape."""
+    if not isinstance(output, list):
+        return cast(Tensor, output)
+    if len(output) != n_samples:
+        raise InputError(f"output returned a list of {len(output)} tensors for {n_samples} samples; give one for each")
+    return torch.stack(output) if len({tensor.shape for tensor in output}) == 1 else None
+
+
 def tensor_in(output: Any) -> Tensor:
     """Tensor to explain in what a model returns: itself, or its ``logits``."""
     output = getattr(output, "logits", output)
@@ -198,110 +221,7 @@ def tensor_in(output: Any) -> Tensor:
         output = output.get("logits", output)
     if not isinstance(output, Tensor):
         raise InputTypeError(
-            f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
-            "override CondAttribution.select_output to choose the tensor to explain"
+            f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; choose the tensor "
+            "to explain by CondAttribution(model, output=...), such as crp.outputs.segmentation() or detection()"
         )
     return output
-
-
-@dataclass
-class Tap:
-    """Forward hook that keeps every output of a layer apart; the model goes on with a copy.
-
-    Attributes
-    ----------
-    layer : str
-    outputs : list of Tensor
-        Of each call of the layer.
-    references : list of Tensor
-        Of the same calls for the reference input of a composite that has one.
-    thread : int
-        Whose calls are kept; others pass.
-    """
-
-    layer: str
-    outputs: list[Tensor] = field(default_factory=list)
-    references: list[Tensor] = field(default_factory=list)
-    thread: int = field(default_factory=get_ident)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Forward hook, with keywords."""
-        if get_ident() != self.thread or tracing():
-            return None
-        if not isinstance(output, Tensor):
-            raise InputTypeError(
-                f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
-                "name a layer inside it, or after it, that returns one"
-            )
-        if referencing():
-            self.references.append(output.detach())
-            return None
-        # Dropout and the like return their input, which what flows past the layer reads too.
-        passed_on = any(output is given for given in (*args, *kwargs.values()))
-        self.outputs.append(output.clone() if passed_on else output)
-        return self.outputs[-1].clone()
-
-    def call_meant(self, number: int | None, role: str) -> int | None:
-        """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""
-        layer, n_calls = self.layer, len(self.outputs)
-        if not n_calls and role == "record":
-            warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
-            return None
-        if not n_calls:
-            raise InputError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
-        if number is not None and number >= n_calls:
-            raise InputError(f"layer {layer!r} is called {n_calls} times; there is no {layer}#{number}")
-        if number is None and n_calls > 1:
-            names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
-            if role != "record":
-                raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
-            warn(f"layer {layer!r} is called {n_calls} times; its last call is recorded, of {names}")
-        return n_calls - 1 if number is None else number
-
-
-@atomic
-def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
-    """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
-
-    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"`` or ``"record"``. ``"name#1"`` is its
-    second call.
-    """
-    known = modules_of(model) if roles else {}
-    meant = {layer: _split(layer, known) for layer in roles}
-    taps = {name: Tap(name) for name, _ in meant.values()}
-    with hooked({known[name]: tap for name, tap in taps.items()}, with_kwargs=True):
-        yield {layer: (number, taps[name]) for layer, (name, number) in meant.items()}
-
-
-def _outputs_meant(
-    taps: Mapping[str, tuple[int | None, Tap]], roles: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str | None, Tensor]]:
-    """Outputs of the calls that are meant, and those for the reference, by layer; without what cannot be recorded."""
-    outputs: dict[str, Tensor] = {}
-    references: dict[str | None, Tensor] = {}
-    for layer, (number, tap) in taps.items():
-        call = tap.call_meant(number, roles[layer])
-        if call is not None:
-            outputs[layer] = tap.outputs[call]
-            if tap.references:
-                references[layer] = tap.references[call]
-    return outputs, references
-
-
-def _split(layer: str, known: Collection[str]) -> tuple[str, int | None]:
-    """Name of a layer and number of its call, ``"name#1"`` being the second."""
-    name, _, number = layer.rpartition("#")
-    if layer in known or not name or name not in known or not number.isdigit():
-        return layer, None
-    return name, int(number)
-
-
-def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
-    """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
-    if not layers:
-        return
-    known = modules_of(model)
-    for layer in layers:
-        if not isinstance(layer, str):
-            raise InputTypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
-    find_layers(model, [_split(layer, known)[0] for layer in layers], role)

@@ -6,6 +6,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from crp.errors import CRPError
+from crp.layers.addresses import Address, PlaceHook, hooked_at
 from crp.layers.interrupts import atomic
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
@@ -217,6 +219,7 @@ def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: It
     model : nn.Module
     single_sample : Tensor of shape (1, *input shape)
     record_layers : iterable of str
+        Names as in `crp.layers.addresses`.
 
     Returns
     -------
@@ -229,17 +232,18 @@ def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: It
         If a layer is not in the model.
     """
     shapes: dict[str, torch.Size] = {}
-    thread = get_ident()
+    thread, modules = get_ident(), modules_of(model)
 
-    def keep(name: str, output: object) -> None:
+    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
         if isinstance(output, Tensor) and get_ident() == thread:
             shapes[name] = output.shape[1:]
 
-    hooks = {
-        module: lambda _m, _i, out, name=name: keep(name, out)
-        for name, module in find_layers(model, record_layers, "record_layer").items()
-    }
-    with evaluating(model), hooked(hooks), torch.no_grad():
+    hooks: dict[tuple[str, bool], PlaceHook] = {}
+    for name in record_layers:
+        layer, is_input, _ = Address.of(name, modules)
+        find_layers(model, [layer], "record_layer")
+        hooks[layer, is_input] = partial(keep, name)
+    with evaluating(model), hooked_at(modules, hooks), torch.no_grad():
         model(single_sample)
     return shapes
 

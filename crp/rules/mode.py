@@ -7,11 +7,10 @@ threads) makes tensors without a note, and the next operation that reads one is 
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import FrameType, FunctionType
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
-from crp.rules.functions import Function, _on_a_copy, in_place, look_up, name_of, overwrites
+from crp.layers.addresses import rebound
+from crp.rules.functions import Function, _on_a_copy, in_place, look_up, overwrites
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import FIRST, Copied, Notes
 from crp.rules.operands import Operands
@@ -146,8 +146,8 @@ class SeeingMode(TorchFunctionMode):
     ) -> Any:
         kind, operands = known.kind, None
         if known.has("composed") and not self.is_named(known):
-            with self:
-                return _written_out(func)(*args, **kwargs)
+            with self:  # (the function asks whether a mode is to be told of itself)
+                return rebound(func, has_torch_function=lambda values: False)(*args, **kwargs)
         if known.parse is not None:
             operands = known.parse(func, args, kwargs, _among(inputs))
             if operands is None and len(inputs) == 1 and known.has("constant"):
@@ -341,18 +341,6 @@ def _among(inputs: Sequence[Tensor]) -> Callable[[object], bool]:
         only = inputs[0]
         return lambda value: value is only
     return lambda value: any(value is tensor for tensor in inputs)
-
-
-def _written_out(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is written in Python, such as `F.multi_head_attention_forward`, so that a mode sees its calls."""
-    plain = inspect.unwrap(function)
-    if not isinstance(plain, FunctionType):
-        raise TypeError(f"{name_of(function)}() is not written in Python, so that no rule can see what it calls")
-    # (it asks whether a mode is to be told of itself)
-    names = {**plain.__globals__, "has_torch_function": lambda values: False}
-    copy = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
-    copy.__kwdefaults__ = plain.__kwdefaults__
-    return copy
 
 
 def _out_of_place(

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crp.layers import LayerNotFoundError, find_layers, unwrap
+from crp.layers import find_layers, modules_of, unwrap
+from crp.layers.addresses import Address
 from crp.trace import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing
 
 __all__ = [
@@ -257,8 +258,7 @@ class ModelGraph:
         """
         names = list(layer_names)
         for name in names:
-            if name not in self._record.modules:
-                raise LayerNotFoundError(name, self._record.modules, "layer_names")
+            self._record.address(name, "layer_names")
         self.layer_names = names
 
     def find_input_layers(self, layer_name: str) -> list[str]:
@@ -323,8 +323,8 @@ def trace_model_graph(
     >>> graph.find_input_layers("2")
     ['0']
     """
-    names = list(layer_names)
-    find_layers(unwrap(model), names, "layer_names")
+    names, known = list(layer_names), modules_of(unwrap(model))
+    find_layers(unwrap(model), [Address.of(name, known).layer for name in names], "layer_names")
     arguments = sample if isinstance(sample, tuple) else (sample,)
     graph = ModelGraph(trace(model, *arguments))
     graph.set_layer_names(names)

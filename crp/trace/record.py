@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from crp.layers import LayerNotFoundError
+from crp.layers.addresses import Address, attention_around
 
 
 class TensorKind(NamedTuple):
@@ -230,6 +231,19 @@ class Trace:
     operations: list[FunctionCall] = field(default_factory=list)
     parameter_readers: dict[str, list[Reader]] = field(default_factory=dict)
 
+    def address(self, name: str, role: str = "layer") -> Address:
+        """What the name of a layer means.
+
+        Raises
+        ------
+        KeyError
+            If the model has no such layer; the message gives the nearest names.
+        """
+        address = Address.of(name, self.modules)
+        if address.layer not in self.modules:
+            raise LayerNotFoundError(name, self.modules, role)
+        return address
+
     def calls_of(self, layer: str) -> list[ModuleCall]:
         """All calls of one layer, the first one first.
 
@@ -245,6 +259,8 @@ class Trace:
     def upstream(self, layer: str, names: Collection[str]) -> list[str]:
         """Nearest layers among `names` from whose outputs the output of `layer` was made.
 
+        Names are read as in `crp.layers.addresses`: that of a layer's input is a place of its own, next to the layer.
+
         Returns
         -------
         list of str
@@ -256,20 +272,51 @@ class Trace:
         KeyError
             If the model has no such layer, or the forward pass did not call it.
         """
-        calls = self.calls_of(layer)
+        name, is_input, _ = self.address(layer)
+        attention = attention_around(name, self.modules)
+        calls = self.calls_of(attention or name)
         if not calls:
             raise KeyError(f"layer {layer!r} is in the model, but the forward pass did not call it")
-        todo = [node for call in calls for output in call.outputs for node in output.sources]
-        todo.reverse()
         feeding: dict[str, None] = {}
+        todo: list[Node] = []
+        if attention is not None and not is_input and f"{name}.input" in names:
+            return [f"{name}.input"]
+        for call in calls:
+            if is_input or attention is not None:
+                todo += call.inputs
+            else:
+                for output in call.outputs:
+                    todo += self._below(output, names, feeding)
+        todo.reverse()
         seen: set[int] = set()
         while todo:
             node = todo.pop()
             if id(node) in seen:
                 continue
             seen.add(id(node))
-            if node.kind == "output" and node.name in names:
-                feeding[node.name] = None
+            if node.kind == "output" and (found := self._named(node, names)) is not None:
+                feeding[found] = None
             else:
-                todo.extend(reversed(node.sources))
+                todo.extend(reversed(self._below(node, names, feeding)))
         return list(feeding)
+
+    @staticmethod
+    def _below(node: Node, names: Collection[str], feeding: dict[str, None]) -> list[Node]:
+        """What a node was made from, without what came through the input of a layer in ``names``, which feeds it."""
+        below = []
+        for source in node.sources:
+            calls = [] if node.call is None else node.call.around()
+            entered = (f"{call.layer}.input" for call in calls if source in call.inputs)
+            place = next((place for place in entered if place in names), None)
+            if place is None:
+                below.append(source)
+            else:
+                feeding[place] = None
+        return below
+
+    def _named(self, node: Node, names: Collection[str]) -> str | None:
+        """Name in ``names`` of what a module has put out; that of the output projection for attention, or its input."""
+        projection = f"{node.name}.out_proj"
+        if attention_around(projection, self.modules) is None:
+            return node.name if node.name in names else None
+        return next((name for name in (node.name, projection, f"{projection}.input") if name in names), None)

@@ -14,6 +14,8 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import has_own, initial_relevance_of
+from crp.layers import modules_of
+from crp.layers.addresses import Address, hooked_at
 from crp.visualization.table.fingerprint import fingerprint
 
 #: Concept id: a channel, or what a custom concept calls its parts.
@@ -224,3 +226,28 @@ def heatmaps_of(
         )  # fmt: skip
         heatmaps.append(found.heatmap)
     return torch.cat(heatmaps)
+
+
+@torch.no_grad()
+def predict_without(
+    attribution: CondAttribution, data: Tensor, layer: str, masks: Sequence[Callable[[Tensor], Tensor]]
+) -> Any:
+    """Prediction where a layer's output lacks what masks keep; None for one call of several, or a layer not called."""
+    modules = modules_of(attribution.model)
+    name, is_input, number = Address.of(layer, modules)
+    lacking = []
+
+    def hook(_module: object, _args: object, _kwargs: object, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return None
+        kept = output.clone()
+        for mask in masks:
+            kept = mask(kept)
+        lacking.append(layer)
+        return output - kept
+
+    if number is not None or name not in modules:
+        return None
+    with hooked_at(modules, {(name, is_input): hook}):
+        prediction = attribution.select_output(attribution.model(data))
+    return prediction if lacking else None

@@ -25,8 +25,9 @@ from zennit.core import Composite
 
 from crp.checks import check_number
 from crp.engine.attached import check_composite, put_on
-from crp.engine.forward import ForwardPass, check_layers, tensor_in
+from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs, check_data
+from crp.engine.taps import check_layers
 from crp.layers import unwrap
 from crp.notices import warn
 from crp.visualization.objectives import OUTPUT as OUTPUT
@@ -182,8 +183,7 @@ def maximize(
     torch.Size([3, 4])
     """
     _check(model, objective, shape, composite)
-    how = SynthesisSettings(**settings)
-    model = unwrap(model)
+    how, model = SynthesisSettings(**settings), unwrap(model)
     check_layers(model, sorted(objective.layers - {OUTPUT}), "layer")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(seed)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from crp.concepts import ChannelConcept
 from crp.engine.backward import _keeping_first
-from crp.engine.forward import Tap, tapped
 from crp.engine.masks import apply_masks
+from crp.engine.taps import Tap, tapped
 
 
 def keep_first(grad: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Script: mine all digits, killed at random moments and at chosen writes, and compare the folders; reports as JSON.
 
-    python kill_mining.py FOLDER KILLS
+    python kill_mining.py FOLDER KILLS [WRITES]
 
+A run kills itself at a few steps of writing, in whatever thread; with WRITES, runs do at each of so many first ones.
 One process imports everything once and forks the runs that are killed.
 """
 
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -109,7 +111,7 @@ def survive(path: Path, seconds: float, share: bool, kills: int) -> tuple[int, i
     return killed, within
 
 
-def main(folder: Path, kills: int) -> dict[str, object]:
+def main(folder: Path, kills: int, at_writes: Sequence[Sequence[int]]) -> dict[str, object]:
     torch.set_num_threads(1)
     begin = time.perf_counter()
     assert finish(start(folder / "reference")) == 0
@@ -124,15 +126,24 @@ def main(folder: Path, kills: int) -> dict[str, object]:
         assert digest(path) == reference, f"trial {trials} differs"
         killed, within, trials = killed + found[0], within + found[1], trials + 1
 
-    path = folder / "writes"
-    outcomes = [finish(start(path, kill_at=kill_at)) for kill_at in WRITES]
-    assert outcomes == [-9] * len(WRITES), outcomes
-    assert finish(start(path)) == 0 and digest(path) == reference, "killed while writing: differs"
+    for number, writes in enumerate(at_writes):
+        path = folder / f"writes{number}"
+        outcomes = [finish(start(path, kill_at=kill_at)) for kill_at in writes]
+        assert outcomes == [-9] * len(writes), outcomes
+        assert finish(start(path)) == 0 and digest(path) == reference, f"killed at {writes}: differs"
 
     rows = Table.open(path).rows().sample.tolist()
     assert rows == list(range(len(rows))) and len(rows) == Table.open(path).n_samples
-    return {"kills": killed, "within a write": within, "trials": trials, "at writes": len(WRITES), "seconds": seconds}
+    return {
+        "kills": killed,
+        "within a write": within,
+        "trials": trials,
+        "at writes": sum(map(len, at_writes)),
+        "seconds": seconds,
+    }
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))))
+    folder, kills, *writes = sys.argv[1:]
+    steps = [(step,) for step in range(1, 1 + int(writes[0]))] if writes else [WRITES]
+    sys.stdout.write(json.dumps(main(Path(folder), int(kills), steps)))

@@ -432,15 +432,14 @@ def test_shards_mined_apart_make_the_same_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("kills", ["2", pytest.param("20", marks=pytest.mark.slow)])
-def test_killed_at_random_and_while_writing(tmp_path: Path, kills: str) -> None:
+def test_killed_at_random_and_while_writing(tmp_path: Path) -> None:
     script = Path(__file__).parent / "kill_mining.py"
     paths = [str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, str(script), str(tmp_path), kills], env=env, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, str(script), str(tmp_path), "2"], env=env, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout)
-    assert report["kills"] == int(kills) and report["at writes"] == 8
+    assert report["kills"] == 2 and report["at writes"] == 8
 
 
 # --- refusals -----------------------------------------------------------------------------------------

@@ -19,12 +19,13 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_layers
+from crp.engine.taps import check_layers, in_model_order
 from crp.notices import warn
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
 from crp.visualization.mining.targets import Targets, parse_targets
+from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import (
     fingerprint,
     fingerprint_composite,
@@ -186,6 +187,8 @@ class Job:
         Of a sample as the model gets it; the shape is None where samples may differ.
     device, shard_size, targets
         As in the options, with their defaults filled in.
+    texts : Texts or None
+        What the dataset is of, where its samples are texts.
     options : MiningOptions
     """
 
@@ -201,6 +204,7 @@ class Job:
     shard_size: int
     targets: str | tuple[int, ...]
     options: MiningOptions
+    texts: Texts | None = None
 
 
 def prepare(
@@ -220,6 +224,9 @@ def prepare(
     if "relevance" in checked.modes:
         _check_multipliers(attribution, concepts, composite)
     device = torch.device(attribution.device if checked.device is None else checked.device)
+    texts = texts_in(dataset)
+    if texts is not None and checked.preprocess is not None:
+        raise TypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
     first = _get_first(dataset, checked.preprocess, device)
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
@@ -232,12 +239,13 @@ def prepare(
         composite=composite,
         path=Path(path),
         header=_header(attribution, dataset, concepts, composite, checked, recipe),
-        shape=None if checked.mixed_shapes else tuple(first.shape[1:]),
+        shape=None if checked.mixed_shapes or texts is not None else tuple(first.shape[1:]),
         dtype=first.dtype,
         device=device,
         shard_size=shard_size,
         targets=targets,
         options=checked,
+        texts=texts,
     )
 
 
@@ -262,9 +270,7 @@ def _in_order(attribution: CondAttribution, layer_map: Mapping[str, Concept]) ->
     for layer, concept in layer_map.items():
         if isinstance(concept, type) or not hasattr(concept, "scores"):
             raise TypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
-    order = list(dict(attribution.model.named_modules()))
-    layers = sorted(layer_map, key=lambda layer: order.index(layer if layer in order else layer.rpartition("#")[0]))
-    return {layer: layer_map[layer] for layer in layers}
+    return {layer: layer_map[layer] for layer in in_model_order(attribution.model, layer_map)}
 
 
 def _header(

@@ -66,18 +66,26 @@ def content_of(data: Tensor, label: Any) -> int:
     The data enters by sums of its 8-byte words: a tenth of the time of a cryptographic hash, and every single change
     is noticed.
     """
-    if data.layout != torch.strided:
-        data = data.to_dense()
     about = f"{data.dtype} {tuple(data.shape)} {fingerprint(label)}"
-    data = data.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    # (a single entry keeps its stride in `contiguous`, and cannot be viewed as bytes)
-    flat = (
-        (data if data.stride(0) == 1 else data.clone(memory_format=torch.contiguous_format)).view(torch.uint8).numpy()
-    )
+    flat = _bytes_of(data)
     n = len(flat) // (8 * _SUMS) * 8 * _SUMS
     # (sums of integers wrap around)
     sums = flat[:n].view(np.int64).reshape(-1, _SUMS).sum(0)
     return _number(sums.tobytes() + flat[n:].tobytes() + about.encode())
+
+
+def _bytes_of(data: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Entries of a tensor, one after the other, as bytes."""
+    try:
+        return np.ascontiguousarray(data.numpy()).reshape(-1).view(np.uint8)
+    except (TypeError, RuntimeError):  # numpy lacks the number, or the tensor must first be brought into memory
+        pass
+    data = data if data.layout == torch.strided else data.to_dense()
+    data = data.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    # (a single entry keeps its stride in `contiguous`, and cannot be viewed as bytes)
+    data = data if data.stride(0) == 1 else data.clone(memory_format=torch.contiguous_format)
+    found: np.ndarray[Any, np.dtype[np.uint8]] = data.view(torch.uint8).numpy()
+    return found
 
 
 def plain_label(label: Any) -> int | float | str | list[int] | None:

@@ -112,6 +112,7 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
         "rows": rows,
         "classes": classes,
         "more": max(0, len(order) - CLASSES),
+        "kept": atlas.about.get((layer, concept), []),
         "off": None if off is None else ("its references, mean", off),
         "histograms": _histograms(facts.histograms, concept, relevant, active),
         "alike": _alike(atlas, layer, concept),

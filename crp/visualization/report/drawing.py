@@ -24,6 +24,7 @@ from zennit.core import Composite
 from crp.concepts import mask_of
 from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
+from crp.visualization.references import predict_without
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions, check_image
@@ -231,29 +232,13 @@ class Drawer:
             drawn.append((square_map(heatmap, self.options.map_size), facts))
         return drawn
 
-    @torch.no_grad()
     def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
         """Scores of the targets when each row's concept is switched off."""
         mask = mask_of(self.fv.layer_map[layer])
         masks = [mask(i, [row.concept], layer) for i, row in enumerate(rows)]
-
-        def hook(_module: object, _inputs: object, output: Any) -> Any:
-            if not isinstance(output, Tensor):
-                return output
-            kept = output.clone()
-            for one in masks:
-                kept = one(kept)
-            return output - kept
-
-        model = self.fv.attribution.model
-        try:
-            handle = model.get_submodule(layer).register_forward_hook(hook)
-        except AttributeError:  # a call of a module, "name#1", or heads, which no hook can change
+        prediction = predict_without(self.fv.attribution, data, layer, masks)
+        if prediction is None:
             return [None] * len(rows)
-        try:
-            prediction = self.fv.attribution.select_output(model(data))
-        finally:
-            handle.remove()
         return scores(prediction, [row.target for row in rows])[0]
 
     def _shares(self, relevances: Mapping[str, Tensor], below: str | None) -> list[list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,15 @@ from crp.visualization.table.store import Table
 SUSPECTS = 6
 
 
-def first_page(atlas: Atlas, table: Table, composite: str) -> None:
-    """Render the overview."""
+def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[str, Any]]) -> None:
+    """Render the overview; ``kept`` are links to what is kept beside the table."""
     coverage = table.coverage()
     missing = sum(stop - start for start, stop in coverage.missing)
     seen = table.n_samples - missing
     ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in coverage.missing[:20])
     more = f" and {len(coverage.missing) - 20} more ranges" if len(coverage.missing) > 20 else ""
     notes = [] if not missing else [f"{missing} of {table.n_samples} samples were not mined yet: {ranges}{more}."]
+    notes += atlas.kept.notes
     n_concepts = sum(one.n_concepts for one in atlas.facts.values())
     layers = []
     for layer in reversed(list(atlas.facts)):
@@ -46,6 +48,7 @@ def first_page(atlas: Atlas, table: Table, composite: str) -> None:
         ],
         "notes": notes,
         "suspects": _suspects(atlas),
+        "kept": kept,
         "layers": layers,
         "classes": [(name, Addresses.label(target)) for target, name in atlas.class_names.items()],
         "provenance": [

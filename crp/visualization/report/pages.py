@@ -14,6 +14,7 @@ from markupsafe import Markup
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import Drawer, Drawn
 from crp.visualization.report.facts import LayerFacts, Reference
+from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import Renderer, percent
 from crp.visualization.report.suspects import Suspect
@@ -59,6 +60,10 @@ class Atlas:
     sample_names : mapping of sample to str
     labels : mapping of sample to int
         Where a label is one class.
+    kept : KeptResults
+        What is kept beside the table: prototypes, clusters and the like.
+    about : mapping of (layer, concept) to list of (text, address)
+        What these say of single concepts, and where.
     """
 
     drawer: Drawer
@@ -72,6 +77,8 @@ class Atlas:
     sample_rows: Mapping[int, int]
     sample_names: Mapping[int, str]
     labels: Mapping[int, int]
+    kept: KeptResults = field(default_factory=KeptResults)
+    about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
     drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
 
     # --- words
@@ -232,9 +239,26 @@ class Atlas:
             "samples_note": f"Those among the references, wrong predictions first ({wrong} of {len(samples)}).",
             "mean": self._mean(target),
             "suspects": suspects[:FEW],
+            "kept": self._kept_of(target),
         }
         title = f"{self.class_name(target)} — concept atlas"
         self.renderer.page(Addresses.label(target), "class.html", title, page=page)
+
+    def _kept_of(self, target: int) -> list[tuple[str, str]]:
+        """What is kept of a class, and where it is shown."""
+        found = []
+        for one in self.kept.of("prototypes"):
+            if target in (known := classes_of(one)):
+                address = self.addresses.kept("prototypes", one.layer, part=known.index(target) // CLASSES_A_PART)
+                shares = ", ".join(f"{way['weight']:.0%}" for way in ways_of(one, target))
+                found.append((f"prototypes in {one.layer}: {shares} of the samples", address))
+        for one in self.kept.of("clusters"):
+            if one.of_class == target:
+                sizes = ", ".join(map(str, np.bincount(one.arrays["label"]).tolist()))
+                found.append(
+                    (f"clusters in {one.layer}: {sizes} samples", self.addresses.kept("clusters", one.layer, target))
+                )
+        return found
 
     def _samples_of(self, target: int) -> list[Shown]:
         found = []
@@ -301,6 +325,7 @@ class Atlas:
             ],
             "classes": [[name, to(Addresses.label(target))] for target, name in self.class_names.items()],
             "names": {f"{layer}:{i}": name for (layer, i), name in self.options.concept_names.items()},
+            "texts": {f"{layer}:{i}": text for (layer, i), text in self.kept.texts().items()},
             "samples": [[self.sample_names[sample], to(Addresses.sample(sample))] for sample in self.sample_rows],
         }
         text = json.dumps(index, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")

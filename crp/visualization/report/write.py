@@ -27,6 +27,8 @@ from crp.visualization.report.drawing import Drawer, Row, picture_file
 from crp.visualization.report.facts import Reference, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
+from crp.visualization.report.kept import about_concepts, get_kept
+from crp.visualization.report.kept_pages import write_kept
 from crp.visualization.report.options import Finding, ReportKeywords, ReportOptions, Tile
 from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
@@ -122,7 +124,8 @@ def _write(
     addresses = Addresses(layers)
     spaces = drawer.spaces(int(table.rows().sample[0]))
     suspects = find_suspects(table, spaces, targets)
-    samples = _samples(cells)
+    kept = get_kept(table, layers, shown)
+    samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
     file_names, labels = _about_samples(table, fv.dataset, samples)
     atlas = Atlas(
@@ -137,7 +140,9 @@ def _write(
         sample_rows=samples,
         sample_names=file_names,
         labels=labels,
+        kept=kept,
     )
+    atlas.about = about_concepts(kept, addresses, atlas.class_name)
     _draw(atlas, best, table, bar)
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
     pixelated = drawer.smallest_side <= 64
@@ -209,7 +214,7 @@ def _render(
     best: Mapping[int, dict[str, list[tuple[int, float]]]],
     bar: Mapping[str, Any],
 ) -> None:
-    first_page(atlas, table, _description(composite))
+    first_page(atlas, table, _description(composite), write_kept(atlas))
     atlas.write()
     flow = get_flow(atlas)
     for layer, concept in tqdm(atlas.cells, desc="Pages", **bar):
@@ -260,12 +265,12 @@ def _check_findings(findings: Iterable[Finding], targets: Sequence[int], table: 
 
 
 def _samples(cells: Mapping[Any, tuple[list[Reference], list[Reference]]]) -> dict[int, int]:
-    """Samples that are references, ascending, and the class for which they are (first)."""
+    """Samples that are references, and the class for which they are (first)."""
     found: dict[int, int] = {}
     for relevant, active in cells.values():
         for one in (*relevant, *active):
             found.setdefault(one.sample, one.target)
-    return dict(sorted(found.items()))
+    return found
 
 
 def _best_of_samples(

@@ -1,0 +1,120 @@
+"""Hooks that keep what layers of a model put out, or are called with, in a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+
+from crp.errors import InputError, InputTypeError
+from crp.layers import find_layers, modules_of, referencing, tracing
+from crp.layers.addresses import Address, hooked_at
+from crp.layers.interrupts import atomic
+from crp.notices import warn
+
+
+@dataclass
+class Tap:
+    """Forward hook that keeps every output of a layer, or input, apart; the model goes on with a copy.
+
+    Attributes
+    ----------
+    layer : str
+    outputs : list of Tensor
+        Of each call of the layer.
+    references : list of Tensor
+        Of the same calls for the reference input of a composite that has one.
+    thread : int
+        Whose calls are kept; others pass.
+    """
+
+    layer: str
+    outputs: list[Tensor] = field(default_factory=list)
+    references: list[Tensor] = field(default_factory=list)
+    thread: int = field(default_factory=get_ident)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Forward hook, with keywords."""
+        if get_ident() != self.thread or tracing():
+            return None
+        if not isinstance(output, Tensor):
+            is_attention = isinstance(module, nn.MultiheadAttention)
+            heads = f", such as {self.layer + '.out_proj.input'!r} for its heads" if is_attention else ""
+            raise InputTypeError(
+                f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
+                f"name a layer inside it, or after it, that returns one{heads}"
+            )
+        if referencing():
+            self.references.append(output.detach())
+            return None
+        # Dropout and the like return their input, which what flows past the layer reads too.
+        passed_on = any(output is given for given in (*args, *kwargs.values()))
+        self.outputs.append(output.clone() if passed_on else output)
+        return self.outputs[-1].clone()
+
+    def call_meant(self, number: int | None, role: str) -> int | None:
+        """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""
+        layer, n_calls = self.layer, len(self.outputs)
+        if not n_calls and role == "record":
+            warn(f"layer {layer!r} is not called in the forward pass; nothing is recorded")
+            return None
+        if not n_calls:
+            raise InputError(f"layer {layer!r}, named as {role}, is not called in the forward pass")
+        if number is not None and number >= n_calls:
+            raise InputError(f"layer {layer!r} is called {n_calls} times; there is no {layer}#{number}")
+        if number is None and n_calls > 1:
+            names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
+            if role != "record":
+                raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
+            warn(f"layer {layer!r} is called {n_calls} times; its last call is recorded, of {names}")
+        return n_calls - 1 if number is None else number
+
+
+@atomic
+def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
+    """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
+
+    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"`` or ``"record"``. Names are read as in
+    `crp.layers.addresses`: ``"name#1"`` is the second call of a layer, ``"name.input"`` what it is called with.
+    """
+    known = modules_of(model) if roles else {}
+    meant = {layer: Address.of(layer, known) for layer in roles}
+    taps = {(address.layer, address.is_input): Tap(address.place) for address in meant.values()}
+    with hooked_at(known, taps):
+        yield {layer: (address.number, taps[address.layer, address.is_input]) for layer, address in meant.items()}
+
+
+def outputs_meant(
+    taps: Mapping[str, tuple[int | None, Tap]], roles: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str | None, Tensor]]:
+    """Outputs of the calls that are meant, and those for the reference, by layer; without what cannot be recorded."""
+    outputs: dict[str, Tensor] = {}
+    references: dict[str | None, Tensor] = {}
+    for layer, (number, tap) in taps.items():
+        call = tap.call_meant(number, roles[layer])
+        if call is not None:
+            outputs[layer] = tap.outputs[call]
+            if tap.references:
+                references[layer] = tap.references[call]
+    return outputs, references
+
+
+def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
+    """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
+    if not layers:
+        return
+    known = modules_of(model)
+    for layer in layers:
+        if not isinstance(layer, str):
+            raise InputTypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
+    find_layers(model, [Address.of(layer, known).layer for layer in layers], role)
+
+
+def in_model_order(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names of layers in the order of ``model.named_modules()``, that of a layer's input before its output."""
+    order = list(modules_of(model))
+    addresses = {layer: Address.of(layer, order) for layer in layers}
+    return sorted(addresses, key=lambda layer: (order.index(addresses[layer].layer), not addresses[layer].is_input))
