@@ -55,7 +55,7 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1400,
     "types": 150,
-    "visualization": 3320,
+    "visualization": 3400,
     "visualization.mining": 3300,
     "visualization.report": 2750,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
