@@ -69,7 +69,7 @@ PUBLIC_NAMES = 745
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
     "crp.attributors.perturbation.MeaningfulPerturbation.__init__": 22,
-    "crp.commands.attribute.attribute": 15,
+    "crp.commands.attribute.attribute": 19,
     "crp.composites.by_depth.LRPCMP.__init__": 16,
     "crp.metrics.flipping.pixel_flipping": 13,
 }
