@@ -185,8 +185,6 @@ def test_heads_classes_and_figures(here: Path) -> None:
     classes = ["attribute", "--model", "reading:reader", "--tokenizer", "reading:letters", "--method", "cp_lrp"]
     result = crp(*classes, "--text", "abc", "--target", "2", "--out", "b.svg")
     assert result.exit_code == 0 and "class 2 (" in result.output, result.output
-        "predicted class 2" in result.output
-    )
     own = crp(*EXPLAIN, "--layer", "transformer.h.0", "--text", "abc", "--json", "--out", "a.html")
     assert own.exit_code == 0 and len(json.loads(own.output)["tokens"]) == 4
 
