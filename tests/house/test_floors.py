@@ -35,8 +35,9 @@ BUDGETS = {
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
     "canonizers": 800,
-    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1820,
+    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON; processes that
+    # draw; texts)
+    "commands": 2000,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -55,10 +56,15 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1400,
     "types": 150,
-    "visualization": 3400,
-    "visualization.mining": 3300,
-    # (texts have pages of their own)
-    "visualization.report": 3120,
+    # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
+    # loaded again; references that are texts)
+    "visualization": 3500,
+    # (what a table says in words, and concepts made again of it; which dataset it is of, and the columns about samples;
+    # texts: read, filled up, scored by token)
+    "visualization.mining": 3450,
+    # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing;
+    # and of prototypes, audits, clusters, meanings and interventions; texts have pages of their own)
+    "visualization.report": 3400,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it)
     "visualization.table": 2400,

@@ -140,6 +140,8 @@ def test_what_is_there_is_kept_and_one_file_holds_all(fv: FeatureVisualization, 
     assert content.count('class="page') == 1 + 1 + 8 + len({*re.findall(r'id="sample/(\d+)', content)})
     with pytest.raises(ValueError, match="findings and classes have no pages in an atlas of texts"):
         written(fv, tmp_path / "b", findings=[Finding("a", [])])
+    with pytest.raises(ValueError, match="an atlas of texts is written by one process"):
+        written(fv, tmp_path / "b", part=(0, 2))
 
 
 def test_the_command_writes_pages_of_a_table_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

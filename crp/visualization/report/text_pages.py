@@ -68,8 +68,8 @@ class TextAtlas:
     composite : zennit Composite, or None for the plain gradient
     facts : dict of str to LayerFacts
         In the order of the model.
-    best : mapping of sample to dict of layer to list of (concept, share)
-        Concepts that matter in a text.
+    cells : dict of (layer, concept) to pair of lists of Reference
+        Texts in which the concept is most relevant, and most active.
     class_names : mapping of int to str
         Of classifiers; tokens are called by their words.
     options : ReportOptions
@@ -77,7 +77,7 @@ class TextAtlas:
     Raises
     ------
     ValueError
-        If findings or classes are given, which have no page here.
+        If findings or classes are given, which have no page here, or only a part is to be drawn.
     """
 
     def __init__(
@@ -85,23 +85,19 @@ class TextAtlas:
         fv: FeatureVisualization,
         composite: Composite | None,
         facts: Mapping[str, LayerFacts],
+        cells: Mapping[tuple[str, int], tuple[list[Reference], list[Reference]]],
         class_names: Mapping[int, str],
         options: ReportOptions,
     ) -> None:
         if options.findings or options.classes is not None:
             raise ValueError("findings and classes have no pages in an atlas of texts; leave them out")
+        if options.part is not None:
+            raise ValueError("an atlas of texts is written by one process: leave out part (--workers, --part)")
         self.fv, self.composite, self.facts, self.options = fv, composite, facts, options
         self.addresses = Addresses(list(facts))
         self._names = class_names
         self._heat: dict[_Cell | int, Tensor] = {}
-        self.cells: dict[tuple[str, int], tuple[list[Reference], list[Reference]]] = {
-            (layer, concept): (
-                one.references("relevance", concept, options.n_references),
-                one.references("activation", concept, options.active),
-            )
-            for layer, one in facts.items()
-            for concept in range(one.n_concepts)
-        }
+        self.cells = cells
         self.samples: dict[int, int] = {}
         for relevant, active in self.cells.values():
             for reference in (*relevant, *active):
