@@ -293,13 +293,13 @@ def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:
     return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])
 
 
-def _part(share: str | None, environment: Any) -> tuple[int, int] | None:
-    """Share of this process: that of ``--shard``, cut further among the processes of torchrun."""
+def _part(share: str | None, environment: Any, option: str = "--shard") -> tuple[int, int] | None:
+    """Share of this process: that of the option, cut further among the processes of torchrun."""
     number, n = 0, 1
     if share is not None:
         found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", share)
         if found is None or int(found[1]) >= int(found[2]):
-            raise CommandError(f"--shard {share} must be I/N with I from 0 to N - 1, such as 0/8")
+            raise CommandError(f"{option} {share} must be I/N with I from 0 to N - 1, such as 0/8")
         number, n = int(found[1]), int(found[2])
     if "TORCHELASTIC_RUN_ID" in environment:
         try:

@@ -35,8 +35,8 @@ BUDGETS = {
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
     "canonizers": 800,
-    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON)
-    "commands": 1690,
+    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON; processes that draw)
+    "commands": 1790,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3600,
@@ -55,9 +55,14 @@ BUDGETS = {
     "rules": 5320,
     "trace": 1400,
     "types": 150,
-    "visualization": 3400,
-    "visualization.mining": 3300,
-    "visualization.report": 2750,
+    # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
+    # loaded again)
+    "visualization": 3480,
+    # (what a table says in words, and concepts made again of it; which dataset it is of, and the columns about samples)
+    "visualization.mining": 3400,
+    # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing;
+    # and of prototypes, audits, clusters, meanings and interventions)
+    "visualization.report": 2960,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it)
     "visualization.table": 2400,
