@@ -39,7 +39,8 @@ BUDGETS = {
     "commands": 1500,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
-    "composites": 3600,
+    # (parts between activation checkpoints, which run again)
+    "composites": 3850,
     "concept_graph": 180,
     "concepts": 1760,
     "demo": 900,
@@ -49,7 +50,7 @@ BUDGETS = {
     # (forms of pictures, colour bars, attribution graphs, pictures as a viewer shows them)
     "image": 1130,
     # (names of layers that mean what they are called with)
-    "layers": 710,
+    "layers": 750,
     "outputs": 150,
     "metrics": 810,
     "rules": 5320,
