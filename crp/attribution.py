@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from zennit.core import Composite
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
-from crp.engine.call import Call, Part, sum_of_channels
+from crp.engine.call import Call, sum_of_channels
 from crp.engine.checking import Checked, check_explanation
 from crp.engine.conditions import MaskMap, Rows, initial_relevance
 from crp.engine.copies import alone
 from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
+from crp.engine.joining import Part
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
 from crp.layers import unwrap
@@ -52,8 +53,8 @@ class CondAttribution:
         Kept for compatibility and without effect: parameters never take part in autograd during a call, and their
         ``requires_grad`` is as before after it.
     output : callable, optional
-        Tensor to explain as a function of what the model returns, such as ``lambda out: out["out"].mean((2, 3))``; by
-        default the model's output itself, or its ``logits``.
+        Tensor to explain as a function of what the model returns, such as ``lambda out: out["out"].mean((2, 3))``, or a
+        list with a tensor for each sample; by default the model's output itself, or its ``logits``.
 
     Attributes
     ----------
@@ -125,9 +126,10 @@ class CondAttribution:
 
         Parameters
         ----------
-        data : Tensor of shape (samples, *input shape), or tuple or dict of them
-            It need not require a gradient. A tuple holds the positional arguments of a model with several inputs, a
-            dict its keyword arguments; numbers, strings and None among them are passed on as they are.
+        data : Tensor of shape (samples, *input shape), list of samples, or tuple or dict of inputs
+            It need not require a gradient. Samples in a list, of (*input shape) each, may differ in shape: the model
+            gets those one at a time. A tuple holds the positional arguments of a model with several inputs, a dict its
+            keyword arguments; numbers, strings and None among them are passed on as they are.
         conditions : list of dict
             ``{layer name: concept ids, "y": targets}``. Relevance flows through these concepts of these layers only;
             it starts at the targets (several are summed). As many conditions as samples are paired with them;
@@ -160,7 +162,8 @@ class CondAttribution:
         AttributionResults
             ``heatmap, activations, relevances, prediction``, one row per (sample, condition) in the caller's order. The
             heatmap is a tensor where one input is explained. For several it has the form of the data, a tuple or dict,
-            with None for inputs that are passed on.
+            with None for inputs that are passed on. Where rows differ in shape, as heatmaps of a list's samples and
+            scores of boxes may, there is a list with a tensor for each row.
 
         Raises
         ------
@@ -238,8 +241,8 @@ class CondAttribution:
         """Relevance that layers keep, and do not hand on to the data: with biases, or where nothing contributed.
 
         Takes the parameters of `__call__`. For each row, ``initial = input + sum of what layers kept + rest``. The
-        input's is the sum over all inputs that are explained; the rest is 0 but for what conditions mask, and what
-        belongs to inputs that are passed on.
+        input's is the sum over all inputs that are explained; the rest is 0 but for what conditions mask. What inputs
+        that are passed on add counts as a bias where it is added.
 
         Parameters
         ----------
@@ -262,7 +265,8 @@ class CondAttribution:
         """Check what a careful user would: `print` it, or take its ``to_dict()``; its ``holds`` is the verdict.
 
         The prediction is unchanged; relevance of the data, and what layers keep, is what started; all is finite, and
-        the same again; shuffled weights give another heatmap; which rule reached how many operations.
+        the same again; shuffled weights give another heatmap; which rule reached how many operations. Takes the first
+        three parameters of `__call__`, and returns a `Checked`.
         """
         return check_explanation(self, data, conditions, composite)
 
@@ -363,16 +367,17 @@ class CondAttribution:
         """
         inputs = Inputs.of(data, None, self.model)
         rows = Rows.broadcast(len(inputs), conditions)
-        return inputs.each(lambda tensor: tensor[list(rows.samples)]).data, list(rows.conditions)
+        return inputs.select(list(rows.samples)).data, list(rows.conditions)
 
     def select_output(self, output: Any) -> Tensor:
         """Tensor to explain in what the model returns: what ``output`` says, or else itself or its ``logits``."""
         if self.output is None:
             return tensor_in(output)
-        chosen = self.output(output)
-        if not isinstance(chosen, Tensor):
+        chosen: Any = self.output(output)
+        listed = chosen if isinstance(chosen, list) else [chosen]
+        if not listed or not all(isinstance(tensor, Tensor) for tensor in listed):
             raise TypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
-        return chosen
+        return cast(Tensor, chosen)
 
     def _checked(self, part: Part) -> AttributionResults:
         check_result(self.model, part[0].heatmap, part[0].prediction)

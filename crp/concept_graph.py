@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from zennit.core import Composite
 
+from crp.checks import check_number
 from crp.concepts import Concept, mask_of, normalize
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import Data, Explain, Inputs
@@ -45,7 +46,7 @@ class AttributionGraph:
         self.set_layer_map(layer_map)
 
     def set_layer_map(self, layer_map: Mapping[str, Concept]) -> None:
-        """Set the concept type of each layer."""
+        """Set the concept type of each layer, by the layer's name."""
         self.layer_map = dict(layer_map)
         self.mask_map = {name: mask_of(concept) for name, concept in layer_map.items()}
 
@@ -100,7 +101,8 @@ class AttributionGraph:
         Raises
         ------
         ValueError
-            If ``sample`` is more than one sample, or only one of ``parent_c_id`` and ``parent_layer`` is given.
+            If ``sample`` is more than one sample, only one of ``parent_c_id`` and ``parent_layer`` is given, or a
+            number in ``width`` is less than 1.
         KeyError
             If a layer has no entry in ``layer_map``.
         """
@@ -111,6 +113,10 @@ class AttributionGraph:
             raise ValueError(
                 f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none"
             )
+        if not isinstance(width, Collection):
+            raise TypeError(f"width must be a list, with the number of concepts kept at each level; not {width!r}")
+        for n_kept in width:
+            check_number("each number in width", n_kept, least=1, whole=True)
         self._check_mapped([layer_name])
         # (An overridden `generate` need not know of it.)
         named: dict[str, Any] = {} if explain is None else {"explain": explain}

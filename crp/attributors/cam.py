@@ -254,9 +254,11 @@ class GradCAMPlusPlus(LayerCAM):
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
         """Mean of the positive gradient, weighted by α (eq. 19)."""
         space = _space(gradient)
-        square = gradient.square()
-        below = 2 * square + activation.sum(space, keepdim=True) * square * gradient + self.eps
-        alpha = torch.where((gradient == 0) | (below == 0), 0, square / below)
+        # (both sides of the fraction divided by the square, which would vanish for small gradients)
+        below = 2 + activation.sum(space, keepdim=True) * gradient
+        if self.eps:
+            below = below + self.eps / gradient.square()
+        alpha = torch.where((gradient == 0) | (below == 0), 0, 1 / below)
         return (alpha * gradient.clamp(min=0)).sum(space, keepdim=True)
 
 

@@ -74,7 +74,7 @@ class Sensitivity(Gradient):
 
     Gevrey et al. (2003); Montavon, Samek and Müller, "Methods for interpreting and understanding deep neural networks"
     (Digital Signal Processing 73, 2018), section 4.1. Sums to the squared norm of the gradient. The score is usually a
-    logit; to explain a probability, give a function of the output.
+    logit; to explain a probability, give a function of the output. Parameters as `Gradient`.
     """
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
@@ -84,7 +84,10 @@ class Sensitivity(Gradient):
 
 
 class Saliency(Gradient):
-    r"""Saliency, :math:`|\partial f / \partial x|`; Simonyan, Vedaldi and Zisserman (2014), section 3.1."""
+    r"""Saliency, :math:`|\partial f / \partial x|`; Simonyan, Vedaldi and Zisserman (2014), section 3.1.
+
+    Parameters as `Gradient`.
+    """
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and absolute value of the gradient."""
@@ -97,6 +100,7 @@ class SimpleTaylor(Attributor):
 
     Montavon, Samek and Müller (2018), section 4.2. Exact for homogeneous functions, such as nets of ReLU
     without biases. Relevance of a composite is divided by the input first, so that it is not multiplied twice.
+    Parameters as `Gradient`.
     """
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:

@@ -1,20 +1,25 @@
 """What a model makes of its data as a whole: vectors for directions, prototypes, clusters, correction."""
 
 from crp.audit.auditing import AuditedSample, audit, audit_table, save_audit
-from crp.audit.clustering import Clusters, clusters, export_corelay, save_clusters
+from crp.audit.clustering import Clusters, clusters, export_corelay, save_clusters, with_concepts
 from crp.audit.collect import Collected, collect
-from crp.audit.context import context_scores
+from crp.audit.context import context_scores, inside_boxes
 from crp.audit.correcting import Effect, effect, penalty, project, prune
+from crp.audit.heatmaps import keep_heatmaps, kept_heatmaps
 from crp.audit.intervening import intervene, part_of
+from crp.audit.meanings import Meanings, meanings
 from crp.audit.prototypes import Prototypes, prototypes
 from crp.audit.semantics import Match, clarity, embed_references, polysemanticity, redundancy, search
+from crp.audit.tested import Interventions, interventions
 
 __all__ = [
     "AuditedSample",
     "Clusters",
     "Collected",
     "Effect",
+    "Interventions",
     "Match",
+    "Meanings",
     "Prototypes",
     "audit",
     "audit_table",
@@ -25,7 +30,12 @@ __all__ = [
     "effect",
     "embed_references",
     "export_corelay",
+    "inside_boxes",
     "intervene",
+    "interventions",
+    "keep_heatmaps",
+    "kept_heatmaps",
+    "meanings",
     "part_of",
     "penalty",
     "polysemanticity",
@@ -36,4 +46,5 @@ __all__ = [
     "save_audit",
     "save_clusters",
     "search",
+    "with_concepts",
 ]

@@ -15,6 +15,7 @@ from crp.audit.prototypes import Prototypes, class_vectors
 from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.visualization.mining.targets import choose_targets
+from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
@@ -109,7 +110,7 @@ def audit(
     """
     name = attribution.MODEL_OUTPUT_NAME
     if targets is None:
-        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, data)]
+        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
     classes = [int(target) for target in targets]
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
@@ -145,7 +146,8 @@ def audit_table(
     Returns
     -------
     list of AuditedSample
-        The least usual first: by percentile, then by number.
+        The least usual first: by how far the log density is below the median of the class, in units of the distance
+        between its quartiles, so that classes can be compared.
 
     Raises
     ------
@@ -153,17 +155,21 @@ def audit_table(
         If a sample has no row of a class with prototypes.
     """
     named = describe or "concept {}".format
-    audited = []
-    for of_class in found.classes:
+    audited: list[tuple[float, AuditedSample]] = []
+    for of_class, mixture in found.classes.items():
         vectors, numbers = class_vectors(table, found.layer, of_class, found.normed)
         if samples is not None:
             inside = np.isin(numbers, list(samples))
             vectors, numbers = vectors[inside], numbers[inside]
         if len(vectors):
-            audited += _compared(found, vectors, of_class, named, k, numbers.tolist())
-    if samples is not None and (missed := sorted(set(samples) - {one.sample for one in audited})):
+            low, middle, high = np.percentile(mixture.log_density, [25, 50, 75])
+            likely = (found.score(vectors, of_class) - middle) / max(high - low, 1e-300)
+            audited += zip(
+                likely.tolist(), _compared(found, vectors, of_class, named, k, numbers.tolist()), strict=True
+            )
+    if samples is not None and (missed := sorted(set(samples) - {one.sample for _, one in audited})):
         raise KeyError(f"sample {missed[0]} has no row of a class with prototypes, which are {sorted(found.classes)}")
-    return sorted(audited, key=lambda one: (one.percentile, one.sample))
+    return [one for _, one in sorted(audited, key=lambda pair: (pair[0], pair[1].sample))]
 
 
 def save_audit(table: Table, found: Prototypes, audited: Sequence[AuditedSample]) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crp.audit.heatmaps import kept_heatmaps
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -92,11 +93,11 @@ def clusters(
     source : Table, or array or Tensor of shape (samples, ...)
         A mined table, or explanations such as heatmaps (which are smaller, and easier to compare, after pooling).
     layer : str
-        Of the table.
+        Of the table; not needed for heatmaps.
     of_class : int
         Of the table.
-    what : {"relevance", "activation"}
-        Of the table: what a sample's concepts are compared by.
+    what : {"relevance", "activation", "heatmap"}
+        Of the table: what samples are compared by. Their concepts, or what `keep_heatmaps` has kept.
     n : int, optional
         Number of clusters; by default, the one before the largest gap between eigenvalues, where that is wide enough.
     n_neighbours : int
@@ -116,15 +117,22 @@ def clusters(
     ValueError
         If there are not more samples than neighbours, or values are not finite.
     """
-    if isinstance(source, Table):
+    array = None
+    if isinstance(source, Table) and what == "heatmap":
+        if of_class is None:
+            raise ValueError("clusters of a table's heatmaps need of_class=")
+        samples, array = kept_heatmaps(source, of_class)
+    elif isinstance(source, Table):
         if layer is None or of_class is None:
             raise ValueError("clusters of a table need layer= and of_class=")
         blocks = list(RowSelection(layer, what, normed=normed, of_class=of_class).blocks(source))
         vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
         samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
     else:
-        array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source, np.float64)
-        vectors, samples = array.reshape(len(array), -1), np.arange(len(array))
+        array = _array(source).astype(np.float64)
+        samples = np.arange(len(array))
+    if array is not None:
+        vectors = array.reshape(len(array), -1)
         if normed:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
     if len(vectors) <= n_neighbours:
@@ -148,8 +156,7 @@ def save_clusters(
     ----------
     table : Table
     found : Clusters
-        Of samples of the table, with its concepts as features; those of heatmaps have no concepts, and the list of the
-        strongest is left out.
+        Of samples of the table, by their concepts or their heatmaps.
     layer : str
         Of the table.
     of_class : int
@@ -163,8 +170,8 @@ def save_clusters(
     Path
         The file.
     """
-    by_concept = what in ("relevance", "activation")
-    strongest = [found.strongest(i, k) if by_concept else [] for i in range(len(found.sizes))]
+    named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
+    strongest = [named.strongest(i, k) for i in range(len(found.sizes))]
     ids, exceeds = np.full((len(strongest), k), -1, np.int64), np.zeros((len(strongest), k))
     for row, concepts in enumerate(strongest):
         for column, (concept, difference) in enumerate(concepts):
@@ -186,21 +193,66 @@ def save_clusters(
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
 
 
-def export_corelay(path: str | Path, found: Clusters, heatmaps: Any | None = None, *, name: str = "spectral") -> None:
+def with_concepts(table: Table, found: Clusters, layer: str, of_class: int) -> Clusters:
+    """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
+    blocks = list(RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).blocks(table))
+    samples = np.concatenate([block.sample for block in blocks])
+    order = np.argsort(samples, kind="stable")
+    place = order[np.searchsorted(samples[order], found.sample)]
+    if not np.array_equal(samples[place], found.sample):
+        raise ValueError(f"the clusters have samples without rows of class {of_class} in {table!r}")
+    return found._replace(vectors=np.concatenate([block.value for block in blocks]).astype(np.float64)[place])
+
+
+def export_corelay(
+    path: str | Path,
+    found: Clusters,
+    heatmaps: Any | None = None,
+    *,
+    name: str = "spectral",
+    predictions: Any | None = None,
+    labels: Any | None = None,
+) -> None:
     """Write clusters as an analysis file of ViRelAy, in HDF5, as pipelines of CoRelAy write one; needs h5py.
+
+    Heatmaps are written into a file of their own, as ViRelAy and CoRelAy read them: ``classes.attribution.h5`` beside
+    ``classes.h5``.
 
     Parameters
     ----------
     path : str or Path
         A new file.
     found : Clusters
-    heatmaps : array of shape (samples, ...), optional
-        Kept beside it as ``attribution``.
+    heatmaps : array of shape (samples, height, width) or (samples, channels, height, width), optional
+        In the order of ``found.sample``; with ``predictions`` and ``labels``. One channel is spread over three, whose
+        sum it is, as ViRelAy draws these.
     name : str
         Of the analysis, such as that of the class.
+    predictions : array of shape (samples, classes), optional
+        Outputs of the model.
+    labels : array of shape (samples,), optional
+        Classes; or of shape (samples, classes), boolean.
+
+    Raises
+    ------
+    ValueError
+        If heatmaps, predictions and labels are not given together, or are not of the clusters' samples.
+    FileExistsError
+        If a file is there already; nothing is written then.
     """
     import h5py
 
+    path = Path(path)
+    beside = path.with_name(f"{path.stem}.attribution{path.suffix}")
+    given = {"attribution": heatmaps, "prediction": predictions, "label": labels}
+    arrays = {key: _array(value) for key, value in given.items() if value is not None}
+    if arrays and (missing := sorted(set(given) - set(arrays))):
+        raise ValueError(f"heatmaps, predictions and labels are given together; {' and '.join(missing)} are missing")
+    n_samples = len(found.sample)
+    if wrong := [f"{key}s are of {len(array)}" for key, array in arrays.items() if len(array) != n_samples]:
+        raise ValueError(f"the clusters are of {n_samples} samples; {', '.join(wrong)}")
+    if there := [one for one in (path, beside)[: 1 + bool(arrays)] if one.exists()]:
+        raise FileExistsError(f"{there[0]} is there already")
     with h5py.File(path, "x") as file:
         group = file.create_group(name)
         group["index"] = found.sample.astype(np.uint32)
@@ -212,8 +264,20 @@ def export_corelay(path: str | Path, found: Clusters, heatmaps: Any | None = Non
         clustering["spectral"].attrs["embedding"] = "spectral"
         clustering["spectral"].attrs["k"] = len(found.sizes)
         clustering["spectral"].attrs["index"] = np.arange(found.embedding.shape[1], dtype=np.uint32)
-        if heatmaps is not None:
-            file["attribution"] = np.asarray(heatmaps, np.float32)
+    if arrays:
+        maps = arrays["attribution"].astype(np.float32)
+        with h5py.File(beside, "x") as file:
+            file["index"] = found.sample.astype(np.uint32)
+            maps = maps[:, None] if maps.ndim == 3 else maps
+            # (ViRelAy adds channels up, and draws one alone by some of its colour maps only)
+            file["attribution"] = np.repeat(maps / 3, 3, axis=1) if maps.shape[1] == 1 else maps
+            file["prediction"] = arrays["prediction"].astype(np.float32)
+            kept = arrays["label"]
+            file["label"] = kept if kept.dtype == bool else kept.astype(np.uint16)
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def _spectrum(vectors: np.ndarray, n_neighbours: int, n: int) -> tuple[np.ndarray, np.ndarray]:

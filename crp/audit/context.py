@@ -42,7 +42,7 @@ def context_scores(
     concept : Concept
     concept_ids : int, or sequence of int
     inside : Tensor of shape (samples, *space), bool
-        The object in each sample, such as the pixels of its segment or its box.
+        The object in each sample, such as the pixels of its segment or its box (`inside_boxes`).
     batch_size : int
         Rows attributed at once.
 
@@ -71,3 +71,33 @@ def context_scores(
         total = heatmap.flatten(1).sum(1)
         shares.append(1 - torch.where(within, heatmap, 0).flatten(1).sum(1) / total)
     return torch.cat(shares).reshape(len(data), len(ids))
+
+
+def inside_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Pixels inside of each box, of shape (boxes, height, width): those whose middle is.
+
+    Parameters
+    ----------
+    boxes : Tensor of shape (boxes, 4)
+        ``x1, y1, x2, y2`` as detectors of torchvision give them, in pixels.
+    shape : (int, int)
+        Height and width of the picture.
+
+    Examples
+    --------
+    >>> inside_boxes(torch.tensor([[1.0, 0.0, 3.0, 1.0]]), (2, 4)).int()
+    tensor([[[0, 1, 1, 0],
+             [0, 0, 0, 0]]], dtype=torch.int32)
+    """
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or len(shape) != 2:
+        raise ValueError(
+            f"boxes must be of shape (boxes, 4), and shape be height and width; they are {tuple(boxes.shape)} and "
+            f"{tuple(shape)}"
+        )
+    within = []
+    for axis, size in enumerate(shape):
+        middles = torch.arange(size, device=boxes.device) + 0.5
+        first, last = (boxes[:, 1 - axis + 2 * end, None] for end in (0, 1))
+        within.append((first < middles) & (middles < last))
+    rows, columns = within
+    return rows[:, :, None] & columns[:, None, :]

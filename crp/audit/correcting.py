@@ -178,6 +178,10 @@ def effect(
         Whose concepts are looked at, in the relevance of each sample's label.
     concept : Concept
     concept_ids : sequence of int
+
+    Returns
+    -------
+    Effect
     """
     classes = np.asarray(labels).tolist()
     conditions = [{attribution.MODEL_OUTPUT_NAME: int(label)} for label in classes]

@@ -147,6 +147,16 @@ def search(embeddings: Any, text: Any, background: Any = None) -> Match:
         Embedding of a text such as "a photo of a wheel".
     background : array of shape (features,), optional
         Embedding of a text that says nothing, such as "a photo", whose similarity is subtracted.
+
+    Returns
+    -------
+    Match
+        All concepts, best first; similarity is the cosine, from -1 to 1.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit.
     """
     means = _unit(_embeddings(embeddings).mean(1))
 

@@ -130,23 +130,29 @@ def audit_command(
     table = Table.open(folder)
     found = Prototypes.load(table, layer)
     if data is not None:
-        names, audited = _audit_data(table, found, data, k, batch_size)
+        audited = sorted(_audit_data(table, found, data, k, batch_size), key=lambda pair: pair[1].percentile)
     else:
         chosen = list(samples) or None
-        audited = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
+        compared = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
         columns = table.samples()
         sources = dict(zip(columns.sample.tolist(), columns.source, strict=True))
-        names = [sources[one.sample] or f"sample {one.sample}" for one in audited]
+        audited = [(sources[one.sample] or f"sample {one.sample}", one) for one in compared]
         if keep and chosen is None:
-            save_audit(table, found, audited)
-    _tell_audit(table, layer, list(zip(names, audited, strict=True)), least, as_json)
+            save_audit(table, found, compared)
+    _tell_audit(table, layer, audited, least, as_json)
 
 
 @click.command("clusters")
 @click.argument("folder", type=_FOLDER)
 @click.argument("layer")
 @click.argument("of_class", metavar="CLASS")
-@click.option("--what", type=click.Choice(["relevance", "activation"]), default="relevance", show_default=True)
+@click.option(
+    "--what",
+    type=click.Choice(["relevance", "activation", "heatmap"]),
+    default="relevance",
+    show_default=True,
+    help="By which samples are compared; heatmaps are those that crp.audit.keep_heatmaps has kept.",
+)
 @click.option("--n", type=click.IntRange(min=1), help="Number of clusters; that of the largest gap by default.")
 @click.option("--neighbours", type=click.IntRange(1), default=10, show_default=True, help="Each sample is joined with.")
 @click.option("--export", type=click.Path(dir_okay=False, path_type=Path), help="New HDF5 file for ViRelAy.")
@@ -171,7 +177,7 @@ def clusters_command(
 
         crp clusters atlas/ layer4 ship
     """
-    from crp.audit import clusters, export_corelay, save_clusters
+    from crp.audit import clusters, export_corelay, save_clusters, with_concepts
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
@@ -186,7 +192,8 @@ def clusters_command(
             raise CommandError("--export needs h5py: pip install concept-relevance[corelay]") from None
     if keep:
         save_clusters(table, found, layer, target, what=what)
-    _tell_clusters(table, layer, target, found, as_json)
+    named = with_concepts(table, found, layer, target) if what == "heatmap" else found
+    _tell_clusters(table, layer, target, named, as_json)
 
 
 def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_json: bool) -> None:
@@ -221,7 +228,7 @@ def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_js
 def _tell_audit(
     table: Table, layer: str, audited: Sequence[tuple[str, AuditedSample]], least: int, as_json: bool
 ) -> None:
-    shown = sorted(audited, key=lambda pair: pair[1].percentile)[:least]
+    shown = audited[:least]
     if as_json:
         rows = [
             {
@@ -246,10 +253,8 @@ def _tell_audit(
         click.echo(_plain(f"{name}  {usual}"))
 
 
-def _audit_data(
-    table: Table, found: Prototypes, data: str, k: int, batch_size: int
-) -> tuple[list[str], list[AuditedSample]]:
-    """Audit of samples that are not in the table, with the model of its recipe."""
+def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: int) -> list[tuple[str, AuditedSample]]:
+    """Names and audit of samples that are not in the table, with the model of its recipe."""
     import torch
 
     from crp.attribution import CondAttribution
@@ -260,7 +265,9 @@ def _audit_data(
     opened, command = open_recipe(table.header.recipe, data=data), table.header.recipe["command"]
     composite = _make_composite(command["rules"], command["settings"])
     attribution, concept = CondAttribution(opened.model), opened.layer_map[found.layer]
-    names, audited, dataset = [], [], opened.dataset
+    names: list[str] = []
+    audited: list[AuditedSample] = []
+    dataset = opened.dataset
     for begin in range(0, len(dataset), batch_size):
         numbers = range(begin, min(begin + batch_size, len(dataset)))
         names += [getattr(dataset.source(i), "name", "") or f"{data} {i}" for i in numbers]
@@ -269,7 +276,7 @@ def _audit_data(
         for batch in [torch.stack(drawn)] if alike else [one[None] for one in drawn]:
             prepared = batch if opened.preprocess is None else opened.preprocess(batch)
             audited += audit(attribution, prepared, composite, found, concept, k=k)
-    return names, audited
+    return list(zip(names, audited, strict=True))
 
 
 def _describe(table: Table, layer: str) -> Callable[[int], str]:

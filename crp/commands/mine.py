@@ -28,6 +28,7 @@ _AS_THEY_ARE = ("storage", "start", "stop", "batch_size", "shard_size", "on_erro
 _REMEMBERED = (
     "model", "weights", "checkpoint", "data", "fields", "layers", "rules", "settings", "targets", "multi_label",
     "modes", "kinds", "mixed_shapes", "batch_size", "shard_size", "size", "mean", "std", "classes", "storage",
+    "tokenizer", "position",
 )  # fmt: skip
 #: Words before the colon of models that are not the user's own.
 _LIBRARIES = ("timm", "hf", "torchvision")
@@ -41,11 +42,9 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--data", help="Folder of pictures, or package.module:factory of a dataset.")
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
-@click.option(
-    "--layers",
-    multiple=True,
-    help="Name, pattern or type; or auto. See below.",
-)
+@click.option("--layers", multiple=True, help="Name, pattern or type; or auto. See below.")
+@click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
+@click.option("--position", help="Of a language model: each, or a number; -1 explains what follows the last token.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
@@ -111,10 +110,11 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
     from crp.commands.concepts import concepts_of_layers
+    from crp.commands.texts import concepts_of_texts
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
     from crp.visualization.models import check_repeatable, load_model
-    from crp.visualization.sources import MULTI_LABEL, gives_pictures, load_source, open_source
+    from crp.visualization.sources import MULTI_LABEL, load_source, load_texts, open_source
 
     named = given["targets"].strip()
     targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
@@ -127,22 +127,23 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
     if ":" in given["model"] and not given["checkpoint"] and given["model"].partition(":")[0] not in _LIBRARIES:
         check_repeatable(given["model"], loaded.model)
-    words = {word: _layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
+    dataset: Any = load_texts(source, given["tokenizer"], given["position"], given["fields"], given["model"])
+    preprocess = labels = outputs = None
+    if dataset is None:
+        words = {word: _layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
+        fields = [field for field in given["fields"].split(",") if field]
+        dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
+        concepts = concepts_of_layers(loaded.model, words, dataset, preprocess)
+        labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
+        outputs = _count_outputs(loaded, dataset, preprocess)
+    else:
+        concepts = concepts_of_texts(loaded.model, given["layers"])
     composite = _make_composite(given["rules"], given["settings"])
-    fields = [field for field in given["fields"].split(",") if field]
-    dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
-    unused = [f"--{option}" for option in ("size", "mean") if given[option]]
-    if unused and not gives_pictures(dataset):
-        raise CommandError(
-            f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
-        )
-    concepts = concepts_of_layers(loaded.model, words, dataset, preprocess)
-    labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
-    outputs = _count_outputs(loaded, dataset, preprocess)
+    pictures_given = _takes_pictures(dataset, given)
     if labels is not None and outputs is not None:
         _check_outputs(loaded, outputs, labels, source)
     if settings["progress"]:
-        _describe_run(list(concepts), len(dataset), gives_pictures(dataset), loaded, labels)
+        _describe_run(list(concepts), len(dataset), pictures_given, loaded, labels)
     with _client(address) as client:
         return mine(
             CondAttribution(loaded.model.to(_device(given["device"]))),
@@ -162,6 +163,20 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             **{name: given[name] for name in _AS_THEY_ARE},
             **settings,
         )
+
+
+def _takes_pictures(dataset: Any, given: dict[str, Any]) -> bool:
+    """Whether samples are pictures; options about them are refused where there are none."""
+    from crp.visualization.mining.datasets import Pairs
+    from crp.visualization.sources import gives_pictures
+
+    found = isinstance(dataset, Pairs) and gives_pictures(dataset)
+    unused = [f"--{option}" for option in ("size", "mean") if given[option]]
+    if unused and not found:
+        raise CommandError(
+            f"{', '.join(unused)}: this dataset gives tensors, which are taken as they are; pictures alone are prepared"
+        )
+    return found
 
 
 def _with_earlier(out: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +219,7 @@ def _recipe(
 ) -> dict[str, Any]:
     """What the command line says of a table; places of files are written out, so that they hold from any folder."""
     command: dict[str, Any] = {name: given[name] for name in _REMEMBERED}
-    for name in ("checkpoint", "classes", "data"):
+    for name in ("checkpoint", "classes", "data", "tokenizer"):
         if given[name] and Path(given[name]).exists():
             command[name] = str(Path(given[name]).resolve())
     model = {"named": given["model"], "weights": given["weights"], "outputs": outputs}
@@ -280,13 +295,13 @@ def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:
     return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])
 
 
-def _part(share: str | None, environment: Any) -> tuple[int, int] | None:
-    """Share of this process: that of ``--shard``, cut further among the processes of torchrun."""
+def _part(share: str | None, environment: Any, option: str = "--shard") -> tuple[int, int] | None:
+    """Share of this process: that of the option, cut further among the processes of torchrun."""
     number, n = 0, 1
     if share is not None:
         found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", share)
         if found is None or int(found[1]) >= int(found[2]):
-            raise CommandError(f"--shard {share} must be I/N with I from 0 to N - 1, such as 0/8")
+            raise CommandError(f"{option} {share} must be I/N with I from 0 to N - 1, such as 0/8")
         number, n = int(found[1]), int(found[2])
     if "TORCHELASTIC_RUN_ID" in environment:
         try:

@@ -143,6 +143,13 @@ def _recipe_lines(table: Table) -> Iterator[str]:
         if isinstance(about, dict):
             words = [str(about[key]) for key in keys if about.get(key)] or [str(about.get("class"))]
             yield f"{part:10} {', '.join(words)}"
+    texts = recipe.get("texts")
+    if isinstance(texts, dict):
+        about = texts.get("tokenizer")
+        named = "none"
+        if isinstance(about, dict):
+            named = f"{about.get('named') or about.get('class')}, {about.get('words')} words"
+        yield f"texts      tokenizer {named}; position {texts.get('position')}"
     composite = recipe.get("composite")
     if isinstance(composite, dict):
         given = composite.get("keywords")

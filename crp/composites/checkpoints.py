@@ -73,6 +73,8 @@ def _checkpoint(*args: Any, **kwargs: Any) -> Any:
     is_recorded = isinstance(mode, SeeingMode)  # (on a reference, or to count positions)
     if not torch.is_grad_enabled() or not (is_seen or is_recorded):
         plain: Any = (_replaced and _replaced[-1]) or torch_checkpoint.checkpoint.__wrapped__  # type: ignore[attr-defined]
+        if composite is not None:  # (the other kind does not allow `torch.autograd.grad`)
+            kwargs["use_reentrant"] = False
         return plain(*args, **kwargs)
     function, given = (args[0], args[1:]) if args else (kwargs["function"], ())
     named = {name: value for name, value in kwargs.items() if name not in ("function", *_OPTIONS)}

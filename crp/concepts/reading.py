@@ -70,10 +70,10 @@ def relevance_in(concept: Concept, result: AttributionResults, layer_name: str) 
     TypeError
         If the concepts need multipliers, and the composite propagated relevance itself.
     """
-    return _relevance(concept, LayerValues.of(result, layer_name), layer_name)
+    return relevance_at(concept, LayerValues.of(result, layer_name), layer_name)
 
 
-def _code_of(concept: Any, activation: Tensor) -> Tensor:
+def code_of(concept: Any, activation: Tensor) -> Tensor:
     """How active each concept is: `Concept.code`, or the activation for concepts from before it."""
     code = getattr(concept, "code", None)
     return activation if code is None else code(activation)
@@ -82,7 +82,7 @@ def _code_of(concept: Any, activation: Tensor) -> Tensor:
 def activation_scores(concept: Any, activation: Tensor, layer_name: str) -> ConceptScores:
     """Scores of every concept of every sample by how active it was."""
     if has_own(concept, "code"):
-        return scores_of(_code_of(concept, activation), layer_name)
+        return scores_of(code_of(concept, activation), layer_name)
     found: ConceptScores = concept.scores(activation, layer_name)
     return found
 
@@ -90,7 +90,7 @@ def activation_scores(concept: Any, activation: Tensor, layer_name: str) -> Conc
 def activation_sums(concept: Any, activation: Tensor, layer_name: str) -> Tensor:
     """How active every concept is, summed over its positions, of shape (rows, concepts)."""
     if has_own(concept, "code"):
-        return by_position(_code_of(concept, activation), layer_name).sum(-1)
+        return by_position(code_of(concept, activation), layer_name).sum(-1)
     found: Tensor = concept.attribute(activation, layer_name=layer_name, abs_norm=False)
     return found
 
@@ -98,7 +98,7 @@ def activation_sums(concept: Any, activation: Tensor, layer_name: str) -> Tensor
 def relevance_scores(concept: Any, values: LayerValues, layer_name: str) -> ConceptScores:
     """Scores of every concept of every sample by how relevant it was."""
     if has_own(concept, "relevance") and concept.needs_multiplier:
-        return scores_of(_relevance(concept, values, layer_name), layer_name)
+        return scores_of(relevance_at(concept, values, layer_name), layer_name)
     found: ConceptScores = concept.scores(values.relevance, layer_name)
     return found
 
@@ -106,7 +106,7 @@ def relevance_scores(concept: Any, values: LayerValues, layer_name: str) -> Conc
 def relevance_sums(concept: Any, values: LayerValues, layer_name: str, abs_norm: bool = True) -> Tensor:
     """Relevance of every concept, of shape (rows, concepts): `Concept.attribute`, also where it needs multipliers."""
     if has_own(concept, "relevance") and concept.needs_multiplier:
-        return Concept().attribute(_relevance(concept, values, layer_name), layer_name=layer_name, abs_norm=abs_norm)
+        return Concept().attribute(relevance_at(concept, values, layer_name), layer_name=layer_name, abs_norm=abs_norm)
     found: Tensor = concept.attribute(values.relevance, layer_name=layer_name, abs_norm=abs_norm)
     return found
 
@@ -131,7 +131,7 @@ def initial_relevance_of(
     """
     with torch.enable_grad():
         leaf = activation.detach().clone().requires_grad_()
-        code = _code_of(concept, leaf)
+        code = code_of(concept, leaf)
         values = code.reshape(*code.shape[:2], -1)[:, concept_id]
         if positions is not None:
             values = values[range(len(values)), list(positions)]
@@ -160,18 +160,24 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
     if hasattr(concept, "column") or not has_own(concept, "mask"):
         return
     first = values.rows(slice(1))
-    scores = relevance_scores(concept, first, layer_name).sum[0]
-    if first.counted is None or first.multiplier is None:
-        flows, counted = first.relevance, torch.ones_like(first.relevance)
-    else:
-        flows, counted = first.multiplier, first.counted
-    whole = first.relevance.abs().sum().item()
-    tolerance = 1e-3 * whole + torch.finfo(flows.dtype).tiny
+    flows, counted = (
+        (first.relevance, torch.ones_like(first.relevance))
+        if first.counted is None or first.multiplier is None
+        else (first.multiplier, first.counted)
+    )
+    of_device = relevance_scores(concept, first, layer_name).sum[0]
+    dtype = torch.promote_types(of_device.dtype, torch.float32)
+    whole_of_device = first.relevance.abs().sum(dtype=dtype)
+    # (two copies to the host, whatever the number of concepts: each waits for the device)
+    *scores, whole = torch.cat([of_device.to(dtype), whole_of_device[None]]).tolist()
+    if math.isnan(whole):
+        return
     make = mask_of(concept)
-    for concept_id in sorted({int(scores.abs().argmax()), 0, len(scores) - 1}):
-        kept = (counted * make(0, [concept_id], layer_name)(flows.clone())).sum().item()
-        score = scores[concept_id].item()
-        if abs(kept - score) <= tolerance or math.isnan(whole):
+    ids = sorted({max(range(len(scores)), key=lambda i: abs(scores[i])), 0, len(scores) - 1})
+    let_through = [(counted * make(0, [i], layer_name)(flows.clone())).sum(dtype=dtype) for i in ids]
+    for concept_id, kept in zip(ids, torch.stack(let_through).tolist(), strict=True):
+        score = scores[concept_id]
+        if abs(kept - score) <= 1e-3 * whole + torch.finfo(flows.dtype).tiny:
             continue
         message = (
             f"layer {layer_name!r}: {concept!r} contradicts itself. It scores {concept.describe(concept_id)} by "
@@ -185,7 +191,7 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
         return
 
 
-def _relevance(concept: Concept, values: LayerValues, layer_name: str) -> Tensor:
+def relevance_at(concept: Concept, values: LayerValues, layer_name: str) -> Tensor:
     """Relevance of every concept at every position, (rows, concepts, *positions)."""
     if not concept.needs_multiplier:
         return concept._from_relevance(values.relevance, layer_name)

@@ -34,8 +34,11 @@ class _Addition(NamedTuple):
 def attached(model: nn.Module) -> list[_Addition]:
     """What this package, or zennit, has put on a model, or on a part of it: composites first, then hooks.
 
-    It is empty unless a composite's context is entered, a call is under way, or the program was left in the midst of
-    one; `clear` takes it all off.
+    Returns
+    -------
+    list of Addition
+        Empty unless a composite's context is entered, a call is under way, or the program was left in the midst of one;
+        `clear` takes it all off.
     """
     modules = modules_of(unwrap(model))
     names = {id(module): name for name, module in modules.items()}

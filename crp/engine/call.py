@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,18 @@ from crp.engine.conditions import (
     check_targets_exist,
     init_of_rows,
     initial_relevance,
-    row_index,
 )
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, tensor_in
-from crp.engine.inputs import Data, Inputs
+from crp.engine.inputs import Data, Inputs, Samples
+from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
 from crp.engine.settings import Overrides, Settings
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
-
-#: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
-Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
-
 
 #: ``(call, composite, rows) -> results, or None``
 Shortcut: TypeAlias = Callable[["Call", Composite | None, Rows], Part | None]
@@ -139,7 +135,8 @@ class Call:
         with put_on(self.composite, self.model) as model, accounting as account:
             # One sample starts at a time: whose an entry is cannot be told where the first axis is not the samples'.
             in_flow = self._masks_in_flow()
-            of_all = None if in_flow else self._forward(model, self.rows, self.composite, account)
+            ragged = isinstance(self.inputs, Samples)
+            of_all = None if in_flow or ragged else self._forward(model, self.rows, self.composite, account)
             if of_all is not None and of_all.is_folded:
                 of_all = None
             for rows in self.rows.one_by_one(in_flow):
@@ -163,7 +160,7 @@ class Call:
 
     def _members(self) -> list[Composite | None]:
         """Composites whose results are averaged: several, where a method has several references."""
-        members = propagation_of(self.composite).members_for(self.inputs.explained[0])
+        members = propagation_of(self.composite).members_for(self.inputs.select([0]).explained[0])
         if self.composite is None or not members or is_on(self.composite, self.model):
             return [self.composite]
         return [*members]
@@ -182,13 +179,15 @@ class Call:
                 passed = None
                 yield known
                 continue
-            if passed is not None and passed.samples == self._samples(rows):
+            if isinstance(self.inputs.select(list(self._samples(rows))), Samples):
+                passed, part = None, [self._one_by_one(rows, composite, {})]
+            elif passed is not None and passed.samples == self._samples(rows):
                 part = [self._results(passed, rows, last)]
             else:
                 with put_on(composite, self.model) as model:
                     passed = self._forward(model, rows, composite)
                     part = [] if passed.is_folded else [self._results(passed, rows, last)]
-            if not part:
+            if passed is not None and not part:
                 shapes = {name: output.shape for name, output in passed.layers.items()}
                 passed = None
                 part = [self._one_by_one(rows, composite, shapes)]
@@ -209,21 +208,23 @@ class Call:
         """
         results: list[Part] = []
         places: list[int] = []
-        n_samples = len(self._samples(rows))
+        alone: dict[str, dict[int, torch.Size]] = {name: {} for name in shapes}
         for part in rows.one_by_one(self._masks_in_flow()):
             with put_on(composite, self.model) as model:
                 passed = self._forward(model, part, composite)
                 results.append(self._results(passed, part, last=True))
-            for name, shape in shapes.items():
-                alone = passed.layers.get(name)
-                if alone is not None and len(alone) * n_samples != shape[0]:
-                    raise InputError(
-                        f"the output of layer {name!r} has shape {tuple(shape)} for {n_samples} samples, and "
-                        f"{tuple(alone.shape)} for one of them; its first axis must be that of the samples, or have as "
-                        "many entries for each of them"
-                    )
+            for name in {*shapes} & {*passed.layers}:
+                alone[name][part.samples[0]] = passed.layers[name].shape
             places += part.places
-        return _in_order(results, [places.index(place) for place in rows.places])
+        columns = self._samples(rows)
+        for name, of_samples in alone.items():
+            if of_samples and shapes[name][0] != sum(of_samples[sample][0] for sample in columns):
+                raise InputError(
+                    f"the output of layer {name!r} has shape {tuple(shapes[name])} for {len(columns)} samples, and "
+                    f"{tuple(next(iter(of_samples.values())))} for one of them; its first axis must be that of the "
+                    "samples, or have as many entries for each of them"
+                )
+        return in_order(results, [places.index(place) for place in rows.places])
 
     def _masks_in_flow(self) -> bool:
         """Whether masks act while the gradient flows; every row then needs a column of its own."""
@@ -334,49 +335,3 @@ def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -
 def _sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
-
-
-def average(parts: Sequence[Part]) -> Part:
-    """Mean of several results of the same rows; without multipliers, which have none."""
-    if len(parts) == 1:
-        return parts[0]
-    first, _ = parts[0]
-    heatmap, relevances = (_each([getattr(result, field) for result, _ in parts], _mean) for field in _AVERAGED)
-    result = AttributionResults(heatmap, first.activations, relevances, first.prediction, encoding=first.encoding)
-    return result, [_mean(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
-
-
-_AVERAGED = ("heatmap", "relevances")
-
-
-def _in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
-    """Results of all rows of several parts: as row i the ``order[i]``-th of the parts one after the other."""
-
-    def join(tensors: Sequence[Tensor]) -> Tensor:
-        joined = torch.cat(list(tensors))
-        if order == list(range(len(order))):
-            return joined
-        return joined[row_index(order, len(joined) // len(order))]
-
-    results = [result for result, _ in parts]
-    result = AttributionResults(
-        *(_each(list(values), join) for values in zip(*results, strict=True)),
-        encoding=results[0].encoding,
-        multipliers=_each([result.multipliers for result in results], join),
-        counted=_each([result.counted for result in results], join),
-    )
-    return result, [join(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).mean(0)
-
-
-def _each(values: list[Any], combine: Callable[[Sequence[Tensor]], Tensor]) -> Any:
-    """Tensors combined, or those in tuples or dicts of the same form; None where there are none."""
-    first = values[0]
-    if isinstance(first, dict):
-        return {name: _each([value[name] for value in values], combine) for name in first}
-    if isinstance(first, tuple):
-        return tuple(_each(list(entries), combine) for entries in zip(*values, strict=True))
-    return None if first is None else combine(values)

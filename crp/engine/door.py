@@ -98,18 +98,24 @@ def is_finite(tensor: Tensor) -> bool:
     return isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-def check_result(model: nn.Module, heatmap: object, prediction: Tensor) -> None:
+def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
     """Raise an `InputError`, or warn, where a heatmap is not finite.
 
     Weights or buffers that are not finite are named; otherwise numbers have become too large on the way.
     """
-    parts = heatmap.values() if isinstance(heatmap, dict) else heatmap if isinstance(heatmap, tuple) else [heatmap]
-    if all(is_finite(part) for part in parts if isinstance(part, Tensor)):
+    if _all_finite(heatmap):
         return
     if names := not_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}):
         raise InputError(f"the heatmap is not finite, as {_listed(names)} of the model has NaN or infinite values")
-    where = "as the model's output is" if not is_finite(prediction) else "though the model's output is"
+    where = "as the model's output is" if not _all_finite(prediction) else "though the model's output is"
     warn(f"the heatmap has NaN or infinite values, {where}: numbers became too large, or were divided by 0, on the way")
+
+
+def _all_finite(result: object) -> bool:
+    """Whether a tensor is finite, or all in a dict, tuple or list are."""
+    parts = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else [result]
+    return all(_all_finite(part) if isinstance(part, tuple | list) else is_finite(part) for part in parts
+               if isinstance(part, Tensor | tuple | list))  # fmt: skip
 
 
 def _listed(names: list[str]) -> str:
@@ -127,10 +133,11 @@ def misfit(error: BaseException, model: object, explained: Iterable[Tensor]) -> 
     name = next((name for name, module in known.items() if module is layer), "")
     where = f"layer {name!r} ({type(layer).__name__})"
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and given.is_floating_point() and weight.dtype != given.dtype:
+    if isinstance(weight, Tensor) and weight.dtype != given.dtype and _size_of(layer)[1] is not None:
+        other = f" or model.to({given.dtype})" if given.is_floating_point() else ""
         return InputError(
             f"{where} has weights of {weight.dtype} and gets {given.dtype}, for data of shape {shapes}: convert one, "
-            f"as by data.to({weight.dtype}) or model.to({given.dtype})"
+            f"as by data.to({weight.dtype}){other}"
         )
     if isinstance(weight, Tensor) and weight.device != given.device:
         return InputError(f"{where} is on {weight.device} and gets a tensor on {given.device}; move the whole model")

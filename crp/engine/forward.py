@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class ForwardPass:
     encoding : Encoding
     samples : tuple of int
         Sample of each column, as rows name it.
+    is_ragged : bool
+        Whether outputs of samples differ in shape, as numbers of boxes do; ``output`` is then empty.
     """
 
     inputs: Inputs
@@ -52,6 +54,7 @@ class ForwardPass:
     references: dict[str | None, Tensor]
     encoding: Encoding
     samples: tuple[int, ...] = ()
+    is_ragged: bool = False
 
     @classmethod
     def run(
@@ -82,23 +85,33 @@ class ForwardPass:
                 leaf.requires_grad_()
             returned = inputs.run(model)
             # (What is chosen of the output is no part of the model, and no rule's business.)
-            reference = select_output(returned_for_reference[0]).detach() if returned_for_reference else None
-            output = select_output(returned)
-        _check_explained("the model's output", output)
-        _check_columns("the model's output", output, len(inputs))
+            output = _stacked(select_output(returned), len(inputs))
+            reference = None
+            if returned_for_reference and output is not None:
+                of_reference = _stacked(select_output(returned_for_reference[0]), len(inputs))
+                reference = None if of_reference is None else of_reference.detach()
+                if reference is None or reference.shape != output.shape:
+                    raise InputError("the model's output for the reference is of another shape than that for the data")
+        if output is not None:
+            _check_explained("the model's output", output)
+            _check_columns("the model's output", output, len(inputs))
         layers, references = outputs_meant(taps, roles)
         for layer in layers:
             _check_layer(layer, roles[layer], layers[layer], inputs)
         if reference is not None:
             references[None] = reference
-        return cls(inputs, output, layers | _sinks(account), references, Encoding.of(composite), samples)
+        is_ragged, output = output is None, torch.empty(0) if output is None else output
+        return cls(inputs, output, layers | _sinks(account), references, Encoding.of(composite), samples, is_ragged)
 
     @property
     def is_folded(self) -> bool:
-        """Whether a layer has several entries for each column, of which it is not known whose they are."""
+        """Whether samples must be computed one at a time: their outputs differ in shape, or entries have no owner.
+
+        A layer may have several entries for each column, of which it is not known whose they are.
+        """
         n_columns = len(self.inputs)
         layers = (output for name, output in self.layers.items() if not name.startswith(SINK))
-        return n_columns > 1 and any(len(output) != n_columns for output in layers)
+        return self.is_ragged or (n_columns > 1 and any(len(output) != n_columns for output in layers))
 
     def columns(self, rows: Rows) -> list[int]:
         """Column of each row."""
@@ -129,8 +142,10 @@ class ForwardPass:
         return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else self.of_rows(value, rows)
 
 
-def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Outputs of layers for ``data``, by a forward pass without gradients; without those that it does not use.
+def record_outputs(
+    model: nn.Module, run: Callable[[nn.Module], Any], n_samples: int, layers: Sequence[str]
+) -> dict[str, Tensor]:
+    """Outputs of layers when ``run`` calls the model, without gradients; without those that are not used.
 
     Raises
     ------
@@ -139,10 +154,10 @@ def record_outputs(model: nn.Module, data: Tensor, layers: Sequence[str]) -> dic
     """
     roles = dict.fromkeys(layers, "record")
     with tapped(model, roles) as taps, torch.no_grad():
-        model(data.clone())
+        run(model)
     outputs, _ = outputs_meant(taps, roles)
     for layer, output in outputs.items():
-        _check_columns(f"the output of layer {layer!r}", output, len(data))
+        _check_columns(f"the output of layer {layer!r}", output, n_samples)
     return outputs
 
 
@@ -190,6 +205,15 @@ def _sinks(account: Sinks | None) -> dict[str, Tensor]:
     return {f"{SINK}{layer}#{number}": sink for layer, calls in sinks.items() for number, sink in enumerate(calls)}
 
 
+def _stacked(output: Any, n_samples: int) -> Tensor | None:
+    """Output of all samples, of which a list has one tensor for each; None where these differ in shape."""
+    if not isinstance(output, list):
+        return cast(Tensor, output)
+    if len(output) != n_samples:
+        raise InputError(f"output returned a list of {len(output)} tensors for {n_samples} samples; give one for each")
+    return torch.stack(output) if len({tensor.shape for tensor in output}) == 1 else None
+
+
 def tensor_in(output: Any) -> Tensor:
     """Tensor to explain in what a model returns: itself, or its ``logits``."""
     output = getattr(output, "logits", output)
@@ -197,7 +221,7 @@ def tensor_in(output: Any) -> Tensor:
         output = output.get("logits", output)
     if not isinstance(output, Tensor):
         raise InputTypeError(
-            f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; "
-            "override CondAttribution.select_output to choose the tensor to explain"
+            f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; choose the tensor "
+            "to explain by CondAttribution(model, output=...), such as crp.outputs.segmentation() or detection()"
         )
     return output

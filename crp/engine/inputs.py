@@ -15,7 +15,8 @@ from crp.errors import CRPError, InputError, InputTypeError
 from crp.layers import unwrap
 
 Tensors: TypeAlias = tuple[Tensor, ...]
-#: One input; inputs by position, or by name. Tensors have the samples on their first axis.
+#: One input; a list of samples, of tensors without that axis; inputs by position, in a tuple, or by name. Other tensors
+#: have the samples on their first axis.
 Data: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any] | Inputs"
 #: Position or name of an input, or several of them.
 Explain: TypeAlias = int | str | Sequence[int | str] | None
@@ -51,9 +52,9 @@ class Inputs:
 
         Parameters
         ----------
-        data : Tensor, tuple or dict
-            A tuple holds the model's positional arguments, a dict its keyword arguments. What is no tensor is passed on
-            as it is.
+        data : Tensor, list, tuple or dict
+            A list holds samples, which may differ in shape. A tuple holds the model's positional arguments, a dict its
+            keyword arguments. What is no tensor in these is passed on as it is.
         explain : int, str, or sequence of these, optional
             Positions (in a tuple) or names (in a dict) of the inputs that are explained; all floating ones by default,
             or, where there are none, token ids: ``"input_ids"``, or the only integers.
@@ -71,14 +72,16 @@ class Inputs:
         """
         if isinstance(data, Inputs):
             return data
-        if isinstance(data, Tensor) and explain is not None:
-            raise InputError(f"explain={explain!r} chooses among several inputs; data is a single tensor")
+        if isinstance(data, Tensor | list) and explain is not None:
+            raise InputError(f"explain={explain!r} chooses among several inputs; data is a single one")
+        if isinstance(data, list):
+            return Samples.listed(data)
         if isinstance(data, Tensor):
             return cls.single(data)._embedding(model)
-        if not isinstance(data, tuple | list | Mapping):
+        if not isinstance(data, tuple | Mapping):
             raise InputTypeError(
                 "data must be a floating-point tensor, which relevance can be assigned to, not "
-                f"{type(data).__name__}; several inputs are a tuple or dict of them"
+                f"{type(data).__name__}; samples of several shapes are a list of them, several inputs a tuple or dict"
             )
         if not data:
             raise InputTypeError(
@@ -139,7 +142,9 @@ class Inputs:
         return self.values[0] if self.form == "tensor" else tuple(self.values.values())
 
     def given(self, data: Data) -> list[Tensor | None]:
-        """Tensors that a user gave and that are explained; None for token ids, which have no gradient."""
+        """Tensors that a user gave and that are explained; None for token ids, which have no gradient, and lists."""
+        if isinstance(data, list):
+            return [None]
         values: Any = {0: data} if isinstance(data, Tensor) else data.values if isinstance(data, Inputs) else data
         return [None if name in self.embedded else values[name] for name in self.names]
 
@@ -202,6 +207,62 @@ class Inputs:
         return by_name if self.form == "dict" else tuple(by_name.values())
 
 
+@dataclass(frozen=True)
+class Samples(Inputs):
+    """Samples of one input that differ in shape; a model gets them one at a time, or those of one shape together.
+
+    Attributes
+    ----------
+    samples : tuple of Tensor of shape (*input shape)
+    """
+
+    samples: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def listed(cls, data: list[Any]) -> Inputs:
+        """Samples in a list: as one tensor, where they are of one shape."""
+        for i, sample in enumerate(data):
+            if not isinstance(sample, Tensor) or not sample.is_floating_point():
+                kind = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
+                raise InputTypeError(
+                    f"a list holds samples, which are floating-point tensors; data[{i}] is {kind}. Several inputs are "
+                    "a tuple or dict of them"
+                )
+            check_form(sample, f"data[{i}]")
+        if not data:
+            raise InputError("data is an empty list; it needs a tensor for each sample")
+        if len({sample.shape for sample in data}) == 1:
+            return Inputs.single(torch.stack(data))
+        return cls({}, (0,), "tensor", samples=tuple(data))
+
+    def check(self) -> None:
+        """Raise an error that names a sample that cannot be explained."""
+        for i, sample in enumerate(self.samples):
+            check_data(sample[None], f"data[{i}]")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def explained(self) -> Tensors:
+        """There is no tensor of all samples."""
+        shapes = sorted({tuple(sample.shape) for sample in self.samples})
+        raise InputTypeError(f"samples of several shapes, {shapes}, cannot be explained together; give them one by one")
+
+    @property
+    def data(self) -> Data:
+        """The samples as a list."""
+        return list(self.samples)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        return replace(self, samples=tuple(map(change, self.samples)))
+
+    def select(self, samples: list[int] | Tensor) -> Inputs:
+        """Some of the samples, each as often as it is named."""
+        return Samples.listed([self.samples[int(i)] for i in samples])
+
+
 def check_data(data: Tensor, name: str = "data") -> None:
     """Raise an error, with this name, if data are no floating-point tensor, are empty, or have values not finite."""
     if isinstance(data, Tensor):
@@ -248,6 +309,8 @@ def _explained(values: Mapping[Any, Any], explain: Explain) -> tuple[int | str, 
                 + ", ".join(f"{n!r} is {getattr(value, 'dtype', value)}" for n, value in values.items())
             )
         return tuple(names)
+    if not isinstance(explain, int | str | Sequence):
+        raise InputTypeError(f"explain names inputs by position or name, or several in a list; not by {explain!r}")
     asked = [explain] if isinstance(explain, int | str) else list(explain)
     if not asked:
         raise InputError("explain is empty; name at least one input, or leave it out")

@@ -11,10 +11,11 @@ from zennit.core import Composite
 
 from crp.devices import send_to
 from crp.engine.attached import is_on
-from crp.engine.call import Call, Part
+from crp.engine.call import Call
 from crp.engine.conditions import Grid, Rows, check_targets_exist, initial_relevance
 from crp.engine.encoding import Encoding, Propagation
 from crp.engine.inputs import Inputs
+from crp.engine.joining import Part
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import ModelState, is_watched
 from crp.engine.replay import Recorder, Replays

@@ -29,6 +29,7 @@ from crp.image.forms import (
 from crp.image.graphs import PictureNode, plot_graph
 from crp.image.pixels import imgify, overlay, to_data_uri, to_png_bytes
 from crp.image.reading import as_viewed
+from crp.image.texts import TextHeatmap, plot_texts, text_html
 
 # The last row holds what scripts get from zennit-crp's ``from crp.image import *``.
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "FOR",
     "FORMS",
     "PictureNode",
+    "TextHeatmap",
     "add_colour_bar",
     "as_viewed",
     "draw_contour",
@@ -51,7 +53,9 @@ __all__ = [
     "plot_form",
     "plot_graph",
     "plot_grid",
+    "plot_texts",
     "relevant_box",
+    "text_html",
     "to_data_uri",
     "to_png_bytes",
     "vis_img_heatmap",

@@ -23,7 +23,7 @@ AGAINST = (0.13, 0.35, 0.75)
 #: Relevance beyond this percentile of its absolute values has the full colour.
 _PERCENTILE = 99.5
 #: Opacity is the absolute relevance to this power, so that small relevance can be seen.
-_POWER = 0.7
+POWER = 0.7
 
 
 def clipped(heatmap: Tensor | Array, percentile: float = _PERCENTILE) -> tuple[NDArray[Any], float]:
@@ -57,7 +57,7 @@ def clipped(heatmap: Tensor | Array, percentile: float = _PERCENTILE) -> tuple[N
 def colours_of(relevance: Array) -> NDArray[Any]:
     """Colours with opacity of relevance in -1..1: of shape (..., 4), in 0..1."""
     colour = np.where(relevance[..., None] >= 0, FOR, AGAINST)
-    return np.concatenate([colour, np.abs(relevance)[..., None] ** _POWER], -1)
+    return np.concatenate([colour, np.abs(relevance)[..., None] ** POWER], -1)
 
 
 def as_array(values: Tensor | Array) -> NDArray[Any]:

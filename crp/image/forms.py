@@ -120,7 +120,24 @@ def relevant_box(heatmap: Tensor | Array, share: float = 0.9, margin: float = 0.
 
 
 def draw_form(form: str, image: Picture, heatmap: Tensor | Array) -> Image.Image:
-    """Picture and its relevance in one of the forms `FORMS`."""
+    """Picture and its relevance in one of the forms `FORMS`.
+
+    Parameters
+    ----------
+    form : str
+    image : Tensor of shape (channels, height, width), ndarray of that shape or with the channels last, or PIL Image
+        Values within 0..1 are shown as they are, others are brought there by the whole image's range.
+    heatmap : Tensor or ndarray of shape (height, width)
+
+    Returns
+    -------
+    PIL Image
+
+    Raises
+    ------
+    ValueError
+        If there is no such form.
+    """
     if form == "heatmap":
         return draw_heatmap(heatmap, as_picture(image).shape[:2])
     drawn: dict[str, Callable[[Picture, Tensor | Array], Image.Image]] = {

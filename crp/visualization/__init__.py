@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from crp.visualization.feature import FeatureVisualization
     from crp.visualization.mining.datasets import Pairs
     from crp.visualization.mining.run import mine
+    from crp.visualization.mining.texts import Texts
     from crp.visualization.synthesis import maximize
     from crp.visualization.table.store import Table
 
@@ -23,6 +24,7 @@ __all__ = [
     "ImageCache",
     "Pairs",
     "Table",
+    "Texts",
     "export",
     "maximize",
     "mine",
@@ -35,6 +37,7 @@ _HOMES = {
     "ImageCache": "crp.visualization.cache",
     "Pairs": "crp.visualization.mining.datasets",
     "Table": "crp.visualization.table.store",
+    "Texts": "crp.visualization.mining.texts",
     "export": "crp.compat.export",
     "maximize": "crp.visualization.synthesis",
     "mine": "crp.visualization.mining.run",

@@ -14,7 +14,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
-from crp.concepts import Concept
+from crp.concepts import ChannelConcept, Concept
 from crp.engine.taps import check_layers
 from crp.notices import warn
 from crp.visualization.cache import Cache
@@ -49,7 +49,8 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
     attribution : CondAttribution
     dataset : Dataset
         ``dataset[i]`` is a pair of a tensor (not normalized, so that it can be shown) and its class, an int.
-    layer_map : mapping of layer name to Concept
+    layer_map : mapping of layer name to Concept, or sequence of layer names
+        Of names alone, the concepts are channels.
     preprocess_fn : callable, optional
         Prepares samples of shape (samples, ...) for the model, such as a normalization.
     max_target : {"sum", "max"}
@@ -89,7 +90,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         self,
         attribution: CondAttribution,
         dataset: Any,
-        layer_map: Mapping[str, Concept],
+        layer_map: Mapping[str, Concept] | Sequence[str],
         preprocess_fn: Callable[[Tensor], Tensor] | None = None,
         max_target: str = "sum",
         abs_norm: bool = True,
@@ -99,7 +100,11 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         *,
         check: bool = True,
     ) -> None:
+        if isinstance(layer_map, str):
+            raise TypeError(f"layer_map must be layers and their concepts, or a list of layers; not {layer_map!r}")
         check_layers(attribution.model, list(layer_map), "layer_map")
+        if not isinstance(layer_map, Mapping):
+            layer_map = {layer: ChannelConcept() for layer in layer_map}
         for layer, concept in layer_map.items():
             if isinstance(concept, type):
                 raise TypeError(f"layer_map[{layer!r}] is a class; it must be an instance: {concept.__name__}()")
@@ -254,7 +259,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         settings: MiningKeywords = {
             "batch_size": batch_size,
             "shard_size": min(checkpoint, SHARD_BATCHES) * batch_size,
-            "preprocess": self.preprocess_data if is_plain else None,
+            "preprocess": self.preprocess_data if is_plain and not self._is_of_ids() else None,
             "single_targets": labels,
             "on_device": on_device,
             "device": self.device,

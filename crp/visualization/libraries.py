@@ -16,7 +16,7 @@ PREFIXES = ("timm", "hf")
 
 
 class Found(NamedTuple):
-    """A model of a library, and how it takes pictures.
+    """A model of a library, and how it takes pictures; models that read texts have none of these.
 
     Attributes
     ----------
@@ -100,14 +100,32 @@ def _of_hugging_face(name: str, pretrained: bool) -> Found:
     library: Any = importlib.import_module("transformers")
     kind = library.AutoModelForImageClassification
     config = library.AutoConfig.from_pretrained(name)
+    if (auto := _reads_texts(config)) is not None:
+        of_texts = getattr(library, auto)
+        model = of_texts.from_pretrained(name) if pretrained else of_texts.from_config(config)
+        is_classifier = auto.endswith("SequenceClassification")
+        return Found(model, 0, 0, (), (), _names_of(config) if is_classifier else ())
     model = kind.from_pretrained(name) if pretrained else kind.from_config(config)
     processor = library.AutoImageProcessor.from_pretrained(name)
     crop, size = _side(getattr(processor, "crop_size", None)), _side(processor.size)
-    labels = config.id2label
-    names = [str(labels[index]) for index in sorted(labels)] if labels else ()
     normal = getattr(processor, "do_normalize", True)
     mean, std = (tuple(processor.image_mean), tuple(processor.image_std)) if normal else ((), ())
-    return Found(Logits(model), size, crop or size, mean, std, names)
+    return Found(Logits(model), size, crop or size, mean, std, _names_of(config))
+
+
+def _reads_texts(config: Any) -> str | None:
+    """Class of transformers that makes a model of texts, by what its configuration says it was; None for pictures."""
+    known = getattr(config, "architectures", None) or ()
+    if any(name.endswith("ForSequenceClassification") for name in known):
+        return "AutoModelForSequenceClassification"
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in known):
+        return "AutoModelForCausalLM"
+    return None
+
+
+def _names_of(config: Any) -> Sequence[str]:
+    labels = config.id2label
+    return [str(labels[index]) for index in sorted(labels)] if labels else ()
 
 
 def _side(size: Any) -> int:

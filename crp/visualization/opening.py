@@ -12,7 +12,7 @@ from crp.concepts import Concept
 from crp.errors import LoadingError
 from crp.visualization.mining.recipe import make_concept
 from crp.visualization.models import load_model
-from crp.visualization.sources import load_source, open_source
+from crp.visualization.sources import load_source, load_texts, open_source
 
 
 class Opened(NamedTuple):
@@ -56,7 +56,11 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> Opened:
         by_label = data is None and command["targets"] == "label"
         if isinstance(source, Path) and data is not None:
             fields = []
-        dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
+        tokenizer, position = command.get("tokenizer"), command.get("position")
+        dataset: Any = load_texts(source, tokenizer, position, ",".join(fields), str(command["model"]))
+        preprocess = None
+        if dataset is None:
+            dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
     except (KeyError, TypeError, AttributeError) as error:
         raise LoadingError(f"the recipe of the table lacks or garbles what crp mine was given: {error!r}") from error
     return Opened(loaded.model, dataset, preprocess, make_layer_map(recipe))

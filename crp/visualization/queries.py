@@ -21,10 +21,12 @@ from crp.layers import LayerNotFoundError
 from crp.notices import warn
 from crp.visualization import references as refs
 from crp.visualization.cache import Cache, from_cache
+from crp.visualization.mining.texts import texts_in
 from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
 from crp.visualization.table.question import Answers, Question, TableAnswers
 from crp.visualization.table.ranking import ReferenceSamples
+from crp.visualization.text_references import TextRow, reference_texts
 
 #: ``(concept ids, classes, ranks) -> {id: value}``; there are no classes where samples of all classes are ranked.
 _Compute = Callable[[list[Any], list[int], tuple[int, int]], dict[Any, Any]]
@@ -88,7 +90,8 @@ class ReferenceQueries(SampleAccess):
         -------
         dict of concept id to value
             Without a composite, the samples, of shape (references, ...). Without a plot function, a pair of samples
-            and heatmaps on the CPU. Otherwise what ``plot_fn`` returned.
+            and heatmaps on the CPU. Otherwise what ``plot_fn`` returned. Of texts, a list of
+            `crp.image.TextHeatmap`, which a plot function of one's own gets in place of the samples.
 
         Raises
         ------
@@ -283,7 +286,8 @@ class ReferenceQueries(SampleAccess):
 
         if picture.rf and not picture.composite:
             warn("rf=True restricts heatmaps, and without a composite there are none")
-        if self.Cache is None or picture.composite is None or picture.plot_fn is None:
+        of_texts = texts_in(self.dataset) is not None  # (which are no pictures that could be kept)
+        if self.Cache is None or picture.composite is None or picture.plot_fn is None or of_texts:
             return computed(list(asked), r_range)
         layer, mode = picture.layer, picture.mode
         name = self._plot_name(picture.plot_fn, layer, mode, picture.options)
@@ -307,6 +311,11 @@ class ReferenceQueries(SampleAccess):
         plot_fn: PlotFn | None, batch_size: int, **targets: Any,
     ) -> Any:  # fmt: skip
         """Value of the references ``d_indices`` of a concept, whose strongest positions are ``n_indices``."""
+        if texts_in(self.dataset) is not None:
+            row, starts = TextRow((), layer_name, c_id), targets.get("targets")
+            found = reference_texts(self, d_indices, n_indices, row, composite, rf, starts, batch_size)
+            plot: Any = None if plot_fn is vis_img_heatmap or not composite else plot_fn
+            return found if plot is None else plot(found, None, rf)
         data, _ = self.get_data_concurrently(d_indices, preprocessing=False)
         if not composite:
             return data.detach().cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from crp.errors import LoadingError
 from crp.notices import warn
-from crp.visualization.mining.datasets import Pairs, indexed
+from crp.visualization.mining.datasets import LabelError, Pairs, indexed
 from crp.visualization.mining.marks import Source
+from crp.visualization.mining.texts import Texts
 from crp.visualization.models import Loaded, called, imported, nearest
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -116,6 +117,84 @@ def load_source(
     return made, loaded.normalized if gives_pictures(made) else None
 
 
+def load_texts(source: Any, tokenizer: str | None, position: str | None, fields: str, model: str) -> Texts | None:
+    """Texts of a dataset whose items are words or token ids; None for others.
+
+    Parameters
+    ----------
+    source : Path or Dataset
+        From `open_source`.
+    tokenizer : str, optional
+        A folder or name that Hugging Face knows, or ``"package.module:factory"``; of a model ``"hf:name"``, its own.
+    position : str, optional
+        ``"each"``, or a number, as in `Texts`.
+    fields : str
+        Keys of text and label, such as ``"text,label"``; these are those by default.
+    model : str
+
+    Raises
+    ------
+    LoadingError
+        If any of these is none.
+    """
+    if isinstance(source, Texts):
+        for name, given in (("tokenizer", tokenizer), ("position", position), ("fields", fields)):
+            if given:
+                raise LoadingError(f"--{name} is said by the Texts that --data gives")
+        return source
+    if isinstance(source, Path) and (tokenizer or position):
+        raise LoadingError("--tokenizer and --position are for texts, and --data is a folder of pictures")
+    if isinstance(source, Path) or not (tokenizer or position or _holds_texts(source)):
+        return None
+    if tokenizer is None and model.startswith("hf:"):
+        tokenizer = model.removeprefix("hf:")
+    named = [field for field in fields.split(",") if field]
+    if len(named) > 2:
+        raise LoadingError(f"--fields names text and label, not {len(named)} fields")
+    keys = dict(zip(("text", "label"), named, strict=False))
+    made = None if tokenizer is None else load_tokenizer(tokenizer)
+    return Texts(source, made, position=read_position(position), **keys)
+
+
+def read_position(word: str | None) -> int | str | None:
+    """Position that a word names: none, ``"each"``, or a number."""
+    if word is None or word == "each":
+        return word
+    try:
+        return int(word)
+    except ValueError:
+        raise LoadingError(f"--position {word} must be 'each' or a number, such as -1 for the last token") from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """Tokenizer that a name says: of a function ``"package.module:factory"``, or of Hugging Face, maybe in a folder."""
+    if ":" in name and not Path(name).exists():
+        made = imported(name)
+        return made if callable(made) and not isinstance(made, type) and hasattr(made, "decode") else called(made, name)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise LoadingError(
+            f"--tokenizer {name} needs transformers ({error}): python -m pip install transformers"
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # (of any kind, for names that are none and failed downloads)
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise LoadingError(f"--tokenizer {name} cannot be loaded: {line}") from error
+
+
+def _holds_texts(source: Any) -> bool:
+    for index in range(min(len(source), 100)):
+        try:
+            item = source[index]
+        except Exception:  # an unreadable sample, which mining will report
+            continue
+        item = item[0] if isinstance(item, tuple | list) and item else item
+        return isinstance(item, str) or (isinstance(item, Mapping) and "input_ids" in item)
+    return False
+
+
 def _usual_places(source: Any) -> list[int | str | None]:
     """Where data and label are without ``--fields``: items are pairs, tuples of one, or the data alone."""
     for index in range(min(len(source), 100)):
@@ -137,8 +216,20 @@ def as_list(label: Any) -> list[int]:
 
 
 def as_hot(label: Any) -> list[int]:
-    """Classes of a label that has a number for each class, and 0 for those that are not there."""
-    found: list[int] = np.flatnonzero(np.asarray(label)).tolist()
+    """Classes of a label that has 1 for each class that is there, and 0 for each that is not.
+
+    Raises
+    ------
+    LabelError
+        If it has other numbers, such as smoothed labels or a mark for "unknown", which name no classes.
+    """
+    marks = np.asarray(label)
+    if marks.ndim != 1 or not np.isin(marks, (0, 1)).all():
+        raise LabelError(
+            f"a label must have 0 or 1 for each class (--multi-label hot), not {marks.ravel()[:9].tolist()} of shape "
+            f"{marks.shape}; a dataset that you write says which classes are there"
+        )
+    found: list[int] = np.flatnonzero(marks).tolist()
     return found
 
 
@@ -161,7 +252,7 @@ def _is_picture(data: Any) -> Any:
     return np.bool_(hasattr(data, "getbands"))
 
 
-def class_folders(folder: Path) -> list[str]:
+def _class_folders(folder: Path) -> list[str]:
     """Names of the class folders in a folder of pictures, in order."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
 
@@ -177,7 +268,7 @@ def _is_picture_file(path: Path, folder: Path) -> bool:
 
 def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
     """Class of every class folder: by name where the names are those of the model, by number, else in order."""
-    names = class_folders(folder)
+    names = _class_folders(folder)
     if not names:
         raise LoadingError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
     loose = [p.name for p in folder.iterdir() if _is_picture_file(p, folder)]

@@ -13,146 +13,36 @@ What is maximized is an `Objective`. Objectives add up: ``channel("features.28",
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.checks import check_number
-from crp.concepts import ChannelConcept, Concept, as_ids
-from crp.concepts.reading import activation_sums
 from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
 from crp.layers import unwrap
+from crp.notices import warn
+from crp.visualization.objectives import OUTPUT as OUTPUT
+from crp.visualization.objectives import Objective as Objective
+from crp.visualization.objectives import channel as channel
+from crp.visualization.objectives import concept as concept
+from crp.visualization.objectives import direction as direction
+from crp.visualization.objectives import log_probability as log_probability
+from crp.visualization.objectives import logit as logit
+from crp.visualization.objectives import unit as unit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: Name of the model's output among the layers; no layer has this name.
-OUTPUT = ""
-
-Ids: TypeAlias = int | Sequence[int] | Tensor
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is to be large: a function of layers' outputs. May be added, subtracted, and multiplied by numbers.
-
-    Attributes
-    ----------
-    layers : frozenset of str
-        Layers that it needs; ``""`` is the model's output.
-    function : callable
-        ``{layer: output of shape (images, ...)} -> Tensor of shape (images,)``
-    """
-
-    layers: frozenset[str]
-    function: Callable[[Mapping[str, Tensor]], Tensor]
-
-    def __call__(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Value for each image."""
-        return self.function(outputs)
-
-    def __add__(self, other: Objective) -> Objective:
-        return Objective(self.layers | other.layers, lambda outputs: self(outputs) + other(outputs))
-
-    def __mul__(self, factor: float) -> Objective:
-        return Objective(self.layers, lambda outputs: self(outputs) * factor)
-
-    def __sub__(self, other: Objective) -> Objective:
-        return self + -other
-
-    def __neg__(self) -> Objective:
-        return self * -1
-
-    __rmul__ = __mul__
-
-
-def log_probability(target: Ids) -> Objective:
-    """Log-probability of a class by softmax: one class for all images, or one for each."""
-    return Objective(frozenset({OUTPUT}), lambda outputs: _pick(outputs[OUTPUT].log_softmax(1), target, _name(OUTPUT)))
-
-
-def logit(target: Ids) -> Objective:
-    """Output for a class: one class for all images, or one for each."""
-    return unit(OUTPUT, target)
-
-
-def unit(layer: str, channel: Ids, position: int | Sequence[int] | None = None) -> Objective:
-    """One neuron of a layer.
-
-    Parameters
-    ----------
-    layer : str
-        Name as in ``model.named_modules()``.
-    channel : int, or one for each image
-    position : int or sequence of int, optional
-        Index in each further axis; the middle by default.
-    """
-
-    def value(outputs: Mapping[str, Tensor]) -> Tensor:
-        output = outputs[layer]
-        at = [size // 2 for size in output.shape[2:]] if position is None else np.atleast_1d(position).tolist()
-        if len(at) != output.dim() - 2 or any(not -n <= i < n for i, n in zip(at, output.shape[2:], strict=True)):
-            raise IndexError(f"{_name(layer)} has positions in {tuple(output.shape[2:])}; there is no {position!r}")
-        place = (slice(None), slice(None), *at)
-        return _pick(output[place], channel, _name(layer))
-
-    return Objective(frozenset({layer}), value)
-
-
-def channel(layer: str, channel: Ids) -> Objective:
-    """Mean over all positions of a channel of a layer: one channel for all images, or one for each."""
-    return Objective(
-        frozenset({layer}),
-        lambda outputs: _pick(_flat(outputs[layer]).mean(2), channel, _name(layer)),
-    )
-
-
-def direction(layer: str, vector: Tensor | Sequence[float]) -> Objective:
-    """Inner product of a layer's output with a direction, such as a concept activation vector.
-
-    Parameters
-    ----------
-    layer : str
-    vector : Tensor of shape (channels,) or (channels, *space)
-        Without space: averaged over all positions.
-    """
-
-    def value(outputs: Mapping[str, Tensor]) -> Tensor:
-        output = outputs[layer]
-        along = torch.as_tensor(vector).to(output)
-        if along.shape == output.shape[1:]:
-            return (output * along).flatten(1).sum(1)
-        if along.shape != output.shape[1:2]:
-            raise ValueError(
-                f"vector has shape {tuple(along.shape)}; {_name(layer)} needs ({output.shape[1]},) or "
-                f"{tuple(output.shape[1:])}"
-            )
-        return torch.einsum("ncp,c->n", _flat(output), along) / _flat(output).shape[2]
-
-    return Objective(frozenset({layer}), value)
-
-
-def concept(layer: str, concept_id: Any, kind: Concept | None = None) -> Objective:
-    """Activation of a concept of any kind, as `Concept.code` gives it, summed over positions."""
-    kind = ChannelConcept() if kind is None else kind
-
-    def value(outputs: Mapping[str, Tensor]) -> Tensor:
-        values = activation_sums(kind, outputs[layer], layer)
-        place = kind.column(concept_id, layer) if hasattr(kind, "column") else concept_id
-        return _pick(values, place, _name(layer))
-
-    return Objective(frozenset({layer}), value)
 
 
 class Synthesis(NamedTuple):
@@ -180,7 +70,7 @@ class SynthesisKeywords(TypedDict, total=False):
     tv: float
     beta: float
     jitter: int
-    bounds: tuple[float, float] | None
+    bounds: tuple[Tensor | float, Tensor | float] | None
     optimizer: MakeOptimizer | None
     learning_rate: float
     steps: int
@@ -203,7 +93,8 @@ class SynthesisSettings:
     jitter : int
         Images are rolled by up to this many pixels per axis in each step.
     bounds : (low, high), optional
-        Images, or codes, are clamped after each step.
+        Images, or codes, are clamped after each step. Numbers, or tensors that broadcast to the shape, as for channels
+        that are normalised differently.
     optimizer : callable, optional
         From a list of tensors to an optimizer of torch, which may need a closure (LBFGS); Adam by default.
     learning_rate : float
@@ -216,7 +107,7 @@ class SynthesisSettings:
     tv: float = 0.0
     beta: float = 2.0
     jitter: int = 0
-    bounds: tuple[float, float] | None = None
+    bounds: tuple[Tensor | float, Tensor | float] | None = None
     optimizer: MakeOptimizer | None = None
     learning_rate: float = 0.05
     steps: int = 500
@@ -226,8 +117,8 @@ class SynthesisSettings:
             check_number(name, getattr(self, name), least)
         for name, least in (("steps", 1), ("jitter", 0)):
             check_number(name, getattr(self, name), least, whole=True)
-        bounds: object = self.bounds
-        if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2 and bounds[0] < bounds[1]):
+        bounds: Any = self.bounds
+        if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2 and _is_below(*bounds)):
             raise ValueError(f"bounds must be (low, high) with low below high, not {bounds!r}")
 
     def penalty(self, images: Tensor, codes: Tensor, centre: Tensor) -> Tensor:
@@ -300,6 +191,7 @@ def maximize(
         start = torch.zeros(1) if decoder is None else torch.randn(tuple(shape), generator=generator, dtype=like.dtype)
     codes = _spread("start", start, shape, like).clone().requires_grad_()
     centre = _spread("mean", how.mean, shape, like)
+    bounds = None if how.bounds is None else [_spread("bounds", bound, shape, like) for bound in how.bounds]
     opt = torch.optim.Adam([codes], lr=how.learning_rate) if how.optimizer is None else how.optimizer([codes])
     decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
     scores: list[Tensor] = []
@@ -312,6 +204,8 @@ def maximize(
             axes = _axes(images)
             moved = images.roll(offset[: len(axes)], axes) if any(offset) else images
             values, gradient = rate(moved)
+            if not scores and not values_of_step:
+                _warn_of_silence(gradient)
             penalty = how.penalty(images, codes, centre)
             (codes.grad,) = torch.autograd.grad(
                 [moved, penalty.sum()], codes, [-gradient, None], materialize_grads=True
@@ -324,12 +218,21 @@ def maximize(
             offset = torch.randint(-how.jitter, how.jitter + 1, (2,), generator=generator).tolist()
             opt.step(partial(loss, offset))
             with torch.no_grad():
-                if how.bounds is not None:
-                    codes.clamp_(*how.bounds)
+                if bounds is not None:
+                    codes.clamp_(*bounds)
             scores.append(values_of_step[0])
         images = decode(codes).detach()
         scores.append(rate(images)[0])
     return Synthesis(images, codes.detach(), torch.stack(scores, 1))
+
+
+def _is_below(low: object, high: object) -> bool:
+    if not all(isinstance(bound, Tensor | int | float) for bound in (low, high)):
+        return False
+    try:
+        return bool((torch.as_tensor(low) < torch.as_tensor(high)).all())
+    except RuntimeError:  # of shapes that do not fit each other
+        return False
 
 
 def _rate(model: nn.Module, objective: Objective, composite: Composite | None, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,6 +248,16 @@ def _rate(model: nn.Module, objective: Objective, composite: Composite | None, i
         raise ValueError(f"the objective is NaN or infinite for images {wrong}; use a smaller learning rate or bounds")
     (gradient,) = torch.autograd.grad(values.sum(), found.inputs.explained)
     return values.detach(), gradient
+
+
+def _warn_of_silence(gradient: Tensor) -> None:
+    """Warn where the objective does not depend on the images that are begun with, as behind a ReLU that is silent."""
+    silent = (gradient == 0).flatten(1).all(1).nonzero().flatten().tolist()
+    if silent:
+        warn(
+            f"the objective has no gradient at the start of images {silent}, as behind a ReLU that is 0 there, so that "
+            "nothing draws them from it; start from noise: start=torch.randn(shape)"
+        )
 
 
 def _axes(images: Tensor) -> tuple[int, ...]:
@@ -368,7 +281,8 @@ def _check(model: object, objective: object, shape: object, composite: object) -
 
 
 def _spread(name: str, value: Tensor | float, shape: Sequence[int], like: Tensor) -> Tensor:
-    tensor = torch.as_tensor(value).to(like)
+    # (a number is not rounded to torch's default dtype first)
+    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     check_data(tensor[None])
     try:
         return tensor.expand(*shape)
@@ -376,25 +290,3 @@ def _spread(name: str, value: Tensor | float, shape: Sequence[int], like: Tensor
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to {tuple(shape)}"
         ) from None
-
-
-def _name(layer: str) -> str:
-    return f"layer {layer!r}" if layer else "the model's output"
-
-
-def _flat(output: Tensor) -> Tensor:
-    """Output of a layer in the shape (images, channels, positions)."""
-    return output.reshape(*output.shape[:2], -1)
-
-
-def _pick(values: Tensor, ids: Ids, where: str) -> Tensor:
-    """Column of each row of ``values``, of shape (images, columns)."""
-    if values.dim() != 2:
-        raise ValueError(f"{where} has shape {tuple(values.shape)}; there must be one value per image and channel")
-    listed, size = as_ids(ids), values.shape[1]
-    if len(listed) not in (1, len(values)):
-        raise ValueError(f"{where}: there must be one id, or one for each of {len(values)} images, not {len(listed)}")
-    for i in listed:
-        if not -size <= i < size:
-            raise IndexError(f"{where} has channels 0 to {size - 1}; there is no {i}")
-    return values.gather(1, (torch.tensor(listed, device=values.device) % size).expand(len(values))[:, None])[:, 0]

@@ -420,7 +420,7 @@ WRONG = {
     "unknown place": ((IMAGE, TABLE), {"explain": 2}, KeyError, "no input 2 to explain; there are 0, 1"),
     "nothing": ((IMAGE, TABLE), {"explain": []}, ValueError, "explain is empty"),
     "bool": ((IMAGE, TABLE), {"explain": [True]}, TypeError, "by position or name, not by True"),
-    "one tensor": (IMAGE, {"explain": 0}, ValueError, "explain=0 chooses among several.*single tensor"),
+    "one tensor": (IMAGE, {"explain": 0}, ValueError, "explain=0 chooses among several.*single one"),
     "nan": ((IMAGE, TABLE / 0), {}, ValueError, r"input 1 has NaN or infinite values in samples \[0, 1\]"),
 }  # fmt: skip
 
@@ -447,4 +447,5 @@ def test_inputs_know_their_form():
         assert type(again) is type(data) and len(inputs) == 2
         assert inputs.select([1]).explained[0].equal(IMAGE[1:])
         assert Inputs.of(inputs) is inputs
-    assert isinstance(Inputs.of([IMAGE, IDS]).data, tuple)
+    with pytest.raises(TypeError, match=r"data\[1\] is torch.int64. Several inputs are a tuple or dict of them"):
+        Inputs.of([IMAGE, IDS])

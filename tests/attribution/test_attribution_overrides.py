@@ -213,7 +213,9 @@ def test_select_output(mlp, vectors, composite):
     assert close(found.heatmap, Tables(mlp)(vectors[:2], CONDITIONS, composite).heatmap)
     parts = Second(model).generate(vectors[:2], conditions, composite, batch_size=3, verbose=False)
     assert same(stack(parts), found)
-    with pytest.raises(TypeError, match=r"returns a tuple.*override CondAttribution\.select_output"):
+    with pytest.raises(
+        TypeError, match=r"returns a tuple.*choose the tensor to explain by CondAttribution\(model, output="
+    ):
         Tables(model)(vectors, conditions, composite)
 
 

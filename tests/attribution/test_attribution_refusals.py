@@ -31,8 +31,8 @@ def model() -> Net:
     [
         (lambda y: y.argmax(1), ValueError, "the model's output (dtype torch.int64) does not depend on the data in a"),
         (lambda y: y.detach(), ValueError, "differentiable way; explain a tensor before rounding, argmax or detach"),
-        (lambda y: (y, y), TypeError, "the model returns a tuple, not a tensor or an object with 'logits'; override"),
-        (lambda y: {"out": y}, TypeError, "returns a dict, not a tensor or an object with 'logits'; override"),
+        (lambda y: (y, y), TypeError, "the model returns a tuple, not a tensor or an object with 'logits'; choose the"),
+        (lambda y: {"out": y}, TypeError, "returns a dict, not a tensor or an object with 'logits'; choose the"),
         (lambda y: {"logits": None}, TypeError, "the model returns a NoneType, not a tensor"),
         (lambda y: y.sum(0), ValueError, "the model's output has shape (3,); its first axis must be that of 2 samples"),
         (lambda y: y.sum(), ValueError, "the model's output has shape (); its first axis must be that of 2 samples"),

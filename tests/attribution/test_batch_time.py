@@ -19,6 +19,7 @@ from crp.engine.settings import Settings
 from crp.trace.graph import trace_model_graph
 from crp.types import AttributionResults
 from crp.visualization.mining.targets import attribute_targets, record_activations
+from crp.visualization.mining.text_batches import Asked
 
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
@@ -255,8 +256,8 @@ def test_methods_that_need_one_entry_for_each_sample_refuse():
         GradCAM(model, layer="conv2")(VIDEOS, 0)
     attribution, targets = CondAttribution(model), [[0], [1], [0]]
     with pytest.raises(ValueError, match=message):
-        list(attribute_targets(attribution, VIDEOS, targets, EpsilonPlus(), ["conv2"]))
+        list(attribute_targets(attribution, Asked.of(VIDEOS, None), targets, EpsilonPlus(), ["conv2"]))
     with pytest.raises(ValueError, match=message):
-        record_activations(attribution, VIDEOS, EpsilonPlus(), ["conv2"])
+        record_activations(attribution, Asked.of(VIDEOS, None), EpsilonPlus(), ["conv2"])
     _, heatmap = Gradient(model, EpsilonPlus(), condition={"conv2": [0]})(VIDEOS, 1)
     assert close(heatmap.sum(2), Tables(model)(VIDEOS, [{"y": 1, "conv2": [0]}], EpsilonPlus()).heatmap)

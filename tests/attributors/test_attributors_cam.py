@@ -59,6 +59,17 @@ def test_grad_cam_plus_plus_is_equation_19(eps):
     close(GradCAMPlusPlus(model, layer=LAYER, eps=eps).maps(x, 1)[1][:, 0], expected.clamp(min=0))
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-25])
+def test_grad_cam_plus_plus_does_not_vanish_with_the_score(scale):
+    """Where the score is tiny, as a saturated probability is, the map is, too: α is 1/2, and the square is nothing."""
+    model, x = gap_net().float(), images().float()
+    found = GradCAMPlusPlus(model, layer=LAYER).maps(x, lambda output: output[:, 1] * scale)[1].double() / scale
+    activation, g = parts(gap_net(), images(), 1)
+    weights = (g.clamp(min=0) / 2).sum((2, 3), keepdim=True)
+    wanted = (weights * activation).sum(1, keepdim=True).clamp(min=0)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.max()))
+
+
 def test_zero_gradients_weigh_nothing():
     model, x = gap_net(), images()
     nn.init.zeros_(model[7].weight)

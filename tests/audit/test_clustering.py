@@ -7,8 +7,9 @@ import pytest
 import torch
 from feature_net import Images, make_fv
 
-from crp.audit import clusters, export_corelay
+from crp.audit import clusters, export_corelay, keep_heatmaps, kept_heatmaps, save_clusters
 from crp.composites import EpsilonPlus
+from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.store import Table
 
 
@@ -71,19 +72,45 @@ def test_a_mined_class(tmp_path):
     assert set(range(0, 90, 6)) <= set(found.members(int(found.label[0])))
 
 
-def test_file_for_virelay(tmp_path):
+def test_files_for_virelay(tmp_path):
     h5py = pytest.importorskip("h5py")
-    points, _ = blobs(40, 30)
+    points, which = blobs(40, 30)
     found = clusters(points)
-    export_corelay(tmp_path / "a.h5", found, points)
+    maps, outputs = torch.from_numpy(points).reshape(70, 2, 3), torch.rand(70, 4)
+    export_corelay(tmp_path / "a.h5", found, maps, predictions=outputs, labels=which)
     with h5py.File(tmp_path / "a.h5") as file:
+        assert list(file) == ["spectral"], "each entry is a category"
         assert np.array_equal(file["spectral/cluster/spectral"], found.label)
         assert file["spectral/cluster/spectral"].attrs["embedding"] == "spectral"
         assert file["spectral/cluster/spectral"].attrs["index"].tolist() == [0, 1]
         assert file["spectral/embedding/spectral"].shape == (70, 2)
         assert np.array_equal(file["spectral/index"], np.arange(70))
-        assert np.allclose(file["attribution"], points, atol=1e-6)
-    with pytest.raises(FileExistsError):
+    with h5py.File(tmp_path / "a.attribution.h5") as file:
+        assert file["attribution"].shape == (70, 3, 2, 3)
+        assert np.allclose(file["attribution"][:].sum(1), maps, atol=1e-6)
+        assert np.array_equal(file["index"], found.sample) and np.array_equal(file["label"], which)
+        assert np.allclose(file["prediction"], outputs)
+    export_corelay(
+        tmp_path / "b.h5", found, maps[:, None].expand(-1, 2, -1, -1), predictions=outputs, labels=np.eye(2)[which] > 0
+    )
+    with h5py.File(tmp_path / "b.attribution.h5") as file:
+        assert file["attribution"].shape == (70, 2, 2, 3) and file["label"].dtype == bool
+
+
+def test_files_for_virelay_are_whole_or_not_written(tmp_path):
+    pytest.importorskip("h5py")
+    points, which = blobs(40, 30)
+    found = clusters(points)
+    with pytest.raises(ValueError, match="given together; label and prediction are missing"):
+        export_corelay(tmp_path / "a.h5", found, points)
+    with pytest.raises(ValueError, match="the clusters are of 70 samples; labels are of 69"):
+        export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which[1:])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.attribution.h5").write_bytes(b"")
+    with pytest.raises(FileExistsError, match=r"a\.attribution\.h5 is there already"):
+        export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which)
+    export_corelay(tmp_path / "a.h5", found)
+    with pytest.raises(FileExistsError, match=r"a\.h5 is there already"):
         export_corelay(tmp_path / "a.h5", found)
 
 
@@ -96,3 +123,39 @@ def test_what_is_wrong_is_said(tmp_path):
     fv.run(EpsilonPlus(), 0, 12, progress=False)
     with pytest.raises(ValueError, match="clusters of a table need layer= and of_class="):
         clusters(Table.open(fv.path), "second")
+
+
+@pytest.mark.parametrize(("size", "shape"), [(3, (3, 3)), (16, (6, 6))], ids=["smaller", "as they are"])
+def test_heatmaps_beside_the_table(tmp_path, size, shape):
+    """Averages over cells, in float16; their clusters are those of the heatmaps themselves."""
+    data = Images(60)
+    fv = make_fv(tmp_path, data)
+    fv.run(EpsilonPlus(), 0, 60, batch_size=20, progress=False)
+    table = Table.open(fv.path)
+    with pytest.raises(TableNotFoundError, match=r"no heatmaps of .* class 1 .*; crp\.audit\.keep_heatmaps\(fv"):
+        clusters(table, of_class=1, what="heatmap")
+    path = keep_heatmaps(fv, EpsilonPlus(), 1, size=size, batch_size=7)
+    samples, heatmaps = kept_heatmaps(table, 1)
+    assert samples.tolist() == list(range(1, 60, 3)) and heatmaps.shape[1:] == shape
+    whole = fv.attribution(data.data[1::3], [{"y": 1}], EpsilonPlus()).heatmap.numpy()
+    step = 6 // shape[0]
+    wanted = whole.reshape(20, shape[0], step, shape[1], step).mean((2, 4))
+    assert (
+        np.abs(heatmaps - wanted) <= np.abs(wanted) / 2048 + np.abs(wanted).max((1, 2), keepdims=True) * 2**-28
+    ).all()
+    found, direct = clusters(table, of_class=1, what="heatmap"), clusters(heatmaps)
+    assert np.array_equal(found.sample, samples) and np.array_equal(found.label, direct.label)
+    save_clusters(table, found, "second", 1, what="heatmap")
+    assert path.stat().st_size < 4096 + 20 * 2 * 36
+    with pytest.raises(ValueError, match="clusters of a table's heatmaps need of_class="):
+        clusters(table, what="heatmap")
+    with pytest.raises(ValueError, match="has no rows of"):
+        keep_heatmaps(fv, EpsilonPlus(), 7)
+
+
+def test_heatmaps_that_cannot_be_kept(tmp_path):
+    fv = make_fv(tmp_path, Images(12))
+    fv.run(EpsilonPlus(), 0, 12, progress=False)
+    fv.attribution.heatmap_modifier = lambda data, on_device=None: data.grad.detach()
+    with pytest.raises(ValueError, match=r"heatmaps have shape \(1, 6, 6\); only those of pictures are made small"):
+        keep_heatmaps(fv, EpsilonPlus(), 1)

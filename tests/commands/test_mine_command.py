@@ -29,10 +29,11 @@ from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import LoadingError
 from crp.visualization import models
+from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.run import mine
 from crp.visualization.models import Loaded
 from crp.visualization.prepared import Normalized, Prepared
-from crp.visualization.sources import load_source
+from crp.visualization.sources import MULTI_LABEL, load_source
 from crp.visualization.table.lock import get_owners, locked
 from crp.visualization.table.store import Table
 
@@ -63,6 +64,7 @@ alone = Items(lambda x, y: x)
 single = Items(lambda x, y: (x,))
 ragged = Items(lambda x, y: (x, list(range(y))))
 hot = Items(lambda x, y: (x, torch.arange(3) < y))
+smooth = Items(lambda x, y: (x, [0.9, 0.05, 0.05]))
 sizes = Items(lambda x, y: (x[:, :4 + y], y))
 nan = Items(lambda x, y: (x / (y - 2), y))
 def pooled():
@@ -242,6 +244,19 @@ def test_mistakes_are_told_in_a_line(here: Path, more: list[str], message: str) 
 
 def of_items(name: str, out: str, *more: str) -> Result:
     return crp("mine", *NET, "--data", f"words:{name}", "--out", out, *more)
+
+
+@pytest.mark.parametrize("label", [[0.05, 0.9, 0.05], [1, 0, -1], [[1, 0]], 2, [0, 1, 2]], ids=str)
+def test_labels_of_several_classes_are_0_or_1(label: Any) -> None:
+    """Smoothed labels and marks for "unknown" name no classes."""
+    assert MULTI_LABEL["hot"]([0, 1, 1]) == MULTI_LABEL["hot"](torch.tensor([False, True, True])) == [1, 2]
+    with pytest.raises(LabelError, match=r"must have 0 or 1 for each class \(--multi-label hot\), not \["):
+        MULTI_LABEL["hot"](label)
+
+
+def test_items_with_smoothed_labels_are_named(here: Path) -> None:
+    told = of_items("smooth", "smooth", "--multi-label", "hot")
+    assert told.exit_code == 1 and "sample 0: " in told.output and "must have 0 or 1 for each class" in told.output
 
 
 def test_items_without_labels_and_with_several(here: Path) -> None:

@@ -77,7 +77,8 @@ def test_the_page_and_the_script_use_options_that_exist() -> None:
 
     folder = Path(__file__).parents[2] / "tutorials"
     script, page = (folder / name for name in ("mine.sbatch", "scale.md"))
-    known = {option for name in ("mine", "status", "merge") for p in cli.commands[name].params for option in p.opts}
+    commands = ("mine", "status", "merge", "report")
+    known = {option for name in commands for p in cli.commands[name].params for option in p.opts}
     assert isinstance(cli, click.Group)
     called = script.read_text().partition("-m crp mine")[2]
     used = set(re.findall(r"--[a-z-]+", called)) | {

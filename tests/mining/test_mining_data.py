@@ -23,6 +23,7 @@ from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
+from crp.visualization.mining.text_batches import Asked
 
 
 class Items:
@@ -217,11 +218,11 @@ def test_of_equal_outputs_the_smaller_class_is_predicted() -> None:
     with torch.no_grad():
         attribution.model[0].weight[:, 0] = torch.tensor([0.0, 2, 1, 2, 2])
     data = torch.ones(1, 1)
-    assert choose_targets("prediction", attribution, data) == [[1]]
-    assert choose_targets("top-2", attribution, data) == [[1, 3]]
-    assert choose_targets("top-9", attribution, data) == [[0, 1, 2, 3, 4]]
+    assert choose_targets("prediction", attribution, Asked.of(data, None)) == [[1]]
+    assert choose_targets("top-2", attribution, Asked.of(data, None)) == [[1, 3]]
+    assert choose_targets("top-9", attribution, Asked.of(data, None)) == [[0, 1, 2, 3, 4]]
     with pytest.raises(ValueError, match=r"output of shape \(2, classes\), not \(2, 3, 5\)"):
-        choose_targets("prediction", attribution, torch.ones(2, 3, 1))
+        choose_targets("prediction", attribution, Asked.of(torch.ones(2, 3, 1), None))
 
 
 @pytest.mark.parametrize("targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3])

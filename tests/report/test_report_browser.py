@@ -9,9 +9,12 @@ from urllib.parse import unquote, urlparse
 import pytest
 from browser import Browser, find_browser
 from feature_net import Images, mined
+from kept_cases import keep_everything
 from zennit.composites import EpsilonPlus
 
 from crp.visualization.report import Finding, make_tile, write_report
+from crp.visualization.table.derived import read_kept
+from crp.visualization.table.store import Table
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
 
@@ -52,7 +55,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def fv(tmp_path_factory):
-    return mined(tmp_path_factory.mktemp("mined"), Images(30))
+    made = mined(tmp_path_factory.mktemp("mined"), Images(30))
+    keep_everything(made, texts={"upper": [1.0, 0, 0, 0, 0], "<b>dots</b>": [0.0, 1, 0, 0, 1]})
+    return made
 
 
 def options(fv) -> dict:
@@ -106,6 +111,11 @@ def test_texts_have_contrast_and_no_page_is_wider_than_a_phone(browser, atlas, d
         "layer/second.html",
         "suspects.html",
         "search.html",
+        "prototypes/second.html",
+        "audit/second.html",
+        "clusters/second/0.html",
+        "meanings/second.html",
+        "interventions/second.html",
     ]
     wanted.append(f"sample/{min(int(p.stem) for p in (atlas / 'sample').iterdir())}.html")
     for page in wanted:
@@ -169,12 +179,14 @@ def test_masked_shows_the_relevant_part_and_whitens_the_rest(browser, tmp_path):
     assert at(8, 56) > 220, "nor is the rest"
 
 
-def test_search_finds_concepts_classes_and_samples(browser, atlas):
+def test_search_finds_concepts_classes_and_samples(browser, atlas, fv):
     browser.open((atlas / "search.html").as_uri() + "?q=second:3")
     found = "[...document.querySelectorAll('#results a')].map(a => [a.textContent, a.getAttribute('href')])"
     assert browser.evaluate(found)[0] == ["second · 3", "concept/second/3.html"]
     sample = f"sample {min(int(page.stem) for page in (atlas / 'sample').iterdir())}"
-    for query, text in (("stripes", "first · 1 stripes <b>"), ("pear", NAMES[1]), (sample, sample)):
+    fits = read_kept(Table.open(fv.path), "meanings", "second").arrays["similarity"].argmax(0).tolist().index(1)
+    by_text = ("reads as “<b>dots", f"second · {fits}")
+    for query, text in (("stripes", "first · 1 stripes <b>"), ("pear", NAMES[1]), (sample, sample), by_text):
         browser.evaluate(f"query.value = {query!r}; query.dispatchEvent(new Event('input'))")
         assert text in [one[0] for one in browser.evaluate(found)]
     browser.open((atlas / "index.html").as_uri())

@@ -1,21 +1,32 @@
-"""Running notebooks with claims about their results, for the tests of the tutorials."""
+"""Running notebooks with claims about their results, for the tests of the tutorials.
+
+``python tests/shared/notebooks.py tutorials/1_attribution.ipynb ...`` runs notebooks, too, and stores their outputs.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def execute(folder: Path, claims: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every notebook after its run, side by side; or the exception that ended it."""
+def execute(folder: Path, claims: dict[str, str], make_folder: Callable[[str], Path]) -> dict[str, Any]:
+    """Every notebook after its run, side by side, with its claims as the last cell; or the exception that ended it."""
     clients = {}
     with pytest.MonkeyPatch.context() as patch:
         paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
@@ -23,13 +34,13 @@ def execute(folder: Path, claims: dict[str, str], tmp_path_factory: pytest.TempP
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # Agg, shown in the notebook
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-        home = tmp_path_factory.mktemp("home")
+        home = make_folder("home")
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             patch.setenv(name, str(home / name))
         for name, claim in claims.items():
             notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
             notebook.cells.append(nbformat.v4.new_code_cell(claim))
-            place = {"metadata": {"path": str(tmp_path_factory.mktemp(name))}}
+            place = {"metadata": {"path": str(make_folder(name))}}
             clients[name] = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place)
 
         async def run() -> list[Any]:
@@ -37,3 +48,57 @@ def execute(folder: Path, claims: dict[str, str], tmp_path_factory: pytest.TempP
             return await asyncio.gather(*runs, return_exceptions=True)
 
         return dict(zip(clients, asyncio.run(run()), strict=True))
+
+
+def pictures(notebook: Any) -> int:
+    """Number of pictures that a notebook shows."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def errors_of(notebook: Any) -> str:
+    """What a notebook has written to standard error."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return "".join(output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr")
+
+
+def check_stored(notebook: Any, path: Path) -> None:
+    """A notebook is stored as it was after a run from top to bottom, and tells nothing of where that was."""
+    nbformat.validate(notebook)
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    stored = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(home|Users|work|root|tmp)/", stored)
+    assert not errors_of(notebook)
+    assert len(stored) < 700_000
+
+
+def store_outputs(path: Path) -> None:
+    """Run a notebook and write its outputs into it: pictures in few colours, and no progress bars."""
+    with tempfile.TemporaryDirectory() as place:
+        make_folder = partial(tempfile.mkdtemp, dir=place)
+        notebook = execute(path.parent, {path.stem: ""}, lambda name: Path(make_folder(name)))[path.stem]
+    if isinstance(notebook, BaseException):
+        raise notebook
+    del notebook.cells[-1]
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.metadata.pop("execution", None)  # (times)
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = _in_few_colours(output.data["image/png"])
+    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+
+
+def _in_few_colours(png: str) -> str:
+    """The same picture in a fraction of the bytes, base64 to base64."""
+    written = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(64, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+    return base64.b64encode(written.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        store_outputs(Path(name).resolve())

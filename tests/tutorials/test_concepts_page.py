@@ -55,3 +55,5 @@ def test_the_mark_is_projected_out(found):
 def test_the_rest_of_the_page(found):
     assert found["spliced"].relevances["relu2.error"].shape == (4, 24, 16, 16)
     assert found["of_class"].heatmap.shape == (2, 32, 32)
+    assert [tuple(heatmap.shape) for heatmap in found["of_boxes"].heatmap] == [(60, 80), (64, 64)]
+    assert found["of_third_box"].prediction.shape[2] == 4

@@ -254,3 +254,28 @@ def test_models_are_checked():
         maximize(lambda x: x, logit(0), (1, 3))
     with pytest.raises(TypeError, match="composite must be None"):
         maximize(nn.Linear(3, 2).eval(), logit(0), (1, 3), composite="guided")
+
+
+def test_a_start_that_nothing_draws_away_from_is_told():
+    """A ReLU that is silent at the start has no gradient there, for ever."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).double().eval()
+    nn.init.constant_(model[0].bias, -1.0)
+    with pytest.warns(UserWarning, match=r"no gradient at the start of images \[0, 1\].*start from noise: start=torch"):
+        found = maximize(model, channel("1", 0), (2, 1, 5, 5), steps=3)
+    assert (found.images == 0).all()
+    start = torch.full((1, 5, 5), 9.0) * model[0].weight[0].detach().sign().mean()
+    maximize(model, channel("0", 0), (2, 1, 5, 5), steps=1, start=start)
+
+
+@pytest.mark.parametrize("form", [lambda t: t, lambda t: t[None]], ids=["one image", "a batch"])
+def test_bounds_of_each_channel(form):
+    """Of a linear score, the optimum within bounds is a corner of them."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    low, high = -mean / std, (1 - mean) / std
+    found = maximize(model, logit(1), (2, 3, 2, 2), l2=0.0, steps=300, bounds=(form(low), form(high)))
+    corner = torch.where(model[1].weight[1].view(3, 2, 2) > 0, high, low)
+    assert torch.equal(found.images, corner.expand(2, 3, 2, 2))
+    for wrong in ((high, low), (low, low), (low, "1"), (low[0], torch.ones(7))):
+        with pytest.raises(ValueError, match=r"bounds must be \(low, high\)|bounds has shape"):
+            maximize(model, logit(1), (2, 3, 2, 2), bounds=wrong)

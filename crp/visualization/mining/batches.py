@@ -22,6 +22,7 @@ from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.scores import Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
+from crp.visualization.mining.text_batches import Asked, Filling
 from crp.visualization.mining.transfers import Transfers
 from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
@@ -41,7 +42,7 @@ def mine_ranges(
     make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
     loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
-    state = _MiningState(_MemoryLimit(job.options.batch_size), Transfers(job.device), _preparation(job))
+    state = _MiningState(_MemoryLimit(job.options.batch_size), Transfers(job.device), _preparation(job), _filling(job))
     with ShardWriter() as writer:
         shards = Shards(writer, job, folder, progress)
         begun: deque[tuple[int, int, bool, Callable[[ShardRows], None]]] = deque()
@@ -63,6 +64,10 @@ def mine_ranges(
 
 def _preparation(job: Job) -> Preparation | None:
     return None if job.options.preprocess is None else Preparation(job.options.preprocess)
+
+
+def _filling(job: Job) -> Filling | None:
+    return None if job.texts is None else Filling(job.texts, job.attribution, job.device)
 
 
 def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
@@ -99,6 +104,7 @@ class _MiningState:
     limit: _MemoryLimit
     transfers: Transfers
     preparation: Preparation | None
+    filling: Filling | None
 
 
 class _NotFiniteError(Exception):
@@ -213,7 +219,8 @@ class _Batch:
 
         def chosen(unit: Unit) -> list[tuple[int, list[int]]]:
             places = [place for place, _ in unit]
-            found = choose_targets(self._job.targets, self._job.attribution, data[places])
+            asked = Asked.of(data[places], self._job.texts)
+            found = choose_targets(self._job.targets, self._job.attribution, asked)
             return [(indices[place], targets) for place, targets in zip(places, found, strict=True)]
 
         parts = self._in_parts(self._get_units([[-1]] * len(indices)), indices, partial(_blame_data, chosen, finite))
@@ -223,6 +230,8 @@ class _Batch:
     def _get_data(self, samples: Sequence[Sample]) -> list[tuple[list[int], Tensor]]:
         """Indices and prepared data of the sound samples, grouped by shape."""
         alike: dict[tuple[object, ...], list[Sample]] = {}
+        if self._state.filling is not None:
+            samples = self._state.filling.filled(samples)
         for sample in samples:
             alike.setdefault((sample.data.shape, sample.data.dtype, sample.data.device), []).append(sample)
         ready = [prepared for of_shape in alike.values() for prepared in self._prepare(of_shape)]

@@ -26,6 +26,7 @@ from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
 from crp.visualization.mining.targets import Targets, parse_targets
+from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import (
     fingerprint,
     fingerprint_composite,
@@ -187,6 +188,8 @@ class Job:
         Of a sample as the model gets it; the shape is None where samples may differ.
     device, shard_size, targets
         As in the options, with their defaults filled in.
+    texts : Texts or None
+        What the dataset is of, where its samples are texts.
     options : MiningOptions
     """
 
@@ -202,6 +205,7 @@ class Job:
     shard_size: int
     targets: str | tuple[int, ...]
     options: MiningOptions
+    texts: Texts | None = None
 
 
 def prepare(
@@ -221,8 +225,12 @@ def prepare(
     if "relevance" in checked.modes:
         _check_multipliers(attribution, concepts, composite)
     device = torch.device(attribution.device if checked.device is None else checked.device)
+    texts = texts_in(dataset)
+    if texts is not None and checked.preprocess is not None:
+        raise TypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
     first = _get_first(dataset, checked.preprocess, device)
-    check_axes(attribution.model, first, concepts)
+    if texts is None:
+        check_axes(attribution.model, first, concepts)
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
     settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}
@@ -234,12 +242,13 @@ def prepare(
         composite=composite,
         path=Path(path),
         header=_header(attribution, dataset, concepts, composite, checked, recipe),
-        shape=None if checked.mixed_shapes else tuple(first.shape[1:]),
+        shape=None if checked.mixed_shapes or texts is not None else tuple(first.shape[1:]),
         dtype=first.dtype,
         device=device,
         shard_size=shard_size,
         targets=targets,
         options=checked,
+        texts=texts,
     )
 
 

@@ -18,6 +18,7 @@ from crp.concepts import AxisConcept, ChannelConcept, Concept, DirectionConcept,
 from crp.errors import LoadingError
 from crp.layers import unwrap
 from crp.visualization.mining.marks import source_of
+from crp.visualization.mining.texts import texts_in
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 #: Characters of what has no plainer words, entries of a list, and levels of lists in lists.
@@ -59,6 +60,9 @@ def make_recipe(
         "layers": {layer: _describe_concept(concept) for layer, concept in concepts.items()},
         "dataset": {"class": _name(getattr(dataset, "dataset", dataset))} | folder,
     }
+    texts = texts_in(dataset)
+    if texts is not None:
+        recipe["texts"] = in_words(texts.describe())
     recipe |= {key: in_words(value) for key, value in settings.items()}
     for key, value in dict(said or {}).items():
         words, known = in_words(value), recipe.get(key)
@@ -107,7 +111,7 @@ def _describe_concept(concept: Concept) -> dict[str, Any]:
     known = {key: value for key, value in getattr(concept, "__dict__", {}).items() if key[:1] != "_"}
     words = {"concept": _name(concept), "axis": in_words(axis), "settings": in_words(known)}
     tensors = {key: value for key, value in known.items() if isinstance(value, Tensor)}
-    if type(concept) in _OURS and sum(value.nbytes for value in tensors.values()) <= _BYTES:
+    if tensors and type(concept) in _OURS and sum(value.nbytes for value in tensors.values()) <= _BYTES:
         words["tensors"] = {key: _encode(value) for key, value in tensors.items()}
     return words
 

@@ -15,6 +15,7 @@ from crp.concepts import ChannelConcept, Concept, check_concept
 from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations, top_class
+from crp.visualization.mining.text_batches import Asked, token_scores
 from crp.visualization.mining.transfers import Fetched, Transfers
 from crp.visualization.table.manifest import Array
 
@@ -76,13 +77,17 @@ def score_unit(
     # A sample without a label has target -1, and activations do not depend on the target.
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
     found: dict[str, list[Tensor]] = {}
-    for number, (recorded, output) in enumerate(_get_recorded(job, batch, targets)):
+    asked = Asked.of(batch, job.texts)
+    for number, (recorded, output) in enumerate(_get_recorded(job, asked, targets)):
         if not number:
+            if asked.positions is not None and output is not None:
+                output = asked.chosen(output[: len(batch)])
             found["prediction"], found["probability"] = ([column] for column in top_class(output, len(batch)))
         for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
             if layer not in recorded[mode]:
                 raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            columns = _get_columns(job.concepts[layer], recorded[mode][layer], layer, mode, job.header.kinds, check)
+            values = recorded[mode][layer]
+            columns = _get_columns(job.concepts[layer], values, layer, mode, job.header.kinds, check, asked.lengths)
             for key, column in columns.items():
                 found.setdefault(key, []).append(column)
     joined = {key: columns[0] if len(columns) == 1 else torch.cat(columns) for key, columns in found.items()}
@@ -93,32 +98,42 @@ def score_unit(
 
 
 def _get_recorded(
-    job: Job, batch: Tensor, targets: list[list[int]]
+    job: Job, asked: Asked, targets: list[list[int]]
 ) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor | LayerValues]], Any]]:
     """Relevance of layers, one target after the other; the first also comes with their activation, and the output."""
     layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
-        found, output = record_activations(job.attribution, batch, job.composite, layers, device)
+        found, output = record_activations(job.attribution, asked, job.composite, layers, device)
         yield {"activation": found}, output
         return
     reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
-    results = attribute_targets(job.attribution, batch, targets, job.composite, layers, device, multipliers=reads)
+    results = attribute_targets(job.attribution, asked, targets, job.composite, layers, device, multipliers=reads)
     for number, result in enumerate(results):
-        activations = {layer: every[: len(batch)] for layer, every in result.activations.items()}
+        activations = {layer: every[: asked.n_samples] for layer, every in result.activations.items()}
         relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
         yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction
 
 
 @torch.no_grad()
 def _get_columns(
-    concept: Concept, values: Tensor | LayerValues, layer: str, mode: str, kinds: Sequence[str], check: bool
+    concept: Concept,
+    values: Tensor | LayerValues,
+    layer: str,
+    mode: str,
+    kinds: Sequence[str],
+    check: bool,
+    lengths: Sequence[int] | None,
 ) -> dict[str, Tensor]:
-    if isinstance(values, Tensor):
-        n_rows, scores = len(values), activation_scores(concept, values, layer)
+    n_rows = len(values if isinstance(values, Tensor) else values.relevance)
+    # (each check waits for the device; channels are what masks of channels let through)
+    if check and not isinstance(values, Tensor) and type(concept) is not ChannelConcept:
+        check_concept(concept, values, layer)
+    if lengths is not None:
+        scores = token_scores(concept, values, layer, lengths, check)
+    elif isinstance(values, Tensor):
+        scores = activation_scores(concept, values, layer)
     else:
-        if check:
-            check_concept(concept, values, layer)
-        n_rows, scores = len(values.relevance), relevance_scores(concept, values, layer)
+        scores = relevance_scores(concept, values, layer)
     columns = {f"{mode}.position/{layer}": scores.position.to(torch.int32)}
     for kind in kinds:
         value: Tensor = getattr(scores, kind)

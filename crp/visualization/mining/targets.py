@@ -24,6 +24,7 @@ from crp.engine.settings import Settings
 from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
+from crp.visualization.mining.text_batches import Asked
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -75,7 +76,7 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
     return sorted(set(found))
 
 
-def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution, data: Tensor) -> list[list[int]]:
+def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution, asked: Asked) -> list[list[int]]:
     """Classes of every sample, ascending, where they are not those of its label.
 
     Parameters
@@ -83,7 +84,8 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     targets : str or tuple of int
         From `parse_targets`.
     attribution : CondAttribution
-    data : Tensor of shape (samples, ...)
+    asked : Asked
+        Of a language model, tokens at the positions that are explained are chosen.
 
     Returns
     -------
@@ -96,23 +98,28 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         If the model's output is not of shape (samples, classes).
     """
     if not isinstance(targets, str):
-        return [list(targets)] * len(data)
+        return [list(targets)] * asked.n_samples
+    n_samples = asked.n_samples
     # For "all", only the number of outputs is needed, which one sample tells.
-    asked = data[:1] if targets == "all" else data
+    asked = asked.first() if targets == "all" else asked
     with torch.no_grad(), put_on(None, attribution.model) as model:
-        output = attribution.select_output(model(asked))
-    if output.dim() != 2 or len(output) != len(asked):
+        chosen = attribution.select_output(asked.run(model))
+    output = asked.chosen(chosen) if isinstance(chosen, Tensor) else chosen
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != asked.n_samples:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else "a list of tensors"
+        instead = (
+            "give a list of targets" if asked.lengths is None else "a language model needs Texts(..., position=-1)"
+        )
         raise ValueError(
-            f"targets={targets!r} needs an output of shape ({len(asked)}, classes), not {tuple(output.shape)}; give "
-            "a list of targets"
+            f"targets={targets!r} needs an output of shape ({asked.n_samples}, classes), not {shape}; " + instead
         )
     if targets == "all":
-        return [list(range(output.shape[1]))] * len(data)
+        return [list(range(output.shape[1]))] * n_samples
     found = _TOP.fullmatch(targets)
     n = int(found[1]) if found else 1
     best = torch.sort(output, dim=1, descending=True, stable=True).indices[:, :n]
-    chosen: list[list[int]] = torch.sort(best, dim=1).values.tolist()
-    return chosen
+    of_samples: list[list[int]] = torch.sort(best, dim=1).values.tolist()
+    return of_samples
 
 
 def keeps_graph(composite: Composite | None) -> bool:
@@ -127,7 +134,7 @@ def calls_itself(attribution: CondAttribution) -> bool:
 
 def record_activations(
     attribution: CondAttribution,
-    data: Tensor,
+    asked: Asked,
     composite: Composite | None,
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
@@ -137,7 +144,7 @@ def record_activations(
     Parameters
     ----------
     attribution : CondAttribution
-    data : Tensor of shape (samples, ...)
+    asked : Asked
     composite : zennit.core.Composite or None
         Its canonizers may change what layers give.
     layers : sequence of str
@@ -159,7 +166,7 @@ def record_activations(
                 returned.append(output)
 
         with hooked({model: keep}):
-            found = record_outputs(model, data, layers)
+            found = record_outputs(model, asked.run, asked.n_samples, layers)
     output = None
     with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
         output = attribution.select_output(returned[-1])
@@ -197,7 +204,7 @@ def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
 
 def attribute_targets(
     attribution: CondAttribution,
-    data: Tensor,
+    asked: Asked,
     targets: Sequence[Sequence[int]],
     composite: Composite | None,
     layers: Sequence[str],
@@ -209,9 +216,9 @@ def attribute_targets(
     Parameters
     ----------
     attribution : CondAttribution
-    data : Tensor of shape (samples, ...)
+    asked : Asked
     targets : sequence of sequences of int
-        Of each sample equally many.
+        Of each sample equally many; of a language model, tokens at the positions that are explained.
     composite : zennit.core.Composite or None
     layers : sequence of str
         Recorded ones.
@@ -230,8 +237,11 @@ def attribute_targets(
     ValueError
         If a layer has several entries for each sample, as one that runs on (batch * time).
     """
-    name = attribution.MODEL_OUTPUT_NAME
-    slots = [[{name: [target]} for target in slot] for slot in zip(*targets, strict=True)]
+    name, data = attribution.MODEL_OUTPUT_NAME, asked.data
+    slots = [
+        [asked.condition(name, place, [target]) for place, target in enumerate(slot)]
+        for slot in zip(*targets, strict=True)
+    ]
     if calls_itself(attribution) or type(attribution).broadcast is not CondAttribution.broadcast:
         for slot in slots:
             yield check_one_entry(
@@ -243,8 +253,8 @@ def attribute_targets(
         layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=multipliers
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
-    rows = Rows.of(list(range(len(data))) * len(slots), [condition for slot in slots for condition in slot])
-    at_once = len(data) if keeps_graph(composite) else len(rows)
+    rows = Rows.of(list(range(asked.n_samples)) * len(slots), [condition for slot in slots for condition in slot])
+    at_once = asked.n_samples if keeps_graph(composite) else len(rows)
     # (`map` keeps no result while the next one is computed)
     yield from map(check_one_entry, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
 

@@ -46,6 +46,11 @@ class Addresses:
         """Heatmaps of a concept's references, side by side."""
         return f"maps/{self._layers[layer]}/{concept}.png"
 
+    def kept(self, kind: str, layer: str, of_class: int | None = None, part: int = 0) -> str:
+        """Page of a result that is kept beside the table; a long one has several parts."""
+        name = self._layers[layer] + ("" if of_class is None else f"/{of_class}")
+        return f"{kind}/{name}{f'-part{part + 1}' if part else ''}.html"
+
     @staticmethod
     def label(target: int) -> str:
         """Page of a class."""

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import Drawer, Drawn
 from crp.visualization.report.facts import LayerFacts, Reference
+from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import Renderer, percent
 from crp.visualization.report.suspects import Suspect
@@ -59,6 +60,12 @@ class Atlas:
     sample_names : mapping of sample to str
     labels : mapping of sample to int
         Where a label is one class.
+    predictions : mapping of sample to (int, float)
+        Class and probability, where the table has them.
+    kept : KeptResults
+        What is kept beside the table: prototypes, clusters and the like.
+    about : mapping of (layer, concept) to list of (text, address)
+        What these say of single concepts, and where.
     """
 
     drawer: Drawer
@@ -72,6 +79,9 @@ class Atlas:
     sample_rows: Mapping[int, int]
     sample_names: Mapping[int, str]
     labels: Mapping[int, int]
+    predictions: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    kept: KeptResults = field(default_factory=KeptResults)
+    about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
     drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
 
     # --- words
@@ -88,9 +98,17 @@ class Atlas:
     # --- tiles
 
     def rows(self, layer: str, concept: int) -> list[tuple[int, int]]:
-        """Samples and targets in the file of a concept's heatmaps."""
+        """Samples and targets in the file of a concept's heatmaps.
+
+        Where a concept is most relevant, the heatmap is that of the class. Where it is most active, it begins at the
+        concept's own activation (target -1), so that it shows what is seen there, whichever class it speaks for.
+        """
         relevant, active = self.cells[layer, concept]
-        return list(dict.fromkeys((one.sample, one.target) for one in (*relevant, *active)))
+        return [(one.sample, one.target) for one in relevant] + [(one.sample, -1) for one in active]
+
+    def known_relevant(self, layer: str, concept: int) -> list[Drawn]:
+        """What is known of the references in which a concept is most relevant."""
+        return self.known(layer, concept)[: len(self.cells[layer, concept][0])]
 
     def known(self, layer: str, concept: int) -> list[Drawn]:
         """What is known of these references."""
@@ -99,15 +117,15 @@ class Atlas:
             self.drawn[key] = self.drawer.facts(self.addresses.concept_maps(layer, concept))
         return self.drawn[key]
 
-    def reference(self, layer: str, concept: int, one: Reference, value: str, href: str | None = None) -> Shown | None:
-        """Tile of a reference; None where its heatmap is not drawn."""
-        place = self.rows(layer, concept).index((one.sample, one.target))
+    def reference(
+        self, layer: str, concept: int, place: int, one: Reference, value: str, href: str | None = None
+    ) -> Shown | None:
+        """Tile of a reference, whose heatmap is in a place of the concept's file; None where it is not drawn."""
         known = self.known(layer, concept)
         if place >= len(known):
             return None
         facts = known[place]
-        lines = [(self.class_name(one.target), "")] if one.target >= 0 else []
-        lines += [*self.predicted(one.sample, one.target, facts), (self.sample_names[one.sample], "")]
+        lines = [*self.predicted(one.sample, one.target, facts), (self.sample_names[one.sample], "")]
         return Shown(
             self.drawer.picture(one.sample),
             self.addresses.concept_maps(layer, concept),
@@ -121,19 +139,26 @@ class Atlas:
         )
 
     def predicted(self, sample: int, target: int, facts: Drawn) -> list[tuple[str, str]]:
-        """Line that tells the prediction, and whether it is the label; nothing where the model has no classes."""
-        if facts.predicted is None:
-            return []
-        right = facts.predicted == self.labels.get(sample, target)
-        chance = f" {facts.before:.0%}" if facts.predicted == target and facts.before is not None else ""
-        return [(f"predicted {self.class_name(facts.predicted)}{chance}", "ok" if right else "bad")]
+        """Lines that tell the label and the prediction, in one where they agree; the class where there is no label."""
+        label = self.labels.get(sample)
+        of_class = target if label is None else label
+        own = [(self.class_name(of_class), "")] if of_class >= 0 else []
+        predicted, chance = self.predictions.get(sample, (facts.predicted, 0.0))
+        if predicted is None:
+            return own
+        word = self.class_name(predicted) + (f" {chance:.0%}" if chance else "")
+        if label is None:
+            return [*(own if of_class != predicted else []), (f"predicted {word}", "")]
+        if predicted == label:
+            return [(f"\N{CHECK MARK} {word}", "ok")]
+        return [*own, (f"\N{BALLOT X} {word}", "bad")]
 
     def best(self, layer: str, concept: int, n: int = 1, target: int | None = None) -> list[Shown]:
         """Tiles of a concept's best references, which link to the concept; those of a class first."""
-        relevant = self.cells[layer, concept][0]
-        order = sorted(relevant, key=lambda one: target is not None and one.target != target)
+        relevant = list(enumerate(self.cells[layer, concept][0]))
+        relevant.sort(key=lambda one: target is not None and one[1].target != target)
         href = self.addresses.concept(layer, concept)
-        found = (self.reference(layer, concept, one, "", href) for one in order[:n])
+        found = (self.reference(layer, concept, place, one, "", href) for place, one in relevant[:n])
         return [one for one in found if one is not None]
 
     def card(
@@ -220,7 +245,7 @@ class Atlas:
         turns = [None if t is None else (self.class_name(t), Addresses.label(t)) for t in neighbours]
         rows = next(iter(self.facts.values())).shares
         found = int(rows.rows[np.searchsorted(rows.targets, target)]) if target in rows.targets.tolist() else 0
-        wrong = sum("bad" in one.lines[0][1] for one in samples)
+        wrong = sum(any(kind == "bad" for _, kind in one.lines) for one in samples)
         page = {
             "name": self.class_name(target),
             "trail": [("Atlas", "index.html"), (self.class_name(target), "")],
@@ -232,16 +257,33 @@ class Atlas:
             "samples_note": f"Those among the references, wrong predictions first ({wrong} of {len(samples)}).",
             "mean": self._mean(target),
             "suspects": suspects[:FEW],
+            "kept": self._kept_of(target),
         }
         title = f"{self.class_name(target)} — concept atlas"
         self.renderer.page(Addresses.label(target), "class.html", title, page=page)
+
+    def _kept_of(self, target: int) -> list[tuple[str, str]]:
+        """What is kept of a class, and where it is shown."""
+        found = []
+        for one in self.kept.of("prototypes"):
+            if target in (known := classes_of(one)):
+                address = self.addresses.kept("prototypes", one.layer, part=known.index(target) // CLASSES_A_PART)
+                shares = ", ".join(f"{way['weight']:.0%}" for way in ways_of(one, target))
+                found.append((f"prototypes in {one.layer}: {shares} of the samples", address))
+        for one in self.kept.of("clusters"):
+            if one.of_class == target:
+                sizes = ", ".join(map(str, np.bincount(one.arrays["label"]).tolist()))
+                found.append(
+                    (f"clusters in {one.layer}: {sizes} samples", self.addresses.kept("clusters", one.layer, target))
+                )
+        return found
 
     def _samples_of(self, target: int) -> list[Shown]:
         found = []
         for sample, of in self.sample_rows.items():
             if of == target and (one := self.whole(sample)) is not None:
                 found.append(one)
-        return sorted(found, key=lambda one: "bad" not in one.lines[0][1])
+        return sorted(found, key=lambda one: not any(kind == "bad" for _, kind in one.lines))
 
     def whole(self, sample: int) -> Shown | None:
         """Tile of a sample with all its relevance."""
@@ -254,7 +296,9 @@ class Atlas:
         lines = [*self.predicted(sample, target, first), (self.sample_names[sample], "")]
         name = f"{self.sample_names[sample]}, {self.class_name(target)}"
         href = Addresses.sample(sample)
-        return Shown(self.drawer.picture(sample), address, 0, len(known), href, "", lines, name, first.crop)
+        # (the whole heatmap, those of its concepts, and what sets each apart)
+        cells = 2 * len(known) - 1
+        return Shown(self.drawer.picture(sample), address, 0, cells, href, "", lines, name, first.crop)
 
     def _mean(self, target: int) -> Shown | None:
         from crp.visualization.report.maps import read_facts
@@ -301,6 +345,7 @@ class Atlas:
             ],
             "classes": [[name, to(Addresses.label(target))] for target, name in self.class_names.items()],
             "names": {f"{layer}:{i}": name for (layer, i), name in self.options.concept_names.items()},
+            "texts": {f"{layer}:{i}": text for (layer, i), text in self.kept.texts().items()},
             "samples": [[self.sample_names[sample], to(Addresses.sample(sample))] for sample in self.sample_rows],
         }
         text = json.dumps(index, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")

@@ -77,11 +77,21 @@ def find_suspects(
     ----------
     table : Table
     spaces : mapping of layer to (height, width)
-        Of layers that have these axes.
+        Of layers that have these axes, as they were when the table was mined.
     targets : sequence of int
         Classes.
     n : int
         How many, at most; none with less than a tenth of the first one's score.
+
+    Returns
+    -------
+    list of Suspect
+        Empty where no class has `FEWEST` rows.
+
+    Raises
+    ------
+    KeyError
+        If a layer was not mined.
     """
     found: list[Suspect] = []
     kind = "sum" if "sum" in table.kinds else table.kinds[0]

@@ -24,9 +24,11 @@ from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row, picture_file
-from crp.visualization.report.facts import Reference, concepts_of_samples, get_facts
+from crp.visualization.report.facts import LayerFacts, Reference, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
+from crp.visualization.report.kept import about_concepts, get_kept
+from crp.visualization.report.kept_pages import write_kept
 from crp.visualization.report.options import Finding, ReportKeywords, ReportOptions, Tile
 from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
@@ -66,7 +68,7 @@ def write_report(
     Returns
     -------
     Path
-        The first page.
+        The first page; with ``part``, the folder.
 
     Raises
     ------
@@ -85,6 +87,8 @@ def write_report(
     """
     chosen = ReportOptions(**options)
     path = Path(path)
+    if chosen.part is not None and path.suffix.lower() in (".html", ".htm"):
+        raise ValueError(f"part draws into a folder, and {path} is one file")
     if path.suffix.lower() not in (".html", ".htm"):
         claim(path)
         return _write(fv, composite, path, None, chosen)
@@ -109,22 +113,16 @@ def _write(
     counts = {"relevance": options.n_references, "activation": options.active}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
     facts = {layer: get_facts(table, layer, questions, counts) for layer in tqdm(layers, desc="Table", **bar)}
-    cells = {
-        (layer, concept): (
-            one.references("relevance", concept, options.n_references),
-            one.references("activation", concept, options.active),
-        )
-        for layer, one in facts.items()
-        for concept in range(one.n_concepts)
-    }
+    cells = _cells(facts, options)
     identity = _identity(table, composite)
     drawer = Drawer(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
     spaces = drawer.spaces(int(table.rows().sample[0]))
     suspects = find_suspects(table, spaces, targets)
-    samples = _samples(cells)
+    kept = get_kept(table, layers, shown)
+    samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
-    file_names, labels = _about_samples(table, fv.dataset, samples)
+    file_names, labels, predictions = _about_samples(table, fv.dataset, samples)
     atlas = Atlas(
         drawer=drawer,
         renderer=Renderer(folder, "", False),
@@ -137,8 +135,13 @@ def _write(
         sample_rows=samples,
         sample_names=file_names,
         labels=labels,
+        predictions=predictions,
+        kept=kept,
     )
+    atlas.about = about_concepts(kept, addresses, atlas.class_name)
     _draw(atlas, best, table, bar)
+    if options.part is not None:
+        return folder
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
     pixelated = drawer.smallest_side <= 64
     atlas.renderer = (
@@ -151,6 +154,20 @@ def _write(
     if file is None:
         remove_others(folder, atlas.renderer.written | drawer.used)
     return first
+
+
+def _cells(
+    facts: Mapping[str, LayerFacts], options: ReportOptions
+) -> dict[tuple[str, int], tuple[list[Reference], list[Reference]]]:
+    """References of every concept: where it is most relevant, and where it is most active."""
+    return {
+        (layer, concept): (
+            one.references("relevance", concept, options.n_references),
+            one.references("activation", concept, options.active),
+        )
+        for layer, one in facts.items()
+        for concept in range(one.n_concepts)
+    }
 
 
 def _draw(
@@ -167,12 +184,14 @@ def _draw(
     for sample, target in atlas.sample_rows.items():
         conditioned = [Row(sample, target, top, c) for c, _ in best[sample].get(top, [])[: options.n_sample_concepts]]
         jobs.append(drawer.job(Addresses.sample_maps(sample, target), [Row(sample, target), *conditioned]))
+    part, n_parts = options.part or (0, 1)
+    jobs = jobs[part::n_parts]
     # (rows of one layer stand together, so that they are drawn together)
     for _ in tqdm(drawer.draw(jobs), total=len(jobs), desc="Heatmaps", **bar):
         pass
     if options.n_mean:
         rows_of_table = table.rows()
-        for target in tqdm(atlas.class_names, desc="Classes", **bar):
+        for target in tqdm(list(atlas.class_names)[part::n_parts], desc="Classes", **bar):
             samples = rows_of_table.sample[rows_of_table.target == target]
             chosen = samples[np.linspace(0, len(samples) - 1, min(options.n_mean, len(samples))).round().astype(int)]
             _draw_mean(drawer, target, chosen.tolist())
@@ -209,7 +228,7 @@ def _render(
     best: Mapping[int, dict[str, list[tuple[int, float]]]],
     bar: Mapping[str, Any],
 ) -> None:
-    first_page(atlas, table, _description(composite))
+    first_page(atlas, table, _description(composite), write_kept(atlas))
     atlas.write()
     flow = get_flow(atlas)
     for layer, concept in tqdm(atlas.cells, desc="Pages", **bar):
@@ -260,12 +279,12 @@ def _check_findings(findings: Iterable[Finding], targets: Sequence[int], table: 
 
 
 def _samples(cells: Mapping[Any, tuple[list[Reference], list[Reference]]]) -> dict[int, int]:
-    """Samples that are references, ascending, and the class for which they are (first)."""
+    """Samples that are references, and the class for which they are (first)."""
     found: dict[int, int] = {}
     for relevant, active in cells.values():
         for one in (*relevant, *active):
             found.setdefault(one.sample, one.target)
-    return dict(sorted(found.items()))
+    return found
 
 
 def _best_of_samples(
@@ -279,12 +298,14 @@ def _best_of_samples(
     return best
 
 
-def _about_samples(table: Table, dataset: Any, samples: Iterable[int]) -> tuple[dict[int, str], dict[int, int]]:
-    """What samples are called, by file where the table or the dataset tells it, and labels that are one class."""
+def _about_samples(
+    table: Table, dataset: Any, samples: Iterable[int]
+) -> tuple[dict[int, str], dict[int, int], dict[int, tuple[int, float]]]:
+    """What samples are called, by file where it is told; labels that are one class; and predictions."""
     columns = table.samples()
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     rows = {int(sample): row for row, sample in enumerate(columns.sample)}
-    names, labels = {}, {}
+    names, labels, predictions = {}, {}, {}
     for sample in samples:
         row = rows[sample]
         name = columns.source[row]
@@ -293,7 +314,9 @@ def _about_samples(table: Table, dataset: Any, samples: Iterable[int]) -> tuple[
         names[sample] = name or f"sample {sample}"
         if isinstance(columns.label[row], int):
             labels[sample] = columns.label[row]
-    return names, labels
+        if columns.prediction[row] >= 0:
+            predictions[sample] = int(columns.prediction[row]), float(columns.probability[row])
+    return names, labels, predictions
 
 
 def _identity(table: Table, composite: Composite | None) -> str:

@@ -31,6 +31,7 @@ KEPT_KINDS = {
     "prototypes": "crp prototypes",
     "audit": "crp audit",
     "clusters": "crp clusters",
+    "heatmaps": "crp.audit.keep_heatmaps(fv, composite, of_class)",
     "meanings": "crp.audit.meanings(...).save(table)",
     "interventions": "crp.audit.interventions(...).save(table)",
 }

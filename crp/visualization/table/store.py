@@ -197,7 +197,7 @@ class Table:
                 )
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
-        """Which samples of a range were mined, skipped and missed."""
+        """Which samples of a range were mined, skipped and missed; of the whole dataset by default."""
         return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
 
     def rows(self) -> RowIds:
@@ -262,7 +262,10 @@ class Table:
     def column(
         self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
     ) -> Block:
-        """All values of one concept, as a `Block` of arrays of shape (rows,)."""
+        """All values of one concept, as a `Block` of arrays of shape (rows,).
+
+        Parameters and errors are those of `blocks`; also a ValueError if the table has no rows.
+        """
         found = list(self.blocks(layer, mode, target, normed, concepts=concept))
         if not found:
             raise ValueError(f"the table in {self.path} has no rows")

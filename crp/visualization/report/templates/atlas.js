@@ -32,12 +32,12 @@
   const index = document.getElementById("index");
   if (!index) return;
   const query = document.getElementById("query"), results = document.getElementById("results"), count = document.getElementById("count");
-  const { layers, classes, names, samples } = JSON.parse(index.textContent);
+  const { layers, classes, names, texts, samples } = JSON.parse(index.textContent);
   const entries = [];
   for (const [name, address] of classes) entries.push([name, "class", address, 2]);
   for (const [layer, address, concept, shares] of layers) {
     entries.push([layer, "layer", address, 1.5]);
-    shares.forEach((share, i) => entries.push([`${layer} · ${i}${names[layer + ":" + i] ? " " + names[layer + ":" + i] : ""}`, `concept, ${(100 * share).toFixed(1)} %`, concept.replace("{}", i), share]));
+    shares.forEach((share, i) => entries.push([`${layer} · ${i}${names[layer + ":" + i] ? " " + names[layer + ":" + i] : ""}`, `concept, ${(100 * share).toFixed(1)} %${texts[layer + ":" + i] ? `, reads as “${texts[layer + ":" + i]}”` : ""}`, concept.replace("{}", i), share]));
   }
   for (const [name, address] of samples) entries.push([name, "sample", address, 0]);
   for (const entry of entries) entry.push((entry[0] + " " + entry[1] + " " + entry[0].replace(" · ", ":")).toLowerCase());

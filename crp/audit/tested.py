@@ -1,0 +1,121 @@
+"""Relevance against interventions: whether the concepts that are said to matter change the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from zennit.core import Composite
+
+from crp.audit.intervening import intervene
+from crp.concepts.reading import LayerValues, relevance_sums
+from crp.visualization.feature import FeatureVisualization
+from crp.visualization.mining.targets import choose_targets
+from crp.visualization.mining.text_batches import Asked
+from crp.visualization.table.derived import keep_result
+from crp.visualization.table.store import Table
+
+
+class Interventions(NamedTuple):
+    """Relevance of concepts on some samples, and what the output does when each is changed.
+
+    Attributes
+    ----------
+    layer : str
+    concept : ndarray of shape (concepts,), int64
+    sample, target : ndarray of shape (samples,), int64
+        Samples of the data set, and the outputs that are looked at.
+    relevance, change : ndarray of shape (samples, concepts)
+        Change is the output with the concept changed, less that of the whole model.
+    scale : float
+        What the concept's part of the activation was multiplied by; 0 where it was switched off.
+    """
+
+    layer: str
+    concept: np.ndarray
+    sample: np.ndarray
+    target: np.ndarray
+    relevance: np.ndarray
+    change: np.ndarray
+    scale: float
+
+    @property
+    def agreement(self) -> float:
+        """Rank correlation of relevance and loss of output over the concepts, mean over samples; 1 is the best."""
+        found = [_rank_correlation(*pair) for pair in zip(self.relevance, -self.change, strict=True)]
+        return float(np.mean(found))
+
+    def save(self, table: Table) -> Path:
+        """Keep them beside a table, where ``crp report`` finds them until the table changes."""
+        names = ("concept", "sample", "target", "relevance", "change")
+        arrays = {name: getattr(self, name) for name in names}
+        settings = {"scale": self.scale, "agreement": self.agreement}
+        return keep_result(table, "interventions", self.layer, arrays, settings)
+
+
+def interventions(
+    fv: FeatureVisualization,
+    composite: Composite | None,
+    layer: str,
+    samples: Sequence[int],
+    concept_ids: Sequence[int] | None = None,
+    *,
+    targets: Sequence[int] | None = None,
+    scale: float = 0.0,
+) -> Interventions:
+    """Switch concepts off, one at a time, and compare what the output loses with their relevance.
+
+    Parameters
+    ----------
+    fv : FeatureVisualization
+        After a run.
+    composite : zennit Composite, or None for the plain gradient
+        Rules for the relevance.
+    layer : str
+    samples : sequence of int
+        Of the data set; all are passed together.
+    concept_ids : sequence of int, optional
+        All of the layer by default.
+    targets : sequence of int, optional
+        Outputs that are looked at; by default, those predicted.
+    scale : float
+        As in `intervene`.
+
+    Returns
+    -------
+    Interventions
+    """
+    if not len(samples):
+        raise ValueError("interventions need one sample at least")
+    table = Table.open(fv.path)
+    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
+    data = torch.cat([fv.get_data_sample(int(sample))[0] for sample in samples]).detach()
+    attribution, concept = fv.attribution, fv.layer_map[layer]
+    if targets is None:
+        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
+    result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: int(y)} for y in targets], composite, [layer])
+    relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
+    change = intervene(attribution, data, layer, concept, ids.tolist(), targets, scale=scale)
+    return Interventions(
+        layer,
+        ids,
+        np.asarray(samples, np.int64),
+        np.asarray(targets, np.int64),
+        relevance.detach().cpu().double().numpy(),
+        change.detach().cpu().double().numpy(),
+        scale,
+    )
+
+
+def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's: the correlation of ranks, where equal values share theirs; 0 where one of them never varies."""
+    ranks = []
+    for values in (one, other):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
+    ranks = [rank - rank.mean() for rank in ranks]
+    length = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    return float((ranks[0] * ranks[1]).sum() / length) if length else 0.0

@@ -1,0 +1,237 @@
+"""Texts of several lengths in one batch: filled up where that changes nothing, and scored token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crp.attribution import CondAttribution
+from crp.concepts import Concept
+from crp.concepts.reading import LayerValues, code_of, relevance_at
+from crp.concepts.scores import ConceptScores, scores_of
+from crp.engine.attached import put_on
+from crp.engine.conditions import Position
+from crp.errors import ConceptError
+from crp.notices import warn
+from crp.visualization.mining.datasets import Sample
+from crp.visualization.mining.texts import EXPLAINED, Texts
+
+#: By how much outputs may differ, as a share of the largest, that are the same but for rounding.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked for a batch.
+
+    Attributes
+    ----------
+    data : Tensor or dict of str to Tensor
+        What it is called with.
+    n_samples : int
+    lengths : tuple of int, or None
+        Number of tokens of each text; None for samples that are no texts.
+    positions : tuple of int, or None
+        Token of each text whose prediction is explained; None where the output is (batch, classes).
+    """
+
+    data: Any
+    n_samples: int
+    lengths: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, batch: Tensor, texts: Texts | None, *, filled: bool = False) -> Asked:
+        """What a batch of packed texts, (samples, fields and 1, tokens), or of other samples asks.
+
+        Texts are no longer than the longest of the batch, unless they are to stay ``filled``.
+        """
+        if texts is None:
+            return cls(batch, len(batch))
+        kinds = batch[:, -1]
+        lengths = (kinds > 0).sum(1).tolist()
+        names, named = texts.form
+        length = batch.shape[-1] if filled else max(lengths)
+        fields = {name: batch[:, row, :length].contiguous() for row, name in enumerate(names)}
+        positions = None if texts.position is None else tuple((kinds == EXPLAINED).int().argmax(1).tolist())
+        return cls(fields if named else fields["input_ids"], len(batch), tuple(lengths), positions)
+
+    def condition(self, name: str, place: int, targets: Sequence[int]) -> dict[str, Any]:
+        """Condition whose relevance starts at classes of a sample; of a language model, at tokens at its position."""
+        if self.positions is None:
+            return {name: list(targets)}
+        return {name: Position(self.positions[place], list(targets))}
+
+    def first(self) -> Asked:
+        """What is asked for the first sample."""
+        named = isinstance(self.data, Mapping)
+        data = {name: field[:1] for name, field in self.data.items()} if named else self.data[:1]
+        first = slice(1)
+        return Asked(data, 1, self.lengths and self.lengths[first], self.positions and self.positions[first])
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        """What a model returns for copies of the data."""
+        if isinstance(self.data, Mapping):
+            return model(**{name: field.clone() for name, field in self.data.items()})
+        return model(self.data.clone())
+
+    def chosen(self, output: Tensor) -> Tensor:
+        """Output of shape (samples, classes): of a language model, that at the positions which are explained.
+
+        Raises
+        ------
+        ValueError
+            If the model's output has no such positions.
+        """
+        if self.positions is None:
+            return output
+        if output.dim() != 3 or len(output) != self.n_samples:
+            raise ValueError(
+                f"the output has shape {tuple(output.shape)}, and that of a language model is (samples, positions, "
+                "vocabulary); Texts(..., position=None) is for classifiers"
+            )
+        return output[torch.arange(self.n_samples, device=output.device), list(self.positions)]
+
+
+class Filling:
+    """Fills up texts of a batch to one length, if the model says the same of a text that is filled up.
+
+    The first batch with texts of several lengths decides, by its shortest text.
+
+    Parameters
+    ----------
+    texts : Texts
+    attribution : CondAttribution
+    device : torch.device
+    """
+
+    def __init__(self, texts: Texts, attribution: CondAttribution, device: torch.device) -> None:
+        self._texts, self._attribution, self._device = texts, attribution, device
+        self._changes_nothing: bool | None = None
+
+    def filled(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Samples of one length, or as they are where the model reads padding."""
+        lengths = [sample.data.shape[-1] for sample in samples]
+        if len(set(lengths)) < 2 or self._changes_nothing is False:
+            return list(samples)
+        longest = max(lengths)
+        if self._changes_nothing is None:
+            self._decide(samples[lengths.index(min(lengths))].data, longest)
+        if not self._changes_nothing:
+            return list(samples)
+        return [sample._replace(data=self._longer(sample.data, longest)) for sample in samples]
+
+    def _longer(self, packed: Tensor, length: int) -> Tensor:
+        more = length - packed.shape[-1]
+        filled = F.pad(packed, (0, more))
+        if more:
+            filled[0, -more:] = self._texts.padding
+        return filled
+
+    @torch.no_grad()
+    def _decide(self, packed: Tensor, length: int) -> None:
+        n = packed.shape[-1]
+        alone, filled = (self._output(one) for one in (packed, self._longer(packed, length)))
+        if alone is not None and filled is not None:
+            filled = filled[:, :n] if alone.dim() > 2 and filled.shape[1] == length else filled
+            limit = _ROUNDING.get(alone.dtype, 1e-2) * float(alone.abs().max())
+            same = alone.shape == filled.shape and float((alone - filled).abs().max()) <= limit
+            self._changes_nothing = same
+        else:
+            self._changes_nothing = False
+        if not self._changes_nothing:
+            warn(
+                "the model says something else of a text that is filled up to a longer one's length, so that texts of "
+                "each length are mined by themselves, which is slower; a batch needs an attention_mask, and a padding "
+                "id that the model knows"
+            )
+
+    def _output(self, packed: Tensor) -> Tensor | None:
+        asked = Asked.of(packed[None].to(self._device), self._texts, filled=True)
+        try:
+            with put_on(None, self._attribution.model) as model:
+                return self._attribution.select_output(asked.run(model))
+        except Exception:  # (whatever the model raises, the texts themselves will raise it, too)
+            return None
+
+
+def token_scores(
+    concept: Concept, values: Tensor | LayerValues, layer: str, lengths: Sequence[int], check: bool
+) -> ConceptScores:
+    """Sum and largest value over the tokens of a text, and the token of the largest, for every concept.
+
+    The entries that a concept has at a token, such as those of an attention head, are summed.
+
+    Parameters
+    ----------
+    concept : Concept
+    values : Tensor of shape (rows, tokens, ...), or LayerValues of such
+        Layers of shape (rows, features), behind the tokens, have one score.
+    layer : str
+    lengths : sequence of int
+        Tokens of each sample; the rows are those of all samples, once or several times.
+    check : bool
+        Whether to look if concepts lie along another axis than the tokens.
+
+    Raises
+    ------
+    ConceptError
+        If the tokens are not on axis 1 of the layer, or the concept does not keep them apart.
+    """
+    like = values if isinstance(values, Tensor) else values.relevance
+    n_rows, tokens = len(like), max(lengths)
+    of_rows = list(lengths) * (n_rows // len(lengths))
+    if like.dim() > 2 and like.shape[1] != tokens:
+        raise ConceptError(
+            f"layer {layer!r} gives {tuple(like.shape)} for texts of up to {tokens} tokens; concepts of texts are read "
+            "where they are (samples, tokens, features), or (samples, features)"
+        )
+    if check and like.dim() > 2:
+        _check_keeps_tokens(concept, like, layer)
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(of_rows):
+        groups.setdefault(length if like.dim() > 2 else 0, []).append(row)
+    parts = [scores_of(_by_token(concept, _cut(values, rows, length), layer), layer) for length, rows in groups.items()]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([row for rows in groups.values() for row in rows], device=like.device).argsort()
+    return ConceptScores(*(torch.cat(columns)[order] for columns in zip(*parts, strict=True)))
+
+
+def _cut(values: Tensor | LayerValues, rows: list[int], length: int) -> Tensor | LayerValues:
+    """Values of some rows, up to the length of their texts; a length of 0 leaves them whole."""
+
+    def part(tensor: Tensor) -> Tensor:
+        chosen = tensor if len(rows) == len(tensor) else tensor[rows]
+        return chosen[:, :length] if length else chosen
+
+    if isinstance(values, Tensor):
+        return part(values)
+    return LayerValues(*(None if tensor is None else part(tensor) for tensor in values))  # type: ignore[arg-type]
+
+
+def _by_token(concept: Concept, values: Tensor | LayerValues, layer: str) -> Tensor:
+    """Relevance or activation of concepts, (rows, concepts, tokens)."""
+    found = code_of(concept, values) if isinstance(values, Tensor) else relevance_at(concept, values, layer)
+    return found.flatten(2, -2).sum(2) if found.dim() > 3 else found
+
+
+def _check_keeps_tokens(concept: Concept, like: Tensor, layer: str) -> None:
+    """Refuse a concept whose last axis is not that of the tokens, as that of `ChannelConcept` is not."""
+    n = int(like.shape[-1]) + 1  # (no other axis is as long)
+    first = like.new_zeros(1, n, *like.shape[2:])
+    first[:, 0] = 1
+    try:
+        found = _by_token(concept, LayerValues(first, first, torch.ones_like(first), first), layer)
+    except (ValueError, RuntimeError, IndexError):
+        found = first[..., 0]
+    if found.dim() != 3 or found.shape[-1] != n or bool(found[..., 1:].any()):
+        raise ConceptError(
+            f"layer {layer!r} gives (samples, tokens, features), and {concept!r} has no value for each token; "
+            "AxisConcept(-1) has one for each feature, AxisConcept(-1, groups=heads) for each head"
+        )

@@ -1,0 +1,237 @@
+"""Pages of results that are kept beside the table: prototypes, audits, clusters, meanings and interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.kept import CLASSES_A_PART, UNUSUAL, classes_of, pairs_of, ways_of
+from crp.visualization.report.pages import CARDS, FEW, Atlas, Shown
+from crp.visualization.report.render import percent
+from crp.visualization.table.derived import KeptResult
+
+#: Texts on the page of meanings, points in a drawing, and colours of clusters.
+_TEXTS, _POINTS, _COLOURS = 60, 1500, 8
+
+
+def write_kept(atlas: Atlas) -> list[dict[str, Any]]:
+    """Render all pages of kept results, and tell what the overview says of each."""
+    pages = {
+        "prototypes": _prototypes,
+        "audit": _audit,
+        "clusters": _clusters,
+        "meanings": _meanings,
+        "interventions": _interventions,
+    }
+    links = []
+    for kept in atlas.kept.results:
+        links.append(pages[kept.kind](atlas, kept))
+    return links
+
+
+def _prototypes(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
+    targets = classes_of(kept)
+    parts = [targets[i : i + CLASSES_A_PART] for i in range(0, len(targets), CLASSES_A_PART)] or [[]]
+    labels = [f"{atlas.class_name(part[0])} to {atlas.class_name(part[-1])}" for part in parts if part]
+    n_ways = 0
+    for number, part in enumerate(parts):
+        classes = []
+        for target in part:
+            ways = [
+                {
+                    "here": _sample(atlas, way["sample"]),
+                    "label": f"Prototype {way['number']}",
+                    "note": f"{way['weight']:.0%} of the samples",
+                    "concepts": _chips(atlas, kept.layer, [(c, percent(share)) for c, share in way["concepts"]]),
+                    "more": _chips(atlas, kept.layer, [(c, f"{100 * more:+.1f}") for c, more in way["more"]]),
+                    "than": "the class as a whole",
+                    "others": _samples(atlas, way["members"][: atlas.kept.beside]),
+                }
+                for way in ways_of(kept, target)
+            ]
+            n_ways += len(ways)
+            classes.append((atlas.class_name(target), Addresses.label(target), ways))
+        page = {
+            **_head(atlas, kept, "Prototypes"),
+            "classes": classes,
+            "parts": [
+                (label, atlas.addresses.kept("prototypes", kept.layer, part=p), p == number)
+                for p, label in enumerate(labels)
+            ],
+        }
+        address = atlas.addresses.kept("prototypes", kept.layer, part=number)
+        atlas.renderer.page(address, "prototypes.html", "Prototypes — concept atlas", page=page)
+    return _link(atlas, kept, "Prototypes", f"{n_ways} ways in which {len(targets)} classes are predicted")
+
+
+def _audit(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
+    columns = {name: array[:UNUSUAL].tolist() for name, array in kept.arrays.items()}
+    rows = []
+    for i, sample in enumerate(columns["sample"]):
+        target = columns["target"][i]
+        uses = [
+            _chips(
+                atlas,
+                kept.layer,
+                [(c, f"{100 * d:+.1f}") for c, d in pairs_of(columns[name][i], columns[f"{name}_difference"][i])],
+            )
+            for name in ("over", "under")
+        ]
+        rows.append(
+            {
+                "here": _sample(atlas, sample),
+                "name": atlas.sample_names.get(sample, f"sample {sample}"),
+                "class_name": atlas.class_name(target),
+                "class_href": Addresses.label(target),
+                "percentile": f"{columns['percentile'][i]:.1f}",
+                "prototype": columns["prototype"][i],
+                "nearest": _sample(atlas, columns["nearest"][i]),
+                "over": uses[0],
+                "under": uses[1],
+            }
+        )
+    n = len(kept.arrays["sample"])
+    page = {**_head(atlas, kept, "Audit"), "n": n, "rows": rows}
+    atlas.renderer.page(atlas.addresses.kept("audit", kept.layer), "audit.html", "Audit — concept atlas", page=page)
+    return _link(atlas, kept, "Audit", f"the {len(rows)} least usual of {n} samples")
+
+
+def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
+    arrays, target = kept.arrays, kept.of_class or 0
+    sizes = np.bincount(arrays["label"], minlength=len(arrays["members"])).tolist()
+    groups = []
+    for i, size in enumerate(sizes):
+        members = [m for m in arrays["members"][i].tolist() if m >= 0]
+        concepts = pairs_of(arrays["strongest"][i], arrays["difference"][i])
+        more = _chips(atlas, kept.layer, [(c, f"{d:+.3f}") for c, d in concepts[:FEW]])
+        groups.append(
+            {
+                "here": _sample(atlas, members[0]) if members else None,
+                "label": f"Cluster {i}",
+                "note": f"{size} samples",
+                "concepts": [],
+                "more": more,
+                "than": "other samples",
+                "others": _samples(atlas, members[1 : 1 + atlas.kept.beside]),
+                "colour": i % _COLOURS,
+            }
+        )
+    values = arrays["eigenvalues"].tolist()
+    largest = max(values, default=0.0) or 1.0
+    bars = [(round(420 * i / len(values), 1), round(96 * v / largest, 1)) for i, v in enumerate(values)]
+    embedding = arrays["embedding"]
+    page = {
+        **_head(atlas, kept, "Clusters"),
+        "class_name": atlas.class_name(target),
+        "class_href": Addresses.label(target),
+        "what": kept.settings["what"],
+        "n": len(arrays["label"]),
+        "separation": f"{kept.settings['separation']:.2f}",
+        "groups": groups,
+        "bars": [(x, round(97 - h, 1), h, round(420 / len(bars) - 4, 1)) for x, h in bars],
+        "largest": f"{largest:.3g}",
+        "points": _points(embedding[:, -2], embedding[:, -1], arrays["label"] % _COLOURS)
+        if embedding.shape[1] > 1
+        else [],
+    }
+    address = atlas.addresses.kept("clusters", kept.layer, target)
+    atlas.renderer.page(address, "clusters.html", "Clusters — concept atlas", page=page)
+    name = f"Clusters of {atlas.class_name(target)}"
+    return _link(atlas, kept, name, f"{len(sizes)} of {', '.join(map(str, sizes))} samples", target)
+
+
+def _meanings(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
+    arrays, texts = kept.arrays, atlas.kept.texts()
+    ids = arrays["concept"].tolist()
+    order = np.argsort(-arrays["clarity"], kind="stable").tolist()
+    rows = []
+    for i in order[:CARDS]:
+        (chip,) = _chips(atlas, kept.layer, [(ids[i], "")])
+        scores = [f"{arrays[name][i]:.2f}" for name in ("clarity", "redundancy", "polysemanticity")]
+        rows.append((chip, texts.get((kept.layer, ids[i]), ""), scores))
+    searches = []
+    for text, row in list(zip(kept.settings["texts"], arrays["similarity"], strict=True))[:_TEXTS]:
+        best = np.argsort(-row, kind="stable")[: FEW + 1].tolist()
+        searches.append((str(text), _chips(atlas, kept.layer, [(ids[i], f"{row[i]:.2f}") for i in best])))
+    page = {
+        **_head(atlas, kept, "Meanings"),
+        "rows": rows,
+        "more": max(0, len(order) - CARDS),
+        "searches": searches,
+        "means": [f"{arrays[name].mean():.2f}" for name in ("clarity", "redundancy", "polysemanticity")],
+    }
+    address = atlas.addresses.kept("meanings", kept.layer)
+    atlas.renderer.page(address, "meanings.html", "Meanings — concept atlas", page=page)
+    return _link(atlas, kept, "Meanings", f"{len(ids)} concepts, {len(kept.settings['texts'])} texts")
+
+
+def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
+    arrays = kept.arrays
+    ids = arrays["concept"].tolist()
+    relevance, change = arrays["relevance"].mean(0), arrays["change"].mean(0)
+    order = np.argsort(change, kind="stable").tolist()
+    largest = float(np.abs(change).max(initial=0.0)) or 1.0
+    rows = []
+    for i in order[:CARDS]:
+        (chip,) = _chips(atlas, kept.layer, [(ids[i], "")])
+        kind = "" if change[i] < 0 else "neg"
+        rows.append((chip, f"{relevance[i]:.3g}", f"{change[i]:+.3g}", abs(float(change[i])) / largest, kind))
+    scale, n = kept.settings["scale"], len(arrays["sample"])
+    page = {
+        **_head(atlas, kept, "Interventions"),
+        "rows": rows,
+        "more": max(0, len(order) - CARDS),
+        "n": n,
+        "agreement": f"{kept.settings['agreement']:.2f}",
+        "how": "switched off" if scale == 0 else f"multiplied by {scale:g}",
+        "points": _points(relevance, -change, np.zeros(len(ids), np.int64)),
+        "ends": [f"{value:.3g}" for value in (relevance.min(), relevance.max(), -change.max(), -change.min())],
+    }
+    address = atlas.addresses.kept("interventions", kept.layer)
+    atlas.renderer.page(address, "interventions.html", "Interventions — concept atlas", page=page)
+    note = f"{len(ids)} concepts {page['how']} on {n} samples; rank correlation {page['agreement']}"
+    return _link(atlas, kept, "Interventions", note)
+
+
+def _head(atlas: Atlas, kept: KeptResult, name: str) -> dict[str, Any]:
+    layer = kept.layer
+    trail = [("Atlas", "index.html"), (layer, atlas.addresses.layer(layer)), (name, "")]
+    return {"layer": layer, "layer_href": atlas.addresses.layer(layer), "trail": trail}
+
+
+def _link(atlas: Atlas, kept: KeptResult, name: str, note: str, of_class: int | None = None) -> dict[str, Any]:
+    href = atlas.addresses.kept(kept.kind, kept.layer, of_class)
+    return {"name": name, "layer": kept.layer, "href": href, "note": note}
+
+
+def _sample(atlas: Atlas, sample: int) -> Shown | None:
+    return atlas.whole(sample) if sample in atlas.sample_rows else None
+
+
+def _samples(atlas: Atlas, samples: Iterable[int]) -> list[Shown]:
+    return [tile for tile in (_sample(atlas, one) for one in samples) if tile is not None]
+
+
+def _chips(atlas: Atlas, layer: str, concepts: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Small links to concepts, each with its best picture and a note."""
+    found = []
+    for concept, note in concepts:
+        tiles = atlas.best(layer, concept)
+        label = atlas.label(layer, concept).removeprefix(f"{layer} · ")
+        tile = tiles[0]._replace(href="") if tiles else None
+        found.append({"href": atlas.addresses.concept(layer, concept), "tile": tile, "label": label, "note": note})
+    return found
+
+
+def _points(x: Any, y: Any, colour: Any) -> list[tuple[float, float, int]]:
+    """Points of a drawing of 420 by 300, at most so many, evenly chosen."""
+    chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).round().astype(int))
+    places = []
+    for values, side in ((x, 410), (y, -290)):
+        low, width = values.min(), (values.max() - values.min()) or 1.0
+        scaled = (values[chosen] - low) / width * side
+        places.append((scaled + (5 if side > 0 else 295)).round(1).tolist())
+    return list(zip(*places, colour[chosen].tolist(), strict=True))

@@ -1,0 +1,134 @@
+"""Texts on the command line: ``crp mine``, ``crp status``, and what is made of a folder alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_cases import crp
+
+from crp.composites import AttnLRP
+from crp.concepts import AxisConcept
+from crp.errors import LoadingError
+from crp.image import TextHeatmap
+from crp.visualization import FeatureVisualization, Table, Texts
+from crp.visualization.sources import load_texts, load_tokenizer
+
+pytest.importorskip("transformers")
+
+MODULE = """
+import torch, transformers
+from text_cases import Letters, texts_of_ids
+
+def net():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=2, n_head=2, n_positions=16, use_cache=False)
+    return transformers.GPT2LMHeadModel(config)
+
+def letters(): return Letters()
+def ids(): return texts_of_ids(10)
+def words(): return [{"words": word, "class": 2 + i} for i, word in enumerate(["abc d", "ee", "h fg", "aa"])]
+def prose(): return ["abc d", "ee", "h fg", "aa"]
+def numbers(): return torch.ones(4, 3)
+"""
+MINE = [
+    "mine", "--model", "reading:net", "--layers", "*.mlp.act", "--layers", "transformer.h.1.ln_2:heads=2",
+    "--composite", "attn_lrp", "--quiet",
+]  # fmt: skip
+OF_WORDS = ["--data", "reading:words", "--fields", "words,class", "--tokenizer", "reading:letters", "--position", "-1"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "reading.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "reading", raising=False)
+    return tmp_path
+
+
+def test_texts_are_mined_and_opened_with_the_folder_alone(here: Path) -> None:
+    result = crp(*MINE, *OF_WORDS, "--out", "a", "--stop", "3")
+    assert result.exit_code == 0, result.output
+    assert crp("mine", "--out", "a", "--quiet").output == "4 of 4 samples, 4 rows; complete\n"
+    status = crp("status", "a")
+    assert status.exit_code == 0 and "texts      tokenizer text_cases.Letters, 11 words; position -1" in status.output
+    table = Table.open("a")
+    assert table.rows().target.tolist() == [2, 3, 4, 5]
+    assert list(table.layers) == ["transformer.h.0.mlp.act", "transformer.h.1.ln_2", "transformer.h.1.mlp.act"]
+    assert [table.n_concepts(layer) for layer in table.layers] == [32, 2, 32]
+    fv = FeatureVisualization.open("a")
+    assert isinstance(fv.dataset, Texts) and repr(fv.layer_map["transformer.h.1.ln_2"]) == repr(AxisConcept(-1, 2))
+    (texts,) = fv.get_max_reference(
+        1, "transformer.h.1.ln_2", "relevance", (0, 2), AttnLRP(), init="relevance"
+    ).values()
+    assert isinstance(texts[0], TextHeatmap) and str(texts[0]) in {">abc d", ">ee", ">h fg", ">aa"}
+
+
+def test_ids_and_prose_are_texts_too(here: Path) -> None:
+    for number, (words, n) in enumerate(
+        [
+            (["--data", "reading:ids", "--position", "-1", "--targets", "prediction"], 10),
+            (["--data", "reading:prose", "--tokenizer", "reading:letters", "--position", "each"], 13),
+        ]
+    ):
+        result = crp(*MINE, *words, "--out", str(number))
+        assert result.exit_code == 0, result.output
+        assert result.output == f"{n} of {n} samples, {n} rows; complete\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--data", "reading:words", "--tokenizer", "reading:letters", "--position", "last"],
+            "--position last must be 'e",
+        ),
+        (["--data", "reading:words", "--tokenizer", "reading:nothing"], "reading has no 'nothing'"),
+        (["--data", "reading:words", "--tokenizer", "."], "--tokenizer . cannot be loaded"),
+        ([*OF_WORDS, "--layers", "*.ln_2:heads=0"], "must end in :heads=N"),
+        ([*OF_WORDS, "--layers", "auto"], "--layers auto is for pictures"),
+        ([*OF_WORDS, "--fields", "a,b,c"], "--fields names text and label, not 3 fields"),
+        ([*OF_WORDS, "--size", "8"], "--size: this dataset gives tensors"),
+        (["--data", ".", "--position", "-1"], "and --data is a folder of pictures"),
+        (["--data", "reading:ids"], "needs an output of shape|text_target"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(here: Path, words: list[str], message: str) -> None:
+    result = crp(*MINE, *words, "--out", "a", *(["--targets", "prediction"] if "reading:ids" in words else []))
+    assert result.exit_code == 1 and result.output.startswith("Error: ")
+    assert any(part in result.output for part in message.split("|")), result.output
+    assert not (here / "a" / "shards").exists() or not list((here / "a" / "shards").iterdir())
+
+
+def test_a_model_and_a_tokenizer_in_a_folder(here: Path) -> None:
+    import reading  # type: ignore[import-not-found]
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate("?abcdefgh_")}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    net = reading.net()
+    net.save_pretrained("saved")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?").save_pretrained("saved")
+    words = [*MINE, "--data", "reading:prose", "--position", "each", "--out", "a"]
+    words[words.index("reading:net")] = "hf:saved"
+    result = crp(*words)
+    assert result.exit_code == 0 and "9 of 9 samples, 9 rows; complete" in result.output, result.output
+    fv = FeatureVisualization.open("a")
+    assert fv.dataset.words(0).words == tuple("abc d")
+    assert "tokenizer saved, 10 words; position each" in crp("status", "a").output
+    with torch.no_grad():
+        ids = torch.tensor([[1, 2]])
+        torch.testing.assert_close(fv.attribution.model(ids).logits, net.eval()(ids).logits)
+
+
+def test_texts_made_by_the_user_say_everything_themselves(here: Path) -> None:
+    texts = Texts([[3, 4]], position=-1)
+    assert load_texts(texts, None, None, "", "m:n") is texts
+    with pytest.raises(LoadingError, match="--position is said by the Texts that --data gives"):
+        load_texts(texts, None, "-1", "", "m:n")
+    assert load_texts([torch.ones(3)], None, None, "", "m:n") is None
+    assert type(load_tokenizer("reading:letters")).__name__ == "Letters"

@@ -1,0 +1,89 @@
+"""Texts as HTML and as figures: colours, white space, and that hostile texts stay text."""
+
+from __future__ import annotations
+
+import io
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from crp.image import TextHeatmap, plot_texts, text_html
+from crp.image.texts import _COLUMNS, _placed, _width, readable, text_page
+
+#: What a text may hold to break a page, a figure or the order of letters.
+HOSTILE = (
+    "<script>alert(1)</script>", "</p></span>", ' " onmouseover="alert(1)', "&lt;", "$x^2$", "\u202egnp.exe",
+    "\x00\x1b[31m",    "\ud800", "{{ page.title }}", "<!--", "\u05d0\u05d1", "e\u0301", "\n", "\t", "日本",
+)  # fmt: skip
+
+
+class Seen(HTMLParser):
+    """Tags, their attributes and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_a_text_is_spans_with_signed_colours_and_its_white_space() -> None:
+    text = TextHeatmap(("<s>", "The", "  cat\n", " sat"), np.array([0, 2.0, -1, 0.5]), frozenset({0}), 3, 1)
+    seen = Seen(text_html(text))
+    assert [tag for tag, _ in seen.tags] == ["p"] + ["span"] * 4 and "".join(seen.text) == "<s>The  cat\n sat"
+    styles = [str(attributes["style"]) for tag, attributes in seen.tags if tag == "span"]
+    assert "rgba(204,23,28,0.750)" in styles[1] and "rgba(33,89,191" in styles[2] and ",0.000)" in styles[0]
+    assert "dotted" in styles[0] and "underline" in styles[1] and "border-right" in styles[3]
+    assert [a.get("title") for t, a in seen.tags if t == "span"] == ["0", "2", "-1", "0.5"]
+    assert "pre-wrap" in str(seen.tags[0][1]["style"]) and text._repr_html_() == text_html(text)
+    assert all("title" not in attributes for _, attributes in Seen(text_html(TextHeatmap(("a", "b")))).tags)
+
+
+def test_hostile_texts_stay_text() -> None:
+    text = TextHeatmap(HOSTILE, np.linspace(-1, 1, len(HOSTILE)))
+    page = text_page([(HOSTILE[0], text)], HOSTILE[1])
+    page.encode("utf-8")
+    seen = Seen(page)
+    names = {tag for tag, _ in seen.tags}
+    assert names == {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "span"}
+    spans = [attributes for tag, attributes in seen.tags if tag == "span"]
+    assert len(spans) == len(HOSTILE) and all(set(one) == {"style", "title"} for one in spans)
+    assert "".join(map(readable, HOSTILE)) in "".join(seen.text)
+    assert not {"\x00", "\x1b", "\u202e", "\ud800"} & set(page)
+    assert "unicode-bidi:isolate" in str(spans[0]["style"])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # (of letters that the fonts at hand lack)
+def test_figures_show_every_letter_within_the_columns() -> None:
+    long = "x" * 200
+    text = TextHeatmap((*HOSTILE, long, *[" word"] * 40), np.linspace(-1, 1, len(HOSTILE) + 41), frozenset({1}), 2, 3)
+    pieces = _placed(text)
+    shown = "".join(piece for *_, piece in pieces)
+    whole = "".join(map(readable, text.words)).replace("\t", "    ").replace("\n", "↵")
+    assert shown == whole
+    assert all(column >= 0 and column + _width(piece) <= _COLUMNS for _, _, column, piece in pieces)
+    for one, other in pairwise(pieces):
+        assert other[1] > one[1] or (other[1] == one[1] and other[2] == one[2] + _width(one[3]))
+    figure = plot_texts([text, TextHeatmap(("a",))], ["$one$", "<two>"])
+    figure.savefig(io.BytesIO(), format="svg")
+    drawn = [one.get_text() for one in figure.axes[0].texts]
+    assert drawn[0] == "$one$" and drawn[-1] == "a" and len(drawn) == len(pieces) + 3
+    assert not any(one.get_parse_math() for one in figure.axes[0].texts)
+    faces = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    assert faces[0][2] > faces[0][0] and faces[len(pieces) - 1][0] > faces[len(pieces) - 1][2]
+
+
+def test_figures_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="texts is empty"):
+        plot_texts([])
+    with pytest.raises(ValueError, match="2 captions for 1 texts"):
+        plot_texts(TextHeatmap(("a",)), ["b", "c"])

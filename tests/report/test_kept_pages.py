@@ -1,0 +1,231 @@
+"""Pages of what is kept beside the table: they show what was found, are linked, and names in them stay text."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from feature_net import Images, make_fv, mined
+from kept_cases import TEXTS, keep_everything
+from report_cases import EVIL, NAMES, Parsed, report
+from zennit.composites import EpsilonPlus
+
+from crp.visualization.report import write_report
+from crp.visualization.report.kept import PAGED
+from crp.visualization.report.render import percent
+from crp.visualization.table.derived import KEPT_KINDS, keep_result
+from crp.visualization.table.store import Table
+
+PAGES = {
+    "prototypes": "prototypes/second.html",
+    "audit": "audit/second.html",
+    "clusters": "clusters/second/0.html",
+    "meanings": "meanings/second.html",
+    "interventions": "interventions/second.html",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    fv = mined(tmp_path_factory.mktemp("mined"), Images(30))
+    return fv, keep_everything(fv), report(fv, tmp_path_factory.mktemp("atlas") / "out")
+
+
+def links_to(page, folder):
+    """Addresses within the folder to which a page links."""
+    hrefs = [href.partition("#")[0] for href in Parsed(page).all("href")]
+    return {(page.parent / href).resolve().relative_to(folder.resolve()).as_posix() for href in hrefs if href}
+
+
+def test_every_kind_has_a_page_that_the_overview_links(found):
+    _, _, folder = found
+    assert set(PAGES) == set(PAGED) == set(KEPT_KINDS) - {"heatmaps"}
+    assert set(PAGES.values()) <= links_to(folder / "index.html", folder)
+    text = Parsed(folder / "index.html").text
+    assert "How classes are predicted" in text and "Clusters of apple" in text
+    for page in folder.rglob("*.html"):
+        assert all((folder / address).is_file() for address in links_to(page, folder)), page
+        sources = [(page.parent / one).resolve() for one in Parsed(page).all("src")]
+        assert all(one.is_file() for one in sources), page
+
+
+def test_prototypes_are_shown_by_their_nearest_sample_and_concepts(found):
+    _, results, folder = found
+    text = (folder / PAGES["prototypes"]).read_text()
+    sections = text.split('<section class="way">')[1:]
+    mixtures = results["prototypes"].classes
+    assert len(sections) == sum(len(mixture.weights) for mixture in mixtures.values())
+    place = 0
+    for of_class, mixture in mixtures.items():
+        assert f'href="../class/{of_class}.html">{NAMES[of_class]}</a></h2>' in text
+        for i in np.argsort(-mixture.weights, kind="stable"):
+            section = sections[place]
+            assert f"<h3>Prototype {i}</h3><p>{mixture.weights[i]:.0%} of the samples</p>" in section
+            assert re.search(r'href="../sample/(\d+).html', section)[1] == str(mixture.sample[i])
+            top = int(mixture.means[i].argmax())
+            assert f"{top}<small>{percent(mixture.means[i].max())}</small>" in section
+            more = mixture.means[i] - mixture.weights @ mixture.means
+            part = section.partition("uses more than the class as a whole")[2]
+            shown = re.findall(r"<span>(\d+)<small>([+-][\d.]+)</small>", part)
+            order = np.argsort(-more, kind="stable")
+            assert shown == [(str(c), f"{100 * more[c]:+.1f}") for c in order[:6] if more[c] > 5e-4]
+            place += 1
+
+
+def test_the_audit_lists_the_least_usual_samples_first(found):
+    _, results, folder = found
+    text = (folder / PAGES["audit"]).read_text()
+    sections = text.split('<section class="way">')[1:]
+    assert "30 samples were compared" in text and len(sections) == 24
+    for one, section in zip(results["audit"], sections, strict=False):
+        assert f'<h3><a href="../sample/{one.sample}.html">sample {one.sample}</a></h3>' in section
+        assert f"<b>percentile {one.percentile:.1f}</b>" in section
+        more, _, less = section.partition("less of")
+        for uses, part in ((one.over, more), (one.under, less)):
+            shown = re.findall(r"<span>(\d+)<small>([+-][\d.]+)</small>", part)
+            assert shown == [(str(use.concept), f"{100 * use.difference:+.1f}") for use in uses]
+
+
+def test_clusters_show_their_samples_and_what_sets_them_apart(found):
+    _, results, folder = found
+    text = (folder / PAGES["clusters"]).read_text()
+    clusters = results["clusters"]
+    assert f"{clusters.separation:.2f}</b><span>separation" in text and "10 samples of" in text
+    for i, section in enumerate(text.split('<section class="way">')[1:]):
+        assert f"<h3>Cluster {i}</h3><p>{clusters.sizes[i]} samples</p>" in section
+        shown = [int(sample) for sample in re.findall(r"\.\./sample/(\d+)\.html", section)]
+        assert shown == clusters.members(i)[:5].tolist()
+        concept, more = clusters.strongest(i)[0]
+        assert f"{concept}<small>{more:+.3f}</small>" in section
+    drawing = text.partition('class="points"')[2].partition("</svg>")[0]
+    assert [drawing.count(f'class="c{i}"') for i in (0, 1)] == clusters.sizes
+    assert text.count("<rect x=") == len(clusters.eigenvalues)
+
+
+def test_meanings_are_listed_by_text_and_by_clarity(found):
+    _, results, folder = found
+    page = folder / PAGES["meanings"]
+    meant, text = results["meanings"], page.read_text()
+    for name in TEXTS:
+        part = text.partition(f"<h3>{name}</h3>")[2].partition("</section>")[0]
+        shown = re.findall(r"<span>(\d+)<small>(-?[\d.]+)</small>", part)
+        assert shown == [(str(c), f"{s:.2f}") for c, s in meant.best(name, 6)]
+    rows = text.partition("By clarity")[2].split("<tr>")[2:]
+    order = np.argsort(-meant.clarity, kind="stable")
+    best = [list(TEXTS)[i] for i in meant.similarity.argmax(0)]
+    for row, i in zip(rows, order, strict=True):
+        assert f"../concept/second/{i}.html" in row and f"<td>{best[i]}</td>" in row
+        assert re.findall(r'class="num">([\d.-]+)<', row) == [
+            f"{scores[i]:.2f}" for scores in (meant.clarity, meant.redundancy, meant.polysemanticity)
+        ]
+    assert f'"texts":{{"second:0":"{best[0]}"' in (folder / "search.html").read_text(), "concepts are found by text"
+
+
+def test_interventions_are_listed_by_what_the_output_loses(found):
+    _, results, folder = found
+    tested, text = results["interventions"], (folder / PAGES["interventions"]).read_text()
+    change, relevance = tested.change.mean(0), tested.relevance.mean(0)
+    rows = text.split("<tr>")[2:]
+    for row, i in zip(rows, np.argsort(change, kind="stable"), strict=True):
+        assert f"../concept/second/{i}.html" in row
+        assert re.findall(r'class="num">([^<]+)<', row) == [f"{relevance[i]:.3g}", f"{change[i]:+.3g}"]
+    assert f"<b>{tested.agreement:.2f}</b>" in text and "was switched off" in text
+    assert text.partition('class="points"')[2].partition("</svg>")[0].count("<circle") == len(change)
+
+
+def test_pages_of_concepts_and_classes_say_what_is_kept(found):
+    _, results, folder = found
+    mixture = results["prototypes"].classes[0]
+    concept = int(mixture.means[0].argmax())
+    aside = Parsed(folder / f"concept/second/{concept}.html")
+    meant, tested = results["meanings"], results["interventions"]
+    for text in (
+        f"{mixture.means[0].max():.1%} of prototype 0 of apple",
+        f"clarity {meant.clarity[concept]:.2f}; reads as “{list(TEXTS)[meant.similarity[:, concept].argmax()]}”",
+        f"output {tested.change[:, concept].mean():+.3g} when it is switched off, relevance "
+        f"{tested.relevance[:, concept].mean():+.3g} (mean of 3 samples)",
+    ):
+        assert text in aside.text
+    assert set(PAGES.values()) - {PAGES["audit"], PAGES["clusters"]} <= links_to(
+        folder / f"concept/second/{concept}.html", folder
+    )
+    text = Parsed(folder / "class/0.html").text
+    shares = ", ".join(f"{weight:.0%}" for weight in sorted(mixture.weights, reverse=True))
+    assert f"prototypes in second: {shares} of the samples" in text
+    assert f"clusters in second: {', '.join(map(str, results['clusters'].sizes))} samples" in text
+    assert "How it is predicted" in text and "clusters" not in Parsed(folder / "class/1.html").text
+
+
+def test_samples_that_are_shown_have_pages(found):
+    _, results, folder = found
+    wanted = {int(sample) for mixture in results["prototypes"].classes.values() for sample in mixture.sample}
+    wanted |= {one.sample for one in results["audit"][:24]}
+    assert all((folder / f"sample/{sample}.html").is_file() for sample in wanted)
+
+
+def test_results_of_an_earlier_table_are_named_and_not_shown(tmp_path):
+    fv = make_fv(tmp_path / "mined", Images(30))
+    fv.run(EpsilonPlus(), 0, 30, batch_size=5, checkpoint=3, progress=False)
+    table = Table.open(fv.path)
+    keep_everything(fv)
+    shards = table.shards
+    table._change(shards[:-1])
+    folder = report(fv, tmp_path / "out")
+    parsed = Parsed(folder / "index.html")
+    for kind in PAGED:
+        command = KEPT_KINDS[kind]
+        assert f"The {kind} of layer 'second'" in parsed.text and command in parsed.text
+        assert not (folder / kind).exists()
+    assert "How classes are predicted" not in parsed.text
+    table._change(shards)
+    assert (report(fv, tmp_path / "out") / PAGES["audit"]).is_file(), "the table is as it was"
+    folder = report(fv, tmp_path / "out", classes=[1], layers=["second"])
+    assert not (folder / PAGES["clusters"]).exists(), "class 0 has no page"
+    text = (folder / PAGES["prototypes"]).read_text()
+    assert "pear" in text and "apple" not in text
+    assert report(fv, tmp_path / "out", layers=["first"])
+    assert not (folder / PAGES["audit"]).exists(), "what a smaller report has no more is deleted"
+
+
+def test_many_classes_are_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("crp.visualization.report.kept.CLASSES_A_PART", 2)
+    monkeypatch.setattr("crp.visualization.report.kept_pages.CLASSES_A_PART", 2)
+    monkeypatch.setattr("crp.visualization.report.pages.CLASSES_A_PART", 2)
+    fv = mined(tmp_path / "mined", Images(30))
+    keep_everything(fv)
+    folder = report(fv, tmp_path / "out")
+    first, second = (folder / f"prototypes/second{part}.html" for part in ("", "-part2"))
+    headings = [re.findall(r'\.html">(\w+)</a></h2>', page.read_text()) for page in (first, second)]
+    assert headings == [["apple", "pear"], ["plum"]]
+    assert "prototypes/second-part2.html" in links_to(folder / "class/2.html", folder)
+    assert "prototypes/second-part2.html" in links_to(first, folder)
+
+
+def test_hostile_names_stay_text(tmp_path):
+    fv = mined(tmp_path / "mined", Images(30))
+    keep_everything(fv, texts={EVIL: [1.0, 0, 0, 0, 1], "</script><b>": [0.0, 1, 0, 0, 0]})
+    table = Table.open(fv.path)
+    keep_result(table, "meanings", "first", Meant(4), {"texts": [EVIL]})
+    names = {"class_names": [EVIL, "../../x", ""], "concept_names": {("second", 1): EVIL}}
+    folder = report(fv, tmp_path / "out", **names)
+    for page in folder.rglob("*.html"):
+        parsed = Parsed(page)
+        assert [tag for tag, _ in parsed.elements].count("script") <= 2
+        assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
+        assert not [address for address in parsed.all("href") if re.match(r"[a-z]+:", address)]
+    for page in PAGES.values():
+        assert EVIL in Parsed(folder / page).text, page
+    single = write_report(fv, EpsilonPlus(), tmp_path / "one.html", verbose=False, n_references=1, **names)
+    parsed = Parsed(single)
+    assert [tag for tag, _ in parsed.elements].count("script") == 2
+    ids = set(parsed.all("id"))
+    assert {href[1:] for href in parsed.all("href") if href.startswith("#")} <= ids
+
+
+class Meant(dict):
+    """Arrays of meanings of so many concepts."""
+
+    def __init__(self, n: int) -> None:
+        ones = {name: np.ones(n) for name in ("clarity", "redundancy", "polysemanticity")}
+        super().__init__(concept=np.arange(n), similarity=np.ones((1, n)), **ones)
