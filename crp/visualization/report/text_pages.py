@@ -16,13 +16,12 @@ from zennit.core import Composite
 
 from crp.image.texts import TextHeatmap, readable
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.texts import texts_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import LayerFacts, Reference
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import TONES, Renderer, percent
 from crp.visualization.table.store import Table
-from crp.visualization.text_references import TextRow, read_text, text_heatmaps, text_of
+from crp.visualization.text_references import TextRow, read_text, text_heatmaps, text_of, texts_in
 
 #: Tokens on either side of the strongest one, in a window.
 REACH = 8

@@ -21,7 +21,6 @@ from zennit.core import Composite
 
 from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.texts import texts_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row, picture_file
@@ -40,6 +39,7 @@ from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table
+from crp.visualization.text_references import texts_in
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
