@@ -44,7 +44,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,
-    "engine": 4000,
+    "engine": 4100,
     "devices": 50,
     "explain": 200,
     "image": 1390,
@@ -54,7 +54,8 @@ BUDGETS = {
     "outputs": 360,
     "metrics": 810,
     "rules": 5320,
-    "trace": 1400,
+    # (along which axis the channels of a layer are)
+    "trace": 1590,
     "types": 150,
     # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
     # loaded again; references that are texts)
@@ -108,7 +109,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 90
+    assert sum(map(len, arrows().values())) <= 91
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
