@@ -280,10 +280,18 @@ def test_the_tokenizer_is_in_the_recipe(tmp_path: Path) -> None:
 # --- what cannot be -------------------------------------------------------------------------------------------------
 
 
+class Backward(AxisConcept):
+    """Counts tokens from the end."""
+
+    def arranged(self, values: torch.Tensor, layer_name: str | None = None) -> torch.Tensor:
+        return super().arranged(values, layer_name).flip(-1)
+
+
 @pytest.mark.parametrize(
     ("concept", "layer", "message"),
     [
         (ChannelConcept(), "transformer.h.0.mlp.act", r"ChannelConcept\(\) has no value for each token; AxisConcept"),
+        (Backward(), "transformer.h.0.mlp.act", r"AxisConcept\(axis=-1, groups=None\) has no value for each token"),
         (AxisConcept(1), "transformer.h.0.mlp.act", r"AxisConcept\(axis=1, groups=None\) has no value for each token"),
     ],
 )
