@@ -283,8 +283,11 @@ def test_the_tokenizer_is_in_the_recipe(tmp_path: Path) -> None:
 class Backward(AxisConcept):
     """Counts tokens from the end."""
 
-    def arranged(self, values: torch.Tensor, layer_name: str | None = None) -> torch.Tensor:
-        return super().arranged(values, layer_name).flip(-1)
+    def code(self, activation: torch.Tensor) -> torch.Tensor:
+        return super().code(activation).flip(-1)
+
+    def relevance(self, activation: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        return super().relevance(activation, multiplier).flip(-1)
 
 
 @pytest.mark.parametrize(
