@@ -1,7 +1,7 @@
 """What a model makes of its data as a whole: vectors for directions, prototypes, clusters, correction."""
 
 from crp.audit.auditing import AuditedSample, audit, audit_table, save_audit
-from crp.audit.clustering import Clusters, clusters, export_corelay, save_clusters
+from crp.audit.clustering import Clusters, clusters, export_corelay, save_clusters, with_concepts
 from crp.audit.collect import Collected, collect
 from crp.audit.context import context_scores, inside_boxes
 from crp.audit.correcting import Effect, effect, penalty, project, prune
@@ -46,4 +46,5 @@ __all__ = [
     "save_audit",
     "save_clusters",
     "search",
+    "with_concepts",
 ]

@@ -156,8 +156,7 @@ def save_clusters(
     ----------
     table : Table
     found : Clusters
-        Of samples of the table, with its concepts as features; those of heatmaps have no concepts, and the list of the
-        strongest is left out.
+        Of samples of the table, by their concepts or their heatmaps.
     layer : str
         Of the table.
     of_class : int
@@ -171,8 +170,8 @@ def save_clusters(
     Path
         The file.
     """
-    by_concept = what in ("relevance", "activation")
-    strongest = [found.strongest(i, k) if by_concept else [] for i in range(len(found.sizes))]
+    named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
+    strongest = [named.strongest(i, k) for i in range(len(found.sizes))]
     ids, exceeds = np.full((len(strongest), k), -1, np.int64), np.zeros((len(strongest), k))
     for row, concepts in enumerate(strongest):
         for column, (concept, difference) in enumerate(concepts):
@@ -192,6 +191,17 @@ def save_clusters(
     }
     settings = {"what": what, "separation": found.separation}
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
+
+
+def with_concepts(table: Table, found: Clusters, layer: str, of_class: int) -> Clusters:
+    """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
+    blocks = list(RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).blocks(table))
+    samples = np.concatenate([block.sample for block in blocks])
+    order = np.argsort(samples, kind="stable")
+    place = order[np.searchsorted(samples[order], found.sample)]
+    if not np.array_equal(samples[place], found.sample):
+        raise ValueError(f"the clusters have samples without rows of class {of_class} in {table!r}")
+    return found._replace(vectors=np.concatenate([block.value for block in blocks]).astype(np.float64)[place])
 
 
 def export_corelay(

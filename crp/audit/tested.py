@@ -14,6 +14,7 @@ from crp.audit.intervening import intervene
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.mining.targets import choose_targets
+from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
@@ -94,7 +95,7 @@ def interventions(
     data = torch.cat([fv.get_data_sample(int(sample))[0] for sample in samples]).detach()
     attribution, concept = fv.attribution, fv.layer_map[layer]
     if targets is None:
-        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, data)]
+        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
     result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: int(y)} for y in targets], composite, [layer])
     relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
     change = intervene(attribution, data, layer, concept, ids.tolist(), targets, scale=scale)

@@ -146,7 +146,13 @@ def audit_command(
 @click.argument("folder", type=_FOLDER)
 @click.argument("layer")
 @click.argument("of_class", metavar="CLASS")
-@click.option("--what", type=click.Choice(["relevance", "activation"]), default="relevance", show_default=True)
+@click.option(
+    "--what",
+    type=click.Choice(["relevance", "activation", "heatmap"]),
+    default="relevance",
+    show_default=True,
+    help="By which samples are compared; heatmaps are those that crp.audit.keep_heatmaps has kept.",
+)
 @click.option("--n", type=click.IntRange(min=1), help="Number of clusters; that of the largest gap by default.")
 @click.option("--neighbours", type=click.IntRange(1), default=10, show_default=True, help="Each sample is joined with.")
 @click.option("--export", type=click.Path(dir_okay=False, path_type=Path), help="New HDF5 file for ViRelAy.")
@@ -171,7 +177,7 @@ def clusters_command(
 
         crp clusters atlas/ layer4 ship
     """
-    from crp.audit import clusters, export_corelay, save_clusters
+    from crp.audit import clusters, export_corelay, save_clusters, with_concepts
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
@@ -186,7 +192,8 @@ def clusters_command(
             raise CommandError("--export needs h5py: pip install concept-relevance[corelay]") from None
     if keep:
         save_clusters(table, found, layer, target, what=what)
-    _tell_clusters(table, layer, target, found, as_json)
+    named = with_concepts(table, found, layer, target) if what == "heatmap" else found
+    _tell_clusters(table, layer, target, named, as_json)
 
 
 def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_json: bool) -> None:

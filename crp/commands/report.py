@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from crp.commands.errors import CommandError
-from crp.commands.mine import _make_composite
+from crp.commands.mine import _make_composite, _part
 from crp.commands.table import _plain
 
 INTERRUPTED = 130
+#: Options, and what `write_report` calls them.
+_OPTIONS = {
+    "concepts": "n_concepts",
+    "references": "n_references",
+    "active": "n_active",
+    "batch_size": "batch_size",
+}
 
 
 @click.command("report")
@@ -23,6 +35,8 @@ INTERRUPTED = 130
 @click.option("--references", type=click.IntRange(1), default=8, show_default=True, help="Most relevant of a concept.")
 @click.option("--active", type=click.IntRange(0), help="Most active samples of a concept; as --references by default.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Heatmaps at once.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
+@click.option("--part", metavar="I/N", help="Only draw part I of N, counted from 0, and write no page.")
 @click.option("--title", default="What the model looks at", show_default=True, help="Of the first page.")
 @click.option("--open", "opened", is_flag=True, help="Show the pages in the browser.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -31,15 +45,11 @@ def report_command(
     folder: Path,
     out: Path | None,
     single_file: bool,
-    layers: tuple[str, ...],
-    concepts: int,
-    references: int,
-    active: int | None,
-    batch_size: int,
-    title: str,
+    workers: int,
+    part: str | None,
     opened: bool,
-    quiet: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Write pages that show what a table has found, with nothing but its FOLDER.
 
@@ -48,42 +58,82 @@ def report_command(
     loaded as for the crp mine that made the table; modules of your own that it names are imported.
 
         crp report atlas/ --open
-    """
-    from crp.visualization.feature import FeatureVisualization
-    from crp.visualization.opening import open_recipe
-    from crp.visualization.report.write import write_report
-    from crp.visualization.table.store import Table
 
+    --workers draw at the same time. So do several machines that share the folder, each with its --part; the same
+    command without it then writes the pages.
+    """
     path = out or folder / ("atlas.html" if single_file else "atlas")
     if single_file and path.suffix.lower() not in (".html", ".htm"):
         raise CommandError(f"--out {path} must end in .html with --single-file")
+    if single_file and (workers > 1 or part):
+        raise CommandError("--workers and --part draw into a folder; --single-file is for small tables")
+    share = None if part is None else _part(part, {}, "--part")
+    given["quiet"] = given["quiet"] or as_json
     try:
-        recipe = Table.open(folder).header.recipe
-        found, command = open_recipe(recipe), recipe["command"]
-        fv = FeatureVisualization.open(
-            folder,
-            model=found.model,
-            dataset=found.dataset,
-            layer_map=found.layer_map,
-            preprocess_fn=found.preprocess,
-        )
-        page = write_report(
-            fv,
-            _make_composite(command["rules"], command["settings"]),
-            path,
-            layers=list(layers) or None,
-            n_concepts=concepts,
-            n_references=references,
-            n_active=active,
-            batch_size=batch_size,
-            title=title,
-            verbose=not quiet,
-        )
+        page = _write(folder, path, workers, share, given)
     except KeyboardInterrupt:
         click.echo(f"\nInterrupted. What is drawn is kept in {path}; the same command goes on from there.", err=True)
         raise SystemExit(INTERRUPTED) from None
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(_plain(str(error))) from error
+    if share is not None:
+        done = {"part": part, "folder": str(page)}
+        click.echo(json.dumps(done) if as_json else f"drew part {part} into {_plain(str(page))}")
+        return
     click.echo(json.dumps({"page": str(page)}) if as_json else f"wrote {_plain(str(page))}")
     if opened:
         click.launch(page.resolve().as_uri())
+
+
+def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None, given: dict[str, Any]) -> Path:
+    """Open the table, have its pictures drawn by several processes if need be, and write the pages."""
+    from crp.visualization.feature import FeatureVisualization
+    from crp.visualization.opening import open_recipe
+    from crp.visualization.report.write import write_report
+    from crp.visualization.table.store import Table
+
+    recipe = Table.open(folder).header.recipe
+    found, command = open_recipe(recipe), recipe["command"]
+    fv = FeatureVisualization.open(
+        folder,
+        model=found.model,
+        dataset=found.dataset,
+        layer_map=found.layer_map,
+        preprocess_fn=found.preprocess,
+    )
+    composite = _make_composite(command["rules"], command["settings"])
+    options: dict[str, Any] = {name: given[option] for option, name in _OPTIONS.items()}
+    options |= {"layers": list(given["layers"]) or None, "title": given["title"], "verbose": not given["quiet"]}
+    drawers: list[subprocess.Popen[bytes]] = []
+    try:
+        if workers > 1 and share is None:
+            drawers = _start_drawers(workers, folder, path, given)
+            write_report(fv, composite, path, part=(0, workers), **options)
+            for drawer in drawers:
+                if drawer.wait():
+                    click.echo(
+                        f"A process ended with status {drawer.returncode}; its part is drawn by this one.", err=True
+                    )
+        return write_report(fv, composite, path, part=share, **options)
+    finally:
+        for drawer in drawers:
+            drawer.terminate()
+
+
+def _start_drawers(n: int, folder: Path, out: Path, given: Mapping[str, Any]) -> list[subprocess.Popen[bytes]]:
+    """Start processes 1 to n - 1, each of which draws its part; they share the processor's threads."""
+    import torch
+
+    arguments = [sys.executable, "-m", "crp", "report", str(folder), "--out", str(out), "--quiet"]
+    for layer in given["layers"]:
+        arguments += ["--layers", layer]
+    for option in _OPTIONS:
+        if given[option] is not None:
+            arguments += [f"--{option.replace('_', '-')}", str(given[option])]
+    threads = max(1, torch.get_num_threads() // n)
+    torch.set_num_threads(threads)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return [
+        subprocess.Popen([*arguments, "--part", f"{i}/{n}"], env=environment, stdout=subprocess.DEVNULL)
+        for i in range(1, n)
+    ]

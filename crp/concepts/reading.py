@@ -160,18 +160,24 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
     if hasattr(concept, "column") or not has_own(concept, "mask"):
         return
     first = values.rows(slice(1))
-    scores = relevance_scores(concept, first, layer_name).sum[0]
-    if first.counted is None or first.multiplier is None:
-        flows, counted = first.relevance, torch.ones_like(first.relevance)
-    else:
-        flows, counted = first.multiplier, first.counted
-    whole = first.relevance.abs().sum().item()
-    tolerance = 1e-3 * whole + torch.finfo(flows.dtype).tiny
+    flows, counted = (
+        (first.relevance, torch.ones_like(first.relevance))
+        if first.counted is None or first.multiplier is None
+        else (first.multiplier, first.counted)
+    )
+    of_device = relevance_scores(concept, first, layer_name).sum[0]
+    dtype = torch.promote_types(of_device.dtype, torch.float32)
+    whole_of_device = first.relevance.abs().sum(dtype=dtype)
+    # (two copies to the host, whatever the number of concepts: each waits for the device)
+    *scores, whole = torch.cat([of_device.to(dtype), whole_of_device[None]]).tolist()
+    if math.isnan(whole):
+        return
     make = mask_of(concept)
-    for concept_id in sorted({int(scores.abs().argmax()), 0, len(scores) - 1}):
-        kept = (counted * make(0, [concept_id], layer_name)(flows.clone())).sum().item()
-        score = scores[concept_id].item()
-        if abs(kept - score) <= tolerance or math.isnan(whole):
+    ids = sorted({max(range(len(scores)), key=lambda i: abs(scores[i])), 0, len(scores) - 1})
+    let_through = [(counted * make(0, [i], layer_name)(flows.clone())).sum(dtype=dtype) for i in ids]
+    for concept_id, kept in zip(ids, torch.stack(let_through).tolist(), strict=True):
+        score = scores[concept_id]
+        if abs(kept - score) <= 1e-3 * whole + torch.finfo(flows.dtype).tiny:
             continue
         message = (
             f"layer {layer_name!r}: {concept!r} contradicts itself. It scores {concept.describe(concept_id)} by "

@@ -53,7 +53,7 @@ def _passed(
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
     elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):
-        kept |= Born.SQUASHED  # a gate is closed as far as another one is open
+        kept |= Born.SQUASHED | flags & Born.ACTIVATION  # a gate is closed as far as another one is open
     if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or (name == "getitem" and _has_tensor(args[1:]))):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):

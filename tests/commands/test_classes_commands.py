@@ -12,7 +12,7 @@ from command_cases import crp
 from table_maker import make_header, make_table
 
 from crp.audit import Prototypes
-from crp.visualization.table.derived import read_kept
+from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.store import Table
 
@@ -58,6 +58,21 @@ def test_clusters_as_json(folder):
     assert found["clusters"][1]["concepts"][0]["name"] == "concept 2"
     assert found["eigenvalues"][0] == pytest.approx(0, abs=1e-12)
     assert not (folder / "derived").exists()
+
+
+def test_clusters_of_heatmaps_name_concepts_of_the_layer(folder):
+    result = crp("clusters", folder, "a", 3, "--what", "heatmap")
+    assert result.exit_code == 1 and "no heatmaps of layer 'a', class 3" in result.output
+    table = Table.open(folder)
+    maps = np.repeat(np.eye(4)[[0, 3]], [30, 20], axis=0).reshape(50, 2, 2)
+    maps = maps + np.random.default_rng(0).normal(size=maps.shape) * 0.01
+    arrays = {"sample": np.arange(50), "heatmap": maps.astype(np.float16), "scale": np.ones(50)}
+    keep_result(table, "heatmaps", "a", arrays, {}, 3)
+    rows = crp("clusters", folder, "a", 3, "--what", "heatmap").output.splitlines()
+    assert "more of concepts 0 (+0." in rows[1] and "more of concepts 2 (+0." in rows[2]
+    assert "more of concepts none" in crp("clusters", folder, "b", 3, "--what", "heatmap").output
+    kept = read_kept(table, "clusters", "a", 3)
+    assert kept.settings["what"] == "heatmap" and kept.arrays["strongest"][:, 0].tolist() == [0, 2]
 
 
 def test_clusters_for_virelay(folder, tmp_path):
@@ -178,7 +193,7 @@ def test_errors(folder, arguments, message):
         ("prototypes", "a", "--covariance", "tied"),
         ("prototypes",),
         ("clusters", "a"),
-        ("clusters", "a", 3, "--what", "heatmap"),
+        ("clusters", "a", 3, "--what", "pixels"),
         ("clusters", "a", 3, "--neighbours", 0),
         ("audit", "a", "--sample", -1),
         ("audit", "a", "--concepts", 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from command_cases import crp, mine_pictures
 from mining_cases import Data, make_net, run
+from PIL import Image
 
 from crp.composites import EpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept, SubspaceConcept
 from crp.errors import LoadingError
 from crp.visualization import FeatureVisualization, Table
+from crp.visualization.report import drawing
+from crp.visualization.table.lock import locked
 
 
 @pytest.fixture
@@ -49,6 +53,62 @@ def test_an_interrupted_report_says_how_to_go_on(mined: Path, monkeypatch: pytes
         result = crp("report", mined, "--quiet")
     assert result.exit_code == 130 and "the same command goes on from there" in result.output
     assert crp("report", mined, "--quiet", "--active", "0").exit_code == 0
+
+
+def pages(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_processes_draw_at_the_same_time(mined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert crp("report", mined, "--quiet", "--references", "2").exit_code == 0
+    whole = pages(mined / "atlas")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    drawn: list[str] = []
+    with monkeypatch.context() as context:
+        draw = drawing.Drawer._write_file
+        context.setattr(
+            drawing.Drawer, "_write_file", lambda self, job, *a: drawn.append(job.address) or draw(self, job, *a)
+        )
+        out = ["--out", mined / "two"]
+        result = crp("report", mined, "--quiet", "--references", "2", "--workers", "2", *out)
+    assert (result.exit_code, result.stdout) == (0, f"wrote {mined / 'two' / 'index.html'}\n"), result.output
+    together = pages(mined / "two")
+    assert set(together) == set(whole)
+    for name in together:  # (other batches round otherwise)
+        if name.endswith(".png"):
+            one, other = (np.asarray(Image.open(io.BytesIO(some[name])), int) for some in (together, whole))
+            assert np.abs(one - other).max() <= 1, name
+    n_maps = len([name for name in whole if name.startswith("maps/")])
+    assert 0 < len(drawn) < n_maps, "the other process has drawn its part"
+
+
+def test_machines_draw_parts_of_a_report(mined: Path) -> None:
+    for i in range(3):
+        result = crp("report", mined, "--quiet", "--references", "2", "--part", f"{i}/3")
+        assert (result.exit_code, result.output) == (0, f"drew part {i}/3 into {mined / 'atlas'}\n")
+        assert not (mined / "atlas" / "index.html").exists()
+    there = {name for name in pages(mined / "atlas") if name.startswith("maps/")}
+    assert crp("report", mined, "--quiet", "--references", "2").exit_code == 0
+    assert {name for name in pages(mined / "atlas") if name.startswith("maps/")} == there
+    for options, message in (
+        (["--part", "3/3"], "--part 3/3 must be I/N with I from 0 to N - 1"),
+        (["--workers", "2", "--single-file"], "--workers and --part draw into a folder"),
+    ):
+        result = crp("report", mined, *options)
+        assert result.exit_code == 1 and message in result.output
+
+
+def test_a_table_that_is_being_mined_is_shown_as_far_as_it_is(mined: Path) -> None:
+    options = ["--model", "nets:net", "--data", "pictures", "--layers", "0", "--composite", "epsilon_plus", "--quiet"]
+    options += ["--out", "growing", "--shard-size", "2", "--batch-size", "2"]
+    assert crp("mine", *options, "--stop", "4").exit_code == 0
+    growing = mined.parent / "growing"
+    with locked(growing, "run"):  # (as by a process that goes on mining)
+        assert crp("report", growing, "--quiet").exit_code == 0
+    assert "4 of 8 samples were not mined yet: 4 to 7." in (growing / "atlas" / "index.html").read_text()
+    assert crp("mine", "--out", "growing", "--quiet").exit_code == 0
+    assert crp("report", growing, "--quiet").exit_code == 0
+    assert "not mined yet" not in (growing / "atlas" / "index.html").read_text()
 
 
 def test_opening_needs_nothing_but_the_folder(mined: Path) -> None:

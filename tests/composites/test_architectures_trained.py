@@ -6,20 +6,15 @@ the repository.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from trained_nets import MEAN, STD, cifar_images, cifar_net, found, loaded
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 
-DATA = Path(os.environ.get("CRP_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 PRESETS = {
     "epsilon_plus": EpsilonPlus(),
     "epsilon_plus_flat": EpsilonPlusFlat(),
@@ -28,27 +23,11 @@ PRESETS = {
 }
 
 
-def found(name):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{name} is neither in CRP_TEST_DATA nor in shared/data beside the repository")
-    return path
-
-
-def loaded(module, *args):
-    spec = importlib.util.spec_from_file_location(module, found(f"{module}.py"))
-    namespace = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(namespace)
-    return namespace.load(found(args[0]), *args[1:]).eval()
-
-
 @pytest.fixture(scope="module")
 def cifar():
     """ResNet-20 of CIFAR-10, 500 test images and their labels."""
-    with np.load(found("cifar10_test500.npz")) as arrays:
-        pixels, labels = torch.tensor(arrays["images"]), torch.tensor(arrays["labels"])
-    images = (pixels.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
-    return loaded("cifar_resnet", "resnet20-12fca82f.th", 20), images, labels.long()
+    images, labels = cifar_images()
+    return cifar_net(), (images - MEAN) / STD, labels
 
 
 @pytest.mark.parametrize("name", ["epsilon_plus_flat", "epsilon_gamma_box"])

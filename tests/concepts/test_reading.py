@@ -105,6 +105,23 @@ def test_a_wrong_concept_is_noticed(concept, space):
         check_concept(concept, values(*space), "conv")
 
 
+@pytest.mark.parametrize("n", [1, 3], ids=["one", "three"])
+def test_a_check_waits_twice_for_the_device(n, monkeypatch):
+    """Whatever the number of concepts: once for the scores, once for what masks let through."""
+    waits = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, own=own: waits.append(tensor) or own(tensor))
+    check_concept(DirectionConcept(drawn(n, C)), values(4, 5), "layer")
+    assert len([tensor for tensor in waits if tensor.is_floating_point()]) == 2
+
+
+def test_values_that_are_not_finite_are_no_contradiction():
+    of_layer = values(2)
+    of_layer.relevance[0, 0] = of_layer.multiplier[0, 0] = torch.nan
+    check_concept(RelevanceOnly([0.5] * C), of_layer, "layer")
+
+
 def test_what_cannot_be_checked_is_not():
     class Pairs(ProjectedScores):
         def column(self, concept_id, layer_name):

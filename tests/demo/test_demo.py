@@ -328,9 +328,9 @@ def test_the_report_names_the_concept(done):
 
 def test_the_concept_on_the_mark_is_the_first_suspect(done):
     page = done.report.with_name("suspects.html").read_text(encoding="utf-8")
-    first = page.partition('<section class="concept">')[2].partition("</section>")[0]
+    first = page.partition('<section class="concept suspect">')[2].partition("</section>")[0]
     assert f'<a href="class/{done.digit}.html">' in first and "at the top left" in first
-    named = re.findall(r"<h3><a href=.*?>(.*?) · (\d+)</a>", page)
+    named = re.findall(r"<h2 class=\"name\"><a href=.*?>(.*?) · (\d+)</a>", page)
     assert (done.shortcut.layer, str(done.shortcut.concept)) in named[:2]
 
 

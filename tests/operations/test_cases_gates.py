@@ -118,6 +118,23 @@ def test_a_gate_is_constant_whatever_it_went_through(name, preset):
     assert_same_map(model, constant, DATA, LRP_PRESETS[preset]())
 
 
+TWO_GATES = {
+    "complement": lambda n, a: n.sigmoid() * (1 - a.sigmoid()),
+    "complement_first": lambda n, a: (1.0 - n.sigmoid()) * a.sigmoid(),
+    "complement_by_neg": lambda n, a: n.sigmoid() * (-a.sigmoid() + 1),
+    "negative": lambda n, a: n.sigmoid() * torch.sigmoid(-a),
+    "both": lambda n, a: (1 - n.sigmoid()) * (1 - a.sigmoid()),
+}
+
+
+@pytest.mark.parametrize("name", TWO_GATES)
+def test_two_gates_share_their_product(name):
+    """Neither is the signal, also where one is one minus a gate."""
+    model = seeded(Gated(TWO_GATES[name]))
+    whole = UniformEpsilon(gates="signal")
+    assert off(maps(model, DATA, whole), maps(model, DATA, UniformEpsilon(gates="split"))) <= 1e-12
+
+
 class GRU(nn.Module):
     """Gated recurrent unit of three gates over (n, steps, 6), by the spelling of its last line: (n, 3)."""
 

@@ -63,7 +63,7 @@ def test_references_are_those_of_the_ranking(fv, atlas, layer, mode):
         text = (atlas / f"concept/{layer}/{concept}.html").read_text()
         part = text.partition("Most relevant" if mode == "relevance" else "Most active")[2].partition("</div><h2>")[0]
         part = part.partition("<h2>")[0]
-        captions = re.findall(r"<figcaption><b>(.*?)</b><span>(.*?)</span>.*?<span>sample (\d+)</span>", part)
+        captions = re.findall(r"<figcaption><b>(.*?)</b><span.*?>(?:✓ )?(\w+).*?<span>sample (\d+)</span>", part)
         columns = (best.value[:, concept], best.target[:, concept], best.sample[:, concept])
         rows = zip(*(column.tolist() for column in columns), strict=True)
         assert captions == [(percent(value), NAMES[target], str(sample)) for value, target, sample in rows if value]
@@ -89,6 +89,58 @@ def test_heatmaps_are_conditioned_on_class_and_concept(fv, atlas):
         ]
         assert row.before == pytest.approx(float(result.prediction.softmax(1)[0, target]), abs=1e-6)
         assert row.predicted == int(result.prediction.argmax())
+
+
+def test_heatmaps_of_the_most_active_begin_at_the_concept(fv, atlas):
+    best = top_k(Table.open(fv.path), "second", "activation", k=1)
+    page = Parsed(atlas / "concept/second/3.html")
+    assert "Where the concept is most active, whichever class it speaks for." in page.text
+    relevant = len([one for one in top_k(Table.open(fv.path), "second", k=3).value[:, 3] if one])
+    data = fv.dataset[int(best.sample[0, 3])][0][None]
+    result = fv.attribution(data, [{"second": [3]}], EpsilonPlus(), start_layer="second")
+    with Image.open(atlas / "maps/second/3.png") as image:
+        steps = np.asarray(image)[:, 64 * relevant : 64 * (relevant + 1)].astype(int) - 127
+    assert np.abs(steps / 127 - square_map(result.heatmap[0].detach().numpy(), 64)).max() <= 0.5 / 127 + 1e-6
+
+
+def test_a_sample_shows_its_prediction_and_what_sets_its_concepts_apart(fv, atlas):
+    name = min((atlas / "sample").iterdir(), key=lambda path: int(path.stem))
+    sample = int(name.stem)
+    data, target = fv.dataset[sample][0][None], fv.dataset[sample][1]
+    file = next((atlas / "maps/samples").glob(f"{sample}.*.png"))
+    known = [drawing.Drawn(*row) for row in read_facts(file)["rows"]]
+    of_class = int(file.stem.split(".")[1])
+    concepts = class_means_of(fv, sample, of_class)[: len(known) - 1]
+    conditions = [{"y": [of_class]}, *({"y": [of_class], "second": [concept]} for concept in concepts)]
+    whole, *parts = fv.attribution(data, conditions, EpsilonPlus()).heatmap.detach().numpy()
+    with Image.open(file) as image:
+        cells = np.asarray(image).astype(int) - 127
+    assert cells.shape[1] == 64 * (1 + 2 * len(concepts))
+    for number, part in enumerate(parts):
+        expected = square_map(part / np.abs(part).sum() - whole / np.abs(whole).sum(), 64)
+        place = 64 * (1 + len(concepts) + number)
+        assert np.abs(cells[:, place : place + 64] / 127 - expected).max() <= 0.5 / 127 + 1e-6
+    chances = fv.attribution(data, [{"y": [0]}], EpsilonPlus()).prediction.softmax(1)[0].detach()
+    page = Parsed(name)
+    for one, chance in enumerate(chances.tolist()):
+        label = "\N{NO-BREAK SPACE}(label)" if one == target else ""
+        assert f"{NAMES[one]}{label}{percent(chance)}" in page.text, "the most probable classes, and the label"
+
+
+def class_means_of(fv, sample: int, target: int) -> list[int]:
+    """Concepts of the highest layer by their share in one row."""
+    for block in Table.open(fv.path).blocks("second", normed=True, samples=[sample]):
+        row = block.value[block.target.tolist().index(target)]
+        return [c for c in np.argsort(-row, kind="stable").tolist() if row[c] > 0]
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.1234, "12.3"), (0.0004, "0.04"), (-0.00001, "0"), (-0.004, "−0.40"), (1, "100.0")],
+)
+def test_shares_are_written_with_the_digits_they_need(share, text):
+    assert percent(share) == f"{text}\N{NO-BREAK SPACE}%"
 
 
 def test_a_concept_is_switched_off_to_see_what_it_does(fv, atlas):
@@ -226,6 +278,30 @@ def test_another_model_is_refused(fv, tmp_path):
     other.path, other.RelMax, other.ActMax = fv.path, fv.RelMax, fv.ActMax
     with pytest.raises(ValueError, match="was mined with another model"):
         report(other, tmp_path / "out")
+
+
+def test_pictures_of_several_sizes_are_drawn(tmp_path):
+    class Uneven(Images):
+        def __getitem__(self, index):
+            data, label = super().__getitem__(index)
+            return data[:, : 6 - index % 2], label
+
+    net = nn.Sequential(
+        OrderedDict(
+            first=nn.Conv2d(1, 4, 3),
+            relu=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flat=nn.Flatten(),
+            out=nn.Linear(4, 3),
+        )
+    )
+    fv = make_fv(tmp_path / "mined", Uneven(), net=net.double().eval(), layers=["relu"])
+    fv.run(EpsilonPlus(), 0, 12, progress=False, mixed_shapes=True)
+    folder = report(fv, tmp_path / "out")
+    best = top_k(Table.open(fv.path), "relu", k=3)
+    assert {i % 2 for i in best.sample.flat} == {0, 1}, "references of both sizes"
+    for sample in np.unique(best.sample):
+        assert (folder / f"sample/{sample}.html").is_file()
 
 
 # ---- hostile names

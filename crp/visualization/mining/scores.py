@@ -125,7 +125,8 @@ def _get_columns(
     lengths: Sequence[int] | None,
 ) -> dict[str, Tensor]:
     n_rows = len(values if isinstance(values, Tensor) else values.relevance)
-    if check and not isinstance(values, Tensor):
+    # (each check waits for the device; channels are what masks of channels let through)
+    if check and not isinstance(values, Tensor) and type(concept) is not ChannelConcept:
         check_concept(concept, values, layer)
     if lengths is not None:
         scores = token_scores(concept, values, layer, lengths, check)

@@ -118,8 +118,8 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     found = _TOP.fullmatch(targets)
     n = int(found[1]) if found else 1
     best = torch.sort(output, dim=1, descending=True, stable=True).indices[:, :n]
-    chosen: list[list[int]] = torch.sort(best, dim=1).values.tolist()
-    return chosen
+    of_samples: list[list[int]] = torch.sort(best, dim=1).values.tolist()
+    return of_samples
 
 
 def keeps_graph(composite: Composite | None) -> bool:

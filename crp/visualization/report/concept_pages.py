@@ -11,7 +11,7 @@ import numpy as np
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn
 from crp.visualization.report.facts import BINS, Histograms, Reference
-from crp.visualization.report.pages import CLASSES, FEW, Atlas, Shown
+from crp.visualization.report.pages import CLASSES, FEW, WHOLE, Atlas, Shown
 from crp.visualization.report.render import percent
 
 #: Edges of a concept's graph on either side.
@@ -57,7 +57,7 @@ def get_flow(atlas: Atlas) -> Flow:
             continue
         for concept in range(atlas.facts[layer].n_concepts):
             total: dict[int, float] = defaultdict(float)
-            known = [one for one in atlas.known(layer, concept) if one.below]
+            known = [one for one in atlas.known_relevant(layer, concept) if one.below]
             for one in known:
                 for lower, share in one.below:
                     total[lower] += share / len(known)
@@ -79,21 +79,13 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
     largest = float(np.abs(shares).max(initial=0.0)) or 1.0
     for row in order[:CLASSES]:
         target, share = int(facts.shares.targets[row]), float(shares[row])
-        classes.append((atlas.class_name(target), _class_address(atlas, target), share, max(share, 0.0) / largest))
-    rows = []
-    for heading, references, normed in (("Most relevant", relevant, True), ("Most active", active, False)):
-        found = [atlas.reference(layer, concept, one, _value(atlas, one.value, normed)) for one in references]
-        tiles = [one for one in found if one is not None]
-        note = ""
-        if heading == "Most relevant" and references and references[0].value < 0:
-            note = "Its relevance is negative everywhere: these are the samples in which it speaks least against."
-        if tiles:
-            rows.append((heading, tiles, note))
+        classes.append((atlas.class_name(target), _class_address(atlas, target), share, abs(share) / largest))
+    rows = _references(atlas, layer, concept)
     turns = [
         (str(other), atlas.addresses.concept(layer, other)) if 0 <= other < facts.n_concepts else None
         for other in (concept - 1, concept + 1)
     ]
-    off = _switched_off(atlas.known(layer, concept))
+    off = _switched_off(atlas.known_relevant(layer, concept))
     page = {
         "layer": layer,
         "concept": concept,
@@ -122,6 +114,27 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
     atlas.renderer.page(atlas.addresses.concept(layer, concept), "concept.html", title, page=page)
 
 
+def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[Shown], str]]:
+    """Headings with the tiles of references, and a note on each."""
+    relevant, active = atlas.cells[layer, concept]
+    rows, place = [], 0
+    notes = ("", "Where the concept is most active, whichever class it speaks for.")
+    for heading, references, note in zip(("Most relevant", "Most active"), (relevant, active), notes, strict=True):
+        normed = heading == "Most relevant"
+        values = [_value(atlas, one.value, normed) for one in references]
+        found = [
+            atlas.reference(layer, concept, place + i, one, value)
+            for i, (one, value) in enumerate(zip(references, values, strict=True))
+        ]
+        place += len(references)
+        tiles = [one for one in found if one is not None]
+        if heading == "Most relevant" and references and references[0].value < 0:
+            note = "Its relevance is negative everywhere: these are the samples in which it speaks least against."
+        if tiles:
+            rows.append((heading, tiles, note))
+    return rows
+
+
 def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tuple[int, float]]]) -> None:
     """Render the page of a sample; ``best`` are its concepts with the largest shares, by layer."""
     whole = atlas.whole(sample)
@@ -136,11 +149,12 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         concepts.append(
             {
                 "here": whole._replace(cell=cell, crop=drawn.crop, href=atlas.addresses.concept(top, concept)),
+                "apart": whole._replace(cell=cell + len(known) - 1, crop=WHOLE, href=""),
                 "label": atlas.label(top, concept),
                 "href": atlas.addresses.concept(top, concept),
                 "share": share,
                 "width": share / largest,
-                "others": atlas.best(top, concept, FEW + 1),
+                "others": atlas.best(top, concept, FEW),
                 "below": drawn.below,
                 "concept": concept,
             }
@@ -167,7 +181,9 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         said += f" {len(concepts)} concepts of {top} carry {percent(part)} of the relevance there."
     page = {
         "trail": [("Atlas", "index.html"), (label, _class_address(atlas, target)), (atlas.sample_names[sample], "")],
-        "title": f"Why {label}? {atlas.sample_names[sample]}",
+        "title": f"Why {label}?",
+        "name": atlas.sample_names[sample],
+        "prediction": _prediction(atlas, sample, first),
         "lead": said,
         "whole": whole._replace(href=""),
         "concepts": concepts,
@@ -176,7 +192,21 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         "graph_note": f"From the class to {top}" + (f" to {layers[-2]}" if len(layers) > 1 else "") + "; widths are "
         "shares of relevance.",
     }
-    atlas.renderer.page(Addresses.sample(sample), "sample.html", f"{page['title']} — concept atlas", page=page)
+    title = f"{page['title']} {page['name']} — concept atlas"
+    atlas.renderer.page(Addresses.sample(sample), "sample.html", title, page=page)
+
+
+def _prediction(atlas: Atlas, sample: int, first: Drawn) -> list[tuple[str, str, float]]:
+    """Most probable classes of a sample: name, address, probability; the label is marked."""
+    label = atlas.labels.get(sample)
+    return [
+        (
+            atlas.class_name(one) + ("\N{NO-BREAK SPACE}(label)" if one == label else ""),
+            _class_address(atlas, one),
+            probability,
+        )
+        for one, probability in first.top
+    ]
 
 
 def _class_address(atlas: Atlas, target: int) -> str:
@@ -263,6 +293,8 @@ def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, A
     upper = layers[place + 1] if place + 1 < len(layers) else ""
     lower = layers[place - 1] if place else ""
     above, below = flow.above.get((layer, concept), []), flow.below.get((layer, concept), [])
+    if not upper:
+        above = _best_classes(atlas, layer, concept)
     if not above and not below:
         return {"graph": None, "above": upper, "below": lower}
     rows = max(len(above), len(below))
@@ -274,11 +306,26 @@ def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, A
         total = max((share for _, share in found), default=0.0) or 1.0
         for number, (one, share) in enumerate(found):
             y = 33 + 78 * (number + (rows - len(found)) / 2)
-            nodes.append(PlacedNode(x, y, str(one), atlas.addresses.concept(other, one), _tile(atlas, other, one)))
+            nodes.append(_node(atlas, x, y, other, one))
             left, right = ((x, y), (middle.x, middle.y)) if x < middle.x else ((middle.x, middle.y), (x, y))
             thickness = round(1 + 9 * share / total, 1)
             edges.append(Edge(left[0], left[1], (left[0] + right[0]) / 2, right[1], right[0], thickness))
     return {"graph": {"width": 600, "height": height, "nodes": nodes, "edges": edges}, "above": upper, "below": lower}
+
+
+def _best_classes(atlas: Atlas, layer: str, concept: int) -> list[tuple[int, float]]:
+    """Classes for which a concept of the highest layer speaks most."""
+    shares = atlas.facts[layer].shares
+    order = np.argsort(-shares.value[:, concept], kind="stable")[:EDGES].tolist()
+    found = [(int(shares.targets[row]), float(shares.value[row, concept])) for row in order]
+    return [(target, share) for target, share in found if share > 0 and target in atlas.class_names]
+
+
+def _node(atlas: Atlas, x: float, y: float, layer: str, one: int) -> PlacedNode:
+    """Node of a concept; of a class, where there is no layer."""
+    if layer:
+        return PlacedNode(x, y, str(one), atlas.addresses.concept(layer, one), _tile(atlas, layer, one))
+    return PlacedNode(x, y, atlas.class_name(one)[:18], _class_address(atlas, one), None)
 
 
 def _graph_of_sample(

@@ -26,7 +26,7 @@ from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.references import predict_without
 from crp.visualization.report.addresses import Addresses
-from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
+from crp.visualization.report.maps import crop_of, encode_maps, read_facts, shrunk, square_map
 from crp.visualization.report.options import ReportOptions, check_image
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.manifest import Array
@@ -39,6 +39,10 @@ _BELOW = 5
 _TOGETHER = 64
 #: Side up to which pictures are stored without loss.
 _SMALL = 64
+#: Classes of a prediction that are kept.
+_TOP = 4
+#: What files of heatmaps hold; those of another version are drawn again.
+_VERSION = 2
 
 
 class HeatmapFile(NamedTuple):
@@ -71,6 +75,8 @@ class Drawn(NamedTuple):
         Probability of the target, or its output where there is one output only, with the concept and without it.
     predicted : int or None
         Class with the largest output.
+    top : list of (class, probability)
+        Most probable classes, for a row of a whole sample.
     """
 
     crop: tuple[float, float, float]
@@ -78,6 +84,7 @@ class Drawn(NamedTuple):
     before: float | None
     after: float | None
     predicted: int | None
+    top: Sequence[tuple[int, float]] = ()
 
 
 class Drawer:
@@ -115,7 +122,7 @@ class Drawer:
     def job(self, address: str, rows: Sequence[Row]) -> HeatmapFile:
         """File of heatmaps, with the key of all it depends on."""
         below = [self._below_of(row.layer) for row in rows]
-        content = [self.identity, self.options.map_size, self.options.picture_size, below, rows]
+        content = [_VERSION, self.identity, self.options.map_size, self.options.picture_size, below, rows]
         self.used.add(address)
         return HeatmapFile(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
 
@@ -148,12 +155,22 @@ class Drawer:
         places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
         found: list[dict[int, tuple[Array, Drawn]]] = [{} for _ in jobs]
         for alike in _batches(places, self.options.batch_size):
-            for (number, place, _), drawn in zip(alike, self._draw([row for *_, row in alike]), strict=True):
+            for (number, place, _), drawn in zip(alike, self._draw_rows([row for *_, row in alike]), strict=True):
                 found[number][place] = drawn
                 if len(found[number]) == len(jobs[number].rows):
                     self._write(jobs[number], [found[number][i] for i in range(len(found[number]))])
                     found[number].clear()
                     yield jobs[number]
+
+    def _draw_rows(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
+        """Draw rows of one layer; those of samples of one shape together."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(tuple(self.data(row.sample).shape), []).append(place)
+        found: dict[int, tuple[Array, Drawn]] = {}
+        for of_shape in places.values():
+            found |= dict(zip(of_shape, self._draw([rows[place] for place in of_shape]), strict=True))
+        return [found[place] for place in range(len(rows))]
 
     def write_mean(self, job: HeatmapFile, heatmap: Array, picture: tuple[bytes, str]) -> None:
         """Write the mean heatmap of a class, and the mean picture that the file names."""
@@ -221,15 +238,18 @@ class Drawer:
         heatmaps = result.heatmap.detach().cpu().double()
         for sample, heatmap in zip(shown, heatmaps, strict=True):
             check_image(sample, heatmap)
-        shares = self._shares(result.relevances, below)
+        lower = self._shares(result.relevances, below)
         before, predicted = scores(result.prediction, targets)
         after: list[float | None] = [None] * len(rows)
         if layer is not None and started:
             after = self._without(data, rows, layer)
         drawn = []
         for i, heatmap in enumerate(heatmaps.numpy()):
-            facts = Drawn(crop_of(heatmap), shares[i] if below else [], before[i], after[i], predicted[i])
-            drawn.append((square_map(heatmap, self.options.map_size), facts))
+            facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
+            if layer is None:
+                facts = facts._replace(top=_top_classes(result.prediction, i))
+            shares = heatmap / (np.abs(heatmap).sum() or 1.0)
+            drawn.append((shrunk(shares, self.options.map_size), facts))
         return drawn
 
     def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
@@ -268,7 +288,12 @@ class Drawer:
             sample = job.rows[0].sample
             facts |= {"picture": self.picture(sample), "side": max(self.data(sample).shape[-2:])}
             self._keep(job, facts)
-        self._write_file(job, [one for one, _ in found], facts)
+        maps = [one for one, _ in found]
+        if job.rows[0].layer is None:
+            # What sets a concept apart, h_k / Σ|h_k| - h / Σ|h|: where a larger part of its relevance lies than of all
+            # relevance. Heatmaps of one layer's concepts often look alike, and this is in what they differ.
+            maps += [one - maps[0] for one in maps[1:]]
+        self._write_file(job, [square_map(one, self.options.map_size) for one in maps], facts)
 
     def _write_file(self, job: HeatmapFile, maps: Sequence[Array], facts: Mapping[str, Any]) -> None:
         path = self.folder / job.address
@@ -293,14 +318,26 @@ def scores(prediction: Any, targets: Sequence[int]) -> tuple[list[float | None],
     nothing: list[Any] = [None] * len(targets)
     if not isinstance(prediction, Tensor) or prediction.dim() != 2 or not len(targets):
         return nothing, nothing
-    values = prediction.detach().cpu().double()
+    if prediction.shape[1] == 1:
+        return prediction[:, 0].detach().cpu().double().tolist(), nothing
+    values = _probabilities(prediction)
     predicted: list[int | None] = list(values.argmax(1).tolist())
-    if values.shape[1] == 1:
-        return values[:, 0].tolist(), nothing
-    whole = torch.ones(len(values), dtype=values.dtype)
-    if not ((values >= 0).all() and torch.allclose(values.sum(1), whole, atol=1e-4)):
-        values = values.softmax(1)
     return [float(row[target]) if target >= 0 else None for row, target in zip(values, targets, strict=True)], predicted
+
+
+def _top_classes(prediction: Any, row: int) -> list[tuple[int, float]]:
+    """Most probable classes of a row, and their probabilities; nothing where the output is no classes."""
+    if not isinstance(prediction, Tensor) or prediction.dim() != 2 or prediction.shape[1] < 2:
+        return []
+    values, classes = _probabilities(prediction[row : row + 1])[0].topk(min(_TOP, prediction.shape[1]))
+    return [(c, round(v, 4)) for c, v in zip(classes.tolist(), values.tolist(), strict=True)]
+
+
+def _probabilities(prediction: Tensor) -> Tensor:
+    values = prediction.detach().cpu().double()
+    whole = torch.ones(len(values), dtype=values.dtype)
+    is_done = (values >= 0).all() and torch.allclose(values.sum(1), whole, atol=1e-4)
+    return values if is_done else values.softmax(1)
 
 
 def picture_file(sample: Tensor, size: int) -> tuple[bytes, str]:

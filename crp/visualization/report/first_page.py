@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from crp.visualization.report.pages import FEW, Atlas, Shown
 from crp.visualization.report.render import percent
 from crp.visualization.table.store import Table
 
-#: Suspects on the overview.
-SUSPECTS = 6
+#: Suspects on the overview, and the number of classes up to which each has a picture there.
+SUSPECTS, PICTURED = 7, 60
 
 
 def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[str, Any]]) -> None:
@@ -25,12 +25,14 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
     ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in coverage.missing[:20])
     more = f" and {len(coverage.missing) - 20} more ranges" if len(coverage.missing) > 20 else ""
     notes = [] if not missing else [f"{missing} of {table.n_samples} samples were not mined yet: {ranges}{more}."]
+    if any(mark.startswith("(") for mark in table.header.probes.values()):
+        notes.append("The data differs from reading to reading: what is shown is not exactly what was mined.")
     notes += atlas.kept.notes
     n_concepts = sum(one.n_concepts for one in atlas.facts.values())
     layers = []
     for layer in reversed(list(atlas.facts)):
         mean = atlas.facts[layer].mean
-        order = np.argsort(-mean, kind="stable")[: FEW + 1].tolist()
+        order = np.argsort(-mean, kind="stable")[: 2 * FEW].tolist()
         tiles = [tile for concept in order for tile in atlas.best(layer, concept)]
         address = atlas.addresses.layer(layer)
         layers.append({"name": layer, "href": address, "n": atlas.facts[layer].n_concepts, "tiles": tiles})
@@ -50,19 +52,47 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
         "suspects": _suspects(atlas),
         "kept": kept,
         "layers": layers,
-        "classes": [(name, Addresses.label(target)) for target, name in atlas.class_names.items()],
+        "classes": [
+            (name, Addresses.label(target), _class_tile(atlas, target)) for target, name in atlas.class_names.items()
+        ],
         "provenance": [
+            *_origin(table.header.recipe),
             ("Samples", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped"),
             ("Layers", ", ".join(atlas.facts)),
             ("References ranked by", ranked),
             ("Heatmaps by", composite),
-            ("Content of the index", table.digest),
-            *((f"Fingerprint: {key}", value) for key, value in sorted(table.fingerprints.items())),
             ("Versions", ", ".join(f"{key} {value}" for key, value in sorted(table.versions.items()))),
+        ],
+        "fingerprints": [
+            ("Content of the table", table.digest),
+            *((f"Fingerprint: {key}", value) for key, value in sorted(table.fingerprints.items())),
         ],
         "skipped": sorted(coverage.skipped.items()),
     }
     atlas.renderer.page("index.html", "index.html", atlas.options.title, page=page)
+
+
+def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was mined, in words, as far as the table says it."""
+    rows = []
+    for title, part, keys in (("Model", "model", ("named", "weights", "checkpoint")), ("Data", "dataset", ("named",))):
+        about = recipe.get(part)
+        if isinstance(about, Mapping):
+            words = [str(about[key]) for key in keys if about.get(key)] or [str(about.get("folder") or about["class"])]
+            rows.append((title, ", ".join(words)))
+    if prepared := recipe.get("preprocess"):
+        rows.append(("Preparation", str(prepared)))
+    return rows
+
+
+def _class_tile(atlas: Atlas, target: int) -> Shown | None:
+    """Picture of a class: the concept with the largest share in the highest layer, as it is in the class."""
+    if len(atlas.class_names) > PICTURED:
+        return None
+    layer = list(atlas.facts)[-1]
+    shares = [atlas.facts[layer].share(target, concept) for concept in range(atlas.facts[layer].n_concepts)]
+    tiles = atlas.best(layer, int(np.argmax(shares)), 1, target)
+    return tiles[0]._replace(href="") if tiles else None
 
 
 def _suspects(atlas: Atlas) -> list[Shown]:

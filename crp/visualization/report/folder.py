@@ -6,12 +6,12 @@ import json
 from collections.abc import Set
 from pathlib import Path
 
-from crp.visualization.table.derived import KEPT_KINDS
+from crp.visualization.report.kept import PAGED
 from crp.visualization.table.files import write_atomic
 
 MARKER = "atlas.json"
 #: Folders that pages and pictures are in.
-PARTS = ("class", "concept", "layer", "maps", "pictures", "sample", *KEPT_KINDS)
+PARTS = ("class", "concept", "layer", "maps", "pictures", "sample", *PAGED)
 #: Files that are in the folder itself.
 SHARED = ("index.html", "suspects.html", "search.html", "atlas.css", "atlas.js", MARKER)
 _SUFFIXES = frozenset({".html", ".png", ".webp"})

@@ -14,6 +14,8 @@ from crp.visualization.table.derived import KEPT_KINDS, KeptResult, list_kept, r
 from crp.visualization.table.manifest import TableMismatchError
 from crp.visualization.table.store import Table
 
+#: Kinds of results with a page.
+PAGED = ("prototypes", "audit", "clusters", "meanings", "interventions")
 #: Samples of an audit that are shown, and of each prototype and cluster beside the one that shows it.
 UNUSUAL, BESIDE = 24, 4
 #: With more prototypes or clusters than this, each is shown by one sample alone.
@@ -82,7 +84,9 @@ def get_kept(table: Table, layers: Sequence[str], classes: Collection[int]) -> K
     """Results that are kept beside a table; those of an earlier state of it are named and not shown."""
     results, notes = [], []
     for found in list_kept(table):
-        if found.layer not in layers or not (found.of_class is None or found.of_class in classes):
+        if found.kind not in PAGED or found.layer not in layers:
+            continue
+        if found.of_class is not None and found.of_class not in classes:
             continue
         try:
             one = read_kept(table, found.kind, found.layer, found.of_class)

@@ -27,14 +27,18 @@ _TEXT = "crp"
 
 def square_map(heatmap: Array, size: int) -> Array:
     """Relevance in -1..1 as a square of ``size`` pixels, the shorter side of a heatmap in its middle."""
-    height, width = heatmap.shape
-    largest = max(height, width)
-    to = [max(1, round(length * size / largest)) for length in (height, width)]
-    small = heatmap if largest == size else resized(heatmap, (to[0], to[1]))
+    small = shrunk(heatmap, size)
     found = np.zeros((size, size))
     top, left = (size - small.shape[0]) // 2, (size - small.shape[1]) // 2
     found[top : top + small.shape[0], left : left + small.shape[1]] = clipped(small)[0]
     return found
+
+
+def shrunk(heatmap: Array, size: int) -> Array:
+    """Heatmap whose longer side has ``size`` pixels."""
+    largest = max(heatmap.shape)
+    height, width = (max(1, round(length * size / largest)) for length in heatmap.shape)
+    return heatmap if largest == size else resized(heatmap, (height, width))
 
 
 def crop_of(heatmap: Array) -> tuple[float, float, float]:

@@ -69,6 +69,7 @@ class ReportKeywords(TypedDict, total=False):
     map_size: int
     batch_size: int
     verbose: bool
+    part: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ class ReportOptions:
         Samples per attribution.
     verbose : bool
         Show the progress.
+    part : (int, int), optional
+        Of ``(i, n)``, only draw part i of n of what is missing, counted from 0, and write no page. Several processes
+        draw into one folder, at the same time if need be; a report without it then finds everything drawn.
     """
 
     class_names: Sequence[str] | Mapping[int, str] | None = None
@@ -122,6 +126,7 @@ class ReportOptions:
     map_size: int = 64
     batch_size: int = 32
     verbose: bool = True
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_concepts", "n_references", "picture_size", "map_size", "batch_size"):
@@ -130,6 +135,9 @@ class ReportOptions:
         for name in ("n_active", "n_mean", "n_sample_concepts"):
             if (value := getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+
+        if self.part is not None and not 0 <= self.part[0] < self.part[1]:
+            raise ValueError(f"part must be (i, n) with i from 0 to n - 1, not {self.part!r}")
 
     @property
     def active(self) -> int:

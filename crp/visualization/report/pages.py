@@ -60,6 +60,8 @@ class Atlas:
     sample_names : mapping of sample to str
     labels : mapping of sample to int
         Where a label is one class.
+    predictions : mapping of sample to (int, float)
+        Class and probability, where the table has them.
     kept : KeptResults
         What is kept beside the table: prototypes, clusters and the like.
     about : mapping of (layer, concept) to list of (text, address)
@@ -77,6 +79,7 @@ class Atlas:
     sample_rows: Mapping[int, int]
     sample_names: Mapping[int, str]
     labels: Mapping[int, int]
+    predictions: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     kept: KeptResults = field(default_factory=KeptResults)
     about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
     drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
@@ -95,9 +98,17 @@ class Atlas:
     # --- tiles
 
     def rows(self, layer: str, concept: int) -> list[tuple[int, int]]:
-        """Samples and targets in the file of a concept's heatmaps."""
+        """Samples and targets in the file of a concept's heatmaps.
+
+        Where a concept is most relevant, the heatmap is that of the class. Where it is most active, it begins at the
+        concept's own activation (target -1), so that it shows what is seen there, whichever class it speaks for.
+        """
         relevant, active = self.cells[layer, concept]
-        return list(dict.fromkeys((one.sample, one.target) for one in (*relevant, *active)))
+        return [(one.sample, one.target) for one in relevant] + [(one.sample, -1) for one in active]
+
+    def known_relevant(self, layer: str, concept: int) -> list[Drawn]:
+        """What is known of the references in which a concept is most relevant."""
+        return self.known(layer, concept)[: len(self.cells[layer, concept][0])]
 
     def known(self, layer: str, concept: int) -> list[Drawn]:
         """What is known of these references."""
@@ -106,15 +117,15 @@ class Atlas:
             self.drawn[key] = self.drawer.facts(self.addresses.concept_maps(layer, concept))
         return self.drawn[key]
 
-    def reference(self, layer: str, concept: int, one: Reference, value: str, href: str | None = None) -> Shown | None:
-        """Tile of a reference; None where its heatmap is not drawn."""
-        place = self.rows(layer, concept).index((one.sample, one.target))
+    def reference(
+        self, layer: str, concept: int, place: int, one: Reference, value: str, href: str | None = None
+    ) -> Shown | None:
+        """Tile of a reference, whose heatmap is in a place of the concept's file; None where it is not drawn."""
         known = self.known(layer, concept)
         if place >= len(known):
             return None
         facts = known[place]
-        lines = [(self.class_name(one.target), "")] if one.target >= 0 else []
-        lines += [*self.predicted(one.sample, one.target, facts), (self.sample_names[one.sample], "")]
+        lines = [*self.predicted(one.sample, one.target, facts), (self.sample_names[one.sample], "")]
         return Shown(
             self.drawer.picture(one.sample),
             self.addresses.concept_maps(layer, concept),
@@ -128,19 +139,26 @@ class Atlas:
         )
 
     def predicted(self, sample: int, target: int, facts: Drawn) -> list[tuple[str, str]]:
-        """Line that tells the prediction, and whether it is the label; nothing where the model has no classes."""
-        if facts.predicted is None:
-            return []
-        right = facts.predicted == self.labels.get(sample, target)
-        chance = f" {facts.before:.0%}" if facts.predicted == target and facts.before is not None else ""
-        return [(f"predicted {self.class_name(facts.predicted)}{chance}", "ok" if right else "bad")]
+        """Lines that tell the label and the prediction, in one where they agree; the class where there is no label."""
+        label = self.labels.get(sample)
+        of_class = target if label is None else label
+        own = [(self.class_name(of_class), "")] if of_class >= 0 else []
+        predicted, chance = self.predictions.get(sample, (facts.predicted, 0.0))
+        if predicted is None:
+            return own
+        word = self.class_name(predicted) + (f" {chance:.0%}" if chance else "")
+        if label is None:
+            return [*(own if of_class != predicted else []), (f"predicted {word}", "")]
+        if predicted == label:
+            return [(f"\N{CHECK MARK} {word}", "ok")]
+        return [*own, (f"\N{BALLOT X} {word}", "bad")]
 
     def best(self, layer: str, concept: int, n: int = 1, target: int | None = None) -> list[Shown]:
         """Tiles of a concept's best references, which link to the concept; those of a class first."""
-        relevant = self.cells[layer, concept][0]
-        order = sorted(relevant, key=lambda one: target is not None and one.target != target)
+        relevant = list(enumerate(self.cells[layer, concept][0]))
+        relevant.sort(key=lambda one: target is not None and one[1].target != target)
         href = self.addresses.concept(layer, concept)
-        found = (self.reference(layer, concept, one, "", href) for one in order[:n])
+        found = (self.reference(layer, concept, place, one, "", href) for place, one in relevant[:n])
         return [one for one in found if one is not None]
 
     def card(
@@ -227,7 +245,7 @@ class Atlas:
         turns = [None if t is None else (self.class_name(t), Addresses.label(t)) for t in neighbours]
         rows = next(iter(self.facts.values())).shares
         found = int(rows.rows[np.searchsorted(rows.targets, target)]) if target in rows.targets.tolist() else 0
-        wrong = sum("bad" in one.lines[0][1] for one in samples)
+        wrong = sum(any(kind == "bad" for _, kind in one.lines) for one in samples)
         page = {
             "name": self.class_name(target),
             "trail": [("Atlas", "index.html"), (self.class_name(target), "")],
@@ -265,7 +283,7 @@ class Atlas:
         for sample, of in self.sample_rows.items():
             if of == target and (one := self.whole(sample)) is not None:
                 found.append(one)
-        return sorted(found, key=lambda one: "bad" not in one.lines[0][1])
+        return sorted(found, key=lambda one: not any(kind == "bad" for _, kind in one.lines))
 
     def whole(self, sample: int) -> Shown | None:
         """Tile of a sample with all its relevance."""
@@ -278,7 +296,9 @@ class Atlas:
         lines = [*self.predicted(sample, target, first), (self.sample_names[sample], "")]
         name = f"{self.sample_names[sample]}, {self.class_name(target)}"
         href = Addresses.sample(sample)
-        return Shown(self.drawer.picture(sample), address, 0, len(known), href, "", lines, name, first.crop)
+        # (the whole heatmap, those of its concepts, and what sets each apart)
+        cells = 2 * len(known) - 1
+        return Shown(self.drawer.picture(sample), address, 0, cells, href, "", lines, name, first.crop)
 
     def _mean(self, target: int) -> Shown | None:
         from crp.visualization.report.maps import read_facts

@@ -21,10 +21,11 @@ from zennit.core import Composite
 
 from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
+from crp.visualization.mining.texts import texts_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row, picture_file
-from crp.visualization.report.facts import Reference, concepts_of_samples, get_facts
+from crp.visualization.report.facts import LayerFacts, Reference, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
 from crp.visualization.report.kept import about_concepts, get_kept
@@ -34,6 +35,7 @@ from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
 from crp.visualization.report.render import Renderer, SingleRenderer
 from crp.visualization.report.suspects import find_suspects
+from crp.visualization.report.text_pages import TextAtlas, write_texts
 from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
@@ -56,7 +58,7 @@ def write_report(
     Parameters
     ----------
     fv : FeatureVisualization
-        Of a dataset of images that was mined: ``fv.run(composite)``.
+        Of a dataset of images or texts that was mined: ``fv.run(composite)``.
     composite : zennit Composite, or None for the plain gradient
         Rules for the heatmaps.
     path : path
@@ -68,7 +70,7 @@ def write_report(
     Returns
     -------
     Path
-        The first page.
+        The first page; with ``part``, the folder.
 
     Raises
     ------
@@ -87,6 +89,8 @@ def write_report(
     """
     chosen = ReportOptions(**options)
     path = Path(path)
+    if chosen.part is not None and path.suffix.lower() in (".html", ".htm"):
+        raise ValueError(f"part draws into a folder, and {path} is one file")
     if path.suffix.lower() not in (".html", ".htm"):
         claim(path)
         return _write(fv, composite, path, None, chosen)
@@ -107,18 +111,13 @@ def _write(
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
+    if texts_in(fv.dataset) is not None:
+        return _write_texts(fv, composite, table, layers, names, folder, file, options)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     counts = {"relevance": options.n_references, "activation": options.active}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
     facts = {layer: get_facts(table, layer, questions, counts) for layer in tqdm(layers, desc="Table", **bar)}
-    cells = {
-        (layer, concept): (
-            one.references("relevance", concept, options.n_references),
-            one.references("activation", concept, options.active),
-        )
-        for layer, one in facts.items()
-        for concept in range(one.n_concepts)
-    }
+    cells = _cells(facts, options)
     identity = _identity(table, composite)
     drawer = Drawer(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
@@ -127,7 +126,7 @@ def _write(
     kept = get_kept(table, layers, shown)
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
-    file_names, labels = _about_samples(table, fv.dataset, samples)
+    file_names, labels, predictions = _about_samples(table, fv.dataset, samples)
     atlas = Atlas(
         drawer=drawer,
         renderer=Renderer(folder, "", False),
@@ -140,10 +139,13 @@ def _write(
         sample_rows=samples,
         sample_names=file_names,
         labels=labels,
+        predictions=predictions,
         kept=kept,
     )
     atlas.about = about_concepts(kept, addresses, atlas.class_name)
     _draw(atlas, best, table, bar)
+    if options.part is not None:
+        return folder
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
     pixelated = drawer.smallest_side <= 64
     atlas.renderer = (
@@ -156,6 +158,48 @@ def _write(
     if file is None:
         remove_others(folder, atlas.renderer.written | drawer.used)
     return first
+
+
+def _write_texts(
+    fv: FeatureVisualization,
+    composite: Composite | None,
+    table: Table,
+    layers: Sequence[str],
+    names: Mapping[int, str],
+    folder: Path,
+    file: Path | None,
+    options: ReportOptions,
+) -> Path:
+    questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
+    counts = {"relevance": options.n_references, "activation": options.active}
+    facts = {layer: get_facts(table, layer, questions, counts) for layer in layers}
+    atlas = TextAtlas(fv, composite, facts, _cells(facts, options), names, options)
+    best = _best_of_samples(table, layers, atlas.samples)
+    atlas.draw(best, disable=not options.verbose, dynamic_ncols=True)
+    footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
+    renderer = (
+        Renderer(folder, footer, False, pictures=False)
+        if file is None
+        else SingleRenderer(folder, footer, False, file, options.title, pictures=False)
+    )
+    first = write_texts(atlas, renderer, table, _description(composite), best)
+    if file is None:
+        remove_others(folder, renderer.written)
+    return first
+
+
+def _cells(
+    facts: Mapping[str, LayerFacts], options: ReportOptions
+) -> dict[tuple[str, int], tuple[list[Reference], list[Reference]]]:
+    """References of every concept: where it is most relevant, and where it is most active."""
+    return {
+        (layer, concept): (
+            one.references("relevance", concept, options.n_references),
+            one.references("activation", concept, options.active),
+        )
+        for layer, one in facts.items()
+        for concept in range(one.n_concepts)
+    }
 
 
 def _draw(
@@ -172,12 +216,14 @@ def _draw(
     for sample, target in atlas.sample_rows.items():
         conditioned = [Row(sample, target, top, c) for c, _ in best[sample].get(top, [])[: options.n_sample_concepts]]
         jobs.append(drawer.job(Addresses.sample_maps(sample, target), [Row(sample, target), *conditioned]))
+    part, n_parts = options.part or (0, 1)
+    jobs = jobs[part::n_parts]
     # (rows of one layer stand together, so that they are drawn together)
     for _ in tqdm(drawer.draw(jobs), total=len(jobs), desc="Heatmaps", **bar):
         pass
     if options.n_mean:
         rows_of_table = table.rows()
-        for target in tqdm(atlas.class_names, desc="Classes", **bar):
+        for target in tqdm(list(atlas.class_names)[part::n_parts], desc="Classes", **bar):
             samples = rows_of_table.sample[rows_of_table.target == target]
             chosen = samples[np.linspace(0, len(samples) - 1, min(options.n_mean, len(samples))).round().astype(int)]
             _draw_mean(drawer, target, chosen.tolist())
@@ -284,12 +330,14 @@ def _best_of_samples(
     return best
 
 
-def _about_samples(table: Table, dataset: Any, samples: Iterable[int]) -> tuple[dict[int, str], dict[int, int]]:
-    """What samples are called, by file where the table or the dataset tells it, and labels that are one class."""
+def _about_samples(
+    table: Table, dataset: Any, samples: Iterable[int]
+) -> tuple[dict[int, str], dict[int, int], dict[int, tuple[int, float]]]:
+    """What samples are called, by file where it is told; labels that are one class; and predictions."""
     columns = table.samples()
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     rows = {int(sample): row for row, sample in enumerate(columns.sample)}
-    names, labels = {}, {}
+    names, labels, predictions = {}, {}, {}
     for sample in samples:
         row = rows[sample]
         name = columns.source[row]
@@ -298,7 +346,9 @@ def _about_samples(table: Table, dataset: Any, samples: Iterable[int]) -> tuple[
         names[sample] = name or f"sample {sample}"
         if isinstance(columns.label[row], int):
             labels[sample] = columns.label[row]
-    return names, labels
+        if columns.prediction[row] >= 0:
+            predictions[sample] = int(columns.prediction[row]), float(columns.probability[row])
+    return names, labels, predictions
 
 
 def _identity(table: Table, composite: Composite | None) -> str:

@@ -1,0 +1,115 @@
+"""Whether everybody can use the atlas: axe-core's rules, the keyboard, and what people ask of their system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, find_browser
+from feature_net import Images, mined
+from house_plan import ROOT
+from zennit.composites import EpsilonPlus
+
+from crp.visualization.report import Finding, make_tile, write_report
+
+#: The script of axe-core: where the variable CRP_AXE says, or where ``npm install axe-core`` puts it.
+AXE = Path(os.environ.get("CRP_AXE") or ROOT / "node_modules" / "axe-core" / "axe.min.js")
+pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
+needs_axe = pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: npm install axe-core")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    one = Browser()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fv = mined(tmp_path_factory.mktemp("mined"), Images(30))
+    tile = make_tile(fv.dataset.data[0], fv.dataset.data[0][0], "a tile")
+    finding = Finding("A finding", ["Text."], [("1 %", "of it")], [("Some", [tile])], (0, "second", 1))
+    folder = tmp_path_factory.mktemp("atlas") / "out"
+    names = {"class_names": ["apple", "pear", "plum"], "findings": [finding], "n_references": 3, "verbose": False}
+    return write_report(fv, EpsilonPlus(), folder, **names).parent
+
+
+def pages(atlas: Path) -> list[Path]:
+    """Those of the folder itself, and one of each kind."""
+    kinds = [
+        min(path.rglob("*.html")) for path in sorted(atlas.iterdir()) if path.is_dir() and any(path.rglob("*.html"))
+    ]
+    return [*sorted(atlas.glob("*.html")), *kinds]
+
+
+@needs_axe
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["desktop", "dark phone"])
+def test_no_rule_of_axe_is_broken(browser: Browser, atlas: Path, width: int, dark: bool) -> None:
+    found = {}
+    for page in pages(atlas):
+        browser.resize(width, 900, dark=dark)
+        browser.open(page.as_uri())
+        browser.evaluate(AXE.read_text() + ";0")
+        broken = "axe.run().then(found => found.violations.map(one => [one.id, one.nodes[0].html.slice(0, 200)]))"
+        if violations := browser.evaluate(broken):
+            found[page.relative_to(atlas).as_posix()] = violations
+    assert found == {}
+    assert len(pages(atlas)) >= 7
+
+
+def press(browser: Browser, key: str) -> None:
+    codes = {"Tab": 9, "Enter": 13, "ArrowRight": 39}
+    for kind in ("keyDown", "keyUp"):
+        text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **text)
+
+
+def test_the_keyboard_reaches_everything(browser: Browser, atlas: Path) -> None:
+    browser.resize(1280)
+    browser.open((atlas / "concept/second/1.html").as_uri())
+    browser.call("Page.bringToFront")
+    focus = "(e => [e.tagName, e.textContent.trim(), e.getBoundingClientRect().left])(document.activeElement)"
+    press(browser, "Tab")
+    tag, text, left = browser.evaluate(focus)
+    assert (tag, text) == ("A", "To the content") and left >= 0, "the first stop leads past the navigation, and is seen"
+    wanted = browser.evaluate("document.querySelectorAll('a[href], input:not([type=radio]), select, summary').length")
+    seen = set()
+    place = "[...document.querySelectorAll('*')].indexOf(document.activeElement)"
+    mark = f"document.activeElement === document.body ? -1 : {place}"
+    for _ in range(2 * wanted):
+        seen.add(browser.evaluate(mark))
+        outlined = "getComputedStyle(document.activeElement.closest('label') || document.activeElement).outlineStyle"
+        if browser.evaluate(mark) >= 0:
+            assert browser.evaluate(outlined) == "solid", browser.evaluate(focus)
+        press(browser, "Tab")
+    assert len(seen - {-1}) == wanted + 1, "each link and field, and the choice of forms once"
+    browser.evaluate("document.getElementById('as-masked').focus()")
+    press(browser, "ArrowRight")
+    assert browser.evaluate("document.getElementById('as-picture').checked"), "the arrows choose a form"
+    browser.evaluate("document.getElementById('as-masked').click()")
+
+
+def test_landmarks_and_languages_are_there(browser: Browser, atlas: Path) -> None:
+    for page in pages(atlas):
+        browser.open(page.as_uri())
+        one_each = "['header', 'main', 'footer', 'h1'].map(tag => document.querySelectorAll(tag).length)"
+        assert browser.evaluate(one_each) == [1, 1, 1, 1], page
+        assert browser.evaluate("document.documentElement.lang") == "en"
+
+
+@pytest.mark.parametrize(("wish", "seconds"), [("reduce", "0s"), ("no-preference", "0.15s")])
+def test_nothing_moves_for_those_who_do_not_want_it(browser: Browser, atlas: Path, wish: str, seconds: str) -> None:
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": wish}])
+    browser.open((atlas / "index.html").as_uri())
+    assert browser.evaluate("getComputedStyle(document.querySelector('.tile')).transitionDuration") == seconds
+
+
+def test_a_printed_page_has_no_navigation(browser: Browser, atlas: Path) -> None:
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    browser.open((atlas / "index.html").as_uri())
+    assert not browser.evaluate("document.querySelector('header.top').checkVisibility()")
+    assert browser.evaluate("document.querySelector('main').checkVisibility()")
+    browser.call("Emulation.setEmulatedMedia", media="", features=[])
