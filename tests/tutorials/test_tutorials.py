@@ -19,6 +19,7 @@ PICTURES = {
     "4_your_own_composite": 2,
     "5_your_own_canonizer": 1,
     "6_finding_and_removing_a_shortcut": 3,
+    "8_language_models": 4,
 }
 #: Those that explain VGG16 as well.
 SWITCHED = {"1_attribution", "2_feature_visualization"}
@@ -124,6 +125,20 @@ assert along["fooled"] < 0.15 and all(abs(r["accuracy"] - before["accuracy"]) < 
 assert after["accuracy"] > before["accuracy"] and after["without"] > 0.93 and after["fooled"] < 0.02
 assert suspects_after[0].score < first.score / 3
 assert all(one.where != first.where for one in suspects_after[:5])
+""",
+    "8_language_models": """
+assert accuracy > 0.97
+assert min(min(found[name]) for name in ("AttnLRP", "CP-LRP")) > 0.8 > 2 * max(found["gradient × input"])
+
+# relevance says which heads carry the answer
+assert shares[0].sum() > 5 * shares[1].abs().sum()
+assert without_best < without_rest - 0.1 and without_upper > 0.95
+assert parts[order[0]].argmax() == places[INDEX] and (parts[order[0]] > parts[order[-1]])[places[INDEX]]
+
+# a neuron that reads a digit
+assert table.coverage().missing == [] and table.n_concepts(LAYERS[0]) == 4
+assert sum(WORDS[digit].strip() in word for word in strongest) >= 6
+assert all(text.explained == PAIRS for text in top)
 """,
 }
 
