@@ -195,7 +195,7 @@ class _Walk:
         return None
 
     def _code(self, code: types.CodeType) -> bytes:
-        """Digest of a function's source; where there is none, of its bytecode, which depends on the version of Python."""
+        """Digest of a function's source; where there is none, of its bytecode, which versions of Python differ in."""
         syntax = syntax_of(code)
         if syntax is not None:
             return _hash("source", syntax.encode("utf-8", "surrogatepass"))
