@@ -68,6 +68,8 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
         click.echo(f"unmerged   {len(waiting)} shards; crp merge {_plain(str(folder))} takes them in")
     for owner in get_owners(folder):
         click.echo(_plain(f"written by process {owner.get('pid')} on {owner.get('host')} ({owner.get('role', 'run')})"))
+    for words in _kept(table):
+        click.echo(_plain(f"kept       {words}"))
     for problem in problems:
         click.echo(_plain(f"damaged    {problem}"))
     if verify and not problems:
@@ -128,10 +130,23 @@ def _facts(table: Table, n_unmerged: int = 0, problems: list[str] | None = None)
         "missing": coverage.missing,
         "skipped": {str(index): reason for index, reason in coverage.skipped.items()},
         "unmerged": n_unmerged,
+        "kept": _kept(table),
         "damaged": problems,
         "fingerprints": dict(table.fingerprints),
         "versions": dict(table.versions),
     }
+
+
+def _kept(table: Table) -> list[str]:
+    """Results that are kept beside a table, and whether they are of it as it is."""
+    from crp.visualization.table.derived import list_kept
+    from crp.visualization.table.manifest import TableCorruptError
+
+    try:
+        found = list_kept(table)
+    except TableCorruptError as error:
+        return [str(error)]
+    return [one.name + ("" if one.digest == table.digest else ", of an earlier state of the table") for one in found]
 
 
 def _recipe_lines(table: Table) -> Iterator[str]:

@@ -38,7 +38,7 @@ BUDGETS = {
     "commands": 2000,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
-    "composites": 3600,
+    "composites": 3850,
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,
@@ -47,7 +47,7 @@ BUDGETS = {
     "explain": 200,
     "image": 1390,
     # (names of layers that mean what they are called with)
-    "layers": 710,
+    "layers": 750,
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
@@ -64,7 +64,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 760
+PUBLIC_NAMES = 775
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
