@@ -21,6 +21,7 @@ PICTURES = {
     "6_finding_and_removing_a_shortcut": 3,
     "7_prototypes_and_audit": 3,
     "8_correcting_a_shortcut": 1,
+    "11_language_models": 4,
 }
 #: Those that explain VGG16 as well.
 SWITCHED = {"1_attribution", "2_feature_visualization"}
@@ -150,6 +151,20 @@ assert penalised["fooled"] < control["fooled"] - 0.08 and penalised["fooled"] < 
 assert all(abs(one["accuracy"] - before["accuracy"]) < 0.015 for one in results.values())
 assert changed.share[0] > 0.4 and changed.share[1] < 0.01 and changed.accuracy[1] > 0.95
 assert after == before
+""",
+    "11_language_models": """
+assert accuracy > 0.97
+assert min(min(found[name]) for name in ("AttnLRP", "CP-LRP")) > 0.8 > 2 * max(found["gradient × input"])
+
+# relevance says which heads carry the answer
+assert shares[0].sum() > 5 * shares[1].abs().sum()
+assert without_best < without_rest - 0.1 and without_upper > 0.95
+assert parts[order[0]].argmax() == places[INDEX] and (parts[order[0]] > parts[order[-1]])[places[INDEX]]
+
+# a neuron that reads a digit
+assert table.coverage().missing == [] and table.n_concepts(LAYERS[0]) == 4
+assert sum(WORDS[digit].strip() in word for word in strongest) >= 6
+assert all(text.explained == PAIRS for text in top)
 """,
 }
 
