@@ -19,6 +19,7 @@ PICTURES = {
     "4_your_own_composite": 2,
     "5_your_own_canonizer": 1,
     "6_finding_and_removing_a_shortcut": 3,
+    "7_vision_transformers": 4,
 }
 #: Those that explain VGG16 as well.
 SWITCHED = {"1_attribution", "2_feature_visualization"}
@@ -124,6 +125,21 @@ assert along["fooled"] < 0.15 and all(abs(r["accuracy"] - before["accuracy"]) < 
 assert after["accuracy"] > before["accuracy"] and after["without"] > 0.93 and after["fooled"] < 0.02
 assert suspects_after[0].score < first.score / 3
 assert all(one.where != first.where for one in suspects_after[:5])
+""",
+    "7_vision_transformers": """
+assert rates["as it is"]["accuracy"] > 0.85 and rates["as it is"]["fooled"] > 0.5
+
+# heads: they add up; the one that is found hands on the mark, and without it the mark fools least
+assert (of_heads[:4].sum(0) - of_heads[4]).abs().max() < 1e-5
+assert of_heads[HEAD, :8, :8].abs().sum() > 0.5 * of_heads[HEAD].abs().sum()
+fooled = [rates[f"without head {head}"]["fooled"] for head in range(4)]
+assert fooled[HEAD] == min(fooled) < 0.6 * rates["as it is"]["fooled"]
+
+# neurons: their references carry the mark
+assert ((data.mark.stamp(best) - best).abs().amax((1, 2, 3)) < 1e-6).float().mean() > 0.7
+assert rates["without neurons"]["fooled"] < 0.8 * rates["as it is"]["fooled"]
+
+assert min(areas["AttnLRP"], areas["CP-LRP"], areas["integrated gradients"]) > 0.3
 """,
 }
 
