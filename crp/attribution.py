@@ -64,6 +64,9 @@ class CondAttribution:
         Whether attributions on a GPU that are the same but for data, targets and concepts are recorded at the third
         time and then replayed as a CUDA graph, which needs no Python; True by default. Hooks of others on the model, a
         model that decides by values, and another model, composite or shape are noticed, and computed as usual.
+    channels_last : bool
+        Whether nets with depthwise convolutions are run on a CPU with the channels last in memory, which is faster from
+        32 samples on; True by default. Results have the usual layout, and are the same up to rounding.
 
     Notes
     -----
@@ -103,6 +106,7 @@ class CondAttribution:
         self.no_param_grad = no_param_grad
         self.output = output
         self.replay = True
+        self.channels_last = True
         self._replayed = Replayed()
 
     def __repr__(self) -> str:
@@ -274,7 +278,7 @@ class CondAttribution:
         self, data: Data, conditions: Sequence[Condition], composite: Composite | None, settings: Settings
     ) -> Call:
         """Call of the engine with the methods that a subclass overrides, checked before the model runs."""
-        settings = replace(settings, output_name=self.MODEL_OUTPUT_NAME)
+        settings = replace(settings, output_name=self.MODEL_OUTPUT_NAME, channels_last=self.channels_last)
         call = Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
         return replace(call, shortcut=self._replayed) if self.replay else call
 

@@ -14,9 +14,11 @@ from benchmarks.sections import (
     counts,
     deeplift,
     gpu,
+    loading,
     memory,
     methods,
     mining,
+    precision,
     small,
     transformers,
 )
@@ -42,6 +44,8 @@ SECTIONS: dict[str, Section] = {
     "mining": mining,
     "methods": methods,
     "compiled": compiled,
+    "precision": precision,
+    "loading": loading,
     "transformers": transformers,
     "gpu": gpu,
 }

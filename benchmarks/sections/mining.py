@@ -50,6 +50,14 @@ class Dataset(NamedTuple):
 
 SMALL = Dataset(Setup("fork", 28, 32), "EpsilonPlus", 4096, 10, 1.5, list(ForkNet.LAYERS))
 VGG = Dataset(Setup("vgg16_bn, 100 classes", 64, 32), "EpsilonPlusFlat", 64, 100, 1.4)
+MOBILE = Dataset(
+    Setup("mobilenet_v2", 160, 32),
+    "EpsilonPlusFlat",
+    64,
+    1000,
+    2.17,
+    [f"features.{block}.conv.0" for block in (2, 4, 14, 17)],
+)
 RESNET = Dataset(Setup("resnet18", 64, 32), "EpsilonPlusFlat", 192, 1000, 1.5)
 
 
@@ -154,6 +162,26 @@ def case(goal: str, asked: Dataset, rounds: int) -> Case:
     )
 
 
+def layouts() -> Case:
+    """MobileNetV2 at 160 pixels, with the channels last in memory as by default, and in the usual layout."""
+
+    def make() -> dict[str, Run]:
+        chosen, usual = Mining(MOBILE), Mining(MOBILE)
+        usual.attribution.channels_last = False
+        return {"gradients": chosen.gradients, "channels last": chosen.run, "usual layout": usual.run}
+
+    return Case(
+        f"{MOBILE.setup.net} {MOBILE.setup.size}×{MOBILE.setup.size}, {MOBILE.samples} samples, 1776 concepts",
+        make,
+        (
+            Ratio("mining ÷ gradients", "channels last", "gradients", Bound(MOBILE.limit), "mining"),
+            Ratio("mining ÷ gradients, in the usual layout", "usual layout", "gradients"),
+        ),
+        rounds=3,
+        thorough=True,
+    )
+
+
 def classes() -> list[Case]:
     """The same samples with labels of 10 and of 1000 classes."""
     datasets = {f"{n} classes": RESNET._replace(samples=96, classes=n) for n in (10, 1000)}
@@ -179,5 +207,5 @@ def classes() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """Three nets, and what the number of classes costs."""
-    return [case("mining", SMALL, 5), case("mining", VGG, 3), case("mining", RESNET, 3), *classes()]
+    """Four nets, and what the number of classes costs."""
+    return [case("mining", SMALL, 5), case("mining", VGG, 3), case("mining", RESNET, 3), layouts(), *classes()]

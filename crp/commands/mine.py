@@ -77,7 +77,10 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For machines: what crp status --json tells, in the end.")
+def mine_command(
+    out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, as_json: bool, **given: Any
+) -> None:
     """Record how relevant and active every concept is on every sample of a dataset.
 
     The same command goes on after an interruption, and so does --out alone: the table says how it was made. Under
@@ -97,10 +100,10 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
         if missing := [f"--{name}" for name in ("model", "data", "layers") if not given[name]]:
             raise CommandError(f"{', '.join(missing)} must be given: {out} holds no table that says it")
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
-    from crp.commands.table import _describe
+    from crp.commands.table import _describe, _facts
 
     done = "" if part is None else f"part {part[0]}/{part[1]} is done; "
-    click.echo(f"{done}{_describe(table)}")
+    click.echo(json.dumps(_facts(table)) if as_json else f"{done}{_describe(table)}")
     coverage = table.coverage()
     if part is None and coverage.skipped and not any(shard.rows for shard in table.shards):
         reason = next(iter(coverage.skipped.values()))
@@ -129,17 +132,18 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         check_repeatable(given["model"], loaded.model)
     dataset: Any = load_texts(source, given["tokenizer"], given["position"], given["fields"], given["model"])
     preprocess = labels = outputs = None
+    composite = _make_composite(given["rules"], given["settings"])
     if dataset is None:
         words = {word: _layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
         fields = [field for field in given["fields"].split(",") if field]
         dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
+        pictures_given = _takes_pictures(dataset, given)
         concepts = concepts_of_layers(loaded.model, words, dataset, preprocess)
         labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
         outputs = _count_outputs(loaded, dataset, preprocess)
     else:
+        pictures_given = _takes_pictures(dataset, given)
         concepts = concepts_of_texts(loaded.model, given["layers"])
-    composite = _make_composite(given["rules"], given["settings"])
-    pictures_given = _takes_pictures(dataset, given)
     if labels is not None and outputs is not None:
         _check_outputs(loaded, outputs, labels, source)
     if settings["progress"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -27,6 +27,7 @@ from crp.engine.forward import SINK, ForwardPass, tensor_in
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
+from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
 from crp.engine.settings import Overrides, Settings
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
@@ -105,7 +106,12 @@ class Call:
             if len(inputs) != len(conditions):
                 raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
             rows = Rows.of(range(len(inputs)), conditions)
-        call = cls(model, composite, inputs.to(device), rows, settings, overrides)
+        inputs = inputs.to(device)
+        if settings.channels_last:
+            usual = rows.layers(settings.output_name) or any(method is not None for method in vars(overrides).values())
+            follows = not usual and Encoding.of(composite).multiplier and is_faster_channels_last(model, inputs)
+            settings = replace(settings, channels_last=follows)
+        call = cls(model, composite, inputs, rows, settings, overrides)
         for layer in rows.layers(settings.output_name):
             row_masks({}, layer, settings.mask_map, call._multiplies())
         return call
@@ -257,7 +263,12 @@ class Call:
         samples = self._samples(rows)
         propagation_of(composite).expect(list(samples), len(self.inputs))
         inputs, select_output = self.inputs.select(list(samples)), self.overrides.select_output or tensor_in
-        return ForwardPass.run(model, inputs, roles, select_output, composite, account, samples)
+
+        def run(data: Inputs) -> ForwardPass:
+            return ForwardPass.run(model, data, roles, select_output, composite, account, samples)
+
+        passed = run_channels_last(run, model, inputs) if settings.channels_last and account is None else None
+        return passed or run(inputs)
 
     def _send_back(self, passed: ForwardPass, rows: Rows, last: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Prediction of each row, what started there, and what arrived at each input and layer."""
@@ -296,7 +307,7 @@ class Call:
 
         def own(tensor: Tensor) -> Tensor:
             # What rows share becomes each row's own, so that the caller may write into it.
-            tensor = tensor.contiguous() if tensor.stride()[:1] == (0,) else tensor
+            tensor = tensor.contiguous() if settings.channels_last or tensor.stride()[:1] == (0,) else tensor
             return tensor.to(settings.on_device) if settings.on_device else tensor
 
         activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}

@@ -30,6 +30,8 @@ class Settings:
     multipliers: bool = True
     #: Whether all slots of a backward pass start alike, where that is known without looking at values.
     shared_start: bool | None = None
+    #: Whether the model may be run with the channels last in memory, where that is faster.
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)

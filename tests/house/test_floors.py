@@ -35,8 +35,7 @@ BUDGETS = {
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
     "canonizers": 800,
-    # (a run that goes on with nothing but the folder; what a table is, in words and as JSON; processes that draw)
-    "commands": 1790,
+    "commands": 2000,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3850,
@@ -56,14 +55,9 @@ BUDGETS = {
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
-    # (models, pictures and datasets by name, from commands, and which class a folder is; what a table was mined of,
-    # loaded again)
-    "visualization": 3480,
-    # (what a table says in words, and concepts made again of it; which dataset it is of, and the columns about samples)
-    "visualization.mining": 3400,
-    # (the atlas: a page for each class, layer, concept and sample, suspects, search, graphs, drawn only where missing;
-    # and of prototypes, audits, clusters, meanings and interventions)
-    "visualization.report": 2960,
+    "visualization": 3500,
+    "visualization.mining": 3450,
+    "visualization.report": 3400,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it)
     "visualization.table": 2400,
@@ -75,7 +69,7 @@ PUBLIC_NAMES = 775
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
     "crp.attributors.perturbation.MeaningfulPerturbation.__init__": 22,
-    "crp.commands.attribute.attribute": 15,
+    "crp.commands.attribute.attribute": 19,
     "crp.composites.by_depth.LRPCMP.__init__": 16,
     "crp.metrics.flipping.pixel_flipping": 13,
 }

@@ -222,3 +222,35 @@ def test_memory_is_bounded(tmp_path: Path, in_a_process: Callable[..., Any]) -> 
 def test_a_hundred_kills(tmp_path: Path, in_a_process: Callable[..., Any]) -> None:
     report = in_a_process("kill_mining.py", tmp_path, 100, 80)
     assert report["kills"] == 100 and report["at writes"] == 80
+
+
+GROUP = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from mining_cases import Data, make_net, run
+from crp.attribution import CondAttribution
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+net = torch.nn.parallel.DistributedDataParallel(make_net())
+part = dist.get_rank(), dist.get_world_size()
+run(Path(sys.argv[1]), Data(21), attribution=CondAttribution(net), part=part, shard_size=4)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_a_group_have_pipelines_of_their_own(tmp_path: Path) -> None:
+    """torchrun starts two processes that share a model by DistributedDataParallel; each mines its part."""
+    script = tmp_path / "group.py"
+    script.write_text(GROUP)
+    shared = Path(__file__).parents[1] / "shared"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(shared.parents[1]), str(shared)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    found = subprocess.run([*command, str(tmp_path / "table")], env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    reference = run(tmp_path / "reference", Data(21), shard_size=4)
+    assert files_of(tmp_path / "table") == files_of(reference.path)

@@ -1,0 +1,90 @@
+"""How many pictures mining can read: JPEGs of a usual size, decoded, resized and cropped as for ImageNet."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms.functional import to_tensor
+
+from benchmarks.clocks import Run
+from benchmarks.harness import Case, Ratio
+from crp.visualization.mining.datasets import read_batches
+
+TITLE = "reading JPEGs, beside which mining cannot be faster"
+#: Width and height of a picture of ImageNet, on average.
+SIZE = (500, 375)
+PICTURES, BATCH = 256, 32
+WORKERS = (0, 1, 2)
+SETUP = f"{PICTURES} JPEGs of {SIZE[0]}×{SIZE[1]}, resized to 256 and cropped to 224×224"
+
+
+@cache
+def folder_of_jpegs() -> Path:
+    """Folder of pictures of one class, about as large in bytes as photographs: smooth noise."""
+    folder, rng = Path(tempfile.mkdtemp()), np.random.default_rng(0)
+    atexit.register(shutil.rmtree, folder)
+    (folder / "class").mkdir()
+    for number in range(PICTURES):
+        small = rng.integers(0, 256, (SIZE[1] // 4, SIZE[0] // 4, 3), np.uint8)
+        picture = Image.fromarray(small).resize(SIZE, Image.Resampling.BICUBIC)
+        picture.save(folder / "class" / f"{number:04d}.jpg", quality=90)
+    return folder
+
+
+def by_pillow(path: str) -> Tensor:
+    """Picture, decoded, resized and cropped by Pillow, as in most programs."""
+    with Image.open(path) as picture:
+        return to_tensor(_CROP(_RESIZE(picture.convert("RGB"))))
+
+
+def by_torchvision(path: str) -> Tensor:
+    """Picture, decoded by torchvision, and resized and cropped as a tensor."""
+    picture: Tensor = _CROP(_RESIZE(decode_jpeg(read_file(path), ImageReadMode.RGB)))
+    return picture.float() / 255
+
+
+_RESIZE, _CROP = transforms.Resize(256, antialias=True), transforms.CenterCrop(224)
+
+
+def reading(loader: Callable[[str], Tensor], workers: int) -> Run:
+    """Function that reads all pictures as mining does, with so many worker processes."""
+    dataset = ImageFolder(folder_of_jpegs(), loader=loader)
+    batches = [range(start, start + BATCH) for start in range(0, PICTURES, BATCH)]
+
+    def read() -> None:
+        n = sum(sample.problem is None for batch in read_batches(dataset, batches, workers) for sample in batch)
+        assert n == PICTURES
+
+    return read
+
+
+def cases() -> list[Case]:
+    """Two ways to decode, and several numbers of worker processes."""
+    decoders = {"Pillow": by_pillow, "decode_jpeg": by_torchvision}
+    workers = {f"{n} workers": n for n in WORKERS}
+    return [
+        Case(
+            f"{SETUP}, no worker",
+            lambda: {name: reading(decode, 0) for name, decode in decoders.items()},
+            tuple(Ratio(f"ms of the processor a picture, {name}", name, scale=1e3 / PICTURES) for name in decoders),
+            rounds=3,
+        ),
+        Case(
+            SETUP,
+            lambda: {name: reading(by_pillow, n) for name, n in workers.items()},
+            tuple(Ratio(f"ms a picture, Pillow, {name}", name, scale=1e3 / PICTURES) for name in workers),
+            clock="wall",
+            rounds=3,
+        ),
+    ]

@@ -1,0 +1,84 @@
+"""Channels last in memory, where a CPU is faster so. Numbers are the same up to rounding.
+
+torch's kernels take either layout. On a CPU, depthwise convolutions and what is around them are faster with the
+channels last, and most other nets are not; the benchmarks have a table. Only the data changes its layout: layers follow
+their input, and the model's parameters stay as they are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from crp.engine.backward import lacks_memory
+from crp.engine.inputs import Inputs
+from crp.engine.model_state import is_watched
+from crp.layers import modules_of
+
+#: Samples from which on it pays; with 16, both layouts are equally fast.
+_FEWEST = 32
+#: Share of depthwise ones among a model's convolutions from which on it pays: MobileNet has 0.33, EfficientNet 0.2.
+_DEPTHWISE = 1 / 6
+#: Largest deviation of a prediction, relative to the largest one: what different kernels may differ by.
+_TOLERANCE = 1e-3
+
+#: Whether a model gives the same with the channels last, by the shape of a sample.
+_same: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, bool]] = weakref.WeakKeyDictionary()
+
+
+class _Passed(Protocol):
+    @property
+    def output(self) -> Tensor:
+        """What the model returned."""
+
+
+P = TypeVar("P", bound=_Passed)
+
+
+def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether to try a model's forward pass with the channels last; the answer does not depend on any clock.
+
+    Not where others watch the model run, as their hooks would see another layout than the one that they know.
+    """
+    data = inputs.data
+    if not isinstance(data, Tensor) or data.dim() != 4 or len(data) < _FEWEST or data.dtype != torch.float32:
+        return False
+    if data.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_watched(model):
+        return False
+    convolutions = [module for module in modules_of(model).values() if isinstance(module, nn.Conv2d)]
+    depthwise = [module for module in convolutions if 1 < module.groups == module.in_channels]
+    return bool(depthwise) and len(depthwise) >= _DEPTHWISE * len(convolutions)
+
+
+def run_channels_last(run: Callable[[Inputs], P], model: nn.Module, inputs: Inputs) -> P | None:
+    """Forward pass with the channels last; None where the model cannot do that, or predicts something else.
+
+    The first time, the prediction is compared with that of the usual layout.
+
+    Parameters
+    ----------
+    run : callable
+        The forward pass.
+    model : nn.Module
+    inputs : Inputs
+        A single tensor of shape (samples, channels, height, width).
+    """
+    shape = inputs.explained[0].shape[1:]
+    known = _same.setdefault(model, {})
+    if not known.get(shape, True):
+        return None
+    usual = None if shape in known else run(inputs).output.detach()
+    try:
+        passed = run(inputs.each(lambda data: data.contiguous(memory_format=torch.channels_last)))
+    except Exception as error:  # such as a `view`, which needs the usual layout
+        if not lacks_memory(error):
+            known[shape] = False
+        return None
+    if usual is not None:
+        off = (passed.output.detach() - usual).abs().max() if passed.output.shape == usual.shape else torch.inf
+        known[shape] = bool(off <= _TOLERANCE * usual.abs().max())
+    return passed if known[shape] else None
