@@ -19,6 +19,8 @@ PICTURES = {
     "4_your_own_composite": 2,
     "5_your_own_canonizer": 1,
     "6_finding_and_removing_a_shortcut": 3,
+    "9_directions_and_autoencoders": 2,
+    "10_segmentation_and_detection": 2,
 }
 #: Those that explain VGG16 as well.
 SWITCHED = {"1_attribution", "2_feature_visualization"}
@@ -124,6 +126,26 @@ assert along["fooled"] < 0.15 and all(abs(r["accuracy"] - before["accuracy"]) < 
 assert after["accuracy"] > before["accuracy"] and after["without"] > 0.93 and after["fooled"] < 0.02
 assert suspects_after[0].score < first.score / 3
 assert all(one.where != first.where for one in suspects_after[:5])
+""",
+    "9_directions_and_autoencoders": """
+assert min(shares.values()) > 0.65 and shares["CAV"] > 0.8 and shares["latent"] > 0.8
+assert abs((parts.heatmap.sum(0) - whole.heatmap[0])).max() < 1e-5
+assert abs(right - alone) > 0.1 * abs(right)
+assert explained > 0.8 and active < 0.2
+assert change < 1e-4 and moved < 1e-5 and 0 < error < 0.2
+assert torch.allclose(total, after.relevances[names.code].flatten(1).sum(1)
+                      + after.relevances[names.error].flatten(1).sum(1))
+assert drop.mean() > 0.2
+""",
+    "10_segmentation_and_detection": """
+assert plain_threes < 0.1 and stamped_threes > 0.3
+assert (account.rest / account.initial).abs().max() < 1e-5
+assert of_pixels.heatmap.any() and means.max() > means.min() + 0.1
+with_mark, without, of_threes, of_stamped = rates
+assert with_mark > 0.9 and of_stamped > 0.8 and without < 0.3 and of_threes < 0.1
+assert on_mark > 0.1 and outside > on_mark
+assert [tuple(heatmap.shape) for heatmap in several.heatmap] == [(48, 48), (44, 44)]
+assert agreement > 0.5
 """,
 }
 
