@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +29,17 @@ WORKERS = (0, 1, 2)
 SETUP = f"{PICTURES} JPEGs of {SIZE[0]}×{SIZE[1]}, resized to 256 and cropped to 224×224"
 
 
-def write_jpegs(folder: Path) -> None:
-    """Write pictures of one class, about as large in bytes as photographs: smooth noise."""
-    rng = np.random.default_rng(0)
-    (folder / "class").mkdir(exist_ok=True)
+@cache
+def folder_of_jpegs() -> Path:
+    """Folder of pictures of one class, about as large in bytes as photographs: smooth noise."""
+    folder, rng = Path(tempfile.mkdtemp()), np.random.default_rng(0)
+    atexit.register(shutil.rmtree, folder)
+    (folder / "class").mkdir()
     for number in range(PICTURES):
         small = rng.integers(0, 256, (SIZE[1] // 4, SIZE[0] // 4, 3), np.uint8)
         picture = Image.fromarray(small).resize(SIZE, Image.Resampling.BICUBIC)
         picture.save(folder / "class" / f"{number:04d}.jpg", quality=90)
+    return folder
 
 
 def by_pillow(path: str) -> Tensor:
@@ -51,10 +57,9 @@ def by_torchvision(path: str) -> Tensor:
 _RESIZE, _CROP = transforms.Resize(256, antialias=True), transforms.CenterCrop(224)
 
 
-def made(folder: tempfile.TemporaryDirectory[str], loader: Callable[[str], Tensor], workers: int) -> Run:
-    """Reads all pictures as mining does, with so many worker processes."""
-    write_jpegs(Path(folder.name))
-    dataset = ImageFolder(folder.name, loader=loader)
+def reading(loader: Callable[[str], Tensor], workers: int) -> Run:
+    """Function that reads all pictures as mining does, with so many worker processes."""
+    dataset = ImageFolder(folder_of_jpegs(), loader=loader)
     batches = [range(start, start + BATCH) for start in range(0, PICTURES, BATCH)]
 
     def read() -> None:
@@ -66,19 +71,18 @@ def made(folder: tempfile.TemporaryDirectory[str], loader: Callable[[str], Tenso
 
 def cases() -> list[Case]:
     """Two ways to decode, and several numbers of worker processes."""
-    folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory()
     decoders = {"Pillow": by_pillow, "decode_jpeg": by_torchvision}
     workers = {f"{n} workers": n for n in WORKERS}
     return [
         Case(
             f"{SETUP}, no worker",
-            lambda: {name: made(folder, decode, 0) for name, decode in decoders.items()},
+            lambda: {name: reading(decode, 0) for name, decode in decoders.items()},
             tuple(Ratio(f"ms of the processor a picture, {name}", name, scale=1e3 / PICTURES) for name in decoders),
             rounds=3,
         ),
         Case(
             SETUP,
-            lambda: {name: made(folder, by_pillow, n) for name, n in workers.items()},
+            lambda: {name: reading(by_pillow, n) for name, n in workers.items()},
             tuple(Ratio(f"ms a picture, Pillow, {name}", name, scale=1e3 / PICTURES) for name in workers),
             clock="wall",
             rounds=3,

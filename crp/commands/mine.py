@@ -77,7 +77,10 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For machines: what crp status --json tells, in the end.")
+def mine_command(
+    out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, as_json: bool, **given: Any
+) -> None:
     """Record how relevant and active every concept is on every sample of a dataset.
 
     The same command goes on after an interruption, and so does --out alone: the table says how it was made. Under
@@ -97,10 +100,10 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
         if missing := [f"--{name}" for name in ("model", "data", "layers") if not given[name]]:
             raise CommandError(f"{', '.join(missing)} must be given: {out} holds no table that says it")
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
-    from crp.commands.table import _describe
+    from crp.commands.table import _describe, _facts
 
     done = "" if part is None else f"part {part[0]}/{part[1]} is done; "
-    click.echo(f"{done}{_describe(table)}")
+    click.echo(json.dumps(_facts(table)) if as_json else f"{done}{_describe(table)}")
     coverage = table.coverage()
     if part is None and coverage.skipped and not any(shard.rows for shard in table.shards):
         reason = next(iter(coverage.skipped.values()))

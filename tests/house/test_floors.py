@@ -35,10 +35,10 @@ BUDGETS = {
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
     "canonizers": 800,
-    "commands": 1790,
+    "commands": 2000,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
-    "composites": 3600,
+    "composites": 3850,
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,
@@ -47,7 +47,7 @@ BUDGETS = {
     "explain": 200,
     "image": 1390,
     # (names of layers that mean what they are called with)
-    "layers": 710,
+    "layers": 750,
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
@@ -55,21 +55,21 @@ BUDGETS = {
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
-    "visualization": 3480,
-    "visualization.mining": 3400,
-    "visualization.report": 2960,
+    "visualization": 3500,
+    "visualization.mining": 3450,
+    "visualization.report": 3400,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it)
     "visualization.table": 2400,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 750
+PUBLIC_NAMES = 775
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
     "crp.attributors.perturbation.MeaningfulPerturbation.__init__": 22,
-    "crp.commands.attribute.attribute": 15,
+    "crp.commands.attribute.attribute": 19,
     "crp.composites.by_depth.LRPCMP.__init__": 16,
     "crp.metrics.flipping.pixel_flipping": 13,
 }
