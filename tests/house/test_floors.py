@@ -42,7 +42,8 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,
-    "engine": 4000,
+    # (samples and outputs of several shapes, joined row by row)
+    "engine": 4100,
     "devices": 50,
     "explain": 200,
     "image": 1390,
