@@ -41,7 +41,7 @@ def execute(folder: Path, claims: dict[str, str], make_folder: Callable[[str], P
             notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
             notebook.cells.append(nbformat.v4.new_code_cell(claim))
             place = {"metadata": {"path": str(make_folder(name))}}
-            clients[name] = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place)
+            clients[name] = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
 
         async def run() -> list[Any]:
             runs = [client.async_execute() for client in clients.values()]
