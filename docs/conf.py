@@ -20,6 +20,7 @@ exclude_patterns = ["**/.*", "build"]
 nb_execution_mode = "off"
 myst_heading_anchors = 3
 
+smartquotes = False  # options of commands begin with two hyphens
 default_role = "py:obj"  # a name in single backticks is a link if the reference has it
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
@@ -40,6 +41,13 @@ def _escape_stars(_app: Any, _what: str, _name: str, _object: object, _options: 
             lines[number] = re.sub(r"(``.*?``)|(?<=[(, ])\*(?=\w)", lambda found: found[1] or r"\*", line)
 
 
+def _show_public_bases(_app: Any, _name: str, documented: type, _options: Any, bases: list[Any]) -> None:
+    """Let a class stand on the nearest of its bases that have public names."""
+    if any(getattr(base, "__name__", "").startswith("_") for base in bases):
+        bases[:] = [next(base for base in documented.__mro__[1:] if not base.__name__.startswith("_"))]
+
+
 def setup(app: Any) -> None:
-    """Connect what changes docstrings before numpydoc reads them."""
+    """Connect what changes docstrings before numpydoc reads them, and what is said of a class's bases."""
     app.connect("autodoc-process-docstring", _escape_stars, priority=1)
+    app.connect("autodoc-process-bases", _show_public_bases)

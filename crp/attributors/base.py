@@ -25,6 +25,7 @@ from crp.engine.taps import check_layers
 from crp.layers import modules_of, unwrap
 from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
+from crp.layers.repeated import watch
 from crp.types import AttributionResults
 
 #: Default number of rows in a pass through the model, for methods that see each sample several times.
@@ -287,7 +288,7 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
     thread = get_ident()
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if get_ident() == thread:
+        if get_ident() == thread and not watch():
             seen.append(output)
 
     def outputs(inputs: Inputs) -> Tensor:

@@ -17,7 +17,11 @@ from crp.concepts.reading import LayerValues, relevance_sums
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
+from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
+
+#: Reference samples of each concept that is used more or less.
+_REFERENCES = 3
 
 
 class Use(NamedTuple):
@@ -29,11 +33,14 @@ class Use(NamedTuple):
     name : str
     difference : float
         Of the relevance, or its share.
+    references : list of int
+        Samples of the mined data set in which the concept is most relevant; empty where no table was given.
     """
 
     concept: int
     name: str
     difference: float
+    references: Sequence[int] = ()
 
 
 class AuditedSample(NamedTuple):
@@ -80,6 +87,7 @@ def audit(
     *,
     k: int = 5,
     targets: Any = None,
+    table: Table | None = None,
 ) -> list[AuditedSample]:
     """Compare samples with the prototypes of the classes that are predicted for them.
 
@@ -97,6 +105,8 @@ def audit(
         Number of concepts listed.
     targets : sequence of int, optional
         Classes in place of the predicted ones.
+    table : Table, optional
+        From which references of the concepts are taken.
 
     Returns
     -------
@@ -115,10 +125,8 @@ def audit(
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
     rows = vectors.detach().cpu().numpy().astype(np.float64)
-    return [
-        _compared(found, row[None], of_class, concept.describe, k)[0]
-        for row, of_class in zip(rows, classes, strict=True)
-    ]
+    uses = _uses(found, concept.describe, k, table)
+    return [_compared(found, row[None], of_class, uses)[0] for row, of_class in zip(rows, classes, strict=True)]
 
 
 def audit_table(
@@ -154,7 +162,7 @@ def audit_table(
     KeyError
         If a sample has no row of a class with prototypes.
     """
-    named = describe or "concept {}".format
+    uses = _uses(found, describe or "concept {}".format, k, table)
     audited: list[tuple[float, AuditedSample]] = []
     for of_class, mixture in found.classes.items():
         vectors, numbers = class_vectors(table, found.layer, of_class, found.normed)
@@ -164,9 +172,7 @@ def audit_table(
         if len(vectors):
             low, middle, high = np.percentile(mixture.log_density, [25, 50, 75])
             likely = (found.score(vectors, of_class) - middle) / max(high - low, 1e-300)
-            audited += zip(
-                likely.tolist(), _compared(found, vectors, of_class, named, k, numbers.tolist()), strict=True
-            )
+            audited += zip(likely.tolist(), _compared(found, vectors, of_class, uses, numbers.tolist()), strict=True)
     if samples is not None and (missed := sorted(set(samples) - {one.sample for _, one in audited})):
         raise KeyError(f"sample {missed[0]} has no row of a class with prototypes, which are {sorted(found.classes)}")
     return [one for _, one in sorted(audited, key=lambda pair: (pair[0], pair[1].sample))]
@@ -206,23 +212,42 @@ def save_audit(table: Table, found: Prototypes, audited: Sequence[AuditedSample]
     return keep_result(table, "audit", found.layer, {**columns, **ids, **differences}, {"normed": found.normed})
 
 
+def _uses(
+    found: Prototypes, describe: Callable[[int], str], k: int, table: Table | None
+) -> Callable[[np.ndarray], tuple[list[Use], list[Use]]]:
+    """What tells the concepts that are used more and less, from the difference to a prototype."""
+    references = None if table is None else top_k(table, found.layer, k=_REFERENCES, cache=True).sample
+
+    def uses(difference: np.ndarray) -> tuple[list[Use], list[Use]]:
+        order = np.argsort(-difference, kind="stable").tolist()
+        over = [i for i in order[:k] if difference[i] > 0]
+        under = [i for i in order[::-1][:k] if difference[i] < 0]
+        shown = [
+            [
+                Use(i, describe(i), float(difference[i]), [] if references is None else references[:, i].tolist())
+                for i in ids
+            ]
+            for ids in (over, under)
+        ]
+        return shown[0], shown[1]
+
+    return uses
+
+
 def _compared(
     found: Prototypes,
     vectors: np.ndarray,
     of_class: int,
-    describe: Callable[[int], str],
-    k: int,
+    uses: Callable[[np.ndarray], tuple[list[Use], list[Use]]],
     samples: Sequence[int | None] = (None,),
 ) -> list[AuditedSample]:
     """Audit of some vectors of one class."""
     prototypes, percentiles = found.assign(vectors, of_class), found.percentile(vectors, of_class)
     audited = []
     for row, difference in enumerate(found.deviation(vectors, of_class)):
-        order = np.argsort(-difference, kind="stable").tolist()
-        over = [i for i in order[:k] if difference[i] > 0]
-        under = [i for i in order[::-1][:k] if difference[i] < 0]
-        more, less = ([Use(i, describe(i), float(difference[i])) for i in ids] for ids in (over, under))
         prototype = int(prototypes[row])
         nearest = int(found.classes[of_class].sample[prototype])
-        audited.append(AuditedSample(of_class, float(percentiles[row]), prototype, nearest, more, less, samples[row]))
+        audited.append(
+            AuditedSample(of_class, float(percentiles[row]), prototype, nearest, *uses(difference), samples[row])
+        )
     return audited

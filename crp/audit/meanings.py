@@ -55,8 +55,9 @@ def meanings(
     fv: FeatureVisualization,
     layer: str,
     embed: Callable[[Tensor], Any],
-    texts: Mapping[str, Any] | None = None,
+    texts: Mapping[str, Any] | Sequence[str] = (),
     *,
+    embed_text: Callable[[str], Any] | None = None,
     concept_ids: Sequence[int] | None = None,
     background: Any = None,
     n: int = 16,
@@ -71,8 +72,10 @@ def meanings(
     layer : str
     embed : callable
         Function of samples of shape (samples, ...), as the data set gives them, that returns (samples, features).
-    texts : mapping of str to array of shape (features,), optional
-        Texts such as ``"a photo of a wheel"`` with their embeddings.
+    texts : mapping of str to array of shape (features,), or sequence of str
+        Texts such as ``"a photo of a wheel"`` with their embeddings, or without them.
+    embed_text : callable, optional
+        Function of a text that returns its embedding, for texts without.
     concept_ids : sequence of int, optional
         All of the layer by default.
     background : array of shape (features,), optional
@@ -84,14 +87,22 @@ def meanings(
     Returns
     -------
     Meanings
+
+    Raises
+    ------
+    TypeError
+        If texts have no embeddings, and no function makes them.
     """
+    if not isinstance(texts, Mapping):
+        if texts and embed_text is None:
+            raise TypeError(f"texts such as {texts[0]!r} need embeddings: give a mapping, or embed_text=")
+        texts = {text: embed_text(text) for text in texts} if embed_text is not None else {}
     table = Table.open(fv.path)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
     embeddings = embed_references(fv, layer, ids.tolist(), embed, n=n, mode=mode)
-    known = dict(texts or {})
-    similarity = np.zeros((len(known), len(ids)))
-    for row, vector in zip(similarity, known.values(), strict=True):
+    similarity = np.zeros((len(texts), len(ids)))
+    for row, vector in zip(similarity, texts.values(), strict=True):
         match = search(embeddings, vector, background)
         row[match.concept] = match.similarity
     scores = clarity(embeddings), redundancy(embeddings), polysemanticity(embeddings)
-    return Meanings(layer, ids, *scores, list(known), similarity)
+    return Meanings(layer, ids, *scores, list(texts), similarity)

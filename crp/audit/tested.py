@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from zennit.core import Composite
 
 from crp.audit.intervening import intervene
@@ -32,6 +33,8 @@ class Interventions(NamedTuple):
         Change is the output with the concept changed, less that of the whole model.
     scale : float
         What the concept's part of the activation was multiplied by; 0 where it was switched off.
+    patched : bool
+        Whether it was that of other samples.
     """
 
     layer: str
@@ -41,6 +44,7 @@ class Interventions(NamedTuple):
     relevance: np.ndarray
     change: np.ndarray
     scale: float
+    patched: bool = False
 
     @property
     def agreement(self) -> float:
@@ -52,7 +56,7 @@ class Interventions(NamedTuple):
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
         names = ("concept", "sample", "target", "relevance", "change")
         arrays = {name: getattr(self, name) for name in names}
-        settings = {"scale": self.scale, "agreement": self.agreement}
+        settings = {"scale": self.scale, "patched": self.patched, "agreement": self.agreement}
         return keep_result(table, "interventions", self.layer, arrays, settings)
 
 
@@ -65,8 +69,9 @@ def interventions(
     *,
     targets: Sequence[int] | None = None,
     scale: float = 0.0,
+    patch: Sequence[int] | None = None,
 ) -> Interventions:
-    """Switch concepts off, one at a time, and compare what the output loses with their relevance.
+    """Switch concepts off, scale or patch them, one at a time, and compare what the output loses with their relevance.
 
     Parameters
     ----------
@@ -83,6 +88,8 @@ def interventions(
         Outputs that are looked at; by default, those predicted.
     scale : float
         As in `intervene`.
+    patch : sequence of int, optional
+        As many samples of the data set, whose part of the activation takes its place; ``scale=1`` is usual then.
 
     Returns
     -------
@@ -92,13 +99,14 @@ def interventions(
         raise ValueError("interventions need one sample at least")
     table = Table.open(fv.path)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
-    data = torch.cat([fv.get_data_sample(int(sample))[0] for sample in samples]).detach()
+    data = _read(fv, samples)
     attribution, concept = fv.attribution, fv.layer_map[layer]
     if targets is None:
         targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
     result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: int(y)} for y in targets], composite, [layer])
     relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
-    change = intervene(attribution, data, layer, concept, ids.tolist(), targets, scale=scale)
+    other = None if patch is None else _read(fv, patch)
+    change = intervene(attribution, data, layer, concept, ids.tolist(), targets, scale=scale, patch=other)
     return Interventions(
         layer,
         ids,
@@ -107,7 +115,12 @@ def interventions(
         relevance.detach().cpu().double().numpy(),
         change.detach().cpu().double().numpy(),
         scale,
+        patch is not None,
     )
+
+
+def _read(fv: FeatureVisualization, samples: Sequence[int]) -> Tensor:
+    return torch.cat([fv.get_data_sample(int(sample))[0] for sample in samples]).detach()
 
 
 def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

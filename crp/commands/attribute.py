@@ -45,12 +45,18 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("images", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", required=True, help="Name in torchvision, timm:NAME, hf:NAME, or package.module:factory.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="State dict.")
 @click.option("--method", default="epsilon_plus_flat", show_default=True, help="See crp methods.")
-@click.option("--target", help="Class to explain, by number or name; by default, the predicted one.")
+@click.option("--target", help="Class, by number or name, or token, by its text or #NUMBER; else the predicted one.")
+@click.option("--text", "texts", multiple=True, help="Explain a text, and no picture; may be given again.")
+@click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
+@click.option(
+    "--position", help="Of a language model: the token whose next one is explained; -1, the last, by default."
+)
+@click.option("--against", help="Of a language model: a token in whose place the target is explained.")
 @click.option("--layer", help="Layer of the concepts; of a class activation map; or to be explained itself.")
 @click.option("--concept", type=int, multiple=True, help="Channel of the layer to explain; may be given again.")
 @click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help="Of the method; may be given again.")
@@ -67,6 +73,10 @@ def attribute(
     checkpoint: Path | None,
     method: str,
     target: str | None,
+    texts: tuple[str, ...],
+    tokenizer: str | None,
+    position: str | None,
+    against: str | None,
     layer: str | None,
     concept: tuple[int, ...],
     settings: tuple[str, ...],
@@ -77,13 +87,25 @@ def attribute(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file.
+    """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file. Or texts, in one page.
 
     crp attribute cat.jpg dog.jpg --model timm:resnet18 --out explained/
+
+    crp attribute --text 'The capital of France is' --target ' Paris' --model hf:gpt2 --method attn_lrp --out why.html
     """
+    from crp.commands.texts import Asking, explain_texts
     from crp.explain import find_method
     from crp.visualization.models import load_model
 
+    if bool(images) == bool(texts) or (images and (tokenizer or position or against)):
+        raise CommandError("give pictures, or --text, of which --tokenizer, --position and --against are")
+    if texts:
+        asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
+        _check_writable(out.parent, out)
+        loaded = _loaded(model, weights, checkpoint, classes)
+        for line in explain_texts(texts, loaded, method, asking, _parsed(settings), out, as_json):
+            click.echo(line)
+        return
     places = _places(images, out)
     for place in places:
         if any(place.resolve() == image.resolve() for image in images):
@@ -107,6 +129,15 @@ def attribute(
     for image, place in zip(images, places, strict=True):
         said, facts = _explain(image, place, loaded, chosen.name, index, given, f"{chosen.name}{through}")
         click.echo(json.dumps(facts) if as_json else f"{image}: {said}\nwrote {place}")
+
+
+def _loaded(model: str, weights: str | None, checkpoint: Path | None, classes: Path | None) -> Loaded:
+    from crp.visualization.models import load_model
+
+    try:
+        return load_model(model, weights, checkpoint, classes=classes)
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise CommandError(in_a_line(error)) from error
 
 
 def _places(images: Sequence[Path], out: Path) -> list[Path]:

@@ -275,15 +275,19 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
         alike = len({one.shape for one in drawn}) == 1
         for batch in [torch.stack(drawn)] if alike else [one[None] for one in drawn]:
             prepared = batch if opened.preprocess is None else opened.preprocess(batch)
-            audited += audit(attribution, prepared, composite, found, concept, k=k)
+            audited += audit(attribution, prepared, composite, found, concept, k=k, table=table)
     return list(zip(names, audited, strict=True))
 
 
 def _describe(table: Table, layer: str) -> Callable[[int], str]:
     """Names of a layer's concepts, as far as its recipe tells what they are."""
-    about = (table.header.recipe.get("layers") or {}).get(layer)
-    kind = str(about.get("concept", "")) if isinstance(about, dict) else ""
-    return ("channel {}" if kind.endswith(".ChannelConcept") else "concept {}").format
+    from crp.errors import LoadingError
+    from crp.visualization.opening import make_layer_map
+
+    try:
+        return make_layer_map(table.header.recipe)[layer].describe
+    except (LoadingError, KeyError):
+        return "concept {}".format
 
 
 def _class_names(table: Table) -> list[str]:

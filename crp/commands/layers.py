@@ -38,4 +38,4 @@ def layers_command(model: str, weights: str | None, checkpoint: Path | None, siz
     for one in found:
         mark = "*" if one.suggested else " "
         click.echo(f"{mark} {one.name:{widths[0]}}  {one.kind:{widths[1]}}  {' x '.join(map(str, one.shape))}")
-    click.echo("* --layers auto; concepts are channels, the first number")
+    click.echo("* --layers auto; concepts are channels, the first number, or the last one behind dense layers")

@@ -19,7 +19,6 @@ from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
 
 if TYPE_CHECKING:
-    from crp.concepts import Concept
     from crp.visualization.models import Loaded
     from crp.visualization.table.store import Table
 
@@ -43,7 +42,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--data", help="Folder of pictures, or package.module:factory of a dataset.")
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
-@click.option("--layers", multiple=True, help="Name, pattern or type; or auto. May be given again.")
+@click.option("--layers", multiple=True, help="Name, pattern or type; or auto. See below.")
 @click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
 @click.option("--position", help="Of a language model: each, or a number; -1 explains what follows the last token.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
@@ -78,13 +77,19 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, **given: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For machines: what crp status --json tells, in the end.")
+def mine_command(
+    out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, as_json: bool, **given: Any
+) -> None:
     """Record how relevant and active every concept is on every sample of a dataset.
 
     The same command goes on after an interruption, and so does --out alone: the table says how it was made. Under
     torchrun, every process takes its share of the shards:
 
         torchrun --nproc-per-node 4 -m crp mine ...
+
+    --layers may be given again. Concepts are channels. Of transformers, "blocks.*.attn.proj.input:heads=3" has 3 heads
+    for concepts, as they are in the input of the output projection, and "blocks.5:axis=1" tokens, along axis 1.
     """
     part = _part(share, os.environ)
     if part is not None and (overwrite or address):
@@ -95,10 +100,10 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
         if missing := [f"--{name}" for name in ("model", "data", "layers") if not given[name]]:
             raise CommandError(f"{', '.join(missing)} must be given: {out} holds no table that says it")
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
-    from crp.commands.table import _describe
+    from crp.commands.table import _describe, _facts
 
     done = "" if part is None else f"part {part[0]}/{part[1]} is done; "
-    click.echo(f"{done}{_describe(table)}")
+    click.echo(json.dumps(_facts(table)) if as_json else f"{done}{_describe(table)}")
     coverage = table.coverage()
     if part is None and coverage.skipped and not any(shard.rows for shard in table.shards):
         reason = next(iter(coverage.skipped.values()))
@@ -107,8 +112,8 @@ def mine_command(out: Path, overwrite: bool, quiet: bool, share: str | None, add
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
+    from crp.commands.concepts import concepts_of_layers
     from crp.commands.texts import concepts_of_texts
-    from crp.concepts import ChannelConcept
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
     from crp.visualization.models import check_repeatable, load_model
@@ -127,16 +132,18 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         check_repeatable(given["model"], loaded.model)
     dataset: Any = load_texts(source, given["tokenizer"], given["position"], given["fields"], given["model"])
     preprocess = labels = outputs = None
+    composite = _make_composite(given["rules"], given["settings"])
     if dataset is None:
-        concepts: dict[str, Concept] = {layer: ChannelConcept() for layer in _layers(loaded, given["layers"])}
+        words = {word: _layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
         fields = [field for field in given["fields"].split(",") if field]
         dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
+        pictures_given = _takes_pictures(dataset, given)
+        concepts = concepts_of_layers(loaded.model, words, dataset, preprocess)
         labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
         outputs = _count_outputs(loaded, dataset, preprocess)
     else:
+        pictures_given = _takes_pictures(dataset, given)
         concepts = concepts_of_texts(loaded.model, given["layers"])
-    composite = _make_composite(given["rules"], given["settings"])
-    pictures_given = _takes_pictures(dataset, given)
     if labels is not None and outputs is not None:
         _check_outputs(loaded, outputs, labels, source)
     if settings["progress"]:
@@ -238,14 +245,13 @@ def _count_outputs(loaded: Loaded, dataset: Any, preprocess: Any) -> int | None:
     """Number of the model's outputs, told by the first sample that can be read; None where they are no classes."""
     import torch
 
-    from crp.visualization.mining.datasets import read
+    from crp.commands.concepts import first_sample
 
-    sample = next((one for one in (read(dataset, i) for i in range(min(len(dataset), 100))) if not one.problem), None)
+    sample = first_sample(dataset, preprocess)
     if sample is None:
         return None  # mining will tell why
-    data = sample.data[None]
     with torch.no_grad():
-        output = loaded.model(data if preprocess is None else preprocess(data))
+        output = loaded.model(sample)
     return output.shape[1] if isinstance(output, torch.Tensor) and output.dim() == 2 else None
 
 
@@ -289,7 +295,7 @@ def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:
         return select_layers(loaded.model, wanted)
     suggested = [one.name for one in list_layers(loaded.model, loaded.example()) if one.suggested]
     if not suggested:
-        raise CommandError("--layers auto finds no feature maps (channel, height, width); crp layers MODEL lists all")
+        raise CommandError("--layers auto finds no feature maps, and no tokens; crp layers MODEL lists all layers")
     return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,8 +40,16 @@ _OPTIONS = {
 @click.option("--title", default="What the model looks at", show_default=True, help="Of the first page.")
 @click.option("--open", "opened", is_flag=True, help="Show the pages in the browser.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def report_command(
-    folder: Path, out: Path | None, single_file: bool, workers: int, part: str | None, opened: bool, **given: Any
+    folder: Path,
+    out: Path | None,
+    single_file: bool,
+    workers: int,
+    part: str | None,
+    opened: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Write pages that show what a table has found, with nothing but its FOLDER.
 
@@ -59,6 +68,7 @@ def report_command(
     if single_file and (workers > 1 or part):
         raise CommandError("--workers and --part draw into a folder; --single-file is for small tables")
     share = None if part is None else _part(part, {}, "--part")
+    given["quiet"] = given["quiet"] or as_json
     try:
         page = _write(folder, path, workers, share, given)
     except KeyboardInterrupt:
@@ -67,9 +77,10 @@ def report_command(
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(_plain(str(error))) from error
     if share is not None:
-        click.echo(f"drew part {part} into {_plain(str(page))}")
+        done = {"part": part, "folder": str(page)}
+        click.echo(json.dumps(done) if as_json else f"drew part {part} into {_plain(str(page))}")
         return
-    click.echo(f"wrote {_plain(str(page))}")
+    click.echo(json.dumps({"page": str(page)}) if as_json else f"wrote {_plain(str(page))}")
     if opened:
         click.launch(page.resolve().as_uri())
 

@@ -68,6 +68,8 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
         click.echo(f"unmerged   {len(waiting)} shards; crp merge {_plain(str(folder))} takes them in")
     for owner in get_owners(folder):
         click.echo(_plain(f"written by process {owner.get('pid')} on {owner.get('host')} ({owner.get('role', 'run')})"))
+    for words in _kept(table):
+        click.echo(_plain(f"kept       {words}"))
     for problem in problems:
         click.echo(_plain(f"damaged    {problem}"))
     if verify and not problems:
@@ -79,7 +81,8 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
 @click.command("merge")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("others", nargs=-1, type=_FOLDER)
-def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For machines: what crp status --json tells.")
+def merge_command(folder: Path, others: tuple[Path, ...], as_json: bool) -> None:
     """Take what several processes have mined into one table.
 
     FOLDER is where they have written; OTHERS, if any, are more folders of the same table, which are copied from.
@@ -92,7 +95,7 @@ def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
         table = merge(folder, *others)
     except (TableError, OSError) as error:
         raise CommandError(_plain(str(error))) from error
-    click.echo(f"{_plain(str(folder))}: {_describe(table)}")
+    click.echo(json.dumps(_facts(table)) if as_json else f"{_plain(str(folder))}: {_describe(table)}")
     if table.coverage().missing:
         raise SystemExit(1)
 
@@ -107,7 +110,7 @@ def _describe(table: Table) -> str:
     return f"{seen} of {table.n_samples} samples{skipped}, {sum(shard.rows for shard in table.shards)} rows; {state}"
 
 
-def _facts(table: Table, n_unmerged: int, problems: list[str] | None) -> dict[str, Any]:
+def _facts(table: Table, n_unmerged: int = 0, problems: list[str] | None = None) -> dict[str, Any]:
     """What ``--json`` tells."""
     coverage = table.coverage()
     return {
@@ -127,10 +130,23 @@ def _facts(table: Table, n_unmerged: int, problems: list[str] | None) -> dict[st
         "missing": coverage.missing,
         "skipped": {str(index): reason for index, reason in coverage.skipped.items()},
         "unmerged": n_unmerged,
+        "kept": _kept(table),
         "damaged": problems,
         "fingerprints": dict(table.fingerprints),
         "versions": dict(table.versions),
     }
+
+
+def _kept(table: Table) -> list[str]:
+    """Results that are kept beside a table, and whether they are of it as it is."""
+    from crp.visualization.table.derived import list_kept
+    from crp.visualization.table.manifest import TableCorruptError
+
+    try:
+        found = list_kept(table)
+    except TableCorruptError as error:
+        return [str(error)]
+    return [one.name + ("" if one.digest == table.digest else ", of an earlier state of the table") for one in found]
 
 
 def _recipe_lines(table: Table) -> Iterator[str]:

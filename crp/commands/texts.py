@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crp.commands.errors import CommandError
+from crp.commands.group import in_a_line
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from crp.concepts import Concept
+    from crp.image.texts import TextHeatmap
+    from crp.visualization.mining.texts import Texts
+    from crp.visualization.models import Loaded
+
+_FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+
+
+class Asking(NamedTuple):
+    """What is asked about texts, as it is typed."""
+
+    tokenizer: str
+    position: str
+    target: str | None
+    against: str | None
+    layer: str | None
+    concepts: tuple[int, ...]
 
 
 def concepts_of_texts(model: nn.Module, wanted: Sequence[str]) -> dict[str, Concept]:
@@ -34,3 +53,171 @@ def concepts_of_texts(model: nn.Module, wanted: Sequence[str]) -> dict[str, Conc
         for name in select_layers(model, [pattern.removesuffix(".input")]):
             found[f"{name}.input" if is_input else name] = AxisConcept(-1, int(number) if colon else None)
     return found
+
+
+def explain_texts(
+    texts: Sequence[str],
+    loaded: Loaded,
+    method: str,
+    asking: Asking,
+    given: dict[str, Any],
+    out: Path,
+    as_json: bool,
+) -> Iterator[str]:
+    """Explain texts, and write them with the relevance of their tokens: as a page (.html), or as a figure.
+
+    Yields
+    ------
+    str
+        What to tell of each text.
+    """
+    from crp.explain import find_method
+    from crp.image.texts import plot_texts, text_page
+    from crp.visualization.mining.texts import Texts
+    from crp.visualization.sources import load_tokenizer
+
+    suffix = out.suffix.lower()
+    if suffix not in (".html", *_FIGURES):
+        raise CommandError(f"--out {out} must end in .html, .png, .jpg, .pdf or .svg")
+    if not asking.tokenizer:
+        raise CommandError("--text needs the model's --tokenizer: a folder or name, or package.module:factory")
+    try:
+        chosen = find_method(method)
+        through = _set_layer(loaded.model, asking, given, chosen.family)
+        dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))
+        found = [_explain(dataset, number, loaded, chosen.name, asking, given) for number in range(len(texts))]
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise CommandError(in_a_line(error)) from error
+    captions = [f"{facts['said']} ({chosen.name}{through})" for _, facts in found]
+    try:
+        if suffix == ".html":
+            page = text_page(list(zip(captions, (text for text, _ in found), strict=True)), "Texts explained")
+            out.write_text(page, encoding="utf-8")
+        else:
+            plot_texts([text for text, _ in found], captions).savefig(out, dpi=150)
+    except OSError as error:
+        raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    for text, (_, facts) in zip(texts, found, strict=True):
+        if as_json:
+            yield json.dumps({"text": text, "method": chosen.name, **facts, "out": str(out)})
+        else:
+            yield f"{_printed(text)}: {_printed(facts['said'])}"
+    if not as_json:
+        yield f"wrote {out}"
+
+
+def _set_layer(model: nn.Module, asking: Asking, given: dict[str, Any], family: str) -> str:
+    """Options of a method that say which layer and concepts are meant; and their words."""
+    if asking.concepts and asking.layer is None:
+        raise CommandError("--concept needs the --layer that it is in")
+    if asking.layer is None:
+        return ""
+    concepts = concepts_of_texts(model, [asking.layer])
+    if len(concepts) != 1:
+        raise CommandError(f"--layer {asking.layer} names {len(concepts)} layers; name one")
+    ((name, concept),) = concepts.items()
+    if asking.concepts:
+        given |= {"condition": {name: list(asking.concepts)}, "mask_map": concept.mask}
+    if not asking.concepts or family == "cam":
+        given["layer"] = name
+    return f", through {list(asking.concepts)} of {asking.layer}" if asking.concepts else f", of {asking.layer}"
+
+
+def _explain(
+    texts: Texts, number: int, loaded: Loaded, method: str, asking: Asking, given: dict[str, Any]
+) -> tuple[TextHeatmap, dict[str, Any]]:
+    """A text with the relevance of its tokens, and what the model says of it."""
+    import torch
+
+    from crp.engine.forward import tensor_in
+    from crp.explain import explain
+    from crp.image.texts import TextHeatmap
+    from crp.visualization.mining.text_batches import Asked
+
+    asked = Asked.of(texts[number][0][None], texts)
+    with torch.no_grad():
+        output = tensor_in(asked.run(loaded.model))
+    words = texts.words(number)
+    n = len(words.words)
+    place = None if output.dim() == 2 else _place(asking.position, n)
+    if place is None and asking.against is not None:
+        raise CommandError("--against is for language models; this one gives a score for each class")
+    scores = output[0] if place is None else output[0, place]
+    target, named, facts = _aim(scores, place, texts, loaded, asking)
+    heatmap: Tensor = explain(method, loaded.model, asked.data, target, **given)
+    if heatmap.dim() > 2:  # (a layer that is explained itself has features)
+        heatmap = heatmap.flatten(2).sum(2)
+    if heatmap.shape != (1, n):
+        raise CommandError(f"layer {asking.layer!r} has no tokens to draw; its relevance is {tuple(heatmap.shape)}")
+    shown = TextHeatmap(words.words, heatmap[0].double().numpy(), words.special, place)
+    tokens = [[word, float(value)] for word, value in zip(words.words, heatmap[0].tolist(), strict=True)]
+    return shown, {"said": named, **facts, "tokens": tokens}
+
+
+def _aim(
+    scores: Tensor, place: int | None, texts: Texts, loaded: Loaded, asking: Asking
+) -> tuple[Any, str, dict[str, Any]]:
+    """Target, what is said of it, and the same as data."""
+    from crp.engine.conditions import Position
+    from crp.engine.probabilities import probabilities
+
+    first = int(scores.argmax())
+    chance = probabilities(scores[None])[0]
+
+    def name(index: int) -> str:
+        return loaded.class_name(index) if place is None else repr(texts.word(index))
+
+    if place is None:
+        chosen = first if asking.target is None else loaded.find_class(asking.target) % len(scores)
+    else:
+        chosen = first if asking.target is None else _token(asking.target, texts, len(scores), "target")
+    said = f"predicted {name(first)} ({chance[first]:.1%})"
+    said += "" if chosen == first else f"; explained: {name(chosen)} ({chance[chosen]:.1%})"
+    facts: dict[str, Any] = {
+        word: {
+            "token" if place is not None else "class": index,
+            "name": name(index),
+            "probability": float(chance[index]),
+        }
+        for word, index in (("predicted", first), ("explained", chosen))
+    }
+    if place is None:
+        return chosen, said, facts
+    facts["position"] = place
+    if asking.against is None:
+        return Position(place, chosen), said, facts
+    other = _token(asking.against, texts, len(scores), "against")
+    return Position(place, chosen, against=other), f"{said}, against {name(other)}", facts | {"against": other}
+
+
+def _place(word: str, n: int) -> int:
+    from crp.visualization.sources import read_position
+
+    place = read_position(word)
+    if not isinstance(place, int) or not -n <= place < n:
+        raise CommandError(f"--position {word} must be a token of the text, which has {n}, such as -1")
+    return place % n
+
+
+def _token(word: str, texts: Texts, n: int, option: str) -> int:
+    """Id of a token: by its number, or the only one that the tokenizer makes of a text."""
+    if re.fullmatch(r"#\d{1,9}", word):
+        if int(word[1:]) >= n:
+            raise CommandError(f"--{option} {word}: the model has the tokens #0 to #{n - 1}")
+        return int(word[1:])
+    try:
+        made = texts.tokenizer(word, add_special_tokens=False)
+    except TypeError:
+        made = texts.tokenizer(word)
+    special = set(getattr(texts.tokenizer, "all_special_ids", ()))
+    ids = [int(token) for token in (made["input_ids"] if hasattr(made, "keys") else made) if token not in special]
+    if len(ids) != 1:
+        parts = ", ".join(f"#{token} {texts.word(token)!r}" for token in ids[:8])
+        raise CommandError(
+            f"--{option} {word!r} is {len(ids)} tokens ({parts}); name one, maybe with a space before it"
+        )
+    return ids[0]
+
+
+def _printed(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -97,6 +97,8 @@ class _Accumulator:
             Path of each ranking's files, up to ``data.npy``.
         """
         self.delete_result_arrays()
+        # (relative paths may have been written on Windows)
+        path_list = [prefix if "/" in prefix else prefix.replace("\\", "/") for prefix in map(str, path_list)]
         keys = [self._key(prefix) for prefix in path_list]
         for key, prefix in tqdm(list(zip(keys, path_list, strict=True)), desc="Collecting", dynamic_ncols=True):
             top = folders.read_top(prefix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from threading import get_ident
 from typing import Any, ClassVar, Literal
@@ -16,6 +15,7 @@ from zennit.core import Hook
 
 from crp.canonizers import for_model
 from crp.composites.activations import _may_be_activation
+from crp.composites.checkpoints import checkpoints_under_rules, running
 from crp.composites.keywords import _Remembered
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
@@ -49,8 +49,6 @@ Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 LayerMap = Sequence[tuple[Selector, Hook | None]]
 FirstMap = Sequence[tuple[Types, Hook | None]]
 NameMap = Sequence[tuple[Sequence[str], Hook | None]]
-#: Composite whose model runs now.
-_running: ContextVar[Composite | None] = ContextVar("running", default=None)
 
 
 class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc]
@@ -169,7 +167,8 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            for state in (uncompiled(module, parts), without_parameter_gradients(module, parts), _in_registries()):
+            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts)
+            for state in (*of_model, _in_registries(), checkpoints_under_rules()):
                 self.handles.append(_Lasting(state))
             self._thread = get_ident()
             matching = Matching(entries, choices, self.is_method, module)
@@ -313,7 +312,9 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         self.handles += _hook(module, enter, leave, prepend=not is_root, with_kwargs=True)
 
     def _acts(self, mode: Operations) -> bool:
-        return get_ident() == self._thread and (mode.matching.is_counting or not tracing())
+        # (in the backward pass, parts of the model run again, perhaps in another thread)
+        is_here = get_ident() == self._thread or running.get() is self
+        return is_here and (mode.matching.is_counting or not tracing())
 
     @undivided
     def _enter(
@@ -327,7 +328,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             self._depth += 1
             return None
         check_free(self, module)
-        other = _running.get()
+        other = running.get()
         if other is not None and other is not self:
             raise RuntimeError(
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
@@ -341,7 +342,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         if self._attachment.account is not None or mode.seen is not None:
             mode.places.track()
         self._depth, self._entered = 1, mode.is_needed
-        _running.set(self)
+        running.set(self)
         if self._entered:
             mode.begin((args, kwargs), leaves)
         return args, kwargs
@@ -381,7 +382,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         self._depth -= 1
         if self._depth:
             return
-        _running.set(None)
+        running.set(None)
         mode.places.stop()
         if self._entered:
             mode.leave()

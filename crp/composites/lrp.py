@@ -78,8 +78,8 @@ def _base(
 class LRP(Composite):
     """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
 
-    Operations that are not affine get the rules of `_base`. Where LRP has neither a rule nor takes the ordinary chain
-    rule, a warning names the operation.
+    Activations, normalizations, gates and attention have rules of their own. Where LRP has neither a rule nor takes
+    the ordinary chain rule, a warning names the operation.
 
     Parameters
     ----------

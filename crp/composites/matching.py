@@ -225,6 +225,15 @@ class Matching:
             return TypeError(f"{entry}: {what}no operation that {names} call")
         return None
 
+    def state(self) -> Any:
+        """Modules that run, for `set_state`."""
+        return self._context, list(self._stack), set(self._called), set(self._met)
+
+    def set_state(self, state: Any) -> None:
+        """Be inside of the modules that ran when `state` was asked."""
+        self._context, stack, called, met = state
+        self._stack, self._called, self._met = list(stack), set(called), set(met)
+
     def clear(self) -> None:
         """Forget the forward pass."""
         self._context = ()

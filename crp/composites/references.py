@@ -58,6 +58,10 @@ class ReferenceCalls:
             )
         return reference
 
+    def is_used(self) -> bool:
+        """Whether calls on a reference are kept."""
+        return bool(self._calls)
+
     def clear(self) -> list[Layer]:
         """Forget all calls; those that are left."""
         left, self._calls = self._calls, []

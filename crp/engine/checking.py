@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from crp.engine.attached import put_on
+from crp.engine.conditions import initial_relevance
 from crp.engine.door import is_finite, not_finite
 from crp.engine.encoding import Encoding, propagation_of
-from crp.layers import evaluating, modules_of
+from crp.layers import evaluating, hooked, modules_of
 from crp.types import AbsorbedRelevance, AttributionResults, Condition
 
+#: What rules are called in a report whose multiplier is the gradient: LRP-0, and what has no rule.
+_GRADIENT = ("ordinary chain rule", "LRP0(zero_params=())", "Epsilon(epsilon=0.0, zero_params=(), ")
+#: Step of the difference quotient, by dtype, and how far it may be from the relevance, relative to the larger.
+_STEP, _ACCURACY = {torch.float64: 1e-5}, 0.01
 #: Change of a heatmap, relative to its largest value, below which weights count as without effect.
 _EFFECT = 1e-3
 
@@ -123,7 +129,9 @@ def check_explanation(
         _weights_matter(attribution, data, conditions, composite, result),
     ]
     account, kept = _account(attribution, data, conditions, composite)
-    rules, left = _operations(attribution, data, composite)
+    operations, left = _operations(attribution, data, composite)
+    findings += [_as_by_differences(attribution, data, conditions, composite, operations)]
+    rules = dict(Counter(operation.rule for operation in operations).most_common())
     return Checked([findings[0], account, *findings[1:]], kept, rules, left)
 
 
@@ -196,11 +204,54 @@ def _weights_matter(
     return _Point("weights matter", value > _EFFECT, value, _EFFECT, f"{what} (change {value:.2g})")
 
 
+def _as_by_differences(
+    attribution: _Attributing,
+    data: Tensor,
+    conditions: Sequence[Condition],
+    composite: Composite | None,
+    operations: Sequence[Any],
+) -> _Point:
+    """Relevance of the strongest concept of a layer halfway, against the change of the output where it is scaled.
+
+    Where every rule is LRP-0, the relevance of a concept is the derivative of the output by that scale: activation
+    times gradient.
+    """
+    name, what = attribution.MODEL_OUTPUT_NAME, "relevance of a concept is what scaling it changes"
+    targets = next((condition[name] for condition in conditions if name in condition), None)
+    calls = Counter(operation.layer for operation in operations)
+    layers = [o.layer for o in operations[:-1] if o.layer and calls[o.layer] == 1]
+    has_gradient = operations and all(operation.rule.startswith(_GRADIENT) for operation in operations)
+    if targets is None or not layers or not has_gradient or Encoding.of(composite).as_multiplier:
+        return _Point("by differences", None, None, None, f"{what}: known where every rule is LRP-0")
+    layer, sample = layers[len(layers) // 2], data[:1].to(attribution.device)
+    result = attribution(sample, [{name: targets}], composite, [layer])
+    relevance = result.relevances[layer][0].reshape(len(result.relevances[layer][0]), -1).sum(1)
+    concept = int(relevance.abs().argmax())
+    step = _STEP.get(result.prediction.dtype, 1e-2)
+
+    def output(scale: float) -> float:
+        def scaled(module: nn.Module, args: Any, value: Tensor) -> Tensor:
+            factors = torch.ones(value.shape[1], dtype=value.dtype, device=value.device)
+            factors[concept] = scale
+            return value * factors.reshape(1, -1, *[1] * (value.dim() - 2))
+
+        with put_on(composite, attribution.model) as model, hooked({model.get_submodule(layer): scaled}):
+            prediction = attribution.select_output(model(sample.clone()))
+        return float(initial_relevance(prediction.detach(), [targets], None).sum())
+
+    quotient, found = (output(1 + step) - output(1 - step)) / (2 * step), float(relevance[concept])
+    scale = max(abs(quotient), abs(found), 1e-3 * float(result.prediction.abs().max()))
+    value = abs(quotient - found) / (scale or 1.0)
+    what += f" (layer {layer!r}, channel {concept}: {found:.4g} and {quotient:.4g})"
+    return _Point("by differences", value <= _ACCURACY, value, _ACCURACY, what)
+
+
 def _operations(
     attribution: _Attributing, data: Tensor, composite: Composite | None
-) -> tuple[dict[str, int], Sequence[str]]:
+) -> tuple[list[Any], Sequence[str]]:
+    """Operations in the order of execution, and those that were left to the ordinary chain rule."""
     report: Any = getattr(composite, "report", None)
     if report is None:
-        return {}, ()
+        return [], ()
     found = report(attribution.model, data[:1].to(attribution.device))
-    return dict(Counter(operation.rule for operation in found.operations).most_common()), found.left
+    return [*found.operations], found.left

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from types import TracebackType
 from typing import Any
@@ -122,8 +123,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def misfit(error: BaseException, model: object, explained: Iterable[Tensor]) -> InputError | None:
+def misfit(
+    error: BaseException, model: object, explained: Iterable[Tensor], arguments: Mapping[int | str, Any]
+) -> InputError | InputTypeError | None:
     """What is wrong with data that a model cannot take, by the layer that raised the error; None if that is unknown."""
+    if isinstance(error, TypeError) and (wrong := _wrong_arguments(model, arguments)):
+        return InputTypeError(wrong)
     found = _layer_of(error.__traceback__)
     shapes = " and ".join(f"{tuple(tensor.shape)} ({tensor.dtype})" for tensor in explained)
     if found is None:
@@ -132,6 +137,9 @@ def misfit(error: BaseException, model: object, explained: Iterable[Tensor]) -> 
     known = modules_of(model) if isinstance(model, nn.Module) else {}
     name = next((name for name, module in known.items() if module is layer), "")
     where = f"layer {name!r} ({type(layer).__name__})"
+    if not isinstance(given, Tensor):
+        kinds = ", ".join(f"{key!r} is a {type(value).__name__}" for key, value in arguments.items())
+        return InputTypeError(f"{where} gets a {type(given).__name__} in place of a tensor; of the inputs, {kinds}")
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype != given.dtype and _size_of(layer)[1] is not None:
         other = f" or model.to({given.dtype})" if given.is_floating_point() else ""
@@ -157,13 +165,32 @@ def misfit(error: BaseException, model: object, explained: Iterable[Tensor]) -> 
     return None
 
 
-def _layer_of(traceback: TracebackType | None) -> tuple[nn.Module, Tensor] | None:
-    """Innermost layer in which an error was raised, and its input."""
+def _wrong_arguments(model: object, arguments: Mapping[int | str, Any]) -> str | None:
+    """What does not go with the arguments that a model takes."""
+    forward = getattr(model, "forward", None)
+    positional = [value for name, value in arguments.items() if isinstance(name, int)]
+    named = {name: value for name, value in arguments.items() if isinstance(name, str)}
+    try:
+        signature = inspect.signature(forward)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*positional, **named)
+    except TypeError as error:
+        return f"the model takes {signature}, and the data do not fit that: {error}"
+    return None
+
+
+def _layer_of(traceback: TracebackType | None) -> tuple[nn.Module, Any] | None:
+    """Innermost layer in which an error was raised, and its input; one that is no tensor is told of torch's layers."""
     found = None
     while traceback is not None:
         names = traceback.tb_frame.f_locals
-        layer, given = names.get("self"), names.get("input")
-        if isinstance(layer, nn.Module) and isinstance(given, Tensor):
+        layer, arguments = names.get("self"), names.get("args")
+        given = names["input"] if "input" in names else arguments[0] if arguments else None
+        is_of_torch = type(layer).__module__.startswith("torch.nn")
+        is_known = "input" in names if isinstance(given, Tensor) else is_of_torch and ("input" in names or arguments)
+        if isinstance(layer, nn.Module) and is_known:
             found = layer, given
         traceback = traceback.tb_next
     return found

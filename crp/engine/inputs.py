@@ -185,8 +185,8 @@ class Inputs:
             assert isinstance(model, nn.Module)
             with in_place_of_lookup(model, copies.embedded) as embeddings:
                 return model(*positional, **named, **embeddings)
-        except (RuntimeError, ValueError) as error:
-            problem = None if isinstance(error, CRPError) else misfit(error, model, self.explained)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            problem = None if isinstance(error, CRPError) else misfit(error, model, self.explained, self.values)
             if problem is None:
                 raise
             raise problem from error

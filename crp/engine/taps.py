@@ -13,6 +13,7 @@ from crp.errors import InputError, InputTypeError
 from crp.layers import find_layers, modules_of, referencing, tracing
 from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
+from crp.layers.repeated import watch
 from crp.notices import warn
 
 
@@ -38,7 +39,7 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Forward hook, with keywords."""
-        if get_ident() != self.thread or tracing():
+        if get_ident() != self.thread or tracing() or watch():
             return None
         if not isinstance(output, Tensor):
             is_attention = isinstance(module, nn.MultiheadAttention)

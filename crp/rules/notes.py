@@ -8,10 +8,12 @@ it; reading it is an error.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from crp.layers.interrupts import atomic
 
 #: No affine operation stands between the tensor and the model's input.
 FIRST = 1
@@ -189,6 +191,27 @@ class Notes:
             elif isinstance(value, dict):
                 flags &= self.read(value.values(), inputs, unseen)
         return flags
+
+    def flags(self, tensor: Tensor) -> int:
+        """What is known of a tensor; nothing of one without a note."""
+        note = self.of(tensor)
+        return 0 if note is None else note.flags
+
+    @atomic
+    def entered(self, leaves: Sequence[Tensor], flags: Sequence[int]) -> Iterator[None]:
+        """Context in which leaves stand for tensors that depend on the model's input, of which so much is known."""
+        before = list(self._inputs)
+        self._inputs += leaves
+        self._notes |= {id(leaf): Note(leaf, known) for leaf, known in zip(leaves, flags, strict=True)}
+        try:
+            yield
+        finally:
+            self._inputs[:] = before
+
+    def leads_outside(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the model's input as it is, or a rule remembers what it was made of."""
+        note = self.of(tensor)
+        return note is None or note.parts is not None or self._reaches_input(tensor)
 
     def allow(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that were made unseen where that is allowed."""

@@ -353,6 +353,11 @@ class ReferenceQueries(SampleAccess):
             warn(
                 f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references; their order means nothing",
             )
+        elif mode == "relevance" and top.value[0, index] < 0:  # (and so is that of all others)
+            warn(
+                f"the relevance of concept {concept_id} of layer {layer!r} is negative everywhere: its references are "
+                "those in which it speaks least against; mode='activation' shows where it is most active"
+            )
         return chosen
 
     def _lookup(
@@ -362,7 +367,8 @@ class ReferenceQueries(SampleAccess):
         results = self._results(mode, target is not None)
         self._concept(layer)
         question, answers = self._answers(mode, target is not None)
-        top = answers.references(question, layer, max(results.SAMPLE_SIZE, int(r_range[1])), target)
+        size = max(results.SAMPLE_SIZE, int(r_range[1]))
+        top = refs.once_each(lambda n: answers.references(question, layer, n, target), size)
         of_class = "" if target is None else f" and class {target}"
         return top, refs.clip(r_range, len(top.sample), f"layer {layer!r}{of_class}")
 

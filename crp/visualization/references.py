@@ -17,6 +17,7 @@ from crp.concepts.reading import has_own, initial_relevance_of
 from crp.layers import modules_of
 from crp.layers.addresses import Address, hooked_at
 from crp.visualization.table.fingerprint import fingerprint
+from crp.visualization.table.ranking import ReferenceSamples
 
 #: Concept id: a channel, or what a custom concept calls its parts.
 ConceptId = int | tuple[int, ...]
@@ -157,6 +158,28 @@ def row_targets(init: str, targets: Any, mined: np.ndarray, layer: str) -> dict[
             f"the references of layer {layer!r} were mined without classes; say from which to start: targets="
         )
     return {"targets": [[int(target)] for target in mined]}
+
+
+def once_each(ask: Callable[[int], ReferenceSamples], size: int) -> ReferenceSamples:
+    """Best samples of every concept, each once: one that was mined for several targets counts with its best.
+
+    Parameters
+    ----------
+    ask : callable
+        Gives the best rows of every concept, at most as many as it is asked for.
+    size : int
+        How many samples, at most.
+    """
+    n = size
+    while True:
+        top = ask(n)
+        places = [np.sort(np.unique(column, return_index=True)[1]) for column in top.sample.T]
+        found = min((len(one) for one in places), default=0)
+        if found >= size or len(top.sample) < n:
+            break
+        n *= 2
+    rows = np.array([one[: min(found, size)] for one in places], np.int64).reshape(len(places), -1).T
+    return ReferenceSamples(*(np.take_along_axis(column, rows, 0) for column in top))
 
 
 def plot_name(plot_fn: Callable[..., Any], content: Sequence[Any]) -> str:

@@ -24,6 +24,7 @@ from crp.audit import (
     search,
 )
 from crp.visualization.table.derived import read_kept
+from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
 
 
@@ -53,6 +54,14 @@ def test_meanings(fv, background):
         meanings(fv, "second", embed, concept_ids=[5])
 
 
+def test_texts_may_be_embedded_by_a_function(fv):
+    found = meanings(fv, "second", embed, list(TEXTS), embed_text=TEXTS.__getitem__, n=4)
+    assert np.array_equal(found.similarity, meanings(fv, "second", embed, TEXTS, n=4).similarity)
+    assert found.texts == list(TEXTS)
+    with pytest.raises(TypeError, match="texts such as 'upper left' need embeddings: give a mapping, or embed_text="):
+        meanings(fv, "second", embed, list(TEXTS))
+
+
 def test_meanings_are_kept(fv):
     found = meanings(fv, "second", embed, TEXTS, n=4)
     table = Table.open(fv.path)
@@ -73,6 +82,12 @@ def test_interventions(fv):
     assert np.allclose(found.relevance, sums.numpy(), rtol=1e-12)
     wanted = [spearmanr(r, -c).statistic for r, c in zip(found.relevance, found.change, strict=True)]
     assert found.agreement == pytest.approx(np.mean(wanted), abs=1e-12)
+    patched = interventions(fv, EpsilonPlus(), "second", [2, 0, 5], scale=1, patch=[1, 1, 3])
+    other = fv.dataset.data[[1, 1, 3]]
+    change = intervene(
+        fv.attribution, data, "second", fv.layer_map["second"], range(5), predicted, scale=1, patch=other
+    )
+    assert np.array_equal(patched.change, change.numpy()) and patched.patched and not found.patched
     whole = interventions(fv, EpsilonPlus(), "second", [2], targets=[1])
     assert whole.relevance.shape == (1, 5) and whole.target.tolist() == [1]
     with pytest.raises(ValueError, match="interventions need one sample at least"):
@@ -97,7 +112,7 @@ def test_interventions_are_kept(fv):
     found.save(table)
     kept = read_kept(table, "interventions", "second")
     assert np.array_equal(kept.arrays["change"], found.change)
-    assert kept.settings == {"scale": 0.0, "agreement": found.agreement}
+    assert kept.settings == {"scale": 0.0, "patched": False, "agreement": found.agreement}
 
 
 def test_the_audit_of_the_table_is_that_of_its_samples(fv):
@@ -112,6 +127,11 @@ def test_the_audit_of_the_table_is_that_of_its_samples(fv):
         for uses, others in ((one.over, other.over), (one.under, other.under)):
             assert [use[:2] for use in uses] == [use[:2] for use in others]
             assert [use.difference for use in uses] == pytest.approx([use.difference for use in others], abs=1e-6)
+    best = top_k(table, "second", k=3).sample
+    of_table = audit(fv.attribution, fv.dataset.data[:1], EpsilonPlus(), found, fv.layer_map["second"], table=table)
+    for use in [*audited[0].over, *audited[0].under, *of_table[0].over]:
+        assert use.references == best[:, use.concept].tolist()
+    assert again[0].over[0].references == []
     scores = {}
     for of_class, mixture in found.classes.items():
         blocks = list(table.blocks("second", normed=True, of_class=of_class))

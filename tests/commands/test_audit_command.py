@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_cases import crp, mine_pictures
+from feature_net import Images, make_fv
 from PIL import Image
 
 from crp.audit import Prototypes, audit
 from crp.composites import EpsilonPlus
+from crp.concepts import DirectionConcept
 from crp.visualization import FeatureVisualization, Table
 
 
@@ -74,3 +77,14 @@ def test_what_is_wrong_is_one_line(folder: Path) -> None:
     result = crp("audit", folder, "0", "--data", "new")
     assert result.exit_code == 1 and len(result.output.splitlines()) == 1
     assert crp("audit", folder, "0").exit_code == 0, "nor the model, for samples of the table"
+
+
+def test_directions_are_called_by_their_names(tmp_path: Path) -> None:
+    concept = DirectionConcept(torch.eye(5)[:2], names=["edge", "corner"])
+    fv = make_fv(tmp_path, Images(30), layers={"second": concept})
+    fv.run(EpsilonPlus(), 0, 30, progress=False)
+    result = crp("prototypes", fv.path, "second", "--n", 1, "--json")
+    names = {one["name"] for row in json.loads(result.output)["prototypes"] for one in row["concepts"]}
+    assert {"edge", "corner"} <= names
+    (row,) = json.loads(crp("audit", fv.path, "second", "--sample", 4, "--json").output)["samples"]
+    assert {use["name"] for use in row["over"] + row["under"]} <= names

@@ -16,7 +16,7 @@ from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.store import Table
 
-RECIPE = {"a": {"concept": "crp.concepts.channels.ChannelConcept"}}
+RECIPE = {"a": {"concept": "crp.concepts.channels.ChannelConcept", "settings": {}}}
 
 
 @pytest.fixture
@@ -140,6 +140,7 @@ def test_audit_of_some_samples_as_json(folder):
     assert [one["sample"] for one in found["samples"]] == [7, 31] and found["n_samples"] == 2
     assert [len(one["over"]) for one in found["samples"]] == [1, 1]
     assert found["samples"][0]["over"][0]["concept"] == 4
+    assert found["samples"][0]["over"][0]["references"][0] == 7
     with pytest.raises(TableNotFoundError):
         read_kept(Table.open(folder), "audit", "a")
     result = crp("audit", folder, "a", "--sample", 99)
@@ -214,7 +215,14 @@ def test_prototypes_and_audits_of_a_table_that_has_grown_are_refused(folder):
     table = Table.open(folder)
     table.grow(60)
     assert crp("audit", folder, "a").exit_code == 0, "nothing was mined since"
+    assert "kept       prototypes of layer 'a'\nkept       audit of layer 'a'\n" in crp("status", folder).output
+    assert json.loads(crp("status", folder, "--json").output)["kept"] == [
+        "prototypes of layer 'a'",
+        "audit of layer 'a'",
+    ]
     table.add(source.write(table, 50, 60))
+    assert "prototypes of layer 'a'\nkept       audit of layer 'a'\n" not in crp("status", folder).output
+    assert "kept       prototypes of layer 'a', of an earlier state of the table\n" in crp("status", folder).output
     result = crp("audit", folder, "a")
     assert result.exit_code == 1
     assert "has changed since prototypes of layer 'a' were made; crp prototypes makes them again" in result.output

@@ -185,6 +185,7 @@ def test_torchrun_whose_rank_is_killed_goes_on(here: Path) -> None:
 def test_an_interruption_keeps_whole_shards_and_says_how_to_go_on(here: Path, number: int) -> None:
     pid = os.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # (ignored where tests run in the background)
         result = crp("mine", *NET, *SLOW, "--out", "out")
         (here / "told").write_text(result.output)
         os._exit(result.exit_code)

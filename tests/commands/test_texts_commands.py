@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from command_cases import crp
+from PIL import Image
 
+from crp.attribution import CondAttribution
 from crp.composites import AttnLRP
 from crp.concepts import AxisConcept
 from crp.errors import LoadingError
 from crp.image import TextHeatmap
+from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts
 from crp.visualization.sources import load_texts, load_tokenizer
 
@@ -26,6 +30,12 @@ def net():
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=2, n_head=2, n_positions=16, use_cache=False)
     return transformers.GPT2LMHeadModel(config)
+
+def reader():
+    torch.manual_seed(0)
+    own = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "num_labels": 3}
+    config = transformers.BertConfig(vocab_size=11, hidden_size=8, max_position_embeddings=32, **own)
+    return transformers.BertForSequenceClassification(config)
 
 def letters(): return Letters()
 def ids(): return texts_of_ids(10)
@@ -132,3 +142,71 @@ def test_texts_made_by_the_user_say_everything_themselves(here: Path) -> None:
         load_texts(texts, None, "-1", "", "m:n")
     assert load_texts([torch.ones(3)], None, None, "", "m:n") is None
     assert type(load_tokenizer("reading:letters")).__name__ == "Letters"
+
+
+# --- crp attribute --------------------------------------------------------------------------------------------------
+
+EXPLAIN = ["attribute", "--model", "reading:net", "--tokenizer", "reading:letters", "--method", "attn_lrp"]
+
+
+def test_a_text_is_explained_on_a_page(here: Path) -> None:
+    result = crp(*EXPLAIN, "--text", "abc d", "--text", "ee", "--target", "h", "--out", "why.html")
+    assert result.exit_code == 0, result.output
+    *said, wrote = result.output.splitlines()
+    assert wrote == "wrote why.html" and [line.split(": ")[0] for line in said] == ["abc d", "ee"]
+    page = Path("why.html").read_text(encoding="utf-8")
+    assert "explained: &#x27;h&#x27;" in page and page.count("<p style=") == 2 and page.count("<span style=") == 9
+    result = crp(
+        *EXPLAIN, "--text", "abc d", "--target", "#9", "--against", "b", "--position", "2", "--json", "--out", "a.html"
+    )
+    facts = json.loads(result.output)
+    assert facts["explained"]["token"] == 9 and facts["position"] == 2 and facts["against"] == 3
+    assert [word for word, _ in facts["tokens"]] == [">", "a", "b", "c", " ", "d"]
+    import reading
+
+    net, data = reading.net().eval(), reading.Letters()("abc d")
+    wanted = CondAttribution(net)(
+        {name: torch.tensor([field]) for name, field in data.items()}, [{"y": Position(2, 9, against=3)}], AttnLRP()
+    ).heatmap[0]
+    torch.testing.assert_close(torch.tensor([value for _, value in facts["tokens"]]), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_classes_and_figures(here: Path) -> None:
+    layer = ["--layer", "transformer.h.1.attn.c_proj.input:heads=2", "--text", "abc d", "--json"]
+    parts = []
+    for concepts in (["0"], ["1"], ["0", "1"]):
+        given = [word for concept in concepts for word in ("--concept", concept)]
+        result = crp(*EXPLAIN, *layer, *given, "--out", "a.png")
+        assert result.exit_code == 0, result.output
+        parts.append(torch.tensor([value for _, value in json.loads(result.output)["tokens"]]))
+    torch.testing.assert_close(parts[0] + parts[1], parts[2], rtol=1e-4, atol=1e-6)
+    with Image.open("a.png") as figure:
+        assert figure.width > 500
+    classes = ["attribute", "--model", "reading:reader", "--tokenizer", "reading:letters", "--method", "cp_lrp"]
+    result = crp(*classes, "--text", "abc", "--target", "2", "--out", "b.svg")
+    assert result.exit_code == 0 and "class 2 (" in result.output, result.output
+    own = crp(*EXPLAIN, "--layer", "transformer.h.0", "--text", "abc", "--json", "--out", "a.html")
+    assert own.exit_code == 0 and len(json.loads(own.output)["tokens"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "a.html"], "give pictures, or --text"),
+        (["--text", "ab", "--out", "a.gif"], "--out a.gif must end in .html, .png"),
+        (["--text", "ab", "--target", "ab", "--out", "a.html"], "--target 'ab' is 2 tokens (#2 'a', #3 'b'); name one"),
+        (["--text", "ab", "--target", "#11", "--out", "a.html"], "the model has the tokens #0 to #10"),
+        (
+            ["--text", "ab", "--position", "3", "--out", "a.html"],
+            "--position 3 must be a token of the text, which has 3",
+        ),
+        (["--text", "ab", "--concept", "3", "--out", "a.html"], "--concept needs the --layer"),
+        (["--text", "ab", "--layer", "*.mlp.act", "--out", "a.html"], "--layer *.mlp.act names 2 layers; name one"),
+        (["--text", "ab", "--layer", "nowhere", "--out", "a.html"], "nowhere"),
+        (["--text", "xyz", "--out", "a.html"], "substring not found"),
+    ],
+)
+def test_what_cannot_be_explained(here: Path, words: list[str], message: str) -> None:
+    result = crp(*EXPLAIN[:5], *(EXPLAIN[5:] if "--text" in words else []), *words)
+    assert result.exit_code == 1 and message in result.output, result.output
+    assert not Path("a.html").exists()

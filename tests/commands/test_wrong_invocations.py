@@ -226,6 +226,12 @@ def test_machines_read_json(place):
     assert found["predicted"]["class"] == found["explained"]["class"] and Path(found["out"]).exists()
     rows = json.loads(run(["methods", "--json", "--family", "cam"]).output)
     assert {row["family"] for row in rows} == {"cam"} and all(row["paper"] for row in rows)
+    mined = ["mine", "--model", "wrong_nets:net", "--data", "wrong_nets:rows", "--layers", "0", "--out", "mined"]
+    for command in ([*mined, "--quiet"], ["merge", "mined"], ["status", "mined"]):
+        found = json.loads(run([*command, "--json"]).output)
+        assert found["complete"] and found["n_samples"] == 6 and found["layers"] == {"0": 4}
+    page = json.loads(run(["report", "mined", "--concepts", "1", "--quiet", "--json"]).output)["page"]
+    assert Path(page).exists()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
@@ -236,8 +242,12 @@ def test_a_termination_is_an_interrupt(place, name):
     Path("slow_nets.py").write_text(slow)
     words = ["--model", "wrong_nets:net", "--data", "slow_nets:Slow", "--layers", "0", "--out", "new", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # (a process in the background, or under nohup, ignores signals, and so do its children)
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)\n"
+    code += "from crp.commands.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-m", "crp", "mine", *words], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", code, "mine", *words], stderr=subprocess.PIPE, text=True, env=environment
     )
     end = time.monotonic() + 60
     while not Path("began").exists() and time.monotonic() < end and process.poll() is None:

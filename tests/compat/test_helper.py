@@ -277,6 +277,17 @@ def test_S21_large_targets_are_exact(tmp_path):
     assert targets.tolist() == [[16777217, 16777217]]
 
 
+def test_paths_that_were_written_on_windows_are_collected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results, stats = Maximization(path="r"), Statistics(path="r")
+    stats.analyze_layer(*_analyze(results, torch.ones(4, 2), "conv", 0), "conv")
+    saved, saved_stats = ([path.replace("/", "\\") for path in one._save_results((0, 4))] for one in (results, stats))
+    results.collect_results(saved)
+    stats.collect_results(saved_stats)
+    assert load_maximization(results.PATH, "conv")[1].shape == (4, 2)
+    assert load_statistics(stats.PATH, "conv", 1)[1].shape[1] == 2
+
+
 def test_S14_C8_partial_files_of_awkward_layer_names_stay_apart(tmp_path):
     layers = ["enc_1_2_.a", "enc_1_2_.b", "enc", "blocks/0", "../up", "/abs", "a%b"]
     results, stats = Maximization(path=tmp_path / "r"), Statistics(path=tmp_path / "r")

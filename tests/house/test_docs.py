@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from house_plan import MODULES, ROOT
 
 for needed in ("sphinx", "myst_nb", "numpydoc", "sphinx_click", "furo"):
     pytest.importorskip(needed, reason="the site is built where the docs extra is installed", exc_type=ImportError)
+
+pytestmark = pytest.mark.timeout(900)  # half a minute on two idle cores, much more where they are busy
 
 #: Modules beside the rooms' faces whose names are for the package itself.
 INSIDE = {"__main__", "checks", "commands", "compat", "devices", "engine", "layers", "notices"}
@@ -57,6 +60,19 @@ def test_the_reference_has_every_public_name(module: str, documented: set[str]) 
     names = offered(module)
     assert names
     assert [name for name in names if f"{module}.{name}" not in documented] == []
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.count(".") == 1 and m[4:] not in INSIDE))
+def test_docstrings_name_no_parameter_that_is_not_there(module: str) -> None:
+    from numpydoc.validate import validate
+
+    named = {f"{module}.{name}": getattr(importlib.import_module(module), name) for name in offered(module)}
+    for name, what in list(named.items()):
+        if inspect.isclass(what):
+            named |= {f"{name}.{part}": how for part, how in vars(what).items() if part[0] != "_" and callable(how)}
+    checked = [name for name, what in named.items() if callable(what) and inspect.getdoc(what)]
+    wrong = [(name, text) for name in checked for code, text in validate(name)["errors"] if code == "PR02"]
+    assert wrong == []
 
 
 def test_the_reference_has_what_the_package_itself_offers(documented: set[str]) -> None:

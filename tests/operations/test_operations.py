@@ -465,19 +465,13 @@ def checkpointed(part, use_reentrant=False):
     ids=["layers", "activation", "branches", "in_place"],
 )
 @pytest.mark.parametrize("composite", [exact(), EpsilonPlusFlat(), DeepLift(reference=0.3)], ids=repr)
-def test_activation_checkpoints(composite, part):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpoints(composite, part, use_reentrant):
     with_checkpoint, without = (
-        heatmap(stem_and_head(checkpointed(part)), composite),
+        heatmap(stem_and_head(checkpointed(part, use_reentrant)), composite),
         heatmap(stem_and_head(part), composite),
     )
     assert deviation(with_checkpoint, without) < 1e-12
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch 2.4 at itself
-def test_reentrant_activation_checkpoints_are_refused(untouched):
-    model = stem_and_head(checkpointed(lambda s, h: F.silu(h), use_reentrant=True))
-    with untouched(model), pytest.raises(UnseenError, match=r"mean\(\) .*by CheckpointFunctionBackward.*checkpoint"):
-        heatmap(model, exact())
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])

@@ -39,11 +39,15 @@ def links_to(page, folder):
 
 
 def test_every_kind_has_a_page_that_the_overview_links(found):
-    _, _, folder = found
+    _, results, folder = found
     assert set(PAGES) == set(PAGED) == set(KEPT_KINDS) - {"heatmaps"}
     assert set(PAGES.values()) <= links_to(folder / "index.html", folder)
     text = Parsed(folder / "index.html").text
     assert "How classes are predicted" in text and "Clusters of apple" in text
+    parts = [f"{size} samples with more of {c} ({d:+.3f})" for size, (c, d) in zip(
+        results["clusters"].sizes, (results["clusters"].strongest(i)[0] for i in (0, 1)), strict=True
+    )]  # fmt: skip
+    assert f"apple is predicted in 2 ways: {'; '.join(parts)}" in text
     for page in folder.rglob("*.html"):
         assert all((folder / address).is_file() for address in links_to(page, folder)), page
         sources = [(page.parent / one).resolve() for one in Parsed(page).all("src")]

@@ -280,6 +280,30 @@ def test_another_model_is_refused(fv, tmp_path):
         report(other, tmp_path / "out")
 
 
+def test_pictures_of_several_sizes_are_drawn(tmp_path):
+    class Uneven(Images):
+        def __getitem__(self, index):
+            data, label = super().__getitem__(index)
+            return data[:, : 6 - index % 2], label
+
+    net = nn.Sequential(
+        OrderedDict(
+            first=nn.Conv2d(1, 4, 3),
+            relu=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flat=nn.Flatten(),
+            out=nn.Linear(4, 3),
+        )
+    )
+    fv = make_fv(tmp_path / "mined", Uneven(), net=net.double().eval(), layers=["relu"])
+    fv.run(EpsilonPlus(), 0, 12, progress=False, mixed_shapes=True)
+    folder = report(fv, tmp_path / "out")
+    best = top_k(Table.open(fv.path), "relu", k=3)
+    assert {i % 2 for i in best.sample.flat} == {0, 1}, "references of both sizes"
+    for sample in np.unique(best.sample):
+        assert (folder / f"sample/{sample}.html").is_file()
+
+
 # ---- hostile names
 
 

@@ -262,7 +262,9 @@ class Drawing:
             data = [x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 2 else x for x in data]
         if draw.random() < 0.2 and call.kind == "call":
             data = [x.requires_grad_() for x in data]
-        forms: list[Any] = [tuple(data), list(data), dict(zip("xz", data, strict=False))]
+        forms: list[Any] = [tuple(data), dict(zip("xz", data, strict=False))]
+        # (a list holds the samples)
+        forms += [list(data[0].detach())] if len(data) == 1 else []
         call.arguments["data"] = data[0] if len(data) == 1 and draw.random() < 0.8 else draw.choice(forms)
         if len(data) == 2 and draw.random() < 0.4:
             named = isinstance(call.arguments["data"], dict)

@@ -51,6 +51,14 @@ def _change(data: Any, function: Callable[[Tensor], Any]) -> Any:
     return type(data)([function(data[0]), *data[1:]])
 
 
+def _with_another(data: Any) -> Any:
+    return {**data, "w": 1.0} if isinstance(data, dict) else (*data, 1.0, 2.0)
+
+
+def _without_one(data: Any) -> Any:
+    return dict([*data.items()][1:]) if isinstance(data, dict) else data[1:]
+
+
 def _nan(x: Tensor) -> Tensor:
     x = x.detach().clone()
     x[(0,) * x.dim()] = torch.nan
@@ -74,6 +82,7 @@ DATA: dict[str, Callable[[Tensor], Any]] = {
     "features": lambda x: x.detach().repeat_interleave(2, 1),
     "a single sample": lambda x: x[0],
     "another axis": lambda x: x[..., None],
+    "text": lambda x: "data",
     "sparse": lambda x: x.detach().to_sparse(),
     "meta": lambda x: x.detach().to("meta"),
 }
@@ -119,10 +128,17 @@ OTHERS: dict[str, list[Any]] = {
 def spoil(drawing: Drawing, call: Call) -> bool:
     """Make one thing of a right call wrong; False where this one cannot be made so."""
     draw, given = drawing.draw, call.arguments
-    what = draw.choice(["data", "conditions", "y", "ids", "init_rel", "mask_map", *OTHERS])
+    what = draw.choice(["data", "data", "arguments", "conditions", "y", "ids", "init_rel", "mask_map", *OTHERS])
     if what == "data":
         name = draw.choice(list(DATA))
+        if name == "infinite" and "explain" in given:
+            return False  # (an input that is passed on may be infinite)
         given["data"], call.wrong = _change(given["data"], DATA[name]), f"data: {name}"
+    elif what == "arguments":
+        if isinstance(given["data"], Tensor | list):
+            return False
+        given["data"] = draw.choice([_with_another, _without_one])(given["data"])
+        call.wrong = "arguments"
     elif what == "conditions":
         name = draw.choice(list(CONDITIONS))
         given["conditions"] = CONDITIONS[name](drawing, [*given["conditions"]])

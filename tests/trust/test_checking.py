@@ -10,7 +10,14 @@ from torch import nn
 from trust_cases import CONDITIONS, differences, images, net, state, zennit_merged
 
 from crp.attribution import CondAttribution
-from crp.composites import Composite, EpsilonPlus, EpsilonPlusFlat, GradientTimesInput
+from crp.composites import (
+    Composite,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+    GradientTimesInput,
+    UniformEpsilon,
+    UniformLRP0,
+)
 from crp.rules import Rule
 
 
@@ -28,7 +35,8 @@ def test_right_explanations_hold(make):
     is_exact = make is not zennit_merged
     assert checked.holds is is_exact, str(checked)
     assert by_name["prediction"].holds is is_exact
-    assert list(by_name) == ["prediction", "account", "finite", "repeats", "weights matter"]
+    assert list(by_name) == ["prediction", "account", "finite", "repeats", "weights matter", "by differences"]
+    assert by_name["by differences"].holds is (True if make is GradientTimesInput else None)
     ours = isinstance(composite, Composite)
     assert by_name["account"].holds is (True if ours else None)
     assert bool(checked.rules) is ours and bool(checked.kept) is ours
@@ -56,6 +64,30 @@ def test_relevance_that_does_not_add_up_fails():
     assert not checked.holds
     assert [finding.name for finding in checked.findings if finding.holds is False] == ["account"]
     assert "FAILED account" in str(checked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "make", [UniformLRP0, GradientTimesInput, lambda: UniformEpsilon(epsilon=0.0)], ids=["lrp_0", "gradient", "epsilon"]
+)
+def test_relevance_by_lrp_0_is_a_difference_quotient(make, dtype):
+    """The output changes by a concept's relevance where its activation is scaled, as LRP-0 is the gradient."""
+    checked = CondAttribution(net().to(dtype)).check(images().to(dtype), [{"y": 1, "3": [0]}], make())
+    (found,) = [finding for finding in checked.findings if finding.name == "by differences"]
+    assert found.holds and found.value < (1e-6 if dtype == torch.float64 else 1e-3), str(checked)
+    assert "layer '3', channel" in found.what
+
+
+def test_relevance_by_lrp_0_that_is_no_difference_quotient_fails():
+    class LRP0(Doubles):
+        zero_params = ()
+
+        def __repr__(self):
+            return "LRP0(zero_params=())"
+
+    composite = Composite(layer_map=[(nn.Linear, LRP0())])
+    checked = CondAttribution(net()).check(images(), [{"y": 1}], composite)
+    assert {"account", "by differences"} <= {finding.name for finding in checked.findings if finding.holds is False}
 
 
 class Random(nn.Module):

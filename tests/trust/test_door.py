@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from trust_cases import CONDITIONS, differences, images, net, state
+from trust_cases import CONDITIONS, differences, images, net, state, zennit_merged
 
 from crp.attribution import CondAttribution
 from crp.attributors import Gradient
@@ -51,6 +51,33 @@ def test_data_that_do_not_fit(case, call):
     make, message = DATA[case]
     with pytest.raises((InputError, InputTypeError), match=message):
         call(make())
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x, z):
+        return self.left(x) + self.right(z)
+
+
+ARGUMENTS = {
+    "none": ((torch.ones(1, 3), None), r"layer 'right' \(Linear\) gets a NoneType in place of .* 1 is a NoneType"),
+    "text": ((torch.ones(1, 3), "z"), r"layer 'right' \(Linear\) gets a str in place of a tensor"),
+    "integers": ((torch.ones(1, 3), torch.ones(1, 3).long()), "has weights of torch.float32 and gets torch.int64"),
+    "too few": ((torch.ones(1, 3),), r"the model takes \(x, z\), and the data do not fit that: missing a required"),
+    "too many": ((torch.ones(1, 3),) * 3, "do not fit that: too many positional arguments"),
+    "another": ({"x": torch.ones(1, 3), "w": torch.ones(1, 3)}, "do not fit that: missing a required argument: 'z'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+@pytest.mark.parametrize("composite", [EpsilonPlus, zennit_merged, lambda: None], ids=["ours", "zennit", "none"])
+def test_inputs_that_do_not_fit_the_model(case, composite):
+    data, message = ARGUMENTS[case]
+    with pytest.raises((InputError, InputTypeError), match=message):
+        CondAttribution(Two().eval())(data, [{"y": 1}], composite())
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors")

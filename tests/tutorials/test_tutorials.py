@@ -19,6 +19,9 @@ PICTURES = {
     "4_your_own_composite": 2,
     "5_your_own_canonizer": 1,
     "6_finding_and_removing_a_shortcut": 3,
+    "7_prototypes_and_audit": 3,
+    "8_correcting_a_shortcut": 1,
+    "11_language_models": 4,
 }
 #: Those that explain VGG16 as well.
 SWITCHED = {"1_attribution", "2_feature_visualization"}
@@ -124,6 +127,44 @@ assert along["fooled"] < 0.15 and all(abs(r["accuracy"] - before["accuracy"]) < 
 assert after["accuracy"] > before["accuracy"] and after["without"] > 0.93 and after["fooled"] < 0.02
 assert suspects_after[0].score < first.score / 3
 assert all(one.where != first.where for one in suspects_after[:5])
+""",
+    "7_prototypes_and_audit": """
+# marked 8s are prototypes, and a cluster, of their own
+assert set(marked_share) == {0.0, 1.0} and set(shares) == {0.0, 1.0}
+assert parts.sizes == [43, 43] and {marked[parts.members(i)].double().mean().item() for i in (0, 1)} == {0.0, 1.0}
+assert 100 * difference[suspect] > 10 and suspect in [concept for concept, _ in parts.strongest(0)]
+
+# an outlier is named, and a mistake is told from another
+assert all(predict(model, images[one.sample][None]) != CLASS for one in audited[:3])
+assert len(threes) == 8 and all(carry[one.prototype] for one in findings["a 3 with the mark"])
+assert len(moved) >= 3 and all(one.percentile == 0 and one.over for one in findings["an 8, its mark moved"])
+assert {"prototypes/relu2.html", "audit/relu2.html", "clusters/relu2/8.html"} <= set(pages)
+""",
+    "8_correcting_a_shortcut": """
+assert min(on_the_mark.values()) > 0.7 and on_the_mark["CAV"] > 0.85
+before, projected, at_mean, reactive, without_channels, control, penalised = results.values()
+assert before["without"] < 0.7 and before["fooled"] > 0.6 and before["relevance"] > 0.65
+assert all(one["fooled"] < 0.15 and one["without"] > before["without"]
+           for one in (projected, at_mean, reactive, without_channels))
+assert all(one["relevance"] < 0.55 for one in (projected, at_mean, reactive, without_channels))
+assert penalised["fooled"] < control["fooled"] - 0.08 and penalised["fooled"] < before["fooled"] - 0.2
+assert all(abs(one["accuracy"] - before["accuracy"]) < 0.015 for one in results.values())
+assert changed.share[0] > 0.4 and changed.share[1] < 0.01 and changed.accuracy[1] > 0.95
+assert after == before
+""",
+    "11_language_models": """
+assert accuracy > 0.97
+assert min(min(found[name]) for name in ("AttnLRP", "CP-LRP")) > 0.8 > 2 * max(found["gradient × input"])
+
+# relevance says which heads carry the answer
+assert shares[0].sum() > 5 * shares[1].abs().sum()
+assert without_best < without_rest - 0.1 and without_upper > 0.95
+assert parts[order[0]].argmax() == places[INDEX] and (parts[order[0]] > parts[order[-1]])[places[INDEX]]
+
+# a neuron that reads a digit
+assert table.coverage().missing == [] and table.n_concepts(LAYERS[0]) == 4
+assert sum(WORDS[digit].strip() in word for word in strongest) >= 6
+assert all(text.explained == PAIRS for text in top)
 """,
 }
 

@@ -480,3 +480,37 @@ def test_the_model_is_untouched(tmp_path, untouched):
 
 def _raise(*args: Any) -> None:
     raise RuntimeError("on purpose")
+
+
+# --- which samples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r_range", [(0, 8), (2, 5), (0, 12)])
+def test_a_sample_of_several_targets_is_one_reference(tmp_path, r_range):
+    class Several(FeatureVisualization):
+        def multitarget_to_single(self, multi_target):
+            return multi_target
+
+    images = Images(12, [[0, 1, 2]] * 12)
+    layers = {layer: ChannelConcept() for layer in LAYERS}
+    fv = Several(make_fv(tmp_path).attribution, images, layers, path=tmp_path)
+    fv.run(COMPOSITE, 0, 12, progress=False)
+    values = [fv.dataset.data[i] for i in range(12)]
+    found = tensors(fv, range(4), r_range=r_range, composite=None)
+    for samples in found.values():
+        which = [next(i for i, one in enumerate(values) if torch.equal(one, sample)) for sample in samples]
+        assert len(which) == r_range[1] - r_range[0] == len(set(which))
+
+
+def test_a_concept_that_only_speaks_against_is_told_of(tmp_path):
+    net = make_net()
+    with torch.no_grad():
+        net.hidden.weight.abs_().neg_()
+        net.hidden.bias.fill_(1000.0)
+        net.out.weight.fill_(1.0)
+        net.second.bias.fill_(10.0)
+    fv = make_fv(tmp_path, net=net, layers=["relu2"])
+    fv.run(None, 0, 12, progress=False)
+    with pytest.warns(UserWarning, match="relevance of concept 1 of layer 'relu2' is negative everywhere"):
+        tensors(fv, 1, "relu2", composite=None)
+    tensors(fv, 1, "relu2", composite=None, mode="activation")

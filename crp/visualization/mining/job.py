@@ -21,6 +21,7 @@ from crp.engine.attached import composite_on
 from crp.engine.encoding import Encoding
 from crp.engine.taps import check_layers, in_model_order
 from crp.notices import warn
+from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
@@ -228,6 +229,8 @@ def prepare(
     if texts is not None and checked.preprocess is not None:
         raise TypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
     first = _get_first(dataset, checked.preprocess, device)
+    if texts is None:
+        check_axes(attribution.model, first, concepts)
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
     settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from crp.engine.taps import in_model_order
 from crp.layers import LayerNotFoundError
+from crp.trace.axes import channel_axes
 
 
 def select_layers(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> list[str]:
@@ -20,7 +22,8 @@ def select_layers(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> 
     model : nn.Module
     wanted : sequence of str or module types
         Names; patterns such as ``"layer4.*.conv*"``, in which ``*`` also stands for dots; types, or the names of types,
-        such as ``nn.Conv2d`` or ``"Conv2d"``, subclasses included.
+        such as ``nn.Conv2d`` or ``"Conv2d"``, subclasses included. With ``".input"`` behind it, what these layers are
+        called with.
 
     Returns
     -------
@@ -40,16 +43,21 @@ def select_layers(model: nn.Module, wanted: Sequence[str | type[nn.Module]]) -> 
     modules = {name: module for name, module in model.named_modules() if name}
     found: set[str] = set()
     for one in wanted:
-        if isinstance(one, str):
-            matching = {one} & set(modules) or {
-                name for name, module in modules.items() if fnmatchcase(name, one) or one in _kinds(module)
-            }
-        else:
-            matching = {name for name, module in modules.items() if isinstance(module, one)}
+        matching = _matching(modules, one)
+        if not matching and isinstance(one, str) and one.endswith(".input"):
+            matching = {f"{name}.input" for name in _matching(modules, one.removesuffix(".input"))}
         if not matching:
             raise LayerNotFoundError(one if isinstance(one, str) else one.__name__, list(modules), "layers")
         found |= matching
-    return [name for name in modules if name in found]
+    return in_model_order(model, found)
+
+
+def _matching(modules: Mapping[str, nn.Module], one: str | type[nn.Module]) -> set[str]:
+    if not isinstance(one, str):
+        return {name for name, module in modules.items() if isinstance(module, one)}
+    return {one} & set(modules) or {
+        name for name, module in modules.items() if fnmatchcase(name, one) or one in _kinds(module)
+    }
 
 
 class LayerShape(NamedTuple):
@@ -66,7 +74,8 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
     """Layers of a model that give a tensor, in the order in which they end.
 
     Suggested is the last layer of each size of the feature maps, poolings apart, for the ``n`` last sizes: in a
-    ResNet, ``layer1`` to ``layer4``. Concepts are channels, so that only layers of shape (channel, height, width) are.
+    ResNet, ``layer1`` to ``layer4``. Where there are no maps of several sizes, but tokens, they are the ``n`` last
+    activation functions behind dense layers, whose channels are the neurons of an MLP.
 
     Parameters
     ----------
@@ -80,6 +89,7 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     pooled: list[Tensor] = []  # (kept, so that no other tensor can be taken for one of them)
     maps: dict[str, tuple[int, ...]] = {}
+    neurons: list[str] = []
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, _inputs: object, output: object) -> None:
@@ -90,6 +100,8 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
                     pooled.append(output)
                 elif output.dim() == 4 and min(output.shape[2:]) > 1 and not any(output is one for one in pooled):
                     maps[name] = found[name][1]
+                elif output.dim() == 3 and not isinstance(module, nn.Softmax) and "activation" in _home(module):
+                    neurons.append(name)
 
         return hook
 
@@ -99,9 +111,19 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
     finally:
         for handle in handles:
             handle.remove()
-    last = {maps[name][1:]: name for name in found if name in maps}
-    chosen = set(sorted(last.values(), key=list(found).index)[-n:])
+    axes = channel_axes(model, data, maps)
+    sizes = {
+        name: maps[name][:-1] if about.axis == -1 else maps[name][1:] for name, about in axes.items() if about.axis
+    }
+    last = {sizes[name]: name for name in found if name in sizes}
+    suggested = neurons if neurons and len(last) < 2 else last.values()
+    chosen = set(sorted(suggested, key=list(found).index)[-n:])
     return [LayerShape(name, kind, shape, name in chosen) for name, (kind, shape) in found.items()]
+
+
+def _home(module: nn.Module) -> str:
+    """Where a module's type is defined, such as ``torch.nn.modules.activation``."""
+    return type(module).__module__
 
 
 def _kinds(module: nn.Module) -> set[str]:

@@ -155,12 +155,22 @@ class Drawer:
         places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
         found: list[dict[int, tuple[Array, Drawn]]] = [{} for _ in jobs]
         for alike in _batches(places, self.options.batch_size):
-            for (number, place, _), drawn in zip(alike, self._draw([row for *_, row in alike]), strict=True):
+            for (number, place, _), drawn in zip(alike, self._draw_rows([row for *_, row in alike]), strict=True):
                 found[number][place] = drawn
                 if len(found[number]) == len(jobs[number].rows):
                     self._write(jobs[number], [found[number][i] for i in range(len(found[number]))])
                     found[number].clear()
                     yield jobs[number]
+
+    def _draw_rows(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
+        """Draw rows of one layer; those of samples of one shape together."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(tuple(self.data(row.sample).shape), []).append(place)
+        found: dict[int, tuple[Array, Drawn]] = {}
+        for of_shape in places.values():
+            found |= dict(zip(of_shape, self._draw([rows[place] for place in of_shape]), strict=True))
+        return [found[place] for place in range(len(rows))]
 
     def write_mean(self, job: HeatmapFile, heatmap: Array, picture: tuple[bytes, str]) -> None:
         """Write the mean heatmap of a class, and the mean picture that the file names."""

@@ -165,13 +165,18 @@ def about_concepts(
         href, n = addresses.kept("interventions", one.layer), len(one.arrays["sample"])
         columns = (one.arrays["concept"], one.arrays["relevance"].mean(0), one.arrays["change"].mean(0))
         for concept, relevance, change in zip(*(column.tolist() for column in columns), strict=True):
-            text = f"output {change:+.3g} when it is {_changed(one)}, relevance {relevance:+.3g} (mean of {n} samples)"
+            text = (
+                f"output {change:+.3g} when it is {changed_how(one)}, relevance {relevance:+.3g} (mean of {n} samples)"
+            )
             found[one.layer, concept].append((text, href))
     return dict(found)
 
 
-def _changed(one: KeptResult) -> str:
+def changed_how(one: KeptResult) -> str:
+    """What was done to the concepts, in words."""
     scale = one.settings["scale"]
+    if one.settings.get("patched"):
+        return "patched from other samples" + ("" if scale == 1 else f" and multiplied by {scale:g}")
     return "switched off" if scale == 0 else f"multiplied by {scale:g}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from crp.visualization.report.addresses import Addresses
-from crp.visualization.report.kept import CLASSES_A_PART, UNUSUAL, classes_of, pairs_of, ways_of
+from crp.visualization.report.kept import CLASSES_A_PART, UNUSUAL, changed_how, classes_of, pairs_of, ways_of
 from crp.visualization.report.pages import CARDS, FEW, Atlas, Shown
 from crp.visualization.report.render import percent
 from crp.visualization.table.derived import KeptResult
@@ -140,7 +140,22 @@ def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     address = atlas.addresses.kept("clusters", kept.layer, target)
     atlas.renderer.page(address, "clusters.html", "Clusters — concept atlas", page=page)
     name = f"Clusters of {atlas.class_name(target)}"
-    return _link(atlas, kept, name, f"{len(sizes)} of {', '.join(map(str, sizes))} samples", target)
+    return _link(atlas, kept, name, _finding_of(atlas, kept, sizes), target)
+
+
+def _finding_of(atlas: Atlas, kept: KeptResult, sizes: list[int]) -> str:
+    """What clusters say of a class, in a sentence."""
+    name = atlas.class_name(kept.of_class or 0)
+    if len(sizes) == 1:
+        return f"{name} is predicted in one way: its {sizes[0]} samples do not fall apart"
+    parts = []
+    for size, ids, values in zip(sizes, kept.arrays["strongest"], kept.arrays["difference"], strict=True):
+        strongest = [
+            f"with more of {atlas.label(kept.layer, c).removeprefix(f'{kept.layer} · ')} ({d:+.3f})"
+            for c, d in pairs_of(ids[:1], values[:1])
+        ]
+        parts.append(" ".join([f"{size} samples", *strongest]))
+    return f"{name} is predicted in {len(sizes)} ways: {'; '.join(parts)}"
 
 
 def _meanings(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -179,14 +194,14 @@ def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         (chip,) = _chips(atlas, kept.layer, [(ids[i], "")])
         kind = "" if change[i] < 0 else "neg"
         rows.append((chip, f"{relevance[i]:.3g}", f"{change[i]:+.3g}", abs(float(change[i])) / largest, kind))
-    scale, n = kept.settings["scale"], len(arrays["sample"])
+    n = len(arrays["sample"])
     page = {
         **_head(atlas, kept, "Interventions"),
         "rows": rows,
         "more": max(0, len(order) - CARDS),
         "n": n,
         "agreement": f"{kept.settings['agreement']:.2f}",
-        "how": "switched off" if scale == 0 else f"multiplied by {scale:g}",
+        "how": changed_how(kept),
         "points": _points(relevance, -change, np.zeros(len(ids), np.int64)),
         "ends": [f"{value:.3g}" for value in (relevance.min(), relevance.max(), -change.max(), -change.min())],
     }

@@ -13,10 +13,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from crp.image.colours import AGAINST, FOR
+from crp.image.colours import AGAINST, FOR, POWER
+from crp.image.texts import OPACITY
 from crp.visualization.report.addresses import relative
 from crp.visualization.table.files import write_atomic
 
+#: Steps of the colours of tokens, from 0 to the full colour.
+TONES = 20
 _TYPES = {".webp": "image/webp", ".png": "image/png"}
 
 
@@ -36,11 +39,13 @@ class Renderer:
     footer : str
     pixelated : bool
         Whether pictures are smaller than on the screen.
+    pictures : bool
+        Whether pages show pictures, and not texts.
     """
 
     single = False
 
-    def __init__(self, folder: Path, footer: str, pixelated: bool) -> None:
+    def __init__(self, folder: Path, footer: str, pixelated: bool, pictures: bool = True) -> None:
         self.folder, self.footer, self.pixelated = folder, footer, pixelated
         self.written: set[str] = set()
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -54,6 +59,7 @@ class Renderer:
         )
         self._environment.filters["percent"] = percent
         colours = [_hex(AGAINST), "#ffffff", _hex(FOR)]
+        self._environment.globals |= {"pictures": pictures, "tones": _tones()}
         self._environment.globals["colours"] = list(zip((0, 0.5, 1), colours, strict=True))
         self._address = ""
         self._crops: dict[str, str] = {}
@@ -136,8 +142,10 @@ class SingleRenderer(Renderer):
 
     single = True
 
-    def __init__(self, folder: Path, footer: str, pixelated: bool, path: Path, title: str) -> None:
-        super().__init__(folder, footer, pixelated)
+    def __init__(
+        self, folder: Path, footer: str, pixelated: bool, path: Path, title: str, pictures: bool = True
+    ) -> None:
+        super().__init__(folder, footer, pixelated, pictures)
         self.path, self.title = path, title
         self._pictures: dict[str, str] = {}
         self._sections: list[str] = []
@@ -179,9 +187,19 @@ class SingleRenderer(Renderer):
         return Markup(f'class="{f"{name} {classes}".strip()}"')
 
 
+def _tones() -> list[tuple[str, str]]:
+    """Style of every colour of tokens, with its colour."""
+    found = []
+    for kind, colour in (("p", FOR), ("n", AGAINST)):
+        for step in range(1, TONES + 1):
+            opacity = OPACITY * (step / TONES) ** POWER
+            found.append((f"{kind}{step}", _hex(tuple(1 - opacity * (1 - part) for part in colour))))
+    return found
+
+
 def _sha(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def _hex(colour: tuple[float, float, float]) -> str:
+def _hex(colour: tuple[float, ...]) -> str:
     return "#" + "".join(f"{round(255 * value):02x}" for value in colour)

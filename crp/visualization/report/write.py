@@ -21,6 +21,7 @@ from zennit.core import Composite
 
 from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
+from crp.visualization.mining.texts import texts_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row, picture_file
@@ -34,6 +35,7 @@ from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
 from crp.visualization.report.render import Renderer, SingleRenderer
 from crp.visualization.report.suspects import find_suspects
+from crp.visualization.report.text_pages import TextAtlas, write_texts
 from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
@@ -56,7 +58,7 @@ def write_report(
     Parameters
     ----------
     fv : FeatureVisualization
-        Of a dataset of images that was mined: ``fv.run(composite)``.
+        Of a dataset of images or texts that was mined: ``fv.run(composite)``.
     composite : zennit Composite, or None for the plain gradient
         Rules for the heatmaps.
     path : path
@@ -109,6 +111,8 @@ def _write(
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
+    if texts_in(fv.dataset) is not None:
+        return _write_texts(fv, composite, table, layers, names, folder, file, options)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     counts = {"relevance": options.n_references, "activation": options.active}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
@@ -153,6 +157,34 @@ def _write(
     first = atlas.renderer.finish()
     if file is None:
         remove_others(folder, atlas.renderer.written | drawer.used)
+    return first
+
+
+def _write_texts(
+    fv: FeatureVisualization,
+    composite: Composite | None,
+    table: Table,
+    layers: Sequence[str],
+    names: Mapping[int, str],
+    folder: Path,
+    file: Path | None,
+    options: ReportOptions,
+) -> Path:
+    questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
+    counts = {"relevance": options.n_references, "activation": options.active}
+    facts = {layer: get_facts(table, layer, questions, counts) for layer in layers}
+    atlas = TextAtlas(fv, composite, facts, _cells(facts, options), names, options)
+    best = _best_of_samples(table, layers, atlas.samples)
+    atlas.draw(best, disable=not options.verbose, dynamic_ncols=True)
+    footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
+    renderer = (
+        Renderer(folder, footer, False, pictures=False)
+        if file is None
+        else SingleRenderer(folder, footer, False, file, options.title, pictures=False)
+    )
+    first = write_texts(atlas, renderer, table, _description(composite), best)
+    if file is None:
+        remove_others(folder, renderer.written)
     return first
 
 

@@ -1,0 +1,44 @@
+"""Parts of a model that run more than once in one pass, as those between activation checkpoints do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from crp.layers.interrupts import atomic
+
+
+class Repetition:
+    """A run of a part whose tensors are not those of the pass.
+
+    Attributes
+    ----------
+    is_watched : bool
+        Whether a hook wanted to keep, or change, what a layer inside puts out.
+    """
+
+    def __init__(self) -> None:
+        self.is_watched = False
+
+
+_repetition: ContextVar[Repetition | None] = ContextVar("repetition", default=None)
+
+
+@atomic
+def repeated() -> Iterator[Repetition]:
+    """Context in which a part runs whose tensors are not those of the pass."""
+    repetition = Repetition()
+    token = _repetition.set(repetition)
+    try:
+        yield repetition
+    finally:
+        _repetition.reset(token)
+
+
+def watch() -> bool:
+    """Whether a hook must leave alone what runs now; the part will run once more, and for good, where it is told."""
+    repetition = _repetition.get()
+    if repetition is None:
+        return False
+    repetition.is_watched = True
+    return True

@@ -1,0 +1,191 @@
+"""Which axis of a layer's output is that of its channels: the operation that made the tensor tells.
+
+Convolutions, batch norms and poolings put out (batch, channel, *space), dense layers and layer norms (..., channel).
+Reshaping operations move that axis, and operations on entries leave it where it is. Where a tensor was made in another
+way, nothing is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from crp.layers.addresses import attention_around
+from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind
+from crp.trace.recorder import trace
+
+_LAST = frozenset("linear addmm layer_norm rms_norm embedding multi_head_attention_forward".split())  # noqa: SIM905
+_SECOND = frozenset(
+    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm group_norm instance_norm
+    local_response_norm avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate
+    pixel_shuffle pixel_unshuffle""".split()  # noqa: SIM905
+)
+#: Functions of which nothing is known, even where the shape stays.
+_MIXING = frozenset(
+    "bmm baddbmm einsum tensordot mm matmul rmatmul chain_matmul outer kron gather take_along_dim".split()  # noqa: SIM905
+)
+_SWAPS = frozenset("transpose swapaxes swapdims t T mT H mH adjoint".split())  # noqa: SIM905
+_RESHAPES = frozenset("reshape view flatten unflatten squeeze unsqueeze reshape_as view_as".split())  # noqa: SIM905
+_RESIZES = frozenset(
+    "cat concat concatenate pad chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes".split()  # noqa: SIM905
+)
+
+
+class ChannelAxis(NamedTuple):
+    """Axis of a layer's channels.
+
+    Attributes
+    ----------
+    axis : int or None
+        1, or -1 for the last of several; None where it is not known.
+    shape : tuple of int
+        Of what the layer puts out, with the batch's axis.
+    maker : str
+        Function that made it.
+    """
+
+    axis: int | None
+    shape: tuple[int, ...]
+    maker: str
+
+
+def channel_axes(model: nn.Module, data: Any, layers: Iterable[str]) -> dict[str, ChannelAxis]:
+    """Axis of the channels of layers, from one forward pass; without layers that it does not call."""
+    record = trace(model, data)
+    found = {}
+    for name in layers:
+        layer, is_input, number = record.address(name)
+        attention = attention_around(layer, record.modules)
+        calls = record.calls_of(attention or layer)
+        if not calls:
+            continue
+        call = calls[-1 if number is None or number >= len(calls) else number]
+        found[name] = _of_attention(call) if attention else _of_call(call, is_input)
+    return found
+
+
+def _of_attention(call: ModuleCall) -> ChannelAxis:
+    shape = () if call.given is None else tuple(call.given.shape)
+    return ChannelAxis(-1, shape, "multi_head_attention_forward")
+
+
+def _of_call(call: ModuleCall, is_input: bool) -> ChannelAxis:
+    kind, nodes = (call.given, call.inputs) if is_input else (call.returned, call.outputs)
+    shape = () if kind is None else tuple(kind.shape)
+    if len(shape) < 3:
+        return ChannelAxis(1, shape, "")
+    axis = _axis(nodes[0], shape) if nodes else None
+    maker = _function(nodes[0]) if nodes else None
+    if axis is not None:
+        axis = 1 if axis == 1 else -1 if axis == len(shape) - 1 else None
+    return ChannelAxis(axis, shape, "" if maker is None else maker.name)
+
+
+def _function(node: Node) -> FunctionCall | None:
+    """Function of torch that made what a node held; modules that return their input are looked through."""
+    while node.function is None:
+        if node.maker is not None:
+            node = node.maker
+        elif len(node.sources) == 1 and Reader("identity", node.call) in node.sources[0].readers:
+            (node,) = node.sources
+        else:
+            return None
+    return node.function
+
+
+def _reaches_input(node: Node) -> bool:
+    """Whether a tensor was made from an input of the model."""
+    todo, seen = [node], set()
+    while todo:
+        one = todo.pop()
+        if one.kind == "input":
+            return True
+        if id(one) not in seen:
+            seen.add(id(one))
+            todo += one.sources
+    return False
+
+
+def _axis(node: Node | None, shape: tuple[int, ...], depth: int = 0) -> int | None:
+    """Axis of the channels of a tensor of this shape, counted from 0."""
+    function = None if node is None else _function(node)
+    if function is None or depth > 400 or len(shape) < 2:
+        return None
+    if len(shape) == 2:
+        return 1
+    name = function.name
+    if name in _LAST or (name in ("matmul", "rmatmul") and _is_weighted(function)):
+        return len(shape) - 1
+    if name in _SECOND:
+        return 1
+    if name in _MIXING:
+        return None
+    for operand in function.operands:
+        kind = _kind_of(operand)
+        if kind is None or operand.node is None or not _reaches_input(operand.node):
+            continue
+        below = tuple(kind.shape)
+        moved = _moved(function, below, shape)
+        if moved is not None and (axis := _axis(operand.node, below, depth + 1)) is not None and axis in moved:
+            return moved[axis]
+    return None
+
+
+def _kind_of(operand: Operand) -> TensorKind | None:
+    function = None if operand.node is None else _function(operand.node)
+    return None if function is None else function.returned
+
+
+def _is_weighted(function: FunctionCall) -> bool:
+    """Whether the second factor of a product of matrices is constant."""
+    operands = function.operands
+    return len(operands) == 2 and not operands[1].origins and bool(operands[0].origins)
+
+
+def _moved(function: FunctionCall, below: tuple[int, ...], shape: tuple[int, ...]) -> dict[int, int] | None:
+    """Where a function puts each axis of an operand; None if it is not known."""
+    name, numbers, n = function.name, _numbers(function), len(below)
+    if name in _SWAPS:
+        pair = (-2, -1) if name in ("mT", "mH", "adjoint") else (0, 1) if len(numbers) < 2 else numbers[:2]
+        one, other = (axis % n for axis in pair)
+        return {axis: {one: other, other: one}.get(axis, axis) for axis in range(n)}
+    if name in ("movedim", "moveaxis"):
+        if len(numbers) != 2:
+            return None
+        one, other = (axis % n for axis in numbers)
+        order = [axis for axis in range(n) if axis != one]
+        order.insert(other, one)
+        return {axis: place for place, axis in enumerate(order)}
+    if name == "permute":
+        return {axis % n: place for place, axis in enumerate(numbers)} if len(numbers) == n else None
+    if name in _RESHAPES or (name == "getitem" and len(shape) != n):
+        return _kept(below, shape)
+    if len(shape) != n:
+        return None
+    return {axis: axis for axis in range(n) if name in _RESIZES or below[axis] == shape[axis]}
+
+
+def _numbers(function: FunctionCall) -> list[int]:
+    """Whole numbers among the arguments of a function, in order."""
+    found: list[int] = []
+    for value in (*function.arguments, *function.keywords.values()):
+        found += [one for one in (value if isinstance(value, tuple) else (value,)) if type(one) is int]
+    return found
+
+
+def _kept(below: tuple[int, ...], shape: tuple[int, ...]) -> dict[int, int]:
+    """Axes of which reshaping leaves the size and what is around them, or all that is behind them."""
+    places = {}
+    for axis, size in enumerate(below):
+        same = [
+            place
+            for place, other in enumerate(shape)
+            if other == size and prod(shape[place + 1 :]) == prod(below[axis + 1 :])
+        ]
+        if len(same) == 1:
+            places[axis] = same[0]
+    return places

@@ -1,0 +1,191 @@
+"""The atlas of texts: its pages, what they hold, that hostile texts stay text, and how a browser shows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import Browser, find_browser
+from command_cases import crp
+from text_cases import Letters, model_of, texts_of_ids
+
+from crp.attribution import CondAttribution
+from crp.composites import AttnLRP
+from crp.concepts import AxisConcept
+from crp.visualization import FeatureVisualization, Texts, write_report
+from crp.visualization.report import Finding
+
+LAYERS = {"transformer.h.0.attn.c_proj.input": AxisConcept(-1, 2), "transformer.h.1.ln_2": AxisConcept(-1)}
+#: What ids stand for, as bad as can be.
+WORDS = (
+    "<s>", "\x00", "<script>alert(1)</script>", "</p></span>", '" onclick="x', "&amp;", "{{ 7*7 }}", "\u202e", "\n",
+    " $x$",
+    "'",
+)  # fmt: skip
+
+
+class Hostile(Letters):
+    def decode(self, ids: list[int]) -> str:
+        return "".join(WORDS[token] for token in ids)
+
+
+@pytest.fixture(scope="module")
+def fv(tmp_path_factory: pytest.TempPathFactory) -> FeatureVisualization:
+    texts = Texts(texts_of_ids(12), Hostile(), position=-1)
+    made = FeatureVisualization(CondAttribution(model_of("gpt2")), texts, LAYERS, path=tmp_path_factory.mktemp("mined"))
+    made.run(AttnLRP(), targets="prediction", batch_size=6, progress=False)
+    return made
+
+
+def written(fv: FeatureVisualization, path: Path, **options: Any) -> Path:
+    return write_report(fv, AttnLRP(), path, **{"n_references": 3, "verbose": False, **options})
+
+
+@pytest.fixture(scope="module")
+def atlas(fv: FeatureVisualization, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(fv, tmp_path_factory.mktemp("atlas") / "out", concept_names={(next(iter(LAYERS)), 1): "<b>one</b>"})
+
+
+class Seen(HTMLParser):
+    """Tags, links, and the texts of a page: the words of each, with their classes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.texts: list[list[tuple[str, str]]] = []
+        self._inside = False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.tags.add(tag)
+        assert not [name for name in known if name.startswith("on") or name == "style"]
+        if known.get("href"):
+            self.links.append(str(known["href"]))
+        if tag == "p" and known.get("class") == "text":
+            self.texts.append([])
+        self._inside = tag == "span" and bool(self.texts)
+        if self._inside and self.texts:
+            self.texts[-1].append(("", known.get("class") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside and self.texts and self.texts[-1]:
+            word, kind = self.texts[-1][-1]
+            self.texts[-1][-1] = (word + data, kind)
+
+
+def test_every_page_is_there_and_links_to_pages_that_are(atlas: Path, fv: FeatureVisualization) -> None:
+    folder = atlas.parent
+    pages = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    assert len([page for page in pages if page.startswith("concept/")]) == 2 + 8
+    assert len([page for page in pages if page.startswith("layer/")]) == 2 and "index.html" in pages
+    for page in pages:
+        seen = Seen((folder / page).read_text(encoding="utf-8"))
+        for link in seen.links:
+            assert (folder / page).parent.joinpath(link.partition("#")[0]).resolve().is_file() or link == "#main", link
+    assert not (folder / "search.html").exists() and not list(folder.rglob("*.png"))
+
+
+def test_hostile_texts_and_names_stay_text(atlas: Path) -> None:
+    for page in atlas.parent.rglob("*.html"):
+        content = page.read_text(encoding="utf-8")
+        assert not {"\x00", "\u202e"} & set(content)
+        assert content.count("<script") == 1 and "<b>one</b>" not in content
+        assert "49" not in re.findall(r"\{\{.*?\}\}", content)
+        assert Seen(content).tags & {"img", "iframe", "object"} == set()
+
+
+def test_a_text_is_coloured_by_the_relevance_of_its_tokens(atlas: Path, fv: FeatureVisualization) -> None:
+    checked = 0
+    for page in (atlas.parent / "sample").glob("*.html"):
+        seen = Seen(page.read_text(encoding="utf-8"))
+        ids = fv.dataset[int(page.stem)][0][:1]
+        data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        target = int(fv.attribution.model(**data).logits[0, -1].argmax())
+        heat = fv.attribution(data, [fv_condition(target)], AttnLRP()).heatmap[0]
+        strengths = heat / heat.abs().max()
+        words = seen.texts[0]
+        assert len(words) == ids.shape[1]
+        for (_, kind), strength in zip(words, strengths.tolist(), strict=True):
+            step = round(abs(strength) * 20)
+            assert re.findall(r"\b[pn]\d+", kind) == ([f"{'p' if strength > 0 else 'n'}{step}"] if step else [])
+        assert "explained" in words[-1][1]
+        checked += 1
+    assert checked > 3
+
+
+def fv_condition(target: int) -> dict[str, Any]:
+    from crp.outputs import Position
+
+    return {"y": Position(-1, target)}
+
+
+def test_what_is_there_is_kept_and_one_file_holds_all(fv: FeatureVisualization, tmp_path: Path) -> None:
+    first = written(fv, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.html")}
+    assert written(fv, tmp_path / "out") == first
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.html")}
+    one = written(fv, tmp_path / "one.html", layers=["transformer.h.1.ln_2"])
+    content = one.read_text(encoding="utf-8")
+    assert content.count('class="page') == 1 + 1 + 8 + len({*re.findall(r'id="sample/(\d+)', content)})
+    with pytest.raises(ValueError, match="findings and classes have no pages in an atlas of texts"):
+        written(fv, tmp_path / "b", findings=[Finding("a", [])])
+    with pytest.raises(ValueError, match="an atlas of texts is written by one process"):
+        written(fv, tmp_path / "b", part=(0, 2))
+
+
+def test_the_command_writes_pages_of_a_table_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reading.py").write_text(
+        "from text_cases import Letters, model_of\n"
+        "def net(): return model_of('bert')\n"
+        "def letters(): return Letters()\n"
+        "def words(): return [{'text': word, 'label': i} for i, word in enumerate(['abc d', 'ee', 'h fg'])]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "reading", raising=False)
+    words = ["--model", "reading:net", "--data", "reading:words", "--tokenizer", "reading:letters", "--out", "table"]
+    result = crp("mine", *words, "--layers", "bert.encoder.layer.0.intermediate", "--composite", "cp_lrp", "--quiet")
+    assert result.exit_code == 0, result.output
+    result = crp("report", "table", "--references", "2", "--quiet")
+    assert result.exit_code == 0, result.output
+    page = next(Path("table/atlas/concept").rglob("0.html")).read_text(encoding="utf-8")
+    assert "for 0" in page or "for 1" in page or "for 2" in page
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if find_browser() is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    one = Browser()
+    yield one
+    one.close()
+
+
+def test_a_browser_shows_the_pages(browser: Browser, atlas: Path) -> None:
+    from test_report_browser import CONTRAST
+
+    for width in (1280, 360):
+        for page in ["index.html", *(str(p) for p in list((atlas.parent / "sample").glob("*.html"))[:2]),
+                     *(str(p) for p in list((atlas.parent / "concept").rglob("*.html"))[:3])]:  # fmt: skip
+            browser.resize(width)
+            browser.open((atlas.parent / page).as_uri())
+            assert browser.errors == [], page
+            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), (page, width)
+            assert browser.evaluate(CONTRAST) == [], page
+            assert browser.evaluate("document.querySelectorAll('.text span').length") > 0
+            coloured = "[...document.querySelectorAll('.text span')].map(e => getComputedStyle(e).backgroundColor)"
+            assert len(set(browser.evaluate(coloured))) > 1
