@@ -16,13 +16,12 @@ from zennit.core import Composite
 
 from crp.image.texts import TextHeatmap, readable
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.texts import texts_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import LayerFacts, Reference
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import TONES, Renderer, percent
 from crp.visualization.table.store import Table
-from crp.visualization.text_references import TextRow, read_text, text_heatmaps, text_of
+from crp.visualization.text_references import TextRow, read_text, text_heatmaps, text_of, texts_in
 
 #: Tokens on either side of the strongest one, in a window.
 REACH = 8
@@ -105,7 +104,7 @@ class TextAtlas:
 
     def name(self, target: int) -> str:
         """Name of a class, or the word of a token."""
-        texts = texts_in(self.fv.dataset)
+        texts = self.fv.texts
         if texts is not None and texts.position is not None and target >= 0:
             return repr(readable(texts.word(target)))
         return self._names.get(target, str(target))
