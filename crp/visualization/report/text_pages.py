@@ -104,7 +104,7 @@ class TextAtlas:
 
     def name(self, target: int) -> str:
         """Name of a class, or the word of a token."""
-        texts = texts_in(self.fv.dataset)
+        texts = self.fv.texts
         if texts is not None and texts.position is not None and target >= 0:
             return repr(readable(texts.word(target)))
         return self._names.get(target, str(target))

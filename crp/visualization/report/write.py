@@ -111,7 +111,7 @@ def _write(
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
-    if texts_in(fv.dataset) is not None:
+    if fv.texts is not None:
         return _write_texts(fv, composite, table, layers, names, folder, file, options)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     counts = {"relevance": options.n_references, "activation": options.active}
