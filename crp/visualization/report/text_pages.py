@@ -21,7 +21,7 @@ from crp.visualization.report.facts import LayerFacts, Reference
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import TONES, Renderer, percent
 from crp.visualization.table.store import Table
-from crp.visualization.text_references import TextRow, read_text, text_heatmaps, text_of, texts_in
+from crp.visualization.text_references import TextRow, read_text, text_heatmaps, text_of
 
 #: Tokens on either side of the strongest one, in a window.
 REACH = 8

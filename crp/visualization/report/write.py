@@ -39,7 +39,6 @@ from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table
-from crp.visualization.text_references import texts_in
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
