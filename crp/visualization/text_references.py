@@ -17,8 +17,7 @@ from crp.image.texts import TextHeatmap
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.targets import record_activations
 from crp.visualization.mining.text_batches import Asked
-from crp.visualization.mining.texts import texts_in as texts_in
-from crp.visualization.mining.texts import words_in
+from crp.visualization.mining.texts import texts_in, words_in
 from crp.visualization.references import ConceptId, column
 
 
