@@ -23,6 +23,7 @@ PICTURES = {
     "8_correcting_a_shortcut": 1,
     "9_directions_and_autoencoders": 2,
     "10_segmentation_and_detection": 2,
+    "12_vision_transformers": 4,
     "11_language_models": 4,
 }
 #: Those that explain VGG16 as well.
@@ -173,6 +174,21 @@ assert penalised["fooled"] < control["fooled"] - 0.08 and penalised["fooled"] < 
 assert all(abs(one["accuracy"] - before["accuracy"]) < 0.015 for one in results.values())
 assert changed.share[0] > 0.4 and changed.share[1] < 0.01 and changed.accuracy[1] > 0.95
 assert after == before
+""",
+    "12_vision_transformers": """
+assert rates["as it is"]["accuracy"] > 0.85 and rates["as it is"]["fooled"] > 0.5
+
+# heads: they add up; the one that is found hands on the mark, and without it the mark fools least
+assert (of_heads[:4].sum(0) - of_heads[4]).abs().max() < 1e-5
+assert of_heads[HEAD, :8, :8].abs().sum() > 0.5 * of_heads[HEAD].abs().sum()
+fooled = [rates[f"without head {head}"]["fooled"] for head in range(4)]
+assert fooled[HEAD] == min(fooled) < 0.6 * rates["as it is"]["fooled"]
+
+# neurons: their references carry the mark
+assert ((data.mark.stamp(best) - best).abs().amax((1, 2, 3)) < 1e-6).float().mean() > 0.7
+assert rates["without neurons"]["fooled"] < 0.8 * rates["as it is"]["fooled"]
+
+assert min(areas["AttnLRP"], areas["CP-LRP"], areas["integrated gradients"]) > 0.3
 """,
     "11_language_models": """
 assert accuracy > 0.97
