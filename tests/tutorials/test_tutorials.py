@@ -11,6 +11,7 @@ import pytest
 from notebooks import ROOT, check_stored, errors_of, execute, pictures
 from PIL import Image
 
+pytestmark = pytest.mark.timeout(900)  # (the first test waits for all notebooks)
 TUTORIALS = ROOT / "tutorials"
 PICTURES = {
     "1_attribution": 11,
