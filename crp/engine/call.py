@@ -28,6 +28,7 @@ from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
+from crp.engine.model_state import changed_weights, weights_of
 from crp.engine.settings import Overrides, Settings
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
@@ -119,8 +120,26 @@ class Call:
     def parts(self) -> Iterator[Part]:
         """Results of ``batch_size`` rows at a time; means, for composites whose results are averaged."""
         runs = [self._parts(composite) for composite in self._members()]
-        # (the caller alone keeps a part while the next one is computed)
-        return (average([next(run) for run in runs]) for _ in self._chunks())
+        return self._joined(runs)
+
+    def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
+        """Means of several runs; an error where weights are changed between two parts, which would be of two models."""
+        known: dict[str, tuple[Tensor, int]] = {}
+        n_parts = len(self._chunks())
+        for number in range(n_parts):
+            if known and changed_weights(known, weights_of(self.model)):
+                # (another thread may have swapped weights for a while, and gives them back with its turn)
+                with put_on(None, self.model):
+                    changed = changed_weights(known, weights_of(self.model))
+                if changed:
+                    raise InputError(
+                        f"{', '.join(map(repr, changed[:5]))} of the model changed between parts, which were of two "
+                        "models; let all parts come first, such as by list(attribution.generate(...))"
+                    )
+            # (the caller alone keeps a part while the next one is computed)
+            part = [average([next(run) for run in runs])]
+            known = weights_of(self.model) if number < n_parts - 1 else {}
+            yield part.pop()
 
     def absorbed(self) -> AbsorbedRelevance:
         """What each layer keeps of the relevance of each row.

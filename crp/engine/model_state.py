@@ -76,6 +76,21 @@ class ModelState:
     __hash__ = None  # type: ignore[assignment]
 
 
+def weights_of(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Parameters and buffers by name, with their versions, which every write but those through ``.data`` changes."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: (t, 0 if t.is_inference() else t._version) for name, t in tensors.items()}
+
+
+def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tensor, int]]) -> list[str]:
+    """Names of those that were replaced, written to or taken away."""
+    return [
+        name
+        for name, (tensor, version) in before.items()
+        if name not in after or after[name][0] is not tensor or after[name][1] != version
+    ]
+
+
 def _state_of(tensor: Tensor | None) -> object:
     if tensor is None or tensor.is_inference():
         return None

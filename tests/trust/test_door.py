@@ -206,6 +206,36 @@ def test_parts_do_not_depend_on_what_the_caller_changes_between():
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+CHANGES = {
+    "in place": (lambda m: m[3].weight.mul_(2), "'3.weight'"),
+    "loaded": (lambda m: m.load_state_dict(net(1).state_dict()), "'0.weight', '0.bias'"),
+    "another parameter": (lambda m: setattr(m[3], "weight", nn.Parameter(m[3].weight * 2)), "'3.weight'"),
+    "another layer": (lambda m: m.__setitem__(3, nn.Conv2d(4, 3, 3).double().eval()), "'3.weight', '3.bias'"),
+    "a buffer": (lambda m: m[1].running_mean.add_(1), "'1.running_mean'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("composite", [EpsilonPlus, zennit_merged, lambda: None], ids=["ours", "zennit", "none"])
+@pytest.mark.parametrize("n_samples", [1, 2])
+def test_weights_that_change_between_parts_are_noticed(change, composite, n_samples):
+    """Parts of one call would be of two models. Afterwards a new call is right."""
+    model, (apply, names) = net(), CHANGES[change]
+    data, conditions = images()[:n_samples], [*CONDITIONS, {"y": 0}]
+    attribution = CondAttribution(model)
+    parts = attribution.generate(data, conditions, composite(), batch_size=2, verbose=False)
+    wanted = attribution(data, conditions, composite()).heatmap
+    assert torch.allclose(next(parts).heatmap, wanted[:2])
+    with torch.no_grad():
+        apply(model)
+    with pytest.raises(InputError, match=f"{names}.* of the model changed between parts"):
+        next(parts)
+    whole = attribution(data, conditions, composite()).heatmap
+    parts = attribution.generate(data, conditions, composite(), batch_size=3, verbose=False)
+    assert torch.allclose(torch.cat([part.heatmap for part in parts]), whole)
+    assert not torch.allclose(whole, wanted)
+
+
 def test_errors_are_of_one_family():
     assert issubclass(InputError, ValueError) and issubclass(InputTypeError, TypeError)
     assert issubclass(LayerNotFoundError, KeyError) and issubclass(UnseenError, RuntimeError)
