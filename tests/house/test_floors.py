@@ -38,7 +38,7 @@ BUDGETS = {
     "commands": 2000,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
-    "composites": 3850,
+    "composites": 3870,
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,

@@ -8,12 +8,13 @@ from core_cases import deviation, net
 from rule_cases import relevance
 from torch import nn
 from torch.nn import functional as F
+from transformer_families import built
 from zennit.composites import NameMapComposite
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, Composite, Depth, EpsilonPlus, First, Kind, Last, UniformLRP0
+from crp.composites import CPLRP, LRP, AttnLRP, Composite, Depth, EpsilonPlus, First, Kind, Last, UniformLRP0
 from crp.errors import UnseenError
-from crp.rules import AlphaBeta, Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
+from crp.rules import AlphaBeta, DotProductAttention, Epsilon, Gamma, Pass, Whole, WSquare, ZPlus
 
 
 def inputs():
@@ -419,3 +420,29 @@ def test_weight_that_is_computed_for_each_sample_is_one_layer():
     for data in (inputs(), inputs()[:1]):
         rules = [row.rule for row in composite.report(model, data).operations if row.function in ("linear", "matmul")]
         assert rules == [repr(ZPlus())] * len(data) + [repr(Epsilon(0.5))]
+
+
+def test_rule_for_attention_on_a_container_is_for_nothing_inside():
+    model, data = built("timm_vit")
+    composite = AttnLRP(layer_map=[("blocks.0", DotProductAttention("constant"))])
+    with pytest.raises(TypeError, match=r"DotProductAttention treats no operation that 'blocks.0' call"):
+        CondAttribution(model)(data, [{"y": 1}], composite)
+
+
+def test_a_product_of_probabilities_is_none_itself():
+    """It takes half, as any factor of which nothing is known."""
+
+    def made(product):
+        def forward(s, x):
+            p = (s.a(x).softmax(-1) * s.b(x).softmax(-1))[:, None]
+            return s.c(product(p, s.v(x)[:, :, None]).flatten(1))
+
+        return forward
+
+    layers = {name: nn.Linear(6, 4) for name in "abv"} | {"c": nn.Linear(1, 2)}
+    m = torch.ones(3, 2, dtype=torch.float64)
+    found, wanted = (
+        explained(net(made(product), **layers), CPLRP(), m)
+        for product in (torch.matmul, lambda p, v: (p @ v.detach() + p.detach() @ v) / 2)
+    )
+    assert deviation(found, wanted) <= 1e-12
