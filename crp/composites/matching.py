@@ -114,8 +114,7 @@ class Matching:
                 return Choice(None, True, "")
         for number, alone in context:
             entry = self.entries[number]
-            treats = entry.rule is None or entry.position is not None or entry.rule.treats(known, kind, alone)
-            if treats:
+            if entry.rule is None or entry.position is not None or _treats(entry.rule, known, kind, several, alone):
                 self._met.add(number)
             elif not known.has("selects", "copies", "arithmetic"):  # (for these, every method takes the chain rule)
                 self._called.add(number)
@@ -136,7 +135,7 @@ class Matching:
             is_meant = entry.position is not None and _fits(known, kind, entry.position.types)
             if entry.rule is None or is_meant:
                 return Choice(entry.rule, True, str(entry), entry.number)
-            if not several and entry.rule.treats(known, kind, context[entry.number]):
+            if _treats(entry.rule, known, kind, several, context[entry.number]):
                 return Choice(entry.rule, True, str(entry), entry.number)
         # (a sum of weighted inputs that could not be taken apart has no rule, whatever the chain rule is for others)
         is_method = self.is_method(known) and (bool(kind) or known.parse is None)
@@ -240,3 +239,8 @@ class Matching:
         self._stack.clear()
         self._called.clear()
         self._met.clear()
+
+
+def _treats(rule: Rule, known: Function, kind: str, several: bool, alone: bool) -> bool:
+    """Whether a rule that is mapped to a module is for such an operation inside of it."""
+    return (rule.shares or not several) and rule.treats(known, kind, alone)

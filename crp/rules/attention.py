@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from crp.rules.functions import _parameters_of
+from crp.rules.functions import Function, _parameters_of
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
 from crp.rules.operands import ADDED
@@ -76,6 +76,10 @@ class DotProductAttention(_Attending):
         Whether the probabilities are held constant.
     """
 
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Attention that a module without parts calls."""
+        return alone and known.has("attention")
+
     def parts(self, layer: Layer) -> Parts:
         """Parts of queries, keys, values and mask."""
         names, mine = _parameters_of(layer.known, layer.function), {id(tensor) for tensor in layer.inputs}
@@ -104,6 +108,10 @@ class MatrixProduct(_Attending):
     mode : "constant" or "split"
         Whether the probabilities are held constant.
     """
+
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Products of matrices that a module without parts calls."""
+        return alone and kind == "product" and known.parse is not None
 
     def parts(self, layer: Layer) -> Parts:
         """Parts of all operands, by what has made their values."""

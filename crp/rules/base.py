@@ -128,6 +128,7 @@ class Rule(Hook):  # type: ignore[misc]
 
     #: Whether relevance does not depend on the input's value, so that it cannot be expressed as a multiplier.
     at_input = False
+    shares = False
     #: Whether the output is the sum of the terms, so that the operation itself need not be run.
     adds_up = False
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.

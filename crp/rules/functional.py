@@ -98,6 +98,10 @@ class Gate(_Shared):
         """Return the product; one factor alone is right by the ordinary chain rule."""
         return layer.output if len(layer.inputs) == 1 else super().operate(layer)
 
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Products of two factors that a module without parts calls."""
+        return alone and kind == "product" and known.parse is None
+
     def parts(self, layer: Layer) -> Parts:
         """All for the signal, or half for each; a square hands its relevance on."""
         left, right = layer.inputs

@@ -39,6 +39,10 @@ class _Operates(Protocol):
     def operate(self, layer: Layer) -> Any:
         """Output of a call, with the rule as its gradient."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether the rule is for operations of which several operands depend on the model's input."""
+
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Whether the rule is for such operations where it is mapped to a module around them."""
 

@@ -23,6 +23,7 @@ class _Shared(Rule):
     """Base of these rules."""
 
     settings: ClassVar[tuple[str, ...]] = ()
+    shares = True
 
     def parts(self, layer: Layer) -> Parts:
         """Parts of all arguments."""

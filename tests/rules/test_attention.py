@@ -6,15 +6,15 @@ import itertools
 
 import pytest
 import torch
-from preset_cases import numbers, off
+from preset_cases import maps, numbers, off
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crp.attribution import CondAttribution
-from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, UniformGamma, UniformZPlus
+from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, UniformEpsilon, UniformGamma, UniformZPlus
 from crp.errors import UnseenError
-from crp.rules import LRP0, DotProductAttention, register_attention
+from crp.rules import LRP0, DotProductAttention, Gate, MatrixProduct, ZPlus, register_attention
 
 HEADS, L, S, E = 2, 3, 4, 5
 
@@ -617,3 +617,43 @@ def test_deeplift_takes_attention_apart(call):
     reference = net(*(torch.full_like(x, 0.3) for x in inputs))
     total = sum(one.flatten(1).sum(1) for one in found)
     torch.testing.assert_close(total, (y - reference)[:, 0].detach(), rtol=1e-9, atol=1e-10)
+
+
+class _Core(nn.Module):
+    """Attention as a module without parts, fused or written out."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.mT / 2).softmax(-1) @ v
+
+
+class _AroundCore(nn.Module):
+    def __init__(self, fused):
+        super().__init__()
+        self.q, self.k, self.v, self.head = (nn.Linear(4, 4) for _ in range(4))
+        self.core = _Core(fused)
+
+    def forward(self, x):
+        return self.head(self.core(self.q(x), self.k(x), self.v(x)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("fused", "rule"), [(True, DotProductAttention), (False, MatrixProduct)], ids=["fused", "products"]
+)
+def test_rules_for_several_operands_can_be_mapped_to_a_module(fused, rule):
+    """They were passed over there without a word."""
+    torch.manual_seed(0)
+    model = _AroundCore(fused).double().eval()
+    data = torch.randn(2, 5, 4, dtype=torch.float64)
+    here = maps(model, data, UniformEpsilon(layer_map=[("core", rule("split"))]))
+    assert off(here, maps(model, data, UniformEpsilon(attention="split"))) <= 1e-12
+    assert off(here, maps(model, data, UniformEpsilon())) > 1e-3
+
+
+@pytest.mark.parametrize("rule", [Gate(), ZPlus()], ids=["gate", "zplus"])
+def test_a_rule_that_treats_no_operation_of_several_operands_is_refused(rule):
+    with pytest.raises(TypeError, match="'core'"):
+        maps(_AroundCore(True).double().eval(), numbers(2, 5, 4), UniformEpsilon(layer_map=[("core", rule)]))
