@@ -260,6 +260,7 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     from crp.attribution import CondAttribution
     from crp.audit import audit
     from crp.commands.mine import _make_composite
+    from crp.visualization.mining.marks import source_of
     from crp.visualization.opening import open_recipe
 
     opened, command = open_recipe(table.header.recipe, data=data), table.header.recipe["command"]
@@ -268,9 +269,12 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     names: list[str] = []
     audited: list[AuditedSample] = []
     dataset = opened.dataset
+    first = dataset[0][0]
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        raise CommandError(f"--data {data} holds texts, or no numbers; crp audit compares texts of the table alone")
     for begin in range(0, len(dataset), batch_size):
         numbers = range(begin, min(begin + batch_size, len(dataset)))
-        names += [getattr(dataset.source(i), "name", "") or f"{data} {i}" for i in numbers]
+        names += [getattr(source_of(dataset, i), "name", "") or f"{data} {i}" for i in numbers]
         drawn = [dataset[i][0] for i in numbers]
         alike = len({one.shape for one in drawn}) == 1
         for batch in [torch.stack(drawn)] if alike else [one[None] for one in drawn]:

@@ -49,9 +49,8 @@ def concepts_of_texts(model: nn.Module, wanted: Sequence[str]) -> dict[str, Conc
             raise CommandError(f"--layers {word} must end in :heads=N, such as :heads=12")
         if pattern == "auto":
             raise CommandError("--layers auto is for pictures; crp layers MODEL lists what a model has")
-        is_input = pattern.endswith(".input")
-        for name in select_layers(model, [pattern.removesuffix(".input")]):
-            found[f"{name}.input" if is_input else name] = AxisConcept(-1, int(number) if colon else None)
+        for name in select_layers(model, [pattern]):
+            found[name] = AxisConcept(-1, int(number) if colon else None)
     return found
 
 

@@ -51,12 +51,16 @@ class ReferenceCalls:
         if not self._calls:
             return None
         reference = self._calls.pop(0)
-        if reference.name != layer.name:
-            raise RuntimeError(
-                f"the model ran {layer} for the data, but {reference} for the reference: its path depends on the "
-                "values, so that they cannot be compared"
-            )
-        return reference
+        shapes = [[tuple(tensor.shape) for tensor in one.inputs] for one in (layer, reference)]
+        of_data, of_reference = (str(layer), str(reference))
+        if reference.name == layer.name and not all(map(_comparable, *shapes)):
+            of_data, of_reference = (f"{layer} on {of_one}" for of_one in shapes)
+        elif reference.name == layer.name:
+            return reference
+        raise RuntimeError(
+            f"the model ran {of_data} for the data, but {of_reference} for the reference: its path depends on the "
+            "values, so that they cannot be compared"
+        )
 
     def is_used(self) -> bool:
         """Whether calls on a reference are kept."""
@@ -66,6 +70,13 @@ class ReferenceCalls:
         """Forget all calls; those that are left."""
         left, self._calls = self._calls, []
         return left
+
+
+def _comparable(shape: tuple[int, ...], of_reference: tuple[int, ...]) -> bool:
+    """Whether two tensors differ in the number of samples only, of which a reference has one or as many."""
+    if shape[:1] == of_reference[:1]:
+        return shape == of_reference
+    return shape[1:] == of_reference[1:] and shape[0] % max(1, of_reference[0]) == 0
 
 
 def _detached(layer: Layer) -> Layer:

@@ -21,7 +21,6 @@ from crp.layers import LayerNotFoundError
 from crp.notices import warn
 from crp.visualization import references as refs
 from crp.visualization.cache import Cache, from_cache
-from crp.visualization.mining.texts import texts_in
 from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
 from crp.visualization.table.question import Answers, Question, TableAnswers
@@ -286,7 +285,7 @@ class ReferenceQueries(SampleAccess):
 
         if picture.rf and not picture.composite:
             warn("rf=True restricts heatmaps, and without a composite there are none")
-        of_texts = texts_in(self.dataset) is not None  # (which are no pictures that could be kept)
+        of_texts = self.texts is not None  # (which are no pictures that could be kept)
         if self.Cache is None or picture.composite is None or picture.plot_fn is None or of_texts:
             return computed(list(asked), r_range)
         layer, mode = picture.layer, picture.mode
@@ -311,7 +310,7 @@ class ReferenceQueries(SampleAccess):
         plot_fn: PlotFn | None, batch_size: int, **targets: Any,
     ) -> Any:  # fmt: skip
         """Value of the references ``d_indices`` of a concept, whose strongest positions are ``n_indices``."""
-        if texts_in(self.dataset) is not None:
+        if self.texts is not None:
             row, starts = TextRow((), layer_name, c_id), targets.get("targets")
             found = reference_texts(self, d_indices, n_indices, row, composite, rf, starts, batch_size)
             plot: Any = None if plot_fn is vis_img_heatmap or not composite else plot_fn

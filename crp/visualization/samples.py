@@ -14,7 +14,7 @@ from crp.notices import warn
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.identity import check_dataset
 from crp.visualization.mining.marks import Source, source_of
-from crp.visualization.mining.texts import texts_in
+from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
 from crp.visualization.table.store import Table
 
@@ -115,10 +115,15 @@ class SampleAccess:
             self._remembered("samples", state, check)
         table.check(**found)
 
+    @property
+    def texts(self) -> Texts | None:
+        """The dataset, if its samples are texts."""
+        return texts_in(self.dataset)
+
     def _is_of_ids(self) -> bool:
         """Whether samples are texts, which nothing prepares."""
         own = function_of(self.preprocess_data) is not SampleAccess.preprocess_data
-        return texts_in(self.dataset) is not None and not own and not callable(self.preprocess_fn)
+        return self.texts is not None and not own and not callable(self.preprocess_fn)
 
     def _samples_mined(self) -> Any:
         """Dataset as it is mined."""

@@ -53,6 +53,18 @@ def test_each_box_has_its_logits(name, untouched):
             assert close(of_label, one["scores"], 1e-12)
 
 
+def test_boxes_that_are_alike_are_told_apart_by_their_scores():
+    """Anchors that are larger than the image give every class the same box, from anchors of its own."""
+    model = detector("retinanet")
+    model.anchor_generator = torchvision_detection.anchor_utils.AnchorGenerator(((4000, 5000),), ((1.0,),))
+    model.topk_candidates = 2000
+    for parameter in model.head.regression_head.bbox_reg.parameters():
+        nn.init.zeros_(parameter)
+    (one,) = with_logits(model)(IMAGES[:1])
+    assert len(one["labels"]) == 3 and (one["boxes"] == one["boxes"][0]).all()
+    assert close(one["logits"].sigmoid()[range(3), one["labels"]], one["scores"], 1e-12)
+
+
 @every_detector
 def test_a_detector_with_logits_shares_its_layers(name):
     model = detector(name)

@@ -53,10 +53,13 @@ def test_a_dataset_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     Path("more.py").write_text(
         "import torch\n"
         "def rows(): return [(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)), 0) for i in range(3)]\n"
+        "def ids(): return [(torch.tensor([3, 1, 2]), 0)]\n"
     )
     monkeypatch.syspath_prepend(".")
     results = [crp("audit", folder, "0", "--data", "more:rows", "--batch-size", n).output for n in (1, 32)]
     assert results[0] == results[1] and "more:rows 2  " in results[0]
+    result = crp("audit", folder, "0", "--data", "more:ids")
+    assert result.exit_code == 1 and "--data more:ids holds texts, or no numbers" in result.output
 
 
 def test_what_is_wrong_is_one_line(folder: Path) -> None:

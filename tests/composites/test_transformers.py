@@ -79,13 +79,47 @@ def test_all_presets_explain_the_families_that_differ_most(name, kind, untouched
     assert_closes(model, data, composite)
 
 
-@pytest.mark.parametrize("name", ["torchvision_vit", "gpt2"])
-@pytest.mark.parametrize("kind", ["deep_taylor", "excitation_backprop", "contrastive_excitation_backprop"])
+#: Presets that have no rule for attention, and those that only change ReLUs, which these models do not call.
+REFUSED = ["deep_taylor", "excitation_backprop", "contrastive_excitation_backprop"]
+OF_RELUS = ["beta_smooth", "deconvnet", "guided_backprop"]
+OTHERS = ["deeplift", "gradient", "gradient_x_input"]
+
+
+def test_every_preset_of_the_registry_is_in_one_of_these_tests():
+    assert set(composites.names()) <= {*PRESETS, *REFUSED, *OF_RELUS, *OTHERS}
+
+
+@pytest.mark.filterwarnings("ignore:outside DeepLIFT")
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_all_other_presets_explain_them(name, kind, untouched):
+    model, data = built(name)
+    if (kind, name) == ("deeplift", "mixtral"):  # (other tokens go to an expert, for the reference)
+        with untouched(model), pytest.raises(RuntimeError, match="its path depends on the values"):
+            CondAttribution(model)(data, [{"y": 1}], composites.get(kind))
+        return
+    with untouched(model):
+        found = CondAttribution(model)(data, [{"y": 1}], composites.get(kind))
+    assert found.heatmap.isfinite().all() and found.heatmap.abs().max() > 0
+    assert off(found.prediction, model(data).detach()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("kind", REFUSED)
 def test_methods_without_a_rule_for_attention_say_so(name, kind, untouched):
     model, data = built(name)
-    message = f"{type(LRP_PRESETS[kind]()).__name__} has no rule for scaled_dot_product_attention"
+    message = rf"{type(LRP_PRESETS[kind]()).__name__} has no rule for (scaled_dot_product_attention|matmul)\(\)"
     with untouched(model), pytest.raises(NotImplementedError, match=message):
         CondAttribution(model)(data, [{"y": 1}], LRP_PRESETS[kind]())
+
+
+@pytest.mark.filterwarnings("ignore:.* has no rule for")
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("kind", OF_RELUS)
+def test_methods_about_relus_say_so(name, kind, untouched):
+    model, data = built(name)
+    with untouched(model), pytest.raises(ValueError, match=r"changes the backward pass of ReLU, and .* calls none"):
+        CondAttribution(model)(data, [{"y": 1}], composites.get(kind))
 
 
 def test_a_custom_function_is_named_with_its_remedy(untouched):

@@ -43,6 +43,9 @@ def test_principal_relevant_components():
     relevance = ((a @ found.directions.T) * (m @ found.directions.T)).mean(0)
     assert np.allclose(found.quality["relevance"], relevance, atol=1e-12)
     assert np.isclose(relevance.sum(), (a * m).sum(1).mean(), rtol=1e-10)
+    values, vectors = np.linalg.eigh((a.T @ m + m.T @ a) / (2 * len(a)))
+    assert np.allclose(found.quality["relevance"], values[::-1], atol=1e-12)
+    assert aligned(found.directions, vectors.T[::-1])
     assert np.allclose(found.explained(a, m).sum(), 1, rtol=1e-10)
     turned = np.linalg.qr(RNG.normal(size=(6, 6)))[0]
     for k in range(1, 6):  # no other directions have more relevance in sum

@@ -116,6 +116,17 @@ def test_an_orthonormal_dictionary_is_its_own_dual():
     assert close(concept.mask(1, [0, 1, 2])(m.clone())[1], u.mT @ u @ m[1])
 
 
+def test_the_dual_of_a_basis_is_its_inverse():
+    """E = D⁻ᵀ for as many directions as channels: nothing is left to the rest; else the least squares' E = (D⁺)ᵀ."""
+    d, a, m = drawn(C, C, seed=11), drawn(3, C, 2, seed=12), drawn(3, C, 2, seed=13)
+    concept = DirectionConcept(d, rest=False)
+    assert close(concept.dual, torch.linalg.inv(d).mT, 1e-9)
+    wanted = torch.einsum("kc,bcp->bkp", torch.linalg.inv(d).mT, a) * torch.einsum("kc,bcp->bkp", d, m)
+    assert close(concept.relevance(a, m), wanted, 1e-9)
+    assert close(concept.relevance(a, m).sum(1), (a * m).sum(1), 1e-10)
+    assert close(DirectionConcept(d[:3]).dual, torch.linalg.pinv(d[:3]).mT, 1e-9)
+
+
 def test_relevance_does_not_depend_on_the_length_of_a_direction():
     a, m, d = drawn(2, C, 3), drawn(2, C, 3, seed=1), drawn(3, C)
     scaled = DirectionConcept(d * torch.tensor([[2.0], [-3.0], [0.1]]))

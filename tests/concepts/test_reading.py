@@ -105,6 +105,20 @@ def test_a_wrong_concept_is_noticed(concept, space):
         check_concept(concept, values(*space), "conv")
 
 
+class WrongRest(DirectionConcept):
+    """Only the rest, which is the last concept, is counted twice."""
+
+    def relevance(self, activation, multiplier):
+        right = super().relevance(activation, multiplier)
+        return torch.cat([right[:, :-1], 2 * right[:, -1:]], 1)
+
+
+def test_a_weak_last_concept_is_checked_too():
+    a = torch.tensor([[10.0, 0.5, 0.5, 0.5]]).double()
+    with pytest.raises(ValueError, match=r"contradicts itself. It scores rest by 1\.5, but its mask lets 0\.75"):
+        check_concept(WrongRest([[1.0, 0, 0, 0]]), LayerValues(a, a * a, a, a), "conv")
+
+
 @pytest.mark.parametrize("n", [1, 3], ids=["one", "three"])
 def test_a_check_waits_twice_for_the_device(n, monkeypatch):
     """Whatever the number of concepts: once for the scores, once for what masks let through."""

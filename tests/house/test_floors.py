@@ -59,8 +59,8 @@ BUDGETS = {
     "visualization.mining": 3450,
     "visualization.report": 3400,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
-    # about samples; results such as prototypes that are kept beside it)
-    "visualization.table": 2400,
+    # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
+    "visualization.table": 2480,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
@@ -101,7 +101,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 91
+    assert sum(map(len, arrows().values())) <= 92
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

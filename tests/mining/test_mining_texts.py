@@ -280,10 +280,21 @@ def test_the_tokenizer_is_in_the_recipe(tmp_path: Path) -> None:
 # --- what cannot be -------------------------------------------------------------------------------------------------
 
 
+class Backward(AxisConcept):
+    """Counts tokens from the end."""
+
+    def code(self, activation: torch.Tensor) -> torch.Tensor:
+        return super().code(activation).flip(-1)
+
+    def relevance(self, activation: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        return super().relevance(activation, multiplier).flip(-1)
+
+
 @pytest.mark.parametrize(
     ("concept", "layer", "message"),
     [
         (ChannelConcept(), "transformer.h.0.mlp.act", r"ChannelConcept\(\) has no value for each token; AxisConcept"),
+        (Backward(), "transformer.h.0.mlp.act", r"AxisConcept\(axis=-1, groups=None\) has no value for each token"),
         (AxisConcept(1), "transformer.h.0.mlp.act", r"AxisConcept\(axis=1, groups=None\) has no value for each token"),
     ],
 )

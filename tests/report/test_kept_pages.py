@@ -188,6 +188,9 @@ def test_results_of_an_earlier_table_are_named_and_not_shown(tmp_path):
     assert not (folder / PAGES["clusters"]).exists(), "class 0 has no page"
     text = (folder / PAGES["prototypes"]).read_text()
     assert "pear" in text and "apple" not in text
+    text = (folder / PAGES["audit"]).read_text()
+    assert "10 samples were compared" in text and text.count('class/1.html">pear</a>') == 10
+    assert 'class/0.html">' not in text and 'class/2.html">' not in text
     assert report(fv, tmp_path / "out", layers=["first"])
     assert not (folder / PAGES["audit"]).exists(), "what a smaller report has no more is deleted"
 

@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def execute(folder: Path, claims: dict[str, str], make_folder: Callable[[str], Path]) -> dict[str, Any]:
-    """Every notebook after its run, side by side, with its claims as the last cell; or the exception that ended it."""
+    """Every notebook after its run, with its claims as the last cell; or the exception that ended it.
+
+    As many run side by side as there are processors.
+    """
     clients = {}
     with pytest.MonkeyPatch.context() as patch:
         paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
@@ -41,11 +44,16 @@ def execute(folder: Path, claims: dict[str, str], make_folder: Callable[[str], P
             notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
             notebook.cells.append(nbformat.v4.new_code_cell(claim))
             place = {"metadata": {"path": str(make_folder(name))}}
-            clients[name] = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place)
+            clients[name] = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
 
         async def run() -> list[Any]:
-            runs = [client.async_execute() for client in clients.values()]
-            return await asyncio.gather(*runs, return_exceptions=True)
+            free = asyncio.Semaphore(os.cpu_count() or 1)
+
+            async def one(client: NotebookClient) -> Any:
+                async with free:
+                    return await client.async_execute()
+
+            return await asyncio.gather(*map(one, clients.values()), return_exceptions=True)
 
         return dict(zip(clients, asyncio.run(run()), strict=True))
 

@@ -104,8 +104,11 @@ class SlowReference:
     ) -> None:
         self.program, self.method, self.data, self.zeros = program, method, data, zeros
         self.values, self.squashed, self.activated = [data], squashed(program), activated(program)
+        read = {i for step in program.steps for i in step.reads}
         for k, step in enumerate(program.steps):
-            if step.operation.rule == "refused" or (step.operation.rule == "weighted" and not self._has_rule(k)):
+            if step.operation.rule == "refused" and k + 1 in read:  # (what nothing reads explains nothing)
+                raise Refused(step.name)
+            if step.operation.rule == "weighted" and not self._has_rule(k):
                 raise Refused(step.name)
             self.values.append(program.plain(k, *(self.values[i] for i in step.reads)))
         self._look_at_input(unreached)
@@ -119,6 +122,8 @@ class SlowReference:
         self.m[-1][:, target] = 1
         for k in reversed(range(len(self.program.steps))):
             step, m = self.program.steps[k], self.m[k + 1]
+            if step.operation.rule == "refused":
+                continue
             send = getattr(self, f"_{step.operation.rule}")
             inputs = [self.values[i] for i in step.reads]
             for i, sent in zip(step.reads, send(k, m, *inputs), strict=True):

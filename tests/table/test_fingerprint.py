@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import linecache
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from crp.visualization.table.fingerprint import (
     fingerprint_dataset,
     fingerprint_model,
 )
+from crp.visualization.table.source import syntax_of
 
 
 class Doubled(BasicHook):
@@ -346,3 +349,77 @@ def test_the_code_of_own_classes_counts() -> None:
     first = "class Rule:\n    def go(self, x):\n        return x + 1"
     assert fingerprint(build(first)) == fingerprint(build(first))
     assert fingerprint(build(first)) != fingerprint(build(first.replace("1", "2")))
+
+
+# --- the source of functions ------------------------------------------------------------------------------------------
+
+SOURCE = '''
+from __future__ import annotations
+import functools
+
+def kept(function):
+    return function
+
+FACTOR = 3
+
+@kept
+def scaled(values, by: float = 2.0, *, shift=None):
+    """Values, scaled."""
+    found = [value * by for value in values if value]  # as it is
+    if shift is not None:
+        found += [f"{shift!r}" for _ in range(1)]
+    return found, FACTOR
+
+plain = lambda x: x + 1
+pair = (lambda x: x + 1), (lambda x: x + 2)
+
+class Own:
+    async def later(self):
+        return await self.other(b"\\x00", 1.5, ...)
+'''
+
+
+def loaded_from(path: Any, text: str) -> dict[str, Any]:
+    path.write_text(text)
+    linecache.checkcache(str(path))
+    names: dict[str, Any] = {"__name__": "own_source"}
+    exec(compile(text, str(path), "exec", dont_inherit=True), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("scaled", "0ce1230701725413"), ("plain", "3b2182361be909f5"), ("later", "5a2fb3abee199a1d")]
+)
+def test_a_function_has_the_same_fingerprint_under_every_version_of_python(
+    tmp_path: Any, name: str, expected: str
+) -> None:
+    names = loaded_from(tmp_path / "own_source.py", SOURCE)
+    function = names["Own"].later if name == "later" else names[name]
+    assert hashlib.sha256((syntax_of(function.__code__) or "").encode()).hexdigest()[:16] == expected
+
+
+def test_layout_and_comments_do_not_count_and_all_else_does(tmp_path: Any) -> None:
+    first = loaded_from(tmp_path / "own_source.py", SOURCE)
+    moved = (
+        SOURCE.replace("# as it is", "# as it was")
+        .replace("FACTOR = 3", "\n\nFACTOR = 3")
+        .replace("by: float", "by:float")
+    )
+    other = loaded_from(tmp_path / "moved.py", moved)
+    changed = loaded_from(tmp_path / "changed.py", SOURCE.replace("value * by", "value + by"))
+    assert fingerprint(first["scaled"]) == fingerprint(other["scaled"]) != fingerprint(changed["scaled"])
+    globals_count = loaded_from(tmp_path / "globals.py", SOURCE.replace("FACTOR = 3", "FACTOR = 4"))
+    assert fingerprint(globals_count["scaled"]) != fingerprint(first["scaled"])
+
+
+def test_what_has_no_source_of_its_own_counts_by_its_bytecode(tmp_path: Any) -> None:
+    names = loaded_from(tmp_path / "own_source.py", SOURCE)
+    assert [syntax_of(one.__code__) for one in names["pair"]] == [None, None], "two on a line"
+    assert fingerprint(names["pair"][0]) != fingerprint(names["pair"][1])
+    (tmp_path / "own_source.py").write_text(SOURCE.replace("value * by", "value - by"))
+    linecache.checkcache(str(tmp_path / "own_source.py"))
+    assert syntax_of(names["scaled"].__code__) is None, "the file has changed since it was loaded"
+    assert syntax_of(names["plain"].__code__) is not None, "but not this function"
+    interactive: dict[str, Any] = {}
+    exec("def typed(x): return x", interactive)
+    assert syntax_of(interactive["typed"].__code__) is None and fingerprint(interactive["typed"])

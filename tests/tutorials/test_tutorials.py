@@ -11,6 +11,7 @@ import pytest
 from notebooks import ROOT, check_stored, errors_of, execute, pictures
 from PIL import Image
 
+pytestmark = pytest.mark.timeout(900)  # (the first test waits for all notebooks)
 TUTORIALS = ROOT / "tutorials"
 PICTURES = {
     "1_attribution": 11,
@@ -21,6 +22,9 @@ PICTURES = {
     "6_finding_and_removing_a_shortcut": 3,
     "7_prototypes_and_audit": 3,
     "8_correcting_a_shortcut": 1,
+    "9_directions_and_autoencoders": 2,
+    "10_segmentation_and_detection": 2,
+    "12_vision_transformers": 4,
     "11_language_models": 4,
 }
 #: Those that explain VGG16 as well.
@@ -128,6 +132,26 @@ assert after["accuracy"] > before["accuracy"] and after["without"] > 0.93 and af
 assert suspects_after[0].score < first.score / 3
 assert all(one.where != first.where for one in suspects_after[:5])
 """,
+    "9_directions_and_autoencoders": """
+assert min(shares.values()) > 0.65 and shares["CAV"] > 0.8 and shares["latent"] > 0.8
+assert abs((parts.heatmap.sum(0) - whole.heatmap[0])).max() < 1e-5
+assert abs(right - alone) > 0.1 * abs(right)
+assert explained > 0.8 and active < 0.2
+assert change < 1e-4 and moved < 1e-5 and 0 < error < 0.2
+assert torch.allclose(total, after.relevances[names.code].flatten(1).sum(1)
+                      + after.relevances[names.error].flatten(1).sum(1))
+assert drop.mean() > 0.2
+""",
+    "10_segmentation_and_detection": """
+assert plain_threes < 0.1 and stamped_threes > 0.3
+assert (account.rest / account.initial).abs().max() < 1e-5
+assert of_pixels.heatmap.any() and means.max() > means.min() + 0.1
+with_mark, without, of_threes, of_stamped = rates
+assert with_mark > 0.9 and of_stamped > 0.8 and without < 0.3 and of_threes < 0.1
+assert on_mark > 0.1 and outside > on_mark
+assert [tuple(heatmap.shape) for heatmap in several.heatmap] == [(48, 48), (44, 44)]
+assert agreement > 0.5
+""",
     "7_prototypes_and_audit": """
 # marked 8s are prototypes, and a cluster, of their own
 assert set(marked_share) == {0.0, 1.0} and set(shares) == {0.0, 1.0}
@@ -151,6 +175,21 @@ assert penalised["fooled"] < control["fooled"] - 0.08 and penalised["fooled"] < 
 assert all(abs(one["accuracy"] - before["accuracy"]) < 0.015 for one in results.values())
 assert changed.share[0] > 0.4 and changed.share[1] < 0.01 and changed.accuracy[1] > 0.95
 assert after == before
+""",
+    "12_vision_transformers": """
+assert rates["as it is"]["accuracy"] > 0.85 and rates["as it is"]["fooled"] > 0.5
+
+# heads: they add up; the one that is found hands on the mark, and without it the mark fools least
+assert (of_heads[:4].sum(0) - of_heads[4]).abs().max() < 1e-5
+assert of_heads[HEAD, :8, :8].abs().sum() > 0.5 * of_heads[HEAD].abs().sum()
+fooled = [rates[f"without head {head}"]["fooled"] for head in range(4)]
+assert fooled[HEAD] == min(fooled) < 0.6 * rates["as it is"]["fooled"]
+
+# neurons: their references carry the mark
+assert ((data.mark.stamp(best) - best).abs().amax((1, 2, 3)) < 1e-6).float().mean() > 0.7
+assert rates["without neurons"]["fooled"] < 0.8 * rates["as it is"]["fooled"]
+
+assert min(areas["AttnLRP"], areas["CP-LRP"], areas["integrated gradients"]) > 0.3
 """,
     "11_language_models": """
 assert accuracy > 0.97

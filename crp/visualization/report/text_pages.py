@@ -16,7 +16,6 @@ from zennit.core import Composite
 
 from crp.image.texts import TextHeatmap, readable
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.texts import texts_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import LayerFacts, Reference
 from crp.visualization.report.options import ReportOptions
@@ -105,7 +104,7 @@ class TextAtlas:
 
     def name(self, target: int) -> str:
         """Name of a class, or the word of a token."""
-        texts = texts_in(self.fv.dataset)
+        texts = self.fv.texts
         if texts is not None and texts.position is not None and target >= 0:
             return repr(readable(texts.word(target)))
         return self._names.get(target, str(target))

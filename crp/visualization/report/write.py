@@ -21,7 +21,6 @@ from zennit.core import Composite
 
 from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.texts import texts_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row, picture_file
@@ -111,7 +110,7 @@ def _write(
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
-    if texts_in(fv.dataset) is not None:
+    if fv.texts is not None:
         return _write_texts(fv, composite, table, layers, names, folder, file, options)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     counts = {"relevance": options.n_references, "activation": options.active}

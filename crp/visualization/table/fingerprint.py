@@ -27,6 +27,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook
 
 from crp.layers import unwrap
+from crp.visualization.table.source import syntax_of
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 #: What zennit's hooks and composites keep of past calls, and of the model that they are on: no part of what they are.
@@ -194,6 +195,10 @@ class _Walk:
         return None
 
     def _code(self, code: types.CodeType) -> bytes:
+        """Digest of a function's source; where there is none, of its bytecode, which versions of Python differ in."""
+        syntax = syntax_of(code)
+        if syntax is not None:
+            return _hash("source", syntax.encode("utf-8", "surrogatepass"))
         constants = [self._code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
         counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
         return _hash(
