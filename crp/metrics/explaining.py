@@ -56,7 +56,8 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
     (5, 4)
     """
     if isinstance(method, Composite) and options:
-        raise InputTypeError(f"a composite has no options here; give {sorted(options)} to {type(method).__name__}")
+        kind = type(method).__name__
+        raise InputTypeError(f"a composite has no options here, got {sorted(options)}; give them to {kind}")
     if not isinstance(method, str | Composite | type):
         raise InputTypeError(f"method must be a name, a composite or the class of an attributor, not {method!r}")
 
