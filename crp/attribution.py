@@ -31,6 +31,7 @@ from crp.engine.inputs import Data, Explain, Inputs
 from crp.engine.joining import Part
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
+from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
@@ -95,15 +96,14 @@ class CondAttribution:
         output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+            raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if output is not None and not callable(output):
-            raise TypeError(f"output must be a function of what the model returns, or None; not {output!r}")
+            raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
         self.MODEL_OUTPUT_NAME = "y"
         self.model = unwrap(model)
         parameter = next(self.model.parameters(), torch.empty(0))
         self.device = check_device(device, "device") or parameter.device
-        self.overwrite_data_grad = overwrite_data_grad
-        self.no_param_grad = no_param_grad
+        self.overwrite_data_grad, self.no_param_grad = overwrite_data_grad, no_param_grad
         self.output = output
         self.replay = True
         self.channels_last = True
@@ -224,7 +224,7 @@ class CondAttribution:
         AttributionResults
         """
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+            raise InputError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         call = alone(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
         n_parts = -(-len(call.rows) // batch_size)
@@ -380,7 +380,7 @@ class CondAttribution:
         chosen: Any = self.output(output)
         listed = chosen if isinstance(chosen, list) else [chosen]
         if not listed or not all(isinstance(tensor, Tensor) for tensor in listed):
-            raise TypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
+            raise InputTypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
         return cast(Tensor, chosen)
 
     def _checked(self, part: Part) -> AttributionResults:

@@ -13,6 +13,7 @@ from crp.checks import check_number
 from crp.concepts import Concept, mask_of, normalize
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import Data, Explain, Inputs
+from crp.errors import InputError, InputTypeError
 from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
 
@@ -108,13 +109,13 @@ class AttributionGraph:
         """
         inputs = Inputs.of(sample, explain, getattr(self.attribution, "model", None))
         if len(inputs) != 1:
-            raise ValueError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")
+            raise InputError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")
         if (parent_c_id is None) != (parent_layer is None):
-            raise ValueError(
+            raise InputError(
                 f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none"
             )
         if not isinstance(width, Collection):
-            raise TypeError(f"width must be a list, with the number of concepts kept at each level; not {width!r}")
+            raise InputTypeError(f"width must be a list, with the number of concepts kept at each level; not {width!r}")
         for n_kept in width:
             check_number("each number in width", n_kept, least=1, whole=True)
         self._check_mapped([layer_name])

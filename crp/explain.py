@@ -16,6 +16,7 @@ from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.target import Classes, Neuron, Target
 from crp.composites.registry import find_name
 from crp.engine.inputs import Data, Explain, Inputs
+from crp.errors import InputError
 
 #: What methods are called elsewhere.
 _ALIASES = {
@@ -96,9 +97,9 @@ def explain(
     entry = _entry(method)
     if neuron is not None:
         if target is not None:
-            raise ValueError(f"target {target!r} and neuron {neuron!r} are both given; one can be explained")
+            raise InputError(f"target {target!r} and neuron {neuron!r} are both given; one can be explained")
         if layer is None:
-            raise ValueError(f"neuron {neuron!r} needs the layer that it is in; give layer=")
+            raise InputError(f"neuron {neuron!r} needs the layer that it is in; give layer=")
         target, layer = Neuron(layer, neuron), None
     if layer is not None:
         options["layer"] = layer
@@ -140,7 +141,7 @@ def _entry(name: object) -> Entry:
     if isinstance(name, str):
         found = find_name(name, known) or _known_as(name)
     if found is None:
-        raise ValueError(f"there is no method {name!r}; {_nearest(str(name), known)}there are {', '.join(known)}")
+        raise InputError(f"there is no method {name!r}; {_nearest(str(name), known)}there are {', '.join(known)}")
     return known[found]
 
 
@@ -159,12 +160,12 @@ def _check_options(method: Method, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in method.options:
             near = _nearest(name, method.options)
-            raise ValueError(
+            raise InputError(
                 f"method {method.name!r} has no option {name!r}; {near}it has {', '.join(sorted(method.options))}"
             )
     missing = [name for name, default in method.options.items() if default is ... and name not in options]
     if missing:
-        raise ValueError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}")
+        raise InputError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}")
     if options.get("batch_size") is not None:
         check_count("batch_size", options["batch_size"])
 
@@ -177,7 +178,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _predicted(model: nn.Module, inputs: Inputs, options: Mapping[str, Any]) -> Target:
     output = Gradient(model, batch_size=options.get("batch_size")).output(inputs)
     if output.dim() != 2:
-        raise ValueError(
+        raise InputError(
             f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give "
             "a target, such as crp.outputs.Position(-1, token) for a language model"
         )

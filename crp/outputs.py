@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from crp.errors import InputError, InputTypeError
+
 
 class Element(tuple[int, ...]):
     """One element of an output of shape (batch, *output shape), as a target: ``{"y": [Element((3, 10, 12))]}``.
@@ -67,9 +69,11 @@ class Position:
         whole = all(isinstance(ids, int | list | tuple) for ids in (self.token, self.against))
         places = [place for place, _ in self.signed()] if whole else []
         if not places or not all(isinstance(n, int) and not isinstance(n, bool) for place in places for n in place):
-            raise TypeError(f"{what} must have Position(position, token) with ints, or lists of them, not {self!r}")
+            raise InputTypeError(
+                f"{what} must have Position(position, token) with ints, or lists of them, not {self!r}"
+            )
         if len(set(places)) < len(places):
-            raise ValueError(f"{what} names a token twice in {self}; explain it once, and against others only")
+            raise InputError(f"{what} names a token twice in {self}; explain it once, and against others only")
 
     def signed(self) -> list[tuple[tuple[int, int], int]]:
         """Places in the output, each with its sign."""
@@ -113,13 +117,13 @@ def segmentation(
     tensor([[3., 7.]])
     """
     if where not in ("own", "all"):
-        raise ValueError(f"where must be 'own' or 'all', not {where!r}")
+        raise InputError(f"where must be 'own' or 'all', not {where!r}")
 
     def scores(returned: Any) -> Tensor:
         logits = returned if key is None else _entry(returned, key)
         if not isinstance(logits, Tensor) or logits.dim() < 3:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"a segmentation has logits of shape (batch, classes, *space), not {shape}")
+            raise InputTypeError(f"a segmentation has logits of shape (batch, classes, *space), not {shape}")
         kept = torch.ones_like(logits, dtype=torch.bool)
         if where == "own":
             kept = logits.detach() == logits.detach().amax(1, keepdim=True)
@@ -168,9 +172,9 @@ def detection(
     tensor([[0., 2., 5.]])
     """
     if score not in ("logit", "log-odds"):
-        raise ValueError(f"score must be 'logit' or 'log-odds', not {score!r}")
+        raise InputError(f"score must be 'logit' or 'log-odds', not {score!r}")
     if box not in ("best", "all") and (not isinstance(box, int) or isinstance(box, bool)):
-        raise ValueError(f"box must be 'best', 'all' or the number of a box, not {box!r}")
+        raise InputError(f"box must be 'best', 'all' or the number of a box, not {box!r}")
 
     def of_sample(sample: int, logits: Tensor, exclusive: bool) -> Tensor:
         values = _log_odds(logits) if score == "log-odds" and exclusive else logits
@@ -219,7 +223,7 @@ def with_logits(detector: nn.Module) -> nn.Module:
     elif isinstance(detector, detectors.RetinaNet | detectors.FCOS | detectors.ssd.SSD):
         found.postprocess_detections = _Anchors(found, isinstance(detector, detectors.ssd.SSD))
     else:
-        raise TypeError(
+        raise InputTypeError(
             f"a detector of torchvision is needed: R-CNN, RetinaNet, FCOS or SSD, not {type(detector).__name__}; let "
             "yours return a dict with 'logits' for each sample, of shape (boxes, classes)"
         )
@@ -334,7 +338,7 @@ def _logits_in(returned: Any) -> list[tuple[Tensor, bool]]:
         return [(one["logits"], bool(one.get("exclusive", True))) for one in returned]
     logits = returned if isinstance(returned, Tensor) else _entry(returned, "logits")
     if logits.dim() != 3:
-        raise TypeError(f"a detection has logits of shape (samples, boxes, classes), not {tuple(logits.shape)}")
+        raise InputTypeError(f"a detection has logits of shape (samples, boxes, classes), not {tuple(logits.shape)}")
     return [(of_sample, True) for of_sample in logits]
 
 
@@ -344,7 +348,7 @@ def _entry(returned: Any, key: str) -> Any:
             raise KeyError(f"the model returns {sorted(map(str, returned))}, and not {key!r}; name the logits: key=")
         return returned[key]
     if not hasattr(returned, key):
-        raise TypeError(
+        raise InputTypeError(
             f"the model returns a {type(returned).__name__}, which has no {key!r}; name the logits, or give key=None "
             "if it returns them themselves"
         )

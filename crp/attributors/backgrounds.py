@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.errors import InputError
+
 Named = Literal["blur", "median", "mean", "noise"]
 Background: TypeAlias = str | float | Tensor | Callable[[Tensor], Tensor]
 
@@ -61,7 +63,7 @@ def _check_background(background: object, choices: object = Named) -> None:
     if isinstance(background, Tensor) or callable(background):
         return
     if isinstance(background, bool) or not (background in get_args(choices) or isinstance(background, int | float)):
-        raise ValueError(
+        raise InputError(
             f"a background must be one of {', '.join(map(repr, get_args(choices)))}, a number, a tensor, or a function "
             f"of the data; not {background!r}"
         )
@@ -92,7 +94,7 @@ def make_background(
     _check_background(background)
     if background in ("blur", "median") and isinstance(background, str):
         if data.dim() != 4:
-            raise ValueError(f"{background!r} needs images of shape (batch, channels, height, width), not {data.shape}")
+            raise InputError(f"{background!r} needs images of shape (batch, channels, height, width), not {data.shape}")
         return blur(data, sigma) if background == "blur" else median(data)
     if isinstance(background, str):
         axes = tuple(range(2, data.dim())) or (1,)
@@ -107,7 +109,7 @@ def make_background(
     try:
         return filled.expand_as(data)
     except RuntimeError:
-        raise ValueError(
+        raise InputError(
             f"the background has shape {tuple(filled.shape)}, which does not broadcast to {tuple(data.shape)}"
         ) from None
 

@@ -22,6 +22,7 @@ from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.taps import check_layers
+from crp.errors import InputError, InputTypeError
 from crp.layers import modules_of, unwrap
 from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
@@ -85,10 +86,10 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         batch_size: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+            raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         check_composite(composite)
         if condition is not None and not isinstance(condition, Mapping):
-            raise TypeError(f"condition must be a dict {{layer name: concept ids}}, not {condition!r}")
+            raise InputTypeError(f"condition must be a dict {{layer name: concept ids}}, not {condition!r}")
         if batch_size is not None:
             check_count("batch_size", batch_size)
         super().__init__(model, composite, attr_output)
@@ -186,7 +187,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             with torch.enable_grad():
                 output = outputs(inputs.having(leaves))
             if not output.requires_grad:
-                raise ValueError("the model's output does not depend on the data in a differentiable way")
+                raise InputError("the model's output does not depend on the data in a differentiable way")
             start = rows.weights(output.detach())
             return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
 
@@ -295,7 +296,7 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
         seen.clear()
         inputs.to(device).run(model)
         if layer is not None and (len(seen) <= (number or 0) or (len(seen) > 1 and number is None)):
-            raise ValueError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
+            raise InputError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
         return tensor_in(seen[number or 0])
 
     with hooked_at(modules, {(name, is_input): keep}):
@@ -320,4 +321,4 @@ def _target(target: Any) -> Target:
 def check_count(name: str, value: object) -> None:
     """Raise a `ValueError` unless ``value`` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -24,6 +24,7 @@ from crp.engine.encoding import Encoding
 from crp.engine.inputs import Data, Inputs, Tensors
 from crp.engine.masks import apply_masks, row_masks
 from crp.engine.taps import check_layers
+from crp.errors import InputError, InputTypeError
 from crp.layers import modules_of, unwrap
 from crp.layers.addresses import Address
 
@@ -80,16 +81,16 @@ class LayerCAM(Attributor):
             model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
         )  # fmt: skip
         if interpolation not in get_args(Interpolation):
-            raise ValueError(f'interpolation must be "linear" or "nearest", not {interpolation!r}')
+            raise InputError(f'interpolation must be "linear" or "nearest", not {interpolation!r}')
         check_layers(unwrap(model), [layer], "layer")
         if reshape is not None and not callable(reshape):
-            raise TypeError(f"reshape must be a function of the layer's output, not {reshape!r}")
+            raise InputTypeError(f"reshape must be a function of the layer's output, not {reshape!r}")
         self.layer, self.relu, self.interpolation, self.reshape = layer, relu, interpolation, reshape
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output, and the map, the same for every channel of the input."""
         if len(inputs.explained) > 1:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} explains models of one input, not of {len(inputs.explained)}; name one by "
                 "explain=, and the others are passed on"
             )
@@ -97,7 +98,7 @@ class LayerCAM(Attributor):
         output, maps = self.maps(inputs, target)
         space = data.shape[2:]
         if maps.dim() != data.dim():
-            raise ValueError(
+            raise InputError(
                 f"layer {self.layer!r} has {maps.dim() - 2} axes of space and the input of shape {tuple(data.shape)} "
                 f"has {len(space)}; name a layer that keeps them, or say by reshape= how its output has (samples, "
                 "channels, *space)"
@@ -123,16 +124,16 @@ class LayerCAM(Attributor):
         """
         target = Target.of(target)
         if target.layer is not None:
-            raise ValueError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
+            raise InputError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
         inputs = Inputs.of(data, None, self.model)
         outputs, heatmaps = [], []
         for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
             flow = self.flow(inputs.select(sample), target.rows(sample), record=self.layer)
             if self.layer not in flow.layers.activations:
-                raise ValueError(f"layer {self.layer!r} is not called in the forward pass; name another")
+                raise InputError(f"layer {self.layer!r} is not called in the forward pass; name another")
             activation, gradient = flow.layers.activations[self.layer], flow.layers.relevances[self.layer]
             if activation.dim() < 3:
-                raise ValueError(
+                raise InputError(
                     f"layer {self.layer!r} has the output shape {tuple(activation.shape)}, which has no positions; "
                     "name a layer of shape (samples, channels, *space), such as the last convolution"
                 )
@@ -158,7 +159,7 @@ class LayerCAM(Attributor):
             arranged = self.reshape(values)
             if not isinstance(arranged, Tensor) or arranged.dim() < 3 or len(arranged) != len(values):
                 what = tuple(arranged.shape) if isinstance(arranged, Tensor) else type(arranged).__name__
-                raise ValueError(
+                raise InputError(
                     f"reshape made {what} of the output of layer {self.layer!r}, {shape}; it must be (samples, "
                     "channels, *space)"
                 )
@@ -175,7 +176,7 @@ class LayerCAM(Attributor):
         tokens = next((entry.values.shape[2:] for entry in inputs.embedded.values()), None)
         if tokens is not None and len(shape) == 3 and shape[1:2] == tokens:
             if shape[2:] == tokens:
-                raise ValueError(
+                raise InputError(
                     f"the output of layer {self.layer!r}, {shape}, has as many channels as tokens; say by reshape= "
                     "which axis is which: (samples, channels, tokens) is asked for"
                 )
@@ -302,7 +303,7 @@ class CAM(LayerCAM):
         batch_size: int | None = None,
     ) -> None:
         if condition is not None and set(condition) - {layer}:
-            raise ValueError(f"CAM has weights for layer {layer!r} only; condition names {sorted(condition)}")
+            raise InputError(f"CAM has weights for layer {layer!r} only; condition names {sorted(condition)}")
         common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
         super().__init__(
             model, None, attr_output, layer=layer, relu=relu, interpolation=interpolation, reshape=reshape, **common
@@ -311,14 +312,14 @@ class CAM(LayerCAM):
         if classifier is None:
             classifier = next(reversed(dense), "")
         if classifier not in dense:
-            raise ValueError(f"the classifier of CAM is a dense layer, one of {list(dense)}, not {classifier!r}")
+            raise InputError(f"the classifier of CAM is a dense layer, one of {list(dense)}, not {classifier!r}")
         self.classifier, self._dense = classifier, dense[classifier]
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
         """Weights of the classifier, summed over classes as the target weighs them."""
         dense, channels = self._dense, activation.shape[1]
         if dense.in_features != channels or output.shape[1:] != (dense.out_features,):
-            raise ValueError(
+            raise InputError(
                 f"the classifier {self.classifier!r} maps {dense.in_features} features to {dense.out_features}, where "
                 f"{self.layer!r} has {channels} channels and the model's output is {tuple(output.shape)}; CAM needs "
                 "them to agree"
@@ -326,7 +327,7 @@ class CAM(LayerCAM):
         weight = dense.weight.detach()
         mean = activation.flatten(2).mean(2) @ weight.T + (0 if dense.bias is None else dense.bias.detach())
         if not torch.allclose(mean, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
-            raise ValueError(
+            raise InputError(
                 f"the model's output is not {self.classifier!r} of the mean of {self.layer!r} over its positions, as "
                 "CAM needs; name the layer that is averaged, or use grad_cam"
             )

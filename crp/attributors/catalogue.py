@@ -27,6 +27,7 @@ from crp.attributors.shapley import ShapleySampling
 from crp.attributors.target import Target
 from crp.composites.registry import classes
 from crp.engine.inputs import Inputs, Tensors
+from crp.errors import InputError
 
 #: Attributors: class, family, paper.
 ATTRIBUTORS: Mapping[str, tuple[type[Attributor], str, str]] = MappingProxyType(
@@ -164,7 +165,7 @@ def _propagate(
     if "baseline" not in own:
         return _explain(Gradient(model, make(**own), **how), inputs, target)
     if "reference" in own:
-        raise ValueError("baseline and reference are both given; they are two names of one option")
+        raise InputError("baseline and reference are both given; they are two names of one option")
     references = _baselines(own.pop("baseline"), inputs)
     parts = []
     # Each part has references of its own.
@@ -188,7 +189,7 @@ class _OfSeveral(composites.DeepLift):
 
 def _perturb(model: nn.Module, inputs: Inputs, target: Target, given: Mapping[str, Any]) -> Tensors:
     if len(inputs.values) > 1:
-        raise ValueError(
+        raise InputError(
             f"meaningful_perturbation explains models of one input, not of {len(inputs.values)}; all other methods pass"
             " on what they do not explain"
         )

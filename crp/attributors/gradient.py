@@ -14,6 +14,7 @@ from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
+from crp.errors import InputError
 
 
 class Gradient(Attributor):
@@ -65,7 +66,7 @@ class Gradient(Attributor):
 
     def _of_layer(self, relevances: Mapping[str, Tensor]) -> Tensor:
         if self.layer is None or self.layer not in relevances:
-            raise ValueError(f"layer {self.layer!r} is not called in the forward pass; name another")
+            raise InputError(f"layer {self.layer!r} is not called in the forward pass; name another")
         return relevances[self.layer]
 
 

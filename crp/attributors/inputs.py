@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crp.engine.inputs import Inputs, Tensors
+from crp.errors import InputError, InputTypeError
 
 OneBaseline: TypeAlias = float | Tensor | np.ndarray | Callable[[Tensor], Tensor] | None
 Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline] | Mapping[str, OneBaseline]
@@ -38,13 +39,13 @@ def _baselines(given: Baseline, inputs: Inputs) -> Tensors:
         unknown = [name for name in given if name not in inputs.names]
         if unknown:
             known = ", ".join(map(repr, inputs.names))
-            raise ValueError(f"there is a baseline for {unknown[0]!r}, which is not explained; {known} are")
+            raise InputError(f"there is a baseline for {unknown[0]!r}, which is not explained; {known} are")
         given = tuple(given.get(str(name)) for name in inputs.names)
     if isinstance(given, tuple) or (isinstance(given, list) and len(inputs.values) > 1):
         if len(given) == len(inputs.values):
             given = [one for name, one in zip(inputs.values, given, strict=True) if name in inputs.names]
         if len(given) != len(explained):
-            raise ValueError(f"there are {len(given)} baselines for {len(explained)} inputs; give one for each")
+            raise InputError(f"there are {len(given)} baselines for {len(explained)} inputs; give one for each")
         return tuple(_baseline(one, data) for one, data in zip(given, explained, strict=True))
     return tuple(_baseline(given, data) for data in explained)
 
@@ -54,13 +55,13 @@ def _baseline(given: Any, data: Tensor) -> Tensor:
         given = given(data)
     given = 0.0 if given is None else given
     if isinstance(given, bool) or not isinstance(given, int | float | np.number | np.ndarray | Tensor | list):
-        raise TypeError(f"a baseline is a number, a tensor or a function of the data, not {given!r}")
+        raise InputTypeError(f"a baseline is a number, a tensor or a function of the data, not {given!r}")
     tensor = torch.as_tensor(given).detach().to(data)
     if not torch.isfinite(tensor).all():
-        raise ValueError("the baseline has NaN or infinite values")
+        raise InputError("the baseline has NaN or infinite values")
     shape = tuple(data.shape)
     if tensor.dim() > 0 and tensor.shape not in (shape, (1, *shape[1:]), shape[1:]):
-        raise ValueError(
+        raise InputError(
             f"the baseline has shape {tuple(tensor.shape)} for data of shape {shape}; give a number, one baseline for "
             f"all samples as {shape[1:]} or {(1, *shape[1:])}, or one for each as {shape}"
         )

@@ -14,6 +14,7 @@ from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
+from crp.errors import InputError
 
 Statistic = Literal["mean", "squared", "variance"]
 
@@ -68,9 +69,9 @@ class SmoothGrad(Attributor):
         )  # fmt: skip
         check_count("n", n)
         if isinstance(noise_level, bool) or not isinstance(noise_level, int | float) or not 0 <= noise_level < 1e9:
-            raise ValueError(f"noise_level must be a finite number of at least 0, not {noise_level!r}")
+            raise InputError(f"noise_level must be a finite number of at least 0, not {noise_level!r}")
         if statistic not in get_args(Statistic):
-            raise ValueError(f"statistic must be one of {', '.join(map(repr, get_args(Statistic)))}, not {statistic!r}")
+            raise InputError(f"statistic must be one of {', '.join(map(repr, get_args(Statistic)))}, not {statistic!r}")
         self.n, self.noise_level, self.noise, self.statistic, self.seed = n, noise_level, noise, statistic, seed
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
@@ -121,7 +122,7 @@ def _fitting(noise: Tensor | Sequence[Tensor], inputs: Tensors) -> list[Tensor]:
     """Noise for each input, of shape (n, *data shape)."""
     given = [noise] if isinstance(noise, Tensor) else list(noise)
     if len(given) != len(inputs):
-        raise ValueError(f"there is noise for {len(given)} inputs of {len(inputs)}; give one tensor for each")
+        raise InputError(f"there is noise for {len(given)} inputs of {len(inputs)}; give one tensor for each")
     widths = []
     for tensor, data in zip(given, inputs, strict=True):
         try:
@@ -129,10 +130,10 @@ def _fitting(noise: Tensor | Sequence[Tensor], inputs: Tensors) -> list[Tensor]:
                 raise RuntimeError
             widths.append(tensor.to(data).expand(len(tensor), *data.shape))
         except RuntimeError:
-            raise ValueError(
+            raise InputError(
                 f"noise has shape {tuple(tensor.shape)}; for data of shape {tuple(data.shape)} it must be "
                 f"(n, {', '.join(map(str, data.shape))}), or broadcast to it"
             ) from None
     if len({len(tensor) for tensor in widths}) > 1:
-        raise ValueError(f"noise is given {[len(tensor) for tensor in widths]} times; as often for each input")
+        raise InputError(f"noise is given {[len(tensor) for tensor in widths]} times; as often for each input")
     return widths

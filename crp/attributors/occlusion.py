@@ -13,6 +13,7 @@ from crp.attributors.base import ROWS_FORWARD, Attributor
 from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.engine.inputs import Inputs, Tensors
+from crp.errors import InputError
 from crp.notices import warn
 
 _Lengths: TypeAlias = int | tuple[int, ...]
@@ -132,7 +133,7 @@ def windows(shape: Sequence[int], window: _Lengths | None = None, step: _Lengths
     lengths = (*shape[: len(shape) - len(lengths)], *lengths)
     steps = (*[1] * (len(shape) - len(steps)), *steps)
     if any(length > size for length, size in zip(lengths, shape, strict=True)):
-        raise ValueError(f"window_shape {window!r} is larger than the input, which has the shape {tuple(shape)}")
+        raise InputError(f"window_shape {window!r} is larger than the input, which has the shape {tuple(shape)}")
     starts, offsets = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for size, length, stride in zip(shape, lengths, steps, strict=True):
         starts = (starts[:, None] * size + torch.arange(0, size - length + 1, stride)).flatten()
@@ -154,9 +155,9 @@ def _lengths(name: str, given: Any, shape: Sequence[int], every: bool) -> tuple[
         given = (given,) * (len(shape) if every else max(1, len(shape) - 1))
     whole = isinstance(given, tuple) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
     if not whole or not given:
-        raise ValueError(f"{name} must be a positive whole number, or a tuple of them, not {given!r}")
+        raise InputError(f"{name} must be a positive whole number, or a tuple of them, not {given!r}")
     if len(given) > len(shape):
-        raise ValueError(f"{name} {given!r} has {len(given)} axes; the input has {len(shape)}, {tuple(shape)}")
+        raise InputError(f"{name} {given!r} has {len(given)} axes; the input has {len(shape)}, {tuple(shape)}")
     return tuple(given)
 
 
@@ -165,7 +166,7 @@ def _for_each(given: Any, inputs: Tensors) -> list[Any]:
     if not isinstance(given, list):
         return [given] * len(inputs)
     if len(given) != len(inputs):
-        raise ValueError(f"{given!r} has settings for {len(given)} inputs; there are {len(inputs)}")
+        raise InputError(f"{given!r} has settings for {len(given)} inputs; there are {len(inputs)}")
     return given
 
 

@@ -16,6 +16,7 @@ from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
+from crp.errors import InputError
 
 Quadrature = Literal["right", "left", "middle", "trapezoid", "gauss_legendre"]
 
@@ -107,13 +108,13 @@ def nodes(quadrature: Quadrature, steps: int) -> tuple[Tensor, Tensor]:
     tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
     if quadrature not in get_args(Quadrature):
-        raise ValueError(f"quadrature must be one of {', '.join(map(repr, get_args(Quadrature)))}, not {quadrature!r}")
+        raise InputError(f"quadrature must be one of {', '.join(map(repr, get_args(Quadrature)))}, not {quadrature!r}")
     if quadrature == "gauss_legendre":
         roots, shares = np.polynomial.legendre.leggauss(steps)
         return torch.from_numpy((roots + 1) / 2), torch.from_numpy(shares / 2)
     if quadrature == "trapezoid":
         if steps < 2:
-            raise ValueError(f"a trapezoid has at least 2 points; steps is {steps}")
+            raise InputError(f"a trapezoid has at least 2 points; steps is {steps}")
         weights = torch.full((steps,), 1 / (steps - 1), dtype=torch.float64)
         weights[[0, -1]] /= 2
         return torch.linspace(0, 1, steps, dtype=torch.float64), weights

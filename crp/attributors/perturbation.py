@@ -29,6 +29,7 @@ from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.inputs import check_data
+from crp.errors import InputError, InputTypeError
 
 _Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]
@@ -172,7 +173,7 @@ class MeaningfulPerturbation:
         verbose: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+            raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         check_composite(composite)
         for name, value, allowed in (
             ("game", game, _Game), ("upsampling", upsampling, Upsampling), ("reduction", reduction, Reduction),
@@ -224,7 +225,7 @@ class MeaningfulPerturbation:
         """
         check_data(data)
         if data.dim() != 4:
-            raise ValueError(f"data must be images of shape (batch, channels, height, width), not {tuple(data.shape)}")
+            raise InputError(f"data must be images of shape (batch, channels, height, width), not {tuple(data.shape)}")
         check_alone(self.model, self.composite, type(self).__name__)
         asked = target_of(target, len(data))
         data = data.detach()
@@ -242,7 +243,7 @@ class MeaningfulPerturbation:
                 limits = torch.stack([score_of(output, known, self.score), rate(images[0])], 1)
             if not limits.isfinite().all():
                 wrong = (~limits.isfinite().all(1)).nonzero().flatten().tolist()
-                raise ValueError(f"the model's score is NaN or infinite for samples {wrong} or what they fade to")
+                raise InputError(f"the model's score is NaN or infinite for samples {wrong} or what they fade to")
             mask = self._start(images, rate, limits).requires_grad_()
             scores = self._play(mask, images, rate, generator)
             with torch.no_grad():
@@ -307,7 +308,7 @@ class MeaningfulPerturbation:
             return torch.as_tensor(value).to(images).clamp(0, 1).expand(shape).clone()
         except RuntimeError:
             given = tuple(torch.as_tensor(value).shape)
-            raise ValueError(f"start has shape {given}, which does not broadcast to the masks' {shape}") from None
+            raise InputError(f"start has shape {given}, which does not broadcast to the masks' {shape}") from None
 
     @torch.no_grad()
     def _circle(

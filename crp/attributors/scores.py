@@ -12,6 +12,7 @@ from crp.attributors.target import Classes, Mask, Target
 from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import tensor_in
 from crp.engine.probabilities import log_probabilities, probabilities
+from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.layers.interrupts import atomic
 
@@ -32,7 +33,7 @@ def target_of(target: Any, n_samples: int) -> Target | None:
         return None
     chosen = Target.of(target)
     if chosen.layer is not None:
-        raise TypeError(f"target must be one of the model's output; it is in layer {chosen.layer!r}")
+        raise InputTypeError(f"target must be one of the model's output; it is in layer {chosen.layer!r}")
     chosen.check(n_samples)
     return chosen
 
@@ -49,7 +50,7 @@ def known_target(target: Target | None, output: Tensor) -> Target:
     if target is not None:
         return target
     if output.dim() != 2:
-        raise ValueError(
+        raise InputError(
             f"the model's output has shape {tuple(output.shape)}; what it predicts is known of (samples, classes). "
             "Give a target, such as a function of the output"
         )
@@ -88,7 +89,7 @@ def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator
         Put on the model meanwhile.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     check_composite(composite)
     with put_on(composite, unwrap(model)) as modified:
         # A model may change its input in place.

@@ -13,6 +13,7 @@ from crp.attributors.base import ROWS_FORWARD, Attributor, check_count
 from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.engine.inputs import Inputs, Tensors
+from crp.errors import InputError
 
 
 class ShapleySampling(Attributor):
@@ -99,7 +100,7 @@ class ShapleySampling(Attributor):
         for data in inputs:
             axes = tuple(range(1, data.dim())) if self.sampling_dims is None else tuple(self.sampling_dims)
             if not axes or len(set(axes)) < len(axes) or not all(0 < axis < data.dim() for axis in axes):
-                raise ValueError(
+                raise InputError(
                     f"sampling_dims must name axes from 1 to {data.dim() - 1} (0 is the batch) of data of shape "
                     f"{tuple(data.shape)}, each once, not {self.sampling_dims!r}"
                 )
@@ -116,7 +117,7 @@ class ShapleySampling(Attributor):
         given = torch.as_tensor(self.permutations)
         players = torch.arange(n_players)
         if given.dim() != 2 or given.shape[1] != n_players or (given.sort(1).values != players).any():
-            raise ValueError(
+            raise InputError(
                 f"permutations must have the shape (samples, {n_players}) and hold every player from 0 to "
                 f"{n_players - 1} in each row; got the shape {tuple(given.shape)}"
             )

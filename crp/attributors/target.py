@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crp.concepts import as_ids
 from crp.engine.conditions import Position, check_targets_exist, initial_relevance
+from crp.errors import InputError, InputTypeError
 from crp.types import MaskFn
 
 
@@ -91,7 +92,7 @@ class Target:
         try:
             return Classes(value)
         except TypeError:
-            raise TypeError(
+            raise InputTypeError(
                 "target must be a class, a list or tensor of classes (one for each sample), a float mask of the "
                 f"output's shape, a function of the output, or a Neuron; not {value!r}"
             ) from None
@@ -108,20 +109,20 @@ class Classes(Target):
 
     def __init__(self, ids: int | Sequence[int] | Tensor) -> None:
         if isinstance(ids, Tensor | np.ndarray) and ids.ndim > 1:
-            raise TypeError(f"classes are given as one axis, not {tuple(ids.shape)}")
+            raise InputTypeError(f"classes are given as one axis, not {tuple(ids.shape)}")
         self.ids = torch.tensor(as_ids(ids), dtype=torch.int64)
 
     def check(self, n_samples: int) -> None:
         """Raise a `ValueError` if there is not one class, or one for each sample."""
         if len(self.ids) not in (1, n_samples):
-            raise ValueError(
+            raise InputError(
                 f"target has {len(self.ids)} classes for {n_samples} samples; give one for all, or one for each"
             )
 
     def score(self, output: Tensor) -> Tensor:
         """Output of the class."""
         if output.dim() < 2:
-            raise ValueError(
+            raise InputError(
                 f"the model's output has shape {tuple(output.shape)}, which has no axis of classes; "
                 "give a function of the output as target"
             )
@@ -154,7 +155,7 @@ class Tokens(Target):
     def check(self, n_samples: int) -> None:
         """Raise a `ValueError` if there is not one position, or one for each sample."""
         if len(self.positions) not in (1, n_samples):
-            raise ValueError(
+            raise InputError(
                 f"target has {len(self.positions)} positions for {n_samples} samples; give one for all, or one for each"
             )
 
@@ -183,15 +184,15 @@ class Mask(Target):
 
     def __init__(self, mask: Tensor) -> None:
         if mask.dim() == 0:
-            raise TypeError("a mask of the outputs has their shape, not ()")
+            raise InputTypeError("a mask of the outputs has their shape, not ()")
         if not torch.isfinite(mask).all():
-            raise ValueError("the target, a mask of the outputs, has NaN or infinite values")
+            raise InputError("the target, a mask of the outputs, has NaN or infinite values")
         self.mask = mask.detach()[None] if mask.dim() == 1 else mask.detach()
 
     def check(self, n_samples: int) -> None:
         """Raise a `ValueError` if there is not one mask, or one for each sample."""
         if len(self.mask) not in (1, n_samples):
-            raise ValueError(
+            raise InputError(
                 f"the target, a mask of shape {tuple(self.mask.shape)}, is for {len(self.mask)} samples; there are "
                 f"{n_samples}. Give it the output's shape, or a first axis of 1"
             )
@@ -204,7 +205,7 @@ class Mask(Target):
         """Return the mask."""
         mask = self.mask.to(output)
         if mask.shape[1:] != output.shape[1:]:
-            raise ValueError(
+            raise InputError(
                 f"the target, a mask of shape {tuple(mask.shape)}, does not fit the output of shape "
                 f"{tuple(output.shape)}; all axes but the first must agree"
             )
@@ -234,7 +235,7 @@ class Score(Target):
         scores = self.function(output)
         if not isinstance(scores, Tensor) or scores.shape != output.shape[:1]:
             what = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-            raise ValueError(
+            raise InputError(
                 f"the target, a function, returned {what} for an output of {tuple(output.shape)}; it must return one "
                 f"score for each row, ({len(output)},); with batch_size, rows are some of the samples"
             )
@@ -259,11 +260,11 @@ class Neuron(Target):
 
     def __init__(self, layer: str, index: int | tuple[int, ...]) -> None:
         if not isinstance(layer, str) or not layer:
-            raise TypeError(f"layer must be the name of the layer that the neuron is in, not {layer!r}")
+            raise InputTypeError(f"layer must be the name of the layer that the neuron is in, not {layer!r}")
         self.layer = layer
         self.index = tuple(as_ids(index, layer))
         if not self.index:
-            raise ValueError(f"layer {layer!r}: the neuron has no index; give at least one")
+            raise InputError(f"layer {layer!r}: the neuron has no index; give at least one")
 
     def score(self, output: Tensor) -> Tensor:
         """Output of the neuron, summed over axes that the index does not name."""
@@ -320,7 +321,7 @@ class Start(Target):
             return factors.expand_as(output)
         except (AttributeError, RuntimeError):
             what = f"shape {tuple(factors.shape)}" if isinstance(factors, Tensor) else f"a {type(factors).__name__}"
-            raise ValueError(
+            raise InputError(
                 f"attr_output gives {what} for an output of {tuple(output.shape)}; these must agree"
             ) from None
 
@@ -335,4 +336,4 @@ class Start(Target):
         """Raise a `ValueError` if a tensor is for another number of samples."""
         given = self.attr_output
         if isinstance(given, Tensor) and given.dim() > 1 and len(given) not in (1, n_samples):
-            raise ValueError(f"attr_output of shape {tuple(given.shape)} is for other than the {n_samples} samples")
+            raise InputError(f"attr_output of shape {tuple(given.shape)} is for other than the {n_samples} samples")

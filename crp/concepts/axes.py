@@ -12,6 +12,7 @@ from torch import Tensor
 from crp.concepts.base import Concept
 from crp.concepts.channels import ChannelConcept, _KeepChannels
 from crp.concepts.scores import ConceptScores
+from crp.errors import InputError
 from crp.types import MaskFn
 
 _CHANNELS = ChannelConcept()
@@ -51,9 +52,9 @@ class AxisConcept(Concept):
 
     def __init__(self, axis: int = -1, groups: int | None = None) -> None:
         if axis == 0:
-            raise ValueError("axis 0 is that of the batch; concepts are along another one, such as -1")
+            raise InputError("axis 0 is that of the batch; concepts are along another one, such as -1")
         if groups is not None and groups < 1:
-            raise ValueError(f"there must be at least one group, not {groups}")
+            raise InputError(f"there must be at least one group, not {groups}")
         self.axis, self.groups = axis, groups
 
     def code(self, activation: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class AxisConcept(Concept):
         if self.groups is None:
             return values
         if values.shape[1] % self.groups:
-            raise ValueError(
+            raise InputError(
                 f"layer {layer_name!r} has {values.shape[1]} places along axis {self.axis}, which are not "
                 f"{self.groups} equal groups"
             )
@@ -117,7 +118,7 @@ class AxisConcept(Concept):
     def _axis(self, n_axes: int, layer_name: str | None) -> int:
         axis = self.axis + n_axes if self.axis < 0 else self.axis
         if not 0 < axis < n_axes:
-            raise ValueError(f"layer {layer_name!r} has {n_axes} axes with the batch's, so that none is {self.axis}")
+            raise InputError(f"layer {layer_name!r} has {n_axes} axes with the batch's, so that none is {self.axis}")
         return axis
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crp.concepts.ids import as_ids, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
+from crp.errors import InputError, InputTypeError
 from crp.types import MaskFactory, MaskFn
 
 
@@ -115,7 +116,7 @@ class Concept:
             Function of a gradient of shape (rows, *layer shape).
         """
         if not isinstance(neuron_ids, Mapping):
-            raise TypeError(f"layer {layer_name!r}: mask_rf needs {{concept: positions}}, not {neuron_ids!r}")
+            raise InputTypeError(f"layer {layer_name!r}: mask_rf needs {{concept: positions}}, not {neuron_ids!r}")
         kept = [(concept, as_ids(at, layer_name)) for concept, at in neuron_ids.items()]
 
         def mask_fn(grad: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ class Concept:
             Batch index, value, and position of the maximum, in descending order; ties in the order of the batch.
         """
         if max_target not in ("sum", "max"):
-            raise ValueError(f"max_target must be 'sum' or 'max', not {max_target!r}")
+            raise InputError(f"max_target must be 'sum' or 'max', not {max_target!r}")
         if self._ranks_itself():
             scores = scores_of(self._from_relevance(relevance, layer_name), layer_name)
         else:
@@ -244,7 +245,7 @@ class Concept:
         if type(self).relevance is Concept.relevance:
             return relevance
         if self.needs_multiplier:
-            raise TypeError(
+            raise InputTypeError(
                 f"layer {layer_name!r}: the relevance of {self!r} does not follow from that of the layer; it needs "
                 "activation and multiplier, which crp.concepts.relevance_in(concept, result, layer_name) reads"
             )

@@ -14,6 +14,7 @@ from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, in_range
 from crp.concepts.scores import channels_in
 from crp.devices import send_to
+from crp.errors import InputTypeError
 from crp.types import MaskFn
 
 
@@ -70,7 +71,7 @@ class ChannelConcept(Concept):
             Function of a gradient of shape (rows, channels, *space); it works in place and returns the gradient.
         """
         if not isinstance(neuron_ids, Mapping):
-            raise TypeError(f"layer {layer_name!r}: mask_rf needs {{channel: positions}}, not {neuron_ids!r}")
+            raise InputTypeError(f"layer {layer_name!r}: mask_rf needs {{channel: positions}}, not {neuron_ids!r}")
         kept = [(as_ids(channel, layer_name), as_ids(at, layer_name)) for channel, at in neuron_ids.items()]
 
         def mask_fn(grad: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from crp.concepts.linear import DirectionConcept, SubspaceConcept
+from crp.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Directions:
         a, m = _pair(activations, multipliers)
         total = float((a * m).sum())
         if total == 0:
-            raise ValueError("the relevance of all vectors is 0 in sum; there is nothing to explain")
+            raise InputError("the relevance of all vectors is 0 in sum; there is nothing to explain")
         of_concepts = self.concept(rest=False).relevance(torch.from_numpy(a), torch.from_numpy(m)).sum(0)
         return np.asarray(of_concepts / total)
 
@@ -143,12 +144,12 @@ def nmf(activations: Any, n: int, *, seed: int = 0, steps: int = 2000) -> Direct
     a = _vectors(activations)
     _check_number(n, min(a.shape), "directions")
     if a.min() < 0:
-        raise ValueError(f"activations must not be negative, as after a ReLU; the least is {a.min():.4g}")
+        raise InputError(f"activations must not be negative, as after a ReLU; the least is {a.min():.4g}")
     model = NMF(n, init="nndsvda", random_state=seed, max_iter=steps, tol=1e-10)
     weights = model.fit_transform(a)
     lengths = np.linalg.norm(model.components_, axis=1, keepdims=True)
     if not lengths.all():
-        raise ValueError(f"{n} directions are more than the activations have; give a smaller n")
+        raise InputError(f"{n} directions are more than the activations have; give a smaller n")
     error = ((a - weights @ model.components_) ** 2).sum() / (a**2).sum()
     directions = model.components_ / lengths
     return Directions(directions, np.linalg.pinv(directions).T, "nmf", {"error": float(error)})
@@ -184,7 +185,7 @@ def cav(activations: Any, labels: Any, method: Literal["pattern", "ridge", "svm"
     a = _vectors(activations)
     t = np.asarray(labels).reshape(-1)
     if len(t) != len(a) or set(np.unique(t).tolist()) != {0, 1}:
-        raise ValueError(f"labels must be {len(a)} values of 0 and 1, both among them; they are {np.unique(t)[:5]}")
+        raise InputError(f"labels must be {len(a)} values of 0 and 1, both among them; they are {np.unique(t)[:5]}")
     t = t.astype(np.float64)
     centred = a - a.mean(0)
     pattern = centred.T @ (t - t.mean()) / ((t - t.mean()) ** 2).sum()
@@ -199,10 +200,10 @@ def cav(activations: Any, labels: Any, method: Literal["pattern", "ridge", "svm"
 
         vector = LinearSVC(class_weight="balanced", random_state=0, max_iter=100_000).fit(a, t).coef_.reshape(-1)
     else:
-        raise ValueError(f"method must be 'pattern', 'ridge' or 'svm', not {method!r}")
+        raise InputError(f"method must be 'pattern', 'ridge' or 'svm', not {method!r}")
     norm = np.linalg.norm(vector)
     if norm == 0 or not np.any(pattern):
-        raise ValueError("the examples of the concept and the others have the same mean; there is no direction")
+        raise InputError("the examples of the concept and the others have the same mean; there is no direction")
     unit = vector / norm
     quality = {
         "cosine": float(unit @ pattern / np.linalg.norm(pattern)),
@@ -226,7 +227,7 @@ def tcav(direction: Any, gradients: Any) -> float:
     values = torch.as_tensor(gradients).to(torch.float64)
     along = torch.as_tensor(np.asarray(direction, np.float64)).reshape(-1)
     if values.dim() < 2 or values.shape[1] != len(along):
-        raise ValueError(f"gradients are of shape {tuple(values.shape)}; the direction has {len(along)} channels")
+        raise InputError(f"gradients are of shape {tuple(values.shape)}; the direction has {len(along)} channels")
     summed = values.reshape(*values.shape[:2], -1).sum(-1)
     return float((summed.cpu() @ along > 0).double().mean())
 
@@ -271,7 +272,7 @@ def drsa(
     generator = torch.Generator().manual_seed(seed)
     best, best_value = None, -float("inf")
     if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, not {restarts!r}")
+        raise InputError(f"restarts must be at least 1, not {restarts!r}")
     for _ in range(restarts):
         start = torch.randn(n * dimension, a.shape[1], generator=generator, dtype=a.dtype)
         found, value = _climb(_orthonormal(start), a, m, n, steps)
@@ -280,7 +281,7 @@ def drsa(
     assert best is not None
     of_vectors = ((a @ best.mT) * (m @ best.mT)).reshape(len(a), n, dimension).sum(2)
     if not (of_vectors > 0).any():
-        raise ValueError("no block has positive relevance; are the multipliers those of these activations?")
+        raise InputError("no block has positive relevance; are the multipliers those of these activations?")
     relevance = of_vectors.mean(0)
     order = relevance.argsort(descending=True)
     rows = best.reshape(n, dimension, -1)[order].reshape(n * dimension, -1).numpy()
@@ -338,19 +339,19 @@ def _vectors(values: Any, what: str = "activations") -> np.ndarray:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     array = array.astype(np.float64)
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{what} must be of shape (vectors, channels), not {array.shape}")
+        raise InputError(f"{what} must be of shape (vectors, channels), not {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{what} have NaN or infinite values")
+        raise InputError(f"{what} have NaN or infinite values")
     return array
 
 
 def _pair(activations: Any, multipliers: Any) -> tuple[np.ndarray, np.ndarray]:
     a, m = _vectors(activations), _vectors(multipliers, "multipliers")
     if a.shape != m.shape:
-        raise ValueError(f"activations are of shape {a.shape} and multipliers of {m.shape}; they belong together")
+        raise InputError(f"activations are of shape {a.shape} and multipliers of {m.shape}; they belong together")
     return a, m
 
 
 def _check_number(n: int, largest: int, what: str) -> None:
     if not 1 <= n <= largest:
-        raise ValueError(f"there are 1 to {largest} {what} in these vectors, not {n}")
+        raise InputError(f"there are 1 to {largest} {what} in these vectors, not {n}")

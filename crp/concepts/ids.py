@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from crp.errors import InputTypeError
+
 
 def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -> list[int]:
     """Ids as a list of int, from an int, a sequence, an array or a tensor.
@@ -27,7 +29,7 @@ def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -
         return [operator.index(i) for i in listed]
     except TypeError:
         where = "" if layer_name is None else f"layer {layer_name!r}: "
-        raise TypeError(f"{where}{what} must be integers, not {ids!r}") from None
+        raise InputTypeError(f"{where}{what} must be integers, not {ids!r}") from None
 
 
 def in_range(ids: Sequence[int], size: int, layer_name: str | None, what: str = "channel") -> list[int]:

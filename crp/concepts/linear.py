@@ -24,6 +24,7 @@ from torch import Tensor
 
 from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, in_range
+from crp.errors import InputError
 from crp.types import MaskFn
 
 
@@ -79,14 +80,14 @@ class SubspaceConcept(Concept):
         else:
             self.dual, sizes = _stacked(dual, "dual")
             if sizes != self.sizes or self.dual.shape != self.directions.shape:
-                raise ValueError(
+                raise InputError(
                     f"dual has blocks of {sizes} vectors of {self.dual.shape[1]} channels; the directions have "
                     f"{self.sizes} of {self.directions.shape[1]}"
                 )
         if axis == 0:
-            raise ValueError("axis 0 is that of the samples; channels are on axis 1, or on -1 for tokens")
+            raise InputError("axis 0 is that of the samples; channels are on axis 1, or on -1 for tokens")
         if names is not None and len(names) != len(self.sizes):
-            raise ValueError(f"names has {len(names)} entries for {len(self.sizes)} concepts")
+            raise InputError(f"names has {len(names)} entries for {len(self.sizes)} concepts")
         self.rest, self.axis = rest, axis
         self.names = None if names is None else tuple(names)
 
@@ -167,7 +168,7 @@ class SubspaceConcept(Concept):
         channels = self.directions.shape[1]
         if tensor.dim() < 2 or not -tensor.dim() < self.axis < tensor.dim() or tensor.shape[self.axis] != channels:
             layer = "the layer" if layer_name is None else f"layer {layer_name!r}"
-            raise ValueError(
+            raise InputError(
                 f"{layer} gives {tuple(tensor.shape)}; {self!r} needs {channels} channels on axis {self.axis}"
             )
         values = tensor.movedim(self.axis, 1)
@@ -284,16 +285,16 @@ def _matrix(rows: Any, what: str) -> Tensor:
     matrix = torch.as_tensor(rows).detach().to(torch.float64, copy=True).cpu()
     matrix = matrix[None] if matrix.dim() == 1 else matrix
     if matrix.dim() != 2 or 0 in matrix.shape:
-        raise ValueError(f"{what} must be vectors of shape (directions, channels), not {tuple(matrix.shape)}")
+        raise InputError(f"{what} must be vectors of shape (directions, channels), not {tuple(matrix.shape)}")
     if not torch.isfinite(matrix).all():
-        raise ValueError(f"{what} has NaN or infinite values")
+        raise InputError(f"{what} has NaN or infinite values")
     return matrix
 
 
 def _stacked(blocks: Sequence[Any], what: str) -> tuple[Tensor, tuple[int, ...]]:
     matrices = [_matrix(block, f"{what}[{i}]") for i, block in enumerate(blocks)]
     if not matrices:
-        raise ValueError(f"{what} is empty; give at least one block of directions")
+        raise InputError(f"{what} is empty; give at least one block of directions")
     if len({matrix.shape[1] for matrix in matrices}) > 1:
-        raise ValueError(f"{what} have different numbers of channels: {[matrix.shape[1] for matrix in matrices]}")
+        raise InputError(f"{what} have different numbers of channels: {[matrix.shape[1] for matrix in matrices]}")
     return torch.cat(matrices), tuple(map(len, matrices))

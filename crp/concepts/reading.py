@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crp.concepts.base import Concept, mask_of
 from crp.concepts.scores import ConceptScores, by_position, scores_of
-from crp.errors import ConceptError
+from crp.errors import ConceptError, InputTypeError
 from crp.notices import warn
 from crp.types import AttributionResults
 
@@ -196,7 +196,7 @@ def relevance_at(concept: Concept, values: LayerValues, layer_name: str) -> Tens
     if not concept.needs_multiplier:
         return concept._from_relevance(values.relevance, layer_name)
     if values.counted is None or values.multiplier is None:
-        raise TypeError(
+        raise InputTypeError(
             f"layer {layer_name!r}: {concept!r} needs multipliers, and relevance is their product with activation; the "
             "composite propagates relevance itself, gives gradients, or averages over references. Use one of "
             "crp.composites, such as EpsilonPlus or GradientTimesInput"

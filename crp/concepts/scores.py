@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crp.errors import InputError
+
 
 class ConceptScores(NamedTuple):
     """Per-sample scores of every concept of a layer; what a mining run stores.
@@ -73,5 +75,5 @@ def by_position(values: Tensor, layer_name: str | None) -> Tensor:
 def channels_in(tensor: Tensor, layer_name: str | None) -> int:
     """Length of axis 1."""
     if tensor.dim() < 2:
-        raise ValueError(f"layer {layer_name!r} gives {tuple(tensor.shape)}; channels need (batch, channel, *space)")
+        raise InputError(f"layer {layer_name!r} gives {tuple(tensor.shape)}; channels need (batch, channel, *space)")
     return tensor.shape[1]

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
+from crp.errors import InputError, InputTypeError
 from crp.layers import ByChainRule, Followed, put_behind
 from crp.layers.interrupts import atomic
 
@@ -93,9 +94,9 @@ def splice(
     """
     for method in ("encode", "decode"):
         if not callable(getattr(code, method, None)):
-            raise TypeError(f"code needs the methods encode and decode; {type(code).__name__} has no {method}")
+            raise InputTypeError(f"code needs the methods encode and decode; {type(code).__name__} has no {method}")
     if axis == 0 or reads not in ("output", "input"):
-        raise ValueError(
+        raise InputError(
             f"axis must not be 0, that of the samples, and reads 'output' or 'input'; not {axis}, {reads!r}"
         )
     with put_behind(model, layer, lambda inner: _SplicedLayer(inner, code, axis, reads)):
@@ -117,7 +118,7 @@ class _SplicedLayer(Followed):
         source = output if self.reads == "output" else args[0]
         explained = self.decoder(self.code(source))
         if explained.shape != output.shape:
-            raise ValueError(
+            raise InputError(
                 f"decode gives {tuple(explained.shape)} for an output of {tuple(output.shape)}; are its channels on "
                 f"axis {self.axis}?"
             )

@@ -18,6 +18,7 @@ from zennit.core import BasicHook, Composite, Hook
 from crp.engine.door import check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.turns import TURNS, parts_of
+from crp.errors import InputTypeError
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic
 from crp.notices import warn
@@ -84,10 +85,8 @@ def placed() -> list[Placed]:
 def check_composite(composite: object) -> None:
     """Raise a `TypeError` if it is neither a composite nor None."""
     if composite is not None and not isinstance(composite, Composite):
-        raise TypeError(
-            f"composite must be None, or a composite of crp.composites or zennit, such as EpsilonPlusFlat(), "
-            f"not {composite!r}"
-        )
+        what = "a composite of crp.composites or zennit, such as EpsilonPlusFlat()"
+        raise InputTypeError(f"composite must be None, or {what}, not {composite!r}")
 
 
 def composite_on(
@@ -272,7 +271,7 @@ def _check_chain_rule(modules: dict[str, nn.Module], composite: Composite) -> No
     """Refuse parts of a model that need the ordinary chain rule, under composites that propagate relevance itself."""
     exempt = [name for name, module in modules.items() if isinstance(module, ByChainRule)]
     if exempt:
-        raise TypeError(
+        raise InputTypeError(
             f"layer {exempt[0]!r} needs the ordinary chain rule, and {_kind(composite)} propagates relevance itself. "
             "Use one of crp.composites"
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.engine.attached import put_on
+from crp.errors import InputError
 from crp.layers import looking, modules_of
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
@@ -120,7 +121,7 @@ def _layer_of_ids(
         for handle in handles:
             handle.remove()
     if len(readers) != 1:
-        raise ValueError(
+        raise InputError(
             f"{'no layer looks' if not readers else f'layers {list(readers)} look'} up the embeddings of input "
             f"{name!r}; one must, and read the ids as they are, int64. Explain another input, or call the model with "
             "its embeddings"
@@ -192,7 +193,7 @@ def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded])
             handle.remove()
     for name, (layer, _) in embedded.items():
         if name not in used:
-            raise ValueError(
+            raise InputError(
                 f"layer {layer!r} does not look up the ids of input {name!r} themselves; give them as the model reads "
                 "them, int64, or call the model with its embeddings"
             )

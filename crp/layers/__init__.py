@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from crp.errors import CRPError
+from crp.errors import CRPError, InputTypeError
 from crp.layers.addresses import Address, PlaceHook, hooked_at
 from crp.layers.interrupts import atomic
 
@@ -48,7 +48,7 @@ class Followed(nn.Module):
         """Output of the layer, and what follows."""
         output = self.layer(*args, **kwargs)
         if not isinstance(output, Tensor):
-            raise TypeError(
+            raise InputTypeError(
                 f"the layer returns a {type(output).__name__}, not a tensor; name a layer inside it, or after it"
             )
         return self.after(output, *args)
@@ -94,7 +94,7 @@ def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]]) -> list[
 def unwrap(model: nn.Module) -> nn.Module:
     """Model inside the wrappers of `torch.compile` and `DataParallel`, whose layer names have no prefix."""
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
+        raise InputTypeError(
             f"{type(model).__name__} is a scripted or traced model: its layers cannot carry rules. "
             "Pass the Python model it was made from."
         )

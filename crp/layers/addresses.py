@@ -211,7 +211,7 @@ def rebound(function: Callable[..., Any], **names: Any) -> FunctionType:
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType):
         name = getattr(function, "__name__", function)
-        raise TypeError(f"{name}() is not written in Python, so that no rule can see what it calls")
+        raise InputTypeError(f"{name}() is not written in Python, so that no rule can see what it calls")
     copy = FunctionType(
         plain.__code__, {**plain.__globals__, **names}, plain.__name__, plain.__defaults__, plain.__closure__
     )

@@ -16,6 +16,7 @@ from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
+from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -55,9 +56,10 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
     (5, 4)
     """
     if isinstance(method, Composite) and options:
-        raise TypeError(f"a composite has no options here, got {sorted(options)}; give them to {type(method).__name__}")
+        kind = type(method).__name__
+        raise InputTypeError(f"a composite has no options here, got {sorted(options)}; give them to {kind}")
     if not isinstance(method, str | Composite | type):
-        raise TypeError(f"method must be a name, a composite or the class of an attributor, not {method!r}")
+        raise InputTypeError(f"method must be a name, a composite or the class of an attributor, not {method!r}")
 
     def explain_func(model: nn.Module, inputs: Any, targets: Any, **more: Any) -> Array:
         data, target = _tensors(model, inputs, targets)
@@ -81,7 +83,7 @@ def _as_explain_func(method: Method) -> ExplainFunc:
     if isinstance(method, str | Composite | type):
         return quantus_explain(method)
     if not callable(method):
-        raise TypeError(
+        raise InputTypeError(
             "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
             f"attributor, or a name; not {method!r}"
         )
@@ -122,12 +124,12 @@ def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
     if checked.shape != data.shape and (data.dim() < 3 or checked.shape != (len(data), 1, *data.shape[2:])):
         space = tuple(data.shape[2:])
         heatmaps = f", or that of heatmaps, {(len(data), *space)}" if space else ""
-        raise ValueError(
+        raise InputError(
             f"relevance has shape {tuple(checked.shape)}; it must have that of the data, {tuple(data.shape)}{heatmaps}"
         )
     if not checked.isfinite().all():
         wrong = (~checked.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        raise ValueError(f"relevance is NaN or infinite for samples {wrong}")
+        raise InputError(f"relevance is NaN or infinite for samples {wrong}")
     return checked
 
 
@@ -153,5 +155,5 @@ def _explain(method: str | Composite | type, model: nn.Module, data: Tensor, tar
     # Attributors return (output, attribution), as those of zennit do.
     result = getattr(result, "heatmap", result[1] if type(result) is tuple and len(result) == 2 else result)
     if not isinstance(result, Tensor):
-        raise TypeError(f"{method!r} gives a {type(result).__name__}; a tensor, or an object with a heatmap, is needed")
+        raise InputTypeError(f"{method!r} gives a {type(result).__name__}, not a tensor, or an object with a heatmap")
     return result

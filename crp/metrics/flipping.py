@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from crp.attributors.backgrounds import Background, make_background
 from crp.attributors.scores import ScoreName
 from crp.checks import check_choice, check_number
+from crp.errors import InputError
 from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
 from crp.metrics.scoring import Labels, Scorer, area
 
@@ -133,7 +134,7 @@ def pixel_flipping(
         check_number(name, value, 1, whole=True)
     check_choice("channels", channels, Literal["together", "apart"])
     if (explain_func is None) == (relevance is None):
-        raise ValueError("give either explain_func or relevance")
+        raise InputError("give either explain_func or relevance")
     explain = None if explain_func is None else _as_explain_func(explain_func)
     given = None if relevance is None else _check_relevance(relevance, data)
     scorer = Scorer(model, data, target, score, batch_size)
@@ -192,7 +193,7 @@ def selectivity(
     check_number("steps", steps, 1, whole=True)
     space = data.shape[2:] if data.dim() > 2 else data.shape[1:]
     if not 1 <= len(space) <= 3 or min(space) < patch:
-        raise ValueError(f"a patch of {patch} per axis does not fit into data of shape {tuple(data.shape)}")
+        raise InputError(f"a patch of {patch} per axis does not fit into data of shape {tuple(data.shape)}")
     scorer = Scorer(model, data, target, score, batch_size)
     filled = make_background(replacement, data, sigma)
     left, every = data.detach().clone(), torch.arange(len(data), device=data.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.checks import check_number
+from crp.errors import InputError
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Scorer
 
@@ -98,7 +99,7 @@ def continuity(
         change = torch.cdist(relevance, relevance, p=1)
         way = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     if not (way > 0).any():
-        raise ValueError("all points of the path are the same; continuity needs at least two that differ")
+        raise InputError("all points of the path are the same; continuity needs at least two that differ")
     greatest: Tensor = (change / way)[way > 0].max()
     return greatest
 
@@ -141,12 +142,12 @@ def local_lipschitz(
         check_number("noise", noise, 0)
         check_number("samples", samples, 1, whole=True)
         if noise == 0:
-            raise ValueError("noise must be greater than 0: a neighbour must differ from the input")
+            raise InputError("noise must be greater than 0: a neighbour must differ from the input")
         generator = torch.Generator().manual_seed(seed)
         draw = torch.randn((samples, 1, *data.shape[1:]), generator=generator, dtype=data.dtype)
         noise = noise * draw
     if noise.dim() != data.dim() + 1 or noise.shape[2:] != data.shape[1:] or noise.shape[1] not in (1, len(data)):
-        raise ValueError(
+        raise InputError(
             f"noise has shape {tuple(noise.shape)}; it must be (samples, {len(data)} or 1, *{tuple(data.shape[1:])})"
         )
     moved = data.detach() + noise.to(data)
@@ -158,6 +159,6 @@ def local_lipschitz(
     change = (relevance[1:] - relevance[0]).norm(dim=2)
     way = (moved - data.detach()).flatten(2).norm(dim=2)
     if (way == 0).any():
-        raise ValueError("noise is 0 for some neighbours: they must differ from the input")
+        raise InputError("noise is 0 for some neighbours: they must differ from the input")
     greatest: Tensor = (change / way).amax(0)
     return greatest

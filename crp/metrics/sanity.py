@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.checks import check_number
+from crp.errors import InputError
 from crp.layers import unwrap
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Scorer
@@ -64,7 +65,7 @@ def randomization(
     layers = {name: list(module.parameters(recurse=False)) for name, module in changed.named_modules()}
     layers = {name: parameters for name, parameters in layers.items() if parameters}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no parameters that could be randomized")
+        raise InputError(f"{type(model).__name__} has no parameters that could be randomized")
     parts = [slice(start, start + batch_size) for start in range(0, len(data), batch_size)]
 
     def ranks() -> Tensor:

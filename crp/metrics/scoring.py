@@ -12,6 +12,7 @@ from crp.attributors.scores import ScoreName, explaining, known_target, score_of
 from crp.attributors.target import Classes
 from crp.checks import check_choice, check_number
 from crp.engine.inputs import check_data
+from crp.errors import InputTypeError
 
 #: One class for all samples, one for each, or None for what the model predicts.
 Labels: TypeAlias = int | Sequence[int] | Tensor | None
@@ -40,7 +41,9 @@ class Scorer:
         check_number("batch_size", batch_size, 1, whole=True)
         asked = target_of(target, len(data))
         if asked is not None and not isinstance(asked, Classes):
-            raise TypeError(f"target must be a class, one per sample, or None for what is predicted, not {target!r}")
+            raise InputTypeError(
+                f"target must be a class, one per sample, or None for what is predicted, not {target!r}"
+            )
         self.model, self.score, self.batch_size = model, score, batch_size
         with explaining(model) as run, torch.no_grad():
             if asked is None:

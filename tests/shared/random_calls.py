@@ -129,8 +129,8 @@ class Call:
         recorded = [(names | last).get(name, names.get(name)) for name in self.arguments.get("record_layer", ())]
         rows = []
         for row, (sample, meant) in enumerate(self.pairs()):
-            masked = [Masked(names[name], mask) for name, mask in meant.masks.items()]
-            masked.sort(key=lambda one: one.value != names.get(start))
+            in_order = sorted(meant.masks, key=lambda name: name != start)
+            masked = [Masked(names[name], meant.masks[name]) for name in in_order]
             records = dict.fromkeys([*recorded, *(one.value for one in masked), *([names[start]] if start else [])])
             rows.append(
                 net.row(

@@ -94,7 +94,7 @@ ENTRIES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "occlusion": lambda m, x: Occlusion(m, window_shape=3, step=3)(x, 1)[1],
     "grad_cam": lambda m, x: GradCAM(m, layer="3")(x, 1)[1],
     "explain": lambda m, x: crp.explain("epsilon_plus", m, x, 1),
-    "synthesis": lambda m, x: maximize(m, logit(1), x.shape, steps=3, composite=EpsilonPlus()).images,
+    "synthesis": lambda m, x: maximize(m, logit(1), x.shape, steps=3, composite=EpsilonPlus(), start=x).images,
 }
 
 

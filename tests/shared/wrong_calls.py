@@ -131,8 +131,8 @@ def spoil(drawing: Drawing, call: Call) -> bool:
     what = draw.choice(["data", "data", "arguments", "conditions", "y", "ids", "init_rel", "mask_map", *OTHERS])
     if what == "data":
         name = draw.choice(list(DATA))
-        if name == "infinite" and "explain" in given:
-            return False  # (an input that is passed on may be infinite)
+        if name in ("infinite", "nan") and "explain" in given:
+            return False  # (an input that is passed on may have them)
         given["data"], call.wrong = _change(given["data"], DATA[name]), f"data: {name}"
     elif what == "arguments":
         if isinstance(given["data"], Tensor | list):

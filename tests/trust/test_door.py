@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from house_plan import MODULES
 from torch import nn
 from trust_cases import CONDITIONS, differences, images, net, state, zennit_merged
 
@@ -234,6 +236,19 @@ def test_weights_that_change_between_parts_are_noticed(change, composite, n_samp
     parts = attribution.generate(data, conditions, composite(), batch_size=3, verbose=False)
     assert torch.allclose(torch.cat([part.heatmap for part in parts]), whole)
     assert not torch.allclose(whole, wanted)
+
+
+#: Rooms in which whoever calls is told of a mistake by errors of the family.
+OF_THE_FAMILY = ("attribution", "attributors", "checks", "concept_graph", "concepts", "engine", "explain", "metrics")
+
+
+@pytest.mark.parametrize("name", OF_THE_FAMILY)
+def test_mistakes_are_told_by_errors_of_the_family(name):
+    """Each ValueError and TypeError that these rooms raise is also a `CRPError`."""
+    plain = re.compile(r"raise (ValueError|TypeError)\(")
+    of_room = {module: path for module, path in MODULES.items() if module.split(".")[1:2] == [name]}
+    assert of_room
+    assert [module for module, path in of_room.items() if plain.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_errors_are_of_one_family():

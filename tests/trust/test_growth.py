@@ -58,7 +58,7 @@ MORE: dict[str, Case] = {
     "one attribution": lambda m, x, known={}: known.setdefault(id(m), CondAttribution(m))(x, CONDITIONS, DeepLift()),
     "a list": lambda m, x: CondAttribution(m)(list(x), CONDITIONS, EpsilonPlus()).heatmap,
     "a thread": in_a_thread,
-    "pixel flipping": lambda m, x: pixel_flipping(m, x, 1, relevance=x.sum(1), steps=3),
+    "pixel flipping": lambda m, x: pixel_flipping(m, x, 1, relevance=x.sum(1)),
     "a layer that is not there": refused(lambda m, x: CondAttribution(m)(x, [{"y": 1, "9": [0]}], EpsilonPlus())),
     "data of another type": refused(lambda m, x: CondAttribution(m)(x.float(), CONDITIONS, EpsilonPlusFlat())),
     "an error in a mask": refused(lambda m, x: CondAttribution(m)(x, CONDITIONS, EpsilonPlus(), mask_map=boom)),
