@@ -51,7 +51,7 @@ BUDGETS = {
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
-    "rules": 5320,
+    "rules": 5340,
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
@@ -64,7 +64,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 775
+PUBLIC_NAMES = 770
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -101,7 +101,7 @@ def test_no_circle_of_files_or_rooms():
 def test_few_rooms_floors_and_arrows():
     assert len(ROOMS) <= 24
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 92
+    assert sum(map(len, arrows().values())) <= 91
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
