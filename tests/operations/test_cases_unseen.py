@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from preset_cases import ACTIVATION_PRESETS, LRP_PRESETS, maps, numbers, off, seeded
 from rule_cases import stabilize
 from torch import nn
@@ -122,7 +121,6 @@ UNSEEN = {
     "jvp": (lambda x: torch.func.jvp(torch.tanh, (x,), (torch.ones_like(x),))[0], "TanhBackward|func"),
     "tangent": (lambda x: torch.func.jvp(torch.tanh, (x,), (torch.ones_like(x),))[1], "MulBackward|func"),
     "vjp": (lambda x: torch.func.vjp(torch.tanh, x)[0], "TanhBackward|func"),
-    "checkpoint": (lambda x: torch.utils.checkpoint.checkpoint(F.silu, x, use_reentrant=True), "Checkpoint"),
     "thread": (lambda x: in_a_thread(F.silu, x), "SiluBackward"),
     "undispatched": (undispatched, "MulBackward"),
     "mark_dirty": (lambda x: MarkedDirty.apply(x), f"MarkedDirty|{CHANGED}"),
@@ -132,8 +130,6 @@ UNSEEN = {
     "scripted_view": (scripted_on_a_view, f"{SCRIPTED}|{CHANGED}"),
     "scripted_through_a_view": (scripted_through_a_view, f"{SCRIPTED}|{CHANGED}"),
 }
-#: Those of which torch itself can give no derivative by `torch.autograd.grad`.
-NO_GRADIENT = {"checkpoint"}
 
 
 class Block(nn.Module):
@@ -182,7 +178,7 @@ def test_the_error_is_of_both_kinds():
     assert issubclass(UnseenError, CRPError) and issubclass(UnseenError, RuntimeError)
 
 
-@pytest.mark.parametrize("name", sorted(UNSEEN.keys() - NO_GRADIENT))
+@pytest.mark.parametrize("name", UNSEEN)
 def test_gradients_need_no_rule(name):
     model = seeded(Net(Block(UNSEEN[name][0])))
     leaf = DATA.clone().requires_grad_()
@@ -215,8 +211,6 @@ BY_HAND = {
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_the_message_advises_works(name, selector, kind, untouched):
     """Whole of a rule treats the module as one operation, None is the ordinary chain rule through it."""
-    if name in NO_GRADIENT and kind != "identity":
-        pytest.skip("torch has no derivative")
     function, (rule, by_hand) = UNSEEN[name][0], BY_HAND[kind]
     model = seeded(Net(Block(function)))
     with untouched(model):
@@ -255,7 +249,7 @@ class Output(nn.Module):
 
 @pytest.mark.covering(4)
 @pytest.mark.parametrize("preset", ALL)
-@pytest.mark.parametrize("name", ["custom_function", "scripted_function", "vmap", "checkpoint", "mark_dirty"])
+@pytest.mark.parametrize("name", ["custom_function", "scripted_function", "vmap", "mark_dirty"])
 def test_what_no_rule_can_see_is_refused_at_the_output(name, preset):
     message = refusal(seeded(Output(UNSEEN[name][0])), ALL[preset]())
     assert "output" in message and re.search(UNSEEN[name][1], message), message

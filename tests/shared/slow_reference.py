@@ -104,7 +104,7 @@ class SlowReference:
     ) -> None:
         self.program, self.method, self.data, self.zeros = program, method, data, zeros
         self.values, self.squashed, self.activated = [data], squashed(program), activated(program)
-        read = {i for step in program.steps for i in step.reads}
+        read = {len(program.steps), *(i for step in program.steps for i in step.reads)}
         for k, step in enumerate(program.steps):
             if step.operation.rule == "refused" and k + 1 in read:  # (what nothing reads explains nothing)
                 raise Refused(step.name)
