@@ -231,6 +231,12 @@ class Samples(Inputs):
             check_form(sample, f"data[{i}]")
         if not data:
             raise InputError("data is an empty list; it needs a tensor for each sample")
+        for i, sample in enumerate(data):
+            for what in ("dtype", "device"):
+                if (found := getattr(sample, what)) != (first := getattr(data[0], what)):
+                    raise InputTypeError(
+                        f"data[{i}] has the {what} {found}, and data[0] {first}; give all samples the same"
+                    )
         if len({sample.shape for sample in data}) == 1:
             return Inputs.single(torch.stack(data))
         return cls({}, (0,), "tensor", samples=tuple(data))

@@ -202,8 +202,14 @@ def test_samples_in_a_list(composite):
         ([], ValueError, "data is an empty list"),
         ([IMAGES[0], 3], TypeError, r"data\[1\] is int. Several inputs are a tuple or dict of them"),
         ([IMAGES[0], RAGGED[0] / 0], ValueError, r"data\[1\] has NaN or infinite values"),
+        (
+            [IMAGES[0], IMAGES[1].half()],
+            TypeError,
+            r"data\[1\] has the dtype torch.float16, and data\[0\] torch.float64",
+        ),
+        ([IMAGES[0], IMAGES[1].to("meta")], TypeError, r"data\[1\] is on the meta device"),
     ],
-    ids=["empty", "number", "nan"],
+    ids=["empty", "number", "nan", "dtype", "meta"],
 )
 def test_lists_that_hold_no_samples(data, error, message):
     with pytest.raises(error, match=message):
