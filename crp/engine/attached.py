@@ -194,9 +194,9 @@ def _rules_beside(modules: dict[str, nn.Module], composite: Composite | None) ->
     return [rule for rule in rules if composite is None or rule not in composite.hook_refs]
 
 
-def is_on(composite: Composite, model: nn.Module) -> bool:
+def is_on(composite: Composite | None, model: nn.Module) -> bool:
     """Whether a user's own hand has put a composite on the model."""
-    if composite in _of_calls:
+    if composite is None or composite in _of_calls:
         return False
     if (place := _placed_on.get(id(composite))) is not None:
         return place[1]() is model

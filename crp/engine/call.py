@@ -125,9 +125,12 @@ class Call:
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
         """Means of several runs; an error where weights are changed between two parts, which would be of two models."""
         known: dict[str, tuple[Tensor, int]] = {}
+        by_hand = False
         n_parts = len(self._chunks())
         for number in range(n_parts):
-            if known and changed_weights(known, weights_of(self.model)):
+            # (a composite that was put on by hand, and is taken off now, may have merged weights)
+            is_same = known and by_hand == is_on(self.composite, self.model)
+            if is_same and changed_weights(known, weights_of(self.model)):
                 # (another thread may have swapped weights for a while, and gives them back with its turn)
                 with put_on(None, self.model):
                     changed = changed_weights(known, weights_of(self.model))
@@ -138,7 +141,8 @@ class Call:
                     )
             # (the caller alone keeps a part while the next one is computed)
             part = [average([next(run) for run in runs])]
-            known = weights_of(self.model) if number < n_parts - 1 else {}
+            if number < n_parts - 1:
+                known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
             yield part.pop()
 
     def absorbed(self) -> AbsorbedRelevance:

@@ -128,9 +128,8 @@ class Rule(Hook):  # type: ignore[misc]
 
     #: Whether relevance does not depend on the input's value, so that it cannot be expressed as a multiplier.
     at_input = False
-    shares = False
-    #: Whether the output is the sum of the terms, so that the operation itself need not be run.
-    adds_up = False
+    shares = False  #: whether the rule is for operations of which several operands depend on the model's input
+    adds_up = False  #: whether the output is the sum of the terms, so that the operation itself need not be run
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
     needs_weight: ClassVar[bool] = False
     written_out: ClassVar[Callable[..., Any] | None] = None  #: run in place of a call; what it calls has rules

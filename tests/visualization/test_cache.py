@@ -185,6 +185,7 @@ def test_S18_one_table_read_in_other_ways_gives_other_pictures(tmp_path, change)
     assert calls == [3, 3]
 
 
+@pytest.mark.filterwarnings("ignore:the relevance of concept .* is negative everywhere")
 def test_other_questions_are_other_pictures(tmp_path):
     fv = with_cache(tmp_path)
     settings: list[dict[str, Any]] = [{}, {"rf": True}, {"mode": "activation"}, {"init": "relevance"}]
@@ -215,6 +216,7 @@ def test_tensors_are_not_cached(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the relevance of concept .* is negative everywhere")
 def test_precomputed_pictures_are_found(tmp_path):
     fv = with_cache(tmp_path)
     settings = {"stats": True, "top_N": 2, "mean_N": 3, "r_range": (0, 20), "plot_list": [pictures, pairs]}
