@@ -29,6 +29,13 @@ PICTURES = {
 }
 #: Those that explain VGG16 as well.
 SWITCHED = {"1_attribution", "2_feature_visualization"}
+#: Those that train models of their own for a minute.
+LONG = {
+    "9_directions_and_autoencoders",
+    "10_segmentation_and_detection",
+    "11_language_models",
+    "12_vision_transformers",
+}
 
 # Run as the last cell of each notebook, with the names that the notebook has defined.
 CLAIMS = {
@@ -209,9 +216,11 @@ assert all(text.explained == PAIRS for text in top)
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every notebook after its run, side by side; or the exception that ended it."""
-    return execute(TUTORIALS, CLAIMS, tmp_path_factory.mktemp)
+def executed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every notebook whose test is asked for, after its run, side by side; or the exception that ended it."""
+    mine = [item for item in request.session.items if "executed" in getattr(item, "fixturenames", ())]
+    asked = {item.callspec.params["name"] for item in mine if item.path == request.path}
+    return execute(TUTORIALS, {name: CLAIMS[name] for name in CLAIMS if name in asked}, tmp_path_factory.mktemp)
 
 
 def read(name: str) -> Any:
@@ -231,7 +240,9 @@ def test_stored_with_outputs(name: str) -> None:
         assert 'MODEL = "digits"' in next(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CLAIMS]
+)
 def test_runs_and_claims_hold(name: str, executed: dict[str, Any]) -> None:
     notebook = executed[name]
     if isinstance(notebook, BaseException):
