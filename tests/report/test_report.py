@@ -302,6 +302,8 @@ def test_pictures_of_several_sizes_are_drawn(tmp_path):
     assert {i % 2 for i in best.sample.flat} == {0, 1}, "references of both sizes"
     for sample in np.unique(best.sample):
         assert (folder / f"sample/{sample}.html").is_file()
+    first = (folder / "index.html").read_text()
+    assert "no suspects were looked for" in first and ">Suspects</a></h2>" not in first
 
 
 # ---- hostile names
