@@ -28,9 +28,7 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
     if any(mark.startswith("(") for mark in table.header.probes.values()):
         notes.append("The data differs from reading to reading: what is shown is not exactly what was mined.")
     if table.header.recipe.get("mixed_shapes"):
-        notes.append(
-            "Samples are of several shapes, so that places cannot be compared: no suspects were looked for."
-        )
+        notes.append("Samples are of several shapes, so that places cannot be compared: no suspects were looked for.")
     notes += atlas.kept.notes
     n_concepts = sum(one.n_concepts for one in atlas.facts.values())
     layers = []
