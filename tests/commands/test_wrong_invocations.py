@@ -12,6 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -183,7 +184,8 @@ def test_there_are_at_least_150():
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_invocation_answers_in_one_line(place, case):
-    result = run(CASES[case])
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):  # (it is half a minute by default)
+        result = run(CASES[case])
     told = result.output.strip()
     assert result.exit_code in (1, 2), told
     assert isinstance(result.exception, SystemExit), result.exception
