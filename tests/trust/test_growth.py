@@ -124,5 +124,8 @@ def test_mining_again_leaves_nothing(tmp_path):
         rows, about = [(sample, 1) for sample in data], {"3": ChannelConcept()}
         mine(CondAttribution(model), rows, about, EpsilonPlus(), tmp_path, overwrite=True, progress=False)
 
-    assert growth(mined, 12) == {}
+    found = growth(mined, 12)
+    if "coverage" in sys.modules:  # (which keeps something of every thread that there was)
+        found.pop("objects", None)
+    assert found == {}
     assert crp.attached(net()) == []
