@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crp.commands.errors import CommandError
 from crp.commands.group import in_a_line
+from crp.commands.table import _plain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,7 +101,7 @@ def explain_texts(
         if as_json:
             yield json.dumps({"text": text, "method": chosen.name, **facts, "out": str(out)})
         else:
-            yield f"{_printed(text)}: {_printed(facts['said'])}"
+            yield f"{_plain(text)}: {_plain(facts['said'])}"
     if not as_json:
         yield f"wrote {out}"
 
@@ -216,7 +217,3 @@ def _token(word: str, texts: Texts, n: int, option: str) -> int:
             f"--{option} {word!r} is {len(ids)} tokens ({parts}); name one, maybe with a space before it"
         )
     return ids[0]
-
-
-def _printed(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

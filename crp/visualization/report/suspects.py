@@ -86,7 +86,7 @@ def find_suspects(
     Returns
     -------
     list of Suspect
-        Empty where no class has `FEWEST` rows.
+        Empty where no class has `FEWEST` rows, or samples are of several shapes, whose places cannot be compared.
 
     Raises
     ------
@@ -94,6 +94,8 @@ def find_suspects(
         If a layer was not mined.
     """
     found: list[Suspect] = []
+    if table.header.recipe.get("mixed_shapes"):
+        return found
     kind = "sum" if "sum" in table.kinds else table.kinds[0]
     for layer, (height, width) in spaces.items():
         concepts = table.n_concepts(layer)
