@@ -14,14 +14,12 @@ if TYPE_CHECKING:
     from crp.concepts import Concept
 
 
-def concepts_of_layers(
-    model: nn.Module, words: Mapping[str, Sequence[str]], dataset: Any, preprocess: Any
-) -> dict[str, Concept]:
+def concepts_of_layers(model: nn.Module, words: Mapping[str, Sequence[str]], sample: Any) -> dict[str, Concept]:
     """Concepts of the layers that each word names.
 
     ``"blocks.*.mlp.act"`` has a concept for each channel, along the axis where these are;
     ``"blocks.*.attn.proj.input:heads=12"`` one for each of 12 equal groups of the last axis, and ``"blocks.*:axis=1"``
-    one for each place of axis 1, such as the tokens.
+    one for each place of axis 1, such as the tokens. ``sample`` is what `first_sample` gives.
     """
     from crp.concepts import AxisConcept, ChannelConcept
     from crp.visualization.mining.axes import concepts_of_channels
@@ -39,7 +37,6 @@ def concepts_of_layers(
         else:
             raise CommandError(f"--layers {word}: behind the colon must be heads=N, such as heads=12, or axis=N")
     open_ones = [layer for layer in dict.fromkeys(open_ones) if layer not in found]
-    sample = first_sample(dataset, preprocess)
     if sample is None:
         return found | {layer: ChannelConcept() for layer in open_ones}  # mining will tell why
     return found | concepts_of_channels(model, sample, open_ones)

@@ -112,7 +112,7 @@ def mine_command(
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
     from crp.attribution import CondAttribution
-    from crp.commands.concepts import concepts_of_layers
+    from crp.commands.concepts import concepts_of_layers, first_sample
     from crp.commands.texts import concepts_of_texts
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
@@ -138,9 +138,10 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         fields = [field for field in given["fields"].split(",") if field]
         dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
         pictures_given = _takes_pictures(dataset, given)
-        concepts = concepts_of_layers(loaded.model, words, dataset, preprocess)
+        sample = first_sample(dataset, preprocess)
+        concepts = concepts_of_layers(loaded.model, words, sample)
         labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
-        outputs = _count_outputs(loaded, dataset, preprocess)
+        outputs = _count_outputs(loaded, sample)
     else:
         pictures_given = _takes_pictures(dataset, given)
         concepts = concepts_of_texts(loaded.model, given["layers"])
@@ -241,13 +242,10 @@ def _recipe(
     }
 
 
-def _count_outputs(loaded: Loaded, dataset: Any, preprocess: Any) -> int | None:
+def _count_outputs(loaded: Loaded, sample: Any) -> int | None:
     """Number of the model's outputs, told by the first sample that can be read; None where they are no classes."""
     import torch
 
-    from crp.commands.concepts import first_sample
-
-    sample = first_sample(dataset, preprocess)
     if sample is None:
         return None  # mining will tell why
     with torch.no_grad():
