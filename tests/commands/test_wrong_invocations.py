@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import dask
+import distributed
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -184,6 +185,8 @@ def test_there_are_at_least_150():
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_invocation_answers_in_one_line(place, case):
+    # Defaults that a package adds to Dask's configuration in this context are gone after it: it is imported before.
+    assert distributed.__version__
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):  # (it is half a minute by default)
         result = run(CASES[case])
     told = result.output.strip()
