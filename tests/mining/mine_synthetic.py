@@ -73,12 +73,13 @@ def main(folder: Path, n: int) -> dict[str, object]:
     write, add = rows.write_shard, Table.add
     sizes, bounds = [], []
 
-    def checked_write(target: Path, identity: str, start: int, stop: int, arrays: Any, skipped: Any) -> ShardRecord:
+    def checked_write(target: Path, identity: str, start: int, stop: int, columns: Any, skipped: Any) -> ShardRecord:
         expected = np.arange(start, stop)
-        assert not skipped and np.array_equal(arrays["sample"], expected)
+        assert not skipped and np.array_equal(np.concatenate(columns["sample"]), expected)
         for layer in range(len(CONCEPTS)):
-            assert np.array_equal(arrays[f"relevance.sum/{layer}"][:, 0], expected)
-        return write(target, identity, start, stop, arrays, skipped)
+            first = [part[:, 0] for part in columns[f"relevance.sum/{layer}"]]
+            assert np.array_equal(np.concatenate(first), expected)
+        return write(target, identity, start, stop, columns, skipped)
 
     def emptying_add(table: Table, shard: ShardRecord) -> None:
         add(table, shard)

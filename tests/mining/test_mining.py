@@ -400,7 +400,7 @@ def test_full_shards_are_closed_and_memory_is_bounded(tmp_path: Path, monkeypatc
     write = shard_rows.write_shard
 
     def counted(*args: Any) -> Any:
-        sizes.append(sum(array.nbytes for array in args[4].values()))
+        sizes.append(sum(part.nbytes for parts in args[4].values() for part in parts))
         return write(*args)
 
     monkeypatch.setattr(shard_rows, "write_shard", counted)

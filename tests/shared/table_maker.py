@@ -48,8 +48,8 @@ class Source:
 
     def write(self, table: Table, start: int, stop: int, skipped: Mapping[int, str] | None = None) -> ShardRecord:
         folder = table.path / "shards"
-        arrays = self.arrays(start, stop, skipped or {})
-        return write_shard(folder, table.header.identity, start, stop, arrays, skipped or {})
+        columns = {key: [array] for key, array in self.arrays(start, stop, skipped or {}).items()}
+        return write_shard(folder, table.header.identity, start, stop, columns, skipped or {})
 
 
 def make_table(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from table_maker import Source, make_header, make_table
 
 from crp.visualization.table import lock, shards
@@ -42,6 +44,24 @@ def content(table: Table) -> dict[str, Any]:
 
 
 # --- reading and writing --------------------------------------------------------------------------
+
+
+def test_a_shard_is_what_safetensors_writes(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    kinds = ("float64", "float32", "float16", "int64", "int32", "uint16", "uint8", "bool", ">i4")
+    columns = {"sample": [np.arange(3), np.arange(3, 7)], "target": [np.zeros(7, np.int64)]}
+    for number, kind in enumerate(kinds):
+        values = generator.integers(0, 2, (7, number, 2)).astype(kind)
+        columns[f'{kind}/"lay\\er" \t é {number}'] = [values[:2], values[2:2], values[2:, ::-1][:, ::-1]]
+    columns["strided"] = [np.arange(14.0).reshape(7, 2)[:, 1]]
+    columns["empty"] = [np.empty((0, 4), np.float32)]
+    (tmp_path / "shards").mkdir()
+    record = shards.write_shard(tmp_path / "shards", "that", 3, 10, columns, {7: 'no "é"'})
+    described = {"table": "that", "start": 3, "stop": 10, "skipped": {"7": 'no "é"'}}
+    whole = {key: np.concatenate(parts) for key, parts in columns.items()}
+    content = (tmp_path / "shards" / record.file).read_bytes()
+    assert content == safetensors.numpy.save(whole, metadata={"crp": json.dumps(described)})
+    assert (record.sha256, record.rows) == (hashlib.sha256(content).hexdigest(), 7)
 
 
 def test_a_table_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -261,8 +281,8 @@ def test_rows_that_are_not_those_of_the_shard_are_found(tmp_path: Path, change: 
     table, source = make_table(tmp_path, [(0, 40)])
     arrays = source.arrays(30 if change == "other samples" else 40, 100)
     rows = {"unsorted": slice(None, None, -1), "repeated": [0, 0, 1]}.get(change, slice(None))
-    arrays = {key: np.ascontiguousarray(array[rows]) for key, array in arrays.items()}
-    wrong = shards.write_shard(tmp_path / "shards", table.header.identity, 40, 100, arrays, {})
+    columns = {key: [np.ascontiguousarray(array[rows])] for key, array in arrays.items()}
+    wrong = shards.write_shard(tmp_path / "shards", table.header.identity, 40, 100, columns, {})
     table.add(wrong)
     (problem,) = table.verify()
     assert wrong.file in problem

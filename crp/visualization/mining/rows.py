@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from crp.visualization.table.shards import write_shard
 
 #: Largest value of a column that is kept as float16: a power of two, with room below the largest float16.
 _LARGEST = 1 << 14
+#: Columns of a number for each row.
+_OF_ROWS = ("sample", "target", "prediction", "probability")
 
 
 class ShardRows:
@@ -52,29 +54,35 @@ class ShardRows:
         self, folder: Path, identity: str, stop: int, sources: Mapping[int, Source | None], storage: str
     ) -> ShardRecord:
         """Write the shard, which ends before ``stop``, in whatever thread: the dataset is not asked."""
-        arrays: dict[str, Array] = {}
-        # Column after column, so that memory holds the shard once.
+        columns: dict[str, Sequence[Array]] = {}
         for key in list(self._arrays):
-            arrays |= _stored(key, np.concatenate(self._arrays.pop(key)), storage)
+            columns |= _stored(key, _alike(self._arrays.pop(key)), storage)
+        arrays = {name: np.concatenate(columns[name]) for name in _OF_ROWS if name in columns}
         samples, first = np.unique(arrays["sample"], return_index=True)
         if len(samples):
             labels, content, stamp = zip(*(self._samples[i] for i in samples.tolist()), strict=True)
             files = [sources[i] for i in samples.tolist()]
-            arrays |= {name: arrays[name][first] for name in ("prediction", "probability")}
-            arrays |= {"content": np.array(content, np.int64), "stamp": np.array(stamp, np.int64)}
-            arrays[ABOUT] = pack_about(["" if source is None else source.name for source in files], labels)
-        return write_shard(folder, identity, self._start, stop, arrays, self.skipped)
+            columns |= {name: [arrays[name][first]] for name in ("prediction", "probability")}
+            columns |= {"content": [np.array(content, np.int64)], "stamp": [np.array(stamp, np.int64)]}
+            columns[ABOUT] = [pack_about(["" if source is None else source.name for source in files], labels)]
+        return write_shard(folder, identity, self._start, stop, columns, self.skipped)
 
 
-def _stored(key: str, array: Array, storage: str) -> dict[str, Array]:
+def _alike(parts: list[Array]) -> list[Array]:
+    """Stretches of one column, which are of one kind of number."""
+    return parts if len({(part.dtype, part.shape[1:]) for part in parts}) == 1 else [np.concatenate(parts)]
+
+
+def _stored(key: str, parts: Sequence[Array], storage: str) -> dict[str, Sequence[Array]]:
     """A column as it is kept: positions as uint16 where they fit, values by choice as float16 with a scale for each."""
     name, slash, layer = key.partition("/")
     if name.endswith(".position"):
-        return {key: array.astype(np.uint16) if not array.size or array.max() < 1 << 16 else array}
-    if storage == "float32" or not slash or array.ndim != 2:
-        return {key: array}
+        fits = all(part.max(initial=0) < 1 << 16 for part in parts)
+        return {key: [part.astype(np.uint16) for part in parts] if fits else parts}
+    if storage == "float32" or not slash or parts[0].ndim != 2:
+        return {key: parts}
     # A scale that is a power of two changes no digit: what is lost is what float16 rounds.
-    largest = np.abs(array).max(axis=0, initial=0)
+    largest = np.max([np.abs(part).max(axis=0, initial=0) for part in parts], axis=0)
     exponent = np.frexp(np.where(largest > 0, largest, 1))[1] - np.frexp(_LARGEST)[1] + 1
     scale = np.ldexp(np.ones_like(largest), exponent)
-    return {key: (array / scale).astype(np.float16), f"{name}_scale/{layer}": scale}
+    return {key: [(part / scale).astype(np.float16) for part in parts], f"{name}_scale/{layer}": [scale]}

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crp.visualization.table.manifest import TableCorruptError
@@ -26,8 +26,10 @@ _KINDS = {
 }
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, *content: bytes | memoryview) -> None:
     """Write a file that is complete or absent, also after a crash: written beside, synced, then renamed.
+
+    Its content may come in pieces.
 
     Raises
     ------
@@ -99,14 +101,15 @@ def _hinted(path: Path) -> Iterator[None]:
         raise OSError(error.errno, hint, str(path)) from error
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: Sequence[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            view = memoryview(content)
-            while view:
-                view = view[os.write(handle, view) :]
+            for piece in content:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(handle, view) :]
             os.fsync(handle)
         finally:
             os.close(handle)
