@@ -20,6 +20,7 @@ from crp.engine import backward as engine
 from crp.engine.forward import ForwardPass
 from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
+from crp.visualization.mining.datasets import read_batches, stacked
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
@@ -131,6 +132,40 @@ class Stream(IterableDataset[Any]):
 
     def __len__(self) -> int:
         return 21
+
+
+class Reused(Data):
+    """A dataset that gives the same memory for every sample."""
+
+    def __getitem__(self, index: int) -> Any:
+        data, label = super().__getitem__(index)
+        if not hasattr(self, "memory"):
+            self.memory = torch.empty_like(data)
+        return self.memory.copy_(data), label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_that_gives_the_same_memory_again(tmp_path: Path, workers: int) -> None:
+    same_rows(run(tmp_path / "a", Reused(21), num_workers=workers), run(tmp_path / "b", Data()))
+
+
+def test_samples_of_a_batch_lie_beside_each_other() -> None:
+    odd = {3: torch.zeros(3), 4: torch.zeros(2, 3, dtype=torch.float64), 5: torch.zeros(2, 3).to_sparse()}
+
+    class Some:
+        def __getitem__(self, index: int) -> Any:
+            if index == 1:
+                raise OSError("unreadable")
+            return odd.get(index, torch.full((3, 2), float(index)).T), index
+
+    (read,) = read_batches(Some(), [range(8)], 0)
+    assert [sample.problem is None for sample in read] == [index != 1 for index in range(8)]
+    assert all(torch.equal(read[index].data.to_dense(), odd[index].to_dense()) for index in odd)
+    alike = [read[index].data for index in (0, 2, 6, 7)]
+    batch = stacked(alike)
+    assert batch.data_ptr() == alike[0].data_ptr() and batch[:, 0, 0].tolist() == [0, 2, 6, 7]
+    for others in (alike[::-1], alike[1:], [alike[0], alike[0]], [torch.ones(1), torch.zeros(1)]):
+        assert torch.equal(stacked(others), torch.stack(others))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def mine_ranges(
     folder = job.path / "shards"
     make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
-    loaded = read_batches(job.dataset, (range(begin, end) for begin, end, _ in batches), job.options.num_workers)
+    indices = (range(begin, end) for begin, end, _ in batches)
+    loaded = read_batches(job.dataset, indices, job.options.num_workers, pin=job.device.type == "cuda")
     state = _MiningState(_MemoryLimit(job.options.batch_size), Transfers(job.device), _preparation(job), _filling(job))
     with ShardWriter() as writer:
         shards = Shards(writer, job, folder, progress)

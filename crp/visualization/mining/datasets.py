@@ -217,8 +217,8 @@ class Sample(NamedTuple):
     stamp: int = 0
 
 
-def read(dataset: Any, index: int) -> Sample:
-    """Sample of a dataset, checked to be a pair of a tensor and a label."""
+def read(dataset: Any, index: int, keep: Callable[[Tensor], Tensor] = torch.clone) -> Sample:
+    """Sample of a dataset, checked to be a pair of a tensor and a label; ``keep`` copies the tensor."""
     try:
         item = dataset[index]
     except Exception as error:
@@ -226,18 +226,20 @@ def read(dataset: Any, index: int) -> Sample:
     wrong = _wrong(item)
     if wrong is not None:
         return Sample(index, _NOTHING, None, Problem(wrong))
-    # (a copy: a preparation that works in place must not reach what the dataset keeps)
-    return Sample(index, item[0].detach().clone(), item[1], None)
+    # (a copy: the dataset may give the same memory again, and a preparation may work in place)
+    return Sample(index, keep(item[0].detach()), item[1], None)
 
 
-def read_batches(dataset: Any, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[list[Sample]]:
+def read_batches(
+    dataset: Any, batches: Iterable[Sequence[int]], num_workers: int, pin: bool = False
+) -> Iterator[list[Sample]]:
     """Samples of every batch of indices.
 
-    Without workers, samples are read one after the other in this process, when they are needed. Torch's random state is
-    left alone.
+    Without workers, samples are read one after the other in this process, when they are needed, and with ``pin`` into
+    memory from which a GPU copies by itself. Torch's random state is left alone.
     """
     loader = DataLoader(
-        _Guarded(dataset),
+        _Guarded(dataset, pin and not num_workers),
         batch_sampler=_Batches(batches),
         num_workers=num_workers,
         collate_fn=_pack if num_workers else list,
@@ -274,17 +276,59 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
 
 
 class _Guarded(Dataset[Sample]):
-    """Dataset whose samples come with what is wrong with them."""
+    """Dataset whose samples come with what is wrong with them, a batch at a time."""
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any, pin: bool) -> None:
+        self._dataset, self._pin = dataset, pin
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        beside = _Beside(len(indices), self._pin)
+        return [self._read(index, beside) for index in indices]
+
+    def _read(self, index: int, beside: _Beside) -> Sample:
         stamp = stamp_of(self._dataset, index)  # (before it is read, so that a change in between is noticed later)
-        sample = read(self._dataset, index)
+        sample = read(self._dataset, index, beside)
         if sample.problem is not None:
             return sample
         return sample._replace(content=content_of(sample.data, sample.label), stamp=stamp)
+
+
+class _Beside:
+    """Copies tensors that are alike into one memory, one beside the other, so that `stacked` need not copy again.
+
+    Parameters
+    ----------
+    n : int
+        Tensors for which there is room.
+    pin : bool
+        Whether a GPU is to copy from this memory.
+    """
+
+    def __init__(self, n: int, pin: bool) -> None:
+        self._n, self._pin, self._used = n, pin, 0
+        self._memory: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+            return tensor.clone()
+        if self._memory is None:
+            self._memory = torch.empty((self._n, *tensor.shape), dtype=tensor.dtype, pin_memory=self._pin)
+        if tensor.shape != self._memory.shape[1:] or tensor.dtype != self._memory.dtype:
+            return tensor.clone()
+        row = self._memory[self._used]
+        self._used += 1
+        return row.copy_(tensor)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as (tensors, *shape); no copy where they lie beside each other already."""
+    whole = tensors[0]._base
+    if whole is not None and whole.dim() == tensors[0].dim() + 1 and whole.is_contiguous():
+        first, step = whole.storage_offset(), tensors[0].numel()
+        if all(t._base is whole and t.storage_offset() == first + i * step for i, t in enumerate(tensors)):
+            return whole[: len(tensors)]
+    return torch.stack(list(tensors))
 
 
 class _Batches:
@@ -302,7 +346,7 @@ def _pack(samples: list[Sample]) -> tuple[bytes, Tensor | None]:
     data = [sample.data for sample in samples]
     if len({(one.shape, one.dtype) for one in data}) > 1:
         return pickle.dumps(samples), None
-    return pickle.dumps([sample._replace(data=_NOTHING) for sample in samples]), torch.stack(data)
+    return pickle.dumps([sample._replace(data=_NOTHING) for sample in samples]), stacked(data)
 
 
 def _unpack(packed: tuple[bytes, Tensor | None]) -> list[Sample]:

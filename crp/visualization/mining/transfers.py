@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.visualization.mining.datasets import stacked
 from crp.visualization.table.manifest import Array
 
 
@@ -36,13 +37,11 @@ class Transfers:
     def send(self, samples: Sequence[Tensor]) -> Tensor:
         """Samples of one shape, dtype and device on this device, as (samples, *shape)."""
         self.to_device += 1
-        first = samples[0]
-        if self.device.type != "cuda" or first.device.type != "cpu":
-            return torch.stack(list(samples)).to(self.device)
+        batch = stacked(samples)
+        if self.device.type != "cuda" or batch.device.type != "cpu":
+            return batch.to(self.device)
         # From pinned memory the GPU copies by itself; torch keeps the memory until it has done so.
-        pinned = torch.empty((len(samples), *first.shape), dtype=first.dtype, pin_memory=True)
-        torch.stack(list(samples), out=pinned)
-        return pinned.to(self.device, non_blocking=True)
+        return (batch if batch.is_pinned() else batch.pin_memory()).to(self.device, non_blocking=True)
 
     def fetch(self, tensors: Mapping[str, Tensor]) -> Fetched:
         """Begin to copy tensors to the host; those on other devices than most are moved there before."""

@@ -45,8 +45,8 @@ def write_shard(
         Which table the shard belongs to.
     start, stop : int
     columns : dict of str to sequence of array
-        ``"sample"`` and ``"target"`` of shape (rows,), and for layers ``"<mode>.<field>/<layer>"``; each in parts, which
-        are stretches of rows.
+        ``"sample"`` and ``"target"`` of shape (rows,), and for layers ``"<mode>.<field>/<layer>"``; each in parts,
+        which are stretches of rows.
     skipped : dict of int to str
 
     Returns
