@@ -54,11 +54,14 @@ class AttributionResults(_Fields):
         What relevance counts at the recorded layers, so that it is ``counted * multipliers``: the activation, or what
         that differs by from its reference. None where multipliers are, and where relevance is the multiplier itself, as
         under gradients.
+    reading : Tensor or None
+        What the caller asked the engine to read of the result, where that is all that there is of its layers.
     """
 
     encoding: Literal["multiplier", "relevance"] = "relevance"
     multipliers: dict[str, Tensor] | None = None
     counted: dict[str, Tensor] | None = None
+    reading: Tensor | None = None
 
     def __new__(
         cls,
@@ -70,15 +73,16 @@ class AttributionResults(_Fields):
         encoding: Literal["multiplier", "relevance"] = "relevance",
         multipliers: dict[str, Tensor] | None = None,
         counted: dict[str, Tensor] | None = None,
+        reading: Tensor | None = None,
     ) -> AttributionResults:
         """Tuple of the four fields."""
         self = super().__new__(cls, heatmap, activations, relevances, prediction)
-        self.encoding, self.multipliers, self.counted = encoding, multipliers, counted
+        self.encoding, self.multipliers, self.counted, self.reading = encoding, multipliers, counted, reading
         return self
 
     def _replace(self, **changes: Any) -> AttributionResults:
         """Return the same with other fields or attributes."""
-        same = {name: getattr(self, name) for name in ("encoding", "multipliers", "counted")}
+        same = {name: getattr(self, name) for name in ("encoding", "multipliers", "counted", "reading")}
         return type(self)(**{**self._asdict(), **same, **changes})
 
 

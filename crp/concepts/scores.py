@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crp.devices import is_recording
 from crp.errors import InputError
 
 
@@ -41,7 +42,7 @@ def scores_of(values: Tensor, layer_name: str | None = None) -> ConceptScores:
     if flat.shape[-1] == 1:
         value = flat[..., 0]
         return ConceptScores(value, value, torch.zeros_like(value, dtype=torch.int64))
-    if flat.device.type == "cpu":  # torch's argmax on the CPU costs seven times numpy's
+    if flat.device.type == "cpu" and not is_recording():  # torch's argmax on the CPU costs seven times numpy's
         position = torch.from_numpy(flat.detach().numpy().argmax(-1))
     else:
         position = flat.argmax(-1)

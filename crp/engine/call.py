@@ -330,7 +330,8 @@ class Call:
 
         def own(tensor: Tensor) -> Tensor:
             # What rows share becomes each row's own, so that the caller may write into it.
-            tensor = tensor.contiguous() if settings.channels_last or tensor.stride()[:1] == (0,) else tensor
+            usual = settings.reading is None and (settings.channels_last or tensor.stride()[:1] == (0,))
+            tensor = tensor.contiguous() if usual else tensor
             return tensor.to(settings.on_device) if settings.on_device else tensor
 
         activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}

@@ -24,6 +24,7 @@ from crp.types import AttributionResults
 
 #: Structures of which the shapes are remembered.
 _KEPT_SHAPES = 64
+_READING = "reading"
 
 
 class Replayed:
@@ -81,10 +82,13 @@ class Replayed:
             )
             part = inner.at_once(composite)
             assert part is not None, "a layer has one entry for each sample, as it had before"
-            return _flattened(*part)
+            results = _flattened(*part)
+            return results if settings.reading is None else results | {_READING: settings.reading(part[0])}
 
         inputs = {"data": chosen} | _sent(given, chosen)
-        tensors = self.replays.run((key, given.shared), ModelState(call.model, composite), compute, inputs)
+        only = {"heatmap", "prediction", _READING} if settings.reading is not None else None
+        state = ModelState(call.model, composite)
+        tensors = self.replays.run((key, given.shared, settings.reading), state, compute, inputs, only)
         encoding = Encoding.of(composite)
         return _restored(tensors, encoding, encoding.multiplier and settings.multipliers)
 
@@ -178,6 +182,7 @@ def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tu
         encoding=encoding.name,
         multipliers=groups["multipliers"] if keeps else None,
         counted=groups["activations"] | groups["counted"] if keeps and not encoding.as_multiplier else None,
+        reading=tensors.get(_READING),
     )
     return results, list(groups["input"].values())
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Explain
+from crp.types import AttributionResults
+
+#: ``results -> one tensor``
+Reading: TypeAlias = Callable[[AttributionResults], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Settings:
     shared_start: bool | None = None
     #: Whether the model may be run with the channels last in memory, where that is faster.
     channels_last: bool = False
+    #: What the caller reads of a result, in place of the result: a replay then gives `AttributionResults.reading` and
+    #: no layers. A function of nothing but the result's tensors; equal ones read the same.
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ BUDGETS = {
     "trace": 1590,
     "types": 150,
     "visualization": 3500,
-    "visualization.mining": 3450,
+    "visualization.mining": 3600,
     "visualization.report": 3400,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)

@@ -25,6 +25,7 @@ from crp.concepts import ChannelConcept
 from crp.visualization.mining import batches, rows
 from crp.visualization.mining.run import mine
 from crp.visualization.mining.scores import FINITE, UnitScores
+from crp.visualization.mining.transfers import pack
 from crp.visualization.table.manifest import ShardRecord
 from crp.visualization.table.store import Table
 
@@ -53,7 +54,9 @@ def make_scores() -> Any:
     values = [torch.randn(BATCH, n, generator=generator) for n in CONCEPTS]
     positions = [torch.randint(0, 12544, (BATCH, n), dtype=torch.int32, generator=generator) for n in CONCEPTS]
 
-    def score(job: Any, transfers: Any, data: Any, indices: Any, unit: Any, finite: Any, check: bool) -> UnitScores:
+    def score(
+        job: Any, scoring: Any, transfers: Any, data: Any, indices: Any, unit: Any, finite: Any, check: bool
+    ) -> UnitScores:
         sample = np.array([indices[place] for place, _ in unit], np.int64)
         columns = {"prediction": torch.zeros(len(unit), dtype=torch.int64), "probability": torch.ones(len(unit))}
         for layer, value, position in zip(job.concepts, values, positions, strict=True):
@@ -63,7 +66,7 @@ def make_scores() -> Any:
             columns[f"relevance.sum/{layer}"] = value
             columns[f"relevance.sum_norm/{layer}"] = value.abs().sum(1)
         slots = np.array([targets for _, targets in unit], np.int64).T
-        return UnitScores(sample, slots, transfers.fetch(columns | {FINITE: finite}))
+        return UnitScores(sample, slots, transfers.fetch(pack(columns | {FINITE: finite})))
 
     return score
 

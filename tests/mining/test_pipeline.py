@@ -18,7 +18,7 @@ from crp.concepts import ChannelConcept
 from crp.visualization.mining import batches, rows, writing
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.run import SampleError
-from crp.visualization.mining.transfers import Transfers
+from crp.visualization.mining.transfers import Transfers, pack
 from crp.visualization.mining.writing import ShardWriter
 from crp.visualization.table import shards
 from crp.visualization.table.manifest import ShardRecord
@@ -64,8 +64,8 @@ def test_what_is_fetched_is_what_was_sent() -> None:
         "one of a row": torch.arange(6).reshape(2, 3)[:1, 0],
         "column": torch.arange(6.0).reshape(2, 3)[:, 1],
     }
-    found = transfers.fetch(tensors).arrays()
-    assert list(found) == list(tensors)
+    found = transfers.fetch(pack(tensors)).arrays()
+    assert found.keys() == tensors.keys()
     for key, tensor in tensors.items():
         assert found[key].dtype == tensor.numpy().dtype
         assert found[key].flags.aligned

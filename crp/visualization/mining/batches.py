@@ -20,7 +20,7 @@ from crp.visualization.mining.datasets import Problem, Sample, SampleError, read
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
-from crp.visualization.mining.scores import Unit, UnitScores, score_unit
+from crp.visualization.mining.scores import Scoring, Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
 from crp.visualization.mining.text_batches import Asked, Filling
 from crp.visualization.mining.transfers import Transfers
@@ -43,7 +43,9 @@ def mine_ranges(
     batches = list(_get_batches(job, ranges))
     indices = (range(begin, end) for begin, end, _ in batches)
     loaded = read_batches(job.dataset, indices, job.options.num_workers, pin=job.device.type == "cuda")
-    state = _MiningState(_MemoryLimit(job.options.batch_size), Transfers(job.device), _preparation(job), _filling(job))
+    state = _MiningState(
+        _MemoryLimit(job.options.batch_size), Transfers(job.device), Scoring(job), _preparation(job), _filling(job)
+    )
     with ShardWriter() as writer:
         shards = Shards(writer, job, folder, progress)
         begun: deque[tuple[int, int, bool, Callable[[ShardRows], None]]] = deque()
@@ -104,6 +106,7 @@ class _MiningState:
 
     limit: _MemoryLimit
     transfers: Transfers
+    scoring: Scoring
     preparation: Preparation | None
     filling: Filling | None
 
@@ -171,7 +174,8 @@ class _Batch:
             self._targets |= self._choose(indices, data, finite)
         units = self._get_units([self._targets[index] for index in indices])
         first = not self._state.limit.works
-        compute = partial(score_unit, self._job, self._state.transfers, data, indices, finite=finite, check=first)
+        scoring, transfers = self._state.scoring, self._state.transfers
+        compute = partial(score_unit, self._job, scoring, transfers, data, indices, finite=finite, check=first)
         scores = self._in_parts(units, indices, partial(_blame_data, compute, finite))
         self._state.limit.works |= bool(scores)
         return scores

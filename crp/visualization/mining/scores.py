@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
@@ -13,14 +13,17 @@ from torch import Tensor
 
 from crp.concepts import ChannelConcept, Concept, check_concept
 from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
+from crp.types import AttributionResults
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations, top_class
 from crp.visualization.mining.text_batches import Asked, token_scores
-from crp.visualization.mining.transfers import Fetched, Transfers
+from crp.visualization.mining.transfers import Fetched, Form, Package, Transfers, pack
 from crp.visualization.table.manifest import Array
 
 #: Samples, as places in a batch, each with its targets: equally many for every sample.
 Unit: TypeAlias = list[tuple[int, list[int]]]
+#: Values of layers, by mode and name.
+Recorded: TypeAlias = Mapping[str, Mapping[str, Tensor | LayerValues]]
 #: Key of what says for each sample of a batch whether its data is finite.
 FINITE = "finite"
 
@@ -53,14 +56,106 @@ class UnitScores:
         return {"sample": np.tile(self.sample, n), "target": self.slots.reshape(-1)} | columns, finite
 
 
+class Scoring:
+    """Scores of all concepts of all layers; equal ones score alike, so that a recorded one serves a later run, too.
+
+    Parameters
+    ----------
+    job : Job
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._concepts, self._kinds = job.concepts, tuple(job.header.kinds)
+        self._modes = tuple(mode for mode in job.header.modes)
+        channels = all(type(concept) is ChannelConcept for concept in job.concepts.values())
+        self._may_be_recorded = channels and "relevance" in self._modes and job.texts is None
+        #: Form of each column without its rows, once some were computed.
+        self._forms: dict[str, Form] = {}
+
+    def _key(self) -> Hashable:
+        return tuple((layer, id(concept)) for layer, concept in self._concepts.items()), self._modes, self._kinds
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scoring) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether it is a function of tensors, of which only the numbers change."""
+        return self._may_be_recorded and bool(self._forms)
+
+    def __call__(self, result: AttributionResults) -> Tensor:
+        """Scores of one target of every sample, in one piece."""
+        relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
+        recorded: Recorded = {"relevance": relevances, "activation": result.activations}
+        return self.package([self.columns(recorded, result.prediction, len(result.prediction))]).content
+
+    def columns(
+        self,
+        recorded: Recorded,
+        output: Any,
+        n_samples: int,
+        lengths: Sequence[int] | None = None,
+        check: bool = False,
+    ) -> dict[str, Tensor]:
+        """Columns of one target of each sample; what the model predicts is among them if activations are there.
+
+        Parameters
+        ----------
+        recorded : dict of str to dict of str to Tensor
+            By mode and layer.
+        output : Tensor
+            What is explained.
+        n_samples : int
+        lengths : sequence of int, optional
+            Of texts.
+        check : bool
+            Whether concepts that contradict themselves are an error.
+        """
+        found = {}
+        if "activation" in recorded:
+            found["prediction"], found["probability"] = top_class(output, n_samples)
+        for mode, layer in product([mode for mode in self._modes if mode in recorded], self._concepts):
+            if layer not in recorded[mode]:
+                raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
+            values = recorded[mode][layer]
+            found |= _get_columns(self._concepts[layer], values, layer, mode, self._kinds, check, lengths)
+        return found
+
+    def package(self, slots: Sequence[Mapping[str, Tensor]]) -> Package:
+        """Columns of several targets of every sample, one after the other, in one piece."""
+        first, *others = slots
+        joined = {
+            key: torch.cat([column, *(slot[key] for slot in others if key in slot)]) if others else column
+            for key, column in first.items()
+        }
+        package = pack(joined)
+        self._forms = {key: form._replace(shape=form.shape[1:]) for key, form in package.forms.items()}
+        return package
+
+    def recorded(self, content: Tensor, n_rows: int) -> Package:
+        """What a replay gave, which has the columns that were there before."""
+        return Package(content, {key: form._replace(shape=(n_rows, *form.shape)) for key, form in self._forms.items()})
+
+
 def score_unit(
-    job: Job, transfers: Transfers, data: Tensor, indices: Sequence[int], unit: Unit, finite: Tensor | None, check: bool
+    job: Job,
+    scoring: Scoring,
+    transfers: Transfers,
+    data: Tensor,
+    indices: Sequence[int],
+    unit: Unit,
+    finite: Tensor | None,
+    check: bool,
 ) -> UnitScores:
     """Attribute and score the rows of a unit; nothing waits for the device.
 
     Parameters
     ----------
     job : Job
+    scoring : Scoring
     transfers : Transfers
     data : Tensor of shape (samples, ...)
         Of the whole batch.
@@ -76,39 +171,42 @@ def score_unit(
     batch = data if places == list(range(len(data))) else data[places]
     # A sample without a label has target -1, and activations do not depend on the target.
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
-    found: dict[str, list[Tensor]] = {}
     asked = Asked.of(batch, job.texts)
-    for number, (recorded, output) in enumerate(_get_recorded(job, asked, targets)):
-        if not number:
-            if asked.positions is not None and output is not None:
-                output = asked.chosen(output[: len(batch)])
-            found["prediction"], found["probability"] = ([column] for column in top_class(output, len(batch)))
-        for mode, layer in product([mode for mode in job.header.modes if mode in recorded], job.concepts):
-            if layer not in recorded[mode]:
-                raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
-            values = recorded[mode][layer]
-            columns = _get_columns(job.concepts[layer], values, layer, mode, job.header.kinds, check, asked.lengths)
-            for key, column in columns.items():
-                found.setdefault(key, []).append(column)
-    joined = {key: columns[0] if len(columns) == 1 else torch.cat(columns) for key, columns in found.items()}
-    flags = {} if finite is None else {FINITE: finite}
+    reading = scoring if scoring.can_be_recorded and not check and len(targets[0]) == 1 else None
+    columns, package = [], None
+    for recorded, output in _get_recorded(job, asked, targets, reading):
+        if isinstance(recorded, Tensor):
+            package = scoring.recorded(recorded, len(batch))
+            break
+        if asked.positions is not None and isinstance(output, Tensor):
+            output = asked.chosen(output[: len(batch)])
+        columns.append(scoring.columns(recorded, output, len(batch), asked.lengths, check))
+    flags = [] if finite is None else [pack({FINITE: finite})]
     sample = np.array([indices[place] for place in places], np.int64)
     slots = np.array([of_sample for _, of_sample in unit], np.int64).T
-    return UnitScores(sample, slots, transfers.fetch(joined | flags))
+    return UnitScores(sample, slots, transfers.fetch(package or scoring.package(columns), *flags))
 
 
 def _get_recorded(
-    job: Job, asked: Asked, targets: list[list[int]]
-) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor | LayerValues]], Any]]:
-    """Relevance of layers, one target after the other; the first also comes with their activation, and the output."""
+    job: Job, asked: Asked, targets: list[list[int]], reading: Scoring | None
+) -> Iterator[tuple[Recorded | Tensor, Any]]:
+    """Relevance of layers, one target after the other; the first also comes with their activation, and the output.
+
+    Or what was read of them, where a replay gave it.
+    """
     layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
         found, output = record_activations(job.attribution, asked, job.composite, layers, device)
         yield {"activation": found}, output
         return
     reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
-    results = attribute_targets(job.attribution, asked, targets, job.composite, layers, device, multipliers=reads)
+    results = attribute_targets(
+        job.attribution, asked, targets, job.composite, layers, device, multipliers=reads, reading=reading
+    )
     for number, result in enumerate(results):
+        if result.reading is not None:
+            yield result.reading, None
+            continue
         activations = {layer: every[: asked.n_samples] for layer, every in result.activations.items()}
         relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
         yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction

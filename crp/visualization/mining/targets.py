@@ -20,7 +20,7 @@ from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
-from crp.engine.settings import Settings
+from crp.engine.settings import Reading, Settings
 from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
@@ -192,7 +192,8 @@ def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
     """
     is_scores = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
     if not is_scores or len(output) < n_samples or output.shape[1] < 2:
-        return torch.full((n_samples,), -1), torch.zeros(n_samples, dtype=torch.float32)
+        device = output.device if isinstance(output, Tensor) else None
+        return torch.full((n_samples,), -1, device=device), torch.zeros(n_samples, device=device)
     output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
     shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
     scores = torch.where(shares[:, None], output, output.softmax(1))
@@ -210,6 +211,7 @@ def attribute_targets(
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
     multipliers: bool = False,
+    reading: Reading | None = None,
 ) -> Iterator[AttributionResults]:
     """Attribute several targets of every sample; each sample takes part in one forward pass.
 
@@ -225,6 +227,8 @@ def attribute_targets(
     on_device : torch.device or str, optional
     multipliers : bool
         Whether results keep multipliers, which not all concepts read.
+    reading : callable, optional
+        What is read of each result, if a replay gives it.
 
     Yields
     ------
@@ -250,8 +254,8 @@ def attribute_targets(
         return
     # Multipliers would be a second copy from the device, which scores of channels do not need.
     settings = Settings(
-        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False, multipliers=multipliers
-    )  # fmt: skip
+        layers, ChannelConcept.mask, None, None, on_device, False, multipliers=multipliers, reading=reading
+    )
     call = attribution.plan(data, slots[0], composite, settings)
     rows = Rows.of(list(range(asked.n_samples)) * len(slots), [condition for slot in slots for condition in slot])
     at_once = asked.n_samples if keeps_graph(composite) else len(rows)

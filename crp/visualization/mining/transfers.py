@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,10 +43,33 @@ class Transfers:
         # From pinned memory the GPU copies by itself; torch keeps the memory until it has done so.
         return (batch if batch.is_pinned() else batch.pin_memory()).to(self.device, non_blocking=True)
 
-    def fetch(self, tensors: Mapping[str, Tensor]) -> Fetched:
-        """Begin to copy tensors to the host; those on other devices than most are moved there before."""
+    def fetch(self, *packages: Package) -> Fetched:
+        """Begin to copy tensors to the host."""
         self.to_host += 1
-        return Fetched(self, tensors)
+        return Fetched(self, packages)
+
+
+class Form(NamedTuple):
+    """Shape of an array, and what numbers it holds."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class Package(NamedTuple):
+    """Tensors in one piece of memory: their bytes one after the other, and the form of each by its key."""
+
+    content: Tensor
+    forms: Mapping[str, Form]
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Package:
+    """Tensors in one piece; those on other devices than most are moved there before."""
+    # Larger numbers come first, so that each array begins at a multiple of its numbers' size.
+    ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
+    forms = {key: Form(tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
+    (device, _), *_ = Counter(tensor.device for tensor in tensors.values()).most_common(1)
+    return Package(torch.cat([_bytes_of(tensor.detach().to(device)) for tensor in ordered.values()]), forms)
 
 
 class Fetched:
@@ -56,19 +79,16 @@ class Fetched:
     ----------
     transfers : Transfers
         Where the wait is counted.
-    tensors : dict of str to Tensor
+    packages : sequence of Package
     """
 
-    def __init__(self, transfers: Transfers, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, transfers: Transfers, packages: Sequence[Package]) -> None:
         self._transfers = transfers
-        # Larger numbers come first, so that each array begins at a multiple of its numbers' size.
-        ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
-        self._forms = {key: (tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
-        self._keys = list(tensors)
-        (device, _), *_ = Counter(tensor.device for tensor in tensors.values()).most_common(1)
-        packed = torch.cat([_bytes_of(tensor.detach().to(device)) for tensor in ordered.values()])
+        self._forms = {key: form for package in packages for key, form in package.forms.items()}
+        content = [package.content for package in packages]
+        packed = content[0] if len(content) == 1 else torch.cat([one.to(content[0].device) for one in content])
         self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
+        if packed.device.type == "cuda":
             self._host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
             self._host.copy_(packed, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -88,7 +108,7 @@ class Fetched:
             end = begin + dtype.itemsize * int(np.prod(shape))
             found[key] = content[begin:end].view(dtype).reshape(shape)
             begin = end
-        return {key: found[key] for key in self._keys}
+        return found
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

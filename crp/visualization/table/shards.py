@@ -90,7 +90,7 @@ def _serialized(columns: Mapping[str, Sequence[Array]], metadata: Mapping[str, s
     for key in header:
         for part in columns.get(key, ()):
             little = np.ascontiguousarray(part, part.dtype.newbyteorder("<"))
-            yield memoryview(little.reshape(-1).view(np.uint8))
+            yield little.reshape(-1).view(np.uint8).data
 
 
 def read_record(path: Path, identity: str) -> ShardRecord | None:
