@@ -60,11 +60,11 @@ BUDGETS = {
     "visualization.report": 3400,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
-    "visualization.table": 2480,
+    "visualization.table": 2520,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 770
+PUBLIC_NAMES = 776
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

@@ -20,7 +20,7 @@ from crp.engine import backward as engine
 from crp.engine.forward import ForwardPass
 from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
-from crp.visualization.mining.datasets import read_batches, stacked
+from crp.visualization.mining.datasets import as_batch, read_batches
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
@@ -162,10 +162,10 @@ def test_samples_of_a_batch_lie_beside_each_other() -> None:
     assert [sample.problem is None for sample in read] == [index != 1 for index in range(8)]
     assert all(torch.equal(read[index].data.to_dense(), odd[index].to_dense()) for index in odd)
     alike = [read[index].data for index in (0, 2, 6, 7)]
-    batch = stacked(alike)
+    batch = as_batch(alike)
     assert batch.data_ptr() == alike[0].data_ptr() and batch[:, 0, 0].tolist() == [0, 2, 6, 7]
     for others in (alike[::-1], alike[1:], [alike[0], alike[0]], [torch.ones(1), torch.zeros(1)]):
-        assert torch.equal(stacked(others), torch.stack(others))
+        assert torch.equal(as_batch(others), torch.stack(others))
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ class _Guarded(Dataset[Sample]):
 
 
 class _Beside:
-    """Copies tensors that are alike into one memory, one beside the other, so that `stacked` need not copy again.
+    """Copies tensors that are alike into one memory, one beside the other, so that `as_batch` need not copy again.
 
     Parameters
     ----------
@@ -321,7 +321,7 @@ class _Beside:
         return row.copy_(tensor)
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
+def as_batch(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape as (tensors, *shape); no copy where they lie beside each other already."""
     whole = tensors[0]._base
     if whole is not None and whole.dim() == tensors[0].dim() + 1 and whole.is_contiguous():
@@ -346,7 +346,7 @@ def _pack(samples: list[Sample]) -> tuple[bytes, Tensor | None]:
     data = [sample.data for sample in samples]
     if len({(one.shape, one.dtype) for one in data}) > 1:
         return pickle.dumps(samples), None
-    return pickle.dumps([sample._replace(data=_NOTHING) for sample in samples]), stacked(data)
+    return pickle.dumps([sample._replace(data=_NOTHING) for sample in samples]), as_batch(data)
 
 
 def _unpack(packed: tuple[bytes, Tensor | None]) -> list[Sample]:

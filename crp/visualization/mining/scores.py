@@ -17,7 +17,7 @@ from crp.types import AttributionResults
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations, top_class
 from crp.visualization.mining.text_batches import Asked, token_scores
-from crp.visualization.mining.transfers import Fetched, Form, Package, Transfers, pack
+from crp.visualization.mining.transfers import ColumnForm, Fetched, Package, Transfers, pack
 from crp.visualization.table.manifest import Array
 
 #: Samples, as places in a batch, each with its targets: equally many for every sample.
@@ -70,7 +70,7 @@ class Scoring:
         channels = all(type(concept) is ChannelConcept for concept in job.concepts.values())
         self._may_be_recorded = channels and "relevance" in self._modes and job.texts is None
         #: Form of each column without its rows, once some were computed.
-        self._forms: dict[str, Form] = {}
+        self._forms: dict[str, ColumnForm] = {}
 
     def _key(self) -> Hashable:
         return tuple((layer, id(concept)) for layer, concept in self._concepts.items()), self._modes, self._kinds

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.visualization.mining.datasets import stacked
+from crp.visualization.mining.datasets import as_batch
 from crp.visualization.table.manifest import Array
 
 
@@ -37,7 +37,7 @@ class Transfers:
     def send(self, samples: Sequence[Tensor]) -> Tensor:
         """Samples of one shape, dtype and device on this device, as (samples, *shape)."""
         self.to_device += 1
-        batch = stacked(samples)
+        batch = as_batch(samples)
         if self.device.type != "cuda" or batch.device.type != "cpu":
             return batch.to(self.device)
         # From pinned memory the GPU copies by itself; torch keeps the memory until it has done so.
@@ -49,7 +49,7 @@ class Transfers:
         return Fetched(self, packages)
 
 
-class Form(NamedTuple):
+class ColumnForm(NamedTuple):
     """Shape of an array, and what numbers it holds."""
 
     shape: tuple[int, ...]
@@ -60,14 +60,14 @@ class Package(NamedTuple):
     """Tensors in one piece of memory: their bytes one after the other, and the form of each by its key."""
 
     content: Tensor
-    forms: Mapping[str, Form]
+    forms: Mapping[str, ColumnForm]
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Package:
     """Tensors in one piece; those on other devices than most are moved there before."""
     # Larger numbers come first, so that each array begins at a multiple of its numbers' size.
     ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
-    forms = {key: Form(tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
+    forms = {key: ColumnForm(tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
     (device, _), *_ = Counter(tensor.device for tensor in tensors.values()).most_common(1)
     return Package(torch.cat([_bytes_of(tensor.detach().to(device)) for tensor in ordered.values()]), forms)
 
