@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.clocks import Run
+from benchmarks.clocks import CLOCKS, Run
 from benchmarks.harness import Bound, Case, Ratio
 from benchmarks.nets import Samples, Setup, convolutions, gradient
 from benchmarks.sections import compiled
@@ -93,7 +93,7 @@ LARGE = Scale(
     size=224,
     batch=64,
     n_concepts=512,
-    n_batches=5,
+    n_batches=40,
     n_of_peer=64,
 )
 TINY = Scale(
@@ -244,10 +244,10 @@ class Mining:
         """Mine what is not in the table yet, and collect the results."""
         found.run(self.rules, 0, n or self.n, self.batch, progress=False)
 
-    def run(self) -> None:
-        """Mine all images into a new folder."""
+    def run(self, n: int | None = None) -> None:
+        """Mine the first ``n`` images, by default all, into a new folder."""
         with tempfile.TemporaryDirectory() as folder:
-            self.mined_into(folder)
+            self.mined_into(folder, n)
 
     def run_narrow(self) -> None:
         """The same in bfloat16."""
@@ -321,33 +321,36 @@ def host_time(setup: Setup, n: int) -> Case:
     )
 
 
-def mining_counts(setup: Setup, n: int) -> list[Case]:
-    """Waits and copies for each batch, and bytes on disk."""
-    scale = setup.batch / n
+def mining_counts(setup: Setup) -> list[Case]:
+    """Waits, copies and launches of a batch, where all that a run does once is done; and bytes on disk."""
+    few, many = 8, 16
     bounds = {"waits": Bound(2.0), "copies to host": Bound(1.0), "copies to device": Bound(1.0), "launches": None}
 
-    def counted(method: Callable[[Mining], object]) -> Callable[[], dict[str, Run]]:
+    def counted(clock: str) -> Callable[[], dict[str, Run]]:
         def make() -> dict[str, Run]:
-            made = Mining(setup, n)
-            made.run()
-            made.run()  # (by now, attributions are recorded)
-            return {"ours": partial(method, made)}
+            made = Mining(setup, many * setup.batch)
+
+            def of_a_batch() -> float:
+                counts = [CLOCKS[clock](partial(made.run, n * setup.batch)) for n in (few, many)]
+                return (counts[1] - counts[0]) / (many - few)
+
+            return {"ours": of_a_batch}
 
         return make
 
     cases = [
         Case(
-            name=f"{setup}, {n} images, all convolutions",
-            make=counted(Mining.run),
-            ratios=(Ratio(f"mining, {clock} a batch", "ours", bound=bound, scale=scale),),
-            clock=clock,
+            name=f"{setup}, all convolutions",
+            make=counted(clock),
+            ratios=(Ratio(f"mining, {clock} a batch", "ours", bound=bound),),
+            clock="value",
             rounds=1,
-            warmup=0,
+            warmup=1,
         )
         for clock, bound in bounds.items()
     ]
     size = Ratio("bytes on disk for each concept and row", "ours")
-    make = counted(Mining.bytes_of_an_entry)
+    make = lambda: {"ours": Mining(setup, 2 * setup.batch).bytes_of_an_entry}  # noqa: E731
     return [*cases, Case(str(setup), make, (size,), clock="value", rounds=1, warmup=0)]
 
 
@@ -373,7 +376,7 @@ def cases(device: str = "cuda") -> list[Case]:
             host_time(setup, few),
             mining_of_peer(setup, scale.n_of_peer),
         ]
-        counts = mining_counts(setup, 2 * scale.batch)
+        counts = mining_counts(setup)
         found += [waiting(setup), *counts] if on_gpu else counts[-1:]
     return found if on_gpu else [without_goals(case) for case in found]
 

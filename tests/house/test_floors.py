@@ -42,7 +42,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,
-    "engine": 4150,
+    "engine": 4200,
     "devices": 50,
     "explain": 200,
     "image": 1390,
