@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -62,7 +62,8 @@ class ModelState:
                     self._values.append(tensor)
                     self._tensors.append(_state_of(tensor))
             for name, value in attributes.items():
-                if _can_change(type(value)) and name not in _OWN and (isinstance(value, Tensor) or value):
+                kind: Hashable = type(value)
+                if _can_change(kind) and name not in _OWN and (isinstance(value, Tensor) or value):
                     self._tensors += _settings(value)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
@@ -93,7 +94,7 @@ def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tupl
 
 
 @lru_cache(1024)
-def _can_change(kind: type) -> bool:
+def _can_change(kind: Any) -> bool:
     return issubclass(kind, _CHANGEABLE)
 
 
