@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -62,8 +62,9 @@ class ModelState:
                     self._values.append(tensor)
                     self._tensors.append(_state_of(tensor))
             for name, value in attributes.items():
-                kind: Hashable = type(value)
-                if _can_change(kind) and name not in _OWN and (isinstance(value, Tensor) or value):
+                if not _can_change(type(value)) or name in _OWN:  # type: ignore[arg-type]
+                    continue
+                if isinstance(value, Tensor) or value:
                     self._tensors += _settings(value)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
