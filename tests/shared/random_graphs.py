@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,12 +141,15 @@ class GraphCall:
         net, given = MatrixNet(self.call.model, METHODS[self.call.method][1]), self.arguments
         level = [(given["layer_name"], given["concept_id"])]
         nodes = list(level)
-        connections: dict[Any, list[Any]] = {}
+        n_told = Counter[tuple[str, int]]()
         for n_kept in given["width"]:
             lower = []
             for node in level:
                 values = self.values(net, node)
-                told = found.connections.get(node, [])
+                # (a node that is met several times is decomposed, and told of, each time)
+                first, length = n_told[node], sum(min(n_kept, len(value)) for value in values.values())
+                told = found.connections.get(node, [])[first : first + length]
+                n_told[node] += length
                 for name in {name for name, _, _ in told} | set(values):
                     mine = [(concept, value) for layer, concept, value in told if layer == name]
                     mine = mine[: min(n_kept, len(values.get(name, ())))]
@@ -156,15 +160,11 @@ class GraphCall:
                     for (concept, value), wanted in zip(mine, best, strict=True):
                         if max(abs(value - wanted), abs(value - values[name][concept])) > 1e-9 * scale:
                             return [f"{node} <- {name} {concept}: {value}, not {wanted}"]
-                lower += [(layer, concept) for layer, concept, _ in self._first(told, values, n_kept)]
-                connections.setdefault(node, [])
+                lower += [(layer, concept) for layer, concept, _ in told]
             if not lower:
                 break
             nodes += lower
             level = lower
+        if unmet := {node for node, told in found.connections.items() if len(told) != n_told[node]}:
+            return [f"{sorted(unmet)} have more connections than the reference"]
         return [] if [*found.nodes] == nodes else [f"nodes {found.nodes}, not {nodes}"]
-
-    @staticmethod
-    def _first(told: list[Any], values: dict[str, Tensor], n_kept: int) -> list[Any]:
-        """Connections of one time that a node is decomposed (a node may be there several times)."""
-        return told[: sum(min(n_kept, len(value)) for value in values.values())]

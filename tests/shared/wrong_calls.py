@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,7 +69,7 @@ def _other(x: Tensor) -> Tensor:
     return x.detach().to(torch.float16 if x.dtype != torch.float16 else torch.float32)
 
 
-DATA: dict[str, Callable[[Tensor], Any]] = {
+DATA: dict[str, Callable[..., Any]] = {
     "nan": _nan,
     "infinite": lambda x: _nan(x).nan_to_num(nan=torch.inf),
     "another dtype": _other,
@@ -79,7 +79,7 @@ DATA: dict[str, Callable[[Tensor], Any]] = {
     "numbers in lists": lambda x: x.tolist(),
     "none": lambda x: None,
     "no samples": lambda x: x[:0],
-    "features": lambda x: x.detach().repeat_interleave(2, 1),
+    "features": lambda x, axis=1: x.detach().repeat_interleave(2, axis),
     "a single sample": lambda x: x[0],
     "another axis": lambda x: x[..., None],
     "text": lambda x: "data",
@@ -133,7 +133,9 @@ def spoil(drawing: Drawing, call: Call) -> bool:
         name = draw.choice(list(DATA))
         if name in ("infinite", "nan") and "explain" in given:
             return False  # (an input that is passed on may have them)
-        given["data"], call.wrong = _change(given["data"], DATA[name]), f"data: {name}"
+        # (a list holds samples, which have no batch axis)
+        change = partial(DATA[name], axis=0) if name == "features" and isinstance(given["data"], list) else DATA[name]
+        given["data"], call.wrong = _change(given["data"], change), f"data: {name}"
     elif what == "arguments":
         if isinstance(given["data"], Tensor | list):
             return False
