@@ -13,7 +13,7 @@ from crp.checks import check_number
 from crp.concepts import Concept, mask_of, normalize
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
 
@@ -180,4 +180,4 @@ class AttributionGraph:
     def _check_mapped(self, layers: Iterable[str]) -> None:
         for name in layers:
             if name not in self.layer_map:
-                raise KeyError(f"layer_map has no concept for layer {name!r}; it has {sorted(self.layer_map)}")
+                raise NameNotFoundError(f"layer_map has no concept for layer {name!r}; it has {sorted(self.layer_map)}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError, StateError
 
 
 class Element(tuple[int, ...]):
@@ -182,7 +182,7 @@ def detection(
             return values
         if not len(values) or (isinstance(box, int) and not -len(values) <= box < len(values)):
             named = "a box" if box == "best" else f"box {box}"
-            raise IndexError(f"{named} is to be explained, but {len(values)} boxes are found in sample {sample}")
+            raise OutOfRangeError(f"{named} is to be explained, but {len(values)} boxes are found in sample {sample}")
         return values.max(0).values if box == "best" else values[box]
 
     def scores(returned: Any) -> Tensor | list[Tensor]:
@@ -307,7 +307,7 @@ def _places(
             off = (of_label - box).abs().amax(1) / limits.max() + (all_scores[:, label] - score).abs()
             least = off.min(0)
             if not least.values <= 1e-3:
-                raise RuntimeError(f"the box {box.tolist()} of class {label} is that of no anchor or proposal")
+                raise StateError(f"the box {box.tolist()} of class {label} is that of no anchor or proposal")
             places.append(least.indices)
         return torch.stack(places) if places else torch.zeros(0, dtype=torch.long, device=boxes.device)
 
@@ -331,7 +331,7 @@ def _logits_in(returned: Any) -> list[tuple[Tensor, bool]]:
     if isinstance(returned, list | tuple) and all(isinstance(one, Mapping) for one in returned):
         for one in returned:
             if "logits" not in one:
-                raise KeyError(
+                raise NameNotFoundError(
                     f"the detections have {sorted(map(str, one))}, and no 'logits'; explain "
                     "crp.outputs.with_logits(model), for detectors of torchvision"
                 )
@@ -345,7 +345,9 @@ def _logits_in(returned: Any) -> list[tuple[Tensor, bool]]:
 def _entry(returned: Any, key: str) -> Any:
     if isinstance(returned, Mapping):
         if key not in returned:
-            raise KeyError(f"the model returns {sorted(map(str, returned))}, and not {key!r}; name the logits: key=")
+            raise NameNotFoundError(
+                f"the model returns {sorted(map(str, returned))}, and not {key!r}; name the logits: key="
+            )
         return returned[key]
     if not hasattr(returned, key):
         raise InputTypeError(

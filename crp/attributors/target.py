@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crp.concepts import as_ids
 from crp.engine.conditions import Position, check_targets_exist, initial_relevance
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.types import MaskFn
 
 
@@ -129,7 +129,7 @@ class Classes(Target):
         size = output.shape[1]
         wrong = self.ids[(self.ids < -size) | (self.ids >= size)]
         if len(wrong):
-            raise IndexError(f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}")
+            raise OutOfRangeError(f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}")
         rows = torch.arange(len(output), device=output.device)
         return output[rows, self.ids.to(output.device)].reshape(len(output), -1).sum(1)
 
@@ -287,7 +287,7 @@ class Neuron(Target):
         if len(self.index) > len(shape) or any(
             not -size <= i < size for i, size in zip(self.index, shape, strict=False)
         ):
-            raise IndexError(
+            raise OutOfRangeError(
                 f"neuron {self.index} is not in layer {self.layer!r}, whose output has shape {tuple(shape)} "
                 "for each sample"
             )

@@ -14,6 +14,7 @@ from crp.attribution import CondAttribution
 from crp.audit.prototypes import Prototypes, class_vectors
 from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, relevance_sums
+from crp.errors import NameNotFoundError
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -174,7 +175,9 @@ def audit_table(
             likely = (found.score(vectors, of_class) - middle) / max(high - low, 1e-300)
             audited += zip(likely.tolist(), _compared(found, vectors, of_class, uses, numbers.tolist()), strict=True)
     if samples is not None and (missed := sorted(set(samples) - {one.sample for _, one in audited})):
-        raise KeyError(f"sample {missed[0]} has no row of a class with prototypes, which are {sorted(found.classes)}")
+        raise NameNotFoundError(
+            f"sample {missed[0]} has no row of a class with prototypes, which are {sorted(found.classes)}"
+        )
     return [one for _, one in sorted(audited, key=lambda pair: (pair[0], pair[1].sample))]
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
+from crp.errors import InputError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -120,11 +121,11 @@ def clusters(
     array = None
     if isinstance(source, Table) and what == "heatmap":
         if of_class is None:
-            raise ValueError("clusters of a table's heatmaps need of_class=")
+            raise InputError("clusters of a table's heatmaps need of_class=")
         samples, array = kept_heatmaps(source, of_class)
     elif isinstance(source, Table):
         if layer is None or of_class is None:
-            raise ValueError("clusters of a table need layer= and of_class=")
+            raise InputError("clusters of a table need layer= and of_class=")
         blocks = list(RowSelection(layer, what, normed=normed, of_class=of_class).blocks(source))
         vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
         samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
@@ -136,9 +137,9 @@ def clusters(
         if normed:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
     if len(vectors) <= n_neighbours:
-        raise ValueError(f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours")
+        raise InputError(f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours")
     if not np.isfinite(vectors).all():
-        raise ValueError("explanations have NaN or infinite values")
+        raise InputError("explanations have NaN or infinite values")
     values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
     if n is None:
         gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
@@ -200,7 +201,7 @@ def with_concepts(table: Table, found: Clusters, layer: str, of_class: int) -> C
     order = np.argsort(samples, kind="stable")
     place = order[np.searchsorted(samples[order], found.sample)]
     if not np.array_equal(samples[place], found.sample):
-        raise ValueError(f"the clusters have samples without rows of class {of_class} in {table!r}")
+        raise InputError(f"the clusters have samples without rows of class {of_class} in {table!r}")
     return found._replace(vectors=np.concatenate([block.value for block in blocks]).astype(np.float64)[place])
 
 
@@ -247,10 +248,10 @@ def export_corelay(
     given = {"attribution": heatmaps, "prediction": predictions, "label": labels}
     arrays = {key: _array(value) for key, value in given.items() if value is not None}
     if arrays and (missing := sorted(set(given) - set(arrays))):
-        raise ValueError(f"heatmaps, predictions and labels are given together; {' and '.join(missing)} are missing")
+        raise InputError(f"heatmaps, predictions and labels are given together; {' and '.join(missing)} are missing")
     n_samples = len(found.sample)
     if wrong := [f"{key}s are of {len(array)}" for key, array in arrays.items() if len(array) != n_samples]:
-        raise ValueError(f"the clusters are of {n_samples} samples; {', '.join(wrong)}")
+        raise InputError(f"the clusters are of {n_samples} samples; {', '.join(wrong)}")
     if there := [one for one in (path, beside)[: 1 + bool(arrays)] if one.exists()]:
         raise FileExistsError(f"{there[0]} is there already")
     with h5py.File(path, "x") as file:

@@ -13,6 +13,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts.reading import LayerValues
+from crp.errors import InputError, InputTypeError
 from crp.visualization.mining.datasets import indexed, read
 
 
@@ -115,9 +116,11 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     try:
         classes = np.array([int(label) for label in labels], np.int64)
     except TypeError:
-        raise TypeError(f"labels must be one class for each sample, such as 3; the first is {labels[0]!r}") from None
+        raise InputTypeError(
+            f"labels must be one class for each sample, such as 3; the first is {labels[0]!r}"
+        ) from None
     if len(classes) != len(dataset):
-        raise ValueError(f"there are {len(classes)} labels for {len(dataset)} samples")
+        raise InputError(f"there are {len(classes)} labels for {len(dataset)} samples")
     return classes
 
 
@@ -147,14 +150,14 @@ def _vectors(
     for i in samples:
         sample = read(dataset, i)
         if sample.problem is not None:
-            raise sample.problem.error or TypeError(f"sample {i}: {sample.problem.reason}")
+            raise sample.problem.error or InputTypeError(f"sample {i}: {sample.problem.reason}")
         one = sample.data[None].to(attribution.device)
         tensors.append(one if preprocess is None else preprocess(one))
     conditions = [{attribution.MODEL_OUTPUT_NAME: int(classes[i])} for i in samples]
     result = attribution(torch.cat(tensors), conditions, composite, [layer])
     values = LayerValues.of(result, layer)
     if values.counted is None or values.multiplier is None:
-        raise TypeError(
+        raise InputTypeError(
             f"{composite!r} has no multipliers whose product with activation is relevance; use one of crp.composites, "
             "such as EpsilonPlus or GradientTimesInput"
         )

@@ -11,6 +11,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, as_ids, mask_of
+from crp.errors import InputError
 
 
 def context_scores(
@@ -53,7 +54,7 @@ def context_scores(
     """
     ids = as_ids(concept_ids)
     if len(targets) != len(data) or len(inside) != len(data):
-        raise ValueError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
+        raise InputError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
     conditions = [{attribution.MODEL_OUTPUT_NAME: target, layer: [i]} for target in targets for i in ids]
     rows = torch.arange(len(data)).repeat_interleave(len(ids))
     shares = []
@@ -64,7 +65,7 @@ def context_scores(
         ).heatmap.clamp_min(0)
         within = inside[chosen].to(heatmap.device)
         if within.shape != heatmap.shape or within.dtype != torch.bool:
-            raise ValueError(
+            raise InputError(
                 f"inside must be boolean, of the heatmaps' shape {tuple(heatmap.shape[1:])} for each sample; it is "
                 f"{tuple(within.shape[1:])}, {within.dtype}"
             )
@@ -90,7 +91,7 @@ def inside_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:
              [0, 0, 0, 0]]], dtype=torch.int32)
     """
     if boxes.dim() != 2 or boxes.shape[1] != 4 or len(shape) != 2:
-        raise ValueError(
+        raise InputError(
             f"boxes must be of shape (boxes, 4), and shape be height and width; they are {tuple(boxes.shape)} and "
             f"{tuple(shape)}"
         )

@@ -22,6 +22,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, relevance_sums
+from crp.errors import InputError, StateError
 from crp.layers import ByChainRule, Followed, find_layers, put_behind
 from crp.layers.interrupts import atomic
 
@@ -57,7 +58,7 @@ def project(
     vector = torch.as_tensor(direction).detach().reshape(-1).to(torch.float64)
     norm = vector.norm()
     if not torch.isfinite(norm) or norm == 0:
-        raise ValueError(f"direction must be a finite vector other than 0; its length is {norm.item()}")
+        raise InputError(f"direction must be a finite vector other than 0; its length is {norm.item()}")
     with put_behind(model, layer, partial(_After, correction=_Projection(vector / norm, at, when, axis))):
         yield
 
@@ -80,7 +81,7 @@ def prune(model: nn.Module, scores: Mapping[str, Any], share: float) -> Iterator
         The channels that are pruned.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share must be between 0 and 1, not {share}")
+        raise InputError(f"share must be between 0 and 1, not {share}")
     arrays = {layer: torch.as_tensor(values).detach().double().reshape(-1) for layer, values in scores.items()}
     ranked = sorted((value, layer, i) for layer, values in arrays.items() for i, value in enumerate(values.tolist()))
     pruned: dict[str, list[int]] = {layer: [] for layer in arrays}
@@ -127,7 +128,7 @@ def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> I
 
     def term(output: Tensor) -> Tensor:
         if not outputs:
-            raise RuntimeError(f"layer {layer!r} has not run inside of the context; call the model first")
+            raise StateError(f"layer {layer!r} has not run inside of the context; call the model first")
         (activation,) = outputs
         (gradient,) = torch.autograd.grad(output.sum(), activation, create_graph=True)
         along = gradient.movedim(axis, -1) @ vector.to(gradient)
@@ -215,7 +216,7 @@ class _Projection(ByChainRule):
         """Activation with another coefficient along the direction."""
         vector, values = self.vector.to(output), output.movedim(self.axis, -1)
         if values.shape[-1] != len(vector):
-            raise ValueError(f"the direction has {len(vector)} channels; the layer's output is {tuple(output.shape)}")
+            raise InputError(f"the direction has {len(vector)} channels; the layer's output is {tuple(output.shape)}")
         change = (self.at - values @ vector)[..., None] * vector
         if self.when is not None:
             chosen = torch.as_tensor(self.when(output.detach())).reshape(-1, *[1] * (change.dim() - 1))
@@ -231,5 +232,5 @@ class _Keep(ByChainRule):
     def forward(self, output: Tensor) -> Tensor:
         """Activation without the channels that are pruned."""
         if output.shape[1] != len(self.keep):
-            raise ValueError(f"there are {len(self.keep)} scores; the layer's output is {tuple(output.shape)}")
+            raise InputError(f"there are {len(self.keep)} scores; the layer's output is {tuple(output.shape)}")
         return output * self.keep.to(output).reshape(-1, *[1] * (output.dim() - 2))

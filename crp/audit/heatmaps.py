@@ -8,6 +8,7 @@ import numpy as np
 from torch.nn import functional as F
 from zennit.core import Composite
 
+from crp.errors import InputError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.table.derived import keep_result, read_kept
@@ -55,12 +56,12 @@ def keep_heatmaps(
         data = fv.get_data_concurrently(samples[begin : begin + batch_size], True)[0].detach()
         heatmap = fv.attribution(data, [{name: of_class}], composite).heatmap.detach().cpu().double()
         if heatmap.dim() != 3:
-            raise ValueError(f"heatmaps have shape {tuple(heatmap.shape[1:])}; only those of pictures are made small")
+            raise InputError(f"heatmaps have shape {tuple(heatmap.shape[1:])}; only those of pictures are made small")
         shape = min(size, heatmap.shape[1]), min(size, heatmap.shape[2])
         parts.append(F.adaptive_avg_pool2d(heatmap[:, None], shape)[:, 0].numpy())
     values = np.concatenate(parts)
     if not np.isfinite(values).all():
-        raise ValueError(f"heatmaps of class {of_class} have NaN or infinite values")
+        raise InputError(f"heatmaps of class {of_class} have NaN or infinite values")
     largest = np.abs(values).max((1, 2))
     # (a power of two changes no digit)
     scale = np.exp2(np.ceil(np.log2(np.where(largest > 0, largest, 1))) - np.log2(_LARGEST))

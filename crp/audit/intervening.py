@@ -15,6 +15,7 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.concepts.ids import as_ids
 from crp.engine.attached import put_on
+from crp.errors import InputError
 from crp.layers import Followed, put_behind
 
 
@@ -78,9 +79,9 @@ def intervene(
         Output after the change, less the output before.
     """
     if len(targets) != len(data):
-        raise ValueError(f"there are {len(targets)} targets for {len(data)} samples")
+        raise InputError(f"there are {len(targets)} targets for {len(data)} samples")
     if patch is not None and patch.shape != data.shape:
-        raise ValueError(f"patch is of shape {tuple(patch.shape)}, and the data of {tuple(data.shape)}")
+        raise InputError(f"patch is of shape {tuple(patch.shape)}, and the data of {tuple(data.shape)}")
     columns = torch.tensor([int(target) for target in targets], device=attribution.device)[:, None]
     changing = _Change(concept, scale)
 
@@ -98,7 +99,7 @@ def intervene(
                 changing.concept_id = concept_id
                 changes.append(output_of(data, model) - before)
     if changing.seen is None:
-        raise ValueError(f"the forward pass does not use layer {layer!r}")
+        raise InputError(f"the forward pass does not use layer {layer!r}")
     return torch.stack(changes, 1)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from crp.audit.semantics import clarity, embed_references, polysemanticity, redundancy, search
+from crp.errors import InputTypeError, NameNotFoundError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -40,7 +41,7 @@ class Meanings(NamedTuple):
     def best(self, text: str, k: int = 5) -> list[tuple[int, float]]:
         """Concepts that fit a text best, with their similarity."""
         if text not in self.texts:
-            raise KeyError(f"{text!r} is none of the texts, which are {self.texts}")
+            raise NameNotFoundError(f"{text!r} is none of the texts, which are {self.texts}")
         row = self.similarity[self.texts.index(text)]
         return [(int(self.concept[i]), float(row[i])) for i in np.argsort(-row, kind="stable")[:k]]
 
@@ -95,7 +96,7 @@ def meanings(
     """
     if not isinstance(texts, Mapping):
         if texts and embed_text is None:
-            raise TypeError(f"texts such as {texts[0]!r} need embeddings: give a mapping, or embed_text=")
+            raise InputTypeError(f"texts such as {texts[0]!r} need embeddings: give a mapping, or embed_text=")
         texts = {text: embed_text(text) for text in texts} if embed_text is not None else {}
     table = Table.open(fv.path)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))

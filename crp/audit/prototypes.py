@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from crp.errors import InputError, NameNotFoundError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.store import Table
@@ -127,7 +128,7 @@ class Prototypes:
         """
         if isinstance(place, Table):
             if layer is None:
-                raise ValueError("prototypes that are kept beside a table need layer=")
+                raise InputError("prototypes that are kept beside a table need layer=")
             kept = read_kept(place, "prototypes", layer)
             return cls(layer, bool(kept.settings["normed"]), _mixtures(kept.arrays))
         from safetensors import safe_open
@@ -149,14 +150,14 @@ class Prototypes:
 
     def _mixture(self, of_class: int) -> _Mixture:
         if of_class not in self.classes:
-            raise KeyError(f"there are no prototypes of class {of_class}; there are of {sorted(self.classes)}")
+            raise NameNotFoundError(f"there are no prototypes of class {of_class}; there are of {sorted(self.classes)}")
         return self.classes[of_class]
 
     def _vectors(self, vectors: Any, of_class: int) -> np.ndarray:
         array = np.asarray(vectors, np.float64)
         n_concepts = self._mixture(of_class).means.shape[1]
         if array.ndim != 2 or array.shape[1] != n_concepts:
-            raise ValueError(f"vectors are of shape {array.shape}; layer {self.layer!r} has {n_concepts} concepts")
+            raise InputError(f"vectors are of shape {array.shape}; layer {self.layer!r} has {n_concepts} concepts")
         return array
 
 
@@ -201,10 +202,10 @@ def prototypes(
         If a class has fewer than two samples, or none as many as prototypes; or its vectors are all the same.
     """
     if covariance not in ("full", "diag"):
-        raise ValueError(f"covariance must be 'full' or 'diag', not {covariance!r}")
+        raise InputError(f"covariance must be 'full' or 'diag', not {covariance!r}")
     numbers = [n] if isinstance(n, int) else list(n)
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"n must be at least 1, not {n!r}")
+        raise InputError(f"n must be at least 1, not {n!r}")
     if classes is None:
         classes = sorted(set(table.rows().target.tolist()))
     found = {}
@@ -235,7 +236,7 @@ def _fit(
     numbers = [number for number in numbers if number <= len(vectors)]
     variance = vectors.var(0).mean()
     if len(vectors) < 2 or not numbers or variance == 0:
-        raise ValueError(
+        raise InputError(
             f"{what} has {len(vectors)} samples of mean variance {variance:.3g}, which are too few, or too alike, for "
             "prototypes"
         )

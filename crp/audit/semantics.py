@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.visualization.feature import FeatureVisualization
 
 
@@ -62,7 +63,7 @@ def embed_references(
         with torch.no_grad():
             vectors = torch.as_tensor(embed(samples)).detach().cpu().double().numpy()
         if vectors.ndim != 2 or len(vectors) != len(samples):
-            raise ValueError(f"embed gives {vectors.shape} for {len(samples)} samples; it must be (samples, features)")
+            raise InputError(f"embed gives {vectors.shape} for {len(samples)} samples; it must be (samples, features)")
         found.append(vectors)
     return np.stack(found)
 
@@ -84,7 +85,7 @@ def clarity(embeddings: Any) -> np.ndarray:
     unit = _unit(_embeddings(embeddings))
     n = unit.shape[1]
     if n < 2:
-        raise ValueError("clarity needs two references of each concept at least")
+        raise InputError("clarity needs two references of each concept at least")
     return np.asarray(n / (n - 1) * ((unit.mean(1) ** 2).sum(-1) - 1 / n))
 
 
@@ -102,7 +103,7 @@ def redundancy(embeddings: Any) -> np.ndarray:
     """
     means = _unit(_embeddings(embeddings).mean(1))
     if len(means) < 2:
-        raise ValueError("redundancy needs two concepts at least")
+        raise InputError("redundancy needs two concepts at least")
     similarity = means @ means.T
     np.fill_diagonal(similarity, -np.inf)
     return np.asarray(similarity.max(1))
@@ -163,7 +164,7 @@ def search(embeddings: Any, text: Any, background: Any = None) -> Match:
     def similarity_to(vector: Any) -> np.ndarray:
         along = np.asarray(vector, np.float64).reshape(-1)
         if along.shape != means.shape[1:]:
-            raise ValueError(f"the text's embedding has {len(along)} features; the concepts' have {means.shape[1]}")
+            raise InputError(f"the text's embedding has {len(along)} features; the concepts' have {means.shape[1]}")
         return np.asarray(means @ _unit(along))
 
     similarity = similarity_to(text)
@@ -176,12 +177,12 @@ def search(embeddings: Any, text: Any, background: Any = None) -> Match:
 def _embeddings(values: Any) -> np.ndarray:
     array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
     if array.ndim != 3 or 0 in array.shape:
-        raise ValueError(f"embeddings must be of shape (concepts, n, features), not {array.shape}")
+        raise InputError(f"embeddings must be of shape (concepts, n, features), not {array.shape}")
     return array
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     if not np.isfinite(vectors).all() or not length.all():
-        raise ValueError("an embedding is 0, NaN or infinite")
+        raise InputError("an embedding is 0, NaN or infinite")
     return np.asarray(vectors / length)

@@ -11,6 +11,7 @@ from zennit.core import Composite
 
 from crp.audit.intervening import intervene
 from crp.concepts.reading import LayerValues, relevance_sums
+from crp.errors import InputError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
@@ -94,7 +95,7 @@ def interventions(
     Interventions
     """
     if not len(samples):
-        raise ValueError("interventions need one sample at least")
+        raise InputError("interventions need one sample at least")
     table = Table.open(fv.path)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
     data = fv.get_data_concurrently(samples, True)[0].detach()

@@ -339,7 +339,7 @@ def _make_composite(name: str, settings: Sequence[str]) -> Any:
     try:
         return get(name, **keywords)
     except KeyError as error:
-        raise CommandError(str(error.args[0])) from error
+        raise CommandError(str(error)) from error
     except Exception as error:  # (of any kind, as a setting may be of any)
         raise CommandError(f"--composite {name}: {in_a_line(error)}; --set KEY=VALUE gives it") from error
 

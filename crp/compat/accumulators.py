@@ -19,6 +19,7 @@ from tqdm import tqdm
 from crp.compat import folders
 from crp.compat.folders import SAMPLE_SIZE
 from crp.concepts import Concept
+from crp.errors import InputError
 from crp.visualization.table.manifest import KINDS, TableError
 from crp.visualization.table.question import Question
 from crp.visualization.table.store import Table
@@ -57,7 +58,7 @@ class _Accumulator:
         make_folder: bool = True,
     ) -> None:
         if max_target not in KINDS:
-            raise ValueError(f"max_target must be 'sum' or 'max', not {max_target!r}")
+            raise InputError(f"max_target must be 'sum' or 'max', not {max_target!r}")
         self.question = Question(mode, max_target, bool(abs_norm), self._per_target)
         self.mode, self.max_target, self.abs_norm = mode, max_target, bool(abs_norm)
         self.sub_folder = Path(folders.folder_name(self.question))
@@ -281,7 +282,7 @@ def _partial(prefix: str) -> str:
     """Name before the range in ``<name>_<start>_<stop>_``, where the name may end like a range itself."""
     match = re.fullmatch(r"(.+)_\d+_\d+_", Path(prefix).name)
     if match is None:
-        raise ValueError(f"{prefix!r} is no partial result; it must end in '_<start>_<stop>_'")
+        raise InputError(f"{prefix!r} is no partial result; it must end in '_<start>_<stop>_'")
     return folders.layer_name(match[1])
 
 

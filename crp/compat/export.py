@@ -11,6 +11,7 @@ from torch import Tensor
 from crp.compat import folders
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.folders import SAMPLE_SIZE
+from crp.errors import InputError
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
 
@@ -52,7 +53,7 @@ def export(
     for layer in table.layers:
         twin = known.setdefault(folders.file_name(layer).casefold(), layer)
         if twin != layer:
-            raise ValueError(f"layers {twin!r} and {layer!r} differ in case only, and cannot be files side by side")
+            raise InputError(f"layers {twin!r} and {layer!r} differ in case only, and cannot be files side by side")
     written = []
     for mode in table.modes:
         best = Maximization(mode, max_target, abs_norm, destination)

@@ -33,6 +33,7 @@ from crp.composites.selection import (
 )
 from crp.engine.attached import check_free, note_placed, note_removed
 from crp.engine.encoding import Propagation
+from crp.errors import InputError, InputTypeError, StateError
 from crp.layers import ByChainRule, modules_of, referencing, uncompiled, without_parameter_gradients
 from crp.layers.interrupts import atomic, undivided
 from crp.rules import lift
@@ -104,7 +105,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         at_input: FirstMap = (),
     ) -> None:
         if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
-            raise TypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
+            raise InputTypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
         _check_map(layer_map, [*first_map, *at_input], name_map)
         self.auto = isinstance(canonizers, str)
         self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
@@ -145,7 +146,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             If the composite is on a model already.
         """
         if self.handles:
-            raise RuntimeError(
+            raise StateError(
                 f"this {type(self).__name__} is on a model already, and can be on one at a time; leave its context "
                 "(or call remove()) first, or use another composite"
             )
@@ -231,7 +232,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             If the composite is on no model.
         """
         if self._operations is None:
-            raise RuntimeError(f"{type(self).__name__} is on no model; enter its context first")
+            raise StateError(f"{type(self).__name__} is on no model; enter its context first")
         seen: list[SeenOperation] = []
         self._operations.seen = seen
         try:
@@ -330,7 +331,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         check_free(self, module)
         other = running.get()
         if other is not None and other is not self:
-            raise RuntimeError(
+            raise StateError(
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
             )
@@ -396,4 +397,4 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         if module is not None and self._entered and not mode.treated and mode.seen is None:
             why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
             if why is not None:
-                raise ValueError(why)
+                raise InputError(why)

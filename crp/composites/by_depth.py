@@ -10,6 +10,7 @@ from crp.composites.base import Canonizers, FirstMap, LayerMap
 from crp.composites.lrp import LRP
 from crp.composites.registry import register
 from crp.composites.selection import Depth
+from crp.errors import InputError
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, ZBox
 from crp.rules.attention import Attention
 from crp.rules.functional import Gates
@@ -112,11 +113,11 @@ class LRPCMP(LRP):
         attention: Attention = "constant",
     ) -> None:
         if not 0 <= split <= 1:
-            raise ValueError(f"split must be between 0 (all convolutions get γ) and 1 (all get αβ), got {split}")
+            raise InputError(f"split must be between 0 (all convolutions get γ) and 1 (all get αβ), got {split}")
         if first not in get_args(FirstRule):
-            raise ValueError(f'first must be "flat", "box" or "none", got {first!r}')
+            raise InputError(f'first must be "flat", "box" or "none", got {first!r}')
         if (first == "box") != (low is not None) or (low is None) != (high is None):
-            raise ValueError(f'first="box" needs low and high, and only it; got first={first!r}, {low}, {high}')
+            raise InputError(f'first="box" needs low and high, and only it; got first={first!r}, {low}, {high}')
         at_input: Flat | ZBox | None = Flat(stabilizer) if first == "flat" else None
         if low is not None and high is not None:
             at_input = ZBox(low, high, stabilizer, zero_params)

@@ -24,6 +24,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import _get_current_function_mode
 from torch.utils import checkpoint as torch_checkpoint
 
+from crp.errors import StateError
 from crp.layers.interrupts import atomic
 from crp.layers.repeated import repeated
 from crp.rules.layer import changed
@@ -171,7 +172,7 @@ def _looks_inside(mode: Any, inputs: Sequence[Tensor]) -> bool:
 def _resumed(composite: Any, mode: Any, state: Any, n_wholes: int) -> Iterator[None]:
     """Context in which a part of the model runs again, after the forward pass, inside of the same modules."""
     if composite._operations is not mode:
-        raise RuntimeError(
+        raise StateError(
             f"{mode.method} is no longer on the model, a checkpointed part of which has to run again: run the backward "
             "pass inside the composite's context"
         )
@@ -218,7 +219,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradient of the inputs, by the rules that are on the model."""
         if torch.is_grad_enabled():  # with create_graph=True
-            raise RuntimeError(
+            raise StateError(
                 "relevance has no second derivatives through activation checkpoints; switch them off, as by "
                 "model.gradient_checkpointing_disable()"
             )

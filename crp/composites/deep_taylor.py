@@ -10,6 +10,7 @@ from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
 from crp.composites.lrp import _base
 from crp.composites.registry import register
 from crp.composites.selection import Having, Kind
+from crp.errors import InputError
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound, WSquare, ZBox
 from crp.rules.lrp import Names, ZPlus
@@ -75,9 +76,9 @@ class DeepTaylor(Composite):
         first_map: FirstMap = (),
     ) -> None:
         if maxpool not in get_args(MaxPool):
-            raise ValueError(f"maxpool must be one of {', '.join(map(repr, get_args(MaxPool)))}, not {maxpool!r}")
+            raise InputError(f"maxpool must be one of {', '.join(map(repr, get_args(MaxPool)))}, not {maxpool!r}")
         if (low is None) != (high is None):
-            raise ValueError(
+            raise InputError(
                 f"low and high are given together, for inputs in a box, or not at all, for unbounded ones; got {low=} "
                 f"and {high=}"
             )

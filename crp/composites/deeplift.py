@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
+from crp.errors import InputError, InputTypeError
 from crp.layers import referencing
 from crp.notices import warn
 from crp.rules.deeplift import (
@@ -101,7 +102,7 @@ class DeepLift(Composite):
         layer_map: LayerMap = (),
     ) -> None:
         if variant not in ("rescale", "reveal_cancel"):
-            raise ValueError(f'variant must be "rescale" or "reveal_cancel", not {variant!r}')
+            raise InputError(f'variant must be "rescale" or "reveal_cancel", not {variant!r}')
         self.reference = _tensor(reference)
         self.variant = variant
         elementwise = Rescale() if variant == "rescale" else RevealCancel()
@@ -160,16 +161,16 @@ class DeepLift(Composite):
         """
         chosen = self.reference
         if isinstance(chosen, list) or (isinstance(chosen, Tensor) and chosen.dim() == data.dim() + 1):
-            raise ValueError(
+            raise InputError(
                 f"this DeepLift has {len(chosen)} references, whose results CondAttribution averages; "
                 "within a context of your own, use one of composite.members_for(data) at a time"
             )
         if callable(chosen) and not isinstance(chosen, Tensor):
             chosen = chosen(data.detach())
             if not isinstance(chosen, Tensor):
-                raise TypeError(f"the reference function must return a tensor, not {chosen!r}")
+                raise InputTypeError(f"the reference function must return a tensor, not {chosen!r}")
             if chosen.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
-                raise ValueError(
+                raise InputError(
                     f"the reference function returned shape {tuple(chosen.shape)} for data of {tuple(data.shape)}"
                 )
         if not isinstance(chosen, Tensor):
@@ -183,14 +184,14 @@ class DeepLift(Composite):
         ):
             reference = reference[self._samples[0]]
         if self._listed and reference.dim() < data.dim():
-            raise ValueError(
+            raise InputError(
                 f"references in a list have a batch axis; give this of {tuple(chosen.shape)} as {(1, *chosen.shape)}"
             )
         if reference.shape not in (data.shape, data.shape[1:], (1, *data.shape[1:])):
             advice = ""
             if reference.shape[1:] == data.shape[1:] and reference.dim() == data.dim():
                 advice = "; for any part of the samples, give one reference for all, or a function of the data"
-            raise ValueError(
+            raise InputError(
                 f"reference of shape {tuple(chosen.shape)} for data of shape {tuple(data.shape)}: it must have that "
                 f"shape, {(1, *data.shape[1:])} or {tuple(data.shape[1:])}{advice}"
             )
@@ -228,7 +229,7 @@ def _tensor(reference: Reference) -> Any:
     if isinstance(reference, Tensor) or callable(reference):
         return reference
     if not isinstance(reference, Sequence) or isinstance(reference, str) or not reference:
-        raise TypeError(
+        raise InputTypeError(
             f"a reference is a number, a tensor, a function of the data, or a list of these; not {reference!r}"
         )
     if _is_numeric(reference):

@@ -8,6 +8,7 @@ from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.lrp import _base
 from crp.composites.registry import register
 from crp.composites.selection import Kind, Last
+from crp.errors import InputTypeError
 from crp.rules.excitation import ContrastiveExcitation, Excitation, Signed
 from crp.rules.functions import Function
 from crp.rules.stabilizer import Stabilize
@@ -96,6 +97,6 @@ class ContrastiveExcitationBackprop(ExcitationBackprop):
         layer_map: LayerMap = (),
     ) -> None:
         if not isinstance(layer, str | None):
-            raise TypeError(f"layer must be the name of a layer, not {layer!r}")
+            raise InputTypeError(f"layer must be the name of a layer, not {layer!r}")
         contrastive = (Last(Linear) if layer is None else layer, ContrastiveExcitation(signed, stabilizer))
         super().__init__(canonizers, signed, stabilizer, [*layer_map, contrastive])

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from crp.errors import InputTypeError
+
 
 class _Remembered:
     """Base of what keeps the arguments that it was built with."""
@@ -27,7 +29,7 @@ class _Remembered:
             If the composite is not in the registry, or a keyword is no number, string, tensor or list of these.
         """
         if not self.name:
-            raise TypeError(f"{type(self).__name__} is not in the registry; give it a name with register()")
+            raise InputTypeError(f"{type(self).__name__} is not in the registry; give it a name with register()")
         return {"name": self.name, "keywords": {key: _plain(key, value) for key, value in self.keywords.items()}}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -67,6 +69,6 @@ def _plain(key: str, value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_plain(key, entry) for entry in value]
-    raise TypeError(
+    raise InputTypeError(
         f"the keyword {key!r} of the composite holds a {type(value).__name__}, which cannot be described by value"
     )

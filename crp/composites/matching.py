@@ -9,6 +9,7 @@ from torch import nn
 
 from crp.composites.origins import Origins
 from crp.composites.selection import OF_MODULE, MapEntry, _fits, _is_counted
+from crp.errors import InputTypeError, StateError
 from crp.rules import Rule, Whole
 from crp.rules.functions import AFFINE, Function, look_up
 from crp.rules.mode import Choice
@@ -205,7 +206,7 @@ class Matching:
         """Error of the entries that a completed forward pass has shown; None if there is none."""
         for number, count in self.counted().items():
             if self.totals.get(number, count) != count:
-                return RuntimeError(
+                return StateError(
                     f"{self.entries[number]}: the model ran {count} such layers, and {self.totals[number]} when they "
                     "were counted; its path depends on the values, so that positions have no meaning"
                 )
@@ -217,11 +218,11 @@ class Matching:
             names = ", ".join(map(repr, entry.modules(dict(model.named_modules()))[:5]))
             what = f"{type(rule).__name__} treats "
             if isinstance(rule, Rule) and rule.treats(_LINEAR, "dense", False):
-                return TypeError(
+                return InputTypeError(
                     f"{entry}: {what}sums of weighted inputs (Linear, Conv1-3d, ConvTranspose1-3d and the functions "
                     f"that they call), and {names} call no such operation"
                 )
-            return TypeError(f"{entry}: {what}no operation that {names} call")
+            return InputTypeError(f"{entry}: {what}no operation that {names} call")
         return None
 
     def state(self) -> Any:

@@ -14,6 +14,7 @@ from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
 from crp.composites.references import ReferenceCalls
 from crp.composites.selection import MapEntry
+from crp.errors import InputTypeError, StateError
 from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
@@ -213,7 +214,7 @@ class Operations(SeeingMode):
             note = self.notes.of(inputs[0]) if inputs else None
             written = [tensor for tensor in inputs if whole.copies[id(tensor)]._version]
             if any(output.data_ptr() != whole.copies[id(t)].data_ptr() or output.shape != t.shape for t in written):
-                raise TypeError(
+                raise InputTypeError(
                     f"{layer} changes its input in place and returns another tensor, so that it cannot count as one "
                     "function. Map rules to the layers or functions inside it"
                 )
@@ -369,7 +370,7 @@ class Operations(SeeingMode):
         if not completed:
             return
         if left:
-            raise RuntimeError(f"the model ran {left[0]} for the reference, but not for the data")
+            raise StateError(f"the model ran {left[0]} for the reference, but not for the data")
         if problem is not None:
             raise problem
         if untreated:

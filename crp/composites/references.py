@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from crp.errors import StateError
 from crp.layers.interrupts import atomic
 from crp.rules.layer import Layer, changed
 
@@ -57,7 +58,7 @@ class ReferenceCalls:
             of_data, of_reference = (f"{layer} on {of_one}" for of_one in shapes)
         elif reference.name == layer.name:
             return reference
-        raise RuntimeError(
+        raise StateError(
             f"the model ran {of_data} for the data, but {of_reference} for the reference: its path depends on the "
             "values, so that they cannot be compared"
         )

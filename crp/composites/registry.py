@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from crp.errors import NameNotFoundError
+
 if TYPE_CHECKING:
     from crp.composites.base import Composite
 
@@ -43,7 +45,7 @@ def get(name: str, **keywords: Any) -> Composite:
     if found is None:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         nearest = f"nearest: {', '.join(map(repr, near))}; " if near else ""
-        raise KeyError(f"there is no composite {name!r}; {nearest}there are {', '.join(names())}")
+        raise NameNotFoundError(f"there is no composite {name!r}; {nearest}there are {', '.join(names())}")
     return _registry[found](**keywords)
 
 

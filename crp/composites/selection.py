@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from crp.errors import InputError, InputTypeError
 from crp.layers import ByChainRule, LayerNotFoundError
 from crp.rules import Rule, Whole
 from crp.rules.functions import AFFINE, KINDS, PROPERTIES, Function, canonical, look_up, name_of
@@ -50,7 +51,7 @@ class First:
     def __post_init__(self) -> None:
         _check_types(self.types, f"{type(self).__name__} chooses among layers of types")
         if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
+            raise InputError(f"n must be at least 1, got {self.n}")
 
     def chooses(self, k: int, total: int) -> bool:
         """Whether the k-th of all, counted from 0, is meant."""
@@ -90,7 +91,7 @@ class Depth:
     def __post_init__(self) -> None:
         _check_types(self.types, "Depth chooses among layers of types")
         if not 0 <= self.low < self.high <= 1:
-            raise ValueError(f"depths must be 0 <= low < high <= 1, got {self.low} and {self.high}")
+            raise InputError(f"depths must be 0 <= low < high <= 1, got {self.low} and {self.high}")
 
     def chooses(self, k: int, total: int) -> bool:
         """Whether the k-th of all, counted from 0, is meant."""
@@ -106,7 +107,7 @@ class Functions:
     def __post_init__(self) -> None:
         value: object = self.names
         if not isinstance(value, tuple | list) or not value or not all(isinstance(name, str) for name in value):
-            raise TypeError(f"Functions takes a tuple of plain names, such as ('relu',), not {self.names!r}")
+            raise InputTypeError(f"Functions takes a tuple of plain names, such as ('relu',), not {self.names!r}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Kind:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
-            raise ValueError(f"there is no kind {self.name!r} of operations; there are {', '.join(map(repr, KINDS))}")
+            raise InputError(f"there is no kind {self.name!r} of operations; there are {', '.join(map(repr, KINDS))}")
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class MapEntry:
             return []
         never = [name for name in names if _has_no_forward(modules[name])] if isinstance(self.rule, Whole) else []
         if never:
-            raise TypeError(f"{self}: {never[0]!r} is never called, so that it cannot be one operation")
+            raise InputTypeError(f"{self}: {never[0]!r} is never called, so that it cannot be one operation")
         return names
 
     def means(self, known: Function, kind: str) -> bool:
@@ -343,19 +344,19 @@ def _check_map(layer_map: Sequence[Any], first_map: Sequence[Any], name_map: Seq
     """Raise a TypeError if an entry is no pair, or not for what its map is for."""
     for name, pairs in (("layer_map", layer_map), ("first_map", first_map), ("name_map", name_map)):
         if not isinstance(pairs, Sequence) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
-            raise TypeError(f"{name} is a list of pairs (what, rule), not {pairs!r}")
+            raise InputTypeError(f"{name} is a list of pairs (what, rule), not {pairs!r}")
     for selector, _ in layer_map:
         _check_selector(selector)
     for types, _ in first_map:
         _check_types(types, "first_map maps module types")
     for names, _ in name_map:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"name_map maps lists of layer names, such as (['fc'], rule), not {names!r}")
+            raise InputTypeError(f"name_map maps lists of layer names, such as (['fc'], rule), not {names!r}")
 
 
 def _check_types(types: object, what: str) -> None:
     if not _is_types(types):
-        raise TypeError(f"{what}, such as nn.Linear or (nn.Linear, nn.Conv2d), not {types!r}")
+        raise InputTypeError(f"{what}, such as nn.Linear or (nn.Linear, nn.Conv2d), not {types!r}")
 
 
 def _check_selector(selector: object) -> None:
@@ -363,7 +364,7 @@ def _check_selector(selector: object) -> None:
     if isinstance(selector, str | First | Depth | Functions | Kind | Having) or _is_types(selector):
         return
     if not members or not all(_is_function(f) for f in members):
-        raise TypeError(
+        raise InputTypeError(
             "a rule is mapped by module types, a layer name or pattern, First, Last or Depth, a Kind, or functions of "
             f"torch; not by {selector!r}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from crp.errors import InputTypeError
+from crp.errors import InputTypeError, OutOfRangeError
 
 
 def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -> list[int]:
@@ -36,5 +36,5 @@ def in_range(ids: Sequence[int], size: int, layer_name: str | None, what: str = 
     """The ids themselves; an error that names the layer where one of them is not in range."""
     for i in ids:
         if not -size <= i < size:
-            raise IndexError(f"layer {layer_name!r} has {size} {what}s, 0 to {size - 1}; there is no {what} {i}")
+            raise OutOfRangeError(f"layer {layer_name!r} has {size} {what}s, 0 to {size - 1}; there is no {what} {i}")
     return list(ids)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crp.concepts.base import Concept, mask_of
 from crp.concepts.scores import ConceptScores, by_position, scores_of
-from crp.errors import ConceptError, InputTypeError
+from crp.errors import ConceptError, InputTypeError, NameNotFoundError
 from crp.notices import warn
 from crp.types import AttributionResults
 
@@ -40,7 +40,7 @@ class LayerValues(NamedTuple):
         """Values of a recorded layer."""
         for recorded in (result.activations, result.relevances):
             if layer not in recorded:
-                raise KeyError(f"layer {layer!r} was not recorded; the result has {sorted(recorded)}")
+                raise NameNotFoundError(f"layer {layer!r} was not recorded; the result has {sorted(recorded)}")
         multipliers, counted = result.multipliers or {}, result.counted or {}
         return cls(result.activations[layer], result.relevances[layer], multipliers.get(layer), counted.get(layer))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from crp.errors import CRPError
 from crp.visualization.report.folder import discard
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.store import Table
@@ -14,7 +15,7 @@ from crp.visualization.table.store import Table
 SETTINGS = "demo.json"
 
 
-class DemoError(Exception):
+class DemoError(CRPError):
     """The demo cannot run; the message says why and what to do."""
 
 

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from crp.demo.data import Digits
 from crp.demo.net import DigitNet
+from crp.errors import InputError
 from crp.visualization.table.files import write_atomic
 
 _LEARNING_RATE = 3e-3
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint is damaged, or of other settings or data; the message says which."""
 
 
@@ -78,7 +79,7 @@ def train(
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise InputError(f"{name} must be at least 1, got {value}")
     settings = {"data": _digest([data.images, data.labels]), "epochs": epochs, "seed": seed, "batch_size": batch_size}
     path = None if checkpoint is None else Path(checkpoint)
     with torch.random.fork_rng(devices=[]):

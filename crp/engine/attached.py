@@ -18,7 +18,7 @@ from zennit.core import BasicHook, Composite, Hook
 from crp.engine.door import check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.turns import TURNS, parts_of
-from crp.errors import InputTypeError
+from crp.errors import InputTypeError, StateError
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic
 from crp.notices import warn
@@ -119,20 +119,20 @@ def composite_on(
         if by_call or not (module is model or _are_nested(module, model)):
             continue
         if module is not model:
-            raise RuntimeError(
+            raise StateError(
                 f"{_kind(other)} is on a part of the model, or on a module that the model is a part of; put it on the "
                 "model itself that is explained, or leave its context"
             )
         if chosen not in (None, other):
-            raise RuntimeError(_TWO.format(f"{_kind(other)} is on the model", _kind(chosen)))
+            raise StateError(_TWO.format(f"{_kind(other)} is on the model", _kind(chosen)))
         if thread != get_ident():
-            raise RuntimeError(
+            raise StateError(
                 f"another thread has put {_kind(other)} on the model, and it acts in that thread only; leave its "
                 "context, and give the composite to the call"
             )
         chosen = other
     if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen, modules)):
-        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
+        raise StateError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
     return chosen
 
 
@@ -142,7 +142,7 @@ def check_alone(model: nn.Module, composite: Composite | None, method: str) -> N
     if composite is None:
         for other in (composite_on(model), *rules_by_hand(model)):
             if other is not None:
-                raise RuntimeError(
+                raise StateError(
                     f"{_kind(other)} is on the model, and {method} would use what it makes of the gradient; leave its "
                     "context, and give the composite to the method"
                 )
@@ -154,9 +154,9 @@ def check_free(composite: Composite, model: nn.Module) -> None:
         return
     for other in placed():
         if other.composite is not composite and (other.module is model or _are_nested(other.module, model)):
-            raise RuntimeError(_TWO.format(f"{_kind(other.composite)} is on the model", _kind(composite)))
+            raise StateError(_TWO.format(f"{_kind(other.composite)} is on the model", _kind(composite)))
     if rules := rules_by_hand(model, composite):
-        raise RuntimeError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(composite)))
+        raise StateError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(composite)))
 
 
 _TWO = "{} already, and {} would come on top of it; leave the context of the former first, or use it alone"
@@ -227,7 +227,7 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         In inference mode, if another composite is on the model, or if a call with a composite is under way on it.
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
+        raise StateError(
             "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
         )
     modules = modules_of(model)
@@ -292,7 +292,7 @@ def _check_not_nested(use: _Use) -> None:
     for other in [*USES]:
         is_empty = type(other.composite) is Composite and not other.composite.handles
         if other.thread == use.thread and not is_empty and not other.parts.isdisjoint(use.parts):
-            raise RuntimeError(
+            raise StateError(
                 f"a call with {_kind(other.composite)} is under way on the model, and this one is inside of it; let "
                 "it end first, or explain a copy of the model"
             )
@@ -333,7 +333,7 @@ def _called_once(model: nn.Module) -> Iterator[None]:
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
         if len(of_layer) > 1:
-            raise RuntimeError(
+            raise StateError(
                 f"layer {name!r} has {len(of_layer)} rules, {' and '.join(map(_kind, of_layer))}: one composite comes "
                 "on top of another; leave the context of the first, or use it alone"
             )

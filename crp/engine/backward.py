@@ -15,6 +15,7 @@ from crp.engine.conditions import Grid, Rows, row_index
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.masks import apply_masks
 from crp.engine.settings import Settings
+from crp.errors import StateError
 from crp.notices import warn
 from crp.types import Condition, MaskFn
 
@@ -63,7 +64,7 @@ def send_back(
     for name in layer_names if partial_backward else ():
         (reached,) = torch.autograd.grad(root, layer_out[name], cotangent, retain_graph=True, allow_unused=True)
         if reached is None:
-            raise RuntimeError(_ORDER_MESSAGE.format(origin, name))
+            raise StateError(_ORDER_MESSAGE.format(origin, name))
         root, cotangent, origin = layer_out[name], reached, repr(name)
     torch.autograd.backward(root, cotangent, retain_graph=generate)
 
@@ -217,7 +218,7 @@ def _by_layer(
         target = passed.layers[name]
         seen = flow(root, cotangent, {name: target}, passed.layers) if target.requires_grad else {}
         if name not in seen:
-            raise RuntimeError(_ORDER_MESSAGE.format(origin, name))
+            raise StateError(_ORDER_MESSAGE.format(origin, name))
         recorded = {**seen, **dict.fromkeys(names_of[id(target)], seen[name]), **recorded}
         masks = make_masks(conditions, name, n_entries=len(target) // len(passed.inputs))
         root, origin, cotangent = target, repr(name), grid.scatter(apply_masks(masks, grid.gather(seen[name])))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crp.devices import send_to
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.notices import warn
 from crp.outputs import Element, Pixels
 from crp.outputs import Position as Position
@@ -249,13 +249,15 @@ def check_targets_exist(
             )
         (ids, elements), size = _target_ids(target), prediction.shape[1]
         if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
-            raise IndexError(f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}")
+            raise OutOfRangeError(
+                f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}"
+            )
         shape = tuple(prediction.shape[1:])
         for place in elements:
             if isinstance(place, Pixels):
                 given = _mask_of(place).shape
                 if not -size <= place.of_class < size or given != shape[1:]:
-                    raise IndexError(
+                    raise OutOfRangeError(
                         f"row {row}: {output_name!r} names pixels of class {place.of_class} by a mask of {given}, but "
                         f"the model's output has the shape {shape} for each sample"
                     )
@@ -263,12 +265,12 @@ def check_targets_exist(
                 if len(shape) != 2 or not all(
                     -n <= i < n for at, _ in place.signed() for i, n in zip(at, shape, strict=True)
                 ):
-                    raise IndexError(
+                    raise OutOfRangeError(
                         f"row {row}: {output_name!r} is {place}, but the model's output has the shape {shape} for each "
                         "sample; it must be (positions, vocabulary), and have them"
                     )
             elif len(place) > len(shape) or not all(-n <= i < n for i, n in zip(place, shape, strict=False)):
-                raise IndexError(
+                raise OutOfRangeError(
                     f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
                     f"{shape} for each sample"
                 )

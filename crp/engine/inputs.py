@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from crp.devices import send_to
 from crp.engine.door import check_form, is_finite, misfit
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
-from crp.errors import CRPError, InputError, InputTypeError
+from crp.errors import CRPError, InputError, InputTypeError, NameNotFoundError
 from crp.layers import unwrap
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -335,5 +335,5 @@ def _explained(values: Mapping[Any, Any], explain: Explain) -> tuple[int | str, 
         if isinstance(name, bool) or not isinstance(name, int | str):
             raise InputTypeError(f"explain names inputs by position or name, not by {name!r}")
         if place not in values:
-            raise KeyError(f"there is no input {name!r} to explain; there are {', '.join(map(repr, values))}")
+            raise NameNotFoundError(f"there is no input {name!r} to explain; there are {', '.join(map(repr, values))}")
     return tuple(name for name in values if name in places)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crp.engine.conditions import MaskMap
 from crp.engine.door import is_finite
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.types import Condition, MaskFn
 
 
@@ -67,7 +67,7 @@ def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
     if not isinstance(mask_map, Mapping):
         raise InputError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
     if layer not in mask_map:
-        raise KeyError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
+        raise NameNotFoundError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
     if not callable(mask_map[layer]):
         raise InputTypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
     return mask_map[layer]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.engine.attached import put_on
-from crp.errors import InputError
+from crp.errors import InputError, OutOfRangeError
 from crp.layers import looking, modules_of
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
@@ -85,7 +85,7 @@ def embed(model: nn.Module, values: Mapping[Any, Any], name: int | str) -> Embed
 def _check_range(ids: Tensor, name: int | str, layer: str, module: nn.Embedding) -> None:
     wrong = ids[(ids < 0) | (ids >= module.num_embeddings)]
     if len(wrong):
-        raise IndexError(
+        raise OutOfRangeError(
             f"input {name!r} holds the id {int(wrong[0])}; layer {layer!r} has embeddings of the ids 0 to "
             f"{module.num_embeddings - 1}"
         )

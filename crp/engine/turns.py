@@ -9,6 +9,7 @@ from threading import get_ident
 
 from torch import nn
 
+from crp.errors import StateError
 from crp.layers import modules_of
 from crp.layers.interrupts import atomic, raise_waiting
 
@@ -63,7 +64,7 @@ class Turns:
                     return
                 if not wait or self._is_circle(thread, others):
                     self._waiting.pop(thread, None)
-                    raise RuntimeError(
+                    raise StateError(
                         "another thread is at work on the model, or on one that shares layers with it"
                         + (", and waits for this thread: call them in the same order" if wait else "; wait for it")
                     )

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.errors import InputError
 from crp.image.pixels import Array
 
 #: Colours of relevance for and against, in 0..1.
@@ -48,7 +49,7 @@ def clipped(heatmap: Tensor | Array, percentile: float = _PERCENTILE) -> tuple[N
     """
     values = as_array(heatmap)
     if broken := int((~np.isfinite(values)).sum()):
-        raise ValueError(f"the heatmap has {broken} of {values.size} values that are not finite, which have no colour")
+        raise InputError(f"the heatmap has {broken} of {values.size} values that are not finite, which have no colour")
     strength = np.abs(values)
     one = float(np.percentile(strength, percentile) or strength.max(initial=0.0))
     return (np.clip(values / one, -1, 1) if one else values), one
@@ -84,7 +85,7 @@ def as_picture(image: Tensor | Array | Image.Image) -> NDArray[Any]:
     if values.ndim == 3 and isinstance(image, np.ndarray) and values.shape[-1] in (1, 3) and len(values) not in (1, 3):
         values = np.moveaxis(values, -1, 0)
     if values.ndim != 3:
-        raise ValueError(f"a picture has the shape (channels, height, width), not {values.shape}")
+        raise InputError(f"a picture has the shape (channels, height, width), not {values.shape}")
     if len(values) != 3:
         values = np.repeat(values.mean(0, keepdims=True), 3, 0)
     return np.moveaxis(as_shown(values), 0, -1)

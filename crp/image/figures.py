@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
+from crp.errors import InputError
 from crp.image.colours import as_shown
 from crp.image.pixels import Picture, imgify
 
@@ -88,7 +89,7 @@ def get_crop_range(heatmap: Tensor, crop_th: float) -> tuple[int, int, int, int]
         For ``image[..., row1:row2, column1:column2]``: ends are exclusive. The whole image if no pixel counts.
     """
     if heatmap.dim() != 2:
-        raise ValueError(f"heatmap must have shape (height, width), got {tuple(heatmap.shape)}")
+        raise InputError(f"heatmap must have shape (height, width), got {tuple(heatmap.shape)}")
     rows, columns = torch.where(heatmap > crop_th)
     if len(rows) == 0:
         return 0, heatmap.shape[0], 0, heatmap.shape[1]
@@ -130,7 +131,7 @@ def vis_opaque_img(
         Of different sizes where cropped.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"'alpha' must be between [0, 1], got {alpha}")
+        raise InputError(f"'alpha' must be between [0, 1], got {alpha}")
     _check_threshold("vis_th", vis_th)
     _check_threshold("crop_th", crop_th)
     pictures = []
@@ -220,9 +221,9 @@ def plot_grid(
         Shown only in an interactive session with a window or a notebook.
     """
     if not (cmap_dim is None or (isinstance(cmap_dim, int) and cmap_dim >= 0)):
-        raise ValueError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
+        raise InputError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
     if not ref_c:
-        raise ValueError("'ref_c' is empty: there is nothing to plot")
+        raise InputError("'ref_c' is empty: there is nothing to plot")
     heatmap = {"cmap": cmap, "vmin": vmin, "vmax": vmax, "symmetric": symmetric}
     rows: dict[Any, list[list[Image.Image]]] = {}
     for key, value in ref_c.items():
@@ -255,7 +256,7 @@ def _sequences(key: object, value: Any) -> tuple[Sequence[Picture], ...]:
     parts = value if isinstance(value, tuple) and value and _is_row(value[0]) else (value,)
     for part in parts:
         if not _is_row(part):
-            raise ValueError(
+            raise InputError(
                 f"'ref_c'[{key!r}] must be a sequence of torch.Tensor, np.ndarray or PIL images, or a tuple of such "
                 f"sequences, got {type(part).__name__}"
             )
@@ -308,18 +309,18 @@ def _whole_range(image: Tensor) -> Image.Image:
 
 def _check_threshold(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ValueError(f"'{name}' must be between [0, 1), got {value}")
+        raise InputError(f"'{name}' must be between [0, 1), got {value}")
 
 
 def _pairs(data_batch: Images, heatmaps: Images) -> Iterator[tuple[Tensor, Tensor]]:
     """Images with their heatmaps, one by one."""
     if len(data_batch) != len(heatmaps):
-        raise ValueError(
+        raise InputError(
             f"there must be one heatmap for each image, got {len(data_batch)} images, {len(heatmaps)} heatmaps"
         )
     for image, heatmap in zip(data_batch, heatmaps, strict=True):
         if image.dim() != 3 or image.shape[1:] != heatmap.shape:
-            raise ValueError(
+            raise InputError(
                 "an image must have shape (channels, height, width) and its heatmap (height, width), "
                 f"got {tuple(image.shape)} and {tuple(heatmap.shape)}"
             )
@@ -331,7 +332,7 @@ def _smooth(heatmap: Tensor, kernel_size: int) -> Tensor:
     from torchvision.transforms.functional import gaussian_blur
 
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"'kernel_size' must be odd and positive, got {kernel_size}")
+        raise InputError(f"'kernel_size' must be odd and positive, got {kernel_size}")
     width = min(kernel_size, 2 * min(heatmap.shape) - 1)
     values = heatmap if heatmap.dtype in (torch.float32, torch.float64) else heatmap.float()
     return max_norm(gaussian_blur(values[None], kernel_size=[width, width])[0])

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.image.colours import as_array, as_picture, blurred, clipped, colours_of, fitted
 from crp.image.pixels import Array, Picture
 
@@ -147,7 +148,7 @@ def draw_form(form: str, image: Picture, heatmap: Tensor | Array) -> Image.Image
         "crop": draw_crop,
     }
     if form not in drawn:
-        raise ValueError(f"there is no form {form!r}; there are {', '.join(FORMS)}")
+        raise InputError(f"there is no form {form!r}; there are {', '.join(FORMS)}")
     return drawn[form](image, heatmap)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from crp.errors import NameNotFoundError
 from crp.image.colours import AGAINST, FOR
 from crp.image.pixels import Picture, imgify
 
@@ -59,7 +60,7 @@ def plot_graph(
     for edge in edges:
         for key in edge:
             if key not in places:
-                raise KeyError(f"the edge {edge} names {key!r}, which is in no column")
+                raise NameNotFoundError(f"the edge {edge} names {key!r}, which is in no column")
     if ax is None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
+from crp.errors import InputError, InputTypeError
+
 Array: TypeAlias = np.ndarray[Any, Any]
 Picture: TypeAlias = Image.Image | Tensor | Array
 Bound: TypeAlias = float | Array | None
@@ -69,7 +71,7 @@ def imgify(
     elif isinstance(image, Tensor | np.ndarray):
         picture = Image.fromarray(_colours(image, cmap, vmin, vmax, symmetric, level, grid, gridfill))
     else:
-        raise TypeError(f"image must be a PIL.Image, torch.Tensor or np.ndarray, got {type(image).__name__}")
+        raise InputTypeError(f"image must be a PIL.Image, torch.Tensor or np.ndarray, got {type(image).__name__}")
     if resize:
         width, height = (max(1, side * resize // max(picture.size)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.NEAREST)
@@ -110,13 +112,13 @@ def overlay(
         In mode RGB.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"'alpha' must be between [0, 1], got {alpha}")
+        raise InputError(f"'alpha' must be between [0, 1], got {alpha}")
     within = not isinstance(image, Image.Image) and bool(image.min() >= 0 and image.max() <= 1)
     low, high = (0.0, 1.0) if within else (None, None)
     below = imgify(image, cmap="gray", vmin=low, vmax=high).convert("L").convert("RGB")
     above = imgify(heatmap, cmap=cmap, vmin=vmin, vmax=vmax, symmetric=True)
     if below.size != above.size:
-        raise ValueError(f"image and heatmap must have one size, got {below.size} and {above.size} (width, height)")
+        raise InputError(f"image and heatmap must have one size, got {below.size} and {above.size} (width, height)")
     strength = np.abs(_array(heatmap))
     greatest = (
         max(abs(float(bound)) for bound in (vmin, vmax) if bound is not None) if (vmin, vmax) != (None, None) else 0.0
@@ -160,7 +162,7 @@ def _channels_last(image: Tensor | Array, grid: bool) -> Array:
         if last:
             return array
     expected = "(height, width), or (channels, height, width) with 1 or 3 channels on the first or last axis"
-    raise ValueError(f"image must have shape {expected}{', after the axis of the grid' * grid}; got {array.shape}")
+    raise InputError(f"image must have shape {expected}{', after the axis of the grid' * grid}; got {array.shape}")
 
 
 def _colours(
@@ -176,7 +178,7 @@ def _colours(
     """Bytes of shape (height, width, 3)."""
     array = _channels_last(image, bool(grid))
     if array.size == 0:
-        raise ValueError(f"image is empty: its shape is {tuple(image.shape)}")
+        raise InputError(f"image is empty: its shape is {tuple(image.shape)}")
     if array.dtype != np.uint8:
         array = _to_bytes(array, vmin, vmax, symmetric, tuple(range(1 if grid else 0, array.ndim)))
     if grid:
@@ -190,7 +192,7 @@ def _to_bytes(array: Array, vmin: Bound, vmax: Bound, symmetric: bool, axes: tup
     """Map [vmin, vmax] to 0...255; where the range is a single value, to the middle if symmetric, else to 0."""
     array = array.astype(np.float64)
     if broken := int((~np.isfinite(array)).sum()):
-        raise ValueError(f"image has {broken} of {array.size} values that are not finite, which have no colour")
+        raise InputError(f"image has {broken} of {array.size} values that are not finite, which have no colour")
     least, greatest = zimage.interval_norm_bounds(array, symmetric=symmetric, dim=axes)
     low = least if vmin is None else np.asarray(vmin)
     span = (greatest if vmax is None else np.asarray(vmax)) - low

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crp.errors import InputError
 from crp.image.colours import AGAINST, FOR, POWER
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class TextHeatmap:
         values = np.asarray(self.relevance, np.float64)
         object.__setattr__(self, "relevance", values)
         if values.shape != (len(self.words),):
-            raise ValueError(f"a text of {len(self.words)} tokens has relevance of shape {values.shape}")
+            raise InputError(f"a text of {len(self.words)} tokens has relevance of shape {values.shape}")
         if not np.isfinite(values).all():
-            raise ValueError("the relevance of a text has values that are not finite, which have no colour")
+            raise InputError("the relevance of a text has values that are not finite, which have no colour")
 
     @property
     def strengths(self) -> NDArray[Any]:
@@ -182,9 +183,9 @@ def plot_texts(texts: TextHeatmap | Sequence[TextHeatmap], captions: Sequence[st
 
     shown = [texts] if isinstance(texts, TextHeatmap) else list(texts)
     if not shown:
-        raise ValueError("texts is empty; give at least one")
+        raise InputError("texts is empty; give at least one")
     if captions is not None and len(captions) != len(shown):
-        raise ValueError(f"there are {len(captions)} captions for {len(shown)} texts")
+        raise InputError(f"there are {len(captions)} captions for {len(shown)} texts")
     placed = [_placed(text) for text in shown]
     heights = [(lines[-1][1] + 2 if lines else 2) + (captions is not None) for lines in placed]
     figure = Figure(figsize=(_COLUMNS * _WIDTH + 0.4, sum(heights) * _HEIGHT + 0.3))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from crp.errors import CRPError, InputTypeError
+from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.addresses import Address, PlaceHook, hooked_at
 from crp.layers.interrupts import atomic
 
@@ -195,7 +195,7 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
     return {name: modules[name] for name in names}
 
 
-class LayerNotFoundError(CRPError, KeyError, ValueError):
+class LayerNotFoundError(NameNotFoundError, ValueError):
     """A layer name that is not in the model.
 
     A `KeyError`, as for the drop-in contract, and a `ValueError`, as it is a bad argument.
@@ -204,11 +204,7 @@ class LayerNotFoundError(CRPError, KeyError, ValueError):
     def __init__(self, name: object, known: Iterable[str], role: str = "layer") -> None:
         near = difflib.get_close_matches(str(name), [k for k in known if k], n=3, cutoff=0.3)
         hint = ", ".join(repr(n) for n in near) or "none; see model.named_modules()"
-        self.message = f"<{role}> {name!r} not found in model; nearest names: {hint}"
-        super().__init__(self.message)
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(f"<{role}> {name!r} not found in model; nearest names: {hint}")
 
 
 def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: Iterable[str]) -> dict[str, torch.Size]:

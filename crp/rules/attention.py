@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.rules.functions import Function, _parameters_of
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
@@ -175,5 +176,5 @@ def _held_constant(born: Sequence[int], mode: Attention) -> int:
 def _check_attention(mode: Attention) -> Attention:
     """Raise a ValueError if ``mode`` is none."""
     if mode not in ("constant", "split"):
-        raise ValueError(f'attention is held constant ("constant") or takes half ("split"); got {mode!r}')
+        raise InputError(f'attention is held constant ("constant") or takes half ("split"); got {mode!r}')
     return mode

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.errors import InputTypeError
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
@@ -64,7 +65,9 @@ class Difference(Rule):
             If the rule's composite has no reference.
         """
         if layer.reference is None and not isinstance(self.attachment, Differences):
-            raise TypeError(f"{type(self).__name__} compares with a reference, which composites such as DeepLift have")
+            raise InputTypeError(
+                f"{type(self).__name__} compares with a reference, which composites such as DeepLift have"
+            )
         # Without a reference call, no input that is explained has entered the model.
         return layer.output if layer.reference is None else self.compare(layer, layer.reference)
 
@@ -135,7 +138,7 @@ class Rescale(Difference):
             self.beyond(layer, exact=False)
             return cast(Tensor, layer.output)
         if layer.operands is not None:
-            raise TypeError(f"{type(self).__name__} treats elementwise functions, which {layer} is not")
+            raise InputTypeError(f"{type(self).__name__} treats elementwise functions, which {layer} is not")
         return self.rescaled(layer, reference)
 
 
@@ -158,7 +161,7 @@ class MaxPool(Difference):
     def compare(self, layer: Layer, reference: Layer) -> Any:
         """Return the maxima; their gradient is that of the chosen inputs."""
         if not layer.known.has("maximum"):
-            raise TypeError(f"{type(self).__name__} treats max-pooling, which {layer} is not")
+            raise InputTypeError(f"{type(self).__name__} treats max-pooling, which {layer} is not")
         x, x0, call = layer.inputs[0], reference.inputs[0], layer.again()
         y, y0 = _first(layer.output), _first(reference.output)
         at = -int(layer.name.partition("pool")[2][0])

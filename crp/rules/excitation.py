@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.rules.layer import Layer, Modifier, negative, positive
 from crp.rules.lrp import LRPRule
 from crp.rules.stabilizer import Stabilize
@@ -57,7 +58,7 @@ class Excitation(LRPRule):
     def __init__(self, signed: Signed = "split", stabilizer: Stabilize = 0.0) -> None:
         super().__init__(stabilizer)
         if signed not in get_args(Signed):
-            raise ValueError(f"signed must be one of {', '.join(map(repr, get_args(Signed)))}, not {signed!r}")
+            raise InputError(f"signed must be one of {', '.join(map(repr, get_args(Signed)))}, not {signed!r}")
         self.signed = signed
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:

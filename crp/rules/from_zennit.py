@@ -9,6 +9,7 @@ from torch import Tensor
 from zennit import rules as zennit_rules
 from zennit.core import BasicHook, Hook, ParamMod
 
+from crp.errors import InputTypeError
 from crp.rules.base import Rule, _unit_of
 from crp.rules.layer import Layer
 from crp.rules.lrp import Pass
@@ -34,7 +35,7 @@ def lift(hook: Hook) -> Rule:
     own = [name for name in ("forward", "backward") if getattr(type(hook), name, None) is not getattr(BasicHook, name)]
     if isinstance(hook, BasicHook) and not own:
         return _Lifted(hook)
-    raise TypeError(
+    raise InputTypeError(
         f"{type(hook).__name__} cannot be used in this composite: neither a crp rule nor a zennit BasicHook with the "
         "passes of that class. Use it in a zennit composite, which propagates relevance."
     )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.rules.account import Shares
 from crp.rules.attention import Attention, _check_attention, _Exponential
 from crp.rules.base import Rule
@@ -135,7 +136,7 @@ class Gate(_Shared):
 
 def _checked(mode: Gates) -> Gates:
     if mode not in ("signal", "split"):
-        raise ValueError(f'gates are held constant ("signal") or take half ("split"); got {mode!r}')
+        raise InputError(f'gates are held constant ("signal") or take half ("split"); got {mode!r}')
     return mode
 
 

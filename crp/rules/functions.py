@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from crp.errors import InputError
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
 from crp.rules.operands import PARSERS, Parse
 
@@ -330,7 +331,7 @@ def names_with(*properties: str) -> tuple[str, ...]:
     """Names in the table of functions that are of one of these kinds, or have one of these properties, sorted."""
     unknown = set(properties) - PROPERTIES - set(KINDS)
     if unknown:
-        raise ValueError(f"no kind or property of functions: {sorted(unknown)}")
+        raise InputError(f"no kind or property of functions: {sorted(unknown)}")
     chosen = (name for name, (kind, has) in _ENTRIES.items() if kind in properties or has & set(properties))
     return tuple(sorted(chosen))
 

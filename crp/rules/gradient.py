@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from crp.errors import InputError, InputTypeError
 from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
@@ -40,7 +41,7 @@ class _ReLURule(Rule):
         """Treat an activation; sums of weighted inputs are refused."""
         weighted = layer.operands is not None or (layer.module and next(layer.module.parameters(), None) is not None)
         if weighted:
-            raise TypeError(f"{type(self).__name__} treats activations such as ReLU, not {layer}")
+            raise InputTypeError(f"{type(self).__name__} treats activations such as ReLU, not {layer}")
         return super().operate(layer)
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class SmoothReLU(_ReLURule):
     def __init__(self, beta: float = 10.0) -> None:
         super().__init__()
         if not (math.isfinite(beta) and beta > 0):
-            raise ValueError(f"beta must be positive and finite, got {beta}")
+            raise InputError(f"beta must be positive and finite, got {beta}")
         self.beta = beta
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:

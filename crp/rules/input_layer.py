@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.devices import send_to
+from crp.errors import InputError
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
@@ -123,11 +124,11 @@ class ZBox(LRPRule):
         try:
             ordered = bool((below < above).all() and below.isfinite().all() and above.isfinite().all())
         except RuntimeError:
-            raise ValueError(
+            raise InputError(
                 f"low and high do not broadcast against each other: {tuple(below.shape)} and {tuple(above.shape)}"
             ) from None
         if not ordered:
-            raise ValueError(f"low must be below high everywhere, and both finite; got low={low} and high={high}")
+            raise InputError(f"low must be below high everywhere, and both finite; got low={low} and high={high}")
 
     @classmethod
     def from_normalization(
@@ -161,9 +162,9 @@ class ZBox(LRPRule):
         """
         means, stds = (torch.as_tensor(values, dtype=torch.float64).reshape(-1) for values in (mean, std))
         if not (stds > 0).all():
-            raise ValueError(f"std must be positive, got {std}")
+            raise InputError(f"std must be positive, got {std}")
         if len(means) != len(stds) and 1 not in (len(means), len(stds)):
-            raise ValueError(f"mean and std must have one value per channel each, got {len(means)} and {len(stds)}")
+            raise InputError(f"mean and std must have one value per channel each, got {len(means)} and {len(stds)}")
         lowest, highest = (((bound - means) / stds).reshape(1, -1, 1, 1) for bound in (low, high))
         return cls(lowest, highest, **keywords)
 
@@ -206,7 +207,7 @@ def _fitted(name: str, bound: float | Tensor, value: Tensor, layer: Layer) -> Te
         if layer.copied is not None and values.dim():  # bounds of pixels, which padding and the like have moved
             with contextlib.suppress(RuntimeError):
                 return layer.copied.of(lambda leaf: values.expand(leaf.shape)).detach()
-        raise ValueError(
+        raise InputError(
             f"ZBox: {name} has the shape {tuple(values.shape)}, which does not broadcast to the layer's input of shape "
             f"{tuple(value.shape)}; bounds per channel of an image have the shape (channels, 1, 1)"
         ) from None

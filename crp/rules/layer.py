@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.devices import is_recording
+from crp.errors import InputTypeError
 from crp.rules.functions import Function, _parameters_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
@@ -284,7 +285,7 @@ class Layer:
     def _refuse_modifier(self, weight: object, bias: object) -> None:
         has_parameters = self.module is not None and next(self.module.parameters(), None) is not None
         if has_parameters and (callable(weight) or callable(bias)):
-            raise TypeError(
+            raise InputTypeError(
                 f"{self} counts as one function, so that its parameters cannot be modified; map the rule to the "
                 "operations inside it, without Whole"
             )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.errors import InputError
 from crp.rules.attention import _Exponential
 from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
@@ -149,7 +150,7 @@ class Pass(Rule):
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
-            raise ValueError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
+            raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
         layer.parts = _Exponential(a) if layer.name == "exp" and layer.module is None else None
         if self.multiplier and self._scales_later(layer, y):
             again = layer.again()
@@ -290,7 +291,7 @@ class AlphaBeta(LRPRule):
     ) -> None:
         super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
         if alpha < 0 or beta < 0 or not math.isclose(alpha - beta, 1.0, abs_tol=1e-9):
-            raise ValueError(f"alpha and beta must not be negative, and alpha - beta must be 1; got {alpha} and {beta}")
+            raise InputError(f"alpha and beta must not be negative, and alpha - beta must be 1; got {alpha} and {beta}")
         self.alpha, self.beta = alpha, beta
         self.empty = _checked(empty)
         # Positive and negative contributions are all there are.
@@ -314,7 +315,7 @@ Modifier = Callable[[Tensor], Tensor]
 
 def _checked(empty: Empty) -> Empty:
     if empty not in get_args(Empty):
-        raise ValueError(f"empty must be one of {', '.join(map(repr, get_args(Empty)))}, not {empty!r}")
+        raise InputError(f"empty must be one of {', '.join(map(repr, get_args(Empty)))}, not {empty!r}")
     return empty
 
 

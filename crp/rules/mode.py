@@ -283,9 +283,9 @@ class SeeingMode(TorchFunctionMode):
         raise UnseenError(
             f"{reader}{f' in {where!r}' if where else ''} reads a tensor of shape {tuple(tensor.shape)} that "
             f"depends on the model's input and {what}, where no rule can see it: in a scripted or traced part, a "
-            "custom autograd.Function, a transform of torch.func, another thread or a re-entrant "
-            f"checkpoint{self.suspects()}. Map Whole(rule) to the module that holds it, which then is one function, as "
-            "in layer_map=[('name', Whole(Epsilon()))], or None for the ordinary chain rule"
+            f"custom autograd.Function, a transform of torch.func or another thread{self.suspects()}. Map Whole(rule) "
+            "to the module that holds it, which then is one function, as in "
+            "layer_map=[('name', Whole(Epsilon()))], or None for the ordinary chain rule"
         )
 
     def _refuse_derivative(self, known: Function) -> NoReturn:

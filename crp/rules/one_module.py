@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
 from crp.rules.functions import Function
 from crp.rules.mode import Choice, SeeingMode, _Operates
@@ -61,7 +62,7 @@ class OneModule(SeeingMode):
             if output is not None and explained and torch.is_grad_enabled():
                 self.notes.read(tensors_in(output), [], self._reader_of_output)
                 if not self._treated and any(tensor.requires_grad for tensor in tensors_in(output)):
-                    raise TypeError(f"{self.rule!r} has no operation to act on in {self.kind}")
+                    raise InputTypeError(f"{self.rule!r} has no operation to act on in {self.kind}")
         finally:
             self.notes.clear()
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.errors import InputTypeError
 from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
@@ -51,7 +52,7 @@ class SumPool(Rule):
     def operate(self, layer: Layer) -> Any:
         """Treat a max-pooling function; indices, if it gives them, stay as they are."""
         if not layer.known.has("maximum"):
-            raise TypeError(f"SumPool treats max-pooling, not {layer}")
+            raise InputTypeError(f"SumPool treats max-pooling, not {layer}")
         if not isinstance(layer.output, tuple):
             return super().operate(layer)
         values, *others = layer.output

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.errors import StateError
 from crp.rules.base import Rule
 from crp.rules.deeplift import Difference, _same, _same_operands, slope
 from crp.rules.layer import Layer, _no_rule
@@ -32,7 +33,7 @@ class _Decomposed(Difference):
         name = str(layer)
 
         def refuse() -> NoReturn:
-            raise RuntimeError(f"DeepLIFT has no second derivatives through {name}")
+            raise StateError(f"DeepLIFT has no second derivatives through {name}")
 
         return self.send(layer, layer.output, [surrogate], [layer.output.new_ones(())], refuse)
 

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from crp.errors import StateError
+
 
 class SecondOrder:
     """What second derivatives need of a call: its scales, computed again with their graph.
@@ -42,7 +44,7 @@ class SecondOrder:
     def check_inputs(self) -> None:
         """Raise a RuntimeError if an input was overwritten."""
         if any(tensor._version != version for tensor, version in self.versions):
-            raise RuntimeError(f"second derivatives need the input of {self.name}, which was changed in place since")
+            raise StateError(f"second derivatives need the input of {self.name}, which was changed in place since")
 
 
 class Redirect(torch.autograd.Function):
@@ -68,7 +70,7 @@ class Redirect(torch.autograd.Function):
         if again is not None and not again.is_active():
             own = m if ctx.y_is_own else None
             if own is None and not any(ctx.is_own):
-                raise RuntimeError(f"{again.name} counts as one function by its rule, which has no ordinary derivative")
+                raise StateError(f"{again.name} counts as one function by its rule, which has no ordinary derivative")
             return (own, None, None, *none, *none, *(m if given else None for given in ctx.is_own))
         if again is not None and torch.is_grad_enabled():  # with create_graph=True
             scales = again()

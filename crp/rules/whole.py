@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from zennit.core import RemovableHandle, RemovableHandleList
 
+from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
@@ -43,7 +44,7 @@ class Whole(Rule):
 
     def __init__(self, rule: Rule) -> None:
         if not isinstance(rule, Rule) or isinstance(rule, Whole) or rule.needs_weight:
-            raise TypeError(
+            raise InputTypeError(
                 f"Whole takes a rule that takes no weights apart, such as Epsilon() or Pass(), not {rule!r}; a module "
                 "as a whole has no weights"
             )
@@ -63,7 +64,7 @@ class Whole(Rule):
             If it is a call of a function.
         """
         if layer.module is None:
-            raise TypeError(f"Whole is for modules, not for functions such as {layer}; map {self.rule!r} itself")
+            raise InputTypeError(f"Whole is for modules, not for functions such as {layer}; map {self.rule!r} itself")
         return self.rule.operate(layer)
 
     def attach(self, attachment: Attachment) -> Rule:
@@ -110,7 +111,7 @@ def whole_call(
         If it returns no tensor.
     """
     if not isinstance(output, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"{type(module).__name__} returns a {type(output).__name__}, not a tensor, so that it cannot count as one "
             "function. Map rules to the layers or functions inside it"
         )

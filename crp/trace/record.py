@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from crp.errors import NameNotFoundError
 from crp.layers import LayerNotFoundError
 from crp.layers.addresses import Address, attention_around
 
@@ -276,7 +277,7 @@ class Trace:
         attention = attention_around(name, self.modules)
         calls = self.calls_of(attention or name)
         if not calls:
-            raise KeyError(f"layer {layer!r} is in the model, but the forward pass did not call it")
+            raise NameNotFoundError(f"layer {layer!r} is in the model, but the forward pass did not call it")
         feeding: dict[str, None] = {}
         todo: list[Node] = []
         if attention is not None and not is_input and f"{name}.input" in names:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from crp.errors import InputError
 from crp.layers.interrupts import atomic
 
 #: Types without state that a forward pass could change.
@@ -62,7 +63,7 @@ def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) ->
     """
     lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
     if lazy:
-        raise ValueError(f"{', '.join(lazy)}: no call has given these a shape; call the model once before")
+        raise InputError(f"{', '.join(lazy)}: no call has given these a shape; call the model once before")
     snapshot = Snapshot(later)
     snapshot.keep(model)
     snapshot.keep(inputs)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from crp.errors import InputError
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.ranking import once_per_sample
 from crp.visualization.table.store import Table
@@ -79,7 +80,7 @@ class RowSelection(NamedTuple):
             empty = False
             yield block
         if empty:
-            raise ValueError(f"the table in {table.path} has no rows of {self}")
+            raise InputError(f"the table in {table.path} has no rows of {self}")
 
 
 def top_concepts(table: Table, rows: RowSelection, k: int = 10) -> Concepts:
@@ -98,7 +99,7 @@ def top_concepts(table: Table, rows: RowSelection, k: int = 10) -> Concepts:
         Of equal values, the smaller id comes first.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
+        raise InputError(f"k must be at least 1, not {k}")
     total: Any = 0.0
     n = 0
     for block in rows.blocks(table):
@@ -130,7 +131,7 @@ def histogram(
     """
     if isinstance(bins, int):
         if bins < 1:
-            raise ValueError(f"bins must be at least 1, not {bins}")
+            raise InputError(f"bins must be at least 1, not {bins}")
         ends = [(block.value.min(), block.value.max()) for block in rows.blocks(table, concept)]
         extent = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
         edges = np.histogram_bin_edges(np.array(extent), bins)
@@ -158,7 +159,7 @@ def similarity(table: Table, rows: RowSelection, kind: Literal["cosine", "correl
         Symmetric; 0 for a concept that never varies from zero (from its mean).
     """
     if kind not in ("cosine", "correlation"):
-        raise ValueError(f"kind must be 'cosine' or 'correlation', not {kind!r}")
+        raise InputError(f"kind must be 'cosine' or 'correlation', not {kind!r}")
     product: Any = 0.0
     total: Any = 0.0
     shift: Any = None
@@ -195,7 +196,7 @@ def co_occurrence(table: Table, rows: RowSelection, k: int = 10) -> Array:
         The diagonal says how often each is among them.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
+        raise InputError(f"k must be at least 1, not {k}")
     counts: Any = 0
     for block in rows.blocks(table):
         best = np.argsort(-block.value, axis=1, kind="stable")[:, :k]
@@ -239,7 +240,7 @@ def write_frame(table: Table, rows: RowSelection, path: str | Path, concepts: Se
     elif path.suffix == ".parquet":
         _write_parquet(path, frames(table, rows, concepts))
     else:
-        raise ValueError(f"the file must end in .csv or .parquet, not {path.name!r}")
+        raise InputError(f"the file must end in .csv or .parquet, not {path.name!r}")
     return path
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from crp.compat.folders import replacing
+from crp.errors import InputTypeError
 from crp.visualization.table.fingerprint import fingerprint_composite
 
 
@@ -134,12 +135,12 @@ class ImageCache(Cache):
             lists = value if isinstance(value, tuple) else (value,)
             for image in (image for images in lists for image in images):
                 if not isinstance(image, Image.Image):
-                    raise TypeError(
+                    raise InputTypeError(
                         f"ImageCache saves PIL images, but the value of {id_!r} holds a {type(image).__name__}; "
                         "let plot_fn return a list of images, or a pair of such lists"
                     )
             if len(lists) > 2 or len({len(images) for images in lists}) > 1:
-                raise TypeError(
+                raise InputTypeError(
                     f"ImageCache saves lists, or pairs of equally long lists; the value of {id_!r} is neither"
                 )
             # The first list is written last: if its file exists, so does that of the second list.
@@ -189,7 +190,7 @@ class ImageCache(Cache):
         for id_, value in rf_addition.items():
             known = ref_original.setdefault(id_, type(value)([] for _ in value) if isinstance(value, tuple) else [])
             if type(known) is not type(value) or not isinstance(value, tuple | list):
-                raise TypeError(
+                raise InputTypeError(
                     f"the values of {id_!r} cannot be joined: {type(known).__name__} and {type(value).__name__}; "
                     "both must be lists, or pairs of lists"
                 )

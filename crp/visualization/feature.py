@@ -16,6 +16,7 @@ from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept
 from crp.engine.taps import check_layers
+from crp.errors import InputError, InputTypeError
 from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
@@ -101,13 +102,13 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         check: bool = True,
     ) -> None:
         if isinstance(layer_map, str):
-            raise TypeError(f"layer_map must be layers and their concepts, or a list of layers; not {layer_map!r}")
+            raise InputTypeError(f"layer_map must be layers and their concepts, or a list of layers; not {layer_map!r}")
         check_layers(attribution.model, list(layer_map), "layer_map")
         if not isinstance(layer_map, Mapping):
             layer_map = {layer: ChannelConcept() for layer in layer_map}
         for layer, concept in layer_map.items():
             if isinstance(concept, type):
-                raise TypeError(f"layer_map[{layer!r}] is a class; it must be an instance: {concept.__name__}()")
+                raise InputTypeError(f"layer_map[{layer!r}] is a class; it must be an instance: {concept.__name__}()")
         self.dataset = of_loader(dataset)
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn
@@ -162,7 +163,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         """
         recipe = Table.open(path).header.recipe
         if (model is None) != (dataset is None) or (preprocess_fn is not None and model is None):
-            raise ValueError("model, dataset and preprocess_fn are given together, or loaded from the table together")
+            raise InputError("model, dataset and preprocess_fn are given together, or loaded from the table together")
         if model is None:
             opened = open_recipe(recipe)
             model, dataset, preprocess_fn = opened.model, opened.dataset, opened.preprocess
@@ -249,7 +250,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         is_plain = type(self).get_data_sample is SampleAccess.get_data_sample
         num_workers = options.get("num_workers", 0)
         if num_workers and not is_plain:
-            raise ValueError(
+            raise InputError(
                 f"num_workers={num_workers} loads dataset[i] in other processes, where {type(self).__name__}."
                 "get_data_sample does not run; wrap the dataset instead, or load with num_workers=0"
             )
@@ -269,7 +270,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             },
         }
         if taken := [name for name in options if name in settings]:
-            raise TypeError(f"{taken[0]} is said by FeatureVisualization itself; mine() takes it")
+            raise InputTypeError(f"{taken[0]} is said by FeatureVisualization itself; mine() takes it")
         keywords: dict[str, Any] = {**settings, **options, "start": int(data_start), "stop": stop}
         keywords["recipe"] = {"preprocess": in_words(self.preprocess_fn)} | dict(options.get("recipe") or {})
         try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.concepts.reading import activation_sums
+from crp.errors import InputError, OutOfRangeError
 
 #: Name of the model's output among the layers; no layer has this name.
 OUTPUT = ""
@@ -79,7 +80,9 @@ def unit(layer: str, channel: Ids, position: int | Sequence[int] | None = None) 
         output = outputs[layer]
         at = [size // 2 for size in output.shape[2:]] if position is None else np.atleast_1d(position).tolist()
         if len(at) != output.dim() - 2 or any(not -n <= i < n for i, n in zip(at, output.shape[2:], strict=True)):
-            raise IndexError(f"{_name(layer)} has positions in {tuple(output.shape[2:])}; there is no {position!r}")
+            raise OutOfRangeError(
+                f"{_name(layer)} has positions in {tuple(output.shape[2:])}; there is no {position!r}"
+            )
         place = (slice(None), slice(None), *at)
         return _pick(output[place], channel, _name(layer))
 
@@ -110,7 +113,7 @@ def direction(layer: str, vector: Tensor | Sequence[float]) -> Objective:
         if along.shape == output.shape[1:]:
             return (output * along).flatten(1).sum(1)
         if along.shape != output.shape[1:2]:
-            raise ValueError(
+            raise InputError(
                 f"vector has shape {tuple(along.shape)}; {_name(layer)} needs ({output.shape[1]},) or "
                 f"{tuple(output.shape[1:])}"
             )
@@ -143,11 +146,11 @@ def _flat(output: Tensor) -> Tensor:
 def _pick(values: Tensor, ids: Ids, where: str) -> Tensor:
     """Column of each row of ``values``, of shape (images, columns)."""
     if values.dim() != 2:
-        raise ValueError(f"{where} has shape {tuple(values.shape)}; there must be one value per image and channel")
+        raise InputError(f"{where} has shape {tuple(values.shape)}; there must be one value per image and channel")
     listed, size = as_ids(ids), values.shape[1]
     if len(listed) not in (1, len(values)):
-        raise ValueError(f"{where}: there must be one id, or one for each of {len(values)} images, not {len(listed)}")
+        raise InputError(f"{where}: there must be one id, or one for each of {len(values)} images, not {len(listed)}")
     for i in listed:
         if not -size <= i < size:
-            raise IndexError(f"{where} has channels 0 to {size - 1}; there is no {i}")
+            raise OutOfRangeError(f"{where} has channels 0 to {size - 1}; there is no {i}")
     return values.gather(1, (torch.tensor(listed, device=values.device) % size).expand(len(values))[:, None])[:, 0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.image.reading import as_viewed
 
 
@@ -57,6 +58,6 @@ class Normalized:
     def __call__(self, data: Tensor) -> Tensor:
         """Samples as the model takes them."""
         if len(self.mean) not in (1, data.shape[1]):
-            raise ValueError(f"--mean has {len(self.mean)} values for {data.shape[1]} channels")
+            raise InputError(f"--mean has {len(self.mean)} values for {data.shape[1]} channels")
         mean, std = (data.new_tensor(values).view(-1, *[1] * (data.dim() - 2)) for values in (self.mean, self.std))
         return (data - mean) / std

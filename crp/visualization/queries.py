@@ -16,6 +16,7 @@ from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.cached import cache_reference
 from crp.compat.folders import open_answers
 from crp.concepts import Concept
+from crp.errors import InputError
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
 from crp.notices import warn
@@ -241,9 +242,9 @@ class ReferenceQueries(SampleAccess):
             Without a cache or a composite.
         """
         if self.Cache is None:
-            raise ValueError("precompute_ref needs a cache: FeatureVisualization(..., cache=ImageCache(path))")
+            raise InputError("precompute_ref needs a cache: FeatureVisualization(..., cache=ImageCache(path))")
         if composite is None:
-            raise ValueError("precompute_ref needs a composite: without it, there are no heatmaps")
+            raise InputError("precompute_ref needs a composite: without it, there are no heatmaps")
         for layer, concept_ids in layer_c_ind.items():
             for concept_id in tqdm(refs.concept_list(concept_ids), desc=layer, dynamic_ncols=True):
                 shared: Any = (mode, r_range, composite, rf, None, batch_size)
@@ -335,7 +336,7 @@ class ReferenceQueries(SampleAccess):
         classes.
         """
         if rf and len(neuron_ids) != len(data):
-            raise ValueError(
+            raise InputError(
                 f"length of 'neuron_ids' must be equal to the length of 'data': {len(neuron_ids)} and {len(data)}"
             )
         at = [int(position) for position in neuron_ids] if rf else None
@@ -373,7 +374,7 @@ class ReferenceQueries(SampleAccess):
 
     def _results(self, mode: str, per_class: bool) -> Maximization | Statistics:
         if mode not in ("relevance", "activation"):
-            raise ValueError(f"`mode` must be `relevance` or `activation`, not {mode!r}")
+            raise InputError(f"`mode` must be `relevance` or `activation`, not {mode!r}")
         if per_class:
             return self.RelStats if mode == "relevance" else self.ActStats
         return self.RelMax if mode == "relevance" else self.ActMax

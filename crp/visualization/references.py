@@ -14,6 +14,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import has_own, initial_relevance_of
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.layers import modules_of
 from crp.layers.addresses import Address, hooked_at
 from crp.visualization.table.fingerprint import fingerprint
@@ -53,7 +54,7 @@ def concept_list(concept_ids: Any) -> list[ConceptId]:
     if isinstance(concept_ids, Tensor | np.ndarray):
         return list(as_ids(concept_ids))
     if isinstance(concept_ids, str | bytes):
-        raise TypeError(f"concept ids must be integers, not {concept_ids!r}")
+        raise InputTypeError(f"concept ids must be integers, not {concept_ids!r}")
     if not isinstance(concept_ids, Iterable):
         return list(as_ids(concept_ids))
     ids: list[ConceptId] = []
@@ -94,14 +95,14 @@ def column(concept: Concept, concept_id: ConceptId, layer: str, n_concepts: int 
     if method is not None:
         index = int(method(concept_id, layer))
     elif isinstance(concept_id, tuple):
-        raise TypeError(
+        raise InputTypeError(
             f"concept id {concept_id!r} is a tuple; {type(concept).__name__} needs a method "
             "column(concept_id, layer_name) that returns its column in the concept's scores"
         )
     else:
         index = concept_id
     if n_concepts is not None and not -n_concepts <= index < n_concepts:
-        raise IndexError(
+        raise OutOfRangeError(
             f"layer {layer!r} has {n_concepts} concepts, 0 to {n_concepts - 1}; there is no concept {concept_id}"
         )
     return index
@@ -117,11 +118,11 @@ def clip(r_range: tuple[int, int], available: int, what: str) -> tuple[int, int]
     """
     start, stop = (int(rank) for rank in r_range)
     if not 0 <= start < stop:
-        raise ValueError(
+        raise InputError(
             f"r_range must be (first rank, rank after the last) with 0 <= first < last, not {tuple(r_range)}"
         )
     if start >= available:
-        raise ValueError(f"r_range {tuple(r_range)} begins after the last reference: there are {available} for {what}")
+        raise InputError(f"r_range {tuple(r_range)} begins after the last reference: there are {available} for {what}")
     return start, min(stop, available)
 
 
@@ -145,16 +146,16 @@ def row_targets(init: str, targets: Any, mined: np.ndarray, layer: str) -> dict[
     """
     if init == "activation":
         if targets is not None:
-            raise ValueError(
+            raise InputError(
                 f"heatmaps that start from the activation have no targets={targets!r}; add init='relevance'"
             )
         return {}
     if init != "relevance":
-        raise ValueError(f"init must be 'activation' or 'relevance', not {init!r}")
+        raise InputError(f"init must be 'activation' or 'relevance', not {init!r}")
     if targets is not None:
         return {"targets": [target_list(targets)] * len(mined)}
     if (mined < 0).any():
-        raise ValueError(
+        raise InputError(
             f"the references of layer {layer!r} were mined without classes; say from which to start: targets="
         )
     return {"targets": [[int(target)] for target in mined]}

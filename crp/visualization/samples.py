@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
+from crp.errors import InputError, InputTypeError
 from crp.notices import warn
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.identity import check_dataset
@@ -64,14 +65,14 @@ class SampleAccess:
         """
         sample = read(self.dataset, int(index))
         if sample.problem is not None:
-            raise sample.problem.error or TypeError(
+            raise sample.problem.error or InputTypeError(
                 f"sample {index}: {sample.problem.reason}, or override FeatureVisualization.get_data_sample"
             )
         data = sample.data.to(self.device).unsqueeze(0)
         if preprocessing:
             data = self.preprocess_data(data)
             if not data.is_floating_point():
-                raise TypeError(
+                raise InputTypeError(
                     f"sample {index}: it is a tensor of {data.dtype} after preprocess_data, and relevance needs a "
                     "floating-point tensor. Convert it there, and explain tokens from their embedding on"
                 )
@@ -98,7 +99,7 @@ class SampleAccess:
         """
         numbers = [int(i) for i in indices]
         if not numbers:
-            raise ValueError("indices is empty; name at least one sample")
+            raise InputError("indices is empty; name at least one sample")
         samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)
         return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
 
@@ -215,7 +216,7 @@ def stacked(samples: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
     """Samples of shape (1, ...) as one batch; a `ValueError` names the dataset index of one that does not fit."""
     for index, sample in zip(indices, samples, strict=True):
         if sample.shape != samples[0].shape:
-            raise ValueError(
+            raise InputError(
                 f"dataset[{index}] has shape {tuple(sample.shape[1:])}, but dataset[{indices[0]}] has "
                 f"{tuple(samples[0].shape[1:])}; resize the samples to one shape, in the dataset or in preprocess_data"
             )

@@ -28,6 +28,7 @@ from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
+from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.notices import warn
 from crp.visualization.objectives import OUTPUT as OUTPUT
@@ -119,7 +120,7 @@ class SynthesisSettings:
             check_number(name, getattr(self, name), least, whole=True)
         bounds: Any = self.bounds
         if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2 and _is_below(*bounds)):
-            raise ValueError(f"bounds must be (low, high) with low below high, not {bounds!r}")
+            raise InputError(f"bounds must be (low, high) with low below high, not {bounds!r}")
 
     def penalty(self, images: Tensor, codes: Tensor, centre: Tensor) -> Tensor:
         """What is subtracted from the objective of each image."""
@@ -242,10 +243,10 @@ def _rate(model: nn.Module, objective: Objective, composite: Composite | None, i
     outputs = {OUTPUT: found.output, **found.layers}
     values = objective(outputs)
     if values.shape != images.shape[:1]:
-        raise ValueError(f"the objective must give one value for each of {len(images)} images, not {values.shape}")
+        raise InputError(f"the objective must give one value for each of {len(images)} images, not {values.shape}")
     if not values.isfinite().all():
         wrong = (~values.isfinite()).nonzero().flatten().tolist()
-        raise ValueError(f"the objective is NaN or infinite for images {wrong}; use a smaller learning rate or bounds")
+        raise InputError(f"the objective is NaN or infinite for images {wrong}; use a smaller learning rate or bounds")
     (gradient,) = torch.autograd.grad(values.sum(), found.inputs.explained)
     return values.detach(), gradient
 
@@ -272,11 +273,11 @@ def _variation(images: Tensor, axes: tuple[int, ...], beta: float) -> Tensor:
 
 def _check(model: object, objective: object, shape: object, composite: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective, such as log_probability(3), not {objective!r}")
+        raise InputTypeError(f"objective must be an Objective, such as log_probability(3), not {objective!r}")
     if not isinstance(shape, Iterable) or len(sizes := list(shape)) < 2 or any(n < 1 for n in sizes):
-        raise ValueError(f"shape must be (images, *shape of an image or code), not {shape!r}")
+        raise InputError(f"shape must be (images, *shape of an image or code), not {shape!r}")
     check_composite(composite)
 
 
@@ -287,6 +288,6 @@ def _spread(name: str, value: Tensor | float, shape: Sequence[int], like: Tensor
     try:
         return tensor.expand(*shape)
     except RuntimeError:
-        raise ValueError(
+        raise InputError(
             f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to {tuple(shape)}"
         ) from None

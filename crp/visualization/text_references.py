@@ -13,6 +13,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, mask_of
 from crp.concepts.reading import code_of
+from crp.errors import InputTypeError
 from crp.image.texts import TextHeatmap
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.targets import record_activations
@@ -45,7 +46,7 @@ def read_text(dataset: Any, index: int, device: torch.device) -> Asked:
     """One text of a dataset, and what a model is asked about it."""
     sample = read(dataset, int(index))
     if sample.problem is not None:
-        raise sample.problem.error or TypeError(f"sample {index}: {sample.problem.reason}")
+        raise sample.problem.error or InputTypeError(f"sample {index}: {sample.problem.reason}")
     return Asked.of(sample.data[None].to(device), texts_in(dataset))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.image.colours import as_picture
 from crp.image.forms import draw_heatmap
 from crp.image.pixels import to_png_bytes
@@ -136,13 +137,13 @@ class ReportOptions:
     def __post_init__(self) -> None:
         for name in ("n_concepts", "n_references", "picture_size", "map_size", "batch_size"):
             if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         for name in ("n_active", "n_negative", "n_mean", "n_sample_concepts"):
             if (value := getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+                raise InputError(f"{name} must not be negative, got {value}")
 
         if self.part is not None and not 0 <= self.part[0] < self.part[1]:
-            raise ValueError(f"part must be (i, n) with i from 0 to n - 1, not {self.part!r}")
+            raise InputError(f"part must be (i, n) with i from 0 to n - 1, not {self.part!r}")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -190,7 +191,7 @@ def make_tile(sample: Tensor, heatmap: Tensor, caption: str, tip: str = "", *, s
 def check_image(sample: Tensor, heatmap: Tensor) -> None:
     """Raise a `ValueError` unless a sample is an image whose heatmap has its size."""
     if sample.dim() != 3 or heatmap.shape != sample.shape[1:]:
-        raise ValueError(
+        raise InputError(
             "a report shows images of shape (channels, height, width) with heatmaps of shape (height, width), got "
             f"{tuple(sample.shape)} and {tuple(heatmap.shape)}; resize images in the dataset, not in preprocess_fn"
         )

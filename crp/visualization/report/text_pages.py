@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from zennit.core import Composite
 
+from crp.errors import InputError
 from crp.image.texts import TextHeatmap, readable
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
@@ -88,9 +89,9 @@ class TextAtlas:
         options: ReportOptions,
     ) -> None:
         if options.findings or options.classes is not None:
-            raise ValueError("findings and classes have no pages in an atlas of texts; leave them out")
+            raise InputError("findings and classes have no pages in an atlas of texts; leave them out")
         if options.part is not None:
-            raise ValueError("an atlas of texts is written by one process: leave out part (--workers, --part)")
+            raise InputError("an atlas of texts is written by one process: leave out part (--workers, --part)")
         self.fv, self.composite, self.facts, self.options = fv, composite, facts, options
         self.addresses = Addresses(list(facts))
         self._names = class_names

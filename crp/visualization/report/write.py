@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 from zennit.core import Composite
 
+from crp.errors import InputError, NameNotFoundError, OutOfRangeError
 from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
@@ -89,7 +90,7 @@ def write_report(
     chosen = ReportOptions(**options)
     path = Path(path)
     if chosen.part is not None and path.suffix.lower() in (".html", ".htm"):
-        raise ValueError(f"part draws into a folder, and {path} is one file")
+        raise InputError(f"part draws into a folder, and {path} is one file")
     if path.suffix.lower() not in (".html", ".htm"):
         claim(path)
         return _write(fv, composite, path, None, chosen)
@@ -269,14 +270,14 @@ def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:
         table.n_concepts(layer)  # raises where it was not mined
     chosen = [layer for layer in table.layers if layers is None or layer in layers]
     if not chosen:
-        raise ValueError("layers must name at least one layer")
+        raise InputError("layers must name at least one layer")
     return chosen
 
 
 def _names(class_names: Sequence[str] | Mapping[int, str], targets: Collection[int]) -> dict[int, str]:
     known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
     if nameless := [target for target in targets if target not in known]:
-        raise ValueError(f"class_names has {len(known)} names, and none for the classes {nameless}")
+        raise InputError(f"class_names has {len(known)} names, and none for the classes {nameless}")
     return {target: str(known[target]) for target in known}
 
 
@@ -290,7 +291,7 @@ def _names_of(table: Table, targets: Collection[int]) -> dict[int, str]:
 def _shown(targets: Sequence[int], classes: Sequence[int] | None) -> list[int]:
     for target in classes or ():
         if target not in targets:
-            raise KeyError(f"no sample of class {target!r} was mined; the classes are {list(targets)}")
+            raise NameNotFoundError(f"no sample of class {target!r} was mined; the classes are {list(targets)}")
     return list(targets) if classes is None else list(classes)
 
 
@@ -298,9 +299,9 @@ def _check_findings(findings: Iterable[Finding], targets: Sequence[int], table: 
     for place in (finding.concept for finding in findings if finding.concept is not None):
         target, layer, concept = place
         if target not in targets or layer not in layers:
-            raise KeyError(f"a finding is about {place}; classes are {list(targets)}, layers {list(layers)}")
+            raise NameNotFoundError(f"a finding is about {place}; classes are {list(targets)}, layers {list(layers)}")
         if not 0 <= concept < (n := table.n_concepts(layer)):
-            raise IndexError(f"a finding is about {place}; layer {layer!r} has the concepts 0 to {n - 1}")
+            raise OutOfRangeError(f"a finding is about {place}; layer {layer!r} has the concepts 0 to {n - 1}")
 
 
 def _samples(cells: Mapping[Any, References]) -> dict[int, int]:

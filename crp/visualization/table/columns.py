@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crp.errors import InputError
 from crp.visualization.table.contents import ABOUT, SAMPLE_COLUMNS
 from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptError
 from crp.visualization.table.shards import open_shard
@@ -79,7 +80,7 @@ def _read(file: Any, path: Path) -> SampleColumns:
         about = json.loads(file.get_tensor(ABOUT).tobytes())
         sources, labels = [str(name) for name in about["source"]], list(about["label"])
         if not len(sources) == len(labels) == n:
-            raise ValueError(f"{len(sources)} names for {n} samples")
+            raise InputError(f"{len(sources)} names for {n} samples")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TableCorruptError(f"{path} is not what mining writes: names of samples: {error}") from error
     return SampleColumns(sample, sources, labels, *(file.get_tensor(name) for name in SAMPLE_COLUMNS))

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from crp.errors import InputError
 from crp.visualization.table.files import check_file, check_folder, make_own_folder, write_atomic
 from crp.visualization.table.manifest import (
     KEPT,
@@ -100,7 +101,7 @@ def keep_result(
     path = _path(table, kind, layer, of_class)
     held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     if problem := _problem(table, layer, held):
-        raise ValueError(f"{kind} of {_place(layer, of_class)} are not of {table!r}: {problem}")
+        raise InputError(f"{kind} of {_place(layer, of_class)} are not of {table!r}: {problem}")
     record = {"kind": kind, "layer": layer, "of_class": of_class, "digest": table.digest, "settings": dict(settings)}
     text = json.dumps(record, sort_keys=True, allow_nan=False)
     make_own_folder(path.parent)
@@ -159,7 +160,7 @@ def list_kept(table: Table) -> list[KeptResult]:
 
 def _path(table: Table, kind: str, layer: str, of_class: int | None) -> Path:
     if kind not in KEPT_KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KEPT_KINDS)}; not {kind!r}")
+        raise InputError(f"kind must be one of {', '.join(KEPT_KINDS)}; not {kind!r}")
     key = hashlib.sha256(json.dumps([layer, of_class]).encode()).hexdigest()[:16]
     return table.path / "derived" / f"{kind}-{key}.safetensors"
 
@@ -176,13 +177,13 @@ def _read(path: Path) -> KeptResult:
             about = file.metadata()
         text = about["about"]
         if about["sha256"] != _checksum(text, arrays):
-            raise ValueError("its checksum is not that of its content")
+            raise InputError("its checksum is not that of its content")
         record = KeptResult(**json.loads(text), arrays=arrays)
         numbered = record.of_class is None or type(record.of_class) is int
         if record.kind not in KEPT_KINDS or not numbered or type(record.layer) is not str:
-            raise ValueError(f"it is of {record.kind!r}, {record.layer!r}, {record.of_class!r}")
+            raise InputError(f"it is of {record.kind!r}, {record.layer!r}, {record.of_class!r}")
         if not path.name.startswith(f"{record.kind}-") or not isinstance(record.settings, dict):
-            raise ValueError(f"it says of itself to be {record.kind!r}")
+            raise InputError(f"it says of itself to be {record.kind!r}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise TableCorruptError(f"{path} is damaged, or no result of a table: {error}; delete it") from error
     return record

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crp.errors import InputError
 from crp.visualization.table.manifest import VERSION, ShardRecord, TableCorruptError, TableHeader
 
 #: What the manifest of each version says, beside its version and its shards.
@@ -44,7 +45,7 @@ def decode(text: bytes, source: Path) -> tuple[TableHeader, list[ShardRecord]]:
             raise TableCorruptError(f"{source} is damaged: its checksum is not that of its content")
         listed = content.pop("shards")
         if set(content) != _FIELDS[version]:
-            raise ValueError(f"it has the fields {', '.join(sorted(content))}")
+            raise InputError(f"it has the fields {', '.join(sorted(content))}")
         content |= {key: tuple(content[key]) for key in ("layers", "modes", "kinds")}
         header = TableHeader(**content, version=version)
         shards = [ShardRecord.from_json(entry, source) for entry in listed]
@@ -81,4 +82,4 @@ def _check(header: TableHeader, shards: Sequence[ShardRecord], source: Path) -> 
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise InputError(f"{constant} is no number")

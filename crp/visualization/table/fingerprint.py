@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from zennit.canonizers import Canonizer
 from zennit.core import Composite, Hook
 
+from crp.errors import InputError
 from crp.layers import unwrap
 from crp.visualization.table.source import syntax_of
 
@@ -269,7 +270,7 @@ def _hash(kind: str, *parts: Any) -> bytes:
 
 def _tensor(tensor: Tensor) -> bytes:
     if tensor.is_meta:
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} on the meta device has no content to fingerprint")
+        raise InputError(f"a tensor of shape {tuple(tensor.shape)} on the meta device has no content to fingerprint")
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from crp.errors import CRPError, InputError, InputTypeError
+
 Array = NDArray[Any]
 
 #: Of the layout on disk.
@@ -35,7 +37,7 @@ KEPT = re.compile(r"[a-z]{1,20}-[0-9a-f]{16}\.safetensors")
 _SHA = re.compile(r"[0-9a-f]{64}")
 
 
-class TableError(Exception):
+class TableError(CRPError):
     """Something is wrong with a mined table; the base of all its errors."""
 
 
@@ -100,7 +102,7 @@ class ShardRecord:
             sound = sound and 0 not in record.concepts.values() and bool(record.concepts) == (record.rows > 0)
             named = f"{record.start}-{record.stop}-{record.sha256[:8]}.safetensors"
             if not (sound and NAME.fullmatch(record.file) and _SHA.fullmatch(record.sha256) and record.file == named):
-                raise ValueError("values out of range, or a file name that no such shard has")
+                raise InputError("values out of range, or a file name that no such shard has")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise TableCorruptError(f"{source}: shard {entry!r} is not valid: {error}") from error
         return record
@@ -196,12 +198,12 @@ class TableHeader:
         for mapping in (self.fingerprints, self.versions, self.probes):
             words += [*mapping, *mapping.values()]
         if type(self.n_samples) is not int or self.n_samples < 0 or not all(type(word) is str for word in words):
-            raise TypeError(f"n_samples must be a number and all else words; not {self}")
+            raise InputTypeError(f"n_samples must be a number and all else words; not {self}")
         parts = ((self.modes, MODES), (self.kinds, KINDS), ((self.storage,), STORAGES))
         if any(not set(there) <= set(known) for there, known in parts) or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"modes, kinds and storage must be known ones, and each layer once; not {self}")
+            raise InputError(f"modes, kinds and storage must be known ones, and each layer once; not {self}")
         if not isinstance(self.recipe, Mapping) or json.loads(json.dumps(self.recipe, allow_nan=False)) != self.recipe:
-            raise TypeError(f"recipe must be plain JSON, not {self.recipe!r}")
+            raise InputTypeError(f"recipe must be plain JSON, not {self.recipe!r}")
 
     @property
     def identity(self) -> str:

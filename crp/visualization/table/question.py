@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from crp.errors import InputError
 from crp.visualization.table.manifest import KINDS, MODES
 from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, class_statistics, top_k
 from crp.visualization.table.store import Table
@@ -34,7 +35,7 @@ class Question:
     def __post_init__(self) -> None:
         for name, value, known in (("mode", self.mode, MODES), ("kind", self.kind, KINDS)):
             if value not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
+                raise InputError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
 
 
 class Answers(Protocol):

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from crp.errors import InputError, NameNotFoundError, OutOfRangeError
 from crp.visualization.table.files import check_file, make_own_folder, write_atomic
 from crp.visualization.table.manifest import Array, Block, TableCorruptError
 from crp.visualization.table.store import Table
@@ -134,7 +135,7 @@ def top_k(
         If the mode, the kind or a concept was not mined, or ``k`` is below 1.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
+        raise InputError(f"k must be at least 1, not {k}")
     if of_class is not None:
         _check_class(table, of_class)
     chosen = None if samples is None else sorted({int(i) for i in samples})
@@ -190,10 +191,10 @@ def class_statistics(
         All classes, by descending value; of equal ones the smaller class first.
     """
     if mean_n < 1:
-        raise ValueError(f"mean_n must be at least 1, not {mean_n}")
+        raise InputError(f"mean_n must be at least 1, not {mean_n}")
     n = table.n_concepts(layer)
     if not -n <= concept < n:
-        raise IndexError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {concept}")
+        raise OutOfRangeError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {concept}")
     blocks = table.blocks(layer, mode, target, normed, concepts=None if cache else concept)
 
     def compute() -> tuple[Array, ...]:
@@ -259,7 +260,7 @@ def _check_class(table: Table, of_class: int) -> None:
     targets = list_targets(table)
     if of_class not in targets:
         near = targets[np.argsort(np.abs(targets - of_class), kind="stable")[:5]]
-        raise KeyError(
+        raise NameNotFoundError(
             f"no row of the table in {table.path} has target {of_class}; it has {len(targets)} targets, nearest: "
             f"{', '.join(map(str, np.sort(near)))}"
         )

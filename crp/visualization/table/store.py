@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crp.errors import InputError, NameNotFoundError, OutOfRangeError
 from crp.visualization.table.columns import SampleColumns, join_columns, read_columns
 from crp.visualization.table.document import decode, encode
 from crp.visualization.table.files import check_file, check_folder, make_own_folder, read_file, write_atomic
@@ -168,12 +169,12 @@ class Table:
             If the table has no rows yet.
         """
         if layer not in self.layers:
-            near = difflib.get_close_matches(layer, self.layers, n=3, cutoff=0.3) or self.layers[:5]
-            raise KeyError(f"layer {layer!r} was not mined into {self.path}; nearest: {', '.join(map(repr, near))}")
+            near = ", ".join(map(repr, difflib.get_close_matches(layer, self.layers, cutoff=0.3) or self.layers[:5]))
+            raise NameNotFoundError(f"layer {layer!r} was not mined into {self.path}; nearest: {near}")
         for shard in self.shards:
             if layer in shard.concepts:
                 return shard.concepts[layer]
-        raise ValueError(f"the table in {self.path} has no rows: no sample was mined that has a target")
+        raise InputError(f"the table in {self.path} has no rows: no sample was mined that has a target")
 
     def check(self, **fingerprints: str) -> None:
         """Raise a `TableMismatchError` that names which of the given fingerprints differ from the table's."""
@@ -252,7 +253,7 @@ class Table:
         """
         for name, given, there in (("mode", mode, self.modes), ("target", target, self.kinds)):
             if given not in there:
-                raise ValueError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
+                raise InputError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
         wanted = None if samples is None else np.unique(np.fromiter(samples, dtype=np.int64))
@@ -268,7 +269,7 @@ class Table:
         """
         found = list(self.blocks(layer, mode, target, normed, concepts=concept))
         if not found:
-            raise ValueError(f"the table in {self.path} has no rows")
+            raise InputError(f"the table in {self.path} has no rows")
         sample, ids, value, position = (np.concatenate(part) for part in zip(*found, strict=True))
         return Block(sample, ids, value[:, 0], position[:, 0])
 
@@ -311,7 +312,7 @@ class Table:
             known = next((s.concepts[layer] for s in self.shards if layer in s.concepts), n)
             if known != n:
                 span = f"samples {shard.start} to {shard.stop - 1}"
-                raise ValueError(f"{span} give {n} concepts for layer {layer!r}, earlier ones {known}")
+                raise InputError(f"{span} give {n} concepts for layer {layer!r}, earlier ones {known}")
         replaced = [s for s in self.shards if (s.start, s.stop) == (shard.start, shard.stop)]
         self._change([s for s in self.shards if s not in replaced] + [shard])
         for old in replaced:
@@ -375,7 +376,7 @@ class Table:
         n = self.n_concepts(layer)
         ids = np.atleast_1d(np.asarray(concepts, dtype=np.int64))
         for i in ids[(ids < -n) | (ids >= n)][:1]:
-            raise IndexError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {i}")
+            raise OutOfRangeError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {i}")
         return ids % n
 
     def _change(self, shards: Iterable[ShardRecord]) -> None:
