@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
+from crp.wording import first_few
 
 if TYPE_CHECKING:
     from crp.visualization.models import Loaded
@@ -215,8 +216,7 @@ def _describe_run(
 
 def _first(words: Sequence[str]) -> str:
     """The first words of a list, and how many more there are."""
-    more = f" and {len(words) - 20} more" if len(words) > 20 else ""
-    return ", ".join("".join(c if c.isprintable() else "?" for c in word) for word in words[:20]) + more
+    return first_few(["".join(c if c.isprintable() else "?" for c in word) for word in words], 20)
 
 
 def _recipe(

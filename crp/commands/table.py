@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +53,8 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
     click.echo(f"recorded   {' and '.join(table.modes)}, {' and '.join(table.kinds)}, of {len(table.layers)} layers:")
     click.echo(_plain("           " + ", ".join(table.layers)))
     click.echo(f"size       {_size(table):.1f} MB in {len(table.shards)} shards")
-    for start, stop in coverage.missing[:_LISTED]:
-        click.echo(f"missing    {start} to {stop - 1}")
-    if len(coverage.missing) > _LISTED:
-        click.echo(f"missing    and {len(coverage.missing) - _LISTED} more ranges")
-    for index, reason in list(coverage.skipped.items())[:_LISTED]:
-        click.echo(_plain(f"skipped    {index}: {reason}"))
-    if len(coverage.skipped) > _LISTED:
-        click.echo(f"skipped    and {len(coverage.skipped) - _LISTED} more samples")
+    _list("missing", [f"{start} to {stop - 1}" for start, stop in coverage.missing], "ranges")
+    _list("skipped", [f"{index}: {reason}" for index, reason in coverage.skipped.items()], "samples")
     left = sum(stop - start for start, stop in coverage.missing)
     if left and (rate := _rate(table)):
         click.echo(f"rate       {rate:.3g} samples/s; {left / rate / 60:.1f} min left at that")
@@ -179,6 +173,13 @@ def _recipe_lines(table: Table) -> Iterator[str]:
 def _plain(text: str) -> str:
     """Text without control characters, which a table from elsewhere may hold."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _list(title: str, rows: Sequence[str], kind: str) -> None:
+    """Print the first rows under a title, and how many more there are."""
+    more = [f"and {len(rows) - _LISTED} more {kind}"] if len(rows) > _LISTED else []
+    for row in [*rows[:_LISTED], *more]:
+        click.echo(_plain(f"{title:<11}{row}"))
 
 
 def _size(table: Table) -> float:

@@ -27,6 +27,7 @@ from crp.rules.redirect import overwritten
 from crp.rules.shared import _Proportional
 from crp.rules.whole import whole_call
 from crp.trace.recorder import tensors_in
+from crp.wording import first_few
 
 
 class _Whole(NamedTuple):
@@ -390,7 +391,7 @@ class Operations(SeeingMode):
     def suspects(self) -> str:
         """Scripted parts of the model, for an error."""
         names = self.places.scripted()
-        return f" (the model's scripted parts: {', '.join(map(repr, names[:5]))})" if names else ""
+        return f" (the model's scripted parts: {first_few([repr(name) for name in names], 5)})" if names else ""
 
 
 def _entered(tensor: Tensor, explained: bool) -> Tensor:

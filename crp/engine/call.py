@@ -34,6 +34,7 @@ from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
+from crp.wording import first_few
 
 #: ``(call, composite, rows) -> results, or None``
 Shortcut: TypeAlias = Callable[["Call", Composite | None, Rows], Part | None]
@@ -136,8 +137,8 @@ class Call:
                     changed = changed_weights(known, weights_of(self.model))
                 if changed:
                     raise InputError(
-                        f"{', '.join(map(repr, changed[:5]))} of the model changed between parts, which were of two "
-                        "models; let all parts come first, such as by list(attribution.generate(...))"
+                        f"{first_few([repr(name) for name in changed], 5)} of the model changed between parts, which "
+                        "were of two models; let all parts come first, such as by list(attribution.generate(...))"
                     )
             # (the caller alone keeps a part while the next one is computed)
             part = [average([next(run) for run in runs])]

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from crp.errors import InputError, InputTypeError
 from crp.layers import modules_of
 from crp.notices import warn
+from crp.wording import first_few
 
 #: A tensor with its version and memory; None in place of both if it is no plain array of floating-point numbers.
 _Mark = tuple[weakref.ref[Tensor], tuple[int, int] | None]
@@ -120,7 +121,7 @@ def _all_finite(result: object) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return first_few([repr(name) for name in names], 5)
 
 
 def misfit(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from crp.errors import LoadingError
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
+from crp.wording import first_few
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,7 @@ def _fill(net: nn.Module, path: Path) -> None:
         state |= {name: net.state_dict()[name] for name in uncounted}
         if missing := sorted(wanted - given) or sorted(given - wanted):
             lacks = "lacks" if wanted - given else "has, and the model lacks,"
-            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise LoadingError(f"{path} does not fit the model: it {lacks} {some}")
+            raise LoadingError(f"{path} does not fit the model: it {lacks} {first_few(missing, 3)}")
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as error:

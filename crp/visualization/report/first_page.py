@@ -12,6 +12,7 @@ from crp.visualization.report.options import Finding
 from crp.visualization.report.pages import FEW, Atlas, Shown
 from crp.visualization.report.render import percent
 from crp.visualization.table.store import Table
+from crp.wording import first_few
 
 #: Suspects on the overview, and the number of classes up to which each has a picture there.
 SUSPECTS, PICTURED = 7, 60
@@ -22,9 +23,8 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
     coverage = table.coverage()
     missing = sum(stop - start for start, stop in coverage.missing)
     seen = table.n_samples - missing
-    ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in coverage.missing[:20])
-    more = f" and {len(coverage.missing) - 20} more ranges" if len(coverage.missing) > 20 else ""
-    notes = [] if not missing else [f"{missing} of {table.n_samples} samples were not mined yet: {ranges}{more}."]
+    ranges = first_few([f"{start} to {stop - 1}" for start, stop in coverage.missing], 20, "ranges")
+    notes = [] if not missing else [f"{missing} of {table.n_samples} samples were not mined yet: {ranges}."]
     if any(mark.startswith("(") for mark in table.header.probes.values()):
         notes.append("The data differs from reading to reading: what is shown is not exactly what was mined.")
     if table.header.recipe.get("mixed_shapes"):
