@@ -448,3 +448,10 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
         f"100% of its relevance lies at the top left, where its layer has {first.expected:.0%}; "
         "it is carried by 50% of the samples"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody can write to")
+@pytest.mark.parametrize("name", ["absent/report.html", "absent/report", "self/report.html"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_computed(name):
+    with pytest.raises(OSError, match="/proc/"):
+        write_report(object(), None, Path("/proc") / name)
