@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from crp.devices import send_to
 from crp.engine.door import check_form, is_finite, misfit
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
 from crp.errors import CRPError, InputError, InputTypeError
@@ -173,7 +174,7 @@ class Inputs:
         if isinstance(samples, list) and samples == list(range(len(self))):
             return self
         index = torch.as_tensor(samples)
-        return self.each(lambda tensor: tensor[index.to(tensor.device)])
+        return self.each(lambda tensor: tensor[send_to(tensor.device, index)])
 
     def to(self, device: torch.device) -> Inputs:
         """The same on a device."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from types import FunctionType
 from typing import Any
 
@@ -391,7 +392,7 @@ def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a number below zero is among the arguments."""
-    return any(isinstance(value, int | float) and value < 0 for value in (*args, *kwargs.values()))
+    return any(isinstance(value, Real) and value < 0 for value in (*args, *kwargs.values()))
 
 
 assert all(set(properties.split()) <= PROPERTIES for _, properties, _ in _TABLE)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crp.devices import is_recording
+
 _KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-#: Entries that a kernel can count.
-_MOST = 2**31 - 4096
+#: Entries that a kernel can count; and from which on it saves more than it costs to start it from Python.
+_MOST, _FEWEST = 2**31 - 4096, 1 << 24
 
 
 def fused_quotient(
@@ -50,7 +52,8 @@ def fused_gamma_scales(
 
 
 def _fits(below: Tensor, added: Tensor | None, above: Tensor) -> bool:
-    if not below.is_cuda or below.dtype not in _KINDS or not 0 < below.numel() < _MOST or _kernels() is None:
+    fewest = 1 if is_recording() else _FEWEST  # (a replay starts it without Python)
+    if not below.is_cuda or below.dtype not in _KINDS or not fewest <= below.numel() < _MOST or _kernels() is None:
         return False
     alike = above.dtype == below.dtype and above.shape == below.shape and above.stride() == below.stride()
     dense = below.is_contiguous() or (below.dim() == 4 and below.is_contiguous(memory_format=torch.channels_last))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -64,7 +65,7 @@ def _passed(
 def _is_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a power has a negative exponent, a number."""
     exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
-    return isinstance(exponent, int | float) and exponent < 0
+    return isinstance(exponent, Real) and exponent < 0
 
 
 def _has_tensor(value: object) -> bool:

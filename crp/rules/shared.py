@@ -52,10 +52,6 @@ class _Shared(Rule):
             return result
         return changed(result, lambda tensor: _Balance.apply(tensor, sink, 1) if tensor.requires_grad else tensor)
 
-    def treats(self, known: Function, kind: str, alone: bool) -> bool:
-        """What a module without parts calls."""
-        return alone and not known.has("selects", "copies")
-
 
 class _Proportional(_Shared):
     """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from preset_cases import numbers, off
+from test_attention import explain, lrp
 from torch import nn
 
 from crp.attribution import CondAttribution
@@ -69,3 +72,50 @@ def test_gate_is_held_constant(name):
     found, expected = (CondAttribution(m)(data, [{"y": 1}], EpsilonPlus()).heatmap for m in (net, held))
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+ONE, TWO = torch.ones(1, dtype=torch.float64), torch.full((1,), 2.0, dtype=torch.float64)
+#: One over the root mean square.
+DIVISORS = {
+    "number over": lambda s: 1 / s.sqrt(),
+    "constant over": lambda s: ONE / s.sqrt(),
+    "method": lambda s: ONE.div(s.sqrt()),
+    "keywords": lambda s: torch.div(input=ONE, other=s.sqrt()),
+    "reciprocal": lambda s: s.sqrt().reciprocal(),
+    "rsqrt": lambda s: s.rsqrt(),
+    "power": lambda s: s**-0.5,
+    "power of numpy": lambda s: s ** np.float32(-0.5),
+}
+#: Statistics that are divided by something, and are none of these.
+DIVIDED = {
+    "number": lambda s: s.sqrt() / 2,
+    "constant": lambda s: s.sqrt() / TWO,
+    "keywords": lambda s: torch.div(input=s.sqrt(), other=TWO),
+    "power": lambda s: s**0.5,
+}
+
+
+@pytest.mark.parametrize("gates", ["signal", "split"])
+@pytest.mark.parametrize("name", DIVISORS)
+def test_a_broadcast_divisor_is_constant_whatever_becomes_of_gates(name, gates):
+    """As in a norm that is written out: the signal takes all relevance of x / sqrt(mean x²)."""
+
+    def norm(x):
+        return x * DIVISORS[name](x.square().mean(-1, keepdim=True) + 1e-2)
+
+    x, r = numbers(3, 4), numbers(3, 4, seed=1)
+    (found,), kept = explain(norm, (x,), r, lrp("split", gates=gates))
+    assert off(found, r) <= 1e-12 and kept.abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_statistic_that_is_divided_is_a_factor_like_others(name):
+    """Half of x * sqrt(mean x²) is the signal's; the other half is what each entry has of the sum of squares."""
+
+    def product(x):
+        return x * DIVIDED[name](x.square().mean(-1, keepdim=True))
+
+    x, r = numbers(3, 4), numbers(3, 4, seed=1)
+    (found,), _ = explain(product, (x,), r, lrp("split", gates="split"))
+    shares = x.square() / x.square().sum(-1, keepdim=True)
+    assert off(found, r / 2 + shares * r.sum(-1, keepdim=True) / 2) <= 1e-12
