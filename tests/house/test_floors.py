@@ -51,7 +51,8 @@ BUDGETS = {
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
-    "rules": 5680,
+    # (a product whose gate is held; outputs that the next layer keeps anyway)
+    "rules": 5760,
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
