@@ -122,8 +122,6 @@ def attribute(
         return
     page = page or out.suffix.lower() == _PAGE
     places = _places(images, out, page)
-    for folder in {place.parent for place in places}:
-        _check_writable(folder, out)
     given = _parsed(settings)
     if concept and layer is None:
         raise CommandError("--concept needs the --layer that it is in")
@@ -157,11 +155,13 @@ def _loaded(model: str, weights: str | None, checkpoint: Path | None, classes: P
 
 
 def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
-    """Where the explanation of each picture is written: over none of the pictures."""
+    """Where the explanation of each picture is written: over none of the pictures, and where files can be written."""
     places = _named_places(images, out, page)
     for place in places:
         if any(place.resolve() == image.resolve() for image in images):
             raise CommandError(f"{place} is explained, and would be overwritten; give --out another name or folder")
+    for folder in {place.parent for place in places}:
+        _check_writable(folder, out)
     return places
 
 
@@ -196,7 +196,7 @@ def _explain(
 
     from crp.commands.panel import draw
     from crp.engine.probabilities import probabilities
-    from crp.explain import explain, find_method
+    from crp.explain import explain
     from crp.visualization.report.explained import ExplainedConcept, ExplainedPicture, write_explained
 
     try:
@@ -206,12 +206,8 @@ def _explain(
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
             raise CommandError("the output of the model is no score of classes")
         aim = int(output[0].argmax()) if target is None else target
-        if method == "occlusion" and not {"window_shape", "step"} & given.keys():
-            window, step = _windows(*data.shape[-2:])
-            given = given | {"window_shape": window, "step": step}
-            caption += f", windows of {window[0]} x {window[1]} pixels"
-        if find_method(method).options.get("layer") is ... and "layer" not in given:
-            raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")
+        given, windows = _completed(method, given, loaded, data)
+        caption += windows
         heatmap = explain(method, loaded.model, data, aim, **given)
         layer, concepts = "", list[ExplainedConcept]()
         if on_page is not None:
@@ -247,6 +243,18 @@ def _explain(
         parts = [{"concept": int(one.label), "share": one.share} for one in concepts]
         facts |= {"layer": layer, "concepts": parts}
     return f"{said}{of}", facts
+
+
+def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:
+    """Options of a method with those that the command chooses, and what is said of them."""
+    from crp.explain import find_method
+
+    if find_method(method).options.get("layer") is ... and "layer" not in given:
+        raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")
+    if method != "occlusion" or {"window_shape", "step"} & given.keys():
+        return given, ""
+    window, step = _windows(*data.shape[-2:])
+    return given | {"window_shape": window, "step": step}, f", windows of {window[0]} x {window[1]} pixels"
 
 
 def _windows(*sides: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
