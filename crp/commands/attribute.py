@@ -15,6 +15,8 @@ from crp.commands.group import in_a_line
 from crp.commands.page import PageConcepts, concepts_of_picture
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from crp.visualization.models import Loaded
 
 
@@ -120,8 +122,6 @@ def attribute(
         return
     page = page or out.suffix.lower() == _PAGE
     places = _places(images, out, page)
-    for folder in {place.parent for place in places}:
-        _check_writable(folder, out)
     given = _parsed(settings)
     if concept and layer is None:
         raise CommandError("--concept needs the --layer that it is in")
@@ -141,6 +141,8 @@ def attribute(
         caption = chosen.name if page else f"{chosen.name}{through}"
         said, facts = _explain(image, place, loaded, chosen.name, index, given, caption, shown)
         click.echo(json.dumps(facts) if as_json else f"{image}: {said}\nwrote {place}")
+    if loaded.normalized is None and not as_json:
+        click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
 
 
 def _loaded(model: str, weights: str | None, checkpoint: Path | None, classes: Path | None) -> Loaded:
@@ -153,11 +155,13 @@ def _loaded(model: str, weights: str | None, checkpoint: Path | None, classes: P
 
 
 def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
-    """Where the explanation of each picture is written: over none of the pictures."""
+    """Where the explanation of each picture is written: over none of the pictures, and where files can be written."""
     places = _named_places(images, out, page)
     for place in places:
         if any(place.resolve() == image.resolve() for image in images):
             raise CommandError(f"{place} is explained, and would be overwritten; give --out another name or folder")
+    for folder in {place.parent for place in places}:
+        _check_writable(folder, out)
     return places
 
 
@@ -202,6 +206,8 @@ def _explain(
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
             raise CommandError("the output of the model is no score of classes")
         aim = int(output[0].argmax()) if target is None else target
+        given, windows = _completed(method, given, loaded, data)
+        caption += windows
         heatmap = explain(method, loaded.model, data, aim, **given)
         layer, concepts = "", list[ExplainedConcept]()
         if on_page is not None:
@@ -237,6 +243,40 @@ def _explain(
         parts = [{"concept": int(one.label), "share": one.share} for one in concepts]
         facts |= {"layer": layer, "concepts": parts}
     return f"{said}{of}", facts
+
+
+def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:
+    """Options of a method with those that the command chooses, and what is said of them."""
+    from crp.explain import find_method
+
+    if find_method(method).options.get("layer") is ... and "layer" not in given:
+        raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")
+    if method != "occlusion" or {"window_shape", "step"} & given.keys():
+        return given, ""
+    window, step = _windows(*data.shape[-2:])
+    return given | {"window_shape": window, "step": step}, f", windows of {window[0]} x {window[1]} pixels"
+
+
+def _windows(*sides: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of occlusion's windows, and their distance: about an eighth of a side, half of it apart.
+
+    A window for each feature, the method's own default, takes minutes at the usual sizes. Windows end at the edge.
+    """
+    found = []
+    for side in sides:
+        lengths = ((length, step) for length in range(max(1, side // 8), side + 1) for step in range(length, 0, -1))
+        fits = (pair for pair in lengths if 2 * pair[1] >= pair[0] and (side - pair[0]) % pair[1] == 0)
+        found.append(min(fits, key=lambda pair: (pair[0] > max(1, side // 4), abs(pair[1] - pair[0] / 2), pair[0])))
+    window, step = zip(*found, strict=True)
+    return window, step
+
+
+def _suggestion(loaded: Loaded, data: Tensor) -> str:
+    """Layer that a class activation map is usually made of, as the end of a message."""
+    from crp.visualization.mining.selection import list_layers
+
+    suggested = [one.name for one in list_layers(loaded.model, data) if one.suggested]
+    return f", such as --layer {suggested[-1]}" if suggested else ""
 
 
 def _check_writable(folder: Path, out: Path) -> None:
