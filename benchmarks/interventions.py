@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
 from crp.audit import intervene
+from crp.audit.tested import rank_correlation
 from crp.composites import (
     DeepLift,
     EpsilonAlpha2Beta1,
@@ -42,17 +43,6 @@ COMPOSITES = {
     "gradient × activation": GradientTimesInput(),
 }
 METHODS = (*COMPOSITES, "integrated gradients", "random")
-
-
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        mean_rank = np.cumsum(count) - (count + 1) / 2
-        return np.asarray(mean_rank[place])
-
-    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
 def conductance(attribution: CondAttribution, data: Tensor, targets: Sequence[int], layers: Sequence[str]) -> Any:

@@ -179,18 +179,20 @@ class Samples:
     shape : tuple of int
     classes : int
         Labels are below it; samples do not depend on it.
+    kept : int
+        Images that there are; after these, they come again.
     """
 
-    def __init__(self, n: int, shape: tuple[int, ...], classes: int) -> None:
+    def __init__(self, n: int, shape: tuple[int, ...], classes: int, kept: int = 512) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.images = pixels((n, *shape), generator)
+        self.images = pixels((min(n, kept), *shape), generator)
         self.labels: list[int] = torch.randint(0, classes, (n,), generator=generator).tolist()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.labels[index]
+        return self.images[index % len(self.images)], self.labels[index]
 
 
 def gradient(model: Callable[[Tensor], Tensor], data: Tensor, target: int = 0) -> Tensor:

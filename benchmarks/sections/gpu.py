@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.clocks import Run
+from benchmarks.clocks import CLOCKS, Run
 from benchmarks.harness import Bound, Case, Ratio
 from benchmarks.nets import Samples, Setup, convolutions, gradient
 from benchmarks.sections import compiled
@@ -93,7 +93,7 @@ LARGE = Scale(
     size=224,
     batch=64,
     n_concepts=512,
-    n_batches=5,
+    n_batches=80,
     n_of_peer=64,
 )
 TINY = Scale(
@@ -231,8 +231,9 @@ class Mining:
         self.dataset = Samples(n, tuple(self.data.shape[1:]), classes)
         self.concepts = dict.fromkeys(convolutions(self.model), ChannelConcept())
         self.attribution, self.rules = CondAttribution(self.model), ours.composite(PRESET)
-        with tempfile.TemporaryDirectory() as folder:  # kernels are chosen in the first batch
-            self.mined_into(folder, self.batch)
+        self.folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self.folder)  # (which takes time, too)
+        self.run(self.batch)  # kernels are chosen in the first batch
 
     def mined_into(self, folder: str | Path, n: int | None = None) -> FeatureVisualization:
         """Mine the first ``n`` images into a folder."""
@@ -244,10 +245,9 @@ class Mining:
         """Mine what is not in the table yet, and collect the results."""
         found.run(self.rules, 0, n or self.n, self.batch, progress=False)
 
-    def run(self) -> None:
-        """Mine all images into a new folder."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.mined_into(folder)
+    def run(self, n: int | None = None) -> FeatureVisualization:
+        """Mine the first ``n`` images, by default all, into a new folder."""
+        return self.mined_into(tempfile.mkdtemp(dir=self.folder), n)
 
     def run_narrow(self) -> None:
         """The same in bfloat16."""
@@ -261,11 +261,9 @@ class Mining:
 
     def bytes_of_an_entry(self) -> float:
         """Bytes on disk for each row and concept."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.mined_into(folder)
-            table = Table.open(folder)
-            size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-            return size / (self.n * sum(table.n_concepts(layer) for layer in self.concepts))
+        table = Table.open(self.run().path)
+        size = sum(path.stat().st_size for path in table.path.rglob("*") if path.is_file())
+        return size / (self.n * sum(table.n_concepts(layer) for layer in self.concepts))
 
 
 def mining(setup: Setup, goals: Goals, n: int) -> Case:
@@ -311,9 +309,7 @@ def host_time(setup: Setup, n: int) -> Case:
 
     def make() -> dict[str, Run]:
         made = Mining(setup, n)
-        folder = tempfile.mkdtemp()
-        weakref.finalize(made, shutil.rmtree, folder)
-        return {"again": partial(made.run_again, made.mined_into(folder))}
+        return {"again": partial(made.run_again, made.run())}
 
     metric = "a run of a finished table, all classes, ms"
     return Case(
@@ -321,33 +317,36 @@ def host_time(setup: Setup, n: int) -> Case:
     )
 
 
-def mining_counts(setup: Setup, n: int) -> list[Case]:
-    """Waits and copies for each batch, and bytes on disk."""
-    scale = setup.batch / n
+def mining_counts(setup: Setup) -> list[Case]:
+    """Waits, copies and launches of a batch, where all that a run does once is done; and bytes on disk."""
+    few, many = 8, 16
     bounds = {"waits": Bound(2.0), "copies to host": Bound(1.0), "copies to device": Bound(1.0), "launches": None}
 
-    def counted(method: Callable[[Mining], object]) -> Callable[[], dict[str, Run]]:
+    def counted(clock: str) -> Callable[[], dict[str, Run]]:
         def make() -> dict[str, Run]:
-            made = Mining(setup, n)
-            made.run()
-            made.run()  # (by now, attributions are recorded)
-            return {"ours": partial(method, made)}
+            made = Mining(setup, many * setup.batch)
+
+            def of_a_batch() -> float:
+                counts = [CLOCKS[clock](partial(made.run, n * setup.batch)) for n in (few, many)]
+                return (counts[1] - counts[0]) / (many - few)
+
+            return {"ours": of_a_batch}
 
         return make
 
     cases = [
         Case(
-            name=f"{setup}, {n} images, all convolutions",
-            make=counted(Mining.run),
-            ratios=(Ratio(f"mining, {clock} a batch", "ours", bound=bound, scale=scale),),
-            clock=clock,
+            name=f"{setup}, all convolutions",
+            make=counted(clock),
+            ratios=(Ratio(f"mining, {clock} a batch", "ours", bound=bound),),
+            clock="value",
             rounds=1,
-            warmup=0,
+            warmup=1,
         )
         for clock, bound in bounds.items()
     ]
     size = Ratio("bytes on disk for each concept and row", "ours")
-    make = counted(Mining.bytes_of_an_entry)
+    make = lambda: {"ours": Mining(setup, 2 * setup.batch).bytes_of_an_entry}  # noqa: E731
     return [*cases, Case(str(setup), make, (size,), clock="value", rounds=1, warmup=0)]
 
 
@@ -373,7 +372,7 @@ def cases(device: str = "cuda") -> list[Case]:
             host_time(setup, few),
             mining_of_peer(setup, scale.n_of_peer),
         ]
-        counts = mining_counts(setup, 2 * scale.batch)
+        counts = mining_counts(setup)
         found += [waiting(setup), *counts] if on_gpu else counts[-1:]
     return found if on_gpu else [without_goals(case) for case in found]
 

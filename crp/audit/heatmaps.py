@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.nn import functional as F
 from zennit.core import Composite
 
@@ -53,7 +52,7 @@ def keep_heatmaps(
     samples = np.unique(np.concatenate([block.sample for block in blocks]))
     name, parts = fv.attribution.MODEL_OUTPUT_NAME, []
     for begin in range(0, len(samples), batch_size):
-        data = torch.cat([fv.get_data_sample(int(i))[0].detach() for i in samples[begin : begin + batch_size]])
+        data = fv.get_data_concurrently(samples[begin : begin + batch_size], True)[0].detach()
         heatmap = fv.attribution(data, [{name: of_class}], composite).heatmap.detach().cpu().double()
         if heatmap.dim() != 3:
             raise ValueError(f"heatmaps have shape {tuple(heatmap.shape[1:])}; only those of pictures are made small")

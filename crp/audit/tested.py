@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 from zennit.core import Composite
 
 from crp.audit.intervening import intervene
@@ -49,7 +47,7 @@ class Interventions(NamedTuple):
     @property
     def agreement(self) -> float:
         """Rank correlation of relevance and loss of output over the concepts, mean over samples; 1 is the best."""
-        found = [_rank_correlation(*pair) for pair in zip(self.relevance, -self.change, strict=True)]
+        found = [rank_correlation(*pair) for pair in zip(self.relevance, -self.change, strict=True)]
         return float(np.mean(found))
 
     def save(self, table: Table) -> Path:
@@ -99,13 +97,13 @@ def interventions(
         raise ValueError("interventions need one sample at least")
     table = Table.open(fv.path)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
-    data = _read(fv, samples)
+    data = fv.get_data_concurrently(samples, True)[0].detach()
     attribution, concept = fv.attribution, fv.layer_map[layer]
     if targets is None:
         targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
     result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: int(y)} for y in targets], composite, [layer])
     relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
-    other = None if patch is None else _read(fv, patch)
+    other = None if patch is None else fv.get_data_concurrently(patch, True)[0].detach()
     change = intervene(attribution, data, layer, concept, ids.tolist(), targets, scale=scale, patch=other)
     return Interventions(
         layer,
@@ -119,11 +117,7 @@ def interventions(
     )
 
 
-def _read(fv: FeatureVisualization, samples: Sequence[int]) -> Tensor:
-    return torch.cat([fv.get_data_sample(int(sample))[0] for sample in samples]).detach()
-
-
-def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's: the correlation of ranks, where equal values share theirs; 0 where one of them never varies."""
     ranks = []
     for values in (one, other):

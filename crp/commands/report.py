@@ -22,6 +22,7 @@ _OPTIONS = {
     "concepts": "n_concepts",
     "references": "n_references",
     "active": "n_active",
+    "negative": "n_negative",
     "batch_size": "batch_size",
 }
 
@@ -34,6 +35,7 @@ _OPTIONS = {
 @click.option("--concepts", type=click.IntRange(1), default=8, show_default=True, help="For each class and layer.")
 @click.option("--references", type=click.IntRange(1), default=8, show_default=True, help="Most relevant of a concept.")
 @click.option("--active", type=click.IntRange(0), help="Most active samples of a concept; as --references by default.")
+@click.option("--negative", type=click.IntRange(0), help="Most negative of a concept; half of --references by default.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Heatmaps at once.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
 @click.option("--part", metavar="I/N", help="Only draw part I of N, counted from 0, and write no page.")

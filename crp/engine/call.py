@@ -83,7 +83,7 @@ class Call:
     ) -> Call:
         """Check everything that can be checked before the model runs."""
         inputs = Inputs.of(data, settings.explain, model)
-        inputs.check()
+        inputs.check(settings.finite)
         if settings.on_device is not None:
             check_device(settings.on_device, "on_device")
         composite = composite_on(model, composite)
@@ -103,7 +103,7 @@ class Call:
         else:
             data, conditions = overrides.broadcast(inputs.data, conditions)
             inputs = Inputs.of(data, settings.explain, model)
-            inputs.check()
+            inputs.check(settings.finite)
             if len(inputs) != len(conditions):
                 raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
             rows = Rows.of(range(len(inputs)), conditions)
@@ -330,7 +330,7 @@ class Call:
 
         def own(tensor: Tensor) -> Tensor:
             # What rows share becomes each row's own, so that the caller may write into it.
-            usual = settings.reading is None and (settings.channels_last or tensor.stride()[:1] == (0,))
+            usual = not settings.as_computed and (settings.channels_last or tensor.stride()[:1] == (0,))
             tensor = tensor.contiguous() if usual else tensor
             return tensor.to(settings.on_device) if settings.on_device else tensor
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from crp.devices import send_to
 from crp.engine.door import check_form, is_finite, misfit
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
 from crp.errors import CRPError, InputError, InputTypeError
@@ -108,8 +109,13 @@ class Inputs:
         """The only input of a model."""
         return cls({0: data}, (0,), "tensor")
 
-    def check(self) -> None:
+    def check(self, finite: bool = True) -> None:
         """Raise an error that names an input that is explained, and cannot be.
+
+        Parameters
+        ----------
+        finite : bool
+            Whether to look at values, for which the host waits.
 
         Raises
         ------
@@ -119,7 +125,7 @@ class Inputs:
             If it has NaN or infinite values.
         """
         for name, tensor in zip(self.names, self.explained, strict=True):
-            check_data(tensor, "data" if self.form == "tensor" else f"input {name!r}")
+            check_data(tensor, "data" if self.form == "tensor" else f"input {name!r}", finite)
 
     def __len__(self) -> int:
         return len(self.values[self.names[0]])
@@ -168,7 +174,7 @@ class Inputs:
         if isinstance(samples, list) and samples == list(range(len(self))):
             return self
         index = torch.as_tensor(samples)
-        return self.each(lambda tensor: tensor[index.to(tensor.device)])
+        return self.each(lambda tensor: tensor[send_to(tensor.device, index)])
 
     def to(self, device: torch.device) -> Inputs:
         """The same on a device."""
@@ -241,10 +247,10 @@ class Samples(Inputs):
             return Inputs.single(torch.stack(data))
         return cls({}, (0,), "tensor", samples=tuple(data))
 
-    def check(self) -> None:
+    def check(self, finite: bool = True) -> None:
         """Raise an error that names a sample that cannot be explained."""
         for i, sample in enumerate(self.samples):
-            check_data(sample[None], f"data[{i}]")
+            check_data(sample[None], f"data[{i}]", finite)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -269,8 +275,11 @@ class Samples(Inputs):
         return Samples.listed([self.samples[int(i)] for i in samples])
 
 
-def check_data(data: Tensor, name: str = "data") -> None:
-    """Raise an error, with this name, if data are no floating-point tensor, are empty, or have values not finite."""
+def check_data(data: Tensor, name: str = "data", finite: bool = True) -> None:
+    """Raise an error, with this name, if data are no floating-point tensor, are empty, or have values not finite.
+
+    Without ``finite``, values may be anything.
+    """
     if isinstance(data, Tensor):
         check_form(data, name)
     if not isinstance(data, Tensor) or not data.is_floating_point():
@@ -278,9 +287,9 @@ def check_data(data: Tensor, name: str = "data") -> None:
         raise InputTypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
         raise InputError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
-    if not is_finite(data):
-        finite = torch.isfinite(data).reshape(len(data), -1).all(1)
-        wrong = (~finite).nonzero().flatten().tolist()
+    if finite and not is_finite(data):
+        each = torch.isfinite(data).reshape(len(data), -1).all(1)
+        wrong = (~each).nonzero().flatten().tolist()
         passed_on = "" if name == "data" else "; an input that is only passed on may have them, see explain="
         raise InputError(f"{name} has NaN or infinite values in samples {wrong}{passed_on}")
 

@@ -1,8 +1,9 @@
-"""Channels last in memory, where a CPU is faster so. Numbers are the same up to rounding.
+"""Channels last in memory, where that is faster. Numbers are the same up to rounding.
 
 torch's kernels take either layout. On a CPU, depthwise convolutions and what is around them are faster with the
-channels last, and most other nets are not; the benchmarks have a table. Only the data changes its layout: layers follow
-their input, and the model's parameters stay as they are.
+channels last, and most other nets are not. The units of a GPU that multiply matrices read the channels last, and of
+data in the usual layout cuDNN makes a copy before and after each convolution. The benchmarks have tables. Only the data
+changes its layout: layers follow their input, and the model's parameters stay as they are.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_watched
 from crp.layers import modules_of
 
-#: Samples from which on it pays; with 16, both layouts are equally fast.
+#: Samples from which on it pays on a CPU; with 16, both layouts are equally fast.
 _FEWEST = 32
-#: Share of depthwise ones among a model's convolutions from which on it pays: MobileNet has 0.33, EfficientNet 0.2.
+#: Share of depthwise ones among a model's convolutions that decides: MobileNet has 0.33, EfficientNet 0.2.
 _DEPTHWISE = 1 / 6
-#: Largest deviation of a prediction, relative to the largest one: what different kernels may differ by.
-_TOLERANCE = 1e-3
+#: Largest deviation of a prediction, relative to the largest one: what different kernels may differ by; and with the
+#: short numbers that GPUs multiply.
+_TOLERANCE, _SHORT_TOLERANCE = 1e-3, 2e-2
 
 #: Whether a model gives the same with the channels last, by the shape of a sample.
 _same: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, bool]] = weakref.WeakKeyDictionary()
@@ -45,13 +47,25 @@ def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
     Not where others watch the model run, as their hooks would see another layout than the one that they know.
     """
     data = inputs.data
-    if not isinstance(data, Tensor) or data.dim() != 4 or len(data) < _FEWEST or data.dtype != torch.float32:
+    if not isinstance(data, Tensor) or data.dim() != 4 or is_watched(model):
         return False
-    if data.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_watched(model):
+    if data.device.type == "cpu":
+        if len(data) < _FEWEST or data.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+    elif data.device.type != "cuda" or not _multiplies_matrices(data):
         return False
     convolutions = [module for module in modules_of(model).values() if isinstance(module, nn.Conv2d)]
     depthwise = [module for module in convolutions if 1 < module.groups == module.in_channels]
-    return bool(depthwise) and len(depthwise) >= _DEPTHWISE * len(convolutions)
+    share = len(depthwise) / max(len(convolutions), 1)
+    return bool(convolutions) and (share >= _DEPTHWISE) == (data.device.type == "cpu")
+
+
+def _multiplies_matrices(data: Tensor) -> bool:
+    """Whether convolutions on a GPU run on its units for products of matrices, which are for short numbers."""
+    if torch.is_autocast_enabled("cuda") or data.dtype in (torch.float16, torch.bfloat16):
+        return torch.cuda.get_device_capability(data.device) >= (7, 0)
+    exact = data.dtype != torch.float32 or not torch.backends.cudnn.allow_tf32
+    return not exact and torch.cuda.get_device_capability(data.device) >= (8, 0)
 
 
 def run_channels_last(run: Callable[[Inputs], P], model: nn.Module, inputs: Inputs) -> P | None:
@@ -80,5 +94,6 @@ def run_channels_last(run: Callable[[Inputs], P], model: nn.Module, inputs: Inpu
         return None
     if usual is not None:
         off = (passed.output.detach() - usual).abs().max() if passed.output.shape == usual.shape else torch.inf
-        known[shape] = bool(off <= _TOLERANCE * usual.abs().max())
+        tolerance = _SHORT_TOLERANCE if usual.is_cuda else _TOLERANCE
+        known[shape] = bool(off <= tolerance * usual.abs().max())
     return passed if known[shape] else None

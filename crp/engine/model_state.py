@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ class ModelState:
                     self._values.append(tensor)
                     self._tensors.append(_state_of(tensor))
             for name, value in attributes.items():
-                if isinstance(value, _CHANGEABLE) and name not in _OWN and (isinstance(value, Tensor) or value):
+                if not _can_change(type(value)) or name in _OWN:  # type: ignore[arg-type]
+                    continue
+                if isinstance(value, Tensor) or value:
                     self._tensors += _settings(value)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
@@ -89,6 +92,11 @@ def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tupl
         for name, (tensor, version) in before.items()
         if name not in after or after[name][0] is not tensor or after[name][1] != version
     ]
+
+
+@lru_cache(1024)
+def _can_change(kind: Any) -> bool:
+    return issubclass(kind, _CHANGEABLE)
 
 
 def _state_of(tensor: Tensor | None) -> object:

@@ -61,6 +61,7 @@ class GraphRecorder:
 
     def record(self, run: Callable[[], Tensors]) -> tuple[Recording, Tensors]:
         """Recording of a computation, and its outputs."""
+        run()  # (kernels are compiled and loaded when they are first used, which cannot be recorded)
         graph = torch.cuda.CUDAGraph()
         with _Reads() as reads, torch.cuda.graph(graph):
             outputs = run()

@@ -36,6 +36,11 @@ class Settings:
     shared_start: bool | None = None
     #: Whether the model may be run with the channels last in memory, where that is faster.
     channels_last: bool = False
+    #: Whether results of layers may lie in memory as they were computed, for a caller that only reads them.
+    as_computed: bool = False
+    #: Whether data that are not finite are an error before the model runs; for a caller that waits for nothing, and
+    #: looks at them later, they are not.
+    finite: bool = True
     #: What the caller reads of a result, in place of the result: a replay then gives `AttributionResults.reading` and
     #: no layers. A function of nothing but the result's tensors; equal ones read the same.
     reading: Reading | None = None

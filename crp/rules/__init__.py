@@ -1,7 +1,7 @@
 """Propagation rules: each says how one layer's relevance is shared among its inputs."""
 
 from crp.rules.attention import DotProductAttention, MatrixProduct
-from crp.rules.base import Rule, Term
+from crp.rules.base import Rule
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
 from crp.rules.from_zennit import lift
@@ -13,6 +13,7 @@ from crp.rules.kernels import register_attention
 from crp.rules.layer import Layer, negative, positive
 from crp.rules.lrp import LRP0, AlphaBeta, Epsilon, Norm, Pass, ZPlus
 from crp.rules.pooling import SumPool
+from crp.rules.terms import Term
 from crp.rules.whole import Whole
 
 __all__ = [

@@ -33,7 +33,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,35 +48,7 @@ from crp.rules.notes import Copied, Notes
 from crp.rules.one_module import OneModule
 from crp.rules.redirect import Redirect, SecondOrder, _released, _saves_output
 from crp.rules.stabilizer import Absolute, quotient, stabilizing
-
-
-class Term(NamedTuple):
-    """One part of a rule: relevance is sent back through ``z`` in proportion to ``weight / denominator``.
-
-    Attributes
-    ----------
-    z : Tensor of shape (batch, *output shape)
-        Surrogate of the layer, differentiable in its input.
-    weight : float or Tensor
-        Share of the relevance that this term distributes.
-    denominator : Tensor or None
-        What the contributions are divided by; ``z`` by default.
-    sign : int
-        1 or -1 if the denominator is known not to be negative or positive; 0 otherwise.
-    outputs : int
-        1 or -1 if only positive or negative outputs hand relevance on through this term; 0 for all.
-    """
-
-    z: Tensor
-    weight: float | Tensor = 1.0
-    denominator: Tensor | None = None
-    sign: int = 0
-    outputs: int = 0
-
-    @property
-    def below(self) -> Tensor:
-        """What stands below the fraction."""
-        return self.z if self.denominator is None else self.denominator
+from crp.rules.terms import Term
 
 
 @dataclass
@@ -219,7 +191,7 @@ class Rule(Hook):  # type: ignore[misc]
             layer.held = cast(Tensor, _DetachedInput.apply(a, self.attachment.model_input))
         if self.adds_up and self.multiplier and layer.operands is not None:
             terms = self.terms(layer, a, a)
-            layer.result = functools.reduce(torch.add, [term.z for term in terms])
+            layer.result = functools.reduce(torch.add, [term.whole for term in terms])
             return self.share(layer, a, _writable(layer.result), terms)
         output = layer.output
         if output is a:  # handed back as it was
@@ -290,13 +262,14 @@ class Rule(Hook):  # type: ignore[misc]
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         """What the gradient is multiplied with before it goes into ``term.z``."""
-        below, above = term.below, self._above(term, y, self.multiplier)
+        added = term.added if term.denominator is None else None
+        below = term.z if term.denominator is None else term.denominator
+        above = self._above(term, y, self.multiplier)
         if above is y and below.data_ptr() == y.data_ptr():  # the operation itself: its output is its surrogate
             above = below
-        scale = quotient(above, below, self._stabilize, term.sign)
-        if isinstance(term.weight, float) and not scale.requires_grad:
-            return scale if term.weight == 1 else scale.mul_(term.weight)
-        return scale * term.weight
+        if isinstance(term.weight, float):
+            return quotient(above, below, self._stabilize, term.sign, added, term.weight)
+        return quotient(above, below, self._stabilize, term.sign, added) * term.weight
 
     def _above(self, term: Term, y: Tensor, multiplier: bool) -> Tensor:
         """Numerator of the rule: what the contributions share, for each unit that arrives at an output."""
@@ -311,11 +284,11 @@ class Rule(Hook):  # type: ignore[misc]
         with torch.no_grad():
             at_zero = self.terms(layer, torch.zeros_like(a), y)
         for term, zero, scale in zip(terms, at_zero, scales, strict=True):
-            nothing = term.below == 0
+            nothing = (term.whole if term.denominator is None else term.denominator) == 0
             above = term.weight * self._above(term, y, multiplier=True)
-            bias = bias + scale * zero.z
+            bias = bias + scale * zero.whole
             empty = empty + torch.where(nothing, above, 0.0)
-            stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.z.detach())
+            stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.whole.detach())
         return Shares(bias, empty, stabilizer)
 
     def _source(self, layer: Layer, a: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from crp.rules.base import Term
 from crp.rules.layer import Layer, Modifier, negative, positive
 from crp.rules.lrp import LRPRule
 from crp.rules.stabilizer import Stabilize
+from crp.rules.terms import Term
 
 Signed = Literal["split", "as_is", "shift"]
 

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from crp.rules.base import Term
+from crp.rules.fused import fused_gamma_scales
 from crp.rules.layer import Layer, _Boosted, negative, positive
-from crp.rules.lrp import LRPRule, Names, _contributions, _itself
+from crp.rules.lrp import LRPRule, Names, _contributions, _contributions_apart, _itself
 from crp.rules.redirect import SecondOrder
-from crp.rules.stabilizer import Stabilize, quotient
+from crp.rules.stabilizer import Absolute, Stabilize, quotient
+from crp.rules.terms import Term
 
 
 class Gamma(LRPRule):
@@ -83,15 +84,65 @@ class Gamma(LRPRule):
         waiting = layer.again()
         if attachment.rectified.get(layer.weight):  # type: ignore[no-untyped-call]
             out = cast(Tensor, _Later.apply(y, a, self, waiting))
+        elif self._is_joint():
+            surrogates, scales = self.joint(layer, a, y)
+            out = self.redirect(layer, a, y, surrogates, scales)
         else:
             out = super().propagate(layer, a, y)
         versions = out._version, a._version
         attachment.rectifiable[id(out)] = _Rectifiable(weakref.ref(out), versions, self, waiting, a)
         return out
 
-    def rectified(self, layer: Layer, a: Tensor) -> Tensor:
-        """Surrogate of the layer for its positive outputs."""
-        return _contributions(layer, a, _Boosted(self.gamma, positive), _Boosted(self.gamma, negative))
+    def joint(self, layer: Layer, a: Tensor, y: Tensor, live: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """The two terms as scales of the operation and of its positive contributions, of which both are sums.
+
+        Live scales have a graph, for second derivatives.
+        """
+        z, (p, added) = _itself(self, layer, a), _contributions_apart(layer, a, positive, negative)
+        assert isinstance(self._stabilize, Absolute)
+        with torch.set_grad_enabled(live):
+            scales = gamma_scales(y, p, added, self.gamma, self._stabilize)
+        return [z, p], [scale.to(z.dtype) for scale in scales]
+
+    def _is_joint(self) -> bool:
+        shares = self.attachment is not None and self.attachment.account is None
+        return shares and self.multiplier and isinstance(self._stabilize, Absolute) and not self.zero_params
+
+    def _scales_again(self, layer: Layer, a: Tensor) -> list[Tensor]:
+        if not self._is_joint():
+            return super()._scales_again(layer, a)
+        with layer.precision():
+            return self.joint(layer, a, layer.value(a), live=torch.is_grad_enabled())[1]
+
+    def rectified(self, layer: Layer, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Surrogate of the layer for its positive outputs, and what of the bias is not in it."""
+        return _contributions_apart(layer, a, _Boosted(self.gamma, positive), _Boosted(self.gamma, negative))
+
+
+def gamma_scales(
+    y: Tensor, p: Tensor, added: Tensor | None, gamma: float, stabilize: Absolute
+) -> tuple[Tensor, Tensor]:
+    r"""Scales of an operation, and of its positive contributions, under the γ rule.
+
+    With :math:`q = y / (y + \gamma\,p)` where :math:`y > 0` and :math:`q = y / (y + \gamma (y - p))` where
+    :math:`y < 0`, they are :math:`q` and :math:`\gamma q` there, and :math:`(1 + \gamma) q` and :math:`-\gamma q`.
+
+    Parameters
+    ----------
+    y, p : Tensor of shape (batch, *output shape)
+        Output, and its positive contributions without what is ``added`` to them.
+    added : Tensor or None
+    gamma : float
+    stabilize : Absolute
+    """
+    if not torch.is_grad_enabled() and p.is_cuda:
+        fused = fused_gamma_scales(y, p, added, gamma, stabilize.epsilon)
+        if fused is not None:
+            return fused
+    p = p if added is None else p + added
+    share = quotient(y, y + gamma * torch.where(y > 0, p, y - p), stabilize)
+    negative = y < 0
+    return torch.where(negative, (1 + gamma) * share, share), torch.where(negative, -gamma, gamma) * share
 
 
 @dataclass
@@ -114,9 +165,9 @@ class _Rectifiable:
         assert self.rule.attachment is not None
         rectified = self.rule.attachment.rectified
         rectified.setdefault(self.layer.weight, True)  # type: ignore[no-untyped-call]
-        z = self.rule.rectified(self.layer, self.a)
+        z, added = self.rule.rectified(self.layer, self.a)
         second = SecondOrder(self.layer, [self.a], self.rule.is_active, self._scales)
-        return cast(Tensor, _Rectified.apply(x, z, self.rule, second, in_place))
+        return cast(Tensor, _Rectified.apply(x, z, added, self.rule, second, in_place))
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is the output, as it was."""
@@ -130,19 +181,21 @@ class _Rectifiable:
     def _scales(self) -> Sequence[Tensor]:
         """Scale of the surrogate, computed once more."""
         with self.layer.precision():
-            y, z = self.layer.value(self.a).relu(), self.rule.rectified(self.layer, self.a)
-            return [quotient(y, z, self.rule._stabilize, sign=1)]
+            y, (z, added) = self.layer.value(self.a).relu(), self.rule.rectified(self.layer, self.a)
+            return [quotient(y, z, self.rule._stabilize, 1, added)]
 
 
 class _Rectified(torch.autograd.Function):
     """ReLU of a layer's output; its gradient goes into the layer's surrogate, past the layer's output."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, rule: Gamma, second: SecondOrder, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor, added: Tensor | None, rule: Gamma, second: SecondOrder, in_place: bool
+    ) -> Tensor:
         y = x.relu_() if in_place else x.relu()
         if in_place:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(quotient(y, z, rule._stabilize, sign=1).to(z.dtype))
+        ctx.save_for_backward(quotient(y, z, rule._stabilize, 1, added).to(z.dtype))
         ctx.second = second
         return y
 
@@ -150,10 +203,10 @@ class _Rectified(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (scale,) = ctx.saved_tensors
         if not ctx.second.is_active():
-            return grads[0] * (scale > 0), None, None, None, None
+            return grads[0] * (scale > 0), None, None, None, None, None
         if torch.is_grad_enabled():
             (scale,) = ctx.second()
-        return None, grads[0] * scale, None, None, None
+        return None, grads[0] * scale, None, None, None, None
 
 
 class _Later(torch.autograd.Function):
@@ -179,9 +232,11 @@ class _Later(torch.autograd.Function):
         a = ctx.a if live else ctx.a.detach().requires_grad_()
         with torch.enable_grad(), layer.precision():
             y = layer.value(a)
-            terms = rule.terms(layer, a, y)
-            scales = [rule._scale(term, y).to(term.z.dtype) for term in terms]
-            gradients = torch.autograd.grad(
-                [term.z for term in terms], a, [m * scale for scale in scales], create_graph=live
-            )
+            if rule._is_joint():
+                surrogates, scales = rule.joint(layer, a, y, live)
+            else:
+                terms = rule.terms(layer, a, y)
+                surrogates = [term.z for term in terms]
+                scales = [rule._scale(term, y).to(term.z.dtype) for term in terms]
+            gradients = torch.autograd.grad(surrogates, a, [m * scale for scale in scales], create_graph=live)
         return None, gradients[0], None, None

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from crp.rules.base import Rule, Term
+from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
+from crp.rules.terms import Term
 
 #: Where βa is beyond this, softplus is a to the last digit in float64.
 _LINEAR_BEYOND = 40.0

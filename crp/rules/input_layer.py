@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.devices import send_to
-from crp.rules.base import Term
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
+from crp.rules.terms import Term
 
 Bound = float | Tensor | Sequence[Any]
 

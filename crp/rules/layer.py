@@ -222,6 +222,18 @@ class Layer:
         with self.precision():
             return operands.run(a, w, b)
 
+    def apart(self, a: Tensor, modifier: Modifier) -> tuple[Tensor, Tensor | None]:
+        """Output with a modified weight and bias, and what of the bias is not in it, for `crp.rules.terms.Term`.
+
+        A GPU adds the bias of a convolution by a pass of its own over memory, which the quotient saves.
+        """
+        operands = self.operands
+        if operands is None or operands.bias is None or not (operands.convolves and _adds_by_itself(a)):
+            return self(a, modifier), None
+        bias = self._modified("bias", operands.bias, modifier)
+        added = None if bias is None else bias.reshape(-1, *(1,) * operands.space)
+        return self(a, modifier, bias=False), added
+
     def value(self, *inputs: Tensor) -> Any:
         """Output for other operands in place of `inputs`, as the call has it; differentiable in these."""
         with self.precision():
@@ -282,6 +294,11 @@ class Layer:
         if self.module is not None:
             return f"{self.name} {place!r}"
         return f"{self.name}() in {place!r}" if place else f"{self.name}()"
+
+
+def _adds_by_itself(a: Tensor) -> bool:
+    """Whether the bias of a convolution is added after it, and not with it."""
+    return a.is_cuda
 
 
 def _no_rule(method: str, layer: Layer) -> str:

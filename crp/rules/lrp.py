@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.rules.attention import _Exponential
-from crp.rules.base import Rule, Term, _is_exact
+from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
 from crp.rules.redirect import Redirect, SecondOrder, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
+from crp.rules.terms import Term
 
 Names = str | Sequence[str] | None
 #: Largest absolute value of an input that counts as 0 for `Pass`.
@@ -234,7 +235,8 @@ class ZPlus(LRPRule):
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Positive contributions, and the layer itself where there are none, if asked for."""
-        terms = [Term(self.surrogate(layer, a), sign=1)]
+        z, added = _contributions_apart(layer, a, positive, negative)
+        terms = [Term(z, sign=1, added=added)]
         if self.empty == "drop":
             return terms
         return _or_itself(terms, _is_empty(layer, a, positive, negative), _itself(self, layer, a))
@@ -297,9 +299,10 @@ class AlphaBeta(LRPRule):
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """Positive and negative contributions, and the layer itself where a part is empty, if asked for."""
         parts = [(self.alpha, positive, negative), (-self.beta, negative, positive)][: 2 if self.beta else 1]
-        terms = [
-            Term(_contributions(layer, a, up, down), weight, sign=1 if weight > 0 else -1) for weight, up, down in parts
-        ]
+        terms = []
+        for weight, up, down in parts:
+            z, added = _contributions_apart(layer, a, up, down)
+            terms.append(Term(z, weight, sign=1 if weight > 0 else -1, added=added))
         if self.empty == "drop":
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
@@ -332,6 +335,13 @@ def _contributions(layer: Layer, a: Tensor, up: Modifier, down: Modifier, bias: 
     above, below = layer.split_by_sign(a)
     z = layer(above, up, bias)
     return z if below is None else z + layer(below, down, bias=False)
+
+
+def _contributions_apart(layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> tuple[Tensor, Tensor | None]:
+    """The same, and what of the bias is not in it."""
+    above, below = layer.split_by_sign(a)
+    z, added = layer.apart(above, up)
+    return (z if below is None else z + layer(below, down, bias=False)), added
 
 
 def _is_empty(layer: Layer, a: Tensor, up: Modifier, down: Modifier) -> Tensor:

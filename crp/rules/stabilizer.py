@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.rules.fused import fused_quotient
+
 Stabilize = float | Callable[[Tensor], Tensor]
 
 
@@ -75,21 +77,42 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
     return value
 
 
-def quotient(above: Tensor, below: Tensor, stabilize: Callable[[Tensor], Tensor], sign: int = 0) -> Tensor:
-    """``above`` over the stabilized ``below``, and 0 where ``below`` is 0.
+def quotient(
+    above: Tensor,
+    below: Tensor,
+    stabilize: Callable[[Tensor], Tensor],
+    sign: int = 0,
+    added: Tensor | None = None,
+    weight: float = 1.0,
+) -> Tensor:
+    """``weight * above`` over the stabilized ``below + added``, and 0 where that is 0.
 
     Parameters
     ----------
     above, below : Tensor
     stabilize : callable
     sign : 1, -1 or 0
-        1 if ``below`` is not negative, -1 if it is not positive, 0 if that is not known. (It saves memory traffic.)
+        1 if the denominator is not negative, -1 if it is not positive, 0 if that is not known. (It saves memory
+        traffic.)
+    added : Tensor, optional
+        A bias, along one axis of ``below``.
+    weight : float
     """
-    if not isinstance(stabilize, Absolute):
-        return above / stabilize(below).masked_fill(below == 0, math.inf)
+    live = torch.is_grad_enabled() and (above.requires_grad or below.requires_grad)
+    if not live and below.is_cuda and isinstance(stabilize, Absolute):
+        fused = fused_quotient(above, below, added, stabilize.epsilon, sign, weight)
+        if fused is not None:
+            return fused
+    if added is not None:
+        below = below + added
+    if live or not isinstance(stabilize, Absolute):
+        if isinstance(stabilize, Absolute):
+            bottom = torch.add(below, below.sign(), alpha=stabilize.epsilon)
+        else:
+            bottom = stabilize(below)
+        found = above / bottom.masked_fill(below == 0, math.inf)
+        return found if weight == 1 else found * weight
     epsilon = stabilize.epsilon
-    if torch.is_grad_enabled() and (above.requires_grad or below.requires_grad):
-        return above / torch.add(below, below.sign(), alpha=epsilon).masked_fill(below == 0, math.inf)
     # Without gradients, all steps can share one memory.
     if above is below and epsilon > 0:
         above = below.abs()
@@ -101,4 +124,5 @@ def quotient(above: Tensor, below: Tensor, stabilize: Callable[[Tensor], Tensor]
     else:
         bottom = torch.add(below, below.sign(), alpha=epsilon).masked_fill_(below == 0, math.inf)
     fits = above.dtype == bottom.dtype and above.shape == bottom.shape
-    return torch.div(above, bottom, out=bottom) if fits else above / bottom
+    found = torch.div(above, bottom, out=bottom) if fits else above / bottom
+    return found if weight == 1 else found.mul_(weight)

@@ -23,6 +23,7 @@ from crp.audit import (
     redundancy,
     search,
 )
+from crp.audit.tested import rank_correlation
 from crp.visualization.table.derived import read_kept
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
@@ -31,6 +32,21 @@ from crp.visualization.table.store import Table
 @pytest.fixture(scope="module")
 def fv(tmp_path_factory):
     return mined(tmp_path_factory.mktemp("mined"), Images(30))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        ([1, 2, 3], [10, 20, 90], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        # (ranks 0.5 0.5 2 3 and 0 1 2 3: covariance 4.5, variances 4.5 and 5)
+        ([0, 0, 5, 9], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),
+        ([2, 2, 2], [1, 2, 3], 0.0),
+    ],
+    ids=["same order", "reversed", "ties", "constant"],
+)
+def test_rank_correlation(first, second, wanted):
+    assert rank_correlation(np.array(first), np.array(second)) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("background", [None, [1.0, 1, 0, 0, 1]], ids=["plain", "background"])

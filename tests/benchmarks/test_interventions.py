@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from attribution_cases import close, net
 from torch import nn
 
-from benchmarks.interventions import METHODS, conductance, correlations, rank_correlation, table
+from benchmarks.interventions import METHODS, conductance, correlations, table
 from crp.attribution import CondAttribution
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "wanted"),
-    [
-        ([1, 2, 3], [10, 20, 90], 1.0),
-        ([1, 2, 3], [3, 2, 1], -1.0),
-        # (ranks 0.5 0.5 2 3 and 0 1 2 3: covariance 4.5, variances 4.5 and 5)
-        ([0, 0, 5, 9], [1, 2, 3, 4], 4.5 / (4.5 * 5) ** 0.5),
-    ],
-    ids=["same order", "reversed", "ties"],
-)
-def test_rank_correlation(first, second, wanted):
-    assert rank_correlation(np.array(first), np.array(second)) == pytest.approx(wanted)
 
 
 def linear_after(layer: nn.Module) -> nn.Module:

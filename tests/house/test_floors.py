@@ -42,7 +42,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,
-    "engine": 4150,
+    "engine": 4200,
     "devices": 50,
     "explain": 200,
     "image": 1390,
@@ -51,7 +51,7 @@ BUDGETS = {
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
-    "rules": 5340,
+    "rules": 5680,
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
@@ -60,11 +60,11 @@ BUDGETS = {
     "visualization.report": 3400,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
-    "visualization.table": 2520,
+    "visualization.table": 2560,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 776
+PUBLIC_NAMES = 784
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -72,6 +72,8 @@ MANY_PARAMETERS = {
     "crp.commands.attribute.attribute": 19,
     "crp.composites.by_depth.LRPCMP.__init__": 16,
     "crp.metrics.flipping.pixel_flipping": 13,
+    "crp.rules.triton_kernels._quotient": 13,
+    "crp.rules.triton_kernels._gamma_scales": 13,
 }
 
 

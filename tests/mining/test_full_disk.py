@@ -18,7 +18,7 @@ from crp.concepts import ChannelConcept
 from crp.visualization.mining.run import merge
 from crp.visualization.table.store import Table
 
-CALLS = ["open", "write", "fsync", "replace", "mkdir"]
+CALLS = ["open", "writev", "fsync", "replace", "mkdir"]
 SETTINGS: dict[str, Any] = {"shard_size": 4, "layer_map": {"relu": ChannelConcept()}, "composite": None}
 HINT = "what was written before is kept; make room, then run the same again to go on"
 
@@ -42,8 +42,8 @@ def full_at(number: int, patch: pytest.MonkeyPatch, call: str) -> None:
     def failing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) != number:
             return original(*args, **kwargs)
-        if call == "write":
-            original(args[0], args[1][: len(args[1]) // 2])
+        if call == "writev":
+            original(args[0], [piece[: len(piece) // 2] for piece in args[1][:1]])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     patch.setattr(os, call, failing)
@@ -114,7 +114,7 @@ def test_of_a_merge(
 
 def test_commands_tell_it_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halves: list[Path]) -> None:
     with monkeypatch.context() as patch:
-        full_at(3, patch, "write")
+        full_at(3, patch, "writev")
         result = CliRunner().invoke(cli, ["merge", str(tmp_path / "all"), *map(str, halves)])
     assert result.exit_code == 1
     assert result.output.startswith("Error: [Errno 28] No space left on device: what was written before is kept")

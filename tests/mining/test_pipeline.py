@@ -288,7 +288,7 @@ def test_a_slow_disk_loses_and_reorders_nothing(tmp_path: Path, monkeypatch: pyt
 
 def test_what_was_just_written_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = run(tmp_path, Data(21), shard_size=4)
-    monkeypatch.setattr(shards, "_sha256", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(shards, "hash_of", lambda path: pytest.fail(f"{path} is read again"))
     assert Table.open(table.path).damaged() == []
     damaged = table.path / "shards" / table.shards[0].file
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")

@@ -52,6 +52,8 @@ def test_there_is_a_page_for_every_class_layer_concept_and_reference(fv, atlas):
         for mode in ("relevance", "activation"):
             best = top_k(table, layer, mode, k=3)
             wanted |= {f"sample/{i}.html" for i, v in zip(best.sample.flat, best.value.flat, strict=True) if v}
+        least = top_k(table, layer, k=2, least=True)
+        wanted |= {f"sample/{i}.html" for i, v in zip(least.sample.flat, least.value.flat, strict=True) if v < 0}
     assert {name for name in files(atlas) if name.endswith(".html")} == wanted
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ from crp.visualization.report import Finding, make_tile, write_report
 AXE = Path(os.environ.get("CRP_AXE") or ROOT / "node_modules" / "axe-core" / "axe.min.js")
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
 needs_axe = pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: npm install axe-core")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    one = Browser()
-    yield one
-    one.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from browser import Browser, find_browser
+from browser import find_browser
 from feature_net import Images, mined
 from kept_cases import keep_everything
 from zennit.composites import EpsilonPlus
@@ -44,13 +43,6 @@ CONTRAST = """
   return found;
 })()
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    one = Browser()
-    yield one
-    one.close()
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,20 @@ def test_top_k_is_the_sorted_list(tmp_path: Path, mode: str, kind: str, normed: 
     assert as_rows(top_k(table, "b", mode, kind, normed, k)) == rank(source, "b", mode, kind, normed, k, everything)
 
 
+@pytest.mark.parametrize("concepts", [None, [4, -5]], ids=["all", "some"])
+@pytest.mark.parametrize("cache", [False, True], ids=["asked", "kept"])
+def test_the_least_are_the_list_sorted_the_other_way(tmp_path: Path, concepts: list[int] | None, cache: bool) -> None:
+    table, source = make_table(tmp_path)
+    key = "relevance.sum/b"
+    source.columns[key] = -source.columns[key]
+    wanted = rank(source, "b", "relevance", "sum", True, 7, np.ones(len(source.sample), bool))
+    wanted = [[(sample, -value, *rest) for sample, value, *rest in rows] for rows in wanted]
+    for _ in range(2):
+        found = as_rows(top_k(table, "b", k=7, concepts=concepts, least=True, cache=cache))
+        assert found == (wanted if concepts is None else [wanted[4], wanted[0]])
+        assert as_rows(top_k(table, "b", k=7, concepts=concepts, cache=cache)) != found
+
+
 @pytest.mark.parametrize("mode", ["relevance", "activation"])
 def test_top_k_of_a_class_some_samples_and_some_concepts(tmp_path: Path, mode: str) -> None:
     table, source = make_table(tmp_path)

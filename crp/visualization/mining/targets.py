@@ -215,6 +215,8 @@ def attribute_targets(
 ) -> Iterator[AttributionResults]:
     """Attribute several targets of every sample; each sample takes part in one forward pass.
 
+    Whether the data are finite is for the caller to find out.
+
     Parameters
     ----------
     attribution : CondAttribution
@@ -254,8 +256,9 @@ def attribute_targets(
         return
     # Multipliers would be a second copy from the device, which scores of channels do not need.
     settings = Settings(
-        layers, ChannelConcept.mask, None, None, on_device, False, multipliers=multipliers, reading=reading
-    )
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False,
+        multipliers=multipliers, as_computed=attribution.device.type == "cuda", finite=False, reading=reading,
+    )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
     rows = Rows.of(list(range(asked.n_samples)) * len(slots), [condition for slot in slots for condition in slot])
     at_once = asked.n_samples if keeps_graph(composite) else len(rows)

@@ -72,7 +72,7 @@ def get_flow(atlas: Atlas) -> Flow:
 def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
     """Render the page of a concept."""
     facts = atlas.facts[layer]
-    relevant, active = atlas.cells[layer, concept]
+    chosen = atlas.cells[layer, concept]
     shares = facts.shares.value[:, concept]
     order = np.argsort(-shares, kind="stable").tolist()
     classes = []
@@ -106,7 +106,7 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
         "more": max(0, len(order) - CLASSES),
         "kept": atlas.about.get((layer, concept), []),
         "off": None if off is None else ("its references, mean", off),
-        "histograms": _histograms(facts.histograms, concept, relevant, active),
+        "histograms": _histograms(facts.histograms, concept, (*chosen.relevant, *chosen.negative), chosen.active),
         "alike": _alike(atlas, layer, concept),
         **_graph_of(atlas, flow, layer, concept),
     }
@@ -114,24 +114,27 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
     atlas.renderer.page(atlas.addresses.concept(layer, concept), "concept.html", title, page=page)
 
 
-def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[Shown], str]]:
-    """Headings with the tiles of references, and a note on each."""
-    relevant, active = atlas.cells[layer, concept]
-    rows, place = [], 0
-    notes = ("", "Where the concept is most active, whichever class it speaks for.")
-    for heading, references, note in zip(("Most relevant", "Most active"), (relevant, active), notes, strict=True):
-        normed = heading == "Most relevant"
-        values = [_value(atlas, one.value, normed) for one in references]
+def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[Shown], str, str]]:
+    """Headings with the tiles of references, a note on each, and the form of the pictures."""
+    rows, place, chosen = [], 0, atlas.cells[layer, concept]
+    notes = (
+        "",
+        "Where the concept is most active, whichever class it speaks for.",
+        "Where it speaks most against the class: blue.",
+    )
+    headings = ("Most relevant", "Most active", "Most negative")
+    for heading, references, note in zip(headings, chosen, notes, strict=True):
         found = [
-            atlas.reference(layer, concept, place + i, one, value)
-            for i, (one, value) in enumerate(zip(references, values, strict=True))
+            atlas.reference(layer, concept, place + i, one, _value(atlas, one.value, heading != "Most active"))
+            for i, one in enumerate(references)
         ]
         place += len(references)
         tiles = [one for one in found if one is not None]
         if heading == "Most relevant" and references and references[0].value < 0:
             note = "Its relevance is negative everywhere: these are the samples in which it speaks least against."
         if tiles:
-            rows.append((heading, tiles, note))
+            # (masked pictures show what speaks for a class alone)
+            rows.append((heading, tiles, note, "as-overlay" if heading == "Most negative" else "free"))
     return rows
 
 

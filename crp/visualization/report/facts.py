@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ BINS = 40
 ALIKE = 6
 #: Layers with more concepts are not searched for what is alike: the matrix would have more than 67 million entries.
 _WIDEST = 8192
+#: Negative relevance below this share of a concept's largest is rounding.
+_FAINT = 1e-4
 
 
 class Histograms(NamedTuple):
@@ -44,6 +47,18 @@ class Reference(NamedTuple):
     value: float
 
 
+class References(NamedTuple):
+    """References of a concept: where it is most relevant, most active, and where its relevance is most negative."""
+
+    relevant: list[Reference]
+    active: list[Reference]
+    negative: list[Reference]
+
+    def samples(self) -> Iterator[Reference]:
+        """All of them, in the order in which they are drawn."""
+        return chain(self.relevant, self.active, self.negative)
+
+
 @dataclass(frozen=True)
 class LayerFacts:
     """What the table says about a layer.
@@ -55,6 +70,8 @@ class LayerFacts:
         Share of every concept in every class.
     relevant, active : ReferenceSamples
         Best samples, each once, of a concept; fewer than asked for are filled by those of value 0.
+    negative : ReferenceSamples or None
+        Samples of the least relevance; None where they were not asked for, or sums of relevance were not mined.
     histograms : mapping of mode to Histograms
     alike : (array, array) of shape (concepts, few)
         Concepts whose relevance goes along with that of each, and the cosine.
@@ -64,6 +81,7 @@ class LayerFacts:
     shares: ClassMeans
     relevant: ReferenceSamples
     active: ReferenceSamples | None
+    negative: ReferenceSamples | None
     histograms: dict[str, Histograms]
     alike: tuple[Array, Array]
 
@@ -87,17 +105,33 @@ class LayerFacts:
         known = row < len(self.shares.targets) and self.shares.targets[row] == target
         return float(self.shares.value[row, concept]) if known else 0.0
 
-    def references(self, mode: str, concept: int, n: int) -> list[Reference]:
-        """Best samples of a concept, each once, without those whose value is 0."""
-        best = self.relevant if mode == "relevance" else self.active
-        if best is None:
-            return []
-        found: dict[int, Reference] = {}
-        columns = (best.sample, best.target, best.value)
-        for sample, target, value in zip(*(column[:, concept].tolist() for column in columns), strict=True):
-            if value != 0 and sample not in found:
-                found[sample] = Reference(sample, target, value)
-        return list(found.values())[:n]
+    def references(self, concept: int, n: Mapping[str, int]) -> References:
+        """References of a concept, of each kind so many at most, and each sample once.
+
+        A sample with a value of 0 is none. Of the most negative, nor is one whose relevance is rounding beside the
+        largest value, or that is among the most relevant, as where all relevance of a concept is negative.
+        """
+        relevant = _listed(self.relevant, concept, n["relevance"])
+        active = _listed(self.active, concept, n["activation"])
+        known = {(one.sample, one.target) for one in relevant}
+        largest = max((abs(one.value) for one in relevant), default=0.0)
+        negative = [
+            one
+            for one in _listed(self.negative, concept, 2 * n["negative"])
+            if one.value < -_FAINT * largest and (one.sample, one.target) not in known
+        ]
+        return References(relevant, active, negative[: n["negative"]])
+
+
+def _listed(best: ReferenceSamples | None, concept: int, n: int) -> list[Reference]:
+    if best is None:
+        return []
+    found: dict[int, Reference] = {}
+    columns = (best.sample, best.target, best.value)
+    for sample, target, value in zip(*(column[:, concept].tolist() for column in columns), strict=True):
+        if value != 0 and sample not in found:
+            found[sample] = Reference(sample, target, value)
+    return list(found.values())[:n]
 
 
 def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[str, int]) -> LayerFacts:
@@ -110,7 +144,7 @@ def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[
     questions : mapping of mode to Question
         By what references are ranked.
     n : mapping of mode to int
-        Number of references.
+        Number of references; for ``"negative"``, of the samples in which relevance is most negative.
     """
     best: dict[str, ReferenceSamples] = {}
     histograms = {}
@@ -119,10 +153,15 @@ def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[
         wanted = max(1, n[mode]) * (2 if mode == "relevance" else 1)  # a sample with several targets counts once
         best[mode] = top_k(table, layer, mode, kind, normed, wanted, cache=True)
         histograms[mode] = _histograms(table, layer, mode, kind, normed)
+    negative = None
+    # (of a largest value among positions, the least is not where a concept speaks against most)
+    if n["negative"] and "sum" in table.kinds:
+        normed = questions["relevance"].normed
+        negative = top_k(table, layer, normed=normed, k=2 * n["negative"], least=True, cache=True)
     kind = "sum" if "sum" in table.kinds else table.kinds[0]
     shares = class_means(table, layer, "relevance", kind, normed=True, cache=True)
     alike = _alike(table, layer, kind, shares.value.shape[1])
-    return LayerFacts(layer, shares, best["relevance"], best.get("activation"), histograms, alike)
+    return LayerFacts(layer, shares, best["relevance"], best.get("activation"), negative, histograms, alike)
 
 
 def concepts_of_samples(table: Table, layer: str, samples: Sequence[int], n: int) -> dict[tuple[int, int], Any]:

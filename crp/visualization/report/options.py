@@ -60,6 +60,7 @@ class ReportKeywords(TypedDict, total=False):
     n_concepts: int
     n_references: int
     n_active: int | None
+    n_negative: int | None
     n_mean: int
     n_sample_concepts: int
     findings: Sequence[Finding]
@@ -91,6 +92,9 @@ class ReportOptions:
     n_references, n_active : int
         How many samples in which a concept is most relevant, and most active, are shown; of the latter as many as of
         the former by default.
+    n_negative : int, optional
+        How many samples in which a concept's relevance is most negative are shown beside them, where it is negative at
+        all; half as many as ``n_references`` by default. Not of texts.
     n_mean : int
         How many samples of a class its mean heatmap is taken of, at most; 0 for none.
     n_sample_concepts : int
@@ -117,6 +121,7 @@ class ReportOptions:
     n_concepts: int = 8
     n_references: int = 8
     n_active: int | None = None
+    n_negative: int | None = None
     n_mean: int = 16
     n_sample_concepts: int = 4
     findings: Sequence[Finding] = ()
@@ -132,7 +137,7 @@ class ReportOptions:
         for name in ("n_concepts", "n_references", "picture_size", "map_size", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("n_active", "n_mean", "n_sample_concepts"):
+        for name in ("n_active", "n_negative", "n_mean", "n_sample_concepts"):
             if (value := getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
@@ -140,9 +145,13 @@ class ReportOptions:
             raise ValueError(f"part must be (i, n) with i from 0 to n - 1, not {self.part!r}")
 
     @property
-    def active(self) -> int:
-        """Number of the most active samples shown for a concept."""
-        return self.n_references if self.n_active is None else self.n_active
+    def counts(self) -> dict[str, int]:
+        """Number of references of a concept, by what they are ranked."""
+        return {
+            "relevance": self.n_references,
+            "activation": self.n_references if self.n_active is None else self.n_active,
+            "negative": (self.n_references + 1) // 2 if self.n_negative is None else self.n_negative,
+        }
 
 
 def make_tile(sample: Tensor, heatmap: Tensor, caption: str, tip: str = "", *, size: int = 96) -> Tile:

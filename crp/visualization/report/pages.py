@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import Drawer, Drawn
-from crp.visualization.report.facts import LayerFacts, Reference
+from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import Renderer, percent
@@ -50,8 +50,8 @@ class Atlas:
     addresses : Addresses
     facts : mapping of layer to LayerFacts
         From the input to the output.
-    cells : mapping of (layer, concept) to (relevant, active) references
-        In the order of the file of heatmaps; a sample that is both is drawn once.
+    cells : mapping of (layer, concept) to References
+        In the order of the file of heatmaps.
     suspects : list of Suspect
     class_names : mapping of int to str
         Of all classes with a page.
@@ -73,7 +73,7 @@ class Atlas:
     options: ReportOptions
     addresses: Addresses
     facts: Mapping[str, LayerFacts]
-    cells: Mapping[tuple[str, int], tuple[list[Reference], list[Reference]]]
+    cells: Mapping[tuple[str, int], References]
     suspects: Sequence[Suspect]
     class_names: Mapping[int, str]
     sample_rows: Mapping[int, int]
@@ -100,15 +100,18 @@ class Atlas:
     def rows(self, layer: str, concept: int) -> list[tuple[int, int]]:
         """Samples and targets in the file of a concept's heatmaps.
 
-        Where a concept is most relevant, the heatmap is that of the class. Where it is most active, it begins at the
-        concept's own activation (target -1), so that it shows what is seen there, whichever class it speaks for.
+        Where a concept is most relevant, or its relevance most negative, the heatmap is that of the class. Where it is
+        most active, it begins at the concept's own activation (target -1), so that it shows what is seen there,
+        whichever class it speaks for.
         """
-        relevant, active = self.cells[layer, concept]
-        return [(one.sample, one.target) for one in relevant] + [(one.sample, -1) for one in active]
+        found = self.cells[layer, concept]
+        from_concept = [(one.sample, -1) for one in found.active]
+        relevant, negative = ([(one.sample, one.target) for one in part] for part in (found.relevant, found.negative))
+        return relevant + from_concept + negative
 
     def known_relevant(self, layer: str, concept: int) -> list[Drawn]:
         """What is known of the references in which a concept is most relevant."""
-        return self.known(layer, concept)[: len(self.cells[layer, concept][0])]
+        return self.known(layer, concept)[: len(self.cells[layer, concept].relevant)]
 
     def known(self, layer: str, concept: int) -> list[Drawn]:
         """What is known of these references."""
@@ -155,7 +158,7 @@ class Atlas:
 
     def best(self, layer: str, concept: int, n: int = 1, target: int | None = None) -> list[Shown]:
         """Tiles of a concept's best references, which link to the concept; those of a class first."""
-        relevant = list(enumerate(self.cells[layer, concept][0]))
+        relevant = list(enumerate(self.cells[layer, concept].relevant))
         relevant.sort(key=lambda one: target is not None and one[1].target != target)
         href = self.addresses.concept(layer, concept)
         found = (self.reference(layer, concept, place, one, "", href) for place, one in relevant[:n])

@@ -17,7 +17,7 @@ from zennit.core import Composite
 from crp.image.texts import TextHeatmap, readable
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
-from crp.visualization.report.facts import LayerFacts, Reference
+from crp.visualization.report.facts import LayerFacts, References
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import TONES, Renderer, percent
 from crp.visualization.table.store import Table
@@ -67,8 +67,7 @@ class TextAtlas:
     composite : zennit Composite, or None for the plain gradient
     facts : dict of str to LayerFacts
         In the order of the model.
-    cells : dict of (layer, concept) to pair of lists of Reference
-        Texts in which the concept is most relevant, and most active.
+    cells : dict of (layer, concept) to References
     class_names : mapping of int to str
         Of classifiers; tokens are called by their words.
     options : ReportOptions
@@ -84,7 +83,7 @@ class TextAtlas:
         fv: FeatureVisualization,
         composite: Composite | None,
         facts: Mapping[str, LayerFacts],
-        cells: Mapping[tuple[str, int], tuple[list[Reference], list[Reference]]],
+        cells: Mapping[tuple[str, int], References],
         class_names: Mapping[int, str],
         options: ReportOptions,
     ) -> None:
@@ -98,8 +97,8 @@ class TextAtlas:
         self._heat: dict[_Cell | int, Tensor] = {}
         self.cells = cells
         self.samples: dict[int, int] = {}
-        for relevant, active in self.cells.values():
-            for reference in (*relevant, *active):
+        for references in self.cells.values():
+            for reference in references.samples():
                 self.samples.setdefault(reference.sample, reference.target)
 
     def name(self, target: int) -> str:
@@ -117,8 +116,8 @@ class TextAtlas:
     def draw(self, best: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]], **bar: Any) -> None:
         """Compute all heatmaps: those of a text share a forward pass."""
         wanted: dict[int, list[_Cell]] = {sample: [] for sample in self.samples}
-        for (layer, concept), (relevant, active) in self.cells.items():
-            for one in (*relevant, *active):
+        for (layer, concept), references in self.cells.items():
+            for one in references.samples():
                 wanted[one.sample].append(_Cell(layer, concept, one.sample, one.target))
         top = list(self.facts)[-1]
         for sample, target in self.samples.items():

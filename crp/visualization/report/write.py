@@ -24,7 +24,7 @@ from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row, picture_file
-from crp.visualization.report.facts import LayerFacts, Reference, concepts_of_samples, get_facts
+from crp.visualization.report.facts import LayerFacts, References, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
 from crp.visualization.report.kept import about_concepts, get_kept
@@ -113,10 +113,9 @@ def _write(
     if fv.texts is not None:
         return _write_texts(fv, composite, table, layers, names, folder, file, options)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
-    counts = {"relevance": options.n_references, "activation": options.active}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
-    facts = {layer: get_facts(table, layer, questions, counts) for layer in tqdm(layers, desc="Table", **bar)}
-    cells = _cells(facts, options)
+    facts = {layer: get_facts(table, layer, questions, options.counts) for layer in tqdm(layers, desc="Table", **bar)}
+    cells = _cells(facts, options.counts)
     identity = _identity(table, composite)
     drawer = Drawer(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
@@ -170,9 +169,9 @@ def _write_texts(
     options: ReportOptions,
 ) -> Path:
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
-    counts = {"relevance": options.n_references, "activation": options.active}
+    counts = options.counts | {"negative": 0}
     facts = {layer: get_facts(table, layer, questions, counts) for layer in layers}
-    atlas = TextAtlas(fv, composite, facts, _cells(facts, options), names, options)
+    atlas = TextAtlas(fv, composite, facts, _cells(facts, counts), names, options)
     best = _best_of_samples(table, layers, atlas.samples)
     atlas.draw(best, disable=not options.verbose, dynamic_ncols=True)
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
@@ -187,15 +186,10 @@ def _write_texts(
     return first
 
 
-def _cells(
-    facts: Mapping[str, LayerFacts], options: ReportOptions
-) -> dict[tuple[str, int], tuple[list[Reference], list[Reference]]]:
-    """References of every concept: where it is most relevant, and where it is most active."""
+def _cells(facts: Mapping[str, LayerFacts], counts: Mapping[str, int]) -> dict[tuple[str, int], References]:
+    """References of every concept."""
     return {
-        (layer, concept): (
-            one.references("relevance", concept, options.n_references),
-            one.references("activation", concept, options.active),
-        )
+        (layer, concept): one.references(concept, counts)
         for layer, one in facts.items()
         for concept in range(one.n_concepts)
     }
@@ -309,11 +303,11 @@ def _check_findings(findings: Iterable[Finding], targets: Sequence[int], table: 
             raise IndexError(f"a finding is about {place}; layer {layer!r} has the concepts 0 to {n - 1}")
 
 
-def _samples(cells: Mapping[Any, tuple[list[Reference], list[Reference]]]) -> dict[int, int]:
+def _samples(cells: Mapping[Any, References]) -> dict[int, int]:
     """Samples that are references, and the class for which they are (first)."""
     found: dict[int, int] = {}
-    for relevant, active in cells.values():
-        for one in (*relevant, *active):
+    for references in cells.values():
+        for one in references.samples():
             found.setdefault(one.sample, one.target)
     return found
 

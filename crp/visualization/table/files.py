@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import mmap
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from crp.visualization.table.manifest import TableCorruptError
 
+#: Pieces that are written at once; systems take 1024.
+_AT_ONCE = 1024
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
@@ -26,10 +31,8 @@ _KINDS = {
 }
 
 
-def write_atomic(path: Path, *content: bytes | memoryview) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write a file that is complete or absent, also after a crash: written beside, synced, then renamed.
-
-    Its content may come in pieces.
 
     Raises
     ------
@@ -37,7 +40,36 @@ def write_atomic(path: Path, *content: bytes | memoryview) -> None:
         If it cannot be written; of a full disk, the message says what to do.
     """
     with _hinted(path):
-        _write(path, content)
+        _write(path, [content], lambda temporary: path)
+
+
+def write_hashed(folder: Path, content: Iterable[bytes | memoryview], name: Callable[[str], str]) -> tuple[Path, str]:
+    """Write a file as `write_atomic` does, of many pieces; its name follows from its sha256, which is given, too.
+
+    Parameters
+    ----------
+    folder : Path
+    content : iterable of bytes or memoryview
+    name : callable
+        Name of the file, of the sha256.
+    """
+    found: list[str] = []
+
+    def named(temporary: Path) -> Path:
+        found.append(hash_of(temporary))
+        return folder / name(found[0])
+
+    with _hinted(folder):
+        return _write(folder / "shard", content, named), found[0]
+
+
+def hash_of(path: Path) -> str:
+    """Sha256 of a file, in one step in which other threads have the interpreter."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return hashlib.sha256().hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
 
 
 def make_folder(path: Path) -> None:
@@ -101,18 +133,17 @@ def _hinted(path: Path) -> Iterator[None]:
         raise OSError(error.errno, hint, str(path)) from error
 
 
-def _write(path: Path, content: Sequence[bytes | memoryview]) -> None:
+def _write(path: Path, content: Iterable[bytes | memoryview], named: Callable[[Path], Path]) -> Path:
+    """Write beside ``path``, and rename to what is the name of the file that was written."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            for piece in content:
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(handle, view) :]
+            _write_all(handle, content)
             os.fsync(handle)
         finally:
             os.close(handle)
+        path = named(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -123,3 +154,16 @@ def _write(path: Path, content: Sequence[bytes | memoryview]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+    return path
+
+
+def _write_all(handle: int, content: Iterable[bytes | memoryview]) -> None:
+    """Write pieces, many of them at once: between two of them, another thread would take the interpreter."""
+    pieces = iter(content)
+    while several := [memoryview(piece) for piece in islice(pieces, _AT_ONCE)]:
+        while several:
+            n = os.writev(handle, several) if hasattr(os, "writev") else os.write(handle, several[0])
+            while several and n >= len(several[0]):
+                n -= len(several.pop(0))
+            if n:
+                several[0] = several[0][n:]

@@ -92,6 +92,7 @@ def top_k(
     of_class: int | None = None,
     samples: Iterable[int] | None = None,
     concepts: int | Sequence[int] | None = None,
+    least: bool = False,
     cache: bool = False,
 ) -> ReferenceSamples:
     """Best samples of every concept of a layer.
@@ -114,13 +115,16 @@ def top_k(
         Only these samples.
     concepts : int or sequence of int, optional
         All by default.
+    least : bool
+        The samples of the least values, in place of the largest: those where a concept's relevance is most negative.
     cache : bool
         Keep the answer beside the table, and take it from there as long as the table is the same.
 
     Returns
     -------
     top : ReferenceSamples
-        Arrays of shape (min(k, candidates), concepts). The order is value descending, then sample and target ascending.
+        Arrays of shape (min(k, candidates), concepts). The order is value descending (ascending with ``least``),
+        then sample and target ascending.
 
     Raises
     ------
@@ -136,7 +140,7 @@ def top_k(
     chosen = None if samples is None else sorted({int(i) for i in samples})
     if cache and concepts is not None:  # kept for all concepts at once
         ids = table.concept_ids(layer, concepts)
-        every = top_k(table, layer, mode, target, normed, k, of_class=of_class, samples=chosen, cache=True)
+        every = top_k(table, layer, mode, target, normed, k, of_class=of_class, samples=chosen, least=least, cache=True)
         return ReferenceSamples(*(column[:, ids] for column in every))
     some = concepts if concepts is None or isinstance(concepts, int) else [int(c) for c in concepts]
 
@@ -144,15 +148,16 @@ def top_k(
         best: ReferenceSamples | None = None
         blocks = table.blocks(layer, mode, target, normed, concepts=some, of_class=of_class, samples=chosen)
         for block in once_per_sample(blocks) if mode == "activation" else blocks:
+            block = block._replace(value=-block.value) if least else block
             found = _better_of_block(block, best, k) if best is not None and len(best.value) == k else None
             best = _merge(best, _best_of_block(block, k) if found is None else found, k)
         if best is None:
             width = table.n_concepts(layer) if some is None else np.size(some)
             ids = np.zeros((0, width), np.int64)
             return ReferenceSamples(ids, ids.astype(np.float32), ids, ids)
-        return best
+        return best._replace(value=-best.value) if least else best
 
-    query = ["top_k", layer, mode, target, normed, k, of_class, chosen, some]
+    query = ["bottom_k" if least else "top_k", layer, mode, target, normed, k, of_class, chosen, some]
     return ReferenceSamples(*_cached(table, query, compute, cache))
 
 

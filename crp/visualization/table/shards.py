@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
 import json
 from bisect import bisect_left, insort
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from crp.visualization.table.contents import find_problem
-from crp.visualization.table.files import check_file, write_atomic
+from crp.visualization.table.files import check_file, hash_of, write_hashed
 from crp.visualization.table.manifest import Array, Block, RowIds, ShardRecord, TableCorruptError
 
 _REDO = "mine again with the same arguments to redo it"
@@ -57,16 +56,11 @@ def write_shard(
     described = {"table": identity, "start": start, "stop": stop}
     described["skipped"] = {str(i): skipped[i] for i in sorted(skipped)}
     # Metadata is one entry, because safetensors writes several in arbitrary order, which would change the file's hash.
-    content = list(_serialized(columns, {"crp": json.dumps(described)}))
-    result = hashlib.sha256()
-    for piece in content:
-        result.update(piece)
-    sha = result.hexdigest()
-    file = f"{start}-{stop}-{sha[:8]}.safetensors"
-    write_atomic(folder / file, *content)
-    _verified.add(_state(folder / file, sha))
+    content = _serialized(columns, {"crp": json.dumps(described)})
+    path, sha = write_hashed(folder, content, lambda sha: f"{start}-{stop}-{sha[:8]}.safetensors")
+    _verified.add(_state(path, sha))
     concepts = _concepts({key: (rows, *parts[0].shape[1:]) for key, parts in columns.items()})
-    return ShardRecord(file, sha, start, stop, rows, concepts, dict(skipped))
+    return ShardRecord(path.name, sha, start, stop, rows, concepts, dict(skipped))
 
 
 def _serialized(columns: Mapping[str, Sequence[Array]], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
@@ -97,7 +91,7 @@ def read_record(path: Path, identity: str) -> ShardRecord | None:
     """Record of a shard file that no manifest lists; None if it is damaged or belongs to another table."""
     with contextlib.suppress(OSError, *_UNREADABLE):
         check_file(path)
-        sha = _sha256(path)
+        sha = hash_of(path)
         with safe_open(path, framework="numpy") as file:
             described = json.loads(file.metadata()["crp"])
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
@@ -146,7 +140,7 @@ def check_shard(folder: Path, record: ShardRecord, *, again: bool = False) -> No
         if state in _verified and not again:
             return
         _verified.discard(state)
-        sha = _sha256(path)
+        sha = hash_of(path)
         if sha != record.sha256:
             raise TableCorruptError(
                 f"{path} is damaged: its sha256 is {sha[:16]}…, the manifest says {record.sha256[:16]}…; {_REDO}"
@@ -167,14 +161,6 @@ def check_shard(folder: Path, record: ShardRecord, *, again: bool = False) -> No
 def _state(path: Path, sha: str) -> tuple[str, int, int, str]:
     status = check_file(path)
     return str(path.resolve()), status.st_size, status.st_mtime_ns, sha
-
-
-def _sha256(path: Path) -> str:
-    result = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            result.update(block)
-    return result.hexdigest()
 
 
 def _concepts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -1,0 +1,96 @@
+"""Quotients of rules by one kernel of a GPU each, which reads what goes in and writes what comes out.
+
+torch's own operations read and write memory once each: adding the bias, the test for 0, ε, the quotient. On a GPU that
+takes as long as the convolutions. The kernels are written in Triton, which comes with torch where there are CUDA
+devices; where it is missing, or tensors do not lie alike in memory, torch's operations give the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crp.devices import is_recording
+
+_KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: Entries that a kernel can count; and from which on it saves more than it costs to start it from Python.
+_MOST, _FEWEST = 2**31 - 4096, 1 << 24
+
+
+def fused_quotient(
+    above: Tensor, below: Tensor, added: Tensor | None, epsilon: float, sign: int, weight: float
+) -> Tensor | None:
+    """``weight * above`` over the stabilized ``below + added``, and 0 where that is 0; None where no kernel does it.
+
+    Parameters
+    ----------
+    above, below : Tensor
+    added : Tensor or None
+        Bias, which has entries along one axis of ``below`` only.
+    epsilon : float
+    sign : 1, -1 or 0
+        1 if the denominator is not negative, -1 if it is not positive, 0 if that is not known.
+    weight : float
+    """
+    if not _fits(below, added, above):
+        return None
+    found: Tensor = torch.ops.crp.quotient(above.detach(), below.detach(), added, epsilon, sign, weight)
+    return found
+
+
+def fused_gamma_scales(
+    y: Tensor, p: Tensor, added: Tensor | None, gamma: float, epsilon: float
+) -> tuple[Tensor, Tensor] | None:
+    """Scales of the γ rule, as `crp.rules.gamma.gamma_scales` has them; None where no kernel does it."""
+    if not _fits(p, added, y):
+        return None
+    found: tuple[Tensor, Tensor] = torch.ops.crp.gamma_scales(y.detach(), p.detach(), added, gamma, epsilon)
+    return found
+
+
+def _fits(below: Tensor, added: Tensor | None, above: Tensor) -> bool:
+    fewest = 1 if is_recording() else _FEWEST  # (a replay starts it without Python)
+    if not below.is_cuda or below.dtype not in _KINDS or not fewest <= below.numel() < _MOST or _kernels() is None:
+        return False
+    alike = above.dtype == below.dtype and above.shape == below.shape and above.stride() == below.stride()
+    dense = below.is_contiguous() or (below.dim() == 4 and below.is_contiguous(memory_format=torch.channels_last))
+    plain = not any(map(torch._C._functorch.is_functorch_wrapped_tensor, (above, below)))
+    fits = added is None or (added.dtype == below.dtype and added.numel() == below.shape[below.dim() - added.dim()])
+    return alike and dense and plain and fits and above.is_cuda
+
+
+@cache
+def _kernels() -> Any:
+    """Module of the kernels; None without Triton."""
+    try:
+        from crp.rules import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def _quotient(above: Tensor, below: Tensor, added: Tensor | None, epsilon: float, sign: int, weight: float) -> Tensor:
+    with torch.cuda.device_of(below):  # type: ignore[no-untyped-call]
+        result: Tensor = _kernels().launch_quotient(above, below, added, epsilon, sign, weight)
+    return result
+
+
+def _gamma_scales(y: Tensor, p: Tensor, added: Tensor | None, gamma: float, epsilon: float) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(p):  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, Tensor] = _kernels().launch_gamma_scales(y, p, added, gamma, epsilon)
+    return result
+
+
+_SIGNATURES = {
+    "quotient(Tensor above, Tensor below, Tensor? added, float epsilon, int sign, float weight) -> Tensor": _quotient,
+    "gamma_scales(Tensor y, Tensor p, Tensor? added, float gamma, float epsilon) -> (Tensor, Tensor)": _gamma_scales,
+}
+# As operations of torch, so that what records or counts these sees them, too.
+_library: Any = torch.library.Library("crp", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _signature, _function in _SIGNATURES.items():
+    if not hasattr(torch.ops.crp, _signature.partition("(")[0]):  # (where the package is imported once more)
+        _library.define(_signature)
+        _library.impl(_signature.partition("(")[0], _function, "CUDA")

@@ -1,0 +1,82 @@
+"""Pages of concepts: the samples that speak against, beside those that speak for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from feature_net import mined
+from PIL import Image
+from report_cases import report
+from zennit.composites import EpsilonPlus
+
+from crp.visualization import FeatureVisualization
+from crp.visualization.report.facts import get_facts
+from crp.visualization.report.maps import square_map
+from crp.visualization.report.render import percent
+from crp.visualization.table.ranking import top_k
+from crp.visualization.table.store import Table
+
+
+@pytest.fixture(scope="module")
+def fv(tmp_path_factory: pytest.TempPathFactory) -> FeatureVisualization:
+    return mined(tmp_path_factory.mktemp("mined"))
+
+
+@pytest.fixture(scope="module")
+def atlas(fv: FeatureVisualization, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report(fv, tmp_path_factory.mktemp("atlas") / "out")
+
+
+def negative_part(atlas: Path, concept: int) -> str:
+    text = (atlas / f"concept/second/{concept}.html").read_text()
+    return text.partition("<h2>Most negative</h2>")[2].partition("<h2>")[0]
+
+
+def test_the_most_negative_samples_stand_beside_the_most_relevant(fv, atlas):
+    table = Table.open(fv.path)
+    least, best = top_k(table, "second", k=4, least=True), top_k(table, "second", k=3)
+    shown = 0
+    for concept in range(5):
+        known = set(zip(best.sample[:, concept].tolist(), best.target[:, concept].tolist(), strict=True))
+        columns = (least.value[:, concept], least.sample[:, concept], least.target[:, concept])
+        rows = [row for row in zip(*(c.tolist() for c in columns), strict=True) if row[0] < 0 and row[1:] not in known]
+        part = negative_part(atlas, concept)
+        captions = re.findall(r"<figcaption><b>(.*?)</b>.*?<span>sample (\d+)</span>", part)
+        assert captions == [(percent(value), str(sample)) for value, sample, _ in rows[:2]]
+        assert part.count('class="tile as-overlay"') == len(captions), "masked pictures would be white"
+        shown += len(captions)
+    assert shown >= 4
+
+
+def test_their_heatmaps_are_of_class_and_concept(fv, atlas):
+    least = top_k(Table.open(fv.path), "second", k=1, least=True)
+    concept = int(least.value[0].argmin())
+    sample, target = int(least.sample[0, concept]), int(least.target[0, concept])
+    condition = {"y": [target], "second": [concept]}
+    heatmap = fv.attribution(fv.dataset[sample][0][None], [condition], EpsilonPlus()).heatmap[0].detach().numpy()
+    cell, cells = (int(n) for n in re.search(r"of(\d+) at(\d+)", negative_part(atlas, concept)).groups()[::-1])
+    with Image.open(atlas / f"maps/second/{concept}.png") as image:
+        assert image.size == (64 * cells, 64)
+        steps = np.asarray(image)[:, 64 * cell : 64 * (cell + 1)].astype(int) - 127
+    assert np.abs(steps / 127 - square_map(heatmap, 64)).max() <= 0.5 / 127 + 1e-6
+    assert steps.sum() < 0
+
+
+@pytest.mark.parametrize("n_negative", [0, 1, 5])
+def test_as_many_are_shown_as_are_asked_for(fv, tmp_path, n_negative):
+    atlas = report(fv, tmp_path / "out", n_negative=n_negative, layers=["second"])
+    counts = [negative_part(atlas, concept).count("<figcaption>") for concept in range(5)]
+    assert max(counts) == n_negative
+
+
+def test_rounding_is_no_negative_relevance(fv):
+    counts = {"relevance": 3, "activation": 3, "negative": 2}
+    questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
+    facts = get_facts(Table.open(fv.path), "second", questions, counts)
+    concept = int(facts.negative.value[0].argmin())
+    assert facts.references(concept, counts).negative
+    facts.negative.value[:, concept] = -1e-5 * facts.relevant.value[0, concept]
+    assert facts.references(concept, counts).negative == []
