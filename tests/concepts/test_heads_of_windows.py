@@ -108,9 +108,7 @@ def test_heads_of_windows_are_not_mined_by_the_window(name, tmp_path):
     model, data = swin(name, 3)
     layer = OTHERS.get(name, f"{LAYERS[1]}.input")
     pictures = [(one, i) for i, one in enumerate(data)]
-    message = (
-        rf"'{layer}' has shape \(\d+, 4, 16\): 4 entries along its first axis for each of \d rows, such as"
-    )
+    message = rf"'{layer}' has shape \(\d+, 4, 16\): 4 entries along its first axis for each of \d rows, such as"
     with pytest.raises(InputError, match=message):
         mine(CondAttribution(model), pictures, {layer: HEADS}, CPLRP(), tmp_path / "table", progress=False)
 
