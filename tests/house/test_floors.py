@@ -35,7 +35,7 @@ BUDGETS = {
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
     "canonizers": 800,
-    "commands": 2000,
+    "commands": 2050,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
     "composites": 3870,
