@@ -227,7 +227,12 @@ class SeeingMode(TorchFunctionMode):
         self._parts, self._gives = layer.parts, layer.gives
         if operands is not None and operands.added is not None:
             result = result + operands.added
-        return result if target is None else overwritten(target, result)
+        if target is None:
+            return result
+        written = overwritten(target, result)
+        if layer.follow is not None and written.dtype == result.dtype:
+            layer.follow(written)
+        return written
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
         """Output of a call, with the rule as its gradient."""

@@ -13,6 +13,8 @@ from crp.rules.notes import BORN, NONNEGATIVE, Born
 
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
 _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
+#: Functions that cut off what is below a number, and their argument for it.
+_LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
 
 
 def _passed(
@@ -55,6 +57,8 @@ def _passed(
         kept |= Born.DIVISOR
     elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):
         kept |= Born.SQUASHED | flags & Born.ACTIVATION  # a gate is closed as far as another one is open
+    elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
+        kept |= NONNEGATIVE
     if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or (name == "getitem" and _has_tensor(args[1:]))):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
@@ -66,6 +70,12 @@ def _is_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a power has a negative exponent, a number."""
     exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
     return isinstance(exponent, Real) and exponent < 0
+
+
+def _has_lower_bound(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether values below a number that is not negative become that number, as in ReLU6."""
+    lowest = args[1] if len(args) > 1 else kwargs.get(_LOWEST[name])
+    return isinstance(lowest, int | float) and lowest >= 0
 
 
 def _has_tensor(value: object) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from crp.errors import NameNotFoundError
 from crp.layers import LayerNotFoundError
-from crp.layers.addresses import Address, attention_around
+from crp.layers.addresses import PROJECTIONS, Address, attention_around
 
 
 class TensorKind(NamedTuple):
@@ -317,7 +317,7 @@ class Trace:
 
     def _named(self, node: Node, names: Collection[str]) -> str | None:
         """Name in ``names`` of what a module has put out; that of the output projection for attention, or its input."""
-        projection = f"{node.name}.out_proj"
-        if attention_around(projection, self.modules) is None:
-            return node.name if node.name in names else None
-        return next((name for name in (node.name, projection, f"{projection}.input") if name in names), None)
+        layers = [f"{node.name}.{name}" for name in PROJECTIONS]
+        layers = [layer for layer in layers if attention_around(layer, self.modules) is not None]
+        inside = [place for layer in layers for place in (layer, f"{layer}.input")]
+        return next((name for name in (node.name, *inside) if name in names), None)
