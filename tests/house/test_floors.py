@@ -50,8 +50,8 @@ BUDGETS = {
     "canonizers": 800,
     "commands": 2050,
     "compat": 950,
-    # (what a written-out activation was found to be is remembered, until something changes that it depends on)
-    "composites": 3870,
+    # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
+    "composites": 3880,
     "concept_graph": 190,
     "concepts": 1760,
     "demo": 900,

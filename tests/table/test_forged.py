@@ -226,7 +226,7 @@ def test_many_shards_of_overlapping_ranges_are_no_slow_path(tmp_path: Path) -> N
     table, source = make_table(tmp_path, [])
     records = [source.write(table, 0, stop, {1: f"{stop}"}) for stop in range(60, 100)]
     folder = tmp_path / "shards"
-    arrays = source.arrays(0, 40)
+    arrays = {name: [array] for name, array in source.arrays(0, 40).items()}
     records += [write_shard(folder, table.header.identity, 0, stop, arrays, {}) for stop in range(100, 300)]
     many = Table(tmp_path, table.header, records)
     begin = time.perf_counter()
