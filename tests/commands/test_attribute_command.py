@@ -223,5 +223,5 @@ def test_pictures_that_cannot_be_read_or_written(place):
     result = run("attribute", "words.png", "--model", "nets_of_mine:net", "--out", "out.png")
     assert result.exit_code == 1 and "words.png is no picture that can be read" in result.output
     result = attribute(out="out.txt")
-    assert result.exit_code == 1 and "must end in .png, .jpg, .pdf or .svg" in result.output
+    assert result.exit_code == 1 and "must end in .png, .jpg, .pdf or .svg, or .html for a page" in result.output
     assert run("attribute", "nothing.png", "--model", "x", "--out", "out.png").exit_code == 2

@@ -318,7 +318,16 @@ class _Beside:
             return tensor.clone()
         row = self._memory[self._used]
         self._used += 1
-        return row.copy_(tensor)
+        if not tensor.is_contiguous():
+            return row.copy_(tensor)
+        # (by one thread: several of torch's would wait for each other while other threads write shards)
+        np.copyto(_bytes_of(row), _bytes_of(tensor))
+        return row
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Memory of a contiguous tensor, as an array."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def as_batch(tensors: Sequence[Tensor]) -> Tensor:
