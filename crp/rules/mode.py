@@ -149,7 +149,7 @@ class SeeingMode(TorchFunctionMode):
         self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
     ) -> Any:
         kind, operands = known.kind, None
-        if known.has("composed") and not self.is_named(known):
+        if "composed" in known.properties and not self.is_named(known):
             with self:  # (the function asks whether a mode is to be told of itself)
                 return rebound(func, has_torch_function=lambda values: False)(*args, **kwargs)
         if known.parse is not None:
