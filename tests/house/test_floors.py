@@ -34,7 +34,7 @@ BUDGETS = {
     "attributors": 2700,
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
-    "canonizers": 800,
+    "canonizers": 815,
     "commands": 2050,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on)
