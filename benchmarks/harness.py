@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 from benchmarks.clocks import CLOCKS, Run
 
-#: What is asked of a peer's process: the name of a candidate in `benchmarks.peer`, and its keywords.
+#: What is asked of a peer's process: the name of a candidate in `benchmarks.peer`, and its keywords. A keyword may be a
+#: function, which is called for its value when the case is measured.
 Request = Mapping[str, Any]
 
 
@@ -215,7 +216,7 @@ def measure(case: Case, peers: Peers | None = None, quick: bool = False) -> list
     clock = CLOCKS[case.clock]
     runs = {name: _ours(run, clock, case.repeat) for name, run in case.make().items()}
     if peers is not None:
-        requests = {name: {**request, "repeat": case.repeat} for name, request in case.peers.items()}
+        requests = {name: {**_known(request), "repeat": case.repeat} for name, request in case.peers.items()}
         runs |= {name: partial(peers.cost, request, case.clock) for name, request in requests.items()}
     gc.collect()
     gc.freeze()  # what is there by now need not be looked through before every run
@@ -233,6 +234,10 @@ def measure(case: Case, peers: Peers | None = None, quick: bool = False) -> list
         measured = ratio(costs, line.over, line.under, line.scale)
         rows.append(Row(line.goal, line.metric, case.name, line.bound, measured, peer, note))
     return rows
+
+
+def _known(request: Request) -> Request:
+    return {key: value() if callable(value) else value for key, value in request.items()}
 
 
 def not_measured(case: Case, note: str) -> list[Row]:

@@ -13,11 +13,12 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.torchvision import ResNetCanonizer
 
+from benchmarks import tiny
 from benchmarks.clocks import CLOCKS, Run
 from benchmarks.nets import PRESETS, Samples, Setup, convolutions
 
@@ -122,13 +124,23 @@ def captum_lrp(setup: Setup) -> Run:
     return lambda: explain.attribute(data.clone().requires_grad_(), target=0)
 
 
+def lxt_patched(family: str, rules: str) -> ModuleType:
+    """Module that defines a family's models, under lxt's patches: ``attnLRP`` or ``cp_LRP``."""
+    module = tiny.modeling(family)
+    if family != tiny.VIT:
+        module = importlib.reload(module)  # (without other patches)
+        shared = module.ALL_ATTENTION_FUNCTIONS  # (of all families: the patch for CP-LRP stays in it)
+        for name in list(shared):
+            with contextlib.suppress(KeyError):
+                del shared[name]
+    patches = importlib.reload(import_module(f"lxt.efficient.models.{'vit_torch' if family == tiny.VIT else family}"))
+    import_module("lxt.efficient").monkey_patch(module, getattr(patches, rules))
+    return module
+
+
 def lxt(setup: Setup, rules: str) -> Run:
-    """Input times gradient under lxt's patches: ``attnLRP`` or ``cp_LRP``."""
-    modeling = importlib.reload(import_module("transformers.models.gpt2.modeling_gpt2"))  # (without other patches)
-    transformers = import_module("transformers")
-    patches = importlib.reload(import_module("lxt.efficient.models.gpt2"))
-    import_module("lxt.efficient").monkey_patch(modeling, getattr(patches, rules))
-    transformers.GPT2Model = modeling.GPT2Model
+    """Input times gradient under lxt's patches."""
+    import_module("transformers").GPT2Model = lxt_patched("gpt2", rules).GPT2Model
     model, data = setup.build()
 
     def run() -> Tensor:
@@ -140,6 +152,21 @@ def lxt(setup: Setup, rules: str) -> Run:
     return run
 
 
+def lxt_difference(family: str, rules: str, relevance: Sequence[float]) -> Run:
+    """How far lxt is from relevance of a tiny model's input ÷ the largest of it."""
+    lxt_patched(family, rules)
+    model, data = tiny.build(family)
+
+    def run() -> float:
+        leaf = data.clone().requires_grad_()
+        torch.autograd.backward(model(leaf)[:, 1].sum())
+        assert leaf.grad is not None
+        ours = torch.tensor(relevance, dtype=torch.float64)
+        return float(((leaf * leaf.grad).flatten() - ours).abs().max() / ours.abs().max())
+
+    return run
+
+
 CANDIDATES: dict[str, Callable[..., Run]] = {
     "attribution": attribution,
     "concepts": concepts,
@@ -147,6 +174,7 @@ CANDIDATES: dict[str, Callable[..., Run]] = {
     "captum deeplift": captum_deeplift,
     "captum lrp": captum_lrp,
     "lxt": lxt,
+    "lxt difference": lxt_difference,
 }
 
 

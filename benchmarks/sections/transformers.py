@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks import ours
+from benchmarks import ours, tiny
 from benchmarks.clocks import Run
 from benchmarks.harness import Bound, Case, Ratio
 from benchmarks.nets import Setup
+from crp.attribution import CondAttribution
 from crp.composites import CPLRP, AttnLRP
 from crp.composites.base import Composite
 
@@ -57,6 +58,28 @@ def saved(setup: Setup) -> Case:
     return Case(str(setup), make, tuple(lines), clock="kept", rounds=1, warmup=0, thorough=setup.size > 256)
 
 
+def agreement(family: str, name: str) -> Case:
+    """How far lxt's relevance of each entry of a tiny model's input is from ours, in float64 ÷ the largest."""
+    kind, theirs, _ = METHODS[name]
+
+    def relevance() -> list[float]:
+        model, data = tiny.build(family)
+        CondAttribution(model)(leaf := data.requires_grad_(), [{"y": 1}], kind())
+        assert leaf.grad is not None
+        return [float(value) for value in leaf.grad.flatten()]
+
+    request = {"candidate": "lxt difference", "family": family, "rules": theirs, "relevance": relevance}
+    return Case(
+        name=f"{name}, tiny {family}",
+        make=dict,
+        ratios=(Ratio("lxt − ours, largest entry ÷ largest of ours", "lxt", bound=Bound(1e-7), goal=GOAL),),
+        peers={"lxt": request},
+        clock="value",
+        rounds=1,
+        warmup=0,
+    )
+
+
 def cases() -> list[Case]:
     """A small model, and one of the size of the smallest GPT-2."""
     small, full = Setup("gpt2 4×256", 256, 1), Setup("gpt2 12×768", 1024, 1)
@@ -65,4 +88,6 @@ def cases() -> list[Case]:
         saved(small),
         *(time(full, name, 5) for name in METHODS),
         saved(full),
+        *(agreement(family, name) for family in tiny.FAMILIES for name in METHODS),
+        agreement(tiny.VIT, "CP-LRP"),  # (lxt has no AttnLRP of it)
     ]

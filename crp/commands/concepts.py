@@ -14,28 +14,46 @@ if TYPE_CHECKING:
     from crp.concepts import Concept
 
 
-def concepts_of_layers(model: nn.Module, words: Mapping[str, Sequence[str]], sample: Any) -> dict[str, Concept]:
-    """Concepts of the layers that each word names.
+def read_word(word: str, *, any_axis: bool = True) -> tuple[str, Concept | None]:
+    """Pattern of layers that a word of ``--layers`` names, and their concept, if it says one behind a colon.
 
-    ``"blocks.*.mlp.act"`` has a concept for each channel, along the axis where these are;
-    ``"blocks.*.attn.proj.input:heads=12"`` one for each of 12 equal groups of the last axis, and ``"blocks.*:axis=1"``
-    one for each place of axis 1, such as the tokens. ``sample`` is what `first_sample` gives.
+    ``"NAME:heads=12"`` has one for each of 12 equal groups of the last axis, and ``"NAME:axis=1"`` one for each place
+    of axis 1, such as the tokens; ``any_axis`` says whether there may be such a word.
+
+    Raises
+    ------
+    CommandError
+        If something else is behind the colon.
     """
-    from crp.concepts import AxisConcept, ChannelConcept
+    from crp.concepts import AxisConcept
+
+    pattern, colon, how = word.partition(":")
+    if not colon:
+        return pattern, None
+    if matched := re.fullmatch(r"heads=([1-9]\d{0,5})", how):
+        return pattern, AxisConcept(-1, int(matched[1]))
+    if any_axis and (matched := re.fullmatch(r"axis=(-?[1-9]\d?)", how)):
+        return pattern, AxisConcept(int(matched[1]))
+    other = ", or axis=N" if any_axis else ""
+    raise CommandError(f"--layers {word}: behind the colon must be heads=N, such as heads=12{other}")
+
+
+def concepts_of_layers(model: nn.Module, words: Mapping[str, Sequence[str]], sample: Any) -> dict[str, Concept]:
+    """Concepts of the layers that each word names: what `read_word` says, or channels along the axis where they are.
+
+    ``sample`` is what `first_sample` gives.
+    """
+    from crp.concepts import ChannelConcept
     from crp.visualization.mining.axes import concepts_of_channels
 
     found: dict[str, Concept] = {}
     open_ones: list[str] = []
     for word, layers in words.items():
-        _, colon, how = word.partition(":")
-        if not colon:
+        _, concept = read_word(word)
+        if concept is None:
             open_ones += layers
-        elif matched := re.fullmatch(r"heads=([1-9]\d{0,5})", how):
-            found |= {layer: AxisConcept(-1, int(matched[1])) for layer in layers}
-        elif matched := re.fullmatch(r"axis=(-?[1-9]\d?)", how):
-            found |= {layer: AxisConcept(int(matched[1])) for layer in layers}
         else:
-            raise CommandError(f"--layers {word}: behind the colon must be heads=N, such as heads=12, or axis=N")
+            found |= dict.fromkeys(layers, concept)
     open_ones = [layer for layer in dict.fromkeys(open_ones) if layer not in found]
     if sample is None:
         return found | {layer: ChannelConcept() for layer in open_ones}  # mining will tell why

@@ -35,23 +35,21 @@ class Asking(NamedTuple):
 
 
 def concepts_of_texts(model: nn.Module, wanted: Sequence[str]) -> dict[str, Concept]:
-    """Concepts of layers of shape (samples, tokens, features), by the words of ``--layers``.
+    """Concepts of layers of shape (samples, tokens, features), by the words of ``--layers`` (`read_word`).
 
-    ``"h.*.mlp.act"`` has a concept for each feature, ``"h.*.attn.c_proj.input:heads=12"`` one for each of 12 equal
-    groups of features.
+    ``"h.*.mlp.act"`` has a concept for each feature, ``"h.*.attn.c_proj.input:heads=12"`` one for each head.
     """
+    from crp.commands.concepts import read_word
     from crp.concepts import AxisConcept
     from crp.visualization.mining.selection import select_layers
 
     found: dict[str, Concept] = {}
     for word in wanted:
-        pattern, colon, number = word.partition(":heads=")
-        if colon and not re.fullmatch(r"[1-9]\d{0,5}", number):
-            raise CommandError(f"--layers {word} must end in :heads=N, such as :heads=12")
+        pattern, concept = read_word(word, any_axis=False)
         if pattern == "auto":
             raise CommandError("--layers auto is for pictures; crp layers MODEL lists what a model has")
         for name in select_layers(model, [pattern]):
-            found[name] = AxisConcept(-1, int(number) if colon else None)
+            found[name] = AxisConcept(-1) if concept is None else concept
     return found
 
 

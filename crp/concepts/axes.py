@@ -41,7 +41,7 @@ class AxisConcept(Concept):
     -----
     Heads of attention stand side by side in the input of its output projection, neurons of an MLP in the input of its
     last layer. A layer's input has a name, too (see `crp.layers.addresses`): ``"attn.proj.input"``, and
-    ``"self_attention.out_proj.input"`` for an `nn.MultiheadAttention`.
+    ``"self_attention.out_proj.input"`` for an `nn.MultiheadAttention`. Swin's attention has one row for each window.
 
     Examples
     --------

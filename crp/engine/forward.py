@@ -165,7 +165,15 @@ def check_one_entry(results: AttributionResults, layers: Collection[str] | None 
     """Raise a `ValueError` if layers (all, by default) have several entries for each row; otherwise the results."""
     for layer, relevance in results.relevances.items():
         if layers is None or layer in layers:
-            _check_columns(f"the output of layer {layer!r}", relevance, len(results.prediction), "rows")
+            what, n_rows = f"the output of layer {layer!r}", len(results.prediction)
+            n_entries, rest = divmod(len(relevance), n_rows) if relevance.dim() and n_rows else (1, 0)
+            if n_entries > 1 and not rest:
+                raise InputError(
+                    f"{what} has shape {tuple(relevance.shape)}: {n_entries} entries along its first axis for each of "
+                    f"{n_rows} rows, such as windows of attention, which would have to be added up; name a layer that "
+                    "has one for each, such as the whole attention"
+                )
+            _check_columns(what, relevance, n_rows, "rows")
     return results
 
 

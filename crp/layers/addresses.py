@@ -3,12 +3,14 @@
 ``"conv"`` is the output of a layer and ``"conv.input"`` what it is called with; ``"conv#1"`` and ``"conv.input#1"`` are
 those of its second call. Heads of attention stand side by side in the input of its output projection, as in
 ``"attn.proj.input"``, and neurons of an MLP in the input of its last layer. `nn.MultiheadAttention` has these names,
-too: ``"attn.out_proj.input"`` and ``"attn.out_proj"``, (batch, token, channel), though it never calls that layer.
+too: ``"attn.out_proj.input"`` and ``"attn.out_proj"``, (batch, token, channel), though it never calls that layer. So
+has the attention of torchvision's Swin: ``"attn.proj.input"`` and ``"attn.proj"``, (batch * windows, token, channel).
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache, partial
@@ -24,6 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from crp.errors import InputTypeError
 from crp.layers.interrupts import atomic
 
+#: Names of output projections that attention has and does not call.
+PROJECTIONS = ("out_proj", "proj")
 #: What is called with a module, its arguments and keywords, and what is there: returns what shall be, or None.
 PlaceHook: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
@@ -64,14 +68,25 @@ class Address(NamedTuple):
 
 
 def attention_around(layer: str, modules: Mapping[str, Any]) -> str | None:
-    """Name of the `nn.MultiheadAttention` whose output projection a layer is, which it never calls; None for others.
+    """Name of the attention whose output projection a layer is, which it never calls; None for others.
 
-    ``modules`` are those of a model, or their types.
+    An `nn.MultiheadAttention`, or one of torchvision's Swin. ``modules`` are those of a model, or their types.
     """
     around, _, name = layer.rpartition(".")
     around_kind, kind = (one if isinstance(one, type) else type(one) for one in map(modules.get, (around, layer)))
-    is_one = issubclass(around_kind, nn.MultiheadAttention) and around_kind.forward is nn.MultiheadAttention.forward
-    return around if is_one and name == "out_proj" and issubclass(kind, nn.Linear) else None
+    is_one = name in PROJECTIONS and name == _projection_of(around_kind) and issubclass(kind, nn.Linear)
+    return around if is_one else None
+
+
+def _projection_of(kind: type) -> str | None:
+    """Name of the output projection that attention of this type has and does not call; None for other types."""
+    if issubclass(kind, nn.MultiheadAttention):
+        return "out_proj" if kind.forward is nn.MultiheadAttention.forward else None
+    swin = sys.modules.get("torchvision.models.swin_transformer")
+    if swin is None or not issubclass(kind, swin.ShiftedWindowAttention):
+        return None
+    known = (swin.ShiftedWindowAttention.forward, swin.ShiftedWindowAttentionV2.forward)
+    return "proj" if kind.forward in known else None  # type: ignore[attr-defined]
 
 
 @atomic
@@ -93,7 +108,8 @@ def hooked_at(modules: Mapping[str, nn.Module], hooks: Mapping[tuple[str, bool],
         for (layer, is_input), hook in hooks.items():
             if (around := attention_around(layer, modules)) is not None:
                 if around not in projections:
-                    one = projections[around] = _Projection()
+                    is_fused = isinstance(modules[around], nn.MultiheadAttention)
+                    one = projections[around] = _Projection() if is_fused else _OfWindows(modules[layer])
                     handles.append(before(modules[around], one.enter))
                     # (modes of rules are left and entered by other hooks, around these)
                     handles.append(after(modules[around], one.leave, always_call=True, prepend=True))
@@ -181,6 +197,31 @@ class _Projection(TorchFunctionMode):
         shown = value.unflatten(0, (-1, n_samples)).transpose(0, 1)  # type: ignore[no-untyped-call]
         replaced = self.hooks[is_input]((), {}, shown)
         return value if replaced is None else replaced.transpose(0, 1).flatten(0, 1)
+
+
+class _OfWindows(_Projection):
+    """The same for attention of torchvision's Swin, which hands the weight of its projection to a function.
+
+    Parameters
+    ----------
+    projection : nn.Module
+    """
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self._layer = projection
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Call a function, `F.linear` with that weight as one that tells what goes in and comes out."""
+        kwargs = kwargs or {}
+        if func is not F.linear or len(args) < 2 or args[1] is not self._layer.weight:
+            return func(*args, **kwargs)
+        value = self._shown(True, args[0])
+        return self._shown(False, func(value, *args[1:], **kwargs))
+
+    def _shown(self, is_input: bool, value: Tensor) -> Tensor:
+        replaced = self.hooks[is_input]((), {}, value) if is_input in self.hooks else None
+        return value if replaced is None else replaced
 
 
 #: What projects the output of the `nn.MultiheadAttention` that is running.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from crp.layers.addresses import attention_around
-from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind
+from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 from crp.trace.recorder import trace
 
 _LAST = frozenset("linear addmm layer_norm rms_norm embedding multi_head_attention_forward".split())  # noqa: SIM905
@@ -64,11 +64,16 @@ def channel_axes(model: nn.Module, data: Any, layers: Iterable[str]) -> dict[str
         if not calls:
             continue
         call = calls[-1 if number is None or number >= len(calls) else number]
-        found[name] = _of_attention(call) if attention else _of_call(call, is_input)
+        found[name] = _of_attention(record, layer, call) if attention else _of_call(call, is_input)
     return found
 
 
-def _of_attention(call: ModuleCall) -> ChannelAxis:
+def _of_attention(record: Trace, projection: str, call: ModuleCall) -> ChannelAxis:
+    """Channels of an output projection: of a call of its own, or within the fused function."""
+    weight = f"{projection}.weight"
+    for function in record.operations:
+        if function.name == "linear" and any(operand.parameter == weight for operand in function.operands):
+            return ChannelAxis(-1, () if function.returned is None else tuple(function.returned.shape), "linear")
     shape = () if call.given is None else tuple(call.given.shape)
     return ChannelAxis(-1, shape, "multi_head_attention_forward")
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from crp.layers import LayerNotFoundError
-from crp.layers.addresses import Address, attention_around
+from crp.layers.addresses import PROJECTIONS, Address, attention_around
 
 
 class TensorKind(NamedTuple):
@@ -316,7 +316,7 @@ class Trace:
 
     def _named(self, node: Node, names: Collection[str]) -> str | None:
         """Name in ``names`` of what a module has put out; that of the output projection for attention, or its input."""
-        projection = f"{node.name}.out_proj"
-        if attention_around(projection, self.modules) is None:
-            return node.name if node.name in names else None
-        return next((name for name in (node.name, projection, f"{projection}.input") if name in names), None)
+        layers = [f"{node.name}.{name}" for name in PROJECTIONS]
+        layers = [layer for layer in layers if attention_around(layer, self.modules) is not None]
+        inside = [place for layer in layers for place in (layer, f"{layer}.input")]
+        return next((name for name in (node.name, *inside) if name in names), None)

@@ -98,7 +98,11 @@ def test_ids_and_prose_are_texts_too(here: Path) -> None:
         ),
         (["--data", "reading:words", "--tokenizer", "reading:nothing"], "reading has no 'nothing'"),
         (["--data", "reading:words", "--tokenizer", "."], "--tokenizer . cannot be loaded"),
-        ([*OF_WORDS, "--layers", "*.ln_2:heads=0"], "must end in :heads=N"),
+        (
+            [*OF_WORDS, "--layers", "*.ln_2:heads=0"],
+            "*.ln_2:heads=0: behind the colon must be heads=N, such as heads",
+        ),
+        ([*OF_WORDS, "--layers", "*.ln_2:axis=1"], "*.ln_2:axis=1: behind the colon must be heads=N, such as heads=12"),
         ([*OF_WORDS, "--layers", "auto"], "--layers auto is for pictures"),
         ([*OF_WORDS, "--fields", "a,b,c"], "--fields names text and label, not 3 fields"),
         ([*OF_WORDS, "--size", "8"], "--size: this dataset gives tensors"),

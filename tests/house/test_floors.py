@@ -47,7 +47,7 @@ BUDGETS = {
     "explain": 200,
     "image": 1390,
     # (names of layers that mean what they are called with)
-    "layers": 750,
+    "layers": 800,
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
