@@ -12,8 +12,11 @@ import click
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
+from crp.commands.page import PageConcepts, concepts_of_picture
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from crp.visualization.models import Loaded
 
 
@@ -42,6 +45,9 @@ def methods_command(family: str | None, as_json: bool) -> None:
 
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+_PAGE = ".html"
+#: Classes of a prediction that a page lists.
+_CLASSES = 5
 
 
 @click.command()
@@ -64,7 +70,10 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 @click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
 @click.option("--std", type=float, multiple=True, help="As --mean.")
 @click.option("--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Names, one per line.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Picture to write; of several, a folder.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write; of several, a folder.")
+@click.option(
+    "--page", is_flag=True, help="Write a page (.html) with the concepts of --layer, the last suggested by default."
+)
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object for each picture, on a line.")
 def attribute(
     images: tuple[Path, ...],
@@ -85,11 +94,14 @@ def attribute(
     std: tuple[float, ...],
     classes: Path | None,
     out: Path,
+    page: bool,
     as_json: bool,
 ) -> None:
     """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file. Or texts, in one page.
 
     crp attribute cat.jpg dog.jpg --model timm:resnet18 --out explained/
+
+    crp attribute cat.jpg --model timm:resnet18 --page --out why.html
 
     crp attribute --text 'The capital of France is' --target ' Paris' --model hf:gpt2 --method attn_lrp --out why.html
     """
@@ -100,26 +112,25 @@ def attribute(
     if bool(images) == bool(texts) or (images and (tokenizer or position or against)):
         raise CommandError("give pictures, or --text, of which --tokenizer, --position and --against are")
     if texts:
+        if page and out.suffix.lower() != _PAGE:
+            raise CommandError(f"--out {out} must end in .html for a page of texts")
         asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
         _check_writable(out.parent, out)
         loaded = _loaded(model, weights, checkpoint, classes)
         for line in explain_texts(texts, loaded, method, asking, _parsed(settings), out, as_json):
             click.echo(line)
         return
-    places = _places(images, out)
-    for place in places:
-        if any(place.resolve() == image.resolve() for image in images):
-            raise CommandError(f"{place} is explained, and would be overwritten; give --out another name or folder")
-    for folder in {place.parent for place in places}:
-        _check_writable(folder, out)
+    page = page or out.suffix.lower() == _PAGE
+    places = _places(images, out, page)
     given = _parsed(settings)
-    if concept:
-        if layer is None:
-            raise CommandError("--concept needs the --layer that it is in")
-        given["condition"] = {layer: list(concept)}
+    if concept and layer is None:
+        raise CommandError("--concept needs the --layer that it is in")
     try:
         chosen = find_method(method)
-        if layer is not None and (not concept or chosen.family == "cam"):
+        shown = PageConcepts(layer, concept) if page else None
+        if concept and not page:
+            given["condition"] = {layer: list(concept)}
+        if layer is not None and (chosen.family == "cam" or not (concept or page)):
             given["layer"] = layer
         loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
         index = None if target is None else loaded.find_class(target)
@@ -127,8 +138,11 @@ def attribute(
         raise CommandError(in_a_line(error)) from error
     through = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
     for image, place in zip(images, places, strict=True):
-        said, facts = _explain(image, place, loaded, chosen.name, index, given, f"{chosen.name}{through}")
+        caption = chosen.name if page else f"{chosen.name}{through}"
+        said, facts = _explain(image, place, loaded, chosen.name, index, given, caption, shown)
         click.echo(json.dumps(facts) if as_json else f"{image}: {said}\nwrote {place}")
+    if loaded.normalized is None and not as_json:
+        click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
 
 
 def _loaded(model: str, weights: str | None, checkpoint: Path | None, classes: Path | None) -> Loaded:
@@ -140,22 +154,42 @@ def _loaded(model: str, weights: str | None, checkpoint: Path | None, classes: P
         raise CommandError(in_a_line(error)) from error
 
 
-def _places(images: Sequence[Path], out: Path) -> list[Path]:
-    """Where the explanation of each picture is written."""
-    if len(images) == 1 and out.suffix.lower() in _SUFFIXES:
+def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
+    """Where the explanation of each picture is written: over none of the pictures, and where files can be written."""
+    places = _named_places(images, out, page)
+    for place in places:
+        if any(place.resolve() == image.resolve() for image in images):
+            raise CommandError(f"{place} is explained, and would be overwritten; give --out another name or folder")
+    for folder in {place.parent for place in places}:
+        _check_writable(folder, out)
+    return places
+
+
+def _named_places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
+    suffixes, suffix = ((_PAGE,), _PAGE) if page else (_SUFFIXES, ".png")
+    if len(images) == 1 and out.suffix.lower() in suffixes:
         return [out]
     if len(images) == 1 and not out.is_dir():
-        raise CommandError(f"--out {out} must end in .png, .jpg, .pdf or .svg")
-    if out.suffix.lower() in _SUFFIXES:
-        raise CommandError(f"--out {out} is one picture, and {len(images)} are explained; name a folder")
+        ends = ".html for a page" if page else ".png, .jpg, .pdf or .svg, or .html for a page"
+        raise CommandError(f"--out {out} must end in {ends}")
+    if out.suffix.lower() in suffixes:
+        raise CommandError(f"--out {out} is one file, and {len(images)} pictures are explained; name a folder")
     names = [image.stem for image in images]
     return [
-        out / (f"{name}.png" if names.count(name) == 1 else f"{name}-{number}.png") for number, name in enumerate(names)
+        out / (f"{name}{suffix}" if names.count(name) == 1 else f"{name}-{number}{suffix}")
+        for number, name in enumerate(names)
     ]
 
 
 def _explain(
-    image: Path, place: Path, loaded: Loaded, method: str, target: int | None, given: dict[str, Any], caption: str
+    image: Path,
+    place: Path,
+    loaded: Loaded,
+    method: str,
+    target: int | None,
+    given: dict[str, Any],
+    caption: str,
+    on_page: PageConcepts | None,
 ) -> tuple[str, dict[str, Any]]:
     """Explain one picture, and tell what the model says of it, in words and as data."""
     import torch
@@ -163,6 +197,7 @@ def _explain(
     from crp.commands.panel import draw
     from crp.engine.probabilities import probabilities
     from crp.explain import explain
+    from crp.visualization.report.explained import ExplainedConcept, ExplainedPicture, write_explained
 
     try:
         shown, data = loaded.read(image)
@@ -170,7 +205,13 @@ def _explain(
             output = loaded.model(data)
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
             raise CommandError("the output of the model is no score of classes")
-        heatmap = explain(method, loaded.model, data, int(output[0].argmax()) if target is None else target, **given)
+        aim = int(output[0].argmax()) if target is None else target
+        given, windows = _completed(method, given, loaded, data)
+        caption += windows
+        heatmap = explain(method, loaded.model, data, aim, **given)
+        layer, concepts = "", list[ExplainedConcept]()
+        if on_page is not None:
+            layer, concepts = concepts_of_picture(on_page, method, loaded, data, aim, given)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
     if heatmap.dim() != 4:
@@ -185,12 +226,57 @@ def _explain(
     # A map of positions is the same for every channel; relevance of channels adds up.
     is_map = method in ("cam", "grad_cam", "grad_cam_pp", "meaningful_perturbation")
     flat = heatmap[0, 0] if is_map else heatmap[0].sum(0)
-    draw(shown, flat, f"{said}{of}".replace("predicted ", "predicted: ", 1), caption, place)
+    if on_page is None:
+        draw(shown, flat, f"{said}{of}".replace("predicted ", "predicted: ", 1), caption, place)
+    else:
+        best = probability.argsort(descending=True, stable=True)[:_CLASSES].tolist()
+        chances = [(loaded.class_name(i), float(probability[i])) for i in dict.fromkeys([*best, index])]
+        sentence = f"{said}{of}".replace("predicted ", "Predicted ", 1)
+        names = loaded.class_name(index), chances, sentence, caption, type(loaded.model).__name__
+        write_explained(ExplainedPicture(image.name, shown, flat, *names, layer, concepts), place)
     classes = {
         name: {"class": i, "name": loaded.class_name(i), "probability": float(probability[i])}
         for name, i in (("predicted", first), ("explained", index))
     }
-    return f"{said}{of}", {"image": str(image), "method": method, **classes, "out": str(place)}
+    facts: dict[str, Any] = {"image": str(image), "method": method, **classes, "out": str(place)}
+    if on_page is not None:
+        parts = [{"concept": int(one.label), "share": one.share} for one in concepts]
+        facts |= {"layer": layer, "concepts": parts}
+    return f"{said}{of}", facts
+
+
+def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:
+    """Options of a method with those that the command chooses, and what is said of them."""
+    from crp.explain import find_method
+
+    if find_method(method).options.get("layer") is ... and "layer" not in given:
+        raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")
+    if method != "occlusion" or {"window_shape", "step"} & given.keys():
+        return given, ""
+    window, step = _windows(*data.shape[-2:])
+    return given | {"window_shape": window, "step": step}, f", windows of {window[0]} x {window[1]} pixels"
+
+
+def _windows(*sides: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of occlusion's windows, and their distance: about an eighth of a side, half of it apart.
+
+    A window for each feature, the method's own default, takes minutes at the usual sizes. Windows end at the edge.
+    """
+    found = []
+    for side in sides:
+        lengths = ((length, step) for length in range(max(1, side // 8), side + 1) for step in range(length, 0, -1))
+        fits = (pair for pair in lengths if 2 * pair[1] >= pair[0] and (side - pair[0]) % pair[1] == 0)
+        found.append(min(fits, key=lambda pair: (pair[0] > max(1, side // 4), abs(pair[1] - pair[0] / 2), pair[0])))
+    window, step = zip(*found, strict=True)
+    return window, step
+
+
+def _suggestion(loaded: Loaded, data: Tensor) -> str:
+    """Layer that a class activation map is usually made of, as the end of a message."""
+    from crp.visualization.mining.selection import list_layers
+
+    suggested = [one.name for one in list_layers(loaded.model, data) if one.suggested]
+    return f", such as --layer {suggested[-1]}" if suggested else ""
 
 
 def _check_writable(folder: Path, out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,10 +20,13 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-#: Containers of a module whose entries are compared one by one.
-_OWN = {"_parameters", "_buffers", "_modules", *_HOOKS}
+#: Attributes that torch gives every module: parameters and buffers are compared one by one, and where there are hooks,
+#: nothing is.
+_OWN = frozenset(vars(nn.Module()))
 #: What can change without being replaced.
 _CHANGEABLE = (list, dict, set, Tensor)
+#: Common types of what cannot.
+_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
 
 
 def is_watched(model: nn.Module) -> bool:
@@ -57,14 +59,13 @@ class ModelState:
         for module in modules_of(model).values():
             attributes = vars(module)
             self._values += attributes.values()
-            for name in ("_parameters", "_buffers"):
-                for tensor in attributes[name].values():
-                    self._values.append(tensor)
-                    self._tensors.append(_state_of(tensor))
-            for name, value in attributes.items():
-                if not _can_change(type(value)) or name in _OWN:  # type: ignore[arg-type]
-                    continue
-                if isinstance(value, Tensor) or value:
+            for own in (attributes["_parameters"], attributes["_buffers"]):
+                if own:
+                    self._values += own.values()
+                    self._tensors += map(_state_of, own.values())
+            # (most attributes are of these types: the others are few)
+            for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in _PLAIN]:
+                if isinstance(value, _CHANGEABLE) and (isinstance(value, Tensor) or value):
                     self._tensors += _settings(value)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
@@ -92,11 +93,6 @@ def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tupl
         for name, (tensor, version) in before.items()
         if name not in after or after[name][0] is not tensor or after[name][1] != version
     ]
-
-
-@lru_cache(1024)
-def _can_change(kind: Any) -> bool:
-    return issubclass(kind, _CHANGEABLE)
 
 
 def _state_of(tensor: Tensor | None) -> object:

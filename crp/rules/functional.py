@@ -96,7 +96,20 @@ class Gate(_Shared):
 
     def operate(self, layer: Layer) -> Any:
         """Return the product; one factor alone is right by the ordinary chain rule."""
-        return layer.output if len(layer.inputs) == 1 else super().operate(layer)
+        if len(layer.inputs) == 1:
+            return layer.output
+        held = self._gate(layer) if self._is_plain(layer) else None
+        if held is None:
+            return super().operate(layer)
+        return _SignalTimesGate.apply(*layer.inputs, held, layer.function, self.is_active)
+
+    def _is_plain(self, layer: Layer) -> bool:
+        """Whether a call is a product of two different real tensors, and nothing is accounted for."""
+        if layer.known.canonical != "mul" or len(layer.args) != 2 or layer.kwargs:
+            return False
+        left, right = layer.inputs
+        is_real = left.is_floating_point() and right.is_floating_point() and left is not right
+        return is_real and (self.attachment is None or self.attachment.account is None)
 
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Products of two factors that a module without parts calls."""
@@ -142,6 +155,27 @@ def _checked(mode: Gates) -> Gates:
 def _is_broadcast(factor: Tensor, shape: torch.Size) -> bool:
     expanded = (size > 1 and stride == 0 for size, stride in zip(factor.shape, factor.stride(), strict=True))
     return factor.shape != shape or any(expanded)
+
+
+class _SignalTimesGate(torch.autograd.Function):
+    """A product; what arrives goes to the signal only, so that the gate's gradient is not computed to be dropped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, held: int, product: Callable[..., Tensor], is_active: Callable[[], bool]
+    ) -> Tensor:
+        """Multiply; ``held`` is the number of the gate."""
+        ctx.save_for_backward(left, right)
+        ctx.held, ctx.is_active = held, is_active
+        ctx.read = left, right  # (an activation below, whose gradient comes later, may borrow its output: `Pass`)
+        return product(left, right)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """Multiply with the other factor; autograd sums over axes along which a factor was broadcast."""
+        left, right = ctx.saved_tensors
+        takes = [number != ctx.held or not ctx.is_active() for number in (0, 1)]
+        return grads[0] * right if takes[0] else None, grads[0] * left if takes[1] else None, None, None, None
 
 
 class GLU(Linearized):

@@ -118,6 +118,8 @@ class Layer:
         How the input is a copy of the model's, where the rule does not depend on its value.
     locate : callable or None
         Finds the place for a message, where it is not tracked.
+    follow : callable or None
+        Is told of the tensor that the model overwrites with the output, where the rule can use it.
     parts : object
         What the rule of the next operation needs to know of this call.
     gives : int
@@ -142,6 +144,7 @@ class Layer:
     gives: int = 0
     locate: Callable[[], str] | None = field(default=None, repr=False)
     held: Tensor | None = field(default=None, repr=False)
+    follow: Callable[[Tensor], None] | None = field(default=None, repr=False)
     result: Any = field(default=None, repr=False)
     is_rerun: bool = False
 

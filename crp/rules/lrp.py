@@ -21,13 +21,12 @@ from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from crp.rules.attention import _Exponential
 from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
-from crp.rules.redirect import Redirect, SecondOrder, _RedirectLater
+from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
 from crp.rules.terms import Term
 
@@ -152,15 +151,25 @@ class Pass(Rule):
             raise ValueError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
         layer.parts = _Exponential(a) if layer.name == "exp" and layer.module is None else None
         if self.multiplier and self._scales_later(layer, y):
-            again = layer.again()
-            second = SecondOrder(again, [a], self.is_active, lambda: self._scales_again(again, a))
-            return cast(Tensor, _RedirectLater.apply(y, second, a))
+            again, borrowed = layer.again(), _Borrowed(y)
+            second = SecondOrder(again, [a], self.is_active, lambda: self._scales_later_on(again, a, borrowed))
+            out = cast(Tensor, _RedirectLater.apply(y, second, a))
+            borrowed.follow(out)
+            layer.follow = borrowed.follow
+            return out
         return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
 
     def _scales_later(self, layer: Layer, y: Tensor) -> bool:
         """Whether the input is kept anyway, by the call's own gradient, so that the scale need not be."""
         has_account = self.attachment is None or self.attachment.account is not None
         return not has_account and y is layer.output and hasattr(y.grad_fn, "_saved_self")
+
+    def _scales_later_on(self, again: Layer, a: Tensor, borrowed: _Borrowed) -> list[Tensor]:
+        """The scale: of the output, if the model's next operation has kept it, or else of the call once more."""
+        y = None if torch.is_grad_enabled() else borrowed.values()
+        if y is None:
+            return self._scales_again(again, a)
+        return [self._scale(term, y).to(term.z.dtype) for term in self.terms(again, a, y)]
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""
@@ -174,7 +183,7 @@ class Pass(Rule):
             nothing = a.abs() <= TINY
             return y.masked_fill(nothing, 0) / a.masked_fill(nothing, 1)
         if term.sign > 0:
-            scale = F.threshold(a, TINY, math.inf)
+            scale = torch.threshold(a, TINY, math.inf)
             return torch.div(y, scale, out=scale)
         scale = a.abs()
         nothing = scale <= TINY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -43,6 +44,27 @@ class SecondOrder:
         """Raise a RuntimeError if an input was overwritten."""
         if any(tensor._version != version for tensor, version in self.versions):
             raise RuntimeError(f"second derivatives need the input of {self.name}, which was changed in place since")
+
+
+class _Borrowed:
+    """The values of a call's output, for as long as somebody else has them: they are not kept alive.
+
+    Parameters
+    ----------
+    output : Tensor
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        self.follow(output)
+
+    def follow(self, output: Tensor) -> None:
+        """Look at another tensor from now on, into which the values were copied."""
+        self._tensor, self._version = weakref.ref(output), output._version
+
+    def values(self) -> Tensor | None:
+        """The values, as a constant; None where they are gone."""
+        output = self._tensor()
+        return None if output is None or output._version != self._version else output.detach()
 
 
 class Redirect(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         *,
         check: bool = True,
     ) -> None:
-        if isinstance(layer_map, str):
+        if isinstance(layer_map, str) or not isinstance(layer_map, Iterable):
             raise TypeError(f"layer_map must be layers and their concepts, or a list of layers; not {layer_map!r}")
         check_layers(attribution.model, list(layer_map), "layer_map")
         if not isinstance(layer_map, Mapping):
@@ -108,6 +108,10 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         for layer, concept in layer_map.items():
             if isinstance(concept, type):
                 raise TypeError(f"layer_map[{layer!r}] is a class; it must be an instance: {concept.__name__}()")
+            if not callable(getattr(concept, "mask", None)):
+                raise TypeError(
+                    f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not a {type(concept).__name__}"
+                )
         self.dataset = of_loader(dataset)
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import crp
+from crp.commands import attribute as attribute_command
 from crp.commands.cli import cli
 from crp.visualization import models as loading
 
@@ -120,6 +121,36 @@ def test_heatmap_is_that_of_the_call(place, monkeypatch, arguments, options):
     assert seen["caption"].startswith(arguments[1])
 
 
+def test_occlusion_takes_windows_that_end_at_the_edge(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    result = attribute("--method", "occlusion", "--target", 2, "--size", 32)
+    assert result.exit_code == 0 and "no window covers" not in result.output, result.output
+    model = __import__("nets_of_mine").net().eval()
+    options = {"window_shape": (4, 4), "step": (2, 2)}
+    expected = crp.explain("occlusion", model, seen["image"][None], 2, **options)[0].sum(0)
+    torch.testing.assert_close(seen["heatmap"], expected)
+    assert seen["caption"] == "occlusion, windows of 4 x 4 pixels"
+
+
+def test_windows_cover_every_pixel():
+    for side in range(1, 400):
+        ((length,), (step,)) = attribute_command._windows(side)
+        assert (side - length) % step == 0 and 1 <= step <= length <= max(1, side // 4), side
+        assert (side - length) // step + 1 <= 24, side
+
+
+def test_a_class_activation_map_without_a_layer_names_one(place):
+    result = attribute("--method", "GradCAM")
+    assert result.exit_code == 1
+    assert "method 'grad_cam' needs layer=, such as --layer 1" in result.output
+
+
+@pytest.mark.parametrize(("norm", "told"), [((), True), (("--mean", 0.5, "--std", 1), False)], ids=["not", "is"])
+def test_pictures_that_are_not_normalised_are_told_of(place, norm, told):
+    result = attribute("--method", "epsilon", *norm)
+    assert result.exit_code == 0 and ("pictures were not normalised" in result.output) == told
+
+
 def test_maps_of_positions_are_not_summed_over_channels(place, monkeypatch):
     seen = drawn(monkeypatch)
     result = attribute("--method", "grad_cam", "--layer", "1", "--concept", 2, "--target", 0)
@@ -223,5 +254,5 @@ def test_pictures_that_cannot_be_read_or_written(place):
     result = run("attribute", "words.png", "--model", "nets_of_mine:net", "--out", "out.png")
     assert result.exit_code == 1 and "words.png is no picture that can be read" in result.output
     result = attribute(out="out.txt")
-    assert result.exit_code == 1 and "must end in .png, .jpg, .pdf or .svg" in result.output
+    assert result.exit_code == 1 and "must end in .png, .jpg, .pdf or .svg, or .html for a page" in result.output
     assert run("attribute", "nothing.png", "--model", "x", "--out", "out.png").exit_code == 2

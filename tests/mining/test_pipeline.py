@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mining_cases import LAYERS, Data, files_of, run, same_rows
+from mining_cases import LAYERS, Data, files_of, make_net, run, same_rows
 from torch import Tensor
 from torchvision.transforms import Normalize
 
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
+from crp.engine.replay import CallRecorder
+from crp.engine.replayed import Replayed
+from crp.engine.settings import Settings
+from crp.types import AttributionResults
 from crp.visualization.mining import batches, rows, writing
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.run import SampleError
@@ -294,3 +301,40 @@ def test_what_was_just_written_is_not_read_again(tmp_path: Path, monkeypatch: py
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
     monkeypatch.undo()
     assert len(Table.open(table.path).verify()) == 1
+
+
+# --- replays ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_later_run_replays_every_batch(tmp_path: Path) -> None:
+    """What is scored is recorded with the attribution, and nothing else leaves a replay."""
+    attribution, rules, layer_map = CondAttribution(make_net()), EpsilonPlus(), dict.fromkeys(LAYERS, ChannelConcept())
+    attribution._replayed = Replayed(CallRecorder())
+    options: dict[str, Any] = {"attribution": attribution, "composite": rules, "layer_map": layer_map}
+    replayed = []
+    for name in ("first", "second"):
+        table = run(tmp_path / name, Data(24), **options)
+        replayed.append(attribution._replayed.replays.replayed - sum(replayed))
+        assert files_of(table.path) == files_of(run(tmp_path / "reference", Data(24), overwrite=True).path)
+    # (one batch shows the shapes, two are computed before one is recorded)
+    assert replayed == [3, 6]
+
+
+def test_what_is_read_is_all_that_a_replay_gives() -> None:
+    net, rules = make_net(), EpsilonPlus()
+    attribution = CondAttribution(net)
+    attribution._replayed = Replayed(CallRecorder())
+    data = torch.stack([Data(4)[index][0] for index in range(4)])
+    read: Callable[[AttributionResults], Tensor] = lambda result: result.relevances["conv"].sum((2, 3))  # noqa: E731
+    settings = Settings(["conv"], ChannelConcept.mask, None, None, None, exclude_parallel=False, reading=read)
+    for number in range(6):
+        call = attribution.plan(data * (number + 1), [{"y": [number % 3]}], rules, settings)
+        (part,) = call.parts()
+        exact = CondAttribution(net)(data * (number + 1), [{"y": [number % 3]}], rules, ["conv"])
+        if part[0].reading is None:
+            assert number == 0 and torch.equal(part[0].relevances["conv"], exact.relevances["conv"])
+            continue
+        assert not part[0].relevances and not part[0].activations
+        torch.testing.assert_close(part[0].reading, read(exact), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(part[0].heatmap, exact.heatmap, rtol=1e-12, atol=1e-14)
+    assert attribution._replayed.replays.replayed == 3

@@ -6,11 +6,13 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept, Concept, check_concept
 from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
 from crp.types import AttributionResults
@@ -56,6 +58,10 @@ class UnitScores:
         return {"sample": np.tile(self.sample, n), "target": self.slots.reshape(-1)} | columns, finite
 
 
+#: Forms of the columns that were computed, by attribution and scoring: recordings belong to an attribution, too.
+_forms: WeakKeyDictionary[CondAttribution, dict[Hashable, dict[str, ColumnForm]]] = WeakKeyDictionary()
+
+
 class Scoring:
     """Scores of all concepts of all layers; equal ones score alike, so that a recorded one serves a later run, too.
 
@@ -69,8 +75,7 @@ class Scoring:
         self._modes = tuple(mode for mode in job.header.modes)
         channels = all(type(concept) is ChannelConcept for concept in job.concepts.values())
         self._may_be_recorded = channels and "relevance" in self._modes and job.texts is None
-        #: Form of each column without its rows, once some were computed.
-        self._forms: dict[str, ColumnForm] = {}
+        self._known = _forms.setdefault(job.attribution, {})
 
     def _key(self) -> Hashable:
         return tuple((layer, id(concept)) for layer, concept in self._concepts.items()), self._modes, self._kinds
@@ -83,8 +88,8 @@ class Scoring:
 
     @property
     def can_be_recorded(self) -> bool:
-        """Whether it is a function of tensors, of which only the numbers change."""
-        return self._may_be_recorded and bool(self._forms)
+        """Whether it is a function of tensors, of which only the numbers change, and its columns are known."""
+        return self._may_be_recorded and self._key() in self._known
 
     def __call__(self, result: AttributionResults) -> Tensor:
         """Scores of one target of every sample, in one piece."""
@@ -132,12 +137,14 @@ class Scoring:
             for key, column in first.items()
         }
         package = pack(joined)
-        self._forms = {key: form._replace(shape=form.shape[1:]) for key, form in package.forms.items()}
+        # (without the rows)
+        self._known[self._key()] = {k: form._replace(shape=form.shape[1:]) for k, form in package.forms.items()}
         return package
 
     def recorded(self, content: Tensor, n_rows: int) -> Package:
         """What a replay gave, which has the columns that were there before."""
-        return Package(content, {key: form._replace(shape=(n_rows, *form.shape)) for key, form in self._forms.items()})
+        forms = self._known[self._key()]
+        return Package(content, {key: form._replace(shape=(n_rows, *form.shape)) for key, form in forms.items()})
 
 
 def score_unit(
@@ -172,7 +179,8 @@ def score_unit(
     # A sample without a label has target -1, and activations do not depend on the target.
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
     asked = Asked.of(batch, job.texts)
-    reading = scoring if scoring.can_be_recorded and not check and len(targets[0]) == 1 else None
+    # (channels, which alone can be recorded, need no check)
+    reading = scoring if scoring.can_be_recorded and len(targets[0]) == 1 else None
     columns, package = [], None
     for recorded, output in _get_recorded(job, asked, targets, reading):
         if isinstance(recorded, Tensor):

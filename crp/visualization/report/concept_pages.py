@@ -100,7 +100,8 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
             for one in atlas.suspects
             if (one.layer, one.concept) == (layer, concept)
         ]
-        + ([] if rows else ["It is relevant for no sample, so there are no references."]),
+        + ([] if rows else ["It is relevant for no sample, so there are no references."])
+        + atlas.notes(layer),
         "rows": rows,
         "classes": classes,
         "more": max(0, len(order) - CLASSES),

@@ -17,6 +17,7 @@ from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import Renderer, percent
+from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
 
 #: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
@@ -66,6 +67,8 @@ class Atlas:
         What is kept beside the table: prototypes, clusters and the like.
     about : mapping of (layer, concept) to list of (text, address)
         What these say of single concepts, and where.
+    unexplained : mapping of layer to Unexplained
+        Of layers that are latents of a spliced autoencoder.
     """
 
     drawer: Drawer
@@ -82,6 +85,7 @@ class Atlas:
     predictions: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     kept: KeptResults = field(default_factory=KeptResults)
     about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
+    unexplained: Mapping[str, Unexplained] = field(default_factory=dict)
     drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
 
     # --- words
@@ -94,6 +98,10 @@ class Atlas:
     def class_name(self, target: int) -> str:
         """How a class is called."""
         return self.class_names.get(target, str(target) if target >= 0 else "no class")
+
+    def notes(self, layer: str) -> list[str]:
+        """What is to be said of all concepts of a layer."""
+        return [self.unexplained[layer].sentence] if layer in self.unexplained else []
 
     # --- tiles
 
@@ -214,6 +222,7 @@ class Atlas:
                 "lead": f"{len(order)} concepts, those with the largest share of the relevance first. "
                 f"{'' if len(cards) else 'None of them is relevant for any sample.'}",
                 "parts": [(text, self.addresses.layer(layer, p), p == part) for p, text in enumerate(labels)],
+                "notes": self.notes(layer),
                 "slug": slug(f"{layer}-{part}"),
                 "cards": cards,
             }

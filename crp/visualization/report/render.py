@@ -44,6 +44,8 @@ class Renderer:
     """
 
     single = False
+    #: Whether a page is by itself, with nothing else to go to.
+    alone = False
 
     def __init__(self, folder: Path, footer: str, pixelated: bool, pictures: bool = True) -> None:
         self.folder, self.footer, self.pixelated = folder, footer, pixelated
@@ -101,6 +103,7 @@ class Renderer:
             policy=policy,
             script=Markup(script),
             pixelated=self.pixelated,
+            alone=self.alone,
             footer=self.footer,
         )
 

@@ -25,7 +25,8 @@
     const shown = document.querySelector(".page:target") || document;
     const link = turn && shown.querySelector(`a[rel="${turn}"]`);
     if (link) location.href = link.href;
-    if (event.key === "/") { event.preventDefault(); (document.getElementById("query") || document.querySelector('[name="q"]')).focus(); }
+    const search = document.getElementById("query") || document.querySelector('[name="q"]');
+    if (event.key === "/" && search) { event.preventDefault(); search.focus(); }
   });
 
   // Search: every word must be in an entry.
