@@ -34,7 +34,7 @@ BUDGETS = {
     "attributors": 2700,
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
-    "canonizers": 800,
+    "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
     "commands": 2200,
     "compat": 950,
