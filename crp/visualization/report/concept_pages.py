@@ -105,6 +105,8 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
         "rows": rows,
         "classes": classes,
         "more": max(0, len(order) - CLASSES),
+        "maximized": atlas.maximized(layer, concept),
+        "plain": "plain pixels" if atlas.renderer.pixelated else "plain",
         "kept": atlas.about.get((layer, concept), []),
         "off": None if off is None else ("its references, mean", off),
         "histograms": _histograms(facts.histograms, concept, (*chosen.relevant, *chosen.negative), chosen.active),

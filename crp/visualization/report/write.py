@@ -126,6 +126,8 @@ def _write(
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
     file_names, labels, predictions = _about_samples(table, fv.dataset, samples)
+    if not drawer.exclusive:
+        predictions = {sample: (predicted, 0.0) for sample, (predicted, _) in predictions.items()}
     atlas = Atlas(
         drawer=drawer,
         renderer=Renderer(folder, "", False),
