@@ -278,9 +278,9 @@ class CondAttribution:
         self, data: Data, conditions: Sequence[Condition], composite: Composite | None, settings: Settings
     ) -> Call:
         """Call of the engine with the methods that a subclass overrides, checked before the model runs."""
-        settings = replace(settings, output_name=self.MODEL_OUTPUT_NAME, channels_last=self.channels_last)
-        call = Call.plan(self.model, self.device, data, conditions, composite, settings, self._overrides())
-        return replace(call, shortcut=self._replayed) if self.replay else call
+        settings = settings.naming(self.MODEL_OUTPUT_NAME)
+        means = settings, self._overrides(), self.channels_last, self._replayed if self.replay else None
+        return Call.plan(self.model, self.device, data, conditions, composite, *means)
 
     def _overrides(self) -> Overrides:
         own = CondAttribution

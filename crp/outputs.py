@@ -131,6 +131,7 @@ def segmentation(
             kept = kept & (logits.detach() > 0)
         return torch.where(kept, logits, 0).flatten(2).sum(2)
 
+    scores.exclusive = False  # type: ignore[attr-defined]  # (classes do not exclude each other: no softmax)
     return scores
 
 
@@ -189,6 +190,7 @@ def detection(
         found = [of_sample(i, *pair) for i, pair in enumerate(_logits_in(returned))]
         return found if box == "all" else torch.stack(found)
 
+    scores.exclusive = False  # type: ignore[attr-defined]  # (classes do not exclude each other: no softmax)
     return scores
 
 

@@ -160,12 +160,12 @@ def effect(
     data: Tensor,
     labels: Sequence[int],
     composite: Composite | None,
-    correction: AbstractContextManager[Any],
+    correction: AbstractContextManager[Any] | CondAttribution,
     layer: str,
     concept: Concept,
     concept_ids: Sequence[int],
 ) -> Effect:
-    """Measure a model before and within a correction.
+    """Measure a model before and after a correction.
 
     Parameters
     ----------
@@ -173,8 +173,9 @@ def effect(
     data : Tensor of shape (samples, ...)
     labels : sequence of int
     composite : zennit Composite, or None for the plain gradient
-    correction : context
-        Such as ``project(...)``.
+    correction : context, or CondAttribution
+        Such as ``project(...)``; or the attribution of the model after a correction by training, as with `penalty`.
+        The model before it must be another object: ``copy.deepcopy(model)``.
     layer : str
         Whose concepts are looked at, in the relevance of each sample's label.
     concept : Concept
@@ -183,19 +184,32 @@ def effect(
     Returns
     -------
     Effect
+
+    Raises
+    ------
+    ValueError
+        If a corrected model is the model itself.
     """
     classes = np.asarray(labels).tolist()
-    conditions = [{attribution.MODEL_OUTPUT_NAME: int(label)} for label in classes]
 
-    def measure() -> tuple[float, float]:
-        result = attribution(data, conditions, composite, [layer])
+    def measure(one: CondAttribution) -> tuple[float, float]:
+        conditions = [{one.MODEL_OUTPUT_NAME: int(label)} for label in classes]
+        result = one(data, conditions, composite, [layer])
         right = result.prediction.argmax(1).cpu() == torch.tensor(classes)
         shares = relevance_sums(concept, LayerValues.of(result, layer), layer).abs()[:, list(concept_ids)].sum(1)
         return right.double().mean().item(), shares.mean().item()
 
-    before = measure()
-    with correction:
-        after = measure()
+    if isinstance(correction, CondAttribution):
+        if correction.model is attribution.model:
+            raise ValueError(
+                "the corrected model is the model itself, of which nothing before the training is left; keep a copy of "
+                "it, such as copy.deepcopy(model)"
+            )
+        before, after = measure(attribution), measure(correction)
+    else:
+        before = measure(attribution)
+        with correction:
+            after = measure(attribution)
     return Effect(*((one, two) for one, two in zip(before, after, strict=True)))
 
 

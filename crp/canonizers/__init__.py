@@ -5,8 +5,7 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.canonizers.batchnorm import MergeBatchNorm
-from crp.canonizers.norms import is_batch_norm
-from crp.layers import modules_of
+from crp.canonizers.norms import has_batch_norm
 
 __all__ = ["Canonizer", "MergeBatchNorm", "Reporting", "for_model"]
 
@@ -31,4 +30,4 @@ def for_model(model: nn.Module) -> list[Canonizer]:
     >>> for_model(nn.Linear(3, 4))
     []
     """
-    return [MergeBatchNorm()] if any(map(is_batch_norm, modules_of(model).values())) else []
+    return [MergeBatchNorm()] if has_batch_norm(model) else []

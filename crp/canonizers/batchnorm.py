@@ -17,9 +17,8 @@ from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
 from crp.canonizers.folding import fold
-from crp.canonizers.norms import _rest_of, is_batch_norm, obstacle
+from crp.canonizers.norms import _rest_of, has_batch_norm, is_batch_norm, obstacle
 from crp.canonizers.places import Place, Plan, Side, _Candidate, _Linear, _merge_obstacle, _plan_of
-from crp.layers import modules_of
 from crp.layers.interrupts import undivided
 from crp.notices import warn
 from crp.trace import Passive, Structure, known, recorded, structure, tracing
@@ -73,7 +72,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         """
         instance = self.copy()
         try:
-            if any(map(is_batch_norm, modules_of(root_module).values())):
+            if has_batch_norm(root_module):
                 instance.register(root_module)
         except BaseException:
             instance.remove()

@@ -120,9 +120,6 @@ class _Mark:
         self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._state = self._state_of(tensor)
 
-    def fits(self, tensor: Tensor | None) -> bool:
-        return tensor is not None and self._tensor() is tensor and self._state == self._state_of(tensor)
-
     @staticmethod
     def _state_of(tensor: Tensor) -> tuple[object, ...]:
         version = object() if tensor.is_inference() else tensor._version  # inference tensors do not count: never equal
@@ -131,9 +128,13 @@ class _Mark:
 
 
 def _unchanged(marks: list[_Mark | None], tensors: list[Tensor | None]) -> bool:
-    return all(
-        tensor is None if mark is None else mark.fits(tensor) for mark, tensor in zip(marks, tensors, strict=True)
-    )
+    for mark, tensor in zip(marks, tensors, strict=True):
+        if mark is None or tensor is None:
+            if mark is not None or tensor is not None:
+                return False
+        elif mark._tensor() is not tensor or mark._state != mark._state_of(tensor):
+            return False
+    return True
 
 
 @torch.no_grad()

@@ -38,6 +38,21 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or _is_frozen(module)
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any part of a model is a batch norm; it looks no further than the first."""
+    seen: set[nn.Module | None] = {None}
+    todo: list[nn.Module | None] = [model]
+    while todo:
+        module = todo.pop()
+        if module is None or module in seen:
+            continue
+        if is_batch_norm(module):
+            return True
+        seen.add(module)
+        todo += reversed(module._modules.values())
+    return False
+
+
 def _affine(norm: Any, dtype: torch.dtype) -> _Affine:
     """Map of a batch norm that has running statistics."""
     mean = norm.running_mean.to(dtype)

@@ -118,7 +118,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         self._operations: Operations | None = None
         self._depth, self._entered, self._thread = 0, False, 0
         self._structure: Structure | None = None
-        self._ready: tuple[list[Any], list[MapEntry], dict[Any, Any]] | None = None
+        self._ready: tuple[tuple[list[Any], ...], list[MapEntry], dict[Any, Any]] | None = None
         super().__init__(lambda *_: None, [] if self.auto or canonizers is None else list(canonizers))
 
     def is_method(self, known: Function) -> bool:
@@ -128,11 +128,12 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
     @property
     def entries(self) -> list[MapEntry]:
         """Entries of the maps in the order in which they are asked, with rules that are ready for a model."""
-        maps = _entries_of(self.name_map, self.first_map, self.at_input, self.layer_map)
-        key = [(entry.selector, entry.rule) for entry in maps]
-        if self._ready is None or self._ready[0] != key:
-            rules = [entry.rule and entry.rule.attach(self._attachment) for entry in maps]
-            self._ready = key, [replace(entry, rule=rule) for entry, rule in zip(maps, rules, strict=True)], {}
+        maps = self.name_map, self.first_map, self.at_input, self.layer_map
+        if self._ready is None or self._ready[0] != maps:
+            entries = _entries_of(*maps)
+            rules = [entry.rule and entry.rule.attach(self._attachment) for entry in entries]
+            ready = [replace(entry, rule=rule) for entry, rule in zip(entries, rules, strict=True)]
+            self._ready = tuple([*of_map] for of_map in maps), ready, {}
         return self._ready[1]
 
     def register(self, module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -81,9 +81,11 @@ class _Lasting:
     """Handle of a context that lasts until it is removed."""
 
     def __init__(self, state: AbstractContextManager[Any]) -> None:
-        self._exits = ExitStack()
-        self._exits.enter_context(state)
+        state.__enter__()
+        self._state: AbstractContextManager[Any] | None = state
 
     def remove(self) -> None:
         """Leave the context."""
-        self._exits.close()
+        state, self._state = self._state, None
+        if state is not None:
+            state.__exit__(None, None, None)

@@ -103,6 +103,15 @@ def splice(
         yield Spliced(*(f"{layer}.{part}" for part in Spliced._fields))
 
 
+def spliced_parts(model: nn.Module, layer: str) -> Spliced | None:
+    """Names of a splice's layers where ``layer`` is its latents; None for any other layer."""
+    name, _, last = layer.rpartition(".")
+    modules = dict(model.named_modules())
+    if last != "code" or not isinstance(modules.get(name), _SplicedLayer):
+        return None
+    return Spliced(*(f"{name}.{part}" for part in Spliced._fields))
+
+
 class _SplicedLayer(Followed):
     """A layer with an autoencoder behind it."""
 

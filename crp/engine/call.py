@@ -81,8 +81,10 @@ class Call:
         composite: Composite | None,
         settings: Settings,
         overrides: Overrides,
+        channels_last: bool = False,
+        shortcut: Shortcut | None = None,
     ) -> Call:
-        """Check everything that can be checked before the model runs."""
+        """Check everything that can be checked before the model runs; ``channels_last`` allows that layout."""
         inputs = Inputs.of(data, settings.explain, model)
         inputs.check(settings.finite)
         if settings.on_device is not None:
@@ -109,11 +111,11 @@ class Call:
                 raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
             rows = Rows.of(range(len(inputs)), conditions)
         inputs = inputs.to(device)
-        if settings.channels_last:
+        if channels_last:
             usual = rows.layers(settings.output_name) or any(method is not None for method in vars(overrides).values())
             follows = not usual and Encoding.of(composite).multiplier and is_faster_channels_last(model, inputs)
-            settings = replace(settings, channels_last=follows)
-        call = cls(model, composite, inputs, rows, settings, overrides)
+            settings = replace(settings, channels_last=True) if follows else settings
+        call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in rows.layers(settings.output_name):
             row_masks({}, layer, settings.mask_map, call._multiplies())
         return call

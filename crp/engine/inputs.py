@@ -167,7 +167,7 @@ class Inputs:
         """The same with every tensor changed."""
         values = {name: change(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
         embedded = {name: entry._replace(values=change(entry.values)) for name, entry in self.embedded.items()}
-        return replace(self, values=values, embedded=embedded)
+        return Inputs(values, self.names, self.form, embedded)
 
     def select(self, samples: list[int] | Tensor) -> Inputs:
         """Some of the samples, each as often as it is named."""

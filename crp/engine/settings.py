@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -44,6 +44,10 @@ class Settings:
     #: What the caller reads of a result, in place of the result: a replay then gives `AttributionResults.reading` and
     #: no layers. A function of nothing but the result's tensors; equal ones read the same.
     reading: Reading | None = None
+
+    def naming(self, output: str) -> Settings:
+        """The same with this key of the targets."""
+        return self if self.output_name == output else replace(self, output_name=output)
 
 
 @dataclass(frozen=True)

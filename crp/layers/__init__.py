@@ -110,17 +110,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """``dict(model.named_modules())``, but faster: every call of a model needs it several times."""
-    names: dict[nn.Module, str] = {}
-    todo = [(model, "")]
+    modules: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    todo: list[tuple[nn.Module | None, str]] = [(model, "")]
     while todo:
         module, name = todo.pop()
-        if module in names:
+        if module is None or module in seen:
             continue
-        names[module] = name
-        if module._modules:
+        seen.add(module)
+        modules[name] = module
+        if children := module._modules:
             prefix = f"{name}." if name else ""
-            todo += [(part, prefix + child) for child, part in reversed(module._modules.items()) if part is not None]
-    return {name: module for module, name in names.items()}
+            todo += [(part, prefix + child) for child, part in reversed(children.items())]
+    return modules
 
 
 @atomic

@@ -21,7 +21,6 @@ from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from crp.errors import InputError
 from crp.rules.attention import _Exponential
@@ -185,7 +184,7 @@ class Pass(Rule):
             nothing = a.abs() <= TINY
             return y.masked_fill(nothing, 0) / a.masked_fill(nothing, 1)
         if term.sign > 0:
-            scale = F.threshold(a, TINY, math.inf)
+            scale = torch.threshold(a, TINY, math.inf)
             return torch.div(y, scale, out=scale)
         scale = a.abs()
         nothing = scale <= TINY

@@ -127,7 +127,7 @@ class SeeingMode(TorchFunctionMode):
             result = func(*args, **kwargs)
             self.note_constant(result, args, kwargs)
             return result
-        if known.canonical in ("grad", "backward"):
+        if known.canonical in _DERIVATIVES:
             self._refuse_derivative(known)
         if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
             return self._in_two(func, known, types, args, kwargs)
@@ -149,7 +149,7 @@ class SeeingMode(TorchFunctionMode):
         self, func: Any, known: Function, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], flags: int
     ) -> Any:
         kind, operands = known.kind, None
-        if known.has("composed") and not self.is_named(known):
+        if "composed" in known.properties and not self.is_named(known):
             with self:  # (the function asks whether a mode is to be told of itself)
                 return rebound(func, has_torch_function=lambda values: False)(*args, **kwargs)
         if known.parse is not None:
@@ -169,7 +169,8 @@ class SeeingMode(TorchFunctionMode):
         if apart is not None and not known.operands:
             with self:
                 return apart(*args, **kwargs)
-        target = args[0] if args and overwrites(func, args, kwargs) else kwargs.get("out")
+        writes = known.name == "setitem" or in_place(func, args, kwargs)
+        target = args[0] if args and writes else kwargs.get("out")
         if choice.rule is None:
             result = self.by_chain_rule(choice, func, known, kind, args, kwargs, inputs)
         else:
@@ -216,13 +217,14 @@ class SeeingMode(TorchFunctionMode):
                 None if operands is None or known.parse is None else known.parse(func, args, kwargs, _among(inputs))
             )
         layer = Layer(func, args, kwargs, tuple(inputs), known, operands, self.place())
-        layer.nonnegative, layer.locate = self.notes.nonnegative(inputs[0]), self.innermost
+        layer.locate = self.innermost
         if len(inputs) > 1:
             layer.born = tuple(self.notes.born(tensor) for tensor in inputs)
         if operands is not None:
             if operands.added is not None:
                 layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
-            layer.inputs, layer.nonnegative = (operands.a,), self.notes.nonnegative(operands.a)
+            layer.inputs = (operands.a,)
+        layer.nonnegative = self.notes.nonnegative(layer.inputs[0])
         result = self.by_rule(choice, layer)
         self._parts, self._gives = layer.parts, layer.gives
         if operands is not None and operands.added is not None:
@@ -309,6 +311,7 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
+_DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that add a product or a quotient, which is a function of its own; their operands.
 _IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
 _ADDENDS = ("input", "tensor1", "tensor2")

@@ -35,6 +35,7 @@ class Born:
 BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.NEGATED | Born.ROUTED | Born.DIVISOR
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
+_NESTED = (tuple, list, dict)
 
 
 class Note:
@@ -185,11 +186,11 @@ class Notes:
                 else:
                     flags &= note.flags
                     inputs.append(value)
-            elif isinstance(value, tuple | list):
-                if value and not isinstance(value[0], int):
+            elif isinstance(value, _NESTED) and value:
+                if isinstance(value, dict):
+                    flags &= self.read(value.values(), inputs, unseen)
+                elif not isinstance(value[0], int):
                     flags &= self.read(value, inputs, unseen)
-            elif isinstance(value, dict):
-                flags &= self.read(value.values(), inputs, unseen)
         return flags
 
     def flags(self, tensor: Tensor) -> int:

@@ -15,6 +15,8 @@ from crp.rules.notes import BORN, NONNEGATIVE, Born
 _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
 #: Functions that cut off what is below a number, and their argument for it.
 _LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
+#: Functions of which it depends on the operands what is known of the result.
+_ELEMENTWISE = frozenset(("neg", "mul", "div", "pow", "sub", "rsub", "add", *_LOWEST))
 
 
 def _passed(
@@ -40,8 +42,26 @@ def _passed(
     born : callable
         What made the values of one.
     """
-    kept = flags & known.keeps
-    name = known.canonical
+    kept, name = flags & known.keeps, known.canonical
+    if name in _ELEMENTWISE:
+        kept = _kept_by(name, kept, args, kwargs, inputs, flags, born)
+    if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or (name == "getitem" and _has_tensor(args[1:]))):
+        kept = kept & ~Born.SOFTMAX | Born.ROUTED
+    elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
+        kept |= Born.ROUTED
+    return kept | known.gives
+
+
+def _kept_by(
+    name: str,
+    kept: int,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    flags: int,
+    born: Callable[[Tensor], int],
+) -> int:
+    """What is known of the result of one of `_ELEMENTWISE`, of which the table says that ``kept`` is."""
     if name == "neg" and flags & (Born.SQUASHED | Born.NEGATED):
         kept ^= Born.SQUASHED | Born.NEGATED
     elif name in ("mul", "div"):
@@ -59,11 +79,7 @@ def _passed(
         kept |= Born.SQUASHED | flags & Born.ACTIVATION  # a gate is closed as far as another one is open
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
-    if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or (name == "getitem" and _has_tensor(args[1:]))):
-        kept = kept & ~Born.SOFTMAX | Born.ROUTED
-    elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
-        kept |= Born.ROUTED
-    return kept | known.gives
+    return kept
 
 
 def _is_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from crp.compat.export import export
     from crp.visualization.cache import Cache, ImageCache
     from crp.visualization.feature import FeatureVisualization
+    from crp.visualization.maximized import keep_maximized
     from crp.visualization.mining.datasets import Pairs
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.texts import Texts
@@ -26,6 +27,7 @@ __all__ = [
     "Table",
     "Texts",
     "export",
+    "keep_maximized",
     "maximize",
     "mine",
     "write_report",
@@ -39,6 +41,7 @@ _HOMES = {
     "Table": "crp.visualization.table.store",
     "Texts": "crp.visualization.mining.texts",
     "export": "crp.compat.export",
+    "keep_maximized": "crp.visualization.maximized",
     "maximize": "crp.visualization.synthesis",
     "mine": "crp.visualization.mining.run",
     "write_report": "crp.visualization.report.write",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from attribution_cases import close, net
@@ -129,6 +131,22 @@ def test_effect(model, data):
     assert found.accuracy[0] == 1
     assert found.share[0] == pytest.approx(concept.attribute(result.relevances["conv2"])[:, 0].abs().mean().item())
     assert found.share[1] == 0 and found.accuracy[1] <= 1
+
+
+def test_effect_of_training(model, data):
+    """The model after training takes the place of a context; its figures are its own."""
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained.conv2.weight[0] = trained.conv2.bias[0] = 0
+    before, after = CondAttribution(model), CondAttribution(trained)
+    labels = model(data).argmax(1).tolist()
+    found = effect(before, data, labels, EpsilonPlus(), after, "conv2", ChannelConcept(), [0])
+    pruned = prune(model, {"conv2": [0, 1, 1, 1, 1]}, 0.2)
+    wanted = effect(before, data, labels, EpsilonPlus(), pruned, "conv2", ChannelConcept(), [0])
+    assert found.accuracy == wanted.accuracy and found.share == pytest.approx(wanted.share)
+    assert found.share[0] > 0 == found.share[1]
+    with pytest.raises(ValueError, match=r"the corrected model is the model itself.*copy.deepcopy\(model\)"):
+        effect(before, data, labels, EpsilonPlus(), CondAttribution(model), "conv2", ChannelConcept(), [0])
 
 
 # --- interventions --------------------------------------------------------------------------------------------------

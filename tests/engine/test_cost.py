@@ -1,6 +1,9 @@
 """What an attribution costs, counted exactly: floating-point operations and calls of torch's kernels."""
 
+import gc
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from torchvision.models import resnet18, vgg16_bn
 from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
 from zennit.torchvision import ResNetCanonizer
 
+import crp
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlusFlat, Gradient
 from crp.concepts import ChannelConcept
+from crp.demo.net import DigitNet
 
 BOX = {"low": -3.0, "high": 3.0}
 
@@ -131,3 +136,37 @@ def test_a_part_is_gone_while_its_successor_is_computed():
         del part
     assert len(parts) == 3 * 5
     assert kept == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("composite", "kernels", "functions"),
+    [
+        (EpsilonPlusFlat(), 100, 1280),
+        (EpsilonGammaBox(low=0.0, high=1.0), 125, 1300),
+        (EpsilonAlpha2Beta1Flat(), 133, 1325),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
+)
+def test_what_a_call_of_a_small_net_costs_beside_its_arithmetic(composite, kernels, functions):
+    """Calls of kernels, and of functions of this package, in the demo's net; both are fixed costs of every call."""
+    model = DigitNet().eval().requires_grad_(False)
+    data = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    attribution, called = CondAttribution(model), [0]
+    attribution.replay = False
+    package = str(Path(crp.__file__).parent)
+
+    def profile(frame, event, _):
+        called[0] += event == "call" and frame.f_code.co_filename.startswith(package)
+
+    def run():
+        return attribution(data, [{"y": 3}], composite)
+
+    assert count(Calls(), run) <= kernels  # (torch before 2.6 counts a few more views)
+    gc.collect()
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    assert called[0] <= functions

@@ -123,10 +123,10 @@ def test_backward_passes_wait_for_nothing(net: str) -> None:
 
 
 class Images:
-    """Six images of a net, with labels."""
+    """Images of a net, with labels."""
 
     def __init__(self, net: str) -> None:
-        self._images = NETS[net].images(6)
+        self._images = NETS[net].images(24)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -142,9 +142,11 @@ def test_mining(net: str, tmp_path: Path) -> None:
     for name, model in zip(("cpu", "gpu"), pair(net), strict=True):
         layers = [layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)]
         channels = dict.fromkeys(layers, ChannelConcept())
-        found = FeatureVisualization(CondAttribution(model), Images(net), channels, path=tmp_path / name)
+        attribution = CondAttribution(model)
+        found = FeatureVisualization(attribution, Images(net), channels, path=tmp_path / name)
         found.run(composites.EpsilonPlusFlat(), batch_size=4, progress=False)
         tables.append(Table.open(tmp_path / name))
+    assert attribution._replayed.replays.replayed == 3  # (of six batches: one is learned from, two are computed)
     for layer in layers:
         for mode in ("relevance", "activation"):
             one, other = (top_k(table, layer, mode, k=6) for table in tables)
@@ -155,6 +157,21 @@ def test_mining(net: str, tmp_path: Path) -> None:
             assert alone.mean() > 0.25
             np.testing.assert_array_equal(other.sample[alone], one.sample[alone])
             np.testing.assert_array_equal(other.position[alone], one.position[alone])
+
+
+@nets
+def test_channels_last(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layout changes no number but by rounding, and recorded layers come in the usual one."""
+    model, layer = pair(net)[1], NETS[net].middle
+    monkeypatch.setattr("crp.engine.memory_layout._multiplies_matrices", lambda data: True)
+    data, conditions = NETS[net].images(2).to(DEVICE), [{"y": [1]}]
+    for preset, make in PRESETS.items():
+        attribution, usual = CondAttribution(model), CondAttribution(model)
+        attribution.replay = usual.replay = usual.channels_last = False
+        found, exact = (each(data, conditions, make(), [layer]) for each in (attribution, usual))
+        assert deviation(found.heatmap, exact.heatmap) <= 1e-9, preset
+        assert deviation(found.relevances[layer], exact.relevances[layer]) <= 1e-9, preset
+        assert found.relevances[layer].is_contiguous()
 
 
 @pytest.mark.parametrize("net", ["vgg11_bn", "resnet18", "mobilenet_v2"])

@@ -47,8 +47,9 @@ BUDGETS = {
     "attributors": 2700,
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
-    "canonizers": 800,
-    "commands": 2050,
+    "canonizers": 815,
+    # (attribute writes a page with the concepts of a picture)
+    "commands": 2200,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
@@ -69,9 +70,10 @@ BUDGETS = {
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
-    "visualization": 3500,
+    # (maximized pictures are kept for the pages of their concepts)
+    "visualization": 3700,
     "visualization.mining": 3600,
-    # (the page of one picture; samples of negative relevance; maximised pictures)
+    # (the page of one picture; samples of negative relevance; maximized pictures)
     "visualization.report": 3800,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)

@@ -20,6 +20,7 @@ from crp.engine import backward as engine
 from crp.engine.forward import ForwardPass
 from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
+from crp.visualization.mining import datasets
 from crp.visualization.mining.datasets import as_batch, read_batches
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
@@ -149,7 +150,7 @@ def test_a_dataset_that_gives_the_same_memory_again(tmp_path: Path, workers: int
     same_rows(run(tmp_path / "a", Reused(21), num_workers=workers), run(tmp_path / "b", Data()))
 
 
-def test_samples_of_a_batch_lie_beside_each_other() -> None:
+def test_samples_of_a_batch_lie_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     odd = {3: torch.zeros(3), 4: torch.zeros(2, 3, dtype=torch.float64), 5: torch.zeros(2, 3).to_sparse()}
 
     class Some:
@@ -164,6 +165,12 @@ def test_samples_of_a_batch_lie_beside_each_other() -> None:
     alike = [read[index].data for index in (0, 2, 6, 7)]
     batch = as_batch(alike)
     assert batch.data_ptr() == alike[0].data_ptr() and batch[:, 0, 0].tolist() == [0, 2, 6, 7]
+    monkeypatch.setattr(
+        datasets, "_MOST_BESIDE", 8 * 6 * 4 - 1
+    )  # (a first sample that is large says nothing of the others)
+    (apart,) = read_batches(Some(), [range(8)], 0)
+    assert all(torch.equal(one.data.to_dense(), other.data.to_dense()) for one, other in zip(apart, read, strict=True))
+    assert apart[0].data._base is None
     for others in (alike[::-1], alike[1:], [alike[0], alike[0]], [torch.ones(1), torch.zeros(1)]):
         assert torch.equal(as_batch(others), torch.stack(others))
 

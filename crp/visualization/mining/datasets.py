@@ -293,6 +293,10 @@ class _Guarded(Dataset[Sample]):
         return sample._replace(content=content_of(sample.data, sample.label), stamp=stamp)
 
 
+#: Bytes that are taken for a batch before its samples are known, which may be smaller than the first.
+_MOST_BESIDE = 1 << 30
+
+
 class _Beside:
     """Copies tensors that are alike into one memory, one beside the other, so that `as_batch` need not copy again.
 
@@ -313,8 +317,9 @@ class _Beside:
         if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             return tensor.clone()
         if self._memory is None:
-            self._memory = torch.empty((self._n, *tensor.shape), dtype=tensor.dtype, pin_memory=self._pin)
-        if tensor.shape != self._memory.shape[1:] or tensor.dtype != self._memory.dtype:
+            n = self._n if self._n * tensor.nbytes <= _MOST_BESIDE else 0
+            self._memory = torch.empty((n, *tensor.shape), dtype=tensor.dtype, pin_memory=self._pin)
+        if not len(self._memory) or tensor.shape != self._memory.shape[1:] or tensor.dtype != self._memory.dtype:
             return tensor.clone()
         row = self._memory[self._used]
         self._used += 1

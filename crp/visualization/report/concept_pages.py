@@ -100,10 +100,13 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
             for one in atlas.suspects
             if (one.layer, one.concept) == (layer, concept)
         ]
-        + ([] if rows else ["It is relevant for no sample, so there are no references."]),
+        + ([] if rows else ["It is relevant for no sample, so there are no references."])
+        + atlas.notes(layer),
         "rows": rows,
         "classes": classes,
         "more": max(0, len(order) - CLASSES),
+        "maximized": atlas.maximized(layer, concept),
+        "plain": "plain pixels" if atlas.renderer.pixelated else "plain",
         "kept": atlas.about.get((layer, concept), []),
         "off": None if off is None else ("its references, mean", off),
         "histograms": _histograms(facts.histograms, concept, (*chosen.relevant, *chosen.negative), chosen.active),

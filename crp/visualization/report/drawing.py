@@ -113,6 +113,8 @@ class Drawer:
     ) -> None:
         self.fv, self.composite, self.layers, self.options = fv, composite, list(layers), options
         self.folder, self.identity = folder, identity
+        #: Whether the scores of classes are logits of a softmax; those of pixels or boxes have no probability.
+        self.exclusive: bool = getattr(fv.attribution.output, "exclusive", True)
         self.labels: dict[int, Any] = {}
         self.smallest_side = 1 << 30
         self.used: set[str] = set()
@@ -123,6 +125,7 @@ class Drawer:
         """File of heatmaps, with the key of all it depends on."""
         below = [self._below_of(row.layer) for row in rows]
         content = [_VERSION, self.identity, self.options.map_size, self.options.picture_size, below, rows]
+        content += [] if self.exclusive else ["scores"]
         self.used.add(address)
         return HeatmapFile(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
 
@@ -240,13 +243,15 @@ class Drawer:
             check_image(sample, heatmap)
         lower = self._shares(result.relevances, below)
         before, predicted = scores(result.prediction, targets)
+        if not self.exclusive:
+            before = [None] * len(rows)
         after: list[float | None] = [None] * len(rows)
-        if layer is not None and started:
+        if layer is not None and started and self.exclusive:
             after = self._without(data, rows, layer)
         drawn = []
         for i, heatmap in enumerate(heatmaps.numpy()):
             facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
-            if layer is None:
+            if layer is None and self.exclusive:
                 facts = facts._replace(top=_top_classes(result.prediction, i))
             shares = heatmap / (np.abs(heatmap).sum() or 1.0)
             drawn.append((shrunk(shares, self.options.map_size), facts))

@@ -11,11 +11,13 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.table.derived import KEPT_KINDS, KeptResult, list_kept, read_kept
-from crp.visualization.table.manifest import TableMismatchError
+from crp.visualization.table.manifest import Array, TableMismatchError
 from crp.visualization.table.store import Table
 
 #: Kinds of results with a page.
 PAGED = ("prototypes", "audit", "clusters", "meanings", "interventions")
+#: Maximized pictures, which are on the pages of their concepts.
+_MAXIMIZED = "pictures"
 #: Samples of an audit that are shown, and of each prototype and cluster beside the one that shows it.
 UNUSUAL, BESIDE = 24, 4
 #: With more prototypes or clusters than this, each is shown by one sample alone.
@@ -69,6 +71,14 @@ class KeptResults:
                 found |= {sample: target, nearest: target}
         return {sample: target for sample, target in found.items() if sample >= 0}
 
+    def maximized(self) -> dict[tuple[str, int], Array]:
+        """Maximized picture of each concept that has one, of shape (height, width, 3), in bytes."""
+        return {
+            (one.layer, concept): picture
+            for one in self.of(_MAXIMIZED)
+            for concept, picture in zip(one.arrays["concept"].tolist(), one.arrays["picture"], strict=True)
+        }
+
     def texts(self) -> dict[tuple[str, int], str]:
         """Text that fits each concept best."""
         found = {}
@@ -84,7 +94,7 @@ def get_kept(table: Table, layers: Sequence[str], classes: Collection[int]) -> K
     """Results that are kept beside a table; those of an earlier state of it are named and not shown."""
     results, notes = [], []
     for found in list_kept(table):
-        if found.kind not in PAGED or found.layer not in layers:
+        if found.kind not in (*PAGED, _MAXIMIZED) or found.layer not in layers:
             continue
         if found.of_class is not None and found.of_class not in classes:
             continue

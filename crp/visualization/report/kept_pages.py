@@ -27,7 +27,7 @@ def write_kept(atlas: Atlas) -> list[dict[str, Any]]:
         "interventions": _interventions,
     }
     links = []
-    for kept in atlas.kept.results:
+    for kept in (one for one in atlas.kept.results if one.kind in pages):
         links.append(pages[kept.kind](atlas, kept))
     return links
 

@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from markupsafe import Markup
 
 from crp.visualization.report.addresses import Addresses, slug
-from crp.visualization.report.drawing import Drawer, Drawn
+from crp.visualization.report.drawing import Drawer, Drawn, picture_file
 from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import Renderer, percent
+from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
+from crp.visualization.table.manifest import Array
 
 #: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
 CARDS, CLASSES, SAMPLES, FEW = 240, 12, 24, 5
@@ -66,6 +69,8 @@ class Atlas:
         What is kept beside the table: prototypes, clusters and the like.
     about : mapping of (layer, concept) to list of (text, address)
         What these say of single concepts, and where.
+    unexplained : mapping of layer to Unexplained
+        Of layers that are latents of a spliced autoencoder.
     """
 
     drawer: Drawer
@@ -82,6 +87,8 @@ class Atlas:
     predictions: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     kept: KeptResults = field(default_factory=KeptResults)
     about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
+    unexplained: Mapping[str, Unexplained] = field(default_factory=dict)
+    _maximized: dict[tuple[str, int], Array] | None = None
     drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
 
     # --- words
@@ -94,6 +101,20 @@ class Atlas:
     def class_name(self, target: int) -> str:
         """How a class is called."""
         return self.class_names.get(target, str(target) if target >= 0 else "no class")
+
+    def notes(self, layer: str) -> list[str]:
+        """What is to be said of all concepts of a layer."""
+        return [self.unexplained[layer].sentence] if layer in self.unexplained else []
+
+    def maximized(self, layer: str, concept: int) -> str:
+        """Address of a concept's maximized picture; empty where none was made."""
+        if self._maximized is None:
+            self._maximized = self.kept.maximized()
+        picture = self._maximized.get((layer, concept))
+        if picture is None:
+            return ""
+        content = torch.from_numpy(picture / 255).permute(2, 0, 1)
+        return self.drawer.store(*picture_file(content, self.options.picture_size))
 
     # --- tiles
 
@@ -214,6 +235,7 @@ class Atlas:
                 "lead": f"{len(order)} concepts, those with the largest share of the relevance first. "
                 f"{'' if len(cards) else 'None of them is relevant for any sample.'}",
                 "parts": [(text, self.addresses.layer(layer, p), p == part) for p, text in enumerate(labels)],
+                "notes": self.notes(layer),
                 "slug": slug(f"{layer}-{part}"),
                 "cards": cards,
             }

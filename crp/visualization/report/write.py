@@ -34,6 +34,7 @@ from crp.visualization.report.options import Finding, ReportKeywords, ReportOpti
 from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
 from crp.visualization.report.render import Renderer, SingleRenderer
+from crp.visualization.report.spliced import unexplained_of
 from crp.visualization.report.suspects import find_suspects
 from crp.visualization.report.text_pages import TextAtlas, write_texts
 from crp.visualization.table.files import make_folder
@@ -126,6 +127,8 @@ def _write(
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
     file_names, labels, predictions = _about_samples(table, fv.dataset, samples)
+    if not drawer.exclusive:
+        predictions = {sample: (predicted, 0.0) for sample, (predicted, _) in predictions.items()}
     atlas = Atlas(
         drawer=drawer,
         renderer=Renderer(folder, "", False),
@@ -145,6 +148,7 @@ def _write(
     _draw(atlas, best, table, bar)
     if options.part is not None:
         return folder
+    atlas.unexplained = unexplained_of(fv, composite, table, layers)
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
     pixelated = drawer.smallest_side <= 64
     atlas.renderer = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import mmap
 import os
 import stat
 import uuid
@@ -20,6 +19,8 @@ from crp.visualization.table.manifest import TableCorruptError
 
 #: Pieces that are written at once; systems take 1024.
 _AT_ONCE = 1024
+#: Bytes that are read at once.
+_BLOCK = 8 << 20
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
@@ -64,12 +65,12 @@ def write_hashed(folder: Path, content: Iterable[bytes | memoryview], name: Call
 
 
 def hash_of(path: Path) -> str:
-    """Sha256 of a file, in one step in which other threads have the interpreter."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return hashlib.sha256(content).hexdigest()
+    """Sha256 of a file, in steps in which other threads have the interpreter."""
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
 
 
 def make_folder(path: Path) -> None:
