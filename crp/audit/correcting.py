@@ -201,7 +201,7 @@ def effect(
 
     if isinstance(correction, CondAttribution):
         if correction.model is attribution.model:
-            raise ValueError(
+            raise InputError(
                 "the corrected model is the model itself, of which nothing before the training is left; keep a copy of "
                 "it, such as copy.deepcopy(model)"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.concepts.reading import activation_sums
+from crp.errors import InputError
 from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.objectives import Objective
@@ -73,12 +74,12 @@ def keep_maximized(
     table = Table.open(fv.path)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
     if not len(ids):
-        raise ValueError("concept_ids is empty; name at least one concept")
+        raise InputError("concept_ids is empty; name at least one concept")
     if fv.texts is not None:
-        raise ValueError("texts have no maximized pictures")
+        raise InputError("texts have no maximized pictures")
     like = fv.get_data_sample(int(table.rows().sample[0]))[0].detach()
     if like.dim() != 4:
-        raise ValueError(f"samples have shape {tuple(like.shape[1:])}; pictures have (channels, height, width)")
+        raise InputError(f"samples have shape {tuple(like.shape[1:])}; pictures have (channels, height, width)")
     normalized = fv.preprocess_fn if isinstance(fv.preprocess_fn, Normalized) else None
     if normalized is not None and settings.get("bounds") is None:
         settings["bounds"] = normalized(torch.zeros_like(like)), normalized(torch.ones_like(like))
