@@ -396,6 +396,5 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             raise
         mode.finish(completed=output is not None)
         if module is not None and self._entered and not mode.treated and mode.seen is None:
-            why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
-            if why is not None:
+            if any(t.requires_grad for t in tensors_in(output)) and (why := self.unreached(module)) is not None:
                 raise InputError(why)

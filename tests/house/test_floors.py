@@ -66,7 +66,7 @@ BUDGETS = {
     "outputs": 360,
     "metrics": 810,
     # (a product whose gate is held; outputs that the next layer keeps anyway)
-    "rules": 5760,
+    "rules": 5780,
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
@@ -81,7 +81,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 796
+PUBLIC_NAMES = 798
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
