@@ -330,8 +330,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             self._depth += 1
             return None
         check_free(self, module)
-        other = running.get()
-        if other is not None and other is not self:
+        if (other := running.get()) is not None and other is not self:
             raise StateError(
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
@@ -396,5 +395,6 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             raise
         mode.finish(completed=output is not None)
         if module is not None and self._entered and not mode.treated and mode.seen is None:
-            if any(t.requires_grad for t in tensors_in(output)) and (why := self.unreached(module)) is not None:
+            why = self.unreached(module) if any(t.requires_grad for t in tensors_in(output)) else None
+            if why is not None:
                 raise InputError(why)
