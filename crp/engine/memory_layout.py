@@ -47,12 +47,14 @@ def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
     Not where others watch the model run, as their hooks would see another layout than the one that they know.
     """
     data = inputs.data
-    if not isinstance(data, Tensor) or data.dim() != 4 or is_watched(model):
+    if not isinstance(data, Tensor) or data.dim() != 4:
         return False
     if data.device.type == "cpu":
         if len(data) < _FEWEST or data.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
     elif data.device.type != "cuda" or not _multiplies_matrices(data):
+        return False
+    if is_watched(model):
         return False
     convolutions = [module for module in modules_of(model).values() if isinstance(module, nn.Conv2d)]
     depthwise = [module for module in convolutions if 1 < module.groups == module.in_channels]

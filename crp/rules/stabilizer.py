@@ -9,7 +9,6 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from crp.rules.fused import fused_quotient
 
@@ -118,9 +117,9 @@ def quotient(
         above = below.abs()
         bottom = above + epsilon
     elif sign > 0:
-        bottom = F.threshold(below, 0.0, math.inf).add_(epsilon)
+        bottom = torch.threshold(below, 0.0, math.inf).add_(epsilon)
     elif sign < 0:
-        bottom = torch.threshold_(-below, 0.0, math.inf).add_(epsilon).neg_()
+        bottom = torch.where(below >= 0, -math.inf, below).sub_(epsilon)
     else:
         bottom = torch.add(below, below.sign(), alpha=epsilon).masked_fill_(below == 0, math.inf)
     fits = above.dtype == bottom.dtype and above.shape == bottom.shape
