@@ -250,7 +250,7 @@ def test_of_zennits_rules_none_sees_two_calls():
 def test_methods_that_need_one_entry_for_each_sample_refuse():
     model, message = (
         FOLDED["sample_major"],
-        r"layer 'conv2' has shape \(12, 4, 2, 2\).* (its first axis must be that of|along its first axis for each of) 3",
+        r"'conv2' has shape \(12, 4, 2, 2\).* (its first axis must be that of|along its first axis for each of) 3",
     )
     with pytest.raises(ValueError, match=message):
         GradCAM(model, layer="conv2")(VIDEOS, 0)
