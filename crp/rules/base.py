@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
+from crp.errors import InputError, InputTypeError
 from crp.rules.account import Account, Shares
 from crp.rules.functions import AFFINE, Function
 from crp.rules.layer import Layer
@@ -175,7 +176,7 @@ class Rule(Hook):  # type: ignore[misc]
             If the rule takes weights apart and the call has none.
         """
         if self.needs_weight and layer.operands is None:
-            raise TypeError(f"{type(self).__name__} treats sums of weighted inputs, which {layer} is not")
+            raise InputTypeError(f"{type(self).__name__} treats sums of weighted inputs, which {layer} is not")
         if len(layer.inputs) != 1:
             # (Python takes a TypeError inside an operator such as ** for "operands of another type")
             raise NotImplementedError(
@@ -197,7 +198,7 @@ class Rule(Hook):  # type: ignore[misc]
         if output is a:  # handed back as it was
             return output
         if not isinstance(output, Tensor):
-            raise TypeError(
+            raise InputTypeError(
                 f"{type(self).__name__} treats operations of one result; {layer} returns a {type(output).__name__}"
             )
         # (what a module as a whole has saved for its gradient cannot be known)
@@ -369,5 +370,5 @@ def _names(zero_params: str | Sequence[str] | None) -> tuple[str, ...]:
     names = (zero_params,) if isinstance(zero_params, str) else tuple(zero_params or ())
     for name in names:
         if name not in ("weight", "bias"):
-            raise ValueError(f"zero_params may name 'weight' and 'bias', not {name!r}")
+            raise InputError(f"zero_params may name 'weight' and 'bias', not {name!r}")
     return names

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from crp.errors import InputError
 from crp.rules.fused import fused_gamma_scales
 from crp.rules.layer import Layer, _Boosted, negative, positive
 from crp.rules.lrp import LRPRule, Names, _contributions, _contributions_apart, _itself
@@ -60,7 +61,7 @@ class Gamma(LRPRule):
     ) -> None:
         super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
         if not (math.isfinite(gamma) and gamma >= 0):
-            raise ValueError(f"gamma must be finite and not negative, got {gamma}")
+            raise InputError(f"gamma must be finite and not negative, got {gamma}")
         self.gamma = gamma
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.overrides import handle_torch_function, has_torch_function
 
+from crp.errors import InputError, InputTypeError
 from crp.layers.interrupts import atomic
 from crp.rules.functions import Function, _enter
 from crp.trace.recorder import tensors_in
@@ -65,13 +66,13 @@ def register_attention(
     try:
         names = tuple(inspect.signature(function).parameters)
     except ValueError as error:
-        raise TypeError(f"the arguments of {function!r} have no names; wrap it in a function of Python") from error
+        raise InputTypeError(f"the arguments of {function!r} have no names; wrap it in a function of Python") from error
 
     def named(key: int | str | None) -> str:
         if key is None:
             return ""
         if key not in (*names, *range(len(names))):
-            raise ValueError(f"{getattr(function, '__name__', function)} has no argument {key!r}; it has {names}")
+            raise InputError(f"{getattr(function, '__name__', function)} has no argument {key!r}; it has {names}")
         return names[key] if isinstance(key, int) else key
 
     operands = tuple(map(named, (q, k, v, mask)))

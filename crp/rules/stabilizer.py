@@ -10,6 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from crp.errors import InputError, InputTypeError
 from crp.rules.fused import fused_quotient
 
 Stabilize = float | Callable[[Tensor], Tensor]
@@ -67,12 +68,12 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
     if isinstance(value, Real):
         epsilon = float(value)
         if not (math.isfinite(epsilon) and epsilon >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+            raise InputError(f"{name} must be finite and not negative, got {value}")
         return Relative(epsilon) if norm_scale else Absolute(epsilon)
     if not callable(value):
-        raise TypeError(f"{name} must be a number or a function of the denominator, not {value!r}")
+        raise InputTypeError(f"{name} must be a number or a function of the denominator, not {value!r}")
     if norm_scale:
-        raise TypeError(f"norm_scale scales a number; {name} is the function {value!r}, which may do so itself")
+        raise InputTypeError(f"norm_scale scales a number; {name} is the function {value!r}, which may do so itself")
     return value
 
 

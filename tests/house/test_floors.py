@@ -72,7 +72,7 @@ BUDGETS = {
     "types": 150,
     # (maximized pictures are kept for the pages of their concepts)
     "visualization": 3700,
-    "visualization.mining": 3600,
+    "visualization.mining": 3620,
     # (the page of one picture; samples of negative relevance; maximized pictures)
     "visualization.report": 3800,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from crp.concepts import AxisConcept, ChannelConcept, Concept
+from crp.errors import InputError
 from crp.trace.axes import ChannelAxis, channel_axes
 
 
@@ -38,7 +39,7 @@ def concepts_of_channels(model: nn.Module, data: Any, layers: Iterable[str]) -> 
     for layer in layers:
         about = axes.get(layer)  # (a layer that is not called is refused by mining, in words of its own)
         if about is not None and about.axis is None:
-            raise ValueError(_question(layer, about))
+            raise InputError(_question(layer, about))
         found[layer] = ChannelConcept() if about is None or about.axis == 1 else AxisConcept(-1)
     return found
 
@@ -48,9 +49,9 @@ def check_axes(model: nn.Module, data: Any, layer_map: Mapping[str, Concept]) ->
     layers = [layer for layer, concept in layer_map.items() if type(concept) is ChannelConcept]
     for layer, about in channel_axes(model, data, layers).items():
         if about.axis is None:
-            raise ValueError(_question(layer, about))
+            raise InputError(_question(layer, about))
         if about.axis != 1:
-            raise ValueError(
+            raise InputError(
                 f"layer_map[{layer!r}] is ChannelConcept(), whose concepts are along axis 1; but layer {layer!r} puts "
                 f"out {about.shape}, made by {about.maker}(), whose channels come last. Give AxisConcept(-1) for "
                 "these, AxisConcept(1) for tokens or rows, or AxisConcept(-1, groups=n) for n heads"

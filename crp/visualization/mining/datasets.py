@@ -24,6 +24,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from crp.errors import InputError, InputTypeError, StateError
 from crp.visualization.mining.marks import Source, content_of, source_of, stamp_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -95,9 +96,9 @@ def indexed(dataset: Any) -> Any:
         raise _stream(dataset)
     if isinstance(dataset, Mapping) and 0 not in dataset:
         names = ", ".join(map(repr, list(dataset)[:5]))
-        raise TypeError(f"the dataset is a {type(dataset).__name__} of {names}; give one of them (split=...)")
+        raise InputTypeError(f"the dataset is a {type(dataset).__name__} of {names}; give one of them (split=...)")
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
+        raise InputTypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
     return dataset
 
 
@@ -111,7 +112,7 @@ def of_loader(dataset: Any) -> Any:
     """
     if isinstance(dataset, DataLoader):
         if dataset.collate_fn not in (default_collate, default_convert):
-            raise TypeError(
+            raise InputTypeError(
                 "the DataLoader has a collate_fn, which mining does not call; give a dataset, as Pairs makes"
             )
         if not isinstance(dataset.dataset, IterableDataset):
@@ -130,7 +131,7 @@ def _check_sampler(loader: DataLoader[Any]) -> None:
         return
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
         return
-    raise TypeError(
+    raise InputTypeError(
         f"the DataLoader chooses samples by a {type(sampler).__name__}, and mining looks at all of a dataset: give "
         "torch.utils.data.Subset(dataset, indices)"
     )
@@ -150,15 +151,15 @@ def as_tensor(data: Any) -> Tensor:
         return torch.from_numpy(np.array(data))
     if hasattr(data, "getbands"):
         if data.mode not in ("L", "RGB"):
-            raise TypeError(
+            raise InputTypeError(
                 f"an image of mode {data.mode!r} needs a transform, such as lambda image: image.convert('RGB')"
             )
         pixels = np.array(data, np.float32) / 255
         return torch.from_numpy(pixels).reshape(data.height, data.width, -1).permute(2, 0, 1).contiguous()
-    raise TypeError(f"the data is a {type(data).__name__}; a transform must make it a tensor")
+    raise InputTypeError(f"the data is a {type(data).__name__}; a transform must make it a tensor")
 
 
-class SampleError(RuntimeError):
+class SampleError(StateError):
     """A sample that cannot be mined.
 
     Attributes
@@ -176,7 +177,7 @@ class SampleError(RuntimeError):
         return f"sample {self.index}: {self.reason}"
 
 
-class LabelError(ValueError):
+class LabelError(InputError):
     """A label that names no classes."""
 
 
@@ -249,7 +250,7 @@ def read_batches(
 
 
 def _stream(dataset: object) -> TypeError:
-    return TypeError(
+    return InputTypeError(
         f"{type(dataset).__name__} is a stream, and shards are mined apart from each other and again: give a map-style "
         "dataset, with __len__ and __getitem__. Load those of Hugging Face without streaming; of other streams, put "
         "part after part into a list, each with a table of its own"
@@ -262,7 +263,7 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
     try:
         # (a tensor, a picture or a word has an index, too, but no fields)
         if not (hasattr(item, "keys") or isinstance(item, tuple | list)):
-            raise TypeError(f"a {type(item).__name__} has no fields")
+            raise InputTypeError(f"a {type(item).__name__} has no fields")
         return item[field]
     except (KeyError, IndexError, TypeError) as error:
         if hasattr(item, "keys"):
@@ -272,7 +273,7 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
         else:
             has = f"a {type(item).__name__} without fields, which data=None takes as it is"
         hint = f"Say where the {role} is, by {role}=... or --fields"
-        raise TypeError(f"an item of the dataset has no {role} at {field!r}; it has {has}. {hint}") from error
+        raise InputTypeError(f"an item of the dataset has no {role} at {field!r}; it has {has}. {hint}") from error
 
 
 class _Guarded(Dataset[Sample]):

@@ -20,6 +20,7 @@ from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.encoding import Encoding
 from crp.engine.taps import check_layers, in_model_order
+from crp.errors import InputError, InputTypeError
 from crp.notices import warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
@@ -154,21 +155,21 @@ class MiningOptions:
         """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in keywords if name not in known]:
-            raise TypeError(f"mining has no option {unknown[0]!r}; there are {', '.join(known)}")
+            raise InputTypeError(f"mining has no option {unknown[0]!r}; there are {', '.join(known)}")
         options = cls(**keywords)
         sizes = [("batch_size", options.batch_size, 1), ("num_workers", options.num_workers, 0)]
         sizes += [] if options.shard_size is None else [("shard_size", options.shard_size, 1)]
         for name, size, least in sizes:
             if not isinstance(size, int) or size < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, not {size!r}")
+                raise InputError(f"{name} must be an integer of at least {least}, not {size!r}")
         lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
         lists["on_error"] = [options.on_error], ("stop", "skip")
         lists["storage"] = [options.storage], STORAGES
         for name, (words, known_words) in lists.items():
             if isinstance(words, str) or not words or not set(words) <= set(known_words):
-                raise ValueError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
+                raise InputError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
         if parse_targets(options.targets) != "label" and options.single_targets is not None:
-            raise ValueError(f"single_targets is about labels, and targets={options.targets!r} are not those of labels")
+            raise InputError(f"single_targets is about labels, and targets={options.targets!r} are not those of labels")
         return options
 
 
@@ -220,14 +221,14 @@ def prepare(
     dataset = indexed(dataset)
     concepts = _in_order(attribution, layer_map)
     if composite is not None and not isinstance(composite, Composite):
-        raise TypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
+        raise InputTypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
     checked = MiningOptions.of(options)
     if "relevance" in checked.modes:
         _check_multipliers(attribution, concepts, composite)
     device = torch.device(attribution.device if checked.device is None else checked.device)
     texts = texts_in(dataset)
     if texts is not None and checked.preprocess is not None:
-        raise TypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
+        raise InputTypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
     first = _get_first(dataset, checked.preprocess, device)
     if texts is None and first.is_floating_point():  # (others are refused by the sample's name)
         check_axes(attribution.model, first, concepts)
@@ -259,7 +260,7 @@ def _check_multipliers(
     encoding = Encoding.of(composite_on(attribution.model, composite))
     for layer, concept in concepts.items():
         if getattr(concept, "needs_multiplier", False) and (not encoding.multiplier or encoding.as_multiplier):
-            raise TypeError(
+            raise InputTypeError(
                 f"layer_map[{layer!r}]: {concept!r} needs multipliers, whose product with activation is relevance; "
                 f"{composite!r} has none. Use one of crp.composites, such as EpsilonPlus or GradientTimesInput"
             )
@@ -268,11 +269,11 @@ def _check_multipliers(
 def _in_order(attribution: CondAttribution, layer_map: Mapping[str, Concept]) -> dict[str, Concept]:
     """The layer map, checked, in the order of the model."""
     if not isinstance(layer_map, Mapping) or not layer_map:
-        raise ValueError(f"layer_map must map layers to concepts, such as ChannelConcept(); not {layer_map!r}")
+        raise InputError(f"layer_map must map layers to concepts, such as ChannelConcept(); not {layer_map!r}")
     check_layers(attribution.model, list(layer_map), "layer_map")
     for layer, concept in layer_map.items():
         if isinstance(concept, type) or not hasattr(concept, "scores"):
-            raise TypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
+            raise InputTypeError(f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
     return {layer: layer_map[layer] for layer in in_model_order(attribution.model, layer_map)}
 
 
@@ -321,7 +322,7 @@ def _header(
 def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:
     """First sample that can be read, as the model gets it, of shape (1, ...): all others must be like it."""
     if len(dataset) == 0:
-        raise ValueError("the dataset is empty")
+        raise InputError("the dataset is empty")
     failed = None
     for index in range(min(len(dataset), 100)):
         sample = read(dataset, index)
@@ -330,10 +331,12 @@ def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, devi
             ready = data if preprocess is None else preprocess(data)
             if not isinstance(ready, Tensor) or len(ready) != 1:
                 got = tuple(ready.shape) if isinstance(ready, Tensor) else f"a {type(ready).__name__}"
-                raise TypeError(f"preprocess must make a sample of shape (1, ...) of {tuple(data.shape)}, not {got}")
+                raise InputTypeError(
+                    f"preprocess must make a sample of shape (1, ...) of {tuple(data.shape)}, not {got}"
+                )
             return ready
         if sample.problem.error is None:  # no fault of the sample: the dataset is of another kind
-            raise TypeError(f"sample {index}: {sample.problem.reason}")
+            raise InputTypeError(f"sample {index}: {sample.problem.reason}")
         failed = failed or SampleError(index, sample.problem.reason)
     raise failed or AssertionError
 

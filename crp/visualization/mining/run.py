@@ -22,6 +22,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
+from crp.errors import InputError
 from crp.notices import warn
 from crp.visualization.mining.batches import mine_ranges
 from crp.visualization.mining.datasets import SampleError as SampleError
@@ -102,13 +103,13 @@ def mine(
     n = job.header.n_samples
     stop = n if stop is None else stop
     if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= n):
-        raise ValueError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
+        raise InputError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
     if part is None:
         return mine_all(job, start, stop, client)
     if not (len(part) == 2 and all(type(i) is int for i in part) and 0 <= part[0] < part[1]):
-        raise ValueError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
+        raise InputError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
     if job.options.overwrite or client is not None:
-        raise ValueError("part shares the folder with other processes: it goes with neither overwrite nor client")
+        raise InputError("part shares the folder with other processes: it goes with neither overwrite nor client")
     return mine_part(job, start, stop, part)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept, Concept, check_concept
 from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
+from crp.errors import InputError
 from crp.types import AttributionResults
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations, top_class
@@ -124,7 +125,7 @@ class Scoring:
             found["prediction"], found["probability"] = top_class(output, n_samples)
         for mode, layer in product([mode for mode in self._modes if mode in recorded], self._concepts):
             if layer not in recorded[mode]:
-                raise ValueError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
+                raise InputError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
             values = recorded[mode][layer]
             found |= _get_columns(self._concepts[layer], values, layer, mode, self._kinds, check, lengths)
         return found
@@ -244,7 +245,7 @@ def _get_columns(
     for kind in kinds:
         value: Tensor = getattr(scores, kind)
         if value.dim() != 2 or len(value) != n_rows or not value.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"{concept!r} scores {n_rows} rows of layer {layer!r} by a tensor of shape {tuple(value.shape)}; "
                 "it must be (rows, concepts), with at least one concept"
             )

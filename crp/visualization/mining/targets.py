@@ -21,6 +21,7 @@ from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.settings import Reading, Settings
+from crp.errors import InputError
 from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
@@ -45,7 +46,7 @@ def parse_targets(targets: Targets) -> str | tuple[int, ...]:
             return targets
     elif isinstance(targets, Sequence) and targets and all(type(t) is int and t >= 0 for t in targets):
         return tuple(sorted({*targets}))
-    raise ValueError(f"targets must be 'label', 'prediction', 'top-5', 'all', or a list of classes; not {targets!r}")
+    raise InputError(f"targets must be 'label', 'prediction', 'top-5', 'all', or a list of classes; not {targets!r}")
 
 
 def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None, needed: bool) -> list[int]:
@@ -110,7 +111,7 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         instead = (
             "give a list of targets" if asked.lengths is None else "a language model needs Texts(..., position=-1)"
         )
-        raise ValueError(
+        raise InputError(
             f"targets={targets!r} needs an output of shape ({asked.n_samples}, classes), not {shape}; " + instead
         )
     if targets == "all":

@@ -16,7 +16,7 @@ from crp.concepts.reading import LayerValues, code_of, relevance_at
 from crp.concepts.scores import ConceptScores, scores_of
 from crp.engine.attached import put_on
 from crp.engine.conditions import Position
-from crp.errors import ConceptError
+from crp.errors import ConceptError, InputError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Sample
 from crp.visualization.mining.texts import EXPLAINED, Texts
@@ -91,7 +91,7 @@ class Asked:
         if self.positions is None:
             return output
         if output.dim() != 3 or len(output) != self.n_samples:
-            raise ValueError(
+            raise InputError(
                 f"the output has shape {tuple(output.shape)}, and that of a language model is (samples, positions, "
                 "vocabulary); Texts(..., position=None) is for classifiers"
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.visualization.mining.datasets import indexed
 from crp.visualization.mining.marks import Source, source_of
 
@@ -92,9 +93,9 @@ class Texts:
         label: str = "label",
     ) -> None:
         if isinstance(position, str) and position != "each":
-            raise ValueError(f"position must be an int, 'each' or None, not {position!r}")
+            raise InputError(f"position must be an int, 'each' or None, not {position!r}")
         if not isinstance(position, int | str | None) or isinstance(position, bool):
-            raise TypeError(f"position must be an int, 'each' or None, not {position!r}")
+            raise InputTypeError(f"position must be an int, 'each' or None, not {position!r}")
         self.dataset = indexed(dataset)
         self.tokenizer, self.position, self.text, self.label = tokenizer, position, text, label
         #: For "each": text and position of every sample.
@@ -112,7 +113,7 @@ class Texts:
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         text, at = self._read(index)
         if (names := tuple(text.fields)) != self.form[0]:
-            raise ValueError(f"the text has the fields {names}, and others have {self.form[0]}")
+            raise InputError(f"the text has the fields {names}, and others have {self.form[0]}")
         fields, n = list(text.fields.values()), len(text.fields["input_ids"])
         kinds = torch.full((n,), TOKEN)
         label = text.label
@@ -183,7 +184,7 @@ class Texts:
             return text, None
         n, place = len(text.fields["input_ids"]), int(self.position)
         if not -n <= place < n:
-            raise IndexError(f"the text has {n} tokens, of which none is at position {place}")
+            raise OutOfRangeError(f"the text has {n} tokens, of which none is at position {place}")
         return text, place % n
 
     def _text(self, index: int) -> _Text:
@@ -199,12 +200,12 @@ class Texts:
             pass
         elif isinstance(words, str):
             if self.tokenizer is None:
-                raise TypeError(
+                raise InputTypeError(
                     "the dataset gives texts, and no tokenizer makes ids of them; give Texts(..., tokenizer)"
                 )
             found = self.tokenizer(words)
         elif isinstance(item, Mapping):
-            raise TypeError(
+            raise InputTypeError(
                 f"a text has neither 'input_ids' nor {self.text!r}; it has {', '.join(map(repr, item))}. Say where the "
                 "text is: Texts(..., text=...)"
             )
@@ -304,7 +305,7 @@ def _fields(item: Mapping[str, Any]) -> dict[str, Tensor]:
     found = {name: _ids(item[name], name) for name in FIELDS if item.get(name) is not None}
     lengths = {name: len(field) for name, field in found.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"the fields of a text have different numbers of tokens: {lengths}")
+        raise InputError(f"the fields of a text have different numbers of tokens: {lengths}")
     return found
 
 
@@ -313,9 +314,11 @@ def _ids(values: Any, name: str) -> Tensor:
     if ids.dim() == 2 and len(ids) == 1:  # (as a tokenizer gives with return_tensors="pt")
         ids = ids[0]
     if not ids.numel():
-        raise ValueError("the text has no tokens")
+        raise InputError("the text has no tokens")
     if ids.dim() != 1 or ids.is_floating_point() or (ids.dtype == torch.bool and name == "input_ids"):
-        raise TypeError(f"{name!r} must be whole numbers of shape (tokens,), not {tuple(ids.shape)} of {ids.dtype}")
+        raise InputTypeError(
+            f"{name!r} must be whole numbers of shape (tokens,), not {tuple(ids.shape)} of {ids.dtype}"
+        )
     return ids.to(torch.int64)
 
 
@@ -326,5 +329,5 @@ def _without_padding(fields: dict[str, Tensor]) -> dict[str, Tensor]:
         return fields
     inside = mask.nonzero().flatten()
     if not len(inside):
-        raise ValueError("the attention_mask of the text lets no token through")
+        raise InputError("the attention_mask of the text lets no token through")
     return {name: field[int(inside[0]) : int(inside[-1]) + 1] for name, field in fields.items()}
