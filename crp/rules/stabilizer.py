@@ -120,7 +120,7 @@ def quotient(
     elif sign > 0:
         bottom = torch.threshold(below, 0.0, math.inf).add_(epsilon)
     elif sign < 0:
-        bottom = torch.where(below >= 0, -math.inf, below).sub_(epsilon)
+        bottom = torch.threshold_(-below, 0.0, math.inf).add_(epsilon).neg_()
     else:
         bottom = torch.add(below, below.sign(), alpha=epsilon).masked_fill_(below == 0, math.inf)
     fits = above.dtype == bottom.dtype and above.shape == bottom.shape
