@@ -73,7 +73,7 @@ class Scoring:
 
     def __init__(self, job: Job) -> None:
         self._concepts, self._kinds = job.concepts, tuple(job.header.kinds)
-        self._modes = tuple(mode for mode in job.header.modes)
+        self._modes = tuple(job.header.modes)
         channels = all(type(concept) is ChannelConcept for concept in job.concepts.values())
         self._may_be_recorded = channels and "relevance" in self._modes and job.texts is None
         self._known = _forms.setdefault(job.attribution, {})
