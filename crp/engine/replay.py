@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from crp.devices import recording
+from crp.layers.devices import recording
 
 Tensors: TypeAlias = dict[str, Tensor]
 #: A computation: tensors by name, from tensors by name.
