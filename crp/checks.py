@@ -15,8 +15,10 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}")
 
 
-def check_number(name: str, value: object, least: float, whole: bool = False) -> None:
+def check_number(name: str, value: object, least: float = -float("inf"), whole: bool = False) -> None:
     """Raise a `ValueError` if ``value`` is no finite number, or smaller than ``least``."""
-    kinds = int | np.integer if whole else int | float | np.number
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < float("inf"):
-        raise InputError(f"{name} must be a {'whole ' * whole}number of at least {least}, not {value!r}")
+    kinds = int | np.integer if whole else int | float | np.integer | np.floating
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value)
+    if not is_number or value < least:  # type: ignore[operator]
+        what = f"{'whole ' * whole}number of at least {least}" if least > -float("inf") else "finite number"
+        raise InputError(f"{name} must be a {what}, not {value!r}")

@@ -28,7 +28,7 @@ from crp.attributors.scores import ScoreName, explaining, known_target, score_of
 from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
-from crp.engine.inputs import check_data
+from crp.engine.inputs import Inputs, check_data
 from crp.errors import InputError, InputTypeError
 
 _Game = Literal["deletion", "preservation"]
@@ -233,7 +233,7 @@ class MeaningfulPerturbation:
         with explaining(self.model, self.composite) as run, torch.enable_grad():
             images = self._pyramid(data, generator)
             with torch.no_grad():
-                output = run(data)
+                output = Inputs.of(data).run(run)
             known = known_target(asked, output)
 
             def rate(image: Tensor) -> Tensor:

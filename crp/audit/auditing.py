@@ -12,9 +12,11 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.audit.prototypes import Prototypes, class_vectors
-from crp.concepts import Concept
+from crp.checks import check_number
+from crp.concepts import Concept, as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
-from crp.errors import NameNotFoundError
+from crp.engine.inputs import check_data
+from crp.errors import InputError, NameNotFoundError
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -119,10 +121,14 @@ def audit(
     KeyError
         If there are no prototypes of a class.
     """
+    check_data(data)
+    check_number("k", k, 0, whole=True)
     name = attribution.MODEL_OUTPUT_NAME
     if targets is None:
         targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
-    classes = [int(target) for target in targets]
+    classes = as_ids(targets, what="targets")
+    if len(classes) != len(data):
+        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
     rows = vectors.detach().cpu().numpy().astype(np.float64)
@@ -163,12 +169,14 @@ def audit_table(
     KeyError
         If a sample has no row of a class with prototypes.
     """
+    check_number("k", k, 0, whole=True)
+    samples = None if samples is None else as_ids(samples, what="samples")
     uses = _uses(found, describe or "concept {}".format, k, table)
     audited: list[tuple[float, AuditedSample]] = []
     for of_class, mixture in found.classes.items():
         vectors, numbers = class_vectors(table, found.layer, of_class, found.normed)
         if samples is not None:
-            inside = np.isin(numbers, list(samples))
+            inside = np.isin(numbers, samples)
             vectors, numbers = vectors[inside], numbers[inside]
         if len(vectors):
             low, middle, high = np.percentile(mixture.log_density, [25, 50, 75])
@@ -196,6 +204,8 @@ def save_audit(table: Table, found: Prototypes, audited: Sequence[AuditedSample]
     Path
         The file.
     """
+    if any(one.sample is None for one in audited):
+        raise InputError("audited samples have no number in the table; audit_table gives those that have")
     n = len(audited)
     longest = max((len(uses) for one in audited for uses in (one.over, one.under)), default=0)
     ids = {name: np.full((n, longest), -1, np.int64) for name in ("over", "under")}

@@ -11,13 +11,15 @@ Lapuschkin et al., "Unmasking Clever Hans predictors and assessing what machines
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
-from crp.errors import InputError
+from crp.checks import check_number
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -59,7 +61,7 @@ class Clusters(NamedTuple):
 
     def members(self, cluster: int) -> np.ndarray:
         """Samples of a cluster, those nearest to its mean first."""
-        inside = np.flatnonzero(self.label == cluster)
+        inside = np.flatnonzero(self._is_in(cluster))
         distance = np.linalg.norm(self.embedding[inside] - self.embedding[inside].mean(0), axis=1)
         return np.asarray(self.sample[inside[np.argsort(distance, kind="stable")]])
 
@@ -68,11 +70,18 @@ class Clusters(NamedTuple):
 
         The list is shorter where less than ``k`` features exceed.
         """
-        inside = self.label == cluster
+        check_number("k", k, 0, whole=True)
+        inside = self._is_in(cluster)
         others = self.vectors[~inside].mean(0) if not inside.all() else np.zeros(self.vectors.shape[1])
         difference = self.vectors[inside].mean(0) - others
         best = np.argsort(-difference, kind="stable")[:k]
         return [(int(i), float(difference[i])) for i in best if difference[i] > 0]
+
+    def _is_in(self, cluster: int) -> np.ndarray:
+        inside: np.ndarray = self.label == cluster
+        if not inside.any():
+            raise OutOfRangeError(f"there are the clusters 0 to {len(self.sizes) - 1}; there is no {cluster!r}")
+        return inside
 
 
 def clusters(
@@ -118,6 +127,9 @@ def clusters(
     ValueError
         If there are not more samples than neighbours, or values are not finite.
     """
+    for name, number in (("n", 1 if n is None else n), ("n_neighbours", n_neighbours), ("largest", largest)):
+        check_number(name, number, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
     array = None
     if isinstance(source, Table) and what == "heatmap":
         if of_class is None:
@@ -130,14 +142,19 @@ def clusters(
         vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
         samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
     else:
-        array = _array(source).astype(np.float64)
+        array = _array(source)
+        if array.dtype.kind not in "buif" or not array.ndim:
+            raise InputTypeError(f"explanations must be real numbers of shape (samples, ...), not of {array.dtype}")
+        array = array.astype(np.float64)
         samples = np.arange(len(array))
     if array is not None:
-        vectors = array.reshape(len(array), -1)
+        vectors = array.reshape(len(array), math.prod(array.shape[1:]))
         if normed:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
     if len(vectors) <= n_neighbours:
         raise InputError(f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours")
+    if n is not None and n > len(vectors):
+        raise InputError(f"{len(vectors)} samples cannot be in {n} clusters; give a smaller n")
     if not np.isfinite(vectors).all():
         raise InputError("explanations have NaN or infinite values")
     values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)

@@ -12,6 +12,8 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.checks import check_number
+from crp.concepts import as_ids
 from crp.concepts.reading import LayerValues
 from crp.errors import InputError, InputTypeError
 from crp.visualization.mining.datasets import indexed, read
@@ -84,6 +86,9 @@ def collect(
     TypeError
         If the composite has no multipliers whose product with activation is relevance.
     """
+    for name, number in (("n", n), ("per_sample", per_sample), ("batch_size", batch_size)):
+        check_number(name, number, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
     dataset = indexed(dataset)
     rng = np.random.default_rng(seed)
     classes = _classes(dataset, labels)
@@ -114,8 +119,8 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     if labels is None:
         labels = [read(dataset, i).label for i in range(len(dataset))]
     try:
-        classes = np.array([int(label) for label in labels], np.int64)
-    except TypeError:
+        classes = np.array(as_ids(labels, what="labels"), np.int64)
+    except (TypeError, OverflowError):
         raise InputTypeError(
             f"labels must be one class for each sample, such as 3; the first is {labels[0]!r}"
         ) from None

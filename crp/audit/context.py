@@ -10,8 +10,9 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 
 
 def context_scores(
@@ -52,7 +53,12 @@ def context_scores(
     Tensor of shape (samples, concepts)
         NaN where a concept has no positive relevance in a sample.
     """
-    ids = as_ids(concept_ids)
+    check_number("batch_size", batch_size, 1, whole=True)
+    ids = as_ids(concept_ids, layer)
+    if not ids:
+        raise InputError("concept_ids is empty; name at least one concept")
+    if not isinstance(inside, Tensor):
+        raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not a {type(inside).__name__}")
     if len(targets) != len(data) or len(inside) != len(data):
         raise InputError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
     conditions = [{attribution.MODEL_OUTPUT_NAME: target, layer: [i]} for target in targets for i in ids]
@@ -90,6 +96,8 @@ def inside_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:
     tensor([[[0, 1, 1, 0],
              [0, 0, 0, 0]]], dtype=torch.int32)
     """
+    if not isinstance(boxes, Tensor):
+        raise InputTypeError(f"boxes must be a tensor of shape (boxes, 4), not a {type(boxes).__name__}")
     if boxes.dim() != 2 or boxes.shape[1] != 4 or len(shape) != 2:
         raise InputError(
             f"boxes must be of shape (boxes, 4), and shape be height and width; they are {tuple(boxes.shape)} and "

@@ -14,15 +14,16 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.concepts import Concept
+from crp.checks import check_number
+from crp.concepts import Concept, as_ids
+from crp.concepts.ids import as_vector, in_range
 from crp.concepts.reading import LayerValues, relevance_sums
-from crp.errors import InputError, StateError
+from crp.errors import InputError, InputTypeError, StateError
 from crp.layers import ByChainRule, Followed, find_layers, put_behind
 from crp.layers.interrupts import atomic
 
@@ -33,7 +34,7 @@ def project(
     layer: str,
     direction: Any,
     *,
-    at: float = 0.0,
+    at: float | Tensor = 0.0,
     when: Callable[[Tensor], Tensor] | None = None,
     axis: int = 1,
 ) -> Iterator[None]:
@@ -47,7 +48,7 @@ def project(
     layer : str
     direction : array or Tensor of shape (channels,)
         Of any length.
-    at : float
+    at : float, or Tensor with one entry
         Coefficient along the direction, such as the mean over samples without the shortcut.
     when : callable, optional
         Function of the layer's output that says, in a boolean tensor of shape (samples,), which samples are corrected:
@@ -55,16 +56,18 @@ def project(
     axis : int
         Axis of the channels: 1, or -1 for tokens.
     """
-    vector = torch.as_tensor(direction).detach().reshape(-1).to(torch.float64)
-    norm = vector.norm()
-    if not torch.isfinite(norm) or norm == 0:
-        raise InputError(f"direction must be a finite vector other than 0; its length is {norm.item()}")
-    with put_behind(model, layer, partial(_After, correction=_Projection(vector / norm, at, when, axis))):
+    vector = _direction(direction, axis)
+    constant = at.item() if isinstance(at, Tensor) and at.numel() == 1 else at
+    check_number("at", constant)
+    correction = _Projection(vector / vector.norm(), float(constant), when, axis)
+    with put_behind(model, layer, partial(_After, correction=correction)):
         yield
 
 
 @atomic
-def prune(model: nn.Module, scores: Mapping[str, Any], share: float) -> Iterator[dict[str, list[int]]]:
+def prune(
+    model: nn.Module, scores: Mapping[str, Any], share: float, *, axis: int = 1
+) -> Iterator[dict[str, list[int]]]:
     """Let the channels with the least scores, over all layers, be 0, inside of the context.
 
     Parameters
@@ -74,15 +77,21 @@ def prune(model: nn.Module, scores: Mapping[str, Any], share: float) -> Iterator
         Such as relevance summed over samples.
     share : float
         Share of the channels that is pruned.
+    axis : int
+        Axis of the channels: 1, or -1 for tokens.
 
     Yields
     ------
     dict of str to list of int
         The channels that are pruned.
     """
-    if not 0 <= share <= 1:
+    check_number("share", share, 0)
+    if share > 1:
         raise InputError(f"share must be between 0 and 1, not {share}")
-    arrays = {layer: torch.as_tensor(values).detach().double().reshape(-1) for layer, values in scores.items()}
+    if not isinstance(scores, Mapping):
+        raise InputTypeError(f"scores must be given by layer, as in {{'features.3': scores}}, not in a {type(scores)}")
+    _check_axis(axis)
+    arrays = {layer: as_vector(f"scores[{layer!r}]", values) for layer, values in scores.items()}
     ranked = sorted((value, layer, i) for layer, values in arrays.items() for i, value in enumerate(values.tolist()))
     pruned: dict[str, list[int]] = {layer: [] for layer in arrays}
     for _, layer, i in ranked[: round(share * len(ranked))]:
@@ -91,7 +100,7 @@ def prune(model: nn.Module, scores: Mapping[str, Any], share: float) -> Iterator
         for layer, values in arrays.items():
             keep = torch.ones(len(values))
             keep[pruned[layer]] = 0
-            stack.enter_context(put_behind(model, layer, partial(_After, correction=_Keep(keep))))
+            stack.enter_context(put_behind(model, layer, partial(_After, correction=_Keep(keep, axis))))
         yield {layer: sorted(ids) for layer, ids in pruned.items()}
 
 
@@ -120,7 +129,7 @@ def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> I
     ...     output = net(torch.ones(5, 3))
     ...     term(output[:, 1]).backward()
     """
-    vector = torch.as_tensor(direction).detach().reshape(-1)
+    vector = _direction(direction, axis)
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -130,7 +139,12 @@ def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> I
         if not outputs:
             raise StateError(f"layer {layer!r} has not run inside of the context; call the model first")
         (activation,) = outputs
-        (gradient,) = torch.autograd.grad(output.sum(), activation, create_graph=True)
+        _check_channels(activation, len(vector), axis, "the direction has {} channels")
+        if not activation.requires_grad or not output.requires_grad:
+            raise StateError("the penalty is a gradient: call the model with gradients enabled, not under no_grad")
+        (gradient,) = torch.autograd.grad(output.sum(), activation, create_graph=True, allow_unused=True)
+        if gradient is None:
+            raise StateError(f"this output is none of the last forward pass through layer {layer!r}")
         along = gradient.movedim(axis, -1) @ vector.to(gradient)
         return (along.reshape(len(along), -1).sum(1) ** 2).mean()
 
@@ -190,14 +204,21 @@ def effect(
     ValueError
         If a corrected model is the model itself.
     """
-    classes = np.asarray(labels).tolist()
+    classes, ids = as_ids(labels, what="labels"), as_ids(concept_ids, layer)
+    if len(classes) != len(data):
+        raise InputError(f"there are {len(classes)} labels for {len(data)} samples")
+    if not ids:
+        raise InputError("concept_ids is empty; name at least one concept")
 
     def measure(one: CondAttribution) -> tuple[float, float]:
-        conditions = [{one.MODEL_OUTPUT_NAME: int(label)} for label in classes]
-        result = one(data, conditions, composite, [layer])
-        right = result.prediction.argmax(1).cpu() == torch.tensor(classes)
-        shares = relevance_sums(concept, LayerValues.of(result, layer), layer).abs()[:, list(concept_ids)].sum(1)
-        return right.double().mean().item(), shares.mean().item()
+        result = one(data, [{one.MODEL_OUTPUT_NAME: label} for label in classes], composite, [layer])
+        if result.prediction.dim() != 2:
+            raise InputError(f"accuracy is of (samples, classes); the output is {tuple(result.prediction.shape)}")
+        n_classes = result.prediction.shape[1]
+        right = result.prediction.argmax(1).cpu() == torch.tensor(classes) % n_classes
+        sums = relevance_sums(concept, LayerValues.of(result, layer), layer).abs()
+        chosen = {i % sums.shape[1] for i in in_range(ids, sums.shape[1], layer, "concept")}
+        return right.double().mean().item(), sums[:, sorted(chosen)].sum(1).mean().item()
 
     if isinstance(correction, CondAttribution):
         if correction.model is attribution.model:
@@ -206,11 +227,40 @@ def effect(
                 "it, such as copy.deepcopy(model)"
             )
         before, after = measure(attribution), measure(correction)
+    elif not isinstance(correction, AbstractContextManager):
+        raise InputTypeError(
+            f"correction must be a context, such as project(...), or a CondAttribution: {correction!r}"
+        )
     else:
         before = measure(attribution)
         with correction:
             after = measure(attribution)
     return Effect(*((one, two) for one, two in zip(before, after, strict=True)))
+
+
+def _direction(direction: Any, axis: int) -> Tensor:
+    """A vector other than 0, in float64."""
+    vector = torch.from_numpy(as_vector("direction", direction))
+    if not vector.any():
+        raise InputError("direction must be a vector other than 0")
+    _check_axis(axis)
+    return vector
+
+
+def _check_axis(axis: object) -> None:
+    if isinstance(axis, bool) or not isinstance(axis, int) or axis == 0:
+        raise InputError(f"axis must be that of the channels, 1 or -1, and not 0, that of the samples; not {axis!r}")
+
+
+def _check_channels(output: Any, n: int, axis: int, given: str) -> None:
+    """Raise an error unless a layer's output has ``n`` channels along an axis."""
+    if not isinstance(output, Tensor):
+        raise InputTypeError(f"the layer returns a {type(output).__name__}, and no tensor that has channels")
+    has_axis = -output.dim() <= axis < output.dim()
+    if not has_axis or output.shape[axis] != n:
+        raise InputError(
+            f"{given.format(n)}; the layer's output is {tuple(output.shape)}, with channels on axis {axis}"
+        )
 
 
 class _After(Followed):
@@ -228,23 +278,28 @@ class _Projection(ByChainRule):
 
     def forward(self, output: Tensor) -> Tensor:
         """Activation with another coefficient along the direction."""
+        _check_channels(output, len(self.vector), self.axis, "the direction has {} channels")
         vector, values = self.vector.to(output), output.movedim(self.axis, -1)
-        if values.shape[-1] != len(vector):
-            raise InputError(f"the direction has {len(vector)} channels; the layer's output is {tuple(output.shape)}")
         change = (self.at - values @ vector)[..., None] * vector
         if self.when is not None:
-            chosen = torch.as_tensor(self.when(output.detach())).reshape(-1, *[1] * (change.dim() - 1))
-            change = change * chosen.to(change)
+            chosen = self.when(output.detach())
+            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != output.shape[:1]:
+                kind = type(chosen).__name__
+                found = f"{chosen.dtype} of shape {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else f"a {kind}"
+                raise InputError(
+                    f"when must return a boolean tensor of shape ({len(output)},), which says of each sample whether "
+                    f"it is corrected; it returned {found}"
+                )
+            change = change * chosen.reshape(-1, *[1] * (change.dim() - 1)).to(change)
         return (values + change).movedim(-1, self.axis)
 
 
 class _Keep(ByChainRule):
-    def __init__(self, keep: Tensor) -> None:
+    def __init__(self, keep: Tensor, axis: int) -> None:
         super().__init__()
-        self.keep = keep
+        self.keep, self.axis = keep, axis
 
     def forward(self, output: Tensor) -> Tensor:
         """Activation without the channels that are pruned."""
-        if output.shape[1] != len(self.keep):
-            raise InputError(f"there are {len(self.keep)} scores; the layer's output is {tuple(output.shape)}")
-        return output * self.keep.to(output).reshape(-1, *[1] * (output.dim() - 2))
+        _check_channels(output, len(self.keep), self.axis, "there are {} scores")
+        return (output.movedim(self.axis, -1) * self.keep.to(output)).movedim(-1, self.axis)

@@ -8,6 +8,7 @@ import numpy as np
 from torch.nn import functional as F
 from zennit.core import Composite
 
+from crp.checks import check_number
 from crp.errors import InputError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.feature import FeatureVisualization
@@ -47,6 +48,8 @@ def keep_heatmaps(
     ValueError
         If the class has no rows, or heatmaps have not two axes of space.
     """
+    check_number("size", size, 1, whole=True)
+    check_number("batch_size", batch_size, 1, whole=True)
     table = Table.open(fv.path)
     layer = table.layers[0]
     blocks = RowSelection(layer, table.modes[0], table.kinds[0], of_class=of_class).blocks(table, 0)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
+from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_ids
 from crp.engine.attached import put_on
-from crp.errors import InputError
+from crp.engine.inputs import Inputs, check_data
+from crp.errors import InputError, OutOfRangeError
 from crp.layers import Followed, put_behind
 
 
@@ -78,15 +80,28 @@ def intervene(
     Tensor of shape (samples, concepts)
         Output after the change, less the output before.
     """
-    if len(targets) != len(data):
-        raise InputError(f"there are {len(targets)} targets for {len(data)} samples")
-    if patch is not None and patch.shape != data.shape:
-        raise InputError(f"patch is of shape {tuple(patch.shape)}, and the data of {tuple(data.shape)}")
-    columns = torch.tensor([int(target) for target in targets], device=attribution.device)[:, None]
+    check_data(data)
+    ids, classes = as_ids(concept_ids, layer), as_ids(targets, what="targets")
+    if len(classes) != len(data):
+        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
+    if not ids:
+        raise InputError("concept_ids is empty; name at least one concept")
+    check_number("scale", scale)
+    if patch is not None:
+        check_data(patch, "patch")
+        if patch.shape != data.shape:
+            raise InputError(f"patch is of shape {tuple(patch.shape)}, and the data of {tuple(data.shape)}")
     changing = _Change(concept, scale)
 
     def output_of(samples: Tensor, model: Any) -> Tensor:
-        return attribution.select_output(model(samples.to(attribution.device))).gather(1, columns)[:, 0]
+        output = attribution.select_output(Inputs.of(samples.to(attribution.device)).run(model))
+        if output.dim() != 2:
+            raise InputError(f"targets are outputs of shape (samples, outputs); the model's is {tuple(output.shape)}")
+        n_outputs = output.shape[1]
+        if wrong := [one for one in classes if not -n_outputs <= one < n_outputs]:
+            raise OutOfRangeError(f"the model has outputs 0 to {n_outputs - 1}; there is no output {wrong[0]}")
+        columns = torch.tensor(classes, device=output.device) % n_outputs
+        return output.gather(1, columns[:, None])[:, 0]
 
     changes = []
     with torch.no_grad(), put_on(None, attribution.model) as model:
@@ -95,7 +110,7 @@ def intervene(
             if patch is not None:
                 output_of(patch, model)
                 changing.other = changing.seen
-            for concept_id in as_ids(concept_ids):
+            for concept_id in ids:
                 changing.concept_id = concept_id
                 changes.append(output_of(data, model) - before)
     if changing.seen is None:

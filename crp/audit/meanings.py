@@ -99,7 +99,7 @@ def meanings(
             raise InputTypeError(f"texts such as {texts[0]!r} need embeddings: give a mapping, or embed_text=")
         texts = {text: embed_text(text) for text in texts} if embed_text is not None else {}
     table = Table.open(fv.path)
-    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
+    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)
     embeddings = embed_references(fv, layer, ids.tolist(), embed, n=n, mode=mode)
     similarity = np.zeros((len(texts), len(ids)))
     for row, vector in zip(similarity, texts.values(), strict=True):

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
 
-from crp.errors import InputError, NameNotFoundError
+from crp.checks import check_number
+from crp.concepts import as_ids
+from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result, read_kept
+from crp.visualization.table.files import write_atomic
 from crp.visualization.table.store import Table
 
 Covariance = Literal["full", "diag"]
@@ -104,7 +108,7 @@ class Prototypes:
             for name, value in mixture._asdict().items()
         }
         if not isinstance(place, Table):
-            save_file(arrays, place, {"layer": self.layer, "normed": str(self.normed)})
+            write_atomic(Path(place), save(arrays, {"layer": self.layer, "normed": str(self.normed)}))
             return Path(place)
         arrays |= {f"{of_class}/members": self._members(place, of_class) for of_class in self.classes}
         return keep_result(place, "prototypes", self.layer, arrays, {"normed": self.normed})
@@ -131,11 +135,12 @@ class Prototypes:
                 raise InputError("prototypes that are kept beside a table need layer=")
             kept = read_kept(place, "prototypes", layer)
             return cls(layer, bool(kept.settings["normed"]), _mixtures(kept.arrays))
-        from safetensors import safe_open
-
-        with safe_open(place, "np") as file:
-            about = file.metadata()
-        return cls(about["layer"], about["normed"] == "True", _mixtures(load_file(place)))
+        try:
+            with safe_open(place, "np") as file:
+                about = file.metadata()
+            return cls(about["layer"], about["normed"] == "True", _mixtures(load_file(place)))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{place} is no file that Prototypes.save has written, or is damaged ({error})") from error
 
     def _members(self, table: Table, of_class: int) -> np.ndarray:
         """Samples nearest to the mean of each prototype among those that belong to it, (prototypes, k); -1 for none."""
@@ -149,12 +154,18 @@ class Prototypes:
         return members
 
     def _mixture(self, of_class: int) -> _Mixture:
-        if of_class not in self.classes:
-            raise NameNotFoundError(f"there are no prototypes of class {of_class}; there are of {sorted(self.classes)}")
-        return self.classes[of_class]
+        (number,) = as_ids([of_class], what="a class")
+        if number not in self.classes:
+            raise NameNotFoundError(f"there are no prototypes of class {number}; there are of {sorted(self.classes)}")
+        return self.classes[number]
 
     def _vectors(self, vectors: Any, of_class: int) -> np.ndarray:
-        array = np.asarray(vectors, np.float64)
+        given = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors)
+        if given.dtype.kind not in "buif":
+            raise InputTypeError(f"vectors must be real numbers, not {given.dtype}")
+        array = given.astype(np.float64)
+        if not np.isfinite(array).all():
+            raise InputError("vectors have NaN or infinite values")
         n_concepts = self._mixture(of_class).means.shape[1]
         if array.ndim != 2 or array.shape[1] != n_concepts:
             raise InputError(f"vectors are of shape {array.shape}; layer {self.layer!r} has {n_concepts} concepts")
@@ -203,13 +214,14 @@ def prototypes(
     """
     if covariance not in ("full", "diag"):
         raise InputError(f"covariance must be 'full' or 'diag', not {covariance!r}")
-    numbers = [n] if isinstance(n, int) else list(n)
+    numbers = as_ids(n, what="numbers of prototypes")
     if not numbers or min(numbers) < 1:
         raise InputError(f"n must be at least 1, not {n!r}")
-    if classes is None:
-        classes = sorted(set(table.rows().target.tolist()))
+    check_number("regularization", regularization, 0)
+    check_number("seed", seed, 0, whole=True)
+    chosen = table.rows().target.tolist() if classes is None else as_ids(classes, what="classes")
     found = {}
-    for of_class in classes:
+    for of_class in sorted(set(chosen)):
         vectors, samples = class_vectors(table, layer, of_class, normed)
         found[of_class] = _fit(vectors, samples, numbers, covariance, regularization, seed, f"class {of_class}")
     return Prototypes(layer, normed, found)
@@ -240,10 +252,18 @@ def _fit(
             f"{what} has {len(vectors)} samples of mean variance {variance:.3g}, which are too few, or too alike, for "
             "prototypes"
         )
-    models = [
-        GaussianMixture(number, covariance_type=covariance, reg_covar=share * variance, random_state=seed).fit(vectors)
-        for number in numbers
-    ]
+    try:
+        models = [
+            GaussianMixture(number, covariance_type=covariance, reg_covar=share * variance, random_state=seed).fit(
+                vectors
+            )
+            for number in numbers
+        ]
+    except ValueError as error:  # a prototype of one sample, or of samples that are alike
+        raise InputError(
+            f"{what} has {len(vectors)} samples, of which no prototypes can be made with regularization={share}; give "
+            "a greater one, or a smaller n"
+        ) from error
     best = min(models, key=lambda model: model.bic(vectors))
     mixture = _Mixture(best.weights_, best.means_, best.covariances_, np.zeros(0), np.zeros(0))
     joint = _joint(mixture, vectors)

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.checks import check_number
+from crp.concepts import as_ids
+from crp.concepts.ids import as_vector
 from crp.errors import InputError
 from crp.visualization.feature import FeatureVisualization
 
@@ -58,10 +61,15 @@ def embed_references(
     -------
     ndarray of shape (concepts, n, features), float64
     """
+    check_number("n", n, 1, whole=True)
+    ids = as_ids(concept_ids, layer)
+    if not ids:
+        raise InputError("concept_ids is empty; name at least one concept")
     found = []
-    for samples in fv.get_max_reference(list(concept_ids), layer, mode, (0, n)).values():
+    for samples in fv.get_max_reference(ids, layer, mode, (0, n)).values():
         with torch.no_grad():
-            vectors = torch.as_tensor(embed(samples)).detach().cpu().double().numpy()
+            embedded = embed(samples)
+            vectors = as_vector("what embed returns", embedded).reshape(np.shape(embedded))
         if vectors.ndim != 2 or len(vectors) != len(samples):
             raise InputError(f"embed gives {vectors.shape} for {len(samples)} samples; it must be (samples, features)")
         found.append(vectors)

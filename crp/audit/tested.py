@@ -10,6 +10,7 @@ import numpy as np
 from zennit.core import Composite
 
 from crp.audit.intervening import intervene
+from crp.concepts import as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError
 from crp.visualization.feature import FeatureVisualization
@@ -94,23 +95,27 @@ def interventions(
     -------
     Interventions
     """
-    if not len(samples):
+    numbers = [number % len(fv.dataset) for number in as_ids(samples, what="samples")]
+    if not numbers:
         raise InputError("interventions need one sample at least")
     table = Table.open(fv.path)
-    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
-    data = fv.get_data_concurrently(samples, True)[0].detach()
+    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)
+    data = fv.get_data_concurrently(as_ids(samples), True)[0].detach()
     attribution, concept = fv.attribution, fv.layer_map[layer]
     if targets is None:
         targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
-    result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: int(y)} for y in targets], composite, [layer])
+    classes = as_ids(targets, what="targets")
+    if len(classes) != len(data):
+        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
+    result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: y} for y in classes], composite, [layer])
     relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
     other = None if patch is None else fv.get_data_concurrently(patch, True)[0].detach()
-    change = intervene(attribution, data, layer, concept, ids.tolist(), targets, scale=scale, patch=other)
+    change = intervene(attribution, data, layer, concept, ids.tolist(), classes, scale=scale, patch=other)
     return Interventions(
         layer,
         ids,
-        np.asarray(samples, np.int64),
-        np.asarray(targets, np.int64),
+        np.asarray(numbers, np.int64),
+        np.asarray(classes, np.int64),
         relevance.detach().cpu().double().numpy(),
         change.detach().cpu().double().numpy(),
         scale,

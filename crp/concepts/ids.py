@@ -1,4 +1,4 @@
-"""Concept ids in every form that users write them in."""
+"""Concept ids, and vectors, in every form that users write them in."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from crp.errors import InputTypeError, OutOfRangeError
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 
 
 def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -> list[int]:
@@ -36,5 +37,28 @@ def in_range(ids: Sequence[int], size: int, layer_name: str | None, what: str = 
     """The ids themselves; an error that names the layer where one of them is not in range."""
     for i in ids:
         if not -size <= i < size:
-            raise OutOfRangeError(f"layer {layer_name!r} has {size} {what}s, 0 to {size - 1}; there is no {what} {i}")
+            owner = "the layer" if layer_name is None else f"layer {layer_name!r}"
+            raise OutOfRangeError(f"{owner} has {size} {what}s, 0 to {size - 1}; there is no {what} {i}")
     return list(ids)
+
+
+def as_vector(name: str, value: Any) -> NDArray[np.float64]:
+    """Real and finite numbers, of any shape, as one vector.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are anything else.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "buif":
+        raise InputTypeError(f"{name} must be real numbers, not of {array.dtype}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} has NaN or infinite values")
+    return array.astype(np.float64).reshape(-1)

@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager
 from types import CodeType, FrameType, TracebackType
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, cast
 
+from crp.errors import StateError
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -124,8 +126,12 @@ class _Atomic(AbstractContextManager[T], Generic[T]):
     def __init__(self, steps: Generator[T, None, None]) -> None:
         self._steps = steps
         self._is_main = False
+        self._is_used = False
 
     def __enter__(self) -> T:
+        if self._is_used:
+            raise StateError("this context was entered before; make another one for each `with`")
+        self._is_used = True
         self._is_main = _is_main()
         if not self._is_main:
             return next(self._steps)

@@ -14,7 +14,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
-from crp.concepts import ChannelConcept, Concept
+from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.notices import warn
@@ -258,7 +258,8 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 f"num_workers={num_workers} loads dataset[i] in other processes, where {type(self).__name__}."
                 "get_data_sample does not run; wrap the dataset instead, or load with num_workers=0"
             )
-        stop = len(self.dataset) if data_end is None else int(data_end)
+        (begin,) = as_ids([data_start], what="data_start")
+        (stop,) = as_ids([len(self.dataset) if data_end is None else data_end], what="data_end")
         own = function_of(self.multitarget_to_single)
         labels = None if own is SampleAccess.multitarget_to_single else LabelTargets(self.multitarget_to_single)
         settings: MiningKeywords = {
@@ -275,7 +276,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         }
         if taken := [name for name in options if name in settings]:
             raise InputTypeError(f"{taken[0]} is said by FeatureVisualization itself; mine() takes it")
-        keywords: dict[str, Any] = {**settings, **options, "start": int(data_start), "stop": stop}
+        keywords: dict[str, Any] = {**settings, **options, "start": begin, "stop": stop}
         keywords["recipe"] = {"preprocess": in_words(self.preprocess_fn)} | dict(options.get("recipe") or {})
         try:
             table = mine(self.attribution, self._samples_mined(), self.layer_map, composite, self.path, **keywords)
@@ -284,7 +285,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 raise
             error.__cause__ = None
             raise labels.error from error
-        parts = [str(table.path / "shards" / s.file) for s in table.shards if s.start < stop and s.stop > data_start]
+        parts = [str(table.path / "shards" / s.file) for s in table.shards if s.start < stop and s.stop > begin]
         self.saved_checkpoints = {key: list(parts) for key in ("r_max", "a_max", "r_stats", "a_stats")}
         return self.saved_checkpoints
 

@@ -201,7 +201,7 @@ class ReferenceQueries(SampleAccess):
         values : Tensor of shape (classes,)
             In descending order.
         """
-        (concept,) = refs.concept_list([concept_id])
+        concept = refs.one_concept(concept_id)
         question, answers = self._answers(mode, per_class=True)
         index = partial(refs.column, self._concept(layer_name), concept, layer_name)
         targets, means = answers.class_statistics(question, layer_name, index, mean_N)
@@ -272,12 +272,12 @@ class ReferenceQueries(SampleAccess):
         ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
         samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
         """
-        picture = PictureRequest(*request)
+        picture, r_range = refs.checked(PictureRequest(*request), r_range)
         concepts = refs.concept_list(concept_ids)
         # key of the answer -> the concept, and the class whose samples are ranked
         asked: dict[Any, tuple[ConceptId, int | None]] = {concept: (concept, None) for concept in concepts}
         if classes is not None:
-            (concept,) = concepts
+            concept = refs.one_concept(concept_ids)
             asked = {f"{concept}:{target}": (concept, target) for target in refs.target_list(classes)}
 
         def computed(keys: Sequence[Any], ranks: tuple[int, int]) -> dict[Any, Any]:

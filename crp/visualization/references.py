@@ -12,6 +12,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import has_own, initial_relevance_of
 from crp.errors import InputError, InputTypeError, OutOfRangeError
@@ -108,6 +109,29 @@ def column(concept: Concept, concept_id: ConceptId, layer: str, n_concepts: int 
     return index
 
 
+def one_concept(concept_id: Any) -> ConceptId:
+    """The only concept that is given; a `ValueError` for several."""
+    concepts = concept_list([concept_id])
+    if len(concepts) != 1:
+        raise InputError(f"one concept is asked at a time, not {concept_id!r}")
+    return concepts[0]
+
+
+def checked(request: PictureRequest, r_range: Any) -> tuple[PictureRequest, tuple[int, int]]:
+    """A request and its ranks, if they can be drawn."""
+    if request.plot_fn is not None and not callable(request.plot_fn):
+        raise InputTypeError(f"plot_fn must be a function of samples, heatmaps and rf, not {request.plot_fn!r}")
+    return request, _check_ranks(r_range)
+
+
+def _check_ranks(r_range: Any) -> tuple[int, int]:
+    """First rank, and the one after the last; a `ValueError` for anything else than two numbers in this order."""
+    ranks = as_ids(r_range, what="r_range")
+    if len(ranks) != 2 or not 0 <= ranks[0] < ranks[1]:
+        raise InputError(f"r_range must be (first rank, rank after the last) with 0 <= first < last, not {r_range!r}")
+    return ranks[0], ranks[1]
+
+
 def clip(r_range: tuple[int, int], available: int, what: str) -> tuple[int, int]:
     """Ranks that exist.
 
@@ -116,13 +140,9 @@ def clip(r_range: tuple[int, int], available: int, what: str) -> tuple[int, int]
     ValueError
         If the range is none, or begins after the last reference.
     """
-    start, stop = (int(rank) for rank in r_range)
-    if not 0 <= start < stop:
-        raise InputError(
-            f"r_range must be (first rank, rank after the last) with 0 <= first < last, not {tuple(r_range)}"
-        )
+    start, stop = _check_ranks(r_range)
     if start >= available:
-        raise InputError(f"r_range {tuple(r_range)} begins after the last reference: there are {available} for {what}")
+        raise InputError(f"r_range {(start, stop)} begins after the last reference: there are {available} for {what}")
     return start, min(stop, available)
 
 
@@ -225,6 +245,7 @@ def heatmaps_of(
     batch_size : int
     device : torch.device or str, optional
     """
+    check_number("batch_size", batch_size, 1, whole=True)
     concept, concept_id, layer = chosen
     by_code = targets is None and has_own(concept, "code")
     keywords: dict[str, Any] = {"on_device": device, "start_layer": layer if targets is None else None}

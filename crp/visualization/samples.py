@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.concepts import Concept
-from crp.errors import InputError, InputTypeError
+from crp.concepts import Concept, as_ids
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.notices import warn
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.identity import check_dataset
@@ -63,7 +63,11 @@ class SampleAccess:
         TypeError
             If the dataset gives anything else; the message says what to do.
         """
-        sample = read(self.dataset, int(index))
+        (number,) = as_ids([index], what="a sample's index")
+        n = len(self.dataset)
+        if not -n <= number < n:
+            raise OutOfRangeError(f"the dataset has {n} samples, 0 to {n - 1}; there is no sample {number}")
+        sample = read(self.dataset, number)
         if sample.problem is not None:
             raise sample.problem.error or InputTypeError(
                 f"sample {index}: {sample.problem.reason}, or override FeatureVisualization.get_data_sample"
@@ -97,7 +101,7 @@ class SampleAccess:
         ValueError
             If there are no indices, or the samples differ in shape; the message names the sample.
         """
-        numbers = [int(i) for i in indices]
+        numbers = as_ids(indices, what="indices")
         if not numbers:
             raise InputError("indices is empty; name at least one sample")
         samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)

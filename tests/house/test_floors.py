@@ -45,7 +45,7 @@ BUDGETS = {
     # (targets at positions of a text, maps of tokens)
     "attributors": 2900,
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
-    "audit": 2100,
+    "audit": 2260,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
     "commands": 2200,
@@ -53,7 +53,7 @@ BUDGETS = {
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
     "concept_graph": 190,
-    "concepts": 1760,
+    "concepts": 1800,
     "demo": 900,
     "engine": 4200,
     "image": 1390,

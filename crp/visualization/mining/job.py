@@ -230,7 +230,7 @@ def prepare(
     if texts is not None and checked.preprocess is not None:
         raise InputTypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
     first = _get_first(dataset, checked.preprocess, device)
-    if texts is None and first.is_floating_point():  # (others are refused by the sample's name)
+    if texts is None and (first.is_floating_point() or first.is_complex()):  # (others are refused by the sample's name)
         check_axes(attribution.model, first, concepts)
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)

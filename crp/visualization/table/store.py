@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crp.errors import InputError, NameNotFoundError, OutOfRangeError
+from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.visualization.table.columns import SampleColumns, join_columns, read_columns
 from crp.visualization.table.document import decode, encode
 from crp.visualization.table.files import check_file, check_folder, make_own_folder, read_file, write_atomic
@@ -373,9 +373,10 @@ class Table:
 
     def concept_ids(self, layer: str, concepts: int | Sequence[int]) -> Array:
         """Concepts of a layer as an array of non-negative numbers; an `IndexError` names one that is not there."""
-        n = self.n_concepts(layer)
-        ids = np.atleast_1d(np.asarray(concepts, dtype=np.int64))
-        for i in ids[(ids < -n) | (ids >= n)][:1]:
+        n, given = self.n_concepts(layer), np.atleast_1d(np.asarray(concepts))
+        if given.size and given.dtype.kind not in "iu":
+            raise InputTypeError(f"layer {layer!r}: concept ids must be integers, not {concepts!r}")
+        for i in (ids := given.astype(np.int64))[(ids < -n) | (ids >= n)][:1]:
             raise OutOfRangeError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {i}")
         return ids % n
 
