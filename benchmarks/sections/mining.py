@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from benchmarks import ours
@@ -14,7 +16,7 @@ from benchmarks.clocks import Run
 from benchmarks.harness import Bound, Case, Ratio
 from benchmarks.nets import ForkNet, Samples, Setup, convolutions, gradient
 from crp.attribution import CondAttribution
-from crp.concepts import ChannelConcept
+from crp.concepts import ChannelConcept, Concept, DirectionConcept
 from crp.visualization.mining.job import prepare
 from crp.visualization.mining.run import mine
 from crp.visualization.table.ranking import class_means, class_statistics, top_k
@@ -182,6 +184,26 @@ def layouts() -> Case:
     )
 
 
+def directions() -> Case:
+    """64 directions of a layer, with the rest, against its 64 channels; two kinds of net."""
+    nets = {"resnet18": (RESNET._replace(samples=96), "layer1.1.conv2"), "vgg16_bn": (VGG, "features.3")}
+
+    def made(asked: Dataset, layer: str, concept: Concept) -> Run:
+        mining = Mining(asked._replace(layers=[layer]))
+        mining.concepts = {layer: concept}
+        return mining.run
+
+    def make() -> dict[str, Run]:
+        basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+        kinds = {"channels": ChannelConcept(), "directions": DirectionConcept(basis)}
+        pairs = product(nets.items(), kinds.items())
+        return {f"{net}, {kind}": made(*asked, concept) for (net, asked), (kind, concept) in pairs}
+
+    title = "mining 64 directions ÷ 64 channels, {}"
+    ratios = [Ratio(title.format(net), f"{net}, directions", f"{net}, channels", Bound(1.3), "mining") for net in nets]
+    return Case("one layer, 64×64, 96 and 64 samples", make, tuple(ratios), rounds=5)
+
+
 def classes() -> list[Case]:
     """The same samples with labels of 10 and of 1000 classes."""
     datasets = {f"{n} classes": RESNET._replace(samples=96, classes=n) for n in (10, 1000)}
@@ -207,5 +229,6 @@ def classes() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """Four nets, and what the number of classes costs."""
-    return [case("mining", SMALL, 5), case("mining", VGG, 3), case("mining", RESNET, 3), layouts(), *classes()]
+    """Four nets, directions, and what the number of classes costs."""
+    nets = [case("mining", SMALL, 5), case("mining", VGG, 3), case("mining", RESNET, 3), layouts()]
+    return [*nets, directions(), *classes()]

@@ -3,7 +3,7 @@
 from crp.audit.auditing import AuditedSample, audit, audit_table, save_audit
 from crp.audit.clustering import Clusters, clusters, export_corelay, save_clusters, with_concepts
 from crp.audit.collect import Collected, collect
-from crp.audit.context import context_scores, inside_boxes
+from crp.audit.context import Contexts, context_scores, contexts, inside_boxes
 from crp.audit.correcting import Effect, effect, penalty, project, prune
 from crp.audit.heatmaps import keep_heatmaps, kept_heatmaps
 from crp.audit.intervening import intervene, part_of
@@ -16,6 +16,7 @@ __all__ = [
     "AuditedSample",
     "Clusters",
     "Collected",
+    "Contexts",
     "Effect",
     "Interventions",
     "Match",
@@ -27,6 +28,7 @@ __all__ = [
     "clusters",
     "collect",
     "context_scores",
+    "contexts",
     "effect",
     "embed_references",
     "export_corelay",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from zennit.core import Composite
@@ -13,6 +15,11 @@ from crp.attribution import CondAttribution
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.errors import InputError, InputTypeError
+from crp.visualization.feature import FeatureVisualization
+from crp.visualization.mining.targets import choose_targets
+from crp.visualization.mining.text_batches import Asked
+from crp.visualization.table.derived import keep_result
+from crp.visualization.table.store import Table
 
 
 def context_scores(
@@ -78,6 +85,88 @@ def context_scores(
         total = heatmap.flatten(1).sum(1)
         shares.append(1 - torch.where(within, heatmap, 0).flatten(1).sum(1) / total)
     return torch.cat(shares).reshape(len(data), len(ids))
+
+
+class Contexts(NamedTuple):
+    """Context scores of a layer's concepts on some samples.
+
+    Attributes
+    ----------
+    layer : str
+    concept : ndarray of shape (concepts,), int64
+    sample, target : ndarray of shape (samples,), int64
+        Samples of the data set, and the outputs that are explained.
+    score : ndarray of shape (samples, concepts)
+        As from `context_scores`; NaN where a concept has no positive relevance.
+    """
+
+    layer: str
+    concept: np.ndarray
+    sample: np.ndarray
+    target: np.ndarray
+    score: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean score of each concept over the samples where it has one; NaN where it has none."""
+        known = np.isfinite(self.score)
+        total, n = np.where(known, self.score, 0.0).sum(0), known.sum(0)
+        return np.where(n > 0, total / np.maximum(n, 1), np.nan)
+
+    def save(self, table: Table) -> Path:
+        """Keep them beside a table, where ``crp report`` finds them until the table changes."""
+        arrays = {name: getattr(self, name) for name in ("concept", "sample", "target")}
+        score = np.where(np.isfinite(self.score), self.score, -1.0)
+        return keep_result(table, "context", self.layer, arrays | {"score": score}, {})
+
+
+def contexts(
+    fv: FeatureVisualization,
+    composite: Composite | None,
+    layer: str,
+    samples: Sequence[int],
+    inside: Tensor,
+    concept_ids: Sequence[int] | None = None,
+    *,
+    targets: Sequence[int] | None = None,
+    batch_size: int = 32,
+) -> Contexts:
+    """Context scores of a mined layer's concepts on samples of the data set, for the pages of a report.
+
+    Parameters
+    ----------
+    fv : FeatureVisualization
+        After a run.
+    composite : zennit Composite, or None for the plain gradient
+    layer : str
+    samples : sequence of int
+        Of the data set; all are of one shape.
+    inside : Tensor of shape (samples, *space), bool
+        The object in each of them, as for `context_scores`.
+    concept_ids : sequence of int, optional
+        All of the layer by default.
+    targets : sequence of int, optional
+        Outputs that are explained; by default, those predicted.
+    batch_size : int
+        Rows attributed at once.
+
+    Returns
+    -------
+    Contexts
+    """
+    if not len(samples):
+        raise InputError("contexts need one sample at least")
+    table = Table.open(fv.path)
+    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
+    data = fv.get_data_concurrently(samples, True)[0].detach()
+    if targets is None:
+        targets = [chosen[0] for chosen in choose_targets("prediction", fv.attribution, Asked.of(data, None))]
+    concept = fv.layer_map[layer]
+    score = context_scores(
+        fv.attribution, data, targets, composite, layer, concept, ids.tolist(), inside, batch_size=batch_size
+    )
+    rows, of_rows = (np.asarray(values, np.int64) for values in (samples, targets))
+    return Contexts(layer, ids, rows, of_rows, score.detach().cpu().double().numpy())
 
 
 def inside_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:

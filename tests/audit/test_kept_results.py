@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from feature_net import Images, mined
 from kept_cases import TEXTS, embed
 from scipy.stats import spearmanr
@@ -14,6 +15,8 @@ from crp.audit import (
     audit,
     audit_table,
     clarity,
+    context_scores,
+    contexts,
     embed_references,
     intervene,
     interventions,
@@ -129,6 +132,27 @@ def test_interventions_are_kept(fv):
     kept = read_kept(table, "interventions", "second")
     assert np.array_equal(kept.arrays["change"], found.change)
     assert kept.settings == {"scale": 0.0, "patched": False, "agreement": found.agreement}
+
+
+def test_contexts(fv):
+    """The scores of `context_scores`, of the predicted classes or others; a concept may have none."""
+    table, inside = Table.open(fv.path), torch.zeros(3, 6, 6, dtype=torch.bool)
+    inside[:, 1:4, 2:] = True
+    found = contexts(fv, EpsilonPlus(), "second", [2, 0, 5], inside, [4, 1, 0], batch_size=2)
+    data = fv.dataset.data[[2, 0, 5]]
+    predicted = fv.attribution.model(data).argmax(1).tolist()
+    assert found.target.tolist() == predicted and found.sample.tolist() == [2, 0, 5]
+    concept = fv.layer_map["second"]
+    wanted = context_scores(fv.attribution, data, predicted, EpsilonPlus(), "second", concept, [4, 1, 0], inside)
+    assert np.allclose(found.score, wanted.detach().numpy(), rtol=1e-12, equal_nan=True)
+    assert contexts(fv, None, "second", [2], inside[:1], targets=[1]).score.shape == (1, 5)
+    some = found._replace(score=np.array([[0.5, np.nan, np.nan], [1.0, 0.25, np.nan], [0.0, 0.75, np.nan]]))
+    assert np.array_equal(some.mean, [0.5, 0.5, np.nan], equal_nan=True)
+    some.save(table)
+    kept = read_kept(table, "context", "second")
+    assert kept.arrays["score"].tolist() == [[0.5, -1, -1], [1, 0.25, -1], [0, 0.75, -1]]
+    with pytest.raises(ValueError, match="contexts need one sample at least"):
+        contexts(fv, None, "second", [], inside[:0])
 
 
 def test_the_audit_of_the_table_is_that_of_its_samples(fv):

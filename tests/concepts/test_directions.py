@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from crp.concepts import DirectionConcept, Directions, SubspaceConcept, directions
 
@@ -122,6 +123,24 @@ def test_relevant_subspaces(n, dimension):
     assert isinstance(concept, DirectionConcept) == (dimension == 1) and isinstance(concept, SubspaceConcept)
     assert len(concept) == n + 1
     assert np.isclose(found.explained(a, a).sum(), 1, rtol=1e-9)
+
+
+def test_the_objective_of_relevant_subspaces():
+    """Power 1/2 over blocks of power 2 over vectors of positive relevance, at its largest: no small turn raises it."""
+    rng = np.random.default_rng(6)
+    a, m = rng.normal(size=(40, 6)), rng.normal(size=(40, 6))
+
+    def objective(rows: np.ndarray) -> float:
+        relevance = np.maximum(((a @ rows.T) * (m @ rows.T)).reshape(40, 2, 2).sum(2), 0)
+        return float((((relevance**2).mean(0) ** 0.5) ** 0.5).mean() ** 2)
+
+    found = directions.drsa(a, m, 2, 2, steps=4000, restarts=3)
+    best = found.quality["objective"]
+    assert best == pytest.approx(objective(found.directions), rel=1e-9)
+    for _ in range(20):
+        turn = rng.normal(size=(6, 6)) * 1e-4
+        turned = found.directions @ scipy.linalg.expm(turn - turn.T)
+        assert (objective(turned) - best) / 1e-4 < 1e-5 * best
 
 
 def test_a_soft_minimum_leaves_no_block_empty():

@@ -47,9 +47,9 @@ class Identity:
         return latents
 
 
-def trained() -> Autoencoder:
+def trained(width: int = 4) -> Autoencoder:
     torch.manual_seed(1)
-    model, data = Autoencoder(4), torch.randn(200, C).double().relu()
+    model, data = Autoencoder(width), torch.randn(200, C).double().relu()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(100):
         optimizer.zero_grad()
@@ -65,6 +65,7 @@ CODES = {
     "wide": lambda: Autoencoder(16),
     "top": lambda: Autoencoder(4, 3),
     "trained": trained,
+    "trained, wide": lambda: trained(16),
 }
 every_code = pytest.mark.parametrize("make", CODES.values(), ids=list(CODES))
 
@@ -131,7 +132,7 @@ def test_conditions(model, data, make, composite):
         n = whole.activations[names.code].shape[1]
         conditions = [{"y": 1, names.code: [k]} for k in range(n)] + [{"y": 1, names.error: list(range(C))}]
         parts = attribution(data, conditions, composite, mask_map=ChannelConcept.mask)
-    assert close(parts.heatmap.unflatten(0, (2, -1)).sum(1), whole.heatmap, 1e-9)
+    assert close(parts.heatmap.unflatten(0, (2, -1)).sum(1), whole.heatmap, 1e-10)
     assert parts.heatmap[:n].any()
 
 

@@ -23,6 +23,7 @@ PAGES = {
     "clusters": "clusters/second/0.html",
     "meanings": "meanings/second.html",
     "interventions": "interventions/second.html",
+    "context": "context/second.html",
 }
 
 
@@ -136,6 +137,25 @@ def test_interventions_are_listed_by_what_the_output_loses(found):
         assert re.findall(r'class="num">([^<]+)<', row) == [f"{relevance[i]:.3g}", f"{change[i]:+.3g}"]
     assert f"<b>{tested.agreement:.2f}</b>" in text and "was switched off" in text
     assert text.partition('class="points"')[2].partition("</svg>")[0].count("<circle") == len(change)
+
+
+def test_context_is_listed_by_what_is_outside_of_the_object(found):
+    _, results, folder = found
+    seen, text = results["context"], (folder / PAGES["context"]).read_text()
+    mean, known = seen.mean, np.isfinite(seen.score)
+    rows, order = text.split("<tr>")[2:], np.argsort(-np.where(known.any(0), mean, -1), kind="stable")
+    assert len(rows) == known.any(0).sum() >= 3
+    for row, i in zip(rows, order, strict=False):
+        assert f"../concept/second/{i}.html" in row
+        assert re.findall(r'class="num">([^<]+)<', row) == [percent(mean[i]), str(known[:, i].sum())]
+    outside = f"{(mean > 0.5).sum()} of {len(rows)} concepts have more than half of their relevance outside"
+    assert outside in Parsed(folder / "index.html").text
+    histograms = [part.partition("</svg>")[0] for part in text.split('<svg class="hist"')[1:]]
+    wanted = [np.count_nonzero(np.histogram(v[np.isfinite(v)], 40, (0, 1))[0]) for v in (mean, seen.score)]
+    assert [drawing.count("<rect") for drawing in histograms] == wanted
+    page = (folder / f"concept/second/{order[0]}.html").read_text()
+    assert f"{mean[order[0]]:.0%} of its relevance is outside of the object (mean of 3 samples)" in page
+    assert "Outside of the object: histogram from 0 to 1" in page
 
 
 def test_pages_of_concepts_and_classes_say_what_is_kept(found):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from zennit.composites import EpsilonPlus
 
-from crp.audit import audit_table, clusters, interventions, meanings, prototypes, save_audit, save_clusters
+from crp.audit import audit_table, clusters, contexts, interventions, meanings, prototypes, save_audit, save_clusters
 from crp.visualization import FeatureVisualization
 from crp.visualization.table.store import Table
 
@@ -33,9 +33,12 @@ def keep_everything(
     of_class = clusters(table, layer, 0, n=2, n_neighbours=3)
     meant = meanings(fv, layer, embed, texts, n=3)
     tested = interventions(fv, EpsilonPlus(), layer, [0, 1, 4], targets=[0, 1, 1])
+    inside = torch.zeros(3, 6, 6, dtype=torch.bool)
+    inside[:, 1:4, 2:] = True
+    seen = contexts(fv, EpsilonPlus(), layer, [0, 1, 4], inside, targets=[0, 1, 1])
     save_audit(table, found, audited)
     save_clusters(table, of_class, layer, 0)
-    for one in (found, meant, tested):
+    for one in (found, meant, tested, seen):
         one.save(table)
     return {
         "prototypes": found,
@@ -43,4 +46,5 @@ def keep_everything(
         "clusters": of_class,
         "meanings": meant,
         "interventions": tested,
+        "context": seen,
     }

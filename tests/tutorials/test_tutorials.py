@@ -173,11 +173,12 @@ assert {"prototypes/relu2.html", "audit/relu2.html", "clusters/relu2/8.html"} <=
 """,
     "8_correcting_a_shortcut": """
 assert min(on_the_mark.values()) > 0.7 and on_the_mark["CAV"] > 0.85
-before, projected, at_mean, reactive, without_channels, control, penalised = results.values()
+before, projected, at_mean, reactive, in_three, without_channels, control, penalised = results.values()
 assert before["without"] < 0.7 and before["fooled"] > 0.6 and before["relevance"] > 0.65
 assert all(one["fooled"] < 0.15 and one["without"] > before["without"]
            for one in (projected, at_mean, reactive, without_channels))
 assert all(one["relevance"] < 0.55 for one in (projected, at_mean, reactive, without_channels))
+assert in_three["fooled"] < 0.05 and in_three["without"] > 0.8 and in_three["relevance"] < 0.27
 assert penalised["fooled"] < control["fooled"] - 0.08 and penalised["fooled"] < before["fooled"] - 0.2
 assert all(abs(one["accuracy"] - before["accuracy"]) < 0.015 for one in results.values())
 assert changed.share[0] > 0.4 and changed.share[1] < 0.01 and changed.accuracy[1] > 0.95

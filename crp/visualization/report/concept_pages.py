@@ -11,6 +11,7 @@ import numpy as np
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn
 from crp.visualization.report.facts import BINS, Histograms, Reference
+from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, WHOLE, Atlas, Shown
 from crp.visualization.report.render import percent
 
@@ -109,7 +110,10 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
         "plain": "plain pixels" if atlas.renderer.pixelated else "plain",
         "kept": atlas.about.get((layer, concept), []),
         "off": None if off is None else ("its references, mean", off),
-        "histograms": _histograms(facts.histograms, concept, (*chosen.relevant, *chosen.negative), chosen.active),
+        "histograms": [
+            *_histograms(facts.histograms, concept, (*chosen.relevant, *chosen.negative), chosen.active),
+            *context_histograms(atlas.kept, layer, concept),
+        ],
         "alike": _alike(atlas, layer, concept),
         **_graph_of(atlas, flow, layer, concept),
     }

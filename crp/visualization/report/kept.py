@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.facts import BINS
 from crp.visualization.table.derived import KEPT_KINDS, KeptResult, list_kept, read_kept
 from crp.visualization.table.manifest import Array, TableMismatchError
 from crp.visualization.table.store import Table
 
 #: Kinds of results with a page.
-PAGED = ("prototypes", "audit", "clusters", "meanings", "interventions")
+PAGED = ("prototypes", "audit", "clusters", "meanings", "interventions", "context")
 #: Maximized pictures, which are on the pages of their concepts.
 _MAXIMIZED = "pictures"
 #: Samples of an audit that are shown, and of each prototype and cluster beside the one that shows it.
@@ -179,7 +180,37 @@ def about_concepts(
                 f"output {change:+.3g} when it is {changed_how(one)}, relevance {relevance:+.3g} (mean of {n} samples)"
             )
             found[one.layer, concept].append((text, href))
+    for one in kept.of("context"):
+        href, n = addresses.kept("context", one.layer), len(one.arrays["sample"])
+        for concept, score in zip(one.arrays["concept"].tolist(), mean_scores(one).tolist(), strict=True):
+            if score >= 0:
+                text = f"{score:.0%} of its relevance is outside of the object (mean of {n} samples)"
+                found[one.layer, concept].append((text, href))
     return dict(found)
+
+
+def mean_scores(one: KeptResult) -> Array:
+    """Mean context score of each concept over the samples where it has one; -1 where it has none."""
+    score = one.arrays["score"]
+    n = (score >= 0).sum(0)
+    return np.where(n > 0, np.maximum(score, 0.0).sum(0) / np.maximum(n, 1), -1.0)
+
+
+def histogram_of_shares(shares: Array) -> dict[str, Any]:
+    """Histogram of shares from 0 to 1 by roots of counts; shares below 0 stand for none."""
+    n, _ = np.histogram(shares[shares >= 0], BINS, (0.0, 1.0))
+    heights = (np.sqrt(n / max(n.max(), 1)) * 92).tolist()
+    bars = [(round(i * 420 / BINS, 1), round(96 - h, 1), round(h, 1)) for i, h in enumerate(heights) if h]
+    return {"low": "0", "high": "1", "bars": bars, "ticks": []}
+
+
+def context_histograms(kept: KeptResults, layer: str, concept: int) -> list[tuple[dict[str, Any], str, bool]]:
+    """Histogram of a concept's context scores over samples, with its title, where they are kept."""
+    found = []
+    for one in kept.of("context"):
+        for place in np.flatnonzero(one.arrays["concept"] == concept).tolist() if one.layer == layer else ():
+            found.append((histogram_of_shares(one.arrays["score"][:, place]), "Outside of the object", True))
+    return found
 
 
 def changed_how(one: KeptResult) -> str:

@@ -1,4 +1,4 @@
-"""Pages of results that are kept beside the table: prototypes, audits, clusters, meanings and interventions."""
+"""Pages of results kept beside the table: prototypes, audits, clusters, meanings, interventions and context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from crp.visualization.report.addresses import Addresses
-from crp.visualization.report.kept import CLASSES_A_PART, UNUSUAL, changed_how, classes_of, pairs_of, ways_of
+from crp.visualization.report.kept import (
+    CLASSES_A_PART,
+    UNUSUAL,
+    changed_how,
+    classes_of,
+    histogram_of_shares,
+    mean_scores,
+    pairs_of,
+    ways_of,
+)
 from crp.visualization.report.pages import CARDS, FEW, Atlas, Shown
 from crp.visualization.report.render import percent
 from crp.visualization.table.derived import KeptResult
@@ -25,6 +34,7 @@ def write_kept(atlas: Atlas) -> list[dict[str, Any]]:
         "clusters": _clusters,
         "meanings": _meanings,
         "interventions": _interventions,
+        "context": _context,
     }
     links = []
     for kept in (one for one in atlas.kept.results if one.kind in pages):
@@ -209,6 +219,31 @@ def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     atlas.renderer.page(address, "interventions.html", "Interventions — concept atlas", page=page)
     note = f"{len(ids)} concepts {page['how']} on {n} samples; rank correlation {page['agreement']}"
     return _link(atlas, kept, "Interventions", note)
+
+
+def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
+    ids, score, means = kept.arrays["concept"].tolist(), kept.arrays["score"], mean_scores(kept)
+    order = [i for i in np.argsort(-means, kind="stable").tolist() if means[i] >= 0]
+    rows = []
+    for i in order[:CARDS]:
+        (chip,) = _chips(atlas, kept.layer, [(ids[i], "")])
+        rows.append((chip, float(means[i]), int((score[:, i] >= 0).sum())))
+    n, outside = len(score), int((means > 0.5).sum())
+    page = {
+        **_head(atlas, kept, "Context"),
+        "rows": rows,
+        "more": max(0, len(order) - CARDS),
+        "silent": len(ids) - len(order),
+        "n": n,
+        "outside": outside,
+        "concepts": len(order),
+        "histogram": histogram_of_shares(means),
+        "samples": histogram_of_shares(score.ravel()),
+    }
+    address = atlas.addresses.kept("context", kept.layer)
+    atlas.renderer.page(address, "context.html", "Context — concept atlas", page=page)
+    note = f"{outside} of {len(order)} concepts have more than half of their relevance outside of the object"
+    return _link(atlas, kept, "Context", f"{note}, on {n} samples")
 
 
 def _head(atlas: Atlas, kept: KeptResult, name: str) -> dict[str, Any]:

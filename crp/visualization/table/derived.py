@@ -35,6 +35,7 @@ KEPT_KINDS = {
     "heatmaps": "crp.audit.keep_heatmaps(fv, composite, of_class)",
     "meanings": "crp.audit.meanings(...).save(table)",
     "interventions": "crp.audit.interventions(...).save(table)",
+    "context": "crp.audit.contexts(...).save(table)",
     "pictures": "crp.visualization.keep_maximized(fv, layer, concept_ids)",
 }
 #: Last part of the names of arrays that hold numbers of samples, or of concepts; -1 stands for none.
