@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from crp.attributors import Gradient
 from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
+from crp.attributors.gradient import Gradient
 from crp.attributors.target import Classes, Neuron, Target
 from crp.composites.registry import find_name
 from crp.engine.inputs import Data, Explain, Inputs
@@ -183,12 +181,3 @@ def _predicted(model: nn.Module, inputs: Inputs, options: Mapping[str, Any]) -> 
             "a target, such as crp.outputs.Position(-1, token) for a language model"
         )
     return Classes(output.argmax(1))
-
-
-class _Callable(ModuleType):
-    """The module, which bears the name of `explain` and so is called like it: ``crp.explain`` may be either."""
-
-    __call__ = staticmethod(explain)
-
-
-sys.modules[__name__].__class__ = _Callable
