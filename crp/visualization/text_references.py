@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,12 +35,15 @@ class TextRow(NamedTuple):
         Through which relevance flows; None is the whole heatmap.
     at : int, optional
         The only token of the layer that counts.
+    position : int, optional
+        Token whose prediction is explained, in place of that of the sample.
     """
 
     targets: tuple[int, ...] = ()
     layer: str | None = None
     concept: ConceptId | None = None
     at: int | None = None
+    position: int | None = None
 
 
 def read_text(dataset: Any, index: int, device: torch.device) -> Asked:
@@ -88,6 +92,8 @@ def text_heatmaps(
 
 
 def _condition(attribution: CondAttribution, asked: Asked, row: TextRow) -> dict[str, Any]:
+    if row.position is not None and asked.positions is not None:
+        asked = replace(asked, positions=(row.position,))
     condition = asked.condition(attribution.MODEL_OUTPUT_NAME, 0, row.targets)
     return condition if row.layer is None else condition | {row.layer: [row.concept]}
 

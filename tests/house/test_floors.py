@@ -71,7 +71,7 @@ BUDGETS = {
     "visualization": 3700,
     "visualization.mining": 3740,
     # (the page of one picture; samples of negative relevance; maximized pictures)
-    "visualization.report": 3800,
+    "visualization.report": 3830,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2560,
