@@ -19,7 +19,7 @@ from crp.image.texts import TextHeatmap
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.targets import record_activations
 from crp.visualization.mining.text_batches import Asked
-from crp.visualization.mining.texts import texts_in, words_in
+from crp.visualization.mining.texts import place_in, texts_in, words_in
 from crp.visualization.references import ConceptId, column
 
 
@@ -52,6 +52,14 @@ def read_text(dataset: Any, index: int, device: torch.device) -> Asked:
     if sample.problem is not None:
         raise sample.problem.error or InputTypeError(f"sample {index}: {sample.problem.reason}")
     return Asked.of(sample.data[None].to(device), texts_in(dataset))
+
+
+def samples_by_text(dataset: Any, samples: Sequence[int]) -> list[list[int]]:
+    """Samples of each text: several, where these are positions of it."""
+    of_text: dict[int, list[int]] = {}
+    for sample in samples:
+        of_text.setdefault(place_in(dataset, sample), []).append(sample)
+    return list(of_text.values())
 
 
 def text_heatmaps(

@@ -12,7 +12,7 @@ from crp.visualization.report.facts import LayerFacts
 from crp.visualization.report.render import percent
 
 
-class ClassLayer(NamedTuple):
+class _ClassLayer(NamedTuple):
     """Concepts of a layer that carry most of a class's relevance.
 
     Attributes
@@ -27,7 +27,7 @@ class ClassLayer(NamedTuple):
     concepts: list[tuple[int, float, str]]
 
 
-def class_layers(facts: Mapping[str, LayerFacts], target: int, name: str, n: int) -> list[ClassLayer]:
+def class_layers(facts: Mapping[str, LayerFacts], target: int, name: str, n: int) -> list[_ClassLayer]:
     """Of each layer, from the output to the input, at most ``n`` concepts that carry most of a class's relevance."""
     layers = []
     for layer in reversed(list(facts)):
@@ -39,7 +39,7 @@ def class_layers(facts: Mapping[str, LayerFacts], target: int, name: str, n: int
             line = f"{percent(float(shares[concept]))}; so far {percent(running)}"
             concepts.append((concept, float(shares[concept]), line))
         note = f"{len(order)} of {facts[layer].n_concepts} concepts carry {percent(running)} of the relevance of "
-        layers.append(ClassLayer(layer, f"{note}{name}.", concepts))
+        layers.append(_ClassLayer(layer, f"{note}{name}.", concepts))
     return layers
 
 

@@ -16,13 +16,12 @@ from zennit.core import Composite
 from crp.errors import InputError
 from crp.image.texts import TextHeatmap, readable
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.texts import place_in
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import LayerFacts, References
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import TONES, percent
 from crp.visualization.table.files import write_atomic
-from crp.visualization.text_references import TextRow, read_text, text_heatmaps, text_of
+from crp.visualization.text_references import TextRow, read_text, samples_by_text, text_heatmaps, text_of
 
 #: Tokens on either side of the strongest one, in a window.
 REACH = 8
@@ -153,11 +152,9 @@ class TextAtlas:
         for sample, target in self.samples.items():
             few = best[sample].get(top, [])[: self.options.n_sample_concepts]
             wanted[sample] += [_Cell(top, concept, sample, target) for concept, _ in few]
-        of_text: dict[int, list[int]] = {}
-        for sample in wanted:
-            of_text.setdefault(place_in(self.fv.dataset, sample), []).append(sample)
+        texts = samples_by_text(self.fv.dataset, list(wanted))
         part, n_parts = self.options.part or (0, 1)
-        for samples in tqdm(list(of_text.values())[part::n_parts], desc="Heatmaps", **bar):
+        for samples in tqdm(texts[part::n_parts], desc="Heatmaps", **bar):
             jobs = [self._job(sample, wanted[sample]) for sample in samples]
             self._compute([job for job in jobs if not self._is_known(job)])
 
