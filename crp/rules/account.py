@@ -68,7 +68,7 @@ class Account:
         a : Tensor
             Any of the inputs.
         """
-        kind = torch.promote_types(a.dtype, torch.float32)
+        kind = torch.promote_types(a.dtype.to_real(), torch.float32)
         sink = cast(Tensor, _Sink.apply(a, a.detach().new_empty(1, dtype=kind)))
         self.sinks.setdefault(layer, []).append(sink)
         return sink
@@ -122,5 +122,7 @@ class _Balance(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Sum the relevance up."""
         (m,), (a,) = grads, ctx.saved_tensors
-        total = ctx.sign * torch.where(m == 0, 0.0, m.to(ctx.dtype) * a).sum()
+        # (the gradient of a complex number is that of its parts, each times its own)
+        products = (m.conj() * a).real.to(ctx.dtype) if a.is_complex() else m.to(ctx.dtype) * a
+        total = ctx.sign * torch.where(m == 0, 0.0, products).sum()
         return m, torch.stack([total, *[torch.zeros_like(total)] * (len(KINDS) - 1)])[None], None

@@ -289,7 +289,9 @@ class Rule(Hook):  # type: ignore[misc]
             above = term.weight * self._above(term, y, multiplier=True)
             bias = bias + scale * zero.whole
             empty = empty + torch.where(nothing, above, 0.0)
-            stabilizer = stabilizer + torch.where(nothing, 0.0, above - scale * term.whole.detach())
+            # (an entry that is masked by minus infinity hands on 0, not 0 times infinity)
+            handed_on = torch.where(scale == 0, 0.0, scale * term.whole.detach())
+            stabilizer = stabilizer + torch.where(nothing, 0.0, above - handed_on)
         return Shares(bias, empty, stabilizer)
 
     def _source(self, layer: Layer, a: Tensor) -> Tensor:

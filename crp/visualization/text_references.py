@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from crp.image.texts import TextHeatmap
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.targets import record_activations
 from crp.visualization.mining.text_batches import Asked
-from crp.visualization.mining.texts import texts_in, words_in
+from crp.visualization.mining.texts import place_in, texts_in, words_in
 from crp.visualization.references import ConceptId, column
 
 
@@ -34,12 +35,15 @@ class TextRow(NamedTuple):
         Through which relevance flows; None is the whole heatmap.
     at : int, optional
         The only token of the layer that counts.
+    position : int, optional
+        Token whose prediction is explained, in place of that of the sample.
     """
 
     targets: tuple[int, ...] = ()
     layer: str | None = None
     concept: ConceptId | None = None
     at: int | None = None
+    position: int | None = None
 
 
 def read_text(dataset: Any, index: int, device: torch.device) -> Asked:
@@ -48,6 +52,14 @@ def read_text(dataset: Any, index: int, device: torch.device) -> Asked:
     if sample.problem is not None:
         raise sample.problem.error or InputTypeError(f"sample {index}: {sample.problem.reason}")
     return Asked.of(sample.data[None].to(device), texts_in(dataset))
+
+
+def samples_by_text(dataset: Any, samples: Sequence[int]) -> list[list[int]]:
+    """Samples of each text: several, where these are positions of it."""
+    of_text: dict[int, list[int]] = {}
+    for sample in samples:
+        of_text.setdefault(place_in(dataset, sample), []).append(sample)
+    return list(of_text.values())
 
 
 def text_heatmaps(
@@ -88,6 +100,8 @@ def text_heatmaps(
 
 
 def _condition(attribution: CondAttribution, asked: Asked, row: TextRow) -> dict[str, Any]:
+    if row.position is not None and asked.positions is not None:
+        asked = replace(asked, positions=(row.position,))
     condition = asked.condition(attribution.MODEL_OUTPUT_NAME, 0, row.targets)
     return condition if row.layer is None else condition | {row.layer: [row.concept]}
 

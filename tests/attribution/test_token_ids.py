@@ -318,3 +318,29 @@ def test_positions_of_an_output_without_any_and_of_other_numbers():
     with pytest.raises(ValueError, match=r"give a target, such as crp.outputs.Position\(-1, token\)"):
         crp.explain("gradient", seeded(Everywhere()), numbers(3, 6, 4))
     assert np.ndim(Position(0, 1).token) == 0
+
+
+PLACES = {"gpt2": "transformer.wpe", "bert": "bert.embeddings.position_embeddings"}
+
+
+@pytest.mark.parametrize(("name", "places"), PLACES.items(), ids=PLACES)
+def test_positions_are_an_input_of_their_own(name, places):
+    """A token and its place add up, and so share a multiplier, before any norm: Σ_d e_td m_td and Σ_d p_td m_td."""
+    model = language_model(name)
+    data = {**TEXT, "position_ids": torch.arange(6).expand(2, -1)}
+    y = Position(-1, 3) if name == "gpt2" else 3
+    both = {"explain": ["input_ids", "position_ids"]}
+    attribution = CondAttribution(model)
+    found = attribution(data, [{"y": y}], CPLRP(), **both).heatmap
+    alone = attribution(TEXT, [{"y": y}], CPLRP()).heatmap
+    assert off(found["input_ids"], alone) <= 1e-12
+    leaf = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with CPLRP().context(model):
+        logits = model(inputs_embeds=leaf, attention_mask=TEXT["attention_mask"]).logits
+        logits = logits[:, -1, 3] if name == "gpt2" else logits[:, 3]
+        multiplier = torch.autograd.grad(logits.sum(), leaf)[0] / leaf.detach()
+    place = model.get_submodule(places).weight[:6].detach()
+    assert off(found["position_ids"], (place * multiplier).sum(-1)) <= 1e-12
+    kept = attribution.absorbed(data, [{"y": y}], CPLRP(), **both)
+    assert off(kept.input, sum(heat.sum(1) for heat in found.values() if heat is not None)) <= 1e-12
+    assert (kept.rest.abs() <= 1e-9 * kept.initial.abs().max()).all()

@@ -136,7 +136,10 @@ def test_constants_set_to_zero_conserve():
         assert abs(float(found.sum() / prediction[:, 1]) - 1) <= 1e-5, name
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "opt"])
+BOTH_WAYS = ["gpt2", "llama", "bert", "opt", "albert", "falcon", "gptj", "deepseek_v3", "hf_beit", "hf_clip_vision"]
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
 @pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
 def test_attention_of_hugging_face_is_the_same_written_out_and_fused(name, kind):
     model, data = built(name)

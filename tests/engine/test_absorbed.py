@@ -13,7 +13,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 import crp.composites as composites
 import crp.rules as rules
 from crp.attribution import CondAttribution
-from crp.composites import LRP, Composite, EpsilonPlus, EpsilonPlusFlat
+from crp.composites import CPLRP, LRP, AttnLRP, Composite, EpsilonPlus, EpsilonPlusFlat
 from crp.concepts import ChannelConcept
 from crp.visualization import FeatureVisualization
 
@@ -298,3 +298,40 @@ def test_several_forward_passes_account_for_the_last():
         found = torch.autograd.grad(out[:, 0].sum(), [data, *sinks], allow_unused=True)
     total = sum(g.sum() for g in found if g is not None)
     torch.testing.assert_close(total, out[:, 0].sum().detach(), rtol=1e-7, atol=1e-10)
+
+
+class Decay(nn.Module):
+    """Weights that fade with the distance of tokens, as in scans of states: the exponential of masked sums."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rate, self.value = nn.Linear(4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        rate = -torch.nn.functional.softplus(self.rate(x)).transpose(1, 2)
+        n = rate.shape[-1]
+        below = torch.ones(n, n, dtype=torch.bool).tril(-1)
+        sums = rate[..., None].expand(-1, -1, n, n).masked_fill(~below, 0).cumsum(-2)
+        sums = sums.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -torch.inf)
+        return (sums.exp()[:, 0] @ self.value(x)).sum(1)
+
+
+class Spectrum(nn.Module):
+    """Tokens mixed by a Fourier transform, as in FNet, whose complex numbers another function reads."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.value = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.fft.fft(self.value(x), dim=1).real[:, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.* has no rule for fft_fft:UserWarning")
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
+@pytest.mark.parametrize("model", [Decay(), Spectrum()], ids=["minus infinity", "complex"])
+def test_masked_and_complex_entries_keep_an_account_of_numbers(model, kind):
+    found = account(model.double().eval(), kind(), torch.randn(2, 5, 4, dtype=torch.float64))
+    assert found.total.isfinite().all() and holds(found)

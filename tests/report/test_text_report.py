@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from browser import Browser, find_browser
@@ -17,8 +18,13 @@ from text_cases import Letters, model_of, texts_of_ids
 from crp.attribution import CondAttribution
 from crp.composites import AttnLRP
 from crp.concepts import AxisConcept
-from crp.visualization import FeatureVisualization, Texts, write_report
-from crp.visualization.report import Finding
+from crp.outputs import Position
+from crp.visualization import FeatureVisualization, Table, Texts, write_report
+from crp.visualization.report import Finding, text_atlas
+from crp.visualization.report.addresses import slug
+from crp.visualization.report.options import Tile
+from crp.visualization.report.render import percent
+from crp.visualization.table.ranking import class_means, list_targets
 
 LAYERS = {"transformer.h.0.attn.c_proj.input": AxisConcept(-1, 2), "transformer.h.1.ln_2": AxisConcept(-1)}
 #: What ids stand for, as bad as can be.
@@ -93,14 +99,16 @@ def test_every_page_is_there_and_links_to_pages_that_are(atlas: Path, fv: Featur
         seen = Seen((folder / page).read_text(encoding="utf-8"))
         for link in seen.links:
             assert (folder / page).parent.joinpath(link.partition("#")[0]).resolve().is_file() or link == "#main", link
-    assert not (folder / "search.html").exists() and not list(folder.rglob("*.png"))
+    assert len([page for page in pages if page.startswith("class/")]) == len(list_targets(Table.open(fv.path)))
+    assert not (folder / "suspects.html").exists() and not list(folder.rglob("*.png"))
 
 
 def test_hostile_texts_and_names_stay_text(atlas: Path) -> None:
     for page in atlas.parent.rglob("*.html"):
         content = page.read_text(encoding="utf-8")
         assert not {"\x00", "\u202e"} & set(content)
-        assert content.count("<script") == 1 and "<b>one</b>" not in content
+        assert content.count("<script") == 1 + (page.name == "search.html")
+        assert page.name == "search.html" or "<b>one</b>" not in content
         assert "49" not in re.findall(r"\{\{.*?\}\}", content)
         assert Seen(content).tags & {"img", "iframe", "object"} == set()
 
@@ -125,8 +133,6 @@ def test_a_text_is_coloured_by_the_relevance_of_its_tokens(atlas: Path, fv: Feat
 
 
 def fv_condition(target: int) -> dict[str, Any]:
-    from crp.outputs import Position
-
     return {"y": Position(-1, target)}
 
 
@@ -137,11 +143,79 @@ def test_what_is_there_is_kept_and_one_file_holds_all(fv: FeatureVisualization, 
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.html")}
     one = written(fv, tmp_path / "one.html", layers=["transformer.h.1.ln_2"])
     content = one.read_text(encoding="utf-8")
-    assert content.count('class="page') == 1 + 1 + 8 + len({*re.findall(r'id="sample/(\d+)', content)})
-    with pytest.raises(ValueError, match="findings and classes have no pages in an atlas of texts"):
-        written(fv, tmp_path / "b", findings=[Finding("a", [])])
-    with pytest.raises(ValueError, match="an atlas of texts is written by one process"):
-        written(fv, tmp_path / "b", part=(0, 2))
+    numbers = [len({*re.findall(rf'id="{part}/(\d+)', content)}) for part in ("sample", "class")]
+    assert content.count('class="page') == 1 + 1 + 1 + 8 + sum(numbers)
+    pictured = Finding("a", [], tiles=[("b", [Tile(b"", b"", "", "")])])
+    with pytest.raises(ValueError, match="finding 'a' has pictures, and an atlas of texts shows none"):
+        written(fv, tmp_path / "b", findings=[pictured])
+
+
+def test_a_class_shows_its_concepts_and_texts_and_findings_are_said(fv: FeatureVisualization, tmp_path: Path) -> None:
+    targets = [int(target) for target in list_targets(Table.open(fv.path))]
+    said = Finding(
+        "<i>Copies</i>", ["It reads one token."], [("3", "heads")], concept=(targets[0], next(iter(LAYERS)), 1)
+    )
+    folder = written(fv, tmp_path / "out", classes=targets[:2], findings=[said], n_concepts=2).parent
+    assert sorted(page.stem for page in (folder / "class").glob("*.html")) == sorted(map(str, targets[:2]))
+    first = (folder / "index.html").read_text(encoding="utf-8")
+    assert (
+        "&lt;i&gt;Copies&lt;/i&gt;" in first and "It reads one token." in first and f"class/{targets[1]}.html" in first
+    )
+    facts = {layer: class_means(Table.open(fv.path), layer, normed=True) for layer in LAYERS}
+    for row, target in enumerate(targets[:2]):
+        page = (folder / "class" / f"{target}.html").read_text(encoding="utf-8")
+        for layer, means in facts.items():
+            best = np.argsort(-means.value[row], kind="stable")[:2]
+            wanted = [int(concept) for concept in best if means.value[row, concept] > 0]
+            found = re.findall(rf'href="\.\./concept/{slug(layer)}/(\d+)\.html"', page)
+            assert list(dict.fromkeys(map(int, found))) == wanted
+            assert all(percent(float(means.value[row, concept])) in page for concept in wanted)
+
+
+def test_parts_are_drawn_apart_and_nothing_twice(
+    fv: FeatureVisualization, atlas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    compute = text_atlas.text_heatmaps
+    monkeypatch.setattr(
+        text_atlas, "text_heatmaps", lambda *args: computed.append(len(args[2])) or compute(*args)
+    )  # fmt: skip
+    names = {"concept_names": {(next(iter(LAYERS)), 1): "<b>one</b>"}}
+    for part in (0, 1):
+        assert written(fv, tmp_path / "out", part=(part, 2), **names) == tmp_path / "out"
+    assert not list((tmp_path / "out").glob("*.html"))
+    n_texts = len(computed)
+    written(fv, tmp_path / "out", **names)
+    assert len(computed) == n_texts == len(list((atlas.parent / "sample").glob("*.html")))
+    for page in atlas.parent.rglob("*.html"):
+        assert page.read_bytes() == (tmp_path / "out" / page.relative_to(atlas.parent)).read_bytes()
+    one = next((tmp_path / "out" / "maps" / "texts").glob("*.json"))
+    one.write_text("{}")
+    written(fv, tmp_path / "out", **names)
+    assert len(computed) == n_texts + 1
+    written(fv, tmp_path / "out", n_references=1, **{**names, "layers": ["transformer.h.1.ln_2"]})
+    left = {page.stem for page in (tmp_path / "out" / "sample").glob("*.html")}
+    assert left == {page.stem for page in (tmp_path / "out" / "maps" / "texts").glob("*.json")}
+
+
+def test_positions_of_a_text_share_a_forward_pass(tmp_path: Path) -> None:
+    texts = Texts(texts_of_ids(3), Letters(), position="each")
+    fv = FeatureVisualization(CondAttribution(model_of("gpt2")), texts, LAYERS, path=tmp_path / "mined")
+    fv.run(AttnLRP(), batch_size=4, progress=False)
+    passes: list[int] = []
+    fv.attribution.model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    page = written(fv, tmp_path / "out", n_references=8)
+    assert sum(passes) == 3
+    for sample in (page.parent / "sample").glob("*.html"):
+        ids, label = texts[int(sample.stem)]
+        at = int((ids[-1] == 2).nonzero())
+        data = {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])}
+        heat = fv.attribution(data, [{"y": Position(at, label)}], AttnLRP()).heatmap[0]
+        words = Seen(sample.read_text(encoding="utf-8")).texts[0]
+        strengths = [re.findall(r"\b[pn](\d+)", kind) for _, kind in words]
+        assert [int(found[0]) if found else 0 for found in strengths] == [
+            round(20 * abs(value)) for value in (heat / heat.abs().max()).tolist()
+        ]
 
 
 def test_the_command_writes_pages_of_a_table_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +231,8 @@ def test_the_command_writes_pages_of_a_table_of_texts(tmp_path: Path, monkeypatc
     words = ["--model", "reading:net", "--data", "reading:words", "--tokenizer", "reading:letters", "--out", "table"]
     result = crp("mine", *words, "--layers", "bert.encoder.layer.0.intermediate", "--composite", "cp_lrp", "--quiet")
     assert result.exit_code == 0, result.output
+    result = crp("report", "table", "--references", "2", "--quiet", "--part", "0/2")
+    assert result.exit_code == 0 and not Path("table/atlas/index.html").exists(), result.output
     result = crp("report", "table", "--references", "2", "--quiet")
     assert result.exit_code == 0, result.output
     page = next(Path("table/atlas/concept").rglob("0.html")).read_text(encoding="utf-8")

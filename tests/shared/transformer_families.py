@@ -22,7 +22,7 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor, **more: Any) -> Tensor:
         output = self.model(**{self.key: x}, **self.others, **more)
-        logits = output.logits if hasattr(output, "logits") else output.last_hidden_state[:, 0]
+        logits = getattr(output, "logits", getattr(output, "image_embeds", None))
         return logits[:, -1] if logits.dim() > 2 else logits
 
 
@@ -130,6 +130,11 @@ _SMALL = {
 _GROUPED = {"num_key_value_heads": 1, "head_dim": 4}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 _VISION = {"image_size": 8, "patch_size": 4, "num_labels": 5}
+_SIGLIP = {
+    "num_labels": 5,
+    "vision_config": {"image_size": 8, "patch_size": 4, "hidden_size": 8, "intermediate_size": 12,
+                      "num_hidden_layers": 2, "num_attention_heads": 2},
+}  # fmt: skip
 #: Names of model and configuration, and what the configuration differs in from `_SMALL`.
 _LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16}),
@@ -161,7 +166,33 @@ _LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ModernBertConfig",
         {"num_labels": 5, "cls_token_id": 1, "sep_token_id": 2, "attn_implementation": "sdpa"},
     ),
-}
+    # relative positions in products of their own, shared layers, two streams; projections in one, parallel blocks
+    "deberta_v2": (
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        {"num_labels": 5, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
+    ),
+    "albert": ("AlbertForSequenceClassification", "AlbertConfig", {"num_labels": 5, "embedding_size": 8}),
+    "electra": ("ElectraForSequenceClassification", "ElectraConfig", {"num_labels": 5, "embedding_size": 8}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", {"multi_query": True, "num_kv_heads": 1}),
+    "mpt": ("MptForCausalLM", "MptConfig", {"d_model": 8, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2}),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", {"n_embd": 8, "n_layer": 2, "n_head": 2, "rotary_dim": 4}),
+    "cohere2": ("Cohere2ForCausalLM", "Cohere2Config", _GROUPED),
+    # keys and values of low rank with experts; linear attention; scans of states, one by masks of minus infinity
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4,
+         "num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+         "moe_intermediate_size": 8, "num_key_value_heads": 2},
+    ),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {"state_size": 4, "num_heads": 4, "head_dim": 4, "n_groups": 1, "expand": 2, "chunk_size": 4},
+    ),
+    "rwkv": ("RwkvForCausalLM", "RwkvConfig", {"attention_hidden_size": 8}),
+}  # fmt: skip
 _PICTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "hf_vit": ("ViTForImageClassification", "ViTConfig", _VISION, 8),
     "hf_deit": ("DeiTForImageClassification", "DeiTConfig", _VISION, 8),
@@ -173,6 +204,9 @@ _PICTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
         16,
     ),
     "hf_dinov2": ("Dinov2ForImageClassification", "Dinov2Config", {**_VISION, "mlp_ratio": 2}, 8),
+    "hf_beit": ("BeitForImageClassification", "BeitConfig", {**_VISION, "use_relative_position_bias": True}, 8),
+    "hf_clip_vision": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**_VISION, "projection_dim": 5}, 8),
+    "hf_siglip_vision": ("SiglipForImageClassification", "SiglipConfig", _SIGLIP, 8),
 }  # fmt: skip
 
 
@@ -180,6 +214,8 @@ def _of_hugging_face(model: str, config: str, own: dict[str, Any], key: str, **o
     import transformers
 
     common = {} if "depths" in own else _SMALL
+    if "vision_config" in own:
+        common = {}
     if "num_experts_per_tok" in own or "num_local_experts" in own:  # (the grouped kernel has no float64)
         common = common | {"experts_implementation": "eager"}
     built = getattr(transformers, model)(getattr(transformers, config)(**common | own))

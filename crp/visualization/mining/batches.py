@@ -22,7 +22,7 @@ from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.scores import Scoring, Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
-from crp.visualization.mining.text_batches import Asked, Filling
+from crp.visualization.mining.text_batches import Asked, Filling, end_of_texts, whole_texts
 from crp.visualization.mining.transfers import Transfers
 from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
@@ -78,10 +78,10 @@ def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
     for start, stop in ranges:
         while start < stop:
             end = min(stop, (start // job.shard_size + 1) * job.shard_size)
-            for begin in range(start, end, job.options.batch_size):
-                last = min(begin + job.options.batch_size, end)
-                yield begin, last, last == end
-            start = end
+            while start < end:
+                last = end_of_texts(job.dataset, job.texts, start, end, job.options.batch_size)
+                yield start, last, last == end
+                start = last
 
 
 @dataclass
@@ -172,10 +172,14 @@ class _Batch:
             return []
         if self._job.targets != "label":
             self._targets |= self._choose(indices, data, finite)
-        units = self._get_units([self._targets[index] for index in indices])
+        units = self._get_units([self._targets[index] for index in indices], indices)
         first = not self._state.limit.works
         scoring, transfers = self._state.scoring, self._state.transfers
-        compute = partial(score_unit, self._job, scoring, transfers, data, indices, finite=finite, check=first)
+        score = partial(score_unit, self._job, scoring, transfers, data, indices, finite=finite, check=first)
+
+        def compute(unit: Unit) -> UnitScores:
+            return score(unit=unit, at_once=self._state.limit.rows if _shares_texts(self._job) else None)
+
         scores = self._in_parts(units, indices, partial(_blame_data, compute, finite))
         self._state.limit.works |= bool(scores)
         return scores
@@ -228,7 +232,8 @@ class _Batch:
             found = choose_targets(self._job.targets, self._job.attribution, asked)
             return [(indices[place], targets) for place, targets in zip(places, found, strict=True)]
 
-        parts = self._in_parts(self._get_units([[-1]] * len(indices)), indices, partial(_blame_data, chosen, finite))
+        units = self._get_units([[-1]] * len(indices), indices)
+        parts = self._in_parts(units, indices, partial(_blame_data, chosen, finite))
         found: dict[int, list[int]] = {index: [] for index in indices}
         return found | dict(pair for part in parts for pair in part)
 
@@ -272,7 +277,7 @@ class _Batch:
         reason = f"its shape is {shape}, {dtype}; that of the first sample is {shape_asked or 'any'}, {dtype_asked}"
         return reason + ("; mixed_shapes=True (--mixed-shapes) mines them, too" if dtype == dtype_asked else "")
 
-    def _get_units(self, targets: list[list[int]]) -> list[Unit]:
+    def _get_units(self, targets: list[list[int]], indices: Sequence[int]) -> list[Unit]:
         """Units, each attributed in one call: samples with equally many targets share a forward pass."""
         units: list[Unit] = []
         keeps, size = keeps_graph(self._job.composite), self._state.limit.rows
@@ -281,8 +286,8 @@ class _Batch:
             # A graph that is kept serves one target after the other: memory holds the samples. Else it holds all rows.
             width = n if keeps else min(n, size)
             height = size if keeps else max(size // width, 1)
-            for first in range(0, len(alike), height):
-                places = alike[first : first + height]
+            texts = self._job.texts if _shares_texts(self._job) else None
+            for places in whole_texts(self._job.dataset, texts, alike, indices, height):
                 units += [[(place, targets[place][i : i + width]) for place in places] for i in range(0, n, width)]
         return units
 
@@ -311,6 +316,8 @@ class _Batch:
             todo += halves[::-1]
             if is_memory:
                 held = len(halves[1]) if keeps_graph(self._job.composite) else sum(len(t) for _, t in halves[1])
+                if _shares_texts(self._job):  # (a text may have more positions than go back at once)
+                    held = min(held, -(-self._state.limit.rows // 2))
                 self._state.limit.rows = min(self._state.limit.rows, held)
                 torch.cuda.empty_cache()
         failures.sort(key=operator.itemgetter(0, 1))
@@ -329,6 +336,11 @@ class _Batch:
                 name, _, layer = key.partition("/")
                 for index in arrays["sample"][~np.isfinite(norm)].tolist():
                     self._problems.setdefault(index, f"its {name.partition('.')[0]} at layer {layer!r} is not finite")
+
+
+def _shares_texts(job: Job) -> bool:
+    """Whether rows of several positions of a text go back through one forward pass, so many at a time."""
+    return job.texts is not None and job.texts.position == "each" and keeps_graph(job.composite)
 
 
 def _halved(unit: Unit) -> tuple[Unit, Unit]:

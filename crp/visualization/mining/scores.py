@@ -107,8 +107,9 @@ class Scoring:
         n_samples: int,
         lengths: Sequence[int] | None = None,
         check: bool = False,
+        first: int = 0,
     ) -> dict[str, Tensor]:
-        """Columns of one target of each sample; what the model predicts is among them if activations are there.
+        """Columns of some rows; what the model predicts is among them if activations are there.
 
         Parameters
         ----------
@@ -117,10 +118,13 @@ class Scoring:
         output : Tensor
             What is explained.
         n_samples : int
+            Rows with activations.
         lengths : sequence of int, optional
             Of texts.
         check : bool
             Whether concepts that contradict themselves are an error.
+        first : int
+            Sample of the first row.
         """
         found = {}
         if "activation" in recorded:
@@ -130,7 +134,7 @@ class Scoring:
             if layer not in recorded[mode]:
                 raise InputError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")
             values = recorded[mode][layer]
-            found |= _get_columns(self._concepts[layer], values, layer, mode, self._kinds, check, lengths)
+            found |= _get_columns(self._concepts[layer], values, layer, mode, self._kinds, check, lengths, first)
         return found
 
     def package(self, slots: Sequence[Mapping[str, Tensor]]) -> Package:
@@ -160,6 +164,7 @@ def score_unit(
     unit: Unit,
     finite: Tensor | None,
     check: bool,
+    at_once: int | None = None,
 ) -> UnitScores:
     """Attribute and score the rows of a unit; nothing waits for the device.
 
@@ -177,6 +182,8 @@ def score_unit(
         Fetched together with the scores.
     check : bool
         Whether concepts that contradict themselves are an error.
+    at_once : int, optional
+        Rows that are sent back together, at most.
     """
     places = [place for place, _ in unit]
     batch = data if places == list(range(len(data))) else data[places]
@@ -185,14 +192,15 @@ def score_unit(
     asked = Asked.of(batch, job.texts)
     # (channels, which alone can be recorded, need no check)
     reading = scoring if scoring.can_be_recorded and len(targets[0]) == 1 else None
-    columns, package = [], None
-    for recorded, output in _get_recorded(job, asked, targets, reading):
+    columns, package, first = [], None, 0
+    for recorded, output, n_rows in _get_recorded(job, asked, targets, reading, at_once):
         if isinstance(recorded, Tensor):
             package = scoring.recorded(recorded, len(batch))
             break
-        if asked.positions is not None and isinstance(output, Tensor):
-            output = asked.chosen(output[: len(batch)])
-        columns.append(scoring.columns(recorded, output, len(batch), asked.lengths, check))
+        # (of what does not depend on the target, the first target of each sample tells)
+        n_new = max(0, min(n_rows, len(batch) - first))
+        columns.append(scoring.columns(recorded, output, n_new, asked.lengths, check, first))
+        first += n_rows
     flags = [] if finite is None else [pack({FINITE: finite})]
     sample = np.array([indices[place] for place in places], np.int64)
     slots = np.array([of_sample for _, of_sample in unit], np.int64).T
@@ -200,28 +208,36 @@ def score_unit(
 
 
 def _get_recorded(
-    job: Job, asked: Asked, targets: list[list[int]], reading: Scoring | None
-) -> Iterator[tuple[Recorded | Tensor, Any]]:
-    """Relevance of layers, one target after the other; the first also comes with their activation, and the output.
+    job: Job, asked: Asked, targets: list[list[int]], reading: Scoring | None, at_once: int | None
+) -> Iterator[tuple[Recorded | Tensor, Any, int]]:
+    """Relevance of layers for so many rows, one target of each sample after the other.
 
-    Or what was read of them, where a replay gave it.
+    Rows of the first target also come with their activation, and with the output. Or what was read of them, where a
+    replay gave it.
     """
     layers, device = list(job.concepts), job.options.on_device
     if "relevance" not in job.header.modes and not calls_itself(job.attribution):
         found, output = record_activations(job.attribution, asked, job.composite, layers, device)
-        yield {"activation": found}, output
+        output = asked.chosen(output) if isinstance(output, Tensor) else output
+        yield {"activation": found}, output, asked.n_samples
         return
     reads = any(type(concept) is not ChannelConcept for concept in job.concepts.values())
     results = attribute_targets(
-        job.attribution, asked, targets, job.composite, layers, device, multipliers=reads, reading=reading
-    )
-    for number, result in enumerate(results):
+        job.attribution, asked, targets, job.composite, layers, device, multipliers=reads, reading=reading,
+        at_once=at_once,
+    )  # fmt: skip
+    done = 0
+    for result in results:
         if result.reading is not None:
-            yield result.reading, None
+            yield result.reading, None, asked.n_samples
             continue
-        activations = {layer: every[: asked.n_samples] for layer, every in result.activations.items()}
-        relevances = {layer: LayerValues.of(result, layer) for layer in result.relevances}
-        yield {"relevance": relevances} | ({} if number else {"activation": activations}), result.prediction
+        n_rows, n_new, output = len(result.prediction), max(0, asked.n_samples - done), result.prediction
+        recorded: dict[str, Any] = {"relevance": {layer: LayerValues.of(result, layer) for layer in result.relevances}}
+        if n_new:
+            recorded["activation"] = {layer: every[:n_new] for layer, every in result.activations.items()}
+            output = asked.chosen_of_rows(output[:n_new], done)
+        yield recorded, output, n_rows
+        done += n_rows
 
 
 @torch.no_grad()
@@ -233,13 +249,14 @@ def _get_columns(
     kinds: Sequence[str],
     check: bool,
     lengths: Sequence[int] | None,
+    first: int,
 ) -> dict[str, Tensor]:
     n_rows = len(values if isinstance(values, Tensor) else values.relevance)
     # (each check waits for the device; channels are what masks of channels let through)
     if check and not isinstance(values, Tensor) and type(concept) is not ChannelConcept:
         check_concept(concept, values, layer)
     if lengths is not None:
-        scores = token_scores(concept, values, layer, lengths, check)
+        scores = token_scores(concept, values, layer, lengths, check, first)
     elif isinstance(values, Tensor):
         scores = activation_scores(concept, values, layer)
     else:

@@ -167,7 +167,8 @@ def record_activations(
                 returned.append(output)
 
         with hooked({model: keep}):
-            found = record_outputs(model, asked.run, asked.n_samples, layers)
+            found = record_outputs(model, asked.run, asked.n_texts, layers)
+    found = {layer: asked.of_samples(outputs) for layer, outputs in found.items()}
     output = None
     with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
         output = attribution.select_output(returned[-1])
@@ -213,8 +214,9 @@ def attribute_targets(
     on_device: torch.device | str | None = None,
     multipliers: bool = False,
     reading: Reading | None = None,
+    at_once: int | None = None,
 ) -> Iterator[AttributionResults]:
-    """Attribute several targets of every sample; each sample takes part in one forward pass.
+    """Attribute several targets of every sample; each text or other sample takes part in one forward pass.
 
     Whether the data are finite is for the caller to find out.
 
@@ -232,11 +234,13 @@ def attribute_targets(
         Whether results keep multipliers, which not all concepts read.
     reading : callable, optional
         What is read of each result, if a replay gives it.
+    at_once : int, optional
+        Rows that are sent back together, at most, where the graph is kept; all samples by default.
 
     Yields
     ------
     AttributionResults
-        First target of every sample, second target of every sample, ...; some such groups of rows at a time. Only an
+        First target of every sample, second target of every sample, ...; some of these rows at a time. Only an
         attribution with a ``__call__`` or a ``broadcast`` of its own needs a forward pass for each.
 
     Raises
@@ -252,7 +256,7 @@ def attribute_targets(
     if calls_itself(attribution) or type(attribution).broadcast is not CondAttribution.broadcast:
         for slot in slots:
             yield check_one_entry(
-                attribution(data, slot, composite, layers, on_device=on_device, exclude_parallel=False)
+                attribution(asked.paired(), slot, composite, layers, on_device=on_device, exclude_parallel=False)
             )
         return
     # Multipliers would be a second copy from the device, which scores of channels do not need.
@@ -261,8 +265,10 @@ def attribute_targets(
         multipliers=multipliers, as_computed=attribution.device.type == "cuda", finite=False, reading=reading,
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
-    rows = Rows.of(list(range(asked.n_samples)) * len(slots), [condition for slot in slots for condition in slot])
-    at_once = asked.n_samples if keeps_graph(composite) else len(rows)
+    rows = Rows.of(asked.columns * len(slots), [condition for slot in slots for condition in slot])
+    # (a long text with many positions is sent back in parts of about the same size)
+    n_parts = -(-asked.n_samples // (at_once or asked.n_samples))
+    at_once = -(-asked.n_samples // n_parts) if keeps_graph(composite) else len(rows)
     # (`map` keeps no result while the next one is computed)
     yield from map(check_one_entry, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
 

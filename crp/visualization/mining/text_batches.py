@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,10 +21,13 @@ from crp.engine.conditions import Position
 from crp.errors import ConceptError, InputError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Sample
-from crp.visualization.mining.texts import EXPLAINED, Texts
+from crp.visualization.mining.texts import EXPLAINED, Texts, place_in
 
 #: By how much outputs may differ, as a share of the largest, that are the same but for rounding.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+#: Batches that a text may fill, whose positions share a forward pass; a longer one has further ones.
+_LONGEST = 16
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,16 @@ class Asked:
         Number of tokens of each text; None for samples that are no texts.
     positions : tuple of int, or None
         Token of each text whose prediction is explained; None where the output is (batch, classes).
+    texts : tuple of int, or None
+        Entry of the data for each sample: samples of several positions of a text share one, and with it a forward pass.
+        None where each sample has its own.
     """
 
     data: Any
     n_samples: int
     lengths: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
+    texts: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, batch: Tensor, texts: Texts | None, *, filled: bool = False) -> Asked:
@@ -57,9 +66,31 @@ class Asked:
         lengths = (kinds > 0).sum(1).tolist()
         names, named = texts.form
         length = batch.shape[-1] if filled else max(lengths)
-        fields = {name: batch[:, row, :length].contiguous() for row, name in enumerate(names)}
         positions = None if texts.position is None else tuple((kinds == EXPLAINED).int().argmax(1).tolist())
-        return cls(fields if named else fields["input_ids"], len(batch), tuple(lengths), positions)
+        shared = _shared_texts(batch) if texts.position == "each" else None
+        own = batch if shared is None else batch[[shared.index(text) for text in range(shared[-1] + 1)]]
+        fields = {name: own[:, row, :length].contiguous() for row, name in enumerate(names)}
+        return cls(fields if named else fields["input_ids"], len(batch), tuple(lengths), positions, shared)
+
+    @property
+    def n_texts(self) -> int:
+        """Number of entries of the data."""
+        return self.n_samples if self.texts is None else self.texts[-1] + 1
+
+    @property
+    def columns(self) -> list[int]:
+        """Entry of the data for each sample."""
+        return list(range(self.n_samples) if self.texts is None else self.texts)
+
+    def of_samples(self, tensor: Tensor) -> Tensor:
+        """Entries of each sample, from those of the data."""
+        return tensor if self.texts is None else tensor[self.columns]
+
+    def paired(self) -> Any:
+        """The data with an entry for each sample."""
+        if isinstance(self.data, Mapping):
+            return {name: self.of_samples(field) for name, field in self.data.items()}
+        return self.of_samples(self.data)
 
     def condition(self, name: str, place: int, targets: Sequence[int]) -> dict[str, Any]:
         """Condition whose relevance starts at classes of a sample; of a language model, at tokens at its position."""
@@ -90,12 +121,61 @@ class Asked:
         """
         if self.positions is None:
             return output
-        if output.dim() != 3 or len(output) != self.n_samples:
+        if output.dim() != 3 or len(output) != self.n_texts:
             raise InputError(
                 f"the output has shape {tuple(output.shape)}, and that of a language model is (samples, positions, "
                 "vocabulary); Texts(..., position=None) is for classifiers"
             )
-        return output[torch.arange(self.n_samples, device=output.device), list(self.positions)]
+        return output[self.columns, list(self.positions)]
+
+    def chosen_of_rows(self, output: Tensor, first: int) -> Tensor:
+        """The same of rows that have the output of their text each; the first is of this sample."""
+        if self.positions is None:
+            return output
+        rows = list(range(len(output)))
+        return output[rows, [self.positions[first + row] for row in rows]]
+
+
+def end_of_texts(dataset: Any, texts: Texts | None, begin: int, end: int, size: int) -> int:
+    """Where a batch of so many samples ends: of texts with several positions, where a text does, which stay together.
+
+    A text with more positions than a batch has samples is a batch by itself.
+    """
+    last = min(begin + size, end)
+    if last == end or texts is None or texts.position != "each":
+        return last
+    of, first = partial(place_in, dataset), last
+    while first > begin and of(first - 1) == of(last):
+        first -= 1
+    while first == begin and last < min(begin + _LONGEST * size, end) and of(last) == of(begin):
+        last += 1
+    return first if first > begin else last
+
+
+def whole_texts(
+    dataset: Any, texts: Texts | None, places: list[int], indices: Sequence[int], size: int
+) -> list[list[int]]:
+    """Parts of at most so many places of a batch; those of one text, whose rows share a forward pass, stay together.
+
+    ``indices`` are the samples in all places.
+    """
+    if texts is None or texts.position != "each":
+        return [places[first : first + size] for first in range(0, len(places), size)]
+    parts: list[list[int]] = []
+    for _, text in groupby(places, lambda place: place_in(dataset, indices[place])):
+        of_text = list(text)
+        if parts and len(parts[-1]) + len(of_text) <= size:
+            parts[-1] += of_text
+        else:
+            parts.append(of_text)
+    return parts
+
+
+def _shared_texts(batch: Tensor) -> tuple[int, ...]:
+    """Number of each sample's text, of which neighbours that differ only in what is explained are the same."""
+    kinds = batch[:, -1] > 0
+    same = (batch[1:, :-1] == batch[:-1, :-1]).flatten(1).all(1) & (kinds[1:] == kinds[:-1]).all(1)
+    return (0, *(~same).cumsum(0).tolist())
 
 
 class Filling:
@@ -161,7 +241,7 @@ class Filling:
 
 
 def token_scores(
-    concept: Concept, values: Tensor | LayerValues, layer: str, lengths: Sequence[int], check: bool
+    concept: Concept, values: Tensor | LayerValues, layer: str, lengths: Sequence[int], check: bool, first: int = 0
 ) -> ConceptScores:
     """Sum and largest value over the tokens of a text, and the token of the largest, for every concept.
 
@@ -174,9 +254,11 @@ def token_scores(
         Layers of shape (rows, features), behind the tokens, have one score.
     layer : str
     lengths : sequence of int
-        Tokens of each sample; the rows are those of all samples, once or several times.
+        Tokens of each sample; the rows are those of one sample after the other, and of the first one again.
     check : bool
         Whether to look if concepts lie along another axis than the tokens.
+    first : int
+        Sample of the first row.
 
     Raises
     ------
@@ -185,7 +267,7 @@ def token_scores(
     """
     like = values if isinstance(values, Tensor) else values.relevance
     n_rows, tokens = len(like), max(lengths)
-    of_rows = list(lengths) * (n_rows // len(lengths))
+    of_rows = [lengths[(first + row) % len(lengths)] for row in range(n_rows)]
     if like.dim() > 2 and like.shape[1] != tokens:
         raise ConceptError(
             f"layer {layer!r} gives {tuple(like.shape)} for texts of up to {tokens} tokens; concepts of texts are read "

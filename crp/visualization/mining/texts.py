@@ -126,7 +126,11 @@ class Texts:
 
     def source(self, index: int) -> Source | None:
         """File of a text, where the dataset tells it."""
-        return source_of(self.dataset, index if self._places is None else self._places[index][0])
+        return source_of(self.dataset, self.place(index))
+
+    def place(self, index: int) -> int:
+        """Which text of the dataset a sample is of; those of several positions share one."""
+        return index if self._places is None else self._places[index][0]
 
     def words(self, index: int) -> Words:
         """Tokens of a sample as they are shown."""
@@ -223,10 +227,20 @@ def texts_in(dataset: Any) -> Texts | None:
 
 def words_in(dataset: Any, index: int) -> Words:
     """Words of a sample of a dataset of texts, which may be behind a `torch.utils.data.Subset`."""
+    texts, inside = _behind(dataset, index)
+    return texts.words(inside)
+
+
+def place_in(dataset: Any, index: int) -> int:
+    """Which text a sample of such a dataset is of."""
+    texts, inside = _behind(dataset, index)
+    return texts.place(inside)
+
+
+def _behind(dataset: Any, index: int) -> tuple[Texts, int]:
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, int(dataset.indices[index])
-    words: Words = dataset.words(index)
-    return words
+    return dataset, index
 
 
 def words_of(tokenizer: Any, ids: Sequence[int], text: str | None) -> tuple[tuple[str, ...], frozenset[int]]:

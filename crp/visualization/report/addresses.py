@@ -72,6 +72,11 @@ class Addresses:
         return f"maps/samples/{sample}.{target}.png"
 
     @staticmethod
+    def text_maps(sample: int) -> str:
+        """Heatmaps of a text."""
+        return f"maps/texts/{sample}.json"
+
+    @staticmethod
     def picture(content: bytes, suffix: str) -> str:
         """Picture, named after its content, so that none is stored twice."""
         return f"pictures/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"

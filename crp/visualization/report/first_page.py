@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
     page = {
         "title": atlas.options.title,
         "lead": atlas.options.lead,
-        "findings": [_finding(atlas, one) for one in atlas.options.findings],
+        "findings": [finding_of(one, atlas.addresses, atlas.drawer.store) for one in atlas.options.findings],
         "figures": [
             (f"{len(atlas.class_names)}", "classes"),
             (f"{len(atlas.facts)}", "layers"),
@@ -109,20 +109,21 @@ def _suspects(atlas: Atlas) -> list[Shown]:
     return found
 
 
-def _finding(atlas: Atlas, finding: Finding) -> dict[str, Any]:
+def finding_of(finding: Finding, addresses: Addresses, store: Callable[[bytes, str], str]) -> dict[str, Any]:
+    """Content of a finding; ``store`` keeps its pictures, and tells where."""
     tiles = []
     for heading, group in finding.tiles:
         shown = [
             {
-                "sample": atlas.drawer.store(one.sample, "png"),
-                "heatmap": atlas.drawer.store(one.heatmap, "png"),
+                "sample": store(one.sample, "png"),
+                "heatmap": store(one.heatmap, "png"),
                 "caption": one.caption,
                 "alt": one.tip or f"{heading}, {number}",
             }
             for number, one in enumerate(group, start=1)
         ]
         tiles.append((heading, shown))
-    href = "" if finding.concept is None else atlas.addresses.concept(*finding.concept[1:])
+    href = "" if finding.concept is None else addresses.concept(*finding.concept[1:])
     return {
         "title": finding.title,
         "text": finding.text,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from markupsafe import Markup
 
 from crp.visualization.report.addresses import Addresses, slug
+from crp.visualization.report.class_pages import class_layers, class_page
 from crp.visualization.report.drawing import Drawer, Drawn, picture_file
 from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.render import Renderer, percent
+from crp.visualization.report.search import write_search
 from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
 from crp.visualization.table.manifest import Array
@@ -201,7 +201,11 @@ class Atlas:
         for target in self.class_names:
             self._write_class(target)
         self._write_suspects()
-        self._write_search()
+        names = {sample: self.sample_names[sample] for sample in self.sample_rows}
+        write_search(
+            self.renderer, self.addresses, self.facts, self.class_names, names, self.options.concept_names,
+            self.kept.texts(),
+        )  # fmt: skip
 
     def _write_layer(self, layer: str) -> None:
         facts = self.facts[layer]
@@ -244,39 +248,23 @@ class Atlas:
 
     def _write_class(self, target: int) -> None:
         layers = []
-        for layer in reversed(list(self.facts)):
-            facts = self.facts[layer]
-            shares = np.array([facts.share(target, concept) for concept in range(facts.n_concepts)])
-            order = [int(c) for c in np.argsort(-shares, kind="stable") if shares[c] > 0][: self.options.n_concepts]
-            running, tiles = 0.0, []
-            for concept in order:
-                running += shares[concept]
-                lines = [(f"{percent(float(shares[concept]))}; so far {percent(running)}", "")]
-                label = self.label(layer, concept).removeprefix(f"{layer} · ")
-                tiles.append(self.card(layer, concept, label, lines, target))
-            note = f"{len(order)} of {facts.n_concepts} concepts carry {percent(running)} of the relevance of {{}}."
-            note = note.replace("{}", self.class_name(target))
+        for one in class_layers(self.facts, target, self.class_name(target), self.options.n_concepts):
+            tiles = []
+            for concept, _, line in one.concepts:
+                label = self.label(one.layer, concept).removeprefix(f"{one.layer} · ")
+                tiles.append(self.card(one.layer, concept, label, [(line, "")], target))
             shown = [tile for tile in tiles if tile is not None]
-            layers.append({"name": layer, "href": self.addresses.layer(layer), "note": note, "tiles": shown})
+            layers.append(
+                {"name": one.layer, "href": self.addresses.layer(one.layer), "note": one.note, "tiles": shown}
+            )
         samples = self._samples_of(target)
         suspects = [
             (self.label(one.layer, one.concept), self.addresses.concept(one.layer, one.concept), one.reason)
             for one in self.suspects
             if one.target == target
         ]
-        classes = list(self.class_names)
-        place = classes.index(target)
-        neighbours = [classes[place - 1] if place else None, classes[place + 1] if place + 1 < len(classes) else None]
-        turns = [None if t is None else (self.class_name(t), Addresses.label(t)) for t in neighbours]
-        rows = next(iter(self.facts.values())).shares
-        found = int(rows.rows[np.searchsorted(rows.targets, target)]) if target in rows.targets.tolist() else 0
         wrong = sum(any(kind == "bad" for _, kind in one.lines) for one in samples)
-        page = {
-            "name": self.class_name(target),
-            "trail": [("Atlas", "index.html"), (self.class_name(target), "")],
-            "before": turns[0],
-            "after": turns[1],
-            "lead": f"{found} samples. For each layer, the concepts that carry most of the class's relevance.",
+        page = class_page(self.facts, self.class_names, target, "samples") | {
             "layers": layers,
             "samples": samples[:SAMPLES],
             "samples_note": f"Those among the references, wrong predictions first ({wrong} of {len(samples)}).",
@@ -355,28 +343,3 @@ class Atlas:
                 )
         page = {"trail": [("Atlas", "index.html"), ("Suspects", "")], "suspects": shown}
         self.renderer.page("suspects.html", "suspects.html", "Suspects — concept atlas", page=page)
-
-    def _write_search(self) -> None:
-        to = self.renderer.from_first
-        index = {
-            "layers": [
-                [
-                    layer,
-                    to(self.addresses.layer(layer)),
-                    to(self.addresses.concept(layer, 0)).replace("/0.html", "/{}.html"),
-                    [round(float(share), 3) for share in facts.mean],
-                ]
-                for layer, facts in self.facts.items()
-            ],
-            "classes": [[name, to(Addresses.label(target))] for target, name in self.class_names.items()],
-            "names": {f"{layer}:{i}": name for (layer, i), name in self.options.concept_names.items()},
-            "texts": {f"{layer}:{i}": text for (layer, i), text in self.kept.texts().items()},
-            "samples": [[self.sample_names[sample], to(Addresses.sample(sample))] for sample in self.sample_rows],
-        }
-        text = json.dumps(index, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-        page = {
-            "trail": [("Atlas", "index.html"), ("Search", "")],
-            "layers": [(layer, self.addresses.layer(layer)) for layer in self.facts],
-            "index": Markup(text),
-        }
-        self.renderer.page("search.html", "search.html", "Search — concept atlas", page=page)

@@ -36,7 +36,8 @@ from crp.visualization.report.pages import Atlas
 from crp.visualization.report.render import Renderer, SingleRenderer
 from crp.visualization.report.spliced import unexplained_of
 from crp.visualization.report.suspects import find_suspects
-from crp.visualization.report.text_pages import TextAtlas, write_texts
+from crp.visualization.report.text_atlas import TextAtlas
+from crp.visualization.report.text_pages import write_texts
 from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
@@ -113,7 +114,7 @@ def _write(
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
     if fv.texts is not None:
-        return _write_texts(fv, composite, table, layers, names, folder, file, options)
+        return _write_texts(fv, composite, table, layers, {t: names[t] for t in shown}, folder, file, options)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
     facts = {layer: get_facts(table, layer, questions, options.counts) for layer in tqdm(layers, desc="Table", **bar)}
@@ -176,9 +177,12 @@ def _write_texts(
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     counts = options.counts | {"negative": 0}
     facts = {layer: get_facts(table, layer, questions, counts) for layer in layers}
-    atlas = TextAtlas(fv, composite, facts, _cells(facts, counts), names, options)
+    identity = _identity(table, composite)
+    atlas = TextAtlas(fv, composite, facts, _cells(facts, counts), names, options, folder, identity)
     best = _best_of_samples(table, layers, atlas.samples)
     atlas.draw(best, disable=not options.verbose, dynamic_ncols=True)
+    if options.part is not None:
+        return folder
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
     renderer = (
         Renderer(folder, footer, False, pictures=False)
@@ -187,7 +191,7 @@ def _write_texts(
     )
     first = write_texts(atlas, renderer, table, _description(composite), best)
     if file is None:
-        remove_others(folder, renderer.written)
+        remove_others(folder, renderer.written | atlas.used)
     return first
 
 
