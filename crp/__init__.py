@@ -8,14 +8,15 @@ Nothing is imported here, so that ``import crp`` is instant; import from the roo
 from typing import Any
 
 __version__ = "0.2.0"
-_ROOMS = {"explain": "explain", "methods": "explain", "attached": "engine.additions", "clear": "engine.additions"}
+_METHODS, _ADDITIONS = "attributors.explaining", "engine.additions"
+_HOMES = {"explain": _METHODS, "methods": _METHODS, "attached": _ADDITIONS, "clear": _ADDITIONS}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    found = getattr(importlib.import_module(f"crp.{_ROOMS[name]}"), name)
+    found = getattr(importlib.import_module(f"crp.{_HOMES[name]}"), name)
     globals()[name] = found
     return found

@@ -51,11 +51,11 @@ class CondAttribution:
     overwrite_data_grad : bool
         Whether each call replaces ``data.grad`` of data that requires a gradient, or adds to it.
     no_param_grad : bool
-        Kept for compatibility and without effect: parameters never take part in autograd during a call, and their
-        ``requires_grad`` is as before after it.
+        Kept for compatibility and without effect: parameters never take part in autograd during a call.
     output : callable, optional
         Tensor to explain as a function of what the model returns, such as ``lambda out: out["out"].mean((2, 3))``, or a
         list with a tensor for each sample; by default the model's output itself, or its ``logits``.
+        Its attribute ``exclusive``, if it has one, says whether classes exclude each other.
 
     Attributes
     ----------
@@ -105,9 +105,13 @@ class CondAttribution:
         self.device = check_device(device, "device") or parameter.device
         self.overwrite_data_grad, self.no_param_grad = overwrite_data_grad, no_param_grad
         self.output = output
-        self.replay = True
-        self.channels_last = True
+        self.replay = self.channels_last = True
         self._replayed = Replayed()
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a softmax of scores is a probability of classes: not where ``output`` has ``exclusive = False``."""
+        return bool(getattr(self.output, "exclusive", True))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, device={str(self.device)!r})"
@@ -283,11 +287,9 @@ class CondAttribution:
         return Call.plan(self.model, self.device, data, conditions, composite, *means)
 
     def _overrides(self) -> Overrides:
-        own = CondAttribution
+        own, select_output = CondAttribution, self.select_output
         return Overrides(
-            select_output=self.select_output
-            if self.output is not None
-            else _unless(own.select_output, self.select_output),
+            select_output=select_output if self.output is not None else _unless(own.select_output, select_output),
             relevance_init=_unless(own.relevance_init, self.relevance_init),
             heatmap_modifier=_unless(own.heatmap_modifier, self.heatmap_modifier),
             broadcast=_unless(own.broadcast, self.broadcast),
@@ -313,9 +315,7 @@ class CondAttribution:
         return initial_relevance(prediction, target_list, init_rel)
 
     def heatmap_modifier(self, data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
-        """Heatmap from ``data.grad``, the relevance of an input; override it for inputs without a channel axis.
-
-        Called once for each input that is explained.
+        """Heatmap from ``data.grad``, the relevance of one input; override it for inputs without a channel axis.
 
         Parameters
         ----------

@@ -78,7 +78,7 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     if isinstance(scored, Classes | Mask) and score != "output" and output.dim() > 1:
         if isinstance(target, Selected) and not target.exclusive:
             raise InputError(
-                f"score={score!r} is of classes that exclude each other, as those of output= do not; give score='output'"
+                f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"
             )
         output = probabilities(output) if score == "softmax" else log_probabilities(output)
     return target.score(output)

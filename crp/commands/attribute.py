@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="For machines: a list of JSON objects.")
 def methods_command(family: str | None, as_json: bool) -> None:
     """List all methods with their options and papers."""
-    from crp.explain import methods as known
+    from crp.attributors.explaining import methods as known
 
     families = sorted({method.family for method in known()})
     if family is not None and family not in families:
@@ -105,8 +105,8 @@ def attribute(
 
     crp attribute --text 'The capital of France is' --target ' Paris' --model hf:gpt2 --method attn_lrp --out why.html
     """
+    from crp.attributors.explaining import find_method
     from crp.commands.texts import Asking, explain_texts
-    from crp.explain import find_method
     from crp.visualization.models import load_model
 
     if bool(images) == bool(texts) or (images and (tokenizer or position or against)):
@@ -194,9 +194,9 @@ def _explain(
     """Explain one picture, and tell what the model says of it, in words and as data."""
     import torch
 
+    from crp.attributors.explaining import explain
     from crp.commands.panel import draw
     from crp.engine.probabilities import probabilities
-    from crp.explain import explain
     from crp.visualization.report.explained import ExplainedConcept, ExplainedPicture, write_explained
 
     try:
@@ -247,7 +247,7 @@ def _explain(
 
 def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:
     """Options of a method with those that the command chooses, and what is said of them."""
-    from crp.explain import find_method
+    from crp.attributors.explaining import find_method
 
     if find_method(method).options.get("layer") is ... and "layer" not in given:
         raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")

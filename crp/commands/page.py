@@ -30,7 +30,7 @@ def concepts_of_picture(
     asked: PageConcepts, method: str, loaded: Loaded, data: Tensor, target: int, given: Mapping[str, Any]
 ) -> tuple[str, list[ExplainedConcept]]:
     """Layer, and its concepts with their shares and heatmaps; none by a method that has no relevance of layers."""
-    from crp.explain import explain, find_method
+    from crp.attributors.explaining import explain, find_method
     from crp.visualization.mining.axes import concepts_of_channels
     from crp.visualization.mining.selection import list_layers
     from crp.visualization.report.explained import ExplainedConcept

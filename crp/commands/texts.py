@@ -69,7 +69,7 @@ def explain_texts(
     str
         What to tell of each text.
     """
-    from crp.explain import find_method
+    from crp.attributors.explaining import find_method
     from crp.image.texts import plot_texts, text_page
     from crp.visualization.mining.texts import Texts
     from crp.visualization.sources import load_tokenizer
@@ -127,8 +127,8 @@ def _explain(
     """A text with the relevance of its tokens, and what the model says of it."""
     import torch
 
+    from crp.attributors.explaining import explain
     from crp.engine.forward import tensor_in
-    from crp.explain import explain
     from crp.image.texts import TextHeatmap
     from crp.visualization.mining.text_batches import Asked
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, in_range
 from crp.concepts.scores import channels_in
-from crp.devices import send_to
 from crp.errors import InputTypeError
+from crp.layers.devices import send_to
 from crp.types import MaskFn
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crp.devices import is_recording
 from crp.errors import InputError
+from crp.layers.devices import is_recording
 
 
 class ConceptScores(NamedTuple):

@@ -10,12 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from crp.devices import send_to
 from crp.engine.conditions import Grid, Rows, row_index
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.masks import apply_masks
 from crp.engine.settings import Settings
 from crp.errors import StateError
+from crp.layers.devices import send_to
 from crp.notices import warn
 from crp.types import Condition, MaskFn
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.devices import send_to
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.layers.devices import send_to
 from crp.notices import warn
 from crp.outputs import Element, Pixels
 from crp.outputs import Position as Position

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.devices import send_to
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
 from crp.engine.taps import outputs_meant, tapped
 from crp.errors import InputError, InputTypeError
 from crp.layers import hooked, referencing
+from crp.layers.devices import send_to
 from crp.notices import warn
 from crp.types import AttributionResults, Sinks
 

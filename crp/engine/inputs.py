@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.devices import send_to
 from crp.engine.door import check_form, is_finite, misfit
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
 from crp.errors import CRPError, InputError, InputTypeError, NameNotFoundError
 from crp.layers import unwrap
+from crp.layers.devices import send_to
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 #: One input; a list of samples, of tensors without that axis; inputs by position, in a tuple, or by name. Other tensors

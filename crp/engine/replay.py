@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from crp.devices import recording
+from crp.layers.devices import recording
 
 Tensors: TypeAlias = dict[str, Tensor]
 #: A computation: tensors by name, from tensors by name.
@@ -56,7 +56,7 @@ class Recorder(Protocol):
         """Recording of a computation, and its outputs, which every replay overwrites."""
 
 
-class GraphRecorder:
+class _GraphRecorder:
     """Records CUDA graphs."""
 
     def record(self, run: Callable[[], Tensors]) -> tuple[Recording, Tensors]:
@@ -243,7 +243,7 @@ class Replays:
 
     def _record(self, entry: _Entry, compute: Run, inputs: Mapping[str, Tensor]) -> bool:
         """Record a computation; False where that is impossible, which is not tried again."""
-        recorder = self._recorder or GraphRecorder()
+        recorder = self._recorder or _GraphRecorder()
         static = {name: tensor.clone() for name, tensor in inputs.items()}
         try:
             with recording(), _no_warnings():

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.devices import send_to
 from crp.engine.attached import is_on
 from crp.engine.call import Call
 from crp.engine.conditions import Grid, Rows, check_targets_exist, initial_relevance
@@ -20,6 +19,7 @@ from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import ModelState, is_watched
 from crp.engine.replay import Recorder, Replays
 from crp.engine.settings import Settings
+from crp.layers.devices import send_to
 from crp.types import AttributionResults
 
 #: Structures of which the shapes are remembered.

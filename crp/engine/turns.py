@@ -17,7 +17,7 @@ from crp.layers.interrupts import atomic, raise_waiting
 _LOOK = 0.05
 
 
-class Turns:
+class _Turns:
     """Which thread has which objects. A thread gets all that it asks for at once, or waits.
 
     A thread that has an object may ask for it again. Two threads that wait for each other get an error.
@@ -103,7 +103,7 @@ class Turns:
             del self._held[key]
 
 
-TURNS = Turns()
+TURNS = _Turns()
 
 
 def parts_of(model: nn.Module, modules: Collection[nn.Module] | None = None) -> list[object]:

@@ -130,7 +130,7 @@ def blurred(values: Array, share: float) -> NDArray[Any]:
 
 @lru_cache(8)
 def _smoothing(n: int, sigma: float, reach: int) -> Array:
-    """Matrix of shape (n, n) that smooths n values by a Gaussian of ``2 * reach + 1`` weights, reflected at the ends."""
+    """Matrix of shape (n, n) that smooths n values by a Gaussian of ``2 * reach + 1`` weights; ends reflect."""
     offsets = np.arange(-reach, reach + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     rows = np.repeat(np.arange(n), len(offsets))

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from crp.layers.interrupts import atomic
 
 
-class Repetition:
+class _Repetition:
     """A run of a part whose tensors are not those of the pass.
 
     Attributes
@@ -21,13 +21,13 @@ class Repetition:
         self.is_watched = False
 
 
-_repetition: ContextVar[Repetition | None] = ContextVar("repetition", default=None)
+_repetition: ContextVar[_Repetition | None] = ContextVar("repetition", default=None)
 
 
 @atomic
-def repeated() -> Iterator[Repetition]:
+def repeated() -> Iterator[_Repetition]:
     """Context in which a part runs whose tensors are not those of the pass."""
-    repetition = Repetition()
+    repetition = _Repetition()
     token = _repetition.set(repetition)
     try:
         yield repetition

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crp.devices import is_recording
+from crp.layers.devices import is_recording
 
 _KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: Entries that a kernel can count; and from which on it saves more than it costs to start it from Python.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from crp.devices import send_to
 from crp.errors import InputError
+from crp.layers.devices import send_to
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from crp.devices import is_recording
 from crp.errors import InputTypeError
+from crp.layers.devices import is_recording
 from crp.rules.functions import Function, _parameters_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands

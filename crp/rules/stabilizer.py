@@ -98,21 +98,18 @@ def quotient(
         A bias, along one axis of ``below``.
     weight : float
     """
+    epsilon = stabilize.epsilon if isinstance(stabilize, Absolute) else None
     live = torch.is_grad_enabled() and (above.requires_grad or below.requires_grad)
-    if not live and below.is_cuda and isinstance(stabilize, Absolute):
-        fused = fused_quotient(above, below, added, stabilize.epsilon, sign, weight)
+    if epsilon is not None and not live and below.is_cuda:
+        fused = fused_quotient(above, below, added, epsilon, sign, weight)
         if fused is not None:
             return fused
     if added is not None:
         below = below + added
-    if live or not isinstance(stabilize, Absolute):
-        if isinstance(stabilize, Absolute):
-            bottom = torch.add(below, below.sign(), alpha=stabilize.epsilon)
-        else:
-            bottom = stabilize(below)
+    if epsilon is None or live:
+        bottom = stabilize(below) if epsilon is None else torch.add(below, below.sign(), alpha=epsilon)
         found = above / bottom.masked_fill(below == 0, math.inf)
         return found if weight == 1 else found * weight
-    epsilon = stabilize.epsilon
     # Without gradients, all steps can share one memory.
     if above is below and epsilon > 0:
         above = below.abs()

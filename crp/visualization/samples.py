@@ -129,7 +129,7 @@ class SampleAccess:
     def _samples_mined(self) -> Any:
         """Dataset as it is mined."""
         is_plain = type(self).get_data_sample is SampleAccess.get_data_sample
-        return self.dataset if is_plain else PreparedSamples(self)
+        return self.dataset if is_plain else _PreparedSamples(self)
 
     def _identity(self, layers: Iterable[str] = (), dataset: bool = True) -> dict[str, str]:
         """Fingerprints of what samples are, how they are prepared, the model that sees them, and the layers' concepts.
@@ -223,7 +223,7 @@ def stacked(samples: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
     return torch.cat(list(samples))
 
 
-class PreparedSamples:
+class _PreparedSamples:
     """Dataset of what an overridden `get_data_sample` gives."""
 
     def __init__(self, visualization: SampleAccess) -> None:

@@ -113,6 +113,7 @@ def model(resnet, images) -> nn.Module:
     return resnet
 
 
+@pytest.mark.promise("Model", "Calls of every kind leave no gradients, flags or hooks")
 @every_entry
 @every_composite
 def test_nothing_is_left(model, images, untouched, entry, composite):

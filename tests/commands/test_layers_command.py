@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from crp.attributors.explaining import explain, find_method
 from crp.composites import EpsilonPlusFlat, get
 from crp.errors import LoadingError
-from crp.explain import explain, find_method
 from crp.visualization.mining.selection import list_layers
 from crp.visualization.models import load_model
 

@@ -494,6 +494,10 @@ def test_targets_that_are_no_outputs_are_found(here: Path) -> None:
     assert "has rows of target 2, and the model 2 outputs" in Table("out", few, table.shards).verify()[0]
 
 
+@pytest.mark.promise(
+    "Commands",
+    "Classes are compared: a folder of fewer classes than the model has outputs is refused unless names say which",
+)
 def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> None:
     code = (
         "def six(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 6))\n"

@@ -182,6 +182,10 @@ def test_there_are_at_least_150():
     assert len(CASES) >= 150
 
 
+@pytest.mark.promise(
+    "Commands",
+    "Every wrong command answers in one line, with exit status 1 or 2, and before any work",
+)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_invocation_answers_in_one_line(place, case):
@@ -207,6 +211,7 @@ def test_torchrun_without_its_variables(place, env):
     assert result.exit_code == 1 and "RANK" in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.promise("Commands", "`--debug` shows where an error comes from")
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_debug_shows_where_an_error_comes_from(place, where):
     wrong = CASES["attribute model wrong_nets:raises"]
@@ -216,6 +221,7 @@ def test_debug_shows_where_an_error_comes_from(place, where):
     assert result.output.strip().splitlines()[-1].startswith("Error: wrong_nets:raises() raised an error")
 
 
+@pytest.mark.promise("Commands", "`crp check MODEL` ends with exit status 1 where something does not hold")
 def test_an_explanation_is_checked(place):
     words = ["check", "wrong_nets:net", "--image", "picture.png"]
     result = run(words)
@@ -225,6 +231,7 @@ def test_an_explanation_is_checked(place):
     assert result.exit_code == 1 and "FAILED repeats" in result.output
 
 
+@pytest.mark.promise("Commands", "`--json` is there where machines read")
 def test_machines_read_json(place):
     good = ["attribute", "picture.png", "--model", "wrong_nets:net", "--out", "out.png", "--json"]
     found = json.loads(run(good).output)
@@ -239,6 +246,7 @@ def test_machines_read_json(place):
     assert Path(page).exists()
 
 
+@pytest.mark.promise("Commands", "SIGTERM and SIGHUP end a command as Ctrl-C does")
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_termination_is_an_interrupt(place, name):

@@ -18,7 +18,7 @@ for needed in ("sphinx", "myst_nb", "numpydoc", "sphinx_click", "furo"):
 pytestmark = pytest.mark.timeout(900)  # half a minute on two idle cores, much more where they are busy
 
 #: Modules beside the rooms' faces whose names are for the package itself.
-INSIDE = {"__main__", "checks", "commands", "compat", "devices", "engine", "layers", "notices", "wording"}
+INSIDE = {"__main__", "checks", "commands", "compat", "engine", "layers", "notices", "wording"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_docstrings_name_no_parameter_that_is_not_there(module: str) -> None:
 def test_the_reference_has_what_the_package_itself_offers(documented: set[str]) -> None:
     import crp
 
-    assert [f"crp.{home}.{name}" for name, home in crp._ROOMS.items() if f"crp.{home}.{name}" not in documented] == []
+    assert [f"crp.{home}.{name}" for name, home in crp._HOMES.items() if f"crp.{home}.{name}" not in documented] == []
 
 
 def test_every_page_is_in_the_site(site: Path) -> None:

@@ -17,7 +17,6 @@ FLOORS = [
         "types",
         "outputs",
         "layers",
-        "devices",
         "notices",
         "errors",
         "refusals",
@@ -30,7 +29,7 @@ FLOORS = [
     ["engine"],
     ["rules"],
     ["canonizers", "composites"],
-    ["attribution", "concept_graph", "attributors", "explain", "metrics"],
+    ["attribution", "concept_graph", "attributors", "metrics"],
     ["visualization.table", "visualization.mining", "compat"],
     ["visualization", "visualization.report", "audit"],
     ["helper", "cache", "graph", "hooks", "maximization", "statistics"],
@@ -44,7 +43,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens)
-    "attributors": 2700,
+    "attributors": 3000,
     # (results are kept beside the table: audits of its samples, clusters, meanings, interventions)
     "audit": 2100,
     "canonizers": 815,
@@ -57,11 +56,9 @@ BUDGETS = {
     "concepts": 1760,
     "demo": 900,
     "engine": 4200,
-    "devices": 50,
-    "explain": 200,
-    "image": 1390,
+    "image": 1410,
     # (names of layers that mean what they are called with)
-    "layers": 800,
+    "layers": 840,
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
@@ -81,7 +78,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 798
+PUBLIC_NAMES = 791
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
@@ -118,9 +115,9 @@ def test_no_circle_of_files_or_rooms():
 
 
 def test_few_rooms_floors_and_arrows():
-    assert len(ROOMS) <= 24
+    assert len(ROOMS) <= 22
     assert max(floors().values()) <= 9
-    assert sum(map(len, arrows().values())) <= 91
+    assert sum(map(len, arrows().values())) <= 85
 
 
 def test_the_package_itself_imports_nothing_of_its_own():

@@ -94,6 +94,7 @@ def test_where_a_sample_comes_from(tmp_path: Path) -> None:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("Tables", "Samples that changed are another data set")
 def test_many_changed_samples_are_noticed_also_beside_those_that_the_manifest_keeps(tmp_path: Path) -> None:
     table = run(tmp_path, Data(200), shard_size=100, layer_map={"fc": ChannelConcept()}, composite=None)
     other = Data(200)
@@ -106,6 +107,7 @@ def test_many_changed_samples_are_noticed_also_beside_those_that_the_manifest_ke
     check_dataset(table, Data(200))
 
 
+@pytest.mark.promise("Tables", "A sample that cannot be read for a while is no other data set")
 def test_a_sample_that_cannot_be_read_for_a_while_is_no_other_dataset(tmp_path: Path) -> None:
     run(tmp_path, Data(), stop=8)
     data = Data()

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from mining_cases import Data, make_net, rows_of, run
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
+from crp.outputs import detection, segmentation
 from crp.visualization import FeatureVisualization
 from crp.visualization.mining.recipe import in_words
 from crp.visualization.mining.rows import _stored
@@ -116,7 +118,41 @@ def test_a_model_that_gives_no_scores_of_classes(tmp_path: Path) -> None:
 
     settings: dict[str, Any] = {"modes": ["activation"], "layer_map": {"net.fc": ChannelConcept()}, "composite": None}
     table = run(tmp_path, Data(), attribution=CondAttribution(Both().eval()), **settings)
-    assert set(table.samples().prediction.tolist()) == {-1} and set(table.samples().probability.tolist()) == {0.0}
+    samples = table.samples()
+    assert set(samples.prediction.tolist()) == {-1} and np.isnan(samples.probability).all()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [segmentation(None, where="all", positive=False), detection(box=0)],
+    ids=["segmentation", "detection"],
+)
+@pytest.mark.parametrize("modes", [["activation"], ["relevance", "activation"]], ids=["forward", "both"])
+def test_classes_that_do_not_exclude_each_other_have_no_probability(tmp_path: Path, output: Any, modes: Any) -> None:
+    """Neither in the shards nor in what is read of them; the class of the highest score is told all the same."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, data: Tensor) -> Any:
+            scores = self.net(data)
+            is_detector = "detection" in output.__qualname__
+            return [{"logits": one[None]} for one in scores] if is_detector else scores[:, :, None, None]
+
+    model = Dense().eval()
+    attribution = CondAttribution(model, output=output)
+    assert not attribution.exclusive and CondAttribution(model).exclusive
+    table = run(tmp_path, Data(), attribution=attribution, modes=modes, layer_map={"net.fc": ChannelConcept()})
+    samples = table.samples()
+    assert samples.prediction.tolist() == make_net()(Data().images).argmax(1).tolist()
+    assert samples.probability.shape == (21,) and np.isnan(samples.probability).all()
+    for shard in tmp_path.rglob("*.safetensors"):
+        with safe_open(shard, framework="numpy") as file:
+            assert "prediction" in file.keys() and "probability" not in file.keys()  # noqa: SIM118
+    assert table.verify() == []
+    assert table.header.recipe["output"] == {"function": f"crp.outputs.{output.__qualname__}", "exclusive": False}
 
 
 # --- storage ----------------------------------------------------------------------------------------------------------

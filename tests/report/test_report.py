@@ -450,6 +450,7 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
     )
 
 
+@pytest.mark.promise("Tables", "A report that cannot be written is refused before anything is computed")
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody can write to")
 @pytest.mark.parametrize("name", ["absent/report.html", "absent/report", "self/report.html"])
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_computed(name):

@@ -125,3 +125,15 @@ def deviation(found: Tensor, wanted: Tensor) -> float:
     """Largest deviation, over the largest value."""
     assert found.shape == wanted.shape
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def inputs() -> Tensor:
+    """Three samples of six numbers."""
+    return torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def explained(model: nn.Module, composite: Composite, m: Tensor) -> Tensor:
+    """Gradient that a composite gives to `inputs`."""
+    with composite.context(model):
+        leaf = inputs().requires_grad_()
+        return torch.autograd.grad(model(leaf), leaf, m)[0]

@@ -105,6 +105,10 @@ def _by_hand(model: nn.Module, data: Tensor) -> Tensor:
     return relevance
 
 
+# (torch 2.4 does not tell)
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
+
 def state(model: nn.Module) -> dict[str, Any]:
     """All that a call must leave as it was: of the model, of torch, and of this package."""
     hooks = nn.modules.module
@@ -118,7 +122,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
         "autocast": torch.is_autocast_enabled("cpu"),
-        "tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "tensor hooks": _saved_tensors_hooks(True),
         "hooks of all modules": (len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)),
         "warnings": list(warnings.filters),
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],

@@ -66,6 +66,11 @@ def answers(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.promise(
+    "Tables",
+    "Files of a table that were damaged are refused, or the damage has no effect; 200 random damages in the default "
+    "run, 5,000 by `CRP_DAMAGES`",
+)
 def test_damaged_files_are_refused_or_without_effect(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path / "t", n_samples=30, ranges=((0, 12), (12, 30)))
     keep_result(table, "prototypes", "a", ARRAYS, {"normed": True})
@@ -128,6 +133,7 @@ def _begin(folder: Path, start: Any, n_rounds: int, told: Any) -> None:
             told.put((number, repr(error)))
 
 
+@pytest.mark.promise("Tables", "Of runs that begin at once in one folder at most one goes on, and the others say so")
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_runs_that_begin_in_a_new_folder_at_once(tmp_path: Path) -> None:

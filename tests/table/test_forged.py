@@ -75,6 +75,7 @@ def changed(table: Table, change: Callable[[dict[str, np.ndarray], dict[str, Any
     return forged
 
 
+@pytest.mark.promise("Tables", "Forged files are refused, also where their hash is right")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -114,6 +115,7 @@ def test_an_unchanged_shard_is_taken(tmp_path: Path) -> None:
     check_shard(tmp_path / "shards", changed(table, lambda arrays, described: None), again=True)
 
 
+@pytest.mark.promise("Tables", "`verify` reads every byte")
 def test_verify_reads_bytes(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path)
     assert table.verify() == []
@@ -167,6 +169,7 @@ def test_something_else_in_the_place_of_a_shard(tmp_path: Path, put: Callable[[P
     assert table.unlisted() == []
 
 
+@pytest.mark.promise("Tables", "Links, folders and pipes in the place of files are not followed")
 @pytest.mark.timeout(30)
 def test_something_else_in_the_place_of_a_lock(tmp_path: Path, put: Callable[[Path], None]) -> None:
     put(tmp_path / "lock-0.json")
@@ -186,6 +189,7 @@ def test_a_hostile_lock_counts(tmp_path: Path, text: str) -> None:
         pass
 
 
+@pytest.mark.promise("Tables", "Links in the place of folders are not written through")
 def test_links_in_the_place_of_folders_are_not_written_through(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

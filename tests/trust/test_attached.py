@@ -19,6 +19,7 @@ from crp.layers import get_output_shapes
 from crp.rules import ZPlus
 
 
+@pytest.mark.promise("Model", "`crp.attached(model)` lists what is on a model, and `crp.clear(model)` takes it off")
 @pytest.mark.parametrize("make", [EpsilonPlusFlat, zennit_merged], ids=["ours", "zennit"])
 def test_what_is_on_a_model_is_listed_and_cleared(make):
     model, data = net(), images()
@@ -35,6 +36,7 @@ def test_what_is_on_a_model_is_listed_and_cleared(make):
     CondAttribution(model)(data, CONDITIONS, make())
 
 
+@pytest.mark.promise("Model", "`crp.clear` also takes off a composite that was put on by hand and forgotten")
 def test_a_composite_that_was_forgotten_on_a_model_is_cleared():
     model = net()
     model.requires_grad_(True)
@@ -47,6 +49,7 @@ def test_a_composite_that_was_forgotten_on_a_model_is_cleared():
     assert crp.attached(net_other) == [] == crp.clear(model)
 
 
+@pytest.mark.promise("Model", "`crp.clear` leaves a user's own hooks where they are")
 def test_a_users_own_hook_stays():
     model = net()
     model[0].register_forward_hook(lambda *_: None)
@@ -78,6 +81,7 @@ def test_a_model_that_another_thread_works_on_is_not_cleared():
 MAKERS = {"ours": EpsilonPlus, "zennit's": zennit.composites.EpsilonPlus, "none": lambda: None}
 
 
+@pytest.mark.promise("Model", "A call inside of another one on the same layers is refused")
 @pytest.mark.parametrize("inner", MAKERS)
 @pytest.mark.parametrize("outer", ["ours", "zennit's"])
 def test_a_call_inside_of_another_is_refused(outer, inner):
@@ -102,6 +106,7 @@ def test_a_call_inside_of_another_is_refused(outer, inner):
     AsksOfACopy(model)(data, [{"y": 1}], MAKERS[outer]())
 
 
+@pytest.mark.promise("Model", "Composites are not put on top of each other")
 @pytest.mark.parametrize("outer", ["ours", "zennit's"])
 def test_composites_by_hand_are_not_put_on_top_of_each_other(outer):
     model, data = net(), images()
@@ -122,6 +127,7 @@ def test_composites_by_hand_are_not_put_on_top_of_each_other(outer):
 # --- what was silent ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("Model", "Shapes are asked in evaluation mode: statistics of batch norm do not change")
 def test_shapes_are_asked_in_evaluation_mode():
     model = net().train()
     before = state(model)
@@ -129,6 +135,7 @@ def test_shapes_are_asked_in_evaluation_mode():
     assert differences(before, state(model)) == []
 
 
+@pytest.mark.promise("Results", "A layer has the same relevance under both of its names, `x` and `x#0`")
 @pytest.mark.parametrize(
     "keywords", [{}, {"start_layer": "4"}, {"exclude_parallel": False}], ids=["plain", "start", "past"]
 )

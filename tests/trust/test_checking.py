@@ -21,6 +21,7 @@ from crp.composites import (
 from crp.rules import Rule
 
 
+@pytest.mark.promise("Results", "`attribution.check(data, conditions, composite)` holds for right explanations")
 @pytest.mark.parametrize(
     "make", [EpsilonPlusFlat, EpsilonPlus, GradientTimesInput, zennit_merged, lambda: None],
     ids=["flat", "plus", "gradient x input", "zennit", "none"],
@@ -58,6 +59,7 @@ class Doubles(Rule):
         return output
 
 
+@pytest.mark.promise("Results", "`check` fails where relevance does not add up")
 def test_relevance_that_does_not_add_up_fails():
     composite = Composite(name_map=[(["3"], Doubles())])
     checked = CondAttribution(net()).check(images(), [{"y": 1}], composite)
@@ -78,6 +80,10 @@ def test_relevance_by_lrp_0_is_a_difference_quotient(make, dtype):
     assert "layer '3', channel" in found.what
 
 
+@pytest.mark.promise(
+    "Results",
+    "`check` fails where a concept's relevance by LRP-0 is not what its change does to the output",
+)
 def test_relevance_by_lrp_0_that_is_no_difference_quotient_fails():
     class LRP0(Doubles):
         zero_params = ()
@@ -95,12 +101,14 @@ class Random(nn.Module):
         return x * (1 + 0.1 * torch.rand_like(x))
 
 
+@pytest.mark.promise("Results", "`check` fails where a call does not repeat")
 def test_models_that_do_not_repeat_fail():
     checked = CondAttribution(nn.Sequential(net(), Random()).eval()).check(images(), [{"y": 1}], EpsilonPlus())
     failed = {finding.name for finding in checked.findings if finding.holds is False}
     assert {"prediction", "repeats"} <= failed
 
 
+@pytest.mark.promise("Results", "`check` fails where an explanation does not depend on the weights")
 def test_explanations_that_do_not_depend_on_weights_fail():
     class Constant(CondAttribution):
         def heatmap_modifier(self, data, on_device=None):

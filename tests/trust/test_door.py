@@ -47,6 +47,10 @@ DATA = {
 }
 
 
+@pytest.mark.promise(
+    "Input",
+    "Data that do not fit are refused by name, in our own words, and before the model runs where that can be known",
+)
 @pytest.mark.parametrize("case", DATA)
 @pytest.mark.parametrize("call", [ask, lambda data: Gradient(net())(data, 1)], ids=["conditional", "attributor"])
 def test_data_that_do_not_fit(case, call):
@@ -74,6 +78,7 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("Input", "Inputs that do not go with the model's arguments are refused by name")
 @pytest.mark.parametrize("case", ARGUMENTS)
 @pytest.mark.parametrize("composite", [EpsilonPlus, zennit_merged, lambda: None], ids=["ours", "zennit", "none"])
 def test_inputs_that_do_not_fit_the_model(case, composite):
@@ -88,6 +93,7 @@ def test_nested_tensors_are_refused():
         ask(nested())
 
 
+@pytest.mark.promise("Input", "Errors of the model's own code pass as they are")
 def test_errors_of_the_model_itself_pass():
     class Own(nn.Module):
         def forward(self, x):
@@ -98,6 +104,7 @@ def test_errors_of_the_model_itself_pass():
     assert not isinstance(raised.value, CRPError)
 
 
+@pytest.mark.promise("Input", "Devices are checked before the model runs")
 @pytest.mark.parametrize("device", [True, 3.5, "", "xyz", "cuda:99", []], ids=repr)
 def test_devices_are_checked_before_the_model_runs(device):
     model = net()
@@ -121,6 +128,7 @@ MASKS = {
 }
 
 
+@pytest.mark.promise("Input", "A mask must return a tensor of the right shape, dtype and device, with finite values")
 @pytest.mark.parametrize("case", MASKS)
 @pytest.mark.parametrize("exclude_parallel", [True, False])
 def test_results_of_masks(case, exclude_parallel):
@@ -140,12 +148,14 @@ INITIAL = {
 }
 
 
+@pytest.mark.promise("Input", "Initial relevance must be real and finite")
 @pytest.mark.parametrize("case", INITIAL)
 def test_initial_relevance_is_real_and_finite(case):
     with pytest.raises((InputError, InputTypeError), match="init_rel"):
         ask(init_rel=INITIAL[case])
 
 
+@pytest.mark.promise("Input", "Weights that are not finite are named before the model runs")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["0.weight", "6.bias"])
 def test_weights_that_are_not_finite_are_named(value, name):
@@ -166,6 +176,7 @@ def test_weights_that_are_not_finite_are_named(value, name):
     assert torch.equal(ask(model=model).heatmap, wanted)
 
 
+@pytest.mark.promise("Results", "A heatmap that is not finite is an error")
 def test_what_torch_does_not_count_as_a_change_is_seen_in_the_result():
     model = net()
     ask(model=model)
@@ -178,6 +189,7 @@ def test_what_torch_does_not_count_as_a_change_is_seen_in_the_result():
         ask(model=model)
 
 
+@pytest.mark.promise("Results", "Numbers that become too large on the way are told of")
 def test_numbers_that_become_too_large_are_told_of():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
     with torch.no_grad():
@@ -187,6 +199,7 @@ def test_numbers_that_become_too_large_are_told_of():
         CondAttribution(model)(torch.ones(1, 2), [{"y": 1}])
 
 
+@pytest.mark.promise("Input", "Parts of `generate` do not depend on what the caller changes between them")
 def test_parts_do_not_depend_on_what_the_caller_changes_between():
     model, data, ids = net(), images(), [0]
     targets, init = torch.tensor([1]), torch.ones(1, 3).double()
@@ -217,6 +230,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.promise("Input", "Weights that change between parts of `generate` are refused")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("composite", [EpsilonPlus, zennit_merged, lambda: None], ids=["ours", "zennit", "none"])
 @pytest.mark.parametrize("n_samples", [1, 2])

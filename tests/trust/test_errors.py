@@ -49,6 +49,7 @@ def outside(name: str, error: str) -> bool:
     return not (issubclass(kind, (CRPError, *OF_OTHERS)) or is_of_click or f"{name}: {error}" in INSIDE)
 
 
+@pytest.mark.promise("Input", "Whatever is refused is a `crp.errors.CRPError`")
 def test_every_refusal_is_of_the_family():
     """`crp.errors` has a class for each kind: a ValueError is an InputError, a RuntimeError a StateError, and so on."""
     plain = {
@@ -104,6 +105,10 @@ def composite_twice(model, data):
         CondAttribution(model)(data, [{"y": 1}], EpsilonPlus())
 
 
+@pytest.mark.promise(
+    "Input",
+    "An error is also a ValueError, TypeError, KeyError, IndexError or RuntimeError, as zennit-crp's users expect",
+)
 @pytest.mark.parametrize(
     ("call", "kind"),
     [

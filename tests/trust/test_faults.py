@@ -137,6 +137,11 @@ def test_there_are_22_faults():
     assert len(FAULTS) >= 22
 
 
+@pytest.mark.promise(
+    "Model",
+    "After a call, and after an exception in whatever part of it, the model is what it was, bit for bit: values, "
+    "flags, hooks, attributes. So are torch's global state, warnings and handlers of signals",
+)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_nothing_differs_after_a_fault(entry, fault):
@@ -200,6 +205,10 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.promise(
+    "Model",
+    "A mistake in what is given, such as a wrong layer or a mask that raises, leaves nothing on the model",
+)
 @pytest.mark.filterwarnings("ignore:'y' has no effect")
 @pytest.mark.parametrize("case", GIVEN)
 @pytest.mark.parametrize("exclude_parallel", [True, False])
@@ -218,6 +227,7 @@ def test_faults_of_what_is_given(case, exclude_parallel):
         assert differences(before, state(model)) == []
 
 
+@pytest.mark.promise("Model", "A generator that is closed, abandoned or waits leaves nothing on the model")
 @pytest.mark.parametrize("make", [EpsilonPlusFlat, zennit_merged, lambda: None], ids=["ours", "zennit", "none"])
 @pytest.mark.parametrize("end", ["close", "throw", "abandon", "wait"])
 def test_generators_that_are_not_used_up(make, end):

@@ -106,11 +106,13 @@ def test_there_are_30_cases():
     assert len(CASES) == 30
 
 
+@pytest.mark.promise("Model", "Calls that are repeated leave no tensors, hooks, files, threads or memory")
 @pytest.mark.parametrize("name", ["call", "generate of zennit", "absorbed", "an error in a mask"])
 def test_repeated_calls_leave_nothing(name):
     assert growth(CASES[name], 20) == {}
 
 
+@pytest.mark.promise("Model", "500 repeats of 30 kinds of calls leave nothing")
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", CASES)
@@ -118,6 +120,7 @@ def test_500_calls_leave_nothing(name):
     assert growth(CASES[name], 500) == {}
 
 
+@pytest.mark.promise("Model", "Runs of mining that are repeated leave no memory, threads or open files")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_mining_again_leaves_nothing(tmp_path):
     def mined(model: nn.Module, data: Tensor) -> None:

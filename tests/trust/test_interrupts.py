@@ -40,16 +40,19 @@ def attempts(n_interrupts: int, seed: int = 0) -> list[str]:
     return left
 
 
+@pytest.mark.promise("Model", "Ctrl-C at any instant leaves nothing on the model")
 def test_interrupts_at_random_instants():
     assert attempts(100) == []
 
 
+@pytest.mark.promise("Model", "5,000 interrupts at random instants leave nothing")
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_many_interrupts_at_random_instants():
     assert attempts(5000, seed=1) == []
 
 
+@pytest.mark.promise("Model", "A call after an interrupt gives what it gave before")
 def test_results_after_interrupts_are_the_same():
     model, data = net(), images()
     wanted = {name: ENTRIES[name](model, data) for name in ("call", "call of zennit", "absorbed")}
@@ -82,6 +85,10 @@ def alarmed():
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.promise(
+    "Model",
+    "A signal whose handler raises an exception waits while something is put on or taken off, and is raised then",
+)
 @pytest.mark.parametrize("place", ["entering", "inside", "leaving"])
 def test_a_context_is_entered_and_left_as_a_whole(alarmed, place):
     steps: list[str] = []

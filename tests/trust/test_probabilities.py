@@ -14,6 +14,10 @@ from crp.engine.probabilities import are_shares, log_probabilities, probabilitie
 from crp.metrics import pixel_flipping
 
 
+@pytest.mark.promise(
+    "Results",
+    "Outputs that are probabilities are not taken for scores of a softmax; a single output gets a sigmoid",
+)
 def test_probabilities():
     scores = torch.randn(5, 4, dtype=torch.float64)
     shares = scores.softmax(1)
@@ -36,6 +40,7 @@ def test_score_of_a_model_that_ends_in_a_softmax(score):
     assert torch.equal(score_of(scores, target, "output"), scores.gather(1, target.ids[:, None])[:, 0])
 
 
+@pytest.mark.promise("Results", "Pixel flipping does not depend on whether the model ends in its softmax")
 def test_pixel_flipping_does_not_depend_on_where_the_softmax_is():
     model = net()
     ends = nn.Sequential(model, nn.Softmax(1)).eval()

@@ -1,31 +1,24 @@
-"""The page of promises names tests that are there."""
+"""The page of promises says what the tests promise."""
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 
-import pytest
-from house_plan import ROOT
-
-PAGE = (ROOT / "tutorials" / "promises.md").read_text(encoding="utf-8")
-ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and "shown by" not in line]
-NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)))
+from promises import PAGE, ROOT, promises, with_tables
 
 
-def test_every_promise_names_a_test():
-    assert len(ROWS) >= 15
-    assert [row for row in ROWS if not re.search(r"`tests/[\w/]+\.py::test_\w+`", row)] == []
+def test_the_page_is_what_the_tests_make() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page), "python tests/shared/promises.py writes the page again"
+    assert all(f"| {promise.sentence} | `{promise.test}`" in page for promise in promises())
 
 
-@pytest.mark.parametrize(("file", "name"), NAMED)
-def test_tests_that_are_named_are_there(file, name):
-    source = (ROOT / file).read_text(encoding="utf-8")
-    assert re.search(rf"^def {name}\(", source, flags=re.MULTILINE)
-    is_slow = re.search(rf"@pytest\.mark\.slow\n(@.*\n)*def {name}\(", source) is not None
-    assert is_slow == (f"slow: `{file}::{name}`" in PAGE)
+def test_each_promise_is_a_sentence_at_a_test_that_runs() -> None:
+    counts = Counter(promise.sentence for promise in promises())
+    assert len(counts) >= 50 and set(counts.values()) == {1}
+    assert [one for one in promises() if not one.test.split("::")[1].startswith("test_") or "|" in one.sentence] == []
 
 
-def test_every_test_of_trust_is_named_in_the_page_or_a_detail():
-    """Files of promises that the page forgets are found by this."""
-    files = {path.name for path in (ROOT / "tests" / "trust").glob("test_*.py")} - {"test_promises.py"}
-    assert {file.rpartition("/")[2] for file, _ in NAMED} >= files
+def test_every_file_of_trust_shows_a_promise() -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "trust").glob("test_*.py")}
+    assert files - {promise.test.split("::")[0] for promise in promises()} == {"tests/trust/test_promises.py"}

@@ -162,6 +162,11 @@ def problems_of_graph(seed: int) -> list[str]:
     return [*wrong, f"changed: {changed}"] if changed else wrong
 
 
+@pytest.mark.promise(
+    "Results",
+    "Any call, right or wrong, gives what matrices give, or an error in our own words; 500 random ones in the "
+    "default run, 20,000 by `CRP_RANDOM_CALLS`",
+)
 @pytest.mark.parametrize("part", range(5))
 @pytest.mark.timeout(20000)
 def test_random_calls(part):

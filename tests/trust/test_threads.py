@@ -114,6 +114,11 @@ def mixtures() -> dict[str, Callable[[], tuple[nn.Module, list[Callable[[], torc
     }
 
 
+@pytest.mark.promise(
+    "Threads and processes",
+    "Threads may attribute on one model, on models with the same layers or parameters, and with one composite: they "
+    "take turns",
+)
 @pytest.mark.parametrize("name", mixtures())
 def test_threads_do_not_disturb_each_other(name):
     model, jobs = mixtures()[name]()
@@ -124,6 +129,7 @@ def test_threads_do_not_disturb_each_other(name):
     assert differences(before | {"random": None}, state(model) | {"random": None}) == []
 
 
+@pytest.mark.promise("Threads and processes", "10,000 calls of several threads give what they give alone")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", mixtures())
 def test_many_threaded_calls(name):
@@ -135,6 +141,11 @@ def test_many_threaded_calls(name):
     assert differences(before | {"random": None}, state(model) | {"random": None}) == []
 
 
+@pytest.mark.promise(
+    "Threads and processes",
+    "What is put on a model acts in the thread that has put it there; `model(x)` in another thread gives its own "
+    "output",
+)
 def test_a_composite_acts_in_its_own_thread_only():
     model, data, found = without_norm(), images(), {}
 
@@ -161,6 +172,7 @@ def test_a_composite_acts_in_its_own_thread_only():
     assert torch.equal(found["gradient"], wanted)
 
 
+@pytest.mark.promise("Threads and processes", "Two threads that would wait for each other get an error")
 def test_two_threads_that_wait_for_each_other_get_an_error():
     first, second = net(), net(1)
     inside = threading.Barrier(2)
@@ -222,6 +234,7 @@ def in_a_child(check: Callable[[], bool], seconds: float = 60) -> bool:
     return False
 
 
+@pytest.mark.promise("Threads and processes", "A process may be forked while a thread has a model in its hands")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_while_another_thread_has_the_model():
@@ -258,6 +271,7 @@ class Attributed(torch.utils.data.Dataset):
         return CondAttribution(self.model)(images(seed=index), [{"y": 1}], EpsilonPlus()).heatmap
 
 
+@pytest.mark.promise("Threads and processes", "Workers of a DataLoader may be forked or spawned meanwhile")
 @pytest.mark.parametrize("start", sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods())))
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_of_a_data_loader_while_another_thread_has_the_model(start):

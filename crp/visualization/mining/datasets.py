@@ -327,11 +327,11 @@ class _Beside:
         if not tensor.is_contiguous():
             return row.copy_(tensor)
         # (by one thread: several of torch's would wait for each other while other threads write shards)
-        np.copyto(_bytes_of(row), _bytes_of(tensor))
+        np.copyto(_memory_of(row), _memory_of(tensor))
         return row
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def _memory_of(tensor: Tensor) -> Any:
     """Memory of a contiguous tensor, as an array."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 

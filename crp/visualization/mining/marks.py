@@ -69,7 +69,7 @@ def content_of(data: Tensor, label: Any) -> int:
     is noticed.
     """
     about = f"{data.dtype} {tuple(data.shape)} {fingerprint(label)}"
-    flat = _bytes_of(data)
+    flat = _entries_as_bytes(data)
     n = len(flat) // (8 * _SUMS) * 8 * _SUMS
     words = flat[:n].view(np.int64)
     whole = len(words) // (_AT_ONCE * _SUMS) * _AT_ONCE * _SUMS
@@ -79,7 +79,7 @@ def content_of(data: Tensor, label: Any) -> int:
     return _number(sums.tobytes() + flat[n:].tobytes() + about.encode())
 
 
-def _bytes_of(data: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _entries_as_bytes(data: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Entries of a tensor, one after the other, as bytes."""
     try:
         return np.ascontiguousarray(data.numpy()).reshape(-1).view(np.uint8)

@@ -60,6 +60,8 @@ def make_recipe(
         "layers": {layer: _describe_concept(concept) for layer, concept in concepts.items()},
         "dataset": {"class": _name(getattr(dataset, "dataset", dataset))} | folder,
     }
+    if attribution.output is not None:
+        recipe["output"] = {"function": in_words(attribution.output), "exclusive": attribution.exclusive}
     texts = texts_in(dataset)
     if texts is not None:
         recipe["texts"] = in_words(texts.describe())

@@ -62,7 +62,7 @@ class ShardRows:
         if len(samples):
             labels, content, stamp = zip(*(self._samples[i] for i in samples.tolist()), strict=True)
             files = [sources[i] for i in samples.tolist()]
-            columns |= {name: [arrays[name][first]] for name in ("prediction", "probability")}
+            columns |= {name: [arrays[name][first]] for name in ("prediction", "probability") if name in arrays}
             columns |= {"content": [np.array(content, np.int64)], "stamp": [np.array(stamp, np.int64)]}
             columns[ABOUT] = [pack_about(["" if source is None else source.name for source in files], labels)]
         return write_shard(folder, identity, self._start, stop, columns, self.skipped)

@@ -105,12 +105,12 @@ def mine(
     if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= n):
         raise InputError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
     if part is None:
-        return mine_all(job, start, stop, client)
+        return _mine_all(job, start, stop, client)
     if not (len(part) == 2 and all(type(i) is int for i in part) and 0 <= part[0] < part[1]):
         raise InputError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
     if job.options.overwrite or client is not None:
         raise InputError("part shares the folder with other processes: it goes with neither overwrite nor client")
-    return mine_part(job, start, stop, part)
+    return _mine_part(job, start, stop, part)
 
 
 def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
@@ -133,7 +133,7 @@ def mine_shard(job: Job, start: int, stop: int) -> list[ShardRecord]:
     return list(mine_ranges(job, [(start, stop)]))
 
 
-def mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
+def _mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
     """Mine the missing samples of a range, here or by a Dask ``client``'s workers; the folder is locked meanwhile."""
     make_folder(job.path)
     with locked(job.path):
@@ -164,7 +164,7 @@ def mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
     return table
 
 
-def mine_part(job: Job, start: int, stop: int, part: tuple[int, int]) -> Table:
+def _mine_part(job: Job, start: int, stop: int, part: tuple[int, int]) -> Table:
     """Mine the shards of one process out of several, then merge what all have written until then.
 
     A process that is started again goes on where it was. The last one to end leaves the whole table.

@@ -74,12 +74,14 @@ class Scoring:
     def __init__(self, job: Job) -> None:
         self._concepts, self._kinds = job.concepts, tuple(job.header.kinds)
         self._modes = tuple(job.header.modes)
+        self._exclusive = job.attribution.exclusive
         channels = all(type(concept) is ChannelConcept for concept in job.concepts.values())
         self._may_be_recorded = channels and "relevance" in self._modes and job.texts is None
         self._known = _forms.setdefault(job.attribution, {})
 
     def _key(self) -> Hashable:
-        return tuple((layer, id(concept)) for layer, concept in self._concepts.items()), self._modes, self._kinds
+        concepts = tuple((layer, id(concept)) for layer, concept in self._concepts.items())
+        return concepts, self._modes, self._kinds, self._exclusive
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Scoring) and self._key() == other._key()
@@ -122,7 +124,8 @@ class Scoring:
         """
         found = {}
         if "activation" in recorded:
-            found["prediction"], found["probability"] = top_class(output, n_samples)
+            found["prediction"], probability = top_class(output, n_samples)
+            found |= {"probability": probability} if self._exclusive else {}
         for mode, layer in product([mode for mode in self._modes if mode in recorded], self._concepts):
             if layer not in recorded[mode]:
                 raise InputError(f"layer {layer!r} gives no {mode}: the forward pass does not use it; leave it out")

@@ -165,7 +165,7 @@ class Texts:
         return {
             "position": self.position,
             "fields": list(self.form[0]),
-            "tokenizer": None if self.tokenizer is None else describe_tokenizer(self.tokenizer),
+            "tokenizer": None if self.tokenizer is None else _describe_tokenizer(self.tokenizer),
         }
 
     def _count(self, index: int) -> int:
@@ -288,7 +288,7 @@ def _word(tokenizer: Any, token: int, begins: str = "") -> str:
     return f"{begins}{word}" if word is not None else f" {token}"
 
 
-def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Type and name of a tokenizer, and a hash of its vocabulary, if it tells it."""
     about: dict[str, Any] = {"class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"}
     if name := getattr(tokenizer, "name_or_path", None):

@@ -69,7 +69,7 @@ def pack(tensors: Mapping[str, Tensor]) -> Package:
     ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
     forms = {key: ColumnForm(tuple(tensor.shape), _NUMPY[tensor.dtype]) for key, tensor in ordered.items()}
     (device, _), *_ = Counter(tensor.device for tensor in tensors.values()).most_common(1)
-    return Package(torch.cat([_bytes_of(tensor.detach().to(device)) for tensor in ordered.values()]), forms)
+    return Package(torch.cat([_flat_bytes(tensor.detach().to(device)) for tensor in ordered.values()]), forms)
 
 
 class Fetched:
@@ -111,7 +111,7 @@ class Fetched:
         return found
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def _flat_bytes(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     if flat.stride(0) != 1:  # (also a single entry may have any stride)
         flat = flat.clone(memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ EDGES = 5
 Link = dict[tuple[str, int], list[tuple[int, float]]]
 
 
-class PlacedNode(NamedTuple):
+class _PlacedNode(NamedTuple):
     """A node of a drawn graph."""
 
     x: float
@@ -29,7 +29,7 @@ class PlacedNode(NamedTuple):
     tile: Shown | None
 
 
-class Edge(NamedTuple):
+class _Edge(NamedTuple):
     """A curve between two nodes, which are drawn over its ends."""
 
     x0: float
@@ -306,7 +306,7 @@ def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, A
     rows = max(len(above), len(below))
     height = 20 + 78 * rows
     own = atlas.addresses.concept(layer, concept)
-    middle = PlacedNode(300, height / 2 - 10, str(concept), own, _tile(atlas, layer, concept))
+    middle = _PlacedNode(300, height / 2 - 10, str(concept), own, _tile(atlas, layer, concept))
     nodes, edges = [middle], []
     for x, other, found in ((60, upper, above), (540, lower, below)):
         total = max((share for _, share in found), default=0.0) or 1.0
@@ -315,7 +315,7 @@ def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, A
             nodes.append(_node(atlas, x, y, other, one))
             left, right = ((x, y), (middle.x, middle.y)) if x < middle.x else ((middle.x, middle.y), (x, y))
             thickness = round(1 + 9 * share / total, 1)
-            edges.append(Edge(left[0], left[1], (left[0] + right[0]) / 2, right[1], right[0], thickness))
+            edges.append(_Edge(left[0], left[1], (left[0] + right[0]) / 2, right[1], right[0], thickness))
     return {"graph": {"width": 600, "height": height, "nodes": nodes, "edges": edges}, "above": upper, "below": lower}
 
 
@@ -327,11 +327,11 @@ def _best_classes(atlas: Atlas, layer: str, concept: int) -> list[tuple[int, flo
     return [(target, share) for target, share in found if share > 0 and target in atlas.class_names]
 
 
-def _node(atlas: Atlas, x: float, y: float, layer: str, one: int) -> PlacedNode:
+def _node(atlas: Atlas, x: float, y: float, layer: str, one: int) -> _PlacedNode:
     """Node of a concept; of a class, where there is no layer."""
     if layer:
-        return PlacedNode(x, y, str(one), atlas.addresses.concept(layer, one), _tile(atlas, layer, one))
-    return PlacedNode(x, y, atlas.class_name(one)[:18], _class_address(atlas, one), None)
+        return _PlacedNode(x, y, str(one), atlas.addresses.concept(layer, one), _tile(atlas, layer, one))
+    return _PlacedNode(x, y, atlas.class_name(one)[:18], _class_address(atlas, one), None)
 
 
 def _graph_of_sample(
@@ -346,21 +346,21 @@ def _graph_of_sample(
     rows = max(len(concepts), len(kept))
     height = 20 + 78 * rows
     middle = height / 2 - 10
-    nodes = [PlacedNode(45, middle, atlas.class_name(target)[:18], _class_address(atlas, target), None)]
+    nodes = [_PlacedNode(45, middle, atlas.class_name(target)[:18], _class_address(atlas, target), None)]
     edges = []
     places = {concept: 33 + 78 * (i + (rows - len(kept)) / 2) for i, concept in enumerate(kept)}
     most = max(one["share"] for one in concepts) or 1.0
     for number, one in enumerate(concepts):
         y = 33 + 78 * (number + (rows - len(concepts)) / 2)
-        nodes.append(PlacedNode(165, y, str(one["concept"]), one["href"], one["here"]))
-        edges.append(Edge(45, middle, 105, y, 165, round(1 + 9 * max(one["share"], 0) / most, 1)))
+        nodes.append(_PlacedNode(165, y, str(one["concept"]), one["href"], one["here"]))
+        edges.append(_Edge(45, middle, 105, y, 165, round(1 + 9 * max(one["share"], 0) / most, 1)))
         for concept, share in one["below"]:
             if concept in places:
                 width = round(0.5 + 9 * max(share * one["share"], 0) / most, 1)
-                edges.append(Edge(165, y, 225, places[concept], 285, width))
+                edges.append(_Edge(165, y, 225, places[concept], 285, width))
     for concept, y in places.items():
         nodes.append(
-            PlacedNode(285, y, str(concept), atlas.addresses.concept(lower, concept), _tile(atlas, lower, concept))
+            _PlacedNode(285, y, str(concept), atlas.addresses.concept(lower, concept), _tile(atlas, lower, concept))
         )
     return {"width": 330, "height": height, "nodes": nodes, "edges": edges}
 

@@ -114,7 +114,7 @@ class Drawer:
         self.fv, self.composite, self.layers, self.options = fv, composite, list(layers), options
         self.folder, self.identity = folder, identity
         #: Whether the scores of classes are logits of a softmax; those of pixels or boxes have no probability.
-        self.exclusive: bool = getattr(fv.attribution.output, "exclusive", True)
+        self.exclusive = fv.attribution.exclusive
         self.labels: dict[int, Any] = {}
         self.smallest_side = 1 << 30
         self.used: set[str] = set()

@@ -64,7 +64,7 @@ class Atlas:
     labels : mapping of sample to int
         Where a label is one class.
     predictions : mapping of sample to (int, float)
-        Class and probability, where the table has them.
+        Class, where the table has it, and its probability; 0 or NaN if there is none.
     kept : KeptResults
         What is kept beside the table: prototypes, clusters and the like.
     about : mapping of (layer, concept) to list of (text, address)
@@ -170,7 +170,7 @@ class Atlas:
         predicted, chance = self.predictions.get(sample, (facts.predicted, 0.0))
         if predicted is None:
             return own
-        word = self.class_name(predicted) + (f" {chance:.0%}" if chance else "")
+        word = self.class_name(predicted) + (f" {chance:.0%}" if chance > 0 else "")
         if label is None:
             return [*(own if of_class != predicted else []), (f"predicted {word}", "")]
         if predicted == label:

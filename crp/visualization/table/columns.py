@@ -29,7 +29,8 @@ class SampleColumns(NamedTuple):
     prediction : array of shape (samples,)
         Class of the highest output (int64), -1 where the model gives no scores of classes.
     probability : array of shape (samples,)
-        Probability of this class (float32): by a softmax, unless the outputs are probabilities already.
+        Probability of this class (float32): by a softmax, unless the outputs are probabilities already; NaN where there
+        is none, as of classes that do not exclude each other.
     content, stamp : arrays of shape (samples,)
         Hashes (int64) of the sample, and of size and time of its file; 0 where unknown.
     """
@@ -75,7 +76,7 @@ def _read(file: Any, path: Path) -> SampleColumns:
     n = len(sample)
     if ABOUT not in file.keys():  # noqa: SIM118
         none = np.zeros(n, np.int64)
-        return SampleColumns(sample, [""] * n, [None] * n, none - 1, np.zeros(n, np.float32), none, none)
+        return SampleColumns(sample, [""] * n, [None] * n, none - 1, np.full(n, np.nan, np.float32), none, none)
     try:
         about = json.loads(file.get_tensor(ABOUT).tobytes())
         sources, labels = [str(name) for name in about["source"]], list(about["label"])
@@ -83,4 +84,8 @@ def _read(file: Any, path: Path) -> SampleColumns:
             raise InputError(f"{len(sources)} names for {n} samples")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TableCorruptError(f"{path} is not what mining writes: names of samples: {error}") from error
-    return SampleColumns(sample, sources, labels, *(file.get_tensor(name) for name in SAMPLE_COLUMNS))
+    prediction, content, stamp = (file.get_tensor(name) for name in SAMPLE_COLUMNS if name != "probability")
+    probability = np.full(n, np.nan, np.float32)
+    if "probability" in file.keys():  # noqa: SIM118 (not of classes that do not exclude each other)
+        probability[prediction >= 0] = file.get_tensor("probability")[prediction >= 0]
+    return SampleColumns(sample, sources, labels, prediction, probability, content, stamp)

@@ -9,7 +9,8 @@ import numpy as np
 
 from crp.visualization.table.manifest import KINDS, MODES, Array, ShardRecord
 
-#: Columns with one entry for each sample that has rows, in ascending order of the samples.
+#: Columns with one entry for each sample that has rows, in ascending order of the samples. There is no probability
+#: of classes that do not exclude each other.
 SAMPLE_COLUMNS = ("prediction", "probability", "content", "stamp")
 #: Bytes of a JSON text about the samples, see `crp.visualization.table.columns`.
 ABOUT = "about"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from crp.attributors import Gradient
 from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
+from crp.attributors.gradient import Gradient
 from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Neuron, Target
 from crp.composites.registry import find_name
@@ -202,12 +200,3 @@ def _predicted(
             "explained, as crp.outputs.segmentation() does"
         )
     return Classes(scores.argmax(1))
-
-
-class _Callable(ModuleType):
-    """The module, which bears the name of `explain` and so is called like it: ``crp.explain`` may be either."""
-
-    __call__ = staticmethod(explain)
-
-
-sys.modules[__name__].__class__ = _Callable
