@@ -20,7 +20,8 @@ from torch import Tensor
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.layers.devices import send_to
 from crp.notices import warn
-from crp.outputs import Element, Pixels
+from crp.outputs import Element as Element
+from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
 from crp.types import Condition, MaskFactory
 
