@@ -19,7 +19,7 @@ from crp.concepts import ChannelConcept
 from crp.engine.attached import check_alone, check_composite, put_on
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_one_entry, tensor_in
+from crp.engine.forward import check_columns, check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
@@ -157,7 +157,9 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         record_layer = [record] if record else []
         result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
         check_one_entry(result, record_layer)
-        return _Flow(explained.seen, inputs.parts(result.heatmap), result)
+        # (of a composite with a reference, and of samples one by one, the output is read several times)
+        output = explained.outputs[0] if len(explained.outputs) == 1 else self.output(inputs, target.select)
+        return _Flow(output, inputs.parts(result.heatmap), result)
 
     def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output, and what stands for the gradient: multipliers of a composite, or its relevance over the input."""
@@ -191,7 +193,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             start = rows.weights(output.detach())
             return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
 
-        with put_on(None, model), _outputs(model, target.layer) as outputs:
+        with put_on(None, model), _outputs(model, target.select, target.layer) as outputs:
             yield gradients
 
     @atomic
@@ -199,13 +201,13 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         """Function from inputs and the target of these rows to their scores, without gradients."""
         model = unwrap(self.model)
         _check_layer(model, target)
-        with put_on(None, model), _outputs(model, target.layer) as outputs, torch.no_grad():
+        with put_on(None, model), _outputs(model, target.select, target.layer) as outputs, torch.no_grad():
             yield lambda inputs, rows: rows.score(outputs(inputs))
 
-    def output(self, inputs: Inputs) -> Tensor:
-        """Output of the model, in parts of ``batch_size`` rows."""
+    def output(self, inputs: Inputs, select: Callable[[Any], Tensor] = tensor_in) -> Tensor:
+        """Output of the model, in parts of ``batch_size`` rows; ``select`` takes it from what the model returns."""
         model = unwrap(self.model)
-        with put_on(None, model), _outputs(model, None) as outputs, torch.no_grad():
+        with put_on(None, model), _outputs(model, select) as outputs, torch.no_grad():
             parts = torch.split(torch.arange(len(inputs)), self.batch_size or len(inputs))
             return torch.cat([outputs(inputs.select(part.tolist())) for part in parts])
 
@@ -233,13 +235,12 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 class _Explained(CondAttribution):
     """The engine with a target of any kind; its heatmap is the relevance of the input in its own shape."""
 
-    #: Output of the model, whatever of it is explained.
-    seen: Tensor
-
     def __init__(self, model: nn.Module, target: Target, encoding: Encoding) -> None:
         super().__init__(model)
         self.MODEL_OUTPUT_NAME = "<output>"  # (layers may have any name)
         self.target, self.encoding = target, encoding
+        #: Outputs of the model, whatever of them is explained, each time that one is read.
+        self.outputs: list[Tensor] = []
         # A score that is a further layer of the model starts from one, exactly, also where an output is 0.
         self.appended = (
             encoding.multiplier and not encoding.from_one and target.layer is None and not isinstance(target, Start)
@@ -270,8 +271,8 @@ class _Explained(CondAttribution):
         return data.grad.detach()
 
     def select_output(self, output: Any) -> Tensor:
-        tensor = tensor_in(output)
-        self.seen = tensor.detach()
+        tensor = self.target.select(output)
+        self.outputs.append(tensor.detach())
         return self.target.score(tensor)[:, None] if self.appended else tensor
 
     def _initial(self, output: Tensor) -> Tensor:
@@ -280,8 +281,10 @@ class _Explained(CondAttribution):
 
 
 @atomic
-def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs], Tensor]]:
-    """Function from inputs to the model's output, or to that of a layer."""
+def _outputs(
+    model: nn.Module, select: Callable[[Any], Tensor], layer: str | None = None
+) -> Iterator[Callable[[Inputs], Tensor]]:
+    """Function from inputs to what ``select`` takes from the model's output, or to the output of a layer."""
     device = next(model.parameters(), torch.empty(0)).device
     seen: list[Any] = []
     modules = modules_of(model)
@@ -297,7 +300,11 @@ def _outputs(model: nn.Module, layer: str | None) -> Iterator[Callable[[Inputs],
         inputs.to(device).run(model)
         if layer is not None and (len(seen) <= (number or 0) or (len(seen) > 1 and number is None)):
             raise InputError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
-        return tensor_in(seen[number or 0])
+        if layer is not None:
+            return tensor_in(seen[number or 0])
+        output = select(seen[0])
+        check_columns("the model's output", output, len(inputs))
+        return output
 
     with hooked_at(modules, {(name, is_input): keep}):
         yield outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.gradient import Gradient
+from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Neuron, Target
 from crp.composites.registry import find_name
+from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 
 #: What methods are called elsewhere.
 _ALIASES = {
@@ -37,6 +39,7 @@ def explain(
     explain: Explain = None,
     layer: str | None = None,
     neuron: int | tuple[int, ...] | None = None,
+    output: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Any:
     """Explain a model's output, or one of its neurons, by any method.
@@ -55,8 +58,9 @@ def explain(
     target : int, sequence of int, Tensor, callable, Target or None
         One class for all samples, or one for each; a float mask of the output's shape, such as a probability
         distribution; a differentiable function of the output that returns one score per row;
-        ``crp.attributors.Neuron(layer, index)``; for a language model ``crp.outputs.Position(position, token)``, or a
-        list of these, one for each sample. None is the class that the model predicts.
+        ``crp.attributors.Neuron(layer, index)``; of `crp.outputs`, ``Position(position, token)`` for a language model,
+        ``Pixels(class, mask)`` or ``Element(place)`` for dense outputs, or a list of these, one for each sample. None
+        is the class that the model predicts, which has the largest score.
     explain : int, str, or sequence of these, optional
         Positions (in a tuple) or names (in a dict) of the inputs that are explained: all floating-point tensors by
         default. Others, such as ids or masks, are passed on.
@@ -66,6 +70,10 @@ def explain(
     neuron : int or tuple of int, optional
         Unit to explain in place of an output: its place in the output of ``layer``, without the batch axis; a shorter
         one, such as a channel, is all that it holds.
+    output : callable, optional
+        Takes the tensor to explain from what the model returns, of shape (samples, classes, ...): for models that
+        return a dict, boxes or several tensors. ``crp.outputs.segmentation()`` scores the classes of a segmentation,
+        ``crp.outputs.detection()`` those of boxes. By default, the model returns the tensor, or has it as ``logits``.
     **options
         Of the method, see `methods`. All take ``batch_size``, the number of rows in one pass through the model; those
         that use gradients take ``condition``, ``{layer: concept ids}``, and attributors a ``composite`` or its name.
@@ -91,8 +99,12 @@ def explain(
     torch.Size([5, 3])
     >>> explain("epsilon", net, torch.ones(5, 3), layer="0", neuron=2).shape
     torch.Size([5, 3])
+    >>> explain("occlusion", net, torch.ones(5, 3), 0, output=lambda returned: returned.softmax(1)).shape
+    torch.Size([5, 3])
     """
     entry = _entry(method)
+    if output is not None and not callable(output):
+        raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
     if neuron is not None:
         if target is not None:
             raise InputError(f"target {target!r} and neuron {neuron!r} are both given; one can be explained")
@@ -105,7 +117,9 @@ def explain(
     inputs = Inputs.of(data, explain, model)
     inputs.check()
     inputs = inputs.each(Tensor.detach)
-    aim = _predicted(model, inputs, options) if target is None else Target.of(target)
+    aim = _predicted(model, inputs, options, output) if target is None else Target.of(target)
+    if output is not None:
+        aim = Selected(aim, output)
     aim.check(len(inputs))
     results = entry.run(model, inputs, aim, options)
     if inputs.embedded and (layer is None or entry.method.family == "cam"):
@@ -173,11 +187,16 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"nearest: {', '.join(map(repr, near))}; " if near else ""
 
 
-def _predicted(model: nn.Module, inputs: Inputs, options: Mapping[str, Any]) -> Target:
-    output = Gradient(model, batch_size=options.get("batch_size")).output(inputs)
-    if output.dim() != 2:
+def _predicted(
+    model: nn.Module, inputs: Inputs, options: Mapping[str, Any], output: Callable[[Any], Any] | None
+) -> Target:
+    # (which class is scored does not matter to what is selected)
+    select = tensor_in if output is None else Selected(Classes(0), output).select
+    scores = Gradient(model, batch_size=options.get("batch_size")).output(inputs, select)
+    if scores.dim() != 2:
         raise InputError(
-            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give "
-            "a target, such as crp.outputs.Position(-1, token) for a language model"
+            f"the model's output has shape {tuple(scores.shape)}, of which no class is the predicted one; give "
+            "a target, such as crp.outputs.Position(-1, token) for a language model, or choose by output= what is "
+            "explained, as crp.outputs.segmentation() does"
         )
-    return Classes(output.argmax(1))
+    return Classes(scores.argmax(1))

@@ -102,7 +102,7 @@ class SmoothGrad(Attributor):
             mean, mean_square = total / n_copies, square / n_copies
             chosen = {"mean": mean, "squared": mean_square, "variance": (mean_square - mean.square()).clamp(min=0)}
             results.append(chosen[self.statistic].to(data.dtype))
-        return self.output(inputs), tuple(results)
+        return self.output(inputs, target.select), tuple(results)
 
     def _draws(self, inputs: Tensors) -> list[Tensor]:
         """Standard normal noise for each input, of shape (n, *input shape), on the CPU's generator."""

@@ -98,7 +98,7 @@ class Occlusion(Attributor):
         for data, total, count, (_, offsets) in zip(explained, totals, counts, places, strict=True):
             shared = count * len(offsets) if self.per_feature else count
             results.append(torch.where(count > 0, total / shared, 0).view_as(data))
-        return self.output(inputs), tuple(results)
+        return self.output(inputs, target.select), tuple(results)
 
     def _whole(self, score: Any, inputs: Inputs, target: Target) -> Tensor:
         parts = []

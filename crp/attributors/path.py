@@ -91,7 +91,7 @@ class IntegratedGradients(Attributor):
                 for total, gradient in zip(totals, slopes, strict=True):
                     weight = self.weights[step].to(total).reshape(-1, *[1] * (total.dim() - 1))
                     total.index_add_(0, sample.to(total.device), weight * gradient.to(total))
-        return self.output(inputs), tuple(total * way for total, way in zip(totals, ways, strict=True))
+        return self.output(inputs, target.select), tuple(total * way for total, way in zip(totals, ways, strict=True))
 
 
 def nodes(quadrature: Quadrature, steps: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from crp.attributors.scores import ScoreName, explaining, known_target, score_of
 from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
+from crp.engine.forward import tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.errors import InputError, InputTypeError
 
@@ -230,7 +231,8 @@ class MeaningfulPerturbation:
         asked = target_of(target, len(data))
         data = data.detach()
         generator = self.generator or torch.Generator().manual_seed(self.seed)
-        with explaining(self.model, self.composite) as run, torch.enable_grad():
+        select = tensor_in if asked is None else asked.select
+        with explaining(self.model, self.composite, select) as run, torch.enable_grad():
             images = self._pyramid(data, generator)
             with torch.no_grad():
                 output = Inputs.of(data).run(run)

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from zennit.core import Composite
 
+from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Mask, Target
 from crp.engine.attached import check_composite, put_on
-from crp.engine.forward import tensor_in
+from crp.engine.forward import check_columns, tensor_in
 from crp.engine.probabilities import log_probabilities, probabilities
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
@@ -73,13 +74,20 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     -------
     Tensor of shape (rows,)
     """
-    if isinstance(target, Classes | Mask) and score != "output" and output.dim() > 1:
+    scored = target.target if isinstance(target, Selected) else target
+    if isinstance(scored, Classes | Mask) and score != "output" and output.dim() > 1:
+        if isinstance(target, Selected) and not target.exclusive:
+            raise InputError(
+                f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"
+            )
         output = probabilities(output) if score == "softmax" else log_probabilities(output)
     return target.score(output)
 
 
 @atomic
-def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+def explaining(
+    model: nn.Module, composite: Composite | None = None, select: Callable[[Any], Tensor] = tensor_in
+) -> Iterator[Callable[[Tensor], Tensor]]:
     """Context with a function from inputs to the model's output, in evaluation mode. On leaving, all is as before.
 
     Parameters
@@ -87,10 +95,18 @@ def explaining(model: nn.Module, composite: Composite | None = None) -> Iterator
     model : nn.Module
     composite : zennit.core.Composite, optional
         Put on the model meanwhile.
+    select : callable
+        Takes the output from what the model returns.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     check_composite(composite)
     with put_on(composite, unwrap(model)) as modified:
-        # A model may change its input in place.
-        yield lambda data: tensor_in(modified(data.clone()))
+
+        def run(data: Tensor) -> Tensor:
+            # A model may change its input in place.
+            output = select(modified(data.clone()))
+            check_columns("the model's output", output, len(data))
+            return output
+
+        yield run

@@ -92,7 +92,7 @@ class ShapleySampling(Attributor):
             values[:, numbers.flatten()].view(n_samples, *numbers.shape).expand(data.shape).to(data)
             for data, numbers in zip(explained, players, strict=True)
         )
-        return self.output(inputs), tuple(part.contiguous() for part in shares)
+        return self.output(inputs, target.select), tuple(part.contiguous() for part in shares)
 
     def _players(self, inputs: Tensors) -> list[Tensor]:
         """Number of the player that each feature belongs to; axes that are no players have length 1."""

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from crp.concepts import as_ids
-from crp.engine.conditions import Position, check_targets_exist, initial_relevance
+from crp.engine.conditions import Element, Pixels, Position, check_target, check_targets_exist, initial_relevance
+from crp.engine.forward import tensor_in
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.types import MaskFn
+
+_PLACES = (Position, Pixels, Element)
 
 
 class Target:
@@ -27,6 +30,10 @@ class Target:
     layer: str | None = None
     #: Whether it is a function of the user's, which may need all samples at once.
     joint: bool = False
+
+    def select(self, returned: Any) -> Tensor:
+        """Tensor of shape (rows, *output shape) that is scored, in what the model returns."""
+        return tensor_in(returned)
 
     def score(self, output: Tensor) -> Tensor:
         """Score of each row.
@@ -65,10 +72,10 @@ class Target:
 
         Parameters
         ----------
-        value : Target, int, Position, sequence of these, Tensor, ndarray or callable
-            One class for all samples, or one for each, or a `crp.outputs.Position` instead; a float mask in the
-            output's shape, whose product with the output is summed; or a function of the output that returns one score
-            per row.
+        value : Target, int, Position, Pixels, Element, sequence of these, Tensor, ndarray or callable
+            One class for all samples, or one for each, or what `crp.outputs` has in place of a class; a float mask in
+            the output's shape, whose product with the output is summed; or a function of the output that returns one
+            score per row.
 
         Raises
         ------
@@ -77,10 +84,10 @@ class Target:
         """
         if isinstance(value, Target):
             return value
-        if isinstance(value, Position) or (
-            isinstance(value, list | tuple) and value and all(isinstance(one, Position) for one in value)
+        if isinstance(value, _PLACES) or (
+            isinstance(value, list | tuple) and value and all(isinstance(one, _PLACES) for one in value)
         ):
-            return Tokens([value] if isinstance(value, Position) else value)
+            return _Places([value] if isinstance(value, _PLACES) else value)
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -138,40 +145,40 @@ class Classes(Target):
         return self if len(self.ids) == 1 else Classes(self.ids[index.cpu()])
 
 
-class Tokens(Target):
-    """Logits of tokens at a position of each text, less those of others.
+class _Places(Target):
+    """Places in a dense output: tokens at a position of a text, less others; pixels of a class; one element.
 
     Parameters
     ----------
-    positions : sequence of Position
+    places : sequence of Position, Pixels or Element
         One for all samples, or one for each.
     """
 
-    def __init__(self, positions: Sequence[Position]) -> None:
-        for place in positions:
-            place.check("target")
-        self.positions = list(positions)
+    def __init__(self, places: Sequence[Position | Pixels | Element]) -> None:
+        for place in places:
+            check_target(place, "target")
+        self.places = list(places)
 
     def check(self, n_samples: int) -> None:
-        """Raise a `ValueError` if there is not one position, or one for each sample."""
-        if len(self.positions) not in (1, n_samples):
+        """Raise a `ValueError` if there is not one place, or one for each sample."""
+        if len(self.places) not in (1, n_samples):
             raise InputError(
-                f"target has {len(self.positions)} positions for {n_samples} samples; give one for all, or one for each"
+                f"target has {len(self.places)} places for {n_samples} samples; give one for all, or one for each"
             )
 
     def score(self, output: Tensor) -> Tensor:
-        """Sum of the logits with their signs."""
+        """Sum of the output there, with the signs of tokens."""
         return (self.weights(output) * output).flatten(1).sum(1)
 
     def weights(self, output: Tensor) -> Tensor:
-        """1 at the tokens that are explained, -1 at those that they are explained against."""
-        targets = self.positions * (len(output) if len(self.positions) == 1 else 1)
+        """1 at what is explained, -1 at the tokens that others are explained against."""
+        targets = self.places * (len(output) if len(self.places) == 1 else 1)
         check_targets_exist(targets, output, "target")
         return initial_relevance(torch.ones_like(output), targets, None)
 
     def rows(self, index: Tensor) -> Target:
-        """Positions of some samples."""
-        return self if len(self.positions) == 1 else Tokens([self.positions[i] for i in index.tolist()])
+        """Places of some samples."""
+        return self if len(self.places) == 1 else _Places([self.places[i] for i in index.tolist()])
 
 
 class Mask(Target):

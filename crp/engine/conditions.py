@@ -20,7 +20,8 @@ from torch import Tensor
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.layers.devices import send_to
 from crp.notices import warn
-from crp.outputs import Element, Pixels
+from crp.outputs import Element as Element
+from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
 from crp.types import Condition, MaskFactory
 
@@ -49,7 +50,7 @@ def check_conditions(
                 raise InputTypeError(f"conditions[{i}]: layers are named by strings, not {layer!r}")
         targets = condition.get(output_name)
         if targets is not None:
-            _check_target(targets, f"conditions[{i}][{output_name!r}]")
+            check_target(targets, f"conditions[{i}][{output_name!r}]")
         if targets is None and start_layer is None and not has_init:
             raise InputError(
                 f"Either {output_name} in 'conditions' or 'start_layer' or 'init_rel' must be defined; "
@@ -60,7 +61,8 @@ def check_conditions(
     return list(conditions)
 
 
-def _check_target(targets: Any, what: str) -> None:
+def check_target(targets: Any, what: str) -> None:
+    """Raise an error that begins with ``what`` unless targets are such as conditions have."""
     if _single_class(targets) is not None:
         return
     ids, elements = _target_ids(targets)

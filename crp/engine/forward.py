@@ -94,7 +94,7 @@ class ForwardPass:
                     raise InputError("the model's output for the reference is of another shape than that for the data")
         if output is not None:
             _check_explained("the model's output", output)
-            _check_columns("the model's output", output, len(inputs))
+            check_columns("the model's output", output, len(inputs))
         layers, references = outputs_meant(taps, roles)
         for layer in layers:
             _check_layer(layer, roles[layer], layers[layer], inputs)
@@ -157,7 +157,7 @@ def record_outputs(
         run(model)
     outputs, _ = outputs_meant(taps, roles)
     for layer, output in outputs.items():
-        _check_columns(f"the output of layer {layer!r}", output, n_samples)
+        check_columns(f"the output of layer {layer!r}", output, n_samples)
     return outputs
 
 
@@ -173,14 +173,14 @@ def check_one_entry(results: AttributionResults, layers: Collection[str] | None 
                     f"{n_rows} rows, such as windows of attention, which would have to be added up; name a layer that "
                     "has one for each, such as the whole attention"
                 )
-            _check_columns(what, relevance, n_rows, "rows")
+            check_columns(what, relevance, n_rows, "rows")
     return results
 
 
 def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:
     n_samples, what = len(inputs), f"the output of layer {layer!r}"
     if role == "start":
-        _check_columns(what, output, n_samples)
+        check_columns(what, output, n_samples)
         _check_explained(f"the output of start_layer {layer!r}", output)
     elif output.dim() == 0 or len(output) == 0 or len(output) % n_samples:
         raise InputError(
@@ -202,7 +202,8 @@ def _check_explained(what: str, tensor: Tensor) -> None:
         )
 
 
-def _check_columns(what: str, tensor: Tensor, n: int, of: str = "samples") -> None:
+def check_columns(what: str, tensor: Tensor, n: int, of: str = "samples") -> None:
+    """Raise an error that begins with ``what`` unless a tensor has a row for each of ``n`` samples."""
     if tensor.dim() == 0 or len(tensor) != n:
         raise InputError(f"{what} has shape {tuple(tensor.shape)}; its first axis must be that of {n} {of}")
 
@@ -230,6 +231,6 @@ def tensor_in(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise InputTypeError(
             f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; choose the tensor "
-            "to explain by CondAttribution(model, output=...), such as crp.outputs.segmentation() or detection()"
+            "to explain by output=, of CondAttribution or crp.explain: crp.outputs has segmentation() and detection()"
         )
     return output

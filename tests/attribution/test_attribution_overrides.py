@@ -214,7 +214,7 @@ def test_select_output(mlp, vectors, composite):
     parts = Second(model).generate(vectors[:2], conditions, composite, batch_size=3, verbose=False)
     assert same(stack(parts), found)
     with pytest.raises(
-        TypeError, match=r"returns a tuple.*choose the tensor to explain by CondAttribution\(model, output="
+        TypeError, match=r"returns a tuple.*choose the tensor to explain by output=, of CondAttribution or crp.explain"
     ):
         Tables(model)(vectors, conditions, composite)
 

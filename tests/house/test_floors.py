@@ -43,7 +43,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens)
-    "attributors": 2900,
+    "attributors": 3000,
     "audit": 2260,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
@@ -55,7 +55,7 @@ BUDGETS = {
     "concepts": 1800,
     "demo": 900,
     "engine": 4200,
-    "image": 1390,
+    "image": 1410,
     # (names of layers that mean what they are called with)
     "layers": 840,
     # (logits of a detector's boxes)
