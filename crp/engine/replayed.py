@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
@@ -57,7 +58,8 @@ class Replayed:
         columns = [samples.index(sample) for sample in rows.samples]
         chosen = call.inputs.select(list(samples)).explained[0].detach()
         alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
-        structure = (id(composite), tuple(columns), tuple(rows.layers(name)), tuple(settings.record))
+        # (a weak reference equals no other composite's, also where one has the id of one that is gone)
+        structure = (weakref.ref(composite), tuple(columns), tuple(rows.layers(name)), tuple(settings.record))
         key = (*structure, _form_of(chosen), _precision_of(chosen.device), settings.multipliers)
         if key not in self._shapes:
             return self._learn(key, replace(call, rows=rows, shortcut=None), composite)

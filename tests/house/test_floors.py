@@ -44,7 +44,7 @@ BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens)
     "attributors": 3000,
-    "audit": 2260,
+    "audit": 2300,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
     "commands": 2200,
@@ -54,7 +54,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 1800,
     "demo": 900,
-    "engine": 4200,
+    "engine": 4210,
     "image": 1410,
     # (names of layers that mean what they are called with)
     "layers": 840,
@@ -70,14 +70,14 @@ BUDGETS = {
     "visualization": 3700,
     "visualization.mining": 3740,
     # (the page of one picture; samples of negative relevance; maximized pictures)
-    "visualization.report": 3830,
+    "visualization.report": 3870,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2560,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 797
+PUBLIC_NAMES = 807
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

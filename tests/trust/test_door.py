@@ -253,7 +253,7 @@ def test_weights_that_change_between_parts_are_noticed(change, composite, n_samp
 
 
 #: Rooms in which whoever calls is told of a mistake by errors of the family.
-OF_THE_FAMILY = ("attribution", "attributors", "checks", "concept_graph", "concepts", "engine", "explain", "metrics")
+OF_THE_FAMILY = ("attribution", "attributors", "checks", "concept_graph", "concepts", "engine", "metrics")
 
 
 @pytest.mark.parametrize("name", OF_THE_FAMILY)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from crp.errors import StateError
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.class_pages import class_layers, class_page
 from crp.visualization.report.first_page import finding_of
@@ -75,7 +76,7 @@ def _first_page(atlas: TextAtlas, renderer: Renderer, table: Table, composite: s
 
 def _no_pictures(content: bytes, suffix: str) -> str:
     """Findings of texts have none."""
-    raise AssertionError(f"a {suffix} of {len(content)} bytes in an atlas of texts")
+    raise StateError(f"a {suffix} of {len(content)} bytes in an atlas of texts")
 
 
 def _row(atlas: TextAtlas, layer: str, concept: int) -> dict[str, Any]:
