@@ -211,6 +211,6 @@ def compare(folders: Sequence[Path], names: Sequence[str], presets: Sequence[str
         for preset in presets:
             files = [stored(folder, name, preset) for folder in folders]
             if all(file.exists() for file in files):
-                old, new = (torch.load(file) for file in files)
+                old, new = (torch.load(file, weights_only=True) for file in files)
                 found.append(difference(name, preset, old, new))
     return sorted(found, key=lambda row: -row.size)

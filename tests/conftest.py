@@ -15,6 +15,7 @@ import torch
 from covering import mark_the_rest_slow
 from model_state import state_of
 from torch import Tensor, nn
+from versions import skip_what_is_newer
 
 # Nets this small gain nothing from threads, and lose much where the machine is busy.
 torch.set_num_threads(1)
@@ -23,6 +24,7 @@ torch.set_num_threads(1)
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest_slow(items)
+    skip_what_is_newer(items)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

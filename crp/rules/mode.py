@@ -133,7 +133,7 @@ class SeeingMode(TorchFunctionMode):
             return self._in_two(func, known, types, args, kwargs)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
-            with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _keep):
                 return self._see(func, known, args, kwargs, inputs, flags)
         return self._see(func, known, args, kwargs, inputs, flags)
 

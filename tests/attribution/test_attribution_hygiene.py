@@ -332,6 +332,20 @@ def test_no_tensor_outlives_the_call(watched, images, composite, exclude_paralle
     assert len(last[1].heatmap) == 5
 
 
+def test_no_tensor_outlives_the_call_under_hooks_on_saved_tensors(watched, images):
+    """What a hook keeps must not hold the node that keeps it."""
+    attribution, memory = CondAttribution(watched), watched.layer2[0]
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+            attribution(images, WATCHED, EpsilonPlusFlat())
+        assert memory.seen
+        assert not memory.alive()
+    finally:
+        gc.enable()
+
+
 @every_kind
 def test_no_tensor_outlives_an_error(watched, images, composite):
     attribution, memory = CondAttribution(watched), watched.layer2[0]
