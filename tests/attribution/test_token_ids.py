@@ -313,7 +313,7 @@ def test_positions_of_an_output_without_any_and_of_other_numbers():
     model = seeded(nn.Linear(4, 3))
     with pytest.raises(IndexError, match=r"must be \(positions, vocabulary\)"):
         CondAttribution(model)(numbers(1, 4), [{"y": Position(-1, 1)}], CPLRP())
-    with pytest.raises(ValueError, match="target has 2 positions for 3 samples"):
+    with pytest.raises(ValueError, match="target has 2 places for 3 samples"):
         crp.explain("gradient", seeded(Everywhere()), numbers(3, 6, 4), [Position(0, 1)] * 2)
     with pytest.raises(ValueError, match=r"give a target, such as crp.outputs.Position\(-1, token\)"):
         crp.explain("gradient", seeded(Everywhere()), numbers(3, 6, 4))
