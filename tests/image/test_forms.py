@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import gaussian_blur
 
 from crp.image import (
     AGAINST,
@@ -27,7 +28,7 @@ from crp.image import (
     vis_img_heatmap,
     vis_opaque_img,
 )
-from crp.image.colours import as_picture, clipped, colours_of
+from crp.image.colours import as_picture, blurred, clipped, colours_of
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -50,6 +51,14 @@ def test_a_percentile_of_zero_falls_back_to_the_largest(spike, one):
     heatmap[0, 0] = spike
     assert clipped(heatmap)[1] == one
     assert np.isfinite(clipped(heatmap)[0]).all()
+
+
+@pytest.mark.parametrize("shape, share", [((224, 224), 0.02), ((40, 64), 0.05), ((5, 7), 0.9), ((1, 9), 0.2)], ids=str)
+def test_smoothing_is_that_of_a_window_in_two_dimensions(shape, share):
+    values, sigma = np.random.default_rng(0).normal(size=shape), share * max(shape)
+    width = 2 * min(int(3 * sigma + 0.5), min(shape) - 1) + 1
+    wanted = gaussian_blur(torch.from_numpy(values)[None, None], [width, width], [sigma, sigma])[0, 0]
+    np.testing.assert_allclose(blurred(values, share), wanted.numpy(), rtol=0, atol=1e-12)
 
 
 def test_colours_that_are_none_are_refused():
