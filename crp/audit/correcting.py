@@ -9,6 +9,7 @@ Recognition 115 (2021).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -203,6 +204,11 @@ def effect(
     ------
     ValueError
         If a corrected model is the model itself.
+
+    Warns
+    -----
+    UserWarning
+        If a correction changes neither predictions nor relevance, as one on another model.
     """
     classes, ids = as_ids(labels, what="labels"), as_ids(concept_ids, layer)
     if len(classes) != len(data):
@@ -210,10 +216,13 @@ def effect(
     if not ids:
         raise InputError("concept_ids is empty; name at least one concept")
 
+    predictions = []
+
     def measure(one: CondAttribution) -> tuple[float, float]:
         result = one(data, [{one.MODEL_OUTPUT_NAME: label} for label in classes], composite, [layer])
         if result.prediction.dim() != 2:
             raise InputError(f"accuracy is of (samples, classes); the output is {tuple(result.prediction.shape)}")
+        predictions.append(result.prediction)
         n_classes = result.prediction.shape[1]
         right = result.prediction.argmax(1).cpu() == torch.tensor(classes) % n_classes
         sums = relevance_sums(concept, LayerValues.of(result, layer), layer).abs()
@@ -235,6 +244,8 @@ def effect(
         before = measure(attribution)
         with correction:
             after = measure(attribution)
+    if before == after and torch.equal(*predictions):
+        warnings.warn("the correction changes nothing here: is it on another model?", stacklevel=2)
     return Effect(*((one, two) for one, two in zip(before, after, strict=True)))
 
 

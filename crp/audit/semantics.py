@@ -16,7 +16,7 @@ from torch import Tensor
 from crp.checks import check_number
 from crp.concepts import as_ids
 from crp.concepts.ids import as_vector
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 from crp.visualization.feature import FeatureVisualization
 
 
@@ -60,8 +60,15 @@ def embed_references(
     Returns
     -------
     ndarray of shape (concepts, n, features), float64
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``embed`` is no function, or does not return a vector for each sample.
     """
     check_number("n", n, 1, whole=True)
+    if not callable(embed):
+        raise InputTypeError(f"embed must be a function of samples, such as CLIP's encode_image: {embed!r}")
     ids = as_ids(concept_ids, layer)
     if not ids:
         raise InputError("concept_ids is empty; name at least one concept")

@@ -133,6 +133,15 @@ def test_effect(model, data):
     assert found.share[1] == 0 and found.accuracy[1] <= 1
 
 
+def test_correction_of_another_model_is_told(model, data):
+    """It changes nothing here, which must not be taken for a correction without effect."""
+    labels, other = model(data).argmax(1).tolist(), copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="changes nothing here: is it on another model"):
+        found = effect(CondAttribution(model), data, labels, EpsilonPlus(),
+                       prune(other, {"conv2": [0, 1, 1, 1, 1]}, 0.2), "conv2", ChannelConcept(), [0])  # fmt: skip
+    assert found.share[0] == found.share[1]
+
+
 def test_effect_of_training(model, data):
     """The model after training takes the place of a context; its figures are its own."""
     trained = copy.deepcopy(model)

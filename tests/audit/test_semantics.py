@@ -60,6 +60,8 @@ def test_references_of_concepts(tmp_path):
     assert np.allclose(found[1], wanted.flatten(1)[:, :4])
     with pytest.raises(ValueError, match=r"embed gives \(5, 1, 6, 6\) for 5 samples; it must be \(samples, features\)"):
         embed_references(fv, "second", [0], lambda samples: samples, n=5)
+    with pytest.raises(TypeError, match="embed must be a function of samples"):
+        embed_references(fv, "second", [0], "clip", n=5)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens)
     "attributors": 3000,
-    "audit": 2300,
+    "audit": 2325,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
     "commands": 2200,
