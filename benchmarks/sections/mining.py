@@ -80,9 +80,9 @@ class Mining:
         self.fingerprints: Mapping[str, str] | None = None
 
     def batches(self) -> list[tuple[Tensor, list[int]]]:
-        """Images and labels, batch by batch."""
-        starts = range(0, len(self.dataset), 32)
-        return [(self.dataset.images[i : i + 32], self.dataset.labels[i : i + 32]) for i in starts]
+        """Images and labels, batch by batch; a long dataset has the same images again and again."""
+        images, parts = self.dataset.images, torch.arange(len(self.dataset)).split(32)
+        return [(images[part % len(images)], self.dataset.labels[part[0] : part[-1] + 1]) for part in parts]
 
     def gradients(self) -> None:
         """Gradient of every sample: the unit."""
