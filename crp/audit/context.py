@@ -12,12 +12,11 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.audit.tested import read_samples
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.errors import InputError, InputTypeError
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.targets import choose_targets
-from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
@@ -154,19 +153,12 @@ def contexts(
     -------
     Contexts
     """
-    if not len(samples):
-        raise InputError("contexts need one sample at least")
-    table = Table.open(fv.path)
-    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else list(concept_ids))
-    data = fv.get_data_concurrently(samples, True)[0].detach()
-    if targets is None:
-        targets = [chosen[0] for chosen in choose_targets("prediction", fv.attribution, Asked.of(data, None))]
-    concept = fv.layer_map[layer]
+    numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "contexts")
     score = context_scores(
-        fv.attribution, data, targets, composite, layer, concept, ids.tolist(), inside, batch_size=batch_size
-    )
-    rows, of_rows = (np.asarray(values, np.int64) for values in (samples, targets))
-    return Contexts(layer, ids, rows, of_rows, score.detach().cpu().double().numpy())
+        fv.attribution, data, classes, composite, layer, fv.layer_map[layer], ids.tolist(), inside,
+        batch_size=batch_size,
+    )  # fmt: skip
+    return Contexts(layer, ids, numbers, np.asarray(classes, np.int64), score.detach().cpu().double().numpy())
 
 
 def inside_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:

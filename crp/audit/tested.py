@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 from zennit.core import Composite
 
 from crp.audit.intervening import intervene
@@ -95,18 +96,8 @@ def interventions(
     -------
     Interventions
     """
-    numbers = [number % len(fv.dataset) for number in as_ids(samples, what="samples")]
-    if not numbers:
-        raise InputError("interventions need one sample at least")
-    table = Table.open(fv.path)
-    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)
-    data = fv.get_data_concurrently(as_ids(samples), True)[0].detach()
     attribution, concept = fv.attribution, fv.layer_map[layer]
-    if targets is None:
-        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
-    classes = as_ids(targets, what="targets")
-    if len(classes) != len(data):
-        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
+    numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "interventions")
     result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: y} for y in classes], composite, [layer])
     relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
     other = None if patch is None else fv.get_data_concurrently(patch, True)[0].detach()
@@ -114,13 +105,36 @@ def interventions(
     return Interventions(
         layer,
         ids,
-        np.asarray(numbers, np.int64),
+        numbers,
         np.asarray(classes, np.int64),
         relevance.detach().cpu().double().numpy(),
         change.detach().cpu().double().numpy(),
         scale,
         patch is not None,
     )
+
+
+def read_samples(
+    fv: FeatureVisualization,
+    layer: str,
+    samples: Sequence[int],
+    concept_ids: Sequence[int] | None,
+    targets: Sequence[int] | None,
+    what: str,
+) -> tuple[np.ndarray, np.ndarray, Tensor, list[int]]:
+    """Numbers of samples, concept ids, data, and a target for each sample: those given, or all and those predicted."""
+    given = as_ids(samples, what="samples")
+    if not given:
+        raise InputError(f"{what} need one sample at least")
+    table = Table.open(fv.path)
+    ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)
+    data = fv.get_data_concurrently(given, True)[0].detach()
+    if targets is None:
+        targets = [chosen[0] for chosen in choose_targets("prediction", fv.attribution, Asked.of(data, None))]
+    classes = as_ids(targets, what="targets")
+    if len(classes) != len(data):
+        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
+    return np.asarray([number % len(fv.dataset) for number in given], np.int64), ids, data, classes
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

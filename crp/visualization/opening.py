@@ -15,7 +15,7 @@ from crp.visualization.models import load_model
 from crp.visualization.sources import load_source, load_texts, open_source
 
 
-class Opened(NamedTuple):
+class _Opened(NamedTuple):
     """Model and dataset of a table, how samples are prepared, and the layers' concepts."""
 
     model: nn.Module
@@ -24,7 +24,7 @@ class Opened(NamedTuple):
     layer_map: dict[str, Concept]
 
 
-def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> Opened:
+def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> _Opened:
     """Load what ``crp mine`` was given, from the recipe of its table.
 
     Modules of the user's own that the recipe names are imported, as ``crp mine`` did: it is for tables that one trusts.
@@ -63,7 +63,7 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> Opened:
             dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
     except (KeyError, TypeError, AttributeError) as error:
         raise LoadingError(f"the recipe of the table lacks or garbles what crp mine was given: {error!r}") from error
-    return Opened(loaded.model, dataset, preprocess, make_layer_map(recipe))
+    return _Opened(loaded.model, dataset, preprocess, make_layer_map(recipe))
 
 
 def make_layer_map(recipe: Mapping[str, Any]) -> dict[str, Concept]:

@@ -146,6 +146,9 @@ def test_contexts(fv):
     wanted = context_scores(fv.attribution, data, predicted, EpsilonPlus(), "second", concept, [4, 1, 0], inside)
     assert np.allclose(found.score, wanted.detach().numpy(), rtol=1e-12, equal_nan=True)
     assert contexts(fv, None, "second", [2], inside[:1], targets=[1]).score.shape == (1, 5)
+    assert contexts(fv, None, "second", [-1], inside[:1]).sample.tolist() == [len(fv.dataset) - 1]
+    with pytest.raises(ValueError, match="there are 2 targets for 1 samples"):
+        contexts(fv, None, "second", [2], inside[:1], targets=[1, 2])
     some = found._replace(score=np.array([[0.5, np.nan, np.nan], [1.0, 0.25, np.nan], [0.0, 0.75, np.nan]]))
     assert np.array_equal(some.mean, [0.5, 0.5, np.nan], equal_nan=True)
     some.save(table)
