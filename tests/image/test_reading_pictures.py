@@ -164,3 +164,12 @@ def test_floats_within_0_and_1_are_shown_as_they_are(tmp_path, low, high, expect
     Image.fromarray(values).save(tmp_path / "deep.tif")
     found = shown(tmp_path / "deep.tif")
     assert (found[0] == expected[0]).all() and (found[3] == expected[1]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_floats_that_are_not_finite_are_refused(tmp_path, value):
+    values = np.full((4, 4), 0.5, np.float32)
+    values[1, 2] = value
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="1 of 16 values that are not finite"):
+        shown(tmp_path / "deep.tif")
