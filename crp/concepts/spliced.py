@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
+from crp.checks import check_choice
+from crp.concepts.ids import check_axis
 from crp.errors import InputError, InputTypeError
 from crp.layers import ByChainRule, Followed, put_behind
 from crp.layers.interrupts import atomic
@@ -95,10 +97,8 @@ def splice(
     for method in ("encode", "decode"):
         if not callable(getattr(code, method, None)):
             raise InputTypeError(f"code needs the methods encode and decode; {type(code).__name__} has no {method}")
-    if axis == 0 or reads not in ("output", "input"):
-        raise InputError(
-            f"axis must not be 0, that of the samples, and reads 'output' or 'input'; not {axis}, {reads!r}"
-        )
+    check_axis(axis)
+    check_choice("reads", reads, Literal["output", "input"])
     with put_behind(model, layer, lambda inner: _SplicedLayer(inner, code, axis, reads)):
         yield Spliced(*(f"{layer}.{part}" for part in Spliced._fields))
 

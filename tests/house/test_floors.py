@@ -52,7 +52,7 @@ BUDGETS = {
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
     "concept_graph": 190,
-    "concepts": 1800,
+    "concepts": 1810,
     "demo": 900,
     "engine": 4210,
     "image": 1410,
@@ -77,7 +77,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 807
+PUBLIC_NAMES = 809
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
