@@ -125,6 +125,35 @@ def test_results_are_the_callers_own(vgg_bn: nn.Module, images: Tensor) -> None:
     assert count(attribution) == 6
 
 
+def test_an_error_comes_in_its_turn(vgg_bn: nn.Module, images: Tensor) -> None:
+    """On a GPU, a part is computed while the one before is given; what goes wrong there does not take that one."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    conditions = [{"y": [0], LAYER: [i % 8]} for i in range(10)]
+    parts = attribution.generate(images[:1], conditions, rules, batch_size=2, verbose=False)
+    plain = CondAttribution(vgg_bn)
+    plain.replay = False
+    exact = [part.heatmap for part in plain.generate(images[:1], conditions, rules, batch_size=2, verbose=False)]
+    torch.testing.assert_close(next(parts).heatmap, exact[0], rtol=0, atol=0)
+    with torch.no_grad():
+        vgg_bn.features[0].weight.mul_(2)
+    torch.testing.assert_close(next(parts).heatmap, exact[1], rtol=0, atol=0)  # (was computed before)
+    with pytest.raises(ValueError, match=r"features.0.weight.* changed between parts"):
+        next(parts)
+
+
+def test_memory_that_is_gone_is_not_read(vgg_bn: nn.Module, images: Tensor) -> None:
+    """A trusted recording is replayed before the model is looked at, but not where memory it reads was given back."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    (entry,) = attribution._replayed.replays._entries.values()
+    recording: Any = entry.recording
+    recording.can_read = lambda: False
+    recording.replay = lambda: pytest.fail("it reads memory that is gone")
+    for scale in (1, 2):
+        assert_same(attribution, images * scale, [{"y": [scale]}], rules)
+    assert count(attribution) == 4  # (by a recording of its own)
+
+
 # --- what changes -----------------------------------------------------------------------------------------------------
 
 
