@@ -52,12 +52,12 @@ BUDGETS = {
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
     "concept_graph": 190,
-    "concepts": 1800,
+    "concepts": 2000,
     "demo": 900,
     "engine": 4210,
     "image": 1410,
     # (names of layers that mean what they are called with)
-    "layers": 840,
+    "layers": 870,
     # (logits of a detector's boxes)
     "outputs": 360,
     "metrics": 810,
@@ -77,7 +77,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 807
+PUBLIC_NAMES = 815
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
