@@ -102,6 +102,7 @@ def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None
         dataset=found.dataset,
         layer_map=found.layer_map,
         preprocess_fn=found.preprocess,
+        output=found.output,
     )
     composite = _make_composite(command["rules"], command["settings"])
     options: dict[str, Any] = {name: given[option] for option, name in _OPTIONS.items()}

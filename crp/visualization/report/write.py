@@ -356,6 +356,7 @@ def _about_samples(
 def _identity(table: Table, composite: Composite | None) -> str:
     """What every heatmap depends on."""
     known = {name: table.fingerprints.get(name) for name in ("model", "dataset", "preprocess", "layers")}
+    known |= {name: mark for name, mark in table.fingerprints.items() if name == "output"}
     content = [known, None if composite is None else fingerprint_composite(composite)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
