@@ -28,7 +28,7 @@ from crp.engine.copies import alone
 from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.engine.joining import Part
+from crp.engine.joining import Part, one_ahead
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
 from crp.errors import InputError, InputTypeError
@@ -214,7 +214,7 @@ class CondAttribution:
 
         Takes the parameters of `__call__`, and gives the same rows in the same order. While the generator waits, the
         model is untouched. Composites in multiplier encoding, and the plain gradient, need one forward pass for all
-        parts.
+        parts. On a GPU, the next part is computed while you have one, unless ``replay`` is off.
 
         Parameters
         ----------
@@ -231,8 +231,8 @@ class CondAttribution:
             raise InputError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         call = alone(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
-        n_parts = -(-len(call.rows) // batch_size)
-        return self._show(map(self._checked, call.parts()), n_parts, verbose)
+        parts = one_ahead(call.parts()) if self.replay and self._replayed.replays.serves(self.device) else call.parts()
+        return self._show(map(self._checked, parts), -(-len(call.rows) // batch_size), verbose)
 
     def absorbed(
         self,

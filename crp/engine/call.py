@@ -113,8 +113,7 @@ class Call:
         inputs = inputs.to(device)
         if channels_last:
             usual = rows.layers(settings.output_name) or any(method is not None for method in vars(overrides).values())
-            follows = not usual and Encoding.of(composite).multiplier and is_faster_channels_last(model, inputs)
-            settings = replace(settings, channels_last=True) if follows else settings
+            settings = replace(settings, channels_last=not usual and Encoding.of(composite).multiplier)
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in rows.layers(settings.output_name):
             row_masks({}, layer, settings.mask_map, call._multiplies())
@@ -202,6 +201,7 @@ class Call:
 
     def _parts(self, composite: Composite | None) -> Iterator[Part]:
         passed: ForwardPass | None = None
+        call: Call | None = None
         # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
         keeps = Encoding.of(composite).multiplier or composite is None
         chunks = self._chunks()
@@ -211,21 +211,29 @@ class Call:
                 passed = None
                 yield known
                 continue
+            call = call or self.laid_out()
             if isinstance(self.inputs.select(list(self._samples(rows))), Samples):
-                passed, part = None, [self._one_by_one(rows, composite, {})]
+                passed, part = None, [call._one_by_one(rows, composite, {})]
             elif passed is not None and passed.samples == self._samples(rows):
-                part = [self._results(passed, rows, last)]
+                part = [call._results(passed, rows, last)]
             else:
                 with put_on(composite, self.model) as model:
-                    passed = self._forward(model, rows, composite)
-                    part = [] if passed.is_folded else [self._results(passed, rows, last)]
+                    passed = call._forward(model, rows, composite)
+                    part = [] if passed.is_folded else [call._results(passed, rows, last)]
             if passed is not None and not part:
                 shapes = {name: output.shape for name, output in passed.layers.items()}
                 passed = None
-                part = [self._one_by_one(rows, composite, shapes)]
+                part = [call._one_by_one(rows, composite, shapes)]
             if last:
                 passed = None
             yield part.pop()
+
+    def laid_out(self) -> Call:
+        """The same, with the channels last in memory only where that is faster, too."""
+        settings = self.settings
+        if not settings.channels_last or is_faster_channels_last(self.model, self.inputs):
+            return self
+        return replace(self, settings=replace(settings, channels_last=False))
 
     def at_once(self, composite: Composite | None) -> Part | None:
         """Results of all rows by one forward pass; None where entries of samples cannot be told apart."""

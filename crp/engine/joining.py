@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,23 @@ def average(parts: Sequence[Part]) -> Part:
     heatmap, relevances = (_each([getattr(result, field) for result, _ in parts], _mean) for field in _AVERAGED)
     result = AttributionResults(heatmap, first.activations, relevances, first.prediction, encoding=first.encoding)
     return result, _each([of_inputs for _, of_inputs in parts], _mean)
+
+
+def one_ahead(parts: Iterator[Part]) -> Iterator[Part]:
+    """Parts, each given when the next one is begun: a GPU computes it while the host waits for what is given.
+
+    An error comes in its turn, after the parts before it.
+    """
+    ahead, error = [next(parts)], None
+    while ahead:
+        current = [ahead.pop()]
+        try:
+            ahead += [part for part in [next(parts, None)] if part is not None]
+        except Exception as raised:
+            error = raised
+        yield current.pop()  # (the caller alone keeps it)
+    if error is not None:
+        raise error
 
 
 _AVERAGED = ("heatmap", "relevances")

@@ -29,15 +29,15 @@ _CHANGEABLE = (list, dict, set, Tensor)
 _PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
 
 
+def is_traced() -> bool:
+    """Whether modes of torch, or hooks on all modules, see each operation or call."""
+    of_all = (vars(torch_module).get(f"_global{name}") for name in _HOOKS)
+    return any(of_all) or torch._C._len_torch_function_stack() > 0 or _get_current_dispatch_mode() is not None
+
+
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
-    of_all = (vars(torch_module).get(f"_global{name}") for name in _HOOKS)
-    return (
-        any(of_all)
-        or torch._C._len_torch_function_stack() > 0
-        or _get_current_dispatch_mode() is not None
-        or any(getattr(module, name) for module in modules_of(model).values() for name in _HOOKS)
-    )
+    return is_traced() or any(getattr(module, name) for module in modules_of(model).values() for name in _HOOKS)
 
 
 class ModelState:
@@ -82,8 +82,14 @@ class ModelState:
 
 def weights_of(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """Parameters and buffers by name, with their versions, which every write but those through ``.data`` changes."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: (t, 0 if t.is_inference() else t._version) for name, t in tensors.items()}
+    # (torch's own `named_parameters` takes as long as what a GPU does for a small part)
+    return {
+        f"{name}.{own}" if name else own: (t, 0 if t.is_inference() else t._version)
+        for name, module in modules_of(model).items()
+        for tensors in (module._parameters, module._buffers)
+        for own, t in tensors.items()
+        if t is not None
+    }
 
 
 def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tensor, int]]) -> list[str]:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,8 +45,25 @@ class NotReplayableError(RuntimeError):
 class Recording(Protocol):
     """A recorded computation, which reads its inputs where they were and leaves its outputs where they were."""
 
+    def can_read(self) -> bool:
+        """Whether all memory that it reads is still there."""
+
     def replay(self) -> None:
-        """Compute again."""
+        """Compute again; on a GPU, the host does not wait for it."""
+
+
+class Prepared(NamedTuple):
+    """A computation as a model stands now.
+
+    Attributes
+    ----------
+    state : object
+        What it reads beside its inputs, such as weights; compared by ``==``.
+    compute : callable
+    """
+
+    state: object
+    compute: Run
 
 
 class Recorder(Protocol):
@@ -78,6 +95,9 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     reads: _Reads
 
+    def can_read(self) -> bool:
+        return all(storage.data_ptr() == place for place, storage in self.reads.kept.items())
+
     def replay(self) -> None:
         self.graph.replay()
 
@@ -87,7 +107,7 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept: dict[int, object] = {}
+        self.kept: dict[int, torch.UntypedStorage] = {}
         self._made: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,6 +151,9 @@ class _Calls(TorchDispatchMode):
 class _CallRecording:
     calls: list[tuple[Any, Any, Any, Any]]
     outputs: Tensors
+
+    def can_read(self) -> bool:
+        return True
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -202,21 +225,19 @@ class Replays:
     def run(
         self,
         key: Hashable,
-        state: object,
-        compute: Run,
+        prepare: Callable[[], Prepared | None],
         inputs: Mapping[str, Tensor],
         only: Collection[str] | None = None,
-    ) -> Tensors:
-        """Outputs of a computation, in memory of their own.
+    ) -> Tensors | None:
+        """Outputs of a computation, in memory of their own; None where it must not be replayed, and was not made.
 
         Parameters
         ----------
         key : hashable
             Which computation: what Python decides by, and the forms of the tensors.
-        state : object
-            What it reads beside its inputs, such as weights; compared by ``==``. A change discards the recording.
-        compute : callable
-            The computation.
+        prepare : callable
+            Looks at the model: gives its state and the computation, or None where others watch it. A change of the
+            state discards the recording. A trusted recording is replayed meanwhile, since a GPU computes by itself.
         inputs : dict of str to Tensor
             Those of the host are sent to where a recording reads them.
         only : collection of str, optional
@@ -229,17 +250,29 @@ class Replays:
         """
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or entry.state != state:
-                entry = self._entries[key] = _Entry(state)
+            early = self._replay(entry, inputs, only) if entry is not None and entry.trusted else None
+            prepared = prepare()
+            if prepared is None:
+                return None
+            if entry is None or entry.state != prepared.state:
+                entry, early = _Entry(prepared.state), None
+                self._entries[key] = entry
             self._entries.move_to_end(key)
             while len(self._entries) > KEPT:
                 self._entries.popitem(last=False)
             entry.runs += 1
-            if entry.refused or entry.runs <= FIRST_RUNS:
+            if early is not None:
+                self.replayed += 1
+                return early
+            compute = prepared.compute
+            if entry.refused or entry.runs <= FIRST_RUNS or not self._has_recording(entry, compute, inputs):
                 return _some(compute(dict(inputs)), only)
-            if entry.recording is None and not self._record(entry, compute, inputs):
-                return _some(compute(dict(inputs)), only)
-            return self._replay(entry, compute, inputs, only)
+            return self._compared(entry, compute, inputs, only)
+
+    def _has_recording(self, entry: _Entry, compute: Run, inputs: Mapping[str, Tensor]) -> bool:
+        if entry.recording is not None and not entry.recording.can_read():
+            entry.recording, entry.trusted = None, False
+        return entry.recording is not None or self._record(entry, compute, inputs)
 
     def _record(self, entry: _Entry, compute: Run, inputs: Mapping[str, Tensor]) -> bool:
         """Record a computation; False where that is impossible, which is not tried again."""
@@ -256,20 +289,25 @@ class Replays:
             gc.collect()
         return entry.recording is not None
 
-    def _replay(
-        self, entry: _Entry, compute: Run, inputs: Mapping[str, Tensor], only: Collection[str] | None
-    ) -> Tensors:
+    def _replay(self, entry: _Entry, inputs: Mapping[str, Tensor], only: Collection[str] | None) -> Tensors | None:
+        """Outputs by the recording; None where memory that it reads is gone."""
         assert entry.recording is not None and entry.inputs is not None and entry.outputs is not None
+        if not entry.recording.can_read():
+            return None
         for name, tensor in inputs.items():
             entry.inputs[name].copy_(tensor, non_blocking=True)
         entry.recording.replay()
-        outputs = {name: output.clone() for name, output in _some(entry.outputs, only).items()}
-        if not entry.trusted:
-            exact = compute(dict(inputs))
-            if not _are_close(entry.outputs, exact):
-                entry.refused, entry.recording, entry.inputs, entry.outputs = True, None, None, None
-                return _some(exact, only)
-            entry.trusted = entry.runs > FIRST_RUNS + 1  # (by data that were not there while it was recorded)
+        return {name: output.clone() for name, output in _some(entry.outputs, only).items()}
+
+    def _compared(
+        self, entry: _Entry, compute: Run, inputs: Mapping[str, Tensor], only: Collection[str] | None
+    ) -> Tensors:
+        """Outputs by a recording that is not trusted yet, if the computation itself gives the same."""
+        outputs, exact = self._replay(entry, inputs, only), compute(dict(inputs))
+        if outputs is None or entry.outputs is None or not _are_close(entry.outputs, exact):
+            entry.refused, entry.recording, entry.inputs, entry.outputs = True, None, None, None
+            return _some(exact, only)
+        entry.trusted = entry.runs > FIRST_RUNS + 1  # (by data that were not there while it was recorded)
         self.replayed += 1
         return outputs
 

@@ -17,8 +17,8 @@ from crp.engine.encoding import Encoding, Propagation
 from crp.engine.inputs import Inputs
 from crp.engine.joining import Part
 from crp.engine.masks import Given, apply_masks, row_masks
-from crp.engine.model_state import ModelState, is_watched
-from crp.engine.replay import Recorder, Replays
+from crp.engine.model_state import ModelState, is_traced, is_watched
+from crp.engine.replay import Prepared, Recorder, Replays
 from crp.engine.settings import Settings
 from crp.layers.devices import send_to
 from crp.types import AttributionResults
@@ -60,9 +60,9 @@ class Replayed:
         alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
         # (a weak reference equals no other composite's, also where one has the id of one that is gone)
         structure = (weakref.ref(composite), tuple(columns), tuple(rows.layers(name)), tuple(settings.record))
-        key = (*structure, _form_of(chosen), _precision_of(chosen.device), settings.multipliers)
+        key = (*structure, _form_of(chosen), _precision_of(chosen.device), settings.multipliers, settings.channels_last)
         if key not in self._shapes:
-            return self._learn(key, replace(call, rows=rows, shortcut=None), composite)
+            return self._learn(key, replace(call, rows=rows, shortcut=None).laid_out(), composite)
         shapes = self._shapes[key]
         if not shapes:
             return None
@@ -71,26 +71,34 @@ class Replayed:
         if given is None:
             return None
 
-        def compute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            masks = {layer: tensors[f"mask {layer}"] for layer in given.masks}
-            inner = replace(
-                call,
-                inputs=Inputs.of(tensors["data"], settings.explain),
-                rows=alike,
-                settings=replace(settings, shared_start=given.shared),
-                batch_size=None,
-                shortcut=None,
-                given=Given(tensors["start"], masks, given.shared),
-            )
-            part = inner.at_once(composite)
-            assert part is not None, "a layer has one entry for each sample, as it had before"
-            results = _flattened(*part)
-            return results if settings.reading is None else results | {_READING: settings.reading(part[0])}
+        def prepare() -> Prepared | None:
+            if is_watched(call.model):
+                return None
+            laid_out = call.laid_out()
+
+            def compute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+                masks = {layer: tensors[f"mask {layer}"] for layer in given.masks}
+                inner = replace(
+                    laid_out,
+                    inputs=Inputs.of(tensors["data"], settings.explain),
+                    rows=alike,
+                    settings=replace(laid_out.settings, shared_start=given.shared),
+                    batch_size=None,
+                    shortcut=None,
+                    given=Given(tensors["start"], masks, given.shared),
+                )
+                part = inner.at_once(composite)
+                assert part is not None, "a layer has one entry for each sample, as it had before"
+                results = _flattened(*part)
+                return results if settings.reading is None else results | {_READING: settings.reading(part[0])}
+
+            return Prepared(ModelState(call.model, composite), compute)
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if settings.reading is not None else None
-        state = ModelState(call.model, composite)
-        tensors = self.replays.run((key, given.shared, settings.reading), state, compute, inputs, only)
+        tensors = self.replays.run((key, given.shared, settings.reading), prepare, inputs, only)
+        if tensors is None:
+            return None
         encoding = Encoding.of(composite)
         return _restored(tensors, encoding, encoding.multiplier and settings.multipliers)
 
@@ -110,8 +118,8 @@ class Replayed:
 def _is_replayable(call: Call, composite: Composite) -> bool:
     """Whether an attribution is nothing but a function of tensors, as far as that can be told.
 
-    Initial relevance is 1 at the targets, no method is overridden, no reference is chosen for each sample, and nobody
-    watches the model run.
+    Initial relevance is 1 at the targets, no method is overridden, no reference is chosen for each sample, and no mode
+    of torch is on. Hooks of others are looked for later.
     """
     if not isinstance(composite, Propagation) or not Encoding.of(composite).starts_from_one:
         return False
@@ -120,7 +128,7 @@ def _is_replayable(call: Call, composite: Composite) -> bool:
     in_flow = not settings.exclude_parallel and bool(call.rows.layers(settings.output_name))
     usual = settings.init_rel is None and settings.start is None and not in_flow
     own = per_sample or any(method is not None for method in vars(call.overrides).values())
-    return usual and not own and settings.on_device is None and not is_watched(call.model)
+    return usual and not own and settings.on_device is None and not is_traced()
 
 
 def _form_of(tensor: Tensor) -> Hashable:

@@ -34,7 +34,7 @@ class Settings:
     multipliers: bool = True
     #: Whether all slots of a backward pass start alike, where that is known without looking at values.
     shared_start: bool | None = None
-    #: Whether the model may be run with the channels last in memory, where that is faster.
+    #: Whether the model may be run with the channels last in memory; `Call.laid_out` says where that is faster.
     channels_last: bool = False
     #: Whether results of layers may lie in memory as they were computed, for a caller that only reads them.
     as_computed: bool = False

@@ -100,6 +100,15 @@ def test_another_order_of_slots_is_another_recording(vgg_bn: nn.Module, images: 
     assert count(attribution) > 4
 
 
+def test_what_is_trusted_with_one_target_is_not_used_for_several(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images[:1], rules, [{"y": [1], LAYER: [place]} for place in range(4)])
+    several = [{"y": [place], LAYER: [place]} for place in range(4)]
+    for number in range(4):
+        assert_same(attribution, images[:1] + number, several, rules)
+    assert count(attribution) == 4
+
+
 def test_results_are_the_callers_own(vgg_bn: nn.Module, images: Tensor) -> None:
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)
@@ -114,6 +123,35 @@ def test_results_are_the_callers_own(vgg_bn: nn.Module, images: Tensor) -> None:
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad.sum(1), result.heatmap)
     assert count(attribution) == 6
+
+
+def test_an_error_comes_in_its_turn(vgg_bn: nn.Module, images: Tensor) -> None:
+    """On a GPU, a part is computed while the one before is given; what goes wrong there does not take that one."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    conditions = [{"y": [0], LAYER: [i % 8]} for i in range(10)]
+    parts = attribution.generate(images[:1], conditions, rules, batch_size=2, verbose=False)
+    plain = CondAttribution(vgg_bn)
+    plain.replay = False
+    exact = [part.heatmap for part in plain.generate(images[:1], conditions, rules, batch_size=2, verbose=False)]
+    torch.testing.assert_close(next(parts).heatmap, exact[0], rtol=0, atol=0)
+    with torch.no_grad():
+        vgg_bn.features[0].weight.mul_(2)
+    torch.testing.assert_close(next(parts).heatmap, exact[1], rtol=0, atol=0)  # (was computed before)
+    with pytest.raises(ValueError, match=r"features.0.weight.* changed between parts"):
+        next(parts)
+
+
+def test_memory_that_is_gone_is_not_read(vgg_bn: nn.Module, images: Tensor) -> None:
+    """A trusted recording is replayed before the model is looked at, but not where memory it reads was given back."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    (entry,) = attribution._replayed.replays._entries.values()
+    recording: Any = entry.recording
+    recording.can_read = lambda: False
+    recording.replay = lambda: pytest.fail("it reads memory that is gone")
+    for scale in (1, 2):
+        assert_same(attribution, images * scale, [{"y": [scale]}], rules)
+    assert count(attribution) == 4  # (by a recording of its own)
 
 
 # --- what changes -----------------------------------------------------------------------------------------------------
@@ -304,6 +342,19 @@ def test_what_depends_on_unseen_python_is_found_out(vectors: Tensor) -> None:
     heatmaps = [attribution(vectors, [{"y": [0]}], rules).heatmap.abs().sum() for _ in range(8)]
     assert len({float(size) for size in heatmaps}) == 8
     assert count(attribution) == 0
+
+
+def test_what_depends_on_unseen_values_is_found_out_on_other_data(vectors: Tensor) -> None:
+    """The data of a recording would take the recorded way in any case."""
+
+    class Hidden(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * (2 if x.detach().numpy().sum() > 0 else 3))
+
+    attribution, rules = replaying(Hidden(6, 4).double().eval()), composites.get("epsilon")
+    for sign in (1, 1, 1, 1, -1, 1, -1):  # (the fourth is recorded)
+        assert_same(attribution, vectors.abs() * sign, [{"y": [0]}], rules)
+    assert count(attribution) == 1
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {
