@@ -54,7 +54,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2000,
     "demo": 900,
-    "engine": 4210,
+    "engine": 4290,
     "image": 1410,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -77,7 +77,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 815
+PUBLIC_NAMES = 820
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
