@@ -54,37 +54,37 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2000,
     "demo": 900,
-    "engine": 4210,
+    "engine": 4290,
     "image": 1410,
     # (names of layers that mean what they are called with)
     "layers": 870,
-    # (logits of a detector's boxes)
-    "outputs": 360,
-    "metrics": 810,
+    "outputs": 395,
+    "metrics": 860,
     # (a product whose gate is held; outputs that the next layer keeps anyway)
     "rules": 5780,
     # (along which axis the channels of a layer are)
     "trace": 1590,
     "types": 150,
-    # (maximized pictures are kept for the pages of their concepts)
-    "visualization": 3700,
+    # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
+    # pictures by the report, where they are missing)
+    "visualization": 3860,
     "visualization.mining": 3740,
     # (the page of one picture; samples of negative relevance; maximized pictures)
-    "visualization.report": 3870,
+    "visualization.report": 3910,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2600,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 815
+PUBLIC_NAMES = 820
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
     "crp.attributors.perturbation.MeaningfulPerturbation.__init__": 22,
-    "crp.commands.attribute.attribute": 20,
+    "crp.commands.attribute.attribute": 21,
     "crp.composites.by_depth.LRPCMP.__init__": 16,
-    "crp.metrics.flipping.pixel_flipping": 13,
+    "crp.metrics.flipping.pixel_flipping": 14,
     "crp.rules.triton_kernels._quotient": 13,
     "crp.rules.triton_kernels._gamma_scales": 13,
 }

@@ -148,6 +148,8 @@ def test_what_is_there_is_kept_and_one_file_holds_all(fv: FeatureVisualization, 
     pictured = Finding("a", [], tiles=[("b", [Tile(b"", b"", "", "")])])
     with pytest.raises(ValueError, match="finding 'a' has pictures, and an atlas of texts shows none"):
         written(fv, tmp_path / "b", findings=[pictured])
+    with pytest.raises(ValueError, match="texts have no maximized pictures"):
+        write_report(fv, None, tmp_path / "out", n_maximized=1)
 
 
 def test_a_class_shows_its_concepts_and_texts_and_findings_are_said(fv: FeatureVisualization, tmp_path: Path) -> None:

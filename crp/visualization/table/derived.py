@@ -36,7 +36,7 @@ KEPT_KINDS = {
     "meanings": "crp.audit.meanings(...).save(table)",
     "interventions": "crp.audit.interventions(...).save(table)",
     "context": "crp.audit.contexts(...).save(table)",
-    "pictures": "crp.visualization.keep_maximized(fv, layer, concept_ids)",
+    "pictures": "crp report --maximize N",
 }
 #: Last part of the names of arrays that hold numbers of samples, or of concepts; -1 stands for none.
 _OF_SAMPLES = ("sample", "members", "nearest")
