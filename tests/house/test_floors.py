@@ -43,7 +43,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens)
-    "attributors": 3000,
+    "attributors": 3010,
     "audit": 2325,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
@@ -68,7 +68,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing)
     "visualization": 3870,
-    "visualization.mining": 3740,
+    "visualization.mining": 3750,
     # (the page of one picture; samples of negative relevance; maximized pictures)
     "visualization.report": 3910,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
