@@ -101,7 +101,7 @@ def clusters(
 
     Parameters
     ----------
-    source : Table, or array or Tensor of shape (samples, ...)
+    source : Table or its folder, or array or Tensor of shape (samples, ...)
         A mined table, or explanations such as heatmaps (which are smaller, and easier to compare, after pooling).
     layer : str
         Of the table; not needed for heatmaps.
@@ -132,6 +132,7 @@ def clusters(
         check_number(name, number, 1, whole=True)
     check_number("seed", seed, 0, whole=True)
     array = None
+    source = Table.open(source) if isinstance(source, str | Path) else source
     if isinstance(source, Table) and what == "heatmap":
         if of_class is None:
             raise InputError("clusters of a table's heatmaps need of_class=")
@@ -164,13 +165,13 @@ def clusters(
 
 
 def save_clusters(
-    table: Table, found: Clusters, layer: str, of_class: int, *, what: str = "relevance", k: int = 8
+    table: Table | str | Path, found: Clusters, layer: str, of_class: int, *, what: str = "relevance", k: int = 8
 ) -> Path:
     """Keep the clusters of a class beside the table, where ``crp report`` finds them until the table changes.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     found : Clusters
         Of samples of the table, by their concepts or their heatmaps.
     layer : str
@@ -209,7 +210,7 @@ def save_clusters(
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
 
 
-def with_concepts(table: Table, found: Clusters, layer: str, of_class: int) -> Clusters:
+def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
     blocks = list(RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).blocks(table))
     samples = np.concatenate([block.sample for block in blocks])
