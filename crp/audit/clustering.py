@@ -19,7 +19,8 @@ import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
 from crp.checks import check_number
-from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.concepts.ids import as_numbers
+from crp.errors import InputError, OutOfRangeError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -142,10 +143,9 @@ def clusters(
         vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
         samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
     else:
-        array = _array(source)
-        if array.dtype.kind not in "buif" or not array.ndim:
-            raise InputTypeError(f"explanations must be real numbers of shape (samples, ...), not of {array.dtype}")
-        array = array.astype(np.float64)
+        array = as_numbers("explanations", source)
+        if not array.ndim:
+            raise InputError("explanations must be of shape (samples, ...), not one number")
         samples = np.arange(len(array))
     if array is not None:
         vectors = array.reshape(len(array), math.prod(array.shape[1:]))
@@ -155,8 +155,6 @@ def clusters(
         raise InputError(f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours")
     if n is not None and n > len(vectors):
         raise InputError(f"{len(vectors)} samples cannot be in {n} clusters; give a smaller n")
-    if not np.isfinite(vectors).all():
-        raise InputError("explanations have NaN or infinite values")
     values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
     if n is None:
         gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from crp.checks import check_number
-from crp.concepts import as_ids
-from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.concepts.ids import as_ids, as_numbers
+from crp.errors import InputError, NameNotFoundError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.files import write_atomic
@@ -160,13 +160,8 @@ class Prototypes:
         return self.classes[number]
 
     def _vectors(self, vectors: Any, of_class: int) -> np.ndarray:
-        given = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors)
-        if given.dtype.kind not in "buif":
-            raise InputTypeError(f"vectors must be real numbers, not {given.dtype}")
-        array = given.astype(np.float64)
-        if not np.isfinite(array).all():
-            raise InputError("vectors have NaN or infinite values")
-        n_concepts = self._mixture(of_class).means.shape[1]
+        array = as_numbers("vectors", vectors)
+        n_concepts = int(self._mixture(of_class).means.shape[1])
         if array.ndim != 2 or array.shape[1] != n_concepts:
             raise InputError(f"vectors are of shape {array.shape}; layer {self.layer!r} has {n_concepts} concepts")
         return array

@@ -26,7 +26,7 @@ def fused_scores(values: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     values : Tensor of shape (batch, concepts, positions)
     """
     differentiable = values.requires_grad and torch.is_grad_enabled()
-    if not values.is_cuda or differentiable or values.dtype not in _KINDS or not values.numel() > 0:
+    if not values.is_cuda or differentiable or values.dtype not in _KINDS or not values.numel():
         return None
     plain = not torch._C._functorch.is_functorch_wrapped_tensor(values)
     if values.shape[-1] >= _MOST or not plain or _kernels() is None:

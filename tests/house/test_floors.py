@@ -52,15 +52,13 @@ BUDGETS = {
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
     "concept_graph": 190,
-    "concepts": 1800,
+    "concepts": 2000,
     "demo": 900,
-    "engine": 4210,
+    "engine": 4290,
     "image": 1410,
     # (names of layers that mean what they are called with)
-    "layers": 840,
-    # (logits of a detector's boxes; one of several tensors that a model returns)
+    "layers": 870,
     "outputs": 395,
-    # (output=, in all metrics)
     "metrics": 860,
     # (a product whose gate is held; outputs that the next layer keeps anyway)
     "rules": 5780,
@@ -79,7 +77,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 812
+PUBLIC_NAMES = 820
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
