@@ -153,6 +153,13 @@ def attribute(
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
 
 
+def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str], page: bool) -> None:
+    if concepts and layer is None:
+        raise CommandError("--concept needs the --layer that it is in")
+    if graph and not page:
+        raise CommandError("--graph is for --page, which draws it")
+
+
 def _loaded(model: str, weights: str | None, checkpoint: Path | None, output: str | None, **pictures: Any) -> Loaded:
     from crp.visualization.models import load_model
     from crp.visualization.scored import load_output
