@@ -12,7 +12,7 @@ import click
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
-from crp.commands.page import PageConcepts, concepts_of_picture
+from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,7 @@ _CLASSES = 5
 @click.option(
     "--page", is_flag=True, help="Write a page (.html) with the concepts of --layer, the last suggested by default."
 )
+@click.option("--graph", multiple=True, help="Of a page: a layer below --layer, in its graph; may be given again.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object for each picture, on a line.")
 def attribute(
     images: tuple[Path, ...],
@@ -97,6 +98,7 @@ def attribute(
     classes: Path | None,
     out: Path,
     page: bool,
+    graph: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file. Or texts, in one page.
@@ -129,11 +131,10 @@ def attribute(
     page = page or out.suffix.lower() == _PAGE
     places = _places(images, out, page)
     given = _parsed(settings)
-    if concept and layer is None:
-        raise CommandError("--concept needs the --layer that it is in")
+    _check_named(layer, concept, graph, page)
     try:
         chosen = find_method(method)
-        shown = PageConcepts(layer, concept) if page else None
+        shown = PageConcepts(layer, concept, graph) if page else None
         if concept and not page:
             given["condition"] = {layer: list(concept)}
         if layer is not None and (chosen.family == "cam" or not (concept or page)):
@@ -150,6 +151,13 @@ def attribute(
         click.echo(json.dumps(facts) if as_json else f"{image}: {said}\nwrote {place}")
     if loaded.normalized is None and not as_json:
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
+
+
+def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str], page: bool) -> None:
+    if concepts and layer is None:
+        raise CommandError("--concept needs the --layer that it is in")
+    if graph and not page:
+        raise CommandError("--graph is for --page, which draws it")
 
 
 def _loaded(model: str, weights: str | None, checkpoint: Path | None, output: str | None, **pictures: Any) -> Loaded:
@@ -203,7 +211,7 @@ def _explain(
     """Explain one picture, and tell what the model says of it, in words and as data."""
     from crp.attributors.explaining import explain
     from crp.commands.panel import draw
-    from crp.visualization.report.explained import ExplainedConcept, ExplainedPicture, write_explained
+    from crp.visualization.report.explained import ExplainedPicture, write_explained
 
     try:
         shown, data = loaded.read(image)
@@ -212,9 +220,9 @@ def _explain(
         given, windows = _completed(method, given, loaded, data)
         caption += windows
         heatmap = explain(method, loaded.model, data, aim, **given)
-        layer, concepts = "", list[ExplainedConcept]()
+        found = FoundConcepts()
         if on_page is not None:
-            layer, concepts = concepts_of_picture(on_page, method, loaded, data, aim, given)
+            found = concepts_of_picture(on_page, method, loaded, data, aim % len(scores), given)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
     if heatmap.dim() != 4:
@@ -230,11 +238,11 @@ def _explain(
     else:
         sentence = f"{said}{of}".replace("predicted ", "Predicted ", 1)
         names = classes["explained"]["name"], chances, sentence, caption, type(loaded.model).__name__
-        write_explained(ExplainedPicture(image.name, shown, flat, *names, layer, concepts), place)
+        write_explained(ExplainedPicture(image.name, shown, flat, *names, *found), place)
     facts: dict[str, Any] = {"image": str(image), "method": method, **classes, "out": str(place)}
     if on_page is not None:
-        parts = [{"concept": int(one.label), "share": one.share} for one in concepts]
-        facts |= {"layer": layer, "concepts": parts}
+        parts = [{"concept": int(one.label), "share": one.share} for one in found.concepts]
+        facts |= {"layer": found.layer, "concepts": parts, "graph": found.as_data()}
     return f"{said}{of}", facts
 
 

@@ -42,8 +42,8 @@ IMPORT_NAMES = FLOORS[7]
 #: Lines of each room, with docstrings, comments and blanks.
 BUDGETS = {
     "attribution": 400,
-    # (targets at positions of a text, maps of tokens)
-    "attributors": 3010,
+    # (targets at positions of a text, maps of tokens; how relevance flows between concepts)
+    "attributors": 3175,
     "audit": 2325,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
@@ -70,19 +70,19 @@ BUDGETS = {
     "visualization": 3870,
     "visualization.mining": 3750,
     # (the page of one picture; samples of negative relevance; maximized pictures)
-    "visualization.report": 3910,
+    "visualization.report": 4000,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2600,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 822
+PUBLIC_NAMES = 830
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
     "crp.attributors.perturbation.MeaningfulPerturbation.__init__": 22,
-    "crp.commands.attribute.attribute": 21,
+    "crp.commands.attribute.attribute": 22,
     "crp.composites.by_depth.LRPCMP.__init__": 16,
     "crp.metrics.flipping.pixel_flipping": 14,
     "crp.rules.triton_kernels._quotient": 13,
