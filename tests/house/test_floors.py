@@ -54,7 +54,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2000,
     "demo": 900,
-    "engine": 4290,
+    "engine": 4310,
     "image": 1410,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -68,7 +68,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing)
     "visualization": 3870,
-    "visualization.mining": 3750,
+    "visualization.mining": 3790,
     # (the page of one picture; samples of negative relevance; maximized pictures)
     "visualization.report": 4000,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
@@ -77,7 +77,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 830
+PUBLIC_NAMES = 832
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
