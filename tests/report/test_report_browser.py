@@ -150,6 +150,7 @@ def test_masked_shows_the_relevant_part_and_whitens_the_rest(browser, tmp_path):
     tile = {"picture": "p.png", "maps": "m.png", "cell": 1, "cells": 2, "href": "", "crop": (0, 0, 1), "alt": "a"}
     shown = {
         "trail": [],
+        "lead": "",
         "suspects": [{"here": tile, "others": [], "href": "", "label": "", "score": "", "reason": ""}],
     }
     shown["suspects"][0] |= {"class_name": "", "class_href": ""}

@@ -20,10 +20,10 @@ from crp.composites import AttnLRP
 from crp.concepts import AxisConcept
 from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
-from crp.visualization.report import Finding, text_atlas
+from crp.visualization.report import Finding
 from crp.visualization.report.addresses import slug
-from crp.visualization.report.options import Tile
 from crp.visualization.report.render import percent
+from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import class_means, list_targets
 
 LAYERS = {"transformer.h.0.attn.c_proj.input": AxisConcept(-1, 2), "transformer.h.1.ln_2": AxisConcept(-1)}
@@ -65,7 +65,7 @@ class Seen(HTMLParser):
         self.tags: set[str] = set()
         self.links: list[str] = []
         self.texts: list[list[tuple[str, str]]] = []
-        self._inside = False
+        self._inside = self._in_text = False
         self.feed(page)
         self.close()
 
@@ -75,14 +75,15 @@ class Seen(HTMLParser):
         assert not [name for name in known if name.startswith("on") or name == "style"]
         if known.get("href"):
             self.links.append(str(known["href"]))
-        if tag == "p" and known.get("class") == "text":
-            self.texts.append([])
-        self._inside = tag == "span" and bool(self.texts)
-        if self._inside and self.texts:
+        if tag == "p":
+            self._in_text = known.get("class") == "text"
+            self.texts += [[]] if self._in_text else []
+        self._inside = tag == "span" and self._in_text
+        if self._inside:
             self.texts[-1].append(("", known.get("class") or ""))
 
     def handle_endtag(self, tag: str) -> None:
-        self._inside = False
+        self._inside, self._in_text = False, self._in_text and tag != "p"
 
     def handle_data(self, data: str) -> None:
         if self._inside and self.texts and self.texts[-1]:
@@ -100,7 +101,7 @@ def test_every_page_is_there_and_links_to_pages_that_are(atlas: Path, fv: Featur
         for link in seen.links:
             assert (folder / page).parent.joinpath(link.partition("#")[0]).resolve().is_file() or link == "#main", link
     assert len([page for page in pages if page.startswith("class/")]) == len(list_targets(Table.open(fv.path)))
-    assert not (folder / "suspects.html").exists() and not list(folder.rglob("*.png"))
+    assert (folder / "suspects.html").exists() and not list(folder.rglob("*.png"))
 
 
 def test_hostile_texts_and_names_stay_text(atlas: Path) -> None:
@@ -144,10 +145,7 @@ def test_what_is_there_is_kept_and_one_file_holds_all(fv: FeatureVisualization, 
     one = written(fv, tmp_path / "one.html", layers=["transformer.h.1.ln_2"])
     content = one.read_text(encoding="utf-8")
     numbers = [len({*re.findall(rf'id="{part}/(\d+)', content)}) for part in ("sample", "class")]
-    assert content.count('class="page') == 1 + 1 + 1 + 8 + sum(numbers)
-    pictured = Finding("a", [], tiles=[("b", [Tile(b"", b"", "", "")])])
-    with pytest.raises(ValueError, match="finding 'a' has pictures, and an atlas of texts shows none"):
-        written(fv, tmp_path / "b", findings=[pictured])
+    assert content.count('class="page') == 1 + 1 + 1 + 1 + 8 + sum(numbers)
 
 
 def test_a_class_shows_its_concepts_and_texts_and_findings_are_said(fv: FeatureVisualization, tmp_path: Path) -> None:
@@ -176,10 +174,8 @@ def test_parts_are_drawn_apart_and_nothing_twice(
     fv: FeatureVisualization, atlas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    compute = text_atlas.text_heatmaps
-    monkeypatch.setattr(
-        text_atlas, "text_heatmaps", lambda *args: computed.append(len(args[2])) or compute(*args)
-    )  # fmt: skip
+    draw = TextDrawer._draw_text
+    monkeypatch.setattr(TextDrawer, "_draw_text", lambda self, jobs: computed.append(len(jobs)) or draw(self, jobs))
     names = {"concept_names": {(next(iter(LAYERS)), 1): "<b>one</b>"}}
     for part in (0, 1):
         assert written(fv, tmp_path / "out", part=(part, 2), **names) == tmp_path / "out"
@@ -204,7 +200,7 @@ def test_positions_of_a_text_share_a_forward_pass(tmp_path: Path) -> None:
     fv.run(AttnLRP(), batch_size=4, progress=False)
     passes: list[int] = []
     fv.attribution.model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    page = written(fv, tmp_path / "out", n_references=8)
+    page = written(fv, tmp_path / "out", n_references=8, n_active=0)
     assert sum(passes) == 3
     for sample in (page.parent / "sample").glob("*.html"):
         ids, label = texts[int(sample.stem)]

@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from crp.image.colours import resized
-from crp.visualization.report.drawing import picture_file
 from crp.visualization.report.maps import crop_of, encode_maps, square_map
-from crp.visualization.report.pages import WHOLE, Shown
+from crp.visualization.report.picture_drawing import picture_file
 from crp.visualization.report.render import SingleRenderer, percent
+from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.manifest import Array
 
