@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crp.concepts.fused import fused_scores
 from crp.errors import InputError
 from crp.layers.devices import is_recording
 
@@ -38,6 +39,9 @@ def scores_of(values: Tensor, layer_name: str | None = None) -> ConceptScores:
     layer_name : str, optional
         Named in error messages.
     """
+    channels_in(values, layer_name)
+    if (found := fused_scores(values.reshape(*values.shape[:2], -1))) is not None:
+        return ConceptScores(*found)
     flat = by_position(values, layer_name)
     if flat.shape[-1] == 1:
         value = flat[..., 0]

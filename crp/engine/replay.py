@@ -52,8 +52,8 @@ class Recording(Protocol):
         """Compute again; on a GPU, the host does not wait for it."""
 
 
-class Prepared(NamedTuple):
-    """A computation as a model stands now.
+class Computation(NamedTuple):
+    """What is computed as a model stands now.
 
     Attributes
     ----------
@@ -225,7 +225,7 @@ class Replays:
     def run(
         self,
         key: Hashable,
-        prepare: Callable[[], Prepared | None],
+        prepare: Callable[[], Computation | None],
         inputs: Mapping[str, Tensor],
         only: Collection[str] | None = None,
     ) -> Tensors | None:

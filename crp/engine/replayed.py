@@ -18,7 +18,7 @@ from crp.engine.inputs import Inputs
 from crp.engine.joining import Part
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import ModelState, is_traced, is_watched
-from crp.engine.replay import Prepared, Recorder, Replays
+from crp.engine.replay import Computation, Recorder, Replays
 from crp.engine.settings import Settings
 from crp.layers.devices import send_to
 from crp.types import AttributionResults
@@ -71,7 +71,7 @@ class Replayed:
         if given is None:
             return None
 
-        def prepare() -> Prepared | None:
+        def prepare() -> Computation | None:
             if is_watched(call.model):
                 return None
             laid_out = call.laid_out()
@@ -92,7 +92,7 @@ class Replayed:
                 results = _flattened(*part)
                 return results if settings.reading is None else results | {_READING: settings.reading(part[0])}
 
-            return Prepared(ModelState(call.model, composite), compute)
+            return Computation(ModelState(call.model, composite), compute)
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if settings.reading is not None else None

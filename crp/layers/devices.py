@@ -1,9 +1,13 @@
-"""What the host and a device do beside each other: small tensors on their way, and work that is recorded."""
+"""What the host and a device do beside each other: small tensors on their way, and work that is recorded.
+
+And operations of a GPU, as torch's own: what records or counts those sees them, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,3 +41,22 @@ def recording() -> Iterator[None]:
 def is_recording() -> bool:
     """Whether work is recorded, in whatever thread: autograd works in threads of its own."""
     return _recordings > 0
+
+
+_library: Any = torch.library.Library("crp", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define_operation(signature: str, function: Callable[..., Any]) -> None:
+    """Make a function an operation ``torch.ops.crp.NAME`` of tensors on a GPU.
+
+    Parameters
+    ----------
+    signature : str
+        ``"NAME(Tensor a, float b) -> Tensor"``
+    function : callable
+        It launches the kernels.
+    """
+    name = signature.partition("(")[0]
+    if not hasattr(torch.ops.crp, name):  # (where the package is imported once more)
+        _library.define(signature)
+        _library.impl(name, function, "CUDA")

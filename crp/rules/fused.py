@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crp.layers.devices import is_recording
+from crp.layers.devices import define_operation, is_recording
 
 _KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: Entries that a kernel can count; and from which on it saves more than it costs to start it from Python.
@@ -84,13 +84,9 @@ def _gamma_scales(y: Tensor, p: Tensor, added: Tensor | None, gamma: float, epsi
     return result
 
 
-_SIGNATURES = {
-    "quotient(Tensor above, Tensor below, Tensor? added, float epsilon, int sign, float weight) -> Tensor": _quotient,
-    "gamma_scales(Tensor y, Tensor p, Tensor? added, float gamma, float epsilon) -> (Tensor, Tensor)": _gamma_scales,
-}
-# As operations of torch, so that what records or counts these sees them, too.
-_library: Any = torch.library.Library("crp", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _signature, _function in _SIGNATURES.items():
-    if not hasattr(torch.ops.crp, _signature.partition("(")[0]):  # (where the package is imported once more)
-        _library.define(_signature)
-        _library.impl(_signature.partition("(")[0], _function, "CUDA")
+define_operation(
+    "quotient(Tensor above, Tensor below, Tensor? added, float epsilon, int sign, float weight) -> Tensor", _quotient
+)
+define_operation(
+    "gamma_scales(Tensor y, Tensor p, Tensor? added, float gamma, float epsilon) -> (Tensor, Tensor)", _gamma_scales
+)

@@ -133,6 +133,15 @@ def test_effect(model, data):
     assert found.share[1] == 0 and found.accuracy[1] <= 1
 
 
+def test_accuracy_is_of_all_samples(model, data):
+    right = model(data).argmax(1)
+    labels = torch.where(torch.arange(4) == 2, (right + 1) % 3, right)
+    pruned = prune(model, {"conv2": [0, 1, 1, 1, 1]}, 0.2)
+    found = effect(CondAttribution(model), data, labels.tolist(), EpsilonPlus(), pruned, "conv2", ChannelConcept(), [0])
+    with prune(model, {"conv2": [0, 1, 1, 1, 1]}, 0.2):
+        assert found.accuracy == (0.75, (model(data).argmax(1) == labels).double().mean().item())
+
+
 def test_correction_of_another_model_is_told(model, data):
     """It changes nothing here, which must not be taken for a correction without effect."""
     labels, other = model(data).argmax(1).tolist(), copy.deepcopy(model)

@@ -61,21 +61,22 @@ def maps_of(page: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "layer", "wanted"),
+    ("arguments", "layer", "wanted", "options"),
     [
-        (("--page",), "3", None),
-        (("--layer", "1"), "1", None),
-        (("--layer", "1", "--concept", 3, "--concept", 0), "1", [3, 0]),
+        (("--page",), "3", None, {}),
+        (("--layer", "1"), "1", None, {}),
+        (("--layer", "1", "--concept", 3, "--concept", 0), "1", [3, 0], {}),
+        (("--layer", "1", "--option", "epsilon=3.0"), "1", None, {"epsilon": 3.0}),
     ],
-    ids=["suggested layer", "named layer", "named concepts"],
+    ids=["suggested layer", "named layer", "named concepts", "an option of the method"],
 )
-def test_a_page_shows_the_concepts_with_their_heatmaps(place, arguments, layer, wanted):
+def test_a_page_shows_the_concepts_with_their_heatmaps(place, arguments, layer, wanted, options):
     result = run("--method", "epsilon", "--target", 1, "--json", "--out", "why.html", *arguments)
     assert result.exit_code == 0, result.output
     facts = json.loads(result.output)
     model = __import__("paged_nets").net().eval()
     data = torch.from_numpy(np.asarray(Image.open("picture.png")).copy()).permute(2, 0, 1)[None] / 255
-    relevance = crp.explain("epsilon", model, data, 1, layer=layer)[0].flatten(1).sum(1).detach()
+    relevance = crp.explain("epsilon", model, data, 1, layer=layer, **options)[0].flatten(1).sum(1).detach()
     shares = relevance / relevance.abs().sum()
     ids = wanted or shares.argsort(descending=True)[:4].tolist()
     assert facts["layer"] == layer and [one["concept"] for one in facts["concepts"]] == ids
@@ -85,12 +86,17 @@ def test_a_page_shows_the_concepts_with_their_heatmaps(place, arguments, layer, 
         assert f"{layer} · {concept}" in page.text and percent(float(shares[concept])) in page.text
     chances = model(data).softmax(1)[0].tolist()
     assert all(f"class {i}{percent(chance)}" in page.text for i, chance in enumerate(chances))
-    heatmaps = [crp.explain("epsilon", model, data, 1)[0].sum(0)]
-    heatmaps += [crp.explain("epsilon", model, data, 1, condition={layer: [one]})[0].sum(0) for one in ids]
+    heatmaps = [crp.explain("epsilon", model, data, 1, **options)[0].sum(0)]
+    heatmaps += [crp.explain("epsilon", model, data, 1, condition={layer: [one]}, **options)[0].sum(0) for one in ids]
     heatmaps = [(one / one.abs().sum()).detach().double().numpy() for one in heatmaps]
     heatmaps += [one - heatmaps[0] for one in heatmaps[1:]]
     expected = np.concatenate([square_map(one, 10) for one in heatmaps], axis=1)
     assert np.abs(maps_of(place / "why.html") - expected).max() <= 0.5 / 127 + 1e-4
+    # (the file has the whole heatmap, one of each concept, and then what sets each apart)
+    cells = [re.search(r"of(\d+) at(\d+)", attributes.get("class") or "") for _, attributes in page.elements]
+    shown = [(int(found[1]), int(found[2])) for found in cells if found]
+    n = len(ids)
+    assert [pair for pair in shown if pair[1]] == [(2 * n + 1, i + row) for i in range(1, n + 1) for row in (0, n)]
 
 
 def test_several_pictures_have_a_page_each(place):

@@ -100,6 +100,15 @@ def test_another_order_of_slots_is_another_recording(vgg_bn: nn.Module, images: 
     assert count(attribution) > 4
 
 
+def test_what_is_trusted_with_one_target_is_not_used_for_several(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images[:1], rules, [{"y": [1], LAYER: [place]} for place in range(4)])
+    several = [{"y": [place], LAYER: [place]} for place in range(4)]
+    for number in range(4):
+        assert_same(attribution, images[:1] + number, several, rules)
+    assert count(attribution) == 4
+
+
 def test_results_are_the_callers_own(vgg_bn: nn.Module, images: Tensor) -> None:
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)
@@ -333,6 +342,19 @@ def test_what_depends_on_unseen_python_is_found_out(vectors: Tensor) -> None:
     heatmaps = [attribution(vectors, [{"y": [0]}], rules).heatmap.abs().sum() for _ in range(8)]
     assert len({float(size) for size in heatmaps}) == 8
     assert count(attribution) == 0
+
+
+def test_what_depends_on_unseen_values_is_found_out_on_other_data(vectors: Tensor) -> None:
+    """The data of a recording would take the recorded way in any case."""
+
+    class Hidden(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * (2 if x.detach().numpy().sum() > 0 else 3))
+
+    attribution, rules = replaying(Hidden(6, 4).double().eval()), composites.get("epsilon")
+    for sign in (1, 1, 1, 1, -1, 1, -1):  # (the fourth is recorded)
+        assert_same(attribution, vectors.abs() * sign, [{"y": [0]}], rules)
+    assert count(attribution) == 1
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {

@@ -17,7 +17,7 @@ from torchvision.transforms import Normalize
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
-from crp.concepts import ChannelConcept
+from crp.concepts import ChannelConcept, Concept
 from crp.engine.replay import CallRecorder
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Settings
@@ -306,18 +306,55 @@ def test_what_was_just_written_is_not_read_again(tmp_path: Path, monkeypatch: py
 # --- replays ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_later_run_replays_every_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [("label", [3, 6]), ("all", [15, 18])],
+    ids=["one target of a sample", "several targets of a sample"],
+)
+def test_a_later_run_replays_every_batch(tmp_path: Path, targets: str, expected: list[int]) -> None:
     """What is scored is recorded with the attribution, and nothing else leaves a replay."""
     attribution, rules, layer_map = CondAttribution(make_net()), EpsilonPlus(), dict.fromkeys(LAYERS, ChannelConcept())
     attribution._replayed = Replayed(CallRecorder())
     options: dict[str, Any] = {"attribution": attribution, "composite": rules, "layer_map": layer_map}
     replayed = []
     for name in ("first", "second"):
-        table = run(tmp_path / name, Data(24), **options)
+        table = run(tmp_path / name, Data(24), targets=targets, **options)
         replayed.append(attribution._replayed.replays.replayed - sum(replayed))
-        assert files_of(table.path) == files_of(run(tmp_path / "reference", Data(24), overwrite=True).path)
-    # (one batch shows the shapes, two are computed before one is recorded)
-    assert replayed == [3, 6]
+        reference = run(tmp_path / "reference", Data(24), targets=targets, overwrite=True)
+        assert files_of(table.path) == files_of(reference.path)
+    # (one batch, or one target of it, shows the shapes; two are computed before one is recorded)
+    assert replayed == expected
+
+
+class Turned(Concept):
+    """Channels, counted from one of them, which may change."""
+
+    first = 0
+
+    def code(self, activation: Tensor) -> Tensor:
+        return activation.roll(-self.first, 1)
+
+    def relevance(self, activation: Tensor, multiplier: Tensor) -> Tensor:
+        return self.code(activation * multiplier)
+
+    def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> Any:
+        return ChannelConcept.mask(batch_id, [(i + self.first) % 4 for i in concept_ids], layer_name)
+
+
+@pytest.mark.parametrize("change", ["modes", "concept"])
+def test_what_scores_otherwise_is_computed_anew(tmp_path: Path, change: str) -> None:
+    """Two runs of one attribution and one composite differ only in how concepts are scored."""
+    concept: Any = Turned() if change == "concept" else ChannelConcept()
+    attribution = CondAttribution(make_net())
+    attribution._replayed = Replayed(CallRecorder())
+    options: dict[str, Any] = {"composite": EpsilonPlus(), "layer_map": {"conv": concept}, "modes": ["relevance"]}
+    for turn in ("first", "again", "changed"):
+        if turn == "changed":
+            concept.first = 1
+            options["modes"] = ["relevance", "activation"] if change == "modes" else ["relevance"]
+        table = run(tmp_path / turn, Data(24), attribution=attribution, **options)
+        same_rows(table, run(tmp_path / f"{turn} reference", Data(24), **options))
+    assert attribution._replayed.replays.replayed > 6
 
 
 def test_what_is_read_is_all_that_a_replay_gives() -> None:

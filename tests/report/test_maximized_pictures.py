@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
 from feature_net import Images, make_fv
 from PIL import Image
 from report_cases import Parsed, report
+from torch import nn
 from zennit.composites import EpsilonPlus
 
 from crp.visualization import keep_maximized
@@ -71,6 +74,34 @@ def test_a_picture_does_not_depend_on_its_batch(tmp_path):
         keep_maximized(fv, "second", ids, batch_size=size, **HOW)
         found.append(read_kept(Table.open(fv.path), "pictures", "second").arrays["picture"][-1].astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1 and np.array_equal(found[1], found[2])
+
+
+def test_each_begins_with_noise_of_its_own(tmp_path):
+    fv = made(tmp_path)
+    keep_maximized(fv, "second", [0, 1], **HOW | {"steps": 1, "learning_rate": 1e-9})
+    first, second = read_kept(Table.open(fv.path), "pictures", "second").arrays["picture"][..., 0].astype(float)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.6
+
+
+class Colours:
+    """Pictures of three colours."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.rand(3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(index)), index % 3
+
+
+def test_colours_are_in_their_channels(tmp_path):
+    """The concepts are how red, green and blue a picture is."""
+    net = nn.Sequential(OrderedDict(colour=nn.Conv2d(3, 3, 1), flat=nn.Flatten(), out=nn.Linear(108, 3)))
+    with torch.no_grad():
+        net.colour.weight.copy_(2 * torch.eye(3)[..., None, None] - 1)
+    fv = made(tmp_path, net=net.double().eval(), layers=["colour"], dataset=Colours())
+    keep_maximized(fv, "colour", **HOW)
+    pictures = read_kept(Table.open(fv.path), "pictures", "colour").arrays["picture"]
+    assert pictures.mean((1, 2)).argmax(1).tolist() == [0, 1, 2]
 
 
 def test_after_the_table_has_changed_they_are_not_shown(tmp_path):

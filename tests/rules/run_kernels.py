@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from crp.concepts import triton_scores
 from crp.rules import triton_kernels
 from crp.rules.gamma import gamma_scales
 from crp.rules.stabilizer import Absolute, quotient
@@ -34,8 +35,31 @@ def check(found: Tensor, exact: Tensor, about: object) -> None:
     torch.testing.assert_close(found, exact, rtol=bound + 4 * torch.finfo(exact.dtype).eps, atol=0, msg=str(about))
 
 
-def main() -> None:
+def check_scores() -> int:
+    """Sum, maximum and its first position, of ties and of what is no number, too; returns how many cases there are."""
     n = 0
+    for shape, dtype in itertools.product(
+        ((2, 3, 1), (3, 5, 49), (2, 40, 300), (1, 33, 2100)),
+        (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    ):
+        exact = values(shape, dtype, torch.contiguous_format, n)
+        exact[0, 0], exact[0, 1] = -1, -torch.inf
+        if shape[2] > 5:
+            exact[-1, 2, 4], exact[0, 2, 3] = torch.nan, torch.inf
+        for tensor in (exact, exact.transpose(1, 2).contiguous().transpose(1, 2)):
+            total, largest, position = triton_scores.launch_scores(tensor)
+            wide = exact.to(torch.promote_types(dtype, torch.float32))
+            first = torch.from_numpy(wide.numpy().argmax(-1))
+            top = wide.gather(-1, first[..., None])[..., 0]
+            torch.testing.assert_close(position, first, rtol=0, atol=0)
+            torch.testing.assert_close(largest, top, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(total, wide.sum(-1), rtol=1e-5, atol=1e-3, equal_nan=True)
+            n += 1
+    return n
+
+
+def main() -> None:
+    n = check_scores()
     for name, dtype in itertools.product(CASES, (torch.float32, torch.float64, torch.float16, torch.bfloat16)):
         shape, layout, axis = CASES[name]
         above, below = (values(shape, dtype, layout, seed) for seed in (0, 1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import crp.composites as composites
 from crp.attribution import CondAttribution
+from crp.concepts.fused import fused_scores
 from crp.rules import layer as layers
 from crp.rules.fused import fused_gamma_scales, fused_quotient
 
@@ -25,13 +26,14 @@ def test_kernels_by_the_interpreter() -> None:
         [sys.executable, str(file)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout == f"{5 * 4 * 12 + 5 * 2 * 2} cases"
+    assert run.stdout == f"{5 * 4 * 12 + 5 * 2 * 2 + 4 * 4 * 2} cases"
 
 
 def test_a_cpu_has_no_kernels() -> None:
     one = torch.ones(2, 3)
     assert fused_quotient(one, one, None, 1e-6, 1, 1.0) is None
     assert fused_gamma_scales(one, one, None, 0.25, 1e-6) is None
+    assert fused_scores(one[..., None]) is None
 
 
 class Residual(nn.Module):

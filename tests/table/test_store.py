@@ -232,6 +232,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         lambda m: m.update(n_samples=99),
         lambda m: m["shards"][0].update(stop=100),
         lambda m: m["shards"][0].update(concepts={"a": 0, "b": 5}),
+        lambda m: [shard["concepts"].update(a=0) for shard in m["shards"]],
         lambda m: m["shards"][0].update(concepts={"a": 4, "b": 5}),
         lambda m: m["shards"].append(m["shards"][0]),
         lambda m: m.update(probes={"0": float("nan")}),
