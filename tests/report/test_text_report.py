@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import Browser, find_browser
+from browser import CONTRAST, Browser, find_browser, visit_all
 from command_cases import crp
 from text_cases import Letters, model_of, texts_of_ids
 
 from crp.attribution import CondAttribution
 from crp.composites import AttnLRP
 from crp.concepts import AxisConcept
+from crp.image.texts import readable
 from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
 from crp.visualization.report import Finding
@@ -29,9 +30,8 @@ from crp.visualization.table.ranking import class_means, list_targets
 LAYERS = {"transformer.h.0.attn.c_proj.input": AxisConcept(-1, 2), "transformer.h.1.ln_2": AxisConcept(-1)}
 #: What ids stand for, as bad as can be.
 WORDS = (
-    "<s>", "\x00", "<script>alert(1)</script>", "</p></span>", '" onclick="x', "&amp;", "{{ 7*7 }}", "\u202e", "\n",
-    " $x$",
-    "'",
+    "<s>", "\x00", " $x$", "<script>alert(1)</script>", '" onclick="x', "&amp;", "{{ 7*7 }}", "\u202e", "\n",
+    "</p></span>", "'",
 )  # fmt: skip
 
 
@@ -247,17 +247,38 @@ def browser() -> Iterator[Browser]:
     one.close()
 
 
-def test_a_browser_shows_the_pages(browser: Browser, atlas: Path) -> None:
-    from test_report_browser import CONTRAST
+def test_every_page_is_whole_and_asks_only_for_its_own_folder(browser: Browser, atlas: Path) -> None:
+    visit_all(browser, atlas.parent)
 
-    for width in (1280, 360):
-        for page in ["index.html", *(str(p) for p in list((atlas.parent / "sample").glob("*.html"))[:2]),
-                     *(str(p) for p in list((atlas.parent / "concept").rglob("*.html"))[:3])]:  # fmt: skip
-            browser.resize(width)
-            browser.open((atlas.parent / page).as_uri())
-            assert browser.errors == [], page
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), (page, width)
-            assert browser.evaluate(CONTRAST) == [], page
-            assert browser.evaluate("document.querySelectorAll('.text span').length") > 0
-            coloured = "[...document.querySelectorAll('.text span')].map(e => getComputedStyle(e).backgroundColor)"
-            assert len(set(browser.evaluate(coloured))) > 1
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_texts_have_contrast_and_no_page_is_wider_than_a_phone(browser: Browser, atlas: Path, dark: bool) -> None:
+    folders = ("", "class", "concept", "layer", "sample")
+    for page in [page for folder in folders for page in sorted((atlas.parent / folder).rglob("*.html"))[:2]]:
+        browser.resize(360, 800, dark=dark)
+        browser.open(page.as_uri())
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 360, page
+        assert browser.evaluate(CONTRAST) == [], page
+
+
+def test_a_browser_shows_hostile_tokens_as_text(browser: Browser, atlas: Path, fv: FeatureVisualization) -> None:
+    shown, places = "[...document.querySelector('p.text').children].map(e => e.textContent)", set()
+    for page in (atlas.parent / "sample").glob("*.html"):
+        browser.resize(1280)
+        browser.open(page.as_uri())
+        ids = fv.dataset[int(page.stem)][0][0].tolist()
+        places |= set(ids)
+        assert browser.evaluate(shown) == [readable(WORDS[token]) for token in ids]
+        assert browser.evaluate("document.scripts.length") == 1
+        coloured = "[...document.querySelectorAll('.text span')].map(e => getComputedStyle(e).backgroundColor)"
+        assert len(set(browser.evaluate(coloured))) > 1
+    assert {3, 4, 7, 8, 9} <= places, "scripts, quotes, right-to-left, new lines and tags were among them"
+
+
+def test_search_finds_texts_and_tokens(browser: Browser, atlas: Path) -> None:
+    found = "[...document.querySelectorAll('#results a')].map(a => a.getAttribute('href'))"
+    sample = min(int(page.stem) for page in (atlas.parent / "sample").glob("*.html"))
+    browser.open((atlas.parent / "search.html").as_uri() + f"?q=text+{sample}:")
+    assert f"sample/{sample}.html" in browser.evaluate(found) and browser.errors == []
+    browser.open((atlas.parent / "search.html").as_uri() + "?q=span")
+    assert any(one.startswith("sample/") for one in browser.evaluate(found)), "by the words of a text"

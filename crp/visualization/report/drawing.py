@@ -174,6 +174,10 @@ class Drawer(ABC):
             )
         return found
 
+    def has_labels(self, table: Table) -> bool:
+        """Whether labels are of the classes that are predicted, so that both can be compared."""
+        return True
+
     def class_name(self, target: int, names: Mapping[int, str]) -> str:
         """How a class is called."""
         return names.get(target, str(target) if target >= 0 else "no class")

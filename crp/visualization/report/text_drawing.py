@@ -222,8 +222,21 @@ class TextDrawer(Drawer):
             *super().missing(table),
             ("Mean of a class", "tokens of different texts have no place in common"),
             ("Maximized pictures", "a token is a whole number, which no gradient can change little by little"),
+            (
+                "Interventions, context",
+                "crp.audit makes them of pictures; what an output loses stands on concepts' pages",
+            ),
+            *(
+                []
+                if self.has_labels(table)
+                else [("Right and wrong", "labels of these texts were not what was explained")]
+            ),
             *([("Strongest tokens and suspects", reason)] if without else []),
         ]
+
+    def has_labels(self, table: Table) -> bool:
+        """Whether labels are what is predicted; those of a text with a position are so where they were explained."""
+        return not isinstance(self._texts.position, int) or table.header.recipe.get("targets") in (None, "label")
 
     def class_name(self, target: int, names: Mapping[int, str]) -> str:
         """How a class is called; a token by its word."""

@@ -135,7 +135,7 @@ def _write(
         class_names={target: drawer.class_name(target, names) for target in shown},
         sample_rows=samples,
         sample_names=file_names,
-        labels=labels,
+        labels=labels if drawer.has_labels(table) else {},
         predictions=predictions,
         kept=kept,
     )
