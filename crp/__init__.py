@@ -2,7 +2,7 @@
 
 Nothing is imported here, so that ``import crp`` is instant; import from the rooms instead, for example
 ``from crp.attribution import CondAttribution`` and ``from crp.composites import EpsilonPlusFlat``. `crp.explain`,
-`crp.methods`, `crp.attached` and `crp.clear` are loaded when they are first asked for.
+`crp.methods`, `crp.concept_flow`, `crp.attached` and `crp.clear` are loaded when they are first asked for.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.2.0"
 _METHODS, _ADDITIONS = "attributors.explaining", "engine.additions"
 _HOMES = {"explain": _METHODS, "methods": _METHODS, "attached": _ADDITIONS, "clear": _ADDITIONS}
+_HOMES["concept_flow"] = "attributors.flow"
 
 
 def __getattr__(name: str) -> Any:

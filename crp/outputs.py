@@ -1,6 +1,6 @@
 """What to explain of a dense output: pixels, elements, tokens of a text; scores of segmentations and of boxes.
 
-`Pixels`, `Element` and `Position` are for ``"y"`` in conditions, `segmentation` and `detection` are for
+`Pixels`, `Element` and `Position` are for ``"y"`` in conditions, `entry`, `segmentation` and `detection` are for
 ``CondAttribution(model, output=...)``.
 """
 
@@ -84,6 +84,39 @@ class Position:
         ]
 
 
+def entry(key: str | int) -> Callable[[Any], Tensor]:
+    """One of several tensors that a model returns: under a name, as an attribute, or at a place.
+
+    Parameters
+    ----------
+    key : str or int
+        Key of a dict, or name of an attribute; of a tuple or list, the place.
+
+    Returns
+    -------
+    callable
+        For ``CondAttribution(model, output=entry("scores"))``.
+
+    Examples
+    --------
+    >>> entry("scores")({"scores": torch.tensor([[1.0, 2.0]]), "boxes": torch.zeros(1, 4)})
+    tensor([[1., 2.]])
+    """
+    if not isinstance(key, str | int) or isinstance(key, bool):
+        raise InputTypeError(f"key must be a name, or a place in a tuple, not {key!r}")
+
+    def scores(returned: Any) -> Tensor:
+        if not isinstance(returned, list | tuple) or isinstance(key, str):
+            found: Tensor = _entry(returned, key)
+        elif -len(returned) <= key < len(returned):
+            found = returned[key]
+        else:
+            raise OutOfRangeError(f"the model returns {len(returned)} values, and there is none at {key}")
+        return found
+
+    return scores
+
+
 def segmentation(
     key: str | None = "out", where: Literal["own", "all"] = "own", positive: bool = True
 ) -> Callable[[Any], Tensor]:
@@ -118,6 +151,8 @@ def segmentation(
     """
     if where not in ("own", "all"):
         raise InputError(f"where must be 'own' or 'all', not {where!r}")
+    if not isinstance(positive, bool) or not isinstance(key, str | None):
+        raise InputTypeError(f"positive must be True or False, not {positive!r}; and key a name or None, not {key!r}")
 
     def scores(returned: Any) -> Tensor:
         logits = returned if key is None else _entry(returned, key)
@@ -344,14 +379,14 @@ def _logits_in(returned: Any) -> list[tuple[Tensor, bool]]:
     return [(of_sample, True) for of_sample in logits]
 
 
-def _entry(returned: Any, key: str) -> Any:
+def _entry(returned: Any, key: str | int) -> Any:
     if isinstance(returned, Mapping):
         if key not in returned:
             raise NameNotFoundError(
                 f"the model returns {sorted(map(str, returned))}, and not {key!r}; name the logits: key="
             )
         return returned[key]
-    if not hasattr(returned, key):
+    if isinstance(key, int) or not hasattr(returned, key):
         raise InputTypeError(
             f"the model returns a {type(returned).__name__}, which has no {key!r}; name the logits, or give key=None "
             "if it returns them themselves"

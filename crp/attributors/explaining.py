@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.gradient import Gradient
-from crp.attributors.selected import Selected
+from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes, Neuron, Target
 from crp.composites.registry import find_name
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError
 
 #: What methods are called elsewhere.
 _ALIASES = {
@@ -103,8 +103,7 @@ def explain(
     torch.Size([5, 3])
     """
     entry = _entry(method)
-    if output is not None and not callable(output):
-        raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
+    checked_output(output)
     if neuron is not None:
         if target is not None:
             raise InputError(f"target {target!r} and neuron {neuron!r} are both given; one can be explained")

@@ -53,6 +53,14 @@ class Selected(Target):
         return Selected(self.target.rows(index), self.output)
 
 
+def checked_output(output: Any) -> Callable[[Any], Any] | None:
+    """Function of what a model returns, or None; a TypeError for anything else."""
+    if output is not None and not callable(output):
+        raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
+    checked: Callable[[Any], Any] | None = output
+    return checked
+
+
 def _selected(output: Callable[[Any], Any], returned: Any) -> Tensor:
     """Tensor that a function of the user's takes from what the model returns.
 

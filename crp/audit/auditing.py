@@ -90,7 +90,7 @@ def audit(
     *,
     k: int = 5,
     targets: Any = None,
-    table: Table | None = None,
+    table: Table | str | Path | None = None,
 ) -> list[AuditedSample]:
     """Compare samples with the prototypes of the classes that are predicted for them.
 
@@ -137,7 +137,7 @@ def audit(
 
 
 def audit_table(
-    table: Table,
+    table: Table | str | Path,
     found: Prototypes,
     samples: Sequence[int] | None = None,
     *,
@@ -148,7 +148,7 @@ def audit_table(
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
         From which the prototypes were made.
     found : Prototypes
     samples : sequence of int, optional
@@ -170,6 +170,7 @@ def audit_table(
         If a sample has no row of a class with prototypes.
     """
     check_number("k", k, 0, whole=True)
+    table = Table.open(table)
     samples = None if samples is None else as_ids(samples, what="samples")
     uses = _uses(found, describe or "concept {}".format, k, table)
     audited: list[tuple[float, AuditedSample]] = []
@@ -189,12 +190,12 @@ def audit_table(
     return [one for _, one in sorted(audited, key=lambda pair: (pair[0], pair[1].sample))]
 
 
-def save_audit(table: Table, found: Prototypes, audited: Sequence[AuditedSample]) -> Path:
+def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[AuditedSample]) -> Path:
     """Keep the audit of a table's samples beside it, where ``crp report`` finds it until the table changes.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     found : Prototypes
     audited : sequence of AuditedSample
         From `audit_table`.
@@ -226,7 +227,7 @@ def save_audit(table: Table, found: Prototypes, audited: Sequence[AuditedSample]
 
 
 def _uses(
-    found: Prototypes, describe: Callable[[int], str], k: int, table: Table | None
+    found: Prototypes, describe: Callable[[int], str], k: int, table: Table | str | Path | None
 ) -> Callable[[np.ndarray], tuple[list[Use], list[Use]]]:
     """What tells the concepts that are used more and less, from the difference to a prototype."""
     references = None if table is None else top_k(table, found.layer, k=_REFERENCES, cache=True).sample

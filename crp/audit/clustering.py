@@ -19,7 +19,8 @@ import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
 from crp.checks import check_number
-from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.concepts.ids import as_numbers
+from crp.errors import InputError, OutOfRangeError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -100,7 +101,7 @@ def clusters(
 
     Parameters
     ----------
-    source : Table, or array or Tensor of shape (samples, ...)
+    source : Table or its folder, or array or Tensor of shape (samples, ...)
         A mined table, or explanations such as heatmaps (which are smaller, and easier to compare, after pooling).
     layer : str
         Of the table; not needed for heatmaps.
@@ -131,6 +132,7 @@ def clusters(
         check_number(name, number, 1, whole=True)
     check_number("seed", seed, 0, whole=True)
     array = None
+    source = Table.open(source) if isinstance(source, str | Path) else source
     if isinstance(source, Table) and what == "heatmap":
         if of_class is None:
             raise InputError("clusters of a table's heatmaps need of_class=")
@@ -142,10 +144,9 @@ def clusters(
         vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
         samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
     else:
-        array = _array(source)
-        if array.dtype.kind not in "buif" or not array.ndim:
-            raise InputTypeError(f"explanations must be real numbers of shape (samples, ...), not of {array.dtype}")
-        array = array.astype(np.float64)
+        array = as_numbers("explanations", source)
+        if not array.ndim:
+            raise InputError("explanations must be of shape (samples, ...), not one number")
         samples = np.arange(len(array))
     if array is not None:
         vectors = array.reshape(len(array), math.prod(array.shape[1:]))
@@ -155,8 +156,6 @@ def clusters(
         raise InputError(f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours")
     if n is not None and n > len(vectors):
         raise InputError(f"{len(vectors)} samples cannot be in {n} clusters; give a smaller n")
-    if not np.isfinite(vectors).all():
-        raise InputError("explanations have NaN or infinite values")
     values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
     if n is None:
         gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
@@ -166,13 +165,13 @@ def clusters(
 
 
 def save_clusters(
-    table: Table, found: Clusters, layer: str, of_class: int, *, what: str = "relevance", k: int = 8
+    table: Table | str | Path, found: Clusters, layer: str, of_class: int, *, what: str = "relevance", k: int = 8
 ) -> Path:
     """Keep the clusters of a class beside the table, where ``crp report`` finds them until the table changes.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     found : Clusters
         Of samples of the table, by their concepts or their heatmaps.
     layer : str
@@ -211,7 +210,7 @@ def save_clusters(
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
 
 
-def with_concepts(table: Table, found: Clusters, layer: str, of_class: int) -> Clusters:
+def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
     blocks = list(RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).blocks(table))
     samples = np.concatenate([block.sample for block in blocks])

@@ -112,7 +112,7 @@ class Contexts(NamedTuple):
         total, n = np.where(known, self.score, 0.0).sum(0), known.sum(0)
         return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
-    def save(self, table: Table) -> Path:
+    def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
         arrays = {name: getattr(self, name) for name in ("concept", "sample", "target")}
         score = np.where(np.isfinite(self.score), self.score, -1.0)

@@ -22,7 +22,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
-from crp.concepts.ids import as_vector, in_range
+from crp.concepts.ids import as_direction, as_numbers, check_axis, in_range
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError, InputTypeError, StateError
 from crp.layers import ByChainRule, Followed, find_layers, put_behind
@@ -91,8 +91,8 @@ def prune(
         raise InputError(f"share must be between 0 and 1, not {share}")
     if not isinstance(scores, Mapping):
         raise InputTypeError(f"scores must be given by layer, as in {{'features.3': scores}}, not in a {type(scores)}")
-    _check_axis(axis)
-    arrays = {layer: as_vector(f"scores[{layer!r}]", values) for layer, values in scores.items()}
+    check_axis(axis)
+    arrays = {layer: as_numbers(f"scores[{layer!r}]", values).reshape(-1) for layer, values in scores.items()}
     ranked = sorted((value, layer, i) for layer, values in arrays.items() for i, value in enumerate(values.tolist()))
     pruned: dict[str, list[int]] = {layer: [] for layer in arrays}
     for _, layer, i in ranked[: round(share * len(ranked))]:
@@ -251,16 +251,9 @@ def effect(
 
 def _direction(direction: Any, axis: int) -> Tensor:
     """A vector other than 0, in float64."""
-    vector = torch.from_numpy(as_vector("direction", direction))
-    if not vector.any():
-        raise InputError("direction must be a vector other than 0")
-    _check_axis(axis)
+    vector = torch.from_numpy(as_direction(direction))
+    check_axis(axis)
     return vector
-
-
-def _check_axis(axis: object) -> None:
-    if isinstance(axis, bool) or not isinstance(axis, int) or axis == 0:
-        raise InputError(f"axis must be that of the channels, 1 or -1, and not 0, that of the samples; not {axis!r}")
 
 
 def _check_channels(output: Any, n: int, axis: int, given: str) -> None:

@@ -72,7 +72,7 @@ def keep_heatmaps(
     return keep_result(table, "heatmaps", layer, arrays, {"size": size, "composite": repr(composite)}, of_class)
 
 
-def kept_heatmaps(table: Table, of_class: int) -> tuple[np.ndarray, np.ndarray]:
+def kept_heatmaps(table: Table | str | Path, of_class: int) -> tuple[np.ndarray, np.ndarray]:
     """What `keep_heatmaps` has kept of a class.
 
     Returns
@@ -85,5 +85,6 @@ def kept_heatmaps(table: Table, of_class: int) -> tuple[np.ndarray, np.ndarray]:
     TableNotFoundError, TableMismatchError, TableCorruptError
         If there is nothing, or the table has changed since, or the file is damaged.
     """
+    table = Table.open(table)
     arrays = read_kept(table, "heatmaps", table.layers[0], of_class).arrays
     return arrays["sample"], arrays["heatmap"].astype(np.float64) * arrays["scale"][:, None, None]

@@ -45,7 +45,7 @@ class Meanings(NamedTuple):
         row = self.similarity[self.texts.index(text)]
         return [(int(self.concept[i]), float(row[i])) for i in np.argsort(-row, kind="stable")[:k]]
 
-    def save(self, table: Table) -> Path:
+    def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
         names = ("concept", "clarity", "redundancy", "polysemanticity", "similarity")
         arrays = {name: getattr(self, name) for name in names}

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from crp.checks import check_number
-from crp.concepts import as_ids
-from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.concepts.ids import as_ids, as_numbers
+from crp.errors import InputError, NameNotFoundError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.files import write_atomic
@@ -95,7 +95,7 @@ class Prototypes:
 
         Parameters
         ----------
-        place : path, or Table
+        place : path of a file; or Table, or its folder
 
         Returns
         -------
@@ -107,9 +107,10 @@ class Prototypes:
             for of_class, mixture in self.classes.items()
             for name, value in mixture._asdict().items()
         }
-        if not isinstance(place, Table):
+        if not isinstance(place, Table) and not Table.exists(place):
             write_atomic(Path(place), save(arrays, {"layer": self.layer, "normed": str(self.normed)}))
             return Path(place)
+        place = Table.open(place)
         arrays |= {f"{of_class}/members": self._members(place, of_class) for of_class in self.classes}
         return keep_result(place, "prototypes", self.layer, arrays, {"normed": self.normed})
 
@@ -119,7 +120,7 @@ class Prototypes:
 
         Parameters
         ----------
-        place : path, or Table
+        place : path of a file; or Table, or its folder
         layer : str, optional
             Of the table.
 
@@ -130,7 +131,7 @@ class Prototypes:
         TableMismatchError
             If the table has changed since they were made.
         """
-        if isinstance(place, Table):
+        if isinstance(place, Table) or Table.exists(place):
             if layer is None:
                 raise InputError("prototypes that are kept beside a table need layer=")
             kept = read_kept(place, "prototypes", layer)
@@ -160,20 +161,15 @@ class Prototypes:
         return self.classes[number]
 
     def _vectors(self, vectors: Any, of_class: int) -> np.ndarray:
-        given = np.asarray(vectors.detach().cpu() if hasattr(vectors, "detach") else vectors)
-        if given.dtype.kind not in "buif":
-            raise InputTypeError(f"vectors must be real numbers, not {given.dtype}")
-        array = given.astype(np.float64)
-        if not np.isfinite(array).all():
-            raise InputError("vectors have NaN or infinite values")
-        n_concepts = self._mixture(of_class).means.shape[1]
+        array = as_numbers("vectors", vectors)
+        n_concepts = int(self._mixture(of_class).means.shape[1])
         if array.ndim != 2 or array.shape[1] != n_concepts:
             raise InputError(f"vectors are of shape {array.shape}; layer {self.layer!r} has {n_concepts} concepts")
         return array
 
 
 def prototypes(
-    table: Table,
+    table: Table | str | Path,
     layer: str,
     n: int | Sequence[int] = (1, 2, 3, 4, 5, 6),
     *,
@@ -187,7 +183,7 @@ def prototypes(
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
         With relevance.
     layer : str
     n : int or sequence of int
@@ -214,6 +210,7 @@ def prototypes(
     """
     if covariance not in ("full", "diag"):
         raise InputError(f"covariance must be 'full' or 'diag', not {covariance!r}")
+    table = Table.open(table)
     numbers = as_ids(n, what="numbers of prototypes")
     if not numbers or min(numbers) < 1:
         raise InputError(f"n must be at least 1, not {n!r}")

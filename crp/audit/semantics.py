@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crp.checks import check_number
 from crp.concepts import as_ids
-from crp.concepts.ids import as_vector
+from crp.concepts.ids import as_numbers
 from crp.errors import InputError, InputTypeError
 from crp.visualization.feature import FeatureVisualization
 
@@ -75,8 +75,7 @@ def embed_references(
     found = []
     for samples in fv.get_max_reference(ids, layer, mode, (0, n)).values():
         with torch.no_grad():
-            embedded = embed(samples)
-            vectors = as_vector("what embed returns", embedded).reshape(np.shape(embedded))
+            vectors = as_numbers("what embed returns", embed(samples))
         if vectors.ndim != 2 or len(vectors) != len(samples):
             raise InputError(f"embed gives {vectors.shape} for {len(samples)} samples; it must be (samples, features)")
         found.append(vectors)
@@ -177,7 +176,7 @@ def search(embeddings: Any, text: Any, background: Any = None) -> Match:
     means = _unit(_embeddings(embeddings).mean(1))
 
     def similarity_to(vector: Any) -> np.ndarray:
-        along = np.asarray(vector, np.float64).reshape(-1)
+        along = as_numbers("a text's embedding", vector).reshape(-1)
         if along.shape != means.shape[1:]:
             raise InputError(f"the text's embedding has {len(along)} features; the concepts' have {means.shape[1]}")
         return np.asarray(means @ _unit(along))
@@ -190,7 +189,7 @@ def search(embeddings: Any, text: Any, background: Any = None) -> Match:
 
 
 def _embeddings(values: Any) -> np.ndarray:
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+    array = as_numbers("embeddings", values)
     if array.ndim != 3 or 0 in array.shape:
         raise InputError(f"embeddings must be of shape (concepts, n, features), not {array.shape}")
     return array
@@ -198,6 +197,6 @@ def _embeddings(values: Any) -> np.ndarray:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    if not np.isfinite(vectors).all() or not length.all():
-        raise InputError("an embedding is 0, NaN or infinite")
+    if not length.all():
+        raise InputError("an embedding is 0")
     return np.asarray(vectors / length)

@@ -53,7 +53,7 @@ class Interventions(NamedTuple):
         found = [rank_correlation(*pair) for pair in zip(self.relevance, -self.change, strict=True)]
         return float(np.mean(found))
 
-    def save(self, table: Table) -> Path:
+    def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
         names = ("concept", "sample", "target", "relevance", "change")
         arrays = {name: getattr(self, name) for name in names}

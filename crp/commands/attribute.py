@@ -12,7 +12,7 @@ import click
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
-from crp.commands.page import PageConcepts, concepts_of_picture
+from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,7 @@ _CLASSES = 5
     "--position", help="Of a language model: the token whose next one is explained; -1, the last, by default."
 )
 @click.option("--against", help="Of a language model: a token in whose place the target is explained.")
+@click.option("--output", help="What is explained of what the model returns; segmentation, for example. See below.")
 @click.option("--layer", help="Layer of the concepts; of a class activation map; or to be explained itself.")
 @click.option("--concept", type=int, multiple=True, help="Channel of the layer to explain; may be given again.")
 @click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help="Of the method; may be given again.")
@@ -74,6 +75,7 @@ _CLASSES = 5
 @click.option(
     "--page", is_flag=True, help="Write a page (.html) with the concepts of --layer, the last suggested by default."
 )
+@click.option("--graph", multiple=True, help="Of a page: a layer below --layer, in its graph; may be given again.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object for each picture, on a line.")
 def attribute(
     images: tuple[Path, ...],
@@ -86,6 +88,7 @@ def attribute(
     tokenizer: str | None,
     position: str | None,
     against: str | None,
+    output: str | None,
     layer: str | None,
     concept: tuple[int, ...],
     settings: tuple[str, ...],
@@ -95,6 +98,7 @@ def attribute(
     classes: Path | None,
     out: Path,
     page: bool,
+    graph: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file. Or texts, in one page.
@@ -104,10 +108,14 @@ def attribute(
     crp attribute cat.jpg --model timm:resnet18 --page --out why.html
 
     crp attribute --text 'The capital of France is' --target ' Paris' --model hf:gpt2 --method attn_lrp --out why.html
+
+    crp attribute street.jpg --model torchvision:fcn_resnet50 --output segmentation --target car --out car.png
+
+    --output takes the scores of classes from what a model returns: segmentation (:where=all, :key=NAME) or detection
+    (:box=0, :score=log-odds), as in crp.outputs; entry:key=NAME, of a dict; or package.module:function.
     """
     from crp.attributors.explaining import find_method
     from crp.commands.texts import Asking, explain_texts
-    from crp.visualization.models import load_model
 
     if bool(images) == bool(texts) or (images and (tokenizer or position or against)):
         raise CommandError("give pictures, or --text, of which --tokenizer, --position and --against are")
@@ -116,23 +124,23 @@ def attribute(
             raise CommandError(f"--out {out} must end in .html for a page of texts")
         asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
         _check_writable(out.parent, out)
-        loaded = _loaded(model, weights, checkpoint, classes)
+        loaded = _loaded(model, weights, checkpoint, output, classes=classes)
         for line in explain_texts(texts, loaded, method, asking, _parsed(settings), out, as_json):
             click.echo(line)
         return
     page = page or out.suffix.lower() == _PAGE
     places = _places(images, out, page)
     given = _parsed(settings)
-    if concept and layer is None:
-        raise CommandError("--concept needs the --layer that it is in")
+    _check_named(layer, concept, graph, page)
     try:
         chosen = find_method(method)
-        shown = PageConcepts(layer, concept) if page else None
+        shown = PageConcepts(layer, concept, graph) if page else None
         if concept and not page:
             given["condition"] = {layer: list(concept)}
         if layer is not None and (chosen.family == "cam" or not (concept or page)):
             given["layer"] = layer
-        loaded = load_model(model, weights, checkpoint, size=size, mean=mean, std=std, classes=classes)
+        loaded = _loaded(model, weights, checkpoint, output, size=size, mean=mean, std=std, classes=classes)
+        given |= {} if loaded.output is None else {"output": loaded.output}
         index = None if target is None else loaded.find_class(target)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
@@ -145,11 +153,20 @@ def attribute(
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
 
 
-def _loaded(model: str, weights: str | None, checkpoint: Path | None, classes: Path | None) -> Loaded:
+def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str], page: bool) -> None:
+    if concepts and layer is None:
+        raise CommandError("--concept needs the --layer that it is in")
+    if graph and not page:
+        raise CommandError("--graph is for --page, which draws it")
+
+
+def _loaded(model: str, weights: str | None, checkpoint: Path | None, output: str | None, **pictures: Any) -> Loaded:
     from crp.visualization.models import load_model
+    from crp.visualization.scored import load_output
 
     try:
-        return load_model(model, weights, checkpoint, classes=classes)
+        chosen = None if output is None else load_output(output)
+        return load_model(model, weights, checkpoint, output=chosen, **pictures)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
 
@@ -192,57 +209,68 @@ def _explain(
     on_page: PageConcepts | None,
 ) -> tuple[str, dict[str, Any]]:
     """Explain one picture, and tell what the model says of it, in words and as data."""
-    import torch
-
     from crp.attributors.explaining import explain
     from crp.commands.panel import draw
-    from crp.engine.probabilities import probabilities
-    from crp.visualization.report.explained import ExplainedConcept, ExplainedPicture, write_explained
+    from crp.visualization.report.explained import ExplainedPicture, write_explained
 
     try:
         shown, data = loaded.read(image)
-        with torch.no_grad():
-            output = loaded.model(data)
-        if not isinstance(output, torch.Tensor) or output.dim() != 2:
-            raise CommandError("the output of the model is no score of classes")
-        aim = int(output[0].argmax()) if target is None else target
+        scores = loaded.scores(data)[0]
+        aim = int(scores.argmax()) if target is None else target
         given, windows = _completed(method, given, loaded, data)
         caption += windows
         heatmap = explain(method, loaded.model, data, aim, **given)
-        layer, concepts = "", list[ExplainedConcept]()
+        found = FoundConcepts()
         if on_page is not None:
-            layer, concepts = concepts_of_picture(on_page, method, loaded, data, aim, given)
+            found = concepts_of_picture(on_page, method, loaded, data, aim % len(scores), given)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
     if heatmap.dim() != 4:
         raise CommandError(
             f"layer {given.get('layer')!r} has no positions to draw; its relevance is {tuple(heatmap.shape)}"
         )
-    probability = probabilities(output)[0]
-    first = int(probability.argmax())
-    index = (first if target is None else target) % len(probability)
-    said = f"predicted {loaded.class_name(first)} ({probability[first]:.1%})"
-    of = "" if index == first else f"; explained: {loaded.class_name(index)} ({probability[index]:.1%})"
+    said, of, classes, chances = _prediction(loaded, scores, aim % len(scores))
     # A map of positions is the same for every channel; relevance of channels adds up.
     is_map = method in ("cam", "grad_cam", "grad_cam_pp", "meaningful_perturbation")
     flat = heatmap[0, 0] if is_map else heatmap[0].sum(0)
     if on_page is None:
         draw(shown, flat, f"{said}{of}".replace("predicted ", "predicted: ", 1), caption, place)
     else:
-        best = probability.argsort(descending=True, stable=True)[:_CLASSES].tolist()
-        chances = [(loaded.class_name(i), float(probability[i])) for i in dict.fromkeys([*best, index])]
         sentence = f"{said}{of}".replace("predicted ", "Predicted ", 1)
-        names = loaded.class_name(index), chances, sentence, caption, type(loaded.model).__name__
-        write_explained(ExplainedPicture(image.name, shown, flat, *names, layer, concepts), place)
-    classes = {
-        name: {"class": i, "name": loaded.class_name(i), "probability": float(probability[i])}
-        for name, i in (("predicted", first), ("explained", index))
-    }
+        names = classes["explained"]["name"], chances, sentence, caption, type(loaded.model).__name__
+        write_explained(ExplainedPicture(image.name, shown, flat, *names, *found), place)
     facts: dict[str, Any] = {"image": str(image), "method": method, **classes, "out": str(place)}
     if on_page is not None:
-        parts = [{"concept": int(one.label), "share": one.share} for one in concepts]
-        facts |= {"layer": layer, "concepts": parts}
+        parts = [{"concept": int(one.label), "share": one.share} for one in found.concepts]
+        facts |= {"layer": found.layer, "concepts": parts, "graph": found.as_data()}
     return f"{said}{of}", facts
+
+
+def _prediction(
+    loaded: Loaded, scores: Tensor, index: int
+) -> tuple[str, str, dict[str, dict[str, Any]], list[tuple[str, float]]]:
+    """Predicted and explained class in words, both as data, and the most probable ones.
+
+    Scores that exclude each other are told as probabilities; others, as of a segmentation, as they are.
+    """
+    from crp.engine.probabilities import probabilities
+
+    values = probabilities(scores[None])[0] if loaded.exclusive else scores
+    first = int(values.argmax())
+
+    def told(i: int) -> str:
+        value = f"{values[i]:.1%}" if loaded.exclusive else f"score {float(values[i]):.4g}"
+        return f"{loaded.class_name(i)} ({value})"
+
+    of = "" if index == first else f"; explained: {told(index)}"
+    what = "probability" if loaded.exclusive else "score"
+    classes = {
+        name: {"class": i, "name": loaded.class_name(i), what: float(values[i])}
+        for name, i in (("predicted", first), ("explained", index))
+    }
+    best = [*values.argsort(descending=True, stable=True)[:_CLASSES].tolist(), index] if loaded.exclusive else []
+    chances = [(loaded.class_name(i), float(values[i])) for i in dict.fromkeys(best)]
+    return f"predicted {told(first)}", of, classes, chances
 
 
 def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:

@@ -20,6 +20,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--target", help="Class to explain, by number or name; by default, the predicted one.")
+@click.option("--output", help="What is explained of what the model returns, as in crp attribute --help.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=_EXISTING, help="State dict.")
 @click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
@@ -28,7 +29,14 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def check_command(
-    model: str, image: Path, rules: str, settings: tuple[str, ...], target: str | None, as_json: bool, **given: Any
+    model: str,
+    image: Path,
+    rules: str,
+    settings: tuple[str, ...],
+    target: str | None,
+    output: str | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Check an explanation of one picture by MODEL (a name, or package.module:factory).
 
@@ -39,13 +47,15 @@ def check_command(
     from crp.attribution import CondAttribution
     from crp.commands.mine import _make_composite
     from crp.visualization.models import load_model
+    from crp.visualization.scored import load_output
 
     composite = _make_composite(rules, settings)
     try:
+        given["output"] = None if output is None else load_output(output)
         loaded = load_model(model, given.pop("weights"), given.pop("checkpoint"), **given)
         _, data = loaded.read(image)
-        attribution = CondAttribution(loaded.model)
-        y = int(loaded.model(data)[0].argmax()) if target is None else loaded.find_class(target)
+        attribution = CondAttribution(loaded.model, output=loaded.output)
+        y = int(loaded.scores(data)[0].argmax()) if target is None else loaded.find_class(target)
         checked = attribution.check(data, [{attribution.MODEL_OUTPUT_NAME: y}], composite)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error

@@ -265,7 +265,7 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
 
     opened, command = open_recipe(table.header.recipe, data=data), table.header.recipe["command"]
     composite = _make_composite(command["rules"], command["settings"])
-    attribution, concept = CondAttribution(opened.model), opened.layer_map[found.layer]
+    attribution, concept = CondAttribution(opened.model, output=opened.output), opened.layer_map[found.layer]
     names: list[str] = []
     audited: list[AuditedSample] = []
     dataset = opened.dataset

@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,7 +29,7 @@ _AS_THEY_ARE = ("storage", "start", "stop", "batch_size", "shard_size", "on_erro
 _REMEMBERED = (
     "model", "weights", "checkpoint", "data", "fields", "layers", "rules", "settings", "targets", "multi_label",
     "modes", "kinds", "mixed_shapes", "batch_size", "shard_size", "size", "mean", "std", "classes", "storage",
-    "tokenizer", "position",
+    "tokenizer", "position", "output",
 )  # fmt: skip
 #: Words before the colon of models that are not the user's own.
 _LIBRARIES = ("timm", "hf", "torchvision")
@@ -46,6 +46,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--layers", multiple=True, help="Name, pattern or type; or auto. See below.")
 @click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
 @click.option("--position", help="Of a language model: each, or a number; -1 explains what follows the last token.")
+@click.option("--output", help="What is explained of what the model returns; segmentation, for example. See below.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--targets", default="label", show_default=True, help="label, prediction, top-5, all, or 3,7,12.")
@@ -91,6 +92,11 @@ def mine_command(
 
     --layers may be given again. Concepts are channels. Of transformers, "blocks.*.attn.proj.input:heads=3" has 3 heads
     for concepts, as they are in the input of the output projection, and "blocks.5:axis=1" tokens, along axis 1.
+
+    --output takes the scores of classes from what a model returns: segmentation (:where=all, :key=NAME) or detection
+    (:box=0, :score=log-odds), as in crp.outputs; entry:key=NAME, of a dict; or package.module:function.
+
+        crp mine --model torchvision:fcos_resnet50_fpn --output detection --targets prediction ...
     """
     part = _part(share, os.environ)
     if part is not None and (overwrite or address):
@@ -118,6 +124,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
     from crp.visualization.models import check_repeatable, load_model
+    from crp.visualization.scored import load_output
     from crp.visualization.sources import MULTI_LABEL, load_source, load_texts, open_source
 
     named = given["targets"].strip()
@@ -128,6 +135,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         )
     source = open_source(given["data"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
+    pictures["output"] = None if given["output"] is None else load_output(given["output"])
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
     if ":" in given["model"] and not given["checkpoint"] and given["model"].partition(":")[0] not in _LIBRARIES:
         check_repeatable(given["model"], loaded.model)
@@ -152,7 +160,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         _describe_run(list(concepts), len(dataset), pictures_given, loaded, labels)
     with _client(address) as client:
         return mine(
-            CondAttribution(loaded.model.to(_device(given["device"]))),
+            CondAttribution(loaded.model.to(_device(given["device"])), output=loaded.output),
             dataset,
             concepts,
             composite,
@@ -234,11 +242,13 @@ def _recipe(
     names = list(loaded.classes)
     if not names and labels is not None:
         names = sorted(labels, key=lambda name: labels[name])
+    output = {} if given["output"] is None else {"output": {"named": given["output"]}}
     return {
         "model": model,
         "dataset": {"named": command["data"]},
         "class_names": names or None,
         "command": command,
+        **output,
     }
 
 
@@ -246,10 +256,16 @@ def _count_outputs(loaded: Loaded, sample: Any) -> int | None:
     """Number of the model's outputs, told by the first sample that can be read; None where they are no classes."""
     import torch
 
+    from crp.errors import OutOfRangeError
+    from crp.visualization.models import select_scores
+
     if sample is None:
         return None  # mining will tell why
     with torch.no_grad():
         output = loaded.model(sample)
+    if loaded.output is not None:
+        with suppress(OutOfRangeError):  # (of a picture in which a detector finds nothing)
+            output = select_scores(output, loaded.output)
     return output.shape[1] if isinstance(output, torch.Tensor) and output.dim() == 2 else None
 
 

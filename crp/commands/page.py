@@ -1,4 +1,4 @@
-"""``crp attribute --page``: which concepts a picture's page shows, with their heatmaps."""
+"""``crp attribute --page``: which concepts a picture's page shows, with their heatmaps, and the graph of them."""
 
 from __future__ import annotations
 
@@ -11,52 +11,86 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from crp.visualization.models import Loaded
-    from crp.visualization.report.explained import ExplainedConcept
+    from crp.visualization.report.explained import ExplainedConcept, ExplainedGraph
 
 #: Concepts that are shown, unless they are named.
 _FEW = 4
-#: What a method must take, so that concepts of a layer have shares and heatmaps.
-_NEEDED = frozenset({"layer", "condition", "mask_map"})
 
 
 class PageConcepts(NamedTuple):
-    """Which concepts are asked for: the layer (the last that ``crp layers`` suggests by default), and their numbers."""
+    """What is asked for: the layer (the last suggested one by default), its concepts, and layers of the graph."""
 
     layer: str | None
     concepts: Sequence[int]
+    graph: Sequence[str] = ()
+
+
+class FoundConcepts(NamedTuple):
+    """What a page shows of concepts; nothing by a method that has no relevance of layers."""
+
+    layer: str = ""
+    concepts: Sequence[ExplainedConcept] = ()
+    graph: ExplainedGraph | None = None
+
+    def as_data(self) -> list[dict[str, Any]]:
+        """Edges of the graph between concepts, for machines."""
+        if self.graph is None:
+            return []
+        ends = [(*pair, share) for pair, share in self.graph.edges.items() if pair[0][0] in self.graph.layers]
+        return [{"from": list(above), "to": list(below), "share": share} for above, below, share in ends]
 
 
 def concepts_of_picture(
     asked: PageConcepts, method: str, loaded: Loaded, data: Tensor, target: int, given: Mapping[str, Any]
-) -> tuple[str, list[ExplainedConcept]]:
-    """Layer, and its concepts with their shares and heatmaps; none by a method that has no relevance of layers."""
+) -> FoundConcepts:
+    """Layer, and its concepts with their shares and heatmaps, and how relevance flows from them to lower layers."""
     from crp.attributors.explaining import explain, find_method
+    from crp.attributors.flow import OF_CONCEPTS, concept_flow
     from crp.visualization.mining.axes import concepts_of_channels
     from crp.visualization.mining.selection import list_layers
-    from crp.visualization.report.explained import ExplainedConcept
+    from crp.visualization.report.explained import ExplainedConcept, ExplainedGraph
 
     how = find_method(method)
     # (the layer of a class activation map is where the map is made)
-    if how.family == "cam" or not _NEEDED.issubset(how.options):
-        if asked.concepts or (asked.layer is not None and how.family != "cam"):
-            wrong_option = "--concept" if asked.concepts else "--layer"
-            raise CommandError(f"method {method!r} has no relevance of concepts; leave {wrong_option} out")
-        return "", []
-    layer = asked.layer
+    if how.family == "cam" or not OF_CONCEPTS.issubset(how.options):
+        layer_named = asked.layer is not None and how.family != "cam"
+        wrong = [(asked.concepts, "--concept"), (asked.graph, "--graph"), (layer_named, "--layer")]
+        if named := [option for value, option in wrong if value]:
+            raise CommandError(f"method {method!r} has no relevance of concepts; leave {' and '.join(named)} out")
+        return FoundConcepts()
+    suggested = [one.name for one in list_layers(loaded.model, data) if one.suggested]
+    layer = asked.layer or (suggested[-1] if suggested else None)
     if layer is None:
-        suggested = [one.name for one in list_layers(loaded.model, data) if one.suggested]
-        if not suggested:
-            return "", []
-        layer = suggested[-1]
-    (concept,) = concepts_of_channels(loaded.model, data, [layer]).values()
+        if asked.graph:
+            raise CommandError("--graph needs the --layer that it begins with: no layer of the model is suggested")
+        return FoundConcepts()
+    lower = list(asked.graph)
+    if not lower and layer in suggested[1:]:
+        lower = [suggested[suggested.index(layer) - 1]]
+    if len({layer, *lower}) <= len(lower):
+        raise CommandError(f"--graph has a layer twice: {', '.join([layer, *lower])}, of which the first is --layer")
+    known = concepts_of_channels(loaded.model, data, [layer, *lower])
+    concept = known[layer]
     relevance = explain(method, loaded.model, data, target, layer=layer, **given)
     shares = concept.attribute(relevance, layer_name=layer, abs_norm=True)[0].detach()
     chosen = asked.concepts or shares.argsort(descending=True, stable=True)[:_FEW].tolist()
-    if wrong := [one for one in chosen if not 0 <= one < len(shares)]:
-        raise CommandError(f"layer {layer!r} has the concepts 0 to {len(shares) - 1}; there is no {wrong[0]}")
-    found = []
-    for one in chosen:
-        condition: dict[str, Any] = {"condition": {layer: [one]}, "mask_map": concept.mask}
-        heatmap = explain(method, loaded.model, data, target, **condition, **given)
-        found.append(ExplainedConcept(str(one), float(shares[one]), heatmap[0].sum(0)))
-    return layer, found
+    if missing := [one for one in chosen if not 0 <= one < len(shares)]:
+        raise CommandError(f"layer {layer!r} has the concepts 0 to {len(shares) - 1}; there is no {missing[0]}")
+
+    def heatmap(of_layer: str, one: int) -> Tensor:
+        through: dict[str, Any] = {"condition": {of_layer: [one]}, "mask_map": known[of_layer].mask}
+        found: Tensor = explain(method, loaded.model, data, target, **through, **given)
+        return found[0].sum(0)
+
+    found = [ExplainedConcept(str(one), float(shares[one]), heatmap(layer, one)) for one in chosen]
+    maps = {(layer, one): part.heatmap for one, part in zip(chosen, found, strict=True)}
+    if not lower:
+        return FoundConcepts(layer, found)
+    ordered = {name: known[name] for name in (layer, *lower)}
+    flow = concept_flow(method, loaded.model, data, target, ordered, width=_FEW, concepts=chosen, **given)
+    columns: list[dict[Any, tuple[str, Tensor | None]]] = [
+        dict.fromkeys(flow.columns[0], (loaded.class_name(target), None))
+    ]
+    for column in flow.columns[1:]:
+        columns.append({node: (str(node[1]), maps[node] if node in maps else heatmap(*node)) for node in column})
+    return FoundConcepts(layer, found, ExplainedGraph(columns, flow.edges, list(ordered)))

@@ -24,6 +24,9 @@ _OPTIONS = {
     "active": "n_active",
     "negative": "n_negative",
     "batch_size": "batch_size",
+    "maximize": "n_maximized",
+    "steps": "steps",
+    "seed": "seed",
 }
 
 
@@ -37,6 +40,11 @@ _OPTIONS = {
 @click.option("--active", type=click.IntRange(0), help="Most active samples of a concept; as --references by default.")
 @click.option("--negative", type=click.IntRange(0), help="Most negative of a concept; half of --references by default.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Heatmaps at once.")
+@click.option(
+    "--maximize", type=click.IntRange(1), help="Make up pictures of so many concepts of each layer. See below."
+)
+@click.option("--steps", type=click.IntRange(1), help="Of --maximize, for each picture; 500 by default.")
+@click.option("--seed", type=click.IntRange(0, 2**31), help="Of --maximize; 0 by default.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
 @click.option("--part", metavar="I/N", help="Only draw part I of N, counted from 0, and write no page.")
 @click.option("--title", default="What the model looks at", show_default=True, help="Of the first page.")
@@ -61,6 +69,9 @@ def report_command(
 
         crp report atlas/ --open
 
+    --maximize N makes up a picture for each of the N concepts of a layer that have the largest shares of relevance, in
+    which it is as active as can be. They are kept in FOLDER, and shown on the pages of their concepts.
+
     --workers draw at the same time. So do several machines that share the folder, each with its --part; the same
     command without it then writes the pages.
     """
@@ -69,6 +80,9 @@ def report_command(
         raise CommandError(f"--out {path} must end in .html with --single-file")
     if single_file and (workers > 1 or part):
         raise CommandError("--workers and --part draw into a folder; --single-file is for small tables")
+    unused = [f"--{name}" for name in ("steps", "seed") if given[name] is not None and given["maximize"] is None]
+    if unused:
+        raise CommandError(f"{' and '.join(unused)} say how --maximize makes up pictures; give it, too")
     share = None if part is None else _part(part, {}, "--part")
     given["quiet"] = given["quiet"] or as_json
     try:
@@ -102,9 +116,10 @@ def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None
         dataset=found.dataset,
         layer_map=found.layer_map,
         preprocess_fn=found.preprocess,
+        output=found.output,
     )
     composite = _make_composite(command["rules"], command["settings"])
-    options: dict[str, Any] = {name: given[option] for option, name in _OPTIONS.items()}
+    options: dict[str, Any] = {name: given[option] for option, name in _OPTIONS.items() if given[option] is not None}
     options |= {"layers": list(given["layers"]) or None, "title": given["title"], "verbose": not given["quiet"]}
     drawers: list[subprocess.Popen[bytes]] = []
     try:

@@ -167,6 +167,9 @@ def _recipe_lines(table: Table) -> Iterator[str]:
         yield f"composite  {composite.get('name') or composite.get('class')}({', '.join(words)})"
     else:
         yield "composite  none, the plain gradient"
+    output = recipe.get("output")
+    if isinstance(output, dict):
+        yield f"output     {output.get('named') or output.get('function')}"
     yield f"targets    {recipe.get('targets')}; preprocessing: {recipe.get('preprocess') or 'none'}"
 
 

@@ -128,13 +128,13 @@ def _explain(
     import torch
 
     from crp.attributors.explaining import explain
-    from crp.engine.forward import tensor_in
     from crp.image.texts import TextHeatmap
     from crp.visualization.mining.text_batches import Asked
+    from crp.visualization.models import select_scores
 
     asked = Asked.of(texts[number][0][None], texts)
     with torch.no_grad():
-        output = tensor_in(asked.run(loaded.model))
+        output = select_scores(asked.run(loaded.model), loaded.output)
     words = texts.words(number)
     n = len(words.words)
     place = None if output.dim() == 2 else _place(asking.position, n)
@@ -142,7 +142,7 @@ def _explain(
         raise CommandError("--against is for language models; this one gives a score for each class")
     scores = output[0] if place is None else output[0, place]
     target, named, facts = _aim(scores, place, texts, loaded, asking)
-    heatmap: Tensor = explain(method, loaded.model, asked.data, target, **given)
+    heatmap: Tensor = explain(method, loaded.model, asked.data, target, output=loaded.output, **given)
     if heatmap.dim() > 2:  # (a layer that is explained itself has features)
         heatmap = heatmap.flatten(2).sum(2)
     if heatmap.shape != (1, n):

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from crp.checks import check_number
 from crp.concepts.base import Concept
 from crp.concepts.channels import ChannelConcept, _KeepChannels
+from crp.concepts.ids import check_axis
 from crp.concepts.scores import ConceptScores
 from crp.errors import InputError
 from crp.types import MaskFn
@@ -51,10 +53,9 @@ class AxisConcept(Concept):
     """
 
     def __init__(self, axis: int = -1, groups: int | None = None) -> None:
-        if axis == 0:
-            raise InputError("axis 0 is that of the batch; concepts are along another one, such as -1")
-        if groups is not None and groups < 1:
-            raise InputError(f"there must be at least one group, not {groups}")
+        check_axis(axis)
+        if groups is not None:
+            check_number("groups", groups, 1, whole=True)
         self.axis, self.groups = axis, groups
 
     def code(self, activation: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.checks import check_number
+from crp.concepts.ids import as_direction, as_numbers
 from crp.concepts.linear import DirectionConcept, SubspaceConcept
 from crp.errors import InputError
 
@@ -82,7 +84,9 @@ def pca(activations: Any, n: int) -> Directions:
     from sklearn.decomposition import PCA
 
     a = _vectors(activations)
-    _check_number(n, min(a.shape), "principal components")
+    _check_n(n, min(a.shape), "principal components")
+    if not (a != a[0]).any():
+        raise InputError("activations are all the same; there is no direction in which they vary")
     found = PCA(n, svd_solver="full").fit(a)
     return Directions(found.components_, found.components_, "pca", {"variance": found.explained_variance_ratio_})
 
@@ -106,7 +110,7 @@ def prca(activations: Any, multipliers: Any, n: int) -> Directions:
         Quality: ``relevance``, the mean relevance of each direction, its eigenvalue.
     """
     a, m = _pair(activations, multipliers)
-    _check_number(n, a.shape[1], "directions")
+    _check_n(n, a.shape[1], "directions")
     both = a.T @ m / len(a)
     values, vectors = np.linalg.eigh((both + both.T) / 2)
     top = _signed(vectors.T[::-1][:n])
@@ -142,7 +146,9 @@ def nmf(activations: Any, n: int, *, seed: int = 0, steps: int = 2000) -> Direct
     from sklearn.decomposition import NMF
 
     a = _vectors(activations)
-    _check_number(n, min(a.shape), "directions")
+    _check_n(n, min(a.shape), "directions")
+    check_number("steps", steps, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
     if a.min() < 0:
         raise InputError(f"activations must not be negative, as after a ReLU; the least is {a.min():.4g}")
     model = NMF(n, init="nndsvda", random_state=seed, max_iter=steps, tol=1e-10)
@@ -183,10 +189,9 @@ def cav(activations: Any, labels: Any, method: Literal["pattern", "ridge", "svm"
     from sklearn.metrics import roc_auc_score
 
     a = _vectors(activations)
-    t = np.asarray(labels).reshape(-1)
+    t = as_numbers("labels", labels).reshape(-1)
     if len(t) != len(a) or set(np.unique(t).tolist()) != {0, 1}:
         raise InputError(f"labels must be {len(a)} values of 0 and 1, both among them; they are {np.unique(t)[:5]}")
-    t = t.astype(np.float64)
     centred = a - a.mean(0)
     pattern = centred.T @ (t - t.mean()) / ((t - t.mean()) ** 2).sum()
     if method == "pattern":
@@ -224,12 +229,11 @@ def tcav(direction: Any, gradients: Any) -> float:
     gradients : array or Tensor of shape (samples, channels, *space)
         Gradients at the layer, or multipliers; they are summed over space.
     """
-    values = torch.as_tensor(gradients).to(torch.float64)
-    along = torch.as_tensor(np.asarray(direction, np.float64)).reshape(-1)
-    if values.dim() < 2 or values.shape[1] != len(along):
-        raise InputError(f"gradients are of shape {tuple(values.shape)}; the direction has {len(along)} channels")
-    summed = values.reshape(*values.shape[:2], -1).sum(-1)
-    return float((summed.cpu() @ along > 0).double().mean())
+    along = as_direction(direction)
+    values = as_numbers("gradients", gradients)
+    if values.ndim < 2 or values.shape[1] != len(along) or 0 in values.shape:
+        raise InputError(f"gradients are of shape {values.shape}; the direction has {len(along)} channels")
+    return float((values.reshape(*values.shape[:2], -1).sum(-1) @ along > 0).mean())
 
 
 def drsa(
@@ -268,11 +272,12 @@ def drsa(
         With ``block=dimension``. Quality: ``objective``, and ``relevance``, the mean relevance of each block.
     """
     a, m = (torch.from_numpy(array) for array in _pair(activations, multipliers))
-    _check_number(n * dimension, a.shape[1], "directions")
+    for name, number in (("dimension", dimension), ("steps", steps), ("restarts", restarts)):
+        check_number(name, number, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
+    _check_n(n, a.shape[1] // dimension, f"blocks of {dimension} directions")
     generator = torch.Generator().manual_seed(seed)
     best, best_value = None, -float("inf")
-    if restarts < 1:
-        raise InputError(f"restarts must be at least 1, not {restarts!r}")
     for _ in range(restarts):
         start = torch.randn(n * dimension, a.shape[1], generator=generator, dtype=a.dtype)
         found, value = _climb(_orthonormal(start), a, m, n, steps)
@@ -336,12 +341,9 @@ def _signed(vectors: np.ndarray) -> np.ndarray:
 
 
 def _vectors(values: Any, what: str = "activations") -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    array = array.astype(np.float64)
+    array = as_numbers(what, values)
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{what} must be of shape (vectors, channels), not {array.shape}")
-    if not np.isfinite(array).all():
-        raise InputError(f"{what} have NaN or infinite values")
     return array
 
 
@@ -352,6 +354,7 @@ def _pair(activations: Any, multipliers: Any) -> tuple[np.ndarray, np.ndarray]:
     return a, m
 
 
-def _check_number(n: int, largest: int, what: str) -> None:
-    if not 1 <= n <= largest:
+def _check_n(n: int, largest: int, what: str) -> None:
+    check_number("n", n, 1, whole=True)
+    if n > largest:
         raise InputError(f"there are 1 to {largest} {what} in these vectors, not {n}")

@@ -1,4 +1,4 @@
-"""Concept ids, and vectors, in every form that users write them in."""
+"""Concept ids, axes and vectors, in every form that users write them in."""
 
 from __future__ import annotations
 
@@ -42,8 +42,16 @@ def in_range(ids: Sequence[int], size: int, layer_name: str | None, what: str = 
     return list(ids)
 
 
-def as_vector(name: str, value: Any) -> NDArray[np.float64]:
-    """Real and finite numbers, of any shape, as one vector.
+def check_axis(axis: object) -> None:
+    """Raise a `ValueError` if an axis of a layer's output is no whole number, or 0, which is that of the samples."""
+    if isinstance(axis, bool) or not isinstance(axis, int) or axis == 0:
+        raise InputError(
+            f"axis must be a whole number, and not 0, that of the samples: 1, or -1 for tokens; not {axis!r}"
+        )
+
+
+def as_numbers(name: str, value: Any) -> NDArray[np.float64]:
+    """Real and finite numbers of any shape, in float64.
 
     Raises
     ------
@@ -55,10 +63,24 @@ def as_vector(name: str, value: Any) -> NDArray[np.float64]:
         value = value.double() if value.is_floating_point() else value
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # (rows of different lengths, tensors of another device in a list)
         array = np.asarray(None)
     if array.dtype.kind not in "buif":
         raise InputTypeError(f"{name} must be real numbers, not of {array.dtype}")
     if not np.isfinite(array).all():
-        raise InputError(f"{name} has NaN or infinite values")
-    return array.astype(np.float64).reshape(-1)
+        raise InputError(f"{name} must be finite, without NaN or infinite values")
+    return array.astype(np.float64)
+
+
+def as_direction(value: Any) -> NDArray[np.float64]:
+    """A vector other than 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is anything else.
+    """
+    vector = as_numbers("direction", value).reshape(-1)
+    if not vector.any():
+        raise InputError("direction must be a vector other than 0")
+    return vector

@@ -15,7 +15,7 @@ Subspaces", IEEE TPAMI (2024). Subspaces: Vielhaben et al., "Multi-dimensional C
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from crp.concepts.base import Concept
-from crp.concepts.ids import as_ids, in_range
-from crp.errors import InputError
+from crp.concepts.ids import as_ids, as_numbers, check_axis, in_range
+from crp.errors import InputError, InputTypeError
 from crp.types import MaskFn
 
 
@@ -84,10 +84,10 @@ class SubspaceConcept(Concept):
                     f"dual has blocks of {sizes} vectors of {self.dual.shape[1]} channels; the directions have "
                     f"{self.sizes} of {self.directions.shape[1]}"
                 )
-        if axis == 0:
-            raise InputError("axis 0 is that of the samples; channels are on axis 1, or on -1 for tokens")
-        if names is not None and len(names) != len(self.sizes):
-            raise InputError(f"names has {len(names)} entries for {len(self.sizes)} concepts")
+        check_axis(axis)
+        if names is not None and (isinstance(names, str) or len(names) != len(self.sizes)):
+            given = repr(names) if isinstance(names, str) else f"{len(names)} entries"
+            raise InputError(f"names must be a list of names for {len(self.sizes)} concepts, not {given}")
         self.rest, self.axis = rest, axis
         self.names = None if names is None else tuple(names)
 
@@ -282,16 +282,16 @@ class _InTurn:
 
 
 def _matrix(rows: Any, what: str) -> Tensor:
-    matrix = torch.as_tensor(rows).detach().to(torch.float64, copy=True).cpu()
+    matrix = torch.from_numpy(as_numbers(what, rows))
     matrix = matrix[None] if matrix.dim() == 1 else matrix
     if matrix.dim() != 2 or 0 in matrix.shape:
         raise InputError(f"{what} must be vectors of shape (directions, channels), not {tuple(matrix.shape)}")
-    if not torch.isfinite(matrix).all():
-        raise InputError(f"{what} has NaN or infinite values")
     return matrix
 
 
 def _stacked(blocks: Sequence[Any], what: str) -> tuple[Tensor, tuple[int, ...]]:
+    if isinstance(blocks, str | Mapping) or not isinstance(blocks, Iterable):
+        raise InputTypeError(f"{what} must be a list of blocks of directions, not {blocks!r}")
     matrices = [_matrix(block, f"{what}[{i}]") for i, block in enumerate(blocks)]
     if not matrices:
         raise InputError(f"{what} is empty; give at least one block of directions")

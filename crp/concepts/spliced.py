@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
+from crp.checks import check_choice
+from crp.concepts.ids import check_axis
 from crp.errors import InputError, InputTypeError
-from crp.layers import ByChainRule, Followed, put_behind
+from crp.layers import ByChainRule, Followed, find_layers, modules_of, put_behind
+from crp.layers.devices import is_recording
 from crp.layers.interrupts import atomic
 
 
@@ -75,6 +79,10 @@ def splice(
     ------
     KeyError
         If the layer is not in the model.
+    ValueError
+        If the layer is spliced already. While the model runs: if what ``encode`` and ``decode`` return has not the
+        shape or the dtype that it must have, does not depend on what they are given, or is another one each time; or if
+        they change it in place.
     TypeError
         If ``code`` has no ``encode`` and ``decode``. Under a composite that propagates relevance itself, as those of
         zennit, attribution of a spliced model raises one as well.
@@ -92,15 +100,19 @@ def splice(
     ...     print(names.code, net(torch.ones(1, 2)).shape)
     0.code torch.Size([1, 2])
     """
+    if isinstance(code, type):
+        raise InputTypeError(f"code must be an autoencoder, not the class {code.__name__}")
     for method in ("encode", "decode"):
         if not callable(getattr(code, method, None)):
             raise InputTypeError(f"code needs the methods encode and decode; {type(code).__name__} has no {method}")
-    if axis == 0 or reads not in ("output", "input"):
-        raise InputError(
-            f"axis must not be 0, that of the samples, and reads 'output' or 'input'; not {axis}, {reads!r}"
-        )
+    check_axis(axis)
+    check_choice("reads", reads, Literal["output", "input"])
+    find_layers(model, [layer])
+    names = Spliced(*(f"{layer}.{part}" for part in Spliced._fields))
+    if taken := [name for name in names if name in modules_of(model)]:
+        raise InputError(f"the model has a layer {taken[0]!r}; what is spliced behind {layer!r} would have its name")
     with put_behind(model, layer, lambda inner: _SplicedLayer(inner, code, axis, reads)):
-        yield Spliced(*(f"{layer}.{part}" for part in Spliced._fields))
+        yield names
 
 
 def spliced_parts(model: nn.Module, layer: str) -> Spliced | None:
@@ -124,12 +136,19 @@ class _SplicedLayer(Followed):
 
     def after(self, output: Tensor, *args: Any) -> Tensor:
         """Output of the layer, as a function of latents and error."""
-        source = output if self.reads == "output" else args[0]
+        source = output if self.reads == "output" else next(iter(args), None)
+        if not isinstance(source, Tensor):
+            raise InputTypeError("the layer's first argument must be a tensor, and not given by name")
         explained = self.decoder(self.code(source))
         if explained.shape != output.shape:
             raise InputError(
                 f"decode gives {tuple(explained.shape)} for an output of {tuple(output.shape)}; are its channels on "
                 f"axis {self.axis}?"
+            )
+        if (explained.dtype, explained.device) != (output.dtype, output.device):
+            raise InputError(
+                f"decode gives {explained.dtype} on {explained.device}; the layer's output is {output.dtype} on "
+                f"{output.device}"
             )
         return cast(Tensor, self.sum(explained, self.error(output, source)))
 
@@ -143,12 +162,35 @@ class _Coding(ByChainRule):
 
     def encoded(self, activation: Tensor) -> Tensor:
         """Latents of a layer's output."""
-        latents = self._coder[0].encode(activation.movedim(self.axis, -1))
-        return cast(Tensor, latents[0] if isinstance(latents, tuple) else latents).movedim(-1, self.axis)
+        return self._made("encode", activation)
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Activation that latents explain."""
-        return self._coder[0].decode(latents.movedim(self.axis, -1)).movedim(-1, self.axis)
+        return self._made("decode", latents)
+
+    def _made(self, method: str, given: Tensor) -> Tensor:
+        """What a method of the autoencoder makes of a tensor, with channels on the axis of the layer's."""
+        if not -given.dim() < self.axis < given.dim():
+            raise InputError(f"axis {self.axis} is none of channels in the shape {tuple(given.shape)}")
+        given = given.movedim(self.axis, -1)
+        version = None if given.is_inference() else given._version
+        made = getattr(self._coder[0], method)(given)
+        made = made[0] if isinstance(made, tuple) and made and method == "encode" else made
+        if not isinstance(made, Tensor) or made.layout != torch.strided:
+            raise InputTypeError(f"{method} must return a dense tensor, not {type(made).__name__}")
+        if made.shape[:-1] != given.shape[:-1]:
+            raise InputError(
+                f"{method} gives {tuple(made.shape)} for {tuple(given.shape)}; only the last axis, that of channels, "
+                "may have another size"
+            )
+        if version is not None and given._version != version:
+            raise InputError(f"{method} changes its argument in place, which is the model's; use a copy")
+        if given.requires_grad and torch.is_grad_enabled() and not made.requires_grad:
+            raise InputError(
+                f"what {method} gives, of {made.dtype}, has no gradient to its argument, so that no relevance would "
+                "reach the latents; leave out torch.no_grad and detach"
+            )
+        return made.movedim(-1, self.axis)
 
 
 class _Encode(_Coding):
@@ -164,12 +206,28 @@ class _Decode(_Coding):
 
 
 class _Error(_Coding):
+    is_checked = False
+
     def forward(self, output: Tensor, source: Tensor) -> Tensor:
         """What they do not; encoded anew, since the sum must depend on the latents of the one path only."""
-        return output - self.decoded(self.encoded(source))
+        explained = self.decoded(self.encoded(source))
+        if not self.is_checked and not is_recording():
+            with torch.no_grad():
+                again = self.decoded(self.encoded(source))
+            if not torch.allclose(again, explained, rtol=1e-3, atol=1e-3 * _largest(explained), equal_nan=True):
+                raise InputError(
+                    "the autoencoder gives other numbers for the same activation; is it in evaluation mode, and "
+                    "without random numbers?"
+                )
+            self.is_checked = True
+        return output - explained
 
 
 class _Sum(ByChainRule):
     def forward(self, explained: Tensor, error: Tensor) -> Tensor:
         """Output of the layer."""
         return explained + error
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.detach().abs().nan_to_num().amax()) if values.numel() else 0.0

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Entries that a program reads at once, and concepts among them where those are neighbours in memory.
-_TILE, _NEIGHBOURS = 2048, 32
+#: Entries that a program reads at once, of short layers and of long ones, of which few programs read much; and concepts
+#: among them where those are neighbours in memory.
+_TILE, _LONG_TILE, _NEIGHBOURS = 2048, 8192, 32
 
 
 def launch_scores(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,10 +18,12 @@ def launch_scores(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(values.dtype, torch.float32)
     total, largest = (torch.empty((rows, n), dtype=wide, device=values.device) for _ in range(2))
     position = torch.empty((rows, n), dtype=torch.int64, device=values.device)
-    at_once = _NEIGHBOURS if values.stride(1) == 1 else max(1, _TILE // min(triton.next_power_of_2(length), _TILE))
+    tile = _TILE if length < _TILE else _LONG_TILE
+    at_once = _NEIGHBOURS if values.stride(1) == 1 else max(1, tile // min(triton.next_power_of_2(length), tile))
     _scores[(rows, triton.cdiv(n, at_once))](
         values, *values.stride(), total, largest, position, n, length,
-        WIDE=tl.float64 if wide == torch.float64 else tl.float32, CONCEPTS=at_once, PLACES=_TILE // at_once,
+        WIDE=tl.float64 if wide == torch.float64 else tl.float32, CONCEPTS=at_once, PLACES=tile // at_once,
+        num_warps=8 if tile == _LONG_TILE else 4,
     )  # fmt: skip
     return total, largest, position
 

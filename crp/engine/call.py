@@ -112,7 +112,7 @@ class Call:
             rows = Rows.of(range(len(inputs)), conditions)
         inputs = inputs.to(device)
         if channels_last:
-            usual = any(method is not None for method in vars(overrides).values())
+            usual = rows.layers(settings.output_name) or any(method is not None for method in vars(overrides).values())
             settings = replace(settings, channels_last=not usual and Encoding.of(composite).multiplier)
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in rows.layers(settings.output_name):
@@ -230,8 +230,8 @@ class Call:
 
     def laid_out(self) -> Call:
         """The same, with the channels last in memory only where that is faster, too."""
-        settings, masked = self.settings, bool(self.rows.layers(self.settings.output_name))
-        if not settings.channels_last or is_faster_channels_last(self.model, self.inputs, masked):
+        settings = self.settings
+        if not settings.channels_last or is_faster_channels_last(self.model, self.inputs):
             return self
         return replace(self, settings=replace(settings, channels_last=False))
 

@@ -41,18 +41,16 @@ class _Passed(Protocol):
 P = TypeVar("P", bound=_Passed)
 
 
-def is_faster_channels_last(model: nn.Module, inputs: Inputs, masked: bool) -> bool:
+def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
     """Whether to try a model's forward pass with the channels last; the answer does not depend on any clock.
 
-    Not where others watch the model run, as their hooks would see another layout than the one that they know; and on
-    a CPU, where many rows of few samples are measured in the usual layout only, not where conditions have ``masked``
-    layers.
+    Not where others watch the model run, as their hooks would see another layout than the one that they know.
     """
     data = inputs.data
     if not isinstance(data, Tensor) or data.dim() != 4:
         return False
     if data.device.type == "cpu":
-        if masked or len(data) < _FEWEST or data.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        if len(data) < _FEWEST or data.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
     elif data.device.type != "cuda" or not _multiplies_matrices(data):
         return False

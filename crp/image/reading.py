@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from crp.errors import InputError
+from crp.image.colours import as_shown
 
 #: Modes of Pillow with more than 8 bits a channel.
 _DEEP = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I", "F"})
@@ -51,11 +52,9 @@ def _eight_bits(values: NDArray[Any], mode: str) -> NDArray[np.uint8]:
     if mode == "F":
         if broken := int((~np.isfinite(values)).sum()):
             raise InputError(
-                f"the picture has {broken} of {values.size} values that are not finite, which have no colour"
+                f"a picture has {broken} of {values.size} values that are not finite, which have no colour"
             )
-        low, high = float(values.min()), float(values.max())
-        share = values if low >= 0 and high <= 1 else (values - low) / ((high - low) or 1.0)
-        return np.asarray((share * 255).round(), np.uint8)
+        return np.asarray((as_shown(values) * 255).round(), np.uint8)
     # Pillow reads 16-bit files in mode I, too, whose values then do not exceed 16 bits.
     return np.asarray(values.astype(np.int64).clip(0, 65535) >> 8, np.uint8)
 

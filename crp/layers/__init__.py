@@ -62,16 +62,22 @@ class Followed(nn.Module):
 
 @atomic
 def put_behind(model: nn.Module, layer: str, make: Callable[[nn.Module], Followed]) -> Iterator[Followed]:
-    """Replace a layer by itself and what follows, inside of the context."""
+    """Replace a layer by itself and what follows, inside of the context; in all places where the model has it."""
     inner = find_layers(model, [layer])[layer]
-    parent_name, _, name = layer.rpartition(".")
-    parent = model.get_submodule(parent_name)
     followed = make(inner)
-    parent._modules[name] = followed
+    places = [
+        (children, name)
+        for children in (module._modules for module in modules_of(model).values())
+        for name, child in children.items()
+        if child is inner
+    ]
     try:
+        for children, name in places:
+            children[name] = followed
         yield followed
     finally:
-        parent._modules[name] = inner
+        for children, name in places:
+            children[name] = inner
 
 
 def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]]) -> list[str]:
@@ -188,11 +194,15 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
     ------
     KeyError
         If a name is not in the model; the message gives the nearest names that are.
+    TypeError
+        If the model is none.
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     names = list(names)
     modules = modules_of(model) if names else {}
     for name in names:
-        if name not in modules or name == "":
+        if not isinstance(name, str) or name not in modules or name == "":
             raise LayerNotFoundError(name, modules, role)
     return {name: modules[name] for name in names}
 

@@ -16,8 +16,11 @@ from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
+from crp.attributors.selected import Selected
+from crp.attributors.target import Target
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
+from crp.metrics.scoring import Output
 
 Array: TypeAlias = np.ndarray[Any, Any]
 ExplainFunc: TypeAlias = Callable[..., Array | Tensor]
@@ -25,7 +28,7 @@ ExplainFunc: TypeAlias = Callable[..., Array | Tensor]
 Method: TypeAlias = str | Composite | type | ExplainFunc
 
 
-def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[..., Array]:
+def quantus_explain(method: str | Composite | type, *, output: Output = None, **options: Any) -> Callable[..., Array]:
     """Method of this package in the form that Quantus calls.
 
     Parameters
@@ -33,6 +36,8 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
     method : str, Composite or class
         A name that `crp.explain` knows; a composite, of ours or of zennit; or a class that is made as
         ``method(model, **options)`` and called with data and target, such as `MeaningfulPerturbation`.
+    output : callable, optional
+        Takes what is explained from what the model returns, as for `crp.explain`; scores of shape (samples, classes).
     **options
         Of the method. Options that Quantus passes with a call (``explain_func_kwargs``) replace these.
 
@@ -63,7 +68,8 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
 
     def explain_func(model: nn.Module, inputs: Any, targets: Any, **more: Any) -> Array:
         data, target = _tensors(model, inputs, targets)
-        relevance = _explain(method, model, data, target, {**options, **more})
+        chosen = more.pop("output", output)
+        relevance = _explain(method, model, data, target, chosen, {**options, **more})
         if relevance.dim() == data.dim() - 1:
             relevance = relevance.unsqueeze(1)
         array: Array = relevance.detach().cpu().numpy()
@@ -72,8 +78,8 @@ def quantus_explain(method: str | Composite | type, **options: Any) -> Callable[
     return explain_func
 
 
-def _as_explain_func(method: Method) -> ExplainFunc:
-    """Explanation function of any method; functions are taken as they are.
+def _as_explain_func(method: Method, output: Output = None) -> ExplainFunc:
+    """Explanation function of any method; functions are taken as they are, and choose the output themselves.
 
     Raises
     ------
@@ -81,7 +87,7 @@ def _as_explain_func(method: Method) -> ExplainFunc:
         If it is no method.
     """
     if isinstance(method, str | Composite | type):
-        return quantus_explain(method)
+        return quantus_explain(method, output=output)
     if not callable(method):
         raise InputTypeError(
             "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
@@ -141,17 +147,25 @@ def _tensors(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tenso
     return data, torch.as_tensor(targets, device=data.device).reshape(-1)
 
 
-def _explain(method: str | Composite | type, model: nn.Module, data: Tensor, target: Tensor, options: Any) -> Tensor:
+def _explain(
+    method: str | Composite | type,
+    model: nn.Module,
+    data: Tensor,
+    target: Tensor,
+    output: Output,
+    options: dict[str, Any],
+) -> Tensor:
     if isinstance(method, Composite):
         leaf = data.clone().requires_grad_()
-        CondAttribution(model)(leaf, [{"y": int(c)} for c in target], method, **options)
+        CondAttribution(model, output=output)(leaf, [{"y": int(c)} for c in target], method, **options)
         assert leaf.grad is not None
         return leaf.grad
-    result: Any = (
-        crp.explain(method, model, data, target, **options)
-        if isinstance(method, str)
-        else method(model, **options)(data, target)
-    )
+    result: Any
+    if isinstance(method, str):
+        chosen = {} if output is None else {"output": output}
+        result = crp.explain(method, model, data, target, **chosen, **options)
+    else:
+        result = method(model, **options)(data, target if output is None else Selected(Target.of(target), output))
     # Attributors return (output, attribution), as those of zennit do.
     result = getattr(result, "heatmap", result[1] if type(result) is tuple and len(result) == 2 else result)
     if not isinstance(result, Tensor):

@@ -18,7 +18,7 @@ from crp.attributors.scores import ScoreName
 from crp.checks import check_choice, check_number
 from crp.errors import InputError
 from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
-from crp.metrics.scoring import Labels, Scorer, area
+from crp.metrics.scoring import Labels, Output, Scorer, area
 
 Order = Literal["most", "least"]
 
@@ -89,6 +89,7 @@ def pixel_flipping(
     score: ScoreName = "softmax",
     batch_size: int = 256,
     seed: int = 0,
+    output: Output = None,
 ) -> Flipping:
     """Score of a class while more and more of the input is replaced, most and least relevant first.
 
@@ -119,6 +120,9 @@ def pixel_flipping(
         Inputs per forward pass, of all samples and steps.
     seed : int
         Of ``"noise"``.
+    output : callable, optional
+        Takes the scores of classes from what the model returns, as for `crp.explain`: ``crp.outputs.segmentation()``,
+        say, with ``score="output"``. A function in the form of Quantus does so itself.
 
     Returns
     -------
@@ -135,9 +139,9 @@ def pixel_flipping(
     check_choice("channels", channels, Literal["together", "apart"])
     if (explain_func is None) == (relevance is None):
         raise InputError("give either explain_func or relevance")
-    explain = None if explain_func is None else _as_explain_func(explain_func)
+    explain = None if explain_func is None else _as_explain_func(explain_func, output)
     given = None if relevance is None else _check_relevance(relevance, data)
-    scorer = Scorer(model, data, target, score, batch_size)
+    scorer = Scorer(model, data, target, score, batch_size, output)
     if given is None:
         assert explain is not None
         given = _relevance_by(explain, model, data, scorer.classes)
@@ -166,6 +170,7 @@ def selectivity(
     recompute: bool = True,
     score: ScoreName = "softmax",
     batch_size: int = 256,
+    output: Output = None,
 ) -> Selectivity:
     """Score of a class while the most relevant patch is removed, step by step, and relevance is computed anew.
 
@@ -175,7 +180,7 @@ def selectivity(
 
     Parameters
     ----------
-    model, data, target, explain_func, replacement, sigma, score, batch_size
+    model, data, target, explain_func, replacement, sigma, score, batch_size, output
         As in `pixel_flipping`.
     patch : int
         Length of a patch in each axis of space.
@@ -188,13 +193,13 @@ def selectivity(
     -------
     Selectivity
     """
-    explain = _as_explain_func(explain_func)
+    explain = _as_explain_func(explain_func, output)
     check_number("patch", patch, 1, whole=True)
     check_number("steps", steps, 1, whole=True)
     space = data.shape[2:] if data.dim() > 2 else data.shape[1:]
     if not 1 <= len(space) <= 3 or min(space) < patch:
         raise InputError(f"a patch of {patch} per axis does not fit into data of shape {tuple(data.shape)}")
-    scorer = Scorer(model, data, target, score, batch_size)
+    scorer = Scorer(model, data, target, score, batch_size, output)
     filled = make_background(replacement, data, sigma)
     left, every = data.detach().clone(), torch.arange(len(data), device=data.device)
     removed = torch.zeros((len(data), *space), dtype=torch.int64, device=data.device)

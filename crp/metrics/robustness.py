@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crp.checks import check_number
 from crp.errors import InputError
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
-from crp.metrics.scoring import Labels, Scorer
+from crp.metrics.scoring import Labels, Output, Scorer
 
 
 def translations(sample: Tensor, offsets: Sequence[int], axis: int = -1, fill: float = 0.0) -> Tensor:
@@ -61,6 +61,7 @@ def continuity(
     *,
     neighbours: bool = False,
     batch_size: int = 64,
+    output: Output = None,
 ) -> Tensor:
     r"""Greatest change of an explanation per change of input, :math:`\lVert R - R' \rVert_1 / \lVert x - x' \rVert_2`.
 
@@ -77,6 +78,8 @@ def continuity(
         Whether to compare only points that follow each other, or all pairs.
     batch_size : int
         Points per explanation.
+    output : callable, optional
+        Takes the scores of classes from what the model returns, as for `crp.explain`.
 
     Returns
     -------
@@ -87,8 +90,8 @@ def continuity(
     ValueError
         If all points are the same.
     """
-    explain = _as_explain_func(explain_func)
-    first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size)
+    explain = _as_explain_func(explain_func, output)
+    first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size, output)
     classes = first.classes.expand(len(path))
     parts = [slice(start, start + batch_size) for start in range(0, len(path), batch_size)]
     relevance = torch.cat([_relevance_by(explain, model, path[part], classes[part]) for part in parts]).flatten(1)
@@ -114,6 +117,7 @@ def local_lipschitz(
     samples: int = 10,
     seed: int = 0,
     batch_size: int = 64,
+    output: Output = None,
 ) -> Tensor:
     r"""Greatest change of an explanation near an input, :math:`\max \lVert R - R' \rVert_2 / \lVert x - x' \rVert_2`.
 
@@ -131,13 +135,15 @@ def local_lipschitz(
         Of the noise, of which every input gets the same draws.
     batch_size : int
         Inputs per explanation.
+    output : callable, optional
+        As in `continuity`.
 
     Returns
     -------
     Tensor of shape (batch,)
     """
-    explain = _as_explain_func(explain_func)
-    scorer = Scorer(model, data, target, "output", batch_size)
+    explain = _as_explain_func(explain_func, output)
+    scorer = Scorer(model, data, target, "output", batch_size, output)
     if not isinstance(noise, Tensor):
         check_number("noise", noise, 0)
         check_number("samples", samples, 1, whole=True)

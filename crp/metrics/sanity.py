@@ -15,7 +15,7 @@ from crp.checks import check_number
 from crp.errors import InputError
 from crp.layers import unwrap
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
-from crp.metrics.scoring import Labels, Scorer
+from crp.metrics.scoring import Labels, Output, Scorer
 
 
 def randomization(
@@ -27,6 +27,7 @@ def randomization(
     absolute: bool = False,
     seed: int = 0,
     batch_size: int = 64,
+    output: Output = None,
 ) -> dict[str, Tensor]:
     """Rank correlation of explanations with those of the model, while its layers are randomized from the output down.
 
@@ -46,6 +47,8 @@ def randomization(
     seed : int
     batch_size : int
         Inputs per explanation.
+    output : callable, optional
+        Takes the scores of classes from what the model returns, as for `crp.explain`.
 
     Returns
     -------
@@ -58,9 +61,9 @@ def randomization(
     ValueError
         If no layer has parameters.
     """
-    explain = _as_explain_func(explain_func)
+    explain = _as_explain_func(explain_func, output)
     check_number("batch_size", batch_size, 1, whole=True)
-    classes = Scorer(model, data, target, "output", batch_size).classes
+    classes = Scorer(model, data, target, "output", batch_size, output).classes
     changed = copy.deepcopy(unwrap(model)).eval()
     layers = {name: list(module.parameters(recurse=False)) for name, module in changed.named_modules()}
     layers = {name: parameters for name, parameters in layers.items() if parameters}

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
+from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes
 from crp.checks import check_choice, check_number
+from crp.engine.forward import tensor_in
 from crp.engine.inputs import check_data
-from crp.errors import InputTypeError
+from crp.errors import InputError, InputTypeError
 
 #: One class for all samples, one for each, or None for what the model predicts.
 Labels: TypeAlias = int | Sequence[int] | Tensor | None
+#: Takes what is explained from what a model returns.
+Output: TypeAlias = Callable[[Any], Any] | None
 
 
 class Scorer:
@@ -29,13 +34,23 @@ class Scorer:
     score : "softmax", "log_softmax" or "output"
     batch_size : int
         Inputs per forward pass.
+    output : callable, optional
+        Takes the scores of classes, of shape (samples, classes), from what the model returns.
 
     Attributes
     ----------
     classes : Tensor of shape (batch,), int64
     """
 
-    def __init__(self, model: nn.Module, data: Tensor, target: Labels, score: ScoreName, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Tensor,
+        target: Labels,
+        score: ScoreName,
+        batch_size: int,
+        output: Output = None,
+    ) -> None:
         check_data(data)
         check_choice("score", score, ScoreName)
         check_number("batch_size", batch_size, 1, whole=True)
@@ -44,17 +59,25 @@ class Scorer:
             raise InputTypeError(
                 f"target must be a class, one per sample, or None for what is predicted, not {target!r}"
             )
-        self.model, self.score, self.batch_size = model, score, batch_size
-        with explaining(model) as run, torch.no_grad():
+        self.model, self.score, self.batch_size, self.output = model, score, batch_size, checked_output(output)
+        if score != "output" and not getattr(output, "exclusive", True):
+            raise InputError(
+                f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"
+            )
+        with self._running() as run, torch.no_grad():
             if asked is None:
                 known = [known_target(None, run(part)) for part in torch.split(data, batch_size)]
                 ids = torch.cat([part.ids for part in known if isinstance(part, Classes)])
             else:
-                output = run(data[:1])
+                scores = run(data[:1])
                 for label in set(asked.ids.tolist()):
-                    Classes(label).score(output)  # raises if there is no such class
-                ids = asked.ids.expand(len(data)).remainder(output.shape[1])
+                    Classes(label).score(scores)  # raises if there is no such class
+                ids = asked.ids.expand(len(data)).remainder(scores.shape[1])
         self.classes = ids.to(data.device)
+
+    def _running(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        select = tensor_in if self.output is None else Selected(Classes(0), self.output).select
+        return explaining(self.model, select=select)
 
     def rate(self, make: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         """Score of changed inputs, which are made batch by batch.
@@ -71,7 +94,7 @@ class Scorer:
         Tensor of shape (n,)
         """
         scores = []
-        with explaining(self.model) as run, torch.no_grad():
+        with self._running() as run, torch.no_grad():
             for index in torch.split(torch.arange(len(samples), device=samples.device), self.batch_size):
                 scores.append(score_of(run(make(index)), Classes(self.classes[samples[index]]), self.score))
         return torch.cat(scores)

@@ -7,6 +7,7 @@ relevance is conserved. `crp.rules.functions` says which functions are. This mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -348,7 +349,10 @@ def _instance_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
 
 
 def _deviation(a: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    return (a.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
+    # (torch's `var` takes twenty times as long on a CPU; what is squared is no larger than the deviation)
+    length = math.prod(a.shape[dim] for dim in dims)
+    norm: Tensor = torch.linalg.vector_norm(a - a.mean(dims, keepdim=True), dim=dims, keepdim=True)
+    return ((norm / math.sqrt(length)).square() + eps).sqrt()
 
 
 def _root_mean_square(a: Tensor, dims: tuple[int, ...], eps: float | None) -> Tensor:

@@ -224,7 +224,7 @@ class Layer:
         else:
             b = self._modified("bias", operands.bias, bias if callable(bias) else modifier)
         with self.precision():
-            return operands.run(a, _laid_out_as(a, w) if operands.convolves else w, b)
+            return operands.run(a, w, b)
 
     def apart(self, a: Tensor, modifier: Modifier) -> tuple[Tensor, Tensor | None]:
         """Output with a modified weight and bias, and what of the bias is not in it, for `crp.rules.terms.Term`.
@@ -303,20 +303,6 @@ class Layer:
 def _adds_by_itself(a: Tensor) -> bool:
     """Whether the bias of a convolution is added after it, and not with it."""
     return a.is_cuda
-
-
-def _laid_out_as(a: Tensor, weight: Tensor) -> Tensor:
-    """Kernel of a convolution with the channels last in memory, where a GPU's data has them there.
-
-    cuDNN would copy it there in each pass; and of several gradients at once, only the kernel tells torch the layout.
-    """
-    is_image = a.is_cuda and a.dim() == 4 and weight.dim() == 4 and weight.shape[1] > 1
-    if not is_image or a.is_contiguous() or not a.is_contiguous(memory_format=torch.channels_last):
-        return weight
-    if weight.shape[2:] == (1, 1) and weight.is_contiguous():  # (which lies so already, but does not say so)
-        n_inputs = weight.shape[1]
-        return weight.as_strided(weight.shape, (n_inputs, 1, n_inputs, n_inputs))
-    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def _no_rule(method: str, layer: Layer) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from crp.checks import check_number
 from crp.errors import InputError
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.ranking import once_per_sample
@@ -71,8 +72,9 @@ class RowSelection(NamedTuple):
     of_class: int | None = None
     samples: Sequence[int] | None = None
 
-    def blocks(self, table: Table, concepts: int | Sequence[int] | None = None) -> Iterator[Block]:
+    def blocks(self, table: Table | str | Path, concepts: int | Sequence[int] | None = None) -> Iterator[Block]:
         """The values; a `ValueError` if there are none."""
+        table = Table.open(table)
         layer, mode, target, normed, of_class, samples = self
         found = table.blocks(layer, mode, target, normed, concepts=concepts, of_class=of_class, samples=samples)
         empty = True
@@ -83,12 +85,12 @@ class RowSelection(NamedTuple):
             raise InputError(f"the table in {table.path} has no rows of {self}")
 
 
-def top_concepts(table: Table, rows: RowSelection, k: int = 10) -> Concepts:
+def top_concepts(table: Table | str | Path, rows: RowSelection, k: int = 10) -> Concepts:
     """Concepts with the largest mean value over some rows, such as those of a class or of a sample.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     rows : RowSelection
     k : int
         How many, at most.
@@ -98,8 +100,7 @@ def top_concepts(table: Table, rows: RowSelection, k: int = 10) -> Concepts:
     Concepts
         Of equal values, the smaller id comes first.
     """
-    if k < 1:
-        raise InputError(f"k must be at least 1, not {k}")
+    check_number("k", k, 1, whole=True)
     total: Any = 0.0
     n = 0
     for block in rows.blocks(table):
@@ -111,13 +112,13 @@ def top_concepts(table: Table, rows: RowSelection, k: int = 10) -> Concepts:
 
 
 def histogram(
-    table: Table, rows: RowSelection, concept: int, bins: int | Sequence[float] = 50, density: bool = False
+    table: Table | str | Path, rows: RowSelection, concept: int, bins: int | Sequence[float] = 50, density: bool = False
 ) -> Histogram:
     """How a concept's values are distributed.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     rows : RowSelection
     concept : int
     bins : int or sequence of float
@@ -143,12 +144,14 @@ def histogram(
     return Histogram(count / (np.sum(count) * np.diff(edges)), edges)
 
 
-def similarity(table: Table, rows: RowSelection, kind: Literal["cosine", "correlation"] = "cosine") -> Array:
+def similarity(
+    table: Table | str | Path, rows: RowSelection, kind: Literal["cosine", "correlation"] = "cosine"
+) -> Array:
     """How much alike concepts are in their values over all rows.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     rows : RowSelection
     kind : {"cosine", "correlation"}
         Cosine of the angle between the columns of two concepts, as they are or less their means.
@@ -180,12 +183,12 @@ def similarity(table: Table, rows: RowSelection, kind: Literal["cosine", "correl
     return cosine.clip(-1, 1)
 
 
-def co_occurrence(table: Table, rows: RowSelection, k: int = 10) -> Array:
+def co_occurrence(table: Table | str | Path, rows: RowSelection, k: int = 10) -> Array:
     """In how many rows two concepts are both among the ``k`` largest.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     rows : RowSelection
     k : int
         Of equal values, the smaller id counts as larger.
@@ -195,8 +198,7 @@ def co_occurrence(table: Table, rows: RowSelection, k: int = 10) -> Array:
     array of shape (concepts, concepts), int64
         The diagonal says how often each is among them.
     """
-    if k < 1:
-        raise InputError(f"k must be at least 1, not {k}")
+    check_number("k", k, 1, whole=True)
     counts: Any = 0
     for block in rows.blocks(table):
         best = np.argsort(-block.value, axis=1, kind="stable")[:, :k]
@@ -206,22 +208,25 @@ def co_occurrence(table: Table, rows: RowSelection, k: int = 10) -> Array:
     return np.asarray(counts).astype(np.int64)
 
 
-def frames(table: Table, rows: RowSelection, concepts: Sequence[int] | None = None) -> Iterator[Any]:
+def frames(table: Table | str | Path, rows: RowSelection, concepts: Sequence[int] | None = None) -> Iterator[Any]:
     """Values as data frames of pandas, some rows at a time, with columns ``sample``, ``target`` and one per concept."""
     import pandas
 
+    table = Table.open(table)
     ids = range(table.n_concepts(rows.layer)) if concepts is None else list(concepts)
     for block in rows.blocks(table, concepts):
         head = pandas.DataFrame({"sample": block.sample, "target": block.target})
         yield head.join(pandas.DataFrame(block.value, columns=[str(i) for i in ids]))
 
 
-def write_frame(table: Table, rows: RowSelection, path: str | Path, concepts: Sequence[int] | None = None) -> Path:
+def write_frame(
+    table: Table | str | Path, rows: RowSelection, path: str | Path, concepts: Sequence[int] | None = None
+) -> Path:
     """Write values as one file of CSV or parquet, without holding them all; see `frames`.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     rows : RowSelection
     path : str or Path
         It ends in ``.csv`` or ``.parquet``; for the latter, pyarrow is needed beside pandas.

@@ -16,7 +16,7 @@ from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.taps import check_layers
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, LoadingError
 from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
@@ -137,6 +137,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         dataset: Any = None,
         layer_map: Mapping[str, Concept] | None = None,
         preprocess_fn: Callable[[Tensor], Tensor] | None = None,
+        output: Callable[[Any], Any] | None = None,
         **settings: Any,
     ) -> FeatureVisualization:
         """Feature visualization of a table that was mined.
@@ -155,6 +156,8 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             By default, the concepts that were mined; those of the user's own must be given.
         preprocess_fn : callable, optional
             With ``model`` and ``dataset``.
+        output : callable, optional
+            With ``model``, what is explained of what it returns, as for `CondAttribution`.
         **settings
             Further ones of the class, such as ``max_target``, ``device`` and ``cache``.
 
@@ -168,12 +171,20 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         recipe = Table.open(path).header.recipe
         if (model is None) != (dataset is None) or (preprocess_fn is not None and model is None):
             raise InputError("model, dataset and preprocess_fn are given together, or loaded from the table together")
+        if model is None and output is not None:
+            raise InputError("output is given with model and dataset, or all are loaded from the table")
         if model is None:
             opened = open_recipe(recipe)
-            model, dataset, preprocess_fn = opened.model, opened.dataset, opened.preprocess
+            model, dataset, preprocess_fn, output = opened.model, opened.dataset, opened.preprocess, opened.output
+        elif output is None and isinstance(recipe.get("output"), Mapping):
+            raise LoadingError(
+                f"the table was mined with output={recipe['output'].get('function')}, which says what is explained of "
+                "what the model returns; give output="
+            )
         if layer_map is None:
             layer_map = make_layer_map(recipe)
-        return cls(CondAttribution(model), dataset, layer_map, preprocess_fn, path=path, **settings)
+        attribution = CondAttribution(model, output=output)
+        return cls(attribution, dataset, layer_map, preprocess_fn, path=path, **settings)
 
     def run(
         self,

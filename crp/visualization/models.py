@@ -6,7 +6,8 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crp.errors import LoadingError
+from crp.engine.forward import tensor_in
+from crp.errors import InputTypeError, LoadingError
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
 from crp.wording import first_few
@@ -35,12 +37,37 @@ class Loaded:
         Makes such tensors what the model takes.
     classes : sequence of str
         May be empty.
+    output : callable, optional
+        Takes what is explained from what the model returns.
     """
 
     model: nn.Module
     prepared: Prepared
     normalized: Normalized | None
     classes: Sequence[str]
+    output: Callable[[Any], Any] | None = None
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a softmax of the scores is a probability of classes."""
+        return bool(getattr(self.output, "exclusive", True))
+
+    def scores(self, data: Tensor) -> Tensor:
+        """Score of every class for each sample, of shape (samples, classes).
+
+        Raises
+        ------
+        LoadingError
+            If what is explained has another shape.
+        """
+        with torch.no_grad():
+            found = select_scores(self.model(data), self.output)
+        if found.dim() != 2 or len(found) != len(data):
+            raise LoadingError(
+                f"what the model returns has shape {tuple(found.shape)}, and is no score of classes, of shape "
+                f"({len(data)}, classes); --output says what is explained of it, such as segmentation or detection"
+            )
+        return found
 
     def read(self, path: Path) -> tuple[Tensor, Tensor]:
         """Picture as it is shown, (channels, height, width) in 0..1, and as the model takes it, with a batch axis."""
@@ -86,6 +113,7 @@ def load_model(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     classes: Path | None = None,
+    output: Callable[[Any], Any] | None = None,
 ) -> Loaded:
     """Load a model by name.
 
@@ -106,12 +134,32 @@ def load_model(
         For the normalisation, in place of those of the weights.
     classes : path, optional
         Text file with a name per line.
+    output : callable, optional
+        Takes what is explained from what the model returns. Detectors of torchvision then return the logits of their
+        boxes, too.
 
     Raises
     ------
     LoadingError
         If anything of this is not there, or does not fit.
     """
+    loaded = _loaded(model, weights, checkpoint, size, mean, std, classes)
+    if output is None:
+        return loaded
+    with suppress(InputTypeError):  # (where it is no detector of torchvision)
+        return replace(loaded, model=imported("crp.outputs:with_logits")(loaded.model), output=output)
+    return replace(loaded, output=output)
+
+
+def _loaded(
+    model: str,
+    weights: str | None,
+    checkpoint: Path | None,
+    size: int | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    classes: Path | None,
+) -> Loaded:
     if weights and checkpoint:
         raise LoadingError("--weights and --checkpoint are both given; one fills the model")
     if not all(value > 0 and isfinite(value) for value in std) or not all(map(isfinite, mean)):
@@ -139,14 +187,15 @@ def load_model(
         _fill(net, checkpoint)
     if classes:
         names = _read_lines(classes)
-    default = 0 if ":" in model else 224
-    cut = size or (recipe.crop_size[0] if recipe else default)
-    resize = recipe.resize_size[0] if recipe and not size else cut
+    # (of segmentation and detection, pictures are not cut)
+    default = 0 if ":" in model or model in _dense_of_torchvision() else 224
+    cut = size or (_side_of(recipe, "crop_size") if recipe else default)
+    resize = _side_of(recipe, "resize_size") if recipe and not size else cut
     if not mean and recipe:
-        mean, std = recipe.mean, recipe.std
+        mean, std = getattr(recipe, "mean", ()), getattr(recipe, "std", ())
     return Loaded(
         net.eval(),
-        Prepared(_mode(net), resize, cut, recipe.interpolation if recipe else None),
+        Prepared(_mode(net), resize, cut, getattr(recipe, "interpolation", None)),
         Normalized(mean, std) if mean else None,
         names,
     )
@@ -175,10 +224,31 @@ def _mode(net: nn.Module) -> str:
     return "L" if first is not None and first.in_channels == 1 else "RGB"
 
 
+def select_scores(returned: Any, output: Callable[[Any], Any] | None) -> Tensor:
+    """Scores in what a model returns: what ``output`` takes from it, or else itself or its ``logits``."""
+    found = tensor_in(returned) if output is None else output(returned)
+    if not isinstance(found, Tensor):
+        raise InputTypeError(f"--output must take a tensor from what the model returns, not a {type(found).__name__}")
+    return found
+
+
+def _side_of(recipe: Any, name: str) -> int:
+    """Pixels on a side that the preparation of weights says, or 0."""
+    return int((getattr(recipe, name, None) or [0])[0])
+
+
+def _dense_of_torchvision() -> list[str]:
+    """Names of the models of segmentation and detection."""
+    from torchvision import models
+
+    return [*models.list_models(module=models.segmentation), *models.list_models(module=models.detection)]
+
+
 def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
     from torchvision import models
 
-    known = models.list_models(module=models)
+    dense = _dense_of_torchvision()
+    known = [*models.list_models(module=models), *dense]
     if name not in known:
         raise LoadingError(
             f"there is no model {name!r} in torchvision{nearest(name, known)}; a model of your own is named "
@@ -192,7 +262,10 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
         chosen = kinds[weights]
     try:
         # (without this, GoogLeNet and Inception spend a minute on initial weights)
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not weights else {}
+        options: dict[str, Any] = {}
+        if not weights:
+            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            options |= {"weights_backbone": None} if name in dense else {}
         return models.get_model(name, weights=chosen, **options), chosen
     except OSError as error:
         raise LoadingError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error

@@ -12,16 +12,18 @@ from crp.concepts import Concept
 from crp.errors import LoadingError
 from crp.visualization.mining.recipe import make_concept
 from crp.visualization.models import load_model
+from crp.visualization.scored import load_output
 from crp.visualization.sources import load_source, load_texts, open_source
 
 
 class _Opened(NamedTuple):
-    """Model and dataset of a table, how samples are prepared, and the layers' concepts."""
+    """Model and dataset of a table, how samples are prepared, the layers' concepts, and what is explained."""
 
     model: nn.Module
     dataset: Any
     preprocess: Callable[[Tensor], Tensor] | None
     layer_map: dict[str, Concept]
+    output: Callable[[Any], Any] | None
 
 
 def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> _Opened:
@@ -51,7 +53,9 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> _Opened:
             None if command[name] is None else Path(command[name]) for name in ("checkpoint", "classes")
         )
         pictures = {name: command[name] for name in ("size", "mean", "std")}
-        loaded = load_model(str(command["model"]), command["weights"], checkpoint, classes=classes, **pictures)
+        output = None if command.get("output") is None else load_output(str(command["output"]))
+        given = {**pictures, "classes": classes, "output": output}
+        loaded = load_model(str(command["model"]), command["weights"], checkpoint, **given)
         fields = [field for field in str(command["fields"]).split(",") if field]
         by_label = data is None and command["targets"] == "label"
         if isinstance(source, Path) and data is not None:
@@ -63,7 +67,7 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> _Opened:
             dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
     except (KeyError, TypeError, AttributeError) as error:
         raise LoadingError(f"the recipe of the table lacks or garbles what crp mine was given: {error!r}") from error
-    return _Opened(loaded.model, dataset, preprocess, make_layer_map(recipe))
+    return _Opened(loaded.model, dataset, preprocess, make_layer_map(recipe), output)
 
 
 def make_layer_map(recipe: Mapping[str, Any]) -> dict[str, Concept]:

@@ -110,6 +110,12 @@ class SampleAccess:
     def _check_table(self, table: Table) -> None:
         """Raise a `TableMismatchError` unless a table is of this model, dataset, preparation and these concepts."""
         found = self._identity(table.layers, dataset=not table.header.probes)
+        output = self.attribution.output
+        # (tables of before have the output in words only)
+        if output is not None and ("output" in table.fingerprints or "output" not in table.header.recipe):
+            found["output"] = self._remembered("output", _Same(output), lambda: fingerprint(output))
+        elif output is None and "output" in table.fingerprints:
+            found["output"] = "none"
         if table.header.probes:
             state = _Same(self.dataset), len(self.dataset), str(table.path), table.header.identity
 

@@ -138,6 +138,7 @@ def maximize(
     seed: int = 0,
     composite: Composite | None = None,
     verbose: bool = False,
+    desc: str | None = None,
     **settings: Unpack[SynthesisKeywords],
 ) -> Synthesis:
     """Make up images for which an objective is large.
@@ -161,6 +162,8 @@ def maximize(
         Changes the gradients that are followed, such as `GuidedBackprop`; None for the gradient itself.
     verbose : bool
         Whether to show a progress bar.
+    desc : str, optional
+        What stands before the bar.
     **settings
         As the attributes of `SynthesisSettings`, such as ``steps=100``.
 
@@ -214,7 +217,7 @@ def maximize(
             values_of_step.append(values)
             return float(penalty.detach().sum() - values.sum())
 
-        for _ in tqdm(range(how.steps), disable=not verbose, dynamic_ncols=True):
+        for _ in tqdm(range(how.steps), desc=desc, disable=not verbose, dynamic_ncols=True):
             values_of_step: list[Tensor] = []
             offset = torch.randint(-how.jitter, how.jitter + 1, (2,), generator=generator).tolist()
             opt.step(partial(loss, offset))

@@ -117,7 +117,7 @@ def test_files_for_virelay_are_whole_or_not_written(tmp_path):
 def test_what_is_wrong_is_said(tmp_path):
     with pytest.raises(ValueError, match="8 samples have not 10 neighbours each; give a smaller n_neighbours"):
         clusters(np.ones((8, 2)))
-    with pytest.raises(ValueError, match="explanations have NaN or infinite values"):
+    with pytest.raises(ValueError, match="explanations must be finite, without NaN"):
         clusters(np.full((20, 2), np.nan))
     fv = make_fv(tmp_path)
     fv.run(EpsilonPlus(), 0, 12, progress=False)

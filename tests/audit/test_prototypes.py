@@ -131,3 +131,7 @@ def test_what_is_wrong_is_said(blobs):
         prototypes(table, "a", 41, classes=[1])
     with pytest.raises(ValueError, match=r"vectors are of shape \(3,\); layer 'a' has 4 concepts"):
         prototypes(table, "a", 1).score([1, 2, 3], 0)
+    with pytest.raises(ValueError, match="vectors must be finite"):
+        prototypes(table, "a", 1).score([[1, 2, 3, np.nan]], 0)
+    with pytest.raises(TypeError, match="vectors must be real numbers"):
+        prototypes(table, "a", 1).score([["1", "2", "3", "4"]], 0)

@@ -70,10 +70,12 @@ def test_references_of_concepts(tmp_path):
         (lambda: clarity(np.ones((2, 1, 3))), "clarity needs two references of each concept"),
         (lambda: redundancy(np.ones((1, 2, 3))), "redundancy needs two concepts"),
         (lambda: clarity(np.ones((2, 3))), r"embeddings must be of shape \(concepts, n, features\), not \(2, 3\)"),
-        (lambda: clarity(np.zeros((1, 2, 3))), "an embedding is 0, NaN or infinite"),
+        (lambda: clarity(np.zeros((1, 2, 3))), "an embedding is 0"),
+        (lambda: clarity(np.full((1, 2, 3), np.inf)), "embeddings must be finite"),
+        (lambda: search(np.ones((1, 2, 3)), [1, np.nan, 0]), "a text's embedding must be finite"),
         (lambda: search(np.ones((1, 2, 3)), [1, 2]), "the text's embedding has 2 features; the concepts' have 3"),
     ],
-    ids=range(5),
+    ids=range(7),
 )
 def test_what_is_wrong_is_said(call, message):
     with pytest.raises(ValueError, match=message):

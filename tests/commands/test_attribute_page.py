@@ -99,6 +99,54 @@ def test_a_page_shows_the_concepts_with_their_heatmaps(place, arguments, layer, 
     assert [pair for pair in shown if pair[1]] == [(2 * n + 1, i + row) for i in range(1, n + 1) for row in (0, n)]
 
 
+def graph_of(page: Path) -> tuple[list[str], list[float], list[tuple[int, int]]]:
+    """Labels at the nodes of a page's graph, widths of its edges, and sizes of its pictures."""
+    drawn = re.search(r'<svg class="graph".*?</svg>', page.read_text(), re.S)
+    if drawn is None:
+        return [], [], []
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", drawn[0])
+    contents = re.findall(r'href="data:image/png;base64,([^"]+)"', drawn[0])
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in contents]
+    return labels, [float(width) for width in re.findall(r'stroke-width="([\d.]+)"', drawn[0])], sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layers", "top"),
+    [
+        ((), ["3", "1"], None),
+        (("--layer", "3", "--concept", 2, "--concept", 0, "--graph", "1"), ["3", "1"], [2, 0]),
+        (("--layer", "3", "--graph", "2", "--graph", "0"), ["3", "2", "0"], None),
+    ],
+    ids=["suggested", "named", "two lower layers"],
+)
+def test_a_page_draws_how_relevance_flows_between_concepts(place, arguments, layers, top):
+    result = run("--method", "epsilon", "--target", 1, "--json", "--page", "--out", "why.html", *arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.output)
+    model = __import__("paged_nets").net().eval()
+    data = torch.from_numpy(np.asarray(Image.open("picture.png")).copy()).permute(2, 0, 1)[None] / 255
+    flow = crp.concept_flow("epsilon", model, data, 1, layers, concepts=top)
+    between = {pair: share for pair, share in flow.edges.items() if pair[0][0] != "y"}
+    assert {(tuple(one["from"]), tuple(one["to"])) for one in facts["graph"]} == set(between)
+    found = [one["share"] for one in facts["graph"]]
+    assert found == pytest.approx([*between.values()], rel=1e-4, abs=1e-7)
+    labels, widths, sizes = graph_of(place / "why.html")
+    assert labels == ["class 1", *(str(node[1]) for column in flow.columns[1:] for node in column)]
+    most = max(map(abs, flow.edges.values()))
+    assert widths == pytest.approx([1 + 9 * abs(share) / most for share in flow.edges.values()], abs=0.06)
+    assert sizes == [(10, 10)] * (len(labels) - 1)
+    assert f"From the class to {' to '.join(layers)}" in Parsed(place / "why.html").text
+
+
+def test_relevance_against_the_class_is_blue(place):
+    assert run("--method", "epsilon", "--target", 1, "--page", "--out", "why.html").exit_code == 0
+    text = (place / "why.html").read_text()
+    model = __import__("paged_nets").net().eval()
+    data = torch.from_numpy(np.asarray(Image.open("picture.png")).copy()).permute(2, 0, 1)[None] / 255
+    edges = crp.concept_flow("epsilon", model, data, 1, ["3", "1"]).edges
+    assert text.count('class="against"') == sum(share < 0 for share in edges.values()) > 0
+
+
 def test_several_pictures_have_a_page_each(place):
     result = run("--page", "--out", "pages", pictures=("picture.png", "other.png"))
     assert result.exit_code == 0, result.output
@@ -132,8 +180,28 @@ def test_where_there_are_no_concepts_the_page_shows_the_whole(place, arguments, 
         (("--page", "--layer", "9", "--out", "a.html"), "'9'"),
         (("--page", "--method", "occlusion", "--layer", "1", "--out", "a.html"), "leave --layer out"),
         (("--page", "--layer", "1", "--concept", -1, "--out", "a.html"), "there is no -1"),
+        (("--graph", "0", "--out", "why.png"), "--graph is for --page, which draws it"),
+        (("--page", "--graph", "9", "--out", "a.html"), "'9'"),
+        (("--page", "--layer", "1", "--graph", "3", "--out", "a.html"), "must go from the output to the input"),
+        (("--page", "--graph", "3", "--out", "a.html"), "has a layer twice"),
+        (("--page", "--method", "ig", "--graph", "0", "--out", "a.html"), "leave --graph out"),
+        (("--page", "--method", "ig", "--graph", "0", "--layer", "1", "--out", "a.html"), "leave --graph and --layer"),
     ],
-    ids=["suffix", "concept", "no layer", "method", "layer", "layer of a method without", "negative"],
+    ids=[
+        "suffix",
+        "concept",
+        "no layer",
+        "method",
+        "layer",
+        "layer of a method without",
+        "negative",
+        "no page",
+        "layer of the graph",
+        "order",
+        "twice",
+        "graph of a method without",
+        "both",
+    ],
 )
 def test_what_cannot_be_shown_is_refused(place, arguments, message):
     result = run(*arguments)

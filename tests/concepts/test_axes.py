@@ -117,8 +117,10 @@ def test_heads_in_an_attribution_graph():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AxisConcept(0), "axis 0 is that of the batch"),
-        (lambda: AxisConcept(1, 0), "at least one group, not 0"),
+        (lambda: AxisConcept(0), "axis must be a whole number, and not 0, that of the samples"),
+        (lambda: AxisConcept(1, 0), "groups must be a whole number of at least 1, not 0"),
+        (lambda: AxisConcept("1"), "axis must be a whole number, .*; not '1'"),
+        (lambda: AxisConcept(1, 1.5), "groups must be a whole number of at least 1, not 1.5"),
         (lambda: AxisConcept(3).attribute(numbers(2, 3, 4), layer_name="a"), "layer 'a' has 3 axes .* none is 3"),
         (lambda: AxisConcept(-3).attribute(numbers(2, 3, 4), layer_name="a"), "layer 'a' has 3 axes .* none is -3"),
         (lambda: AxisConcept(1, 2).mask(0, [0], "a")(numbers(2, 3)), "3 places along axis 1, which are not 2 equal"),

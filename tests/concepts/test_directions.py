@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 from crp.concepts import DirectionConcept, Directions, SubspaceConcept, directions
 
@@ -163,21 +164,58 @@ def test_subspaces_from_a_seed_are_the_same_again():
     [
         (lambda: directions.pca(np.ones((3, 4)), 5), "there are 1 to 3 principal components in these vectors"),
         (lambda: directions.prca(np.ones((3, 4)), np.ones((3, 5)), 1), r"of shape \(3, 4\) and multipliers of \(3, "),
-        (lambda: directions.drsa(np.ones((3, 4)), np.ones((3, 4)), 3, 2), "there are 1 to 4 directions in"),
+        (lambda: directions.drsa(np.ones((3, 4)), np.ones((3, 4)), 3, 2), "there are 1 to 2 blocks of 2 directions in"),
+        (lambda: directions.drsa(np.eye(4), np.eye(4), -1, -1), "dimension must be a whole number of at least 1"),
+        (lambda: directions.drsa(np.eye(4), np.eye(4), 1, 5), "there are 1 to 0 blocks of 5 directions"),
+        (lambda: directions.drsa(np.eye(4), np.eye(4), 1, steps=0), "steps must be a whole number of at least 1"),
+        (lambda: directions.drsa(np.eye(4), np.eye(4), 1, restarts=1.5), "restarts must be a whole number"),
+        (lambda: directions.nmf(np.eye(4), 1, seed=-1), "seed must be a whole number of at least 0, not -1"),
+        (lambda: directions.pca(np.eye(4), 1.5), "n must be a whole number of at least 1, not 1.5"),
+        (lambda: directions.prca(np.eye(4), np.eye(4), True), "n must be a whole number of at least 1, not True"),
+        (lambda: directions.pca(np.ones((3, 4)), 1), "activations are all the same"),
+        (lambda: directions.tcav([0.0, 0.0], np.ones((3, 2))), "direction must be a vector other than 0"),
+        (lambda: directions.tcav([1.0, 0.0], np.full((3, 2), np.nan)), "gradients must be finite"),
+        (lambda: directions.tcav([1.0, 0.0], np.ones((0, 2))), r"gradients are of shape \(0, 2\)"),
+        (lambda: directions.cav(np.eye(3), [0, 1, np.nan]), "labels must be finite"),
         (lambda: directions.drsa(np.ones((3, 4)), -np.ones((3, 4)), 1), "no block has positive relevance"),
         (lambda: directions.drsa(np.zeros((3, 4)), np.ones((3, 4)), 1), "no block has positive relevance"),
         (lambda: directions.pca(np.ones(3), 1), r"activations must be of shape \(vectors, channels\), not \(3,\)"),
-        (lambda: directions.pca(np.full((3, 4), np.nan), 1), "activations have NaN or infinite values"),
+        (lambda: directions.pca(np.full((3, 4), np.nan), 1), "activations must be finite, without NaN"),
         (lambda: directions.cav(np.ones((3, 4)), [1, 1, 1]), "labels must be 3 values of 0 and 1, both among them"),
         (lambda: directions.cav(np.ones((3, 4)), [0, 1, 1]), "the same mean; there is no direction"),
         (lambda: directions.cav(np.eye(3), [0, 1, 1], "lda"), "method must be 'pattern', 'ridge' or 'svm', not 'lda'"),
         (lambda: directions.pca(np.eye(3), 1).explained(np.eye(3), 0 * np.eye(3)), "relevance of all vectors is 0"),
     ],
-    ids=range(11),
+    ids=range(23),
 )  # fmt: skip
 def test_what_is_wrong_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: directions.pca(np.eye(3) * 1j, 1),
+        lambda: directions.nmf([["a"] * 3] * 3, 1),
+        lambda: directions.cav(np.eye(3), ["0", "1", "1"]),
+        lambda: directions.tcav(["a", "b"], np.ones((3, 2))),
+        lambda: directions.tcav([1.0, 0.0], torch.ones(3, 2) * 1j),
+    ],
+    ids=["complex activations", "words", "labels of words", "direction of words", "complex gradients"],
+)
+def test_what_are_no_real_numbers(call):
+    with pytest.raises(TypeError, match="must be real numbers"):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64], ids=str)
+def test_vectors_of_any_dtype_and_that_require_a_gradient(dtype):
+    a = torch.tensor([[1, 0, 2], [3, 1, 0], [0, 2, 1]]).to(dtype)
+    a = a.requires_grad_() if dtype.is_floating_point else a
+    expected = directions.pca(a.detach().double().numpy(), 2)
+    assert np.array_equal(directions.pca(a, 2).directions, expected.directions)
+    assert directions.tcav([1.0, -1.0, 0.0], a) == 2 / 3
 
 
 def test_directions_of_ones_own():

@@ -237,19 +237,40 @@ def test_names():
     [
         (lambda: DirectionConcept([]), r"directions must be vectors of shape \(directions, channels\), not"),
         (lambda: DirectionConcept(drawn(1, 2, 3)), r"not \(1, 2, 3\)"),
-        (lambda: DirectionConcept([[1.0, float("nan")]]), "directions has NaN or infinite values"),
+        (lambda: DirectionConcept([[1.0, float("nan")]]), "directions must be finite, without NaN"),
         (lambda: DirectionConcept(drawn(2, C), drawn(3, C)), r"dual has blocks of \(1, 1, 1\) vectors of 5 channels"),
-        (lambda: DirectionConcept(drawn(2, C), axis=0), "axis 0 is that of the samples"),
-        (lambda: DirectionConcept(drawn(2, C), names=["a"]), "names has 1 entries for 2 concepts"),
+        (lambda: DirectionConcept(drawn(2, C), axis=0), "axis must be a whole number, and not 0"),
+        (lambda: DirectionConcept(drawn(2, C), names=["a"]), "names must be a list of names for 2 concepts, not 1 en"),
+        (lambda: DirectionConcept(drawn(2, C), names="ab"), "for 2 concepts, not 'ab'"),
+        (lambda: DirectionConcept(drawn(2, C), axis="1"), "-1 for tokens; not '1'"),
+        (lambda: DirectionConcept(drawn(2, C), axis=1.0), "-1 for tokens; not 1.0"),
         (lambda: SubspaceConcept([]), "blocks is empty"),
         (lambda: SubspaceConcept([drawn(1, 2), drawn(1, 3)]), r"blocks have different numbers of channels: \[2, 3\]"),
         (lambda: DirectionConcept(drawn(2, C)).code(drawn(1, 4)), r"the layer gives \(1, 4\); .*5 channels on axis 1"),
         (lambda: DirectionConcept(drawn(2, C)).mask(0, 0, "fc")(drawn(1, 4)), r"layer 'fc' gives \(1, 4\)"),
     ],
-    ids=range(10),
+    ids=range(13),
 )  # fmt: skip
 def test_what_is_wrong_is_said(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DirectionConcept([["a", "b"]]), "directions must be real numbers"),
+        (lambda: DirectionConcept(drawn(2, C) * 1j), "directions must be real numbers, not of complex128"),
+        (lambda: DirectionConcept([[1.0, 2.0], [1.0]]), "directions must be real numbers"),
+        (lambda: DirectionConcept(None), "directions must be real numbers"),
+        (lambda: SubspaceConcept({"one": drawn(2, C)}), "blocks must be a list of blocks of directions"),
+        (lambda: SubspaceConcept("blocks"), "blocks must be a list of blocks of directions, not 'blocks'"),
+        (lambda: SubspaceConcept(3), "blocks must be a list of blocks of directions, not 3"),
+    ],
+    ids=["words", "complex", "ragged", "nothing", "mapping", "word", "number"],
+)
+def test_what_are_no_directions(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attribution_cases import close, net
+from concept_cases import Identity
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
@@ -37,14 +38,6 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
-
-
-class Identity:
-    def encode(self, activation: Tensor) -> Tensor:
-        return activation
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
 
 
 def trained(width: int = 4) -> Autoencoder:
@@ -194,7 +187,7 @@ def test_composites_of_zennit_are_refused(model, data):
 WRONG = [
     (KeyError, "'conv2' not found in model; nearest names: 'conv1'", "conv2", Identity(), {}),
     (TypeError, "code needs the methods encode and decode; Linear has no encode", "conv1", nn.Linear(C, C), {}),
-    (ValueError, "axis must not be 0, that of the samples", "fc", Identity(), {"axis": 0}),
+    (ValueError, "axis must be a whole number, and not 0, that of the samples", "fc", Identity(), {"axis": 0}),
     (RuntimeError, "must match the size of tensor b", "body", Autoencoder(), {"axis": -1}),
 ]
 
@@ -203,6 +196,100 @@ WRONG = [
 def test_what_is_wrong_is_said(model, data, untouched, error, message, layer, code, options):
     with untouched(model), pytest.raises(error, match=message), splice(model, layer, code, **options):
         model(data)
+
+
+class Odd(Identity):
+    """An autoencoder, and something that happens to what it is given."""
+
+    def __init__(self, encode=lambda a: a, decode=lambda z: z):
+        self.encode, self.decode = encode, decode
+
+
+ODD = {
+    "no gradient": (Odd(lambda a: a.detach()), "what encode gives, of torch.float64, has no gradient to its argument"),
+    "whole numbers": (Odd(lambda a: a.long()), "what encode gives, of torch.int64, has no gradient"),
+    "decoder without gradient": (Odd(decode=torch.no_grad()(lambda z: z * 1)), "what decode gives"),
+    "random": (Odd(lambda a: a + torch.randn_like(a)), "gives other numbers for the same activation"),
+    "random decoder": (Odd(decode=lambda z: z * torch.rand(1)), "gives other numbers for the same activation"),
+    "in place": (Odd(lambda a: a.relu_()), "encode changes its argument in place"),
+    "decoder in place": (Odd(lambda a: a * 1, lambda z: z.mul_(2)), "decode changes its argument in place"),
+    "one sample": (Odd(lambda a: a[:1]), r"encode gives \(1, 5, 5, 5\) for \(2, 5, 5, 5\); only the last axis"),
+    "no positions": (Odd(lambda a: a.mean((1, 2))), r"encode gives \(2, 5\) for \(2, 5, 5, 5\)"),
+    "one latent": (Odd(decode=lambda z: z[..., :1]), r"decode gives \(2, 1, 5, 5\) for an output of \(2, 5, 5, 5\)"),
+    "another dtype": (
+        Odd(decode=lambda z: z.float()),
+        "decode gives torch.float32 on cpu; the layer's output is torch.fl",
+    ),
+    "nothing": (Odd(lambda a: None), "encode must return a dense tensor, not NoneType"),
+    "array": (Odd(decode=lambda z: z.detach().numpy()), "decode must return a dense tensor, not ndarray"),
+    "pair": (Odd(decode=lambda z: (z, z)), "decode must return a dense tensor, not tuple"),
+    "empty": (Odd(lambda a: ()), "encode must return a dense tensor, not tuple"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_autoencoder_is_refused(model, data, untouched, name):
+    """Latents would have no relevance, or the prediction would be another one."""
+    code, message = ODD[name]
+    with (
+        untouched(model),
+        pytest.raises((ValueError, TypeError), match=message),
+        splice(model, "conv1", code) as names,
+    ):
+        CondAttribution(model)(data, [{"y": 1}], EpsilonPlus(), [names.code])
+
+
+@pytest.mark.parametrize("axis", [4, -4, -5])
+def test_an_axis_that_is_none_of_channels(model, data, axis):
+    with (
+        pytest.raises(ValueError, match=rf"axis {axis} is none of channels"),
+        splice(model, "conv1", Identity(), axis=axis),
+    ):
+        model(data)
+
+
+def test_what_cannot_be_spliced(model, data):
+    with (
+        pytest.raises(TypeError, match="code must be an autoencoder, not the class Identity"),
+        splice(model, "fc", Identity),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="reads must be one of 'output', 'input', not 'both'"),
+        splice(model, "fc", Identity(), reads="both"),
+    ):
+        pass
+    with (
+        pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not function"),
+        splice(lambda x: x, "fc", Identity()),
+    ):
+        pass
+    with pytest.raises(KeyError, match=r"\['fc'\] not found in model"), splice(model, ["fc"], Identity()):
+        pass
+    taken = "the model has a layer 'fc.code'; what is spliced behind 'fc' would have its name"
+    with splice(model, "fc", Identity()), pytest.raises(ValueError, match=taken), splice(model, "fc", Identity()):
+        pass
+
+
+def test_an_input_by_name_is_refused():
+    model = net(lambda s, x: s.fc(input=x), fc=nn.Linear(C, 4))
+    with (
+        splice(model, "fc", Identity(), reads="input"),
+        pytest.raises(TypeError, match="the layer's first argument must be a tensor, and not given by name"),
+    ):
+        model(torch.ones(1, C).double())
+
+
+def test_a_layer_with_two_names_is_spliced_in_all_its_places(untouched):
+    shared = nn.Linear(C, C)
+    model = net(lambda s, x: s.fc(s.second(s.first(x).relu()).relu()), first=shared, second=shared, fc=nn.Linear(C, 4))
+    data = torch.ones(1, C).double()
+    wanted = CondAttribution(model)(data, [{"y": 1}], EpsilonPlus(), ["first#0", "first#1"]).relevances
+    with untouched(model), splice(model, "first", Identity()) as names:
+        calls = [f"{names.code}#{number}" for number in range(2)]
+        found = CondAttribution(model)(data, [{"y": 1}], EpsilonPlus(), calls).relevances
+    for number in range(2):
+        assert close(found[calls[number]], wanted[f"first#{number}"], 1e-9)
 
 
 def test_attributes_of_the_layer_are_still_there(model):

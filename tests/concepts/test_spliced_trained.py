@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from concept_cases import Identity
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trained_nets import MEAN, STD, cifar_images, cifar_net
@@ -27,14 +28,6 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
-
-
-class Identity:
-    def encode(self, activation: Tensor) -> Tensor:
-        return activation
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def test_the_rule_knows_the_families(data: Tensor) -> None:
     for name, expected in {"mobilenet_v2": True, "efficientnet_b0": True, "resnet18": False, "vgg11_bn": False}.items():
         with torch.device("meta"):
             net = getattr(models, name)()
-        assert is_faster_channels_last(net, Inputs.single(data), False) is expected
+        assert is_faster_channels_last(net, Inputs.single(data)) is expected
 
 
 def test_mined_shards_do_not_depend_on_what_ran_before(tmp_path: Path, data: Tensor, seen: list[bool]) -> None:

@@ -146,6 +146,8 @@ def test_what_is_there_is_kept_and_one_file_holds_all(fv: FeatureVisualization, 
     content = one.read_text(encoding="utf-8")
     numbers = [len({*re.findall(rf'id="{part}/(\d+)', content)}) for part in ("sample", "class")]
     assert content.count('class="page') == 1 + 1 + 1 + 1 + 8 + sum(numbers)
+    with pytest.raises(ValueError, match="texts have no maximized pictures"):
+        write_report(fv, None, tmp_path / "out", n_maximized=1)
 
 
 def test_a_class_shows_its_concepts_and_texts_and_findings_are_said(fv: FeatureVisualization, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Numbers for the tests of concepts."""
+"""Numbers and a stand-in for an autoencoder, for the tests of concepts."""
 
 from __future__ import annotations
 
@@ -8,3 +8,13 @@ from torch import Tensor
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Identity:
+    """Autoencoder whose latents are the channels."""
+
+    def encode(self, activation: Tensor) -> Tensor:
+        return activation
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents

@@ -204,9 +204,9 @@ def test_bad_questions(tmp_path: Path) -> None:
         top_k(table, "a", "rel")
     with pytest.raises(ValueError, match="target must be one of those mined, 'sum', 'max'; not 'min'"):
         class_means(table, "a", target="min")
-    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, not 0"):
         top_k(table, "a", k=0)
-    with pytest.raises(ValueError, match="mean_n must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="mean_n must be a whole number of at least 1, not 0"):
         class_statistics(table, "a", 0, mean_n=0)
     for ask in (lambda: top_k(table, "a", concepts=[0, 5]), lambda: class_statistics(table, "a", 5, cache=True)):
         with pytest.raises(IndexError, match="layer 'a' has 5 concepts, 0 to 4; there is no concept 5"):

@@ -144,7 +144,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         lambda: top_concepts(table, RowSelection("a"), 0),
         lambda: co_occurrence(table, RowSelection("a"), 0),
     ):
-        with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="k must be a whole number of at least 1, not 0"):
             wrong()
     with pytest.raises(ValueError, match="bins must be at least 1, not 0"):
         histogram(table, RowSelection("a"), 1, 0)

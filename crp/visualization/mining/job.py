@@ -119,8 +119,8 @@ class MiningOptions:
         What the table is to say of itself in words, beside what is found by itself: parts such as ``"model"``,
         ``"dataset"``, ``"class_names"``. Plain JSON.
     fingerprints : dict of str to str, optional
-        In place of those computed for ``"model", "composite", "dataset", "layers", "preprocess", "single_targets"``.
-        With one for the dataset, its samples are not compared.
+        In place of those computed for ``"model", "composite", "dataset", "layers", "preprocess", "single_targets"`` and
+        ``"output"``. With one for the dataset, its samples are not compared.
     """
 
     batch_size: int = 32
@@ -297,6 +297,8 @@ def _header(
     }
     if targets != "label":
         make["targets"] = lambda: fingerprint(targets)
+    if attribution.output is not None:
+        make["output"] = lambda: fingerprint(attribution.output)
     if options.mixed_shapes:
         make["shapes"] = lambda: fingerprint("mixed")
     known = dict(options.fingerprints or {})

@@ -270,6 +270,5 @@ def _get_columns(
                 "it must be (rows, concepts), with at least one concept"
             )
         value = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
-        norm = torch.linalg.vector_norm(value, 1, -1)
-        columns |= {f"{mode}.{kind}/{layer}": value, f"{mode}.{kind}_norm/{layer}": norm}
+        columns |= {f"{mode}.{kind}/{layer}": value, f"{mode}.{kind}_norm/{layer}": value.abs().sum(-1)}
     return columns

@@ -11,6 +11,7 @@ import numpy as np
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn
 from crp.visualization.report.facts import BINS, Histograms, Reference
+from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, Atlas
 from crp.visualization.report.render import percent
@@ -19,27 +20,6 @@ from crp.visualization.report.tiles import AnyShown
 #: Edges of a concept's graph on either side.
 EDGES = 5
 Link = dict[tuple[str, int], list[tuple[int, float]]]
-
-
-class _PlacedNode(NamedTuple):
-    """A node of a drawn graph."""
-
-    x: float
-    y: float
-    label: str
-    href: str
-    tile: AnyShown | None
-
-
-class _Edge(NamedTuple):
-    """A curve between two nodes, which are drawn over its ends."""
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    x2: float
-    width: float
 
 
 class Flow(NamedTuple):
@@ -310,20 +290,16 @@ def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, A
         above = _best_classes(atlas, layer, concept)
     if not above and not below:
         return {"graph": None, "above": upper, "below": lower}
-    rows = max(len(above), len(below))
-    height = 20 + 78 * rows
-    own = atlas.addresses.concept(layer, concept)
-    middle = _PlacedNode(300, height / 2 - 10, str(concept), own, _tile(atlas, layer, concept))
-    nodes, edges = [middle], []
-    for x, other, found in ((60, upper, above), (540, lower, below)):
+    middle = layer, concept
+    nodes = [{("above", one): _node(atlas, upper, one) for one, _ in above}, {middle: _node(atlas, layer, concept)}]
+    nodes.append({("below", one): _node(atlas, lower, one) for one, _ in below})
+    edges: dict[tuple[Any, Any], float] = {}
+    for side, found in (("above", above), ("below", below)):
         total = max((share for _, share in found), default=0.0) or 1.0
-        for number, (one, share) in enumerate(found):
-            y = 33 + 78 * (number + (rows - len(found)) / 2)
-            nodes.append(_node(atlas, x, y, other, one))
-            left, right = ((x, y), (middle.x, middle.y)) if x < middle.x else ((middle.x, middle.y), (x, y))
-            thickness = round(1 + 9 * share / total, 1)
-            edges.append(_Edge(left[0], left[1], (left[0] + right[0]) / 2, right[1], right[0], thickness))
-    return {"graph": {"width": 600, "height": height, "nodes": nodes, "edges": edges}, "above": upper, "below": lower}
+        for one, share in found:
+            ends = ((side, one), middle) if side == "above" else (middle, (side, one))
+            edges[ends] = share / total
+    return {"graph": draw_columns(nodes, edges, (60, 300, 540), 600), "above": upper, "below": lower}
 
 
 def _best_classes(atlas: Atlas, layer: str, concept: int) -> list[tuple[int, float]]:
@@ -334,11 +310,11 @@ def _best_classes(atlas: Atlas, layer: str, concept: int) -> list[tuple[int, flo
     return [(target, share) for target, share in found if share > 0 and target in atlas.class_names]
 
 
-def _node(atlas: Atlas, x: float, y: float, layer: str, one: int) -> _PlacedNode:
+def _node(atlas: Atlas, layer: str, one: int) -> DrawnNode:
     """Node of a concept; of a class, where there is no layer."""
     if layer:
-        return _PlacedNode(x, y, str(one), atlas.addresses.concept(layer, one), _tile(atlas, layer, one))
-    return _PlacedNode(x, y, atlas.class_name(one)[:18], _class_address(atlas, one), None)
+        return DrawnNode(str(one), atlas.addresses.concept(layer, one), _tile(atlas, layer, one))
+    return DrawnNode(atlas.class_name(one)[:18], _class_address(atlas, one))
 
 
 def _graph_of_sample(
@@ -350,26 +326,16 @@ def _graph_of_sample(
         for concept, share in one["below"]:
             wanted[concept] += share * one["share"]
     kept = sorted(wanted, key=lambda concept: -wanted[concept])[:EDGES]
-    rows = max(len(concepts), len(kept))
-    height = 20 + 78 * rows
-    middle = height / 2 - 10
-    nodes = [_PlacedNode(45, middle, atlas.class_name(target)[:18], _class_address(atlas, target), None)]
-    edges = []
-    places = {concept: 33 + 78 * (i + (rows - len(kept)) / 2) for i, concept in enumerate(kept)}
     most = max(one["share"] for one in concepts) or 1.0
-    for number, one in enumerate(concepts):
-        y = 33 + 78 * (number + (rows - len(concepts)) / 2)
-        nodes.append(_PlacedNode(165, y, str(one["concept"]), one["href"], one["here"]))
-        edges.append(_Edge(45, middle, 105, y, 165, round(1 + 9 * max(one["share"], 0) / most, 1)))
-        for concept, share in one["below"]:
-            if concept in places:
-                width = round(0.5 + 9 * max(share * one["share"], 0) / most, 1)
-                edges.append(_Edge(165, y, 225, places[concept], 285, width))
-    for concept, y in places.items():
-        nodes.append(
-            _PlacedNode(285, y, str(concept), atlas.addresses.concept(lower, concept), _tile(atlas, lower, concept))
-        )
-    return {"width": 330, "height": height, "nodes": nodes, "edges": edges}
+    start = "", target
+    nodes = [{start: _node(atlas, "", target)}, {}, {(lower, one): _node(atlas, lower, one) for one in kept}]
+    edges: dict[tuple[Any, Any], float] = {}
+    for one in concepts:
+        key = layers[-1], one["concept"]
+        nodes[1][key] = DrawnNode(str(one["concept"]), one["href"], one["here"])
+        edges[start, key] = max(one["share"], 0) / most
+        edges |= {(key, (lower, c)): max(share * one["share"], 0) / most for c, share in one["below"] if c in kept}
+    return draw_columns(nodes, edges, (45, 165, 285), 330)
 
 
 def _tile(atlas: Atlas, layer: str, concept: int) -> AnyShown | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from crp.image.colours import resized
+from crp.image.forms import draw_masked
+from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.maps import crop_of, encode_maps, square_map
 from crp.visualization.report.picture_drawing import picture_file
 from crp.visualization.report.render import SingleRenderer, percent
@@ -20,6 +24,8 @@ from crp.visualization.table.manifest import Array
 
 #: Pixels on a side of the picture and of its heatmaps, at most.
 _SIDE, _MAP_SIDE = 448, 224
+#: Pixels on a side of a picture in the graph, at most.
+_NODE_SIDE = 92
 _PICTURE, _MAPS = "picture", "maps.png"
 
 
@@ -38,6 +44,24 @@ class ExplainedConcept(NamedTuple):
     label: str
     share: float
     heatmap: Tensor
+
+
+class ExplainedGraph(NamedTuple):
+    """The attribution graph of a picture.
+
+    Attributes
+    ----------
+    columns : sequence of mapping of key to (str, Tensor or None)
+        From the class to lower layers: what is written at a node, and the heatmap of the relevance through it.
+    edges : mapping of (key, key) to float
+        Relevance between nodes.
+    layers : sequence of str
+        Of the columns behind the first.
+    """
+
+    columns: Sequence[Mapping[Any, tuple[str, Tensor | None]]]
+    edges: Mapping[tuple[Any, Any], float]
+    layers: Sequence[str]
 
 
 class ExplainedPicture(NamedTuple):
@@ -61,6 +85,7 @@ class ExplainedPicture(NamedTuple):
     layer : str
         Of the concepts.
     concepts : sequence of ExplainedConcept
+    graph : ExplainedGraph, optional
     """
 
     name: str
@@ -73,6 +98,7 @@ class ExplainedPicture(NamedTuple):
     model: str
     layer: str = ""
     concepts: Sequence[ExplainedConcept] = ()
+    graph: ExplainedGraph | None = None
 
 
 def write_explained(shown: ExplainedPicture, path: Path) -> Path:
@@ -124,7 +150,35 @@ def _content(shown: ExplainedPicture, whole: Shown, crops: Sequence[tuple[float,
         "layer": shown.layer,
         "concepts": concepts,
         "prediction": shown.prediction,
+        "graph": None if shown.graph is None else _drawn(shown.graph, shown.image),
+        "graph_note": ""
+        if shown.graph is None
+        else f"From the class to {' to '.join(shown.graph.layers)}; widths are "
+        "shares of its relevance, and blue ones speak against it.",
     }
+
+
+def _drawn(graph: ExplainedGraph, image: Tensor) -> dict[str, Any]:
+    """Graph for the template, with pictures that show what each concept sees."""
+    columns = [
+        {key: DrawnNode(label[:18], picture=_thumbnail(image, heatmap)) for key, (label, heatmap) in column.items()}
+        for column in graph.columns
+    ]
+    most = max(map(abs, graph.edges.values()), default=0.0) or 1.0
+    places = [45 + 120 * number for number in range(len(columns))]
+    edges = {ends: value / most for ends, value in graph.edges.items()}
+    return draw_columns(columns, edges, places, places[-1] + 45)
+
+
+def _thumbnail(image: Tensor, heatmap: Tensor | None) -> str:
+    """Masked picture as an address that holds it."""
+    if heatmap is None:
+        return ""
+    drawn = draw_masked(image, heatmap.detach().cpu().double())
+    drawn.thumbnail((_NODE_SIDE, _NODE_SIDE))
+    buffer = io.BytesIO()
+    drawn.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _shares(heatmap: Tensor, shape: tuple[int, int]) -> Array:

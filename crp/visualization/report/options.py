@@ -64,6 +64,9 @@ class ReportKeywords(TypedDict, total=False):
     n_negative: int | None
     n_mean: int
     n_sample_concepts: int
+    n_maximized: int
+    steps: int
+    seed: int
     findings: Sequence[Finding]
     title: str
     lead: str
@@ -100,6 +103,11 @@ class ReportOptions:
         How many pictures of a class its mean heatmap is taken of, at most; 0 for none.
     n_sample_concepts : int
         How many concepts of the highest layer the page of a sample shows, with their heatmaps.
+    n_maximized : int
+        For how many concepts of each layer, those with the largest shares of relevance in an average row, a picture is
+        made up in which they are as active as can be, where none is kept that was made in the same way. Not of texts.
+    steps, seed : int
+        Of the making up of such a picture.
     findings : sequence of Finding
         What is said at the top.
     title, lead : str
@@ -125,6 +133,9 @@ class ReportOptions:
     n_negative: int | None = None
     n_mean: int = 16
     n_sample_concepts: int = 4
+    n_maximized: int = 0
+    steps: int = 500
+    seed: int = 0
     findings: Sequence[Finding] = ()
     title: str = "What the model looks at"
     lead: str = ""
@@ -135,10 +146,10 @@ class ReportOptions:
     part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_concepts", "n_references", "picture_size", "map_size", "batch_size"):
+        for name in ("n_concepts", "n_references", "picture_size", "map_size", "batch_size", "steps"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        for name in ("n_active", "n_negative", "n_mean", "n_sample_concepts"):
+        for name in ("n_active", "n_negative", "n_mean", "n_sample_concepts", "n_maximized", "seed"):
             if (value := getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} must not be negative, got {value}")
 

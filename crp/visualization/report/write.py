@@ -20,13 +20,14 @@ from zennit.core import Composite
 
 from crp.errors import InputError, NameNotFoundError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization
+from crp.visualization.maximized import check_can_be_shown, keep_maximized
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Row
 from crp.visualization.report.facts import LayerFacts, References, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
-from crp.visualization.report.kept import about_concepts, get_kept
+from crp.visualization.report.kept import KeptResults, about_concepts, get_kept
 from crp.visualization.report.kept_pages import write_kept
 from crp.visualization.report.options import Finding, ReportKeywords, ReportOptions, Tile
 from crp.visualization.report.options import make_tile as make_tile
@@ -110,6 +111,7 @@ def _write(
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
+    check_can_be_shown(fv, options.n_maximized)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
     facts = {layer: get_facts(table, layer, questions, options.counts) for layer in tqdm(layers, desc="Table", **bar)}
@@ -118,7 +120,7 @@ def _write(
     drawer = (PictureDrawer if fv.texts is None else TextDrawer)(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
     suspects = drawer.find_suspects(table, targets)
-    kept = get_kept(table, layers, shown)
+    kept = _maximize(fv, table, facts, shown, options)
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
     file_names, labels, predictions = _about_samples(table, fv.dataset, samples, drawer.sample_word)
@@ -165,6 +167,21 @@ def _cells(facts: Mapping[str, LayerFacts], counts: Mapping[str, int]) -> dict[t
         for layer, one in facts.items()
         for concept in range(one.n_concepts)
     }
+
+
+def _maximize(
+    fv: FeatureVisualization,
+    table: Table,
+    facts: Mapping[str, LayerFacts],
+    classes: Sequence[int],
+    options: ReportOptions,
+) -> KeptResults:
+    """What is kept beside the table, after pictures of the strongest concepts are made up where they were missing."""
+    part, n_parts = options.part or (0, 1)
+    for layer in list(facts)[part::n_parts] if options.n_maximized else ():
+        strongest = np.argsort(-facts[layer].mean, kind="stable")[: options.n_maximized].tolist()
+        keep_maximized(fv, layer, strongest, seed=options.seed, steps=options.steps, add=True, verbose=options.verbose)
+    return get_kept(table, list(facts), classes)
 
 
 def _draw(
@@ -294,6 +311,7 @@ def _about_samples(
 def _identity(table: Table, composite: Composite | None) -> str:
     """What every heatmap depends on."""
     known = {name: table.fingerprints.get(name) for name in ("model", "dataset", "preprocess", "layers")}
+    known |= {name: mark for name, mark in table.fingerprints.items() if name == "output"}
     content = [known, None if composite is None else fingerprint_composite(composite)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

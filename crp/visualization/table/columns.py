@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 from crp.visualization.table.contents import ABOUT, SAMPLE_COLUMNS
 from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptError
 from crp.visualization.table.shards import open_shard
@@ -89,3 +89,11 @@ def _read(file: Any, path: Path) -> SampleColumns:
     if "probability" in file.keys():  # noqa: SIM118 (not of classes that do not exclude each other)
         probability[prediction >= 0] = file.get_tensor("probability")[prediction >= 0]
     return SampleColumns(sample, sources, labels, prediction, probability, content, stamp)
+
+
+def sample_numbers(samples: Iterable[int]) -> Array:
+    """Numbers of samples as an array, ascending and each once; a `TypeError` if they are no whole numbers."""
+    given = np.asarray(list(samples))
+    if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
+        raise InputTypeError(f"samples must be whole numbers, not {given.reshape(-1)[0]!r}")
+    return np.unique(given.astype(np.int64))

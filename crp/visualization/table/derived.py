@@ -36,7 +36,7 @@ KEPT_KINDS = {
     "meanings": "crp.audit.meanings(...).save(table)",
     "interventions": "crp.audit.interventions(...).save(table)",
     "context": "crp.audit.contexts(...).save(table)",
-    "pictures": "crp.visualization.keep_maximized(fv, layer, concept_ids)",
+    "pictures": "crp report --maximize N",
 }
 #: Last part of the names of arrays that hold numbers of samples, or of concepts; -1 stands for none.
 _OF_SAMPLES = ("sample", "members", "nearest")
@@ -74,7 +74,7 @@ class KeptResult(NamedTuple):
 
 
 def keep_result(
-    table: Table,
+    table: Table | str | Path,
     kind: str,
     layer: str,
     arrays: Mapping[str, Array],
@@ -85,7 +85,7 @@ def keep_result(
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     kind : str
         One of `KEPT_KINDS`.
     layer : str
@@ -100,6 +100,7 @@ def keep_result(
     Path
         The file.
     """
+    table = Table.open(table)
     path = _path(table, kind, layer, of_class)
     held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     if problem := _problem(table, layer, held):
@@ -111,7 +112,7 @@ def keep_result(
     return path
 
 
-def read_kept(table: Table, kind: str, layer: str, of_class: int | None = None) -> KeptResult:
+def read_kept(table: Table | str | Path, kind: str, layer: str, of_class: int | None = None) -> KeptResult:
     """A result that is kept beside a table.
 
     Raises
@@ -125,6 +126,7 @@ def read_kept(table: Table, kind: str, layer: str, of_class: int | None = None) 
     TableCorruptError
         If the file is damaged, or not of this table.
     """
+    table = Table.open(table)
     table.n_concepts(layer)
     path = _path(table, kind, layer, of_class)
     place = _place(layer, of_class)
@@ -143,7 +145,7 @@ def read_kept(table: Table, kind: str, layer: str, of_class: int | None = None) 
     return found
 
 
-def list_kept(table: Table) -> list[KeptResult]:
+def list_kept(table: Table | str | Path) -> list[KeptResult]:
     """All results that are kept beside a table, also those of an earlier state, by kind, layer and class.
 
     Raises
@@ -151,7 +153,7 @@ def list_kept(table: Table) -> list[KeptResult]:
     TableCorruptError
         If a file is damaged.
     """
-    folder = table.path / "derived"
+    folder = Table.open(table).path / "derived"
     check_folder(folder)
     found = [_read(path) for path in folder.glob("*.safetensors") if KEPT.fullmatch(path.name)]
     order = list(KEPT_KINDS)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from crp.errors import InputTypeError
 from crp.visualization.table.manifest import TableCorruptError
 
 #: Pieces that are written at once; systems take 1024.
@@ -30,6 +31,13 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFREG: "a file",
 }
+
+
+def as_folder(path: object) -> Path:
+    """Folder in which a table is asked for; a `TypeError` if it is no path."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputTypeError(f"a table is given as Table.open(folder), or as its folder, such as fv.path; not {path!r}")
+    return Path(path)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

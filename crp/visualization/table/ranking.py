@@ -10,13 +10,16 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from crp.errors import InputError, NameNotFoundError, OutOfRangeError
+from crp.checks import check_number
+from crp.errors import NameNotFoundError, OutOfRangeError
+from crp.visualization.table.columns import sample_numbers
 from crp.visualization.table.files import check_file, make_own_folder, write_atomic
 from crp.visualization.table.manifest import Array, Block, TableCorruptError
 from crp.visualization.table.store import Table
@@ -76,14 +79,14 @@ class ClassMeans(NamedTuple):
     rows: Array
 
 
-def list_targets(table: Table) -> Array:
+def list_targets(table: Table | str | Path) -> Array:
     """Classes of the table's rows (int64), ascending."""
-    targets: Array = np.unique(table.rows().target)
+    targets: Array = np.unique(Table.open(table).rows().target)
     return targets[targets >= 0]
 
 
 def top_k(
-    table: Table,
+    table: Table | str | Path,
     layer: str,
     mode: str = "relevance",
     target: str = "sum",
@@ -100,7 +103,7 @@ def top_k(
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     layer : str
     mode : {"relevance", "activation"}
         For relevance each (sample, target) is a candidate, for activation each sample.
@@ -134,11 +137,11 @@ def top_k(
     ValueError, IndexError
         If the mode, the kind or a concept was not mined, or ``k`` is below 1.
     """
-    if k < 1:
-        raise InputError(f"k must be at least 1, not {k}")
+    check_number("k", k, 1, whole=True)
+    table = Table.open(table)
     if of_class is not None:
         _check_class(table, of_class)
-    chosen = None if samples is None else sorted({int(i) for i in samples})
+    chosen = None if samples is None else sample_numbers(samples).tolist()
     if cache and concepts is not None:  # kept for all concepts at once
         ids = table.concept_ids(layer, concepts)
         every = top_k(table, layer, mode, target, normed, k, of_class=of_class, samples=chosen, least=least, cache=True)
@@ -163,7 +166,7 @@ def top_k(
 
 
 def class_statistics(
-    table: Table,
+    table: Table | str | Path,
     layer: str,
     concept: int,
     mode: str = "relevance",
@@ -177,7 +180,7 @@ def class_statistics(
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     layer : str
     concept : int
     mode, target, normed, cache
@@ -190,8 +193,8 @@ def class_statistics(
     ClassStatistics
         All classes, by descending value; of equal ones the smaller class first.
     """
-    if mean_n < 1:
-        raise InputError(f"mean_n must be at least 1, not {mean_n}")
+    check_number("mean_n", mean_n, 1, whole=True)
+    table = Table.open(table)
     n = table.n_concepts(layer)
     if not -n <= concept < n:
         raise OutOfRangeError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {concept}")
@@ -219,7 +222,7 @@ def class_statistics(
 
 
 def class_means(
-    table: Table,
+    table: Table | str | Path,
     layer: str,
     mode: str = "relevance",
     target: str = "sum",
@@ -238,6 +241,7 @@ def class_means(
     -------
     ClassMeans
     """
+    table = Table.open(table)
     blocks = table.blocks(layer, mode, target, normed)
 
     def compute() -> tuple[Array, ...]:

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
-from crp.visualization.table.columns import SampleColumns, join_columns, read_columns
+from crp.visualization.table.columns import SampleColumns, join_columns, read_columns, sample_numbers
 from crp.visualization.table.document import decode, encode
-from crp.visualization.table.files import check_file, check_folder, make_own_folder, read_file, write_atomic
+from crp.visualization.table.files import as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
 from crp.visualization.table.lock import TableLockedError as TableLockedError
 from crp.visualization.table.manifest import (
     DERIVED,
@@ -40,8 +40,6 @@ from crp.visualization.table.manifest import (
     TableNotFoundError,
     get_coverage,
 )
-from crp.visualization.table.manifest import KINDS as KINDS
-from crp.visualization.table.manifest import MODES as MODES
 from crp.visualization.table.manifest import TableError as TableError
 from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
 
@@ -69,11 +67,11 @@ class Table:
     @staticmethod
     def exists(path: str | Path) -> bool:
         """Whether a folder holds a table, or something in the place of its manifest."""
-        return os.path.lexists(Path(path) / "manifest.json")
+        return os.path.lexists(as_folder(path) / "manifest.json")
 
     @classmethod
-    def open(cls, path: str | Path) -> Table:
-        """Table in a folder.
+    def open(cls, path: str | Path | Table) -> Table:
+        """Table in a folder; one that is open is given back as it is.
 
         Raises
         ------
@@ -81,8 +79,12 @@ class Table:
             If nothing was mined there.
         TableCorruptError
             If the manifest is damaged, or lists files that no shard has.
+        TypeError
+            If it is no path.
         """
-        manifest = Path(path) / "manifest.json"
+        if isinstance(path, Table):
+            return path
+        manifest = as_folder(path) / "manifest.json"
         try:
             text = read_file(manifest)
         except (FileNotFoundError, NotADirectoryError):
@@ -256,7 +258,7 @@ class Table:
                 raise InputError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
-        wanted = None if samples is None else np.unique(np.fromiter(samples, dtype=np.int64))
+        wanted = None if samples is None else sample_numbers(samples)
         query = Query(layer, mode, target, normed, columns, of_class, wanted)
         return read_blocks(self.path / "shards", self.shards, query)
 
@@ -343,8 +345,7 @@ class Table:
         int
             How many.
         """
-        new = self.unlisted()
-        if new:
+        if new := self.unlisted():
             self._change([*self.shards, *new])
         return len(new)
 
@@ -359,8 +360,7 @@ class Table:
 
     def drop_damaged(self) -> list[str]:
         """Forget shards whose files are missing or damaged, so that their samples count as missing; returns why."""
-        problems = self._damaged()
-        if problems:
+        if problems := self._damaged():
             self._change([shard for shard in self.shards if shard.file not in problems])
         return list(problems.values())
 

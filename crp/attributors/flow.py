@@ -1,0 +1,159 @@
+"""How relevance flows from a class through concepts of one layer after the other: the attribution graph of a sample."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import nn
+
+from crp.attributors.base import check_count
+from crp.attributors.explaining import explain, find_method
+from crp.concepts import ChannelConcept, Concept, as_ids, mask_of
+from crp.engine.inputs import Data, Inputs
+from crp.errors import InputError, InputTypeError, OutOfRangeError, StateError
+
+#: A layer and a concept of it; ``("y", class)`` is the class.
+FlowNode: TypeAlias = tuple[str, int]
+#: Options of a method that give concepts relevance.
+OF_CONCEPTS = frozenset({"layer", "condition", "mask_map"})
+
+
+class ConceptFlow(NamedTuple):
+    """What `concept_flow` finds.
+
+    Attributes
+    ----------
+    columns : list of dict of (layer, concept) to float
+        ``("y", class)`` alone, and then the concepts of each layer, from the output to the input, with the share of the
+        class's relevance that flows through each.
+    edges : dict of ((layer, concept), (layer, concept)) to float
+        Share of the class's relevance that flows from a concept to one of the next layer.
+    """
+
+    columns: list[dict[FlowNode, float]]
+    edges: dict[tuple[FlowNode, FlowNode], float]
+
+
+def concept_flow(
+    method: str,
+    model: nn.Module,
+    data: Data,
+    target: int,
+    layers: Mapping[str, Concept] | Sequence[str],
+    *,
+    width: int = 4,
+    concepts: Sequence[int] | None = None,
+    **options: Any,
+) -> ConceptFlow:
+    r"""Concepts that a prediction is made of, layer by layer, and the relevance that flows between them.
+
+    A concept :math:`c` of the first layer has the share :math:`R_c / \sum_k |R_k|` of the relevance in its layer. What
+    flows from it to a concept :math:`d` of the next layer is this share times that of :math:`d` where relevance flows
+    through :math:`c` alone; what flows through :math:`d` is the sum over the concepts that are kept above. Achtibat et
+    al., "From attribution maps to human-understandable explanations through Concept Relevance Propagation", Nature
+    Machine Intelligence 5 (2023).
+
+    Parameters
+    ----------
+    method : str
+        As for `crp.explain`; a composite, or a gradient.
+    model : nn.Module
+    data : Tensor of shape (1, *input shape), or tuple or dict of them
+        One sample.
+    target : int
+        The class.
+    layers : mapping of layer name to Concept, or sequence of layer names
+        From the output to the input; each feeds the one before. Of names alone, the concepts are channels (axis 1).
+    width : int
+        How many concepts of each layer are kept, those through which most flows.
+    concepts : sequence of int, optional
+        Of the first layer, in place of those with the largest shares.
+    **options
+        As for `crp.explain`, such as ``output``.
+
+    Returns
+    -------
+    ConceptFlow
+
+    Raises
+    ------
+    ValueError
+        If the method gives concepts no relevance, there are several samples, or a layer does not feed the one before.
+    KeyError, IndexError, TypeError
+        If there is no such layer, class or concept.
+
+    Examples
+    --------
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    >>> flow = concept_flow("epsilon", net, torch.ones(1, 3), 1, ["3", "1"], width=2)
+    >>> [len(column) for column in flow.columns]
+    [1, 2, 2]
+
+    `crp.image.plot_graph` draws it:
+
+    >>> from crp.image import PictureNode, plot_graph
+    >>> figure = plot_graph([{node: PictureNode(str(node[1])) for node in c} for c in flow.columns], flow.edges)
+    """
+    _check(method, target, width, layers)
+    known = dict(layers) if isinstance(layers, Mapping) else {layer: ChannelConcept() for layer in layers}
+    n_samples = len(Inputs.of(data, options.get("explain"), model))
+    if n_samples != 1:
+        raise InputError(f"concepts of one sample are shown; data has {n_samples}")
+    masks = {layer: mask_of(concept) for layer, concept in known.items()}
+
+    def shares(layer: str, condition: Mapping[str, Sequence[int]]) -> list[float]:
+        through: dict[str, Any] = {"condition": dict(condition), "mask_map": masks} if condition else {}
+        relevance = explain(method, model, data, target, layer=layer, **through, **options)
+        found: list[float] = known[layer].attribute(relevance, layer_name=layer, abs_norm=True)[0].tolist()
+        return found
+
+    names = list(known)
+    try:
+        if len(names) > 1:
+            shares(names[-1], {name: [0] for name in names})
+    except StateError as error:
+        raise InputError(f"layers {names} must go from the output to the input, each feeding the one before") from error
+    own = shares(names[0], {})
+    chosen = _strongest(dict(enumerate(own)), width) if concepts is None else as_ids(concepts, what="concepts")
+    if not chosen:
+        raise InputError(f"concepts is empty; name some of layer {names[0]!r}, or leave it out")
+    if wrong := [one for one in chosen if not 0 <= one < len(own)]:
+        raise OutOfRangeError(f"layer {names[0]!r} has the concepts 0 to {len(own) - 1}; there is no {wrong[0]}")
+    start = "y", int(target)
+    columns: list[dict[FlowNode, float]] = [{start: 1.0}, {(names[0], one): own[one] for one in chosen}]
+    edges = {(start, node): share for node, share in columns[1].items()}
+    for above, layer in pairwise(names):
+        parts = {node: shares(layer, {above: [node[1]]}) for node in columns[-1]}
+        total: dict[int, float] = defaultdict(float)
+        for node, of_node in parts.items():
+            for concept, share in enumerate(of_node):
+                total[concept] += share * columns[-1][node]
+        kept = _strongest(total, width)
+        edges |= {(n, (layer, c)): s[c] * columns[-1][n] for n, s in parts.items() for c in kept if s[c]}
+        columns.append({(layer, concept): total[concept] for concept in kept})
+    return ConceptFlow(columns, edges)
+
+
+def _strongest(shares: Mapping[int, float], n: int) -> list[int]:
+    return sorted(shares, key=lambda concept: -shares[concept])[:n]
+
+
+def _check(method: str, target: object, width: object, layers: object) -> None:
+    found = find_method(method)
+    if found.family == "cam" or not OF_CONCEPTS.issubset(found.options):
+        raise InputError(f"method {found.name!r} has no relevance of concepts; a composite has, such as 'epsilon_plus'")
+    if isinstance(target, bool) or not hasattr(target, "__index__"):
+        raise InputTypeError(f"target must be a class, a whole number, not {target!r}")
+    check_count("width", width)
+    if isinstance(layers, str) or not isinstance(layers, Mapping | Sequence) or not layers:
+        raise InputTypeError(f"layers must be names of layers, or a mapping of them to concepts; not {layers!r}")
+    if isinstance(layers, Sequence) and len(set(layers)) < len(layers):
+        raise InputError(f"layers {list(layers)} has a layer twice")
+    for layer, concept in layers.items() if isinstance(layers, Mapping) else ():
+        if not isinstance(concept, Concept):
+            raise InputTypeError(f"layers[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")

@@ -1,0 +1,78 @@
+"""Attribution graphs on pages: nodes in columns, with curves between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from crp.visualization.report.tiles import AnyShown
+
+#: Height of a row, place of the first node in it, and what is below the last.
+_ROW, _FIRST, _REST = 78, 33, 20
+
+
+class DrawnNode(NamedTuple):
+    """What is shown at a node: a label, a link, and a tile of the atlas or a picture (a ``data:`` address)."""
+
+    label: str
+    href: str = ""
+    tile: AnyShown | None = None
+    picture: str = ""
+
+
+class _Placed(NamedTuple):
+    """A node where it is drawn."""
+
+    x: float
+    y: float
+    label: str
+    href: str
+    tile: AnyShown | None
+    picture: str
+
+
+class _Edge(NamedTuple):
+    """A curve between two nodes, which are drawn over its ends."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    x2: float
+    width: float
+    against: bool
+
+
+def draw_columns(
+    columns: Sequence[Mapping[Any, DrawnNode]],
+    edges: Mapping[tuple[Any, Any], float],
+    places: Sequence[float],
+    width: float,
+) -> dict[str, Any]:
+    """Graph for the template.
+
+    Parameters
+    ----------
+    columns : sequence of mapping of key to DrawnNode
+        From left to right.
+    edges : mapping of (key, key) to float
+        From a node to one of the next column; of an absolute value up to 1, which is the thickest.
+    places : sequence of float
+        Where columns are, of ``width``.
+    """
+    rows = max(map(len, columns))
+    at = {
+        key: (x, _FIRST + _ROW * (row + (rows - len(column)) / 2))
+        for x, column in zip(places, columns, strict=True)
+        for row, key in enumerate(column)
+    }
+    nodes = [
+        _Placed(*at[key], node.label, node.href, node.tile, node.picture)
+        for column in columns
+        for key, node in column.items()
+    ]
+    curves = []
+    for (start, end), value in edges.items():
+        (x0, y0), (x2, y1) = at[start], at[end]
+        curves.append(_Edge(x0, y0, (x0 + x2) / 2, y1, x2, round(1 + 9 * min(abs(value), 1), 1), value < 0))
+    return {"width": width, "height": _REST + _ROW * rows, "nodes": nodes, "edges": curves}

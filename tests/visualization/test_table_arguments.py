@@ -1,0 +1,108 @@
+"""Where a function takes a table, it takes its folder, too, and says so where it is given something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from feature_net import mined
+
+from crp import audit
+from crp.visualization import Table, analysis
+from crp.visualization.table import derived, ranking
+
+ROWS = analysis.RowSelection("second")
+CLASS = ROWS._replace(of_class=1)
+FOUND = audit.Interventions(
+    "second", np.arange(1), np.arange(2), np.zeros(2, np.int64), np.ones((2, 1)), np.ones((2, 1)), 0.0, False
+)  # fmt: skip
+
+
+def kept(table):
+    """Clusters of a table, as they are kept beside it."""
+    found = audit.clusters(table, "second", 1, n=1, n_neighbours=2)
+    audit.save_clusters(table, found, "second", 1)
+    named = audit.with_concepts(table, found, "second", 1)
+    return derived.read_kept(table, "clusters", "second", 1).arrays["label"], named.vectors
+
+
+def audited(table):
+    """Prototypes of a table, kept beside it and read again, and the audit of its samples."""
+    found = audit.prototypes(table, "second", 1)
+    found.save(table)
+    again = audit.Prototypes.load(table, "second")
+    assert again.classes.keys() == found.classes.keys()
+    every = audit.audit_table(table, again)
+    audit.save_audit(table, found, every)
+    return [one.sample for one in every], derived.read_kept(table, "audit", "second").arrays["percentile"]
+
+
+CALLS = {
+    "list_targets": ranking.list_targets,
+    "top_k": lambda table: ranking.top_k(table, "second", k=3, of_class=1, samples=[1, 4]),
+    "class_statistics": lambda table: ranking.class_statistics(table, "second", 2),
+    "class_means": lambda table: ranking.class_means(table, "second"),
+    "top_concepts": lambda table: analysis.top_concepts(table, ROWS),
+    "histogram": lambda table: analysis.histogram(table, ROWS, 1, 5),
+    "similarity": lambda table: analysis.similarity(table, ROWS),
+    "co_occurrence": lambda table: analysis.co_occurrence(table, ROWS, 2),
+    "blocks": lambda table: np.concatenate([block.value for block in CLASS.blocks(table)]),
+    "frames": lambda table: [frame.to_numpy() for frame in analysis.frames(table, ROWS)],
+    "clusters": kept,
+    "prototypes": audited,
+    "interventions": lambda table: FOUND.save(table).name,
+    "list_kept": lambda table: [one.kind for one in derived.list_kept(table)],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return mined(tmp_path_factory.mktemp("tables")).path
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_folder_is_opened(folder, name):
+    expected = CALLS[name](Table.open(folder))
+    for given in (str(folder), Path(folder)):
+        found = CALLS[name](given)
+        for pair in zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]:
+            np.testing.assert_array_equal(*pair)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_table_is_refused(name):
+    message = r"a table is given as Table\.open\(folder\), .* not 3|explanations must be of shape"
+    with pytest.raises((TypeError, ValueError), match=message):
+        CALLS[name](3)
+    with pytest.raises(FileNotFoundError, match="nothing was mined into nowhere"):
+        CALLS[name]("nowhere")
+
+
+def test_an_open_table_is_given_back(folder):
+    table = Table.open(folder)
+    assert Table.open(table) is table
+
+
+@pytest.mark.parametrize("samples", [[0.7], ["1"], [[1, 2]], "12"], ids=["fraction", "word", "rows", "letters"])
+def test_samples_are_whole_numbers(folder, samples):
+    """A fraction was cut off, and another sample taken."""
+    for call in (
+        lambda: ranking.top_k(folder, "second", samples=samples),
+        lambda: next(ROWS._replace(samples=samples).blocks(folder)),
+    ):
+        with pytest.raises(TypeError, match="samples must be whole numbers"):
+            call()
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, "3"], ids=repr)
+def test_how_many_is_a_whole_number(folder, k):
+    calls = [
+        lambda: ranking.top_k(folder, "second", k=k),
+        lambda: ranking.class_statistics(folder, "second", 0, mean_n=k),
+        lambda: analysis.top_concepts(folder, ROWS, k),
+        lambda: analysis.co_occurrence(folder, ROWS, k),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+            call()
