@@ -61,13 +61,15 @@ class Gpt2(nn.Module):
     layers, width : int
     checkpointed : bool
         Whether every block keeps its input only, and runs again in the backward pass.
+    positions : int
+        Tokens that it takes at most.
     """
 
-    def __init__(self, layers: int, width: int, checkpointed: bool = False) -> None:
+    def __init__(self, layers: int, width: int, checkpointed: bool = False, positions: int = 1024) -> None:
         super().__init__()
         transformers = importlib.import_module("transformers")
         config = transformers.GPT2Config(
-            n_layer=layers, n_embd=width, n_head=width // 64, vocab_size=1000, use_cache=False
+            n_layer=layers, n_embd=width, n_head=width // 64, vocab_size=1000, n_positions=positions, use_cache=False
         )
         self.body, self.head = transformers.GPT2Model(config), nn.Linear(width, 1000, bias=False)
         for block in self.body.h if checkpointed else ():
@@ -103,6 +105,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "gpt2 4×256": partial(Gpt2, 4, 256),
     "gpt2 4×256 checkpointed": partial(Gpt2, 4, 256, checkpointed=True),
     "gpt2 12×768": partial(Gpt2, 12, 768),
+    "gpt2 12×768, long": partial(Gpt2, 12, 768, positions=4096),
     "gpt2 12×768 checkpointed": partial(Gpt2, 12, 768, checkpointed=True),
 }
 #: Nets of images of one channel.
@@ -146,7 +149,7 @@ def _drawn(net: str) -> tuple[nn.Module, Tensor]:
     return model, torch.get_rng_state()
 
 
-_drawn_before = lru_cache(maxsize=1)(_drawn)
+_drawn_before = lru_cache(maxsize=2)(_drawn)
 
 
 def pixels(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

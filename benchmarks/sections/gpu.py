@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from benchmarks.clocks import CLOCKS, Run
 from benchmarks.harness import Bound, Case, Ratio
 from benchmarks.nets import Samples, Setup, convolutions, gradient
 from benchmarks.sections import compiled
+from benchmarks.sections.transformers import METHODS
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
 from crp.visualization import FeatureVisualization
@@ -93,7 +94,7 @@ LARGE = Scale(
     size=224,
     batch=64,
     n_concepts=512,
-    n_batches=40,
+    n_batches=80,
     n_of_peer=64,
 )
 TINY = Scale(
@@ -135,24 +136,24 @@ def attributions(setup: Setup, goals: Goals, clock: str, rounds: int, more: bool
 
 def replays(setup: Setup, preset: str, limit: float | None, clock: str) -> Case:
     """One attribution of a batch that is replayed; alone, since a recording keeps its memory."""
+    also_last = preset == PRESET
+    last = Ratio(f"{preset}, replayed, channels last ÷ gradient", "channels last", "gradient")
 
     def make() -> dict[str, Run]:
         model, data = setup.build()
         unit = ours.gradient_of(model, data)
-        changed, same = compiled.TREATMENTS[1].build(setup)
-        rules = ours.composite(preset)
-        return {
-            "gradient": unit,
-            "replayed": ours.replayed(model, data, rules),
-            "channels last": ours.replayed(changed, same, ours.composite(preset)),
-        }
+        runs = {"gradient": unit, "replayed": ours.replayed(model, data, ours.composite(preset))}
+        if also_last:
+            changed, same = compiled.TREATMENTS[1].build(setup)
+            runs["channels last"] = ours.replayed(changed, same, ours.composite(preset))
+        return runs
 
     return Case(
         name=f"{clock}, {setup}",
         make=make,
         ratios=(
             Ratio(f"{preset}, replayed ÷ gradient", "replayed", "gradient", None if limit is None else Bound(limit)),
-            Ratio(f"{preset}, replayed, channels last ÷ gradient", "channels last", "gradient"),
+            *([last] if also_last else []),
         ),
         clock=clock,
         rounds=5,
@@ -190,6 +191,27 @@ def concepts(setup: Setup, layer: str, limit: float, n: int, batch_size: int, cl
         clock=clock,
         rounds=3,
     )
+
+
+def texts(setup: Setup, clock: str) -> Case:
+    """AttnLRP and CP-LRP of a long text in bfloat16, by torch's fused attention; replayed, too, if time is measured."""
+
+    def make() -> dict[str, Run]:
+        model, data = setup.build()
+        model, data = model.to(torch.bfloat16), data.to(torch.bfloat16)
+        runs = {"gradient": ours.gradient_of(model, data)}
+        for name, (kind, _, _) in METHODS.items():
+            runs[name] = ours.attribution(model, data, kind())
+            if clock in ("cuda", "cpu"):
+                runs[f"{name}, replayed"] = ours.replayed(model, data, kind())
+        return runs
+
+    of_peak = clock not in ("cuda", "cpu")
+    names = [n for name in METHODS for n in ([name] if of_peak else [name, f"{name}, replayed"])]
+    ratios = [Ratio(f"{'memory of ' * of_peak}{name} ÷ gradient", name, "gradient") for name in names]
+    if clock == "cuda":
+        ratios.append(Ratio("gradient, ms", "gradient", scale=1e3))
+    return Case(f"{setup}, bfloat16", make, tuple(ratios), clock=clock, rounds=1 if of_peak else 5)
 
 
 def waiting(setup: Setup) -> Case:
@@ -284,7 +306,7 @@ def mining(setup: Setup, goals: Goals, n: int) -> Case:
             ms["bfloat16"],
         ),
         clock="wall",
-        rounds=3,
+        rounds=2,
     )
 
 
@@ -322,10 +344,15 @@ def mining_counts(setup: Setup) -> list[Case]:
     few, many = 8, 16
     bounds = {"waits": Bound(2.0), "copies to host": Bound(1.0), "copies to device": Bound(1.0), "launches": None}
 
+    @cache
+    def mined_before() -> Mining:
+        made = Mining(setup, many * setup.batch)
+        made.run(few * setup.batch)
+        return made
+
     def counted(clock: str) -> Callable[[], dict[str, Run]]:
         def make() -> dict[str, Run]:
-            made = Mining(setup, many * setup.batch)
-            made.run(few * setup.batch)
+            made = mined_before()
 
             def of_a_batch() -> float:
                 counts = [CLOCKS[clock](partial(made.run, n * setup.batch)) for n in (few, many)]
@@ -366,19 +393,21 @@ def cases(device: str = "cuda") -> list[Case]:
                 attributions(setup, goals, clock("cuda"), 7, more=True),
                 *(replays(setup, *goal, clock("cuda")) for goal in zip(PRESETS, goals.replayed, strict=True)),
                 mining(setup, goals, few),
-                attributions(single, goals, clock("cuda"), 9, more=True),
+                attributions(single, goals, clock("cuda"), 9),
                 replays(single, PRESET, goals.single_replayed, clock("cuda")),
                 concepts(setup, goals.layer, goals.concepts, scale.n_concepts, scale.batch, clock("cuda")),
-                *([waiting(setup), *counts] if on_gpu else counts[-1:]),
-                host_time(setup, 5 * scale.batch),
                 attributions(setup, goals, clock("launches"), 1),
                 attributions(setup, goals, clock("cuda peak"), 1),
                 deviating(setup._replace(batch=4)),
+                host_time(setup, 5 * scale.batch),
+                *([waiting(setup), *counts] if on_gpu else counts[-1:]),
                 mining_of_peer(setup, scale.n_of_peer),
             ]
         )
+    long = Setup("gpt2 12×768, long", 4096, 1, device) if on_gpu else Setup("gpt2 4×256", 16, 1)
     # (what matters most comes first, of all nets, should time run out)
-    found = [case for alike in zip(*of_nets, strict=True) for case in alike]
+    found = [texts(long, clock("cuda")), texts(long, clock("cuda peak"))]
+    found += [case for alike in zip(*of_nets, strict=True) for case in alike]
     return found if on_gpu else [without_goals(case) for case in found]
 
 

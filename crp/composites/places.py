@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crp.layers import referencing
+from crp.layers import modules_of, referencing
 
 
 class Places:
@@ -60,7 +60,7 @@ class Places:
 
     def names(self) -> dict[int, str]:
         """Names of all modules, by `id`."""
-        return {id(module): name for name, module in self.model.named_modules()}
+        return {id(module): name for name, module in modules_of(self.model).items()}
 
     def scripted(self) -> list[str]:
         """Names of scripted and traced parts."""

@@ -351,8 +351,8 @@ def _instance_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
 def _deviation(a: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     # (torch's `var` takes twenty times as long on a CPU; what is squared is no larger than the deviation)
     length = math.prod(a.shape[dim] for dim in dims)
-    spread = torch.linalg.vector_norm(a - a.mean(dims, keepdim=True), dim=dims, keepdim=True) / math.sqrt(length)
-    return (spread.square() + eps).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(a - a.mean(dims, keepdim=True), dim=dims, keepdim=True)
+    return ((norm / math.sqrt(length)).square() + eps).sqrt()
 
 
 def _root_mean_square(a: Tensor, dims: tuple[int, ...], eps: float | None) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import crp.composites as composites
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
+from crp.concepts.fused import fused_scores
+from crp.concepts.scores import scores_of
 from crp.visualization import FeatureVisualization
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
@@ -230,3 +232,48 @@ def test_attributions_wait_for_nothing(net: str, monkeypatch: pytest.MonkeyPatch
             else:
                 attribution(data, [{"y": [number]}], rules)
         assert attribution._replayed.replays.replayed == 3
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scores_by_one_kernel(dtype: torch.dtype, channels_last: bool) -> None:
+    """Sum, maximum and its first position of short and long layers, with ties and what is no number."""
+    for shape in ((4, 8, 1, 1), (3, 70, 7, 7), (2, 33, 90, 90)):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        values.view(-1)[::3] = 0
+        values[0, 0], values[0, 1], values[1, 2, -1, -1] = -1, -torch.inf, torch.nan
+        there = values.to(DEVICE)
+        there = there.contiguous(memory_format=torch.channels_last) if channels_last else there
+        assert fused_scores(there.flatten(2)) is not None
+        found, exact = scores_of(there), scores_of(values)
+        torch.testing.assert_close(found.position.cpu(), exact.position, rtol=0, atol=0)
+        torch.testing.assert_close(found.max.cpu(), exact.max, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(found.sum.cpu(), exact.sum, rtol=1e-5, atol=1e-3, equal_nan=True)
+        assert found.sum.dtype == exact.sum.dtype
+
+
+def test_a_replay_does_not_read_memory_that_is_gone() -> None:
+    """Weights whose memory a user gave back, and took anew: the recording reads the old memory, which is not there."""
+    model = pair("vgg11_bn")[1]
+    attribution, plain, rules = CondAttribution(model), CondAttribution(model), composites.EpsilonPlusFlat()
+    plain.replay = False
+    data = NETS["vgg11_bn"].images(2).to(DEVICE)
+    weight = next(model.parameters())
+    kept = weight.detach().clone()
+    for number in range(6):
+        attribution(data + number, [{"y": [1]}], rules)
+    assert attribution._replayed.replays.replayed == 3
+    storage = weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    torch.cuda.empty_cache()
+    filler = torch.full_like(kept, 7.0)
+    storage.resize_(size)
+    with torch.no_grad():
+        weight.copy_(kept * 2)
+    for number in range(4):
+        found, exact = (each(data + number, [{"y": [2]}], rules).heatmap for each in (attribution, plain))
+        assert deviation(found, exact) <= 1e-9
+    assert filler.mean() == 7
+    with torch.no_grad():
+        weight.copy_(kept)
