@@ -47,7 +47,7 @@ BUDGETS = {
     "audit": 2325,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
-    "commands": 2200,
+    "commands": 2220,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
@@ -67,7 +67,7 @@ BUDGETS = {
     "types": 150,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing)
-    "visualization": 3880,
+    "visualization": 3930,
     "visualization.mining": 3790,
     "visualization.report": 4150,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
