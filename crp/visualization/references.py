@@ -275,7 +275,7 @@ def heatmaps_of(
 
 @torch.no_grad()
 def predict_without(
-    attribution: CondAttribution, data: Tensor, layer: str, masks: Sequence[Callable[[Tensor], Tensor]]
+    attribution: CondAttribution, data: Any, layer: str, masks: Sequence[Callable[[Tensor], Tensor]]
 ) -> Any:
     """Prediction where a layer's output lacks what masks keep; None for one call of several, or a layer not called."""
     modules = modules_of(attribution.model)
@@ -294,5 +294,6 @@ def predict_without(
     if number is not None or name not in modules:
         return None
     with hooked_at(modules, {(name, is_input): hook}):
-        prediction = attribution.select_output(attribution.model(data))
+        model = attribution.model
+        prediction = attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))
     return prediction if lacking else None

@@ -21,6 +21,7 @@ from crp.visualization.mining.targets import record_activations
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import place_in, texts_in, words_in
 from crp.visualization.references import ConceptId, column
+from crp.visualization.table.manifest import Array
 
 
 class TextRow(NamedTuple):
@@ -35,15 +36,12 @@ class TextRow(NamedTuple):
         Through which relevance flows; None is the whole heatmap.
     at : int, optional
         The only token of the layer that counts.
-    position : int, optional
-        Token whose prediction is explained, in place of that of the sample.
     """
 
     targets: tuple[int, ...] = ()
     layer: str | None = None
     concept: ConceptId | None = None
     at: int | None = None
-    position: int | None = None
 
 
 def read_text(dataset: Any, index: int, device: torch.device) -> Asked:
@@ -54,12 +52,30 @@ def read_text(dataset: Any, index: int, device: torch.device) -> Asked:
     return Asked.of(sample.data[None].to(device), texts_in(dataset))
 
 
+def token_ids(dataset: Any, index: int) -> Array:
+    """Ids of a text's tokens."""
+    data = read_text(dataset, index, torch.device("cpu")).data
+    ids: Array = (data["input_ids"] if isinstance(data, Mapping) else data)[0].numpy()
+    return ids
+
+
 def samples_by_text(dataset: Any, samples: Sequence[int]) -> list[list[int]]:
     """Samples of each text: several, where these are positions of it."""
     of_text: dict[int, list[int]] = {}
     for sample in samples:
         of_text.setdefault(place_in(dataset, sample), []).append(sample)
     return list(of_text.values())
+
+
+def layers_of_tokens(attribution: CondAttribution, asked: Asked, layers: Sequence[str]) -> set[str]:
+    """Those of the layers whose values are of single tokens, of shape (texts, tokens, features)."""
+    found, _ = record_activations(attribution, asked, None, layers)
+    return {layer for layer, values in found.items() if values.dim() > 2}
+
+
+def condition_at(asked: Asked, name: str, position: int | None, target: int) -> dict[str, Any]:
+    """Condition whose relevance starts at a class of a text, or at a token at another position of it."""
+    return replace(asked, positions=None if position is None else (position,)).condition(name, 0, [target])
 
 
 def text_heatmaps(
@@ -100,8 +116,6 @@ def text_heatmaps(
 
 
 def _condition(attribution: CondAttribution, asked: Asked, row: TextRow) -> dict[str, Any]:
-    if row.position is not None and asked.positions is not None:
-        asked = replace(asked, positions=(row.position,))
     condition = asked.condition(attribution.MODEL_OUTPUT_NAME, 0, row.targets)
     return condition if row.layer is None else condition | {row.layer: [row.concept]}
 

@@ -47,7 +47,7 @@ BUDGETS = {
     "audit": 2325,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
-    "commands": 2200,
+    "commands": 2220,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
@@ -67,17 +67,16 @@ BUDGETS = {
     "types": 150,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing)
-    "visualization": 3870,
+    "visualization": 3930,
     "visualization.mining": 3790,
-    # (the page of one picture; samples of negative relevance; maximized pictures)
-    "visualization.report": 4000,
+    "visualization.report": 4150,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2600,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 832
+PUBLIC_NAMES = 835
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

@@ -17,7 +17,7 @@ from torch import nn
 from zennit.composites import EpsilonPlus
 
 from crp.concepts import ChannelConcept
-from crp.visualization.report import Finding, drawing, make_tile, write_report
+from crp.visualization.report import Finding, drawing, make_tile, picture_drawing, write_report
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
@@ -229,13 +229,13 @@ def test_no_picture_is_stored_twice_and_all_files_are_used(fv, atlas):
 
 def test_a_second_report_draws_nothing_and_changes_nothing(fv, atlas, monkeypatch):
     before = files(atlas)
-    monkeypatch.setattr(drawing.Drawer, "_draw", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(picture_drawing.PictureDrawer, "_draw", lambda *_: pytest.fail("drawn again"))
     report(fv, atlas)
     assert files(atlas) == before
 
 
 def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):
-    draw, left = drawing.Drawer._draw, [2]
+    draw, left = picture_drawing.PictureDrawer._draw, [2]
 
     def fail_later(self, rows):
         left[0] -= 1
@@ -244,14 +244,16 @@ def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):
         return draw(self, rows)
 
     with monkeypatch.context() as context:
-        context.setattr(drawing.Drawer, "_draw", fail_later)
-        context.setattr(drawing, "_TOGETHER", 2)
+        context.setattr(picture_drawing.PictureDrawer, "_draw", fail_later)
+        context.setattr(picture_drawing, "_TOGETHER", 2)
         with pytest.raises(KeyboardInterrupt):
             report(fv, tmp_path / "out")
     there = set(files(tmp_path / "out"))
     assert any(name.startswith("maps/") for name in there)
     drawn = []
-    monkeypatch.setattr(drawing.Drawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows))
+    monkeypatch.setattr(
+        picture_drawing.PictureDrawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows)
+    )
     report(fv, tmp_path / "out")
     assert not any(
         Addresses(["first", "second"]).concept_maps(row.layer, row.concept) in there for row in drawn if row.layer

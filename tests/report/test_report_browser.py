@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import pytest
-from browser import find_browser
+from browser import CONTRAST, find_browser, visit_all
 from feature_net import Images, mined
 from kept_cases import keep_everything
 from zennit.composites import EpsilonPlus
@@ -18,31 +17,6 @@ from crp.visualization.table.store import Table
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
 
 NAMES = ["apple", "<script>alert(1)</script> pear", "plum"]
-#: Contrast of every text with what is behind it, by the formula of WCAG 2.
-CONTRAST = """
-(() => {
-  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
-  const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data]; };
-  const light = (c) => c.slice(0, 3).map((v) => v / 255)
-    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-    if (rgb(c)[3] > 0) return c; } return getComputedStyle(document.documentElement).colorScheme && "Canvas"; };
-  const found = [];
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) {
-    const e = walk.currentNode.parentElement;
-    const hidden = ["SCRIPT", "STYLE", "NOSCRIPT"].includes(e.tagName) || !e.checkVisibility();
-    if (hidden || !walk.currentNode.data.trim()) continue;
-    const svg = e.closest("svg");
-    const one = light(rgb(getComputedStyle(e)[svg ? "fill" : "color"])), other = light(rgb(behind(e)));
-    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.tagName}: ${walk.currentNode.data.trim().slice(0, 40)}`);
-  }
-  return found;
-})()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +43,8 @@ def single(fv, tmp_path_factory) -> Path:
     return write_report(fv, EpsilonPlus(), tmp_path_factory.mktemp("single") / "atlas.html", **options(fv))
 
 
-def pages(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.html"))
-
-
 def test_every_page_is_whole_and_asks_only_for_its_own_folder(browser, atlas):
-    seen = set()
-    for page in pages(atlas):
-        browser.resize(1280)
-        browser.open(page.as_uri())
-        assert browser.errors == [], page
-        for address in browser.requests:
-            path = Path(unquote(urlparse(address).path))
-            assert address.startswith("file:") and path.is_relative_to(atlas) and path.is_file(), (page, address)
-        links = browser.evaluate(
-            "[...document.querySelectorAll('a[href], image[href]')].map(a => a.href.baseVal ?? a.href)"
-        )
-        for link in links:
-            target = (page.parent / unquote(urlparse(link).path)).resolve()
-            assert not link.strip() or target.is_file(), (page, link)
-            seen.add(target)
-        assert browser.evaluate("document.querySelectorAll('main h1').length") == 1
-        assert browser.evaluate("[...document.images].every(one => one.hasAttribute('alt'))")
-    assert set(pages(atlas)) - seen - {atlas / "search.html"} == set(), "every page can be reached"
+    visit_all(browser, atlas)
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -150,6 +103,7 @@ def test_masked_shows_the_relevant_part_and_whitens_the_rest(browser, tmp_path):
     tile = {"picture": "p.png", "maps": "m.png", "cell": 1, "cells": 2, "href": "", "crop": (0, 0, 1), "alt": "a"}
     shown = {
         "trail": [],
+        "lead": "",
         "suspects": [{"here": tile, "others": [], "href": "", "label": "", "score": "", "reason": ""}],
     }
     shown["suspects"][0] |= {"class_name": "", "class_href": ""}

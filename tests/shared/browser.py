@@ -10,8 +10,35 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+#: Contrast of every text with what is behind it, by the formula of WCAG 2.
+CONTRAST = """
+(() => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+  const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = (c) => c.slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+    if (rgb(c)[3] > 0) return c; } return getComputedStyle(document.documentElement).colorScheme && "Canvas"; };
+  const found = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement;
+    const hidden = ["SCRIPT", "STYLE", "NOSCRIPT"].includes(e.tagName) || !e.checkVisibility();
+    if (hidden || !walk.currentNode.data.trim()) continue;
+    const svg = e.closest("svg");
+    const one = light(rgb(getComputedStyle(e)[svg ? "fill" : "color"])), other = light(rgb(behind(e)));
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${e.tagName}: ${walk.currentNode.data.trim().slice(0, 40)}`);
+  }
+  return found;
+})()
+"""
 
 
 def find_browser() -> str | None:
@@ -122,3 +149,25 @@ class Browser:
         elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning"):
             self.errors.append(str(parameters["args"]))
         return message
+
+
+def visit_all(browser: Browser, atlas: Path) -> None:
+    """Open all pages of an atlas: no errors, no request but to its own folder, and links from each to each that is."""
+    pages, seen = sorted(atlas.rglob("*.html")), set()
+    browser.resize(1280)
+    for page in pages:
+        browser.open(page.as_uri())
+        assert browser.errors == [], page
+        for address in browser.requests:
+            path = Path(unquote(urlparse(address).path))
+            assert address.startswith("file:") and path.is_relative_to(atlas) and path.is_file(), (page, address)
+        links = browser.evaluate(
+            "[...document.querySelectorAll('a[href], image[href]')].map(a => a.href.baseVal ?? a.href)"
+        )
+        for link in links:
+            target = (page.parent / unquote(urlparse(link).path)).resolve()
+            assert not link.strip() or target.is_file(), (page, link)
+            seen.add(target)
+        assert browser.evaluate("document.querySelectorAll('main h1').length") == 1
+        assert browser.evaluate("[...document.images].every(one => one.hasAttribute('alt'))")
+    assert set(pages) - seen - {atlas / "search.html"} == set(), "every page can be reached"

@@ -115,6 +115,11 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         raise InputError(
             f"targets={targets!r} needs an output of shape ({asked.n_samples}, classes), not {shape}; " + instead
         )
+    if output.is_complex() or not output.shape[1]:
+        raise InputError(
+            f"targets={targets!r} needs scores of classes that are real numbers, not {output.dtype} of shape "
+            f"{tuple(output.shape)}"
+        )
     if targets == "all":
         return [list(range(output.shape[1]))] * n_samples
     found = _TOP.fullmatch(targets)

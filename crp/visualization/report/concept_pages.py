@@ -13,8 +13,9 @@ from crp.visualization.report.drawing import Drawn
 from crp.visualization.report.facts import BINS, Histograms, Reference
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.kept import context_histograms
-from crp.visualization.report.pages import CLASSES, FEW, WHOLE, Atlas, Shown
+from crp.visualization.report.pages import CLASSES, FEW, Atlas
 from crp.visualization.report.render import percent
+from crp.visualization.report.tiles import AnyShown
 
 #: Edges of a concept's graph on either side.
 EDGES = 5
@@ -81,7 +82,7 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
             for one in atlas.suspects
             if (one.layer, one.concept) == (layer, concept)
         ]
-        + ([] if rows else ["It is relevant for no sample, so there are no references."])
+        + ([] if rows else [f"It is relevant for no {atlas.drawer.sample_word}, so there are no references."])
         + atlas.notes(layer),
         "rows": rows,
         "classes": classes,
@@ -101,7 +102,7 @@ def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
     atlas.renderer.page(atlas.addresses.concept(layer, concept), "concept.html", title, page=page)
 
 
-def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[Shown], str, str]]:
+def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[AnyShown], str, str]]:
     """Headings with the tiles of references, a note on each, and the form of the pictures."""
     rows, place, chosen = [], 0, atlas.cells[layer, concept]
     notes = (
@@ -118,7 +119,8 @@ def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[
         place += len(references)
         tiles = [one for one in found if one is not None]
         if heading == "Most relevant" and references and references[0].value < 0:
-            note = "Its relevance is negative everywhere: these are the samples in which it speaks least against."
+            words = f"{atlas.drawer.sample_word}s"
+            note = f"Its relevance is negative everywhere: these are the {words} in which it speaks least against."
         if tiles:
             # (masked pictures show what speaks for a class alone)
             rows.append((heading, tiles, note, "as-overlay" if heading == "Most negative" else "free"))
@@ -127,19 +129,20 @@ def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[
 
 def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tuple[int, float]]]) -> None:
     """Render the page of a sample; ``best`` are its concepts with the largest shares, by layer."""
-    whole = atlas.whole(sample)
-    if whole is None:
+    address, drawer = Addresses.sample_maps(sample, target), atlas.drawer
+    known = drawer.known(address)
+    if not known:
         return
     layers = list(atlas.facts)
     top = layers[-1]
-    known = atlas.drawer.facts(whole.maps)
+    name = f"{atlas.sample_names[sample]}, {atlas.class_name(target)}"
     concepts: list[dict[str, Any]] = []
     largest = max((share for _, share in best.get(top, [])), default=0.0) or 1.0
     for cell, ((concept, share), drawn) in enumerate(zip(best.get(top, []), known[1:], strict=False), start=1):
         concepts.append(
             {
-                "here": whole._replace(cell=cell, crop=drawn.crop, href=atlas.addresses.concept(top, concept)),
-                "apart": whole._replace(cell=cell + len(known) - 1, crop=WHOLE, href=""),
+                "here": drawer.whole(address, cell, name)._replace(href=atlas.addresses.concept(top, concept)),
+                "apart": drawer.apart(address, cell, name),
                 "label": atlas.label(top, concept),
                 "href": atlas.addresses.concept(top, concept),
                 "share": share,
@@ -171,11 +174,11 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         said += f" {len(concepts)} concepts of {top} carry {percent(part)} of the relevance there."
     page = {
         "trail": [("Atlas", "index.html"), (label, _class_address(atlas, target)), (atlas.sample_names[sample], "")],
-        "title": f"Why {label}?",
+        "title": f"Why {label}?" if target >= 0 else "What it sees",
         "name": atlas.sample_names[sample],
         "prediction": _prediction(atlas, sample, first),
         "lead": said,
-        "whole": whole._replace(href=""),
+        "whole": drawer.whole(address, 0, name),
         "concepts": concepts,
         "layers": lists,
         "graph": _graph_of_sample(atlas, target, concepts, layers) if concepts else None,
@@ -211,7 +214,7 @@ def _value(atlas: Atlas, value: float, relevance: bool) -> str:
 
 def _lead(atlas: Atlas, layer: str, concept: int, order: Sequence[int]) -> str:
     facts = atlas.facts[layer]
-    text = f"Carries {percent(float(facts.mean[concept]))} of the relevance of an average sample"
+    text = f"Carries {percent(float(facts.mean[concept]))} of the relevance of an average {atlas.drawer.sample_word}"
     best = [row for row in order[:2] if facts.shares.value[row, concept] > 0]
     if not best:
         return text + "."
@@ -335,6 +338,6 @@ def _graph_of_sample(
     return draw_columns(nodes, edges, (45, 165, 285), 330)
 
 
-def _tile(atlas: Atlas, layer: str, concept: int) -> Shown | None:
+def _tile(atlas: Atlas, layer: str, concept: int) -> AnyShown | None:
     tiles = atlas.best(layer, concept)
     return tiles[0] if tiles else None

@@ -1,56 +1,36 @@
-"""What a report takes from the model: pictures of samples, heatmaps of concepts, and what happens without a concept.
+"""What a report takes from the model: heatmaps of samples and concepts, and what happens without a concept.
 
 Everything drawn is a file in the report's folder with a key of what it depends on. A file whose key is still right is
-not drawn again, so that an interrupted report goes on, and a table that has grown costs what is new in it.
+not drawn again, so that an interrupted report goes on, and a table that has grown costs what is new in it. How pictures
+and texts are drawn is in files of their own; pages know them by what is here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections import OrderedDict
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.concepts import mask_of
-from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.references import predict_without
 from crp.visualization.report.addresses import Addresses
-from crp.visualization.report.maps import crop_of, encode_maps, read_facts, shrunk, square_map
-from crp.visualization.report.options import ReportOptions, check_image
+from crp.visualization.report.options import ReportOptions
+from crp.visualization.report.suspects import Suspect
+from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.files import write_atomic
-from crp.visualization.table.manifest import Array
+from crp.visualization.table.store import Table
 
-#: Samples that are kept in memory.
-_KEPT = 256
 #: Concepts below that are kept of each.
 _BELOW = 5
-#: Files that are drawn together.
-_TOGETHER = 64
-#: Side up to which pictures are stored without loss.
-_SMALL = 64
 #: Classes of a prediction that are kept.
 _TOP = 4
-#: What files of heatmaps hold; those of another version are drawn again.
-_VERSION = 2
-
-
-class HeatmapFile(NamedTuple):
-    """A file of heatmaps to draw: its address, what it depends on, and a row for each heatmap."""
-
-    address: str
-    key: str
-    rows: list[Row]
 
 
 class Row(NamedTuple):
@@ -62,13 +42,21 @@ class Row(NamedTuple):
     concept: int = 0
 
 
+class HeatmapFile(NamedTuple):
+    """A file of heatmaps to draw: its address, what it depends on, and a row for each heatmap."""
+
+    address: str
+    key: str
+    rows: list[Row]
+
+
 class Drawn(NamedTuple):
     """What is known of a row once it is drawn.
 
     Attributes
     ----------
     crop : (left, top, side)
-        Shares of the longer side.
+        Shares of the longer side; of a text, all of it.
     below : list of (concept, share)
         Of the layer below, for a row through a concept.
     before, after : float or None
@@ -87,7 +75,7 @@ class Drawn(NamedTuple):
     top: Sequence[tuple[int, float]] = ()
 
 
-class Drawer:
+class Drawer(ABC):
     """Drawer of a report's files.
 
     Parameters
@@ -102,6 +90,14 @@ class Drawer:
     options : ReportOptions
     """
 
+    #: Whether samples are pictures, and what a sample and a target are called.
+    pictures = True
+    sample_word = "sample"
+    class_word = "classes"
+    #: What the page of suspects says about them, in full and in short.
+    about_suspects: str
+    suspects_in_short: str
+
     def __init__(
         self,
         fv: FeatureVisualization,
@@ -115,80 +111,110 @@ class Drawer:
         self.folder, self.identity = folder, identity
         #: Whether the scores of classes are logits of a softmax; those of pixels or boxes have no probability.
         self.exclusive = fv.attribution.exclusive
-        self.labels: dict[int, Any] = {}
-        self.smallest_side = 1 << 30
+        #: Addresses of all files that the pages need.
         self.used: set[str] = set()
-        self._data: OrderedDict[int, Tensor] = OrderedDict()
-        self._pictures: dict[int, str] = {}
+        self._rows: dict[str, list[Row]] = {}
+
+    # --- what is drawn
+
+    def files(self, wanted: Mapping[str, list[Row]], part: tuple[int, int]) -> list[HeatmapFile]:
+        """Files of the rows that pages ask for, each list by an address of its own; or part i of n of these files."""
+        self._rows |= wanted
+        return [self.job(address, rows) for address, rows in wanted.items()][part[0] :: part[1]]
+
+    @abstractmethod
+    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
+        """Draw what is missing, and yield each job when its file is there."""
+
+    def draw_mean(self, target: int, samples: Sequence[int]) -> None:  # noqa: B027  (texts have none)
+        """Draw the mean of some samples of a class, where there is one."""
+
+    # --- what pages show
+
+    @abstractmethod
+    def known(self, address: str) -> list[Drawn]:
+        """What is known of the rows that were asked for by an address; nothing where they are not drawn."""
+
+    @abstractmethod
+    def tile(self, address: str, place: int, alt: str, at: int | None = None) -> AnyShown:
+        """Row in a place, of those that were asked for by an address: what is relevant in it.
+
+        ``at`` is where the concept is strongest.
+        """
+
+    @abstractmethod
+    def whole(self, address: str, place: int, alt: str) -> AnyShown:
+        """The same, as it is on the page of its sample."""
+
+    @abstractmethod
+    def apart(self, address: str, place: int, alt: str) -> AnyShown:
+        """What sets a concept apart: where a larger part of its relevance lies than of all relevance, the first row."""
+
+    def mean(self, target: int, alt: str) -> AnyShown | None:
+        """Mean of a class, where there is one."""
+        return None
+
+    @abstractmethod
+    def find_suspects(self, table: Table, targets: Sequence[int]) -> list[Suspect]:
+        """Concepts that may be shortcuts, most suspicious first."""
+
+    @property
+    def pixelated(self) -> bool:
+        """Whether pictures are smaller than on the screen."""
+        return False
+
+    def missing(self, table: Table) -> list[tuple[str, str]]:
+        """What pages do not show of this table, and why."""
+        found = []
+        if "activation" not in table.modes:
+            found.append(("Most active references", "activations were not mined"))
+        if "sum" not in table.kinds:
+            found.append(
+                ("Most negative references", "the table keeps the largest value among positions, and no sum over them")
+            )
+        return found
+
+    def has_labels(self, table: Table) -> bool:
+        """Whether labels are of the classes that are predicted, so that both can be compared."""
+        return True
+
+    def class_name(self, target: int, names: Mapping[int, str]) -> str:
+        """How a class is called."""
+        return names.get(target, str(target) if target >= 0 else "no class")
+
+    def found_by(self, sample: int, name: str) -> str:
+        """What the search finds a sample by."""
+        return name
+
+    # --- what both kinds share
 
     def job(self, address: str, rows: Sequence[Row]) -> HeatmapFile:
         """File of heatmaps, with the key of all it depends on."""
-        below = [self._below_of(row.layer) for row in rows]
-        content = [_VERSION, self.identity, self.options.map_size, self.options.picture_size, below, rows]
-        content += [] if self.exclusive else ["scores"]
         self.used.add(address)
-        return HeatmapFile(address, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32], list(rows))
+        return HeatmapFile(address, self._key(rows), list(rows))
 
-    def is_drawn(self, job: HeatmapFile) -> bool:
-        """Whether the file is there, of the same content, and with it the picture that it names."""
-        facts = read_facts(self.folder / job.address) or {}
-        if facts.get("key") != job.key:
-            return False
-        if "picture" not in facts:
-            return True
-        if not (self.folder / facts["picture"]).is_file():
-            return False
-        self._keep(job, facts)
-        return True
+    def _key(self, rows: Sequence[Row]) -> str:
+        content = [*self._settings(), [self.below_of(row.layer) for row in rows], rows]
+        content += [] if self.exclusive else ["scores"]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
-    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
-        """Draw what is missing, and yield each job when its file is there."""
-        for start in range(0, len(jobs), _TOGETHER):
-            waiting = []
-            for job in jobs[start : start + _TOGETHER]:
-                if self.is_drawn(job):
-                    yield job
-                else:
-                    waiting.append(job)
-            yield from self._draw_together(waiting)
+    @abstractmethod
+    def _settings(self) -> list[Any]:
+        """What all heatmaps depend on: the version of the file, the identity, and sizes."""
 
-    def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
-        """Draw some jobs; rows of one layer are attributed together, whosever they are."""
-        places = [(number, place, row) for number, job in enumerate(jobs) for place, row in enumerate(job.rows)]
-        places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
-        found: list[dict[int, tuple[Array, Drawn]]] = [{} for _ in jobs]
-        for alike in _batches(places, self.options.batch_size):
-            for (number, place, _), drawn in zip(alike, self._draw_rows([row for *_, row in alike]), strict=True):
-                found[number][place] = drawn
-                if len(found[number]) == len(jobs[number].rows):
-                    self._write(jobs[number], [found[number][i] for i in range(len(found[number]))])
-                    found[number].clear()
-                    yield jobs[number]
+    def below_of(self, layer: str | None) -> str | None:
+        """The layer below; None of the first one, and of a row through all concepts."""
+        place = 0 if layer is None else self.layers.index(layer)
+        return self.layers[place - 1] if place else None
 
-    def _draw_rows(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
-        """Draw rows of one layer; those of samples of one shape together."""
-        places: dict[tuple[int, ...], list[int]] = {}
-        for place, row in enumerate(rows):
-            places.setdefault(tuple(self.data(row.sample).shape), []).append(place)
-        found: dict[int, tuple[Array, Drawn]] = {}
-        for of_shape in places.values():
-            found |= dict(zip(of_shape, self._draw([rows[place] for place in of_shape]), strict=True))
-        return [found[place] for place in range(len(rows))]
-
-    def write_mean(self, job: HeatmapFile, heatmap: Array, picture: tuple[bytes, str]) -> None:
-        """Write the mean heatmap of a class, and the mean picture that the file names."""
-        facts = {"key": job.key, "picture": self.store(*picture), "n": len(job.rows)}
-        self._write_file(job, [square_map(heatmap, self.options.map_size)], facts)
-
-    def facts(self, address: str) -> list[Drawn]:
-        """What is known of the rows of a file; nothing where it is not drawn."""
-        return [Drawn(*row) for row in (read_facts(self.folder / address) or {}).get("rows", [])]
-
-    def picture(self, sample: int) -> str:
-        """Address of a sample's picture, which is written if it is not there."""
-        if sample not in self._pictures:
-            self._pictures[sample] = self.store(*picture_file(self.data(sample), self.options.picture_size))
-        return self._pictures[sample]
+    def shares(self, relevance: Tensor, layer: str) -> list[list[tuple[int, float]]]:
+        """Of each row of a layer's relevance, the concepts with the largest shares."""
+        values = self.fv.layer_map[layer].attribute(relevance, layer_name=layer, abs_norm=True)
+        found = values.detach().cpu().double().numpy()
+        best = np.argsort(-found, axis=1, kind="stable")[:, :_BELOW]
+        return [
+            [(c, round(float(found[i, c]), 4)) for c in row if found[i, c] > 0] for i, row in enumerate(best.tolist())
+        ]
 
     def store(self, content: bytes, suffix: str) -> str:
         """Write a picture unless one of the same content is there."""
@@ -199,119 +225,10 @@ class Drawer:
             write_atomic(self.folder / address, content)
         return address
 
-    def data(self, sample: int) -> Tensor:
-        """Sample as it is shown; its label is kept."""
-        if sample in self._data:
-            self._data.move_to_end(sample)
-            return self._data[sample]
-        data, label = self.fv.get_data_sample(sample, preprocessing=False)
-        self.labels[sample] = label
-        self._data[sample] = data[0].detach().cpu()
-        if len(self._data) > _KEPT:
-            self._data.popitem(last=False)
-        return self._data[sample]
-
-    def spaces(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Height and width of the layers that have them."""
-        data, _ = self.fv.get_data_sample(sample)
-        result = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0)
-        shapes = {layer: tuple(found.shape[2:]) for layer, found in result.activations.items()}
-        return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
-
-    def _draw(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
-        attribution, output = self.fv.attribution, self.fv.attribution.MODEL_OUTPUT_NAME
-        layer, targets = rows[0].layer, [row.target for row in rows]
-        started = any(target >= 0 for target in targets)
-        conditions: list[dict[str, Any]] = []
-        for row in rows:
-            condition: dict[str, Any] = {output: [row.target]} if started else {}
-            conditions.append(condition if layer is None else {**condition, layer: [row.concept]})
-        below = self._below_of(layer)
-        shown = [self.data(row.sample) for row in rows]
-        data = self.fv.preprocess_data(torch.stack(shown).to(self.fv.device)).detach()
-        result = attribution(
-            data,
-            conditions,
-            self.composite,
-            record_layer=[] if below is None else [below],
-            mask_map=mask_of(self.fv.layer_map[layer]) if layer else mask_of(next(iter(self.fv.layer_map.values()))),
-            start_layer=None if started or layer is None else layer,
-            exclude_parallel=started,
-        )
-        heatmaps = result.heatmap.detach().cpu().double()
-        for sample, heatmap in zip(shown, heatmaps, strict=True):
-            check_image(sample, heatmap)
-        lower = self._shares(result.relevances, below)
-        before, predicted = scores(result.prediction, targets)
-        if not self.exclusive:
-            before = [None] * len(rows)
-        after: list[float | None] = [None] * len(rows)
-        if layer is not None and started and self.exclusive:
-            after = self._without(data, rows, layer)
-        drawn = []
-        for i, heatmap in enumerate(heatmaps.numpy()):
-            facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
-            if layer is None and self.exclusive:
-                facts = facts._replace(top=_top_classes(result.prediction, i))
-            shares = heatmap / (np.abs(heatmap).sum() or 1.0)
-            drawn.append((shrunk(shares, self.options.map_size), facts))
-        return drawn
-
-    def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
-        """Scores of the targets when each row's concept is switched off."""
-        mask = mask_of(self.fv.layer_map[layer])
-        masks = [mask(i, [row.concept], layer) for i, row in enumerate(rows)]
-        prediction = predict_without(self.fv.attribution, data, layer, masks)
-        if prediction is None:
-            return [None] * len(rows)
-        return scores(prediction, [row.target for row in rows])[0]
-
-    def _shares(self, relevances: Mapping[str, Tensor], below: str | None) -> list[list[tuple[int, float]]]:
-        if below is None:
-            return []
-        values = self.fv.layer_map[below].attribute(relevances[below], layer_name=below, abs_norm=True)
-        found = values.detach().cpu().double().numpy()
-        best = np.argsort(-found, axis=1, kind="stable")[:, :_BELOW]
-        return [
-            [(c, round(float(found[i, c]), 4)) for c in row if found[i, c] > 0] for i, row in enumerate(best.tolist())
-        ]
-
-    def _below_of(self, layer: str | None) -> str | None:
-        place = 0 if layer is None else self.layers.index(layer)
-        return self.layers[place - 1] if place else None
-
-    def _keep(self, job: HeatmapFile, facts: Mapping[str, Any]) -> None:
-        """Remember the picture that a file of heatmaps names: that of its sample, or of a class."""
-        self.used.add(facts["picture"])
-        self.smallest_side = min(self.smallest_side, facts.get("side", self.smallest_side))
-        if "side" in facts:
-            self._pictures[job.rows[0].sample] = facts["picture"]
-
-    def _write(self, job: HeatmapFile, found: Sequence[tuple[Array, Drawn]]) -> None:
-        facts: dict[str, Any] = {"key": job.key, "rows": [drawn for _, drawn in found]}
-        if job.rows[0].layer is None:
-            sample = job.rows[0].sample
-            facts |= {"picture": self.picture(sample), "side": max(self.data(sample).shape[-2:])}
-            self._keep(job, facts)
-        maps = [one for one, _ in found]
-        if job.rows[0].layer is None:
-            # What sets a concept apart, h_k / Σ|h_k| - h / Σ|h|: where a larger part of its relevance lies than of all
-            # relevance. Heatmaps of one layer's concepts often look alike, and this is in what they differ.
-            maps += [one - maps[0] for one in maps[1:]]
-        self._write_file(job, [square_map(one, self.options.map_size) for one in maps], facts)
-
-    def _write_file(self, job: HeatmapFile, maps: Sequence[Array], facts: Mapping[str, Any]) -> None:
+    def _write_file(self, job: HeatmapFile, content: bytes) -> None:
         path = self.folder / job.address
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, encode_maps(maps, facts))
-
-
-def _batches(places: Sequence[tuple[int, int, Row]], size: int) -> Iterator[list[tuple[int, int, Row]]]:
-    """Neighbours with the same layer, all with a target or all without, at most ``size`` of them."""
-    for _, alike in groupby(places, key=lambda one: (one[2].layer, one[2].target < 0)):
-        rows = list(alike)
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+        write_atomic(path, content)
 
 
 def scores(prediction: Any, targets: Sequence[int]) -> tuple[list[float | None], list[int | None]]:
@@ -330,7 +247,7 @@ def scores(prediction: Any, targets: Sequence[int]) -> tuple[list[float | None],
     return [float(row[target]) if target >= 0 else None for row, target in zip(values, targets, strict=True)], predicted
 
 
-def _top_classes(prediction: Any, row: int) -> list[tuple[int, float]]:
+def top_classes(prediction: Any, row: int) -> list[tuple[int, float]]:
     """Most probable classes of a row, and their probabilities; nothing where the output is no classes."""
     if not isinstance(prediction, Tensor) or prediction.dim() != 2 or prediction.shape[1] < 2:
         return []
@@ -343,19 +260,3 @@ def _probabilities(prediction: Tensor) -> Tensor:
     whole = torch.ones(len(values), dtype=values.dtype)
     is_done = (values >= 0).all() and torch.allclose(values.sum(1), whole, atol=1e-4)
     return values if is_done else values.softmax(1)
-
-
-def picture_file(sample: Tensor, size: int) -> tuple[bytes, str]:
-    """Content of a picture's file, and its suffix: small ones without loss, others as WebP."""
-    picture = Image.fromarray((as_picture(sample) * 255).round().astype(np.uint8))
-    if max(picture.size) > size:
-        picture.thumbnail((size, size), Image.Resampling.LANCZOS)
-    grey = np.asarray(picture)
-    if (grey == grey[..., :1]).all():
-        picture = picture.convert("L")
-    buffer = io.BytesIO()
-    if max(picture.size) <= _SMALL:
-        picture.save(buffer, "PNG")
-        return buffer.getvalue(), "png"
-    picture.convert("RGB").save(buffer, "WEBP", quality=82, method=4)
-    return buffer.getvalue(), "webp"

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from crp.image.colours import resized
 from crp.image.forms import draw_masked
-from crp.visualization.report.drawing import picture_file
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.maps import crop_of, encode_maps, square_map
-from crp.visualization.report.pages import WHOLE, Shown
+from crp.visualization.report.picture_drawing import picture_file
 from crp.visualization.report.render import SingleRenderer, percent
+from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.manifest import Array
 

@@ -40,11 +40,12 @@ class Histograms(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A sample that stands for a concept."""
+    """A sample that stands for a concept, and where in it the concept is strongest."""
 
     sample: int
     target: int
     value: float
+    position: int
 
 
 class References(NamedTuple):
@@ -127,10 +128,10 @@ def _listed(best: ReferenceSamples | None, concept: int, n: int) -> list[Referen
     if best is None:
         return []
     found: dict[int, Reference] = {}
-    columns = (best.sample, best.target, best.value)
-    for sample, target, value in zip(*(column[:, concept].tolist() for column in columns), strict=True):
-        if value != 0 and sample not in found:
-            found[sample] = Reference(sample, target, value)
+    columns = (best.sample, best.target, best.value, best.position)
+    for one in map(Reference, *(column[:, concept].tolist() for column in columns)):
+        if one.value != 0:
+            found.setdefault(one.sample, one)
     return list(found.values())[:n]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import Finding
-from crp.visualization.report.pages import FEW, Atlas, Shown
+from crp.visualization.report.pages import FEW, Atlas
 from crp.visualization.report.render import percent
+from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.store import Table
 from crp.wording import first_few
 
@@ -21,21 +22,18 @@ SUSPECTS, PICTURED = 7, 60
 def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[str, Any]]) -> None:
     """Render the overview; ``kept`` are links to what is kept beside the table."""
     coverage = table.coverage()
-    missing = sum(stop - start for start, stop in coverage.missing)
-    seen = table.n_samples - missing
-    ranges = first_few([f"{start} to {stop - 1}" for start, stop in coverage.missing], 20, "ranges")
-    notes = [] if not missing else [f"{missing} of {table.n_samples} samples were not mined yet: {ranges}."]
-    if any(mark.startswith("(") for mark in table.header.probes.values()):
-        notes.append("The data differs from reading to reading: what is shown is not exactly what was mined.")
-    if table.header.recipe.get("mixed_shapes"):
-        notes.append("Samples are of several shapes, so that places cannot be compared: no suspects were looked for.")
-    notes += atlas.kept.notes
+    seen = table.n_samples - sum(stop - start for start, stop in coverage.missing)
+    word = atlas.drawer.sample_word
     n_concepts = sum(one.n_concepts for one in atlas.facts.values())
     layers = []
     for layer in reversed(list(atlas.facts)):
         mean = atlas.facts[layer].mean
         order = np.argsort(-mean, kind="stable")[: 2 * FEW].tolist()
-        tiles = [tile for concept in order for tile in atlas.best(layer, concept)]
+        tiles = [
+            tile._replace(value=str(concept), lines=[(percent(float(mean[concept])), "")])
+            for concept in order[: 2 * FEW if atlas.drawer.pictures else FEW]
+            for tile in atlas.best(layer, concept)
+        ]
         address = atlas.addresses.layer(layer)
         layers.append({"name": layer, "href": address, "n": atlas.facts[layer].n_concepts, "tiles": tiles})
     fv = atlas.drawer.fv
@@ -45,13 +43,17 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
         "lead": atlas.options.lead,
         "findings": [finding_of(one, atlas.addresses, atlas.drawer.store) for one in atlas.options.findings],
         "figures": [
-            (f"{len(atlas.class_names)}", "classes"),
+            (f"{len(atlas.class_names)}", atlas.drawer.class_word),
             (f"{len(atlas.facts)}", "layers"),
             (f"{n_concepts}", "concepts"),
-            (f"{seen} of {table.n_samples}", "samples looked at"),
+            (f"{seen} of {table.n_samples}", f"{word}s looked at"),
         ],
-        "notes": notes,
+        "notes": _notes(atlas, table, seen),
         "suspects": _suspects(atlas),
+        "suspects_lead": atlas.drawer.suspects_in_short,
+        "class_word": atlas.drawer.class_word.capitalize(),
+        "sample_word": word,
+        "missing": atlas.drawer.missing(table),
         "kept": kept,
         "layers": layers,
         "classes": [
@@ -59,7 +61,7 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
         ],
         "provenance": [
             *_origin(table.header.recipe),
-            ("Samples", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped"),
+            (f"{word.capitalize()}s", f"{seen} of {table.n_samples} looked at, {len(coverage.skipped)} skipped"),
             ("Layers", ", ".join(atlas.facts)),
             ("References ranked by", ranked),
             ("Heatmaps by", composite),
@@ -72,6 +74,20 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
         "skipped": sorted(coverage.skipped.items()),
     }
     atlas.renderer.page("index.html", "index.html", atlas.options.title, page=page)
+
+
+def _notes(atlas: Atlas, table: Table, seen: int) -> list[str]:
+    """What is to be said of the table as a whole."""
+    notes = []
+    if missing := table.coverage().missing:
+        ranges = first_few([f"{start} to {stop - 1}" for start, stop in missing], 20, "ranges")
+        n, word = table.n_samples, atlas.drawer.sample_word
+        notes.append(f"{n - seen} of {n} {word}s were not mined yet: {ranges}.")
+    if any(mark.startswith("(") for mark in table.header.probes.values()):
+        notes.append("The data differs from reading to reading: what is shown is not exactly what was mined.")
+    if table.header.recipe.get("mixed_shapes") and atlas.drawer.pictures:
+        notes.append("Samples are of several shapes, so that places cannot be compared: no suspects were looked for.")
+    return [*notes, *atlas.kept.notes]
 
 
 def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -87,9 +103,9 @@ def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _class_tile(atlas: Atlas, target: int) -> Shown | None:
+def _class_tile(atlas: Atlas, target: int) -> AnyShown | None:
     """Picture of a class: the concept with the largest share in the highest layer, as it is in the class."""
-    if len(atlas.class_names) > PICTURED:
+    if len(atlas.class_names) > PICTURED or not atlas.drawer.pictures:
         return None
     layer = list(atlas.facts)[-1]
     shares = [atlas.facts[layer].share(target, concept) for concept in range(atlas.facts[layer].n_concepts)]
@@ -97,7 +113,7 @@ def _class_tile(atlas: Atlas, target: int) -> Shown | None:
     return tiles[0]._replace(href="") if tiles else None
 
 
-def _suspects(atlas: Atlas) -> list[Shown]:
+def _suspects(atlas: Atlas) -> list[AnyShown]:
     found = []
     for one in atlas.suspects[:SUSPECTS]:
         tiles = atlas.best(one.layer, one.concept, 1, one.target)

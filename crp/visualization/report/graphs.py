@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from crp.visualization.report.pages import Shown
+from crp.visualization.report.tiles import AnyShown
 
 #: Height of a row, place of the first node in it, and what is below the last.
 _ROW, _FIRST, _REST = 78, 33, 20
@@ -16,7 +16,7 @@ class DrawnNode(NamedTuple):
 
     label: str
     href: str = ""
-    tile: Shown | None = None
+    tile: AnyShown | None = None
     picture: str = ""
 
 
@@ -27,7 +27,7 @@ class _Placed(NamedTuple):
     y: float
     label: str
     href: str
-    tile: Shown | None
+    tile: AnyShown | None
     picture: str
 
 

@@ -18,8 +18,9 @@ from crp.visualization.report.kept import (
     pairs_of,
     ways_of,
 )
-from crp.visualization.report.pages import CARDS, FEW, Atlas, Shown
+from crp.visualization.report.pages import CARDS, FEW, Atlas
 from crp.visualization.report.render import percent
+from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.derived import KeptResult
 
 #: Texts on the page of meanings, points in a drawing, and colours of clusters.
@@ -257,11 +258,11 @@ def _link(atlas: Atlas, kept: KeptResult, name: str, note: str, of_class: int | 
     return {"name": name, "layer": kept.layer, "href": href, "note": note}
 
 
-def _sample(atlas: Atlas, sample: int) -> Shown | None:
+def _sample(atlas: Atlas, sample: int) -> AnyShown | None:
     return atlas.whole(sample) if sample in atlas.sample_rows else None
 
 
-def _samples(atlas: Atlas, samples: Iterable[int]) -> list[Shown]:
+def _samples(atlas: Atlas, samples: Iterable[int]) -> list[AnyShown]:
     return [tile for tile in (_sample(atlas, one) for one in samples) if tile is not None]
 
 

@@ -98,9 +98,9 @@ class ReportOptions:
         the former by default.
     n_negative : int, optional
         How many samples in which a concept's relevance is most negative are shown beside them, where it is negative at
-        all; half as many as ``n_references`` by default. Not of texts.
+        all; half as many as ``n_references`` by default.
     n_mean : int
-        How many samples of a class its mean heatmap is taken of, at most; 0 for none.
+        How many pictures of a class its mean heatmap is taken of, at most; 0 for none.
     n_sample_concepts : int
         How many concepts of the highest layer the page of a sample shows, with their heatmaps.
     n_maximized : int

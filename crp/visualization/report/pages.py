@@ -5,40 +5,26 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.class_pages import class_layers, class_page
-from crp.visualization.report.drawing import Drawer, Drawn, picture_file
+from crp.visualization.report.drawing import Drawer, Drawn
 from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
+from crp.visualization.report.picture_drawing import picture_file
 from crp.visualization.report.render import Renderer, percent
 from crp.visualization.report.search import write_search
 from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
+from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.manifest import Array
 
 #: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
 CARDS, CLASSES, SAMPLES, FEW = 240, 12, 24, 5
-WHOLE = (0.0, 0.0, 1.0)
-
-
-class Shown(NamedTuple):
-    """A tile of a page: picture, its cell in a file of heatmaps, link, what is written below, and its crop."""
-
-    picture: str
-    maps: str
-    cell: int
-    cells: int
-    href: str
-    value: str
-    lines: list[tuple[str, str]]
-    alt: str
-    crop: tuple[float, float, float]
 
 
 @dataclass
@@ -89,7 +75,6 @@ class Atlas:
     about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
     unexplained: Mapping[str, Unexplained] = field(default_factory=dict)
     _maximized: dict[tuple[str, int], Array] | None = None
-    drawn: dict[tuple[str, int], list[Drawn]] = field(default_factory=dict)
 
     # --- words
 
@@ -100,7 +85,7 @@ class Atlas:
 
     def class_name(self, target: int) -> str:
         """How a class is called."""
-        return self.class_names.get(target, str(target) if target >= 0 else "no class")
+        return self.drawer.class_name(target, self.class_names)
 
     def notes(self, layer: str) -> list[str]:
         """What is to be said of all concepts of a layer."""
@@ -136,31 +121,19 @@ class Atlas:
 
     def known(self, layer: str, concept: int) -> list[Drawn]:
         """What is known of these references."""
-        key = layer, concept
-        if key not in self.drawn:
-            self.drawn[key] = self.drawer.facts(self.addresses.concept_maps(layer, concept))
-        return self.drawn[key]
+        return self.drawer.known(self.addresses.concept_maps(layer, concept))
 
     def reference(
         self, layer: str, concept: int, place: int, one: Reference, value: str, href: str | None = None
-    ) -> Shown | None:
+    ) -> AnyShown | None:
         """Tile of a reference, whose heatmap is in a place of the concept's file; None where it is not drawn."""
         known = self.known(layer, concept)
         if place >= len(known):
             return None
-        facts = known[place]
-        lines = [*self.predicted(one.sample, one.target, facts), (self.sample_names[one.sample], "")]
-        return Shown(
-            self.drawer.picture(one.sample),
-            self.addresses.concept_maps(layer, concept),
-            place,
-            len(known),
-            Addresses.sample(one.sample) if href is None else href,
-            value,
-            lines,
-            f"{self.sample_names[one.sample]}, {self.class_name(one.target)}, where {layer} {concept} is relevant",
-            facts.crop,
-        )
+        lines = [*self.predicted(one.sample, one.target, known[place]), (self.sample_names[one.sample], "")]
+        alt = f"{self.sample_names[one.sample]}, {self.class_name(one.target)}, where {layer} {concept} is relevant"
+        tile = self.drawer.tile(self.addresses.concept_maps(layer, concept), place, alt, one.position)
+        return tile._replace(href=Addresses.sample(one.sample) if href is None else href, value=value, lines=lines)
 
     def predicted(self, sample: int, target: int, facts: Drawn) -> list[tuple[str, str]]:
         """Lines that tell the label and the prediction, in one where they agree; the class where there is no label."""
@@ -177,7 +150,7 @@ class Atlas:
             return [(f"\N{CHECK MARK} {word}", "ok")]
         return [*own, (f"\N{BALLOT X} {word}", "bad")]
 
-    def best(self, layer: str, concept: int, n: int = 1, target: int | None = None) -> list[Shown]:
+    def best(self, layer: str, concept: int, n: int = 1, target: int | None = None) -> list[AnyShown]:
         """Tiles of a concept's best references, which link to the concept; those of a class first."""
         relevant = list(enumerate(self.cells[layer, concept].relevant))
         relevant.sort(key=lambda one: target is not None and one[1].target != target)
@@ -187,7 +160,7 @@ class Atlas:
 
     def card(
         self, layer: str, concept: int, value: str, lines: list[tuple[str, str]], target: int | None = None
-    ) -> Shown | None:
+    ) -> AnyShown | None:
         """Tile of a concept with its name; None where it has no references."""
         tiles = self.best(layer, concept, target=target)
         return tiles[0]._replace(value=value, lines=lines) if tiles else None
@@ -201,7 +174,7 @@ class Atlas:
         for target in self.class_names:
             self._write_class(target)
         self._write_suspects()
-        names = {sample: self.sample_names[sample] for sample in self.sample_rows}
+        names = {sample: self.drawer.found_by(sample, self.sample_names[sample]) for sample in self.sample_rows}
         write_search(
             self.renderer, self.addresses, self.facts, self.class_names, names, self.options.concept_names,
             self.kept.texts(),
@@ -264,11 +237,11 @@ class Atlas:
             if one.target == target
         ]
         wrong = sum(any(kind == "bad" for _, kind in one.lines) for one in samples)
-        page = class_page(self.facts, self.class_names, target, "samples") | {
+        page = class_page(self.facts, self.class_names, target, f"{self.drawer.sample_word}s") | {
             "layers": layers,
             "samples": samples[:SAMPLES],
             "samples_note": f"Those among the references, wrong predictions first ({wrong} of {len(samples)}).",
-            "mean": self._mean(target),
+            "mean": self.drawer.mean(target, f"mean over samples of {self.class_name(target)}"),
             "suspects": suspects[:FEW],
             "kept": self._kept_of(target),
         }
@@ -291,38 +264,23 @@ class Atlas:
                 )
         return found
 
-    def _samples_of(self, target: int) -> list[Shown]:
+    def _samples_of(self, target: int) -> list[AnyShown]:
         found = []
         for sample, of in self.sample_rows.items():
             if of == target and (one := self.whole(sample)) is not None:
                 found.append(one)
         return sorted(found, key=lambda one: not any(kind == "bad" for _, kind in one.lines))
 
-    def whole(self, sample: int) -> Shown | None:
+    def whole(self, sample: int) -> AnyShown | None:
         """Tile of a sample with all its relevance."""
         target = self.sample_rows[sample]
         address = Addresses.sample_maps(sample, target)
-        known = self.drawer.facts(address)
+        known = self.drawer.known(address)
         if not known:
             return None
-        first = known[0]
-        lines = [*self.predicted(sample, target, first), (self.sample_names[sample], "")]
-        name = f"{self.sample_names[sample]}, {self.class_name(target)}"
-        href = Addresses.sample(sample)
-        # (the whole heatmap, those of its concepts, and what sets each apart)
-        cells = 2 * len(known) - 1
-        return Shown(self.drawer.picture(sample), address, 0, cells, href, "", lines, name, first.crop)
-
-    def _mean(self, target: int) -> Shown | None:
-        from crp.visualization.report.maps import read_facts
-
-        address = Addresses.label_maps(target)
-        facts = read_facts(self.drawer.folder / address)
-        if facts is None:
-            return None
-        lines = [(f"mean over {facts['n']} samples", "")]
-        alt = f"mean over samples of {self.class_name(target)}"
-        return Shown(facts["picture"], address, 0, 1, "", "", lines, alt, WHOLE)
+        lines = [*self.predicted(sample, target, known[0]), (self.sample_names[sample], "")]
+        tile = self.drawer.tile(address, 0, f"{self.sample_names[sample]}, {self.class_name(target)}")
+        return tile._replace(href=Addresses.sample(sample), lines=lines)
 
     def _write_suspects(self) -> None:
         shown = []
@@ -341,5 +299,6 @@ class Atlas:
                         "reason": one.reason,
                     }
                 )
-        page = {"trail": [("Atlas", "index.html"), ("Suspects", "")], "suspects": shown}
+        trail = [("Atlas", "index.html"), ("Suspects", "")]
+        page = {"trail": trail, "lead": self.drawer.about_suspects, "suspects": shown}
         self.renderer.page("suspects.html", "suspects.html", "Suspects — concept atlas", page=page)

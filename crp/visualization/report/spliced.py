@@ -12,6 +12,7 @@ from crp.concepts.spliced import spliced_parts
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.render import percent
 from crp.visualization.table.store import Table
+from crp.visualization.text_references import read_text
 
 #: Rows of the table that the error is measured on, evenly chosen.
 _ROWS = 32
@@ -58,8 +59,11 @@ def unexplained_of(
             continue
         error, whole, of_error, of_code = 0.0, 0.0, 0.0, 0.0
         for sample, target in pairs:  # (one at a time: samples may differ in shape)
-            data = fv.get_data_sample(sample)[0]
-            condition = {fv.attribution.MODEL_OUTPUT_NAME: target}
+            name, asked = fv.attribution.MODEL_OUTPUT_NAME, None
+            if fv.texts is not None:
+                asked = read_text(fv.dataset, sample, fv.device)
+            data = fv.get_data_sample(sample)[0] if asked is None else asked.data
+            condition = {name: target} if asked is None else asked.condition(name, 0, [target])
             result = fv.attribution(data, [condition], composite, [parts.error, parts.decoder])
             missed, explained = (result.activations[name].detach().double() for name in (parts.error, parts.decoder))
             error += float(missed.square().sum())

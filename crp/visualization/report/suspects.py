@@ -8,22 +8,28 @@ rows is added up on a coarse grid, each row at the place of its maximum. The sco
 - how much more is known of its place than of that of all else in its layer, in nats: the Kullback-Leibler divergence of
   the two distributions over the grid;
 - the share of the class's rows that hold none of its relevance, at least `LEAST`: a mark may be on all of them.
+
+Texts have no place in common. There, a mark is a word: relevance is added up by the word at its maximum, and what
+counts is how much more of it lies on one word, against all others, than of all else in the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from crp.visualization.table.manifest import Array
+from crp.image.texts import readable
+from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.store import Table
 
 #: Parts of a side of the grid.
 GRID = 4
 #: No more numbers than this are held; with more, concepts are looked at for all classes together.
 _LARGEST = 64_000_000
+#: Words of texts that have a cell of their own, at least.
+_FEWEST_WORDS = 256
 LEAST = 0.1
 #: A class with fewer rows than this shows nothing.
 FEWEST = 5
@@ -93,58 +99,174 @@ def find_suspects(
     KeyError
         If a layer was not mined.
     """
-    found: list[Suspect] = []
     if table.header.recipe.get("mixed_shapes"):
-        return found
-    kind = "sum" if "sum" in table.kinds else table.kinds[0]
+        return []
+    found: list[Suspect] = []
     for layer, (height, width) in spaces.items():
-        concepts = table.n_concepts(layer)
         grid = min(GRID, height), min(GRID, width)
-        if grid == (1, 1):
-            continue
-        apart = len(targets) * concepts * grid[0] * grid[1] <= _LARGEST
-        known = np.asarray(sorted(targets) if apart else [-1])
-        held = np.zeros((len(known), concepts, grid[0] * grid[1]))
-        square, rows, share = np.zeros(held.shape[:2]), np.zeros(len(known)), np.zeros(held.shape[:2])
-        for block in table.blocks(layer, "relevance", kind, normed=True):
-            row, column = block.position // width, block.position % width
-            cell = (row * grid[0] // height).clip(0, grid[0] - 1) * grid[1] + column * grid[1] // width
-            weight = np.clip(block.value, 0, None).astype(np.float64)
-            of = np.searchsorted(known, block.target) if apart else np.zeros(len(block.target), np.int64)
-            inside = np.isin(block.target, known) if apart else np.ones(len(block.target), bool)
-            for i in np.unique(of[inside]):
-                mine = inside & (of == i)
-                flat = (cell[mine] + np.arange(concepts) * held.shape[2]).ravel()
-                held[i] += np.bincount(flat, weight[mine].ravel(), held[i].size).reshape(held[i].shape)
-                square[i] += (weight[mine] ** 2).sum(0)
-                share[i] += block.value[mine].sum(0)
-                rows[i] += mine.sum()
-        found += _of_layer(layer, known, held, square, rows, share, grid)
+        if grid != (1, 1):
+            found += _in_layer(table, layer, targets, _parts_of_pictures(height, width, grid))
+    return _first(found, n)
+
+
+def find_text_suspects(
+    table: Table,
+    layers: Sequence[str],
+    targets: Sequence[int],
+    ids_of: Callable[[int], Array],
+    word_of: Callable[[int], str],
+    n: int = 60,
+) -> list[Suspect]:
+    """Concepts of a table of texts that may be shortcuts, most suspicious first.
+
+    Parameters
+    ----------
+    table : Table
+    layers : sequence of str
+        Those that hold values of single tokens.
+    targets : sequence of int
+        Classes, or tokens that are predicted.
+    ids_of : callable
+        Ids of the tokens of a sample, of shape (tokens,). It is asked for every sample that has rows.
+    word_of : callable
+        What an id stands for.
+    n : int
+        How many, at most; none with less than a tenth of the first one's score.
+
+    Returns
+    -------
+    list of Suspect
+        Empty where no class has `FEWEST` rows.
+
+    Raises
+    ------
+    KeyError
+        If a layer was not mined.
+    """
+    rows = table.rows()
+    samples = np.unique(rows.sample)
+    ids = [ids_of(sample) for sample in samples.tolist()]
+    ends = np.cumsum([len(one) for one in ids])
+    starts = dict(zip(samples.tolist(), [0, *ends.tolist()], strict=False))
+    tokens, of_place = np.unique(np.concatenate([np.zeros(0, np.int64), *ids]), return_inverse=True)
+    common = np.argsort(-np.bincount(of_place.ravel(), minlength=len(tokens)), kind="stable")
+    n_classes = max(1, sum(int((rows.target == target).sum()) >= FEWEST for target in set(targets)))
+    found: list[Suspect] = []
+    for layer in layers if len(samples) else ():
+        # (words that are too rare for a cell of their own share the last one)
+        n_words = min(len(tokens), max(_FEWEST_WORDS, _LARGEST // (8 * n_classes * table.n_concepts(layer))))
+        cell_of_token = np.full(len(tokens), n_words)
+        cell_of_token[common[:n_words]] = np.arange(n_words)
+        cells = cell_of_token[of_place.ravel()]
+
+        def cell(block: Block, cells: Array = cells) -> Array:
+            first = np.array([starts[sample] for sample in block.sample.tolist()])
+            found: Array = cells[first[:, None] + block.position]
+            return found
+
+        def name(cell: int) -> str:
+            return f"on the word {readable(word_of(int(tokens[common[cell]])))!r}"
+
+        found += _in_layer(table, layer, targets, _Cells(n_words + 1, cell, name, alone=True))
+    return _first(found, n)
+
+
+class _Cells(NamedTuple):
+    """Where relevance may lie.
+
+    Attributes
+    ----------
+    n : int
+        Number of cells.
+    of : callable
+        Cells of a block's values, of shape (rows, concepts).
+    name : callable
+        What a cell is called.
+    alone : bool
+        Whether what counts is one cell against all others, of which the last stands for no place.
+    """
+
+    n: int
+    of: Callable[[Block], Array]
+    name: Callable[[int], str]
+    alone: bool = False
+
+
+def _parts_of_pictures(height: int, width: int, grid: tuple[int, int]) -> _Cells:
+    def cell(block: Block) -> Array:
+        row, column = block.position // width, block.position % width
+        place: Array = (row * grid[0] // height).clip(0, grid[0] - 1) * grid[1] + column * grid[1] // width
+        return place
+
+    return _Cells(grid[0] * grid[1], cell, lambda place: _words(place, grid))
+
+
+def _first(found: list[Suspect], n: int) -> list[Suspect]:
     found.sort(key=lambda one: (-one.score, one.layer, one.concept))
     return [one for one in found[:n] if one.score >= found[0].score / 10]
 
 
+def _in_layer(table: Table, layer: str, targets: Sequence[int], cells: _Cells) -> list[Suspect]:
+    """Suspects of a layer. Where classes are too many to be kept apart, they are looked at together."""
+    concepts, all_rows = table.n_concepts(layer), table.rows()
+    known = np.asarray(sorted(target for target in targets if (all_rows.target == target).sum() >= FEWEST), np.int64)
+    if not len(known):
+        return []
+    if not (apart := len(known) * concepts * cells.n <= _LARGEST):
+        known = np.asarray([-1])
+    held = np.zeros((len(known), concepts, cells.n))
+    everything = np.zeros(cells.n)
+    square, rows, share = np.zeros(held.shape[:2]), np.zeros(len(known)), np.zeros(held.shape[:2])
+    kind = "sum" if "sum" in table.kinds else table.kinds[0]
+    for block in table.blocks(layer, "relevance", kind, normed=True):
+        inside = np.isin(block.target, np.asarray(targets))
+        cell, value, target = cells.of(block)[inside], block.value[inside], block.target[inside]
+        weight = np.clip(value, 0, None).astype(np.float64)
+        everything += np.bincount(cell.ravel(), weight.ravel(), cells.n)
+        of = np.zeros(len(target), np.int64)
+        if apart:
+            of = np.where(np.isin(target, known), np.searchsorted(known, target), -1)
+        for i in np.unique(of[of >= 0]):
+            mine = of == i
+            np.add.at(held[i], (np.arange(concepts), cell[mine]), weight[mine])
+            square[i] += (weight[mine] ** 2).sum(0)
+            share[i] += value[mine].sum(0)
+            rows[i] += mine.sum()
+    return _of_layer(layer, known, held, everything, square, rows, share, cells)
+
+
 def _of_layer(
-    layer: str, known: Array, held: Array, square: Array, rows: Array, share: Array, grid: tuple[int, int]
+    layer: str, known: Array, held: Array, everything: Array, square: Array, rows: Array, share: Array, cells: _Cells
 ) -> list[Suspect]:
     found = []
-    everything = held.sum((0, 1))
     for i in np.flatnonzero(rows >= FEWEST):
         total = held[i].sum(1, keepdims=True)
         of_concept = held[i] / np.where(total > 0, total, 1)
         rest = np.clip(everything - held[i], 0, None)
         # (a small share for each part, so that a part where nothing else is looked at is not infinitely surprising)
         of_layer = rest / np.where(rest.sum(1, keepdims=True) > 0, rest.sum(1, keepdims=True), 1) + 1e-3
-        known_better = of_concept * np.log(np.where(of_concept > 0, of_concept, 1) / of_layer)
+        known_better = _divergence(of_concept, of_layer)
+        best = known_better.argmax(1)
+        whole = known_better.sum(1)
+        if cells.alone:
+            known_better += np.where(of_concept > of_layer, _divergence(1 - of_concept, np.clip(1 - of_layer, 0, 1)), 0)
+            best = known_better[:, :-1].argmax(1)
+            whole = known_better[np.arange(len(best)), best]
         part = share[i] / rows[i]
         effective = total[:, 0] ** 2 / np.where(square[i] > 0, square[i], 1) / rows[i]
-        score = np.clip(part, 0, None) * np.clip(known_better.sum(1), 0, None) * np.clip(1 - effective, LEAST, 1)
+        score = np.clip(part, 0, None) * np.clip(whole, 0, None) * np.clip(1 - effective, LEAST, 1)
         for concept in np.argsort(-score, kind="stable")[:20].tolist():
-            place = int(known_better[concept].argmax())
+            place = int(best[concept])
             if score[concept] > 0:
-                figures = of_concept[concept, place], of_layer[concept, place], _words(place, grid), effective[concept]
+                figures = of_concept[concept, place], of_layer[concept, place], cells.name(place), effective[concept]
                 found.append(Suspect(layer, concept, int(known[i]), score[concept], part[concept], *figures))
     return found
+
+
+def _divergence(one: Array, other: Array) -> Array:
+    """What each part adds to the Kullback-Leibler divergence of two distributions, in nats."""
+    result: Array = one * np.log(np.where(one > 0, one, 1) / np.where(other > 0, other, 1))
+    return result
 
 
 def _words(cell: int, grid: tuple[int, int]) -> str:

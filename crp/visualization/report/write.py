@@ -15,17 +15,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.errors import InputError, NameNotFoundError, OutOfRangeError
-from crp.image.colours import as_picture
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
-from crp.visualization.report.drawing import Drawer, Row, picture_file
+from crp.visualization.report.drawing import Row
 from crp.visualization.report.facts import LayerFacts, References, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
@@ -34,11 +32,10 @@ from crp.visualization.report.kept_pages import write_kept
 from crp.visualization.report.options import Finding, ReportKeywords, ReportOptions, Tile
 from crp.visualization.report.options import make_tile as make_tile
 from crp.visualization.report.pages import Atlas
+from crp.visualization.report.picture_drawing import PictureDrawer
 from crp.visualization.report.render import Renderer, SingleRenderer
 from crp.visualization.report.spliced import unexplained_of
-from crp.visualization.report.suspects import find_suspects
-from crp.visualization.report.text_atlas import TextAtlas
-from crp.visualization.report.text_pages import write_texts
+from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
@@ -115,35 +112,32 @@ def _write(
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
     check_can_be_shown(fv, options.n_maximized)
-    if fv.texts is not None:
-        return _write_texts(fv, composite, table, layers, {t: names[t] for t in shown}, folder, file, options)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
     facts = {layer: get_facts(table, layer, questions, options.counts) for layer in tqdm(layers, desc="Table", **bar)}
     cells = _cells(facts, options.counts)
     identity = _identity(table, composite)
-    drawer = Drawer(fv, composite, layers, folder, identity, options)
+    drawer = (PictureDrawer if fv.texts is None else TextDrawer)(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
-    spaces = drawer.spaces(int(table.rows().sample[0]))
-    suspects = find_suspects(table, spaces, targets)
+    suspects = drawer.find_suspects(table, targets)
     kept = _maximize(fv, table, facts, shown, options)
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
-    file_names, labels, predictions = _about_samples(table, fv.dataset, samples)
+    file_names, labels, predictions = _about_samples(table, fv.dataset, samples, drawer.sample_word)
     if not drawer.exclusive:
         predictions = {sample: (predicted, 0.0) for sample, (predicted, _) in predictions.items()}
     atlas = Atlas(
         drawer=drawer,
-        renderer=Renderer(folder, "", False),
+        renderer=Renderer(folder, "", False, drawer.pictures),
         options=options,
         addresses=addresses,
         facts=facts,
         cells=cells,
         suspects=suspects,
-        class_names={target: names[target] for target in shown},
+        class_names={target: drawer.class_name(target, names) for target in shown},
         sample_rows=samples,
         sample_names=file_names,
-        labels=labels,
+        labels=labels if drawer.has_labels(table) else {},
         predictions=predictions,
         kept=kept,
     )
@@ -153,47 +147,16 @@ def _write(
         return folder
     atlas.unexplained = unexplained_of(fv, composite, table, layers)
     footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
-    pixelated = drawer.smallest_side <= 64
+    look = footer, drawer.pixelated
     atlas.renderer = (
-        Renderer(folder, footer, pixelated)
+        Renderer(folder, *look, drawer.pictures)
         if file is None
-        else SingleRenderer(folder, footer, pixelated, file, options.title)
+        else SingleRenderer(folder, *look, file, options.title, drawer.pictures)
     )
     _render(atlas, table, composite, best, bar)
     first = atlas.renderer.finish()
     if file is None:
         remove_others(folder, atlas.renderer.written | drawer.used)
-    return first
-
-
-def _write_texts(
-    fv: FeatureVisualization,
-    composite: Composite | None,
-    table: Table,
-    layers: Sequence[str],
-    names: Mapping[int, str],
-    folder: Path,
-    file: Path | None,
-    options: ReportOptions,
-) -> Path:
-    questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
-    counts = options.counts | {"negative": 0}
-    facts = {layer: get_facts(table, layer, questions, counts) for layer in layers}
-    identity = _identity(table, composite)
-    atlas = TextAtlas(fv, composite, facts, _cells(facts, counts), names, options, folder, identity)
-    best = _best_of_samples(table, layers, atlas.samples)
-    atlas.draw(best, disable=not options.verbose, dynamic_ncols=True)
-    if options.part is not None:
-        return folder
-    footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
-    renderer = (
-        Renderer(folder, footer, False, pictures=False)
-        if file is None
-        else SingleRenderer(folder, footer, False, file, options.title, pictures=False)
-    )
-    first = write_texts(atlas, renderer, table, _description(composite), best)
-    if file is None:
-        remove_others(folder, renderer.written | atlas.used)
     return first
 
 
@@ -226,50 +189,25 @@ def _draw(
 ) -> None:
     """Draw the heatmaps and pictures that are missing."""
     drawer, options, addresses = atlas.drawer, atlas.options, atlas.addresses
-    jobs = []
+    wanted = {}
     for layer, concept in atlas.cells:
-        rows = [Row(sample, target, layer, concept) for sample, target in atlas.rows(layer, concept)]
-        if rows:
-            jobs.append(drawer.job(addresses.concept_maps(layer, concept), rows))
+        if rows := [Row(sample, target, layer, concept) for sample, target in atlas.rows(layer, concept)]:
+            wanted[addresses.concept_maps(layer, concept)] = rows
     top = list(atlas.facts)[-1]
     for sample, target in atlas.sample_rows.items():
         conditioned = [Row(sample, target, top, c) for c, _ in best[sample].get(top, [])[: options.n_sample_concepts]]
-        jobs.append(drawer.job(Addresses.sample_maps(sample, target), [Row(sample, target), *conditioned]))
+        wanted[Addresses.sample_maps(sample, target)] = [Row(sample, target), *conditioned]
     part, n_parts = options.part or (0, 1)
-    jobs = jobs[part::n_parts]
+    jobs = drawer.files(wanted, (part, n_parts))
     # (rows of one layer stand together, so that they are drawn together)
     for _ in tqdm(drawer.draw(jobs), total=len(jobs), desc="Heatmaps", **bar):
         pass
-    if options.n_mean:
+    if options.n_mean and drawer.pictures:
         rows_of_table = table.rows()
         for target in tqdm(list(atlas.class_names)[part::n_parts], desc="Classes", **bar):
             samples = rows_of_table.sample[rows_of_table.target == target]
             chosen = samples[np.linspace(0, len(samples) - 1, min(options.n_mean, len(samples))).round().astype(int)]
-            _draw_mean(drawer, target, chosen.tolist())
-
-
-def _draw_mean(drawer: Drawer, target: int, samples: Sequence[int]) -> None:
-    """Mean of a class: of the images, and of the heatmaps, which all have the same weight."""
-    job = drawer.job(Addresses.label_maps(target), [Row(sample, target) for sample in samples])
-    if drawer.is_drawn(job):
-        return
-    fv, image, heat = drawer.fv, None, None
-    for start in range(0, len(samples), drawer.options.batch_size):
-        data = [drawer.data(sample) for sample in samples[start : start + drawer.options.batch_size]]
-        if len({one.shape for one in data}) > 1 or (image is not None and image.shape != data[0].shape):
-            return  # pictures of several sizes have no mean
-        stacked = fv.preprocess_data(torch.stack(data).to(fv.device)).detach()
-        found = fv.attribution(stacked, [{fv.attribution.MODEL_OUTPUT_NAME: [target]}], drawer.composite).heatmap
-        found = found.detach().cpu().double()
-        total = found.abs().flatten(1).sum(1).clamp(min=torch.finfo(found.dtype).tiny)
-        part = (found / total.reshape(-1, *[1] * (found.dim() - 1))).sum(0)
-        heat = part if heat is None else heat + part
-        shown = torch.stack([torch.from_numpy(as_picture(one)).permute(2, 0, 1) for one in data]).sum(0)
-        image = shown if image is None else image + shown
-    if image is None or heat is None:
-        return
-    shown = (image / len(samples)).clamp(0, 1)
-    drawer.write_mean(job, heat.numpy(), picture_file(shown, drawer.options.picture_size))
+            drawer.draw_mean(target, chosen.tolist())
 
 
 def _render(
@@ -291,6 +229,8 @@ def _render(
 
 def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:
     """Layers to show, in the order of the model."""
+    if "relevance" not in table.modes:
+        raise InputError(f"an atlas shows relevance, and {table.path} has {', '.join(table.modes)} alone; mine it, too")
     for layer in layers or ():
         table.n_concepts(layer)  # raises where it was not mined
     chosen = [layer for layer in table.layers if layers is None or layer in layers]
@@ -350,7 +290,7 @@ def _best_of_samples(
 
 
 def _about_samples(
-    table: Table, dataset: Any, samples: Iterable[int]
+    table: Table, dataset: Any, samples: Iterable[int], word: str
 ) -> tuple[dict[int, str], dict[int, int], dict[int, tuple[int, float]]]:
     """What samples are called, by file where it is told; labels that are one class; and predictions."""
     columns = table.samples()
@@ -362,7 +302,7 @@ def _about_samples(
         name = columns.source[row]
         if not name and isinstance(files, Sequence) and isinstance(files[sample], tuple | list):
             name = "/".join(Path(str(files[sample][0])).parts[-2:])
-        names[sample] = name or f"sample {sample}"
+        names[sample] = name or f"{word} {sample}"
         if isinstance(columns.label[row], int):
             labels[sample] = columns.label[row]
         if columns.prediction[row] >= 0:

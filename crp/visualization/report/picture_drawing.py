@@ -1,0 +1,293 @@
+"""Drawer of pictures: files of heatmaps side by side, and each picture once."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from crp.concepts import mask_of
+from crp.image.colours import as_picture
+from crp.visualization.references import predict_without
+from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row, scores, top_classes
+from crp.visualization.report.maps import crop_of, encode_maps, read_facts, shrunk, square_map
+from crp.visualization.report.options import check_image
+from crp.visualization.report.suspects import Suspect, find_suspects
+from crp.visualization.report.tiles import WHOLE, Shown
+from crp.visualization.table.manifest import Array
+from crp.visualization.table.store import Table
+
+#: Samples that are kept in memory.
+_KEPT = 256
+#: Files that are drawn together.
+_TOGETHER = 64
+#: Side up to which pictures are stored without loss.
+_SMALL = 64
+#: What files of heatmaps hold; those of another version are drawn again.
+_VERSION = 2
+
+
+class PictureDrawer(Drawer):
+    """Drawer of a dataset of pictures."""
+
+    about_suspects = (
+        "A concept of the depicted thing is on every picture of its class and moves with it. A mark, a watermark or a "
+        "tag is on some of them, always in one place, where little else is looked at. The figure is the product of the "
+        "concept's share in the class, of how much better its place is known than that of all else in its layer (in "
+        "nats), and of the share of samples without it. It is a reason to look, not a proof."
+    )
+    suspects_in_short = "Concepts whose relevance stays in one place, on some samples of a class: look at these first."
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._smallest_side = 1 << 30
+        self._known: dict[str, list[Drawn]] = {}
+        self._data: OrderedDict[int, Tensor] = OrderedDict()
+        self._pictures: dict[int, str] = {}
+
+    def is_drawn(self, job: HeatmapFile) -> bool:
+        """Whether the file is there, of the same content, and with it the picture that it names."""
+        facts = read_facts(self.folder / job.address) or {}
+        if facts.get("key") != job.key:
+            return False
+        if "picture" not in facts:
+            return True
+        if not (self.folder / facts["picture"]).is_file():
+            return False
+        self._keep(job, facts)
+        return True
+
+    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
+        """Draw what is missing, and yield each job when its file is there."""
+        for start in range(0, len(jobs), _TOGETHER):
+            waiting = []
+            for job in jobs[start : start + _TOGETHER]:
+                if self.is_drawn(job):
+                    yield job
+                else:
+                    waiting.append(job)
+            yield from self._draw_together(waiting)
+
+    def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
+        """Draw some jobs; rows of one layer are attributed together, whosever they are."""
+        places = [(number, place, row) for number, job in enumerate(jobs) for place, row in enumerate(job.rows)]
+        places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
+        found: list[dict[int, tuple[Array, Drawn]]] = [{} for _ in jobs]
+        for alike in _batches(places, self.options.batch_size):
+            for (number, place, _), drawn in zip(alike, self._draw_rows([row for *_, row in alike]), strict=True):
+                found[number][place] = drawn
+                if len(found[number]) == len(jobs[number].rows):
+                    self._write(jobs[number], [found[number][i] for i in range(len(found[number]))])
+                    found[number].clear()
+                    yield jobs[number]
+
+    def _draw_rows(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
+        """Draw rows of one layer; those of samples of one shape together."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(tuple(self.data(row.sample).shape), []).append(place)
+        found: dict[int, tuple[Array, Drawn]] = {}
+        for of_shape in places.values():
+            found |= dict(zip(of_shape, self._draw([rows[place] for place in of_shape]), strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def draw_mean(self, target: int, samples: Sequence[int]) -> None:
+        """Draw the mean of a class: of the images, and of the heatmaps, which all have the same weight."""
+        job = self.job(Addresses.label_maps(target), [Row(sample, target) for sample in samples])
+        if self.is_drawn(job):
+            return
+        fv, image, heat = self.fv, None, None
+        for start in range(0, len(samples), self.options.batch_size):
+            data = [self.data(sample) for sample in samples[start : start + self.options.batch_size]]
+            if len({one.shape for one in data}) > 1 or (image is not None and image.shape != data[0].shape):
+                return  # pictures of several sizes have no mean
+            stacked = fv.preprocess_data(torch.stack(data).to(fv.device)).detach()
+            found = fv.attribution(stacked, [{fv.attribution.MODEL_OUTPUT_NAME: [target]}], self.composite).heatmap
+            found = found.detach().cpu().double()
+            total = found.abs().flatten(1).sum(1).clamp(min=torch.finfo(found.dtype).tiny)
+            part = (found / total.reshape(-1, *[1] * (found.dim() - 1))).sum(0)
+            heat = part if heat is None else heat + part
+            shown = torch.stack([torch.from_numpy(as_picture(one)).permute(2, 0, 1) for one in data]).sum(0)
+            image = shown if image is None else image + shown
+        if image is None or heat is None:
+            return
+        picture = picture_file((image / len(samples)).clamp(0, 1), self.options.picture_size)
+        facts = {"key": job.key, "picture": self.store(*picture), "n": len(job.rows)}
+        self._write_maps(job, [square_map(heat.numpy(), self.options.map_size)], facts)
+
+    # --- what pages show
+
+    def known(self, address: str) -> list[Drawn]:
+        """What is known of the rows of a file; nothing where it is not drawn."""
+        if address not in self._rows:
+            return []
+        if address not in self._known:
+            facts = read_facts(self.folder / address) or {}
+            self._known[address] = [Drawn(*row) for row in facts.get("rows", [])]
+        return self._known[address]
+
+    def tile(self, address: str, place: int, alt: str, at: int | None = None) -> Shown:
+        """Picture with the heatmap of a row."""
+        known, rows = self.known(address), self._rows[address]
+        # (the file of a sample holds the whole heatmap, those of its concepts, and what sets each apart)
+        cells = len(known) + (len(known) - 1 if rows[0].layer is None else 0)
+        return Shown(self.picture(rows[place].sample), address, place, cells, "", "", [], alt, known[place].crop)
+
+    def whole(self, address: str, place: int, alt: str) -> Shown:
+        """The same: a picture is always shown as a whole."""
+        return self.tile(address, place, alt)
+
+    def apart(self, address: str, place: int, alt: str) -> Shown:
+        """What sets a concept apart, in the picture."""
+        one = self.tile(address, place, alt)
+        return one._replace(cell=place + len(self.known(address)) - 1, crop=WHOLE)
+
+    def mean(self, target: int, alt: str) -> Shown | None:
+        """Mean of a class, with the number of its samples."""
+        address = Addresses.label_maps(target)
+        facts = read_facts(self.folder / address)
+        if facts is None:
+            return None
+        lines = [(f"mean over {facts['n']} samples", "")]
+        return Shown(facts["picture"], address, 0, 1, "", "", lines, alt, WHOLE)
+
+    @property
+    def pixelated(self) -> bool:
+        """Whether pictures are smaller than on the screen."""
+        return self._smallest_side <= _SMALL
+
+    def find_suspects(self, table: Table, targets: Sequence[int]) -> list[Suspect]:
+        """Concepts whose relevance stays in one place."""
+        return find_suspects(table, self._spaces(int(table.rows().sample[0])), targets)
+
+    # --- pictures
+
+    def picture(self, sample: int) -> str:
+        """Address of a sample's picture, which is written if it is not there."""
+        if sample not in self._pictures:
+            self._pictures[sample] = self.store(*picture_file(self.data(sample), self.options.picture_size))
+        return self._pictures[sample]
+
+    def data(self, sample: int) -> Tensor:
+        """Sample as it is shown."""
+        if sample in self._data:
+            self._data.move_to_end(sample)
+            return self._data[sample]
+        data, _ = self.fv.get_data_sample(sample, preprocessing=False)
+        self._data[sample] = data[0].detach().cpu()
+        if len(self._data) > _KEPT:
+            self._data.popitem(last=False)
+        return self._data[sample]
+
+    def _spaces(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Height and width of the layers that have them."""
+        data, _ = self.fv.get_data_sample(sample)
+        result = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0)
+        shapes = {layer: tuple(found.shape[2:]) for layer, found in result.activations.items()}
+        return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
+
+    def _draw(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
+        attribution, output = self.fv.attribution, self.fv.attribution.MODEL_OUTPUT_NAME
+        layer, targets = rows[0].layer, [row.target for row in rows]
+        started = any(target >= 0 for target in targets)
+        conditions: list[dict[str, Any]] = []
+        for row in rows:
+            condition: dict[str, Any] = {output: [row.target]} if started else {}
+            conditions.append(condition if layer is None else {**condition, layer: [row.concept]})
+        below = self.below_of(layer)
+        shown = [self.data(row.sample) for row in rows]
+        data = self.fv.preprocess_data(torch.stack(shown).to(self.fv.device)).detach()
+        result = attribution(
+            data,
+            conditions,
+            self.composite,
+            record_layer=[] if below is None else [below],
+            mask_map=mask_of(self.fv.layer_map[layer]) if layer else mask_of(next(iter(self.fv.layer_map.values()))),
+            start_layer=None if started or layer is None else layer,
+            exclude_parallel=started,
+        )
+        heatmaps = result.heatmap.detach().cpu().double()
+        for sample, heatmap in zip(shown, heatmaps, strict=True):
+            check_image(sample, heatmap)
+        lower = [] if below is None else self.shares(result.relevances[below], below)
+        before, predicted = scores(result.prediction, targets)
+        if not self.exclusive:
+            before = [None] * len(rows)
+        after: list[float | None] = [None] * len(rows)
+        if layer is not None and started and self.exclusive:
+            after = self._without(data, rows, layer)
+        drawn = []
+        for i, heatmap in enumerate(heatmaps.numpy()):
+            facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
+            if layer is None and self.exclusive:
+                facts = facts._replace(top=top_classes(result.prediction, i))
+            shares = heatmap / (np.abs(heatmap).sum() or 1.0)
+            drawn.append((shrunk(shares, self.options.map_size), facts))
+        return drawn
+
+    def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
+        """Scores of the targets when each row's concept is switched off."""
+        mask = mask_of(self.fv.layer_map[layer])
+        masks = [mask(i, [row.concept], layer) for i, row in enumerate(rows)]
+        prediction = predict_without(self.fv.attribution, data, layer, masks)
+        if prediction is None:
+            return [None] * len(rows)
+        return scores(prediction, [row.target for row in rows])[0]
+
+    def _keep(self, job: HeatmapFile, facts: Mapping[str, Any]) -> None:
+        """Remember the picture that a file of heatmaps names: that of its sample, or of a class."""
+        self.used.add(facts["picture"])
+        self._smallest_side = min(self._smallest_side, facts.get("side", self._smallest_side))
+        if "side" in facts:
+            self._pictures[job.rows[0].sample] = facts["picture"]
+
+    def _write(self, job: HeatmapFile, found: Sequence[tuple[Array, Drawn]]) -> None:
+        facts: dict[str, Any] = {"key": job.key, "rows": [drawn for _, drawn in found]}
+        if job.rows[0].layer is None:
+            sample = job.rows[0].sample
+            facts |= {"picture": self.picture(sample), "side": max(self.data(sample).shape[-2:])}
+            self._keep(job, facts)
+        maps = [one for one, _ in found]
+        if job.rows[0].layer is None:
+            # What sets a concept apart, h_k / Σ|h_k| - h / Σ|h|: where a larger part of its relevance lies than of all
+            # relevance. Heatmaps of one layer's concepts often look alike, and this is in what they differ.
+            maps += [one - maps[0] for one in maps[1:]]
+        self._write_maps(job, [square_map(one, self.options.map_size) for one in maps], facts)
+
+    def _write_maps(self, job: HeatmapFile, maps: Sequence[Array], facts: Mapping[str, Any]) -> None:
+        self._write_file(job, encode_maps(maps, facts))
+
+    def _settings(self) -> list[Any]:
+        return [_VERSION, self.identity, self.options.map_size, self.options.picture_size]
+
+
+def _batches(places: Sequence[tuple[int, int, Row]], size: int) -> Iterator[list[tuple[int, int, Row]]]:
+    """Neighbours with the same layer, all with a target or all without, at most ``size`` of them."""
+    for _, alike in groupby(places, key=lambda one: (one[2].layer, one[2].target < 0)):
+        rows = list(alike)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def picture_file(sample: Tensor, size: int) -> tuple[bytes, str]:
+    """Content of a picture's file, and its suffix: small ones without loss, others as WebP."""
+    picture = Image.fromarray((as_picture(sample) * 255).round().astype(np.uint8))
+    if max(picture.size) > size:
+        picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    grey = np.asarray(picture)
+    if (grey == grey[..., :1]).all():
+        picture = picture.convert("L")
+    buffer = io.BytesIO()
+    if max(picture.size) <= _SMALL:
+        picture.save(buffer, "PNG")
+        return buffer.getvalue(), "png"
+    picture.convert("RGB").save(buffer, "WEBP", quality=82, method=4)
+    return buffer.getvalue(), "webp"

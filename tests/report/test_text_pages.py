@@ -1,0 +1,307 @@
+"""What an atlas of texts shares with that of pictures: suspects, graph, references of all kinds, and going on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from report_cases import Parsed
+from text_cases import Letters, model_of, texts_of_ids
+from torch import Tensor, nn
+
+from crp.attribution import CondAttribution
+from crp.audit import audit_table, clusters, prototypes, save_audit, save_clusters
+from crp.composites import AttnLRP, EpsilonPlus
+from crp.concepts import AxisConcept
+from crp.outputs import Position
+from crp.visualization import FeatureVisualization, Table, Texts, write_report
+from crp.visualization.report.render import percent
+from crp.visualization.report.suspects import FEWEST, find_text_suspects
+from crp.visualization.report.text_drawing import TextDrawer
+from crp.visualization.table.ranking import top_k
+from crp.visualization.text_references import token_ids
+
+MARK = 9
+LOWER, UPPER = "transformer.h.0.ln_2", "transformer.h.1.ln_2"
+LAYERS = {LOWER: AxisConcept(-1), UPPER: AxisConcept(-1)}
+
+
+class Bag(nn.Module):
+    """Sum over the tokens of what each adds to four features. Feature 0 is the mark alone, and speaks for class 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.features = nn.ReLU()
+        self.pooled = nn.Identity()
+        self.out = nn.Linear(4, 3, bias=False)
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.rand(11, 4, generator=torch.Generator().manual_seed(0)))
+            self.embed.weight[:, 0] = 0
+            self.embed.weight[MARK] = torch.tensor([3.0, 0, 0, 0])
+            self.out.weight.copy_(torch.tensor([[1.0, 0.3, 0.3, 0.3], [0, 1, 0.2, 0.5], [0, 0.2, 1, 0.5]]))
+        self.double().eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found = self.features(self.embed(input_ids))
+        kept = found if attention_mask is None else found * attention_mask[..., None]
+        result: Tensor = self.out(self.pooled(kept.sum(1)))
+        return result
+
+
+def marked_texts(n: int = 60) -> list[dict[str, Any]]:
+    """Texts of letters, of three classes in turn; those of every sixth, of class 0, hold the mark somewhere."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for i in range(n):
+        ids = torch.randint(2, 9, (int(torch.randint(4, 9, (1,), generator=generator)),), generator=generator).tolist()
+        if i % 6 == 0:
+            ids.insert(int(torch.randint(0, len(ids), (1,), generator=generator)), MARK)
+        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "label": i % 3})
+    return found
+
+
+@pytest.fixture(scope="module")
+def bag(tmp_path_factory: pytest.TempPathFactory) -> FeatureVisualization:
+    layers = {"features": AxisConcept(-1), "pooled": AxisConcept(-1)}
+    texts = Texts(marked_texts(), Letters())
+    fv = FeatureVisualization(CondAttribution(Bag()), texts, layers, path=tmp_path_factory.mktemp("bag"))
+    fv.run(EpsilonPlus(), progress=False)
+    return fv
+
+
+@pytest.fixture(scope="module")
+def bag_atlas(bag: FeatureVisualization, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options: dict[str, Any] = {"verbose": False, "n_references": 4, "class_names": ["one", "two", "three"]}
+    return write_report(bag, EpsilonPlus(), tmp_path_factory.mktemp("atlas") / "out", **options).parent
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory: pytest.TempPathFactory) -> FeatureVisualization:
+    texts = Texts(texts_of_ids(14), Letters(), position=-1)
+    fv = FeatureVisualization(CondAttribution(model_of("gpt2")), texts, LAYERS, path=tmp_path_factory.mktemp("gpt"))
+    fv.run(AttnLRP(), targets="prediction", batch_size=6, progress=False)
+    return fv
+
+
+def written(fv: FeatureVisualization, path: Path, **options: Any) -> Path:
+    return write_report(fv, AttnLRP(), path, **{"n_references": 3, "verbose": False, **options}).parent
+
+
+@pytest.fixture(scope="module")
+def gpt_atlas(gpt: FeatureVisualization, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(gpt, tmp_path_factory.mktemp("atlas") / "out")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- suspects
+
+
+def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVisualization, bag_atlas: Path) -> None:
+    def ids_of(sample: int) -> np.ndarray[Any, Any]:
+        return token_ids(bag.dataset, sample)
+
+    assert bag.texts is not None
+    first = find_text_suspects(Table.open(bag.path), ["features"], [0, 1, 2], ids_of, bag.texts.word)[0]
+    assert (first.layer, first.concept, first.target, first.where) == ("features", 0, 0, "on the word 'h'")
+    assert first.inside == 1 and first.expected == pytest.approx(1e-3) and 0.4 < first.rows <= 0.5
+    # (the score: its share; how sure the word is, of which nothing else of the layer has any; and on how few texts)
+    assert first.score == pytest.approx(first.share * np.log(1 / 1e-3) * (1 - first.rows), rel=1e-3)
+    overview = Parsed(bag_atlas / "index.html").text
+    assert overview.index("features · 0") < overview.index("Layers") and "100% on the word 'h'" in overview
+    suspects = (bag_atlas / "suspects.html").read_text(encoding="utf-8")
+    section = suspects.partition('<section class="concept suspect">')[2].partition("</section>")[0]
+    assert 'href="concept/features/0.html"' in section and "one word on some of them" in suspects
+    assert re.search(r'class="p20 strongest">h</span>', section), "its text stands beside it, with the word underlined"
+    notes = Parsed(bag_atlas / "concept" / "features" / "0.html").text
+    assert f"Suspect for one: {first.reason}." in notes
+
+
+def test_rare_words_and_classes_name_no_suspects(bag: FeatureVisualization, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table.open(bag.path)
+
+    def suspects(**limits: int) -> list[tuple[int, str]]:
+        for name, limit in limits.items():
+            monkeypatch.setattr(f"crp.visualization.report.suspects.{name}", limit)
+        found = find_text_suspects(table, ["features"], [0, 1, 2], lambda i: token_ids(bag.dataset, i), str)
+        return [(one.target, one.where) for one in found]
+
+    assert suspects()[0] == (0, "on the word '9'")
+    assert suspects(_LARGEST=1, _FEWEST_WORDS=11)[0] == (-1, "on the word '9'"), "classes that are too many, together"
+    assert all("'9'" not in where for _, where in suspects(_FEWEST_WORDS=2)), "words beside the most frequent, as one"
+    assert suspects(FEWEST=FEWEST + 100) == []
+
+
+def test_layers_of_whole_texts_underline_no_token(bag_atlas: Path) -> None:
+    pages = [(bag_atlas / "concept" / layer / "0.html").read_text(encoding="utf-8") for layer in ("features", "pooled")]
+    references = [page.partition("Most relevant</h2>")[2].partition("Most active</h2>")[0] for page in pages]
+    assert [one.count("strongest") for one in references] == [4, 0] and [
+        one.count("<figure>") for one in references
+    ] == [4, 4]
+    overview = Parsed(bag_atlas / "index.html").text
+    assert "pooled: its values are of a whole text, so that no token is underlined" in overview
+    assert "tokens of different texts have no place in common" in overview
+
+
+# --- concepts
+
+
+def test_a_concept_is_switched_off_in_its_references(bag: FeatureVisualization, bag_atlas: Path) -> None:
+    model, best = bag.attribution.model, top_k(Table.open(bag.path), "features", k=4, normed=bag.RelMax.abs_norm)
+    before, after = [], []
+    for sample, target in zip(best.sample[:, 0].tolist(), best.target[:, 0].tolist(), strict=True):
+        values = model.features(model.embed(bag.dataset[sample][0][:1])).sum(1)
+        without = values * torch.tensor([0.0, 1, 1, 1])
+        before.append(model.out(values).softmax(1)[0, target].item())
+        after.append(model.out(without).softmax(1)[0, target].item())
+    wanted = f"{100 * np.mean(before):.1f} → {100 * np.mean(after):.1f}\N{NO-BREAK SPACE}%"
+    assert wanted in Parsed(bag_atlas / "concept" / "features" / "0.html").text
+
+
+def test_a_concept_has_references_of_all_kinds_and_histograms(gpt: FeatureVisualization, gpt_atlas: Path) -> None:
+    table, found = Table.open(gpt.path), 0
+    least = top_k(table, UPPER, normed=gpt.RelMax.abs_norm, k=2, least=True)
+    for concept in range(table.n_concepts(UPPER)):
+        page = (gpt_atlas / "concept" / UPPER / f"{concept}.html").read_text(encoding="utf-8")
+        text = Parsed(gpt_atlas / "concept" / UPPER / f"{concept}.html").text
+        assert "Most relevant" in text and "Most active" in text
+        assert "Relevance: histogram" in page and "Activation: histogram" in page
+        if "Most negative" in text:
+            found += 1
+            part = page.partition("Most negative</h2>")[2].partition("<h2>")[0]
+            shown = [int(one) for one in re.findall(r'href="\.\./\.\./sample/(\d+)\.html"', part)]
+            assert shown == least.sample[: len(shown), concept].tolist() and shown
+            assert percent(float(least.value[0, concept])) in part and re.search(r'class="n\d+', part)
+    assert found > 2
+
+
+def test_where_a_concept_is_most_active_its_own_activation_is_shown(gpt: FeatureVisualization, gpt_atlas: Path) -> None:
+    best = top_k(Table.open(gpt.path), UPPER, "activation", normed=gpt.ActMax.abs_norm, k=1)
+    for concept in (0, 3):
+        ids = gpt.dataset[int(best.sample[0, concept])][0][:1]
+        data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        mask = AxisConcept(-1).mask
+        heat = gpt.attribution(
+            data, [{UPPER: [concept]}], AttnLRP(), mask_map=mask, start_layer=UPPER, exclude_parallel=False
+        ).heatmap[0]
+        page = (gpt_atlas / "concept" / UPPER / f"{concept}.html").read_text(encoding="utf-8")
+        part = page.partition("Most active</h2>")[2].partition('<p class="text">')[2].partition("</p>")[0]
+        kinds = re.findall(r"<span(?: class=\"([^\"]*)\")?>", part)
+        steps = [round(20 * value) for value in (heat / heat.abs().max()).tolist()]
+        found = [re.match(r"([pn])(\d+)", kind) for kind in kinds]
+        assert [0 if one is None else int(one[2]) * (1 if one[1] == "p" else -1) for one in found] == steps
+
+
+def test_the_graph_tells_where_relevance_goes(gpt: FeatureVisualization, gpt_atlas: Path) -> None:
+    """The concepts below, by their shares of what flows through a concept of one text: as the engine gives them."""
+    text = min(int(page.stem) for page in (gpt_atlas / "sample").glob("*.html"))
+    ids = gpt.dataset[text][0][:1]
+    data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    target = int(gpt.attribution.model(**data).logits[0, -1].argmax())
+    page = (gpt_atlas / "sample" / f"{text}.html").read_text(encoding="utf-8")
+    first = int(re.search(rf'concept/{UPPER}/(\d+)\.html">{UPPER}', page)[1])  # type: ignore[index]
+    condition = {"y": Position(-1, target), UPPER: [first]}
+    masks = {layer: concept.mask for layer, concept in LAYERS.items()}
+    relevance = gpt.attribution(data, [condition], AttnLRP(), [LOWER], masks).relevances[LOWER]
+    shares = AxisConcept(-1).attribute(relevance, layer_name=LOWER, abs_norm=True)[0]
+    graph = page.partition('<svg class="graph"')[2].partition("</svg>")[0]
+    below = {int(one) for one in re.findall(rf"concept/{LOWER}/(\d+)\.html", graph)}
+    assert set(shares.topk(2).indices.tolist()) <= below and len(below) == 5
+    assert re.search(r'<text class="word"[^>]*>&#39;\w&#39;</text>', graph), "a node shows a word"
+    concept = Parsed(gpt_atlas / "concept" / UPPER / f"{first}.html").text
+    assert f"Right: concepts of {LOWER} to which it hands its own." in concept
+
+
+# --- what is kept, and going on
+
+
+def test_what_is_kept_beside_the_table_is_shown(gpt: FeatureVisualization, tmp_path: Path) -> None:
+    path = shutil.copytree(gpt.path, tmp_path / "mined")
+    table = Table.open(path)
+    targets, counts = np.unique(table.rows().target, return_counts=True)
+    of_class = int(targets[counts.argmax()])
+    found = prototypes(table, UPPER, (1, 2), classes=[of_class])
+    found.save(table)
+    save_audit(table, found, audit_table(table, found, k=3))
+    save_clusters(table, clusters(table, UPPER, of_class, n=2, n_neighbours=3), UPPER, of_class)
+    fv = FeatureVisualization(gpt.attribution, gpt.dataset, LAYERS, path=path)
+    folder = written(fv, tmp_path / "out", n_references=1)
+    for address in (f"prototypes/{UPPER}.html", f"audit/{UPPER}.html", f"clusters/{UPPER}/{of_class}.html"):
+        page = folder / address
+        assert f'href="{address}"' in (folder / "index.html").read_text(encoding="utf-8")
+        assert '<p class="text">' in page.read_text(encoding="utf-8")
+        for href in Parsed(page).all("href"):
+            assert href == "#main" or (page.parent / href).resolve().is_file(), href
+
+
+def test_an_interrupted_report_goes_on(
+    gpt: FeatureVisualization, gpt_atlas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, left, drawn = TextDrawer._draw_rows, [6], []
+
+    def stop_later(self: TextDrawer, *given: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        draw(self, *given)
+
+    def count(self: TextDrawer, asked: Any, rows: Any, places: Mapping[int, Any]) -> None:
+        drawn.extend(rows)
+        draw(self, asked, rows, places)
+
+    whole = contents(gpt_atlas)
+    with monkeypatch.context() as context:
+        context.setattr(TextDrawer, "_draw_rows", stop_later)
+        with pytest.raises(KeyboardInterrupt):
+            written(gpt, tmp_path / "out")
+    there = {int(path.stem) for path in (tmp_path / "out" / "maps" / "texts").glob("*.json")}
+    assert there
+    monkeypatch.setattr(TextDrawer, "_draw_rows", count)
+    assert contents(written(gpt, tmp_path / "out")) == whole
+    assert drawn and not there & {row.sample for row in drawn}
+    drawn.clear()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.html")}
+    assert contents(written(gpt, tmp_path / "out")) == whole and drawn == []
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.html")}
+
+
+def test_more_references_cost_what_is_new(
+    gpt: FeatureVisualization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, drawn = TextDrawer._draw_rows, []
+
+    def count(self: TextDrawer, asked: Any, rows: Any, places: Mapping[int, Any]) -> None:
+        drawn.extend(rows)
+        draw(self, asked, rows, places)
+
+    monkeypatch.setattr(TextDrawer, "_draw_rows", count)
+    written(gpt, tmp_path / "out", n_references=1)
+    first = set(drawn)
+    assert len(first) == len(drawn)
+    drawn.clear()
+    written(gpt, tmp_path / "out", n_references=3)
+    assert drawn and not first & set(drawn)
+
+
+def test_labels_are_compared_with_predictions_where_they_are_tokens(
+    gpt: FeatureVisualization, gpt_atlas: Path, tmp_path: Path
+) -> None:
+    assert "labels of these texts were not what was explained" in Parsed(gpt_atlas / "index.html").text
+    assert all("\N{BALLOT X}" not in page.read_text(encoding="utf-8") for page in gpt_atlas.rglob("*.html"))
+    texts = Texts(texts_of_ids(6), Letters(), position="each")
+    fv = FeatureVisualization(gpt.attribution, texts, {UPPER: AxisConcept(-1)}, path=tmp_path / "mined")
+    fv.run(AttnLRP(), progress=False)
+    folder = written(fv, tmp_path / "out", n_references=1, n_active=0)
+    assert "labels of these texts" not in Parsed(folder / "index.html").text
+    page = next(iter(sorted((folder / "sample").glob("*.html"))))
+    label = repr(texts.word(texts[int(page.stem)][1]))
+    assert re.search(rf"Predicted .*(as labelled|not {re.escape(label)})", Parsed(page).text)
