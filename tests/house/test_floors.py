@@ -54,7 +54,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2000,
     "demo": 900,
-    "engine": 4310,
+    "engine": 4330,
     "image": 1410,
     # (names of layers that mean what they are called with)
     "layers": 870,
