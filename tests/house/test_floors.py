@@ -52,7 +52,7 @@ BUDGETS = {
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
     "concept_graph": 190,
-    "concepts": 2000,
+    "concepts": 2020,
     "demo": 900,
     "engine": 4330,
     "image": 1410,
