@@ -16,10 +16,13 @@ counts is how much more of it lies on one word, against all others, than of all 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from crp.checks import check_number
+from crp.errors import InputTypeError
 from crp.image.texts import readable
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.store import Table
@@ -75,13 +78,13 @@ class Suspect(NamedTuple):
 
 
 def find_suspects(
-    table: Table, spaces: Mapping[str, Sequence[int]], targets: Sequence[int], n: int = 60
+    table: Table | str | Path, spaces: Mapping[str, Sequence[int]], targets: Sequence[int], n: int = 60
 ) -> list[Suspect]:
     """Concepts that may be shortcuts, most suspicious first.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     spaces : mapping of layer to (height, width)
         Of layers that have these axes, as they were when the table was mined.
     targets : sequence of int
@@ -99,6 +102,10 @@ def find_suspects(
     KeyError
         If a layer was not mined.
     """
+    table = Table.open(table)
+    check_number("n", n, 1, whole=True)
+    if not isinstance(spaces, Mapping):
+        raise InputTypeError(f"spaces must be given by layer, as in {{'features.3': (14, 14)}}, not {spaces!r}")
     if table.header.recipe.get("mixed_shapes"):
         return []
     found: list[Suspect] = []
@@ -110,7 +117,7 @@ def find_suspects(
 
 
 def find_text_suspects(
-    table: Table,
+    table: Table | str | Path,
     layers: Sequence[str],
     targets: Sequence[int],
     ids_of: Callable[[int], Array],
@@ -121,7 +128,7 @@ def find_text_suspects(
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     layers : sequence of str
         Those that hold values of single tokens.
     targets : sequence of int
@@ -143,6 +150,7 @@ def find_text_suspects(
     KeyError
         If a layer was not mined.
     """
+    table = Table.open(table)
     rows = table.rows()
     samples = np.unique(rows.sample)
     ids = [ids_of(sample) for sample in samples.tolist()]
