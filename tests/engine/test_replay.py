@@ -317,9 +317,13 @@ def test_modes_of_others_see_every_call(vgg_bn: nn.Module, images: Tensor) -> No
 
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)
+    plain = CondAttribution(vgg_bn)
+    plain.replay = False
+    with Counting() as usual:
+        plain(images, [{"y": [0]}], rules)
     with Counting() as mode:
         attribution(images, [{"y": [0]}], rules)
-    assert mode.n > 3 and count(attribution) == 2
+    assert mode.n == usual.n > 3 and count(attribution) == 2  # (not even a replay of which nothing is taken)
 
 
 def test_training_mode_is_warned_of_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
