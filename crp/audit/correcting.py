@@ -121,8 +121,8 @@ def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> I
     ------
     callable
         Function of an output of the model's last forward pass, such as the logits of the samples' labels, that gives
-        the mean over samples of :math:`(v \cdot \nabla_a y)^2`, with gradients summed over positions, and over the calls
-        of a layer that the model calls several times.
+        the mean over samples of :math:`(v \cdot \nabla_a y)^2`, with gradients summed over positions, and over all
+        calls of a layer that the model calls several times.
 
     Examples
     --------
