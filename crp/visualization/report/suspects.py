@@ -239,7 +239,7 @@ def _of_layer(
     layer: str, known: Array, held: Array, everything: Array, square: Array, rows: Array, share: Array, cells: _Cells
 ) -> list[Suspect]:
     found = []
-    for i in np.flatnonzero(rows >= FEWEST):
+    for i in range(len(known)):
         total = held[i].sum(1, keepdims=True)
         of_concept = held[i] / np.where(total > 0, total, 1)
         rest = np.clip(everything - held[i], 0, None)
