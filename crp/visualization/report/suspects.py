@@ -228,7 +228,11 @@ def _in_layer(table: Table, layer: str, targets: Sequence[int], cells: _Cells) -
             of = np.where(np.isin(target, known), np.searchsorted(known, target), -1)
         for i in np.unique(of[of >= 0]):
             mine = of == i
-            np.add.at(held[i], (np.arange(concepts), cell[mine]), weight[mine])
+            flat, size = (cell[mine] + np.arange(concepts) * cells.n).ravel(), held[i].size
+            if size <= flat.size:  # (which is the faster way, where all sums together are not many)
+                held[i] += np.bincount(flat, weight[mine].ravel(), size).reshape(held[i].shape)
+            else:
+                np.add.at(held[i].reshape(-1), flat, weight[mine].ravel())
             square[i] += (weight[mine] ** 2).sum(0)
             share[i] += value[mine].sum(0)
             rows[i] += mine.sum()
