@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from crp.attribution import CondAttribution
 from crp.audit import audit_table, clusters, prototypes, save_audit, save_clusters
 from crp.composites import AttnLRP, EpsilonPlus
-from crp.concepts import AxisConcept
+from crp.concepts import AxisConcept, splice
 from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
 from crp.visualization.report.render import percent
+from crp.visualization.report.spliced import unexplained_of
 from crp.visualization.report.suspects import FEWEST, find_text_suspects
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import top_k
@@ -356,3 +358,25 @@ def test_labels_are_compared_with_predictions_where_they_are_tokens(
     page = next(iter(sorted((folder / "sample").glob("*.html"))))
     label = repr(texts.word(texts[int(page.stem)][1]))
     assert re.search(rf"Predicted .*(as labelled|not {re.escape(label)})", Parsed(page).text)
+
+
+def test_pages_say_what_a_dictionary_of_a_text_model_leaves_out(tmp_path: Path) -> None:
+    keep = (torch.arange(8) < 3).double()
+    dictionary = SimpleNamespace(encode=lambda activation: activation * keep, decode=lambda latents: latents)
+    model, texts = model_of("gpt2"), Texts(texts_of_ids(6), Letters(), position=-1)
+    with splice(model, UPPER, dictionary, axis=-1) as names:
+        path = tmp_path / "mined"
+        fv = FeatureVisualization(CondAttribution(model), texts, {names.code: AxisConcept(-1)}, path=path)
+        fv.run(AttnLRP(), targets="prediction", progress=False)
+        ((_, found),) = unexplained_of(fv, AttnLRP(), Table.open(path), [names.code]).items()
+        folder = written(fv, tmp_path / "out", n_references=1)
+    missed, whole = torch.zeros(2), torch.zeros(2)
+    for ids, _ in texts:
+        data = {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])}
+        target = int(model(**data).logits[0, -1].argmax())
+        result = CondAttribution(model)(data, [{"y": Position(-1, target)}], AttnLRP(), [UPPER])
+        values = torch.stack([result.activations[UPPER].square(), result.relevances[UPPER].abs()]).detach()
+        missed += values[..., 3:].sum((1, 2, 3))
+        whole += values.sum((1, 2, 3))
+    assert (found.activation, found.relevance) == pytest.approx((missed / whole).tolist(), rel=1e-5)
+    assert found.sentence in Parsed(folder / "layer" / f"{names.code}.html").text
