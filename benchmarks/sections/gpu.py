@@ -396,11 +396,11 @@ def cases(device: str = "cuda") -> list[Case]:
                 attributions(single, goals, clock("cuda"), 9),
                 replays(single, PRESET, goals.single_replayed, clock("cuda")),
                 concepts(setup, goals.layer, goals.concepts, scale.n_concepts, scale.batch, clock("cuda")),
-                *([waiting(setup), *counts] if on_gpu else counts[-1:]),
-                host_time(setup, 5 * scale.batch),
                 attributions(setup, goals, clock("launches"), 1),
                 attributions(setup, goals, clock("cuda peak"), 1),
                 deviating(setup._replace(batch=4)),
+                host_time(setup, 5 * scale.batch),
+                *([waiting(setup), *counts] if on_gpu else counts[-1:]),
                 mining_of_peer(setup, scale.n_of_peer),
             ]
         )

@@ -29,7 +29,7 @@ from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.forward import tensor_in
-from crp.engine.inputs import Inputs, check_data
+from crp.engine.inputs import check_data
 from crp.errors import InputError, InputTypeError
 
 _Game = Literal["deletion", "preservation"]
@@ -189,8 +189,16 @@ class MeaningfulPerturbation:
             check_number(name, number, least)
         for name, count in (("levels", levels), ("jitter", jitter), ("steps", steps)):
             check_number(name, count, 1, whole=True)
-        if not isinstance(start, int | float | Tensor):
+        if isinstance(start, Tensor):
+            if not start.isfinite().all():
+                raise InputError("start has NaN or infinite values")
+        elif isinstance(start, int | float):
+            check_number("start", start)
+        else:
             check_choice("start", start, Start)
+        check_number("seed", seed, 0, whole=True)
+        if isinstance(mask_size, tuple) and len(mask_size) != 2:
+            raise InputError(f"mask_size must be a number or (height, width), not {mask_size!r}")
         for side in mask_size if isinstance(mask_size, tuple) else () if mask_size is None else (mask_size,):
             check_number("mask_size", side, 1, whole=True)
         self.model, self.composite = model, composite
@@ -235,7 +243,7 @@ class MeaningfulPerturbation:
         with explaining(self.model, self.composite, select) as run, torch.enable_grad():
             images = self._pyramid(data, generator)
             with torch.no_grad():
-                output = Inputs.of(data).run(run)
+                output = run(data)
             known = known_target(asked, output)
 
             def rate(image: Tensor) -> Tensor:

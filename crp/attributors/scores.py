@@ -12,6 +12,7 @@ from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Mask, Target
 from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import check_columns, tensor_in
+from crp.engine.inputs import Inputs
 from crp.engine.probabilities import log_probabilities, probabilities
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
@@ -104,8 +105,7 @@ def explaining(
     with put_on(composite, unwrap(model)) as modified:
 
         def run(data: Tensor) -> Tensor:
-            # A model may change its input in place.
-            output = select(modified(data.clone()))
+            output = select(Inputs.of(data).run(modified))
             check_columns("the model's output", output, len(data))
             return output
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
@@ -44,6 +45,16 @@ def methods_command(family: str | None, as_json: bool) -> None:
             click.echo(click.wrap_text(_options(method.options), 100, "      ", "      "))
 
 
+#: Names that are no options of a method in a command, and what says it instead.
+_SAID = {
+    "method": "give --method",
+    "model": "give --model",
+    "data": "give a picture",
+    "target": "give --target",
+    "output": "give --output",
+    "neuron": "a class is explained",
+    "explain": "the picture is explained",
+}
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 _PAGE = ".html"
 #: Classes of a prediction that a page lists.
@@ -117,8 +128,7 @@ def attribute(
     from crp.attributors.explaining import find_method
     from crp.commands.texts import Asking, explain_texts
 
-    if bool(images) == bool(texts) or (images and (tokenizer or position or against)):
-        raise CommandError("give pictures, or --text, of which --tokenizer, --position and --against are")
+    _check_kind(images, texts)
     if texts:
         if page and out.suffix.lower() != _PAGE:
             raise CommandError(f"--out {out} must end in .html for a page of texts")
@@ -130,27 +140,54 @@ def attribute(
         return
     page = page or out.suffix.lower() == _PAGE
     places = _places(images, out, page)
-    given = _parsed(settings)
     _check_named(layer, concept, graph, page)
     try:
         chosen = find_method(method)
         shown = PageConcepts(layer, concept, graph) if page else None
-        if concept and not page:
-            given["condition"] = {layer: list(concept)}
+        through: dict[str, Any] = {"condition": {layer: list(concept)}} if concept and not page else {}
         if layer is not None and (chosen.family == "cam" or not (concept or page)):
-            given["layer"] = layer
+            through["layer"] = layer
+        given = _merged(_parsed(settings), through, page and chosen.family != "cam")
         loaded = _loaded(model, weights, checkpoint, output, size=size, mean=mean, std=std, classes=classes)
         given |= {} if loaded.output is None else {"output": loaded.output}
         index = None if target is None else loaded.find_class(target)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
-    through = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
+    _tell_of_weights(model, weights, checkpoint)
+    where = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
     for image, place in zip(images, places, strict=True):
-        caption = chosen.name if page else f"{chosen.name}{through}"
+        caption = chosen.name if page else f"{chosen.name}{where}"
         said, facts = _explain(image, place, loaded, chosen.name, index, given, caption, shown)
         click.echo(json.dumps(facts) if as_json else f"{image}: {said}\nwrote {place}")
     if loaded.normalized is None and not as_json:
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
+
+
+def _check_kind(images: Sequence[Path], texts: Sequence[str]) -> None:
+    """Refuse options of texts with pictures, and those of pictures with texts."""
+    context = click.get_current_context()
+    typed = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if bool(images) == bool(texts) or (images and typed & {"tokenizer", "position", "against"}):
+        raise CommandError("give pictures, or --text, of which --tokenizer, --position and --against are")
+    if texts and (wrong := [f"--{name}" for name in ("size", "mean", "std", "graph") if name in typed]):
+        raise CommandError(f"{' and '.join(wrong)}: for pictures alone, and --text is given")
+
+
+def _merged(settings: dict[str, Any], through: dict[str, Any], of_page: bool) -> dict[str, Any]:
+    """Options of the method, those of --option and those that --layer and --concept mean; each is said once."""
+    for name in settings:
+        if name in _SAID:
+            raise CommandError(f"--option {name} is no option of a method; {_SAID[name]}")
+        if name in through:
+            raise CommandError(f"--option {name} and --layer, or --concept, say both what is explained; give one")
+        if of_page and name in ("layer", "condition", "mask_map"):
+            raise CommandError(f"--option {name}: a page shows the concepts of --layer; give that, and --concept")
+    return settings | through
+
+
+def _tell_of_weights(model: str, weights: str | None, checkpoint: Path | None) -> None:
+    if ":" not in model and not (weights or checkpoint):
+        click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
 
 
 def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str], page: bool) -> None:

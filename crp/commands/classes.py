@@ -262,8 +262,13 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     from crp.commands.mine import _make_composite
     from crp.visualization.mining.marks import source_of
     from crp.visualization.opening import open_recipe
+    from crp.visualization.table.fingerprint import fingerprint, fingerprint_model
 
     opened, command = open_recipe(table.header.recipe, data=data), table.header.recipe["command"]
+    marks = {"model": fingerprint_model(opened.model)}
+    if opened.output is not None:
+        marks["output"] = fingerprint(opened.output)
+    table.check(**marks)
     composite = _make_composite(command["rules"], command["settings"])
     attribution, concept = CondAttribution(opened.model, output=opened.output), opened.layer_map[found.layer]
     names: list[str] = []

@@ -148,12 +148,13 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
         pictures_given = _takes_pictures(dataset, given)
         sample = first_sample(dataset, preprocess)
+        outputs = _count_outputs(loaded, sample)
         concepts = concepts_of_layers(loaded.model, words, sample)
         labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
-        outputs = _count_outputs(loaded, sample)
     else:
         pictures_given = _takes_pictures(dataset, given)
         concepts = concepts_of_texts(loaded.model, given["layers"])
+    _check_outside(out, given["data"])
     if labels is not None and outputs is not None:
         _check_outputs(loaded, outputs, labels, source)
     if settings["progress"]:
@@ -177,6 +178,15 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
             **{name: given[name] for name in _AS_THEY_ARE},
             **settings,
         )
+
+
+def _check_outside(out: Path, data: str) -> None:
+    """Refuse to write into the folder of the data, whose pictures and class folders are read from then on."""
+    if not Path(data).is_dir() or not out.resolve().is_relative_to(Path(data).resolve()):
+        return
+    inside = out.resolve().relative_to(Path(data).resolve()).parts
+    if not any(part.startswith(".") for part in inside):  # (hidden folders are no data)
+        raise CommandError(f"--out {out} is in the folder of the data, {data}, and would be read as data; name another")
 
 
 def _takes_pictures(dataset: Any, given: dict[str, Any]) -> bool:
@@ -261,6 +271,7 @@ def _count_outputs(loaded: Loaded, sample: Any) -> int | None:
 
     if sample is None:
         return None  # mining will tell why
+    loaded.check_takes(sample)
     with torch.no_grad():
         output = loaded.model(sample)
     if loaded.output is not None:

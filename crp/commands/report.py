@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from crp.commands.errors import CommandError
-from crp.commands.mine import _make_composite, _part
+from crp.commands.mine import _check_outside, _make_composite, _part
 from crp.commands.table import _plain
 
 INTERRUPTED = 130
@@ -80,6 +80,8 @@ def report_command(
         raise CommandError(f"--out {path} must end in .html with --single-file")
     if single_file and (workers > 1 or part):
         raise CommandError("--workers and --part draw into a folder; --single-file is for small tables")
+    if part and opened:
+        raise CommandError("--part writes no page that --open could show")
     unused = [f"--{name}" for name in ("steps", "seed") if given[name] is not None and given["maximize"] is None]
     if unused:
         raise CommandError(f"{' and '.join(unused)} say how --maximize makes up pictures; give it, too")
@@ -108,7 +110,10 @@ def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None
     from crp.visualization.report.write import write_report
     from crp.visualization.table.store import Table
 
-    recipe = Table.open(folder).header.recipe
+    table = Table.open(folder)
+    recipe = table.header.recipe
+    if isinstance(recipe.get("command"), dict):
+        _check_outside(path, str(recipe["command"].get("data")))
     found, command = open_recipe(recipe), recipe["command"]
     fv = FeatureVisualization.open(
         folder,
@@ -117,6 +122,7 @@ def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None
         layer_map=found.layer_map,
         preprocess_fn=found.preprocess,
         output=found.output,
+        **({} if "sum" in table.kinds else {"max_target": table.kinds[0]}),
     )
     composite = _make_composite(command["rules"], command["settings"])
     options: dict[str, Any] = {name: given[option] for option, name in _OPTIONS.items() if given[option] is not None}

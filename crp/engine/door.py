@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from crp.errors import InputError, InputTypeError
+from crp.errors import CRPError, InputError, InputTypeError, OutOfRangeError
 from crp.layers import modules_of
 from crp.notices import warn
 from crp.wording import first_few
@@ -124,9 +125,30 @@ def _listed(names: list[str]) -> str:
     return first_few([repr(name) for name in names], 5)
 
 
-def misfit(
+@contextmanager
+def telling_misfits(model: object, explained: Iterable[Tensor], arguments: Mapping[int | str, Any]) -> Iterator[None]:
+    """Context in which the error of a model that cannot take its data is told in our words, where they are known.
+
+    Parameters
+    ----------
+    model : callable
+    explained : iterable of Tensor
+        The data.
+    arguments : mapping of int or str to Any
+        What the model is called with, by position or name.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        problem = None if isinstance(error, CRPError) else _misfit(error, model, explained, arguments)
+        if problem is None:
+            raise
+        raise problem from error
+
+
+def _misfit(
     error: BaseException, model: object, explained: Iterable[Tensor], arguments: Mapping[int | str, Any]
-) -> InputError | InputTypeError | None:
+) -> InputError | InputTypeError | OutOfRangeError | None:
     """What is wrong with data that a model cannot take, by the layer that raised the error; None if that is unknown."""
     if isinstance(error, TypeError) and (wrong := _wrong_arguments(model, arguments)):
         return InputTypeError(wrong)
@@ -150,6 +172,11 @@ def misfit(
         )
     if isinstance(weight, Tensor) and weight.device != given.device:
         return InputError(f"{where} is on {weight.device} and gets a tensor on {given.device}; move the whole model")
+    if isinstance(layer, nn.Embedding) and len(unknown := unknown_ids(given, layer)):
+        return OutOfRangeError(
+            f"{where} has embeddings of the numbers 0 to {layer.num_embeddings - 1} and gets {int(unknown[0])}, for "
+            f"data of shape {shapes}"
+        )
     axis, size = _size_of(layer)
     space = _space_of(layer)
     if space is not None and given.dim() != space + 2:
@@ -164,6 +191,11 @@ def misfit(
             "give data as the model was made for, with the samples on the first axis (data[None] for a single one)"
         )
     return None
+
+
+def unknown_ids(ids: Tensor, layer: nn.Embedding) -> Tensor:
+    """Those of some ids that have no embedding."""
+    return ids[(ids < 0) | (ids >= layer.num_embeddings)]
 
 
 def _wrong_arguments(model: object, arguments: Mapping[int | str, Any]) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.engine.door import check_form, is_finite, misfit
+from crp.engine.door import check_form, is_finite, telling_misfits
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
-from crp.errors import CRPError, InputError, InputTypeError, NameNotFoundError
+from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.layers import unwrap
 from crp.layers.devices import send_to
 
@@ -185,17 +185,12 @@ class Inputs:
         copies = self.each(torch.clone)
         positional = [] if self.form == "dict" else [*copies.values.values()]
         named = {str(name): value for name, value in copies.values.items()} if self.form == "dict" else {}
-        try:
+        with telling_misfits(model, self.explained, self.values):
             if not self.embedded:
                 return model(*positional, **named)
             assert isinstance(model, nn.Module)
             with in_place_of_lookup(model, copies.embedded) as embeddings:
                 return model(*positional, **named, **embeddings)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            problem = None if isinstance(error, CRPError) else misfit(error, model, self.explained, self.values)
-            if problem is None:
-                raise
-            raise problem from error
 
     def parts(self, results: Any) -> tuple[Any, ...]:
         """Undo `shaped`."""

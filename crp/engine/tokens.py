@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.engine.attached import put_on
+from crp.engine.door import unknown_ids
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import looking, modules_of
 
@@ -83,7 +84,7 @@ def embed(model: nn.Module, values: Mapping[Any, Any], name: int | str) -> Embed
 
 
 def _check_range(ids: Tensor, name: int | str, layer: str, module: nn.Embedding) -> None:
-    wrong = ids[(ids < 0) | (ids >= module.num_embeddings)]
+    wrong = unknown_ids(ids, module)
     if len(wrong):
         raise OutOfRangeError(
             f"input {name!r} holds the id {int(wrong[0])}; layer {layer!r} has embeddings of the ids 0 to "
@@ -97,7 +98,7 @@ def _layer_of_ids(
     """Name of the layer that looks ids up: the input embeddings of Hugging Face, the only one, or what reads them."""
     if len(layers) == 1:
         return next(iter(layers))
-    own = _input_embeddings(model) if str(name).endswith("input_ids") else None
+    own = input_embeddings(model) if str(name).endswith("input_ids") else None
     for layer, module in layers.items():
         if module is own:
             return layer
@@ -129,7 +130,8 @@ def _layer_of_ids(
     return next(iter(readers))
 
 
-def _input_embeddings(model: nn.Module) -> object:
+def input_embeddings(model: nn.Module) -> object:
+    """Layer that looks token ids up, where the model tells it, as those of Hugging Face do."""
     own = getattr(model, "get_input_embeddings", None)
     try:
         return own() if callable(own) else None

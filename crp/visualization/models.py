@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from crp.engine.forward import tensor_in
-from crp.errors import InputTypeError, LoadingError
+from crp.errors import CRPError, InputTypeError, LoadingError
+from crp.visualization.checkpoints import _in_a_line, fill
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
-from crp.wording import first_few
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,35 @@ class Loaded:
         """Whether a softmax of the scores is a probability of classes."""
         return bool(getattr(self.output, "exclusive", True))
 
+    def check_takes(self, data: Tensor) -> None:
+        """Raise a `LoadingError` where the model computes in another dtype than that of samples."""
+        of_model = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if of_model and data.is_floating_point() and data.dtype not in of_model:
+            raise LoadingError(
+                f"{type(self.model).__name__} computes in {next(iter(of_model))}, and samples are {data.dtype}; load "
+                "the model in that, such as by model.float()"
+            )
+
     def scores(self, data: Tensor) -> Tensor:
         """Score of every class for each sample, of shape (samples, classes).
 
         Raises
         ------
         LoadingError
-            If what is explained has another shape.
+            If what is explained has another shape, or is no real numbers.
         """
+        self.check_takes(data)
         with torch.no_grad():
             found = select_scores(self.model(data), self.output)
         if found.dim() != 2 or len(found) != len(data):
             raise LoadingError(
                 f"what the model returns has shape {tuple(found.shape)}, and is no score of classes, of shape "
                 f"({len(data)}, classes); --output says what is explained of it, such as segmentation or detection"
+            )
+        if not found.is_floating_point() or not found.shape[1]:
+            raise LoadingError(
+                f"scores of classes must be real numbers, not {found.dtype} of shape {tuple(found.shape)}; --output "
+                "says what is explained of what the model returns"
             )
         return found
 
@@ -184,7 +199,7 @@ def _loaded(
         if chosen is not None:
             recipe, names = chosen.transforms(), chosen.meta.get("categories", ())
     if checkpoint:
-        _fill(net, checkpoint)
+        fill(net, checkpoint)
     if classes:
         names = _read_lines(classes)
     # (of segmentation and detection, pictures are not cut)
@@ -210,7 +225,7 @@ def _of_library(
     classes: Path | None,
 ) -> Loaded:
     if checkpoint:
-        _fill(found.model, checkpoint)
+        fill(found.model, checkpoint)
     names = _read_lines(classes) if classes else found.classes
     mean, std = (mean, std) if mean else (found.mean, found.std)
     resize, cut = (size, size) if size else (found.resize, found.size)
@@ -226,7 +241,16 @@ def _mode(net: nn.Module) -> str:
 
 def select_scores(returned: Any, output: Callable[[Any], Any] | None) -> Tensor:
     """Scores in what a model returns: what ``output`` takes from it, or else itself or its ``logits``."""
-    found = tensor_in(returned) if output is None else output(returned)
+    try:
+        found = tensor_in(returned) if output is None else output(returned)
+    except CRPError:
+        raise
+    except Exception as error:  # (of any kind, as the function is the user's own)
+        name = getattr(output, "__qualname__", repr(output))
+        raise LoadingError(
+            f"--output: {name} raised {type(error).__name__} on what the model returned, a {type(returned).__name__}: "
+            f"{_in_a_line(error)}"
+        ) from error
     if not isinstance(found, Tensor):
         raise InputTypeError(f"--output must take a tensor from what the model returns, not a {type(found).__name__}")
     return found
@@ -303,10 +327,6 @@ def _made(place: str) -> nn.Module:
     return made
 
 
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:600] or type(error).__name__
-
-
 def called(factory: Callable[[], Any], place: str) -> Any:
     """What a function of the user's gives; its errors are told of with its name."""
     try:
@@ -314,44 +334,6 @@ def called(factory: Callable[[], Any], place: str) -> Any:
     except Exception as error:
         what = f"{type(error).__name__}: {_in_a_line(error)}"
         raise LoadingError(f"{place}() raised an error, {what} (--debug shows where)") from error
-
-
-def _fill(net: nn.Module, path: Path) -> None:
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # many kinds, for files that are something else
-        raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if isinstance(state, dict):
-        state = _without_wrapper(state, net)
-        wanted, given = set(net.state_dict()), set(state)
-        # Batch norm of torch before 0.4.1 did not count batches, and predictions do not depend on their number.
-        uncounted = {name for name in wanted - given if name.endswith("num_batches_tracked")}
-        wanted -= uncounted
-        state |= {name: net.state_dict()[name] for name in uncounted}
-        if missing := sorted(wanted - given) or sorted(given - wanted):
-            lacks = "lacks" if wanted - given else "has, and the model lacks,"
-            raise LoadingError(f"{path} does not fit the model: it {lacks} {first_few(missing, 3)}")
-    try:
-        net.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise LoadingError(f"{path} does not fit the model: {_in_a_line(error)}") from error
-
-
-def _without_wrapper(state: dict[str, Any], net: nn.Module) -> dict[str, Any]:
-    """Entries without the name that a wrapper, such as `DataParallel` or `torch.compile`, put before all of them."""
-    wanted = set(net.state_dict())
-    for prefix in ("module.", "_orig_mod.", "model.", "net.", "backbone."):
-        if state and not set(state) & wanted and all(str(name).startswith(prefix) for name in state):
-            return _without_wrapper({name.removeprefix(prefix): value for name, value in state.items()}, net)
-    return state
 
 
 def _read_lines(path: Path) -> list[str]:

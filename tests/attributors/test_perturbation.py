@@ -13,6 +13,7 @@ from crp.attributors.backgrounds import blur, make_background, median
 from crp.attributors.perturbation import BLACK_BOX, MeaningfulPerturbation, mix
 from crp.attributors.target import Neuron
 from crp.composites import BetaSmooth, GuidedBackprop
+from crp.errors import CRPError
 
 #: Settings for images of 16 x 16 pixels.
 SMALL = {"sigma": 3.0, "levels": 4, "mask_size": 5, "mask_blur": 1.0, "jitter": 3, "steps": 6}
@@ -296,6 +297,11 @@ def test_progress_is_shown_on_demand(vgg_bn, images, capsys):
         ({"noise": float("nan")}, "noise must be"),
         ({"mask_size": 0}, "mask_size must be"),
         ({"mask_size": (3, 0)}, "mask_size must be"),
+        ({"mask_size": (3, 4, 5)}, r"mask_size must be a number or \(height, width\), not \(3, 4, 5\)"),
+        ({"start": float("nan")}, "start must be a finite number, not nan"),
+        ({"start": True}, "start must be a finite number, not True"),
+        ({"start": torch.tensor([0.5, torch.inf])}, "start has NaN or infinite values"),
+        ({"seed": 0.5}, "seed must be a whole number of at least 0"),
     ],
     ids=str,
 )
@@ -326,6 +332,20 @@ def test_arguments_are_checked(linear, small):
         MeaningfulPerturbation(linear, **{**BARE, "steps": 1}, start=torch.zeros(7))(small, 1)
     with pytest.raises(ValueError, match=r"background has shape \(9,\)"):
         MeaningfulPerturbation(linear, **{**BARE, "background": torch.zeros(9)})(small, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.float(), r"layer '1' \(Linear\) has weights of torch.float64 and gets torch.float32"),
+        (lambda x: x[..., :3], r"layer '1' \(Linear\) takes 40 features and gets a tensor of shape \(3, 24\)"),
+        (lambda x: x.long(), "data must be a floating-point tensor, .*, not torch.int64"),
+    ],
+    ids=["dtype", "size", "whole numbers"],
+)
+def test_images_that_do_not_fit_are_told_in_our_words(linear, small, change, message):
+    with pytest.raises(CRPError, match=message):
+        MeaningfulPerturbation(linear, **{**BARE, "steps": 1})(change(small), 1)
 
 
 def test_predictions_have_classes(images):

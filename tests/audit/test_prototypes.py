@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from feature_net import Images, make_fv
+from safetensors.numpy import save
 from table_maker import make_table
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
@@ -92,6 +93,71 @@ def test_saved_and_read_again(blobs, tmp_path):
     again = Prototypes.load(tmp_path / "p.safetensors")
     assert (again.layer, again.normed, list(again.classes)) == ("a", False, [0, 1])
     assert np.array_equal(again.score(vectors, 0), found.score(vectors, 0))
+
+
+def test_a_file_is_written_whole_or_not_at_all(blobs, tmp_path, monkeypatch):
+    found, path = prototypes(blobs[0], "a", 2, normed=False), tmp_path / "p.safetensors"
+    found.save(path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        prototypes(blobs[0], "a", 1).save(path)
+    assert path.read_bytes() == before and [one.name for one in tmp_path.glob("p*")] == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut off", "other numbers", "of no class"])
+def test_a_file_of_something_else_is_refused(blobs, tmp_path, kind):
+    path = tmp_path / "p.safetensors"
+    prototypes(blobs[0], "a", 2, normed=False).save(path)
+    content = {"empty": b"", "text": b"prototypes of a\n" * 9, "cut off": path.read_bytes()[:-7]}
+    content["other numbers"] = save({"weights": np.ones(3)})
+    content["of no class"] = save({"dog/weights": np.ones(3)}, {"layer": "a", "normed": "True"})
+    path.write_bytes(content[kind])
+    with pytest.raises(ValueError, match=r"p\.safetensors is no file that Prototypes\.save has written, or is damaged"):
+        Prototypes.load(path)
+
+
+WRONG = {
+    "fraction of a number": ({"n": 1.5}, TypeError, "numbers of prototypes must be integers, not 1.5"),
+    "truth": ({"n": True}, TypeError, "numbers of prototypes must be integers, not True"),
+    "no number": ({"n": []}, ValueError, "n must be at least 1, not"),
+    "one of them 0": ({"n": [2, 0]}, ValueError, r"n must be at least 1, not \[2, 0\]"),
+    "class of a fraction": ({"n": 1, "classes": [0.5]}, TypeError, "classes must be integers"),
+    "class of a word": ({"n": 1, "classes": "01"}, TypeError, "classes must be integers, not '01'"),
+    "class beyond": ({"n": 1, "classes": [7]}, (KeyError, ValueError), "7"),
+    "negative regularization": ({"n": 1, "regularization": -1.0}, ValueError, "regularization must be a number of at"),
+    "no regularization": ({"n": 1, "regularization": float("nan")}, ValueError, "regularization must be a number"),
+    "seed": ({"n": 1, "seed": -1}, ValueError, "seed must be a whole number of at least 0, not -1"),
+    "samples alone": (
+        {"n": 40, "regularization": 0.0, "covariance": "full"},
+        ValueError,
+        "no prototypes can be made with regularization=0",
+    ),
+    "no table": ({"table": "nowhere"}, FileNotFoundError, "nothing was mined into nowhere"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused(blobs, case):
+    options, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        prototypes(**{"table": blobs[0], "layer": "a"} | options)
+
+
+def test_classes_in_any_form(blobs):
+    """Each class once, ascending; their vectors are read by a number of any kind."""
+    found = prototypes(blobs[0], "a", np.int64(1), classes=torch.tensor([1, 0, 1]))
+    assert list(found.classes) == [0, 1]
+    vectors = torch.from_numpy(blobs[1][:3]).requires_grad_()
+    assert np.array_equal(found.score(vectors, np.int64(1)), found.score(blobs[1][:3], 1))
+    with pytest.raises(TypeError, match="a class must be integers, not"):
+        found.score(vectors, 0.5)
 
 
 @pytest.mark.parametrize("concept", [ChannelConcept(), DirectionConcept(torch.eye(5)[:3])], ids=repr)

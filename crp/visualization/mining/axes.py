@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from crp.concepts import AxisConcept, ChannelConcept, Concept
-from crp.engine.door import misfit
+from crp.engine.door import telling_misfits
 from crp.engine.inputs import check_data
-from crp.errors import CRPError, InputError
+from crp.errors import InputError
 from crp.trace.axes import ChannelAxis, channel_axes
 
 
@@ -50,12 +50,8 @@ def check_axes(model: nn.Module, data: Any, layer_map: Mapping[str, Concept]) ->
     """Raise a ValueError where a `ChannelConcept` takes another axis for that of the channels, or cannot know."""
     layers = [layer for layer, concept in layer_map.items() if type(concept) is ChannelConcept]
     check_data(data, finite=False)  # (samples that are not finite may be skipped)
-    try:
+    with telling_misfits(model, [data], {0: data}):
         axes = channel_axes(model, data, layers)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, CRPError) or (problem := misfit(error, model, [data], {0: data})) is None:
-            raise
-        raise problem from error
     for layer, about in axes.items():
         if about.axis is None:
             raise InputError(_question(layer, about))

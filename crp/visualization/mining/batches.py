@@ -22,7 +22,7 @@ from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.scores import Scoring, Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
-from crp.visualization.mining.text_batches import Asked, Filling, end_of_texts, whole_texts
+from crp.visualization.mining.text_batches import Asked, Filling, end_of_texts, unknown_id, whole_texts
 from crp.visualization.mining.transfers import Transfers
 from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
@@ -242,7 +242,7 @@ class _Batch:
         alike: dict[tuple[object, ...], list[Sample]] = {}
         if self._state.filling is not None:
             samples = self._state.filling.filled(samples)
-        for sample in samples:
+        for sample in self._with_known_ids(samples):
             alike.setdefault((sample.data.shape, sample.data.dtype, sample.data.device), []).append(sample)
         ready = [prepared for of_shape in alike.values() for prepared in self._prepare(of_shape)]
         groups: dict[tuple[int, ...], list[tuple[list[int], Tensor]]] = {}
@@ -253,6 +253,16 @@ class _Batch:
             for index in indices if reason is not None else ():
                 self._drop(index, reason or "")
         return [_in_order(group) for group in groups.values()]
+
+    def _with_known_ids(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        """Samples without texts that hold an id that the model does not know."""
+        for sample in samples:
+            texts = self._job.texts
+            unknown = None if texts is None else unknown_id(self._job.attribution.model, texts, sample.data)
+            if unknown is None:
+                yield sample
+            else:
+                self._drop(sample.id, f"it holds the id {unknown}, of which the model has no embedding")
 
     def _prepare(self, samples: list[Sample]) -> list[tuple[list[int], Tensor]]:
         """Samples of one shape as the model gets them: all at once, or each by itself."""

@@ -97,6 +97,10 @@ def indexed(dataset: Any) -> Any:
     if isinstance(dataset, Mapping) and 0 not in dataset:
         names = ", ".join(map(repr, list(dataset)[:5]))
         raise InputTypeError(f"the dataset is a {type(dataset).__name__} of {names}; give one of them (split=...)")
+    if isinstance(dataset, str | bytes):
+        raise InputTypeError(
+            f"the dataset must be a list of samples, or what is read by index, not the word {dataset!r}"
+        )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise InputTypeError(f"the dataset needs __len__ and __getitem__; {type(dataset).__name__} lacks one")
     return dataset

@@ -18,6 +18,7 @@ import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
+from crp.engine.door import check_device
 from crp.engine.encoding import Encoding
 from crp.engine.taps import check_layers, in_model_order
 from crp.errors import InputError, InputTypeError
@@ -160,7 +161,7 @@ class MiningOptions:
         sizes = [("batch_size", options.batch_size, 1), ("num_workers", options.num_workers, 0)]
         sizes += [] if options.shard_size is None else [("shard_size", options.shard_size, 1)]
         for name, size, least in sizes:
-            if not isinstance(size, int) or size < least:
+            if isinstance(size, bool) or not isinstance(size, int) or size < least:
                 raise InputError(f"{name} must be an integer of at least {least}, not {size!r}")
         lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
         lists["on_error"] = [options.on_error], ("stop", "skip")
@@ -168,6 +169,11 @@ class MiningOptions:
         for name, (words, known_words) in lists.items():
             if isinstance(words, str) or not words or not set(words) <= set(known_words):
                 raise InputError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
+        for name, function in (("preprocess", options.preprocess), ("single_targets", options.single_targets)):
+            if function is not None and not callable(function):
+                raise InputTypeError(f"{name} must be a function, not {function!r}")
+        check_device(options.device, "device")
+        check_device(options.on_device, "on_device")
         if parse_targets(options.targets) != "label" and options.single_targets is not None:
             raise InputError(f"single_targets is about labels, and targets={options.targets!r} are not those of labels")
         return options

@@ -26,6 +26,7 @@ from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.text_batches import Asked
+from crp.wording import shortened
 
 #: ``"label"``, ``"prediction"``, ``"all"``, ``"top-5"`` (any number), or classes.
 Targets = str | Sequence[int]
@@ -67,7 +68,7 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
         except TypeError:
             what = "label" if single_targets is None else "target"
             raise LabelError(
-                f"{what} {_shortened(target)} is no integer class; single_targets (of FeatureVisualization: "
+                f"{what} {shortened(target)} is no integer class; single_targets (of FeatureVisualization: "
                 "multitarget_to_single; of crp mine: --multi-label) turns a label into classes, and "
                 "targets='prediction' (--targets prediction) needs no labels"
             ) from None
@@ -113,6 +114,11 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         )
         raise InputError(
             f"targets={targets!r} needs an output of shape ({asked.n_samples}, classes), not {shape}; " + instead
+        )
+    if output.is_complex() or not output.shape[1]:
+        raise InputError(
+            f"targets={targets!r} needs scores of classes that are real numbers, not {output.dtype} of shape "
+            f"{tuple(output.shape)}"
         )
     if targets == "all":
         return [list(range(output.shape[1]))] * n_samples
@@ -271,8 +277,3 @@ def attribute_targets(
     at_once = -(-asked.n_samples // n_parts) if keeps_graph(composite) else len(rows)
     # (`map` keeps no result while the next one is computed)
     yield from map(check_one_entry, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
-
-
-def _shortened(label: object) -> str:
-    text = " ".join(repr(label).split())
-    return text if len(text) <= 60 else f"{text[:60]}…"

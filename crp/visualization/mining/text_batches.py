@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
@@ -18,6 +18,8 @@ from crp.concepts.reading import LayerValues, code_of, relevance_at
 from crp.concepts.scores import ConceptScores, scores_of
 from crp.engine.attached import put_on
 from crp.engine.conditions import Position
+from crp.engine.door import telling_misfits, unknown_ids
+from crp.engine.tokens import input_embeddings
 from crp.errors import ConceptError, InputError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Sample
@@ -107,9 +109,12 @@ class Asked:
 
     def run(self, model: Callable[..., Any]) -> Any:
         """What a model returns for copies of the data."""
-        if isinstance(self.data, Mapping):
-            return model(**{name: field.clone() for name, field in self.data.items()})
-        return model(self.data.clone())
+        named = dict(self.data) if isinstance(self.data, Mapping) else {}
+        arguments: dict[int | str, Tensor] = named or {0: self.data}
+        with telling_misfits(model, arguments.values(), arguments):
+            if named:
+                return model(**{name: field.clone() for name, field in named.items()})
+            return model(self.data.clone())
 
     def chosen(self, output: Tensor) -> Tensor:
         """Output of shape (samples, classes): of a language model, that at the positions which are explained.
@@ -134,6 +139,15 @@ class Asked:
             return output
         rows = list(range(len(output)))
         return output[rows, [self.positions[first + row] for row in rows]]
+
+
+def unknown_id(model: nn.Module, texts: Texts, data: Tensor) -> int | None:
+    """A token id of a packed text that the model has no embedding of: after one, a GPU fails at all that follows."""
+    layer = input_embeddings(model)
+    if not isinstance(layer, nn.Embedding):
+        return None
+    wrong = unknown_ids(data[texts.form[0].index("input_ids")], layer)
+    return int(wrong[0]) if len(wrong) else None
 
 
 def end_of_texts(dataset: Any, texts: Texts | None, begin: int, end: int, size: int) -> int:

@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.visualization.mining.datasets import indexed
 from crp.visualization.mining.marks import Source, source_of
+from crp.wording import shortened
 
 #: What a model may read of every token, beside its id.
 FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -96,6 +97,12 @@ class Texts:
             raise InputError(f"position must be an int, 'each' or None, not {position!r}")
         if not isinstance(position, int | str | None) or isinstance(position, bool):
             raise InputTypeError(f"position must be an int, 'each' or None, not {position!r}")
+        if isinstance(dataset, Texts):
+            raise InputTypeError("the dataset is of Texts already")
+        if isinstance(tokenizer, str) or not (tokenizer is None or callable(tokenizer) or hasattr(tokenizer, "decode")):
+            raise InputTypeError(
+                f"tokenizer must be a function of a text, such as AutoTokenizer.from_pretrained(...), not {tokenizer!r}"
+            )
         self.dataset = indexed(dataset)
         self.tokenizer, self.position, self.text, self.label = tokenizer, position, text, label
         #: For "each": text and position of every sample.
@@ -316,6 +323,8 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 def _fields(item: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the model reads of every token, each (tokens,)."""
+    if item.get("input_ids") is None:
+        raise InputError(f"the tokenizer gives no 'input_ids'; it gives {', '.join(map(repr, item))}")
     found = {name: _ids(item[name], name) for name in FIELDS if item.get(name) is not None}
     lengths = {name: len(field) for name, field in found.items()}
     if len(set(lengths.values())) > 1:
@@ -324,7 +333,10 @@ def _fields(item: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _ids(values: Any, name: str) -> Tensor:
-    ids = torch.as_tensor(values)
+    try:
+        ids = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputTypeError(f"{name!r} must be whole numbers of shape (tokens,), not {shortened(values)}") from error
     if ids.dim() == 2 and len(ids) == 1:  # (as a tokenizer gives with return_tensors="pt")
         ids = ids[0]
     if not ids.numel():
@@ -341,7 +353,11 @@ def _without_padding(fields: dict[str, Tensor]) -> dict[str, Tensor]:
     mask = fields.get("attention_mask")
     if mask is None:
         return fields
+    if ((mask != 0) & (mask != 1)).any():
+        raise InputError(f"the attention_mask of the text must be 0 and 1; it holds {sorted(set(mask.tolist()))}")
     inside = mask.nonzero().flatten()
     if not len(inside):
         raise InputError("the attention_mask of the text lets no token through")
+    if len(inside) <= int(inside[-1] - inside[0]):
+        raise InputError("the attention_mask of the text leaves out tokens between others, and not at its ends")
     return {name: field[int(inside[0]) : int(inside[-1]) + 1] for name, field in fields.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -105,7 +106,7 @@ class Fetched:
         found: dict[str, Array] = {}
         begin = 0
         for key, (shape, dtype) in self._forms.items():
-            end = begin + dtype.itemsize * int(np.prod(shape))
+            end = begin + dtype.itemsize * math.prod(shape)
             found[key] = content[begin:end].view(dtype).reshape(shape)
             begin = end
         return found

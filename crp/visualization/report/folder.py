@@ -25,6 +25,8 @@ def claim(folder: Path) -> None:
     FileExistsError
         If the folder holds something else.
     """
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        raise FileExistsError(f"{file} is a file, in which no folder of an atlas can be; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MARKER).is_file() and (foreign := next(iter(sorted(folder.iterdir())), None)):
         raise FileExistsError(

@@ -229,6 +229,8 @@ def _render(
 
 def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:
     """Layers to show, in the order of the model."""
+    if "relevance" not in table.modes:
+        raise InputError(f"an atlas shows relevance, and {table.path} has {', '.join(table.modes)} alone; mine it, too")
     for layer in layers or ():
         table.n_concepts(layer)  # raises where it was not mined
     chosen = [layer for layer in table.layers if layers is None or layer in layers]

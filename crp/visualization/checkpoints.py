@@ -1,0 +1,55 @@
+"""State dicts from files, and whether they fit a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from crp.errors import LoadingError
+from crp.wording import first_few
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def fill(net: nn.Module, path: Path) -> None:
+    """Load a state dict into a model, by `torch.save` or in safetensors; a `LoadingError` says what does not fit."""
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # many kinds, for files that are something else
+        raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if isinstance(state, dict):
+        state = _without_wrapper(state, net)
+        wanted, given = set(net.state_dict()), set(state)
+        # Batch norm of torch before 0.4.1 did not count batches, and predictions do not depend on their number.
+        uncounted = {name for name in wanted - given if name.endswith("num_batches_tracked")}
+        wanted -= uncounted
+        state |= {name: net.state_dict()[name] for name in uncounted}
+        if missing := sorted(wanted - given) or sorted(given - wanted):
+            lacks = "lacks" if wanted - given else "has, and the model lacks,"
+            raise LoadingError(f"{path} does not fit the model: it {lacks} {first_few(missing, 3)}")
+    try:
+        net.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise LoadingError(f"{path} does not fit the model: {_in_a_line(error)}") from error
+
+
+def _without_wrapper(state: dict[str, Any], net: nn.Module) -> dict[str, Any]:
+    """Entries without the name that a wrapper, such as `DataParallel` or `torch.compile`, put before all of them."""
+    wanted = set(net.state_dict())
+    for prefix in ("module.", "_orig_mod.", "model.", "net.", "backbone."):
+        if state and not set(state) & wanted and all(str(name).startswith(prefix) for name in state):
+            return _without_wrapper({name.removeprefix(prefix): value for name, value in state.items()}, net)
+    return state
