@@ -236,7 +236,11 @@ def _in_layer(table: Table, layer: str, targets: Sequence[int], cells: _Cells) -
             of = np.where(np.isin(target, known), np.searchsorted(known, target), -1)
         for i in np.unique(of[of >= 0]):
             mine = of == i
-            np.add.at(held[i], (np.arange(concepts), cell[mine]), weight[mine])
+            flat, size = (cell[mine] + np.arange(concepts) * cells.n).ravel(), held[i].size
+            if size <= flat.size:  # (which is the faster way, where all sums together are not many)
+                held[i] += np.bincount(flat, weight[mine].ravel(), size).reshape(held[i].shape)
+            else:
+                np.add.at(held[i].reshape(-1), flat, weight[mine].ravel())
             square[i] += (weight[mine] ** 2).sum(0)
             share[i] += value[mine].sum(0)
             rows[i] += mine.sum()
@@ -247,7 +251,7 @@ def _of_layer(
     layer: str, known: Array, held: Array, everything: Array, square: Array, rows: Array, share: Array, cells: _Cells
 ) -> list[Suspect]:
     found = []
-    for i in np.flatnonzero(rows >= FEWEST):
+    for i in range(len(known)):
         total = held[i].sum(1, keepdims=True)
         of_concept = held[i] / np.where(total > 0, total, 1)
         rest = np.clip(everything - held[i], 0, None)
