@@ -18,7 +18,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
 def check_number(name: str, value: object, least: float = -float("inf"), whole: bool = False) -> None:
     """Raise a `ValueError` if ``value`` is no finite number, or smaller than ``least``."""
     kinds = int | np.integer if whole else int | float | np.integer | np.floating
-    is_number = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < np.inf
     if not is_number or value < least:  # type: ignore[operator]
         what = f"{'whole ' * whole}number of at least {least}" if least > -float("inf") else "finite number"
         raise InputError(f"{name} must be a {what}, not {value!r}")

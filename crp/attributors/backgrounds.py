@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crp.errors import InputError
+from crp.checks import check_number
+from crp.errors import InputError, InputTypeError
 
 Named = Literal["blur", "median", "mean", "noise"]
 Background: TypeAlias = str | float | Tensor | Callable[[Tensor], Tensor]
@@ -92,6 +93,7 @@ def make_background(
     Tensor of the data's shape
     """
     _check_background(background)
+    check_number("sigma", sigma, 0)
     if background in ("blur", "median") and isinstance(background, str):
         if data.dim() != 4:
             raise InputError(f"{background!r} needs images of shape (batch, channels, height, width), not {data.shape}")
@@ -105,7 +107,11 @@ def make_background(
         draw = torch.randn((1, *data.shape[1:]), generator=generator, dtype=data.dtype)
         return mean + deviation * draw.to(data.device)
     filled = background(data) if callable(background) and not isinstance(background, Tensor) else background
+    if not isinstance(filled, Tensor | float | int):
+        raise InputTypeError(f"a background must give a tensor or a number, not a {type(filled).__name__}")
     filled = torch.as_tensor(filled, dtype=data.dtype, device=data.device)
+    if not filled.isfinite().all():
+        raise InputError("the background has NaN or infinite values")
     try:
         return filled.expand_as(data)
     except RuntimeError:

@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.checks import check_number
-from crp.concepts import as_ids
+from crp.concepts.ids import as_ids, check_axis
 from crp.concepts.reading import LayerValues
 from crp.errors import InputError, InputTypeError
 from crp.visualization.mining.datasets import indexed, read
@@ -89,6 +89,9 @@ def collect(
     for name, number in (("n", n), ("per_sample", per_sample), ("batch_size", batch_size)):
         check_number(name, number, 1, whole=True)
     check_number("seed", seed, 0, whole=True)
+    check_axis(axis)
+    if preprocess is not None and not callable(preprocess):
+        raise InputTypeError(f"preprocess must be a function, not {preprocess!r}")
     dataset = indexed(dataset)
     rng = np.random.default_rng(seed)
     classes = _classes(dataset, labels)
@@ -126,6 +129,9 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
         ) from None
     if len(classes) != len(dataset):
         raise InputError(f"there are {len(classes)} labels for {len(dataset)} samples")
+    if not len(classes) or classes.min() < 0:
+        found = f"sample {classes.argmin()} has {classes.min()}" if len(classes) else "there is no sample"
+        raise InputError(f"labels must be classes, which count from 0; {found}")
     return classes
 
 
@@ -158,6 +164,9 @@ def _vectors(
             raise sample.problem.error or InputTypeError(f"sample {i}: {sample.problem.reason}")
         one = sample.data[None].to(attribution.device)
         tensors.append(one if preprocess is None else preprocess(one))
+        if tensors[-1].shape != tensors[0].shape:
+            shapes = f"{tuple(tensors[-1].shape[1:])}, and sample {samples[0]} {tuple(tensors[0].shape[1:])}"
+            raise InputError(f"sample {i} has shape {shapes}; samples of several shapes need batch_size=1")
     conditions = [{attribution.MODEL_OUTPUT_NAME: int(classes[i])} for i in samples]
     result = attribution(torch.cat(tensors), conditions, composite, [layer])
     values = LayerValues.of(result, layer)
@@ -166,6 +175,8 @@ def _vectors(
             f"{composite!r} has no multipliers whose product with activation is relevance; use one of crp.composites, "
             "such as EpsilonPlus or GradientTimesInput"
         )
+    if not -values.counted.dim() < axis < values.counted.dim():
+        raise InputError(f"axis {axis} is none of channels in layer {layer!r}, of shape {tuple(values.counted.shape)}")
     counted, multiplier = (
         t.movedim(axis, -1).reshape(len(t), -1, t.shape[axis]) for t in (values.counted, values.multiplier)
     )

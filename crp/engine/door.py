@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -241,3 +242,9 @@ def _size_of(layer: nn.Module) -> tuple[int, int | None]:
 def _space_of(layer: nn.Module) -> int | None:
     kinds = {1: nn.Conv1d | nn.ConvTranspose1d, 2: nn.Conv2d | nn.ConvTranspose2d, 3: nn.Conv3d | nn.ConvTranspose3d}
     return next((n for n, kind in kinds.items() if isinstance(layer, kind)), None)
+
+
+def check_seed(seed: object) -> None:
+    """Raise a `ValueError` if ``seed`` is none of a generator of torch."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
+        raise InputError(f"seed must be a whole number of 64 bits, such as 0, not {seed!r}")

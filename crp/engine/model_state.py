@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ _HOOKS = (
 _OWN = frozenset(vars(nn.Module()))
 #: What can change without being replaced.
 _CHANGEABLE = (list, dict, set, Tensor)
+#: What has attributes, but no settings.
+_NO_SETTINGS = (nn.Module, type, ModuleType, FunctionType, MethodType)
+#: How deep settings in objects are looked at: numbers, words, and entries of their lists and dicts.
+_DEPTH = 2
 #: Common types of what cannot.
 _PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
 
@@ -43,7 +48,8 @@ def is_watched(model: nn.Module) -> bool:
 class ModelState:
     """Attributes, parameters and buffers of all modules, and settings of a composite; compared by ``==``.
 
-    Values that were replaced, tensors that were written to, and lists and dicts with other entries make a difference.
+    Values that were replaced, tensors that were written to, lists, dicts and objects with other entries, and another
+    ``forward`` of a class make a difference.
     Writes through ``.data`` into the same memory are not noticed; a computation that reads the memory sees them.
 
     Parameters
@@ -56,17 +62,21 @@ class ModelState:
         # (The values are kept, so that no other object can take their place in memory.)
         self._values: list[object] = []
         self._tensors: list[object] = []
+        seen: set[int] = set()
         for module in modules_of(model).values():
             attributes = vars(module)
-            self._values += attributes.values()
+            self._values += (type(module).forward, *attributes.values())
             for own in (attributes["_parameters"], attributes["_buffers"]):
                 if own:
                     self._values += own.values()
                     self._tensors += map(_state_of, own.values())
             # (most attributes are of these types: the others are few)
             for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in _PLAIN]:
-                if isinstance(value, _CHANGEABLE) and (isinstance(value, Tensor) or value):
-                    self._tensors += _settings(value)
+                if isinstance(value, _CHANGEABLE):
+                    self._tensors += _settings(value) if isinstance(value, Tensor) or value else ()
+                elif id(value) not in seen and not isinstance(value, _NO_SETTINGS) and getattr(value, "__dict__", None):
+                    seen.add(id(value))  # (modules share one, such as the configuration of Hugging Face's)
+                    self._tensors += _settings(vars(value), _DEPTH)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
             settings.pop(name, None)

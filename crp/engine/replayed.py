@@ -128,6 +128,7 @@ def _is_replayable(call: Call, composite: Composite) -> bool:
     in_flow = not settings.exclude_parallel and bool(call.rows.layers(settings.output_name))
     usual = settings.init_rel is None and settings.start is None and not in_flow
     own = per_sample or any(method is not None for method in vars(call.overrides).values())
+    usual = usual and not torch.is_inference_mode_enabled()  # (which is refused)
     return usual and not own and settings.on_device is None and not is_traced()
 
 

@@ -63,7 +63,8 @@ def quantus_explain(method: str | Composite | type, *, output: Output = None, **
     if isinstance(method, Composite) and options:
         kind = type(method).__name__
         raise InputTypeError(f"a composite has no options here, got {sorted(options)}; give them to {kind}")
-    if not isinstance(method, str | Composite | type):
+    is_kind = isinstance(method, type) and any("__call__" in vars(base) for base in method.__mro__)
+    if not (is_kind or isinstance(method, str | Composite)):
         raise InputTypeError(f"method must be a name, a composite or the class of an attributor, not {method!r}")
 
     def explain_func(model: nn.Module, inputs: Any, targets: Any, **more: Any) -> Array:
@@ -123,7 +124,12 @@ def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
     ValueError
         If it is of another shape, or not finite.
     """
-    checked = torch.as_tensor(relevance).detach().to(data.device)
+    try:
+        checked = torch.as_tensor(relevance).detach().to(data.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputTypeError(f"relevance must be an array or a tensor of numbers, not {relevance!r:.60}") from error
+    if checked.is_complex():
+        raise InputTypeError(f"relevance must be real numbers, not {checked.dtype}")
     checked = checked if checked.is_floating_point() else checked.to(data.dtype)
     if checked.dim() == data.dim() - 1:
         checked = checked.unsqueeze(1)
@@ -141,10 +147,16 @@ def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
 
 def _tensors(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     like = next((p for p in unwrap(model).parameters() if p.is_floating_point()), None)
-    data = torch.as_tensor(inputs).detach()
+    try:
+        data = torch.as_tensor(inputs).detach()
+        target = torch.as_tensor(targets).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputTypeError(f"inputs and targets must be arrays or tensors of numbers: {error}") from error
     if like is not None:
         data = data.to(like.device, like.dtype)
-    return data, torch.as_tensor(targets, device=data.device).reshape(-1)
+    if len(target) not in (1, len(data)):
+        raise InputError(f"there are {len(target)} targets for {len(data)} inputs; give one for each")
+    return data, target.to(data.device)
 
 
 def _explain(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from crp.attributors.backgrounds import Background, make_background
 from crp.attributors.scores import ScoreName
 from crp.checks import check_choice, check_number
+from crp.engine.door import check_seed
+from crp.engine.inputs import check_data
 from crp.errors import InputError
 from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer, area
@@ -137,6 +139,8 @@ def pixel_flipping(
     for name, value in (("patch", patch), ("step", step)):
         check_number(name, value, 1, whole=True)
     check_choice("channels", channels, Literal["together", "apart"])
+    check_seed(seed)
+    check_data(data)
     if (explain_func is None) == (relevance is None):
         raise InputError("give either explain_func or relevance")
     explain = None if explain_func is None else _as_explain_func(explain_func, output)
@@ -196,6 +200,7 @@ def selectivity(
     explain = _as_explain_func(explain_func, output)
     check_number("patch", patch, 1, whole=True)
     check_number("steps", steps, 1, whole=True)
+    check_data(data)
     space = data.shape[2:] if data.dim() > 2 else data.shape[1:]
     if not 1 <= len(space) <= 3 or min(space) < patch:
         raise InputError(f"a patch of {patch} per axis does not fit into data of shape {tuple(data.shape)}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.checks import check_number
+from crp.engine.door import check_seed
 from crp.errors import InputError
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer
@@ -41,6 +42,11 @@ def translations(sample: Tensor, offsets: Sequence[int], axis: int = -1, fill: f
             [1., 2., 3.],
             [0., 0., 1.]])
     """
+    if not isinstance(sample, Tensor) or not isinstance(axis, int) or not -sample.dim() <= axis < sample.dim():
+        raise InputError(f"a sample must be a tensor with the axis {axis!r}, not {sample!r:.60}")
+    if not isinstance(offsets, Sequence) or not offsets or not all(isinstance(one, int) for one in offsets):
+        raise InputError(f"offsets must be whole numbers, and at least one, not {offsets!r:.60}")
+    check_number("fill", fill)
     size = sample.shape[axis]
     position = torch.arange(size, device=sample.device)
     moved = []
@@ -147,6 +153,7 @@ def local_lipschitz(
     if not isinstance(noise, Tensor):
         check_number("noise", noise, 0)
         check_number("samples", samples, 1, whole=True)
+        check_seed(seed)
         if noise == 0:
             raise InputError("noise must be greater than 0: a neighbour must differ from the input")
         generator = torch.Generator().manual_seed(seed)

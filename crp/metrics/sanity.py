@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.checks import check_number
+from crp.engine.door import check_seed
 from crp.errors import InputError
 from crp.layers import unwrap
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
@@ -63,6 +64,7 @@ def randomization(
     """
     explain = _as_explain_func(explain_func, output)
     check_number("batch_size", batch_size, 1, whole=True)
+    check_seed(seed)
     classes = Scorer(model, data, target, "output", batch_size, output).classes
     changed = copy.deepcopy(unwrap(model)).eval()
     layers = {name: list(module.parameters(recurse=False)) for name, module in changed.named_modules()}

@@ -77,7 +77,14 @@ class Scorer:
 
     def _running(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         select = tensor_in if self.output is None else Selected(Classes(0), self.output).select
-        return explaining(self.model, select=select)
+
+        def scores(returned: Any) -> Tensor:
+            found = select(returned)
+            if not found.is_floating_point():
+                raise InputTypeError(f"scores of classes must be real numbers, not {found.dtype}")
+            return found
+
+        return explaining(self.model, select=scores)
 
     def rate(self, make: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         """Score of changed inputs, which are made batch by batch.
@@ -116,4 +123,6 @@ def area(curve: Tensor) -> Tensor:
     >>> area(torch.tensor([1.0, 0.5, 0.0]))
     tensor(0.5000)
     """
+    if not isinstance(curve, Tensor) or curve.dim() == 0 or curve.shape[-1] < 2:
+        raise InputError(f"a curve must be a tensor with at least two points on its last axis, not {curve!r:.60}")
     return torch.trapezoid(curve, dx=1 / (curve.shape[-1] - 1), dim=-1)

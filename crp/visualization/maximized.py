@@ -12,8 +12,10 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.checks import check_number
+from crp.concepts import as_ids
 from crp.concepts.reading import activation_sums
-from crp.errors import InputError
+from crp.engine.door import check_seed
+from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.image.colours import as_picture
 from crp.notices import warn
 from crp.visualization.feature import FeatureVisualization
@@ -84,14 +86,14 @@ def keep_maximized(
     ValueError
         If samples are no pictures, or there is no concept.
     """
-    table = Table.open(fv.path)
+    table = _table_of(fv, layer)
     every = range(table.n_concepts(layer))
-    ids = table.concept_ids(layer, every if concept_ids is None else list(concept_ids)).tolist()
+    ids = table.concept_ids(layer, every if concept_ids is None else as_ids(concept_ids, layer)).tolist()
     if not ids:
         raise InputError("concept_ids is empty; name at least one concept")
     if fv.texts is not None:
         raise InputError("texts have no maximized pictures")
-    check_number("seed", seed, 0, whole=True)
+    check_seed(seed)
     check_number("batch_size", batch_size, 1, whole=True)
     fv._lookup(layer, table.modes[0], (0, 1))  # refuses another model, dataset or preparation
     like = fv.get_data_sample(int(table.rows().sample[0]))[0].detach()
@@ -110,7 +112,9 @@ def keep_maximized(
     for begin in range(0, len(wanted), batch_size):
         columns = wanted[begin : begin + batch_size]
         # (each picture has noise of its own seed, so that it is the same in any batch)
-        noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed + c)) for c in columns]
+        noise = [
+            torch.randn(like.shape[1:], generator=torch.Generator().manual_seed((seed + c) % 2**63)) for c in columns
+        ]
         made = maximize(
             fv.attribution.model,
             _objective(fv.layer_map[layer], layer, torch.tensor(columns)),
@@ -128,6 +132,19 @@ def keep_maximized(
         if add:
             _keep(table, layer, list(kept), kept, about)
     return _keep(table, layer, list(kept) if add else ids, kept, about)
+
+
+def _table_of(fv: object, layer: str) -> Table:
+    """Table of what was mined, which has the layer."""
+    if not isinstance(fv, FeatureVisualization):
+        raise InputTypeError(f"fv must be a FeatureVisualization, not a {type(fv).__name__}")
+    table = Table.open(fv.path)
+    if layer not in table.layers or layer not in fv.layer_map:
+        raise NameNotFoundError(
+            f"layer {layer!r} must be among those that were mined, {', '.join(table.layers)}, and in the layer_map of "
+            f"fv, {', '.join(fv.layer_map)}"
+        )
+    return table
 
 
 def _ends_of_range(fv: FeatureVisualization) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids
+from crp.concepts.ids import as_numbers
 from crp.concepts.reading import activation_sums
 from crp.errors import InputError, OutOfRangeError
 
@@ -40,9 +42,12 @@ class Objective:
         return self.function(outputs)
 
     def __add__(self, other: Objective) -> Objective:
+        if not isinstance(other, Objective):
+            return NotImplemented
         return Objective(self.layers | other.layers, lambda outputs: self(outputs) + other(outputs))
 
     def __mul__(self, factor: float) -> Objective:
+        check_number("an objective's factor", factor)
         return Objective(self.layers, lambda outputs: self(outputs) * factor)
 
     def __sub__(self, other: Objective) -> Objective:
@@ -106,10 +111,13 @@ def direction(layer: str, vector: Tensor | Sequence[float]) -> Objective:
     vector : Tensor of shape (channels,) or (channels, *space)
         Without space: averaged over all positions.
     """
+    numbers = torch.from_numpy(as_numbers("vector", vector))
+    if not numbers.any():
+        raise InputError("vector must be other than 0")
 
     def value(outputs: Mapping[str, Tensor]) -> Tensor:
         output = outputs[layer]
-        along = torch.as_tensor(vector).to(output)
+        along = numbers.to(output)
         if along.shape == output.shape[1:]:
             return (output * along).flatten(1).sum(1)
         if along.shape != output.shape[1:2]:

@@ -25,6 +25,7 @@ from zennit.core import Composite
 
 from crp.checks import check_number
 from crp.engine.attached import check_composite, put_on
+from crp.engine.door import check_seed
 from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
@@ -118,6 +119,10 @@ class SynthesisSettings:
             check_number(name, getattr(self, name), least)
         for name, least in (("steps", 1), ("jitter", 0)):
             check_number(name, getattr(self, name), least, whole=True)
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise InputTypeError(f"optimizer must be a function from a list of tensors, not {self.optimizer!r}")
+        if not isinstance(self.mean, Tensor):
+            check_number("mean", self.mean)
         bounds: Any = self.bounds
         if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2 and _is_below(*bounds)):
             raise InputError(f"bounds must be (low, high) with low below high, not {bounds!r}")
@@ -187,9 +192,14 @@ def maximize(
     torch.Size([3, 4])
     """
     _check(model, objective, shape, composite)
+    if unknown := [name for name in settings if name not in SynthesisKeywords.__annotations__]:
+        raise InputTypeError(
+            f"there is no setting {unknown[0]!r}; there are {', '.join(SynthesisKeywords.__annotations__)}"
+        )
     how, model = SynthesisSettings(**settings), unwrap(model)
     check_layers(model, sorted(objective.layers - {OUTPUT}), "layer")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     if start is None:
         start = torch.zeros(1) if decoder is None else torch.randn(tuple(shape), generator=generator, dtype=like.dtype)
@@ -197,6 +207,8 @@ def maximize(
     centre = _spread("mean", how.mean, shape, like)
     bounds = None if how.bounds is None else [_spread("bounds", bound, shape, like) for bound in how.bounds]
     opt = torch.optim.Adam([codes], lr=how.learning_rate) if how.optimizer is None else how.optimizer([codes])
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise InputTypeError(f"optimizer must give an optimizer of torch, not a {type(opt).__name__}")
     decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
     scores: list[Tensor] = []
 

@@ -12,6 +12,7 @@ from crp.attribution import CondAttribution
 from crp.audit import collect
 from crp.composites import EpsilonPlus
 from crp.concepts import directions
+from crp.errors import CRPError
 
 
 @pytest.fixture
@@ -60,3 +61,37 @@ def test_labels_are_not_read_where_the_dataset_has_them(attribution):
 def test_composites_without_multipliers_are_refused(attribution):
     with pytest.raises(TypeError, match="has no multipliers whose product with activation is relevance"):
         collect(attribution, Images(4), ZennitEpsilonPlus(), "second")
+
+
+class Sizes(Images):
+    """Every second picture is larger."""
+
+    def __getitem__(self, index):
+        data, label = super().__getitem__(index)
+        return (torch.cat([data, data], -1) if index % 2 else data), label
+
+
+WRONG = {
+    "axis of the samples": ({"axis": 0}, "axis must be a whole number, and not 0"),
+    "axis of a word": ({"axis": "1"}, "axis must be a whole number, .* not '1'"),
+    "axis beyond": ({"axis": 4}, r"axis 4 is none of channels in layer 'second', of shape \(1, 5, 3, 3\)"),
+    "axis before": ({"axis": -4}, "axis -4 is none of channels in layer 'second'"),
+    "samples without labels": ({"labels": [0, 1, -1, 2]}, "classes, which count from 0; sample 2 has -1"),
+    "fractions of labels": ({"labels": [0.5] * 4}, "labels must be one class for each sample"),
+    "no sample": ({"dataset": Images(0)}, "there is no sample"),
+    "samples of two sizes": (
+        {"dataset": Sizes(4)},
+        r"sample \d has shape .*; samples of several shapes need batch",
+    ),
+    "a function that is none": ({"preprocess": "normalize"}, "preprocess must be a function, not 'normalize'"),
+    "vectors of a fraction": ({"n": 1.5}, "n must be a whole number of at least 1, not 1.5"),
+    "layer": ({"layer": "third"}, "'third' not found in model"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused(attribution, untouched, case):
+    options, message = WRONG[case]
+    options = {"dataset": Images(4), "layer": "second", "composite": EpsilonPlus()} | options
+    with untouched(attribution.model), pytest.raises(CRPError, match=message):
+        collect(attribution, **options)

@@ -17,6 +17,8 @@ from crp.concepts import ChannelConcept
 from crp.engine import memory_layout
 from crp.engine.inputs import Inputs
 from crp.engine.memory_layout import is_faster_channels_last
+from crp.engine.replay import CallRecorder
+from crp.engine.replayed import Replayed
 from crp.visualization.mining.run import mine
 
 N = 32
@@ -186,6 +188,18 @@ def test_a_lack_of_memory_says_nothing_about_the_model(data: Tensor, monkeypatch
 
     assert memory_layout.run_channels_last(failing, net, inputs) is None
     assert memory_layout._same[net] == {}
+
+
+def test_the_switch_is_heard_after_a_recording_too(data: Tensor, seen: list[bool]) -> None:
+    attribution, rules = CondAttribution(made()), EpsilonPlus()
+    attribution._replayed = Replayed(CallRecorder())
+    for number in range(6):
+        attribution(data + number, [{"y": [0]}], rules)
+    assert attribution._replayed.replays.replayed == 3
+    attribution.channels_last = False
+    seen.clear()
+    attribution(data, [{"y": [0]}], rules)
+    assert seen == [False]
 
 
 def test_the_rule_knows_the_families(data: Tensor) -> None:

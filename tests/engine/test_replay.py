@@ -10,6 +10,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,9 +183,14 @@ def other_layer(model: nn.Module) -> None:
     model.features[5] = nn.ELU().eval()
 
 
-@pytest.mark.parametrize(
-    "change", [in_place, replaced, loaded, statistics, attribute, other_layer], ids=lambda change: change.__name__
-)
+def other_class(model: nn.Module) -> None:
+    model.features[5].__class__ = nn.Tanh
+
+
+CHANGES = [in_place, replaced, loaded, statistics, attribute, other_layer, other_class]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_changed_model_is_recorded_anew(vgg_bn: nn.Module, images: Tensor, change: Callable[[Any], None]) -> None:
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)
@@ -193,6 +199,40 @@ def test_a_changed_model_is_recorded_anew(vgg_bn: nn.Module, images: Tensor, cha
     assert count(attribution) == 2
     for scale in (2, 3):
         assert_same(attribution, images * scale, [{"y": [0]}], rules)
+    assert count(attribution) == 3
+
+
+def test_a_class_whose_forward_is_replaced_is_recorded_anew(
+    vgg_bn: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attribution, rules, forward = replaying(vgg_bn), EpsilonPlusFlat(), nn.ReLU.forward
+    warmed(attribution, images, rules)
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: forward(self, x) * 2)
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 2
+
+
+class Configured(nn.Linear):
+    """Reads its settings from an object, as models of Hugging Face do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.config.scale if self.config._rule["on"] else y
+
+
+def test_settings_in_an_object_are_compared(vectors: Tensor) -> None:
+    model: Any = Configured(6, 4).double().eval()
+    model.config = SimpleNamespace(scale=2.0, _rule={"on": True}, other=object())
+    model.config.itself = model.config
+    attribution, rules = replaying(model), composites.get("epsilon")
+    warmed(attribution, vectors, rules, [{"y": [1]}])
+    model.config.scale = 3.0
+    assert_same(attribution, vectors, [{"y": [1]}], rules)
+    model.config._rule["on"] = False
+    assert_same(attribution, vectors, [{"y": [1]}], rules)
+    assert count(attribution) == 2
+    for scale in (2, 3):
+        assert_same(attribution, vectors * scale, [{"y": [1]}], rules)
     assert count(attribution) == 3
 
 
@@ -277,9 +317,13 @@ def test_modes_of_others_see_every_call(vgg_bn: nn.Module, images: Tensor) -> No
 
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)
+    plain = CondAttribution(vgg_bn)
+    plain.replay = False
+    with Counting() as usual:
+        plain(images, [{"y": [0]}], rules)
     with Counting() as mode:
         attribution(images, [{"y": [0]}], rules)
-    assert mode.n > 3 and count(attribution) == 2
+    assert mode.n == usual.n > 3 and count(attribution) == 2  # (not even a replay of which nothing is taken)
 
 
 def test_training_mode_is_warned_of_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
@@ -390,6 +434,13 @@ def test_other_starts_are_computed_each_time(vgg_bn: nn.Module, images: Tensor, 
     for _ in range(6):
         assert_same(attribution, images, [condition], rules, **keywords)
     assert count(attribution) == 0
+
+
+def test_inference_mode_is_refused_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) forbids"):
+        attribution(images, [{"y": [0]}], rules)
 
 
 def test_other_masks_are_computed_each_time(vgg_bn: nn.Module, images: Tensor) -> None:

@@ -397,8 +397,8 @@ def test_a_report_needs_no_composite(fv, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"n_references": 0}, ValueError, "n_references must be at least 1, got 0"),
-        ({"n_mean": -1}, ValueError, "n_mean must not be negative"),
+        ({"n_references": 0}, ValueError, "n_references must be a whole number of at least 1, not 0"),
+        ({"n_mean": -1}, ValueError, "n_mean must be a whole number of at least 0, not -1"),
         ({"classes": [7]}, KeyError, "no sample of class 7 was mined; the classes are"),
         ({"layers": ["third"]}, KeyError, "layer 'third' was not mined"),
         ({"layers": []}, ValueError, "layers must name at least one layer"),

@@ -256,6 +256,24 @@ def test_models_are_checked():
         maximize(nn.Linear(3, 2).eval(), logit(0), (1, 3), composite="guided")
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: direction(LAYER, [0.0] * 6), ValueError, "vector must be other than 0"),
+        (lambda: direction(LAYER, [float("nan")] * 6), ValueError, "vector must be finite"),
+        (lambda: direction(LAYER, torch.ones(6) * 1j), TypeError, "vector must be real numbers, not of complex64"),
+        (lambda: direction(LAYER, "up"), TypeError, "vector must be real numbers"),
+        (lambda: logit(1) * float("nan"), ValueError, "an objective's factor must be a finite number, not nan"),
+        (lambda: logit(1) * logit(2), ValueError, "an objective's factor must be a finite number, not Objective"),
+        (lambda: logit(1) + 1, TypeError, "unsupported operand"),
+    ],
+    ids=["zero", "nan", "complex", "word", "factor", "product", "sum"],
+)
+def test_what_is_no_objective(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
 def test_a_start_that_nothing_draws_away_from_is_told():
     """A ReLU that is silent at the start has no gradient there, for ever."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).double().eval()

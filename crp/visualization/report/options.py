@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crp.errors import InputError
+from crp.checks import check_number
+from crp.errors import InputError, InputTypeError
 from crp.image.colours import as_picture
 from crp.image.forms import draw_heatmap
 from crp.image.pixels import to_png_bytes
@@ -147,14 +148,22 @@ class ReportOptions:
 
     def __post_init__(self) -> None:
         for name in ("n_concepts", "n_references", "picture_size", "map_size", "batch_size", "steps"):
-            if (value := getattr(self, name)) < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            check_number(name, getattr(self, name), 1, whole=True)
         for name in ("n_active", "n_negative", "n_mean", "n_sample_concepts", "n_maximized", "seed"):
-            if (value := getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} must not be negative, got {value}")
-
-        if self.part is not None and not 0 <= self.part[0] < self.part[1]:
-            raise InputError(f"part must be (i, n) with i from 0 to n - 1, not {self.part!r}")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, whole=True)
+        for name in ("layers", "classes", "findings"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str) or not isinstance(value, Collection)):
+                raise InputTypeError(f"{name} must be a list, not {value!r}")
+        if wrong := [one for one in self.findings if not isinstance(one, Finding)]:
+            raise InputTypeError(f"findings must be of Finding, not {wrong[0]!r}")
+        if not isinstance(self.concept_names, Mapping) or not all(map(_is_place, self.concept_names)):
+            raise InputTypeError(f"concept_names must map (layer, concept) to a name, not {self.concept_names!r:.80}")
+        part: Any = self.part
+        is_pair = isinstance(part, tuple | list) and len(part) == 2 and all(type(n) is int for n in part)
+        if part is not None and not (is_pair and 0 <= part[0] < part[1]):
+            raise InputError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -164,6 +173,11 @@ class ReportOptions:
             "activation": self.n_references if self.n_active is None else self.n_active,
             "negative": (self.n_references + 1) // 2 if self.n_negative is None else self.n_negative,
         }
+
+
+def _is_place(key: object) -> bool:
+    """Whether it is a layer and a concept."""
+    return isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str)
 
 
 def make_tile(sample: Tensor, heatmap: Tensor, caption: str, tip: str = "", *, size: int = 96) -> Tile:

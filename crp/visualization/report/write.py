@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.errors import InputError, NameNotFoundError, OutOfRangeError
+from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
 from crp.visualization.report.addresses import Addresses
@@ -87,6 +87,11 @@ def write_report(
     ValueError
         If a number is not positive, a class has no name, or the samples are no images.
     """
+    if unknown := [name for name in options if name not in ReportKeywords.__annotations__]:
+        known = ", ".join(ReportKeywords.__annotations__)
+        raise InputTypeError(f"a report has no option {unknown[0]!r}; there are {known}")
+    if not isinstance(path, str | Path):
+        raise InputTypeError(f"path must be a folder or a file that ends in .html, not {path!r}")
     chosen = ReportOptions(**options)
     path = Path(path)
     if chosen.part is not None and path.suffix.lower() in (".html", ".htm"):
@@ -104,7 +109,7 @@ def write_report(
 def _write(
     fv: FeatureVisualization, composite: Composite | None, folder: Path, file: Path | None, options: ReportOptions
 ) -> Path:
-    table = Table.open(fv.path)
+    table = _table_of(fv)
     layers = _layers(table, options.layers)
     fv._lookup(layers[0], "relevance", (0, 1))  # refuses another model, dataset or preprocessing
     targets = list_targets(table).tolist()
@@ -119,7 +124,7 @@ def _write(
     identity = _identity(table, composite)
     drawer = (PictureDrawer if fv.texts is None else TextDrawer)(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
-    suspects = drawer.find_suspects(table, targets)
+    suspects = drawer.find_suspects(table, targets) if options.part is None else []
     kept = _maximize(fv, table, facts, shown, options)
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
@@ -225,6 +230,12 @@ def _render(
     for sample, target in atlas.sample_rows.items():
         cut = {layer: found[: atlas.options.n_sample_concepts] for layer, found in best[sample].items()}
         write_sample(atlas, sample, target, cut)
+
+
+def _table_of(fv: object) -> Table:
+    if not isinstance(fv, FeatureVisualization):
+        raise InputTypeError(f"fv must be a FeatureVisualization, not a {type(fv).__name__}")
+    return Table.open(fv.path)
 
 
 def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:

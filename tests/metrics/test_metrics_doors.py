@@ -1,0 +1,161 @@
+"""Metrics refuse what does not fit in our own words: data, relevance, methods, backgrounds, seeds, curves."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crp.checks import check_number
+from crp.composites import EpsilonPlus
+from crp.engine.door import check_seed
+from crp.errors import CRPError, InputError
+from crp.metrics import (
+    area,
+    continuity,
+    local_lipschitz,
+    pixel_flipping,
+    quantus_explain,
+    randomization,
+    selectivity,
+    translations,
+)
+
+METRICS = {
+    "pixel_flipping": partial(pixel_flipping, patch=4),
+    "selectivity": partial(selectivity, patch=2, steps=2),
+    "continuity": continuity,
+    "local_lipschitz": partial(local_lipschitz, samples=2),
+    "randomization": randomization,
+}
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+
+
+def giving(result: Any) -> Any:
+    return lambda model, inputs, targets: result
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "data must be a floating-point tensor, .* not NoneType"),
+        ("x", "not str"),
+        (X.numpy(), "not ndarray"),
+        ([X[0], X[1]], "not list"),
+        ((X,), "not tuple"),
+        (X.long(), "not torch.int64"),
+        (X[:0], "at least one sample"),
+        (X * torch.nan, "NaN or infinite values in samples"),
+        (X[:, :2], r"layer '0' \(Conv2d\)"),
+        (X.double(), "has weights of torch.float32 and gets torch.float64"),
+    ],
+    ids=["none", "str", "array", "list", "tuple", "int", "empty", "nan", "channels", "dtype"],
+)
+def test_data_that_does_not_fit_is_named(name: str, data: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as raised:
+        METRICS[name](net(), data, 0, "epsilon_plus")
+    assert isinstance(raised.value, CRPError)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (giving(None), "relevance must be an array or a tensor of numbers, not None"),
+        (giving("a"), "not 'a'"),
+        (giving(np.array([None, None])), "must be an array or a tensor of numbers"),
+        (lambda model, inputs, targets: inputs * 1j, "relevance must be real numbers, not torch.complex"),
+        (dict, "method must be a name, a composite or the class of an attributor, not <class 'dict'>"),
+    ],
+    ids=["none", "str", "objects", "complex", "class"],
+)
+def test_what_is_no_relevance_is_refused(name: str, method: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as raised:
+        METRICS[name](net(), X, 0, method)
+    assert isinstance(raised.value, CRPError)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_scores_are_real_numbers(name: str) -> None:
+    with pytest.raises(TypeError, match=r"scores of classes must be real numbers, not torch\.int64"):
+        METRICS[name](net(), X, 0, "epsilon_plus", output=lambda y: y.long())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replacement": float("nan")}, "the background has NaN or infinite values"),
+        ({"replacement": lambda data: None}, "a background must give a tensor or a number, not a NoneType"),
+        ({"replacement": lambda data: data / 0}, "the background has NaN or infinite values"),
+        ({"sigma": -1}, "sigma must be a number of at least 0, not -1"),
+        ({"sigma": "a", "replacement": "blur"}, "sigma must be a number of at least 0, not 'a'"),
+        ({"seed": "a"}, "seed must be a whole number of 64 bits, such as 0, not 'a'"),
+        ({"seed": 2**64}, "seed must be a whole number of 64 bits"),
+    ],
+    ids=["nan", "none", "infinite", "sigma", "no sigma", "seed", "large seed"],
+)
+def test_settings_of_flipping(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        pixel_flipping(net(), X, 0, "epsilon_plus", patch=4, **settings)
+
+
+@pytest.mark.parametrize("metric", [local_lipschitz, randomization])
+@pytest.mark.parametrize("seed", ["a", 1.5, True, None, 2**70])
+def test_seeds(metric: Any, seed: Any) -> None:
+    with pytest.raises(InputError, match="seed must be a whole number of 64 bits"):
+        metric(net(), X, 0, "epsilon_plus", seed=seed)
+
+
+def test_numbers_of_any_size() -> None:
+    check_number("n", 2**2000, 1, whole=True)
+    for seed in (0, -1, 2**64 - 1, -(2**63), np.int64(3)):
+        check_seed(seed)
+        torch.Generator().manual_seed(int(seed))
+
+
+@pytest.mark.parametrize("curve", ["a", None, 5, [1.0, 2.0], torch.tensor(1.0), torch.ones(1), torch.ones(3, 0)])
+def test_a_curve_has_two_points(curve: Any) -> None:
+    with pytest.raises(InputError, match="a curve must be a tensor with at least two points"):
+        area(curve)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"offsets": []}, "offsets must be whole numbers, and at least one"),
+        ({"offsets": [1.5]}, "offsets must be whole numbers"),
+        ({"offsets": "ab"}, "offsets must be whole numbers"),
+        ({"axis": 9}, "a sample must be a tensor with the axis 9"),
+        ({"axis": "a"}, "with the axis 'a'"),
+        ({"sample": "a"}, "a sample must be a tensor"),
+        ({"sample": torch.tensor(1.0)}, "a sample must be a tensor with the axis -1"),
+        ({"fill": "a"}, "fill must be a finite number, not 'a'"),
+    ],
+)
+def test_translations_need_a_sample_and_offsets(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as raised:
+        translations(**{"sample": X[0], "offsets": [0, 1], **changed})
+    assert isinstance(raised.value, CRPError)
+
+
+@pytest.mark.parametrize("method", ["epsilon_plus", EpsilonPlus()], ids=["name", "composite"])
+def test_each_input_has_one_target(method: Any) -> None:
+    """Several conditions for a sample would be summed, without a word."""
+    explain_func = quantus_explain(method)
+    with pytest.raises(InputError, match="there are 3 targets for 2 inputs; give one for each"):
+        explain_func(net(), X.numpy(), [0, 1, 2])
+    for inputs, targets in (("a", [0, 1]), (X.numpy(), ["a", "b"]), (None, [0, 1])):
+        with pytest.raises(TypeError, match="inputs and targets must be arrays or tensors of numbers"):
+            explain_func(net(), inputs, targets)
+    found: Tensor = explain_func(net(), X.numpy(), [1])
+    assert (found == explain_func(net(), X.numpy(), [1, 1])).all()
