@@ -14,6 +14,7 @@ from zennit.composites import EpsilonPlus
 
 from crp.visualization import FeatureVisualization
 from crp.visualization.report.facts import get_facts
+from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.maps import square_map
 from crp.visualization.report.render import percent
 from crp.visualization.table.ranking import top_k
@@ -80,3 +81,15 @@ def test_rounding_is_no_negative_relevance(fv):
     assert facts.references(concept, counts).negative
     facts.negative.value[:, concept] = -1e-5 * facts.relevant.value[0, concept]
     assert facts.references(concept, counts).negative == []
+
+
+def test_words_of_a_graph_are_not_cut_and_curves_begin_behind_them():
+    columns = [{"y": DrawnNode("an eighteen letter")}, {1: DrawnNode("1", picture="data:,")}]
+    graph = draw_columns(columns, {("y", 1): 0.5}, (45, 165), 210)
+    word, picture = graph["nodes"]
+    half = 4 * 18  # (a letter has 8 units at most)
+    assert word.x - half >= 0 and graph["width"] - picture.x == 45
+    (edge,) = graph["edges"]
+    assert edge.x0 == min(word.x + half + 5, (word.x + picture.x) / 2) and edge.x2 == picture.x
+    short = draw_columns([{"y": DrawnNode("8")}, columns[1]], {("y", 1): 0.5}, (45, 165), 210)
+    assert [node.x for node in short["nodes"]] == [45, 165] and short["width"] == 210

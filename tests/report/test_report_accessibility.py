@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from browser import Browser, find_browser
 from feature_net import Images, mined
 from house_plan import ROOT
 from zennit.composites import EpsilonPlus
 
 from crp.visualization.report import Finding, make_tile, write_report
+from crp.visualization.report.explained import ExplainedConcept, ExplainedGraph, ExplainedPicture, write_explained
 
 #: The script of axe-core: where the variable CRP_AXE says, or where ``npm install axe-core`` puts it.
 AXE = Path(os.environ.get("CRP_AXE") or ROOT / "node_modules" / "axe-core" / "axe.min.js")
@@ -105,3 +107,24 @@ def test_a_printed_page_has_no_navigation(browser: Browser, atlas: Path) -> None
     assert not browser.evaluate("document.querySelector('header.top').checkVisibility()")
     assert browser.evaluate("document.querySelector('main').checkVisibility()")
     browser.call("Emulation.setEmulatedMedia", media="", features=[])
+
+
+@needs_axe
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["desktop", "dark phone"])
+def test_the_page_of_one_picture_breaks_no_rule(browser: Browser, tmp_path: Path, width: int, dark: bool) -> None:
+    heat = torch.linspace(-1, 1, 64).reshape(8, 8)
+    columns = [{"y": ("pear", None)}, {("Conv2", 1): ("Conv2 · 1", heat), ("Conv2", 4): ("Conv2 · 4", -heat)}]
+    graph = ExplainedGraph(columns, {("y", ("Conv2", 1)): 0.6, ("y", ("Conv2", 4)): -0.2}, ["Conv2"])
+    concepts = [ExplainedConcept("1", 0.6, heat), ExplainedConcept("4", -0.2, -heat)]
+    shown = ExplainedPicture(
+        "a.png", torch.rand(3, 8, 8), heat, "pear", [("pear", 0.9), ("plum", 0.1)], "Predicted pear", "EpsilonPlus",
+        "Net", "Conv2", concepts, graph,
+    )  # fmt: skip
+    browser.resize(width, 900, dark=dark)
+    browser.open(write_explained(shown, tmp_path / "why.html").as_uri())
+    browser.evaluate(AXE.read_text() + ";0")
+    broken = "axe.run().then(found => found.violations.map(one => [one.id, one.nodes[0].html.slice(0, 200)]))"
+    assert browser.evaluate(broken) == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    # (names of layers are case-sensitive)
+    assert browser.evaluate("getComputedStyle(document.querySelector('h2 .as-is')).textTransform") == "none"

@@ -9,6 +9,8 @@ from crp.visualization.report.tiles import AnyShown
 
 #: Height of a row, place of the first node in it, and what is below the last.
 _ROW, _FIRST, _REST = 78, 33, 20
+#: Half of the width of a letter, and what is beside a word.
+_HALF_LETTER, _GAP = 4, 5
 
 
 class DrawnNode(NamedTuple):
@@ -58,8 +60,16 @@ def draw_columns(
     edges : mapping of (key, key) to float
         From a node to one of the next column; of an absolute value up to 1, which is the thickest.
     places : sequence of float
-        Where columns are, of ``width``.
+        Where columns are, of ``width``; further to the right where words of the first one need it.
     """
+    words = {
+        key: _HALF_LETTER * len(node.label) + _GAP  # (half of the width that a word needs)
+        for column in columns
+        for key, node in column.items()
+        if not (node.tile or node.picture)
+    }
+    left = max([0.0, *(words[key] - places[0] for key in columns[0] if key in words)])
+    places, width = [left + place for place in places], left + width
     rows = max(map(len, columns))
     at = {
         key: (x, _FIRST + _ROW * (row + (rows - len(column)) / 2))
@@ -74,5 +84,7 @@ def draw_columns(
     curves = []
     for (start, end), value in edges.items():
         (x0, y0), (x2, y1) = at[start], at[end]
+        if start in words:  # (behind the word, which would be hard to read on a thick curve)
+            x0 += min(words[start], (x2 - x0) / 2)
         curves.append(_Edge(x0, y0, (x0 + x2) / 2, y1, x2, round(1 + 9 * min(abs(value), 1), 1), value < 0))
     return {"width": width, "height": _REST + _ROW * rows, "nodes": nodes, "edges": curves}
