@@ -66,8 +66,8 @@ class CondAttribution:
         time and then replayed as a CUDA graph, which needs no Python; True by default. Hooks of others on the model, a
         model that decides by values, and another model, composite or shape are noticed, and computed as usual.
     channels_last : bool
-        Whether nets with depthwise convolutions are run on a CPU with the channels last in memory, which is faster from
-        32 samples on; True by default. Results have the usual layout, and are the same up to rounding.
+        Whether data may have the channels last in memory where that is faster: on a CPU in nets with depthwise
+        convolutions, from 32 samples on; on a GPU in all others. Results have the usual layout, equal up to rounding.
 
     Notes
     -----

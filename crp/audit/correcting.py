@@ -121,7 +121,8 @@ def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> I
     ------
     callable
         Function of an output of the model's last forward pass, such as the logits of the samples' labels, that gives
-        the mean over samples of :math:`(v \cdot \nabla_a y)^2`, with gradients summed over positions.
+        the mean over samples of :math:`(v \cdot \nabla_a y)^2`, with gradients summed over positions, and over all
+        calls of a layer that the model calls several times.
 
     Examples
     --------
@@ -134,26 +135,32 @@ def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> I
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        outputs[:] = [output]
+        outputs.append(output)
+
+    def begin(_module: nn.Module, _args: Any) -> None:
+        outputs.clear()
 
     def term(output: Tensor) -> Tensor:
         if not outputs:
             raise StateError(f"layer {layer!r} has not run inside of the context; call the model first")
-        (activation,) = outputs
-        _check_channels(activation, len(vector), axis, "the direction has {} channels")
-        if not activation.requires_grad or not output.requires_grad:
+        for activation in outputs:
+            _check_channels(activation, len(vector), axis, "the direction has {} channels")
+        if not outputs[-1].requires_grad or not output.requires_grad:
             raise StateError("the penalty is a gradient: call the model with gradients enabled, not under no_grad")
-        (gradient,) = torch.autograd.grad(output.sum(), activation, create_graph=True, allow_unused=True)
-        if gradient is None:
+        reached = torch.autograd.grad(output.sum(), outputs, create_graph=True, allow_unused=True)
+        along = [g.movedim(axis, -1) @ vector.to(g) for g in reached if g is not None]
+        if not along:
             raise StateError(f"this output is none of the last forward pass through layer {layer!r}")
-        along = gradient.movedim(axis, -1) @ vector.to(gradient)
-        return (along.reshape(len(along), -1).sum(1) ** 2).mean()
+        of_samples = torch.stack([part.reshape(len(part), -1).sum(1) for part in along]).sum(0)
+        return (of_samples**2).mean()
 
-    handle = find_layers(model, [layer])[layer].register_forward_hook(keep)
+    handles = [find_layers(model, [layer])[layer].register_forward_hook(keep)]
+    handles.append(model.register_forward_pre_hook(begin))
     try:
         yield term
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class Effect(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from crp.checks import check_number
 from crp.concepts.base import Concept
 from crp.concepts.channels import ChannelConcept, _KeepChannels
-from crp.concepts.ids import check_axis
+from crp.concepts.ids import check_alike, check_axis
 from crp.concepts.scores import ConceptScores
 from crp.errors import InputError
 from crp.types import MaskFn
@@ -64,6 +64,7 @@ class AxisConcept(Concept):
 
     def relevance(self, activation: Tensor, multiplier: Tensor) -> Tensor:
         """Relevance of the entries of each place or group, of shape (batch, concepts, *positions)."""
+        check_alike(activation, multiplier)
         return self.arranged(activation * multiplier)
 
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.concepts.ids import as_ids, in_range
+from crp.concepts.ids import as_ids, check_alike, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
 from crp.errors import InputError, InputTypeError
 from crp.types import MaskFactory, MaskFn
@@ -85,6 +85,7 @@ class Concept:
         Tensor of shape (batch, concepts, *positions)
             By default, their product. Unless `needs_multiplier`, it depends on the product only.
         """
+        check_alike(activation, multiplier)
         return activation * multiplier
 
     def mask(self, batch_id: int, concept_ids: Any, layer_name: str | None = None) -> MaskFn:

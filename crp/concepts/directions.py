@@ -43,6 +43,14 @@ class Directions:
     quality: Mapping[str, Any] = field(default_factory=dict)
     block: int = 1
 
+    def __post_init__(self) -> None:
+        shapes = _vectors(self.directions, "directions").shape, _vectors(self.dual, "dual").shape
+        if shapes[0] != shapes[1]:
+            raise InputError(f"directions are of shape {shapes[0]} and dual of {shapes[1]}; they belong together")
+        check_number("block", self.block, 1, whole=True)
+        if shapes[0][0] % self.block:
+            raise InputError(f"{shapes[0][0]} directions are no blocks of {self.block}")
+
     def concept(self, rest: bool = True, *, axis: int = 1) -> SubspaceConcept:
         """Concept type of these directions: a `DirectionConcept`, or a `SubspaceConcept` where blocks are longer."""
         if self.block == 1:

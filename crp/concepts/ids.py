@@ -50,6 +50,13 @@ def check_axis(axis: object) -> None:
         )
 
 
+def check_alike(activation: Tensor, multiplier: Tensor) -> None:
+    """Raise a `ValueError` if the multipliers are not those of an activation."""
+    if activation.shape != multiplier.shape:
+        shapes = f"{tuple(activation.shape)} and multiplier of {tuple(multiplier.shape)}"
+        raise InputError(f"activation is of shape {shapes}; they belong together")
+
+
 def as_numbers(name: str, value: Any) -> NDArray[np.float64]:
     """Real and finite numbers of any shape, in float64.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from crp.concepts.base import Concept
-from crp.concepts.ids import as_ids, as_numbers, check_axis, in_range
+from crp.concepts.ids import as_ids, as_numbers, check_alike, check_axis, in_range
 from crp.errors import InputError, InputTypeError
 from crp.types import MaskFn
 
@@ -85,9 +85,8 @@ class SubspaceConcept(Concept):
                     f"{self.sizes} of {self.directions.shape[1]}"
                 )
         check_axis(axis)
-        if names is not None and (isinstance(names, str) or len(names) != len(self.sizes)):
-            given = repr(names) if isinstance(names, str) else f"{len(names)} entries"
-            raise InputError(f"names must be a list of names for {len(self.sizes)} concepts, not {given}")
+        if names is not None and not _are_names(names, len(self.sizes)):
+            raise InputError(f"names must be a list of {len(self.sizes)} names, one for each concept, not {names!r}")
         self.rest, self.axis = rest, axis
         self.names = None if names is None else tuple(names)
 
@@ -122,6 +121,7 @@ class SubspaceConcept(Concept):
 
     def relevance(self, activation: Tensor, multiplier: Tensor) -> Tensor:
         """How relevant each concept is, of shape (batch, concepts, *positions): the equation above."""
+        check_alike(activation, multiplier)
         values, multipliers = self._flat(activation), self._flat(multiplier)
         directions, dual = self.directions.to(values), self.dual.to(values)
         found = (dual @ values) * (directions @ multipliers.to(values))
@@ -298,3 +298,8 @@ def _stacked(blocks: Sequence[Any], what: str) -> tuple[Tensor, tuple[int, ...]]
     if len({matrix.shape[1] for matrix in matrices}) > 1:
         raise InputError(f"{what} have different numbers of channels: {[matrix.shape[1] for matrix in matrices]}")
     return torch.cat(matrices), tuple(map(len, matrices))
+
+
+def _are_names(names: object, n: int) -> bool:
+    is_list = isinstance(names, Sequence) and not isinstance(names, str)
+    return is_list and len(names) == n and all(isinstance(name, str) for name in names)  # type: ignore[arg-type, attr-defined]

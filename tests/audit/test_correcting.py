@@ -122,6 +122,36 @@ def test_penalty(model, data):
         assert term(model(data)[:, 1]) < found
 
 
+class Twice(nn.Module):
+    """One layer, called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.one(self.one(x).tanh()).tanh())
+
+
+def test_penalty_of_all_calls_of_a_layer():
+    torch.manual_seed(0)
+    net, x, v, eps = Twice().double(), torch.randn(3, 4).double(), torch.randn(4).double(), 1e-6
+    slopes = []
+    for sign in (1, -1):
+        handle = net.one.register_forward_hook(lambda _m, _a, out, s=sign: out + s * eps * v)
+        slopes.append(net(x)[:, 1])
+        handle.remove()
+    with penalty(net, "one", v) as term:
+        for _ in range(2):  # (each pass counts by itself)
+            found = term(net(x)[:, 1])
+        assert found.item() == pytest.approx((((slopes[0] - slopes[1]) / (2 * eps)) ** 2).mean().item(), rel=1e-6)
+        early = net(x)
+        net(x)
+        with pytest.raises(RuntimeError, match="none of the last forward pass"):
+            term(early[:, 1])
+    assert not net._forward_pre_hooks and not net.one._forward_hooks
+
+
 def test_effect(model, data):
     attribution, concept = CondAttribution(model), ChannelConcept()
     labels = model(data).argmax(1).tolist()

@@ -218,6 +218,22 @@ def test_vectors_of_any_dtype_and_that_require_a_gradient(dtype):
     assert directions.tcav([1.0, -1.0, 0.0], a) == 2 / 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.eye(4), np.eye(3), "mine"), r"directions are of shape \(4, 4\) and dual of \(3, 3\)"),
+        ((np.eye(4), np.eye(4), "mine", {}, 0), "block must be a whole number of at least 1, not 0"),
+        ((np.eye(4), np.eye(4), "mine", {}, 3), "4 directions are no blocks of 3"),
+        ((np.full((2, 2), np.nan), np.eye(2), "mine"), "directions must be finite"),
+        ((np.ones(3), np.ones(3), "mine"), r"directions must be of shape \(vectors, channels\), not \(3,\)"),
+    ],
+    ids=["shapes", "no block", "a part of a block", "nan", "one vector"],
+)
+def test_what_are_no_directions(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Directions(*arguments)
+
+
 def test_directions_of_ones_own():
     found = Directions(BASIS[:2], BASIS[:2], "mine")
     a = RNG.normal(size=(4, 6))

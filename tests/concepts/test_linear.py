@@ -11,7 +11,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import AttributionGraph, CondAttribution
 from crp.composites import DeepLift, EpsilonPlus, Gradient, GradientTimesInput
-from crp.concepts import ChannelConcept, DirectionConcept, SubspaceConcept, mask_of, relevance_in
+from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept, SubspaceConcept, mask_of, relevance_in
 from crp.engine.masks import apply_masks
 from crp.trace.graph import trace_model_graph
 
@@ -240,8 +240,10 @@ def test_names():
         (lambda: DirectionConcept([[1.0, float("nan")]]), "directions must be finite, without NaN"),
         (lambda: DirectionConcept(drawn(2, C), drawn(3, C)), r"dual has blocks of \(1, 1, 1\) vectors of 5 channels"),
         (lambda: DirectionConcept(drawn(2, C), axis=0), "axis must be a whole number, and not 0"),
-        (lambda: DirectionConcept(drawn(2, C), names=["a"]), "names must be a list of names for 2 concepts, not 1 en"),
-        (lambda: DirectionConcept(drawn(2, C), names="ab"), "for 2 concepts, not 'ab'"),
+        (lambda: DirectionConcept(drawn(2, C), names=["a"]), "names must be a list of 2 names, one for each concept"),
+        (lambda: DirectionConcept(drawn(2, C), names="ab"), "a list of 2 names, .* not 'ab'"),
+        (lambda: DirectionConcept(drawn(2, C), names={"a", "b"}), "names must be a list of 2 names"),
+        (lambda: DirectionConcept(drawn(2, C), names=[1, 2]), r"names must be a list of 2 names, .* not \[1, 2\]"),
         (lambda: DirectionConcept(drawn(2, C), axis="1"), "-1 for tokens; not '1'"),
         (lambda: DirectionConcept(drawn(2, C), axis=1.0), "-1 for tokens; not 1.0"),
         (lambda: SubspaceConcept([]), "blocks is empty"),
@@ -249,7 +251,7 @@ def test_names():
         (lambda: DirectionConcept(drawn(2, C)).code(drawn(1, 4)), r"the layer gives \(1, 4\); .*5 channels on axis 1"),
         (lambda: DirectionConcept(drawn(2, C)).mask(0, 0, "fc")(drawn(1, 4)), r"layer 'fc' gives \(1, 4\)"),
     ],
-    ids=range(13),
+    ids=range(15),
 )  # fmt: skip
 def test_what_is_wrong_is_said(make, message):
     with pytest.raises(ValueError, match=message):
@@ -272,6 +274,16 @@ def test_what_is_wrong_is_said(make, message):
 def test_what_are_no_directions(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("concept", [DirectionConcept(drawn(2, C)), ChannelConcept(), AxisConcept(-1)], ids=repr)
+def test_multipliers_of_other_samples_are_refused(concept):
+    """One multiplier would be taken for that of every sample."""
+    for shape in ((1, C), (3, 1)):
+        with pytest.raises(
+            ValueError, match=r"activation is of shape \(3, 5\) and multiplier of \(\d, \d\); they belong"
+        ):
+            concept.relevance(drawn(3, C), drawn(*shape))
 
 
 def test_a_concept_that_is_not_there():

@@ -117,3 +117,18 @@ def test_attribution_tells_the_layer_of_a_position_that_is_none() -> None:
     message = r"layer 'transformer.wpe' \(Embedding\) has embeddings of the numbers 0 to 15 and gets 99"
     with pytest.raises(IndexError, match=message):
         CondAttribution(model_of("gpt2"))(data, [{"y": 1}], AttnLRP())
+
+
+@pytest.mark.filterwarnings("ignore:.*were attributed in parts")
+def test_an_error_of_the_model_is_not_put_down_to_filling_up(tmp_path: Path) -> None:
+    """(A warning about padding would be an error here.)"""
+    model = model_of("gpt2")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the model's own trouble")
+
+    model.get_submodule(LAYER).register_forward_hook(broken)
+    texts = Texts([*ids(3, 4), *ids(3, 4, 5)], position=-1)
+    with pytest.raises(Exception, match="the model's own trouble"):
+        mine(CondAttribution(model), texts, {LAYER: AxisConcept(-1)}, AttnLRP(), tmp_path, targets="prediction",
+             progress=False, batch_size=4)  # fmt: skip

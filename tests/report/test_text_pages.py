@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,11 @@ from torch import Tensor, nn
 from crp.attribution import CondAttribution
 from crp.audit import audit_table, clusters, prototypes, save_audit, save_clusters
 from crp.composites import AttnLRP, EpsilonPlus
-from crp.concepts import AxisConcept
+from crp.concepts import AxisConcept, splice
 from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
 from crp.visualization.report.render import percent
+from crp.visualization.report.spliced import unexplained_of
 from crp.visualization.report.suspects import FEWEST, find_text_suspects
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import top_k
@@ -107,11 +111,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVisualization, bag_atlas: Path) -> None:
-    def ids_of(sample: int) -> np.ndarray[Any, Any]:
-        return token_ids(bag.dataset, sample)
-
-    assert bag.texts is not None
-    first = find_text_suspects(Table.open(bag.path), ["features"], [0, 1, 2], ids_of, bag.texts.word)[0]
+    ids_of = partial(token_ids, bag.dataset)
+    first = find_text_suspects(Table.open(bag.path), ["features"], [0, 1, 2], ids_of, bag.texts.word)[0]  # type: ignore[union-attr]
     assert (first.layer, first.concept, first.target, first.where) == ("features", 0, 0, "on the word 'h'")
     assert first.inside == 1 and first.expected == pytest.approx(1e-3) and 0.4 < first.rows <= 0.5
     # (the score: its share; how sure the word is, of which nothing else of the layer has any; and on how few texts)
@@ -126,19 +127,71 @@ def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVi
     assert f"Suspect for one: {first.reason}." in notes
 
 
-def test_rare_words_and_classes_name_no_suspects(bag: FeatureVisualization, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = Table.open(bag.path)
+def naive_scores(fv: FeatureVisualization, words: set[int]) -> dict[tuple[int, int], tuple[float, int]]:
+    """Score of each class and concept of the layer "features", and its word, one row at a time.
 
-    def suspects(**limits: int) -> list[tuple[int, str]]:
-        for name, limit in limits.items():
-            monkeypatch.setattr(f"crp.visualization.report.suspects.{name}", limit)
-        found = find_text_suspects(table, ["features"], [0, 1, 2], lambda i: token_ids(bag.dataset, i), str)
-        return [(one.target, one.where) for one in found]
+    Other words than these count as one that is none.
+    """
+    (block,) = Table.open(fv.path).blocks("features", "relevance", "sum", normed=True)
+    held, everything, share, rows = Counter[Any](), Counter[int](), Counter[Any](), Counter[int](block.target.tolist())
+    square = Counter[Any]()
+    for sample, target, values, places in zip(*(column.tolist() for column in block), strict=True):
+        ids = token_ids(fv.dataset, sample).tolist()
+        for concept, (value, place) in enumerate(zip(values, places, strict=True)):
+            word = ids[place] if ids[place] in words else -1
+            held[target, concept, word] += max(value, 0)
+            everything[word] += max(value, 0)
+            square[target, concept] += max(value, 0) ** 2
+            share[target, concept] += value / rows[target]
+    found = {}
+    for target, concept in share:
+        mine = {word: held[target, concept, word] for word in everything}
+        total, rest = sum(mine.values()), {word: everything[word] - mine[word] for word in everything}
+        if not total:
+            continue
+        known: dict[int, float] = {}
+        for word in words & set(mine):
+            one, other = mine[word] / total, rest[word] / sum(rest.values()) + 1e-3
+            if one > other:
+                known[word] = one * np.log(one / other) + (
+                    np.log((1 - one) / (1 - other)) * (1 - one) if one < 1 else 0
+                )
+        few = max(0.1, 1 - total**2 / square[target, concept] / rows[target])
+        best = max(known, key=lambda word: known[word], default=-1)
+        found[target, concept] = (share[target, concept] * known.get(best, 0.0) * few, best)
+    return {key: one for key, one in found.items() if one[0] > 0}
 
-    assert suspects()[0] == (0, "on the word '9'")
-    assert suspects(_LARGEST=1, _FEWEST_WORDS=11)[0] == (-1, "on the word '9'"), "classes that are too many, together"
-    assert all("'9'" not in where for _, where in suspects(_FEWEST_WORDS=2)), "words beside the most frequent, as one"
-    assert suspects(FEWEST=FEWEST + 100) == []
+
+@pytest.mark.parametrize("n_words", [8, 3], ids=["all words", "some words"])
+def test_scores_of_suspects_are_as_they_are_said(
+    bag: FeatureVisualization, n_words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Counter(token for i in range(len(bag.dataset)) for token in token_ids(bag.dataset, i).tolist())
+    words = {token for token, _ in counts.most_common(n_words)}
+    assert len(counts) == 8 and (MARK in words) == (n_words == 8)
+    if n_words < 8:
+        monkeypatch.setattr("crp.visualization.report.suspects._FEWEST_WORDS", n_words)
+        monkeypatch.setattr("crp.visualization.report.suspects._LARGEST", 8 * 3 * 4 * (n_words + 1) - 1)
+    found = find_text_suspects(Table.open(bag.path), ["features"], [0, 1, 2], partial(token_ids, bag.dataset), str)
+    wanted = naive_scores(bag, words)
+    assert found == sorted(found, key=lambda one: -one.score) and found
+    least = found[0].score / 10
+    assert {(one.target, one.concept) for one in found} == {key for key, (score, _) in wanted.items() if score >= least}
+    for one in found:
+        score, word = wanted[one.target, one.concept]
+        assert one.score == pytest.approx(score) and one.where == f"on the word '{word}'"
+
+
+def test_classes_that_are_too_many_are_looked_at_together(
+    bag: FeatureVisualization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = partial(find_text_suspects, Table.open(bag.path), ["features"], [0, 1, 2], partial(token_ids, bag.dataset))
+    with monkeypatch.context() as context:
+        context.setattr("crp.visualization.report.suspects._LARGEST", 1)
+        first = ask(str)[0]
+        assert (first.target, first.where) == (-1, "on the word '9'")
+    monkeypatch.setattr("crp.visualization.report.suspects.FEWEST", FEWEST + 100)
+    assert ask(str) == []
 
 
 def test_layers_of_whole_texts_underline_no_token(bag_atlas: Path) -> None:
@@ -305,3 +358,25 @@ def test_labels_are_compared_with_predictions_where_they_are_tokens(
     page = next(iter(sorted((folder / "sample").glob("*.html"))))
     label = repr(texts.word(texts[int(page.stem)][1]))
     assert re.search(rf"Predicted .*(as labelled|not {re.escape(label)})", Parsed(page).text)
+
+
+def test_pages_say_what_a_dictionary_of_a_text_model_leaves_out(tmp_path: Path) -> None:
+    keep = (torch.arange(8) < 3).double()
+    dictionary = SimpleNamespace(encode=lambda activation: activation * keep, decode=lambda latents: latents)
+    model, texts = model_of("gpt2"), Texts(texts_of_ids(6), Letters(), position=-1)
+    with splice(model, UPPER, dictionary, axis=-1) as names:
+        path = tmp_path / "mined"
+        fv = FeatureVisualization(CondAttribution(model), texts, {names.code: AxisConcept(-1)}, path=path)
+        fv.run(AttnLRP(), targets="prediction", progress=False)
+        ((_, found),) = unexplained_of(fv, AttnLRP(), Table.open(path), [names.code]).items()
+        folder = written(fv, tmp_path / "out", n_references=1)
+    missed, whole = torch.zeros(2), torch.zeros(2)
+    for ids, _ in texts:
+        data = {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])}
+        target = int(model(**data).logits[0, -1].argmax())
+        result = CondAttribution(model)(data, [{"y": Position(-1, target)}], AttnLRP(), [UPPER])
+        values = torch.stack([result.activations[UPPER].square(), result.relevances[UPPER].abs()]).detach()
+        missed += values[..., 3:].sum((1, 2, 3))
+        whole += values.sum((1, 2, 3))
+    assert (found.activation, found.relevance) == pytest.approx((missed / whole).tolist(), rel=1e-5)
+    assert found.sentence in Parsed(folder / "layer" / f"{names.code}.html").text

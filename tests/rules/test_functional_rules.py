@@ -227,6 +227,11 @@ def norm_cases():
     yield "layer_norm_in_words", lambda t: F.layer_norm(input=t.mT, normalized_shape=(6,), weight=WEIGHT, bias=BIAS,
                                                         eps=1e-3).mT, x, matrix  # fmt: skip
 
+    sigma = (flat.var(unbiased=False) + 1e-3).sqrt()
+    weight, bias = (each[:, None].expand(6, 4) for each in (WEIGHT, BIAS))
+    whole = WEIGHT.repeat_interleave(4).diag() @ centring(24) / sigma
+    yield "layer_norm_of_two_axes", lambda t: F.layer_norm(t, (6, 4), weight, bias, 1e-3), x, whole
+
     def rms(t):
         return F.rms_norm(t.mT, (6,), WEIGHT, 1e-3).mT
 

@@ -10,6 +10,7 @@ from feature_net import mined
 
 from crp import audit
 from crp.visualization import Table, analysis
+from crp.visualization.report import find_suspects
 from crp.visualization.table import derived, ranking
 
 ROWS = analysis.RowSelection("second")
@@ -52,6 +53,7 @@ CALLS = {
     "clusters": kept,
     "prototypes": audited,
     "interventions": lambda table: FOUND.save(table).name,
+    "find_suspects": lambda table: find_suspects(table, {"second": (3, 3)}, [0, 1, 2]),
     "list_kept": lambda table: [one.kind for one in derived.list_kept(table)],
 }
 
@@ -77,6 +79,13 @@ def test_what_is_no_table_is_refused(name):
         CALLS[name](3)
     with pytest.raises(FileNotFoundError, match="nothing was mined into nowhere"):
         CALLS[name]("nowhere")
+
+
+def test_suspects_are_asked_by_layer(folder):
+    with pytest.raises(TypeError, match="spaces must be given by layer"):
+        find_suspects(folder, ["second"], [0])
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1, not 0"):
+        find_suspects(folder, {"second": (3, 3)}, [0], 0)
 
 
 def test_an_open_table_is_given_back(folder):

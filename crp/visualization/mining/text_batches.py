@@ -238,7 +238,8 @@ class Filling:
             self._changes_nothing = same
         else:
             self._changes_nothing = False
-        if not self._changes_nothing:
+        # (a text that the model cannot take as it is says nothing about filling up, and its error comes by itself)
+        if not self._changes_nothing and alone is not None:
             warn(
                 "the model says something else of a text that is filled up to a longer one's length, so that texts of "
                 "each length are mined by themselves, which is slower; a batch needs an attention_mask, and a padding "

@@ -16,10 +16,13 @@ counts is how much more of it lies on one word, against all others, than of all 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from crp.checks import check_number
+from crp.errors import InputTypeError
 from crp.image.texts import readable
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.store import Table
@@ -75,13 +78,13 @@ class Suspect(NamedTuple):
 
 
 def find_suspects(
-    table: Table, spaces: Mapping[str, Sequence[int]], targets: Sequence[int], n: int = 60
+    table: Table | str | Path, spaces: Mapping[str, Sequence[int]], targets: Sequence[int], n: int = 60
 ) -> list[Suspect]:
     """Concepts that may be shortcuts, most suspicious first.
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     spaces : mapping of layer to (height, width)
         Of layers that have these axes, as they were when the table was mined.
     targets : sequence of int
@@ -99,6 +102,10 @@ def find_suspects(
     KeyError
         If a layer was not mined.
     """
+    table = Table.open(table)
+    check_number("n", n, 1, whole=True)
+    if not isinstance(spaces, Mapping):
+        raise InputTypeError(f"spaces must be given by layer, as in {{'features.3': (14, 14)}}, not {spaces!r}")
     if table.header.recipe.get("mixed_shapes"):
         return []
     found: list[Suspect] = []
@@ -110,7 +117,7 @@ def find_suspects(
 
 
 def find_text_suspects(
-    table: Table,
+    table: Table | str | Path,
     layers: Sequence[str],
     targets: Sequence[int],
     ids_of: Callable[[int], Array],
@@ -121,7 +128,7 @@ def find_text_suspects(
 
     Parameters
     ----------
-    table : Table
+    table : Table, or its folder
     layers : sequence of str
         Those that hold values of single tokens.
     targets : sequence of int
@@ -143,6 +150,7 @@ def find_text_suspects(
     KeyError
         If a layer was not mined.
     """
+    table = Table.open(table)
     rows = table.rows()
     samples = np.unique(rows.sample)
     ids = [ids_of(sample) for sample in samples.tolist()]
@@ -228,7 +236,11 @@ def _in_layer(table: Table, layer: str, targets: Sequence[int], cells: _Cells) -
             of = np.where(np.isin(target, known), np.searchsorted(known, target), -1)
         for i in np.unique(of[of >= 0]):
             mine = of == i
-            np.add.at(held[i], (np.arange(concepts), cell[mine]), weight[mine])
+            flat, size = (cell[mine] + np.arange(concepts) * cells.n).ravel(), held[i].size
+            if size <= flat.size:  # (which is the faster way, where all sums together are not many)
+                held[i] += np.bincount(flat, weight[mine].ravel(), size).reshape(held[i].shape)
+            else:
+                np.add.at(held[i].reshape(-1), flat, weight[mine].ravel())
             square[i] += (weight[mine] ** 2).sum(0)
             share[i] += value[mine].sum(0)
             rows[i] += mine.sum()
@@ -239,7 +251,7 @@ def _of_layer(
     layer: str, known: Array, held: Array, everything: Array, square: Array, rows: Array, share: Array, cells: _Cells
 ) -> list[Suspect]:
     found = []
-    for i in np.flatnonzero(rows >= FEWEST):
+    for i in range(len(known)):
         total = held[i].sum(1, keepdims=True)
         of_concept = held[i] / np.where(total > 0, total, 1)
         rest = np.clip(everything - held[i], 0, None)

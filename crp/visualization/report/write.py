@@ -124,7 +124,7 @@ def _write(
     identity = _identity(table, composite)
     drawer = (PictureDrawer if fv.texts is None else TextDrawer)(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
-    suspects = drawer.find_suspects(table, targets)
+    suspects = drawer.find_suspects(table, targets) if options.part is None else []
     kept = _maximize(fv, table, facts, shown, options)
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
     best = _best_of_samples(table, layers, samples)
