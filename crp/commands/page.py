@@ -71,7 +71,7 @@ def concepts_of_picture(
             return False
         return True
 
-    layer = asked.layer or next(filter(carries, reversed(suggested)), None)
+    layer = next(filter(carries, reversed(suggested)), None) if asked.layer is None else asked.layer
     if layer is None:
         if asked.graph:
             raise CommandError("--graph needs the --layer that it begins with: no layer of the model is suggested")
