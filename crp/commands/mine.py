@@ -85,6 +85,10 @@ def mine_command(
 ) -> None:
     """Record how relevant and active every concept is on every sample of a dataset.
 
+        crp mine --model resnet18 --checkpoint mine.pth --data photos/ --layers auto --out atlas/
+
+    Each folder in photos/ is a class. Afterwards, crp report atlas/ writes pages.
+
     The same command goes on after an interruption, and so does --out alone: the table says how it was made. Under
     torchrun, every process takes its share of the shards:
 
@@ -105,7 +109,8 @@ def mine_command(
     with _errors_in_a_line(out, overwrite):
         given = given if overwrite else _with_earlier(out, given)
         if missing := [f"--{name}" for name in ("model", "data", "layers") if not given[name]]:
-            raise CommandError(f"{', '.join(missing)} must be given: {out} holds no table that says it")
+            hint = "; --layers auto chooses some" if "--layers" in missing else ""
+            raise CommandError(f"{', '.join(missing)} must be given: {out} holds no table that says it{hint}")
         table = _run(out, part, address, given, overwrite=overwrite, progress=not hidden)
     from crp.commands.table import _describe, _facts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crp.errors import LoadingError
 from crp.wording import first_few
@@ -16,20 +16,42 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())[:600] or type(error).__name__
 
 
-def fill(net: nn.Module, path: Path) -> None:
-    """Load a state dict into a model, by `torch.save` or in safetensors; a `LoadingError` says what does not fit."""
-    state: Any
+def read_checkpoint(path: Path) -> Any:
+    """State dict in a file by `torch.save` or in safetensors; a `LoadingError` where it cannot be read."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds, for files that are something else
         raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    return state["state_dict"] if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) else state
+
+
+def n_classes_of(state: Any, net: nn.Module) -> int | None:
+    """Number of classes for which a net was trained on, where a checkpoint fits it but for that number.
+
+    Every entry whose shape differs is then of a layer that gives classes: only its first axis differs, from the same
+    number to the same other one.
+    """
+    if not isinstance(state, dict):
+        return None
+    given, wanted = _without_wrapper(state, net), net.state_dict()
+    shapes = [
+        (tuple(given[name].shape), tuple(tensor.shape))
+        for name, tensor in wanted.items()
+        if isinstance(given.get(name), Tensor) and given[name].shape != tensor.shape
+    ]
+    lengths = {(a[0], b[0]) if a and b and a[1:] == b[1:] else None for a, b in shapes}
+    pair = lengths.pop() if len(lengths) == 1 else None
+    return None if pair is None else pair[0]
+
+
+def fill(net: nn.Module, path: Path) -> None:
+    """Load a state dict into a model, by `torch.save` or in safetensors; a `LoadingError` says what does not fit."""
+    state = read_checkpoint(path)
     if isinstance(state, dict):
         state = _without_wrapper(state, net)
         wanted, given = set(net.state_dict()), set(state)

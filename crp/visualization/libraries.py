@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class Logits(nn.Module):
         return scores
 
 
-def find_in_library(name: str, *, pretrained: bool) -> Found:
+def find_in_library(name: str, *, pretrained: bool, n_classes: int | None = None) -> Found:
     """Model by ``"timm:name"`` or ``"hf:name"``.
 
     Parameters
@@ -57,6 +58,8 @@ def find_in_library(name: str, *, pretrained: bool) -> Found:
     name : str
     pretrained : bool
         Whether its weights are loaded; they may be downloaded.
+    n_classes : int, optional
+        Number of outputs of a model of timm, in place of its own.
 
     Raises
     ------
@@ -64,9 +67,12 @@ def find_in_library(name: str, *, pretrained: bool) -> Found:
         If the library is not installed, has no such model, or the weights cannot be had.
     """
     prefix, _, rest = name.partition(":")
-    made: Callable[[str, bool], Found] = {"timm": _of_timm, "hf": _of_hugging_face}[prefix]
+    makers: dict[str, Callable[[str, bool], Found]] = {
+        "timm": partial(_of_timm, n_classes=n_classes),
+        "hf": _of_hugging_face,
+    }
     try:
-        return made(rest, pretrained)
+        return makers[prefix](rest, pretrained)
     except ImportError as error:
         package = {"timm": "timm", "hf": "transformers"}[prefix]
         raise LoadingError(f"{name} needs {package} ({error}): python -m pip install {package}") from error
@@ -77,13 +83,13 @@ def find_in_library(name: str, *, pretrained: bool) -> Found:
         raise LoadingError(f"{name} cannot be loaded: {lines[0]}") from error
 
 
-def _of_timm(name: str, pretrained: bool) -> Found:
+def _of_timm(name: str, pretrained: bool, n_classes: int | None = None) -> Found:
     timm: Any = importlib.import_module("timm")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         raise LoadingError(f"there is no model {name!r} in timm; nearest: {', '.join(near) or 'none'}")
-    model = timm.create_model(name, pretrained=pretrained)
+    model = timm.create_model(name, pretrained=pretrained, **({} if n_classes is None else {"num_classes": n_classes}))
     data: Any = importlib.import_module("timm.data")
     config = data.resolve_model_data_config(model)
     size = int(config["input_size"][-1])

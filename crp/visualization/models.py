@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crp.engine.forward import tensor_in
 from crp.errors import CRPError, InputTypeError, LoadingError
-from crp.visualization.checkpoints import _in_a_line, fill
+from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
 
@@ -142,7 +142,8 @@ def load_model(
         Name in torchvision's enumeration for the model, such as ``"DEFAULT"``; they also say how pictures are prepared
         and what classes are called.
     checkpoint : path, optional
-        State dict, by `torch.save` or in safetensors.
+        State dict, by `torch.save` or in safetensors. A model of torchvision or timm is made for the number of classes
+        that it was trained on.
     size : int, optional
         Pictures are resized and cut to this many pixels on a side; 224 for torchvision by default.
     mean, std : sequence of float
@@ -189,13 +190,22 @@ def _loaded(
     if prefix in PREFIXES:
         if weights:
             raise LoadingError(f"--weights are those of torchvision's models; the name of {model} says which they are")
-        return _of_library(find_in_library(model, pretrained=checkpoint is None), checkpoint, size, mean, std, classes)
+        found = find_in_library(model, pretrained=checkpoint is None)
+        if (
+            checkpoint
+            and prefix == "timm"
+            and (n := n_classes_of(read_checkpoint(checkpoint), found.model)) is not None
+        ):
+            found = find_in_library(model, pretrained=False, n_classes=n)
+        return _of_library(found, checkpoint, size, mean, std, classes)
     if ":" in model:
         if weights:
             raise LoadingError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
         net = _made(model)
     else:
         net, chosen = _of_torchvision(model, weights)
+        if checkpoint and (n := n_classes_of(read_checkpoint(checkpoint), net)) is not None:
+            net, _ = _of_torchvision(model, None, num_classes=n)
         if chosen is not None:
             recipe, names = chosen.transforms(), chosen.meta.get("categories", ())
     if checkpoint:
@@ -268,7 +278,7 @@ def _dense_of_torchvision() -> list[str]:
     return [*models.list_models(module=models.segmentation), *models.list_models(module=models.detection)]
 
 
-def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
+def _of_torchvision(name: str, weights: str | None, **options: Any) -> tuple[nn.Module, Any]:
     from torchvision import models
 
     dense = _dense_of_torchvision()
@@ -286,9 +296,8 @@ def _of_torchvision(name: str, weights: str | None) -> tuple[nn.Module, Any]:
         chosen = kinds[weights]
     try:
         # (without this, GoogLeNet and Inception spend a minute on initial weights)
-        options: dict[str, Any] = {}
         if not weights:
-            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
             options |= {"weights_backbone": None} if name in dense else {}
         return models.get_model(name, weights=chosen, **options), chosen
     except OSError as error:

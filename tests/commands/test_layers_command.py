@@ -188,3 +188,18 @@ def test_a_model_of_hugging_face_gives_scores(here):
     assert loaded.classes == ["cat", "dog"] and loaded.prepared.size == 32
     assert loaded.normalized.mean == pytest.approx((0.1,) * 3)
     assert loaded.model(loaded.example()).shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "resnet18", "timm:resnet18"])
+def test_a_model_is_made_for_the_classes_of_its_checkpoint(here, name):
+    library = pytest.importorskip("timm" if name.startswith("timm") else "torchvision")
+    make = library.create_model if name.startswith("timm") else library.models.get_model
+    state = make("resnet18", num_classes=5).state_dict()
+    save_file({f"module.{key}": value for key, value in state.items()}, "five.safetensors")
+    loaded = load_model(name, checkpoint=Path("five.safetensors"))
+    assert loaded.model.fc.out_features == 5 and torch.equal(loaded.model.fc.weight, state["fc.weight"])
+    assert not loaded.classes
+    state["conv1.weight"] = torch.zeros(7, 3, 7, 7)
+    save_file(state, "other.safetensors")
+    with pytest.raises(LoadingError, match=r"other.safetensors does not fit the model: .* size mismatch for conv1"):
+        load_model(name, checkpoint=Path("other.safetensors"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,30 @@ def test_a_second_report_draws_nothing_and_changes_nothing(fv, atlas, monkeypatc
     monkeypatch.setattr(picture_drawing.PictureDrawer, "_draw", lambda *_: pytest.fail("drawn again"))
     report(fv, atlas)
     assert files(atlas) == before
+
+
+def test_rows_of_a_sample_share_a_forward_pass_and_are_drawn_the_same(fv, tmp_path, monkeypatch):
+    drawn = {}
+    for name, sharing in (("paired", 10**9), ("shared", 2)):
+        monkeypatch.setattr(picture_drawing, "_SHARING_OF_SMALL", sharing)
+        passed = []  # (samples in each pass that relevance is sent back through)
+        hook = fv.attribution.model.register_forward_hook(
+            lambda _module, data, _output, passed=passed: passed.extend([0] * len(data[0]) * torch.is_grad_enabled())
+        )
+        folder = report(fv, tmp_path / name)
+        hook.remove()
+        maps = {path: content for path, content in files(folder).items() if path.startswith("maps/")}
+        facts = {path: read_facts(folder / path) for path in maps}
+        drawn[name] = len(passed), {path: np.asarray(Image.open(folder / path)).astype(int) for path in maps}, facts
+    paired, shared = drawn["paired"], drawn["shared"]
+    assert shared[0] < 0.7 * paired[0]
+    for path, pixels in paired[1].items():
+        assert np.abs(pixels - shared[1][path]).max() <= 1  # (of 255 steps, where rounding falls on the other side)
+        rows = [[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in paired[2][path].get("rows", [])]
+        others = [[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in shared[2][path].get("rows", [])]
+        for one, other in zip(rows, others, strict=True):
+            assert [value is None for value in one] == [value is None for value in other]
+            assert [v for v in one if v is not None] == pytest.approx([v for v in other if v is not None], abs=2e-3)
 
 
 def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -28,7 +28,9 @@ from crp.visualization.table.store import Table
 #: Samples that are kept in memory.
 _KEPT = 256
 #: Files that are drawn together.
-_TOGETHER = 64
+_TOGETHER = 128
+#: Rows of a sample from which on they share a forward pass of its own. (A batch of small pictures is one fast call.)
+_SHARING, _SHARING_OF_SMALL = 4, 16
 #: Side up to which pictures are stored without loss.
 _SMALL = 64
 #: What files of heatmaps hold; those of another version are drawn again.
@@ -79,7 +81,7 @@ class PictureDrawer(Drawer):
     def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
         """Draw some jobs; rows of one layer are attributed together, whosever they are."""
         places = [(number, place, row) for number, job in enumerate(jobs) for place, row in enumerate(job.rows)]
-        places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0))
+        places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0, one[2].sample))
         found: list[dict[int, tuple[Array, Drawn]]] = [{} for _ in jobs]
         for alike in _batches(places, self.options.batch_size):
             for (number, place, _), drawn in zip(alike, self._draw_rows([row for *_, row in alike]), strict=True):
@@ -90,13 +92,16 @@ class PictureDrawer(Drawer):
                     yield jobs[number]
 
     def _draw_rows(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
-        """Draw rows of one layer; those of samples of one shape together."""
-        places: dict[tuple[int, ...], list[int]] = {}
+        """Draw rows of one layer: many of one sample in one forward pass, others with those of samples of one shape."""
+        n_rows = Counter(row.sample for row in rows)
+        places: dict[tuple[int | None, tuple[int, ...]], list[int]] = {}
         for place, row in enumerate(rows):
-            places.setdefault(tuple(self.data(row.sample).shape), []).append(place)
+            shape = tuple(self.data(row.sample).shape)
+            sharing = _SHARING if max(shape[-2:]) > _SMALL else _SHARING_OF_SMALL
+            places.setdefault((row.sample if n_rows[row.sample] >= sharing else None, shape), []).append(place)
         found: dict[int, tuple[Array, Drawn]] = {}
-        for of_shape in places.values():
-            found |= dict(zip(of_shape, self._draw([rows[place] for place in of_shape]), strict=True))
+        for alike in places.values():
+            found |= dict(zip(alike, self._draw([rows[place] for place in alike]), strict=True))
         return [found[place] for place in range(len(rows))]
 
     def draw_mean(self, target: int, samples: Sequence[int]) -> None:
@@ -203,8 +208,11 @@ class PictureDrawer(Drawer):
             condition: dict[str, Any] = {output: [row.target]} if started else {}
             conditions.append(condition if layer is None else {**condition, layer: [row.concept]})
         below = self.below_of(layer)
+        # (a single sample meets all conditions in one forward pass)
+        is_shared = len({row.sample for row in rows}) == 1
         shown = [self.data(row.sample) for row in rows]
-        data = self.fv.preprocess_data(torch.stack(shown).to(self.fv.device)).detach()
+        stacked = torch.stack(shown[:1] if is_shared else shown)
+        data = self.fv.preprocess_data(stacked.to(self.fv.device)).detach()
         result = attribution(
             data,
             conditions,
@@ -223,7 +231,7 @@ class PictureDrawer(Drawer):
             before = [None] * len(rows)
         after: list[float | None] = [None] * len(rows)
         if layer is not None and started and self.exclusive:
-            after = self._without(data, rows, layer)
+            after = self._without(data.expand(len(rows), *data.shape[1:]), rows, layer)
         drawn = []
         for i, heatmap in enumerate(heatmaps.numpy()):
             facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
