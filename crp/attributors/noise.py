@@ -13,8 +13,9 @@ from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
 from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
+from crp.engine.door import check_seed
 from crp.engine.inputs import Inputs, Tensors
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 
 Statistic = Literal["mean", "squared", "variance"]
 
@@ -72,6 +73,8 @@ class SmoothGrad(Attributor):
             raise InputError(f"noise_level must be a finite number of at least 0, not {noise_level!r}")
         if statistic not in get_args(Statistic):
             raise InputError(f"statistic must be one of {', '.join(map(repr, get_args(Statistic)))}, not {statistic!r}")
+        if seed is not None:
+            check_seed(seed)
         self.n, self.noise_level, self.noise, self.statistic, self.seed = n, noise_level, noise, statistic, seed
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
@@ -120,7 +123,9 @@ def _range(data: Tensor) -> Tensor:
 
 def _fitting(noise: Tensor | Sequence[Tensor], inputs: Tensors) -> list[Tensor]:
     """Noise for each input, of shape (n, *data shape)."""
-    given = [noise] if isinstance(noise, Tensor) else list(noise)
+    given: list[Any] = [*noise] if isinstance(noise, list | tuple) else [noise]
+    if wrong := [one for one in given if not isinstance(one, Tensor)]:
+        raise InputTypeError(f"noise must be a tensor for each input, not {wrong[0]!r}; its size is noise_level")
     if len(given) != len(inputs):
         raise InputError(f"there is noise for {len(given)} inputs of {len(inputs)}; give one tensor for each")
     widths = []

@@ -46,6 +46,7 @@ def concepts_of_picture(
     """Layer, and its concepts with their shares and heatmaps, and how relevance flows from them to lower layers."""
     from crp.attributors.explaining import explain, find_method
     from crp.attributors.flow import OF_CONCEPTS, concept_flow
+    from crp.errors import CRPError
     from crp.visualization.mining.axes import concepts_of_channels
     from crp.visualization.mining.selection import list_layers
     from crp.visualization.report.explained import ExplainedConcept, ExplainedGraph
@@ -59,14 +60,26 @@ def concepts_of_picture(
             raise CommandError(f"method {method!r} has no relevance of concepts; leave {' and '.join(named)} out")
         return FoundConcepts()
     suggested = [one.name for one in list_layers(loaded.model, data) if one.suggested]
-    layer = asked.layer or (suggested[-1] if suggested else None)
+
+    def carries(*layers: str) -> bool:
+        """Whether relevance flows through these layers, from the output to the input, with an entry for each sample."""
+        try:
+            masks = {name: one.mask for name, one in concepts_of_channels(loaded.model, data, layers).items()}
+            through: dict[str, Any] = {"condition": {name: [0] for name in layers}, "mask_map": masks}
+            explain(method, loaded.model, data, target, layer=layers[-1], **through, **given)
+        except CRPError:
+            return False
+        return True
+
+    layer = next(filter(carries, reversed(suggested)), None) if asked.layer is None else asked.layer
     if layer is None:
         if asked.graph:
             raise CommandError("--graph needs the --layer that it begins with: no layer of the model is suggested")
         return FoundConcepts()
     lower = list(asked.graph)
     if not lower and layer in suggested[1:]:
-        lower = [suggested[suggested.index(layer) - 1]]
+        below = suggested[: suggested.index(layer)]
+        lower = next(([one] for one in reversed(below) if carries(layer, one)), [])
     if len({layer, *lower}) <= len(lower):
         raise CommandError(f"--graph has a layer twice: {', '.join([layer, *lower])}, of which the first is --layer")
     known = concepts_of_channels(loaded.model, data, [layer, *lower])

@@ -90,7 +90,10 @@ def report_command(
     try:
         page = _write(folder, path, workers, share, given)
     except KeyboardInterrupt:
-        click.echo(f"\nInterrupted. What is drawn is kept in {path}; the same command goes on from there.", err=True)
+        kept = f"What is drawn is kept in {path}; the same command goes on from there."
+        if path.suffix.lower() in (".html", ".htm"):
+            kept = f"{path} is written as a whole, and not yet; pages in a folder go on after an interruption."
+        click.echo(f"\nInterrupted. {kept}", err=True)
         raise SystemExit(INTERRUPTED) from None
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(_plain(str(error))) from error

@@ -287,3 +287,25 @@ def test_a_table_of_an_output_is_opened_with_it(by_hand):
         plain.get_max_reference([0], "features.1", "activation", (0, 2), rf=False)
     with pytest.raises(ValueError, match="output is given with model and dataset"):
         FeatureVisualization.open(path, output=segmentation())
+
+
+# --- detectors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fcos", "faster_rcnn"])
+@pytest.mark.filterwarnings("ignore:the objective has no gradient at the start")
+def test_a_table_of_boxes_goes_on_and_has_an_atlas(here, name):
+    """What a model notes of its data, such as the scales of its maps, does not make it another one."""
+    (here / "dense_nets.py").write_text(MODULE.replace('DETECTORS["fcos"]', f'DETECTORS["{name}"]'))
+    words = ["--model", "dense_nets:detector", "--data", "photos", "--layers", "backbone.4", "--quiet"]
+    words += ["--composite", "epsilon_plus", "--output", "detection", "--out", "boxes"]
+    assert crp("mine", *words, "--stop", 3).exit_code == 0
+    result = crp("mine", "--out", "boxes", "--quiet")
+    assert (result.exit_code, result.output) == (0, "6 of 6 samples, 6 rows; complete\n"), result.output
+    result = crp("report", "boxes", "--quiet", "--references", 1, "--maximize", 1, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    # (the last maps of a detector are of its heads, through which no relevance of classes flows, or of regions)
+    result = attribute("detection", "--target", 1, "--page", "--json", model="detector")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.output)
+    assert facts["layer"] and facts["concepts"]

@@ -51,7 +51,10 @@ def test_an_interrupted_report_says_how_to_go_on(mined: Path, monkeypatch: pytes
     with monkeypatch.context() as context:
         context.setattr("crp.visualization.report.write._draw", interrupt)
         result = crp("report", mined, "--quiet")
+        alone = crp("report", mined, "--quiet", "--single-file")
     assert result.exit_code == 130 and "the same command goes on from there" in result.output
+    assert alone.exit_code == 130 and "atlas.html is written as a whole, and not yet" in alone.output
+    assert not (mined / "atlas.html").exists()
     assert crp("report", mined, "--quiet", "--active", "0").exit_code == 0
 
 

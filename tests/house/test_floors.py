@@ -43,7 +43,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts)
-    "attributors": 3175,
+    "attributors": 3190,
     "audit": 2340,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)

@@ -33,6 +33,8 @@ from crp.visualization.table.source import syntax_of
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 #: What zennit's hooks and composites keep of past calls, and of the model that they are on: no part of what they are.
 _RUNTIME = frozenset({"stored_tensors", "tensor_handles", "handles", "hook_refs", "active"})
+#: What modules note of the last data that they have seen, by type: no part of what they are.
+_NOTES = {"MultiScaleRoIAlign": frozenset({"scales", "map_levels"})}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 _BY_REPR = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice, PurePath)
 
@@ -280,10 +282,11 @@ def _tensor(tensor: Tensor) -> bytes:
 
 def _settings(module: nn.Module) -> dict[str, object]:
     """Attributes of a module that are numbers, strings or sequences of these, such as a stride."""
+    notes = _NOTES.get(type(module).__name__, ())
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and _is_plain(value)
+        if not name.startswith("_") and name != "training" and name not in notes and _is_plain(value)
     }
 
 
