@@ -18,7 +18,11 @@ from crp.commands import table as table_commands
 from crp.commands.group import INTERRUPTED, Commands
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Completion in bash: eval "$(_CRP_COMPLETE=bash_source crp)"; zsh and fish likewise.',
+)
 @click.option("--debug", is_flag=True, expose_value=False, help="Show where an error comes from.")
 @click.version_option(__version__, prog_name="crp")
 def cli() -> None:

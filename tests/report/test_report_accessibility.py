@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from browser import Browser, find_browser
+from browser import Browser, broken_rules, find_browser, needs_axe, one_of_each_kind
 from feature_net import Images, mined
-from house_plan import ROOT
 from zennit.composites import EpsilonPlus
 
 from crp.visualization.report import Finding, make_tile, write_report
 from crp.visualization.report.explained import ExplainedConcept, ExplainedGraph, ExplainedPicture, write_explained
 
-#: The script of axe-core: where the variable CRP_AXE says, or where ``npm install axe-core`` puts it.
-AXE = Path(os.environ.get("CRP_AXE") or ROOT / "node_modules" / "axe-core" / "axe.min.js")
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
-needs_axe = pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: npm install axe-core")
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +26,17 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(fv, EpsilonPlus(), folder, **names).parent
 
 
-def pages(atlas: Path) -> list[Path]:
-    """Those of the folder itself, and one of each kind."""
-    kinds = [
-        min(path.rglob("*.html")) for path in sorted(atlas.iterdir()) if path.is_dir() and any(path.rglob("*.html"))
-    ]
-    return [*sorted(atlas.glob("*.html")), *kinds]
-
-
 @needs_axe
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["desktop", "dark phone"])
 def test_no_rule_of_axe_is_broken(browser: Browser, atlas: Path, width: int, dark: bool) -> None:
     found = {}
-    for page in pages(atlas):
+    for page in one_of_each_kind(atlas):
         browser.resize(width, 900, dark=dark)
         browser.open(page.as_uri())
-        browser.evaluate(AXE.read_text() + ";0")
-        broken = "axe.run().then(found => found.violations.map(one => [one.id, one.nodes[0].html.slice(0, 200)]))"
-        if violations := browser.evaluate(broken):
+        if violations := broken_rules(browser):
             found[page.relative_to(atlas).as_posix()] = violations
     assert found == {}
-    assert len(pages(atlas)) >= 7
+    assert len(one_of_each_kind(atlas)) >= 7
 
 
 def press(browser: Browser, key: str) -> None:
@@ -87,7 +72,7 @@ def test_the_keyboard_reaches_everything(browser: Browser, atlas: Path) -> None:
 
 
 def test_landmarks_and_languages_are_there(browser: Browser, atlas: Path) -> None:
-    for page in pages(atlas):
+    for page in one_of_each_kind(atlas):
         browser.open(page.as_uri())
         one_each = "['header', 'main', 'footer', 'h1'].map(tag => document.querySelectorAll(tag).length)"
         assert browser.evaluate(one_each) == [1, 1, 1, 1], page
@@ -122,9 +107,7 @@ def test_the_page_of_one_picture_breaks_no_rule(browser: Browser, tmp_path: Path
     )  # fmt: skip
     browser.resize(width, 900, dark=dark)
     browser.open(write_explained(shown, tmp_path / "why.html").as_uri())
-    browser.evaluate(AXE.read_text() + ";0")
-    broken = "axe.run().then(found => found.violations.map(one => [one.id, one.nodes[0].html.slice(0, 200)]))"
-    assert browser.evaluate(broken) == []
+    assert broken_rules(browser) == []
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     # (names of layers are case-sensitive)
     assert browser.evaluate("getComputedStyle(document.querySelector('h2 .as-is')).textTransform") == "none"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import CONTRAST, Browser, find_browser, visit_all
+from browser import CONTRAST, Browser, broken_rules, find_browser, needs_axe, one_of_each_kind, visit_all
 from command_cases import crp
 from text_cases import Letters, model_of, texts_of_ids
 
@@ -251,6 +251,19 @@ def browser() -> Iterator[Browser]:
 
 def test_every_page_is_whole_and_asks_only_for_its_own_folder(browser: Browser, atlas: Path) -> None:
     visit_all(browser, atlas.parent)
+
+
+@needs_axe
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["desktop", "dark phone"])
+def test_pages_of_texts_break_no_rule_of_axe(browser: Browser, atlas: Path, width: int, dark: bool) -> None:
+    pages = one_of_each_kind(atlas.parent)
+    found = {}
+    for page in pages:
+        browser.resize(width, 900, dark=dark)
+        browser.open(page.as_uri())
+        if broken := broken_rules(browser):
+            found[page.name] = broken
+    assert found == {} and len(pages) >= 7
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import pytest
+from house_plan import ROOT
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 #: Contrast of every text with what is behind it, by the formula of WCAG 2.
@@ -171,3 +174,22 @@ def visit_all(browser: Browser, atlas: Path) -> None:
         assert browser.evaluate("document.querySelectorAll('main h1').length") == 1
         assert browser.evaluate("[...document.images].every(one => one.hasAttribute('alt'))")
     assert set(pages) - seen - {atlas / "search.html"} == set(), "every page can be reached"
+
+
+#: The script of axe-core: where the variable CRP_AXE says, or where ``npm install axe-core`` puts it.
+AXE = Path(os.environ.get("CRP_AXE") or ROOT / "node_modules" / "axe-core" / "axe.min.js")
+needs_axe = pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: npm install axe-core")
+
+
+def broken_rules(browser: Browser) -> list[list[str]]:
+    """Rules of axe-core that the open page breaks, each with an element."""
+    browser.evaluate(AXE.read_text() + ";0")
+    broken = "axe.run().then(found => found.violations.map(one => [one.id, one.nodes[0].html.slice(0, 200)]))"
+    found: list[list[str]] = browser.evaluate(broken)
+    return found
+
+
+def one_of_each_kind(atlas: Path) -> list[Path]:
+    """Pages of an atlas's folder itself, and one of each folder in it."""
+    folders = [path for path in sorted(atlas.iterdir()) if path.is_dir() and any(path.rglob("*.html"))]
+    return [*sorted(atlas.glob("*.html")), *(min(path.rglob("*.html")) for path in folders)]
