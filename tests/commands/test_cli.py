@@ -45,6 +45,12 @@ def test_module_is_the_command():
     assert result.returncode == 0
 
 
+def test_words_are_completed():
+    asked = {"_CRP_COMPLETE": "bash_complete", "COMP_WORDS": "crp rep", "COMP_CWORD": "1"}
+    found = subprocess.run([sys.executable, "-m", "crp"], env=os.environ | asked, capture_output=True, text=True)
+    assert found.stdout == "plain,report\n"
+
+
 def test_help_tells_of_the_demo():
     assert "demo" in run("--help").output
     told = run("demo", "--help").output
