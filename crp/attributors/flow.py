@@ -16,7 +16,7 @@ from crp.engine.inputs import Data, Inputs
 from crp.errors import InputError, InputTypeError, OutOfRangeError, StateError
 
 #: A layer and a concept of it; ``("y", class)`` is the class.
-FlowNode: TypeAlias = tuple[str, int]
+_FlowNode: TypeAlias = tuple[str, int]
 #: Options of a method that give concepts relevance.
 OF_CONCEPTS = frozenset({"layer", "condition", "mask_map"})
 
@@ -33,8 +33,8 @@ class ConceptFlow(NamedTuple):
         Share of the class's relevance that flows from a concept to one of the next layer.
     """
 
-    columns: list[dict[FlowNode, float]]
-    edges: dict[tuple[FlowNode, FlowNode], float]
+    columns: list[dict[_FlowNode, float]]
+    edges: dict[tuple[_FlowNode, _FlowNode], float]
 
 
 def concept_flow(
@@ -125,7 +125,7 @@ def concept_flow(
     if wrong := [one for one in chosen if not 0 <= one < len(own)]:
         raise OutOfRangeError(f"layer {names[0]!r} has the concepts 0 to {len(own) - 1}; there is no {wrong[0]}")
     start = "y", int(target)
-    columns: list[dict[FlowNode, float]] = [{start: 1.0}, {(names[0], one): own[one] for one in chosen}]
+    columns: list[dict[_FlowNode, float]] = [{start: 1.0}, {(names[0], one): own[one] for one in chosen}]
     edges = {(start, node): share for node, share in columns[1].items()}
     for above, layer in pairwise(names):
         parts = {node: shares(layer, {above: [node[1]]}) for node in columns[-1]}

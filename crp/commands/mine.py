@@ -391,8 +391,7 @@ def _device(name: str | None) -> str:
 @contextmanager
 def _client(address: str | None) -> Iterator[Any]:
     if address is None:
-        yield None
-        return
+        return (yield None)
     try:
         from distributed import Client
     except ImportError as error:
