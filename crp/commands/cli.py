@@ -21,7 +21,7 @@ from crp.commands.group import INTERRUPTED, Commands
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog='Completion in bash: eval "$(_CRP_COMPLETE=bash_source crp)"; zsh and fish likewise.',
+    epilog='Completion in bash: eval "$(_CRP_COMPLETE=bash_source crp)"',
 )
 @click.option("--debug", is_flag=True, expose_value=False, help="Show where an error comes from.")
 @click.version_option(__version__, prog_name="crp")
