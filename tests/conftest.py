@@ -25,8 +25,6 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest_slow(items)
     skip_what_is_newer(items)
-    # Notebooks, which run for a minute before their first test, come first: else one process would end with them alone.
-    items.sort(key=lambda item: "tutorials" not in item.path.parts)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
