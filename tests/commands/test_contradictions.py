@@ -6,12 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from command_cases import crp
-from PIL import Image
+from command_cases import crp, place_with_module, write_pictures
 from torch import nn
 
 from crp.visualization import Table
@@ -56,16 +54,8 @@ def shared(): return Shared()
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "odd_nets.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "odd_nets", raising=False)
-    for i in range(6):
-        folder = tmp_path / "photos" / "abc"[i % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (12, 12, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path
+    write_pictures(tmp_path / "photos", 6, "abc", 12)
+    return place_with_module(tmp_path, monkeypatch, "odd_nets", MODULE)
 
 
 def attribute(*more: object, model: str = "odd_nets:net", out: str = "why.png") -> Result:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from command_cases import crp
+from command_cases import crp, place_with_module, write_pictures
 from PIL import Image
 from report_cases import Parsed
 
@@ -65,16 +64,8 @@ number = 3
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "dense_nets.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "dense_nets", raising=False)
-    for i in range(6):
-        folder = tmp_path / "photos" / "abc"[i % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path
+    write_pictures(tmp_path / "photos", 6, "abc", 64)
+    return place_with_module(tmp_path, monkeypatch, "dense_nets", MODULE)
 
 
 def attribute(output: str | None, *more: object, model: str = "net", out: str = "why.html") -> Result:

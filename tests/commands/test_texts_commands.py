@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command_cases import crp
+from command_cases import crp, place_with_module
 from PIL import Image
 
 from crp.attribution import CondAttribution
@@ -52,11 +51,7 @@ OF_WORDS = ["--data", "reading:words", "--fields", "words,class", "--tokenizer",
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "reading.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "reading", raising=False)
-    return tmp_path
+    return place_with_module(tmp_path, monkeypatch, "reading", MODULE)
 
 
 def test_texts_are_mined_and_opened_with_the_folder_alone(here: Path) -> None:

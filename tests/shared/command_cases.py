@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,30 @@ def crp(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
+def place_with_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str) -> Path:
+    """Make a folder the working folder, with a module that commands may import by this name."""
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return folder
+
+
+def write_pictures(folder: Path, n: int, classes: Sequence[str], size: int) -> None:
+    """Pictures of noise, in a folder for each class."""
+    for i in range(n):
+        of_class = folder / classes[i % len(classes)]
+        of_class.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (size, size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(of_class / f"{i}.png")
+
+
 def mine_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int = 8, targets: str = "label") -> Path:
     """Folder of a table of ``n`` pictures of cats and dogs, mined by the command with the model ``nets:net``."""
     (folder / "nets.py").write_text(MODULE)
     monkeypatch.chdir(folder)
     monkeypatch.delitem(sys.modules, "nets", raising=False)
-    for i in range(n):
-        of_class = folder / "pictures" / ("cats", "dogs")[i % 2]
-        of_class.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(of_class / f"{i}.png")
+    write_pictures(folder / "pictures", n, ("cats", "dogs"), 8)
     options = ["--model", "nets:net", "--data", "pictures", "--layers", "0", "--composite", "epsilon_plus", "--quiet"]
     given = [*options, "--mean", "0.5", "--std", "0.25", "--targets", targets, "--out", "atlas"]
     result = crp("mine", *given)
