@@ -47,7 +47,8 @@ BUDGETS = {
     "audit": 2340,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture)
-    "commands": 2220,
+    # (and mine decodes on the device)
+    "commands": 2235,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
@@ -66,9 +67,11 @@ BUDGETS = {
     "trace": 1590,
     "types": 150,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
-    # pictures by the report, where they are missing; models made for the classes of their checkpoint)
-    "visualization": 4000,
-    "visualization.mining": 3840,
+    # pictures by the report, where they are missing; models made for the classes of their checkpoint;
+    # JPEGs that are decoded on the device)
+    "visualization": 4400,
+    # (samples in two steps: files that are read, and decoded a batch at once)
+    "visualization.mining": 3940,
     # (rows of a sample share its forward pass)
     "visualization.report": 4215,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
@@ -77,7 +80,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 845
+PUBLIC_NAMES = 850
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
