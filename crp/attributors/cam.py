@@ -25,6 +25,7 @@ from crp.engine.inputs import Data, Inputs, Tensors
 from crp.engine.masks import apply_masks, row_masks
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.layers import modules_of, unwrap
 from crp.layers.addresses import Address
 
@@ -77,6 +78,7 @@ class LayerCAM(Attributor):
         mask_map: MaskMap = ChannelConcept.mask,
         batch_size: int | None = None,
     ) -> None:
+        check_flags(relu=relu)
         super().__init__(
             model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
         )  # fmt: skip

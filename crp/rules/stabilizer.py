@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.rules.fused import fused_quotient
 
 Stabilize = float | Callable[[Tensor], Tensor]
@@ -65,6 +66,7 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
     TypeError
         If the value is neither a number nor a function, or is a function that ``norm_scale`` cannot scale.
     """
+    check_flags(norm_scale=norm_scale)
     if isinstance(value, Real):
         epsilon = float(value)
         if not (math.isfinite(epsilon) and epsilon >= 0):

@@ -21,6 +21,7 @@ FLOORS = [
         "errors",
         "refusals",
         "checks",
+        "flags",
         "wording",
         "trace",
         "concepts",
@@ -54,8 +55,8 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2020,
     "demo": 900,
-    "engine": 4330,
-    "image": 1410,
+    "engine": 4335,
+    "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
     "outputs": 395,
@@ -63,11 +64,12 @@ BUDGETS = {
     # (a product whose gate is held; outputs that the next layer keeps anyway)
     "rules": 5780,
     # (along which axis the channels of a layer are)
-    "trace": 1590,
+    "trace": 1595,
     "types": 150,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
-    # pictures by the report, where they are missing; models made for the classes of their checkpoint)
-    "visualization": 4000,
+    # pictures by the report, where they are missing; models made for the classes of their checkpoint; what is on or off
+    # is checked)
+    "visualization": 4010,
     "visualization.mining": 3840,
     # (rows of a sample share its forward pass)
     "visualization.report": 4215,
