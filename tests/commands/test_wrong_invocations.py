@@ -12,6 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
+import click
 import dask
 import distributed
 import numpy as np
@@ -202,6 +203,31 @@ def test_a_wrong_invocation_answers_in_one_line(place, case):
     assert len(last) > len("Error: ") + 8, told
     assert len([line for line in told.splitlines() if line.startswith("Error:")]) <= 1
     assert not Path("out.png").exists()
+
+
+EMPTY = [
+    pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
+    for name, command in cli.commands.items()
+    for parameter in command.params
+    if not getattr(parameter, "is_flag", False) and parameter.default != ""
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), EMPTY)
+def test_an_empty_text_is_refused_wherever_a_command_takes_one(tmp_path, monkeypatch, name, parameter):
+    monkeypatch.chdir(tmp_path)
+    option = parameter.opts[0]
+    is_option = isinstance(parameter, click.Option)
+    for words in [[option, ""], [f"{option}="]] if is_option else [[""] * len(cli.commands[name].params)]:
+        result = run([name, *words])
+        assert result.exit_code == 2 and "it is empty" in result.output, result.output
+        assert option in result.output or not is_option
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_option_that_is_empty_by_default_may_be_given_so(place):
+    result = run([*CASES["mine --targets absent"][:-2], "--fields", ""])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("env", [{}, {"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])

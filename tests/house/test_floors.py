@@ -47,8 +47,8 @@ BUDGETS = {
     "attributors": 3190,
     "audit": 2340,
     "canonizers": 815,
-    # (attribute writes a page with the concepts of a picture)
-    "commands": 2220,
+    # (attribute writes a page with the concepts of a picture; what is empty is refused)
+    "commands": 2225,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
