@@ -17,6 +17,7 @@ from zennit.core import Composite
 from crp.attributors.base import Attributor
 from crp.attributors.gradient import Gradient
 from crp.attributors.target import Target
+from crp.checks import check_number
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
@@ -252,6 +253,7 @@ class GradCAMPlusPlus(LayerCAM):
         common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
         how: dict[str, Any] = {"relu": relu, "interpolation": interpolation, "reshape": reshape}
         super().__init__(model, composite, attr_output, layer=layer, **how, **common)
+        check_number("eps", eps, 0)
         self.eps = eps
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:

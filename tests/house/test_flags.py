@@ -1,15 +1,22 @@
-"""Whatever is on or off: a word in place of True or False is refused wherever it is given, before work is done."""
+"""What is on or off is True or False, and no number is: anything else is refused, before work is done."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from crp import rules
+from crp.attribution import CondAttribution
+from crp.attributors.explaining import explain, methods
+from crp.composites import get, names
 from crp.flags import check_flags
 from crp.image import imgify
 from crp.visualization.mining.job import MiningOptions
@@ -112,3 +119,56 @@ def test_a_grid_is_true_false_or_rows_and_columns():
 @pytest.mark.parametrize("value", [True, False, np.True_, np.False_], ids=repr)
 def test_true_and_false_are_taken_also_those_of_numpy(value):
     check_flags(flag=value)
+
+
+# --- and no number is True ------------------------------------------------------------------------------------------
+
+MUST_BE_A_NUMBER = r" (must be|is) a .*[,;] not True$"
+RULES = [getattr(rules, name) for name in rules.__all__]
+#: Rules and composites, and what one must be given.
+MADE: dict[Any, dict[str, Any]] = {one: {} for one in RULES if inspect.isclass(one) and issubclass(one, rules.Rule)}
+MADE |= {type(get(name)): {} for name in names() if name != "epsilon_gamma_box"}
+MADE[rules.ZBox] = MADE[type(get("epsilon_gamma_box", low=0, high=1))] = {"low": 0.0, "high": 1.0}
+
+
+def numbers_of(make: Callable[..., Any]) -> list[str]:
+    """Parameters that are a number, or a number or something else, but may not be left out by None."""
+    words = {name: set(re.findall(r"\w+", str(p.annotation))) for name, p in inspect.signature(make).parameters.items()}
+    numbers = {"int", "float", "Stabilize", "Bound", "Reference"}
+    return [name for name, found in words.items() if found & numbers and "None" not in found]
+
+
+@pytest.mark.parametrize(
+    ("make", "needed", "name"),
+    [
+        pytest.param(make, needed, name, id=f"{make.__name__}-{name}")
+        for make, needed in MADE.items()
+        for name in numbers_of(make)
+    ],
+)
+def test_no_number_of_a_rule_or_a_composite_is_true(make, needed, name):
+    with pytest.raises((TypeError, ValueError), match=f"{name}{MUST_BE_A_NUMBER}"):
+        make(**{**needed, name: True})
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        pytest.param(method, option, id=f"{method.name}-{option}")
+        for method in methods()
+        for option, default in method.options.items()
+        if isinstance(default, int | float) and not isinstance(default, bool)
+    ],
+)
+def test_no_number_of_a_method_is_true(method, option):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).double().eval()
+    needed = {name: {"layer": "0", "low": 0.0, "high": 1.0}[name] for name, v in method.options.items() if v is ...}
+    with pytest.raises((TypeError, ValueError), match=f"{option}{MUST_BE_A_NUMBER}"):
+        explain(method.name, net, torch.zeros(1, 1, 4, 4).double(), 0, **{**needed, option: True})
+
+
+def test_relevance_does_not_start_with_true():
+    attribution = CondAttribution(nn.Linear(2, 2).eval())
+    for start in (True, lambda _: True):
+        with pytest.raises(TypeError, match=r"^init_rel (must be|is) a .*\bbool\b"):
+            attribution(torch.ones(1, 2), [{"y": 0}], init_rel=start)
