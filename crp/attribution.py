@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.core import Composite
 
+from crp.checks import check_number
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
@@ -31,7 +31,8 @@ from crp.engine.inputs import Data, Explain, Inputs
 from crp.engine.joining import Part, one_ahead
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputTypeError
+from crp.flags import check_flags
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
@@ -95,6 +96,7 @@ class CondAttribution:
         *,
         output: Callable[[Any], Tensor] | None = None,
     ) -> None:
+        check_flags(overwrite_data_grad=overwrite_data_grad, no_param_grad=no_param_grad)
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if output is not None and not callable(output):
@@ -227,8 +229,8 @@ class CondAttribution:
         ------
         AttributionResults
         """
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise InputError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        check_number("batch_size", batch_size, 1, whole=True)
+        check_flags(verbose=verbose)
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         call = alone(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
         parts = one_ahead(call.parts()) if self.replay and self._replayed.replays.serves(self.device) else call.parts()
@@ -389,10 +391,8 @@ class CondAttribution:
 
     @staticmethod
     def _show(parts: Iterator[AttributionResults], n_parts: int, verbose: bool) -> Iterator[AttributionResults]:
-        with tqdm(total=n_parts, disable=not verbose, dynamic_ncols=True) as bar:
-            for _ in range(n_parts):
-                yield next(parts)
-                bar.update()
+        for _ in tqdm(range(n_parts), disable=not verbose, dynamic_ncols=True):
+            yield next(parts)
 
 
 def _unless(inherited: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any] | None:

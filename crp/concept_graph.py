@@ -14,6 +14,7 @@ from crp.concepts import Concept, mask_of, normalize
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.flags import check_flags
 from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
 
@@ -107,6 +108,7 @@ class AttributionGraph:
         KeyError
             If a layer has no entry in ``layer_map``.
         """
+        check_flags(abs_norm=abs_norm, verbose=verbose)
         inputs = Inputs.of(sample, explain, getattr(self.attribution, "model", None))
         if len(inputs) != 1:
             raise InputError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")

@@ -17,6 +17,7 @@ from zennit.core import Composite
 from crp.attributors.base import Attributor
 from crp.attributors.gradient import Gradient
 from crp.attributors.target import Target
+from crp.checks import check_number
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
@@ -25,6 +26,7 @@ from crp.engine.inputs import Data, Inputs, Tensors
 from crp.engine.masks import apply_masks, row_masks
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.layers import modules_of, unwrap
 from crp.layers.addresses import Address
 
@@ -77,6 +79,7 @@ class LayerCAM(Attributor):
         mask_map: MaskMap = ChannelConcept.mask,
         batch_size: int | None = None,
     ) -> None:
+        check_flags(relu=relu)
         super().__init__(
             model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
         )  # fmt: skip
@@ -250,6 +253,7 @@ class GradCAMPlusPlus(LayerCAM):
         common: dict[str, Any] = {"condition": condition, "mask_map": mask_map, "batch_size": batch_size}
         how: dict[str, Any] = {"relu": relu, "interpolation": interpolation, "reshape": reshape}
         super().__init__(model, composite, attr_output, layer=layer, **how, **common)
+        check_number("eps", eps, 0)
         self.eps = eps
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:

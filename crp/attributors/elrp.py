@@ -11,7 +11,7 @@ from crp.composites.base import Canonizers, LayerMap
 from crp.notices import warn
 from crp.rules import Layer, Rule, Term
 from crp.rules.functions import names_with
-from crp.rules.stabilizer import Stabilize
+from crp.rules.stabilizer import Stabilize, stabilizing
 
 
 class ActivationRatio(Rule):
@@ -23,7 +23,7 @@ class ActivationRatio(Rule):
     """
 
     def __init__(self, epsilon: Stabilize = 1e-4) -> None:
-        super().__init__(epsilon)
+        super().__init__(stabilizing(epsilon, name="epsilon"))
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""

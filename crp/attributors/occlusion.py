@@ -14,6 +14,7 @@ from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.notices import warn
 
 _Lengths: TypeAlias = int | tuple[int, ...]
@@ -67,6 +68,7 @@ class Occlusion(Attributor):
         per_feature: bool = False,
         batch_size: int | None = None,
     ) -> None:
+        check_flags(per_feature=per_feature)
         super().__init__(model, composite, attr_output, batch_size=batch_size)
         self.window_shape, self.step, self.baseline, self.per_feature = window_shape, step, baseline, per_feature
 

@@ -31,6 +31,7 @@ from crp.engine.attached import check_alone, check_composite
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import check_data
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 
 _Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]
@@ -173,6 +174,7 @@ class MeaningfulPerturbation:
         generator: torch.Generator | None = None,
         verbose: bool = False,
     ) -> None:
+        check_flags(verbose=verbose)
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         check_composite(composite)
@@ -201,12 +203,11 @@ class MeaningfulPerturbation:
             raise InputError(f"mask_size must be a number or (height, width), not {mask_size!r}")
         for side in mask_size if isinstance(mask_size, tuple) else () if mask_size is None else (mask_size,):
             check_number("mask_size", side, 1, whole=True)
-        self.model, self.composite = model, composite
-        self.game, self.background, self.sigma, self.levels = game, background, sigma, levels
-        self.mask_size, self.mask_blur, self.upsampling, self.start = mask_size, mask_blur, upsampling, start
-        self.l1, self.tv, self.beta, self.reduction = l1, tv, beta, reduction
-        self.noise, self.jitter, self.learning_rate, self.steps = noise, jitter, learning_rate, steps
-        self.score, self.seed, self.generator, self.verbose = score, seed, generator, verbose
+        self.model, self.composite, self.game, self.background = model, composite, game, background
+        self.sigma, self.levels, self.mask_size, self.mask_blur = sigma, levels, mask_size, mask_blur
+        self.upsampling, self.start, self.l1, self.tv, self.beta = upsampling, start, l1, tv, beta
+        self.reduction, self.noise, self.jitter, self.learning_rate = reduction, noise, jitter, learning_rate
+        self.steps, self.score, self.seed, self.generator, self.verbose = steps, score, seed, generator, verbose
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, game={self.game!r}, background={self.background!r})"

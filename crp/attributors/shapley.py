@@ -12,6 +12,7 @@ from zennit.core import Composite
 from crp.attributors.base import ROWS_FORWARD, Attributor, check_count
 from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
+from crp.engine.door import check_seed
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError
 
@@ -62,6 +63,8 @@ class ShapleySampling(Attributor):
     ) -> None:
         super().__init__(model, composite, attr_output, batch_size=batch_size)
         check_count("samples", samples)
+        if seed is not None:
+            check_seed(seed)
         self.samples, self.sampling_dims, self.baseline = samples, sampling_dims, baseline
         self.seed, self.permutations = seed, permutations
 

@@ -21,6 +21,7 @@ from crp.audit.heatmaps import kept_heatmaps
 from crp.checks import check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -128,6 +129,7 @@ def clusters(
     ValueError
         If there are not more samples than neighbours, or values are not finite.
     """
+    check_flags(normed=normed)
     for name, number in (("n", 1 if n is None else n), ("n_neighbours", n_neighbours), ("largest", largest)):
         check_number(name, number, 1, whole=True)
     check_number("seed", seed, 0, whole=True)

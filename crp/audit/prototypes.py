@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save
 from crp.checks import check_number
 from crp.concepts.ids import as_ids, as_numbers
 from crp.errors import InputError, NameNotFoundError
+from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.files import write_atomic
@@ -208,6 +209,7 @@ def prototypes(
     ValueError
         If a class has fewer than two samples, or none as many as prototypes; or its vectors are all the same.
     """
+    check_flags(normed=normed)
     if covariance not in ("full", "diag"):
         raise InputError(f"covariance must be 'full' or 'diag', not {covariance!r}")
     table = Table.open(table)

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
+from crp.commands.values import read_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,9 @@ _CLASSES = 5
 @click.option("--against", help="Of a language model: a token in whose place the target is explained.")
 @click.option("--output", help="What is explained of what the model returns; segmentation, for example. See below.")
 @click.option("--layer", help="Layer of the concepts; of a class activation map; or to be explained itself.")
-@click.option("--concept", type=int, multiple=True, help="Channel of the layer to explain; may be given again.")
+@click.option(
+    "--concept", type=int, multiple=True, help="Channel of --layer to explain; -1 is the last. May be given again."
+)
 @click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help="Of the method; may be given again.")
 @click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
 @click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
@@ -361,10 +364,7 @@ def _parsed(settings: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not equals or not name:
             raise CommandError(f"--option {setting!r} must be NAME=VALUE, such as steps=50")
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = value
+        parsed = read_value(value)
         found[name] = tuple(parsed) if isinstance(parsed, list) else parsed
     return found
 

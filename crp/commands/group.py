@@ -30,6 +30,15 @@ class Commands(click.Group):
         ctx.meta["crp.debug"] = "--debug" in args[:end]
         return super().parse_args(ctx, [a for i, a in enumerate(args) if a != "--debug" or i > end])
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is meant, and refuse what is given it empty."""
+        name, command, args = super().resolve_command(ctx, args)
+        if command is not None and not ctx.resilient_parsing:
+            _refuse_empty(click.Context(command, ctx, name), args)
+        return name, command, args
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
@@ -54,6 +63,19 @@ def in_a_line(error: BaseException) -> str:
     line = " ".join(str(text).split()) or type(error).__name__
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}… (--debug shows all)"
+
+
+def _refuse_empty(ctx: click.Context, args: list[str]) -> None:
+    """Raise an error if a text is empty: a path would stand for the current folder, as a shell's unset variable does.
+
+    An option whose default is the empty text may be given so.
+    """
+    typed, _, _ = ctx.command.make_parser(ctx).parse_args(list(args))
+    for parameter in ctx.command.params:
+        value = typed.get(parameter.name or "")
+        if "" in (value if isinstance(value, list | tuple) else [value]) and parameter.default != "":
+            is_folder = isinstance(parameter.type, click.Path) and parameter.type.dir_okay
+            raise click.BadParameter(f"it is empty{'; . is the current folder' * is_folder}", ctx, parameter)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
 from crp.commands.processes import _client, _device, _part
+from crp.commands.values import read_value
 from crp.wording import first_few
 
 if TYPE_CHECKING:
@@ -359,10 +360,7 @@ def _make_composite(name: str, settings: Sequence[str]) -> Any:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise CommandError(f"--set {setting!r} must be KEY=VALUE, such as epsilon=1e-6")
-        try:
-            keywords[key] = json.loads(value)
-        except json.JSONDecodeError:
-            keywords[key] = value
+        keywords[key] = read_value(value)
     if name == "none":
         if settings:
             raise CommandError("--set is for a composite, and --composite is none")

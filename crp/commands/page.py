@@ -46,6 +46,7 @@ def concepts_of_picture(
     """Layer, and its concepts with their shares and heatmaps, and how relevance flows from them to lower layers."""
     from crp.attributors.explaining import explain, find_method
     from crp.attributors.flow import OF_CONCEPTS, concept_flow
+    from crp.concepts.ids import in_range
     from crp.errors import CRPError
     from crp.visualization.mining.axes import concepts_of_channels
     from crp.visualization.mining.selection import list_layers
@@ -87,8 +88,8 @@ def concepts_of_picture(
     relevance = explain(method, loaded.model, data, target, layer=layer, **given)
     shares = concept.attribute(relevance, layer_name=layer, abs_norm=True)[0].detach()
     chosen = asked.concepts or shares.argsort(descending=True, stable=True)[:_FEW].tolist()
-    if missing := [one for one in chosen if not 0 <= one < len(shares)]:
-        raise CommandError(f"layer {layer!r} has the concepts 0 to {len(shares) - 1}; there is no {missing[0]}")
+    # (as everywhere, -1 is the last; one that is named twice is shown once)
+    chosen = list(dict.fromkeys(one % len(shares) for one in in_range(chosen, len(shares), layer, "concept")))
 
     def heatmap(of_layer: str, one: int) -> Tensor:
         through: dict[str, Any] = {"condition": {of_layer: [one]}, "mask_map": known[of_layer].mask}

@@ -20,6 +20,7 @@ from crp.compat import folders
 from crp.compat.folders import SAMPLE_SIZE
 from crp.concepts import Concept
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.manifest import KINDS, TableError
 from crp.visualization.table.question import Question
 from crp.visualization.table.store import Table
@@ -57,6 +58,7 @@ class _Accumulator:
         *,
         make_folder: bool = True,
     ) -> None:
+        check_flags(abs_norm=abs_norm, make_folder=make_folder)
         if max_target not in KINDS:
             raise InputError(f"max_target must be 'sum' or 'max', not {max_target!r}")
         self.question = Question(mode, max_target, bool(abs_norm), self._per_target)

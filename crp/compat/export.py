@@ -12,6 +12,7 @@ from crp.compat import folders
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.folders import SAMPLE_SIZE
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
 
@@ -48,6 +49,7 @@ def export(
     ValueError
         If two layers would have the same file name on some file system.
     """
+    check_flags(abs_norm=abs_norm)
     table = Table.open(path)
     known: dict[str, str] = {}
     for layer in table.layers:

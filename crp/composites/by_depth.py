@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from zennit.types import Convolution
 
+from crp.checks import check_number
 from crp.composites.base import Canonizers, FirstMap, LayerMap
 from crp.composites.lrp import LRP
 from crp.composites.registry import register
@@ -112,6 +113,7 @@ class LRPCMP(LRP):
         gates: Gates = "signal",
         attention: Attention = "constant",
     ) -> None:
+        check_number("split", split)
         if not 0 <= split <= 1:
             raise InputError(f"split must be between 0 (all convolutions get γ) and 1 (all get αβ), got {split}")
         if first not in get_args(FirstRule):

@@ -224,7 +224,7 @@ class DeepLift(Composite):
 
 def _tensor(reference: Reference) -> Any:
     """Nested lists of numbers as tensors, lists of references as lists, and nothing as zero."""
-    if reference is None or isinstance(reference, int | float):
+    if reference is None or (isinstance(reference, int | float) and not isinstance(reference, bool)):
         return float(reference or 0.0)
     if isinstance(reference, Tensor) or callable(reference):
         return reference
@@ -241,4 +241,6 @@ def _tensor(reference: Reference) -> Any:
 
 
 def _is_numeric(value: object) -> bool:
-    return all(map(_is_numeric, value)) if isinstance(value, list | tuple) else isinstance(value, int | float)
+    if isinstance(value, list | tuple):
+        return all(map(_is_numeric, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from crp.concepts.channels import ChannelConcept, _KeepChannels
 from crp.concepts.ids import check_alike, check_axis
 from crp.concepts.scores import ConceptScores
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.types import MaskFn
 
 _CHANNELS = ChannelConcept()
@@ -86,6 +87,7 @@ class AxisConcept(Concept):
         self, relevance: Tensor, mask: Tensor | None = None, layer_name: str | None = None, abs_norm: bool = True
     ) -> Tensor:
         """Relevance of every concept, (batch, concepts), as by `ChannelConcept.attribute`."""
+        check_flags(abs_norm=abs_norm)
         relevance = relevance if mask is None else relevance * mask
         return _CHANNELS.attribute(self.arranged(relevance, layer_name), None, layer_name, abs_norm)
 
@@ -97,6 +99,7 @@ class AxisConcept(Concept):
         self, relevance: Tensor, layer_name: str | None = None, max_target: str = "sum", abs_norm: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sort the batch by each concept's relevance, as `ChannelConcept.reference_sampling`."""
+        check_flags(abs_norm=abs_norm)
         return _CHANNELS.reference_sampling(self.arranged(relevance, layer_name), layer_name, max_target, abs_norm)
 
     def arranged(self, values: Tensor, layer_name: str | None = None) -> Tensor:

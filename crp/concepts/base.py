@@ -13,6 +13,7 @@ from torch import Tensor
 from crp.concepts.ids import as_ids, check_alike, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.types import MaskFactory, MaskFn
 
 
@@ -169,6 +170,7 @@ class Concept:
             If the relevance of these concepts does not follow from that of the layer (`needs_multiplier`);
             `crp.concepts.relevance_in` reads it from a result.
         """
+        check_flags(abs_norm=abs_norm)
         if isinstance(mask, Tensor):
             relevance = relevance * mask
         if relevance.dim() == 1:
@@ -213,6 +215,7 @@ class Concept:
         sample, value, position : Tensors of shape (batch, concepts)
             Batch index, value, and position of the maximum, in descending order; ties in the order of the batch.
         """
+        check_flags(abs_norm=abs_norm)
         if max_target not in ("sum", "max"):
             raise InputError(f"max_target must be 'sum' or 'max', not {max_target!r}")
         if self._ranks_itself():

@@ -18,6 +18,7 @@ from crp.checks import check_number
 from crp.concepts.ids import as_direction, as_numbers
 from crp.concepts.linear import DirectionConcept, SubspaceConcept
 from crp.errors import InputError
+from crp.flags import check_flags
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Directions:
 
     def concept(self, rest: bool = True, *, axis: int = 1) -> SubspaceConcept:
         """Concept type of these directions: a `DirectionConcept`, or a `SubspaceConcept` where blocks are longer."""
+        check_flags(rest=rest)
         if self.block == 1:
             return DirectionConcept(self.directions, self.dual, rest, axis=axis)
         n_blocks = len(self.directions) // self.block

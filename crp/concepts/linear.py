@@ -25,6 +25,7 @@ from torch import Tensor
 from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, as_numbers, check_alike, check_axis, in_range
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.types import MaskFn
 
 
@@ -74,6 +75,7 @@ class SubspaceConcept(Concept):
         axis: int = 1,
         names: Sequence[str] | None = None,
     ) -> None:
+        check_flags(rest=rest)
         self.directions, self.sizes = _stacked(blocks, "blocks")
         if dual is None:
             self.dual = torch.linalg.pinv(self.directions).mT.contiguous()
@@ -217,6 +219,7 @@ class DirectionConcept(SubspaceConcept):
         axis: int = 1,
         names: Sequence[str] | None = None,
     ) -> None:
+        check_flags(rest=rest)
         rows = list(_matrix(directions, "directions"))
         duals = None if dual is None else list(_matrix(dual, "dual"))
         super().__init__(rows, duals, rest, axis=axis, names=names)

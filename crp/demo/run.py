@@ -18,6 +18,7 @@ from crp.demo.folder import DemoError, DemoFolder
 from crp.demo.net import DigitNet
 from crp.demo.shortcut import Shortcut, rank_by_box, switched_off
 from crp.demo.training import CheckpointError, accuracy, one_thread, predict, train
+from crp.flags import check_flags
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.options import Finding, Tile, make_tile
 from crp.visualization.report.render import percent
@@ -122,6 +123,7 @@ def run_demo(
     DemoError
         If scikit-learn is missing, or the folder cannot be used; the message says what to do.
     """
+    check_flags(overwrite=overwrite, verbose=verbose)
     start = time.perf_counter()
     settings = {"crp": crp.__version__, "epochs": epochs, "seed": seed, "batch_size": batch_size}
     try:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from crp.demo.data import Digits
 from crp.demo.net import DigitNet
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.files import write_atomic
 
 _LEARNING_RATE = 3e-3
@@ -77,6 +78,7 @@ def train(
     CheckpointError
         If the checkpoint is damaged or of other settings or data; a `ValueError`, too.
     """
+    check_flags(verbose=verbose)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")

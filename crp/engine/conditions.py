@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.flags import is_flag
 from crp.layers.devices import send_to
 from crp.notices import warn
 from crp.outputs import Element as Element
@@ -296,7 +297,7 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
         selection = prediction
     elif isinstance(given, Tensor):
         selection = given
-    elif isinstance(given, Real):
+    elif isinstance(given, Real) and not is_flag(given):
         selection = torch.full_like(prediction, float(given))
     elif callable(init_rel):
         raise InputTypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Explain
+from crp.flags import check_flags
 from crp.types import AttributionResults
 
 #: ``results -> one tensor``
@@ -44,6 +45,9 @@ class Settings:
     #: What the caller reads of a result, in place of the result: a replay then gives `AttributionResults.reading` and
     #: no layers. A function of nothing but the result's tensors; equal ones read the same.
     reading: Reading | None = None
+
+    def __post_init__(self) -> None:
+        check_flags(exclude_parallel=self.exclude_parallel)
 
     def naming(self, output: str) -> Settings:
         """The same with this key of the targets."""

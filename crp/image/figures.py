@@ -19,6 +19,7 @@ from torch import Tensor
 from zennit.cmap import ColorMap
 
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.image.colours import as_shown
 from crp.image.pixels import Picture, imgify
 
@@ -130,6 +131,7 @@ def vis_opaque_img(
     list of PIL images
         Of different sizes where cropped.
     """
+    check_flags(rf=rf)
     if not 0 <= alpha <= 1:
         raise InputError(f"'alpha' must be between [0, 1], got {alpha}")
     _check_threshold("vis_th", vis_th)
@@ -178,6 +180,7 @@ def vis_img_heatmap(
     -------
     images, heatmaps : list of PIL images
     """
+    check_flags(rf=rf, symmetric=symmetric)
     _check_threshold("crop_th", crop_th)
     images, heats = [], []
     for image, heatmap in _pairs(data_batch, heatmaps):
@@ -220,6 +223,7 @@ def plot_grid(
     matplotlib Figure
         Shown only in an interactive session with a window or a notebook.
     """
+    check_flags(symmetric=symmetric, padding=padding)
     if not (cmap_dim is None or (isinstance(cmap_dim, int) and cmap_dim >= 0)):
         raise InputError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
     if not ref_c:

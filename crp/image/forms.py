@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.image.colours import as_array, as_picture, blurred, clipped, colours_of, fitted
 from crp.image.pixels import Array, Picture
 
@@ -172,6 +173,7 @@ def plot_form(
     -------
     matplotlib Figure
     """
+    check_flags(bar=bar)
     drawn = draw_form(form, image, heatmap)
     if ax is None:
         ax = _new_axes()

@@ -18,6 +18,7 @@ from torch import Tensor
 from zennit.cmap import ColorMap
 
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Picture: TypeAlias = Image.Image | Tensor | Array
@@ -66,6 +67,7 @@ def imgify(
     PIL image
         In mode RGB, or RGBA if padded.
     """
+    check_flags(symmetric=symmetric, padding=padding, grid=isinstance(grid, tuple | list) or grid)
     if isinstance(image, Image.Image):
         picture = image
     elif isinstance(image, Tensor | np.ndarray):

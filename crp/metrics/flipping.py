@@ -19,6 +19,7 @@ from crp.checks import check_choice, check_number
 from crp.engine.door import check_seed
 from crp.engine.inputs import check_data
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer, area
 
@@ -197,6 +198,7 @@ def selectivity(
     -------
     Selectivity
     """
+    check_flags(recompute=recompute)
     explain = _as_explain_func(explain_func, output)
     check_number("patch", patch, 1, whole=True)
     check_number("steps", steps, 1, whole=True)

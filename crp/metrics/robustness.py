@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from crp.checks import check_number
 from crp.engine.door import check_seed
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer
 
@@ -96,6 +97,7 @@ def continuity(
     ValueError
         If all points are the same.
     """
+    check_flags(neighbours=neighbours)
     explain = _as_explain_func(explain_func, output)
     first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size, output)
     classes = first.classes.expand(len(path))

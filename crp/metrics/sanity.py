@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crp.checks import check_number
 from crp.engine.door import check_seed
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.layers import unwrap
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer
@@ -62,6 +63,7 @@ def randomization(
     ValueError
         If no layer has parameters.
     """
+    check_flags(absolute=absolute)
     explain = _as_explain_func(explain_func, output)
     check_number("batch_size", batch_size, 1, whole=True)
     check_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from crp.errors import InputError
+from crp.checks import check_number
 from crp.rules.fused import fused_gamma_scales
 from crp.rules.layer import Layer, _Boosted, negative, positive
 from crp.rules.lrp import LRPRule, Names, _contributions, _contributions_apart, _itself
@@ -60,8 +59,7 @@ class Gamma(LRPRule):
         norm_scale: bool = False,
     ) -> None:
         super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
-        if not (math.isfinite(gamma) and gamma >= 0):
-            raise InputError(f"gamma must be finite and not negative, got {gamma}")
+        check_number("gamma", gamma, 0)
         self.gamma = gamma
 
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:

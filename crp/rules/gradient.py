@@ -9,7 +9,6 @@ of two starts is not the sum of the results.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.rules.base import Rule
 from crp.rules.functions import Function
@@ -102,8 +102,9 @@ class SmoothReLU(_ReLURule):
 
     def __init__(self, beta: float = 10.0) -> None:
         super().__init__()
-        if not (math.isfinite(beta) and beta > 0):
-            raise InputError(f"beta must be positive and finite, got {beta}")
+        check_number("beta", beta)
+        if beta <= 0:
+            raise InputError(f"beta must be positive, got {beta}")
         self.beta = beta
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:

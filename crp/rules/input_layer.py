@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 from crp.layers.devices import send_to
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
 from crp.rules.terms import Term
+from crp.wording import shortened
 
 Bound = float | Tensor | Sequence[Any]
 
@@ -119,7 +120,7 @@ class ZBox(LRPRule):
         norm_scale: bool = False,
     ) -> None:
         super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
-        self.low, self.high = _bound(low), _bound(high)
+        self.low, self.high = _bound("low", low), _bound("high", high)
         below, above = torch.as_tensor(self.low).cpu(), torch.as_tensor(self.high).cpu()
         try:
             ordered = bool((below < above).all() and below.isfinite().all() and above.isfinite().all())
@@ -177,7 +178,13 @@ class ZBox(LRPRule):
         return layer(a * above, positive, bias=False) + layer(a * below, negative, bias=False)
 
 
-def _bound(bound: Bound) -> float | Tensor:
+def _bound(name: str, bound: Bound) -> float | Tensor:
+    try:
+        is_number = torch.as_tensor(bound).dtype != torch.bool
+    except (TypeError, ValueError, RuntimeError):
+        is_number = False
+    if not is_number:
+        raise InputTypeError(f"{name} must be a number, a tensor or a nested list of numbers, not {shortened(bound)}")
     return torch.tensor(bound, dtype=torch.float64) if isinstance(bound, Sequence) else bound
 
 

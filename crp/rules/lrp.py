@@ -22,6 +22,7 @@ from typing import ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from crp.checks import check_number
 from crp.errors import InputError
 from crp.rules.attention import _Exponential
 from crp.rules.base import Rule, _is_exact
@@ -132,6 +133,7 @@ class Norm(Epsilon):
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "norm_scale")
 
     def __init__(self, stabilizer: Stabilize = 1e-6, *, norm_scale: bool = False) -> None:
+        stabilizing(stabilizer, norm_scale)
         super().__init__(stabilizer, norm_scale=norm_scale)
 
 
@@ -299,6 +301,8 @@ class AlphaBeta(LRPRule):
         norm_scale: bool = False,
     ) -> None:
         super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
+        check_number("alpha", alpha)
+        check_number("beta", beta)
         if alpha < 0 or beta < 0 or not math.isclose(alpha - beta, 1.0, abs_tol=1e-9):
             raise InputError(f"alpha and beta must not be negative, and alpha - beta must be 1; got {alpha} and {beta}")
         self.alpha, self.beta = alpha, beta

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.rules.fused import fused_quotient
 
 Stabilize = float | Callable[[Tensor], Tensor]
@@ -65,13 +66,14 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
     TypeError
         If the value is neither a number nor a function, or is a function that ``norm_scale`` cannot scale.
     """
+    check_flags(norm_scale=norm_scale)
+    if isinstance(value, bool) or not (isinstance(value, Real) or callable(value)):
+        raise InputTypeError(f"{name} must be a number or a function of the denominator, not {value!r}")
     if isinstance(value, Real):
         epsilon = float(value)
         if not (math.isfinite(epsilon) and epsilon >= 0):
             raise InputError(f"{name} must be finite and not negative, got {value}")
         return Relative(epsilon) if norm_scale else Absolute(epsilon)
-    if not callable(value):
-        raise InputTypeError(f"{name} must be a number or a function of the denominator, not {value!r}")
     if norm_scale:
         raise InputTypeError(f"norm_scale scales a number; {name} is the function {value!r}, which may do so itself")
     return value

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from crp.flags import check_flags
 from crp.layers import find_layers, modules_of, unwrap
 from crp.layers.addresses import Address
 from crp.trace import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing
@@ -323,6 +324,7 @@ def trace_model_graph(
     >>> graph.find_input_layers("2")
     ['0']
     """
+    check_flags(debug=debug)
     names, known = list(layer_names), modules_of(unwrap(model))
     find_layers(unwrap(model), [Address.of(name, known).layer for name in names], "layer_names")
     arguments = sample if isinstance(sample, tuple) else (sample,)

@@ -13,6 +13,7 @@ import numpy as np
 
 from crp.checks import check_number
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.ranking import once_per_sample
 from crp.visualization.table.store import Table
@@ -130,6 +131,7 @@ def histogram(
     -------
     Histogram
     """
+    check_flags(density=density)
     if isinstance(bins, int):
         if bins < 1:
             raise InputError(f"bins must be at least 1, not {bins}")

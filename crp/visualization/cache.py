@@ -12,6 +12,7 @@ from PIL import Image
 
 from crp.compat.folders import replacing
 from crp.errors import InputTypeError
+from crp.flags import check_flags
 from crp.visualization.table.fingerprint import fingerprint_composite
 
 
@@ -202,6 +203,7 @@ class ImageCache(Cache):
         return ref_original
 
     def _folder(self, layer: str, mode: str, composite: Any, rf: bool, func_name: str, plot_name: str) -> Path:
+        check_flags(rf=rf)
         method = f"{mode}_{type(composite).__name__}{'_rf' if rf else ''}-{fingerprint_composite(composite)[:8]}"
         return self.path / safe_name(func_name) / safe_name(plot_name) / method / safe_name(layer)
 

@@ -17,6 +17,7 @@ from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, 
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError, LoadingError
+from crp.flags import check_flags
 from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
@@ -101,6 +102,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         *,
         check: bool = True,
     ) -> None:
+        check_flags(abs_norm=abs_norm, check=check)
         if isinstance(layer_map, str) or not isinstance(layer_map, Iterable):
             raise InputTypeError(f"layer_map must be layers and their concepts, or a list of layers; not {layer_map!r}")
         check_layers(attribution.model, list(layer_map), "layer_map")

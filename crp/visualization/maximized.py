@@ -16,6 +16,7 @@ from crp.concepts import as_ids
 from crp.concepts.reading import activation_sums
 from crp.engine.door import check_seed
 from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.flags import check_flags
 from crp.image.colours import as_picture
 from crp.notices import warn
 from crp.visualization.feature import FeatureVisualization
@@ -86,6 +87,7 @@ def keep_maximized(
     ValueError
         If samples are no pictures, or there is no concept.
     """
+    check_flags(verbose=verbose, add=add)
     table = _table_of(fv, layer)
     every = range(table.n_concepts(layer))
     ids = table.concept_ids(layer, every if concept_ids is None else as_ids(concept_ids, layer)).tolist()

@@ -17,6 +17,7 @@ from crp.compat.cached import cache_reference
 from crp.compat.folders import open_answers
 from crp.concepts import Concept
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
 from crp.notices import warn
@@ -201,6 +202,7 @@ class ReferenceQueries(SampleAccess):
         values : Tensor of shape (classes,)
             In descending order.
         """
+        check_flags(norm=norm)
         concept = refs.one_concept(concept_id)
         question, answers = self._answers(mode, per_class=True)
         index = partial(refs.column, self._concept(layer_name), concept, layer_name)
@@ -241,6 +243,7 @@ class ReferenceQueries(SampleAccess):
         ValueError
             Without a cache or a composite.
         """
+        check_flags(rf=rf, stats=stats)
         if self.Cache is None:
             raise InputError("precompute_ref needs a cache: FeatureVisualization(..., cache=ImageCache(path))")
         if composite is None:
@@ -272,6 +275,7 @@ class ReferenceQueries(SampleAccess):
         ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
         samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
         """
+        check_flags(rf=PictureRequest(*request).rf, overwrite=overwrite)
         picture, r_range = refs.checked(PictureRequest(*request), r_range)
         concepts = refs.concept_list(concept_ids)
         # key of the answer -> the concept, and the class whose samples are ranked
@@ -302,9 +306,8 @@ class ReferenceQueries(SampleAccess):
         assert self.Cache is not None
         for plot_fn in plot_list:
             name = self._plot_name(plot_fn, layer_name, mode, {})
-            self.Cache.save(
-                {index: plot_fn(s_tensor, h_tensor, rf)}, layer_name, mode, r_range, composite, rf, f_name, name
-            )
+            drawn = {index: plot_fn(s_tensor, h_tensor, rf)}
+            self.Cache.save(drawn, layer_name, mode, r_range, composite, rf, f_name, name)
 
     def _load_ref_and_attribution(
         self, d_indices: Any, c_id: ConceptId, n_indices: Any, layer_name: str, composite: Composite | None, rf: bool,
@@ -350,9 +353,7 @@ class ReferenceQueries(SampleAccess):
         index = refs.column(self._concept(layer), concept_id, layer, top.sample.shape[1])
         chosen = ReferenceSamples(*(array[slice(*ranks), index] for array in top))
         if not np.any(chosen.value):
-            warn(
-                f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references; their order means nothing",
-            )
+            warn(f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references; their order means nothing")
         elif mode == "relevance" and top.value[0, index] < 0:  # (and so is that of all others)
             warn(
                 f"the relevance of concept {concept_id} of layer {layer!r} is negative everywhere: its references are "

@@ -11,6 +11,7 @@ from torch import Tensor
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, as_ids
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.flags import check_flags
 from crp.notices import warn
 from crp.visualization.decoding import decoder_mark
 from crp.visualization.mining.datasets import read
@@ -65,6 +66,7 @@ class SampleAccess:
         TypeError
             If the dataset gives anything else; the message says what to do.
         """
+        check_flags(preprocessing=preprocessing)
         (number,) = as_ids([index], what="a sample's index")
         n = len(self.dataset)
         if not -n <= number < n:
@@ -103,6 +105,7 @@ class SampleAccess:
         ValueError
             If there are no indices, or the samples differ in shape; the message names the sample.
         """
+        check_flags(preprocessing=preprocessing)
         numbers = as_ids(indices, what="indices")
         if not numbers:
             raise InputError("indices is empty; name at least one sample")

@@ -30,6 +30,7 @@ from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.layers import unwrap
 from crp.notices import warn
 from crp.visualization.objectives import OUTPUT as OUTPUT
@@ -191,6 +192,7 @@ def maximize(
     >>> maximize(net, log_probability([0, 1, 2]), (3, 4), steps=10).images.shape
     torch.Size([3, 4])
     """
+    check_flags(verbose=verbose)
     _check(model, objective, shape, composite)
     if unknown := [name for name in settings if name not in SynthesisKeywords.__annotations__]:
         raise InputTypeError(

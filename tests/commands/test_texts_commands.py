@@ -173,12 +173,13 @@ def test_a_text_is_explained_on_a_page(here: Path) -> None:
 def test_heads_classes_and_figures(here: Path) -> None:
     layer = ["--layer", "transformer.h.1.attn.c_proj.input:heads=2", "--text", "abc d", "--json"]
     parts = []
-    for concepts in (["0"], ["1"], ["0", "1"]):
+    for concepts in (["0"], ["1"], ["0", "1"], ["-1"]):
         given = [word for concept in concepts for word in ("--concept", concept)]
         result = crp(*EXPLAIN, *layer, *given, "--out", "a.png")
         assert result.exit_code == 0, result.output
         parts.append(torch.tensor([value for _, value in json.loads(result.output)["tokens"]]))
     torch.testing.assert_close(parts[0] + parts[1], parts[2], rtol=1e-4, atol=1e-6)
+    assert torch.equal(parts[3], parts[1])  # (-1 is the last)
     with Image.open("a.png") as figure:
         assert figure.width > 500
     classes = ["attribute", "--model", "reading:reader", "--tokenizer", "reading:letters", "--method", "cp_lrp"]

@@ -12,6 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
+import click
 import dask
 import distributed
 import numpy as np
@@ -20,6 +21,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from crp.commands.cli import cli
+from crp.commands.values import read_value
 
 MODULE = """
 import torch
@@ -117,11 +119,12 @@ ATTRIBUTE = [
     "--classes binary.txt", "--classes folder", "--checkpoint absent.pt", "--checkpoint text.pt",
     "--checkpoint empty.safetensors", "--checkpoint folder", "--weights DEFAULT",
     "--weights DEFAULT --checkpoint text.pt", "--absent", "--method epsilon_plus --option epsilon=x",
+    "--method epsilon --option epsilon=true", "--method grad_cam --layer 0 --option relu=no",
 ]  # fmt: skip
 OUTS = ["/proc/x.png", "out.txt", "out", "picture.png/x.png", "picture.png", "/proc/1/a/b.png", ""]
 IMAGES = ["absent.png", "text.png", "huge.png", "cut.png", "folder", ""]
 MINE = [
-    "--set canonizers=[1]", "--set x", "--set =1", "--set absent=1", "--composite absent",
+    "--set canonizers=[1]", "--set epsilon=true", "--set x", "--set =1", "--set absent=1", "--composite absent",
     "--composite none --set a=1", "--layers absent", "--layers absent*", "--targets absent", "--targets -1",
     "--targets 99", "--targets 1,x", "--targets top-0", "--modes absent", "--modes ,", "--kinds absent",
     "--batch-size 0", "--batch-size x", "--shard-size 0", "--workers -1", "--device foo", "--device cuda:99",
@@ -202,6 +205,40 @@ def test_a_wrong_invocation_answers_in_one_line(place, case):
     assert len(last) > len("Error: ") + 8, told
     assert len([line for line in told.splitlines() if line.startswith("Error:")]) <= 1
     assert not Path("out.png").exists()
+
+
+EMPTY = [
+    pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
+    for name, command in cli.commands.items()
+    for parameter in command.params
+    if not getattr(parameter, "is_flag", False) and parameter.default != ""
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), EMPTY)
+def test_an_empty_text_is_refused_wherever_a_command_takes_one(tmp_path, monkeypatch, name, parameter):
+    monkeypatch.chdir(tmp_path)
+    option = parameter.opts[0]
+    is_option = isinstance(parameter, click.Option)
+    for words in [[option, ""], [f"{option}="]] if is_option else [[""] * len(cli.commands[name].params)]:
+        result = run([name, *words])
+        assert result.exit_code == 2 and "it is empty" in result.output, result.output
+        assert option in result.output or not is_option
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("1e-3", 1e-3), ("[1, 2]", [1, 2]), ("true", True), ("True", True), ("False", False), ("no", "no")],
+    ids=repr,
+)
+def test_values_of_settings_are_read_as_json_or_as_python_writes_them(word, value):
+    assert read_value(word) == value and type(read_value(word)) is type(value)
+
+
+def test_an_option_that_is_empty_by_default_may_be_given_so(place):
+    result = run([*CASES["mine --targets absent"][:-2], "--fields", ""])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("env", [{}, {"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])

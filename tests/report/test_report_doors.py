@@ -12,6 +12,7 @@ from zennit.composites import EpsilonPlus
 from crp.errors import CRPError
 from crp.visualization import Table, keep_maximized, write_report
 from crp.visualization.objectives import channel
+from crp.visualization.report import Finding
 from crp.visualization.synthesis import maximize
 
 
@@ -40,6 +41,10 @@ def fv(tmp_path_factory):
         ({"findings": ["x"]}, "findings must be of Finding, not 'x'"),
         ({"findings": "x"}, "findings must be a list, not 'x'"),
         ({"concept_names": {"a": "b"}}, r"concept_names must map \(layer, concept\) to a name"),
+        ({"concept_names": {("absent", 0): "a"}}, "'absent'"),
+        ({"concept_names": {("second", -1): "a"}}, "concept_names has .* -1.; layer 'second' has the concepts 0 to"),
+        ({"findings": [Finding("A", concept=(0, "second", -1))]}, "a finding is about .* -1.; layer 'second' has the"),
+        ({"findings": [Finding("A", concept=(0, "second", 99))]}, "a finding is about .* 99.; layer 'second' has the"),
         ({"concept_names": ["a"]}, r"concept_names must map \(layer, concept\) to a name"),
         ({"part": "a"}, r"part must be \(i, n\) with i from 0 to n - 1, not 'a'"),
         ({"part": (0,)}, r"part must be \(i, n\)"),
@@ -48,9 +53,9 @@ def fv(tmp_path_factory):
     ],
 )
 def test_options_of_a_report(fv, tmp_path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message) as raised:
+    with pytest.raises(CRPError, match=message) as raised:
         fv.report(tmp_path / "out", EpsilonPlus(), verbose=False, **options)
-    assert isinstance(raised.value, CRPError)
+    assert isinstance(raised.value, ValueError | TypeError | LookupError)
 
 
 def test_a_report_is_of_a_feature_visualization_in_a_folder(fv, tmp_path) -> None:

@@ -22,6 +22,7 @@ from crp.engine.door import check_device
 from crp.engine.encoding import Encoding
 from crp.engine.taps import check_layers, in_model_order
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.notices import warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
@@ -159,6 +160,8 @@ class MiningOptions:
         if unknown := [name for name in keywords if name not in known]:
             raise InputTypeError(f"mining has no option {unknown[0]!r}; there are {', '.join(known)}")
         options = cls(**keywords)
+        switches = ("mixed_shapes", "retry_skipped", "overwrite", "progress")
+        check_flags(**{name: getattr(options, name) for name in switches})
         sizes = [("batch_size", options.batch_size, 1), ("num_workers", options.num_workers, 0)]
         sizes += [] if options.shard_size is None else [("shard_size", options.shard_size, 1)]
         for name, size, least in sizes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.image.colours import as_picture
 from crp.image.forms import draw_heatmap
 from crp.image.pixels import to_png_bytes
@@ -147,6 +148,7 @@ class ReportOptions:
     part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        check_flags(verbose=self.verbose)
         for name in ("n_concepts", "n_references", "picture_size", "map_size", "batch_size", "steps"):
             check_number(name, getattr(self, name), 1, whole=True)
         for name in ("n_active", "n_negative", "n_mean", "n_sample_concepts", "n_maximized", "seed"):

@@ -83,7 +83,7 @@ def write_report(
     KeyError
         If a class or layer was not mined.
     IndexError
-        If a finding is about a concept that its layer does not have.
+        If a finding is about a concept that its layer does not have, or one has a name.
     ValueError
         If a number is not positive, a class has no name, or the samples are no images.
     """
@@ -116,6 +116,8 @@ def _write(
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
+    for layer, concept in options.concept_names:
+        _check_concept(table, layer, concept, f"concept_names has {(layer, concept)}")
     check_can_be_shown(fv, options.n_maximized)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
@@ -276,8 +278,13 @@ def _check_findings(findings: Iterable[Finding], targets: Sequence[int], table: 
         target, layer, concept = place
         if target not in targets or layer not in layers:
             raise NameNotFoundError(f"a finding is about {place}; classes are {list(targets)}, layers {list(layers)}")
-        if not 0 <= concept < (n := table.n_concepts(layer)):
-            raise OutOfRangeError(f"a finding is about {place}; layer {layer!r} has the concepts 0 to {n - 1}")
+        _check_concept(table, layer, concept, f"a finding is about {place}")
+
+
+def _check_concept(table: Table, layer: str, concept: int, what: str) -> None:
+    n = table.n_concepts(layer)
+    if not 0 <= concept < n:
+        raise OutOfRangeError(f"{what}; layer {layer!r} has the concepts 0 to {n - 1}")
 
 
 def _samples(cells: Mapping[Any, References]) -> dict[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.manifest import KINDS, MODES
 from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, class_statistics, top_k
 from crp.visualization.table.store import Table
@@ -33,6 +34,7 @@ class Question:
     per_class: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(normed=self.normed, per_class=self.per_class)
         for name, value, known in (("mode", self.mode, MODES), ("kind", self.kind, KINDS)):
             if value not in known:
                 raise InputError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")

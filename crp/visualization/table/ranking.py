@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from crp.checks import check_number
 from crp.errors import NameNotFoundError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.table.columns import sample_numbers
 from crp.visualization.table.files import check_file, make_own_folder, write_atomic
 from crp.visualization.table.manifest import Array, Block, TableCorruptError
@@ -137,6 +138,7 @@ def top_k(
     ValueError, IndexError
         If the mode, the kind or a concept was not mined, or ``k`` is below 1.
     """
+    check_flags(normed=normed, least=least, cache=cache)
     check_number("k", k, 1, whole=True)
     table = Table.open(table)
     if of_class is not None:
@@ -193,6 +195,7 @@ def class_statistics(
     ClassStatistics
         All classes, by descending value; of equal ones the smaller class first.
     """
+    check_flags(normed=normed, cache=cache)
     check_number("mean_n", mean_n, 1, whole=True)
     table = Table.open(table)
     n = table.n_concepts(layer)
@@ -241,6 +244,7 @@ def class_means(
     -------
     ClassMeans
     """
+    check_flags(normed=normed, cache=cache)
     table = Table.open(table)
     blocks = table.blocks(layer, mode, target, normed)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.table.columns import SampleColumns, join_columns, read_columns, sample_numbers
 from crp.visualization.table.document import decode, encode
 from crp.visualization.table.files import as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
@@ -253,6 +254,7 @@ class Table:
         KeyError, ValueError, IndexError
             If the layer, the mode, the kind or a concept was not mined.
         """
+        check_flags(normed=normed)
         for name, given, there in (("mode", mode, self.modes), ("target", target, self.kinds)):
             if given not in there:
                 raise InputError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
@@ -289,10 +291,8 @@ class Table:
             if shard.file not in problems:
                 target = read_rows(self.path / "shards", [shard]).target
                 if len(target) and int(target.max()) >= outputs:
-                    problems[shard.file] = (
-                        f"{self.path / 'shards' / shard.file} has rows of target {target.max()}, and the model "
-                        f"{outputs} outputs"
-                    )
+                    what = f"rows of target {target.max()}, and the model {outputs} outputs"
+                    problems[shard.file] = f"{self.path / 'shards' / shard.file} has {what}"
         return list(problems.values())
 
     def damaged(self) -> list[str]:
