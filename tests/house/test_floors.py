@@ -55,7 +55,8 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2020,
     "demo": 900,
-    "engine": 4335,
+    # (rows that start alike share what starts)
+    "engine": 4510,
     "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -65,7 +66,7 @@ BUDGETS = {
     "rules": 5795,
     # (along which axis the channels of a layer are)
     "trace": 1595,
-    "types": 150,
+    "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; what is on or off
     # is checked; JPEGs that are decoded on the device)
@@ -80,7 +81,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 853
+PUBLIC_NAMES = 857
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
