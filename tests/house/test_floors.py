@@ -55,7 +55,7 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2020,
     "demo": 900,
-    "engine": 4335,
+    "engine": 4380,
     "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -79,7 +79,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 846
+PUBLIC_NAMES = 847
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
