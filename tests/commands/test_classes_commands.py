@@ -170,10 +170,10 @@ def test_a_class_may_be_named(folder, monkeypatch):
     ("arguments", "message"),
     [
         (("clusters", "z", 3), "Error: layer 'z' was not mined into"),
-        (("clusters", "a", 4), "has no rows of"),
+        (("clusters", "a", 4), "has no rows of class 4; its classes are 3"),
         (("prototypes", "z"), "Error: layer 'z' was not mined into"),
         (("prototypes", "b"), "Error: class 3 has 50 samples of mean variance"),
-        (("prototypes", "a", 4), "has no rows of"),
+        (("prototypes", "a", 4), "has no rows of class 4; its classes are 3"),
         (("clusters", "a", 3, "--neighbours", 50), "50 samples have not 50 neighbours each"),
         (("audit", "a"), "Error: no prototypes of layer 'a' in"),
         (("audit", "z"), "Error: layer 'z' was not mined into"),

@@ -69,7 +69,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; what is on or off
     # is checked)
-    "visualization": 4010,
+    "visualization": 4015,
     "visualization.mining": 3840,
     # (rows of a sample share its forward pass)
     "visualization.report": 4215,
