@@ -48,7 +48,7 @@ BUDGETS = {
     "audit": 2340,
     "canonizers": 815,
     # (attribute writes a page with the concepts of a picture; what is empty is refused)
-    "commands": 2235,
+    "commands": 2245,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,

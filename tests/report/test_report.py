@@ -25,10 +25,10 @@ from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
-from crp.visualization.report.render import percent
 from crp.visualization.report.suspects import find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +139,6 @@ def class_means_of(fv, sample: int, target: int) -> list[int]:
         row = block.value[block.target.tolist().index(target)]
         return [c for c in np.argsort(-row, kind="stable").tolist() if row[c] > 0]
     raise AssertionError
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.1234, "12.3"), (0.0004, "0.04"), (-0.00001, "0"), (-0.004, "−0.40"), (1, "100.0")],
-)
-def test_shares_are_written_with_the_digits_they_need(share, text):
-    assert percent(share) == f"{text}\N{NO-BREAK SPACE}%"
 
 
 def test_a_concept_is_switched_off_to_see_what_it_does(fv, atlas):
@@ -476,8 +468,8 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
     assert (first.layer, first.concept, first.target) == ("relu", 0, 0)
     assert first.inside == 1 and first.expected < 0.2 and first.rows == pytest.approx(0.5, abs=0.01)
     assert first.reason == (
-        f"100% of its relevance lies at the top left, where its layer has {first.expected:.0%}; "
-        "it is carried by 50% of the samples"
+        f"{percent(1.0)} of its relevance lies at the top left, where its layer has {percent(first.expected)}; "
+        f"it is carried by {percent(first.rows)} of the samples"
     )
     message = r"layer 'relu' holds values at position \d+, and \d+ x \d+ positions are 0 to \d+"
     for space in ((5, 11), (2, 2), (1, 1)):  # (positions were clipped to the last row)

@@ -27,6 +27,7 @@ from crp.errors import InputError, InputTypeError
 from crp.image.texts import readable
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 #: Parts of a side of the grid.
 GRID = 4
@@ -73,8 +74,10 @@ class Suspect(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is one, in words."""
-        text = f"{self.inside:.0%} of its relevance lies {self.where}, where its layer has {self.expected:.0%}"
-        few = f"; it is carried by {self.rows:.0%} of the samples" if self.rows < 0.75 else ""
+        text = (
+            f"{percent(self.inside)} of its relevance lies {self.where}, where its layer has {percent(self.expected)}"
+        )
+        few = f"; it is carried by {percent(self.rows)} of the samples" if self.rows < 0.75 else ""
         return text + few
 
 
