@@ -15,17 +15,20 @@ from feature_net import Images, make_fv, make_net, mined
 from PIL import Image
 from report_cases import EVIL, NAMES, Parsed, report
 from torch import nn
+from torchvision.ops import Permute
 from zennit.composites import EpsilonPlus
 
-from crp.concepts import ChannelConcept
+from crp.concepts import AxisConcept, ChannelConcept
 from crp.visualization.report import Finding, drawing, make_tile, picture_drawing, unfinished, write_report
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
-from crp.visualization.report.render import percent
+from crp.visualization.report.options import ReportOptions
+from crp.visualization.report.picture_drawing import PictureDrawer
 from crp.visualization.report.suspects import find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +139,6 @@ def class_means_of(fv, sample: int, target: int) -> list[int]:
         row = block.value[block.target.tolist().index(target)]
         return [c for c in np.argsort(-row, kind="stable").tolist() if row[c] > 0]
     raise AssertionError
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.1234, "12.3"), (0.0004, "0.04"), (-0.00001, "0"), (-0.004, "−0.40"), (1, "100.0")],
-)
-def test_shares_are_written_with_the_digits_they_need(share, text):
-    assert percent(share) == f"{text}\N{NO-BREAK SPACE}%"
 
 
 def test_a_concept_is_switched_off_to_see_what_it_does(fv, atlas):
@@ -498,21 +493,32 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
         row, column = torch.randint(1, 10, (2,), generator=generator).tolist()
         images.data[i, 0, row : row + 2, column : column + 2] = 1
     images.data[0::6, 0, :2, :2] = torch.eye(2, dtype=torch.float64) * 3
-    net = nn.Sequential(OrderedDict(first=nn.Conv2d(1, 2, 2), relu=nn.ReLU(), flat=nn.Flatten(), out=nn.Linear(242, 3)))
-    net = net.double().eval()
+    parts = {"first": nn.Conv2d(1, 2, 2), "relu": nn.ReLU(), "channels_last": Permute([0, 2, 3, 1])}
+    parts |= {"back": Permute([0, 3, 1, 2]), "flat": nn.Flatten(), "out": nn.Linear(242, 3)}
+    net = nn.Sequential(OrderedDict(parts)).double().eval()
     with torch.no_grad():
         net.first.weight.copy_(torch.tensor([[[[1.0, -1], [-1, 1]]], [[[1.0, 1], [1, 1]]]]))
         net.first.bias.copy_(torch.tensor([-3.0, 0]))
         net.out.weight.fill_(0.1)
         net.out.weight[0, :121] = 2.0
-    fv = mined(tmp_path, images, net=net, layers=["relu"])
+    fv = mined(tmp_path, images, net=net, layers={"relu": ChannelConcept(), "channels_last": AxisConcept(-1)})
     first = find_suspects(Table.open(fv.path), {"relu": (11, 11)}, [0, 1, 2])[0]
     assert (first.layer, first.concept, first.target) == ("relu", 0, 0)
     assert first.inside == 1 and first.expected < 0.2 and first.rows == pytest.approx(0.5, abs=0.01)
     assert first.reason == (
-        f"100% of its relevance lies at the top left, where its layer has {first.expected:.0%}; "
-        "it is carried by 50% of the samples"
+        f"{percent(1.0)} of its relevance lies at the top left, where its layer has {percent(first.expected)}; "
+        f"it is carried by {percent(first.rows)} of the samples"
     )
+    message = r"layer 'relu' holds values at position \d+, and \d+ x \d+ positions are 0 to \d+"
+    for space in ((5, 11), (2, 2), (1, 1)):  # (positions were clipped to the last row)
+        with pytest.raises(ValueError, match=message):
+            find_suspects(fv.path, {"relu": space}, [0, 1, 2])
+    drawer = PictureDrawer(fv, EpsilonPlus(), list(fv.layer_map), tmp_path, "", ReportOptions())
+    of_both = drawer.find_suspects(Table.open(fv.path), [0, 1, 2])
+    assert {one._replace(layer="relu") for one in of_both if one.layer == "channels_last"} == {
+        one for one in of_both if one.layer == "relu"
+    }
+    assert first in of_both
 
 
 @pytest.mark.promise("Tables", "A report that cannot be written is refused before anything is computed")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from crp.concepts import mask_of
+from crp.concepts.reading import code_of
 from crp.image.colours import as_picture
 from crp.types import AttributionResults
 from crp.visualization.report.addresses import HEATMAPS, Addresses
@@ -224,10 +225,10 @@ class PictureDrawer(Drawer):
         return self._data[sample]
 
     def _spaces(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Height and width of the layers that have them."""
+        """Height and width of the positions of concepts, in layers that have them."""
         data, _ = self.fv.get_data_sample(sample)
-        result = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0)
-        shapes = {layer: tuple(found.shape[2:]) for layer, found in result.activations.items()}
+        found = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0).activations
+        shapes = {layer: code_of(self.fv.layer_map[layer], values).shape[2:] for layer, values in found.items()}
         return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
 
     def _draw(self, rows: Sequence[Row]) -> Iterator[list[tuple[Array, Drawn]]]:
