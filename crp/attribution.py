@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
@@ -32,6 +32,7 @@ from crp.engine.joining import Part, one_ahead
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
 from crp.errors import InputTypeError
+from crp.flags import check_flags
 from crp.layers import unwrap
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 

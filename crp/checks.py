@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -22,15 +22,3 @@ def check_number(name: str, value: object, least: float = -float("inf"), whole: 
     if not is_number or value < least:  # type: ignore[operator]
         what = f"{'whole ' * whole}number of at least {least}" if least > -float("inf") else "finite number"
         raise InputError(f"{name} must be a {what}, not {value!r}")
-
-
-def is_flag(value: object) -> bool:
-    """Whether a value is True or False, which Python counts among the numbers."""
-    return isinstance(value, bool | np.bool_)
-
-
-def check_flags(**flags: object) -> None:
-    """Raise a `TypeError` if a flag is neither True nor False; a word such as ``"no"`` would count as true."""
-    for name, value in flags.items():
-        if not is_flag(value):
-            raise InputTypeError(f"{name} must be True or False, not {value!r}")

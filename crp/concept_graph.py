@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.concepts import Concept, mask_of, normalize
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.flags import check_flags
 from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
 

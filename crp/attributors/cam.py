@@ -17,7 +17,7 @@ from zennit.core import Composite
 from crp.attributors.base import Attributor
 from crp.attributors.gradient import Gradient
 from crp.attributors.target import Target
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
@@ -26,6 +26,7 @@ from crp.engine.inputs import Data, Inputs, Tensors
 from crp.engine.masks import apply_masks, row_masks
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.layers import modules_of, unwrap
 from crp.layers.addresses import Address
 

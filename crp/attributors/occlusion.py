@@ -12,9 +12,9 @@ from zennit.core import Composite
 from crp.attributors.base import ROWS_FORWARD, Attributor
 from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
-from crp.checks import check_flags
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.notices import warn
 
 _Lengths: TypeAlias = int | tuple[int, ...]

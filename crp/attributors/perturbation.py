@@ -26,11 +26,12 @@ from zennit.core import Composite
 from crp.attributors.backgrounds import Background, _check_background, blur, make_background
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Target
-from crp.checks import check_choice, check_flags, check_number
+from crp.checks import check_choice, check_number
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import check_data
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 
 _Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table

@@ -19,9 +19,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.concepts.ids import as_ids, as_numbers
 from crp.errors import InputError, NameNotFoundError
+from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.files import write_atomic

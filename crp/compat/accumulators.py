@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crp.checks import check_flags
 from crp.compat import folders
 from crp.compat.folders import SAMPLE_SIZE
 from crp.concepts import Concept
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.manifest import KINDS, TableError
 from crp.visualization.table.question import Question
 from crp.visualization.table.store import Table

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.checks import check_flags
 from crp.compat import folders
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.folders import SAMPLE_SIZE
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.concepts.base import Concept
 from crp.concepts.channels import ChannelConcept, _KeepChannels
 from crp.concepts.ids import check_alike, check_axis
 from crp.concepts.scores import ConceptScores
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.types import MaskFn
 
 _CHANNELS = ChannelConcept()

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.checks import check_flags
 from crp.concepts.ids import as_ids, check_alike, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.types import MaskFactory, MaskFn
 
 

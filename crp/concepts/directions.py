@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.concepts.ids import as_direction, as_numbers
 from crp.concepts.linear import DirectionConcept, SubspaceConcept
 from crp.errors import InputError
+from crp.flags import check_flags
 
 
 @dataclass(frozen=True)

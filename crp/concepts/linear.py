@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crp.checks import check_flags
 from crp.concepts.base import Concept
 from crp.concepts.ids import as_ids, as_numbers, check_alike, check_axis, in_range
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.types import MaskFn
 
 

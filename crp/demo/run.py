@@ -11,7 +11,6 @@ from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
-from crp.checks import check_flags
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.demo.data import DigitsData, load_digits_data
@@ -19,6 +18,7 @@ from crp.demo.folder import DemoError, DemoFolder
 from crp.demo.net import DigitNet
 from crp.demo.shortcut import Shortcut, rank_by_box, switched_off
 from crp.demo.training import CheckpointError, accuracy, one_thread, predict, train
+from crp.flags import check_flags
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.options import Finding, Tile, make_tile
 from crp.visualization.report.write import write_report

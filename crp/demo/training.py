@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crp.checks import check_flags
 from crp.demo.data import Digits
 from crp.demo.net import DigitNet
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.files import write_atomic
 
 _LEARNING_RATE = 3e-3

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.checks import is_flag
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.flags import is_flag
 from crp.layers.devices import send_to
 from crp.notices import warn
 from crp.outputs import Element as Element

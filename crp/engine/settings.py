@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from crp.checks import check_flags
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Explain
+from crp.flags import check_flags
 from crp.types import AttributionResults
 
 #: ``results -> one tensor``

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
-from crp.checks import check_flags
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.image.colours import as_shown
 from crp.image.pixels import Picture, imgify
 

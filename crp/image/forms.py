@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crp.checks import check_flags
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.image.colours import as_array, as_picture, blurred, clipped, colours_of, fitted
 from crp.image.pixels import Array, Picture
 

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
-from crp.checks import check_flags
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Picture: TypeAlias = Image.Image | Tensor | Array

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from crp.attributors.backgrounds import Background, make_background
 from crp.attributors.scores import ScoreName
-from crp.checks import check_choice, check_flags, check_number
+from crp.checks import check_choice, check_number
 from crp.engine.door import check_seed
 from crp.engine.inputs import check_data
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer, area
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.engine.door import check_seed
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer
 

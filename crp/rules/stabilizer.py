@@ -10,8 +10,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from crp.checks import check_flags
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.rules.fused import fused_quotient
 
 Stabilize = float | Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crp.checks import check_flags
+from crp.flags import check_flags
 from crp.layers import find_layers, modules_of, unwrap
 from crp.layers.addresses import Address
 from crp.trace import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing

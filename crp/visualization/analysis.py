@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.ranking import list_targets, once_per_sample
 from crp.visualization.table.store import Table

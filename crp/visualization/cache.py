@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from crp.checks import check_flags
 from crp.compat.folders import replacing
 from crp.errors import InputTypeError
+from crp.flags import check_flags
 from crp.visualization.table.fingerprint import fingerprint_composite
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.checks import check_flags
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError, LoadingError
+from crp.flags import check_flags
 from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.concepts import as_ids
 from crp.concepts.reading import activation_sums
 from crp.engine.door import check_seed
 from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.flags import check_flags
 from crp.image.colours import as_picture
 from crp.notices import warn
 from crp.visualization.feature import FeatureVisualization

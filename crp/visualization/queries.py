@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.checks import check_flags
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.cached import cache_reference
 from crp.compat.folders import open_answers
 from crp.concepts import Concept
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
 from crp.notices import warn

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.checks import check_flags
 from crp.concepts import Concept, as_ids
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.flags import check_flags
 from crp.notices import warn
 from crp.visualization.decoding import decoder_mark
 from crp.visualization.mining.datasets import read

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.engine.attached import check_composite, put_on
 from crp.engine.door import check_seed
 from crp.engine.forward import ForwardPass, tensor_in
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.layers import unwrap
 from crp.notices import warn
 from crp.visualization.objectives import OUTPUT as OUTPUT

@@ -16,8 +16,8 @@ from torch import nn
 from crp import rules
 from crp.attribution import CondAttribution
 from crp.attributors.explaining import explain, methods
-from crp.checks import check_flags
 from crp.composites import get, names
+from crp.flags import check_flags
 from crp.image import imgify
 from crp.visualization.mining.job import MiningOptions
 from crp.visualization.report.options import ReportOptions

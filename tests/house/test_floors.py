@@ -21,6 +21,7 @@ FLOORS = [
         "errors",
         "refusals",
         "checks",
+        "flags",
         "wording",
         "trace",
         "concepts",

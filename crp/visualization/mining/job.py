@@ -16,13 +16,13 @@ from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
-from crp.checks import check_flags
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding
 from crp.engine.taps import check_layers, in_model_order
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.notices import warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read

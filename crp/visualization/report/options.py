@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_flags
 from crp.image.colours import as_picture
 from crp.image.forms import draw_heatmap
 from crp.image.pixels import to_png_bytes

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from crp.checks import check_flags
 from crp.errors import InputError
+from crp.flags import check_flags
 from crp.visualization.table.manifest import KINDS, MODES
 from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, class_statistics, top_k
 from crp.visualization.table.store import Table

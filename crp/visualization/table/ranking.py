@@ -17,8 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from crp.checks import check_flags, check_number
+from crp.checks import check_number
 from crp.errors import NameNotFoundError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.table.columns import sample_numbers
 from crp.visualization.table.files import check_file, make_own_folder, write_atomic
 from crp.visualization.table.manifest import Array, Block, TableCorruptError

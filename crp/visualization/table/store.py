@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crp.checks import check_flags
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.table.columns import SampleColumns, join_columns, read_columns, sample_numbers
 from crp.visualization.table.document import decode, encode
 from crp.visualization.table.files import as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
