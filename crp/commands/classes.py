@@ -261,6 +261,7 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     from crp.attribution import CondAttribution
     from crp.audit import audit
     from crp.commands.mine import _make_composite
+    from crp.visualization.decoding import Decoded, decoder_mark
     from crp.visualization.mining.marks import source_of
     from crp.visualization.opening import open_recipe
     from crp.visualization.table.fingerprint import fingerprint, fingerprint_model
@@ -269,6 +270,8 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     marks = {"model": fingerprint_model(opened.model)}
     if opened.output is not None:
         marks["output"] = fingerprint(opened.output)
+    if isinstance(opened.dataset, Decoded):
+        marks["decoder"] = decoder_mark(table.fingerprints, opened.dataset) or "none"
     table.check(**marks)
     composite = _make_composite(command["rules"], command["settings"])
     attribution, concept = CondAttribution(opened.model, output=opened.output), opened.layer_map[found.layer]

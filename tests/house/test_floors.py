@@ -47,8 +47,7 @@ BUDGETS = {
     "attributors": 3190,
     "audit": 2340,
     "canonizers": 815,
-    # (attribute writes a page with the concepts of a picture; what is empty is refused)
-    "commands": 2245,
+    "commands": 2270,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
@@ -68,9 +67,8 @@ BUDGETS = {
     "types": 150,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; what is on or off
-    # is checked)
-    "visualization": 4015,
-    "visualization.mining": 3840,
+    "visualization": 4410,
+    "visualization.mining": 3945,
     # (rows of a sample share its forward pass)
     "visualization.report": 4240,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
@@ -79,7 +77,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 847
+PUBLIC_NAMES = 853
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

@@ -19,7 +19,7 @@ from torchvision.ops import Permute
 from zennit.composites import EpsilonPlus
 
 from crp.concepts import AxisConcept, ChannelConcept
-from crp.visualization.report import Finding, drawing, make_tile, picture_drawing, write_report
+from crp.visualization.report import Finding, drawing, make_tile, picture_drawing, unfinished, write_report
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
@@ -230,55 +230,93 @@ def test_a_second_report_draws_nothing_and_changes_nothing(fv, atlas, monkeypatc
     assert files(atlas) == before
 
 
+def assert_same_maps(folder, other):
+    """Heatmaps of two atlases are the same but for rounding."""
+    paths = [path for path in files(folder) if path.startswith("maps/")]
+    assert paths == [path for path in files(other) if path.startswith("maps/")]
+    for path in paths:
+        pixels = [np.asarray(Image.open(place / path)).astype(int) for place in (folder, other)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1  # (of 255 steps, where rounding falls on the other side)
+        facts = [read_facts(place / path) for place in (folder, other)]
+        rows = [[[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in one.get("rows", [])] for one in facts]
+        for row, row_of_other in zip(*rows, strict=True):
+            assert [value is None for value in row] == [value is None for value in row_of_other]
+            assert [v for v in row if v is not None] == pytest.approx(
+                [v for v in row_of_other if v is not None], abs=2e-3
+            )
+
+
 def test_rows_of_a_sample_share_a_forward_pass_and_are_drawn_the_same(fv, tmp_path, monkeypatch):
-    drawn = {}
+    n_passed = {}
     for name, sharing in (("paired", 10**9), ("shared", 2)):
         monkeypatch.setattr(picture_drawing, "_SHARING_OF_SMALL", sharing)
         passed = []  # (samples in each pass that relevance is sent back through)
         hook = fv.attribution.model.register_forward_hook(
             lambda _module, data, _output, passed=passed: passed.extend([0] * len(data[0]) * torch.is_grad_enabled())
         )
-        folder = report(fv, tmp_path / name)
+        report(fv, tmp_path / name)
         hook.remove()
-        maps = {path: content for path, content in files(folder).items() if path.startswith("maps/")}
-        facts = {path: read_facts(folder / path) for path in maps}
-        drawn[name] = len(passed), {path: np.asarray(Image.open(folder / path)).astype(int) for path in maps}, facts
-    paired, shared = drawn["paired"], drawn["shared"]
-    assert shared[0] < 0.7 * paired[0]
-    for path, pixels in paired[1].items():
-        assert np.abs(pixels - shared[1][path]).max() <= 1  # (of 255 steps, where rounding falls on the other side)
-        rows = [[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in paired[2][path].get("rows", [])]
-        others = [[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in shared[2][path].get("rows", [])]
-        for one, other in zip(rows, others, strict=True):
-            assert [value is None for value in one] == [value is None for value in other]
-            assert [v for v in one if v is not None] == pytest.approx([v for v in other if v is not None], abs=2e-3)
+        n_passed[name] = len(passed)
+    assert n_passed["shared"] < 0.7 * n_passed["paired"]
+    assert_same_maps(tmp_path / "paired", tmp_path / "shared")
 
 
-def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):
-    draw, left = picture_drawing.PictureDrawer._draw, [2]
+def interrupt(fv, folder, monkeypatch, n_parts):
+    """Write a report that is interrupted after so many parts of heatmaps; the rows that were drawn."""
+    draw, left, drawn = picture_drawing.PictureDrawer._draw, [n_parts], []
 
     def fail_later(self, rows):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return draw(self, rows)
+        for part in draw(self, rows):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            drawn.extend(rows)
+            yield part
 
     with monkeypatch.context() as context:
         context.setattr(picture_drawing.PictureDrawer, "_draw", fail_later)
-        context.setattr(picture_drawing, "_TOGETHER", 2)
         with pytest.raises(KeyboardInterrupt):
-            report(fv, tmp_path / "out")
+            report(fv, folder)
+    return drawn
+
+
+def go_on(fv, folder, monkeypatch):
+    """Write a report; the rows that were drawn."""
+    draw, drawn = picture_drawing.PictureDrawer._draw, []
+    with monkeypatch.context() as context:
+        context.setattr(
+            picture_drawing.PictureDrawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows)
+        )
+        report(fv, folder)
+    return drawn
+
+
+def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(picture_drawing, "_SHARED_BY", 0)  # (each file alone)
+    interrupt(fv, tmp_path / "out", monkeypatch, 2)
     there = set(files(tmp_path / "out"))
-    assert any(name.startswith("maps/") for name in there)
-    drawn = []
-    monkeypatch.setattr(
-        picture_drawing.PictureDrawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows)
-    )
-    report(fv, tmp_path / "out")
+    assert any(name.startswith("maps/") and name.endswith(".png") for name in there)
+    drawn = go_on(fv, tmp_path / "out", monkeypatch)
     assert not any(
         Addresses(["first", "second"]).concept_maps(row.layer, row.concept) in there for row in drawn if row.layer
     )
-    assert files(tmp_path / "out") == files(atlas)
+    assert set(files(tmp_path / "out")) == set(files(atlas))
+    assert_same_maps(tmp_path / "out", atlas)
+
+
+@pytest.mark.parametrize("every", [0.0, 60.0], ids=["at-once", "at-the-end"])
+def test_heatmaps_of_files_that_are_not_complete_are_not_drawn_again(fv, atlas, tmp_path, monkeypatch, every):
+    monkeypatch.setattr(unfinished, "_EVERY", every)
+    first = interrupt(fv, tmp_path / "out", monkeypatch, 1)  # (of the first layer's, those that begin at the output)
+    there = files(tmp_path / "out")
+    assert [name for name in there if name.endswith(".unfinished.npz")]
+    assert not [name for name in there if name.startswith("maps/") and name.endswith(".png")]
+    (tmp_path / "out/maps/0.unfinished.npz").write_bytes(b"broken")
+    second = go_on(fv, tmp_path / "out", monkeypatch)
+    assert first
+    assert not set(first) & set(second)
+    assert set(files(tmp_path / "out")) == set(files(atlas))  # (no unfinished file is left)
+    assert_same_maps(tmp_path / "out", atlas)
 
 
 def test_what_a_smaller_report_has_no_more_is_deleted(fv, tmp_path):
