@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
@@ -19,7 +20,9 @@ from torchvision.transforms.functional import to_tensor
 
 from benchmarks.clocks import Run
 from benchmarks.harness import Case, Ratio
+from crp.visualization import Decoded
 from crp.visualization.mining.datasets import read_batches
+from crp.visualization.prepared import Prepared
 
 TITLE = "reading JPEGs, beside which mining cannot be faster"
 #: Width and height of a picture of ImageNet, on average.
@@ -69,10 +72,29 @@ def reading(loader: Callable[[str], Tensor], workers: int) -> Run:
     return read
 
 
+def decoding(device: str) -> dict[str, Run]:
+    """Functions that read all files, and that also decode, resize and crop them on a device, as mining does."""
+    dataset = Decoded(ImageFolder(folder_of_jpegs()), Prepared("RGB", 256, 224).decoded, device=device)
+    batches = [range(start, start + BATCH) for start in range(0, PICTURES, BATCH)]
+
+    def read() -> None:
+        assert sum(len(batch) for batch in read_batches(dataset.files, batches, 0)) == PICTURES
+
+    def decode() -> None:
+        decoder = dataset.decoder()
+        for batch in read_batches(dataset.files, batches, 0):
+            torch.stack([sample.data for sample in decoder.decode(batch)]).sum().item()  # (waits for a GPU)
+        assert (decoder.n_files, decoder.n_by_pillow) == (PICTURES, 0)
+
+    return {"files alone": read, f"decoded on {device}": decode}
+
+
 def cases() -> list[Case]:
-    """Two ways to decode, and several numbers of worker processes."""
+    """Two ways to decode, several numbers of worker processes, and files that are decoded on the device."""
     decoders = {"Pillow": by_pillow, "decode_jpeg": by_torchvision}
     workers = {f"{n} workers": n for n in WORKERS}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = ("files alone", f"decoded on {device}")
     return [
         Case(
             f"{SETUP}, no worker",
@@ -85,6 +107,13 @@ def cases() -> list[Case]:
             lambda: {name: reading(by_pillow, n) for name, n in workers.items()},
             tuple(Ratio(f"ms a picture, Pillow, {name}", name, scale=1e3 / PICTURES) for name in workers),
             clock="wall",
+            rounds=3,
+        ),
+        Case(
+            f"{SETUP}, --decode device",
+            lambda: decoding(device),
+            tuple(Ratio(f"ms a picture, {name}", name, scale=1e3 / PICTURES) for name in parts),
+            clock="wall" if device == "cuda" else "cpu",
             rounds=3,
         ),
     ]

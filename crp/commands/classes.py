@@ -11,6 +11,7 @@ import click
 
 from crp.commands.errors import CommandError
 from crp.commands.table import _plain
+from crp.wording import percent
 
 if TYPE_CHECKING:
     from crp.audit import AuditedSample, Clusters, Prototypes
@@ -86,8 +87,8 @@ def prototypes_command(
         concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
         click.echo(
             _plain(
-                f"{row['name']}, prototype {row['prototype']}  {row['weight']:.0%} of samples, as in {row['sample']}; "
-                f"concepts {concepts}"
+                f"{row['name']}, prototype {row['prototype']}  {percent(row['weight'])} of samples, as in "
+                f"{row['sample']}; concepts {concepts}"
             )
         )
 
@@ -260,6 +261,7 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     from crp.attribution import CondAttribution
     from crp.audit import audit
     from crp.commands.mine import _make_composite
+    from crp.visualization.decoding import Decoded, decoder_mark
     from crp.visualization.mining.marks import source_of
     from crp.visualization.opening import open_recipe
     from crp.visualization.table.fingerprint import fingerprint, fingerprint_model
@@ -268,6 +270,8 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     marks = {"model": fingerprint_model(opened.model)}
     if opened.output is not None:
         marks["output"] = fingerprint(opened.output)
+    if isinstance(opened.dataset, Decoded):
+        marks["decoder"] = decoder_mark(table.fingerprints, opened.dataset) or "none"
     table.check(**marks)
     composite = _make_composite(command["rules"], command["settings"])
     attribution, concept = CondAttribution(opened.model, output=opened.output), opened.layer_map[found.layer]

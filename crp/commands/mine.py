@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
+from crp.commands.processes import _client, _device, _part
 from crp.commands.values import read_value
 from crp.wording import first_few
 
@@ -30,7 +31,7 @@ _AS_THEY_ARE = ("storage", "start", "stop", "batch_size", "shard_size", "on_erro
 _REMEMBERED = (
     "model", "weights", "checkpoint", "data", "fields", "layers", "rules", "settings", "targets", "multi_label",
     "modes", "kinds", "mixed_shapes", "batch_size", "shard_size", "size", "mean", "std", "classes", "storage",
-    "tokenizer", "position", "output",
+    "tokenizer", "position", "output", "decode",
 )  # fmt: skip
 #: Words before the colon of models that are not the user's own.
 _LIBRARIES = ("timm", "hf", "torchvision")
@@ -61,6 +62,13 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--shard-size", type=click.IntRange(1), help="Samples in a file; 64 batches by default.")
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read the data.")
 @click.option("--device", help="Such as cuda:1; a GPU if there is one.")
+@click.option(
+    "--decode",
+    type=click.Choice(["host", "device"]),
+    default="host",
+    show_default=True,
+    help="Where JPEGs of a folder are decoded; device is that of the model, by torchvision.",
+)
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Of a sample.")
 @click.option("--retry-skipped", is_flag=True, help="Mine shards with skipped samples again.")
 @click.option("--start", type=click.IntRange(0), default=0, help="First sample.")
@@ -131,7 +139,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     from crp.visualization.mining.targets import parse_targets
     from crp.visualization.models import check_repeatable, load_model
     from crp.visualization.scored import load_output
-    from crp.visualization.sources import MULTI_LABEL, load_source, load_texts, open_source
+    from crp.visualization.sources import MULTI_LABEL, load_source, load_texts
 
     named = given["targets"].strip()
     targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
@@ -139,7 +147,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         raise CommandError(
             f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"
         )
-    source = open_source(given["data"])
+    source = _open_data(given["data"], given["decode"])
     pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
     pictures["output"] = None if given["output"] is None else load_output(given["output"])
     loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
@@ -151,7 +159,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     if dataset is None:
         words = {word: _layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
         fields = [field for field in given["fields"].split(",") if field]
-        dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label")
+        dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label", decode=given["decode"])
         pictures_given = _takes_pictures(dataset, given)
         sample = first_sample(dataset, preprocess)
         outputs = _count_outputs(loaded, sample)
@@ -186,6 +194,18 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         )
 
 
+def _open_data(data: str, decode: str) -> Any:
+    from crp.visualization.sources import open_source
+
+    source = open_source(data)
+    if decode == "device" and not isinstance(source, Path):
+        raise CommandError(
+            f"--decode device is for a folder of pictures, and --data {data} gives a {type(source).__name__}; a "
+            "dataset of files may be a crp.visualization.Decoded, without this option"
+        )
+    return source
+
+
 def _check_outside(out: Path, data: str) -> None:
     """Refuse to write into the folder of the data, whose pictures and class folders are read from then on."""
     if not Path(data).is_dir() or not out.resolve().is_relative_to(Path(data).resolve()):
@@ -197,10 +217,11 @@ def _check_outside(out: Path, data: str) -> None:
 
 def _takes_pictures(dataset: Any, given: dict[str, Any]) -> bool:
     """Whether samples are pictures; options about them are refused where there are none."""
+    from crp.visualization.decoding import Decoded
     from crp.visualization.mining.datasets import Pairs
     from crp.visualization.sources import gives_pictures
 
-    found = isinstance(dataset, Pairs) and gives_pictures(dataset)
+    found = isinstance(dataset, Pairs | Decoded) and gives_pictures(dataset)
     unused = [f"--{option}" for option in ("size", "mean") if given[option]]
     if unused and not found:
         raise CommandError(
@@ -330,28 +351,6 @@ def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:
     return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])
 
 
-def _part(share: str | None, environment: Any, option: str = "--shard") -> tuple[int, int] | None:
-    """Share of this process: that of the option, cut further among the processes of torchrun."""
-    number, n = 0, 1
-    if share is not None:
-        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", share)
-        if found is None or int(found[1]) >= int(found[2]):
-            raise CommandError(f"{option} {share} must be I/N with I from 0 to N - 1, such as 0/8")
-        number, n = int(found[1]), int(found[2])
-    if "TORCHELASTIC_RUN_ID" in environment:
-        try:
-            rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        except (KeyError, ValueError) as error:
-            raise CommandError(
-                f"TORCHELASTIC_RUN_ID is set, as by torchrun, but RANK and WORLD_SIZE are no numbers ({error}); start "
-                "by torchrun, or unset TORCHELASTIC_RUN_ID"
-            ) from error
-        if not 0 <= rank < size:
-            raise CommandError(f"RANK={rank} must be from 0 to WORLD_SIZE - 1 = {size - 1}")
-        return number * size + rank, n * size
-    return None if share is None else (number, n)
-
-
 def _make_composite(name: str, settings: Sequence[str]) -> Any:
     """Composite of a name of the registry, or of ``"none"``, with settings such as ``"epsilon=1e-6"``."""
     from crp.composites import get
@@ -372,27 +371,3 @@ def _make_composite(name: str, settings: Sequence[str]) -> Any:
         raise CommandError(str(error)) from error
     except Exception as error:  # (of any kind, as a setting may be of any)
         raise CommandError(f"--composite {name}: {in_a_line(error)}; --set KEY=VALUE gives it") from error
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name:
-        from crp.engine.door import check_device
-
-        return str(check_device(name, "--device"))
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-
-
-@contextmanager
-def _client(address: str | None) -> Iterator[Any]:
-    if address is None:
-        return (yield None)
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise CommandError(f'--dask needs Dask ({error}): python -m pip install "concept-relevance[dask]"') from error
-    with Client(address) as client:
-        yield client

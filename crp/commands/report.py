@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from crp.commands.errors import CommandError
-from crp.commands.mine import _check_outside, _make_composite, _part
+from crp.commands.mine import _check_outside, _make_composite
+from crp.commands.processes import _part
 from crp.commands.table import _plain
 
 INTERRUPTED = 130

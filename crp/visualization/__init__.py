@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crp.compat.export import export
     from crp.visualization.cache import Cache, ImageCache
+    from crp.visualization.decoding import Decoded
     from crp.visualization.feature import FeatureVisualization
     from crp.visualization.maximized import keep_maximized
     from crp.visualization.mining.datasets import Pairs
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cache",
+    "Decoded",
     "FeatureVisualization",
     "ImageCache",
     "Pairs",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "Cache": "crp.visualization.cache",
+    "Decoded": "crp.visualization.decoding",
     "FeatureVisualization": "crp.visualization.feature",
     "ImageCache": "crp.visualization.cache",
     "Pairs": "crp.visualization.mining.datasets",

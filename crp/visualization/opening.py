@@ -64,7 +64,9 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> _Opened:
         dataset: Any = load_texts(source, tokenizer, position, ",".join(fields), str(command["model"]))
         preprocess = None
         if dataset is None:
-            dataset, preprocess = load_source(source, fields, loaded, by_label=by_label)
+            dataset, preprocess = load_source(
+                source, fields, loaded, by_label=by_label, decode=command.get("decode", "host")
+            )
     except (KeyError, TypeError, AttributeError) as error:
         raise LoadingError(f"the recipe of the table lacks or garbles what crp mine was given: {error!r}") from error
     return _Opened(loaded.model, dataset, preprocess, make_layer_map(recipe), output)

@@ -44,6 +44,18 @@ class Prepared:
         tensor: Tensor = F.to_tensor(picture)
         return tensor
 
+    def decoded(self, picture: Tensor) -> Tensor:
+        """The same of a picture that is decoded already: uint8 of shape (channels, height, width), on any device."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
+
+        if self.resize:
+            chosen = self.interpolation or InterpolationMode.BILINEAR
+            picture = F.resize(picture, [self.resize], chosen, antialias=True)
+        if self.size:
+            picture = F.center_crop(picture, [self.size])
+        return picture.float() / 255
+
 
 class Normalized:
     """Samples of shape (samples, channels, ...) less ``mean``, divided by ``std``."""

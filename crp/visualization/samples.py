@@ -13,7 +13,9 @@ from crp.concepts import Concept, as_ids
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.notices import warn
+from crp.visualization.decoding import decoder_mark
 from crp.visualization.mining.datasets import read
+from crp.visualization.mining.encoded import files_of, on_device
 from crp.visualization.mining.identity import check_dataset
 from crp.visualization.mining.marks import Source, source_of
 from crp.visualization.mining.texts import Texts, texts_in
@@ -69,7 +71,7 @@ class SampleAccess:
         n = len(self.dataset)
         if not -n <= number < n:
             raise OutOfRangeError(f"the dataset has {n} samples, 0 to {n - 1}; there is no sample {number}")
-        sample = read(self.dataset, number)
+        sample = read(on_device(self.dataset, self.device), number)
         if sample.problem is not None:
             raise sample.problem.error or InputTypeError(
                 f"sample {index}: {sample.problem.reason}, or override FeatureVisualization.get_data_sample"
@@ -119,15 +121,22 @@ class SampleAccess:
             found["output"] = self._remembered("output", _Same(output), lambda: fingerprint(output))
         elif output is None and "output" in table.fingerprints:
             found["output"] = "none"
+        decoding = _Same(self.dataset), self.device.type, str(table.path), table.header.identity
+        if mark := self._remembered("decoder", decoding, lambda: self._decoder(table)):
+            table.check(decoder=mark)
         if table.header.probes:
             state = _Same(self.dataset), len(self.dataset), str(table.path), table.header.identity
 
             def check() -> str:
-                check_dataset(table, self._samples_mined())
+                check_dataset(table, files_of(self._samples_mined()))
                 return ""
 
             self._remembered("samples", state, check)
         table.check(**found)
+
+    def _decoder(self, table: Table) -> str:
+        """Fingerprint of the decoder that a table is compared with; none where pictures are not decoded here."""
+        return decoder_mark(table.fingerprints, on_device(self._samples_mined(), self.device)) or ""
 
     @property
     def texts(self) -> Texts | None:

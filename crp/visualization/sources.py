@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crp.errors import LoadingError
 from crp.notices import warn
+from crp.visualization.decoding import Decoded
 from crp.visualization.mining.datasets import LabelError, Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
@@ -46,11 +47,14 @@ class Pictures:
         """File of a picture."""
         return Source(self._folder, Path(self._names[index]).as_posix())
 
+    def label(self, index: int) -> int | None:
+        """Class of a picture, whose file is not read."""
+        return None if self.labels is None else self.labels[Path(self._names[index]).parts[0]]
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
-        name = self._names[index]
-        with Image.open(Path(self._folder, name)) as file:
+        with Image.open(Path(self._folder, self._names[index])) as file:
             file.load()
-            return file.copy(), None if self.labels is None else self.labels[Path(name).parts[0]]
+            return file.copy(), self.label(index)
 
 
 def open_source(data: str) -> Any:
@@ -83,8 +87,8 @@ def open_source(data: str) -> Any:
 
 
 def load_source(
-    source: Any, fields: Sequence[str], loaded: Loaded, *, by_label: bool
-) -> tuple[Pairs, Callable[[Tensor], Tensor] | None]:
+    source: Any, fields: Sequence[str], loaded: Loaded, *, by_label: bool, decode: str = "host"
+) -> tuple[Pairs | Decoded, Callable[[Tensor], Tensor] | None]:
     """Dataset of pairs, and what prepares a sample for the model.
 
     Parameters
@@ -97,6 +101,8 @@ def load_source(
         The model, and how it takes pictures.
     by_label : bool
         Whether labels are needed.
+    decode : {"host", "device"}
+        Where JPEGs of a folder are decoded: by Pillow as they are read, or by torchvision on the model's device.
 
     Raises
     ------
@@ -110,7 +116,12 @@ def load_source(
         if places:
             raise LoadingError("--fields is for datasets; a folder holds pictures")
         labels = _labels(source, loaded.classes) if by_label else None
-        made = Pairs(Pictures(source, labels), 0, 1, loaded.prepared)
+        pictures, prepared = Pictures(source, labels), loaded.prepared
+        if decode == "device":
+            return Decoded(pictures, prepared.decoded, prepared.mode), loaded.normalized
+        made = Pairs(pictures, 0, 1, prepared)
+    elif isinstance(source, Decoded) and not places:
+        return source, None
     else:
         first, *rest = places or _usual_places(source)
         made = Pairs(source, first, rest[0] if rest else None, loaded.prepared)
@@ -237,8 +248,10 @@ def as_hot(label: Any) -> list[int]:
 MULTI_LABEL = {"list": as_list, "hot": as_hot}
 
 
-def gives_pictures(pairs: Pairs) -> bool:
-    """Whether the data of a dataset's items are pictures of Pillow."""
+def gives_pictures(pairs: Pairs | Decoded) -> bool:
+    """Whether the data of a dataset's items are pictures, of which those of Pillow are prepared."""
+    if isinstance(pairs, Decoded):
+        return isinstance(pairs.dataset, Pictures)
     raw = Pairs(pairs.dataset, pairs.data, None, _is_picture)
     for index in range(min(len(raw), 100)):
         try:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from crp.attribution import CondAttribution
-from crp.commands.mine import _part
+from crp.commands.processes import _part
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import LoadingError

@@ -47,15 +47,14 @@ BUDGETS = {
     "attributors": 3190,
     "audit": 2340,
     "canonizers": 815,
-    # (attribute writes a page with the concepts of a picture; what is empty is refused)
-    "commands": 2235,
+    "commands": 2270,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
     "concept_graph": 190,
     "concepts": 2020,
     "demo": 900,
-    "engine": 4335,
+    "engine": 4380,
     "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -68,18 +67,17 @@ BUDGETS = {
     "types": 150,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; what is on or off
-    # is checked)
-    "visualization": 4010,
-    "visualization.mining": 3840,
+    "visualization": 4410,
+    "visualization.mining": 3945,
     # (rows of a sample share its forward pass)
-    "visualization.report": 4215,
+    "visualization.report": 4240,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2600,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 846
+PUBLIC_NAMES = 853
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

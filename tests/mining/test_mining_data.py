@@ -21,7 +21,7 @@ from crp.engine.forward import ForwardPass
 from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining import datasets
-from crp.visualization.mining.datasets import as_batch, read_batches
+from crp.visualization.mining.datasets import Problem, Sample, as_batch, read_batches
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
@@ -394,6 +394,30 @@ def test_targets_go_in_parts_where_memory_does_not_suffice(
     assert sorted(sent[-len(learnt) :]) == sorted(learnt)
     assert len([place for place in forwards if place >= len(sent) - len(learnt)]) == n_forward
     same_rows(table, whole)
+
+
+KINDS = {
+    "alike": ([torch.arange(6.0).reshape(2, 3), torch.ones(2, 3)], True),
+    "of other lengths": ([torch.arange(3), torch.empty(0, dtype=torch.int64), torch.arange(5)], True),
+    "of other shapes": ([torch.randn(2, 3), torch.randn(4), torch.tensor(7.0), torch.randn(3, 2).t()], True),
+    "of other dtypes": ([torch.randn(2), torch.arange(2)], False),
+    "sparse": ([torch.eye(3).to_sparse(), torch.eye(2).to_sparse()], False),
+    "none": ([], False),
+}
+
+
+@pytest.mark.parametrize(("tensors", "together"), KINDS.values(), ids=KINDS)
+def test_samples_come_from_a_worker_in_one_piece(tensors: list[Tensor], together: bool) -> None:
+    samples = [Sample(i, one, i % 2, None, 11 + i, 12) for i, one in enumerate(tensors)]
+    samples.insert(1, Sample(9, torch.empty(0), None, Problem("it cannot be read")))
+    packed = datasets._pack(samples)
+    assert (packed[1] is not None) == together
+    found = datasets._unpack(packed)
+    assert [one._replace(data=samples[0].data) for one in found] == [
+        one._replace(data=samples[0].data) for one in samples
+    ]
+    for one, sample in zip(found, samples, strict=True):
+        assert one.data.dtype == sample.data.dtype and torch.equal(one.data.to_dense(), sample.data.to_dense())
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from crp.engine.backward import lacks_memory
 from crp.errors import ConceptError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
+from crp.visualization.mining.encoded import Decoder
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
@@ -42,10 +43,9 @@ def mine_ranges(
     make_own_folder(folder)
     batches = list(_get_batches(job, ranges))
     indices = (range(begin, end) for begin, end, _ in batches)
-    loaded = read_batches(job.dataset, indices, job.options.num_workers, pin=job.device.type == "cuda")
-    state = _MiningState(
-        _MemoryLimit(job.options.batch_size), Transfers(job.device), Scoring(job), _preparation(job), _filling(job)
-    )
+    pin = job.device.type == "cuda" and job.encoded is None  # (files differ in size, and the decoder copies them)
+    loaded = read_batches(job.dataset, indices, job.options.num_workers, pin=pin)
+    state = _MiningState.of(job)
     with ShardWriter() as writer:
         shards = Shards(writer, job, folder, progress)
         begun: deque[tuple[int, int, bool, Callable[[ShardRows], None]]] = deque()
@@ -63,14 +63,8 @@ def mine_ranges(
         while begun:
             yield from shards.add(*begun.popleft())
         yield from writer.written(wait=True)
-
-
-def _preparation(job: Job) -> Preparation | None:
-    return None if job.options.preprocess is None else Preparation(job.options.preprocess)
-
-
-def _filling(job: Job) -> Filling | None:
-    return None if job.texts is None else Filling(job.texts, job.attribution, job.device)
+    if state.decoder is not None:
+        state.decoder.finish()
 
 
 def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
@@ -109,6 +103,18 @@ class _MiningState:
     scoring: Scoring
     preparation: Preparation | None
     filling: Filling | None
+    decoder: Decoder | None
+
+    @classmethod
+    def of(cls, job: Job) -> _MiningState:
+        return cls(
+            _MemoryLimit(job.options.batch_size),
+            Transfers(job.device),
+            Scoring(job),
+            None if job.options.preprocess is None else Preparation(job.options.preprocess),
+            None if job.texts is None else Filling(job.texts, job.attribution, job.device),
+            None if job.encoded is None else job.encoded.decoder(),
+        )
 
 
 class _NotFiniteError(Exception):
@@ -242,7 +248,7 @@ class _Batch:
         alike: dict[tuple[object, ...], list[Sample]] = {}
         if self._state.filling is not None:
             samples = self._state.filling.filled(samples)
-        for sample in self._with_known_ids(samples):
+        for sample in self._with_known_ids(self._decoded(samples)):
             alike.setdefault((sample.data.shape, sample.data.dtype, sample.data.device), []).append(sample)
         ready = [prepared for of_shape in alike.values() for prepared in self._prepare(of_shape)]
         groups: dict[tuple[int, ...], list[tuple[list[int], Tensor]]] = {}
@@ -254,7 +260,15 @@ class _Batch:
                 self._drop(index, reason or "")
         return [_in_order(group) for group in groups.values()]
 
-    def _with_known_ids(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+    def _decoded(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        decoder = self._state.decoder
+        for sample in samples if decoder is None else decoder.decode(samples):
+            if sample.problem is None:
+                yield sample
+            else:
+                self._drop(sample.id, sample.problem.reason, sample.problem.error)
+
+    def _with_known_ids(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Samples without texts that hold an id that the model does not know."""
         for sample in samples:
             texts = self._job.texts
@@ -379,8 +393,7 @@ def _in_order(parts: list[tuple[list[int], Tensor]]) -> tuple[list[int], Tensor]
         return parts[0]
     indices = np.array([index for part, _ in parts for index in part])
     order, data = np.argsort(indices), torch.cat([part for _, part in parts])
-    is_sorted = np.array_equal(order, np.arange(len(order)))
-    return indices[order].tolist(), data if is_sorted else data[order.tolist()]
+    return indices[order].tolist(), data if (np.diff(order) == 1).all() else data[order.tolist()]
 
 
 def _joined(arrays: list[Array]) -> Array:

@@ -5,6 +5,7 @@ Mining and pictures read samples alike; a sample that cannot be read is told apa
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -318,8 +319,7 @@ class _Beside:
         self._memory: Tensor | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
-        if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        if not _is_plain(tensor):
             return tensor.clone()
         if self._memory is None:
             n = self._n if self._n * tensor.nbytes <= _MOST_BESIDE else 0
@@ -333,6 +333,12 @@ class _Beside:
         # (by one thread: several of torch's would wait for each other while other threads write shards)
         np.copyto(_memory_of(row), _memory_of(tensor))
         return row
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in the host's memory."""
+    usual = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return usual and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
 def _memory_of(tensor: Tensor) -> Any:
@@ -361,18 +367,27 @@ class _Batches:
 
 
 def _pack(samples: list[Sample]) -> tuple[bytes, Tensor | None]:
-    """Samples for another process: the data as one tensor where it is alike, since every tensor sent takes a file."""
-    data = [sample.data for sample in samples]
-    if len({(one.shape, one.dtype) for one in data}) > 1:
+    """Samples for another process: the data as one tensor, since every tensor sent takes a file."""
+    data = [sample.data for sample in samples if sample.problem is None]
+    shapes = None
+    if len({(one.shape, one.dtype) for one in data}) == 1:
+        together = as_batch(data)
+    elif len({one.dtype for one in data}) == 1 and all(map(_is_plain, data)):
+        together = torch.cat([one.reshape(-1) for one in data])
+        shapes = [one.shape for one in data]
+    else:
         return pickle.dumps(samples), None
-    return pickle.dumps([sample._replace(data=_NOTHING) for sample in samples]), as_batch(data)
+    return pickle.dumps(([sample._replace(data=_NOTHING) for sample in samples], shapes)), together
 
 
 def _unpack(packed: tuple[bytes, Tensor | None]) -> list[Sample]:
-    samples: list[Sample] = pickle.loads(packed[0])
-    if packed[1] is None:
-        return samples
-    return [sample._replace(data=one) for sample, one in zip(samples, packed[1], strict=True)]
+    content, together = packed
+    if together is None:
+        return list(pickle.loads(content))
+    samples, shapes = pickle.loads(content)
+    parts = together if shapes is None else torch.split(together, list(map(math.prod, shapes)))
+    data = (part if shapes is None else part.reshape(shapes[i]) for i, part in enumerate(parts))
+    return [sample if sample.problem is not None else sample._replace(data=next(data)) for sample in samples]
 
 
 def _wrong(item: object) -> str | None:

@@ -26,6 +26,7 @@ from crp.flags import check_flags
 from crp.notices import warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
+from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_device
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
 from crp.visualization.mining.targets import Targets, parse_targets
@@ -189,7 +190,7 @@ class Job:
     Attributes
     ----------
     attribution, dataset, composite, path
-        As for `crp.visualization.mining.run.mine`.
+        As for `crp.visualization.mining.run.mine`; of an `Encoded` dataset, its files.
     concepts : dict of str to Concept
         The layer map, in the order of the model.
     header : TableHeader
@@ -200,6 +201,8 @@ class Job:
         As in the options, with their defaults filled in.
     texts : Texts or None
         What the dataset is of, where its samples are texts.
+    encoded : Encoded or None
+        The dataset, where its samples are made of files on the device.
     options : MiningOptions
     """
 
@@ -216,6 +219,7 @@ class Job:
     targets: str | tuple[int, ...]
     options: MiningOptions
     texts: Texts | None = None
+    encoded: Encoded | None = None
 
 
 def prepare(
@@ -235,6 +239,7 @@ def prepare(
     if "relevance" in checked.modes:
         _check_multipliers(attribution, concepts, composite)
     device = torch.device(attribution.device if checked.device is None else checked.device)
+    dataset = on_device(dataset, device)
     texts = texts_in(dataset)
     if texts is not None and checked.preprocess is not None:
         raise InputTypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
@@ -247,7 +252,7 @@ def prepare(
     recipe = make_recipe(attribution, dataset, concepts, composite, settings, checked.recipe)
     return Job(
         attribution=attribution,
-        dataset=dataset,
+        dataset=files_of(dataset),
         concepts=concepts,
         composite=composite,
         path=Path(path),
@@ -259,6 +264,7 @@ def prepare(
         targets=targets,
         options=checked,
         texts=texts,
+        encoded=encoded_in(dataset),
     )
 
 
@@ -308,10 +314,12 @@ def _header(
         make["targets"] = lambda: fingerprint(targets)
     if attribution.output is not None:
         make["output"] = lambda: fingerprint(attribution.output)
+    if (encoded := encoded_in(dataset)) is not None:
+        make["decoder"] = encoded.mark
     if options.mixed_shapes:
         make["shapes"] = lambda: fingerprint("mixed")
     known = dict(options.fingerprints or {})
-    probes = {} if "dataset" in known else probe(dataset)
+    probes = {} if "dataset" in known else probe(files_of(dataset))
     if differing := [index for index, mark in probes.items() if mark.startswith("(")]:
         warn(
             f"dataset[{differing[0]}] gives other data at every reading, as under a random transform: what is "

@@ -17,6 +17,7 @@ from crp.attribution import CondAttribution
 from crp.concepts import AxisConcept, ChannelConcept, Concept, DirectionConcept, SubspaceConcept
 from crp.errors import LoadingError
 from crp.layers import unwrap
+from crp.visualization.mining.encoded import encoded_in
 from crp.visualization.mining.marks import source_of
 from crp.visualization.mining.texts import texts_in
 
@@ -62,6 +63,9 @@ def make_recipe(
     }
     if attribution.output is not None:
         recipe["output"] = {"function": in_words(attribution.output), "exclusive": attribution.exclusive}
+    encoded = encoded_in(dataset)
+    if encoded is not None:
+        recipe["decoder"] = in_words(encoded.words())
     texts = texts_in(dataset)
     if texts is not None:
         recipe["texts"] = in_words(texts.describe())
