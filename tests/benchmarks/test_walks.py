@@ -23,7 +23,7 @@ def test_files_are_met_by_their_functions_only():
         concept = ChannelConcept()
         stabilizing(0.1)
     stabilizing(0.1)
-    assert files == {"rules/stabilizer.py"}, concept
+    assert files == {"rules/stabilizer.py", "flags.py"}, concept
 
 
 @pytest.mark.parametrize(
