@@ -15,3 +15,10 @@ def first_few(words: Sequence[str], n: int, kind: str = "") -> str:
     """The first ``n`` words, and how many more there are: ``"a, b and 3 more"``, or ``"a, b and 3 more layers"``."""
     more = f" and {len(words) - n} more {kind}".rstrip() if len(words) > n else ""
     return ", ".join(words[:n]) + more
+
+
+def percent(share: float) -> str:
+    """Share as text: ``0.1234`` is ``12.3 %``, and ``0.0004`` is ``0.04 %``."""
+    value = 100 * share
+    digits = 1 if abs(value) >= 0.95 else 2 if abs(value) >= 0.005 else 0
+    return f"{value if digits else 0:.{digits}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")

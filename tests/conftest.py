@@ -14,6 +14,7 @@ import pytest
 import torch
 from covering import mark_the_rest_slow
 from model_state import state_of
+from suite_cost import kept_out_of_garbage, traced_at_first, untraced
 from torch import Tensor, nn
 from versions import skip_what_is_newer
 
@@ -21,10 +22,28 @@ from versions import skip_what_is_newer
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    with kept_out_of_garbage():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(name: str) -> Iterator[None]:
+    with untraced(name.startswith("test")):
+        return (yield)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest_slow(items)
     skip_what_is_newer(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with traced_at_first(item):
+        return (yield)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

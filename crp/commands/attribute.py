@@ -14,7 +14,9 @@ from click.core import ParameterSource
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
+from crp.commands.table import _plain
 from crp.commands.values import read_value
+from crp.wording import percent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,7 +163,7 @@ def attribute(
     for image, place in zip(images, places, strict=True):
         caption = chosen.name if page else f"{chosen.name}{where}"
         said, facts = _explain(image, place, loaded, chosen.name, index, given, caption, shown)
-        click.echo(json.dumps(facts) if as_json else f"{image}: {said}\nwrote {place}")
+        click.echo(json.dumps(facts) if as_json else f"{image}: {_plain(said)}\nwrote {place}")
     if loaded.normalized is None and not as_json:
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
 
@@ -299,7 +301,7 @@ def _prediction(
     first = int(values.argmax())
 
     def told(i: int) -> str:
-        value = f"{values[i]:.1%}" if loaded.exclusive else f"score {float(values[i]):.4g}"
+        value = percent(float(values[i])) if loaded.exclusive else f"score {float(values[i]):.4g}"
         return f"{loaded.class_name(i)} ({value})"
 
     of = "" if index == first else f"; explained: {told(index)}"

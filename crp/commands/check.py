@@ -10,6 +10,7 @@ import click
 
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
+from crp.commands.table import _plain
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -59,6 +60,7 @@ def check_command(
         checked = attribution.check(data, [{attribution.MODEL_OUTPUT_NAME: y}], composite)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(in_a_line(error)) from error
-    click.echo(json.dumps(checked.to_dict()) if as_json else str(checked))
+    told = "\n".join(_plain(line) for line in str(checked).replace("\N{MINUS SIGN}", "-").splitlines())
+    click.echo(json.dumps(checked.to_dict()) if as_json else told)
     if not checked.holds:
         raise SystemExit(1)

@@ -11,6 +11,7 @@ import click
 
 from crp.commands.errors import CommandError
 from crp.commands.table import _plain
+from crp.wording import percent
 
 if TYPE_CHECKING:
     from crp.audit import AuditedSample, Clusters, Prototypes
@@ -86,8 +87,8 @@ def prototypes_command(
         concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
         click.echo(
             _plain(
-                f"{row['name']}, prototype {row['prototype']}  {row['weight']:.0%} of samples, as in {row['sample']}; "
-                f"concepts {concepts}"
+                f"{row['name']}, prototype {row['prototype']}  {percent(row['weight'])} of samples, as in "
+                f"{row['sample']}; concepts {concepts}"
             )
         )
 

@@ -174,8 +174,8 @@ def _recipe_lines(table: Table) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Text without control characters, which a table from elsewhere may hold."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Text without control characters, which a table from elsewhere may hold, and with spaces that can be typed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\N{NO-BREAK SPACE}", " "))
 
 
 def _list(title: str, rows: Sequence[str], kind: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from crp.commands.errors import CommandError
 from crp.commands.group import in_a_line
 from crp.commands.table import _plain
+from crp.wording import percent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,6 +98,7 @@ def explain_texts(
         raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
     for text, (_, facts) in zip(texts, found, strict=True):
         if as_json:
+            facts["said"] = _plain(facts["said"])
             yield json.dumps({"text": text, "method": chosen.name, **facts, "out": str(out)})
         else:
             yield f"{_plain(text)}: {_plain(facts['said'])}"
@@ -169,8 +171,8 @@ def _aim(
         chosen = first if asking.target is None else loaded.find_class(asking.target) % len(scores)
     else:
         chosen = first if asking.target is None else _token(asking.target, texts, len(scores), "target")
-    said = f"predicted {name(first)} ({chance[first]:.1%})"
-    said += "" if chosen == first else f"; explained: {name(chosen)} ({chance[chosen]:.1%})"
+    said = f"predicted {name(first)} ({percent(float(chance[first]))})"
+    said += "" if chosen == first else f"; explained: {name(chosen)} ({percent(float(chance[chosen]))})"
     facts: dict[str, Any] = {
         word: {
             "token" if place is not None else "class": index,

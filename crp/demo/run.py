@@ -21,10 +21,10 @@ from crp.demo.training import CheckpointError, accuracy, one_thread, predict, tr
 from crp.flags import check_flags
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.options import Finding, Tile, make_tile
-from crp.visualization.report.render import percent
 from crp.visualization.report.write import write_report
 from crp.visualization.table.ranking import class_means
 from crp.visualization.table.store import Table, TableError, TableLockedError
+from crp.wording import percent
 
 __all__ = ["DemoError", "Figures", "run_demo"]
 
@@ -203,7 +203,7 @@ def _finding(
     digit, best, mark = figures.digit, figures.shortcut, data.mark
     height, width = mark.box.bottom - mark.box.top, mark.box.right - mark.box.left
     planted = (
-        f"{mark.train_share:.0%} of the {digit}s in the training half, and {mark.test_share:.0%} of those in "
+        f"{percent(mark.train_share)} of the {digit}s in the training half, and {percent(mark.test_share)} of those in "
         f"the test half, carry a chequered square of {height} by {width} pixels in a corner; no other digit does."
     )
     learned = (

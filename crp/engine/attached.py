@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.door import check_weights
 from crp.engine.encoding import propagation_of
+from crp.engine.last_calls import LastCalls
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
@@ -328,8 +328,7 @@ def _for_this_thread(modules: dict[str, nn.Module], before: dict[tuple[int, str]
 
 @atomic
 def _called_once(model: nn.Module) -> Iterator[None]:
-    # zennit's rules keep the input of a module's last call only, so that relevance of earlier calls would be wrong.
-    calls: Counter[str] = Counter()
+    calls = LastCalls()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
         if len(of_layer) > 1:
@@ -338,16 +337,16 @@ def _called_once(model: nn.Module) -> Iterator[None]:
                 "on top of another; leave the context of the first, or use it alone"
             )
     counted = {
-        module: OfThread(lambda *_, name=name: calls.update([name]), get_ident())
+        module: OfThread(calls.watch(name), get_ident())
         for name, (module, of_layer) in rules.items()
         if any(isinstance(rule, BasicHook) for rule in of_layer)
     }
     with hooked(counted):
         yield
-    repeated = [name for name, count in calls.items() if count > 1]
-    if repeated:
+    if calls.missed:
+        missed = [name for name in rules if name in calls.missed]
         warn(
-            f"layers {repeated} are called more than once, which zennit's rules do not support: relevance is wrong. "
+            f"layers {missed} are called more than once, which zennit's rules do not support: relevance is wrong. "
             "Those of crp.composites do."
         )
 

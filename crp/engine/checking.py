@@ -18,6 +18,7 @@ from crp.engine.door import is_finite, not_finite
 from crp.engine.encoding import Encoding, propagation_of
 from crp.layers import evaluating, hooked, modules_of
 from crp.types import AbsorbedRelevance, AttributionResults, Condition
+from crp.wording import percent
 
 #: What rules are called in a report whose multiplier is the gradient: LRP-0, and what has no rule.
 _GRADIENT = ("ordinary chain rule", "LRP0(zero_params=())", "Epsilon(epsilon=0.0, zero_params=(), ")
@@ -107,7 +108,7 @@ class Checked:
         if self.kept:
             lines += ["kept by layers, as shares of the initial relevance:"]
             for layer, shares in self.kept.items():
-                words = ", ".join(f"{kind} {share:.2%}" for kind, share in shares.items() if share)
+                words = ", ".join(f"{kind} {percent(share)}" for kind, share in shares.items() if share)
                 lines.append(f"       {layer or '(model)'}: {words or 'nothing'}")
         if self.rules:
             lines += ["operations by rule:", *(f"       {rule}: {count}" for rule, count in self.rules.items())]

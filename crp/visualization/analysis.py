@@ -15,8 +15,9 @@ from crp.checks import check_number
 from crp.errors import InputError
 from crp.flags import check_flags
 from crp.visualization.table.manifest import Array, Block
-from crp.visualization.table.ranking import once_per_sample
+from crp.visualization.table.ranking import list_targets, once_per_sample
 from crp.visualization.table.store import Table
+from crp.wording import first_few
 
 
 class Concepts(NamedTuple):
@@ -83,7 +84,10 @@ class RowSelection(NamedTuple):
             empty = False
             yield block
         if empty:
-            raise InputError(f"the table in {table.path} has no rows of {self}")
+            of = "" if of_class is None else f" of class {of_class}"
+            of += "" if samples is None else " among the samples that are named"
+            classes = first_few(list(map(str, list_targets(table).tolist())), 20)
+            raise InputError(f"the table in {table.path} has no rows{of}; its classes are {classes or 'none'}")
 
 
 def top_concepts(table: Table | str | Path, rows: RowSelection, k: int = 10) -> Concepts:

@@ -16,8 +16,6 @@ from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import has_own, initial_relevance_of
 from crp.errors import InputError, InputTypeError, OutOfRangeError
-from crp.layers import modules_of
-from crp.layers.addresses import Address, hooked_at
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import ReferenceSamples
 
@@ -271,29 +269,3 @@ def heatmaps_of(
         )  # fmt: skip
         heatmaps.append(found.heatmap)
     return torch.cat(heatmaps)
-
-
-@torch.no_grad()
-def predict_without(
-    attribution: CondAttribution, data: Any, layer: str, masks: Sequence[Callable[[Tensor], Tensor]]
-) -> Any:
-    """Prediction where a layer's output lacks what masks keep; None for one call of several, or a layer not called."""
-    modules = modules_of(attribution.model)
-    name, is_input, number = Address.of(layer, modules)
-    lacking = []
-
-    def hook(_module: object, _args: object, _kwargs: object, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            return None
-        kept = output.clone()
-        for mask in masks:
-            kept = mask(kept)
-        lacking.append(layer)
-        return output - kept
-
-    if number is not None or name not in modules:
-        return None
-    with hooked_at(modules, {(name, is_input): hook}):
-        model = attribution.model
-        prediction = attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))
-    return prediction if lacking else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -85,14 +85,6 @@ ENTRIES: dict[str, Callable[..., None]] = {"call": call, "generate": generate, "
 every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIES))
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
-
-
-@pytest.fixture(autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """The collector need not look at what existed before the test."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections import namedtuple
@@ -16,6 +17,7 @@ from zennit.composites import NameMapComposite
 from zennit.rules import Pass
 
 from crp.attribution import CondAttribution
+from crp.attributors.scores import explaining
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.engine.encoding import Encoding
@@ -140,6 +142,23 @@ def test_zennits_rules_warn_of_a_layer_that_is_called_twice(vectors, untouched, 
     assert caught[0].filename == __file__
     for composite in (None, NameMapComposite([(["shared"], Pass())]), EpsilonPlus()):
         attribution(vectors, conditions, composite)
+
+
+@pytest.mark.parametrize("first_back", [True, False], ids=["one pass after the other", "both, and then back"])
+def test_zennits_rules_warn_where_relevance_reaches_another_call_than_the_last(vectors, first_back):
+    model = net(lambda s, x: s.head(x), head=nn.Linear(vectors.shape[1], 2))
+    data = [vectors.clone().requires_grad_() for _ in range(2)]
+    message = r"layers \['head'\] are called more than once"
+    told = contextlib.nullcontext() if first_back else pytest.warns(UserWarning, match=message)
+    with told, explaining(model, ZennitEpsilonPlus()) as output:
+        scores = []
+        for one in data:
+            scores.append(output(one).sum())
+            if first_back:
+                scores.pop().backward()
+        for score in scores:
+            score.backward()
+    assert not first_back or torch.equal(data[0].grad, data[1].grad)
 
 
 def test_layer_that_is_not_called(vectors):

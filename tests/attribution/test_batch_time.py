@@ -213,7 +213,9 @@ def test_graph_of_concepts(order):
     for model in (FOLDED[order], VOLUME):
         graph = trace_model_graph(model, VIDEOS[:1], layers)
         make = AttributionGraph(CondAttribution(model), graph, {name: ChannelConcept() for name in layers})
-        graphs.append([make(VIDEOS[[1]], EpsilonPlus(), 1, "fc", 1, [3, 2], abs_norm=n, verbose=False) for n in (1, 0)])
+        graphs.append(
+            [make(VIDEOS[[1]], EpsilonPlus(), 1, "fc", 1, [3, 2], abs_norm=n, verbose=False) for n in (True, False)]
+        )
     for found, wanted in zip(*graphs, strict=True):
         assert found.nodes == wanted.nodes and len(found.nodes) == 1 + 3 + 6
         for node, below in found.connections.items():

@@ -175,12 +175,12 @@ def test_preparation_classes_and_checkpoints(place, monkeypatch):
             "--method", "epsilon", "--checkpoint", checkpoint, "--classes", "names.txt", "--size", 8, *norm
         )
         assert result.exit_code == 0, result.output
-        assert "predicted dog (100.0%)" in result.output
+        assert "predicted dog (100.0 %)" in result.output
         assert seen["image"].shape == (3, 8, 8)
     expected = crp.explain("epsilon", model, ((seen["image"] - 0.5) / 0.25)[None], 1)
     torch.testing.assert_close(seen["heatmap"], expected[0].sum(0))
     result = attribute("--checkpoint", "net.pt", "--classes", "names.txt", "--target", -1)
-    assert "predicted dog (100.0%); explained: class 2 (0.0%)" in result.output
+    assert "predicted dog (100.0 %); explained: class 2 (0.01 %)" in result.output
 
 
 def test_models_of_torchvision_without_a_download(place, monkeypatch):

@@ -20,7 +20,7 @@ from report_cases import EVIL, Parsed
 import crp
 from crp.commands.cli import cli
 from crp.visualization.report.maps import square_map
-from crp.visualization.report.render import percent
+from crp.wording import percent
 
 FACTORY = """
 import torch

@@ -96,9 +96,9 @@ def test_clusters_for_virelay_say_what_is_missing(folder, tmp_path, monkeypatch)
 def test_prototypes(folder, tmp_path):
     result = crp("prototypes", folder, "a", "--save", tmp_path / "p.safetensors", "--n", 2)
     assert result.exit_code == 0, result.output
-    rows = sorted(result.output.splitlines(), key=lambda row: "60%" not in row)
-    assert "prototype" in rows[0] and "60% of samples, as in" in rows[0] and "; concepts 0 (+0." in rows[0]
-    assert "40% of samples" in rows[1] and "; concepts 2 (+0." in rows[1]
+    rows = sorted(result.output.splitlines(), key=lambda row: "60.0 %" not in row)
+    assert "prototype" in rows[0] and "60.0 % of samples, as in" in rows[0] and "; concepts 0 (+0." in rows[0]
+    assert "40.0 % of samples" in rows[1] and "; concepts 2 (+0." in rows[1]
     assert list(Prototypes.load(tmp_path / "p.safetensors").classes) == [3]
     table = Table.open(folder)
     again = Prototypes.load(table, "a")
@@ -154,7 +154,7 @@ def test_a_class_may_be_named(folder, monkeypatch):
     Table(folder, header, table.shards)._save()
     result = crp("prototypes", folder, "a", "SH\x1b[1mIP", "--n", 1)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("Sh\\x1b[1mip, prototype 0  100% of samples"), "no control character"
+    assert result.output.startswith("Sh\\x1b[1mip, prototype 0  100.0 % of samples"), "no control character"
     assert "more of channel 4" in crp("audit", folder, "a", "--least", 1).output
     for name, message in (
         ("do", "'do' is no class of the table; nearest: 'dog', 'Dog'"),
@@ -170,10 +170,10 @@ def test_a_class_may_be_named(folder, monkeypatch):
     ("arguments", "message"),
     [
         (("clusters", "z", 3), "Error: layer 'z' was not mined into"),
-        (("clusters", "a", 4), "has no rows of"),
+        (("clusters", "a", 4), "has no rows of class 4; its classes are 3"),
         (("prototypes", "z"), "Error: layer 'z' was not mined into"),
         (("prototypes", "b"), "Error: class 3 has 50 samples of mean variance"),
-        (("prototypes", "a", 4), "has no rows of"),
+        (("prototypes", "a", 4), "has no rows of class 4; its classes are 3"),
         (("clusters", "a", 3, "--neighbours", 50), "50 samples have not 50 neighbours each"),
         (("audit", "a"), "Error: no prototypes of layer 'a' in"),
         (("audit", "z"), "Error: layer 'z' was not mined into"),

@@ -1,10 +1,13 @@
-"""Lists in messages."""
+"""Lists in messages, and shares in text."""
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from crp.wording import first_few
+import pytest
+from house_plan import PACKAGE
+
+from crp.wording import first_few, percent
 
 
 @pytest.mark.parametrize(
@@ -18,3 +21,16 @@ from crp.wording import first_few
 )
 def test_the_first_few_words(n_words, n, kind, wanted):
     assert first_few([f"w{i}" for i in range(n_words)], n, kind) == wanted
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1, "100.0 %"), (0.0636, "6.4 %"), (0.0096, "1.0 %"), (0.0004, "0.04 %"), (-1e-5, "0 %"), (-0.004, "−0.40 %")],
+)
+def test_shares_are_written_with_the_digits_they_need(share, text):
+    assert percent(share) == text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def test_shares_are_written_by_this_function_alone():
+    code = [path for path in PACKAGE.rglob("*.py") if path.name != "wording.py"]
+    assert [str(path) for path in code if re.search(r":[+,]?(\.\d+)?%\}", path.read_text(encoding="utf-8"))] == []

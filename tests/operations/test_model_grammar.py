@@ -224,6 +224,7 @@ TRANSFORMERS = ("attn_lrp", "cp_lrp", "relp")
 OTHERS = [name for name in PRESETS if name not in TRANSFORMERS]
 
 
+@pytest.mark.untraced
 @pytest.mark.timeout(0)  # (it takes as long as the examples that are asked for)
 @settings(
     max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)

@@ -16,9 +16,9 @@ from crp.visualization import FeatureVisualization
 from crp.visualization.report.facts import get_facts
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.maps import square_map
-from crp.visualization.report.render import percent
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from zennit.composites import EpsilonPlus
 
 from crp.visualization.report import write_report
 from crp.visualization.report.kept import PAGED
-from crp.visualization.report.render import percent
 from crp.visualization.table.derived import KEPT_KINDS, keep_result
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 PAGES = {
     "prototypes": "prototypes/second.html",
@@ -66,7 +66,7 @@ def test_prototypes_are_shown_by_their_nearest_sample_and_concepts(found):
         assert f'href="../class/{of_class}.html">{NAMES[of_class]}</a></h2>' in text
         for i in np.argsort(-mixture.weights, kind="stable"):
             section = sections[place]
-            assert f"<h3>Prototype {i}</h3><p>{mixture.weights[i]:.0%} of the samples</p>" in section
+            assert f"<h3>Prototype {i}</h3><p>{percent(mixture.weights[i])} of the samples</p>" in section
             assert re.search(r'href="../sample/(\d+).html', section)[1] == str(mixture.sample[i])
             top = int(mixture.means[i].argmax())
             assert f"{top}<small>{percent(mixture.means[i].max())}</small>" in section
@@ -154,7 +154,7 @@ def test_context_is_listed_by_what_is_outside_of_the_object(found):
     wanted = [np.count_nonzero(np.histogram(v[np.isfinite(v)], 40, (0, 1))[0]) for v in (mean, seen.score)]
     assert [drawing.count("<rect") for drawing in histograms] == wanted
     page = (folder / f"concept/second/{order[0]}.html").read_text()
-    assert f"{mean[order[0]]:.0%} of its relevance is outside of the object (mean of 3 samples)" in page
+    assert f"{percent(mean[order[0]])} of its relevance is outside of the object (mean of 3 samples)" in page
     assert "Outside of the object: histogram from 0 to 1" in page
 
 
@@ -165,7 +165,7 @@ def test_pages_of_concepts_and_classes_say_what_is_kept(found):
     aside = Parsed(folder / f"concept/second/{concept}.html")
     meant, tested = results["meanings"], results["interventions"]
     for text in (
-        f"{mixture.means[0].max():.1%} of prototype 0 of apple",
+        f"{percent(mixture.means[0].max())} of prototype 0 of apple",
         f"clarity {meant.clarity[concept]:.2f}; reads as “{list(TEXTS)[meant.similarity[:, concept].argmax()]}”",
         f"output {tested.change[:, concept].mean():+.3g} when it is switched off, relevance "
         f"{tested.relevance[:, concept].mean():+.3g} (mean of 3 samples)",
@@ -175,7 +175,7 @@ def test_pages_of_concepts_and_classes_say_what_is_kept(found):
         folder / f"concept/second/{concept}.html", folder
     )
     text = Parsed(folder / "class/0.html").text
-    shares = ", ".join(f"{weight:.0%}" for weight in sorted(mixture.weights, reverse=True))
+    shares = ", ".join(percent(weight) for weight in sorted(mixture.weights, reverse=True))
     assert f"prototypes in second: {shares} of the samples" in text
     assert f"clusters in second: {', '.join(map(str, results['clusters'].sizes))} samples" in text
     assert "How it is predicted" in text and "clusters" not in Parsed(folder / "class/1.html").text

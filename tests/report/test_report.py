@@ -15,17 +15,20 @@ from feature_net import Images, make_fv, make_net, mined
 from PIL import Image
 from report_cases import EVIL, NAMES, Parsed, report
 from torch import nn
+from torchvision.ops import Permute
 from zennit.composites import EpsilonPlus
 
-from crp.concepts import ChannelConcept
-from crp.visualization.report import Finding, drawing, make_tile, picture_drawing, write_report
+from crp.concepts import AxisConcept, ChannelConcept
+from crp.visualization.report import Finding, drawing, make_tile, picture_drawing, unfinished, write_report
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
-from crp.visualization.report.render import percent
+from crp.visualization.report.options import ReportOptions
+from crp.visualization.report.picture_drawing import PictureDrawer
 from crp.visualization.report.suspects import find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +141,6 @@ def class_means_of(fv, sample: int, target: int) -> list[int]:
     raise AssertionError
 
 
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.1234, "12.3"), (0.0004, "0.04"), (-0.00001, "0"), (-0.004, "−0.40"), (1, "100.0")],
-)
-def test_shares_are_written_with_the_digits_they_need(share, text):
-    assert percent(share) == f"{text}\N{NO-BREAK SPACE}%"
-
-
 def test_a_concept_is_switched_off_to_see_what_it_does(fv, atlas):
     concept = 1
     row = drawing.Drawn(*read_facts(atlas / f"maps/second/{concept}.png")["rows"][0])
@@ -235,55 +230,93 @@ def test_a_second_report_draws_nothing_and_changes_nothing(fv, atlas, monkeypatc
     assert files(atlas) == before
 
 
+def assert_same_maps(folder, other):
+    """Heatmaps of two atlases are the same but for rounding."""
+    paths = [path for path in files(folder) if path.startswith("maps/")]
+    assert paths == [path for path in files(other) if path.startswith("maps/")]
+    for path in paths:
+        pixels = [np.asarray(Image.open(place / path)).astype(int) for place in (folder, other)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1  # (of 255 steps, where rounding falls on the other side)
+        facts = [read_facts(place / path) for place in (folder, other)]
+        rows = [[[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in one.get("rows", [])] for one in facts]
+        for row, row_of_other in zip(*rows, strict=True):
+            assert [value is None for value in row] == [value is None for value in row_of_other]
+            assert [v for v in row if v is not None] == pytest.approx(
+                [v for v in row_of_other if v is not None], abs=2e-3
+            )
+
+
 def test_rows_of_a_sample_share_a_forward_pass_and_are_drawn_the_same(fv, tmp_path, monkeypatch):
-    drawn = {}
+    n_passed = {}
     for name, sharing in (("paired", 10**9), ("shared", 2)):
         monkeypatch.setattr(picture_drawing, "_SHARING_OF_SMALL", sharing)
         passed = []  # (samples in each pass that relevance is sent back through)
         hook = fv.attribution.model.register_forward_hook(
             lambda _module, data, _output, passed=passed: passed.extend([0] * len(data[0]) * torch.is_grad_enabled())
         )
-        folder = report(fv, tmp_path / name)
+        report(fv, tmp_path / name)
         hook.remove()
-        maps = {path: content for path, content in files(folder).items() if path.startswith("maps/")}
-        facts = {path: read_facts(folder / path) for path in maps}
-        drawn[name] = len(passed), {path: np.asarray(Image.open(folder / path)).astype(int) for path in maps}, facts
-    paired, shared = drawn["paired"], drawn["shared"]
-    assert shared[0] < 0.7 * paired[0]
-    for path, pixels in paired[1].items():
-        assert np.abs(pixels - shared[1][path]).max() <= 1  # (of 255 steps, where rounding falls on the other side)
-        rows = [[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in paired[2][path].get("rows", [])]
-        others = [[*chain(*map(np.ravel, (r[0], *r[1], r[2:5])))] for r in shared[2][path].get("rows", [])]
-        for one, other in zip(rows, others, strict=True):
-            assert [value is None for value in one] == [value is None for value in other]
-            assert [v for v in one if v is not None] == pytest.approx([v for v in other if v is not None], abs=2e-3)
+        n_passed[name] = len(passed)
+    assert n_passed["shared"] < 0.7 * n_passed["paired"]
+    assert_same_maps(tmp_path / "paired", tmp_path / "shared")
 
 
-def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):
-    draw, left = picture_drawing.PictureDrawer._draw, [2]
+def interrupt(fv, folder, monkeypatch, n_parts):
+    """Write a report that is interrupted after so many parts of heatmaps; the rows that were drawn."""
+    draw, left, drawn = picture_drawing.PictureDrawer._draw, [n_parts], []
 
     def fail_later(self, rows):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return draw(self, rows)
+        for part in draw(self, rows):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            drawn.extend(rows)
+            yield part
 
     with monkeypatch.context() as context:
         context.setattr(picture_drawing.PictureDrawer, "_draw", fail_later)
-        context.setattr(picture_drawing, "_TOGETHER", 2)
         with pytest.raises(KeyboardInterrupt):
-            report(fv, tmp_path / "out")
+            report(fv, folder)
+    return drawn
+
+
+def go_on(fv, folder, monkeypatch):
+    """Write a report; the rows that were drawn."""
+    draw, drawn = picture_drawing.PictureDrawer._draw, []
+    with monkeypatch.context() as context:
+        context.setattr(
+            picture_drawing.PictureDrawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows)
+        )
+        report(fv, folder)
+    return drawn
+
+
+def test_an_interrupted_report_goes_on(fv, atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(picture_drawing, "_SHARED_BY", 0)  # (each file alone)
+    interrupt(fv, tmp_path / "out", monkeypatch, 2)
     there = set(files(tmp_path / "out"))
-    assert any(name.startswith("maps/") for name in there)
-    drawn = []
-    monkeypatch.setattr(
-        picture_drawing.PictureDrawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows)
-    )
-    report(fv, tmp_path / "out")
+    assert any(name.startswith("maps/") and name.endswith(".png") for name in there)
+    drawn = go_on(fv, tmp_path / "out", monkeypatch)
     assert not any(
         Addresses(["first", "second"]).concept_maps(row.layer, row.concept) in there for row in drawn if row.layer
     )
-    assert files(tmp_path / "out") == files(atlas)
+    assert set(files(tmp_path / "out")) == set(files(atlas))
+    assert_same_maps(tmp_path / "out", atlas)
+
+
+@pytest.mark.parametrize("every", [0.0, 60.0], ids=["at-once", "at-the-end"])
+def test_heatmaps_of_files_that_are_not_complete_are_not_drawn_again(fv, atlas, tmp_path, monkeypatch, every):
+    monkeypatch.setattr(unfinished, "_EVERY", every)
+    first = interrupt(fv, tmp_path / "out", monkeypatch, 1)  # (of the first layer's, those that begin at the output)
+    there = files(tmp_path / "out")
+    assert [name for name in there if name.endswith(".unfinished.npz")]
+    assert not [name for name in there if name.startswith("maps/") and name.endswith(".png")]
+    (tmp_path / "out/maps/0.unfinished.npz").write_bytes(b"broken")
+    second = go_on(fv, tmp_path / "out", monkeypatch)
+    assert first
+    assert not set(first) & set(second)
+    assert set(files(tmp_path / "out")) == set(files(atlas))  # (no unfinished file is left)
+    assert_same_maps(tmp_path / "out", atlas)
 
 
 def test_what_a_smaller_report_has_no_more_is_deleted(fv, tmp_path):
@@ -460,21 +493,32 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
         row, column = torch.randint(1, 10, (2,), generator=generator).tolist()
         images.data[i, 0, row : row + 2, column : column + 2] = 1
     images.data[0::6, 0, :2, :2] = torch.eye(2, dtype=torch.float64) * 3
-    net = nn.Sequential(OrderedDict(first=nn.Conv2d(1, 2, 2), relu=nn.ReLU(), flat=nn.Flatten(), out=nn.Linear(242, 3)))
-    net = net.double().eval()
+    parts = {"first": nn.Conv2d(1, 2, 2), "relu": nn.ReLU(), "channels_last": Permute([0, 2, 3, 1])}
+    parts |= {"back": Permute([0, 3, 1, 2]), "flat": nn.Flatten(), "out": nn.Linear(242, 3)}
+    net = nn.Sequential(OrderedDict(parts)).double().eval()
     with torch.no_grad():
         net.first.weight.copy_(torch.tensor([[[[1.0, -1], [-1, 1]]], [[[1.0, 1], [1, 1]]]]))
         net.first.bias.copy_(torch.tensor([-3.0, 0]))
         net.out.weight.fill_(0.1)
         net.out.weight[0, :121] = 2.0
-    fv = mined(tmp_path, images, net=net, layers=["relu"])
+    fv = mined(tmp_path, images, net=net, layers={"relu": ChannelConcept(), "channels_last": AxisConcept(-1)})
     first = find_suspects(Table.open(fv.path), {"relu": (11, 11)}, [0, 1, 2])[0]
     assert (first.layer, first.concept, first.target) == ("relu", 0, 0)
     assert first.inside == 1 and first.expected < 0.2 and first.rows == pytest.approx(0.5, abs=0.01)
     assert first.reason == (
-        f"100% of its relevance lies at the top left, where its layer has {first.expected:.0%}; "
-        "it is carried by 50% of the samples"
+        f"{percent(1.0)} of its relevance lies at the top left, where its layer has {percent(first.expected)}; "
+        f"it is carried by {percent(first.rows)} of the samples"
     )
+    message = r"layer 'relu' holds values at position \d+, and \d+ x \d+ positions are 0 to \d+"
+    for space in ((5, 11), (2, 2), (1, 1)):  # (positions were clipped to the last row)
+        with pytest.raises(ValueError, match=message):
+            find_suspects(fv.path, {"relu": space}, [0, 1, 2])
+    drawer = PictureDrawer(fv, EpsilonPlus(), list(fv.layer_map), tmp_path, "", ReportOptions())
+    of_both = drawer.find_suspects(Table.open(fv.path), [0, 1, 2])
+    assert {one._replace(layer="relu") for one in of_both if one.layer == "channels_last"} == {
+        one for one in of_both if one.layer == "relu"
+    }
+    assert first in of_both
 
 
 @pytest.mark.promise("Tables", "A report that cannot be written is refused before anything is computed")

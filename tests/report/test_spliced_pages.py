@@ -13,9 +13,9 @@ from crp.composites import EpsilonPlus
 from crp.concepts import splice
 from crp.concepts.spliced import spliced_parts
 from crp.visualization.report import write_report
-from crp.visualization.report.render import percent
 from crp.visualization.report.spliced import unexplained_of
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 
 def dictionary(kept: int) -> SimpleNamespace:

@@ -24,12 +24,12 @@ from crp.composites import AttnLRP, EpsilonPlus
 from crp.concepts import AxisConcept, splice
 from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
-from crp.visualization.report.render import percent
 from crp.visualization.report.spliced import unexplained_of
 from crp.visualization.report.suspects import FEWEST, find_text_suspects
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import top_k
 from crp.visualization.text_references import token_ids
+from crp.wording import percent
 
 MARK = 9
 LOWER, UPPER = "transformer.h.0.ln_2", "transformer.h.1.ln_2"
@@ -118,7 +118,7 @@ def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVi
     # (the score: its share; how sure the word is, of which nothing else of the layer has any; and on how few texts)
     assert first.score == pytest.approx(first.share * np.log(1 / 1e-3) * (1 - first.rows), rel=1e-3)
     overview = Parsed(bag_atlas / "index.html").text
-    assert overview.index("features · 0") < overview.index("Layers") and "100% on the word 'h'" in overview
+    assert overview.index("features · 0") < overview.index("Layers") and f"{percent(1)} on the word 'h'" in overview
     suspects = (bag_atlas / "suspects.html").read_text(encoding="utf-8")
     section = suspects.partition('<section class="concept suspect">')[2].partition("</section>")[0]
     assert 'href="concept/features/0.html"' in section and "one word on some of them" in suspects
@@ -216,7 +216,7 @@ def test_a_concept_is_switched_off_in_its_references(bag: FeatureVisualization, 
         without = values * torch.tensor([0.0, 1, 1, 1])
         before.append(model.out(values).softmax(1)[0, target].item())
         after.append(model.out(without).softmax(1)[0, target].item())
-    wanted = f"{100 * np.mean(before):.1f} → {100 * np.mean(after):.1f}\N{NO-BREAK SPACE}%"
+    wanted = f"{percent(np.mean(before))} → {percent(np.mean(after))}"
     assert wanted in Parsed(bag_atlas / "concept" / "features" / "0.html").text
 
 

@@ -23,9 +23,9 @@ from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
 from crp.visualization.report import Finding
 from crp.visualization.report.addresses import slug
-from crp.visualization.report.render import percent
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import class_means, list_targets
+from crp.wording import percent
 
 LAYERS = {"transformer.h.0.attn.c_proj.input": AxisConcept(-1, 2), "transformer.h.1.ln_2": AxisConcept(-1)}
 #: What ids stand for, as bad as can be.

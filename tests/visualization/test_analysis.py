@@ -134,8 +134,10 @@ def test_files(case: Any, tmp_path: Path, suffix: str) -> None:
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path)
-    with pytest.raises(ValueError, match=r"has no rows of RowSelection\(layer='a'.* of_class=17"):
+    with pytest.raises(ValueError, match=r"has no rows of class 17; its classes are 0, 1, 2"):
         top_concepts(table, RowSelection("a", of_class=17))
+    with pytest.raises(ValueError, match="has no rows of class 0 among the samples that are named; its classes are 0"):
+        top_concepts(table, RowSelection("a", of_class=0, samples=[]))
     with pytest.raises(KeyError, match="layer 'c' was not mined"):
         similarity(table, RowSelection("c"))
     with pytest.raises(IndexError, match="there is no concept 5"):

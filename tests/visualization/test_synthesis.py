@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from zennit.composites import NameMapComposite
+from zennit.rules import Epsilon
 
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
@@ -179,6 +181,20 @@ def test_bounds(softmax_model):
     found = maximize(softmax_model, logit(0), (1, 1, 3, 4), bounds=(-0.01, 0.02), l2=0.0, steps=5)
     assert found.images.min() == -0.01
     assert found.images.max() == 0.02
+
+
+def test_a_rule_of_zennit_changes_the_gradient_of_every_step(softmax_model):
+    """Each step is a pass of its own, and is told as such: no layer is called twice before relevance goes back."""
+    composite = NameMapComposite([(["1"], Epsilon(epsilon=0.0))])
+    start, rate = torch.rand(2, 1, 3, 4, **F64), 0.01
+    made = maximize(
+        softmax_model, logit(1), start.shape, start=start, l2=0.0, steps=3, composite=composite,
+        optimizer=partial(torch.optim.SGD, lr=rate),
+    )  # fmt: skip
+    images, weight = start.flatten(1), softmax_model[1].weight[1].detach()
+    for _ in range(3):  # R = a w / z of the one output, in place of the gradient
+        images = images + rate * images * weight / softmax_model[1](images)[:, 1:2].detach()
+    assert (made.images.flatten(1) - images).abs().max() < 1e-10
 
 
 def test_a_composite_changes_the_gradients(vgg_bn, images):

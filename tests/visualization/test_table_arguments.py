@@ -86,6 +86,9 @@ def test_suspects_are_asked_by_layer(folder):
         find_suspects(folder, ["second"], [0])
     with pytest.raises(ValueError, match="n must be a whole number of at least 1, not 0"):
         find_suspects(folder, {"second": (3, 3)}, [0], 0)
+    for space in (3, (3,), "33", (3, 3, 3), (0, 3), (1.5, 3), (True, 3)):
+        with pytest.raises(ValueError, match="space of layer 'second' must be"):
+            find_suspects(folder, {"second": space}, [0, 1, 2])
 
 
 def test_an_open_table_is_given_back(folder):

@@ -6,6 +6,8 @@ import hashlib
 import re
 from collections.abc import Iterable
 
+#: Folder of the heatmaps.
+HEATMAPS = "maps"
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 #: Longest name of a folder; hostile names may have any length.
 _LONGEST = 60
@@ -44,7 +46,7 @@ class Addresses:
 
     def concept_maps(self, layer: str, concept: int) -> str:
         """Heatmaps of a concept's references, side by side."""
-        return f"maps/{self._layers[layer]}/{concept}.png"
+        return f"{HEATMAPS}/{self._layers[layer]}/{concept}.png"
 
     def kept(self, kind: str, layer: str, of_class: int | None = None, part: int = 0) -> str:
         """Page of a result that is kept beside the table; a long one has several parts."""
@@ -59,7 +61,7 @@ class Addresses:
     @staticmethod
     def label_maps(target: int) -> str:
         """Mean heatmap of a class."""
-        return f"maps/classes/{target}.png"
+        return f"{HEATMAPS}/classes/{target}.png"
 
     @staticmethod
     def sample(sample: int) -> str:
@@ -69,12 +71,12 @@ class Addresses:
     @staticmethod
     def sample_maps(sample: int, target: int) -> str:
         """Heatmaps of a sample: the whole one, then those of its concepts."""
-        return f"maps/samples/{sample}.{target}.png"
+        return f"{HEATMAPS}/samples/{sample}.{target}.png"
 
     @staticmethod
     def text_maps(sample: int) -> str:
         """Heatmaps of a text."""
-        return f"maps/texts/{sample}.json"
+        return f"{HEATMAPS}/texts/{sample}.json"
 
     @staticmethod
     def picture(content: bytes, suffix: str) -> str:

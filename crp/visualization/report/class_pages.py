@@ -9,7 +9,7 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import LayerFacts
-from crp.visualization.report.render import percent
+from crp.wording import percent
 
 
 class _ClassLayer(NamedTuple):

@@ -14,8 +14,8 @@ from crp.visualization.report.facts import BINS, Histograms, Reference
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, Atlas
-from crp.visualization.report.render import percent
 from crp.visualization.report.tiles import AnyShown
+from crp.wording import percent
 
 #: Edges of a concept's graph on either side.
 EDGES = 5
@@ -161,7 +161,7 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         ]
         lists.append({"name": layer, "href": atlas.addresses.layer(layer), "rows": shown})
     first, label = known[0], atlas.class_name(target)
-    chance = "" if first.before is None else f" ({first.before:.1%})"
+    chance = "" if first.before is None else f" ({percent(first.before)})"
     said = f"Explained for {label}{chance}."
     if first.predicted is not None:
         true = atlas.labels.get(sample)
@@ -243,7 +243,7 @@ def _switched_off(known: Sequence[Drawn]) -> str | None:
         return None
     before, after = (float(np.mean([pair[i] for pair in pairs])) for i in (0, 1))
     if min(before, after) >= 0 and max(before, after) <= 1:
-        return f"{100 * before:.1f} → {100 * after:.1f}\N{NO-BREAK SPACE}%"
+        return f"{percent(before)} → {percent(after)}"
     return f"{before:.3g} → {after:.3g}"
 
 
@@ -276,7 +276,7 @@ def _alike(atlas: Atlas, layer: str, concept: int) -> list[dict[str, Any]]:
             label = atlas.label(layer, other).removeprefix(f"{layer} · ")
             tile = tiles[0]._replace(href="") if tiles else None
             href = atlas.addresses.concept(layer, other)
-            found.append({"href": href, "tile": tile, "label": label, "note": f"{cosine:.0%} alike"})
+            found.append({"href": href, "tile": tile, "label": label, "note": f"{percent(cosine)} alike"})
     return found
 
 

@@ -123,8 +123,8 @@ class Drawer(ABC):
         return [self.job(address, rows) for address, rows in wanted.items()][part[0] :: part[1]]
 
     @abstractmethod
-    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
-        """Draw what is missing, and yield each job when its file is there."""
+    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
+        """Draw what is missing, and yield now and then how many more heatmaps are there."""
 
     def draw_mean(self, target: int, samples: Sequence[int]) -> None:  # noqa: B027  (texts have none)
         """Draw the mean of some samples of a class, where there is one."""

@@ -17,10 +17,11 @@ from crp.image.forms import draw_masked
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.maps import crop_of, encode_maps, square_map
 from crp.visualization.report.picture_drawing import picture_file
-from crp.visualization.report.render import SingleRenderer, percent
+from crp.visualization.report.render import SingleRenderer
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.manifest import Array
+from crp.wording import percent
 
 #: Pixels on a side of the picture and of its heatmaps, at most.
 _SIDE, _MAP_SIDE = 448, 224

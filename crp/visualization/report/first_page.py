@@ -10,10 +10,9 @@ import numpy as np
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import Finding
 from crp.visualization.report.pages import FEW, Atlas
-from crp.visualization.report.render import percent
 from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.store import Table
-from crp.wording import first_few
+from crp.wording import first_few, percent
 
 #: Suspects on the overview, and the number of classes up to which each has a picture there.
 SUSPECTS, PICTURED = 7, 60
@@ -119,7 +118,7 @@ def _suspects(atlas: Atlas) -> list[AnyShown]:
         tiles = atlas.best(one.layer, one.concept, 1, one.target)
         lines = [
             (f"{percent(one.share)} of {atlas.class_name(one.target)}", ""),
-            (f"{one.inside:.0%} {one.where}", "bad"),
+            (f"{percent(one.inside)} {one.where}", "bad"),
         ]
         found += [tile._replace(value=atlas.label(one.layer, one.concept), lines=lines) for tile in tiles]
     return found

@@ -14,7 +14,7 @@ MARKER = "atlas.json"
 PARTS = ("class", "concept", "layer", "maps", "pictures", "sample", *PAGED)
 #: Files that are in the folder itself.
 SHARED = ("index.html", "suspects.html", "search.html", "atlas.css", "atlas.js", MARKER)
-_SUFFIXES = frozenset({".html", ".json", ".png", ".webp"})
+_SUFFIXES = frozenset({".html", ".json", ".npz", ".png", ".webp"})
 
 
 def claim(folder: Path) -> None:

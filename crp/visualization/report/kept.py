@@ -14,6 +14,7 @@ from crp.visualization.report.facts import BINS
 from crp.visualization.table.derived import KEPT_KINDS, KeptResult, list_kept, read_kept
 from crp.visualization.table.manifest import Array, TableMismatchError
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 #: Kinds of results with a page.
 PAGED = ("prototypes", "audit", "clusters", "meanings", "interventions", "context")
@@ -157,7 +158,7 @@ def about_concepts(
             href = addresses.kept("prototypes", one.layer, part=place // CLASSES_A_PART)
             for way in ways_of(one, target):
                 for concept, share in way["concepts"]:
-                    text = f"{share:.1%} of prototype {way['number']} of {class_name(target)}"
+                    text = f"{percent(share)} of prototype {way['number']} of {class_name(target)}"
                     found[one.layer, concept].append((text, href))
     for one in kept.of("clusters"):
         href = addresses.kept("clusters", one.layer, one.of_class)
@@ -184,7 +185,7 @@ def about_concepts(
         href, n = addresses.kept("context", one.layer), len(one.arrays["sample"])
         for concept, score in zip(one.arrays["concept"].tolist(), mean_scores(one).tolist(), strict=True):
             if score >= 0:
-                text = f"{score:.0%} of its relevance is outside of the object (mean of {n} samples)"
+                text = f"{percent(score)} of its relevance is outside of the object (mean of {n} samples)"
                 found[one.layer, concept].append((text, href))
     return dict(found)
 

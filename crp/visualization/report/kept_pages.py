@@ -19,9 +19,9 @@ from crp.visualization.report.kept import (
     ways_of,
 )
 from crp.visualization.report.pages import CARDS, FEW, Atlas
-from crp.visualization.report.render import percent
 from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.derived import KeptResult
+from crp.wording import percent
 
 #: Texts on the page of meanings, points in a drawing, and colours of clusters.
 _TEXTS, _POINTS, _COLOURS = 60, 1500, 8
@@ -55,7 +55,7 @@ def _prototypes(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
                 {
                     "here": _sample(atlas, way["sample"]),
                     "label": f"Prototype {way['number']}",
-                    "note": f"{way['weight']:.0%} of the samples",
+                    "note": f"{percent(way['weight'])} of the samples",
                     "concepts": _chips(atlas, kept.layer, [(c, percent(share)) for c, share in way["concepts"]]),
                     "more": _chips(atlas, kept.layer, [(c, f"{100 * more:+.1f}") for c, more in way["more"]]),
                     "than": "the class as a whole",

@@ -55,10 +55,19 @@ def crop_of(heatmap: Array) -> tuple[float, float, float]:
     return round(x, 3), round(y, 3), round(side, 3)
 
 
+def as_steps(square: Array) -> Array:
+    """Relevance in -1..1 as pixels of the palette, uint8."""
+    return (np.round(square * _STEPS) + _STEPS).astype(np.uint8)
+
+
 def encode_maps(maps: Sequence[Array], facts: Mapping[str, Any]) -> bytes:
     """Content of the file of some square maps, with facts that JSON can hold."""
-    together = np.concatenate(maps, axis=1) if maps else np.zeros((1, 1))
-    image = Image.fromarray((np.round(together * _STEPS) + _STEPS).astype(np.uint8))
+    return encode_steps([as_steps(one) for one in maps or [np.zeros((1, 1))]], facts)
+
+
+def encode_steps(steps: Sequence[Array], facts: Mapping[str, Any]) -> bytes:
+    """The same, of pixels."""
+    image = Image.fromarray(np.concatenate(steps, axis=1))
     palette = (colours_of(np.arange(-_STEPS, _STEPS + 1) / _STEPS) * 255).round().astype(np.uint8)
     image.putpalette(palette[:, :3].tobytes())
     text = PngInfo()

@@ -16,12 +16,13 @@ from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import picture_file
-from crp.visualization.report.render import Renderer, percent
+from crp.visualization.report.render import Renderer
 from crp.visualization.report.search import write_search
 from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
 from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.manifest import Array
+from crp.wording import percent
 
 #: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
 CARDS, CLASSES, SAMPLES, FEW = 240, 12, 24, 5
@@ -143,7 +144,7 @@ class Atlas:
         predicted, chance = self.predictions.get(sample, (facts.predicted, 0.0))
         if predicted is None:
             return own
-        word = self.class_name(predicted) + (f" {chance:.0%}" if chance > 0 else "")
+        word = self.class_name(predicted) + (f" {percent(chance)}" if chance > 0 else "")
         if label is None:
             return [*(own if of_class != predicted else []), (f"predicted {word}", "")]
         if predicted == label:
@@ -254,7 +255,7 @@ class Atlas:
         for one in self.kept.of("prototypes"):
             if target in (known := classes_of(one)):
                 address = self.addresses.kept("prototypes", one.layer, part=known.index(target) // CLASSES_A_PART)
-                shares = ", ".join(f"{way['weight']:.0%}" for way in ways_of(one, target))
+                shares = ", ".join(percent(way["weight"]) for way in ways_of(one, target))
                 found.append((f"prototypes in {one.layer}: {shares} of the samples", address))
         for one in self.kept.of("clusters"):
             if one.of_class == target:

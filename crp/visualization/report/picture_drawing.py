@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,27 +14,38 @@ from PIL import Image
 from torch import Tensor
 
 from crp.concepts import mask_of
+from crp.concepts.reading import code_of
 from crp.image.colours import as_picture
-from crp.visualization.references import predict_without
-from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row, scores, top_classes
-from crp.visualization.report.maps import crop_of, encode_maps, read_facts, shrunk, square_map
+from crp.visualization.report.maps import as_steps, crop_of, encode_maps, encode_steps, read_facts, shrunk, square_map
 from crp.visualization.report.options import check_image
 from crp.visualization.report.suspects import Suspect, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
+from crp.visualization.report.unfinished import Cell, Unfinished
 from crp.visualization.table.manifest import Array
 from crp.visualization.table.store import Table
+from crp.visualization.without import predict_without
 
 #: Samples that are kept in memory.
 _KEPT = 256
-#: Files that are drawn together.
-_TOGETHER = 128
 #: Rows of a sample from which on they share a forward pass of its own. (A batch of small pictures is one fast call.)
 _SHARING, _SHARING_OF_SMALL = 4, 16
+#: Files of a layer are drawn together until samples have so many rows each, on average, or so many rows are there, of
+#: 4 KB each. (Files of samples share nothing.)
+_SHARED_BY, _MOST, _MOST_OF_SAMPLES = 64, 1 << 16, 1 << 10
 #: Side up to which pictures are stored without loss.
 _SMALL = 64
 #: What files of heatmaps hold; those of another version are drawn again.
 _VERSION = 2
+
+
+class _Place(NamedTuple):
+    """Row in a place of one of several files."""
+
+    number: int
+    place: int
+    row: Row
 
 
 class PictureDrawer(Drawer):
@@ -67,42 +78,62 @@ class PictureDrawer(Drawer):
         self._keep(job, facts)
         return True
 
-    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
-        """Draw what is missing, and yield each job when its file is there."""
-        for start in range(0, len(jobs), _TOGETHER):
-            waiting = []
-            for job in jobs[start : start + _TOGETHER]:
-                if self.is_drawn(job):
-                    yield job
-                else:
-                    waiting.append(job)
-            yield from self._draw_together(waiting)
+    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
+        """Draw what is missing, and yield now and then how many more heatmaps are there."""
+        waiting = []
+        for job in jobs:
+            if self.is_drawn(job):
+                yield len(job.rows)
+            else:
+                waiting.append(job)
+        for together in _groups(waiting):
+            yield from self._draw_together(together)
 
-    def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
+    def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
         """Draw some jobs; rows of one layer are attributed together, whosever they are."""
-        places = [(number, place, row) for number, job in enumerate(jobs) for place, row in enumerate(job.rows)]
-        places.sort(key=lambda one: (one[2].layer or "", one[2].target < 0, one[2].sample))
-        found: list[dict[int, tuple[Array, Drawn]]] = [{} for _ in jobs]
-        for alike in _batches(places, self.options.batch_size):
-            for (number, place, _), drawn in zip(alike, self._draw_rows([row for *_, row in alike]), strict=True):
-                found[number][place] = drawn
-                if len(found[number]) == len(jobs[number].rows):
-                    self._write(jobs[number], [found[number][i] for i in range(len(found[number]))])
-                    found[number].clear()
-                    yield jobs[number]
+        found: list[dict[int, Cell]] = [{} for _ in jobs]
+        # (files of samples are few at a time, and need their heatmaps as numbers)
+        with Unfinished(self.folder / HEATMAPS, jobs if jobs[0].rows[0].layer else []) as unfinished:
+            for (number, place), cell in unfinished.read().items():
+                found[number][place] = cell
+            places = []
+            for number, job in enumerate(jobs):
+                places += [_Place(number, i, row) for i, row in enumerate(job.rows) if i not in found[number]]
+                yield len(found[number])
+                self._write_if_complete(job, found[number])
+            places.sort(key=lambda one: (one.row.layer or "", one.row.target < 0, one.row.sample))
+            for _, alike in groupby(places, key=lambda one: (one.row.layer, one.row.target < 0)):
+                for some, drawn in self._draw_layer(list(alike)):
+                    for (number, place, _), (shares, facts) in zip(some, drawn, strict=True):
+                        job = jobs[number]
+                        is_sample, size = job.rows[0].layer is None, self.options.map_size
+                        values = shares if is_sample else as_steps(square_map(shares, size))
+                        found[number][place] = Cell(values, facts)
+                        unfinished.add(number, place, found[number][place])
+                        self._write_if_complete(job, found[number])
+                    yield len(some)
 
-    def _draw_rows(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
-        """Draw rows of one layer: many of one sample in one forward pass, others with those of samples of one shape."""
-        n_rows = Counter(row.sample for row in rows)
-        places: dict[tuple[int | None, tuple[int, ...]], list[int]] = {}
-        for place, row in enumerate(rows):
-            shape = tuple(self.data(row.sample).shape)
-            sharing = _SHARING if max(shape[-2:]) > _SMALL else _SHARING_OF_SMALL
-            places.setdefault((row.sample if n_rows[row.sample] >= sharing else None, shape), []).append(place)
-        found: dict[int, tuple[Array, Drawn]] = {}
-        for alike in places.values():
-            found |= dict(zip(alike, self._draw([rows[place] for place in alike]), strict=True))
-        return [found[place] for place in range(len(rows))]
+    def _draw_layer(self, places: Sequence[_Place]) -> Iterator[tuple[list[_Place], list[tuple[Array, Drawn]]]]:
+        """Draw rows of one layer: many of one sample by one forward pass, others with those of samples of one shape.
+
+        Takes them by sample, and gives them in parts.
+        """
+        size, others = self.options.batch_size, dict[tuple[int, ...], list[_Place]]()
+        for sample, alike in groupby(places, key=lambda one: one.row.sample):
+            some, shape = list(alike), tuple(self.data(sample).shape)
+            if len(some) >= (_SHARING if max(shape[-2:]) > _SMALL else _SHARING_OF_SMALL):
+                drawn = self._draw([place.row for place in some])
+                for start, part in zip(range(0, len(some), size), drawn, strict=True):
+                    yield some[start : start + size], part
+                continue
+            waiting = others.setdefault(shape, [])
+            waiting += some
+            if len(waiting) >= size:
+                now, others[shape] = waiting[:size], waiting[size:]
+                yield from ((now, part) for part in self._draw([place.row for place in now]))
+        for waiting in others.values():
+            if waiting:
+                yield from ((waiting, part) for part in self._draw([place.row for place in waiting]))
 
     def draw_mean(self, target: int, samples: Sequence[int]) -> None:
         """Draw the mean of a class: of the images, and of the heatmaps, which all have the same weight."""
@@ -126,7 +157,7 @@ class PictureDrawer(Drawer):
             return
         picture = picture_file((image / len(samples)).clamp(0, 1), self.options.picture_size)
         facts = {"key": job.key, "picture": self.store(*picture), "n": len(job.rows)}
-        self._write_maps(job, [square_map(heat.numpy(), self.options.map_size)], facts)
+        self._write_file(job, encode_maps([square_map(heat.numpy(), self.options.map_size)], facts))
 
     # --- what pages show
 
@@ -193,45 +224,53 @@ class PictureDrawer(Drawer):
         return self._data[sample]
 
     def _spaces(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Height and width of the layers that have them."""
+        """Height and width of the positions of concepts, in layers that have them."""
         data, _ = self.fv.get_data_sample(sample)
-        result = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0)
-        shapes = {layer: tuple(found.shape[2:]) for layer, found in result.activations.items()}
+        found = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0).activations
+        shapes = {layer: code_of(self.fv.layer_map[layer], values).shape[2:] for layer, values in found.items()}
         return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
 
-    def _draw(self, rows: Sequence[Row]) -> list[tuple[Array, Drawn]]:
+    def _draw(self, rows: Sequence[Row]) -> Iterator[list[tuple[Array, Drawn]]]:
+        """Draw rows of one layer, in parts: of one sample, by one forward pass; of several, ``batch_size`` at most."""
         attribution, output = self.fv.attribution, self.fv.attribution.MODEL_OUTPUT_NAME
-        layer, targets = rows[0].layer, [row.target for row in rows]
-        started = any(target >= 0 for target in targets)
+        layer, size = rows[0].layer, self.options.batch_size
+        started = rows[0].target >= 0
         conditions: list[dict[str, Any]] = []
         for row in rows:
             condition: dict[str, Any] = {output: [row.target]} if started else {}
             conditions.append(condition if layer is None else {**condition, layer: [row.concept]})
         below = self.below_of(layer)
-        # (a single sample meets all conditions in one forward pass)
-        is_shared = len({row.sample for row in rows}) == 1
-        shown = [self.data(row.sample) for row in rows]
-        stacked = torch.stack(shown[:1] if is_shared else shown)
+        samples = [row.sample for row in rows]
+        stacked = torch.stack([self.data(sample) for sample in (samples if len(set(samples)) > 1 else samples[:1])])
         data = self.fv.preprocess_data(stacked.to(self.fv.device)).detach()
-        result = attribution(
+        parts = attribution.generate(
             data,
             conditions,
             self.composite,
             record_layer=[] if below is None else [below],
             mask_map=mask_of(self.fv.layer_map[layer]) if layer else mask_of(next(iter(self.fv.layer_map.values()))),
             start_layer=None if started or layer is None else layer,
+            batch_size=size,
             exclude_parallel=started,
+            verbose=False,
         )
+        for start, part in zip(range(0, len(rows), size), parts, strict=True):
+            some = rows[start : start + size]
+            yield self._about(some, part, data if len(data) == 1 else data[start : start + size], below)
+
+    def _about(self, rows: Sequence[Row], result: Any, data: Tensor, below: str | None) -> list[tuple[Array, Drawn]]:
+        """What is shown of some rows of one layer: their heatmaps, small, and what is known of them."""
+        layer, targets = rows[0].layer, [row.target for row in rows]
         heatmaps = result.heatmap.detach().cpu().double()
-        for sample, heatmap in zip(shown, heatmaps, strict=True):
-            check_image(sample, heatmap)
+        for row, heatmap in zip(rows, heatmaps, strict=True):
+            check_image(self.data(row.sample), heatmap)
         lower = [] if below is None else self.shares(result.relevances[below], below)
         before, predicted = scores(result.prediction, targets)
         if not self.exclusive:
             before = [None] * len(rows)
         after: list[float | None] = [None] * len(rows)
-        if layer is not None and started and self.exclusive:
-            after = self._without(data.expand(len(rows), *data.shape[1:]), rows, layer)
+        if layer is not None and targets[0] >= 0 and self.exclusive:
+            after = self._without(data, rows, layer)
         drawn = []
         for i, heatmap in enumerate(heatmaps.numpy()):
             facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
@@ -257,32 +296,42 @@ class PictureDrawer(Drawer):
         if "side" in facts:
             self._pictures[job.rows[0].sample] = facts["picture"]
 
-    def _write(self, job: HeatmapFile, found: Sequence[tuple[Array, Drawn]]) -> None:
-        facts: dict[str, Any] = {"key": job.key, "rows": [drawn for _, drawn in found]}
+    def _write_if_complete(self, job: HeatmapFile, found: dict[int, Cell]) -> None:
+        """Write a file when all its heatmaps are there, and let go of them."""
+        if len(found) < len(job.rows):
+            return
+        cells = [found[place] for place in range(len(found))]
+        found.clear()
+        facts: dict[str, Any] = {"key": job.key, "rows": [cell.facts for cell in cells]}
+        values = [cell.values for cell in cells]
         if job.rows[0].layer is None:
             sample = job.rows[0].sample
             facts |= {"picture": self.picture(sample), "side": max(self.data(sample).shape[-2:])}
             self._keep(job, facts)
-        maps = [one for one, _ in found]
-        if job.rows[0].layer is None:
             # What sets a concept apart, h_k / Σ|h_k| - h / Σ|h|: where a larger part of its relevance lies than of all
             # relevance. Heatmaps of one layer's concepts often look alike, and this is in what they differ.
-            maps += [one - maps[0] for one in maps[1:]]
-        self._write_maps(job, [square_map(one, self.options.map_size) for one in maps], facts)
-
-    def _write_maps(self, job: HeatmapFile, maps: Sequence[Array], facts: Mapping[str, Any]) -> None:
-        self._write_file(job, encode_maps(maps, facts))
+            values += [one - values[0] for one in values[1:]]
+            values = [as_steps(square_map(one, self.options.map_size)) for one in values]
+        self._write_file(job, encode_steps(values, facts))
 
     def _settings(self) -> list[Any]:
         return [_VERSION, self.identity, self.options.map_size, self.options.picture_size]
 
 
-def _batches(places: Sequence[tuple[int, int, Row]], size: int) -> Iterator[list[tuple[int, int, Row]]]:
-    """Neighbours with the same layer, all with a target or all without, at most ``size`` of them."""
-    for _, alike in groupby(places, key=lambda one: (one[2].layer, one[2].target < 0)):
-        rows = list(alike)
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
+    """Neighbours of one layer, so many that each sample has many rows, or that they fill much memory."""
+    for layer, alike in groupby(jobs, key=lambda job: job.rows[0].layer):
+        group: list[HeatmapFile] = []
+        n_rows, samples = 0, set[int]()
+        for job in alike:
+            group.append(job)
+            n_rows += len(job.rows)
+            samples |= {row.sample for row in job.rows}
+            if n_rows >= (_MOST if layer else _MOST_OF_SAMPLES) or n_rows >= _SHARED_BY * len(samples):
+                yield group
+                group, n_rows, samples = [], 0, set()
+        if group:
+            yield group
 
 
 def picture_file(sample: Tensor, size: int) -> tuple[bytes, str]:

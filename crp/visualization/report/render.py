@@ -17,17 +17,11 @@ from crp.image.colours import AGAINST, FOR, POWER
 from crp.image.texts import OPACITY
 from crp.visualization.report.addresses import relative
 from crp.visualization.table.files import write_atomic
+from crp.wording import percent
 
 #: Steps of the colours of tokens, from 0 to the full colour.
 TONES = 20
 _TYPES = {".webp": "image/webp", ".png": "image/png"}
-
-
-def percent(share: float) -> str:
-    """Share as text: ``0.1234`` is ``12.3 %``, and ``0.0004`` is ``0.04 %``."""
-    value = 100 * share
-    digits = 1 if abs(value) >= 0.95 else 2 if abs(value) >= 0.005 else 0
-    return f"{value if digits else 0:.{digits}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
 
 
 class Renderer:

@@ -15,17 +15,19 @@ counts is how much more of it lies on one word, against all others, than of all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from crp.checks import check_number
-from crp.errors import InputTypeError
+from crp.errors import InputError, InputTypeError
 from crp.image.texts import readable
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.store import Table
+from crp.wording import percent
 
 #: Parts of a side of the grid.
 GRID = 4
@@ -72,8 +74,10 @@ class Suspect(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is one, in words."""
-        text = f"{self.inside:.0%} of its relevance lies {self.where}, where its layer has {self.expected:.0%}"
-        few = f"; it is carried by {self.rows:.0%} of the samples" if self.rows < 0.75 else ""
+        text = (
+            f"{percent(self.inside)} of its relevance lies {self.where}, where its layer has {percent(self.expected)}"
+        )
+        few = f"; it is carried by {percent(self.rows)} of the samples" if self.rows < 0.75 else ""
         return text + few
 
 
@@ -101,18 +105,28 @@ def find_suspects(
     ------
     KeyError
         If a layer was not mined.
+    ValueError
+        If a layer holds values outside of the space that is given for it.
     """
     table = Table.open(table)
     check_number("n", n, 1, whole=True)
     if not isinstance(spaces, Mapping):
         raise InputTypeError(f"spaces must be given by layer, as in {{'features.3': (14, 14)}}, not {spaces!r}")
+    for layer, space in spaces.items():
+        if not isinstance(space, Collection) or len(space) != 2:
+            raise InputError(f"the space of layer {layer!r} must be (height, width), not {space!r}")
+        for side in space:
+            check_number(f"a side of the space of layer {layer!r}", side, 1, whole=True)
     if table.header.recipe.get("mixed_shapes"):
         return []
     found: list[Suspect] = []
     for layer, (height, width) in spaces.items():
         grid = min(GRID, height), min(GRID, width)
         if grid != (1, 1):
-            found += _in_layer(table, layer, targets, _parts_of_pictures(height, width, grid))
+            found += _in_layer(table, layer, targets, _parts_of_pictures(layer, height, width, grid))
+        else:
+            for block in islice(table.blocks(layer, "relevance", table.kinds[0]), 1):
+                _check_positions(layer, block, height, width)
     return _first(found, n)
 
 
@@ -200,13 +214,23 @@ class _Cells(NamedTuple):
     alone: bool = False
 
 
-def _parts_of_pictures(height: int, width: int, grid: tuple[int, int]) -> _Cells:
+def _parts_of_pictures(layer: str, height: int, width: int, grid: tuple[int, int]) -> _Cells:
     def cell(block: Block) -> Array:
+        _check_positions(layer, block, height, width)
         row, column = block.position // width, block.position % width
-        place: Array = (row * grid[0] // height).clip(0, grid[0] - 1) * grid[1] + column * grid[1] // width
+        place: Array = (row * grid[0] // height) * grid[1] + column * grid[1] // width
         return place
 
     return _Cells(grid[0] * grid[1], cell, lambda place: _words(place, grid))
+
+
+def _check_positions(layer: str, block: Block, height: int, width: int) -> None:
+    last = int(block.position.max(initial=0))
+    if last >= height * width:
+        raise InputError(
+            f"layer {layer!r} holds values at position {last}, and {height} x {width} positions are 0 to "
+            f"{height * width - 1}; spaces must be the shapes of layers when the table was mined"
+        )
 
 
 def _first(found: list[Suspect], n: int) -> list[Suspect]:

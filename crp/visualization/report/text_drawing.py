@@ -10,12 +10,10 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from crp.concepts import mask_of
 from crp.image.texts import TextHeatmap, readable
-from crp.visualization.references import predict_without
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row, scores, top_classes
 from crp.visualization.report.render import TONES
@@ -31,6 +29,7 @@ from crp.visualization.text_references import (
     text_of,
     token_ids,
 )
+from crp.visualization.without import predict_without
 
 #: Tokens on either side of the strongest one, in a window.
 REACH = 8
@@ -79,14 +78,14 @@ class TextDrawer(Drawer):
         together = samples_by_text(self.fv.dataset, list(jobs))
         return [jobs[sample] for samples in together[part[0] :: part[1]] for sample in samples]
 
-    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[HeatmapFile]:
-        """Draw what is missing, and yield each job when its file is there."""
+    def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
+        """Draw what is missing, and yield after each text how many more heatmaps are there."""
         of_sample = {job.rows[0].sample: job for job in jobs}
         for samples in samples_by_text(self.fv.dataset, list(of_sample)):
             waiting = [of_sample[sample] for sample in samples if not self._is_drawn(of_sample[sample])]
             if waiting:
                 self._draw_text(waiting)
-            yield from (of_sample[sample] for sample in samples)
+            yield sum(len(of_sample[sample].rows) for sample in samples)
 
     def _is_drawn(self, job: HeatmapFile) -> bool:
         """Whether all heatmaps of a text are in its file; those that are there are read in any case."""
@@ -173,7 +172,7 @@ class TextDrawer(Drawer):
             here = [i for i, row in enumerate(rows) if row.layer == layer]
             mask = mask_of(self.fv.layer_map[layer])
             masks = [mask(i, [rows[number].concept], layer) for i, number in enumerate(here)]
-            prediction = predict_without(self.fv.attribution, _copies(asked.data, len(here)), layer, masks)
+            prediction = predict_without(self.fv.attribution, asked.data, layer, masks)
             if prediction is not None:
                 said = _at(prediction, [places[rows[i].sample] for i in here])
                 found |= dict(zip(here, scores(said, [rows[i].target for i in here])[0], strict=True))
@@ -282,13 +281,6 @@ def _at(prediction: Any, positions: Sequence[int | None]) -> Any:
     if isinstance(prediction, Tensor) and prediction.dim() == 3 and positions[0] is not None:
         return prediction[list(range(len(prediction))), list(positions)]
     return prediction
-
-
-def _copies(data: Any, n: int) -> Any:
-    """A text so many times."""
-    if isinstance(data, Mapping):
-        return {name: _copies(field, n) for name, field in data.items()}
-    return data.expand(n, *data.shape[1:]).clone(memory_format=torch.contiguous_format)
 
 
 def _tokens(text: TextHeatmap) -> list[tuple[str, str]]:

@@ -207,8 +207,9 @@ def _draw(
     part, n_parts = options.part or (0, 1)
     jobs = drawer.files(wanted, (part, n_parts))
     # (rows of one layer stand together, so that they are drawn together)
-    for _ in tqdm(drawer.draw(jobs), total=len(jobs), desc="Heatmaps", **bar):
-        pass
+    with tqdm(total=sum(len(job.rows) for job in jobs), desc="Heatmaps", **bar) as shown:
+        for n_rows in drawer.draw(jobs):
+            shown.update(n_rows)
     if options.n_mean and drawer.pictures:
         rows_of_table = table.rows()
         for target in tqdm(list(atlas.class_names)[part::n_parts], desc="Classes", **bar):

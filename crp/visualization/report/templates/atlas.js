@@ -35,10 +35,14 @@
   const query = document.getElementById("query"), results = document.getElementById("results"), count = document.getElementById("count");
   const { layers, classes, names, texts, samples } = JSON.parse(index.textContent);
   const entries = [];
+  const percent = share => { // (as in the pages' text)
+    const value = 100 * share, size = Math.abs(value);
+    return `${size >= 0.95 ? value.toFixed(1) : size >= 0.005 ? value.toFixed(2) : 0}\u00a0%`.replace("-", "\u2212");
+  };
   for (const [name, address] of classes) entries.push([name, "class", address, 2]);
   for (const [layer, address, concept, shares] of layers) {
     entries.push([layer, "layer", address, 1.5]);
-    shares.forEach((share, i) => entries.push([`${layer} · ${i}${names[layer + ":" + i] ? " " + names[layer + ":" + i] : ""}`, `concept, ${(100 * share).toFixed(1)} %${texts[layer + ":" + i] ? `, reads as “${texts[layer + ":" + i]}”` : ""}`, concept.replace("{}", i), share]));
+    shares.forEach((share, i) => entries.push([`${layer} · ${i}${names[layer + ":" + i] ? " " + names[layer + ":" + i] : ""}`, `concept, ${percent(share)}${texts[layer + ":" + i] ? `, reads as “${texts[layer + ":" + i]}”` : ""}`, concept.replace("{}", i), share]));
   }
   for (const [name, address] of samples) entries.push([name, "sample", address, 0]);
   for (const entry of entries) entry.push((entry[0] + " " + entry[1] + " " + entry[0].replace(" · ", ":")).toLowerCase());

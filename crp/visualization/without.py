@@ -1,0 +1,92 @@
+"""What a model predicts where a part of a layer's output is switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crp.attribution import CondAttribution
+from crp.layers import modules_of
+from crp.layers.addresses import Address, hooked_at
+
+#: Function of a layer's output, which keeps in one row what is to be switched off.
+_Masks = Sequence[Callable[[Tensor], Tensor]]
+
+
+@torch.no_grad()
+def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Any:
+    """Prediction of each row where a layer's output lacks what the row's mask keeps.
+
+    Parameters
+    ----------
+    attribution : CondAttribution
+    data : Tensor of shape (rows, *input shape), or dict of them
+        One sample stands for all rows. What is below the layer is then computed once, where the model allows it.
+    layer : str
+    masks : sequence of callable
+        One for each row, in which it changes nothing but its own.
+
+    Returns
+    -------
+    Tensor of shape (rows, *output shape), or None
+        None for one call of several, or a layer that is not called.
+    """
+    fields = list(data.values()) if isinstance(data, Mapping) else [data]
+    if len(masks) > 1 and all(isinstance(field, Tensor) and len(field) == 1 for field in fields):
+        found = _shared(attribution, data, layer, masks)
+        if found is not None:
+            return found
+        data = _copies(data, len(masks))
+    return _predict(attribution, data, layer, masks)
+
+
+def _shared(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Tensor | None:
+    """Prediction of all rows of one sample, which part at the layer; None where a model cannot take that.
+
+    A model may have counted its rows below the layer, and then fail, or mix them up: so the first row is computed alone
+    as well, and must be the same.
+    """
+    try:
+        found = _predict(attribution, data, layer, masks)
+    except Exception:  # (whatever a model raises; its rows then part at its input, where a true error is raised again)
+        return None
+    if not isinstance(found, Tensor) or found.shape[:1] != (len(masks),) or not found.is_floating_point():
+        return None
+    alone = _predict(attribution, data, layer, masks[:1])
+    close = torch.finfo(found.dtype).eps ** 0.5
+    same = torch.allclose(found[:1], alone, rtol=close, atol=close * float(alone.abs().max()))
+    return found if same else None
+
+
+def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Any:
+    modules = modules_of(attribution.model)
+    name, is_input, number = Address.of(layer, modules)
+    lacking = []
+
+    def hook(_module: object, _args: object, _kwargs: object, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return None
+        if len(output) == 1 < len(masks):
+            output = output.expand(len(masks), *output.shape[1:])
+        kept = output.clone(memory_format=torch.contiguous_format)
+        for mask in masks:
+            kept = mask(kept)
+        lacking.append(layer)
+        return output - kept
+
+    if number is not None or name not in modules:
+        return None
+    with hooked_at(modules, {(name, is_input): hook}):
+        model = attribution.model
+        prediction = attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))
+    return prediction if lacking else None
+
+
+def _copies(data: Any, n: int) -> Any:
+    """One sample so many times."""
+    if isinstance(data, Mapping):
+        return {name: _copies(field, n) for name, field in data.items()}
+    return data.expand(n, *data.shape[1:]).clone(memory_format=torch.contiguous_format)

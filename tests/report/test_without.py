@@ -1,0 +1,95 @@
+"""Predictions without a concept: rows of one sample share what is below the layer, where the model can take that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crp.attribution import CondAttribution
+from crp.concepts import ChannelConcept
+from crp.visualization.without import predict_without
+
+
+class Net(nn.Module):
+    """Net whose branch passes by the layer that is changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.below, self.layer = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.wide, self.out = nn.Linear(6, 4), nn.Linear(3, 4)
+        self.rows_below: list[int] = []
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        below = self.below(x).tanh()
+        self.rows_below.append(len(x))
+        return self.above(below, self.layer(below), len(x))
+
+    def above(self, below: Tensor, layer: Tensor, n_rows: int) -> Tensor:
+        return self.out((below + layer).tanh().mean((2, 3)))
+
+
+class Joined(Net):
+    def above(self, below: Tensor, layer: Tensor, n_rows: int) -> Tensor:
+        return self.wide(torch.cat([below, layer], 1).tanh().mean((2, 3)))
+
+
+class Counted(Net):
+    """Net that counts its rows below the layer, and would make one of all."""
+
+    def above(self, below: Tensor, layer: Tensor, n_rows: int) -> Tensor:
+        return self.out(layer.permute(0, 2, 3, 1).reshape(n_rows, -1, 3).tanh().mean(1))
+
+
+class Mixed(Net):
+    """The same, which gives as many rows as it should, each of which depends on all."""
+
+    def above(self, below: Tensor, layer: Tensor, n_rows: int) -> Tensor:
+        together = layer.permute(0, 2, 3, 1).reshape(n_rows, -1, 3)
+        together = together - together.mean(1, keepdim=True)
+        return self.out(together.reshape(-1, 25, 3).tanh().mean(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_shared"),
+    [(Net, True), (Joined, False), (Counted, False), (Mixed, False)],
+    ids=["added", "joined", "counted", "mixed"],
+)
+@pytest.mark.parametrize("n", [1, 3])
+def test_each_row_is_what_the_sample_gives_alone(kind, is_shared, n):
+    net = kind()
+    attribution, sample = CondAttribution(net), torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    masks = [ChannelConcept.mask(row, [row], "layer") for row in range(n)]
+    found = predict_without(attribution, sample, "layer", masks)
+    rows_below = max(net.rows_below)
+    for row in range(n):
+        below = net.below(sample).tanh()
+        kept = torch.ones(3, dtype=torch.float64)
+        kept[row] = 0
+        expected = net.above(below, net.layer(below) * kept[:, None, None], 1)[0]
+        torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
+    assert rows_below == (1 if is_shared else n)
+
+
+def test_samples_of_their_own_are_not_joined():
+    net = Net()
+    samples = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    attribution = CondAttribution(net)
+    masks = [ChannelConcept.mask(row, [0], "layer") for row in range(3)]
+    found = predict_without(attribution, samples, "layer", masks)
+    for row in range(3):
+        alone = predict_without(attribution, samples[row : row + 1], "layer", masks[:1])
+        torch.testing.assert_close(found[row], alone[0], rtol=1e-12, atol=1e-12)
+
+
+def test_an_error_of_the_model_is_raised():
+    class Failing(Net):
+        def above(self, below: Tensor, layer: Tensor, n_rows: int) -> Tensor:
+            raise ValueError("of the model's own")
+
+    masks = [ChannelConcept.mask(row, [row], "layer") for row in range(2)]
+    sample = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="of the model's own"):
+        predict_without(CondAttribution(Failing()), sample, "layer", masks)

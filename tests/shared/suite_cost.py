@@ -1,0 +1,51 @@
+"""What the suite itself costs: garbage is looked for among all tests, and lines are traced again and again."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+#: So many seconds of a parametrised test's cases are traced for coverage.
+TRACED_SECONDS = 0.2
+_spent = Counter[str]()
+
+
+@contextmanager
+def kept_out_of_garbage() -> Iterator[None]:
+    """What is made in this context, such as all tests, is not looked at when garbage is collected, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@contextmanager
+def untraced(off: bool = True) -> Iterator[None]:
+    """No line is traced for coverage, which would take half as long again."""
+    module = sys.modules.get("coverage")
+    coverage = module.Coverage.current() if module and off else None
+    if coverage is None:
+        yield
+        return
+    coverage.stop()
+    try:
+        yield
+    finally:
+        coverage.start()
+
+
+@contextmanager
+def traced_at_first(item: pytest.Item) -> Iterator[None]:
+    """The first cases of a parametrised test are traced for coverage; with the mark ``untraced``, none is."""
+    test, start = item.nodeid.partition("[")[0], time.process_time()
+    with untraced(_spent[test] > TRACED_SECONDS or item.get_closest_marker("untraced") is not None):
+        yield
+    _spent[test] += time.process_time() - start
