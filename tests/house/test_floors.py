@@ -47,7 +47,7 @@ BUDGETS = {
     "attributors": 3190,
     "audit": 2340,
     "canonizers": 815,
-    "commands": 2280,
+    "commands": 2300,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
@@ -77,7 +77,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 858
+PUBLIC_NAMES = 859
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
