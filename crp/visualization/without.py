@@ -13,11 +13,11 @@ from crp.layers import modules_of
 from crp.layers.addresses import Address, hooked_at
 
 #: Function of a layer's output, which keeps in one row what is to be switched off.
-Masks = Sequence[Callable[[Tensor], Tensor]]
+_Masks = Sequence[Callable[[Tensor], Tensor]]
 
 
 @torch.no_grad()
-def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: Masks) -> Any:
+def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Any:
     """Prediction of each row where a layer's output lacks what the row's mask keeps.
 
     Parameters
@@ -43,7 +43,7 @@ def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: 
     return _predict(attribution, data, layer, masks)
 
 
-def _shared(attribution: CondAttribution, data: Any, layer: str, masks: Masks) -> Tensor | None:
+def _shared(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Tensor | None:
     """Prediction of all rows of one sample, which part at the layer; None where a model cannot take that.
 
     A model may have counted its rows below the layer, and then fail, or mix them up: so the first row is computed alone
@@ -61,7 +61,7 @@ def _shared(attribution: CondAttribution, data: Any, layer: str, masks: Masks) -
     return found if same else None
 
 
-def _predict(attribution: CondAttribution, data: Any, layer: str, masks: Masks) -> Any:
+def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Any:
     modules = modules_of(attribution.model)
     name, is_input, number = Address.of(layer, modules)
     lacking = []
