@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zlib
@@ -18,9 +17,10 @@ import distributed
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from command_cases import forked
 from PIL import Image
 
-from crp.commands.cli import cli
+from crp.commands.cli import cli, main
 from crp.commands.values import read_value
 
 MODULE = """
@@ -285,24 +285,18 @@ def test_machines_read_json(place):
 
 @pytest.mark.promise("Commands", "SIGTERM and SIGHUP end a command as Ctrl-C does")
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_termination_is_an_interrupt(place, name):
     slow = "import time, wrong_nets\nclass Slow(wrong_nets.Rows):\n    def __getitem__(self, i):\n"
     slow += "        open('began', 'w').close(); time.sleep(0.5); return super().__getitem__(i)\n"
     Path("slow_nets.py").write_text(slow)
     words = ["--model", "wrong_nets:net", "--data", "slow_nets:Slow", "--layers", "0", "--out", "new", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    # (a process in the background, or under nohup, ignores signals, and so do its children)
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)\n"
-    code += "from crp.commands.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "mine", *words], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = forked(main, ["crp", "mine", *words], Path("told"))
     end = time.monotonic() + 60
-    while not Path("began").exists() and time.monotonic() < end and process.poll() is None:
+    while not Path("began").exists() and time.monotonic() < end:
         time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, told
+    os.kill(process, getattr(signal, name))
+    status, told = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), Path("told").read_text()
+    assert status == 130, told
     assert "Interrupted" in told and "Traceback" not in told

@@ -38,7 +38,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def vgg():
     model = vgg16_bn(weights=None).eval().requires_grad_(False)
-    return model, torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    return model, torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
 
 def count(counter, run):

@@ -47,14 +47,15 @@ BUDGETS = {
     "attributors": 3190,
     "audit": 2340,
     "canonizers": 815,
-    "commands": 2280,
+    "commands": 2300,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
     "concept_graph": 190,
     "concepts": 2020,
     "demo": 900,
-    "engine": 4380,
+    # (rows that start alike share what starts)
+    "engine": 4555,
     "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -64,7 +65,7 @@ BUDGETS = {
     "rules": 5795,
     # (along which axis the channels of a layer are)
     "trace": 1595,
-    "types": 150,
+    "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; what is on or off
     "visualization": 4529,
@@ -77,7 +78,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 858
+PUBLIC_NAMES = 862
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

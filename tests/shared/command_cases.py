@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,30 @@ def net():
 
 def crp(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def forked(command: Callable[[], None], words: Sequence[str], errors: Path) -> int:
+    """Id of a process that runs a command, with its errors in a file; it is a fork, so that it need not import torch.
+
+    It hears of all signals, also where the tests run in the background or under nohup, which ignore some.
+    """
+    process = os.fork()
+    if process:
+        return process
+    try:
+        for number, how in (
+            (signal.SIGINT, signal.default_int_handler),
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGHUP, signal.SIG_DFL),
+        ):
+            signal.signal(number, how)
+        with errors.open("w") as sys.stderr:
+            sys.argv = list(words)
+            command()
+    except SystemExit as end:
+        os._exit(end.code if isinstance(end.code, int) else 1)
+    finally:
+        os._exit(1)
 
 
 def place_with_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str) -> Path:
