@@ -47,7 +47,7 @@ BUDGETS = {
     "attributors": 3190,
     "audit": 2340,
     "canonizers": 815,
-    "commands": 2280,
+    "commands": 2300,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors)
     "composites": 3880,
@@ -59,7 +59,7 @@ BUDGETS = {
     "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
-    "outputs": 395,
+    "outputs": 400,
     "metrics": 900,
     # (a product whose gate is held; outputs that the next layer keeps anyway)
     "rules": 5795,
@@ -67,8 +67,9 @@ BUDGETS = {
     "trace": 1595,
     "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
-    # pictures by the report, where they are missing; models made for the classes of their checkpoint; what is on or off
-    "visualization": 4480,
+    # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
+    # Face for segmentation and detection)
+    "visualization": 4529,
     "visualization.mining": 3945,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile)
     "visualization.report": 4405,
@@ -78,7 +79,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 862
+PUBLIC_NAMES = 863
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

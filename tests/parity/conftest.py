@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,15 +27,32 @@ def install_peer(folder: Path) -> None:
         pytest.fail(f"{' '.join(command)} failed:\n{done.stderr}")
 
 
-@pytest.fixture(scope="session")
-def peer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """The peer's results by module of cases, case and name."""
-    installed, results = tmp_path_factory.mktemp("peer"), tmp_path_factory.mktemp("peer_results")
+def run_peer(installed: Path, results: Path) -> None:
+    """Install the peer into a folder and keep its results in another."""
     install_peer(installed)
     command = [sys.executable, "-I", str(DRIVER), str(installed), str(results)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     if done.returncode:
         pytest.fail(f"the peer's process failed:\n{done.stderr[-4000:]}")
+
+
+@pytest.fixture(scope="session")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """The peer's results by module of cases, case and name; it runs once for all processes of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    results = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "peer_results"
+    try:
+        results.mkdir()
+    except FileExistsError:
+        while not (results / "ended").exists():
+            time.sleep(0.1)
+    else:
+        try:
+            run_peer(tmp_path_factory.mktemp("peer"), results)
+        finally:
+            (results / "ended").touch()
+    if not list(results.glob("*.npz")):
+        pytest.skip("the peer has no results; the process of the tests that ran it says why")
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for file in results.glob("*.npz"):
         cases = found.setdefault(file.stem, defaultdict(dict))
