@@ -17,7 +17,7 @@ _Masks = Sequence[Callable[[Tensor], Tensor]]
 
 
 @torch.no_grad()
-def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Any:
+def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: _Masks, *, scale: float = 0.0) -> Any:
     """Prediction of each row where a layer's output lacks what the row's mask keeps.
 
     Parameters
@@ -28,6 +28,8 @@ def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: 
     layer : str
     masks : sequence of callable
         One for each row, in which it changes nothing but its own.
+    scale : float
+        What a mask keeps is multiplied by this, in place of being left out.
 
     Returns
     -------
@@ -36,32 +38,32 @@ def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: 
     """
     fields = list(data.values()) if isinstance(data, Mapping) else [data]
     if len(masks) > 1 and all(isinstance(field, Tensor) and len(field) == 1 for field in fields):
-        found = _shared(attribution, data, layer, masks)
+        found = _shared(attribution, data, layer, masks, scale)
         if found is not None:
             return found
         data = _copies(data, len(masks))
-    return _predict(attribution, data, layer, masks)
+    return _predict(attribution, data, layer, masks, scale)
 
 
-def _shared(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Tensor | None:
+def _shared(attribution: CondAttribution, data: Any, layer: str, masks: _Masks, scale: float) -> Tensor | None:
     """Prediction of all rows of one sample, which part at the layer; None where a model cannot take that.
 
     A model may have counted its rows below the layer, and then fail, or mix them up: so the first row is computed alone
     as well, and must be the same.
     """
     try:
-        found = _predict(attribution, data, layer, masks)
+        found = _predict(attribution, data, layer, masks, scale)
     except Exception:  # (whatever a model raises; its rows then part at its input, where a true error is raised again)
         return None
     if not isinstance(found, Tensor) or found.shape[:1] != (len(masks),) or not found.is_floating_point():
         return None
-    alone = _predict(attribution, data, layer, masks[:1])
+    alone = _predict(attribution, data, layer, masks[:1], scale)
     close = torch.finfo(found.dtype).eps ** 0.5
     same = torch.allclose(found[:1], alone, rtol=close, atol=close * float(alone.abs().max()))
     return found if same else None
 
 
-def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Any:
+def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks, scale: float) -> Any:
     modules = modules_of(attribution.model)
     name, is_input, number = Address.of(layer, modules)
     lacking = []
@@ -75,7 +77,7 @@ def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks)
         for mask in masks:
             kept = mask(kept)
         lacking.append(layer)
-        return output - kept
+        return output - (1 - scale) * kept if scale else output - kept
 
     if number is not None or name not in modules:
         return None
