@@ -117,7 +117,7 @@ class Replayed:
 
 
 #: Entries of what starts in all rows, of which a copy to the device costs less than a replay saves.
-_MOST_STARTED = 1 << 24
+_MOST_STARTED = 1 << 28
 
 
 def _is_replayable(call: Call, composite: Composite) -> bool:
