@@ -19,7 +19,13 @@ _Masks = Sequence[Callable[[Tensor], Tensor]]
 
 @torch.no_grad()
 def predict_without(
-    attribution: CondAttribution, data: Any, layer: str, masks: _Masks, positions: Sequence[int] | None = None
+    attribution: CondAttribution,
+    data: Any,
+    layer: str,
+    masks: _Masks,
+    positions: Sequence[int] | None = None,
+    *,
+    scale: float = 0.0,
 ) -> Any:
     """Prediction of each row where a layer's output lacks what the row's mask keeps.
 
@@ -33,6 +39,8 @@ def predict_without(
         One for each row, in which it changes nothing but its own.
     positions : sequence of int, optional
         Of a language model, the only position of each row whose scores are wanted.
+    scale : float
+        What a mask keeps is multiplied by this, in place of being left out.
 
     Returns
     -------
@@ -41,11 +49,11 @@ def predict_without(
     """
     fields = list(data.values()) if isinstance(data, Mapping) else [data]
     if len(masks) > 1 and all(isinstance(field, Tensor) and len(field) == 1 for field in fields):
-        found = _shared(attribution, data, layer, masks, positions)
+        found = _shared(attribution, data, layer, masks, positions, scale)
         if found is not None:
             return found
         data = _copies(data, len(masks))
-    return _at(_predict(attribution, data, layer, masks), positions)
+    return _at(_predict(attribution, data, layer, masks, scale), positions)
 
 
 def _at(prediction: Any, positions: Sequence[int] | None) -> Any:
@@ -56,7 +64,7 @@ def _at(prediction: Any, positions: Sequence[int] | None) -> Any:
 
 
 def _shared(
-    attribution: CondAttribution, data: Any, layer: str, masks: _Masks, positions: Sequence[int] | None
+    attribution: CondAttribution, data: Any, layer: str, masks: _Masks, positions: Sequence[int] | None, scale: float
 ) -> Tensor | None:
     """Prediction of all rows of one sample, which part at the layer; None where a model cannot take that.
 
@@ -66,16 +74,16 @@ def _shared(
     try:
         own = type(attribution).select_output is not CondAttribution.select_output or attribution.output is not None
         if positions is None or own:
-            found = _at(_predict(attribution, data, layer, masks), positions)
+            found = _at(_predict(attribution, data, layer, masks, scale), positions)
         else:
             with scored_at(attribution.model, positions) as done:
-                found = _predict(attribution, data, layer, masks)
+                found = _predict(attribution, data, layer, masks, scale)
             found = _at(found, [0] * len(masks) if done else positions)
     except Exception:  # (whatever a model raises; its rows then part at its input, where a true error is raised again)
         return None
     if not isinstance(found, Tensor) or found.shape[:1] != (len(masks),) or not found.is_floating_point():
         return None
-    alone = _at(_predict(attribution, data, layer, masks[:1]), positions and positions[:1])
+    alone = _at(_predict(attribution, data, layer, masks[:1], scale), positions and positions[:1])
     close = torch.finfo(found.dtype).eps ** 0.5
     if found.shape[1:] != alone.shape[1:]:
         return None
@@ -83,7 +91,7 @@ def _shared(
     return found if same else None
 
 
-def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks) -> Any:
+def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks, scale: float) -> Any:
     modules = modules_of(attribution.model)
     name, is_input, number = Address.of(layer, modules)
     lacking = []
@@ -97,7 +105,7 @@ def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks)
         for mask in masks:
             kept = mask(kept)
         lacking.append(layer)
-        return output - kept
+        return output - (1 - scale) * kept if scale else output - kept
 
     if number is not None or name not in modules:
         return None

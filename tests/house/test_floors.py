@@ -45,7 +45,8 @@ BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts)
     "attributors": 3190,
-    "audit": 2340,
+    # (interventions and contexts of texts)
+    "audit": 2450,
     "canonizers": 815,
     "commands": 2300,
     "compat": 950,
@@ -79,7 +80,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 864
+PUBLIC_NAMES = 866
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
