@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
+from crp.engine.backward import _slots_at_once
 from crp.engine.conditions import Grid, Rows
 from crp.engine.starts import Arrivals, Starts, all_positions, distinct
 from crp.outputs import Position
@@ -162,6 +163,13 @@ def test_what_was_given_may_be_written_into(attribution: CondAttribution, batch_
         torch.testing.assert_close(part.relevances, unchanged.relevances)
         for tensor in (part.heatmap, *part.relevances.values(), *part.activations.values()):
             tensor.fill_(7.0)
+
+
+@pytest.mark.parametrize(("n_bytes", "slots"), [(2**14, 32), (2**17, 4), (602_112, 4), (1_024_000, 1), (2**24, 1)])
+def test_slots_of_large_data_go_back_one_by_one(n_bytes: int, slots: int) -> None:
+    assert _slots_at_once(torch.empty(100, 1), n_bytes) == slots
+    assert _slots_at_once(torch.empty(100, 1, device="meta"), n_bytes) == 100
+    assert _slots_at_once(torch.empty(2, 1), n_bytes) == min(2, slots)
 
 
 # --- starts -----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ BUDGETS = {
     "concepts": 2020,
     "demo": 900,
     # (rows that start alike share what starts)
-    "engine": 4555,
+    "engine": 4590,
     "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -70,7 +70,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     # Face for segmentation and detection)
-    "visualization": 4529,
+    "visualization": 4550,
     "visualization.mining": 3945,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile)
     "visualization.report": 4405,
