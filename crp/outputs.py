@@ -196,8 +196,9 @@ def detection(
         boxes a list with a tensor of shape (boxes, classes) for each sample.
 
         It reads ``"logits"`` of each sample's detections, of shape (boxes, classes), and ``"exclusive"``, whether
-        classes exclude each other: `with_logits` adds both to detectors of torchvision. Of models that return an object
-        with ``logits`` of shape (samples, boxes, classes), it reads these.
+        classes exclude each other: `with_logits` adds both to detectors of torchvision. With ``"n_classes"``, logits
+        beyond are of no object, and no classes. Of models that return an object with ``logits`` of shape (samples,
+        boxes, classes), it reads these.
 
     Examples
     --------
@@ -212,8 +213,8 @@ def detection(
     if box not in ("best", "all") and (not isinstance(box, int) or isinstance(box, bool)):
         raise InputError(f"box must be 'best', 'all' or the number of a box, not {box!r}")
 
-    def of_sample(sample: int, logits: Tensor, exclusive: bool) -> Tensor:
-        values = _log_odds(logits) if score == "log-odds" and exclusive else logits
+    def of_sample(sample: int, logits: Tensor, exclusive: bool, n_classes: int | None) -> Tensor:
+        values = (_log_odds(logits) if score == "log-odds" and exclusive else logits)[:, :n_classes]
         if box == "all":
             return values
         if not len(values) or (isinstance(box, int) and not -len(values) <= box < len(values)):
@@ -363,8 +364,8 @@ def _log_odds(logits: Tensor) -> Tensor:
     return logits - others.logsumexp(-1)
 
 
-def _logits_in(returned: Any) -> list[tuple[Tensor, bool]]:
-    """Logits of each sample's boxes, (boxes, classes), and whether its classes exclude each other."""
+def _logits_in(returned: Any) -> list[tuple[Tensor, bool, int | None]]:
+    """Logits of each sample's boxes, whether its classes exclude each other, and how many there are (None for all)."""
     if isinstance(returned, list | tuple) and all(isinstance(one, Mapping) for one in returned):
         for one in returned:
             if "logits" not in one:
@@ -372,11 +373,11 @@ def _logits_in(returned: Any) -> list[tuple[Tensor, bool]]:
                     f"the detections have {sorted(map(str, one))}, and no 'logits'; explain "
                     "crp.outputs.with_logits(model), for detectors of torchvision"
                 )
-        return [(one["logits"], bool(one.get("exclusive", True))) for one in returned]
+        return [(one["logits"], bool(one.get("exclusive", True)), one.get("n_classes")) for one in returned]
     logits = returned if isinstance(returned, Tensor) else _entry(returned, "logits")
     if logits.dim() != 3:
         raise InputTypeError(f"a detection has logits of shape (samples, boxes, classes), not {tuple(logits.shape)}")
-    return [(of_sample, True) for of_sample in logits]
+    return [(of_sample, True, None) for of_sample in logits]
 
 
 def _entry(returned: Any, key: str | int) -> Any:

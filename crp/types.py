@@ -42,7 +42,8 @@ class AttributionResults(_Fields):
     relevances : dict of str to Tensor of shape (rows, *layer shape)
         Relevance at the outputs of the recorded layers, before a condition on that layer masks it.
     prediction : Tensor of shape (rows, *output shape)
-        Model output, or the activation of the start layer where one is given.
+        Model output, or the activation of the start layer where one is given. Rows of one text that explain a
+        `Position` share it in memory, as a thousand tokens have scores of 200 MB: clone it before you write into it.
     encoding : "multiplier" or "relevance"
         What flowed back: relevance divided by activation, as under composites of `crp.composites`, or relevance itself,
         as under those of zennit and without one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.audit.in_texts import context_in_texts
 from crp.audit.tested import read_samples
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
@@ -124,7 +125,7 @@ def contexts(
     composite: Composite | None,
     layer: str,
     samples: Sequence[int],
-    inside: Tensor,
+    inside: Tensor | Sequence[Tensor],
     concept_ids: Sequence[int] | None = None,
     *,
     targets: Sequence[int] | None = None,
@@ -141,7 +142,7 @@ def contexts(
     samples : sequence of int
         Of the data set; all are of one shape.
     inside : Tensor of shape (samples, *space), bool
-        The object in each of them, as for `context_scores`.
+        The object in each of them, as for `context_scores`. Of texts, a list with a tensor of shape (tokens,) for each.
     concept_ids : sequence of int, optional
         All of the layer by default.
     targets : sequence of int, optional
@@ -154,10 +155,15 @@ def contexts(
     Contexts
     """
     numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "contexts")
-    score = context_scores(
-        fv.attribution, data, classes, composite, layer, fv.layer_map[layer], ids.tolist(), inside,
-        batch_size=batch_size,
-    )  # fmt: skip
+    if isinstance(data, list):
+        check_number("batch_size", batch_size, 1, whole=True)
+        masks = list(inside) if isinstance(inside, Sequence | Tensor) else [inside]
+        score = context_in_texts(fv, composite, layer, ids.tolist(), data, classes, masks, batch_size)
+    else:
+        score = context_scores(
+            fv.attribution, data, classes, composite, layer, fv.layer_map[layer], ids.tolist(), cast(Tensor, inside),
+            batch_size=batch_size,
+        )  # fmt: skip
     return Contexts(layer, ids, numbers, np.asarray(classes, np.int64), score.detach().cpu().double().numpy())
 
 

@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor
 from zennit.core import Composite
 
+from crp.audit.in_texts import change_in_texts, read_texts
 from crp.audit.intervening import intervene
+from crp.checks import check_number
 from crp.concepts import as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError
@@ -82,7 +84,7 @@ def interventions(
         Rules for the relevance.
     layer : str
     samples : sequence of int
-        Of the data set; all are passed together.
+        Of the data set; all are passed together, and texts one after the other.
     concept_ids : sequence of int, optional
         All of the layer by default.
     targets : sequence of int, optional
@@ -90,18 +92,27 @@ def interventions(
     scale : float
         As in `intervene`.
     patch : sequence of int, optional
-        As many samples of the data set, whose part of the activation takes its place; ``scale=1`` is usual then.
+        As many samples of the data set, whose part of the activation takes its place; ``scale=1`` is usual then. Not of
+        texts.
 
     Returns
     -------
     Interventions
     """
+    check_number("scale", scale)
     attribution, concept = fv.attribution, fv.layer_map[layer]
     numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "interventions")
-    result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: y} for y in classes], composite, [layer])
-    relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
-    other = None if patch is None else fv.get_data_concurrently(patch, True)[0].detach()
-    change = intervene(attribution, data, layer, concept, ids.tolist(), classes, scale=scale, patch=other)
+    if isinstance(data, list):
+        if patch is not None:
+            raise InputError(
+                "texts have tokens of their own number, so that none is patched by another; leave patch out"
+            )
+        relevance, change = change_in_texts(fv, composite, layer, ids.tolist(), data, classes, scale)
+    else:
+        result = attribution(data, [{attribution.MODEL_OUTPUT_NAME: y} for y in classes], composite, [layer])
+        relevance = relevance_sums(concept, LayerValues.of(result, layer), layer, abs_norm=False)[:, ids.tolist()]
+        other = None if patch is None else fv.get_data_concurrently(patch, True)[0].detach()
+        change = intervene(attribution, data, layer, concept, ids.tolist(), classes, scale=scale, patch=other)
     return Interventions(
         layer,
         ids,
@@ -121,16 +132,23 @@ def read_samples(
     concept_ids: Sequence[int] | None,
     targets: Sequence[int] | None,
     what: str,
-) -> tuple[np.ndarray, np.ndarray, Tensor, list[int]]:
-    """Numbers of samples, concept ids, data, and a target for each sample: those given, or all and those predicted."""
+) -> tuple[np.ndarray, np.ndarray, Tensor | list[Asked], list[int]]:
+    """Numbers of samples, concept ids, data, and a target for each sample: those given, or all and those predicted.
+
+    The data of texts is a list of what is asked of each.
+    """
     given = as_ids(samples, what="samples")
     if not given:
         raise InputError(f"{what} need one sample at least")
     table = Table.open(fv.path)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)
-    data = fv.get_data_concurrently(given, True)[0].detach()
-    if targets is None:
-        targets = [chosen[0] for chosen in choose_targets("prediction", fv.attribution, Asked.of(data, None))]
+    data: Tensor | list[Asked]
+    if fv.texts is not None:
+        data, targets = read_texts(fv, given, targets)
+    else:
+        data = fv.get_data_concurrently(given, True)[0].detach()
+        if targets is None:
+            targets = [chosen[0] for chosen in choose_targets("prediction", fv.attribution, Asked.of(data, None))]
     classes = as_ids(targets, what="targets")
     if len(classes) != len(data):
         raise InputError(f"there are {len(classes)} targets for {len(data)} samples")

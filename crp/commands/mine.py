@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
 from crp.commands.processes import _client, _device, _part
-from crp.commands.values import read_value
+from crp.commands.values import read_value, split_names
 from crp.wording import first_few
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--data", help="Folder of pictures, or package.module:factory of a dataset.")
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
-@click.option("--layers", multiple=True, help="Name, pattern or type; or auto. See below.")
+@click.option("--layers", multiple=True, callback=split_names, help="Name, pattern or type; or auto. See below.")
 @click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
 @click.option("--position", help="Of a language model: each, or a number; -1 explains what follows the last token.")
 @click.option("--output", help="What is explained of what the model returns; segmentation, for example. See below.")
@@ -103,8 +103,9 @@ def mine_command(
 
         torchrun --nproc-per-node 4 -m crp mine ...
 
-    --layers may be given again. Concepts are channels. Of transformers, "blocks.*.attn.proj.input:heads=3" has 3 heads
-    for concepts, as they are in the input of the output projection, and "blocks.5:axis=1" tokens, along axis 1.
+    --layers may be given again, or have commas between. Concepts are channels. Of transformers,
+    "blocks.*.attn.proj.input:heads=3" has 3 heads for concepts, as they are in the input of the output projection, and
+    "blocks.5:axis=1" tokens, along axis 1.
 
     --output takes the scores of classes from what a model returns: segmentation (:where=all, :key=NAME) or detection
     (:box=0, :score=log-odds), as in crp.outputs; entry:key=NAME, of a dict; or package.module:function.

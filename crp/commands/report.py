@@ -16,6 +16,7 @@ from crp.commands.errors import CommandError
 from crp.commands.mine import _check_outside, _make_composite
 from crp.commands.processes import _part
 from crp.commands.table import _plain
+from crp.commands.values import split_names
 
 INTERRUPTED = 130
 #: Options, and what `write_report` calls them.
@@ -35,7 +36,7 @@ _OPTIONS = {
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the pages; FOLDER/atlas by default.")
 @click.option("--single-file", is_flag=True, help="One file with all pages and pictures, for small tables.")
-@click.option("--layers", multiple=True, help="A layer to show; may be given again. All by default.")
+@click.option("--layers", multiple=True, callback=split_names, help="Layers to show; all by default.")
 @click.option("--concepts", type=click.IntRange(1), default=8, show_default=True, help="For each class and layer.")
 @click.option("--references", type=click.IntRange(1), default=8, show_default=True, help="Most relevant of a concept.")
 @click.option("--active", type=click.IntRange(0), help="Most active samples of a concept; as --references by default.")

@@ -1,9 +1,13 @@
-"""Values of options in the form ``KEY=VALUE``."""
+"""Values of options, as they are typed."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
+
+import click
 
 
 def read_value(word: str) -> Any:
@@ -12,3 +16,8 @@ def read_value(word: str) -> Any:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(word, word))
     except json.JSONDecodeError:
         return word
+
+
+def split_names(_context: click.Context, _parameter: click.Parameter, words: Iterable[str]) -> tuple[str, ...]:
+    """Names of an option that may be given again, or has several with commas between; those of ``[1,2]`` part none."""
+    return tuple(name.strip() for word in words for name in re.split(r",(?![^\[]*\])", word))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from crp.engine.conditions import Grid, Rows, row_index
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.masks import apply_masks
 from crp.engine.settings import Settings
+from crp.engine.starts import Starts
 from crp.errors import StateError
 from crp.layers.devices import send_to
 from crp.notices import warn
@@ -144,7 +145,7 @@ def _between(root: Tensor, goals: Sequence[Tensor], records: Mapping[str, Tensor
 def send_rows_back(
     passed: ForwardPass,
     rows: Rows,
-    start: Tensor,
+    start: Starts,
     settings: Settings,
     make_masks: MakeMasks,
     backward: Callable[..., None] | None,
@@ -152,7 +153,7 @@ def send_rows_back(
 ) -> dict[str, Tensor]:
     """Send rows back through one forward pass, those with the same conditioned layers together.
 
-    ``start``, of shape (rows, *root shape), begins at the model's output or at the start layer. ``backward`` is
+    ``start`` begins at the model's output or at the start layer. ``backward`` is
     `send_back`, or what overrides it, if masks act while the gradient flows and every row has a column of its own.
     With ``last``, the graph is not needed again.
 
@@ -168,11 +169,11 @@ def send_rows_back(
         layers = [name for name in part.layers(settings.output_name) if name != settings.start]
         if backward is None:
             keep_graph = not last or number < len(groups) - 1
-            begin = start if part is rows else start[group]
+            begin = start if part is rows else start.part(group)
             arrived.append(_by_layer(passed, part, begin, layers, settings, make_masks, keep_graph))
         else:
             conditions = dict(zip(group, part.conditions, strict=True))
-            arrived.append(_in_flow(passed, conditions, start, layers, settings, make_masks, backward))
+            arrived.append(_in_flow(passed, conditions, start.rows(), layers, settings, make_masks, backward))
     of_rows = {}
     for name, output in (_leaves(passed) | passed.layers).items():
         if len(groups) == 1 and name in arrived[0]:
@@ -190,7 +191,7 @@ def send_rows_back(
 def _by_layer(
     passed: ForwardPass,
     rows: Rows,
-    start: Tensor,
+    starts: Starts,
     layers: Sequence[str],
     settings: Settings,
     make_masks: MakeMasks,
@@ -201,22 +202,21 @@ def _by_layer(
     Takes ``layers`` from the output to the input. Returns what arrives at each layer and input, (rows * entries, ...);
     rows that share it are views of the same memory.
     """
-    grid = Grid(passed.columns(rows), len(passed.inputs), start.device)
+    grid = Grid(passed.columns(rows), len(passed.inputs), starts.values.device)
     conditions = dict(enumerate(rows.conditions))
     names_of = _names_by_output(passed)
     recorded: dict[str, Tensor] = {}
     root = passed.output
     if settings.start is not None:
-        start_layer = passed.layers[settings.start]
+        start_layer, start = passed.layers[settings.start], starts.rows()
         recorded.update(dict.fromkeys(names_of[id(start_layer)], grid.scatter(start)))
-        root, start = start_layer, apply_masks(make_masks(conditions, settings.start), start)
-    origin, cotangent = "the start", grid.scatter(start)
-    shared = settings.shared_start
-    if layers and (bool((cotangent == cotangent[:1]).all()) if shared is None else shared):
-        cotangent = cotangent[:1]  # down to the first conditioned layer, all slots are one
+        root, starts = start_layer, Starts.of_each(apply_masks(make_masks(conditions, settings.start), start))
+    origin, (cotangent, key) = "the start", _begin(starts, grid, bool(layers), settings.shared_start)
     for name in layers:
         target = passed.layers[name]
-        seen = flow(root, cotangent, {name: target}, passed.layers) if target.requires_grad else {}
+        below = partial(flow, root, cotangent, {name: target}, passed.layers)
+        seen = passed.arrivals.get(name, key, below, keep_graph) if target.requires_grad else {}
+        key = None  # (what comes next has met a mask)
         if name not in seen:
             raise StateError(_ORDER_MESSAGE.format(origin, name))
         recorded = {**seen, **dict.fromkeys(names_of[id(target)], seen[name]), **recorded}
@@ -228,6 +228,20 @@ def _by_layer(
         name: values.sum(1).expand(grid.n_slots, -1) if name.startswith(SINK) else grid.gather(values)
         for name, values in recorded.items()
     }
+
+
+def _begin(starts: Starts, grid: Grid, masked: bool, shared: bool | None) -> tuple[Tensor, tuple[Hashable, ...] | None]:
+    """Cotangent of (slots, columns, *root shape), and what makes it, where that is known.
+
+    Down to the first layer that is ``masked``, slots that start alike are one.
+    """
+    known = starts.shared(grid) if masked else None
+    if known is not None:
+        return known
+    cotangent = grid.scatter(starts.rows())
+    if shared is None:  # (equal targets may be of any form)
+        shared = masked and bool((cotangent == cotangent[:1]).all())
+    return cotangent[:1] if masked and shared else cotangent, None
 
 
 def _in_flow(

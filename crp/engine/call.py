@@ -30,6 +30,7 @@ from crp.engine.masks import Given, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
 from crp.engine.model_state import changed_weights, weights_of
 from crp.engine.settings import Overrides, Settings
+from crp.engine.starts import Starts, all_positions, distinct
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
@@ -173,7 +174,7 @@ class Call:
             for rows in self.rows.one_by_one(in_flow):
                 passed = of_all or self._forward(model, rows, self.composite, account)
                 _, start, arrived = self._send_back(passed, rows, last=of_all is None)
-                initial = _sum_of_rows(passed.encoding.read(start, passed.value(self.settings.start, rows)))
+                initial = _sum_of_rows(passed.encoding.read(start.rows(), passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
                 inputs.append(torch.stack([_sum_of_rows(r).to(initial) for r in relevances]).sum(0))
@@ -304,27 +305,43 @@ class Call:
         passed = run_channels_last(run, model, inputs) if settings.channels_last and account is None else None
         return passed or run(inputs)
 
-    def _send_back(self, passed: ForwardPass, rows: Rows, last: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _send_back(self, passed: ForwardPass, rows: Rows, last: bool) -> tuple[Tensor, Starts, dict[str, Tensor]]:
         """Prediction of each row, what started there, and what arrived at each input and layer."""
         root = passed.output if self.settings.start is None else passed.layers[self.settings.start]
-        prediction = passed.of_rows(root, rows, copy=not last)
-        start = self._start(prediction, passed, rows) if self.given is None else self.given.start.to(prediction)
+        if self._explains_positions(rows) and len(passed.inputs) == 1:
+            prediction = (root.detach() if last else root.detach().clone()).expand(len(rows), *root.shape[1:])
+        else:
+            prediction = passed.of_rows(root, rows, copy=not last)
+        given = self.given and Starts.of_each(self.given.start.to(prediction))
+        start = given or self._start(prediction, passed, rows)
         backward = (self.overrides.backward or send_back) if self._masks_in_flow() else None
         make_masks: MakeMasks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
         if self.given is not None:
             make_masks = self.given.make_masks
         return prediction, start, send_rows_back(passed, rows, start, self.settings, make_masks, backward, last)
 
-    def _start(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Tensor:
-        """What starts at the root, (rows, *root shape): initial relevance, or that divided by the output."""
-        settings, encoding = self.settings, passed.encoding
+    def _explains_positions(self, rows: Rows) -> bool:
+        """Whether each row explains tokens at a position, so that most of the output is of others."""
+        return self.settings.start is None and all_positions(rows.targets(self.settings.output_name))
+
+    def _start(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Starts:
+        """What starts at the root: initial relevance, or that divided by the output."""
+        settings, own = self.settings, self.overrides.relevance_init is not None
+        if own or settings.start is not None or not isinstance(settings.init_rel, int | float | None):
+            return Starts.of_each(self._start_of_rows(prediction, passed, rows))
+        first, starts = distinct(rows, passed.columns(rows), rows.targets(settings.output_name))
+        return replace(starts, values=self._start_of_rows(prediction[: len(first)], passed, rows.part(first)))
+
+    def _start_of_rows(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Tensor:
+        """The same of each row, (rows, *root shape); of the prediction, only its form counts."""
+        settings, encoding, overridden = self.settings, passed.encoding, self.overrides.relevance_init
         targets = rows.targets(settings.output_name) if settings.start is None else None
         check_targets_exist(targets, prediction, settings.output_name, rows.places)
         lengths = (len(self.rows), self.batch_size or len(self.rows))
         initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
-        overridden = self.overrides.relevance_init
         if initial is None and encoding.starts_from_one and overridden is None:
-            return initial_relevance(torch.ones_like(prediction), targets, None)
+            one = torch.ones_like(prediction) if targets is None else prediction.new_ones(()).expand(prediction.shape)
+            return initial_relevance(one, targets, None)
         if initial is None and encoding.from_one:
             initial = 1.0
         value = passed.value(settings.start, rows)
@@ -339,9 +356,9 @@ class Call:
         relevances_of_inputs = [arrived.pop(input_name(i)) for i in range(len(passed.inputs.explained))]
         keeps = encoding.multiplier and settings.multipliers
 
-        def own(tensor: Tensor) -> Tensor:
-            # What rows share becomes each row's own, so that the caller may write into it.
-            usual = not settings.as_computed and (settings.channels_last or tensor.stride()[:1] == (0,))
+        def own(tensor: Tensor, shared: bool = False) -> Tensor:
+            # What rows share becomes each row's own, so that the caller may write into it; not the output of a text.
+            usual = not (settings.as_computed or shared) and (settings.channels_last or tensor.stride()[:1] == (0,))
             tensor = tensor.contiguous() if usual else tensor
             return tensor.to(settings.on_device) if settings.on_device else tensor
 
@@ -362,7 +379,7 @@ class Call:
             passed.inputs.shaped(heatmaps),
             activations,
             relevances,
-            own(prediction),
+            own(prediction, shared=self._explains_positions(rows)),
             encoding=encoding.name,
             multipliers=multipliers if keeps else None,
             counted=counted if keeps and not encoding.as_multiplier else None,

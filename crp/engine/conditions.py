@@ -210,6 +210,7 @@ class Grid:
         self.n_columns, self.n_slots = n_columns, max(used)
         # Row i in place i needs no moving: paired samples and conditions, or one sample.
         is_identity = place == list(range(self.n_slots * n_columns))
+        self.places = place
         self._index = None if is_identity else send_to(device, torch.tensor(place))
 
     def scatter(self, rows: Tensor) -> Tensor:
@@ -318,6 +319,9 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
         return selection
     classes = _classes_of_rows(target_list)
     chosen = [_target_ids(targets) for targets in target_list] if classes is None else []
+    if chosen and all(ids.size == 0 and elements and all(isinstance(one, Position) for one in elements)
+                      for ids, elements in chosen):  # fmt: skip
+        return _at_positions(selection, [elements for _, elements in chosen])
     whole = not any(elements for _, elements in chosen)
     shape = tuple(prediction.shape)
     kept = np.zeros(shape[:2] + (1,) * (len(shape) - 2) if whole else shape, dtype=bool)
@@ -339,6 +343,16 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     for place, sign in signs.items():
         if sign < 0:
             start[place] = -start[place]
+    return start
+
+
+def _at_positions(selection: Tensor, positions: Sequence[Sequence[Position]]) -> Tensor:
+    """Selection at positions of each row, with their signs, and 0 elsewhere: no mask as large as the output is made."""
+    start = selection.new_zeros(selection.shape)
+    for row, of_row in enumerate(positions):
+        for position in of_row:
+            for at, sign in position.signed():
+                start[row][at] = sign * selection[row][at]
     return start
 
 

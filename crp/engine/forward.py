@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from zennit.core import Composite
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
 from crp.engine.inputs import Inputs
+from crp.engine.starts import Arrivals
 from crp.engine.taps import outputs_meant, tapped
 from crp.errors import InputError, InputTypeError
 from crp.layers import hooked, referencing
@@ -46,6 +47,8 @@ class ForwardPass:
         Sample of each column, as rows name it.
     is_ragged : bool
         Whether outputs of samples differ in shape, as numbers of boxes do; ``output`` is then empty.
+    arrivals : Arrivals
+        What arrived at layers in an earlier backward pass.
     """
 
     inputs: Inputs
@@ -55,6 +58,7 @@ class ForwardPass:
     encoding: Encoding
     samples: tuple[int, ...] = ()
     is_ragged: bool = False
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
     @classmethod
     def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
@@ -64,7 +65,7 @@ class Replayed:
         if key not in self._shapes:
             return self._learn(key, replace(call, rows=rows, shortcut=None).laid_out(), composite)
         shapes = self._shapes[key]
-        if not shapes:
+        if not shapes or math.prod(shapes[None]) > _MOST_STARTED:
             return None
         check_targets_exist(rows.targets(name), torch.empty(shapes[None], device="meta"), name, rows.places)
         given = _given_for(rows, columns, settings, shapes)
@@ -113,6 +114,10 @@ class Replayed:
             of_layers = {layer: activation.shape for layer, activation in results.activations.items()}
             self._shapes[key] = {None: results.prediction.shape} | dict[str | None, torch.Size](of_layers)
         return part
+
+
+#: Entries of what starts in all rows, of which a copy to the device costs less than a replay saves.
+_MOST_STARTED = 1 << 28
 
 
 def _is_replayable(call: Call, composite: Composite) -> bool:

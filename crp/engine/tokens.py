@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +138,39 @@ def input_embeddings(model: nn.Module) -> object:
         return own() if callable(own) else None
     except NotImplementedError:
         return None
+
+
+@contextmanager
+def scored_at(model: nn.Module, positions: Sequence[int]) -> Iterator[list[int]]:
+    """Context in which a language model scores tokens at one position of each text, so that its output has one only.
+
+    The layer that scores must be linear, as it then does so at each position by itself; of 50 257 tokens, it costs more
+    than all others of a small model together. Where the model does not tell the layer, as those of Hugging Face do, or
+    it is another, the output is whole.
+
+    Yields
+    ------
+    list of int
+        An entry for each time that it was done.
+    """
+    own, done, thread = getattr(model, "get_output_embeddings", None), list[int](), get_ident()
+
+    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0] if len(args) == 1 else None
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != len(positions):
+            return None
+        if get_ident() != thread:  # (others may call the same model)
+            return None
+        done.append(len(hidden))
+        return (hidden[list(range(len(hidden))), list(positions)][:, None],)
+
+    layer = own() if callable(own) else None
+    handle = layer.register_forward_pre_hook(narrow) if type(layer) is nn.Linear else None
+    try:
+        yield done
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_YELLOW = (1.0, 0.80, 0.0)
+#: Colour of outlines.
+YELLOW = (1.0, 0.80, 0.0)
 FORMS = ("masked", "heatmap", "overlay", "contour", "crop")
 
 
@@ -59,7 +60,7 @@ def draw_overlay(image: Picture, heatmap: Tensor | Array) -> Image.Image:
 def draw_contour(
     image: Picture,
     heatmaps: Tensor | Array | Sequence[Tensor | Array],
-    colours: Sequence[tuple[float, float, float]] = (_YELLOW,),
+    colours: Sequence[tuple[float, float, float]] = (YELLOW,),
 ) -> Image.Image:
     """Picture with an outline around its relevant parts, outside of which it is dimmed.
 

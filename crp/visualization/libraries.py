@@ -50,6 +50,39 @@ class Logits(nn.Module):
         return scores
 
 
+class _Segmented(Logits):
+    """Segmentation of Hugging Face that gives ``{"out": logits}``, as those of torchvision do."""
+
+    def forward(self, pixels: Tensor) -> Any:
+        """Logits of shape (samples, classes, height, width), mostly coarser than the pictures."""
+        return {"out": super().forward(pixels)}
+
+
+class _Detected(Logits):
+    """Detector of Hugging Face that gives a dict for each sample, as those of torchvision with their logits do."""
+
+    def forward(self, pixels: Tensor) -> Any:
+        """``"boxes"`` (middle and size, as shares of the picture), and ``"logits"`` of all that are looked for.
+
+        A model with one logit more than it has classes weighs them against no object by a softmax; others have a
+        sigmoid for each class.
+        """
+        model: Any = self.model
+        found = model(pixel_values=pixels, return_dict=True)
+        n = int(model.config.num_labels)
+        about = {"exclusive": found.logits.shape[-1] > n, "n_classes": n}
+        pairs = zip(found.pred_boxes, found.logits, strict=True)
+        return [about | {"boxes": boxes, "logits": logits} for boxes, logits in pairs]
+
+
+#: Ends of the names of a model of pictures, the class of transformers that loads it, and how its scores are given.
+_OF_PICTURES: dict[str, tuple[str, type[Logits]]] = {
+    "ForImageClassification": ("AutoModelForImageClassification", Logits),
+    "ForSemanticSegmentation": ("AutoModelForSemanticSegmentation", _Segmented),
+    "ForObjectDetection": ("AutoModelForObjectDetection", _Detected),
+}
+
+
 def find_in_library(name: str, *, pretrained: bool, n_classes: int | None = None) -> Found:
     """Model by ``"timm:name"`` or ``"hf:name"``.
 
@@ -104,19 +137,34 @@ def _of_timm(name: str, pretrained: bool, n_classes: int | None = None) -> Found
 
 def _of_hugging_face(name: str, pretrained: bool) -> Found:
     library: Any = importlib.import_module("transformers")
-    kind = library.AutoModelForImageClassification
     config = library.AutoConfig.from_pretrained(name)
     if (auto := _reads_texts(config)) is not None:
         of_texts = getattr(library, auto)
         model = of_texts.from_pretrained(name) if pretrained else of_texts.from_config(config)
         is_classifier = auto.endswith("SequenceClassification")
         return Found(model, 0, 0, (), (), _names_of(config) if is_classifier else ())
+    task, scored = _task_of(name, config)
+    kind = getattr(library, task)
     model = kind.from_pretrained(name) if pretrained else kind.from_config(config)
     processor = library.AutoImageProcessor.from_pretrained(name)
     crop, size = _side(getattr(processor, "crop_size", None)), _side(processor.size)
     normal = getattr(processor, "do_normalize", True)
     mean, std = (tuple(processor.image_mean), tuple(processor.image_std)) if normal else ((), ())
-    return Found(Logits(model), size, crop or size, mean, std, _names_of(config))
+    # (of segmentation and detection, pictures are not cut)
+    return Found(scored(model), size, (crop or size) if scored is Logits else 0, mean, std, _names_of(config))
+
+
+def _task_of(name: str, config: Any) -> tuple[str, type[Logits]]:
+    """Class of transformers that makes a model of pictures, by what its configuration says it was, and its scores."""
+    known = [str(one) for one in getattr(config, "architectures", None) or ()]
+    for word, task in _OF_PICTURES.items():
+        if not known or any(word in one for one in known):
+            return task
+    raise LoadingError(
+        f"{name} was a {known[0]}, and would have a part with random weights; models of Hugging Face end in "
+        f"{', '.join(_OF_PICTURES)}, ForSequenceClassification, ForCausalLM or LMHeadModel. Others are loaded by a "
+        "function of yours, package.module:factory"
+    )
 
 
 def _reads_texts(config: Any) -> str | None:

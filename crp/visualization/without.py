@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
+from crp.engine.tokens import scored_at
 from crp.layers import modules_of
 from crp.layers.addresses import Address, hooked_at
 
 #: Function of a layer's output, which keeps in one row what is to be switched off.
-Masks = Sequence[Callable[[Tensor], Tensor]]
+_Masks = Sequence[Callable[[Tensor], Tensor]]
 
 
 @torch.no_grad()
-def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: Masks) -> Any:
+def predict_without(
+    attribution: CondAttribution,
+    data: Any,
+    layer: str,
+    masks: _Masks,
+    positions: Sequence[int] | None = None,
+    *,
+    scale: float = 0.0,
+) -> Any:
     """Prediction of each row where a layer's output lacks what the row's mask keeps.
 
     Parameters
@@ -28,40 +37,61 @@ def predict_without(attribution: CondAttribution, data: Any, layer: str, masks: 
     layer : str
     masks : sequence of callable
         One for each row, in which it changes nothing but its own.
+    positions : sequence of int, optional
+        Of a language model, the only position of each row whose scores are wanted.
+    scale : float
+        What a mask keeps is multiplied by this, in place of being left out.
 
     Returns
     -------
-    Tensor of shape (rows, *output shape), or None
+    Tensor of shape (rows, *output shape), or (rows, vocabulary) at positions; or None
         None for one call of several, or a layer that is not called.
     """
     fields = list(data.values()) if isinstance(data, Mapping) else [data]
     if len(masks) > 1 and all(isinstance(field, Tensor) and len(field) == 1 for field in fields):
-        found = _shared(attribution, data, layer, masks)
+        found = _shared(attribution, data, layer, masks, positions, scale)
         if found is not None:
             return found
         data = _copies(data, len(masks))
-    return _predict(attribution, data, layer, masks)
+    return _at(_predict(attribution, data, layer, masks, scale), positions)
 
 
-def _shared(attribution: CondAttribution, data: Any, layer: str, masks: Masks) -> Tensor | None:
+def _at(prediction: Any, positions: Sequence[int] | None) -> Any:
+    """Scores of each row at its position; all of them where there are none."""
+    if positions is None or not isinstance(prediction, Tensor) or prediction.dim() != 3:
+        return prediction
+    return prediction[list(range(len(prediction))), list(positions)]
+
+
+def _shared(
+    attribution: CondAttribution, data: Any, layer: str, masks: _Masks, positions: Sequence[int] | None, scale: float
+) -> Tensor | None:
     """Prediction of all rows of one sample, which part at the layer; None where a model cannot take that.
 
     A model may have counted its rows below the layer, and then fail, or mix them up: so the first row is computed alone
-    as well, and must be the same.
+    as well, with scores of all positions, and must be the same.
     """
     try:
-        found = _predict(attribution, data, layer, masks)
+        own = type(attribution).select_output is not CondAttribution.select_output or attribution.output is not None
+        if positions is None or own:
+            found = _at(_predict(attribution, data, layer, masks, scale), positions)
+        else:
+            with scored_at(attribution.model, positions) as done:
+                found = _predict(attribution, data, layer, masks, scale)
+            found = _at(found, [0] * len(masks) if done else positions)
     except Exception:  # (whatever a model raises; its rows then part at its input, where a true error is raised again)
         return None
     if not isinstance(found, Tensor) or found.shape[:1] != (len(masks),) or not found.is_floating_point():
         return None
-    alone = _predict(attribution, data, layer, masks[:1])
+    alone = _at(_predict(attribution, data, layer, masks[:1], scale), positions and positions[:1])
     close = torch.finfo(found.dtype).eps ** 0.5
+    if found.shape[1:] != alone.shape[1:]:
+        return None
     same = torch.allclose(found[:1], alone, rtol=close, atol=close * float(alone.abs().max()))
     return found if same else None
 
 
-def _predict(attribution: CondAttribution, data: Any, layer: str, masks: Masks) -> Any:
+def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks, scale: float) -> Any:
     modules = modules_of(attribution.model)
     name, is_input, number = Address.of(layer, modules)
     lacking = []
@@ -75,7 +105,7 @@ def _predict(attribution: CondAttribution, data: Any, layer: str, masks: Masks) 
         for mask in masks:
             kept = mask(kept)
         lacking.append(layer)
-        return output - kept
+        return output - (1 - scale) * kept if scale else output - kept
 
     if number is not None or name not in modules:
         return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -49,6 +52,45 @@ def test_words_are_completed():
     asked = {"_CRP_COMPLETE": "bash_complete", "COMP_WORDS": "crp rep", "COMP_CWORD": "1"}
     found = subprocess.run([sys.executable, "-m", "crp"], env=os.environ | asked, capture_output=True, text=True)
     assert found.stdout == "plain,report\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_page_of_commands_says_how_a_shell_learns_to_complete(shell):
+    page = (Path(crp.__file__).parents[1] / "docs/commands.md").read_text(encoding="utf-8")
+    assert f"_CRP_COMPLETE={shell}_source crp" in page
+    asked = os.environ | {"_CRP_COMPLETE": f"{shell}_source"}
+    found = subprocess.run([sys.executable, "-m", "crp"], env=asked, capture_output=True, text=True)
+    assert found.returncode == 0 and f"_CRP_COMPLETE={shell}_complete" in found.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--help"], "Usage: crp"),
+        (["status", "absent"], "Error: Invalid value"),
+        (["--debug", "status", "absent"], "Traceback"),
+    ],
+    ids=["help", "error", "traceback"],
+)
+def test_nothing_is_coloured_in_a_terminal_that_has_no_color(tmp_path, arguments, told):
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    for forced in ("FORCE_COLOR", "PYTHON_COLORS"):
+        environment.pop(forced, None)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "crp", *arguments]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # (a terminal whose other end is closed)
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait(timeout=60) in (0, 1, 2) and told in shown.decode(), shown
+    assert re.findall(rb"\x1b\[[0-9;]*m", shown) == []
 
 
 def test_help_tells_of_the_demo():

@@ -521,6 +521,25 @@ def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> 
     assert crp("mine", *options, "--targets", "prediction", "--overwrite").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [(["0,2"], ["0", "2"]), (["0, 2"], ["0", "2"]), (["[0,2]"], ["0", "2"]), (["2", "0"], ["0", "2"])],
+    ids=["commas", "blanks", "pattern", "again"],
+)
+def test_layers_have_commas_between_them(folder: Path, here: Path, words: list[str], layers: list[str]) -> None:
+    code = (
+        "def two(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), "
+        "nn.Flatten(), nn.Linear(64, 3))\n"
+    )
+    (here / "words.py").write_text(MODULE + code)
+    options = [option for word in words for option in ("--layers", word)]
+    crp("mine", "--model", "words:two", "--data", folder, "--size", "8", *options, "--out", "out", "--quiet")
+    assert list(Table.open("out").layers) == layers
+    result = crp("report", "out", "--out", "pages", "--quiet", "--layers", ",".join(layers))
+    assert result.exit_code == 0, result.output
+    assert all(Path("pages/layer", f"{layer}.html").exists() for layer in layers)
+
+
 def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Path, tmp_path: Path) -> None:
     from torchvision.models import squeezenet1_1
 

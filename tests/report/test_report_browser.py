@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from browser import CONTRAST, find_browser, visit_all
 from feature_net import Images, mined
 from kept_cases import keep_everything
+from PIL import Image
 from zennit.composites import EpsilonPlus
 
+from crp.image.forms import draw_contour
 from crp.visualization.report import Finding, make_tile, write_report
+from crp.visualization.report.maps import encode_maps
+from crp.visualization.report.render import Renderer
 from crp.visualization.table.derived import read_kept
 from crp.visualization.table.store import Table
 
@@ -89,41 +95,50 @@ def test_the_toggle_shows_pictures_in_another_form_and_keeps_it(browser, atlas):
     browser.evaluate("document.getElementById('as-masked').click()")
 
 
-def test_masked_shows_the_relevant_part_and_whitens_the_rest(browser, tmp_path):
-    import numpy as np
-    from PIL import Image
-
-    from crp.visualization.report.maps import encode_maps
-    from crp.visualization.report.render import Renderer
-
+def shot_of_a_tile(browser, folder: Path, form: str, colour: tuple[int, int, int]) -> tuple[np.ndarray, int]:
+    """Pixels of a tile, and its side. Its map speaks for the concept at 16 to 32 of 64, and against it at 40 to 56."""
     relevance = np.zeros((2, 64, 64))
     relevance[1, 16:32, 16:32], relevance[1, 40:56, 40:56] = 1, -1
-    (tmp_path / "m.png").write_bytes(encode_maps(list(relevance), {}))
-    Image.new("RGB", (64, 64), (0, 0, 0)).save(tmp_path / "p.png")
+    (folder / "m.png").write_bytes(encode_maps(list(relevance), {}))
+    Image.new("RGB", (64, 64), colour).save(folder / "p.png")
     tile = {"picture": "p.png", "maps": "m.png", "cell": 1, "cells": 2, "href": "", "crop": (0, 0, 1), "alt": "a"}
-    shown = {
-        "trail": [],
-        "lead": "",
-        "suspects": [{"here": tile, "others": [], "href": "", "label": "", "score": "", "reason": ""}],
-    }
-    shown["suspects"][0] |= {"class_name": "", "class_href": ""}
-    renderer = Renderer(tmp_path, "", False)
+    suspect = {"here": tile, "others": [], "href": "", "label": "", "score": "", "reason": ""}
+    shown = {"trail": [], "lead": "", "suspects": [suspect | {"class_name": "", "class_href": ""}]}
+    renderer = Renderer(folder, "", False)
     renderer.page("index.html", "suspects.html", "x", page=shown)
     renderer.finish()
     browser.resize(1280)
-    browser.open((tmp_path / "index.html").as_uri())
-    box = browser.evaluate(
-        "(({x, y, width}) => [x, y, width])(document.querySelector('.tile').getBoundingClientRect())"
-    )
-    browser.screenshot(tmp_path / "shot.png")
-    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("L")).astype(int)
+    browser.open((folder / "index.html").as_uri())
+    browser.evaluate(f"document.getElementById('as-{form}').click()")
+    place = "(({x, y, width}) => [x, y, width])(document.querySelector('.tile').getBoundingClientRect())"
+    left, top, side = (int(length) for length in browser.evaluate(place))
+    browser.screenshot(folder / "shot.png")
+    browser.evaluate("document.getElementById('as-masked').click()")
+    pixels = np.asarray(Image.open(folder / "shot.png").convert("RGB")).astype(int)
+    return pixels[top : top + side, left : left + side], side
 
-    def at(x: float, y: float) -> int:
-        return int(pixels[int(box[1] + y / 64 * box[2]), int(box[0] + x / 64 * box[2])])
 
-    assert at(24, 24) < 40, "what speaks for the concept is shown"
-    assert at(48, 48) > 220, "what speaks against it is not"
-    assert at(8, 56) > 220, "nor is the rest"
+def test_masked_shows_the_relevant_part_and_whitens_the_rest(browser, tmp_path):
+    pixels, side = shot_of_a_tile(browser, tmp_path, "masked", (0, 0, 0))
+    grey = pixels.mean(-1)
+    assert grey[24 * side // 64, 24 * side // 64] < 40, "what speaks for the concept is shown"
+    assert grey[48 * side // 64, 48 * side // 64] > 220, "what speaks against it is not"
+    assert grey[56 * side // 64, 8 * side // 64] > 220, "nor is the rest"
+
+
+def test_contour_outlines_the_relevant_part_and_dims_the_rest(browser, tmp_path):
+    """As `draw_contour` does, but for the width of a soft edge."""
+    pixels, side = shot_of_a_tile(browser, tmp_path, "contour", (200, 200, 200))
+    relevance = np.zeros((64, 64))
+    relevance[16:32, 16:32], relevance[40:56, 40:56] = 1, -1
+    wanted = np.asarray(draw_contour(torch.full((3, side, side), 200 / 255), relevance)).astype(int)
+    inner = slice(4, side - 4)  # (the tile's corners are round)
+    off = np.abs(pixels - wanted).max(-1)[inner, inner] > 40
+    edge = (wanted[..., 0] - wanted[..., 2] > 100)[inner, inner]
+    near = np.array([np.roll(edge, step, axis) for step in range(-3, 4) for axis in (0, 1)]).any(0)
+    assert edge.any() and not (off & ~near).any()
+    yellow = pixels[..., 0] - pixels[..., 2] > 60
+    assert yellow[:, 24 * side // 64].sum() >= 2 and yellow[24 * side // 64].sum() >= 2
 
 
 def test_search_finds_concepts_classes_and_samples(browser, atlas, fv):

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from report_cases import Parsed
-from text_cases import Letters, model_of, texts_of_ids
-from torch import Tensor, nn
+from text_cases import MARK, Bag, Letters, model_of, texts_of_ids
 
 from crp.attribution import CondAttribution
 from crp.audit import audit_table, clusters, prototypes, save_audit, save_clusters
@@ -31,32 +30,8 @@ from crp.visualization.table.ranking import top_k
 from crp.visualization.text_references import token_ids
 from crp.wording import percent
 
-MARK = 9
 LOWER, UPPER = "transformer.h.0.ln_2", "transformer.h.1.ln_2"
 LAYERS = {LOWER: AxisConcept(-1), UPPER: AxisConcept(-1)}
-
-
-class Bag(nn.Module):
-    """Sum over the tokens of what each adds to four features. Feature 0 is the mark alone, and speaks for class 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4)
-        self.features = nn.ReLU()
-        self.pooled = nn.Identity()
-        self.out = nn.Linear(4, 3, bias=False)
-        with torch.no_grad():
-            self.embed.weight.copy_(torch.rand(11, 4, generator=torch.Generator().manual_seed(0)))
-            self.embed.weight[:, 0] = 0
-            self.embed.weight[MARK] = torch.tensor([3.0, 0, 0, 0])
-            self.out.weight.copy_(torch.tensor([[1.0, 0.3, 0.3, 0.3], [0, 1, 0.2, 0.5], [0, 0.2, 1, 0.5]]))
-        self.double().eval()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        found = self.features(self.embed(input_ids))
-        kept = found if attention_mask is None else found * attention_mask[..., None]
-        result: Tensor = self.out(self.pooled(kept.sum(1)))
-        return result
 
 
 def marked_texts(n: int = 60) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
-from crp.concepts import ChannelConcept
+from crp.concepts import AxisConcept, ChannelConcept
 from crp.visualization.without import predict_without
 
 
@@ -93,3 +93,65 @@ def test_an_error_of_the_model_is_raised():
     sample = torch.randn(1, 2, 5, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="of the model's own"):
         predict_without(CondAttribution(Failing()), sample, "layer", masks)
+
+
+class Language(nn.Module):
+    """Scores of 40 tokens at each of 6 positions, by a linear layer that the model tells, as those of Hugging Face."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(2, 3), nn.Linear(3, 40)
+        self.scored: list[int] = []
+        self.double().eval()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.head(self.layer(x).tanh().cumsum(1))
+        self.scored.append(scores.shape[0] * scores.shape[1])
+        return self.after(scores)
+
+    def after(self, scores: Tensor) -> Tensor:
+        return scores
+
+
+class Unknown(Language):
+    get_output_embeddings = None  # type: ignore[assignment]
+
+
+class Centred(Language):
+    """Its scores at one position depend on those at all."""
+
+    def after(self, scores: Tensor) -> Tensor:
+        return scores - scores.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scored"),
+    [(Language, 3 + 6), (Unknown, 18 + 6), (Centred, 3 + 6 + 18)],
+    ids=["at one position", "no layer is told", "positions depend on each other"],
+)
+@pytest.mark.parametrize("positions", [[-1, -1, -1], [2, 5, 0]], ids=str)
+def test_scores_at_one_position(kind, scored, positions):
+    net, text = kind(), torch.randn(1, 6, 2, dtype=torch.float64)
+    concept = AxisConcept(-1)
+    masks = [concept.mask(row, [row], "layer") for row in range(3)]
+    attribution = CondAttribution(net)
+    expected = predict_without(attribution, text, "layer", masks)[range(3), positions]
+    net.scored.clear()
+    found = predict_without(attribution, text, "layer", masks, positions)
+    assert found.shape == (3, 40) and sum(net.scored) == scored
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(predict_without(attribution, text, "layer", masks[:1], positions[:1]), expected[:1])
+    assert not net.head._forward_pre_hooks
+
+
+def test_an_output_of_ones_own_is_whole():
+    net, text = Language(), torch.randn(1, 6, 2, dtype=torch.float64)
+    masks = [AxisConcept(-1).mask(row, [row], "layer") for row in range(3)]
+    own = CondAttribution(net, output=lambda scores: scores.flip(1))
+    found = predict_without(own, text, "layer", masks, [0, 0, 0])
+    expected = predict_without(CondAttribution(net), text, "layer", masks, [-1, -1, -1])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

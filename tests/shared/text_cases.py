@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformer_families import built
+
+#: Token that a feature of `Bag` reads.
+MARK = 9
 
 
 class Letters:
@@ -48,3 +51,26 @@ def model_of(name: str) -> nn.Module:
     model, _ = built(name)
     inner: nn.Module = model.model
     return inner
+
+
+class Bag(nn.Module):
+    """Sum over the tokens of what each adds to four features. Feature 0 is the mark alone, and speaks for class 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.features = nn.ReLU()
+        self.pooled = nn.Identity()
+        self.out = nn.Linear(4, 3, bias=False)
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.rand(11, 4, generator=torch.Generator().manual_seed(0)))
+            self.embed.weight[:, 0] = 0
+            self.embed.weight[MARK] = torch.tensor([3.0, 0, 0, 0])
+            self.out.weight.copy_(torch.tensor([[1.0, 0.3, 0.3, 0.3], [0, 1, 0.2, 0.5], [0, 0.2, 1, 0.5]]))
+        self.double().eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found = self.features(self.embed(input_ids))
+        kept = found if attention_mask is None else found * attention_mask[..., None]
+        result: Tensor = self.out(self.pooled(kept.sum(1)))
+        return result

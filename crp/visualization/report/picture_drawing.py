@@ -16,7 +16,6 @@ from torch import Tensor
 from crp.concepts import mask_of
 from crp.concepts.reading import code_of
 from crp.image.colours import as_picture
-from crp.types import AttributionResults
 from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row, scores, top_classes
 from crp.visualization.report.maps import as_steps, crop_of, encode_maps, encode_steps, read_facts, shrunk, square_map
@@ -259,9 +258,7 @@ class PictureDrawer(Drawer):
             some = rows[start : start + size]
             yield self._about(some, part, data if len(data) == 1 else data[start : start + size], below)
 
-    def _about(
-        self, rows: Sequence[Row], result: AttributionResults, data: Tensor, below: str | None
-    ) -> list[tuple[Array, Drawn]]:
+    def _about(self, rows: Sequence[Row], result: Any, data: Tensor, below: str | None) -> list[tuple[Array, Drawn]]:
         """What is shown of some rows of one layer: their heatmaps, small, and what is known of them."""
         layer, targets = rows[0].layer, [row.target for row in rows]
         heatmaps = result.heatmap.detach().cpu().double()

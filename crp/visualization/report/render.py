@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from crp.image.colours import AGAINST, FOR, POWER
+from crp.image.forms import YELLOW
 from crp.image.texts import OPACITY
 from crp.visualization.report.addresses import relative
 from crp.visualization.table.files import write_atomic
@@ -54,6 +55,7 @@ class Renderer:
             lstrip_blocks=True,
         )
         self._environment.filters["percent"] = percent
+        self._environment.globals["outline"] = _hex(YELLOW)
         colours = [_hex(AGAINST), "#ffffff", _hex(FOR)]
         self._environment.globals |= {"pictures": pictures, "tones": _tones()}
         self._environment.globals["colours"] = list(zip((0, 0.5, 1), colours, strict=True))

@@ -172,9 +172,9 @@ class TextDrawer(Drawer):
             here = [i for i, row in enumerate(rows) if row.layer == layer]
             mask = mask_of(self.fv.layer_map[layer])
             masks = [mask(i, [rows[number].concept], layer) for i, number in enumerate(here)]
-            prediction = predict_without(self.fv.attribution, asked.data, layer, masks)
-            if prediction is not None:
-                said = _at(prediction, [places[rows[i].sample] for i in here])
+            at = [place for i in here if (place := places[rows[i].sample]) is not None] or None
+            said = predict_without(self.fv.attribution, asked.data, layer, masks, at)
+            if said is not None:
                 found |= dict(zip(here, scores(said, [rows[i].target for i in here])[0], strict=True))
         return found
 
