@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from crp.checks import check_number
 from crp.demo.data import Digits
 from crp.demo.net import DigitNet
 from crp.errors import InputError
@@ -80,8 +81,7 @@ def train(
     """
     check_flags(verbose=verbose)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+        check_number(name, value, 1, whole=True)
     settings = {"data": _digest([data.images, data.labels]), "epochs": epochs, "seed": seed, "batch_size": batch_size}
     path = None if checkpoint is None else Path(checkpoint)
     with torch.random.fork_rng(devices=[]):

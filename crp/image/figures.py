@@ -224,7 +224,7 @@ def plot_grid(
         Shown only in an interactive session with a window or a notebook.
     """
     check_flags(symmetric=symmetric, padding=padding)
-    if not (cmap_dim is None or (isinstance(cmap_dim, int) and cmap_dim >= 0)):
+    if not (cmap_dim is None or (type(cmap_dim) is int and cmap_dim >= 0)):
         raise InputError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
     if not ref_c:
         raise InputError("'ref_c' is empty: there is nothing to plot")

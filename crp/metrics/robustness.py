@@ -43,9 +43,9 @@ def translations(sample: Tensor, offsets: Sequence[int], axis: int = -1, fill: f
             [1., 2., 3.],
             [0., 0., 1.]])
     """
-    if not isinstance(sample, Tensor) or not isinstance(axis, int) or not -sample.dim() <= axis < sample.dim():
+    if not isinstance(sample, Tensor) or type(axis) is not int or not -sample.dim() <= axis < sample.dim():
         raise InputError(f"a sample must be a tensor with the axis {axis!r}, not {sample!r:.60}")
-    if not isinstance(offsets, Sequence) or not offsets or not all(isinstance(one, int) for one in offsets):
+    if not isinstance(offsets, Sequence) or not offsets or not all(type(one) is int for one in offsets):
         raise InputError(f"offsets must be whole numbers, and at least one, not {offsets!r:.60}")
     check_number("fill", fill)
     size = sample.shape[axis]

@@ -136,9 +136,8 @@ def histogram(
     Histogram
     """
     check_flags(density=density)
-    if isinstance(bins, int):
-        if bins < 1:
-            raise InputError(f"bins must be at least 1, not {bins}")
+    if not isinstance(bins, Sequence | np.ndarray):
+        check_number("bins", bins, 1, whole=True)
         ends = [(block.value.min(), block.value.max()) for block in rows.blocks(table, concept)]
         extent = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
         edges = np.histogram_bin_edges(np.array(extent), bins)

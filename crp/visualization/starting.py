@@ -13,7 +13,8 @@ from crp.attribution import CondAttribution
 from crp.concepts import Concept, mask_of
 from crp.engine.encoding import Encoding
 from crp.engine.masks import apply_masks
-from crp.types import MaskFn
+
+_Mask = Callable[[Tensor], Tensor]
 
 
 def starts_from_one(attribution: CondAttribution, composite: Composite | None) -> bool:
@@ -23,7 +24,7 @@ def starts_from_one(attribution: CondAttribution, composite: Composite | None) -
     )
 
 
-def starting_masks(layer_map: Mapping[str, Concept]) -> dict[str, Callable[..., MaskFn]]:
+def starting_masks(layer_map: Mapping[str, Concept]) -> dict[str, Callable[..., _Mask]]:
     """Masks of a layer each, after which a concept that is given as ``(id,)`` starts there with its own activation.
 
     One that is given as ``[id]`` has what arrives at it, as usual. So conditions of both kinds, and of several layers,
@@ -31,8 +32,8 @@ def starting_masks(layer_map: Mapping[str, Concept]) -> dict[str, Callable[..., 
     whatever arrives at the layer is replaced by 1.
     """
 
-    def of_layer(make: Callable[..., MaskFn]) -> Callable[..., MaskFn]:
-        def mask(row: int, ids: Sequence[Any], layer: str) -> MaskFn:
+    def of_layer(make: Callable[..., _Mask]) -> Callable[..., _Mask]:
+        def mask(row: int, ids: Sequence[Any], layer: str) -> _Mask:
             return _Starting((row,) if isinstance(ids, tuple) else (), (make(row, list(ids), layer),))
 
         return mask
@@ -45,7 +46,7 @@ class _Starting:
     """Masks of some rows, in some of which a concept starts."""
 
     rows: tuple[int, ...]
-    masks: tuple[MaskFn, ...]
+    masks: tuple[_Mask, ...]
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Masked gradient, which is changed in place where rows start."""

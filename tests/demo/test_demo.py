@@ -225,7 +225,7 @@ def test_damaged_checkpoint(few, tmp_path):
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size"])
 def test_settings_must_be_positive(few, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, not 0"):
         train(few, **{name: 0})
 
 

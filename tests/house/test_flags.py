@@ -17,8 +17,11 @@ from crp import rules
 from crp.attribution import CondAttribution
 from crp.attributors.explaining import explain, methods
 from crp.composites import get, names
+from crp.demo import train
 from crp.flags import check_flags
-from crp.image import imgify
+from crp.image import imgify, plot_grid
+from crp.metrics import translations
+from crp.visualization.analysis import histogram
 from crp.visualization.mining.job import MiningOptions
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.table.question import Question
@@ -172,3 +175,20 @@ def test_relevance_does_not_start_with_true():
     for start in (True, lambda _: True):
         with pytest.raises(TypeError, match=r"^init_rel (must be|is) a .*\bbool\b"):
             attribution(torch.ones(1, 2), [{"y": 0}], init_rel=start)
+
+
+@pytest.mark.parametrize(
+    ("call_it", "message"),
+    [
+        (lambda: train(object(), epochs=True), "epochs must be a whole number"),
+        (lambda: train(object(), batch_size=True), "batch_size must be a whole number"),
+        (lambda: translations(torch.zeros(2, 2), [True]), "offsets must be whole numbers"),
+        (lambda: translations(torch.zeros(2, 2), [1], axis=True), "a sample must be a tensor with the axis True"),
+        (lambda: plot_grid({0: [np.zeros((2, 2))]}, True), "'cmap_dim' must be 0, 1 or None, got True"),
+        (lambda: histogram(object(), object(), 0, True), "bins must be a whole number of at least 1, not True"),
+    ],
+    ids=["epochs", "batch size", "offsets", "axis", "cmap_dim", "bins"],
+)
+def test_no_count_is_true(call_it, message):
+    with pytest.raises(ValueError, match=message):
+        call_it()

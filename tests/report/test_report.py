@@ -18,8 +18,17 @@ from torch import nn
 from torchvision.ops import Permute
 from zennit.composites import EpsilonPlus
 
+from crp.composites import EpsilonPlus as OwnEpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
-from crp.visualization.report import Finding, drawing, make_tile, picture_drawing, unfinished, write_report
+from crp.visualization.report import (
+    Finding,
+    drawing,
+    make_tile,
+    picture_drawing,
+    picture_rows,
+    unfinished,
+    write_report,
+)
 from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
@@ -225,7 +234,7 @@ def test_no_picture_is_stored_twice_and_all_files_are_used(fv, atlas):
 
 def test_a_second_report_draws_nothing_and_changes_nothing(fv, atlas, monkeypatch):
     before = files(atlas)
-    monkeypatch.setattr(picture_drawing.PictureDrawer, "_draw", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(picture_rows.PictureRows, "draw", lambda *_: pytest.fail("drawn again"))
     report(fv, atlas)
     assert files(atlas) == before
 
@@ -246,35 +255,40 @@ def assert_same_maps(folder, other):
             )
 
 
-def test_rows_of_a_sample_share_a_forward_pass_and_are_drawn_the_same(fv, tmp_path, monkeypatch):
+@pytest.mark.parametrize("composite", [EpsilonPlus, OwnEpsilonPlus, None], ids=["zennit", "own", "gradient"])
+@pytest.mark.parametrize("large", [False, True], ids=["of-a-layer", "of-all-layers"])
+def test_rows_of_a_sample_share_a_forward_pass_and_are_drawn_the_same(fv, tmp_path, monkeypatch, composite, large):
     n_passed = {}
     for name, sharing in (("paired", 10**9), ("shared", 2)):
-        monkeypatch.setattr(picture_drawing, "_SHARING_OF_SMALL", sharing)
+        monkeypatch.setattr(picture_rows, "SMALL", 1 if large and name == "shared" else 64)
+        monkeypatch.setattr(picture_rows, "_SHARING_OF_SMALL", sharing)
         passed = []  # (samples in each pass that relevance is sent back through)
         hook = fv.attribution.model.register_forward_hook(
             lambda _module, data, _output, passed=passed: passed.extend([0] * len(data[0]) * torch.is_grad_enabled())
         )
-        report(fv, tmp_path / name)
+        report(fv, tmp_path / name, composite=composite and composite())
         hook.remove()
         n_passed[name] = len(passed)
     assert n_passed["shared"] < 0.7 * n_passed["paired"]
+    if large and composite is OwnEpsilonPlus:  # (one pass for each sample, and those of classes and pages of samples)
+        assert n_passed["shared"] < 0.4 * n_passed["paired"]
     assert_same_maps(tmp_path / "paired", tmp_path / "shared")
 
 
 def interrupt(fv, folder, monkeypatch, n_parts):
     """Write a report that is interrupted after so many parts of heatmaps; the rows that were drawn."""
-    draw, left, drawn = picture_drawing.PictureDrawer._draw, [n_parts], []
+    draw, left, drawn = picture_rows.PictureRows.draw, [n_parts], []
 
-    def fail_later(self, rows):
-        for part in draw(self, rows):
+    def fail_later(self, places):
+        for some, part in draw(self, places):
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-            drawn.extend(rows)
-            yield part
+            drawn.extend(place.row for place in some)
+            yield some, part
 
     with monkeypatch.context() as context:
-        context.setattr(picture_drawing.PictureDrawer, "_draw", fail_later)
+        context.setattr(picture_rows.PictureRows, "draw", fail_later)
         with pytest.raises(KeyboardInterrupt):
             report(fv, folder)
     return drawn
@@ -282,10 +296,12 @@ def interrupt(fv, folder, monkeypatch, n_parts):
 
 def go_on(fv, folder, monkeypatch):
     """Write a report; the rows that were drawn."""
-    draw, drawn = picture_drawing.PictureDrawer._draw, []
+    draw, drawn = picture_rows.PictureRows.draw, []
     with monkeypatch.context() as context:
         context.setattr(
-            picture_drawing.PictureDrawer, "_draw", lambda self, rows: drawn.extend(rows) or draw(self, rows)
+            picture_rows.PictureRows,
+            "draw",
+            lambda self, places: drawn.extend(place.row for place in places) or draw(self, places),
         )
         report(fv, folder)
     return drawn

@@ -39,5 +39,5 @@ class Parsed(HTMLParser):
 
 
 def report(fv, folder: Path, **keywords) -> Path:
-    keywords = {"n_references": 3, "class_names": NAMES, "verbose": False} | keywords
-    return write_report(fv, EpsilonPlus(), folder, **keywords).parent
+    keywords = {"composite": EpsilonPlus(), "n_references": 3, "class_names": NAMES, "verbose": False} | keywords
+    return write_report(fv, path=folder, **keywords).parent

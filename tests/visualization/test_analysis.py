@@ -148,7 +148,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="k must be a whole number of at least 1, not 0"):
             wrong()
-    with pytest.raises(ValueError, match="bins must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="bins must be a whole number of at least 1, not 0"):
         histogram(table, RowSelection("a"), 1, 0)
     with pytest.raises(ValueError, match="kind must be 'cosine' or 'correlation', not 'dot'"):
         similarity(table, RowSelection("a"), "dot")  # type: ignore[arg-type]

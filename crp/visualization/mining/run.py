@@ -102,7 +102,7 @@ def mine(
     job = prepare(attribution, dataset, layer_map, composite, path, **options)
     n = job.header.n_samples
     stop = n if stop is None else stop
-    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= n):
+    if not (type(start) is int and type(stop) is int and 0 <= start < stop <= n):
         raise InputError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
     if part is None:
         return _mine_all(job, start, stop, client)

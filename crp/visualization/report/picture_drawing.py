@@ -6,46 +6,31 @@ import io
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from crp.concepts import mask_of
 from crp.concepts.reading import code_of
 from crp.image.colours import as_picture
 from crp.visualization.report.addresses import HEATMAPS, Addresses
-from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row, scores, top_classes
-from crp.visualization.report.maps import as_steps, crop_of, encode_maps, encode_steps, read_facts, shrunk, square_map
-from crp.visualization.report.options import check_image
+from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row
+from crp.visualization.report.maps import as_steps, encode_maps, encode_steps, read_facts, square_map
+from crp.visualization.report.picture_rows import SMALL, PictureRows, Place
 from crp.visualization.report.suspects import Suspect, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.report.unfinished import Cell, Unfinished
-from crp.visualization.table.manifest import Array
 from crp.visualization.table.store import Table
-from crp.visualization.without import predict_without
 
 #: Samples that are kept in memory.
 _KEPT = 256
-#: Rows of a sample from which on they share a forward pass of its own. (A batch of small pictures is one fast call.)
-_SHARING, _SHARING_OF_SMALL = 4, 16
-#: Files of a layer are drawn together until samples have so many rows each, on average, or so many rows are there, of
-#: 4 KB each. (Files of samples share nothing.)
+#: Files are drawn together until samples have so many rows each, on average, or so many rows are there, of 4 KB each.
+#: (Files of samples share nothing.)
 _SHARED_BY, _MOST, _MOST_OF_SAMPLES = 64, 1 << 16, 1 << 10
-#: Side up to which pictures are stored without loss.
-_SMALL = 64
 #: What files of heatmaps hold; those of another version are drawn again.
 _VERSION = 2
-
-
-class _Place(NamedTuple):
-    """Row in a place of one of several files."""
-
-    number: int
-    place: int
-    row: Row
 
 
 class PictureDrawer(Drawer):
@@ -90,7 +75,7 @@ class PictureDrawer(Drawer):
             yield from self._draw_together(together)
 
     def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
-        """Draw some jobs; rows of one layer are attributed together, whosever they are."""
+        """Draw some jobs; rows of a sample are computed together, whosever they are."""
         found: list[dict[int, Cell]] = [{} for _ in jobs]
         # (files of samples are few at a time, and need their heatmaps as numbers)
         with Unfinished(self.folder / HEATMAPS, jobs if jobs[0].rows[0].layer else []) as unfinished:
@@ -98,42 +83,18 @@ class PictureDrawer(Drawer):
                 found[number][place] = cell
             places = []
             for number, job in enumerate(jobs):
-                places += [_Place(number, i, row) for i, row in enumerate(job.rows) if i not in found[number]]
+                places += [Place(number, i, row) for i, row in enumerate(job.rows) if i not in found[number]]
                 yield len(found[number])
                 self._write_if_complete(job, found[number])
-            places.sort(key=lambda one: (one.row.layer or "", one.row.target < 0, one.row.sample))
-            for _, alike in groupby(places, key=lambda one: (one.row.layer, one.row.target < 0)):
-                for some, drawn in self._draw_layer(list(alike)):
-                    for (number, place, _), (shares, facts) in zip(some, drawn, strict=True):
-                        job = jobs[number]
-                        is_sample, size = job.rows[0].layer is None, self.options.map_size
-                        values = shares if is_sample else as_steps(square_map(shares, size))
-                        found[number][place] = Cell(values, facts)
-                        unfinished.add(number, place, found[number][place])
-                        self._write_if_complete(job, found[number])
-                    yield len(some)
-
-    def _draw_layer(self, places: Sequence[_Place]) -> Iterator[tuple[list[_Place], list[tuple[Array, Drawn]]]]:
-        """Draw rows of one layer: many of one sample by one forward pass, others with those of samples of one shape.
-
-        Takes them by sample, and gives them in parts.
-        """
-        size, others = self.options.batch_size, dict[tuple[int, ...], list[_Place]]()
-        for sample, alike in groupby(places, key=lambda one: one.row.sample):
-            some, shape = list(alike), tuple(self.data(sample).shape)
-            if len(some) >= (_SHARING if max(shape[-2:]) > _SMALL else _SHARING_OF_SMALL):
-                drawn = self._draw([place.row for place in some])
-                for start, part in zip(range(0, len(some), size), drawn, strict=True):
-                    yield some[start : start + size], part
-                continue
-            waiting = others.setdefault(shape, [])
-            waiting += some
-            if len(waiting) >= size:
-                now, others[shape] = waiting[:size], waiting[size:]
-                yield from ((now, part) for part in self._draw([place.row for place in now]))
-        for waiting in others.values():
-            if waiting:
-                yield from ((waiting, part) for part in self._draw([place.row for place in waiting]))
+            for some, drawn in PictureRows(self, self.data).draw(places):
+                for (number, place, _), (shares, facts) in zip(some, drawn, strict=True):
+                    job = jobs[number]
+                    is_sample, size = job.rows[0].layer is None, self.options.map_size
+                    values = shares if is_sample else as_steps(square_map(shares, size))
+                    found[number][place] = Cell(values, facts)
+                    unfinished.add(number, place, found[number][place])
+                    self._write_if_complete(job, found[number])
+                yield len(some)
 
     def draw_mean(self, target: int, samples: Sequence[int]) -> None:
         """Draw the mean of a class: of the images, and of the heatmaps, which all have the same weight."""
@@ -198,7 +159,7 @@ class PictureDrawer(Drawer):
     @property
     def pixelated(self) -> bool:
         """Whether pictures are smaller than on the screen."""
-        return self._smallest_side <= _SMALL
+        return self._smallest_side <= SMALL
 
     def find_suspects(self, table: Table, targets: Sequence[int]) -> list[Suspect]:
         """Concepts whose relevance stays in one place."""
@@ -230,65 +191,6 @@ class PictureDrawer(Drawer):
         shapes = {layer: code_of(self.fv.layer_map[layer], values).shape[2:] for layer, values in found.items()}
         return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
 
-    def _draw(self, rows: Sequence[Row]) -> Iterator[list[tuple[Array, Drawn]]]:
-        """Draw rows of one layer, in parts: of one sample, by one forward pass; of several, ``batch_size`` at most."""
-        attribution, output = self.fv.attribution, self.fv.attribution.MODEL_OUTPUT_NAME
-        layer, size = rows[0].layer, self.options.batch_size
-        started = rows[0].target >= 0
-        conditions: list[dict[str, Any]] = []
-        for row in rows:
-            condition: dict[str, Any] = {output: [row.target]} if started else {}
-            conditions.append(condition if layer is None else {**condition, layer: [row.concept]})
-        below = self.below_of(layer)
-        samples = [row.sample for row in rows]
-        stacked = torch.stack([self.data(sample) for sample in (samples if len(set(samples)) > 1 else samples[:1])])
-        data = self.fv.preprocess_data(stacked.to(self.fv.device)).detach()
-        parts = attribution.generate(
-            data,
-            conditions,
-            self.composite,
-            record_layer=[] if below is None else [below],
-            mask_map=mask_of(self.fv.layer_map[layer]) if layer else mask_of(next(iter(self.fv.layer_map.values()))),
-            start_layer=None if started or layer is None else layer,
-            batch_size=size,
-            exclude_parallel=started,
-            verbose=False,
-        )
-        for start, part in zip(range(0, len(rows), size), parts, strict=True):
-            some = rows[start : start + size]
-            yield self._about(some, part, data if len(data) == 1 else data[start : start + size], below)
-
-    def _about(self, rows: Sequence[Row], result: Any, data: Tensor, below: str | None) -> list[tuple[Array, Drawn]]:
-        """What is shown of some rows of one layer: their heatmaps, small, and what is known of them."""
-        layer, targets = rows[0].layer, [row.target for row in rows]
-        heatmaps = result.heatmap.detach().cpu().double()
-        for row, heatmap in zip(rows, heatmaps, strict=True):
-            check_image(self.data(row.sample), heatmap)
-        lower = [] if below is None else self.shares(result.relevances[below], below)
-        before, predicted = scores(result.prediction, targets)
-        if not self.exclusive:
-            before = [None] * len(rows)
-        after: list[float | None] = [None] * len(rows)
-        if layer is not None and targets[0] >= 0 and self.exclusive:
-            after = self._without(data, rows, layer)
-        drawn = []
-        for i, heatmap in enumerate(heatmaps.numpy()):
-            facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
-            if layer is None and self.exclusive:
-                facts = facts._replace(top=top_classes(result.prediction, i))
-            shares = heatmap / (np.abs(heatmap).sum() or 1.0)
-            drawn.append((shrunk(shares, self.options.map_size), facts))
-        return drawn
-
-    def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
-        """Scores of the targets when each row's concept is switched off."""
-        mask = mask_of(self.fv.layer_map[layer])
-        masks = [mask(i, [row.concept], layer) for i, row in enumerate(rows)]
-        prediction = predict_without(self.fv.attribution, data, layer, masks)
-        if prediction is None:
-            return [None] * len(rows)
-        return scores(prediction, [row.target for row in rows])[0]
-
     def _keep(self, job: HeatmapFile, facts: Mapping[str, Any]) -> None:
         """Remember the picture that a file of heatmaps names: that of its sample, or of a class."""
         self.used.add(facts["picture"])
@@ -319,15 +221,15 @@ class PictureDrawer(Drawer):
 
 
 def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
-    """Neighbours of one layer, so many that each sample has many rows, or that they fill much memory."""
-    for layer, alike in groupby(jobs, key=lambda job: job.rows[0].layer):
+    """Neighbours, so many that each sample has many rows, or that they fill much memory; those of samples apart."""
+    for is_sample, alike in groupby(jobs, key=lambda job: job.rows[0].layer is None):
         group: list[HeatmapFile] = []
         n_rows, samples = 0, set[int]()
         for job in alike:
             group.append(job)
             n_rows += len(job.rows)
             samples |= {row.sample for row in job.rows}
-            if n_rows >= (_MOST if layer else _MOST_OF_SAMPLES) or n_rows >= _SHARED_BY * len(samples):
+            if n_rows >= (_MOST_OF_SAMPLES if is_sample else _MOST) or n_rows >= _SHARED_BY * len(samples):
                 yield group
                 group, n_rows, samples = [], 0, set()
         if group:
@@ -343,7 +245,7 @@ def picture_file(sample: Tensor, size: int) -> tuple[bytes, str]:
     if (grey == grey[..., :1]).all():
         picture = picture.convert("L")
     buffer = io.BytesIO()
-    if max(picture.size) <= _SMALL:
+    if max(picture.size) <= SMALL:
         picture.save(buffer, "PNG")
         return buffer.getvalue(), "png"
     picture.convert("RGB").save(buffer, "WEBP", quality=82, method=4)

@@ -1,0 +1,188 @@
+"""Heatmaps of pictures, computed so that what rows have in common is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crp.concepts import mask_of
+from crp.visualization.report.drawing import Drawer, Drawn, Row, scores, top_classes
+from crp.visualization.report.maps import crop_of, shrunk
+from crp.visualization.report.options import check_image
+from crp.visualization.starting import starting_masks, starts_from_one
+from crp.visualization.table.manifest import Array
+from crp.visualization.without import predict_without
+
+#: Rows of a sample from which on they share a forward pass of its own.
+_SHARING = 4
+#: The same of small pictures, and of one layer, as a batch of them is one fast call.
+_SHARING_OF_SMALL = 16
+#: Side up to which pictures are small.
+SMALL = 64
+
+_Heatmap = tuple[Array, Drawn]
+
+
+class Place(NamedTuple):
+    """Row in a place of one of several files."""
+
+    number: int
+    place: int
+    row: Row
+
+
+class PictureRows:
+    """What computes rows of pictures.
+
+    Parameters
+    ----------
+    drawer : Drawer
+    data : callable
+        Picture of a sample, (channels, height, width).
+    """
+
+    def __init__(self, drawer: Drawer, data: Callable[[int], Tensor]) -> None:
+        self._drawer, self._data = drawer, data
+        self._attribution, self._size = drawer.fv.attribution, drawer.options.batch_size
+        self._order = {layer: number for number, layer in enumerate([None, *drawer.layers])}
+        self._starts = starts_from_one(self._attribution, drawer.composite)
+
+    def draw(self, places: Sequence[Place]) -> Iterator[tuple[list[Place], list[_Heatmap]]]:
+        """Compute rows, and give them in parts; those of a sample share its forward pass, where they are several."""
+        others: dict[Any, list[Place]] = {}
+        ordered = sorted(places, key=lambda one: (one.row.sample, self._order[one.row.layer], one.row.target < 0))
+        for sample, of_sample in groupby(ordered, key=lambda one: one.row.sample):
+            shape = tuple(self._data(sample).shape)
+            is_small = max(shape[-2:]) <= SMALL
+            several: list[Place] = []
+            for kind, alike in groupby(of_sample, key=lambda one: (one.row.layer, one.row.target < 0)):
+                some = list(alike)
+                if len(some) >= (_SHARING_OF_SMALL if is_small else self._size):
+                    yield from self._in_parts(some, self._of_layer)
+                elif is_small or (kind[1] and not self._starts):
+                    others.setdefault((*kind, shape), []).extend(some)
+                else:
+                    several += some
+            if len(several) >= _SHARING:
+                yield from self._in_parts(several, self._of_sample)
+            else:
+                for place in several:
+                    others.setdefault((place.row.layer, place.row.target < 0, shape), []).append(place)
+            for waiting in others.values():
+                while len(waiting) >= self._size:
+                    yield from self._in_parts(waiting[: self._size], self._of_layer)
+                    del waiting[: self._size]
+        for waiting in others.values():
+            if waiting:
+                yield from self._in_parts(waiting, self._of_layer)
+
+    def _in_parts(
+        self, places: Sequence[Place], compute: Callable[[Sequence[Row]], Iterator[list[_Heatmap]]]
+    ) -> Iterator[tuple[list[Place], list[_Heatmap]]]:
+        parts = compute([place.row for place in places])
+        for start, part in zip(range(0, len(places), self._size), parts, strict=True):
+            yield list(places[start : start + self._size]), part
+
+    def _of_layer(self, rows: Sequence[Row]) -> Iterator[list[_Heatmap]]:
+        """Rows of one layer: of one sample, by one forward pass; or of several, which are one part."""
+        layer, started = rows[0].layer, rows[0].target >= 0
+        below, masks = self._drawer.below_of(layer), self._drawer.fv.layer_map
+        conditions = [self._condition(row, started) for row in rows]
+        samples = [row.sample for row in rows]
+        data = self._prepared(samples if len(set(samples)) > 1 else samples[:1])
+        parts = self._attribution.generate(
+            data,
+            conditions,
+            self._drawer.composite,
+            record_layer=[] if below is None else [below],
+            mask_map=mask_of(masks[layer] if layer else next(iter(masks.values()))),
+            start_layer=None if started or layer is None else layer,
+            batch_size=self._size,
+            exclude_parallel=started,
+            verbose=False,
+        )
+        for start, part in zip(range(0, len(rows), self._size), parts, strict=True):
+            yield self._about(rows[start : start + self._size], part, data)
+
+    def _of_sample(self, rows: Sequence[Row]) -> Iterator[list[_Heatmap]]:
+        """Rows of one sample and several layers, by one forward pass."""
+        drawer, output = self._drawer, self._attribution.MODEL_OUTPUT_NAME
+        data = self._prepared([rows[0].sample])
+        target = next((row.target for row in rows if row.target >= 0), 0)
+        conditions = []
+        for row in rows:
+            if row.target >= 0 or row.layer is None:
+                conditions.append(self._condition(row, True))
+            else:  # (it begins in its layer, whatever arrives there)
+                conditions.append({output: [target], row.layer: (row.concept,)})
+        parts = self._attribution.generate(
+            data,
+            conditions,
+            drawer.composite,
+            record_layer=sorted({below for row in rows if (below := drawer.below_of(row.layer))}),
+            mask_map=starting_masks(drawer.fv.layer_map) if self._starts else _masks(drawer),
+            batch_size=self._size,
+            exclude_parallel=True,
+            verbose=False,
+        )
+        for start, part in zip(range(0, len(rows), self._size), parts, strict=True):
+            found: list[_Heatmap] = []
+            places = range(start, min(start + self._size, len(rows)))
+            for _, alike in groupby(places, key=lambda i: (rows[i].layer, rows[i].target < 0)):
+                numbers = list(alike)
+                found += self._about([rows[i] for i in numbers], part, data, [i - start for i in numbers])
+            yield found
+
+    def _prepared(self, samples: Sequence[int]) -> Tensor:
+        stacked = torch.stack([self._data(sample) for sample in samples])
+        return self._drawer.fv.preprocess_data(stacked.to(self._drawer.fv.device)).detach()
+
+    def _condition(self, row: Row, started: bool) -> dict[str, Any]:
+        condition: dict[str, Any] = {self._attribution.MODEL_OUTPUT_NAME: [row.target]} if started else {}
+        return condition if row.layer is None else {**condition, row.layer: [row.concept]}
+
+    def _about(
+        self, rows: Sequence[Row], result: Any, data: Tensor, numbers: Sequence[int] | None = None
+    ) -> list[_Heatmap]:
+        """What is shown of rows of one layer, which have these numbers in a result: heatmaps, and what is known."""
+        drawer, layer, targets = self._drawer, rows[0].layer, [row.target for row in rows]
+        places = list(range(len(rows)) if numbers is None else numbers)
+        heatmaps = result.heatmap[places].detach().cpu().double()
+        for row, heatmap in zip(rows, heatmaps, strict=True):
+            check_image(self._data(row.sample), heatmap)
+        below = drawer.below_of(layer)
+        lower = [] if below is None else drawer.shares(result.relevances[below][places], below)
+        is_output = targets[0] >= 0 or layer is None  # (not the activation of a layer where relevance started)
+        prediction = result.prediction[places] if is_output and isinstance(result.prediction, Tensor) else None
+        before, predicted = scores(prediction, targets)
+        if not drawer.exclusive:
+            before = [None] * len(rows)
+        after: list[float | None] = [None] * len(rows)
+        if layer is not None and targets[0] >= 0 and drawer.exclusive:
+            after = self._without(data, rows, layer)
+        drawn = []
+        for i, heatmap in enumerate(heatmaps.numpy()):
+            facts = Drawn(crop_of(heatmap), lower[i] if below else [], before[i], after[i], predicted[i])
+            if layer is None and drawer.exclusive:
+                facts = facts._replace(top=top_classes(prediction, i))
+            shares = heatmap / (np.abs(heatmap).sum() or 1.0)
+            drawn.append((shrunk(shares, drawer.options.map_size), facts))
+        return drawn
+
+    def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
+        """Scores of the targets when each row's concept is switched off."""
+        mask = mask_of(self._drawer.fv.layer_map[layer])
+        masks = [mask(i, [row.concept], layer) for i, row in enumerate(rows)]
+        prediction = predict_without(self._attribution, data, layer, masks)
+        if prediction is None:
+            return [None] * len(rows)
+        return scores(prediction, [row.target for row in rows])[0]
+
+
+def _masks(drawer: Drawer) -> dict[str, Any]:
+    return {layer: mask_of(concept) for layer, concept in drawer.fv.layer_map.items()}
