@@ -61,10 +61,12 @@ class PictureRows:
             is_small = max(shape[-2:]) <= SMALL
             several: list[PlacedRow] = []
             for kind, alike in groupby(of_sample, key=lambda one: (one.row.layer, one.row.target < 0)):
-                some = list(alike)
-                if len(some) >= (_SHARING_OF_SMALL if is_small else self._size):
+                # (those of small pictures, and those that cannot start beside others, stay with their layer)
+                some, alone = list(alike), is_small or (kind[1] and not self._starts)
+                enough = self._size if not alone else _SHARING_OF_SMALL if is_small else _SHARING
+                if len(some) >= enough:
                     yield from self._in_parts(some, self._of_layer)
-                elif is_small or (kind[1] and not self._starts):
+                elif alone:
                     others.setdefault((*kind, shape), []).extend(some)
                 else:
                     several += some
