@@ -18,7 +18,7 @@ from crp.image.colours import as_picture
 from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, encode_maps, encode_steps, read_facts, square_map
-from crp.visualization.report.picture_rows import SMALL, PictureRows, Place
+from crp.visualization.report.picture_rows import SMALL, PictureRows, PlacedRow
 from crp.visualization.report.suspects import Suspect, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.report.unfinished import Cell, Unfinished
@@ -83,7 +83,7 @@ class PictureDrawer(Drawer):
                 found[number][place] = cell
             places = []
             for number, job in enumerate(jobs):
-                places += [Place(number, i, row) for i, row in enumerate(job.rows) if i not in found[number]]
+                places += [PlacedRow(number, i, row) for i, row in enumerate(job.rows) if i not in found[number]]
                 yield len(found[number])
                 self._write_if_complete(job, found[number])
             for some, drawn in PictureRows(self, self.data).draw(places):

@@ -28,7 +28,7 @@ SMALL = 64
 _Heatmap = tuple[Array, Drawn]
 
 
-class Place(NamedTuple):
+class PlacedRow(NamedTuple):
     """Row in a place of one of several files."""
 
     number: int
@@ -52,19 +52,21 @@ class PictureRows:
         self._order = {layer: number for number, layer in enumerate([None, *drawer.layers])}
         self._starts = starts_from_one(self._attribution, drawer.composite)
 
-    def draw(self, places: Sequence[Place]) -> Iterator[tuple[list[Place], list[_Heatmap]]]:
+    def draw(self, places: Sequence[PlacedRow]) -> Iterator[tuple[list[PlacedRow], list[_Heatmap]]]:
         """Compute rows, and give them in parts; those of a sample share its forward pass, where they are several."""
-        others: dict[Any, list[Place]] = {}
+        others: dict[Any, list[PlacedRow]] = {}
         ordered = sorted(places, key=lambda one: (one.row.sample, self._order[one.row.layer], one.row.target < 0))
         for sample, of_sample in groupby(ordered, key=lambda one: one.row.sample):
             shape = tuple(self._data(sample).shape)
             is_small = max(shape[-2:]) <= SMALL
-            several: list[Place] = []
+            several: list[PlacedRow] = []
             for kind, alike in groupby(of_sample, key=lambda one: (one.row.layer, one.row.target < 0)):
-                some = list(alike)
-                if len(some) >= (_SHARING_OF_SMALL if is_small else self._size):
+                # (those of small pictures, and those that cannot start beside others, stay with their layer)
+                some, alone = list(alike), is_small or (kind[1] and not self._starts)
+                enough = self._size if not alone else _SHARING_OF_SMALL if is_small else _SHARING
+                if len(some) >= enough:
                     yield from self._in_parts(some, self._of_layer)
-                elif is_small or (kind[1] and not self._starts):
+                elif alone:
                     others.setdefault((*kind, shape), []).extend(some)
                 else:
                     several += some
@@ -82,8 +84,8 @@ class PictureRows:
                 yield from self._in_parts(waiting, self._of_layer)
 
     def _in_parts(
-        self, places: Sequence[Place], compute: Callable[[Sequence[Row]], Iterator[list[_Heatmap]]]
-    ) -> Iterator[tuple[list[Place], list[_Heatmap]]]:
+        self, places: Sequence[PlacedRow], compute: Callable[[Sequence[Row]], Iterator[list[_Heatmap]]]
+    ) -> Iterator[tuple[list[PlacedRow], list[_Heatmap]]]:
         parts = compute([place.row for place in places])
         for start, part in zip(range(0, len(places), self._size), parts, strict=True):
             yield list(places[start : start + self._size]), part
