@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 #: So many seconds of a parametrised test's cases are traced for coverage.
-TRACED_SECONDS = 0.2
+TRACED_SECONDS = 1.0
 _spent = Counter[str]()
 
 
