@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from crp.engine.backward import lacks_memory
-from crp.errors import InputError, InputTypeError, LoadingError, StateError
+from crp.errors import InputError, InputTypeError, LoadingError, OutOfRangeError, StateError
 from crp.image.reading import as_viewed
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, indexed
@@ -102,7 +102,7 @@ class Decoded(Encoded):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"there is no sample {index} among {len(self)}")
+            raise OutOfRangeError(f"there is no sample {index} among {len(self)}")
         encoded, label = self.files[index]
         (found,) = self.decoder().decode([Sample(index, encoded, label, None)])
         if found.problem is not None:
