@@ -57,10 +57,10 @@ def change_in_texts(
             for begin in range(0, len(concept_ids), _TOGETHER):
                 some = concept_ids[begin : begin + _TOGETHER]
                 masks = [mask_of(concept)(row, [one], layer) for row, one in enumerate(some)]
-                after = predict_without(attribution, text.data, layer, masks, scale=scale)
+                positions = None if text.positions is None else [text.positions[0]] * len(some)
+                after = predict_without(attribution, text.data, layer, masks, positions, scale=scale)
                 if after is None:
                     raise InputError(f"the forward pass does not use layer {layer!r}, or several times")
-                after = after if text.positions is None else after[:, text.positions[0]]
                 change.append(after[:, target] - output[target])
     return torch.stack(relevance), torch.cat(change).reshape(len(texts), -1)
 

@@ -15,6 +15,7 @@ from crp.engine.attached import composite_on, is_on, put_on, rules_by_hand
 from crp.engine.backward import MakeMasks, input_name, send_back, send_rows_back
 from crp.engine.conditions import (
     Rows,
+    all_positions,
     check_conditions,
     check_start,
     check_targets_exist,
@@ -30,7 +31,7 @@ from crp.engine.masks import Given, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
 from crp.engine.model_state import changed_weights, weights_of
 from crp.engine.settings import Overrides, Settings
-from crp.engine.starts import Starts, all_positions, distinct
+from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
@@ -312,8 +313,7 @@ class Call:
             prediction = (root.detach() if last else root.detach().clone()).expand(len(rows), *root.shape[1:])
         else:
             prediction = passed.of_rows(root, rows, copy=not last)
-        given = self.given and Starts.of_each(self.given.start.to(prediction))
-        start = given or self._start(prediction, passed, rows)
+        start = Starts.of_each(self.given.start.to(prediction)) if self.given else self._start(prediction, passed, rows)
         backward = (self.overrides.backward or send_back) if self._masks_in_flow() else None
         make_masks: MakeMasks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
         if self.given is not None:

@@ -319,8 +319,7 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
         return selection
     classes = _classes_of_rows(target_list)
     chosen = [_target_ids(targets) for targets in target_list] if classes is None else []
-    if chosen and all(ids.size == 0 and elements and all(isinstance(one, Position) for one in elements)
-                      for ids, elements in chosen):  # fmt: skip
+    if all_positions(target_list):
         return _at_positions(selection, [elements for _, elements in chosen])
     whole = not any(elements for _, elements in chosen)
     shape = tuple(prediction.shape)
@@ -344,6 +343,12 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
         if sign < 0:
             start[place] = -start[place]
     return start
+
+
+def all_positions(targets: Sequence[Any] | None) -> bool:
+    """Whether all targets are of tokens at positions, each of one or several."""
+    each = [target if isinstance(target, list | tuple) else [target] for target in targets or ()]
+    return bool(each) and all(several and all(isinstance(one, Position) for one in several) for several in each)
 
 
 def _at_positions(selection: Tensor, positions: Sequence[Sequence[Position]]) -> Tensor:

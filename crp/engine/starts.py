@@ -113,11 +113,5 @@ def _key_of(target: Any) -> tuple[Hashable, ...]:
     return ("object", id(target))
 
 
-def all_positions(targets: Sequence[Any] | None) -> bool:
-    """Whether all targets are of tokens at positions, each of one or several."""
-    each = [target if isinstance(target, list | tuple) else [target] for target in targets or ()]
-    return bool(each) and all(several and all(isinstance(one, Position) for one in several) for several in each)
-
-
 def _plain(ids: Any) -> Hashable:
     return tuple(ids) if isinstance(ids, list | tuple) else ids

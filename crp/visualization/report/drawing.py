@@ -49,6 +49,11 @@ class HeatmapFile(NamedTuple):
     key: str
     rows: list[Row]
 
+    @property
+    def of_sample(self) -> bool:
+        """Whether it begins with the heatmap of a whole sample, and is not of one concept."""
+        return self.rows[0].layer is None
+
 
 class Drawn(NamedTuple):
     """What is known of a row once it is drawn.

@@ -78,7 +78,7 @@ class PictureDrawer(Drawer):
         """Draw some jobs; rows of a sample are computed together, whosever they are."""
         found: list[dict[int, Cell]] = [{} for _ in jobs]
         # (files of samples are few at a time, and need their heatmaps as numbers)
-        with Unfinished(self.folder / HEATMAPS, jobs if jobs[0].rows[0].layer else []) as unfinished:
+        with Unfinished(self.folder / HEATMAPS, [] if jobs[0].of_sample else jobs) as unfinished:
             for (number, place), cell in unfinished.read().items():
                 found[number][place] = cell
             places = []
@@ -89,8 +89,7 @@ class PictureDrawer(Drawer):
             for some, drawn in PictureRows(self, self.data).draw(places):
                 for (number, place, _), (shares, facts) in zip(some, drawn, strict=True):
                     job = jobs[number]
-                    is_sample, size = job.rows[0].layer is None, self.options.map_size
-                    values = shares if is_sample else as_steps(square_map(shares, size))
+                    values = shares if job.of_sample else as_steps(square_map(shares, self.options.map_size))
                     found[number][place] = Cell(values, facts)
                     unfinished.add(number, place, found[number][place])
                     self._write_if_complete(job, found[number])
@@ -206,7 +205,7 @@ class PictureDrawer(Drawer):
         found.clear()
         facts: dict[str, Any] = {"key": job.key, "rows": [cell.facts for cell in cells]}
         values = [cell.values for cell in cells]
-        if job.rows[0].layer is None:
+        if job.of_sample:
             sample = job.rows[0].sample
             facts |= {"picture": self.picture(sample), "side": max(self.data(sample).shape[-2:])}
             self._keep(job, facts)
@@ -222,14 +221,14 @@ class PictureDrawer(Drawer):
 
 def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
     """Neighbours, so many that each sample has many rows, or that they fill much memory; those of samples apart."""
-    for is_sample, alike in groupby(jobs, key=lambda job: job.rows[0].layer is None):
+    for of_sample, alike in groupby(jobs, key=lambda job: job.of_sample):
         group: list[HeatmapFile] = []
         n_rows, samples = 0, set[int]()
         for job in alike:
             group.append(job)
             n_rows += len(job.rows)
             samples |= {row.sample for row in job.rows}
-            if n_rows >= (_MOST_OF_SAMPLES if is_sample else _MOST) or n_rows >= _SHARED_BY * len(samples):
+            if n_rows >= (_MOST_OF_SAMPLES if of_sample else _MOST) or n_rows >= _SHARED_BY * len(samples):
                 yield group
                 group, n_rows, samples = [], 0, set()
         if group:

@@ -50,6 +50,7 @@ class PictureRows:
         self._drawer, self._data = drawer, data
         self._attribution, self._size = drawer.fv.attribution, drawer.options.batch_size
         self._order = {layer: number for number, layer in enumerate([None, *drawer.layers])}
+        self._masks = {layer: mask_of(concept) for layer, concept in drawer.fv.layer_map.items()}
         self._starts = starts_from_one(self._attribution, drawer.composite)
 
     def draw(self, places: Sequence[PlacedRow]) -> Iterator[tuple[list[PlacedRow], list[_Heatmap]]]:
@@ -93,7 +94,7 @@ class PictureRows:
     def _of_layer(self, rows: Sequence[Row]) -> Iterator[list[_Heatmap]]:
         """Rows of one layer: of one sample, by one forward pass; or of several, which are one part."""
         layer, started = rows[0].layer, rows[0].target >= 0
-        below, masks = self._drawer.below_of(layer), self._drawer.fv.layer_map
+        below = self._drawer.below_of(layer)
         conditions = [self._condition(row, started) for row in rows]
         samples = [row.sample for row in rows]
         data = self._prepared(samples if len(set(samples)) > 1 else samples[:1])
@@ -102,7 +103,7 @@ class PictureRows:
             conditions,
             self._drawer.composite,
             record_layer=[] if below is None else [below],
-            mask_map=mask_of(masks[layer] if layer else next(iter(masks.values()))),
+            mask_map=self._masks,
             start_layer=None if started or layer is None else layer,
             batch_size=self._size,
             exclude_parallel=started,
@@ -127,7 +128,7 @@ class PictureRows:
             conditions,
             drawer.composite,
             record_layer=sorted({below for row in rows if (below := drawer.below_of(row.layer))}),
-            mask_map=starting_masks(drawer.fv.layer_map) if self._starts else _masks(drawer),
+            mask_map=starting_masks(drawer.fv.layer_map) if self._starts else self._masks,
             batch_size=self._size,
             exclude_parallel=True,
             verbose=False,
@@ -178,13 +179,8 @@ class PictureRows:
 
     def _without(self, data: Tensor, rows: Sequence[Row], layer: str) -> list[float | None]:
         """Scores of the targets when each row's concept is switched off."""
-        mask = mask_of(self._drawer.fv.layer_map[layer])
-        masks = [mask(i, [row.concept], layer) for i, row in enumerate(rows)]
+        masks = [self._masks[layer](i, [row.concept], layer) for i, row in enumerate(rows)]
         prediction = predict_without(self._attribution, data, layer, masks)
         if prediction is None:
             return [None] * len(rows)
         return scores(prediction, [row.target for row in rows])[0]
-
-
-def _masks(drawer: Drawer) -> dict[str, Any]:
-    return {layer: mask_of(concept) for layer, concept in drawer.fv.layer_map.items()}
