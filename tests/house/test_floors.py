@@ -72,8 +72,8 @@ BUDGETS = {
     # Face for segmentation and detection; predictions without a concept of one call of a layer, in evaluation mode)
     "visualization": 4700,
     "visualization.mining": 3945,
-    # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how active
-    # directions are; margins of pictures)
+    # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
+    # active directions are; margins of pictures)
     "visualization.report": 4560,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
