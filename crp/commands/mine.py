@@ -67,7 +67,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.Choice(["host", "device"]),
     default="host",
     show_default=True,
-    help="Where JPEGs of a folder are decoded; device is that of the model, by torchvision.",
+    help="Where JPEGs of a folder are decoded; device is that of the model, by torchcodec or torchvision.",
 )
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Of a sample.")
 @click.option("--retry-skipped", is_flag=True, help="Mine shards with skipped samples again.")

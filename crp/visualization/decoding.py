@@ -1,13 +1,13 @@
 """Pictures of a folder that are read as bytes, and decoded many at once on the device of the model.
 
-Processes that load samples read the files; torchvision's `decode_jpeg` makes pictures of a batch: on a GPU by nvJPEG,
-on the CPU by libjpeg-turbo, as Pillow does.
+Processes that load samples read the files; `decode_jpeg` makes pictures of a batch: on a GPU by nvJPEG, on the CPU by
+libjpeg-turbo, as Pillow does. It is that of torchcodec where that is installed, and of torchvision otherwise, which has
+announced to give it up.
 """
 
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from crp.engine.backward import lacks_memory
 from crp.errors import InputError, InputTypeError, LoadingError, OutOfRangeError, StateError
 from crp.image.reading import as_viewed
 from crp.notices import warn
+from crp.visualization.jpegs import decode_jpegs, jpeg_library
 from crp.visualization.mining.datasets import Problem, Sample, indexed
 from crp.visualization.mining.encoded import Decoder, Encoded
 from crp.visualization.mining.marks import Source, source_of
@@ -41,14 +42,15 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
     7: lambda picture: picture.mT.flip(-1, -2),
     8: lambda picture: picture.mT.flip(-2),
 }
-#: Kinds of devices for which torchvision has a decoder.
+#: Kinds of devices that have a decoder; and all decoders. (On a CPU, torchvision and torchcodec give the same pixels.)
 _KINDS = ("cpu", "cuda")
+_DECODERS = ("cpu", "cuda", "cuda by torchcodec")
 #: Identifiers of components that are red, green and blue themselves, and not brightness and colour.
 _RED_GREEN_BLUE = (82, 71, 66)
 
 
 class Decoded(Encoded):
-    """Pictures of a folder, which mining reads as bytes and decodes by torchvision on the device of the model.
+    """Pictures of a folder, which mining reads as bytes and decodes by `decode_jpeg` on the device of the model.
 
     On a GPU, nvJPEG decodes a batch at once. Pictures are upright, as the EXIF orientation says. Files that are no
     plain JPEG (PNG, CMYK, damaged ones) are read by Pillow; mining warns how many they are.
@@ -74,7 +76,7 @@ class Decoded(Encoded):
     TypeError
         If the dataset is no folder of files, or the transform takes no tensors.
     LoadingError
-        If torchvision cannot decode JPEGs on the device.
+        If JPEGs cannot be decoded on the device.
     """
 
     def __init__(
@@ -121,11 +123,12 @@ class Decoded(Encoded):
 
     def words(self) -> dict[str, Any]:
         """What a recipe says of it."""
-        return {"function": "torchvision.io.decode_jpeg", "device": self.device.type, "transform": self.transform}
+        function = {"torchvision": "torchvision.io", "torchcodec": "torchcodec.decoders"}[jpeg_library()]
+        return {"function": f"{function}.decode_jpeg", "device": self.device.type, "transform": self.transform}
 
     def mark(self, kind: str | None = None) -> str:
         """Fingerprint of what makes pictures of bytes, on this or another ``kind`` of device."""
-        return fingerprint(("decode_jpeg", kind or self.device.type, self.mode, self.transform))
+        return fingerprint(("decode_jpeg", kind or _kind_of(self.device), self.mode, self.transform))
 
     def decoder(self) -> _Decoder:
         """What makes pictures of files, and counts them."""
@@ -201,7 +204,7 @@ class _Decoder(Decoder):
         for begin in range(0, len(samples), _AT_ONCE):
             part = samples[begin : begin + _AT_ONCE]
             encoded = [sample.data[1:] for sample in part if sample.data.dim() == 1]
-            pictures = iter(self._by_torchvision(encoded))
+            pictures = iter(self._by_library(encoded))
             for sample in part:
                 picture = next(pictures) if sample.data.dim() == 1 else sample.data
                 try:
@@ -215,8 +218,8 @@ class _Decoder(Decoder):
         """Tell how many files Pillow has read, if any."""
         if self.n_by_pillow:
             warn(
-                f"{self.n_by_pillow} of {self.n_files} files are no JPEG that torchvision decodes, and were read by "
-                f"Pillow, such as {self._first_by_pillow}"
+                f"{self.n_by_pillow} of {self.n_files} files are no JPEG that {jpeg_library()} decodes, and were read "
+                f"by Pillow, such as {self._first_by_pillow}"
             )
 
     def _finished(self, sample: Sample, picture: Tensor | Exception) -> Tensor:
@@ -234,13 +237,13 @@ class _Decoder(Decoder):
             picture = _TURNS[int(sample.data[0])](picture if dataset.mode == "RGB" else _grey(picture))
         return dataset.finished(picture.to(dataset.device).contiguous())
 
-    def _by_torchvision(self, encoded: list[Tensor]) -> Sequence[Tensor | Exception]:
+    def _by_library(self, encoded: list[Tensor]) -> Sequence[Tensor | Exception]:
         """Pictures in RGB, or why there is none."""
         if not encoded:
             return []
         device = self._dataset.device
         try:
-            return _decode(encoded, device)
+            return decode_jpegs(encoded, device)
         except RuntimeError as error:
             if len(encoded) == 1 and lacks_memory(error):
                 raise
@@ -248,7 +251,7 @@ class _Decoder(Decoder):
         # One damaged file fails the whole batch, and memory may suffice for one after the other.
         if len(encoded) == 1:
             return [failure]
-        return [picture for one in encoded for picture in self._by_torchvision([one])]
+        return [picture for one in encoded for picture in self._by_library([one])]
 
 
 def decoder_mark(fingerprints: Mapping[str, str], dataset: Any) -> str | None:
@@ -259,14 +262,20 @@ def decoder_mark(fingerprints: Mapping[str, str], dataset: Any) -> str | None:
     there = fingerprints.get("decoder")
     if not isinstance(dataset, Decoded):
         return None if there is None else "none"
-    others = [kind for kind in _KINDS if kind != dataset.device.type and dataset.mark(kind) == there]
+    own = _kind_of(dataset.device)
+    others = [kind for kind in _DECODERS if kind != own and dataset.mark(kind) == there]
     if not others:
         return dataset.mark()
     warn(
-        f"the pictures were decoded on {others[0]} when they were mined, and are on {dataset.device.type} now: pixels "
-        "differ a little, and with them heatmaps"
+        f"the pictures were decoded on {others[0]} when they were mined, and are on {own} now: pixels differ a "
+        "little, and with them heatmaps"
     )
     return there
+
+
+def _kind_of(device: torch.device) -> str:
+    """Name of a device's decoder."""
+    return f"{device.type} by torchcodec" if (device.type, jpeg_library()) == ("cuda", "torchcodec") else device.type
 
 
 def _check_folder(dataset: Any) -> Any:
@@ -304,30 +313,20 @@ def _label_of(dataset: Any, index: int) -> Any:
 
 @cache
 def _check_decoder(kind: str) -> None:
-    """Raise a `LoadingError` unless torchvision decodes JPEGs on such devices."""
+    """Raise a `LoadingError` unless JPEGs are decoded on such devices."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
     encoded = torch.from_numpy(np.frombuffer(buffer.getvalue(), np.uint8).copy())
     try:
         if kind not in _KINDS:
             raise InputError(f"there is a decoder for {' and '.join(_KINDS)}")
-        _decode([encoded], torch.device(kind))
-    except Exception as error:  # (of any kind, as that depends on how torchvision was built)
+        decode_jpegs([encoded], torch.device(kind))
+    except Exception as error:  # (of any kind, as that depends on how the library was built)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise LoadingError(
-            f"torchvision cannot decode JPEGs on {kind} ({reason[0][:200]}): install a torchvision with JPEG support, "
-            "or have pictures decoded on the host (--decode host)"
+            f"{jpeg_library()} cannot decode JPEGs on {kind} ({reason[0][:200]}): install one with JPEG support, or "
+            "have pictures decoded on the host (--decode host)"
         ) from error
-
-
-def _decode(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    with warnings.catch_warnings():
-        # (torchvision 0.29 announces TorchCodec, which installations lack so far)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        found: list[Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
-    return found
 
 
 def _orientation_of(content: bytes) -> int | None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_jpeg as by_torchvision
 from torchvision.transforms import v2
 
 from crp.attribution import CondAttribution
@@ -23,7 +29,7 @@ from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import LoadingError
 from crp.image.reading import as_viewed
-from crp.visualization import Decoded, FeatureVisualization, Pairs, decoding
+from crp.visualization import Decoded, FeatureVisualization, Pairs, decoding, jpegs
 from crp.visualization.mining.datasets import Sample
 from crp.visualization.mining.run import SampleError, mine
 from crp.visualization.prepared import Prepared
@@ -192,14 +198,14 @@ def test_a_file_that_is_cut_never_reaches_the_decoder(tmp_path: Path) -> None:
 def test_what_torchvision_cannot_decode_is_read_by_pillow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One such file fails the batch; the others are decoded as they would be without it."""
     expected = list(Decoded(ImageFolder(folder), TO_32))
-    decode, refused = decoding._decode, Decoded(ImageFolder(folder)).files[2][0][1:]
+    decode, refused = decoding.decode_jpegs, Decoded(ImageFolder(folder)).files[2][0][1:]
 
     def failing(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
         if any(torch.equal(one, refused) for one in encoded):
             raise RuntimeError("nvjpeg does not know it")
         return decode(encoded, device)
 
-    monkeypatch.setattr(decoding, "_decode", failing)
+    monkeypatch.setattr(decoding, "decode_jpegs", failing)
     dataset = Decoded(ImageFolder(folder), TO_32)
     samples = [Sample(i, *dataset.files[i], None) for i in range(12)]
     decoder = dataset.decoder()
@@ -213,7 +219,7 @@ def test_what_torchvision_cannot_decode_is_read_by_pillow(folder: Path, monkeypa
 
 
 def test_lack_of_memory_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = decoding._decode
+    decode = decoding.decode_jpegs
 
     def limited(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
         if len(encoded) > limit:
@@ -224,13 +230,80 @@ def test_lack_of_memory_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPat
     dataset = Decoded(ImageFolder(folder), TO_32)
     samples = [Sample(i, *dataset.files[i], None) for i in range(6)]
     expected = [sample.data for sample in dataset.decoder().decode(samples)]
-    monkeypatch.setattr(decoding, "_decode", limited)
+    monkeypatch.setattr(decoding, "decode_jpegs", limited)
     decoder = dataset.decoder()
     assert all(map(torch.equal, (sample.data for sample in decoder.decode(samples)), expected))
     assert decoder.n_by_pillow == 0
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         list(decoder.decode(samples))
+
+
+# --- libraries --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["in its place", "installed"])
+def torchcodec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchcodec, or what does the same with torchvision: as that, it turns pictures by their EXIF data."""
+    if request.param == "installed":
+        pytest.importorskip("torchcodec.decoders", reason="no torchcodec: pip install torchcodec")
+
+    def decode_jpeg(source: list[Tensor], *, mode: str, device: torch.device) -> list[Tensor]:
+        assert mode == "RGB"
+        found = []
+        for encoded in source:
+            with Image.open(io.BytesIO(encoded.numpy().tobytes())) as file:
+                orientation = file.getexif().get(0x0112, 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                picture = by_torchvision(encoded, ImageReadMode.RGB)
+            found.append(decoding._TURNS.get(orientation, decoding._TURNS[1])(picture))
+        return found
+
+    if request.param != "installed":
+        module = types.ModuleType("torchcodec.decoders")
+        module.decode_jpeg = decode_jpeg  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    jpegs._torchcodec.cache_clear()
+    assert jpegs.jpeg_library() == "torchcodec"
+
+
+@pytest.fixture(autouse=True)
+def _forget_libraries() -> Iterator[None]:
+    yield
+    getattr(jpegs._torchcodec, "cache_clear", int)()
+
+
+def test_both_libraries_give_the_same_pictures(folder: Path, tmp_path: Path, torchcodec: None) -> None:
+    """In all orientations, and in one table; no warning is raised."""
+    dataset = Decoded(ImageFolder(folder), TO_32)
+    found, mark, words = [data for data, _ in dataset], dataset.mark(), dataset.words()
+    assert words["function"] == "torchcodec.decoders.decode_jpeg"
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(jpegs, "_torchcodec", lambda: None)
+        assert all(map(torch.equal, found, (data for data, _ in dataset)))
+        assert dataset.mark() == mark and dataset.words()["function"] == "torchvision.io.decode_jpeg"
+
+
+def test_decoders_of_a_gpu_are_told_apart(folder: Path, torchcodec: None) -> None:
+    dataset = Decoded(ImageFolder(folder), TO_32)
+    dataset.device = torch.device("cuda")
+    own = dataset.mark()
+    assert own == dataset.mark("cuda by torchcodec") != dataset.mark("cuda")
+    with pytest.warns(UserWarning, match="decoded on cuda when they were mined, and are on cuda by torchcodec now"):
+        assert decoding.decoder_mark({"decoder": dataset.mark("cuda")}, dataset) == dataset.mark("cuda")
+
+
+def test_segments_of_exif_are_cut_out() -> None:
+    with_exif, without = (as_jpeg(photograph(), **more) for more in ({"exif": turned(6)}, {}))
+
+    def cut(content: bytes) -> bytes:
+        return jpegs._without_exif(torch.frombuffer(bytearray(content), dtype=torch.uint8)).numpy().tobytes()
+
+    assert cut(with_exif) == cut(without) == without != with_exif
+    for end in range(2, 60):  # (what is no JPEG is left as it is, or as much of it as is none)
+        assert len(cut(with_exif[:end])) <= end
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -248,7 +321,7 @@ def test_shards_are_the_same_for_any_workers(folder: Path, tmp_path: Path, monke
     assert files_of(tmp_path / "2") == expected
     assert rows_of(run(tmp_path / "parts", Decoded(ImageFolder(folder), TO_32))) == rows_of(whole)
     words = whole.header.recipe["decoder"]
-    assert (words["function"], words["device"]) == ("torchvision.io.decode_jpeg", "cpu")
+    assert words["function"].endswith(".decode_jpeg") and words["device"] == "cpu"
     assert words["transform"].endswith("v2._container.Compose")
 
 
@@ -348,7 +421,7 @@ def test_a_mode_that_is_none_is_refused(folder: Path) -> None:
 def test_a_device_without_decoder_is_refused(folder: Path, device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(LoadingError, match=f"torchvision cannot decode JPEGs on {device} .*--decode host"):
+    with pytest.raises(LoadingError, match=f"torch(vision|codec) cannot decode JPEGs on {device} .*--decode host"):
         Decoded(ImageFolder(folder), device=device)
 
 
@@ -356,7 +429,7 @@ def test_torchvision_without_jpeg_support_is_refused(folder: Path, monkeypatch: 
     def lacking(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
         raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
 
-    monkeypatch.setattr(decoding, "_decode", lacking)
+    monkeypatch.setattr(decoding, "decode_jpegs", lacking)
     decoding._check_decoder.cache_clear()
-    with pytest.raises(LoadingError, match=r"not compiled with libjpeg support\): install a torchvision"):
+    with pytest.raises(LoadingError, match=r"not compiled with libjpeg support\): install one"):
         Decoded(ImageFolder(folder))
