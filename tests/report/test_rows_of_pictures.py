@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from crp.visualization import FeatureVisualization, Texts
 from crp.visualization.references import OfConcept, heatmaps_of
 from crp.visualization.report import picture_rows
 from crp.visualization.report.addresses import Addresses
-from crp.visualization.report.drawing import Drawn, Row
+from crp.visualization.report.drawing import Drawn, HeatmapFile, Row
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
 from crp.visualization.report.picture_rows import PictureRows, PlacedRow
 from crp.visualization.report.text_drawing import TextDrawer
+from crp.visualization.report.unfinished import Cell, Unfinished
 from crp.visualization.text_references import TextRow, read_text, text_heatmaps
 
 SAMPLES = range(2)
@@ -148,3 +151,68 @@ def test_texts_of_directions_show_how_active_they_are(tmp_path: Path) -> None:
     found = {tuple(one[:4]): one[5] for one in content["rows"]}
     for row, heatmap in zip(rows, expected, strict=True):
         np.testing.assert_allclose(found[tuple(row)], heatmap, rtol=1e-6, atol=1e-9)
+
+
+# --- heatmaps of files that are not complete -------------------------------------------------------------------------
+
+JOBS = [HeatmapFile("maps/a.png", key, [Row(0, 0, "first", concept)] * 3, range(3)) for concept, key in enumerate("ab")]
+CELL = Cell(np.full((6, 6), 7, np.uint8), Drawn((0, 0, 1), [], 0.5, None, 2))
+
+
+def left_by_an_interruption(folder: Path) -> Path:
+    """File that a report leaves that is interrupted after a heatmap."""
+    with pytest.raises(KeyboardInterrupt), Unfinished(folder, JOBS, False) as unfinished:
+        unfinished.add(1, 2, CELL)
+        raise KeyboardInterrupt
+    (file,) = folder.iterdir()
+    return file
+
+
+def with_about(about: Any) -> bytes:
+    """Such a file that says something else about its heatmap."""
+    buffer = io.BytesIO()
+    np.savez(buffer, pixels=CELL.values[None], about=json.dumps(about))
+    return buffer.getvalue()
+
+
+def known(folder: Path) -> dict[tuple[int, int], Cell]:
+    return Unfinished(folder, JOBS, False).read()
+
+
+def test_a_damaged_file_is_as_none(tmp_path: Path) -> None:
+    """Cut anywhere, or with any byte changed, it is read as it was or not at all."""
+    file = left_by_an_interruption(tmp_path)
+    content = file.read_bytes()
+    assert [*known(tmp_path)] == [(1, 2)]
+    for end in range(0, len(content), 7):
+        file.write_bytes(content[:end])
+        assert known(tmp_path) == {}
+    for at in range(0, len(content), 5):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        for place, cell in known(tmp_path).items():
+            assert place == (1, 2) and (cell.values == CELL.values).all() and cell.facts.predicted == 2
+
+
+FACTS = [[0, 0, 1], [], 0.5, None, 2]
+
+
+@pytest.mark.parametrize(
+    "about",
+    [[["b", 2]], [["b", 2, FACTS[:4]]], [5], {"b": 2}, [["b", "2", FACTS]], [["b", 3, FACTS]], [["b", -1, FACTS]], None]
+    + [[["c", 2, FACTS]], [["b", 2, FACTS]] * 2],
+    ids=str,
+)
+def test_a_file_of_another_form_is_as_none(tmp_path: Path, about: Any) -> None:
+    (tmp_path / "0.unfinished.npz").write_bytes(with_about(about))
+    assert known(tmp_path) == {}
+    (tmp_path / "0.unfinished.npz").write_bytes(with_about([["b", 2, FACTS]]))
+    assert [*known(tmp_path)] == [(1, 2)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_links_and_pipes_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere.npz").write_bytes(with_about([["b", 2, FACTS]]))
+    (tmp_path / "out/0.unfinished.npz").symlink_to(tmp_path / "elsewhere.npz")
+    os.mkfifo(tmp_path / "out/1.unfinished.npz")
+    assert known(tmp_path / "out") == {}

@@ -13,13 +13,14 @@ import io
 import json
 import time
 from collections.abc import Iterable
+from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from crp.visualization.report.drawing import Drawn, HeatmapFile
-from crp.visualization.table.files import write_atomic
+from crp.visualization.table.files import read_file, write_atomic
 from crp.visualization.table.manifest import Array
 
 #: Seconds between two files.
@@ -59,7 +60,10 @@ class Unfinished:
 
     def __init__(self, folder: Path, jobs: Iterable[HeatmapFile], shared: bool) -> None:
         self._folder, self._shared = folder, shared
-        self._keys = [job.key for job in jobs]
+        self._keys, self._n_rows = list[str](), list[int]()
+        for job in jobs:
+            self._keys.append(job.key)
+            self._n_rows.append(len(job.rows))
         self._waiting: dict[tuple[int, int], Cell] = {}
         self._written: list[Path] = []
         self._time = time.monotonic()
@@ -79,9 +83,9 @@ class Unfinished:
         numbers = {key: number for number, key in enumerate(self._keys)}
         found = {}
         for file in sorted(self._folder.glob(f"*{_SUFFIX}")) if numbers else ():
-            for (key, place, facts), pixels in _read(file):
-                if key in numbers:
-                    found[numbers[key], place] = Cell(pixels, Drawn(*facts))
+            for key, place, cell in _read(file):
+                if key in numbers and 0 <= place < self._n_rows[numbers[key]]:
+                    found[numbers[key], place] = cell
         return found
 
     def add(self, number: int, place: int, cell: Cell) -> None:
@@ -106,13 +110,16 @@ class Unfinished:
         self._time = time.monotonic()
 
 
-def _read(file: Path) -> list[tuple[list[Any], Array]]:
-    """Content of a file; nothing where it cannot be read."""
+def _read(file: Path) -> list[tuple[str, int, Cell]]:
+    """Content of a file, each heatmap with the key of its file and its place there; nothing where it is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as content:
+        with np.load(io.BytesIO(read_file(file)), allow_pickle=False) as content:
             about, pixels = json.loads(str(content["about"])), content["pixels"]
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != len(about):
-                return []
-            return list(zip(about, pixels, strict=True))
-    except (OSError, ValueError, KeyError):
+        if pixels.dtype != np.uint8 or pixels.ndim != 3:
+            return []
+        return [
+            (str(key), index(place), Cell(values, Drawn(*facts)))
+            for (key, place, facts), values in zip(about, pixels, strict=True)
+        ]
+    except Exception:  # (a damaged archive fails in many ways, and a link or a pipe is none)
         return []
