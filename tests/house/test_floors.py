@@ -74,8 +74,8 @@ BUDGETS = {
     "visualization": 4755,
     "visualization.mining": 3945,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
-    # active directions are; margins of pictures)
-    "visualization.report": 4590,
+    # active directions are; margins of pictures; which composite shares are by)
+    "visualization.report": 4610,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2600,

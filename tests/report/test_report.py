@@ -194,6 +194,15 @@ def test_provenance_and_coverage(fv, atlas):
     assert "12 of 12 looked at, 0 skipped" in page.text and "References ranked by" in page.text
 
 
+@pytest.mark.parametrize("composite", [OwnEpsilonPlus(), None, EpsilonPlus()], ids=["own", "gradient", "the same"])
+def test_heatmaps_by_another_composite_than_shares_are_told(fv, tmp_path, composite):
+    text = Parsed(report(fv, tmp_path / "out", composite=composite, n_references=1) / "index.html").text
+    own = "the plain gradient" if composite is None else repr(composite)
+    told = "with which the table was mined; heatmaps, and the concepts of lower layers, are by "
+    assert (f"{told}{own}." in text) == (told in text) == (not isinstance(composite, EpsilonPlus))
+    assert ("Shares, references and suspects are by zennit.composites.EpsilonPlus, " in text) == (told in text)
+
+
 def test_missing_and_skipped_samples_are_told(tmp_path):
     fv = make_fv(tmp_path, Images(broken={4: ValueError("cannot be read <script>")}))
     with pytest.warns(UserWarning, match="skipped"):

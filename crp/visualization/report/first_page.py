@@ -18,7 +18,7 @@ from crp.wording import first_few, percent
 SUSPECTS, PICTURED = 7, 60
 
 
-def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[str, Any]]) -> None:
+def first_page(atlas: Atlas, table: Table, composite: str, mark: str, kept: Sequence[dict[str, Any]]) -> None:
     """Render the overview; ``kept`` are links to what is kept beside the table."""
     coverage = table.coverage()
     seen = table.n_samples - sum(stop - start for start, stop in coverage.missing)
@@ -47,7 +47,7 @@ def first_page(atlas: Atlas, table: Table, composite: str, kept: Sequence[dict[s
             (f"{n_concepts}", "concepts"),
             (f"{seen} of {table.n_samples}", f"{word}s looked at"),
         ],
-        "notes": _notes(atlas, table, seen),
+        "notes": _notes(atlas, table, seen) + _other_composite(table, composite, mark),
         "suspects": _suspects(atlas),
         "suspects_lead": atlas.drawer.suspects_in_short,
         "class_word": atlas.drawer.class_word.capitalize(),
@@ -87,6 +87,24 @@ def _notes(atlas: Atlas, table: Table, seen: int) -> list[str]:
     if table.header.recipe.get("mixed_shapes") and atlas.drawer.pictures:
         notes.append("Samples are of several shapes, so that places cannot be compared: no suspects were looked for.")
     return [*notes, *atlas.kept.notes]
+
+
+def _other_composite(table: Table, composite: str, mark: str) -> list[str]:
+    """That heatmaps are by another composite, of this fingerprint, than the table was mined with."""
+    if table.fingerprints.get("composite") in (None, mark):
+        return []
+    about = table.header.recipe.get("composite")
+    mined = "another composite"
+    if isinstance(about, Mapping):
+        given = about.get("keywords")
+        settings = [f"{key}={value}" for key, value in given.items()] if isinstance(given, Mapping) else []
+        mined = str(about.get("name") or about.get("class")) + (f"({', '.join(settings)})" if settings else "")
+    elif "composite" in table.header.recipe:
+        mined = "the plain gradient"
+    return [
+        f"Shares, references and suspects are by {mined}, with which the table was mined; heatmaps, and the concepts "
+        f"of lower layers, are by {composite}."
+    ]
 
 
 def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

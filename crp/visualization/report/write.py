@@ -226,7 +226,7 @@ def _render(
     best: Mapping[int, dict[str, list[tuple[int, float]]]],
     bar: Mapping[str, Any],
 ) -> None:
-    first_page(atlas, table, _description(composite), write_kept(atlas))
+    first_page(atlas, table, _description(composite), fingerprint_composite(composite), write_kept(atlas))
     atlas.write()
     flow = get_flow(atlas)
     for layer, concept in tqdm(atlas.cells, desc="Pages", **bar):
