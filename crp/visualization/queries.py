@@ -323,7 +323,7 @@ class ReferenceQueries(SampleAccess):
         if not composite:
             return data.detach().cpu()
         heatmaps = self._attribution_on_reference(
-            self.preprocess_data(data), c_id, layer_name, composite, rf, n_indices, batch_size, **targets
+            self._prepare_each(data), c_id, layer_name, composite, rf, n_indices, batch_size, **targets
         )
         if callable(plot_fn):
             return plot_fn(data.detach(), heatmaps.detach(), rf)

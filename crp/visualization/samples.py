@@ -41,6 +41,10 @@ class SampleAccess:
         """Prepare samples of shape (samples, ...) for the model: apply ``preprocess_fn``."""
         return self.preprocess_fn(data) if callable(self.preprocess_fn) else data
 
+    def _prepare_each(self, data: Tensor) -> Tensor:
+        """Prepare each of some samples by itself, as mining does: of a batch, a function might look at all of it."""
+        return torch.cat([self.preprocess_data(one[None].clone()) for one in data])
+
     def multitarget_to_single(self, multi_target: Any) -> Iterable[Any]:
         """Classes of a sample's label, one after the other; override it for labels that are not one class.
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from feature_net import Images, make_fv
+from PIL import Image
 from text_cases import Bag, Letters, texts_of_ids
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from crp.visualization.references import OfConcept, heatmaps_of
 from crp.visualization.report import picture_rows
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn, HeatmapFile, Row
+from crp.visualization.report.maps import as_steps, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
 from crp.visualization.report.picture_rows import PictureRows, PlacedRow
@@ -120,6 +122,37 @@ def test_each_row_is_what_it_is_alone(
         assert isinstance(facts, Drawn)
         for concept, share in facts.below if shares is not None else ():
             assert share == pytest.approx(float(shares[concept]), abs=1e-4)
+
+
+def by_its_largest(data: Tensor) -> Tensor:
+    """Data divided by the largest value of all that is given, in place."""
+    return data.div_(data.abs().max())
+
+
+def test_samples_are_prepared_one_by_one(tmp_path: Path) -> None:
+    """As in mining: of a batch, each sample would be divided by the largest value of all."""
+    fv = make_fv(tmp_path, Images(4), net=Net(), layers=LAYER_MAPS["a layer in a block"], preprocess_fn=by_its_largest)
+    with pytest.warns(UserWarning, match="gives other numbers for a batch"):
+        fv.run(EpsilonPlus(), 0, 4, batch_size=4, progress=False)
+    rows = [Row(sample, 1, layer, 0) for sample in SAMPLES for layer in ("first", "block", None)]
+    shown = fv.dataset.data.clone()
+    drawer, found = drawn(fv, EpsilonPlus(), rows, tmp_path / "out")
+    for place, row in enumerate(rows):
+        expected = alone(fv, EpsilonPlus(), row, None)[0].detach().numpy()
+        np.testing.assert_allclose(found[place][0], expected / np.abs(expected).sum(), atol=1e-12)
+    samples, heatmaps = fv.get_max_reference(
+        [0], "block", "activation", (0, 3), EpsilonPlus(), plot_fn=lambda *both: both[:2]
+    )[0]
+    for sample, heatmap in zip(samples, heatmaps, strict=True):
+        data, chosen = by_its_largest(sample[None].clone()), OfConcept(ChannelConcept(), 0, "block")
+        expected = heatmaps_of(fv.attribution, data, chosen, EpsilonPlus(), None, None, 1, None)[0]
+        torch.testing.assert_close(heatmap, expected.detach())
+    drawer.draw_mean(1, [1, 0, 3])
+    assert torch.equal(fv.dataset.data, shown), "what is shown is not what is prepared"
+    whole = [alone(fv, EpsilonPlus(), Row(sample, 1), None)[0].detach().numpy() for sample in (1, 0, 3)]
+    mean = square_map(sum(one / np.abs(one).sum() for one in whole), 6)
+    with Image.open(tmp_path / "out" / Addresses.label_maps(1)) as image:
+        assert np.abs(np.asarray(image).astype(int) - as_steps(mean)).max() <= 1
 
 
 def test_a_block_is_behind_the_layers_in_it(tmp_path: Path) -> None:

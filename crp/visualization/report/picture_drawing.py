@@ -117,7 +117,7 @@ class PictureDrawer(Drawer):
             data = [self.data(sample) for sample in samples[start : start + self.options.batch_size]]
             if len({one.shape for one in data}) > 1 or (image is not None and image.shape != data[0].shape):
                 return  # pictures of several sizes have no mean
-            stacked = fv.preprocess_data(torch.stack(data).to(fv.device)).detach()
+            stacked = fv._prepare_each(torch.stack(data).to(fv.device)).detach()
             found = fv.attribution(stacked, [{fv.attribution.MODEL_OUTPUT_NAME: [target]}], self.composite).heatmap
             found = found.detach().cpu().double()
             total = found.abs().flatten(1).sum(1).clamp(min=torch.finfo(found.dtype).tiny)

@@ -165,7 +165,7 @@ class PictureRows:
 
     def _prepared(self, samples: Sequence[int]) -> Tensor:
         stacked = torch.stack([self._data(sample) for sample in samples])
-        return self._drawer.fv.preprocess_data(stacked.to(self._drawer.fv.device)).detach()
+        return self._drawer.fv._prepare_each(stacked.to(self._drawer.fv.device)).detach()
 
     def _condition(self, row: Row, started: bool) -> dict[str, Any]:
         condition: dict[str, Any] = {self._attribution.MODEL_OUTPUT_NAME: [row.target]} if started else {}
