@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,9 +26,29 @@ def read_checkpoint(path: Path) -> Any:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # (torch's own words tell how to load a model as a whole, which runs its code)
+        raise LoadingError(
+            f"{path} is no checkpoint that can be read: not by torch.save, or of a whole model; save its state_dict()"
+        ) from error
     except Exception as error:  # many kinds, for files that are something else
         raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
-    return state["state_dict"] if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) else state
+    return _weights_in(state, path) if isinstance(state, dict) else state
+
+
+def _weights_in(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """State dict in what a training kept: under a name of its own, beside an optimizer's state or the epoch."""
+    if isinstance(state.get("state_dict"), dict):
+        return state["state_dict"]
+    if any(isinstance(value, Tensor) for value in state.values()):
+        return state
+    inside = [
+        name
+        for name, value in state.items()
+        if isinstance(value, dict) and value and all(isinstance(entry, Tensor) for entry in value.values())
+    ]
+    if len(inside) > 1:
+        raise LoadingError(f"{path} holds weights under {' and '.join(map(repr, inside))}; save those that are meant")
+    return state[inside[0]] if inside else state
 
 
 def n_classes_of(state: Any, net: nn.Module) -> int | None:

@@ -115,6 +115,8 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 raise InputTypeError(
                     f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not a {type(concept).__name__}"
                 )
+        if preprocess_fn is not None and not callable(preprocess_fn):
+            raise InputTypeError(f"preprocess_fn must be a function of samples, or None; not {preprocess_fn!r}")
         self.dataset = of_loader(dataset)
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn
