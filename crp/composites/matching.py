@@ -220,9 +220,9 @@ class Matching:
             if isinstance(rule, Rule) and rule.treats(_LINEAR, "dense", False):
                 return InputTypeError(
                     f"{entry}: {what}sums of weighted inputs (Linear, Conv1-3d, ConvTranspose1-3d and the functions "
-                    f"that they call), and {names} call no such operation"
+                    f"that they call), and no such operation is called in {names}"
                 )
-            return InputTypeError(f"{entry}: {what}no operation that {names} call")
+            return InputTypeError(f"{entry}: {what}no operation that is called in {names}")
         return None
 
     def state(self) -> Any:

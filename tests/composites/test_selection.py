@@ -100,7 +100,7 @@ def test_unknown_names_are_errors_that_name_the_nearest(maps, error):
 @pytest.mark.parametrize(("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'")])
 def test_layers_without_what_the_rule_treats(selector, layers, untouched):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), nn.Flatten()).double().eval()
-    message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and {layers} call no such operation"
+    message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and no such operation is called in {layers}"
     for run in (heatmap, rules):
         with untouched(model), pytest.raises(TypeError, match=message):
             run(model, Composite(layer_map=[(selector, Gamma())]))
