@@ -35,20 +35,20 @@ def read_checkpoint(path: Path) -> Any:
     return _weights_in(state, path) if isinstance(state, dict) else state
 
 
-def _weights_in(state: dict[str, Any], path: Path) -> dict[str, Any]:
+def _weights_in(state: dict[str, Any], path: Path) -> Any:
     """State dict in what a training kept: under a name of its own, beside an optimizer's state or the epoch."""
     if isinstance(state.get("state_dict"), dict):
         return state["state_dict"]
     if any(isinstance(value, Tensor) for value in state.values()):
         return state
-    inside = [
-        name
-        for name, value in state.items()
-        if isinstance(value, dict) and value and all(isinstance(entry, Tensor) for entry in value.values())
-    ]
+    inside = [name for name, value in state.items() if _is_state_dict(value)]
     if len(inside) > 1:
         raise LoadingError(f"{path} holds weights under {' and '.join(map(repr, inside))}; save those that are meant")
     return state[inside[0]] if inside else state
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
 
 
 def n_classes_of(state: Any, net: nn.Module) -> int | None:
