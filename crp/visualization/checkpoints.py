@@ -65,9 +65,10 @@ def n_classes_of(state: Any, net: nn.Module) -> int | None:
         for name, tensor in wanted.items()
         if isinstance(given.get(name), Tensor) and given[name].shape != tensor.shape
     ]
-    lengths = {(a[0], b[0]) if a and b and a[1:] == b[1:] else None for a, b in shapes}
-    pair = lengths.pop() if len(lengths) == 1 else None
-    return None if pair is None else pair[0]
+    if not all(a and b and a[1:] == b[1:] for a, b in shapes):
+        return None
+    numbers = {(a[0], b[0]) for a, b in shapes}  # of classes, in the checkpoint and in the net
+    return numbers.pop()[0] if len(numbers) == 1 else None
 
 
 def fill(net: nn.Module, path: Path) -> None:

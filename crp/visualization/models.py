@@ -191,12 +191,9 @@ def _loaded(
         if weights:
             raise LoadingError(f"--weights are those of torchvision's models; the name of {model} says which they are")
         found = find_in_library(model, pretrained=checkpoint is None)
-        if (
-            checkpoint
-            and prefix == "timm"
-            and (n := n_classes_of(read_checkpoint(checkpoint), found.model)) is not None
-        ):
-            found = find_in_library(model, pretrained=False, n_classes=n)
+        n_classes = n_classes_of(read_checkpoint(checkpoint), found.model) if checkpoint and prefix == "timm" else None
+        if n_classes is not None:
+            found = find_in_library(model, pretrained=False, n_classes=n_classes)
         return _of_library(found, checkpoint, size, mean, std, classes)
     if ":" in model:
         if weights:
@@ -204,8 +201,9 @@ def _loaded(
         net = _made(model)
     else:
         net, chosen = _of_torchvision(model, weights)
-        if checkpoint and (n := n_classes_of(read_checkpoint(checkpoint), net)) is not None:
-            net, _ = _of_torchvision(model, None, num_classes=n)
+        n_classes = n_classes_of(read_checkpoint(checkpoint), net) if checkpoint else None
+        if n_classes is not None:
+            net, _ = _of_torchvision(model, None, num_classes=n_classes)
         if chosen is not None:
             recipe, names = chosen.transforms(), chosen.meta.get("categories", ())
     if checkpoint:
