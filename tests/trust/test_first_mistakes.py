@@ -70,11 +70,12 @@ def test_mistakes_are_told_in_words(call: Callable[..., Any], message: str) -> N
     ("settings", "message"),
     [
         ({"preprocess_fn": "normalize"}, "preprocess_fn must be a function of samples, or None; not 'normalize'"),
+        ({"layer_map": {("1", ChannelConcept())}}, "give a dict, such as {'features.40': ChannelConcept"),
         ({"path": "file"}, "file cannot be a folder, since it is, or is in, a file; give another path"),
         ({"path": "file/index"}, "index cannot be a folder, since it is, or is in, a file"),
         ({"layer_map": {"1": Forgetful()}}, r"Forgetful.mask returns .* of \(1, 3, 4, 4\); it returns a NoneType"),
     ],
-    ids=["preprocess_fn", "a file", "in a file", "a mask that returns nothing"],
+    ids=["preprocess_fn", "a set of pairs", "a file", "in a file", "a mask that returns nothing"],
 )
 def test_mistakes_of_mining(settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
