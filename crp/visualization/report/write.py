@@ -112,6 +112,7 @@ def _write(
     table = _table_of(fv)
     layers = _layers(table, options.layers)
     fv._lookup(layers[0], "relevance", (0, 1))  # refuses another model, dataset or preprocessing
+    layers = fv._in_call_order(layers, int(table.rows().sample[0]))
     targets = list_targets(table).tolist()
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)
@@ -207,7 +208,7 @@ def _draw(
     part, n_parts = options.part or (0, 1)
     jobs = drawer.files(wanted, (part, n_parts))
     # (rows of one layer stand together, so that they are drawn together)
-    with tqdm(total=sum(len(job.rows) for job in jobs), desc="Heatmaps", **bar) as shown:
+    with tqdm(total=sum(len(job.places) for job in jobs), desc="Heatmaps", **bar) as shown:
         for n_rows in drawer.draw(jobs):
             shown.update(n_rows)
     if options.n_mean and drawer.pictures:
@@ -242,7 +243,7 @@ def _table_of(fv: object) -> Table:
 
 
 def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:
-    """Layers to show, in the order of the model."""
+    """Layers to show, in the order of the table."""
     if "relevance" not in table.modes:
         raise InputError(f"an atlas shows relevance, and {table.path} has {', '.join(table.modes)} alone; mine it, too")
     for layer in layers or ():
