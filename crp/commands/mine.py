@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
 from crp.commands.processes import _client, _device, _part
-from crp.commands.values import read_value, split_names, split_numbers
+from crp.commands.values import _split_numbers, read_value, split_names
 from crp.wording import first_few
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--shard", "share", metavar="I/N", help="Only the shards of process I of N, counted from 0.")
 @click.option("--dask", "address", help="Address of a Dask scheduler whose workers mine.")
 @click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own.")
-@click.option("--mean", multiple=True, callback=split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
-@click.option("--std", multiple=True, callback=split_numbers, help="As --mean.")
+@click.option("--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
+@click.option("--std", multiple=True, callback=_split_numbers, help="As --mean.")
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
 @click.option(
     "--storage",

@@ -23,7 +23,7 @@ def split_names(_context: click.Context, _parameter: click.Parameter, words: Ite
     return tuple(name.strip() for word in words for name in re.split(r",(?![^\[]*\])", word))
 
 
-def split_numbers(_context: click.Context, _parameter: click.Parameter, words: Iterable[str]) -> tuple[float, ...]:
+def _split_numbers(_context: click.Context, _parameter: click.Parameter, words: Iterable[str]) -> tuple[float, ...]:
     """Numbers of an option that may be given again, or has several with commas between."""
     try:
         return tuple(float(number) for word in words for number in word.split(","))

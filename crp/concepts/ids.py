@@ -51,7 +51,7 @@ def check_axis(axis: object) -> None:
         )
 
 
-def check_relevance(relevance: object) -> None:
+def _check_relevance(relevance: object) -> None:
     """Raise a `TypeError` if the relevance of a layer is no tensor."""
     if not isinstance(relevance, Tensor):
         raise InputTypeError(
