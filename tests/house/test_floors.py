@@ -50,8 +50,8 @@ BUDGETS = {
     "canonizers": 815,
     "commands": 2300,
     "compat": 950,
-    # (what a written-out activation was found to be is remembered, until something changes that it depends on; errors of
-    # maps, settings and names)
+    # (what a written-out activation was found to be is remembered, until something changes that it depends on;
+    # errors of maps, settings and names)
     "composites": 3925,
     "concept_graph": 190,
     # (what is no relevance, and masks that return none)
