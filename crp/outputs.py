@@ -77,11 +77,8 @@ class Position:
 
     def signed(self) -> list[tuple[tuple[int, int], int]]:
         """Places in the output, each with its sign."""
-        return [
-            ((self.position, one), sign)
-            for ids, sign in ((self.token, 1), (self.against, -1))
-            for one in ([ids] if isinstance(ids, int) else ids)
-        ]
+        tokens, others = ([ids] if isinstance(ids, int) else ids for ids in (self.token, self.against))
+        return [((self.position, one), 1) for one in tokens] + [((self.position, one), -1) for one in others]
 
 
 def entry(key: str | int) -> Callable[[Any], Tensor]:

@@ -16,7 +16,8 @@ from crp.attributors.target import Classes, Neuron, Target
 from crp.composites.registry import find_name
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
+from crp.wording import shortened
 
 #: What methods are called elsewhere.
 _ALIASES = {
@@ -147,12 +148,15 @@ def methods() -> list[Method]:
 
 
 def _entry(name: object) -> Entry:
+    if not isinstance(name, str):
+        raise InputTypeError(
+            f"method must be a name, such as 'epsilon_plus_flat', not {shortened(name)}; the order is explain(method, "
+            "model, data, target), and CondAttribution takes a composite itself"
+        )
     known = entries()
-    found = None
-    if isinstance(name, str):
-        found = find_name(name, known) or _known_as(name)
+    found = find_name(name, known) or _known_as(name)
     if found is None:
-        raise InputError(f"there is no method {name!r}; {_nearest(str(name), known)}there are {', '.join(known)}")
+        raise InputError(f"there is no method {name!r}; {_nearest(name, known)}there are {', '.join(known)}")
     return known[found]
 
 
@@ -176,7 +180,8 @@ def _check_options(method: Method, options: Mapping[str, Any]) -> None:
             )
     missing = [name for name, default in method.options.items() if default is ... and name not in options]
     if missing:
-        raise InputError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}")
+        hint = ", the name of a layer with positions, such as the last convolution" if "layer" in missing else ""
+        raise InputError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}{hint}")
     if options.get("batch_size") is not None:
         check_count("batch_size", options["batch_size"])
 

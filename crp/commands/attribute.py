@@ -15,7 +15,7 @@ from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
 from crp.commands.table import _plain
-from crp.commands.values import read_value
+from crp.commands.values import _split_numbers, read_value
 from crp.wording import percent
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ _CLASSES = 5
     "--concept", type=int, multiple=True, help="Channel of --layer to explain; -1 is the last. May be given again."
 )
 @click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help="Of the method; may be given again.")
-@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
-@click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
-@click.option("--std", type=float, multiple=True, help="As --mean.")
+@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own.")
+@click.option("--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
+@click.option("--std", multiple=True, callback=_split_numbers, help="As --mean.")
 @click.option("--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Names, one per line.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write; of several, a folder.")
 @click.option(

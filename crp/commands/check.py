@@ -11,6 +11,7 @@ import click
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import in_a_line
 from crp.commands.table import _plain
+from crp.commands.values import _split_numbers
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -24,9 +25,9 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--output", help="What is explained of what the model returns, as in crp attribute --help.")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=_EXISTING, help="State dict.")
-@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
-@click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
-@click.option("--std", type=float, multiple=True, help="As --mean.")
+@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own.")
+@click.option("--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
+@click.option("--std", multiple=True, callback=_split_numbers, help="As --mean.")
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def check_command(

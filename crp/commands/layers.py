@@ -16,8 +16,8 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.argument("model")
 @click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
 @click.option("--checkpoint", type=_EXISTING, help="State dict.")
-@click.option("--size", type=click.IntRange(min=1), help="Pixels on a side, where the weights do not say.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--size", type=click.IntRange(min=1), help="Pixels on a side, in place of the weights' own.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: a list of JSON objects.")
 def layers_command(model: str, weights: str | None, checkpoint: Path | None, size: int | None, as_json: bool) -> None:
     """List the layers of MODEL: name, type, shape for one picture, and a * where --layers auto takes them.
 

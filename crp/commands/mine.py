@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from crp.commands.errors import LARGEST, CommandError
 from crp.commands.group import INTERRUPTED, in_a_line
 from crp.commands.processes import _client, _device, _part
-from crp.commands.values import read_value, split_names
+from crp.commands.values import _split_numbers, read_value, split_names
 from crp.wording import first_few
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--stop", type=click.IntRange(1), help="Sample after the last one.")
 @click.option("--shard", "share", metavar="I/N", help="Only the shards of process I of N, counted from 0.")
 @click.option("--dask", "address", help="Address of a Dask scheduler whose workers mine.")
-@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, where the weights do not say.")
-@click.option("--mean", type=float, multiple=True, help="For the normalisation; once for each channel.")
-@click.option("--std", type=float, multiple=True, help="As --mean.")
+@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own.")
+@click.option("--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
+@click.option("--std", multiple=True, callback=_split_numbers, help="As --mean.")
 @click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
 @click.option(
     "--storage",

@@ -21,3 +21,11 @@ def read_value(word: str) -> Any:
 def split_names(_context: click.Context, _parameter: click.Parameter, words: Iterable[str]) -> tuple[str, ...]:
     """Names of an option that may be given again, or has several with commas between; those of ``[1,2]`` part none."""
     return tuple(name.strip() for word in words for name in re.split(r",(?![^\[]*\])", word))
+
+
+def _split_numbers(_context: click.Context, _parameter: click.Parameter, words: Iterable[str]) -> tuple[float, ...]:
+    """Numbers of an option that may be given again, or has several with commas between."""
+    try:
+        return tuple(float(number) for word in words for number in word.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give a number for each channel, such as 0.5,0.5,0.5") from None

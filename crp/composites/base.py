@@ -16,7 +16,7 @@ from zennit.core import Hook
 from crp.canonizers import for_model
 from crp.composites.activations import _may_be_activation
 from crp.composites.checkpoints import checkpoints_under_rules, running
-from crp.composites.keywords import _Remembered
+from crp.composites.keywords import _check_canonizers, _Remembered
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
 from crp.composites.places import _hook, _Lasting
@@ -30,13 +30,13 @@ from crp.composites.selection import (
     _by_chain_rule_first,
     _check_map,
     _entries_of,
+    _lifted,
 )
 from crp.engine.attached import check_free, note_placed, note_removed
 from crp.engine.encoding import Propagation
-from crp.errors import InputError, InputTypeError, StateError
+from crp.errors import InputError, StateError
 from crp.layers import ByChainRule, modules_of, referencing, uncompiled, without_parameter_gradients
 from crp.layers.interrupts import atomic, undivided
-from crp.rules import lift
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
@@ -104,14 +104,13 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         name_map: NameMap = (),
         at_input: FirstMap = (),
     ) -> None:
-        if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
-            raise InputTypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
+        _check_canonizers(canonizers)
         _check_map(layer_map, [*first_map, *at_input], name_map)
         self.auto = isinstance(canonizers, str)
-        self.layer_map = [(what, hook and lift(hook)) for what, hook in layer_map]
-        self.first_map = [(types, hook and lift(hook)) for types, hook in first_map]
-        self.at_input = [(types, hook and lift(hook)) for types, hook in at_input]
-        self.name_map = [(tuple(names), hook and lift(hook)) for names, hook in name_map]
+        self.layer_map = [(what, _lifted(rule)) for what, rule in layer_map]
+        self.first_map = [(types, _lifted(rule)) for types, rule in first_map]
+        self.at_input = [(types, _lifted(rule)) for types, rule in at_input]
+        self.name_map = [(tuple(names), _lifted(rule)) for names, rule in name_map]
         #: Canonizers that are on a model now, each with the instances that it made.
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
         self._attachment = Attachment()

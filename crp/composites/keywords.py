@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
+from zennit.canonizers import Canonizer
 
 from crp.errors import InputTypeError
+from crp.wording import shortened
 
 
 class _Remembered:
@@ -51,7 +53,11 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError as error:  # (which does not say of what)
+            known = ", ".join(list(signature.parameters)[1:])
+            raise InputTypeError(f"{type(self).__name__}: {error}; it takes {known}") from None
         if "keywords" not in vars(self):
             named = list(bound.arguments.items())[1:]
             self.keywords = {k: v for k, v in named if v is not signature.parameters[k].default and k not in open_ended}
@@ -60,6 +66,15 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **kwargs)
 
     return wrapper
+
+
+def _check_canonizers(canonizers: object) -> None:
+    """Raise a TypeError if these are neither "auto", nor None, nor a list of canonizers."""
+    if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
+        raise InputTypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
+    for canonizer in () if isinstance(canonizers, str | None) else canonizers:
+        if not isinstance(canonizer, Canonizer):
+            raise InputTypeError(f"canonizers are instances, such as MergeBatchNorm(); {shortened(canonizer)} is none")
 
 
 def _plain(key: str, value: Any) -> Any:

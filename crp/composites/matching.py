@@ -130,13 +130,14 @@ class Matching:
             if (entry.first and not first) or (entry.role == "at_input" and not self._named.isdisjoint(context)):
                 continue
             if entry.position is None and entry.means(known, kind):
-                return Choice(entry.rule, True, str(entry), entry.number)
-            if entry.number not in context:
-                continue
-            is_meant = entry.position is not None and _fits(known, kind, entry.position.types)
-            if entry.rule is None or is_meant:
-                return Choice(entry.rule, True, str(entry), entry.number)
-            if _treats(entry.rule, known, kind, several, context[entry.number]):
+                is_meant = True
+            elif entry.number not in context:  # (the module, or the position, is another)
+                is_meant = False
+            elif entry.rule is None or (entry.position is not None and _fits(known, kind, entry.position.types)):
+                is_meant = True
+            else:
+                is_meant = _treats(entry.rule, known, kind, several, context[entry.number])
+            if is_meant:
                 return Choice(entry.rule, True, str(entry), entry.number)
         # (a sum of weighted inputs that could not be taken apart has no rule, whatever the chain rule is for others)
         is_method = self.is_method(known) and (bool(kind) or known.parse is None)
@@ -220,9 +221,9 @@ class Matching:
             if isinstance(rule, Rule) and rule.treats(_LINEAR, "dense", False):
                 return InputTypeError(
                     f"{entry}: {what}sums of weighted inputs (Linear, Conv1-3d, ConvTranspose1-3d and the functions "
-                    f"that they call), and {names} call no such operation"
+                    f"that they call), and no such operation is called in {names}"
                 )
-            return InputTypeError(f"{entry}: {what}no operation that {names} call")
+            return InputTypeError(f"{entry}: {what}no operation that is called in {names}")
         return None
 
     def state(self) -> Any:

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from crp.errors import NameNotFoundError
+from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.wording import shortened
 
 if TYPE_CHECKING:
     from crp.composites.base import Composite
@@ -16,9 +17,18 @@ _registry: dict[str, type[Composite]] = {}
 
 
 def register(name: str) -> Callable[[C], C]:
-    """Class decorator that puts a composite in the registry under ``name``."""
+    """Class decorator that puts a composite in the registry under ``name``.
+
+    Raises
+    ------
+    ValueError
+        If the name is that of another class. (A class may be defined anew, as by running a cell of a notebook again.)
+    """
 
     def decorator(cls: C) -> C:
+        other = _registry.get(name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(f"{name!r} is the name of {other.__module__}.{other.__qualname__}; choose another")
         _registry[name] = cls
         cls.name = name
         return cls
@@ -40,12 +50,18 @@ def get(name: str, **keywords: Any) -> Composite:
     ------
     KeyError
         If there is no such composite.
+    TypeError
+        If the name is no string, or there is no such keyword.
     """
+    if not isinstance(name, str):
+        raise InputTypeError(f"name must be the name of a composite, such as 'epsilon_plus', not {shortened(name)}")
     found = find_name(name, _registry)
     if found is None:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         nearest = f"nearest: {', '.join(map(repr, near))}; " if near else ""
-        raise NameNotFoundError(f"there is no composite {name!r}; {nearest}there are {', '.join(names())}")
+        raise NameNotFoundError(
+            f"there is no composite {name!r}; {nearest}there are {', '.join(names())} (crp.explain has other methods)"
+        )
     return _registry[found](**keywords)
 
 

@@ -16,6 +16,7 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.composites.matching import SeenOperation
+from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
 from crp.rules.layer import changed
 
@@ -132,6 +133,8 @@ class _Reportable(Protocol):
 
 def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """What a composite does to a model, from one forward pass; see `Composite.report`."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}; a sample comes after it")
     modules = dict(model.named_modules())
     calls: Counter[str] = Counter()
     thread = get_ident()

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import nn
 from torch.nn import functional as F
+from zennit.core import Hook
 
 from crp.errors import InputError, InputTypeError
 from crp.layers import ByChainRule, LayerNotFoundError
-from crp.rules import Rule, Whole
+from crp.rules import Rule, Whole, lift
 from crp.rules.functions import AFFINE, KINDS, PROPERTIES, Function, canonical, look_up, name_of
 
 Types: TypeAlias = type | tuple[type, ...]
@@ -255,6 +256,11 @@ def _fits(known: Function, kind: str, types: Types) -> bool:
     return kind in AFFINE and known.example is not None and _is_one_of(known.example, types)
 
 
+def _lifted(rule: Hook | None) -> Rule | None:
+    """Rule in which multipliers travel; None is the ordinary chain rule."""
+    return None if rule is None else lift(rule)
+
+
 def _entries_of(
     name_map: Sequence[tuple[Sequence[str], Rule | None]],
     first_map: Sequence[tuple[Types, Rule | None]],
@@ -343,8 +349,11 @@ def _is_types(selector: object) -> TypeGuard[Types]:
 def _check_map(layer_map: Sequence[Any], first_map: Sequence[Any], name_map: Sequence[Any]) -> None:
     """Raise a TypeError if an entry is no pair, or not for what its map is for."""
     for name, pairs in (("layer_map", layer_map), ("first_map", first_map), ("name_map", name_map)):
-        if not isinstance(pairs, Sequence) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
-            raise InputTypeError(f"{name} is a list of pairs (what, rule), not {pairs!r}")
+        entries = pairs if isinstance(pairs, Sequence) and not isinstance(pairs, str) else [pairs]
+        if wrong := [entry for entry in entries if not isinstance(entry, tuple | list) or len(entry) != 2]:
+            raise InputTypeError(
+                f"{name} is a list of pairs (what, rule), such as [(nn.Linear, Epsilon())]; {wrong[0]!r} is no pair"
+            )
     for selector, _ in layer_map:
         _check_selector(selector)
     for types, _ in first_map:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.wording import shortened
 
 
 def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -> list[int]:
@@ -30,7 +31,7 @@ def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -
         return [operator.index(i) for i in listed]
     except TypeError:
         where = "" if layer_name is None else f"layer {layer_name!r}: "
-        raise InputTypeError(f"{where}{what} must be integers, not {ids!r}") from None
+        raise InputTypeError(f"{where}{what} must be integers, not {shortened(ids)}") from None
 
 
 def in_range(ids: Sequence[int], size: int, layer_name: str | None, what: str = "channel") -> list[int]:
@@ -47,6 +48,15 @@ def check_axis(axis: object) -> None:
     if isinstance(axis, bool) or not isinstance(axis, int) or axis == 0:
         raise InputError(
             f"axis must be a whole number, and not 0, that of the samples: 1, or -1 for tokens; not {axis!r}"
+        )
+
+
+def _check_relevance(relevance: object) -> None:
+    """Raise a `TypeError` if the relevance of a layer is no tensor."""
+    if not isinstance(relevance, Tensor):
+        raise InputTypeError(
+            "relevance must be the tensor of one layer, such as result.relevances['features.40'], not a "
+            f"{type(relevance).__name__}"
         )
 
 

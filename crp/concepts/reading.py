@@ -184,7 +184,16 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
         return
     make = mask_of(concept)
     ids = sorted({max(range(len(scores)), key=lambda i: abs(scores[i])), 0, len(scores) - 1})
-    let_through = [(counted * make(0, [i], layer_name)(flows.clone())).sum(dtype=dtype) for i in ids]
+    let_through = []
+    for concept_id in ids:
+        masked = make(0, [concept_id], layer_name)(flows.clone())
+        if not isinstance(masked, Tensor) or masked.shape != flows.shape:
+            found = f"a tensor of {tuple(masked.shape)}" if isinstance(masked, Tensor) else f"a {type(masked).__name__}"
+            raise ConceptError(
+                f"layer {layer_name!r}: the function that {type(concept).__name__}.mask returns must return the masked "
+                f"gradient, of {tuple(flows.shape)}; it returns {found}"
+            )
+        let_through.append((counted * masked).sum(dtype=dtype))
     for concept_id, kept in zip(ids, torch.stack(let_through).tolist(), strict=True):
         score = scores[concept_id]
         if abs(kept - score) <= 1e-3 * whole + torch.finfo(flows.dtype).tiny:

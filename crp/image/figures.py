@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 from crp.image.colours import as_shown
 from crp.image.pixels import Picture, imgify
@@ -226,6 +226,10 @@ def plot_grid(
     check_flags(symmetric=symmetric, padding=padding)
     if not (cmap_dim is None or (type(cmap_dim) is int and cmap_dim >= 0)):
         raise InputError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
+    if not isinstance(ref_c, Mapping):
+        raise InputTypeError(
+            f"'ref_c' must be a dict of pictures, such as {{17: pictures}}, not a {type(ref_c).__name__}"
+        )
     if not ref_c:
         raise InputError("'ref_c' is empty: there is nothing to plot")
     heatmap = {"cmap": cmap, "vmin": vmin, "vmax": vmax, "symmetric": symmetric}

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
+from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 
@@ -75,6 +76,7 @@ def imgify(
     else:
         raise InputTypeError(f"image must be a PIL.Image, torch.Tensor or np.ndarray, got {type(image).__name__}")
     if resize:
+        check_number("resize", resize, 1, whole=True)
         width, height = (max(1, side * resize // max(picture.size)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.NEAREST)
     if padding:
@@ -164,7 +166,8 @@ def _channels_last(image: Tensor | Array, grid: bool) -> Array:
         if last:
             return array
     expected = "(height, width), or (channels, height, width) with 1 or 3 channels on the first or last axis"
-    raise InputError(f"image must have shape {expected}{', after the axis of the grid' * grid}; got {array.shape}")
+    several = ", after the axis of the grid" if grid else ", or grid=True for several images"
+    raise InputError(f"image must have shape {expected}{several}; got {array.shape}")
 
 
 def _colours(
@@ -186,7 +189,10 @@ def _colours(
     if grid:
         array = zimage.gridify(array, shape=None if isinstance(grid, bool) else grid, fill_value=gridfill)
     if array.shape[-1] == 1:
-        array = zimage.palette(cmap, level)[array[..., 0]]
+        try:
+            array = zimage.palette(cmap, level)[array[..., 0]]
+        except (RuntimeError, TypeError):  # (a word that is no name is read as the source of a colour map)
+            raise InputError(f"cmap must be one of {', '.join(sorted(zimage.CMAPS))}, not {cmap!r}") from None
     return np.ascontiguousarray(array)
 
 

@@ -80,20 +80,27 @@ def put_behind(model: nn.Module, layer: str, make: Callable[[nn.Module], Followe
             children[name] = inner
 
 
-def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]]) -> list[str]:
+def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]] | type[nn.Module]) -> list[str]:
     """Names of all layers of the given types, in the order of ``model.named_modules()``.
 
     Parameters
     ----------
     model : nn.Module
-    types : iterable of module types
+    types : iterable of module types, or a single one
         For example ``[nn.Conv2d, nn.Linear]``; subclasses count.
 
     Returns
     -------
     list of str
+
+    Raises
+    ------
+    TypeError
+        If one is no type.
     """
-    kinds = tuple(types)
+    kinds = tuple(types) if isinstance(types, Iterable) else (types,)
+    if wrong := [kind for kind in kinds if not isinstance(kind, type)]:
+        raise InputTypeError(f"types must be types of modules, such as [nn.Conv2d, nn.Linear]; {wrong[0]!r} is none")
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 

@@ -218,6 +218,7 @@ class Rule(Hook):  # type: ignore[misc]
 
     def share(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> Tensor:
         """Output of an operation, whose relevance is shared among the terms."""
+        self._check_terms(layer, a, y, terms)
         with torch.no_grad():
             scales = [self._scale(term, y).to(term.z.dtype) for term in terms]
         out = self.redirect(layer, a, y, [term.z for term in terms], scales)
@@ -225,6 +226,19 @@ class Rule(Hook):  # type: ignore[misc]
             shares = self._shares(layer.again(), a, terms, scales, out)
             out = self.attachment.account.absorb(layer.place, a, out, shares)
         return out
+
+    def _check_terms(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> None:
+        """Raise an error if a surrogate has not the output's shape, or if relevance could not reach the input."""
+        for z in [term.z for term in terms]:
+            if not isinstance(z, Tensor) or z.shape != y.shape:
+                wrong = f"a tensor of {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+                raise InputTypeError(
+                    f"{type(self).__name__} makes {wrong} the surrogate of {layer}, which returns {tuple(y.shape)}"
+                )
+        if a.requires_grad and not any(term.z.requires_grad for term in terms):
+            raise InputTypeError(
+                f"{type(self).__name__} makes a constant the surrogate of {layer}: it must be differentiable in a"
+            )
 
     def redirect(
         self, layer: Layer, a: Tensor, y: Tensor, surrogates: Sequence[Tensor], scales: Sequence[Tensor]

@@ -13,6 +13,7 @@ from crp.errors import InputTypeError
 from crp.rules.base import Rule, _unit_of
 from crp.rules.layer import Layer
 from crp.rules.lrp import Pass
+from crp.wording import shortened
 
 
 def lift(hook: Hook) -> Rule:
@@ -29,12 +30,16 @@ def lift(hook: Hook) -> Rule:
         If the hook has a backward pass of its own, which cannot be known to treat relevance.
     """
     if isinstance(hook, Rule):
+        if not hasattr(hook, "stabilizer"):
+            raise InputTypeError(f"{type(hook).__name__}.__init__ does not call super().__init__(), as a rule must")
         return hook
     if isinstance(hook, zennit_rules.Pass):
         return Pass()
     own = [name for name in ("forward", "backward") if getattr(type(hook), name, None) is not getattr(BasicHook, name)]
     if isinstance(hook, BasicHook) and not own:
         return _Lifted(hook)
+    if not isinstance(hook, Hook):
+        raise InputTypeError(f"a rule must be an instance of one, such as Epsilon(), or None; not {shortened(hook)}")
     raise InputTypeError(
         f"{type(hook).__name__} cannot be used in this composite: neither a crp rule nor a zennit BasicHook with the "
         "passes of that class. Use it in a zennit composite, which propagates relevance."

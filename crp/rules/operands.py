@@ -137,7 +137,7 @@ def _einsum(
         operands = list(operands[0])
 
     def call(equation: str, *operands: Tensor) -> Tensor:
-        return function(equation, list(operands) if listed else operands[0], *([] if listed else operands[1:]))  # type: ignore[no-any-return]
+        return function(equation, list(operands)) if listed else function(equation, *operands)  # type: ignore[no-any-return]
 
     dependent = [operand for operand in operands if depends(operand)]
     if len(dependent) != 1 or len(operands) < 2:

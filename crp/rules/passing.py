@@ -104,7 +104,8 @@ def _is_complement(
     """Whether a sum or difference is 1 (or a constant tensor) minus what a squashing function has made."""
     if not flags & (Born.NEGATED if name == "add" else Born.SQUASHED):
         return False
-    values = [*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
-    whole, part = values if name == "sub" or (name == "add" and values[1] is inputs[0]) else values[::-1]
+    whole, part = [*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
+    if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
+        whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
     return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1

@@ -86,17 +86,19 @@ class Redirect(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Scale the gradient for each surrogate."""
         scales, again, m = ctx.saved_tensors, ctx.again, grads[0]
-        none = [None] * len(scales)
-        if m is None:  # nothing arrives
-            return (None, None, None, *none, *none, *(None for _ in ctx.is_own))
-        if again is not None and not again.is_active():
-            own = m if ctx.y_is_own else None
-            if own is None and not any(ctx.is_own):
+        to_y: Tensor | None = None
+        to_surrogates: list[Tensor | None] = [None] * len(scales)
+        to_own: list[Tensor | None] = [None] * len(ctx.is_own)
+        if m is not None and again is not None and not again.is_active():  # the ordinary chain rule
+            to_y = m if ctx.y_is_own else None
+            to_own = [m if is_given else None for is_given in ctx.is_own]
+            if not ctx.y_is_own and not any(ctx.is_own):
                 raise StateError(f"{again.name} counts as one function by its rule, which has no ordinary derivative")
-            return (own, None, None, *none, *none, *(m if given else None for given in ctx.is_own))
-        if again is not None and torch.is_grad_enabled():  # with create_graph=True
-            scales = again()
-        return (None, None, None, *(m * scale for scale in scales), *none, *(None for _ in ctx.is_own))
+        elif m is not None:
+            if again is not None and torch.is_grad_enabled():  # with create_graph=True
+                scales = again()
+            to_surrogates = [m * scale for scale in scales]
+        return (to_y, None, None, *to_surrogates, *(None for _ in scales), *to_own)
 
 
 class _RedirectLater(torch.autograd.Function):

@@ -83,10 +83,9 @@ def _of_call(call: ModuleCall, is_input: bool) -> ChannelAxis:
     shape = () if kind is None else tuple(kind.shape)
     if len(shape) < 3:
         return ChannelAxis(1, shape, "")
-    axis = _axis(nodes[0], shape) if nodes else None
+    place = _axis(nodes[0], shape) if nodes else None
     maker = _function(nodes[0]) if nodes else None
-    if axis is not None:
-        axis = 1 if axis == 1 else -1 if axis == len(shape) - 1 else None
+    axis = None if place is None else {1: 1, len(shape) - 1: -1}.get(place)  # (the second or the last, or not known)
     return ChannelAxis(axis, shape, "" if maker is None else maker.name)
 
 
@@ -155,8 +154,8 @@ def _moved(function: FunctionCall, below: tuple[int, ...], shape: tuple[int, ...
     """Where a function puts each axis of an operand; None if it is not known."""
     name, numbers, n = function.name, _numbers(function), len(below)
     if name in _SWAPS:
-        pair = (-2, -1) if name in ("mT", "mH", "adjoint") else (0, 1) if len(numbers) < 2 else numbers[:2]
-        one, other = (axis % n for axis in pair)
+        default = (-2, -1) if name in ("mT", "mH", "adjoint") else (0, 1)
+        one, other = (axis % n for axis in (numbers[:2] if len(numbers) > 1 else default))
         return {axis: {one: other, other: one}.get(axis, axis) for axis in range(n)}
     if name in ("movedim", "moveaxis"):
         if len(numbers) != 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,9 +26,29 @@ def read_checkpoint(path: Path) -> Any:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # (torch's own words tell how to load a model as a whole, which runs its code)
+        raise LoadingError(
+            f"{path} is no checkpoint that can be read: not by torch.save, or of a whole model; save its state_dict()"
+        ) from error
     except Exception as error:  # many kinds, for files that are something else
         raise LoadingError(f"{path} is no checkpoint that can be read: {_in_a_line(error)}") from error
-    return state["state_dict"] if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) else state
+    return _weights_in(state, path) if isinstance(state, dict) else state
+
+
+def _weights_in(state: dict[str, Any], path: Path) -> Any:
+    """State dict in what a training kept: under a name of its own, beside an optimizer's state or the epoch."""
+    if isinstance(state.get("state_dict"), dict):
+        return state["state_dict"]
+    if any(isinstance(value, Tensor) for value in state.values()):
+        return state
+    inside = [name for name, value in state.items() if _is_state_dict(value)]
+    if len(inside) > 1:
+        raise LoadingError(f"{path} holds weights under {' and '.join(map(repr, inside))}; save those that are meant")
+    return state[inside[0]] if inside else state
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
 
 
 def n_classes_of(state: Any, net: nn.Module) -> int | None:
@@ -44,9 +65,10 @@ def n_classes_of(state: Any, net: nn.Module) -> int | None:
         for name, tensor in wanted.items()
         if isinstance(given.get(name), Tensor) and given[name].shape != tensor.shape
     ]
-    lengths = {(a[0], b[0]) if a and b and a[1:] == b[1:] else None for a, b in shapes}
-    pair = lengths.pop() if len(lengths) == 1 else None
-    return None if pair is None else pair[0]
+    if not all(a and b and a[1:] == b[1:] for a, b in shapes):
+        return None
+    numbers = {(a[0], b[0]) for a, b in shapes}  # of classes, in the checkpoint and in the net
+    return numbers.pop()[0] if len(numbers) == 1 else None
 
 
 def fill(net: nn.Module, path: Path) -> None:

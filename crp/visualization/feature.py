@@ -30,6 +30,7 @@ from crp.visualization.samples import LabelTargets, SampleAccess, function_of
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table, TableError
+from crp.wording import shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -103,8 +104,12 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         check: bool = True,
     ) -> None:
         check_flags(abs_norm=abs_norm, check=check)
-        if isinstance(layer_map, str) or not isinstance(layer_map, Iterable):
-            raise InputTypeError(f"layer_map must be layers and their concepts, or a list of layers; not {layer_map!r}")
+        is_iterable = isinstance(layer_map, Iterable) and not isinstance(layer_map, str)
+        if not is_iterable or any(isinstance(layer, tuple) for layer in layer_map):
+            raise InputTypeError(
+                "layer_map must be layers and their concepts, or a list of layers; not "
+                f"{shortened(layer_map)}: give a dict, such as {{'features.40': ChannelConcept()}}"
+            )
         check_layers(attribution.model, list(layer_map), "layer_map")
         if not isinstance(layer_map, Mapping):
             layer_map = {layer: ChannelConcept() for layer in layer_map}
@@ -115,6 +120,8 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 raise InputTypeError(
                     f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not a {type(concept).__name__}"
                 )
+        if preprocess_fn is not None and not callable(preprocess_fn):
+            raise InputTypeError(f"preprocess_fn must be a function of samples, or None; not {preprocess_fn!r}")
         self.dataset = of_loader(dataset)
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn

@@ -200,12 +200,9 @@ def _loaded(model: str, weights: str | None, wanted: _Wanted) -> Loaded:
         if weights:
             raise LoadingError(f"--weights are those of torchvision's models; the name of {model} says which they are")
         found = find_in_library(model, pretrained=checkpoint is None)
-        if (
-            checkpoint
-            and prefix == "timm"
-            and (n := n_classes_of(read_checkpoint(checkpoint), found.model)) is not None
-        ):
-            found = find_in_library(model, pretrained=False, n_classes=n)
+        n_classes = n_classes_of(read_checkpoint(checkpoint), found.model) if checkpoint and prefix == "timm" else None
+        if n_classes is not None:
+            found = find_in_library(model, pretrained=False, n_classes=n_classes)
         return _of_library(found, wanted)
     if ":" in model:
         if weights:
@@ -213,8 +210,9 @@ def _loaded(model: str, weights: str | None, wanted: _Wanted) -> Loaded:
         net = _made(model)
     else:
         net, chosen = _of_torchvision(model, weights)
-        if checkpoint and (n := n_classes_of(read_checkpoint(checkpoint), net)) is not None:
-            net, _ = _of_torchvision(model, None, num_classes=n)
+        n_classes = n_classes_of(read_checkpoint(checkpoint), net) if checkpoint else None
+        if n_classes is not None:
+            net, _ = _of_torchvision(model, None, num_classes=n_classes)
         if chosen is not None:
             recipe, names = chosen.transforms(), chosen.meta.get("categories", ())
     if checkpoint:

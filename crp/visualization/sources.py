@@ -298,7 +298,7 @@ def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
     if classes and len(names) != len(classes):
         raise LoadingError(
             f"--data {folder} has {len(names)} class folders and the model {len(classes)} classes: name the folders as "
-            "the classes are called, or give --targets prediction"
+            "the classes are called (by --classes, if it is given), or give --targets prediction"
         )
     return {name: label for label, name in enumerate(names)}
 

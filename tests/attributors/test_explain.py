@@ -275,7 +275,7 @@ def test_contrastive_excitation_backprop_to_any_layer(start):
     ("call", "error", "message"),
     [
         (lambda m, x: crp.explain("intgrads", m, x, 0), ValueError, "no method 'intgrads'; nearest: 'intgrad'"),
-        (lambda m, x: crp.explain(3, m, x, 0), ValueError, "no method 3"),
+        (lambda m, x: crp.explain(3, m, x, 0), TypeError, "method must be a name, .*, not 3"),
         (lambda m, x: crp.explain("intgrad", m, x, 0, step=5), ValueError, "no option 'step'; nearest: 'steps'"),
         (lambda m, x: crp.explain("occlusion", m, x, 0, layer="1"), ValueError, "'occlusion' has no option 'layer'"),
         (lambda m, x: crp.explain("grad_cam", m, x, 0), ValueError, "method 'grad_cam' needs layer="),

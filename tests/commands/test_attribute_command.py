@@ -169,7 +169,7 @@ def test_preparation_classes_and_checkpoints(place, monkeypatch):
     torch.save({"state_dict": model.state_dict()}, "net.pt")
     save_file(model.state_dict(), "net.safetensors")
     Path("names.txt").write_text("cat\ndog\n")
-    norm = [v for i in range(3) for v in ("--mean", 0.5, "--std", 0.25)]
+    norm = ["--mean", "0.5,0.5,0.5", "--std", 0.25, "--std", "0.25,0.25"]
     for checkpoint in ("net.pt", "net.safetensors"):
         result = attribute(
             "--method", "epsilon", "--checkpoint", checkpoint, "--classes", "names.txt", "--size", 8, *norm
@@ -247,6 +247,12 @@ def test_errors_are_words(place, arguments, model, message):
     assert result.exit_code == 1, result.output
     assert message in result.output.replace("\n", " ")
     assert not (place / "out.png").exists()
+
+
+def test_numbers_of_channels_have_commas_between(place):
+    result = attribute("--mean", "0.5;0.5")
+    assert result.exit_code == 2
+    assert "could not convert string to float: '0.5;0.5'; give a number for each channel, such as" in result.output
 
 
 def test_pictures_that_cannot_be_read_or_written(place):

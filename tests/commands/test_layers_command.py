@@ -159,6 +159,24 @@ def test_names_that_a_wrapper_put_before_are_taken_off(here, prefix):
         assert (load_model("nets12:net", checkpoint=Path(name)).model[0].bias == 7).all()
 
 
+def test_weights_are_found_beside_what_else_a_training_kept(here):
+    net = load_model("nets12:net").model
+    with torch.no_grad():
+        net[0].bias.fill_(7)
+    kept = {"model": net.state_dict(), "epoch": 3, "optimizer": torch.optim.SGD(net.parameters(), 0.1).state_dict()}
+    torch.save(kept, "kept.pt")
+    assert (load_model("nets12:net", checkpoint=Path("kept.pt")).model[0].bias == 7).all()
+    torch.save({**kept, "ema": net.state_dict()}, "two.pt")
+    with pytest.raises(LoadingError, match=r"two.pt holds weights under 'model' and 'ema'; save those that are meant"):
+        load_model("nets12:net", checkpoint=Path("two.pt"))
+
+
+def test_a_whole_model_is_no_checkpoint(here):
+    torch.save(load_model("nets12:net").model, "whole.pt")
+    with pytest.raises(LoadingError, match=r"whole.pt is no .*, or of a whole model; save its state_dict\(\)$"):
+        load_model("nets12:net", checkpoint=Path("whole.pt"))
+
+
 def test_a_checkpoint_of_another_model_names_a_few_entries(here):
     save_file({f"other.{i}": torch.zeros(1) for i in range(99)}, "b.safetensors")
     with pytest.raises(LoadingError, match=r"b.safetensors does not fit the model: it lacks 0.bias, .* and 3 more"):

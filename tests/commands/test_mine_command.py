@@ -216,7 +216,10 @@ def wait_for_shards(path: Path) -> None:
         (["--composite", "epsilon_pus"], "there is no composite 'epsilon_pus'"),
         (["--set", "epsilon"], "--set 'epsilon' must be KEY=VALUE"),
         (["--set", "epsilonn=1"], "epsilonn"),
-        (["--composite", "epsilon_gamma_box"], "epsilon_gamma_box: missing a required argument: 'low'; --set KEY="),
+        (
+            ["--composite", "epsilon_gamma_box"],
+            "epsilon_gamma_box: EpsilonGammaBox: missing a required argument: 'low'",
+        ),
         (["--multi-label", "list", "--targets", "all"], "single_targets is about labels"),
         (["--composite", "none", "--set", "a=1"], "--set is for a composite"),
         (["--targets", "labels"], "targets must be 'label', 'prediction'"),

@@ -14,7 +14,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 import crp.composites as composites
 from crp.attribution import CondAttribution
 from crp.canonizers import MergeBatchNorm
-from crp.composites import Composite, DeepTaylor, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
+from crp.composites import Composite, DeepTaylor, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, get, register
 from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
 
 #: All presets, each with an argument that is not its default.
@@ -233,8 +233,32 @@ def test_canonizers_of_another_kind_are_refused(canonizers):
         EpsilonPlusFlat(canonizers)
 
 
+@pytest.mark.parametrize("canonizer", [SequentialMergeBatchNorm, "merge"])
+def test_canonizers_are_instances(canonizer):
+    with pytest.raises(TypeError, match=r"canonizers are instances, such as MergeBatchNorm\(\); .* is none"):
+        EpsilonPlusFlat([canonizer])
+
+
+def test_unknown_settings_are_named_with_those_that_there_are():
+    with pytest.raises(TypeError, match=r"EpsilonPlus: got an unexpected keyword argument 'eps'; it takes .*epsilon"):
+        EpsilonPlus(eps=0.1)
+
+
+@pytest.mark.parametrize("name", [None, 3, EpsilonPlusFlat])
+def test_composites_have_words_for_names(name):
+    with pytest.raises(TypeError, match="name must be the name of a composite, such as 'epsilon_plus', not"):
+        get(name)
+
+
+def test_the_name_of_a_preset_is_not_taken_by_another_class():
+    with pytest.raises(ValueError, match=r"'epsilon_plus' is the name of crp\..*\.EpsilonPlus; choose"):
+        register("epsilon_plus")(type("Mine", (EpsilonPlus,), {}))
+    assert type(get("epsilon_plus")) is EpsilonPlus
+    assert register("epsilon_plus")(EpsilonPlus) is EpsilonPlus
+
+
 def test_box_needs_its_bounds():
-    with pytest.raises(TypeError, match="low"):
+    with pytest.raises(TypeError, match="EpsilonGammaBox: missing a required argument: 'low'"):
         EpsilonGammaBox()
     with pytest.raises(ValueError, match="low must be below high"):
         EpsilonGammaBox(low=1, high=-1)

@@ -8,9 +8,9 @@ from core_cases import conv_net, deviation, exact, heatmap, images, net, rules
 from torch import nn
 from torch.nn import functional as F
 
-from crp.composites import LRP, Composite, Depth, EpsilonPlus, First, Functions, Last
+from crp.composites import LRP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Last
 from crp.layers import LayerNotFoundError
-from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Whole, WSquare, ZPlus
+from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Rule, Whole, WSquare, ZPlus
 
 
 def stack():
@@ -100,7 +100,7 @@ def test_unknown_names_are_errors_that_name_the_nearest(maps, error):
 @pytest.mark.parametrize(("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'")])
 def test_layers_without_what_the_rule_treats(selector, layers, untouched):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), nn.Flatten()).double().eval()
-    message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and {layers} call no such operation"
+    message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and no such operation is called in {layers}"
     for run in (heatmap, rules):
         with untouched(model), pytest.raises(TypeError, match=message):
             run(model, Composite(layer_map=[(selector, Gamma())]))
@@ -235,6 +235,11 @@ def test_selectors_of_another_kind_are_refused(selector):
         Composite(layer_map=[(selector, Epsilon())])
 
 
+class Uninitialised(Rule):
+    def __init__(self):
+        self.cap = 1.0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -245,10 +250,24 @@ def test_selectors_of_another_kind_are_refused(selector):
         (lambda: Depth(0, 1, F.relu), "Depth chooses among layers of types"),
         (lambda: Composite(first_map=[("conv", Epsilon())]), "first_map maps module types, .*, not 'conv'"),
         (lambda: Composite(name_map=[("fc", Epsilon())]), r"name_map maps lists of layer names, .*, not 'fc'"),
-        (lambda: Composite(layer_map={nn.Linear: Epsilon()}), r"layer_map is a list of pairs \(what, rule\), not"),
-        (lambda: Composite(layer_map=[nn.Linear]), r"layer_map is a list of pairs \(what, rule\), not"),
-        (lambda: Composite(layer_map=[(nn.Linear, "epsilon")]), "str cannot be used in this composite"),
-        (lambda: Composite(layer_map=[(nn.Linear, Epsilon)]), "cannot be used in this composite"),
+        (lambda: Composite(layer_map={nn.Linear: Epsilon()}), r"layer_map is a list of pairs \(what, rule\), such as"),
+        (lambda: Composite(layer_map=[nn.Linear]), r"layer_map is a list .*; <class 'torch.*Linear'> is no pair"),
+        (lambda: EpsilonPlusFlat(layer_map={"fc": Epsilon()}), "layer_map is a list of pairs .*; 'fc' is no pair$"),
+        (lambda: EpsilonPlusFlat(layer_map=("fc", Epsilon())), "layer_map is a list of pairs .*; 'fc' is no pair$"),
+        (lambda: Composite(layer_map=[(nn.Linear, "epsilon")]), r"such as Epsilon\(\), or None; not 'epsilon'"),
+        (
+            lambda: Composite(layer_map=[(nn.Linear, Epsilon)]),
+            "; not <class 'crp.rules.lrp.Epsilon'>",
+        ),
+        (lambda: Composite(layer_map=[(nn.Linear, 0)]), "an instance of one, .*; not 0"),
+        (
+            lambda: Composite(layer_map=[(nn.Linear, EpsilonPlusFlat())]),
+            r"not EpsilonPlusFlat\(\)",
+        ),
+        (
+            lambda: Composite(layer_map=[(nn.Linear, Uninitialised())]),
+            r"__init__ does not call super\(\)",
+        ),
     ],
 )
 def test_maps_of_another_kind_are_refused(make, message):

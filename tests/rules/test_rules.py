@@ -254,3 +254,23 @@ def test_custom_rule_is_one_method():
 def test_lift_refuses_hooks_with_a_backward_pass_of_their_own():
     with pytest.raises(TypeError, match="ReLUGuidedBackprop cannot be used in this composite"):
         lift(zennit.rules.ReLUGuidedBackprop())
+
+
+@pytest.mark.parametrize("multipliers", [True, False], ids=["our composite", "zennit's"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda layer, a: None, "makes a NoneType the surrogate of linear"),
+        (lambda layer, a: layer(a).sum(), r"makes a tensor of \(\) the surrogate of linear.*, which returns \(2, 4\)"),
+        (lambda layer, a: layer(a)[:, :1], r"makes a tensor of \(2, 1\) the surrogate of linear"),
+        (lambda layer, a: layer(a).detach(), r"makes a constant the surrogate of linear.*: it must be differentiable"),
+    ],
+    ids=["nothing", "scalar", "one output", "constant"],
+)
+def test_surrogates_that_relevance_cannot_pass_are_refused(make, message, multipliers):
+    class Mistaken(Rule):
+        surrogate = staticmethod(make)
+
+    layer, a = nn.Linear(3, 4), torch.rand(2, 3)
+    with pytest.raises(TypeError, match=f"Mistaken {message}"):
+        attribute(Mistaken(), layer, a, torch.rand(2, 4), multipliers)

@@ -187,9 +187,9 @@ def whole_texts(
 
 def _shared_texts(batch: Tensor) -> tuple[int, ...]:
     """Number of each sample's text, of which neighbours that differ only in what is explained are the same."""
-    kinds = batch[:, -1] > 0
-    same = (batch[1:, :-1] == batch[:-1, :-1]).flatten(1).all(1) & (kinds[1:] == kinds[:-1]).all(1)
-    return (0, *(~same).cumsum(0).tolist())
+    fields, is_token = batch[:, :-1].flatten(1), batch[:, -1] > 0
+    is_same = (fields[1:] == fields[:-1]).all(1) & (is_token[1:] == is_token[:-1]).all(1)
+    return (0, *(~is_same).cumsum(0).tolist())
 
 
 class Filling:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from crp.errors import InputTypeError
+from crp.errors import InputError, InputTypeError
 from crp.visualization.table.manifest import TableCorruptError
 
 #: Pieces that are written at once; systems take 1024.
@@ -84,7 +84,10 @@ def hash_of(path: Path) -> str:
 def make_folder(path: Path) -> None:
     """Make a folder, unless it is there; a full disk is told of as by `write_atomic`."""
     with _hinted(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{path} cannot be a folder, since it is, or is in, a file; give another path") from error
 
 
 def make_own_folder(path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Mistakes that are made in the first hour are told in words of this package, with what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import crp
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus
+from crp.concepts import AxisConcept, ChannelConcept, Concept
+from crp.errors import CRPError
+from crp.helper import get_layer_names
+from crp.image import imgify, plot_grid
+from crp.visualization import FeatureVisualization
+
+NET = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).eval()
+PICTURES = torch.rand(2, 1, 6, 6)
+RESULT = CondAttribution(NET)(PICTURES, [{"y": 0}], EpsilonPlus(), record_layer=["1"])
+PICTURE = PICTURES[0]
+
+
+class Forgetful(Concept):
+    """A concept whose mask forgets to return the gradient."""
+
+    def mask(self, row: int, ids: Any, layer_name: str | None = None) -> Callable[[Tensor], Tensor]:
+        def keep(gradient: Tensor) -> Tensor:
+            gradient[row] = 0
+            return None  # type: ignore[return-value]
+
+        return keep
+
+
+MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
+    "all relevances": (
+        lambda: ChannelConcept().attribute(RESULT.relevances),
+        "tensor of one layer, .*, not a dict",
+    ),
+    "a result": (lambda: AxisConcept(-1).attribute(RESULT), "such as result.relevances.*, not a AttributionResults"),
+    "a mask of channels": (
+        lambda: CondAttribution(NET)(PICTURES, [{"y": 0, "1": torch.ones(3, 9) > 0}]),
+        r"layer '1': concept ids must be integers, not tensor\(\[\[True, .*…$",
+    ),
+    "a model for a method": (lambda: crp.explain(NET, "ig", PICTURES, 0), "must be a name, .* the order is explain"),
+    "a composite for a method": (lambda: crp.explain(EpsilonPlus(), NET, PICTURES, 0), "takes a composite itself"),
+    "no layer": (lambda: crp.explain("grad_cam", NET, PICTURES, 0), "needs layer=, .* such as the last convolution"),
+    "a type's name": (lambda: get_layer_names(NET, ["Conv2d"]), "such as .nn.Conv2d, nn.Linear.; 'Conv2d' is none"),
+    "two heatmaps": (lambda: imgify(RESULT.heatmap), r"or grid=True for several images; got \(2, 6, 6\)"),
+    "a colour": (lambda: imgify(PICTURE, cmap="blues"), "cmap must be one of bwr, .*, not 'blues'"),
+    "no colour": (lambda: imgify(PICTURE, cmap=3), "cmap must be one of bwr, .*, not 3"),
+    "a size": (lambda: imgify(PICTURE, resize="big"), "resize must be a whole number of at least 1, not 'big'"),
+    "pictures in a list": (lambda: plot_grid([imgify(PICTURE)]), "must be a dict of pictures, .*, not a list"),
+    "pictures in a tensor": (lambda: plot_grid(PICTURES), "must be a dict of pictures, .*, not a Tensor"),
+    "data before the model": (lambda: EpsilonPlus().report(PICTURES, NET), "not Tensor; a sample comes after it"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_told_in_words(call: Callable[..., Any], message: str) -> None:
+    with pytest.raises(CRPError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preprocess_fn": "normalize"}, "preprocess_fn must be a function of samples, or None; not 'normalize'"),
+        ({"layer_map": {("1", ChannelConcept())}}, "give a dict, such as {'features.40': ChannelConcept"),
+        ({"path": "file"}, "file cannot be a folder, since it is, or is in, a file; give another path"),
+        ({"path": "file/index"}, "index cannot be a folder, since it is, or is in, a file"),
+        ({"layer_map": {"1": Forgetful()}}, r"Forgetful.mask returns .* of \(1, 3, 4, 4\); it returns a NoneType"),
+    ],
+    ids=["preprocess_fn", "a set of pairs", "a file", "in a file", "a mask that returns nothing"],
+)
+def test_mistakes_of_mining(settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("", encoding="utf-8")
+    settings = {"layer_map": {"1": ChannelConcept()}, "path": tmp_path / "index"} | settings
+    dataset = [(picture, 0) for picture in PICTURES]
+    with pytest.raises(CRPError, match=message):
+        FeatureVisualization(CondAttribution(NET), dataset, **settings).run(EpsilonPlus(), 0, 2, progress=False)
+
+
+def test_layers_of_one_type() -> None:
+    assert get_layer_names(NET, nn.Linear) == get_layer_names(NET, [nn.Linear]) == ["3"]
