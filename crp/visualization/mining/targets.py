@@ -20,6 +20,7 @@ from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
+from crp.engine.joining import Part
 from crp.engine.settings import Reading, Settings
 from crp.errors import InputError
 from crp.layers import hooked
@@ -265,15 +266,29 @@ def attribute_targets(
                 attribution(asked.paired(), slot, composite, layers, on_device=on_device, exclude_parallel=False)
             )
         return
+    # (a long text with many positions is sent back in parts of about the same size)
+    n_parts, keeps = -(-asked.n_samples // (at_once or asked.n_samples)), keeps_graph(composite)
+    at_once = -(-asked.n_samples // n_parts) if keeps else asked.n_samples * len(slots)
+    together = keeps and asked.shares_starts
+    if together:
+        slots = asked.starting_together(name, slots, at_once)
     # Multipliers would be a second copy from the device, which scores of channels do not need.
     settings = Settings(
-        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False,
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=together,
         multipliers=multipliers, as_computed=attribution.device.type == "cuda", finite=False, reading=reading,
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
     rows = Rows.of(asked.columns * len(slots), [condition for slot in slots for condition in slot])
-    # (a long text with many positions is sent back in parts of about the same size)
-    n_parts = -(-asked.n_samples // (at_once or asked.n_samples))
-    at_once = -(-asked.n_samples // n_parts) if keeps_graph(composite) else len(rows)
+    parts = replace(call, rows=rows, batch_size=at_once).parts()
     # (`map` keeps no result while the next one is computed)
-    yield from map(check_one_entry, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
+    yield from map(check_one_entry, map(itemgetter(0), _scored(parts, attribution.model, asked)))
+
+
+def _scored(parts: Iterator[Part], model: nn.Module, asked: Asked) -> Iterator[Part]:
+    """Parts, for which a model scores tokens where that is asked; while they are read, it is untouched."""
+    while True:
+        with asked.scoring(model):
+            part = [next(parts, None)]
+        if part[0] is None:
+            return
+        yield part.pop()  # type: ignore[misc]
