@@ -294,8 +294,8 @@ def interrupt(fv, folder, monkeypatch, n_parts):
     return drawn
 
 
-def go_on(fv, folder, monkeypatch):
-    """Write a report; the rows that were drawn."""
+def go_on(fv, folder, monkeypatch, **options):
+    """Write a report, or a part of it; the rows that were drawn."""
     draw, drawn = picture_rows.PictureRows.draw, []
     with monkeypatch.context() as context:
         context.setattr(
@@ -303,7 +303,7 @@ def go_on(fv, folder, monkeypatch):
             "draw",
             lambda self, places: drawn.extend(place.row for place in places) or draw(self, places),
         )
-        report(fv, folder)
+        report(fv, folder, **options)
     return drawn
 
 
@@ -332,6 +332,26 @@ def test_heatmaps_of_files_that_are_not_complete_are_not_drawn_again(fv, atlas, 
     assert first
     assert not set(first) & set(second)
     assert set(files(tmp_path / "out")) == set(files(atlas))  # (no unfinished file is left)
+    assert_same_maps(tmp_path / "out", atlas)
+
+
+def test_parts_draw_the_rows_of_their_samples_and_no_row_twice(fv, atlas, tmp_path, monkeypatch):
+    parts = [go_on(fv, tmp_path / "out", monkeypatch, part=(part, 3)) for part in (2, 0, 1)]
+    samples = [{row.sample for row in rows} for rows in parts]
+    assert sum(map(len, samples)) == len(set.union(*samples))
+    assert all(len(rows) > sum(map(len, parts)) / 6 for rows in parts)  # (half of a third, at least)
+    # (files of heatmaps that no part had all rows of are written by the last one, which draws nothing)
+    assert go_on(fv, tmp_path / "out", monkeypatch) == []
+    assert set(files(tmp_path / "out")) == set(files(atlas))
+    assert_same_maps(tmp_path / "out", atlas)
+
+
+def test_the_rows_of_a_part_that_was_not_drawn_are_drawn_at_the_end(fv, atlas, tmp_path, monkeypatch):
+    first = go_on(fv, tmp_path / "out", monkeypatch, part=(0, 2))
+    last = go_on(fv, tmp_path / "out", monkeypatch)
+    assert first
+    assert last
+    assert not {row.sample for row in first} & {row.sample for row in last}
     assert_same_maps(tmp_path / "out", atlas)
 
 

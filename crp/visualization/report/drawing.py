@@ -43,11 +43,15 @@ class Row(NamedTuple):
 
 
 class HeatmapFile(NamedTuple):
-    """A file of heatmaps to draw: its address, what it depends on, and a row for each heatmap."""
+    """A file of heatmaps to draw: its address, what it depends on, and a row for each heatmap.
+
+    ``places`` are those of the rows that this process draws, which are all unless several share the work.
+    """
 
     address: str
     key: str
     rows: list[Row]
+    places: Sequence[int]
 
     @property
     def of_sample(self) -> bool:
@@ -122,10 +126,9 @@ class Drawer(ABC):
 
     # --- what is drawn
 
+    @abstractmethod
     def files(self, wanted: Mapping[str, list[Row]], part: tuple[int, int]) -> list[HeatmapFile]:
-        """Files of the rows that pages ask for, each list by an address of its own; or part i of n of these files."""
-        self._rows |= wanted
-        return [self.job(address, rows) for address, rows in wanted.items()][part[0] :: part[1]]
+        """Files of the rows that pages ask for, by addresses; or what part i of n of the work draws of them."""
 
     @abstractmethod
     def draw(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
@@ -196,7 +199,7 @@ class Drawer(ABC):
     def job(self, address: str, rows: Sequence[Row]) -> HeatmapFile:
         """File of heatmaps, with the key of all it depends on."""
         self.used.add(address)
-        return HeatmapFile(address, self._key(rows), list(rows))
+        return HeatmapFile(address, self._key(rows), list(rows), range(len(rows)))
 
     def _key(self, rows: Sequence[Row]) -> str:
         content = [*self._settings(), [self.below_of(row.layer) for row in rows], rows]

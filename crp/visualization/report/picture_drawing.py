@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -51,6 +51,16 @@ class PictureDrawer(Drawer):
         self._data: OrderedDict[int, Tensor] = OrderedDict()
         self._pictures: dict[int, str] = {}
 
+    def files(self, wanted: Mapping[str, list[Row]], part: tuple[int, int]) -> list[HeatmapFile]:
+        """A file for each address. Part i of n draws the rows of its samples, as those of one share what they need."""
+        self._rows |= wanted
+        jobs = [self.job(address, rows) for address, rows in wanted.items()]
+        if part[1] == 1:
+            return jobs
+        own = _share_of(Counter(row.sample for job in jobs for row in job.rows), *part)
+        jobs = [job._replace(places=[i for i, row in enumerate(job.rows) if row.sample in own]) for job in jobs]
+        return [job for job in jobs if job.places]
+
     def is_drawn(self, job: HeatmapFile) -> bool:
         """Whether the file is there, of the same content, and with it the picture that it names."""
         facts = read_facts(self.folder / job.address) or {}
@@ -68,7 +78,7 @@ class PictureDrawer(Drawer):
         waiting = []
         for job in jobs:
             if self.is_drawn(job):
-                yield len(job.rows)
+                yield len(job.places)
             else:
                 waiting.append(job)
         for together in _groups(waiting):
@@ -77,14 +87,16 @@ class PictureDrawer(Drawer):
     def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
         """Draw some jobs; rows of a sample are computed together, whosever they are."""
         found: list[dict[int, Cell]] = [{} for _ in jobs]
+        shared = any(len(job.places) < len(job.rows) for job in jobs)
         # (files of samples are few at a time, and need their heatmaps as numbers)
-        with Unfinished(self.folder / HEATMAPS, [] if jobs[0].of_sample else jobs) as unfinished:
+        with Unfinished(self.folder / HEATMAPS, [] if jobs[0].of_sample else jobs, shared) as unfinished:
             for (number, place), cell in unfinished.read().items():
                 found[number][place] = cell
             places = []
             for number, job in enumerate(jobs):
-                places += [PlacedRow(number, i, row) for i, row in enumerate(job.rows) if i not in found[number]]
-                yield len(found[number])
+                missing = [place for place in job.places if place not in found[number]]
+                places += [PlacedRow(number, place, job.rows[place]) for place in missing]
+                yield len(job.places) - len(missing)
                 self._write_if_complete(job, found[number])
             for some, drawn in PictureRows(self, self.data).draw(places):
                 for (number, place, _), (shares, facts) in zip(some, drawn, strict=True):
@@ -226,13 +238,24 @@ def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
         n_rows, samples = 0, set[int]()
         for job in alike:
             group.append(job)
-            n_rows += len(job.rows)
-            samples |= {row.sample for row in job.rows}
+            n_rows += len(job.places)
+            samples |= {job.rows[place].sample for place in job.places}
             if n_rows >= (_MOST_OF_SAMPLES if of_sample else _MOST) or n_rows >= _SHARED_BY * len(samples):
                 yield group
                 group, n_rows, samples = [], 0, set()
         if group:
             yield group
+
+
+def _share_of(rows: Mapping[int, int], part: int, n_parts: int) -> set[int]:
+    """Samples of one of n parts, by the number of rows of each: those with most first, to the part with the least."""
+    loads, own = [0] * n_parts, set()
+    for sample, n_rows in sorted(rows.items(), key=lambda one: (-one[1], one[0])):
+        least = loads.index(min(loads))
+        loads[least] += n_rows
+        if least == part:
+            own.add(sample)
+    return own
 
 
 def picture_file(sample: Tensor, size: int) -> tuple[bytes, str]:

@@ -3,6 +3,7 @@
 A file holds the heatmaps of a concept, and is written when all are there. Concepts are drawn together, so that they
 share what is computed of a sample: after an hour, none of a thousand files may be complete. What is drawn meanwhile is
 therefore written every minute. Each process writes files of its own, and they are gone when the report is complete.
+Where several processes share the work, each draws the rows of its samples, and the last one finds them here.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Unfinished:
     """Heatmaps of some files that are drawn together.
 
     A context: what is not written yet is written when it is left by an error, such as an interruption; without one,
-    all files are complete, and what was written is deleted.
+    all files are complete, and what was written is deleted, unless others need it.
 
     Parameters
     ----------
@@ -52,10 +53,12 @@ class Unfinished:
         Of the heatmaps' files.
     jobs : sequence of HeatmapFile
         None, if nothing is to be kept.
+    shared : bool
+        Whether another process completes the files.
     """
 
-    def __init__(self, folder: Path, jobs: Iterable[HeatmapFile]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, jobs: Iterable[HeatmapFile], shared: bool) -> None:
+        self._folder, self._shared = folder, shared
         self._keys = [job.key for job in jobs]
         self._waiting: dict[tuple[int, int], Cell] = {}
         self._written: list[Path] = []
@@ -65,7 +68,7 @@ class Unfinished:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        if kind is not None or self._shared:
             self._write()
             return
         for file in self._written:

@@ -207,7 +207,7 @@ def _draw(
     part, n_parts = options.part or (0, 1)
     jobs = drawer.files(wanted, (part, n_parts))
     # (rows of one layer stand together, so that they are drawn together)
-    with tqdm(total=sum(len(job.rows) for job in jobs), desc="Heatmaps", **bar) as shown:
+    with tqdm(total=sum(len(job.places) for job in jobs), desc="Heatmaps", **bar) as shown:
         for n_rows in drawer.draw(jobs):
             shown.update(n_rows)
     if options.n_mean and drawer.pictures:
