@@ -222,7 +222,7 @@ class _Batch:
         return {sample.id: sample.label for sample in self._samples if sample.problem is None}
 
     def _get_targets(self) -> dict[int, list[int]]:
-        found, needed = {}, "relevance" in self._job.header.modes
+        found, needed = dict[int, list[int]](), "relevance" in self._job.header.modes
         for index, label in self._get_readable().items():
             try:
                 found[index] = to_targets(label, self._job.options.single_targets, needed)

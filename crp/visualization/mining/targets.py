@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from operator import index, itemgetter
 from threading import get_ident
 from typing import Any
@@ -289,7 +290,7 @@ def _scored(parts: Iterator[Part], model: nn.Module, asked: Asked) -> Iterator[P
     """Parts, for which a model scores tokens where that is asked; while they are read, it is untouched."""
     while True:
         with asked.scoring(model):
-            part = [next(parts, None)]
-        if part[0] is None:
+            part = list(islice(parts, 1))
+        if not part:
             return
-        yield part.pop()  # type: ignore[misc]
+        yield part.pop()
