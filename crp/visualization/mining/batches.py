@@ -25,6 +25,7 @@ from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.scores import Scoring, Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
 from crp.visualization.mining.text_batches import Filling, end_of_texts, unknown_id, whole_texts
+from crp.visualization.mining.texts import n_items_of
 from crp.visualization.mining.transfers import Transfers
 from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
@@ -345,7 +346,8 @@ class _Batch:
                 self._state.limit.rows = min(self._state.limit.rows, held)
                 torch.cuda.empty_cache()
         failures.sort(key=operator.itemgetter(0, 1))
-        if not parts and not self._state.limit.works and len({place for place, _, _ in failures}) > 1:
+        n_causes = n_items_of(self._job.dataset, [indices[place] for place, _, _ in failures])
+        if not parts and not self._state.limit.works and n_causes > 1:
             raise failures[0][2]  # nothing ever worked: it is not about one sample
         if reasons and not failures:
             warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
@@ -379,10 +381,8 @@ def _blame_data(compute: Callable[[Unit], T], finite: Tensor | None, unit: Unit)
     """Result for a unit; an error where data is not finite is a `_NotFiniteError`."""
     try:
         return compute(unit)
-    except ConceptError:
-        raise
     except Exception as error:
-        if finite is not None and not finite.all():
+        if not isinstance(error, ConceptError) and finite is not None and not finite.all():
             raise _NotFiniteError from error
         raise
 
