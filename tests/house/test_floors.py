@@ -55,8 +55,8 @@ BUDGETS = {
     "concept_graph": 190,
     "concepts": 2020,
     "demo": 900,
-    # (rows that start alike share what starts; the output layer of language models)
-    "engine": 4600,
+    # (rows that start alike share what starts; the output layer of language models; models that lack ids)
+    "engine": 4615,
     "image": 1420,
     # (names of layers that mean what they are called with)
     "layers": 870,
@@ -81,7 +81,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 874
+PUBLIC_NAMES = 875
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
