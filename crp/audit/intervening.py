@@ -18,7 +18,7 @@ from crp.concepts.ids import as_ids
 from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs, check_data
 from crp.errors import InputError, OutOfRangeError
-from crp.layers import Followed, put_behind
+from crp.visualization.without import run_changed
 
 
 def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
@@ -64,6 +64,7 @@ def intervene(
     attribution : CondAttribution
     data : Tensor of shape (samples, ...)
     layer : str
+        Named as in conditions: ``"name.input"`` is what a layer is called with, ``"name#1"`` its second call.
     concept : Concept
         Its concepts are changed at all positions.
     concept_ids : sequence of int
@@ -91,7 +92,6 @@ def intervene(
         check_data(patch, "patch")
         if patch.shape != data.shape:
             raise InputError(f"patch is of shape {tuple(patch.shape)}, and the data of {tuple(data.shape)}")
-    changing = _Change(concept, scale)
 
     def output_of(samples: Tensor, model: Any) -> Tensor:
         output = attribution.select_output(Inputs.of(samples.to(attribution.device)).run(model))
@@ -103,32 +103,48 @@ def intervene(
         columns = torch.tensor(classes, device=output.device) % n_outputs
         return output.gather(1, columns[:, None])[:, 0]
 
+    change = _Change(concept, scale)
+
+    def changed(samples: Tensor, concept_id: int | None) -> Tensor:
+        change.concept_id = concept_id
+        output: Tensor
+        output, n_calls = run_changed(attribution.model, layer, change, lambda model: output_of(samples, model))
+        if not n_calls:
+            raise InputError(f"the forward pass does not use layer {layer!r}")
+        if n_calls > 1:
+            names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
+            raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
+        return output
+
     changes = []
     with torch.no_grad(), put_on(None, attribution.model) as model:
         before = output_of(data, model)
-        with put_behind(model, layer, changing.behind):
-            if patch is not None:
-                output_of(patch, model)
-                changing.other = changing.seen
-            for concept_id in ids:
-                changing.concept_id = concept_id
-                changes.append(output_of(data, model) - before)
-    if changing.seen is None:
-        raise InputError(f"the forward pass does not use layer {layer!r}")
+        if patch is not None:
+            changed(patch, None)
+            change.other = change.seen
+        for concept_id in ids:
+            changes.append(changed(data, concept_id) - before)
     return torch.stack(changes, 1)
 
 
 class _Change:
-    """What is changed now, and what was seen last."""
+    """Function of a layer's output, in which one concept is changed.
+
+    Attributes
+    ----------
+    concept_id : int or None
+        The concept that is changed; None changes nothing.
+    seen : Tensor or None
+        What the layer gave last, unchanged.
+    other : Tensor or None
+        What it gave for other samples, whose part takes the concept's place.
+    """
 
     def __init__(self, concept: Concept, scale: float) -> None:
         self.concept, self.scale = concept, scale
         self.concept_id: int | None = None
         self.seen: Tensor | None = None
         self.other: Tensor | None = None
-
-    def behind(self, layer: Any) -> Followed:
-        return _Changed(layer, self)
 
     def __call__(self, output: Tensor) -> Tensor:
         self.seen = output.detach().clone()
@@ -137,15 +153,3 @@ class _Change:
         part = part_of(self.concept, self.seen, [self.concept_id])
         new = part if self.other is None else part_of(self.concept, self.other, [self.concept_id])
         return output - part + self.scale * new
-
-
-class _Changed(Followed):
-    """A layer with one of its concepts changed."""
-
-    def __init__(self, layer: Any, change: _Change) -> None:
-        super().__init__(layer)
-        self.change = [change]
-
-    def after(self, output: Tensor, *args: Any) -> Tensor:
-        """Output, changed."""
-        return self.change[0](output)

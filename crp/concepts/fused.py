@@ -5,15 +5,12 @@ The kernel is written in Triton, which comes with torch where there are CUDA dev
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from crp.layers.devices import define_operation
+from crp.layers.devices import KERNEL_DTYPES, define_operation, kernels_in
 
-_KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_KERNELS = "crp.concepts.triton_scores"
 #: Positions that a kernel can count.
 _MOST = 2**31 - 4096
 
@@ -26,28 +23,18 @@ def fused_scores(values: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     values : Tensor of shape (batch, concepts, positions)
     """
     differentiable = values.requires_grad and torch.is_grad_enabled()
-    if not values.is_cuda or differentiable or values.dtype not in _KINDS or not values.numel():
+    if not values.is_cuda or differentiable or values.dtype not in KERNEL_DTYPES or not values.numel():
         return None
     plain = not torch._C._functorch.is_functorch_wrapped_tensor(values)
-    if values.shape[-1] >= _MOST or not plain or _kernels() is None:
+    if values.shape[-1] >= _MOST or not plain or kernels_in(_KERNELS) is None:
         return None
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.crp.scores(values.detach())
     return found
 
 
-@cache
-def _kernels() -> Any:
-    """Module of the kernel; None without Triton."""
-    try:
-        from crp.concepts import triton_scores
-    except ImportError:
-        return None
-    return triton_scores
-
-
 def _scores(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
-        found: tuple[Tensor, Tensor, Tensor] = _kernels().launch_scores(values)
+        found: tuple[Tensor, Tensor, Tensor] = kernels_in(_KERNELS).launch_scores(values)
     return found
 
 

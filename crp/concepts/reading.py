@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from crp.concepts.axes import AxisConcept
 from crp.concepts.base import Concept, mask_of
 from crp.concepts.scores import ConceptScores, by_position, scores_of
 from crp.errors import ConceptError, InputTypeError, NameNotFoundError
@@ -44,9 +45,10 @@ class LayerValues(NamedTuple):
         multipliers, counted = result.multipliers or {}, result.counted or {}
         return cls(result.activations[layer], result.relevances[layer], multipliers.get(layer), counted.get(layer))
 
-    def rows(self, chosen: slice) -> LayerValues:
+    def rows(self, chosen: slice | Sequence[int]) -> LayerValues:
         """Values of some rows."""
-        return LayerValues(*(None if tensor is None else tensor[chosen].detach() for tensor in self))  # type: ignore[arg-type]
+        at = chosen if isinstance(chosen, slice) else list(chosen)
+        return LayerValues(*(None if tensor is None else tensor[at].detach() for tensor in self))  # type: ignore[arg-type]
 
 
 def relevance_in(concept: Concept, result: AttributionResults, layer_name: str) -> Tensor:
@@ -137,6 +139,14 @@ def initial_relevance_of(
             values = values[range(len(values)), list(positions)]
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return leaf.detach() * gradient
+
+
+def starts_by_code(concept: Any) -> bool:
+    """Whether only `initial_relevance_of` explains how active a concept is.
+
+    Channels, and places along an axis, are parts of the activation, which their mask lets through.
+    """
+    return has_own(concept, "code") and type(concept).code is not AxisConcept.code
 
 
 def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> None:

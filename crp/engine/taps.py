@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -119,3 +120,30 @@ def in_model_order(model: nn.Module, layers: Iterable[str]) -> list[str]:
     order = list(modules_of(model))
     addresses = {layer: Address.of(layer, order) for layer in layers}
     return sorted(addresses, key=lambda layer: (order.index(addresses[layer].layer), not addresses[layer].is_input))
+
+
+def in_call_order(model: nn.Module, layers: Sequence[str], run: Callable[[nn.Module], object]) -> list[str]:
+    """Names of layers in the order in which what they name is there when ``run`` calls the model.
+
+    None is before what it is computed from: a block is behind the layers inside of it. Layers that are not called are
+    at the end.
+    """
+    known, thread = modules_of(model), get_ident()
+    addresses = {layer: Address.of(layer, known) for layer in layers}
+    calls: list[tuple[str, bool]] = []
+
+    def note(place: tuple[str, bool], *_: object) -> None:
+        if get_ident() == thread and not referencing():
+            calls.append(place)
+
+    places = {(address.layer, address.is_input) for address in addresses.values()}
+    with hooked_at(known, {place: partial(note, place) for place in places}):
+        run(model)
+
+    def when(layer: str) -> int:
+        name, is_input, number = addresses[layer]
+        times = [time for time, place in enumerate(calls) if place == (name, is_input)]
+        of_call = times[-1:] if number is None else times[number : number + 1]
+        return of_call[0] if of_call else len(calls)
+
+    return sorted(layers, key=when)

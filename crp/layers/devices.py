@@ -5,8 +5,10 @@ And operations of a GPU, as torch's own: what records or counts those sees them,
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +43,19 @@ def recording() -> Iterator[None]:
 def is_recording() -> bool:
     """Whether work is recorded, in whatever thread: autograd works in threads of its own."""
     return _recordings > 0
+
+
+#: Kinds of numbers that kernels compute with.
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@cache
+def kernels_in(module: str) -> Any:
+    """Module of kernels in Triton, which is imported; None where there is no Triton."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
 
 
 _library: Any = torch.library.Library("crp", "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -7,15 +7,12 @@ devices; where it is missing, or tensors do not lie alike in memory, torch's ope
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from crp.layers.devices import define_operation, is_recording
+from crp.layers.devices import KERNEL_DTYPES, define_operation, is_recording, kernels_in
 
-_KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_KERNELS = "crp.rules.triton_kernels"
 #: Entries that a kernel can count; and from which on it saves more than it costs to start it from Python.
 _MOST, _FEWEST = 2**31 - 4096, 1 << 24
 
@@ -53,7 +50,9 @@ def fused_gamma_scales(
 
 def _fits(below: Tensor, added: Tensor | None, above: Tensor) -> bool:
     fewest = 1 if is_recording() else _FEWEST  # (a replay starts it without Python)
-    if not below.is_cuda or below.dtype not in _KINDS or not fewest <= below.numel() < _MOST or _kernels() is None:
+    if not below.is_cuda or below.dtype not in KERNEL_DTYPES or not fewest <= below.numel() < _MOST:
+        return False
+    if kernels_in(_KERNELS) is None:
         return False
     alike = above.dtype == below.dtype and above.shape == below.shape and above.stride() == below.stride()
     dense = below.is_contiguous() or (below.dim() == 4 and below.is_contiguous(memory_format=torch.channels_last))
@@ -62,25 +61,15 @@ def _fits(below: Tensor, added: Tensor | None, above: Tensor) -> bool:
     return alike and dense and plain and fits and above.is_cuda
 
 
-@cache
-def _kernels() -> Any:
-    """Module of the kernels; None without Triton."""
-    try:
-        from crp.rules import triton_kernels
-    except ImportError:
-        return None
-    return triton_kernels
-
-
 def _quotient(above: Tensor, below: Tensor, added: Tensor | None, epsilon: float, sign: int, weight: float) -> Tensor:
     with torch.cuda.device_of(below):  # type: ignore[no-untyped-call]
-        result: Tensor = _kernels().launch_quotient(above, below, added, epsilon, sign, weight)
+        result: Tensor = kernels_in(_KERNELS).launch_quotient(above, below, added, epsilon, sign, weight)
     return result
 
 
 def _gamma_scales(y: Tensor, p: Tensor, added: Tensor | None, gamma: float, epsilon: float) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(p):  # type: ignore[no-untyped-call]
-        result: tuple[Tensor, Tensor] = _kernels().launch_gamma_scales(y, p, added, gamma, epsilon)
+        result: tuple[Tensor, Tensor] = kernels_in(_KERNELS).launch_gamma_scales(y, p, added, gamma, epsilon)
     return result
 
 

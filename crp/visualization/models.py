@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -159,7 +159,7 @@ def load_model(
     LoadingError
         If anything of this is not there, or does not fit.
     """
-    loaded = _loaded(model, weights, checkpoint, size, mean, std, classes)
+    loaded = _loaded(model, weights, _Wanted(checkpoint, size, mean, std, classes))
     if output is None:
         return loaded
     with suppress(InputTypeError):  # (where it is no detector of torchvision)
@@ -167,21 +167,30 @@ def load_model(
     return replace(loaded, output=output)
 
 
-def _loaded(
-    model: str,
-    weights: str | None,
-    checkpoint: Path | None,
-    size: int | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    classes: Path | None,
-) -> Loaded:
+class _Wanted(NamedTuple):
+    """What is asked for in place of what a model, or its weights, say; as for `load_model`."""
+
+    checkpoint: Path | None
+    size: int | None
+    mean: Sequence[float]
+    std: Sequence[float]
+    classes: Path | None
+
+    def check(self) -> None:
+        """Raise a `LoadingError` where the normalisation is none."""
+        if not all(value > 0 and isfinite(value) for value in self.std) or not all(map(isfinite, self.mean)):
+            raise LoadingError(
+                f"--mean {list(self.mean)} and --std {list(self.std)} must be finite numbers, --std more than 0"
+            )
+        if len(self.mean) != len(self.std):
+            raise LoadingError(f"--mean has {len(self.mean)} values and --std {len(self.std)}; give as many")
+
+
+def _loaded(model: str, weights: str | None, wanted: _Wanted) -> Loaded:
+    checkpoint = wanted.checkpoint
     if weights and checkpoint:
         raise LoadingError("--weights and --checkpoint are both given; one fills the model")
-    if not all(value > 0 and isfinite(value) for value in std) or not all(map(isfinite, mean)):
-        raise LoadingError(f"--mean {list(mean)} and --std {list(std)} must be finite numbers, --std more than 0")
-    if len(mean) != len(std):
-        raise LoadingError(f"--mean has {len(mean)} values and --std {len(std)}; give as many")
+    wanted.check()
     recipe: Any = None
     names: Sequence[str] = ()
     prefix, _, rest = model.partition(":")
@@ -197,7 +206,7 @@ def _loaded(
             and (n := n_classes_of(read_checkpoint(checkpoint), found.model)) is not None
         ):
             found = find_in_library(model, pretrained=False, n_classes=n)
-        return _of_library(found, checkpoint, size, mean, std, classes)
+        return _of_library(found, wanted)
     if ":" in model:
         if weights:
             raise LoadingError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
@@ -210,12 +219,13 @@ def _loaded(
             recipe, names = chosen.transforms(), chosen.meta.get("categories", ())
     if checkpoint:
         fill(net, checkpoint)
-    if classes:
-        names = _read_lines(classes)
+    if wanted.classes:
+        names = _read_lines(wanted.classes)
     # (of segmentation and detection, pictures are not cut)
     default = 0 if ":" in model or model in _dense_of_torchvision() else 224
-    cut = size or (_side_of(recipe, "crop_size") if recipe else default)
-    resize = _side_of(recipe, "resize_size") if recipe and not size else cut
+    cut = wanted.size or (_side_of(recipe, "crop_size") if recipe else default)
+    resize = _side_of(recipe, "resize_size") if recipe and not wanted.size else cut
+    mean, std = wanted.mean, wanted.std
     if not mean and recipe:
         mean, std = getattr(recipe, "mean", ()), getattr(recipe, "std", ())
     return Loaded(
@@ -226,19 +236,12 @@ def _loaded(
     )
 
 
-def _of_library(
-    found: Found,
-    checkpoint: Path | None,
-    size: int | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    classes: Path | None,
-) -> Loaded:
-    if checkpoint:
-        fill(found.model, checkpoint)
-    names = _read_lines(classes) if classes else found.classes
-    mean, std = (mean, std) if mean else (found.mean, found.std)
-    resize, cut = (size, size) if size else (found.resize, found.size)
+def _of_library(found: Found, wanted: _Wanted) -> Loaded:
+    if wanted.checkpoint:
+        fill(found.model, wanted.checkpoint)
+    names = _read_lines(wanted.classes) if wanted.classes else found.classes
+    mean, std = (wanted.mean, wanted.std) if wanted.mean else (found.mean, found.std)
+    resize, cut = (wanted.size, wanted.size) if wanted.size else (found.resize, found.size)
     normalized = Normalized(mean, std) if mean else None
     return Loaded(found.model.eval(), Prepared(_mode(found.model), resize, cut), normalized, names)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, as_ids
+from crp.engine.attached import put_on
+from crp.engine.taps import in_call_order
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.notices import warn
@@ -18,9 +20,11 @@ from crp.visualization.mining.datasets import read
 from crp.visualization.mining.encoded import files_of, on_device
 from crp.visualization.mining.identity import check_dataset
 from crp.visualization.mining.marks import Source, source_of
+from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
 from crp.visualization.table.store import Table
+from crp.visualization.text_references import read_text
 
 
 class SampleAccess:
@@ -111,6 +115,15 @@ class SampleAccess:
             raise InputError("indices is empty; name at least one sample")
         samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)
         return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
+
+    def _in_call_order(self, layers: Sequence[str], sample: int) -> list[str]:
+        """Layers in the order in which a sample goes through them, none before what it is computed from."""
+        if self.texts is not None:
+            asked = read_text(self.dataset, sample, self.device)
+        else:
+            asked = Asked.of(self.get_data_sample(sample)[0].detach(), None)
+        with torch.no_grad(), put_on(None, self.attribution.model) as model:
+            return in_call_order(model, layers, asked.run)
 
     def _check_table(self, table: Table) -> None:
         """Raise a `TableMismatchError` unless a table is of this model, dataset, preparation and these concepts."""

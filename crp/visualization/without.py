@@ -3,18 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
+from crp.engine.attached import put_on
+from crp.engine.taps import check_layers
 from crp.engine.tokens import scored_at
-from crp.layers import modules_of
+from crp.errors import InputTypeError
+from crp.layers import modules_of, referencing
 from crp.layers.addresses import Address, hooked_at
 
 #: Function of a layer's output, which keeps in one row what is to be switched off.
 _Masks = Sequence[Callable[[Tensor], Tensor]]
+
+
+class _NoRowsError(Exception):
+    """The first axis of a layer's output is not that of the rows."""
+
+
+def run_changed(
+    model: nn.Module, layer: str, change: Callable[[Tensor], Tensor], run: Callable[[nn.Module], Any]
+) -> tuple[Any, int]:
+    """What ``run`` gives where a layer gives, or is called with, something else.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str
+        Named as in `crp.layers.addresses`; without the number of a call, all its calls are changed.
+    change : callable
+        Function of what the layer gives, or is called with.
+    run : callable
+        Function of the model.
+
+    Returns
+    -------
+    result : object
+    n_changed : int
+        How many calls were changed.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such layer.
+    TypeError
+        If it gives no tensor.
+    """
+    check_layers(model, [layer], "layer")
+    modules = modules_of(model)
+    name, is_input, number = Address.of(layer, modules)
+    thread, calls = get_ident(), list[bool]()
+
+    def hook(module: nn.Module, _args: object, _kwargs: object, output: Any) -> Tensor | None:
+        if get_ident() != thread or referencing():
+            return None
+        calls.append(number in (None, len(calls)))
+        if not calls[-1]:
+            return None
+        if not isinstance(output, Tensor):
+            raise InputTypeError(
+                f"layer {layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; name a "
+                "layer inside it, or after it"
+            )
+        return change(output)
+
+    with hooked_at(modules, {(name, is_input): hook}):
+        result = run(model)
+    return result, sum(calls)
 
 
 @torch.no_grad()
@@ -27,7 +86,7 @@ def predict_without(
     *,
     scale: float = 0.0,
 ) -> Any:
-    """Prediction of each row where a layer's output lacks what the row's mask keeps.
+    """Prediction of each row where a layer's output lacks what the row's mask keeps, in evaluation mode.
 
     Parameters
     ----------
@@ -45,15 +104,20 @@ def predict_without(
     Returns
     -------
     Tensor of shape (rows, *output shape), or (rows, vocabulary) at positions; or None
-        None for one call of several, or a layer that is not called.
+        None for a layer that is not called, or several times unless its name says which call is meant; and for one
+        whose output has not one entry for each row.
     """
     fields = list(data.values()) if isinstance(data, Mapping) else [data]
-    if len(masks) > 1 and all(isinstance(field, Tensor) and len(field) == 1 for field in fields):
-        found = _shared(attribution, data, layer, masks, positions, scale)
-        if found is not None:
-            return found
-        data = _copies(data, len(masks))
-    return _at(_predict(attribution, data, layer, masks, scale), positions)
+    with put_on(None, attribution.model):
+        if len(masks) > 1 and all(isinstance(field, Tensor) and len(field) == 1 for field in fields):
+            found = _shared(attribution, data, layer, masks, positions, scale)
+            if found is not None:
+                return found
+            data = _copies(data, len(masks))
+        try:
+            return _at(_predict(attribution, data, layer, masks, scale), positions)
+        except _NoRowsError:
+            return None
 
 
 def _at(prediction: Any, positions: Sequence[int] | None) -> Any:
@@ -92,27 +156,21 @@ def _shared(
 
 
 def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks, scale: float) -> Any:
-    modules = modules_of(attribution.model)
-    name, is_input, number = Address.of(layer, modules)
-    lacking = []
-
-    def hook(_module: object, _args: object, _kwargs: object, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            return None
-        if len(output) == 1 < len(masks):
+    def change(output: Tensor) -> Tensor:
+        if output.dim() and len(output) == 1 < len(masks):
             output = output.expand(len(masks), *output.shape[1:])
+        if not output.dim() or len(output) != len(masks):
+            raise _NoRowsError
         kept = output.clone(memory_format=torch.contiguous_format)
         for mask in masks:
             kept = mask(kept)
-        lacking.append(layer)
         return output - (1 - scale) * kept if scale else output - kept
 
-    if number is not None or name not in modules:
-        return None
-    with hooked_at(modules, {(name, is_input): hook}):
-        model = attribution.model
-        prediction = attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))
-    return prediction if lacking else None
+    def run(model: nn.Module) -> Any:
+        return attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))
+
+    prediction, n_changed = run_changed(attribution.model, layer, change, run)
+    return prediction if n_changed == 1 else None
 
 
 def _copies(data: Any, n: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from crp.attribution import CondAttribution
 from crp.audit import effect, intervene, part_of, penalty, project, prune
 from crp.composites import EpsilonPlus, GradientTimesInput
-from crp.concepts import ChannelConcept, DirectionConcept, splice
+from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept, splice
 
 C = 5
 
@@ -254,6 +254,77 @@ def test_patched_from_another_sample(model, data):
     found = intervene(CondAttribution(model), data, "conv2", ChannelConcept(), [1], [3] * 4, scale=1.0, patch=other)
     a = output_of(model, "conv2", data).relu().mean((2, 3))[:, 1]
     assert close(found[:, 0], model.fc.weight.detach()[3, 1] * (a.flip(0) - a), 1e-9)
+
+
+@pytest.mark.parametrize("layer", ["fc.input", "fc"])
+def test_what_a_layer_is_called_with_is_switched_off(model, data, layer, untouched):
+    """Places of a vector; each but the target's own place of the output changes nothing."""
+    attribution, targets = CondAttribution(model), [0, 1, 2, 3]
+    with untouched(model):
+        found = intervene(attribution, data, layer, AxisConcept(-1), range(4), targets)
+    values = output_of(model, "conv2", data).relu().mean((2, 3))
+    weight = model.fc.weight.detach()[targets]
+    wanted = -weight * values if layer == "fc.input" else -torch.diag_embed(model(data)[range(4), targets])
+    assert close(found, wanted[:, :4], 1e-9)
+
+
+@pytest.mark.parametrize("layer", ["attn.out_proj.input", "attn.out_proj"])
+def test_heads_of_attention_that_is_fused(layer, untouched):
+    """The projection is never called as a module; without a head, its columns of the weight are missing."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    model = net(lambda s, x: s.attn(x, x, x, need_weights=False)[0].sum(1), attn=attention)
+    x, heads = drawn(3, 5, 4), AxisConcept(-1, groups=2)
+    with untouched(model):
+        found = intervene(CondAttribution(model), x, layer, heads, [0, 1], [2] * 3)
+    for head in (0, 1):
+        without = copy.deepcopy(model)
+        with torch.no_grad():
+            if layer.endswith("input"):
+                without.attn.out_proj.weight[:, 2 * head : 2 * head + 2] = 0
+            else:
+                without.attn.out_proj.weight[2 * head : 2 * head + 2] = 0
+                without.attn.out_proj.bias[2 * head : 2 * head + 2] = 0
+            wanted = (without(x) - model(x))[:, 2]
+        torch.testing.assert_close(found[:, head], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_one_call_of_several_is_changed(data):
+    """Of each call, its own part takes the place of that of other samples, and a name without a number is refused."""
+    torch.manual_seed(2)
+    model = net(
+        lambda s, x: s.fc(s.conv(s.conv(s.first(x)).tanh()).mean((2, 3))),
+        first=nn.Conv2d(3, C, 3), conv=nn.Conv2d(C, C, 3, padding=1), fc=nn.Linear(C, 4),
+    )  # fmt: skip
+    attribution, targets = CondAttribution(model), [3] * 4
+    with torch.no_grad():
+        once = model.conv(model.first(data))
+        again = model.conv(once.tanh())
+        for call, values, rest in (
+            (0, once, lambda a: model.fc(model.conv(a.tanh()).mean((2, 3)))),
+            (1, again, lambda a: model.fc(a.mean((2, 3)))),
+        ):
+            other = values.clone()
+            other[:, 1] = values.flip(0)[:, 1]
+            wanted = (rest(other) - rest(values))[:, 3]
+            found = intervene(
+                attribution, data, f"conv#{call}", ChannelConcept(), [1], targets, scale=1.0, patch=data.flip(0)
+            )
+            assert close(found[:, 0], wanted, 1e-9)
+    with pytest.raises(ValueError, match=r"'conv' is called 2 times in .* name one: conv#0, conv#1"):
+        intervene(attribution, data, "conv", ChannelConcept(), [1], targets)
+    with pytest.raises(ValueError, match="the forward pass does not use layer 'conv#2'"):
+        intervene(attribution, data, "conv#2", ChannelConcept(), [1], targets)
+
+
+def test_a_layer_that_gives_no_tensor_is_refused(data):
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return x, 1
+
+    model = net(lambda s, x: s.fc(s.two(x)[0].mean((2, 3))), two=Two(), fc=nn.Linear(3, 4))
+    with pytest.raises(TypeError, match=r"layer 'two' \(Two\) returns a tuple, not a tensor; name a layer inside it"):
+        intervene(CondAttribution(model), data, "two", ChannelConcept(), [1], [0] * 4)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

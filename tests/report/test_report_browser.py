@@ -95,12 +95,14 @@ def test_the_toggle_shows_pictures_in_another_form_and_keeps_it(browser, atlas):
     browser.evaluate("document.getElementById('as-masked').click()")
 
 
-def shot_of_a_tile(browser, folder: Path, form: str, colour: tuple[int, int, int]) -> tuple[np.ndarray, int]:
+def shot_of_a_tile(
+    browser, folder: Path, form: str, colour: tuple[int, int, int], size: tuple[int, int] = (64, 64)
+) -> tuple[np.ndarray, int]:
     """Pixels of a tile, and its side. Its map speaks for the concept at 16 to 32 of 64, and against it at 40 to 56."""
     relevance = np.zeros((2, 64, 64))
     relevance[1, 16:32, 16:32], relevance[1, 40:56, 40:56] = 1, -1
     (folder / "m.png").write_bytes(encode_maps(list(relevance), {}))
-    Image.new("RGB", (64, 64), colour).save(folder / "p.png")
+    Image.new("RGB", size, colour).save(folder / "p.png")
     tile = {"picture": "p.png", "maps": "m.png", "cell": 1, "cells": 2, "href": "", "crop": (0, 0, 1), "alt": "a"}
     suspect = {"here": tile, "others": [], "href": "", "label": "", "score": "", "reason": ""}
     shown = {"trail": [], "lead": "", "suspects": [suspect | {"class_name": "", "class_href": ""}]}
@@ -139,6 +141,20 @@ def test_contour_outlines_the_relevant_part_and_dims_the_rest(browser, tmp_path)
     assert edge.any() and not (off & ~near).any()
     yellow = pixels[..., 0] - pixels[..., 2] > 60
     assert yellow[:, 24 * side // 64].sum() >= 2 and yellow[24 * side // 64].sum() >= 2
+
+
+@pytest.mark.parametrize("size", [(64, 40), (12, 64), (63, 64)], ids=str)
+def test_contour_leaves_the_margins_of_a_picture_alone(browser, tmp_path, size):
+    pixels, side = shot_of_a_tile(browser, tmp_path, "contour", (200, 200, 200), size)
+    across, down = (round((64 - length) / 2 / 64 * side) for length in size)
+    inner = pixels[5 : side - 5, 5 : side - 5]  # (the tile's corners are round)
+    beside = np.ones((side, side), bool)
+    beside[max(0, down - 2) : side - down + 2, max(0, across - 2) : side - across + 2] = False
+    assert (inner[beside[5 : side - 5, 5 : side - 5]] > 250).all(), "margins are white"
+    of_picture = pixels[down + 5 : side - down - 5, across + 5 : side - across - 5]
+    assert (np.abs(of_picture[-1] - 110).max() < 4) and (np.abs(of_picture[0] - 110).max() < 4), (
+        "it is dimmed to its ends"
+    )
 
 
 def test_search_finds_concepts_classes_and_samples(browser, atlas, fv):

@@ -155,3 +155,76 @@ def test_an_output_of_ones_own_is_whole():
     found = predict_without(own, text, "layer", masks, [0, 0, 0])
     expected = predict_without(CondAttribution(net), text, "layer", masks, [-1, -1, -1])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class Trained(Net):
+    """A net whose training mode draws numbers, and counts what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed, self.dropped = nn.BatchNorm2d(3).double(), nn.Dropout()
+        self.normed.running_mean.fill_(0.3)  # type: ignore[union-attr, operator]
+
+    def above(self, below: Tensor, layer: Tensor, n_rows: int) -> Tensor:
+        return super().above(below, self.dropped(self.normed(layer)), n_rows)
+
+
+@pytest.mark.filterwarnings("ignore:the model is in training mode")
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_model_in_training_mode_is_asked_in_evaluation_mode(n):
+    net, sample = Trained().eval(), torch.randn(n, 2, 5, 5, dtype=torch.float64)
+    masks = [ChannelConcept.mask(row, [row], "layer") for row in range(3)]
+    masks, attribution = masks[: n if n > 1 else 3], CondAttribution(net)
+    expected = predict_without(attribution, sample, "layer", masks)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.train()
+    torch.testing.assert_close(predict_without(attribution, sample, "layer", masks), expected)
+    torch.testing.assert_close(net.state_dict(), before)
+    assert net.training and net.normed.training
+
+
+class Again(Net):
+    """A net that calls its layer twice."""
+
+    def above(self, below: Tensor, layer: Tensor, n_rows: int) -> Tensor:
+        return super().above(below, self.layer(layer.tanh()), n_rows)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_call_of_several(n):
+    net = Again()
+    attribution, sample = CondAttribution(net), torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    masks = [ChannelConcept.mask(row, [row], "layer") for row in range(n)]
+    assert predict_without(attribution, sample, "layer", masks) is None
+    assert predict_without(attribution, sample, "layer#2", masks) is None
+    below = net.below(sample).tanh()
+    first = net.layer(below)
+    for row in range(n):
+        kept = torch.ones(3, 1, 1, dtype=torch.float64)
+        kept[row] = 0
+        expected = Net.above(net, below, net.layer((first * kept).tanh()), 1)
+        torch.testing.assert_close(predict_without(attribution, sample, "layer#0", masks)[row], expected[0])
+        expected = Net.above(net, below, net.layer(first.tanh()) * kept, 1)
+        torch.testing.assert_close(predict_without(attribution, sample, "layer#1", masks)[row], expected[0])
+
+
+class Windows(Net):
+    """A net whose layer sees the five columns of each sample as samples of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        below = self.below(x).tanh()
+        windows = self.layer(below.permute(0, 3, 1, 2).flatten(0, 1)[..., None])
+        return self.above(below, windows.unflatten(0, (len(x), 5)).squeeze(-1).permute(0, 2, 3, 1), len(x))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_rows_of_a_layer_with_other_rows_are_not_known(n):
+    sample = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    masks = [ChannelConcept.mask(row, [0], "layer") for row in range(n)]
+    assert predict_without(CondAttribution(Windows()), sample, "layer", masks) is None
+
+
+def test_a_layer_that_the_model_lacks_is_told():
+    masks = [ChannelConcept.mask(0, [0], "layers")]
+    with pytest.raises(KeyError, match="'layers' not found in model; nearest names: 'layer'"):
+        predict_without(CondAttribution(Net()), torch.randn(1, 2, 5, 5).double(), "layers", masks)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import crp.composites as composites
 from crp.attribution import CondAttribution
 from crp.concepts.fused import fused_scores
+from crp.layers.devices import KERNEL_DTYPES, kernels_in
 from crp.rules import layer as layers
 from crp.rules.fused import fused_gamma_scales, fused_quotient
 
@@ -34,6 +35,12 @@ def test_a_cpu_has_no_kernels() -> None:
     assert fused_quotient(one, one, None, 1e-6, 1, 1.0) is None
     assert fused_gamma_scales(one, one, None, 0.25, 1e-6) is None
     assert fused_scores(one[..., None]) is None
+
+
+def test_kernels_are_a_module_where_triton_is() -> None:
+    assert kernels_in("crp.layers.devices") is sys.modules["crp.layers.devices"]
+    assert kernels_in("crp.no_such_kernels") is None
+    assert {torch.float16, torch.float64} < {*KERNEL_DTYPES} and torch.int64 not in KERNEL_DTYPES
 
 
 class Residual(nn.Module):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
+from crp.concepts.reading import LayerValues, initial_relevance_of, relevance_sums, starts_by_code
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import ReportOptions
@@ -123,6 +125,8 @@ class Drawer(ABC):
         #: Addresses of all files that the pages need.
         self.used: set[str] = set()
         self._rows: dict[str, list[Row]] = {}
+        #: Layers whose concepts' activation is explained by their code.
+        self.by_code = {layer for layer, concept in fv.layer_map.items() if starts_by_code(concept)}
 
     # --- what is drawn
 
@@ -210,15 +214,25 @@ class Drawer(ABC):
     def _settings(self) -> list[Any]:
         """What all heatmaps depend on: the version of the file, the identity, and sizes."""
 
+    def init_of(self, row: Row) -> Callable[[Tensor], Tensor] | None:
+        """Initial relevance of a row that starts in its layer, where the concept's code alone tells it."""
+        if self.code_of(row) < 0 or row.layer is None:
+            return None
+        return partial(initial_relevance_of, self.fv.layer_map[row.layer], concept_id=row.concept)
+
+    def code_of(self, row: Row) -> int:
+        """Concept whose code tells where a row starts: rows that start by the same one are alike; -1 for all others."""
+        return row.concept if row.target < 0 and row.layer in self.by_code else -1
+
     def below_of(self, layer: str | None) -> str | None:
         """The layer below; None of the first one, and of a row through all concepts."""
         place = 0 if layer is None else self.layers.index(layer)
         return self.layers[place - 1] if place else None
 
-    def shares(self, relevance: Tensor, layer: str) -> list[list[tuple[int, float]]]:
-        """Of each row of a layer's relevance, the concepts with the largest shares."""
-        values = self.fv.layer_map[layer].attribute(relevance, layer_name=layer, abs_norm=True)
-        found = values.detach().cpu().double().numpy()
+    def shares(self, result: Any, layer: str, rows: Sequence[int]) -> list[list[tuple[int, float]]]:
+        """Of some rows of a result, the concepts of a recorded layer with the largest shares."""
+        values = LayerValues.of(result, layer).rows(rows)
+        found = relevance_sums(self.fv.layer_map[layer], values, layer).detach().cpu().double().numpy()
         best = np.argsort(-found, axis=1, kind="stable")[:, :_BELOW]
         return [
             [(c, round(float(found[i, c]), 4)) for c in row if found[i, c] > 0] for i, row in enumerate(best.tolist())

@@ -30,7 +30,7 @@ _KEPT = 256
 #: (Files of samples share nothing.)
 _SHARED_BY, _MOST, _MOST_OF_SAMPLES = 64, 1 << 16, 1 << 10
 #: What files of heatmaps hold; those of another version are drawn again.
-_VERSION = 2
+_VERSION = 3
 
 
 class PictureDrawer(Drawer):

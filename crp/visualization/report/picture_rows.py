@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crp.concepts import mask_of
+from crp.errors import StateError
 from crp.visualization.report.drawing import Drawer, Drawn, Row, scores, top_classes
 from crp.visualization.report.maps import crop_of, shrunk
 from crp.visualization.report.options import check_image
@@ -52,18 +53,19 @@ class PictureRows:
         self._order = {layer: number for number, layer in enumerate([None, *drawer.layers])}
         self._masks = {layer: mask_of(concept) for layer, concept in drawer.fv.layer_map.items()}
         self._starts = starts_from_one(self._attribution, drawer.composite)
+        self._reached: dict[str, bool] = {}
 
     def draw(self, places: Sequence[PlacedRow]) -> Iterator[tuple[list[PlacedRow], list[_Heatmap]]]:
         """Compute rows, and give them in parts; those of a sample share its forward pass, where they are several."""
         others: dict[Any, list[PlacedRow]] = {}
-        ordered = sorted(places, key=lambda one: (one.row.sample, self._order[one.row.layer], one.row.target < 0))
+        ordered = sorted(places, key=lambda one: (one.row.sample, self._order[one.row.layer], *self._kind(one.row)[1:]))
         for sample, of_sample in groupby(ordered, key=lambda one: one.row.sample):
             shape = tuple(self._data(sample).shape)
             is_small = max(shape[-2:]) <= SMALL
             several: list[PlacedRow] = []
-            for kind, alike in groupby(of_sample, key=lambda one: (one.row.layer, one.row.target < 0)):
+            for kind, alike in groupby(of_sample, key=lambda one: self._kind(one.row)):
                 # (those of small pictures, and those that cannot start beside others, stay with their layer)
-                some, alone = list(alike), is_small or (kind[1] and not self._starts)
+                some, alone = list(alike), is_small or (kind[1] and not self._starts_beside(kind[0], sample))
                 enough = self._size if not alone else _SHARING_OF_SMALL if is_small else _SHARING
                 if len(some) >= enough:
                     yield from self._in_parts(some, self._of_layer)
@@ -75,7 +77,7 @@ class PictureRows:
                 yield from self._in_parts(several, self._of_sample)
             else:
                 for place in several:
-                    others.setdefault((place.row.layer, place.row.target < 0, shape), []).append(place)
+                    others.setdefault((*self._kind(place.row), shape), []).append(place)
             for waiting in others.values():
                 while len(waiting) >= self._size:
                     yield from self._in_parts(waiting[: self._size], self._of_layer)
@@ -83,6 +85,24 @@ class PictureRows:
         for waiting in others.values():
             if waiting:
                 yield from self._in_parts(waiting, self._of_layer)
+
+    def _starts_beside(self, layer: str | None, sample: int) -> bool:
+        """Whether rows that start in a layer can share a pass with others: relevance of the output must come there."""
+        if layer is None or not self._starts or layer in self._drawer.by_code:
+            return False
+        if layer not in self._reached:
+            condition = {self._attribution.MODEL_OUTPUT_NAME: [0], layer: (0,)}
+            data, masks = self._prepared([sample]), starting_masks(self._drawer.fv.layer_map)
+            try:
+                self._attribution(data, [condition], self._drawer.composite, mask_map=masks)
+                self._reached[layer] = True
+            except StateError:
+                self._reached[layer] = False
+        return self._reached[layer]
+
+    def _kind(self, row: Row) -> tuple[str | None, bool, int]:
+        """What is equal for rows that are computed alike: layer, whether they start there, and the concept's code."""
+        return row.layer, row.target < 0, self._drawer.code_of(row)
 
     def _in_parts(
         self, places: Sequence[PlacedRow], compute: Callable[[Sequence[Row]], Iterator[list[_Heatmap]]]
@@ -92,10 +112,11 @@ class PictureRows:
             yield list(places[start : start + self._size]), part
 
     def _of_layer(self, rows: Sequence[Row]) -> Iterator[list[_Heatmap]]:
-        """Rows of one layer: of one sample, by one forward pass; or of several, which are one part."""
+        """Rows of one kind: of one sample, by one forward pass; or of several, which are one part."""
         layer, started = rows[0].layer, rows[0].target >= 0
         below = self._drawer.below_of(layer)
-        conditions = [self._condition(row, started) for row in rows]
+        init_rel = self._drawer.init_of(rows[0])
+        conditions = [{} if init_rel else self._condition(row, started) for row in rows]
         samples = [row.sample for row in rows]
         data = self._prepared(samples if len(set(samples)) > 1 else samples[:1])
         parts = self._attribution.generate(
@@ -105,6 +126,7 @@ class PictureRows:
             record_layer=[] if below is None else [below],
             mask_map=self._masks,
             start_layer=None if started or layer is None else layer,
+            init_rel=init_rel,
             batch_size=self._size,
             exclude_parallel=started,
             verbose=False,
@@ -159,7 +181,7 @@ class PictureRows:
         for row, heatmap in zip(rows, heatmaps, strict=True):
             check_image(self._data(row.sample), heatmap)
         below = drawer.below_of(layer)
-        lower = [] if below is None else drawer.shares(result.relevances[below][places], below)
+        lower = [] if below is None else drawer.shares(result, below, places)
         is_output = targets[0] >= 0 or layer is None  # (not the activation of a layer where relevance started)
         prediction = result.prediction[places] if is_output and isinstance(result.prediction, Tensor) else None
         before, predicted = scores(prediction, targets)

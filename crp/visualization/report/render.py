@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from PIL import Image
 
 from crp.image.colours import AGAINST, FOR, POWER
 from crp.image.forms import YELLOW
@@ -60,19 +61,21 @@ class Renderer:
         self._environment.globals |= {"pictures": pictures, "tones": _tones()}
         self._environment.globals["colours"] = list(zip((0, 0.5, 1), colours, strict=True))
         self._address = ""
-        self._crops: dict[str, str] = {}
+        self._rules: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
         self._environment.globals |= {
             "to": self.link,
             "src": self._source,
             "crop": self._crop,
+            "margins": self._margins,
             "single": self.single,
         }
 
     def page(self, address: str, template: str, title: str, **content: Any) -> None:
         """Render a page and write it, unless the file is the same already."""
-        self._address, self._crops = address, {}
+        self._address, self._rules = address, {}
         body = self._environment.get_template(template).render(**content)
-        style = "".join(self._crops.values())
+        style = "".join(self._rules.values())
         policy = "default-src 'none'; img-src 'self' data:; script-src 'self'; form-action 'self'; style-src 'self'"
         policy += f" 'sha256-{_sha(style)}'" if style else ""
         self._write(address, self._frame(title, body, style, policy))
@@ -111,7 +114,20 @@ class Renderer:
         """Class of the style that shows only a square part of a tile."""
         left, top, side = (round(100 * value) for value in place)
         name = f"k{left}-{top}-{side}"
-        self._crops[name] = f".{name}{{--z:{100 / max(side, 1):.3g};--x:-{left}%;--y:-{top}%}}"
+        self._rules[name] = f".{name}{{--z:{100 / max(side, 1):.3g};--x:-{left}%;--y:-{top}%}}"
+        return name
+
+    def _margins(self, picture: str) -> str:
+        """Class of the style that tells the margins beside a picture, which is shown in a square; none of a square."""
+        if picture not in self._shapes:
+            with Image.open(self.folder / picture) as file:
+                self._shapes[picture] = file.size
+        largest = max(self._shapes[picture])
+        across, down = (round(500 * (1 - length / largest)) for length in self._shapes[picture])
+        if not across and not down:
+            return ""
+        name = f"m{down}-{across}"
+        self._rules[name] = f".{name}{{--m:{down / 10:g}% {across / 10:g}%}}"
         return name
 
     def _script(self) -> str:
@@ -152,11 +168,11 @@ class SingleRenderer(Renderer):
 
     def page(self, address: str, template: str, title: str, **content: Any) -> None:
         """Render a page as a section of the file."""
-        self._address, self._crops = address, {}
+        self._address, self._rules = address, {}
         body = self._environment.get_template(template).render(**content)
         first = " first" if address == "index.html" else ""
         self._sections.append(f'<section class="page{first}" id="{Markup.escape(address)}">\n{body}\n</section>')
-        self._styles |= self._crops
+        self._styles |= self._rules
 
     def finish(self) -> Path:
         """Write the file."""

@@ -36,7 +36,7 @@ REACH = 8
 #: Letters of a text that it is found by.
 _LETTERS = 60
 #: What files of heatmaps hold; those of another version are drawn again.
-_VERSION = 2
+_VERSION = 3
 
 
 class TextDrawer(Drawer):
@@ -109,8 +109,8 @@ class TextDrawer(Drawer):
         places = {job.rows[0].sample: self._position(job.rows[0].sample) for job in jobs}
         rows = [row for job in jobs for row in job.rows if row not in self._found]
         # (relevance starts at the output, for a target; or at a layer, whose concept is shown as it is)
-        rows.sort(key=lambda row: _start(row) or "")
-        for start, alike in groupby(rows, key=_start):
+        rows.sort(key=lambda row: (_start(row) or "", self.code_of(row)))
+        for (start, _), alike in groupby(rows, key=lambda row: (_start(row), self.code_of(row))):
             group = list(alike)
             if start is not None:
                 self._draw_rows(asked, group, places)
@@ -127,15 +127,16 @@ class TextDrawer(Drawer):
     def _draw_rows(self, asked: Any, rows: Sequence[Row], places: Mapping[int, int | None]) -> None:
         """Draw rows of one text that start at the output, or at one layer."""
         attribution, size = self.fv.attribution, self.options.batch_size
-        start_layer = _start(rows[0]) or None
+        start_layer, init_rel = _start(rows[0]) or None, self.init_of(rows[0])
         masks: Any = {layer: mask_of(concept) for layer, concept in self.fv.layer_map.items()}
         parts = attribution.generate(
             asked.data,
-            [self._condition(asked, row, places[row.sample]) for row in rows],
+            [{} if init_rel else self._condition(asked, row, places[row.sample]) for row in rows],
             self.composite,
             record_layer=sorted({below for row in rows if (below := self.below_of(row.layer))}),
             mask_map=masks,
             start_layer=start_layer,
+            init_rel=init_rel,
             batch_size=size,
             exclude_parallel=start_layer is None,
             verbose=False,
@@ -145,7 +146,7 @@ class TextDrawer(Drawer):
             lower: dict[int, list[tuple[int, float]]] = {}
             for layer in sorted({below for row in some if (below := self.below_of(row.layer))}):
                 here = [i for i, row in enumerate(some) if self.below_of(row.layer) == layer]
-                lower |= dict(zip(here, self.shares(part.relevances[layer][here], layer), strict=True))
+                lower |= dict(zip(here, self.shares(part, layer, here), strict=True))
             said = _at(part.prediction, [places[row.sample] for row in some])
             before, predicted = scores(said, [row.target for row in some])
             if not self.exclusive:
@@ -221,10 +222,6 @@ class TextDrawer(Drawer):
             *super().missing(table),
             ("Mean of a class", "tokens of different texts have no place in common"),
             ("Maximized pictures", "a token is a whole number, which no gradient can change little by little"),
-            (
-                "Interventions, context",
-                "crp.audit makes them of pictures; what an output loses stands on concepts' pages",
-            ),
             *(
                 []
                 if self.has_labels(table)

@@ -1,0 +1,150 @@
+"""Heatmaps of a report are what each row gives alone, in whatever way rows share what is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from feature_net import Images, make_fv
+from text_cases import Bag, Letters, texts_of_ids
+from torch import Tensor, nn
+
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus, GradientTimesInput
+from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept, SubspaceConcept, mask_of
+from crp.concepts.reading import LayerValues, relevance_sums
+from crp.visualization import FeatureVisualization, Texts
+from crp.visualization.references import OfConcept, heatmaps_of
+from crp.visualization.report import picture_rows
+from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.drawing import Drawn, Row
+from crp.visualization.report.options import ReportOptions
+from crp.visualization.report.picture_drawing import PictureDrawer
+from crp.visualization.report.picture_rows import PictureRows, PlacedRow
+from crp.visualization.report.text_drawing import TextDrawer
+from crp.visualization.text_references import TextRow, read_text, text_heatmaps
+
+SAMPLES = range(2)
+
+
+class Net(nn.Module):
+    """Net with a layer that the output does not depend on, and a block that holds a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.aside = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 2, 3)
+        self.block, self.out = Block(), nn.Linear(4, 3)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x).relu()
+        self.aside(first)
+        return self.out(self.block(first).mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y.relu() + 0.1 * y.flip(1)
+
+
+#: Two directions each, whose entries add up to less than 0.
+DIRECTIONS = torch.tensor([[1.0, -1.0, -0.5], [-2.0, 0.5, 0.25]]).double()
+LAYER_MAPS: dict[str, dict[str, Any]] = {
+    "a layer aside": {"first": ChannelConcept(), "aside": ChannelConcept(), "block": ChannelConcept()},
+    "a layer in a block": {"first": ChannelConcept(), "block": ChannelConcept(), "block.conv": ChannelConcept()},
+    "directions": {"first": DirectionConcept(DIRECTIONS), "block": ChannelConcept()},
+    "subspaces": {"first": SubspaceConcept([DIRECTIONS[:1], DIRECTIONS[1:]]), "block.conv": ChannelConcept()},
+}
+
+
+def drawn(fv: Any, composite: Any, rows: list[Row], folder: Path) -> tuple[PictureDrawer, dict[int, Any]]:
+    """Rows as a report draws them, by their places."""
+    options = ReportOptions(map_size=6, batch_size=7, verbose=False)
+    drawer = PictureDrawer(fv, composite, fv._in_call_order(list(fv.layer_map), 0), folder, "", options)
+    places = [PlacedRow(0, place, row) for place, row in enumerate(rows)]
+    parts = PictureRows(drawer, drawer.data).draw(places)
+    return drawer, {one.place: found for some, part in parts for one, found in zip(some, part, strict=True)}
+
+
+def alone(fv: Any, composite: Any, row: Row, below: str | None) -> tuple[Tensor, Tensor | None]:
+    """Heatmap of one row, and shares of the concepts of the layer below."""
+    data = fv.get_data_sample(row.sample)[0].detach()
+    if row.layer is None:
+        return fv.attribution(data, [{"y": [row.target]}], composite).heatmap[0], None
+    concept = fv.layer_map[row.layer]
+    if row.target < 0:
+        chosen = OfConcept(concept, row.concept, row.layer)
+        return heatmaps_of(fv.attribution, data, chosen, composite, None, None, 1, None)[0], None
+    condition = {"y": [row.target], row.layer: [row.concept]}
+    masks = {row.layer: mask_of(concept)}
+    result = fv.attribution(data, [condition], composite, [below] if below else [], mask_map=masks)
+    shares = below and relevance_sums(fv.layer_map[below], LayerValues.of(result, below), below)[0]
+    return result.heatmap[0], shares
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus(), GradientTimesInput()], ids=["epsilon_plus", "gradient"])
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("layer_map", LAYER_MAPS.values(), ids=LAYER_MAPS)
+def test_each_row_is_what_it_is_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer_map: dict[str, Any], large: bool, composite: Any
+) -> None:
+    monkeypatch.setattr(picture_rows, "SMALL", 1 if large else 64)
+    fv = make_fv(tmp_path, Images(4), net=Net(), layers=layer_map)
+    rows = [Row(sample, sample % 3) for sample in SAMPLES]
+    for layer in layer_map:
+        for sample in SAMPLES:
+            for concept in range(2):
+                targets = (-1,) if layer == "aside" else (0, 2, -1)
+                rows += [Row(sample, target, layer, concept) for target in targets]
+    drawer, found = drawn(fv, composite, rows, tmp_path / "out")
+    assert len(found) == len(rows)
+    for place, row in enumerate(rows):
+        below = drawer.below_of(row.layer)
+        heatmap, shares = alone(fv, composite, row, below)
+        expected = heatmap.detach().numpy()
+        values, facts = found[place]
+        np.testing.assert_allclose(values, expected / (np.abs(expected).sum() or 1), atol=1e-12, err_msg=str(row))
+        assert isinstance(facts, Drawn)
+        for concept, share in facts.below if shares is not None else ():
+            assert share == pytest.approx(float(shares[concept]), abs=1e-4)
+
+
+def test_a_block_is_behind_the_layers_in_it(tmp_path: Path) -> None:
+    """What a concept hands down goes to the layer that it is computed from."""
+    layer_map = LAYER_MAPS["a layer in a block"]
+    fv = make_fv(tmp_path, Images(4), net=Net(), layers=layer_map)
+    rows = [Row(0, 1, "block.conv", concept) for concept in range(4)]
+    drawer, found = drawn(fv, EpsilonPlus(), rows, tmp_path / "out")
+    assert drawer.layers == ["first", "block.conv", "block"]
+    assert drawer.below_of("block") == "block.conv" and drawer.below_of("block.conv") == "first"
+    known = [facts.below for _, facts in found.values()]
+    assert len(known) == 4 and known[0] != known[1], "each concept hands its own relevance down"
+
+
+def test_texts_of_directions_show_how_active_they_are(tmp_path: Path) -> None:
+    """Of a direction whose entries add up to less than 0, too."""
+    concept = DirectionConcept(torch.tensor([[1.0, -2.0, 0.5, -1.0]]).double(), axis=-1)
+    layers = {"embed": AxisConcept(-1), "features": concept}
+    texts = Texts(texts_of_ids(4, "none"), Letters())
+    fv = FeatureVisualization(CondAttribution(Bag()), texts, layers, path=tmp_path / "fv")
+    fv.run(EpsilonPlus(), targets="prediction", progress=False)
+    drawer = TextDrawer(fv, EpsilonPlus(), list(layers), tmp_path / "out", "", ReportOptions(verbose=False))
+    rows = [Row(2, -1, "features", 0), Row(2, -1, "features", 1), Row(2, -1, "embed", 1), Row(2, 1, "features", 0)]
+    assert sum(drawer.draw(drawer.files({"one": rows}, (0, 1)))) == len(rows)
+    asked = read_text(fv.dataset, 2, fv.device)
+    wanted = [TextRow((row.target,) if row.target >= 0 else (), row.layer, row.concept) for row in rows]
+    expected = text_heatmaps(fv.attribution, asked, wanted, layers, EpsilonPlus()).numpy()
+    content = json.loads((tmp_path / "out" / Addresses.text_maps(2)).read_text())
+    found = {tuple(one[:4]): one[5] for one in content["rows"]}
+    for row, heatmap in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(found[tuple(row)], heatmap, rtol=1e-6, atol=1e-9)
