@@ -153,6 +153,11 @@ def _misfit(
     """What is wrong with data that a model cannot take, by the layer that raised the error; None if that is unknown."""
     if isinstance(error, TypeError) and (wrong := _wrong_arguments(model, arguments)):
         return InputTypeError(wrong)
+    if isinstance(error, ValueError) and "inputs_embeds" in str(error) and _lacks_decoder_ids(model, arguments):
+        return InputTypeError(
+            "the model has a decoder, and the data have no 'decoder_input_ids' (texts that are mined never have; mine "
+            f"its encoder, or a model around it that adds them): {error}"
+        )
     found = _layer_of(error.__traceback__)
     shapes = " and ".join(f"{tuple(tensor.shape)} ({tensor.dtype})" for tensor in explained)
     if found is None:
@@ -197,6 +202,15 @@ def _misfit(
 def unknown_ids(ids: Tensor, layer: nn.Embedding) -> Tensor:
     """Those of some ids that have no embedding."""
     return ids[(ids < 0) | (ids >= layer.num_embeddings)]
+
+
+def _lacks_decoder_ids(model: object, arguments: Mapping[int | str, Any]) -> bool:
+    """Whether a model of Hugging Face takes the ids of its decoder, too, and does not get them."""
+    config, forward = getattr(model, "config", None), getattr(model, "forward", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and (
+        "decoder_input_ids" in inspect.signature(forward).parameters  # type: ignore[arg-type]
+        and not any(str(name).startswith("decoder_") for name in arguments)
+    )
 
 
 def _wrong_arguments(model: object, arguments: Mapping[int | str, Any]) -> str | None:

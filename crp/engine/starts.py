@@ -48,16 +48,18 @@ class Starts:
         return replace(self, of_rows=tuple(self.of_rows[row] for row in rows))
 
     def shared(self, grid: Grid) -> tuple[Tensor, tuple[Hashable, ...]] | None:
-        """Cotangent of every slot, (1, columns, *root shape), and what makes it; None where slots start differently."""
+        """Cotangent of every slot, (1, columns, *root shape), and what makes it; None where slots start differently.
+
+        A column with fewer rows than others has the same in slots without one, which nobody reads.
+        """
         if self.keys is None:
             return None
         n = grid.n_columns
-        at: list[int | None] = [None] * (grid.n_slots * n)
+        first: list[int | None] = [None] * n
         for row, place in enumerate(grid.places):
-            at[place] = self.of_rows[row]
-        first = at[:n]
-        if any(at[slot * n : (slot + 1) * n] != first for slot in range(1, grid.n_slots)):
-            return None
+            if first[place % n] not in (None, self.of_rows[row]):
+                return None
+            first[place % n] = self.of_rows[row]
         keys = tuple(None if start is None else self.keys[start] for start in first)
         used = [start for start in first if start is not None]
         values = self.values if used == list(range(len(self.values))) else self.values[used]

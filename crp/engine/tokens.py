@@ -19,6 +19,7 @@ from crp.engine.attached import put_on
 from crp.engine.door import unknown_ids
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import looking, modules_of
+from crp.layers.interrupts import atomic
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
 _calls = count()
@@ -140,20 +141,27 @@ def input_embeddings(model: nn.Module) -> object:
         return None
 
 
-@contextmanager
+def output_layer(model: nn.Module) -> str | None:
+    """Name of the linear layer that scores tokens, where the model tells it, as those of Hugging Face do."""
+    own = getattr(model, "get_output_embeddings", None)
+    layer = own() if callable(own) else None
+    names = (name for name, module in modules_of(model).items() if module is layer)
+    return next(names, None) if type(layer) is nn.Linear else None
+
+
+@atomic
 def scored_at(model: nn.Module, positions: Sequence[int]) -> Iterator[list[int]]:
     """Context in which a language model scores tokens at one position of each text, so that its output has one only.
 
     The layer that scores must be linear, as it then does so at each position by itself; of 50 257 tokens, it costs more
-    than all others of a small model together. Where the model does not tell the layer, as those of Hugging Face do, or
-    it is another, the output is whole.
+    than all others of a small model together. Where `output_layer` does not know it, the output is whole.
 
     Yields
     ------
     list of int
         An entry for each time that it was done.
     """
-    own, done, thread = getattr(model, "get_output_embeddings", None), list[int](), get_ident()
+    done, thread, name = list[int](), get_ident(), output_layer(model)
 
     def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0] if len(args) == 1 else None
@@ -164,8 +172,8 @@ def scored_at(model: nn.Module, positions: Sequence[int]) -> Iterator[list[int]]
         done.append(len(hidden))
         return (hidden[list(range(len(hidden))), list(positions)][:, None],)
 
-    layer = own() if callable(own) else None
-    handle = layer.register_forward_pre_hook(narrow) if type(layer) is nn.Linear else None
+    # (before the hooks of rules, which then see one position)
+    handle = None if name is None else modules_of(model)[name].register_forward_pre_hook(narrow, prepend=True)
     try:
         yield done
     finally:

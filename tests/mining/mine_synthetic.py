@@ -55,7 +55,7 @@ def make_scores() -> Any:
     positions = [torch.randint(0, 12544, (BATCH, n), dtype=torch.int32, generator=generator) for n in CONCEPTS]
 
     def score(
-        job: Any, scoring: Any, transfers: Any, data: Any, indices: Any, unit: Any, finite: Any, check: bool
+        job: Any, scoring: Any, transfers: Any, ask: Any, data: Any, indices: Any, unit: Any, finite: Any, **_: Any
     ) -> UnitScores:
         sample = np.array([indices[place] for place, _ in unit], np.int64)
         columns = {"prediction": torch.zeros(len(unit), dtype=torch.int64), "probability": torch.ones(len(unit))}

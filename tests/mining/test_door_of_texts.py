@@ -96,6 +96,29 @@ def test_what_is_no_position(position: Any) -> None:
         Texts(["ab"], Letters(), position=position)
 
 
+def test_texts_of_one_token_have_no_next_one() -> None:
+    with pytest.raises(CRPError, match="every text has one token only"):
+        Texts([*ids(3), *ids(4)], position="each")
+    assert len(Texts([*ids(3), *ids(4, 5)], position="each")) == 1 and len(Texts([], position="each")) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*samples were skipped", "ignore:.*were attributed in parts")
+def test_a_first_text_that_is_too_long_is_skipped_with_all_its_positions(tmp_path: Path) -> None:
+    items = [LONG, *ids(4, 5, 6)]
+    table = mined(tmp_path, items, position="each", on_error="skip")
+    assert list(table.coverage().skipped) == list(range(16)) and [s for s, _ in rows_of(table)] == [16, 17]
+    with pytest.raises(CRPError, match=r"sample 0: .*has embeddings of the numbers 0 to 15 and gets 16"):
+        mined(tmp_path / "stop", items, position="each")
+
+
+@pytest.mark.filterwarnings("ignore:.*were attributed in parts")
+def test_a_model_with_a_decoder_lacks_its_ids(tmp_path: Path) -> None:
+    texts = Texts(ids(3, 4, 5, attention_mask=[1, 1, 1]), position=-1)
+    layer = {"encoder.block.0.layer.1.DenseReluDense.wi": AxisConcept(-1)}
+    with pytest.raises(CRPError, match="the model has a decoder, and the data have no 'decoder_input_ids'"):
+        mine(CondAttribution(model_of("t5")), texts, layer, AttnLRP(), tmp_path, targets=[3], progress=False)
+
+
 @pytest.mark.parametrize("bad", [[3, 99, 4], [3] * 17], ids=["id", "length"])
 @pytest.mark.filterwarnings("ignore:.*samples were skipped", "ignore:.*were attributed in parts")
 @pytest.mark.filterwarnings("ignore:the model says something else of a text that is filled up")

@@ -19,11 +19,13 @@ from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.encoded import Decoder
 from crp.visualization.mining.job import Job
+from crp.visualization.mining.output_layers import OutputLayer
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.scores import Scoring, Unit, UnitScores, score_unit
 from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
-from crp.visualization.mining.text_batches import Asked, Filling, end_of_texts, unknown_id, whole_texts
+from crp.visualization.mining.text_batches import Filling, end_of_texts, unknown_id, whole_texts
+from crp.visualization.mining.texts import n_items_of
 from crp.visualization.mining.transfers import Transfers
 from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
@@ -104,6 +106,7 @@ class _MiningState:
     preparation: Preparation | None
     filling: Filling | None
     decoder: Decoder | None
+    output_layer: OutputLayer
 
     @classmethod
     def of(cls, job: Job) -> _MiningState:
@@ -114,6 +117,7 @@ class _MiningState:
             None if job.options.preprocess is None else Preparation(job.options.preprocess),
             None if job.texts is None else Filling(job.texts, job.attribution, job.device),
             None if job.encoded is None else job.encoded.decoder(),
+            OutputLayer(job),
         )
 
 
@@ -179,9 +183,9 @@ class _Batch:
         if self._job.targets != "label":
             self._targets |= self._choose(indices, data, finite)
         units = self._get_units([self._targets[index] for index in indices], indices)
-        first = not self._state.limit.works
-        scoring, transfers = self._state.scoring, self._state.transfers
-        score = partial(score_unit, self._job, scoring, transfers, data, indices, finite=finite, check=first)
+        state, first = self._state, not self._state.limit.works
+        means = state.scoring, state.transfers, state.output_layer.ask
+        score = partial(score_unit, self._job, *means, data, indices, finite=finite, check=first)
 
         def compute(unit: Unit) -> UnitScores:
             return score(unit=unit, at_once=self._state.limit.rows if _shares_texts(self._job) else None)
@@ -219,12 +223,10 @@ class _Batch:
         return {sample.id: sample.label for sample in self._samples if sample.problem is None}
 
     def _get_targets(self) -> dict[int, list[int]]:
-        found = {}
+        found, needed = dict[int, list[int]](), "relevance" in self._job.header.modes
         for index, label in self._get_readable().items():
             try:
-                found[index] = to_targets(
-                    label, self._job.options.single_targets, "relevance" in self._job.header.modes
-                )
+                found[index] = to_targets(label, self._job.options.single_targets, needed)
             except Exception as error:
                 self._drop(index, Problem.of(error).reason, error)
         return found
@@ -234,8 +236,7 @@ class _Batch:
 
         def chosen(unit: Unit) -> list[tuple[int, list[int]]]:
             places = [place for place, _ in unit]
-            asked = Asked.of(data[places], self._job.texts)
-            found = choose_targets(self._job.targets, self._job.attribution, asked)
+            found = choose_targets(self._job.targets, self._job.attribution, self._state.output_layer.ask(data[places]))
             return [(indices[place], targets) for place, targets in zip(places, found, strict=True)]
 
         units = self._get_units([[-1]] * len(indices), indices)
@@ -345,7 +346,8 @@ class _Batch:
                 self._state.limit.rows = min(self._state.limit.rows, held)
                 torch.cuda.empty_cache()
         failures.sort(key=operator.itemgetter(0, 1))
-        if not parts and not self._state.limit.works and len({place for place, _, _ in failures}) > 1:
+        n_causes = n_items_of(self._job.dataset, [indices[place] for place, _, _ in failures])
+        if not parts and not self._state.limit.works and n_causes > 1:
             raise failures[0][2]  # nothing ever worked: it is not about one sample
         if reasons and not failures:
             warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
@@ -379,10 +381,8 @@ def _blame_data(compute: Callable[[Unit], T], finite: Tensor | None, unit: Unit)
     """Result for a unit; an error where data is not finite is a `_NotFiniteError`."""
     try:
         return compute(unit)
-    except ConceptError:
-        raise
     except Exception as error:
-        if finite is not None and not finite.all():
+        if not isinstance(error, ConceptError) and finite is not None and not finite.all():
             raise _NotFiniteError from error
         raise
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
@@ -159,6 +159,7 @@ def score_unit(
     job: Job,
     scoring: Scoring,
     transfers: Transfers,
+    ask: Callable[[Tensor], Asked],
     data: Tensor,
     indices: Sequence[int],
     unit: Unit,
@@ -173,6 +174,8 @@ def score_unit(
     job : Job
     scoring : Scoring
     transfers : Transfers
+    ask : callable
+        What a model is asked for a batch of such data.
     data : Tensor of shape (samples, ...)
         Of the whole batch.
     indices : sequence of int
@@ -189,7 +192,7 @@ def score_unit(
     batch = data if places == list(range(len(data))) else data[places]
     # A sample without a label has target -1, and activations do not depend on the target.
     targets = [[max(target, 0) for target in of_sample] for _, of_sample in unit]
-    asked = Asked.of(batch, job.texts)
+    asked = ask(batch)
     # (channels, which alone can be recorded, need no check)
     reading = scoring if scoring.can_be_recorded and len(targets[0]) == 1 else None
     columns, package, first = [], None, 0

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from operator import index, itemgetter
 from threading import get_ident
 from typing import Any
@@ -20,6 +21,7 @@ from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
+from crp.engine.joining import Part
 from crp.engine.settings import Reading, Settings
 from crp.errors import InputError
 from crp.layers import hooked
@@ -124,7 +126,10 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
         return [list(range(output.shape[1]))] * n_samples
     found = _TOP.fullmatch(targets)
     n = int(found[1]) if found else 1
-    best = torch.sort(output, dim=1, descending=True, stable=True).indices[:, :n]
+    # (of a large vocabulary, sorting takes longer than a small model's relevance)
+    best = (
+        output.argmax(1)[:, None] if n == 1 else torch.sort(output, dim=1, descending=True, stable=True).indices[:, :n]
+    )
     of_samples: list[list[int]] = torch.sort(best, dim=1).values.tolist()
     return of_samples
 
@@ -205,10 +210,8 @@ def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
     output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
     shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
     scores = torch.where(shares[:, None], output, output.softmax(1))
-    value, order = torch.sort(scores, dim=1, descending=True, stable=True)
-    probability = value[:, 0].nan_to_num(0).clamp(0, 1).float()
-    # (a copy, as a column of one row keeps its stride in `contiguous`, and cannot be viewed as bytes)
-    return order[:, 0].clone(memory_format=torch.contiguous_format), probability
+    best = scores.argmax(1)  # (the first of equal ones)
+    return best, scores.gather(1, best[:, None])[:, 0].nan_to_num(0).clamp(0, 1).float()
 
 
 def attribute_targets(
@@ -265,15 +268,29 @@ def attribute_targets(
                 attribution(asked.paired(), slot, composite, layers, on_device=on_device, exclude_parallel=False)
             )
         return
+    # (a long text with many positions is sent back in parts of about the same size)
+    n_parts, keeps = -(-asked.n_samples // (at_once or asked.n_samples)), keeps_graph(composite)
+    at_once = -(-asked.n_samples // n_parts) if keeps else asked.n_samples * len(slots)
+    together = keeps and asked.shares_starts
+    if together:
+        slots = asked.starting_together(name, slots, at_once)
     # Multipliers would be a second copy from the device, which scores of channels do not need.
     settings = Settings(
-        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=False,
+        layers, ChannelConcept.mask, None, None, on_device, exclude_parallel=together,
         multipliers=multipliers, as_computed=attribution.device.type == "cuda", finite=False, reading=reading,
     )  # fmt: skip
     call = attribution.plan(data, slots[0], composite, settings)
     rows = Rows.of(asked.columns * len(slots), [condition for slot in slots for condition in slot])
-    # (a long text with many positions is sent back in parts of about the same size)
-    n_parts = -(-asked.n_samples // (at_once or asked.n_samples))
-    at_once = -(-asked.n_samples // n_parts) if keeps_graph(composite) else len(rows)
+    parts = replace(call, rows=rows, batch_size=at_once).parts()
     # (`map` keeps no result while the next one is computed)
-    yield from map(check_one_entry, map(itemgetter(0), replace(call, rows=rows, batch_size=at_once).parts()))
+    yield from map(check_one_entry, map(itemgetter(0), _scored(parts, attribution.model, asked)))
+
+
+def _scored(parts: Iterator[Part], model: nn.Module, asked: Asked) -> Iterator[Part]:
+    """Parts, for which a model scores tokens where that is asked; while they are read, it is untouched."""
+    while True:
+        with asked.scoring(model):
+            part = list(islice(parts, 1))
+        if not part:
+            return
+        yield part.pop()

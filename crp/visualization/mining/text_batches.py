@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -19,8 +20,8 @@ from crp.concepts.scores import ConceptScores, scores_of
 from crp.engine.attached import put_on
 from crp.engine.conditions import Position
 from crp.engine.door import telling_misfits, unknown_ids
-from crp.engine.tokens import input_embeddings
-from crp.errors import ConceptError, InputError
+from crp.engine.tokens import input_embeddings, scored_at
+from crp.errors import ConceptError, InputError, StateError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Sample
 from crp.visualization.mining.texts import EXPLAINED, Texts, place_in
@@ -48,6 +49,9 @@ class Asked:
     texts : tuple of int, or None
         Entry of the data for each sample: samples of several positions of a text share one, and with it a forward pass.
         None where each sample has its own.
+    output_layer : str, optional
+        Layer that is known to score tokens at each position by itself (`OutputLayer`): of texts with one position, it
+        then scores no other.
     """
 
     data: Any
@@ -55,6 +59,7 @@ class Asked:
     lengths: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
     texts: tuple[int, ...] | None = None
+    output_layer: str | None = None
 
     @classmethod
     def of(cls, batch: Tensor, texts: Texts | None, *, filled: bool = False) -> Asked:
@@ -98,7 +103,7 @@ class Asked:
         """Condition whose relevance starts at classes of a sample; of a language model, at tokens at its position."""
         if self.positions is None:
             return {name: list(targets)}
-        return {name: Position(self.positions[place], list(targets))}
+        return {name: Position(0 if self.scores_one else self.positions[place], list(targets))}
 
     def first(self) -> Asked:
         """What is asked for the first sample."""
@@ -107,8 +112,21 @@ class Asked:
         first = slice(1)
         return Asked(data, 1, self.lengths and self.lengths[first], self.positions and self.positions[first])
 
-    def run(self, model: Callable[..., Any]) -> Any:
+    @property
+    def scores_one(self) -> bool:
+        """Whether tokens are scored at one position of each text, so that the output has no other."""
+        return self.output_layer is not None and self.texts is None
+
+    def scoring(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Context in which a model scores tokens at no other positions than those that are asked."""
+        return scored_at(model, self.positions) if self.scores_one and self.positions else nullcontext()
+
+    def run(self, model: nn.Module) -> Any:
         """What a model returns for copies of the data."""
+        with self.scoring(model):
+            return self._run(model)
+
+    def _run(self, model: nn.Module) -> Any:
         named = dict(self.data) if isinstance(self.data, Mapping) else {}
         arguments: dict[int | str, Tensor] = named or {0: self.data}
         with telling_misfits(model, arguments.values(), arguments):
@@ -131,14 +149,56 @@ class Asked:
                 f"the output has shape {tuple(output.shape)}, and that of a language model is (samples, positions, "
                 "vocabulary); Texts(..., position=None) is for classifiers"
             )
-        return output[self.columns, list(self.positions)]
+        return output[self.columns, self._places_in(output)]
 
     def chosen_of_rows(self, output: Tensor, first: int) -> Tensor:
         """The same of rows that have the output of their text each; the first is of this sample."""
         if self.positions is None:
             return output
         rows = list(range(len(output)))
-        return output[rows, [self.positions[first + row] for row in rows]]
+        return output[rows, self._places_in(output)[first : first + len(rows)]]
+
+    def _places_in(self, output: Tensor) -> list[int]:
+        """Where an output has the position that is explained of each sample."""
+        assert self.positions is not None
+        if not self.scores_one:
+            return list(self.positions)
+        if output.shape[1] != 1:
+            raise StateError(
+                f"layer {self.output_layer!r} scored one position of the first text, and the output for others has "
+                f"shape {tuple(output.shape)}; all are scored by CondAttribution(model, output=lambda out: out.logits)"
+            )
+        return [0] * self.n_samples
+
+    @property
+    def shares_starts(self) -> bool:
+        """Whether relevance of several positions may start together, as it is told apart at the output layer."""
+        return self.output_layer is not None and self.texts is not None
+
+    def starting_together(
+        self, name: str, slots: Sequence[Sequence[Mapping[str, Any]]], at_once: int
+    ) -> list[list[dict[str, Any]]]:
+        """Conditions of positions, ``slots`` from `condition`, as those of a text that go back at once start alike.
+
+        Relevance starts at all of their tokens, and of what arrives at the output layer's input, each keeps its own
+        position. The scores of a long text, (positions, vocabulary), are then sent back once, and not for each of them.
+        """
+        assert self.texts is not None and self.positions is not None
+        groups: dict[tuple[int, int, int], dict[int, Any]] = {}
+        found = []
+        for number, slot in enumerate(slots):
+            of_slot = []
+            for place, condition in enumerate(slot):
+                part = (number * len(slot) + place) // at_once
+                # (a position that is mined twice has the same target twice)
+                group = groups.setdefault((part, number, self.texts[place]), {})
+                group[self.positions[place]] = condition[name]
+                of_slot.append((group, self.positions[place]))
+            found.append(of_slot)
+        return [
+            [{name: list(group.values()), f"{self.output_layer}.input": [at]} for group, at in of_slot]
+            for of_slot in found
+        ]
 
 
 def unknown_id(model: nn.Module, texts: Texts, data: Tensor) -> int | None:
@@ -192,6 +252,12 @@ def _shared_texts(batch: Tensor) -> tuple[int, ...]:
     return (0, *(~is_same).cumsum(0).tolist())
 
 
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether tensors are the same but for rounding."""
+    limit = _ROUNDING.get(expected.dtype, 1e-2) * float(expected.abs().max())
+    return found.shape == expected.shape and float((found - expected).abs().max()) <= limit
+
+
 class Filling:
     """Fills up texts of a batch to one length, if the model says the same of a text that is filled up.
 
@@ -233,9 +299,7 @@ class Filling:
         alone, filled = (self._output(one) for one in (packed, self._longer(packed, length)))
         if alone is not None and filled is not None:
             filled = filled[:, :n] if alone.dim() > 2 and filled.shape[1] == length else filled
-            limit = _ROUNDING.get(alone.dtype, 1e-2) * float(alone.abs().max())
-            same = alone.shape == filled.shape and float((alone - filled).abs().max()) <= limit
-            self._changes_nothing = same
+            self._changes_nothing = is_close(filled, alone)
         else:
             self._changes_nothing = False
         # (a text that the model cannot take as it is says nothing about filling up, and its error comes by itself)

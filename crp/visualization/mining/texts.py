@@ -110,6 +110,10 @@ class Texts:
         self._known_form: tuple[tuple[str, ...], bool] | None = None
         if position == "each":
             self._places = [(i, at) for i in range(len(self.dataset)) for at in range(self._count(i))]
+            if not self._places and len(self.dataset):
+                raise InputError(
+                    "position='each' explains the token that follows each other one, and every text has one token only"
+                )
 
     def __len__(self) -> int:
         return len(self.dataset) if self._places is None else len(self._places)
@@ -242,6 +246,11 @@ def place_in(dataset: Any, index: int) -> int:
     """Which text a sample of such a dataset is of."""
     texts, inside = _behind(dataset, index)
     return texts.place(inside)
+
+
+def n_items_of(dataset: Any, samples: Sequence[int]) -> int:
+    """Number of items that samples are made of: fewer than samples where these are positions of one text."""
+    return len({place_in(dataset, sample) if texts_in(dataset) is not None else sample for sample in samples})
 
 
 def _behind(dataset: Any, index: int) -> tuple[Texts, int]:
