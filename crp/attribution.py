@@ -68,7 +68,7 @@ class CondAttribution:
         model that decides by values, and another model, composite or shape are noticed, and computed as usual.
     channels_last : bool
         Whether data may have the channels last in memory where that is faster: on a CPU in nets with depthwise
-        convolutions, from 32 samples on; on a GPU in all others. Results have the usual layout, equal up to rounding.
+        convolutions; on a GPU in all others. Results have the usual layout, equal up to rounding.
 
     Notes
     -----

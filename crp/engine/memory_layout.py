@@ -20,8 +20,6 @@ from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_watched
 from crp.layers import modules_of
 
-#: Samples from which on it pays on a CPU; with 16, both layouts are equally fast.
-_FEWEST = 32
 #: Share of depthwise ones among a model's convolutions that decides: MobileNet has 0.33, EfficientNet 0.2.
 _DEPTHWISE = 1 / 6
 #: Largest deviation of a prediction, relative to the largest one: what different kernels may differ by; and with the
@@ -50,7 +48,7 @@ def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
     if not isinstance(data, Tensor) or data.dim() != 4:
         return False
     if data.device.type == "cpu":
-        if len(data) < _FEWEST or data.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        if data.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
     elif data.device.type != "cuda" or not _multiplies_matrices(data):
         return False
