@@ -282,6 +282,8 @@ def check_data(data: Tensor, name: str = "data", finite: bool = True) -> None:
         raise InputTypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
     if data.dim() == 0 or len(data) == 0:
         raise InputError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
+    if not data.numel():
+        raise InputError(f"{name} has shape {tuple(data.shape)}; a sample needs at least one value")
     if finite and not is_finite(data):
         each = torch.isfinite(data).reshape(len(data), -1).all(1)
         wrong = (~each).nonzero().flatten().tolist()

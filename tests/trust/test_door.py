@@ -43,6 +43,7 @@ DATA = {
     "integers": (lambda: images().long(), "data must be a floating-point tensor"),
     "array": (lambda: images().numpy(), "data must be a floating-point tensor"),
     "nothing": (lambda: images()[:0], "at least one sample"),
+    "samples of nothing": (lambda: images()[..., :0], r"has shape \(.*, 0\); a sample needs at least one value"),
     "nan": (lambda: images() * torch.nan, "NaN or infinite values in samples"),
 }
 
