@@ -29,6 +29,7 @@ INSIDE = {
     "crp.layers.interrupts: RuntimeError",
     "crp.visualization.mining.batches: _NotFiniteError",
     "crp.visualization.mining.job: AssertionError",
+    "crp.visualization.without: _NoRowsError",
 }
 
 
