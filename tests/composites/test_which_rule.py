@@ -180,5 +180,5 @@ def test_weight_that_is_computed_for_each_sample_is_one_layer():
 def test_rule_for_attention_on_a_container_is_for_nothing_inside():
     model, data = built("timm_vit")
     composite = AttnLRP(layer_map=[("blocks.0", DotProductAttention("constant"))])
-    with pytest.raises(TypeError, match=r"DotProductAttention treats no operation that 'blocks.0' call"):
+    with pytest.raises(TypeError, match=r"DotProductAttention treats no operation that is called in 'blocks.0'"):
         CondAttribution(model)(data, [{"y": 1}], composite)

@@ -310,7 +310,7 @@ def test_contrast_of_a_layer_that_is_not_there_is_refused(untouched):
     model, data = net(), images()
     with untouched(model), pytest.raises(KeyError, match="'classifier'"):
         CondAttribution(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(layer="classifier"))
-    message = r"\('3', Contrast.*: ContrastiveExcitation treats sums of weighted inputs .*, and '3' call no such"
+    message = r"\('3', Contrast.*: ContrastiveExcitation treats sums .*, and no such operation is called in '3'"
     with untouched(model), pytest.raises(TypeError, match=message):
         CondAttribution(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(layer="3"))
     with pytest.raises(TypeError, match="layer must be the name of a layer, not 9"):
