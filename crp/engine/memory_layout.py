@@ -26,6 +26,8 @@ _DEPTHWISE = 1 / 6
 #: short numbers that GPUs multiply.
 _TOLERANCE, _SHORT_TOLERANCE = 1e-3, 2e-2
 
+#: Share of depthwise ones among a model's convolutions; None where it has none.
+_shares: weakref.WeakKeyDictionary[nn.Module, float | None] = weakref.WeakKeyDictionary()
 #: Whether a model gives the same with the channels last, by the shape of a sample.
 _same: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, bool]] = weakref.WeakKeyDictionary()
 
@@ -52,12 +54,12 @@ def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
             return False
     elif data.device.type != "cuda" or not _multiplies_matrices(data):
         return False
-    if is_watched(model):
-        return False
-    convolutions = [module for module in modules_of(model).values() if isinstance(module, nn.Conv2d)]
-    depthwise = [module for module in convolutions if 1 < module.groups == module.in_channels]
-    share = len(depthwise) / max(len(convolutions), 1)
-    return bool(convolutions) and (share >= _DEPTHWISE) == (data.device.type == "cpu")
+    if model not in _shares:
+        convolutions = [module for module in modules_of(model).values() if isinstance(module, nn.Conv2d)]
+        n_depthwise = sum(1 < module.groups == module.in_channels for module in convolutions)
+        _shares[model] = n_depthwise / len(convolutions) if convolutions else None
+    share = _shares[model]
+    return share is not None and (share >= _DEPTHWISE) == (data.device.type == "cpu") and not is_watched(model)
 
 
 def _multiplies_matrices(data: Tensor) -> bool:
