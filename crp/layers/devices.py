@@ -45,6 +45,13 @@ def is_recording() -> bool:
     return _recordings > 0
 
 
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the host may look at values now: not where they are recorded, traced, mapped over or left out."""
+    if is_recording() or tensor.is_meta or torch.compiler.is_compiling():
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 #: Kinds of numbers that kernels compute with.
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.errors import InputError, InputTypeError
-from crp.layers.devices import send_to
+from crp.layers.devices import can_be_read, send_to
+from crp.notices import warn
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
@@ -23,6 +24,10 @@ from crp.rules.terms import Term
 from crp.wording import shortened
 
 Bound = float | Tensor | Sequence[Any]
+#: Share of an input beyond the bounds, from which on they cannot be meant: random noise has a few such values.
+_BEYOND = 0.1
+#: What values may be beyond them by rounding, relative to the distance of the bounds.
+_ROUNDING = 1e-2
 
 
 class WSquare(LRPRule):
@@ -105,6 +110,12 @@ class ZBox(LRPRule):
     ValueError
         If ``low`` is not below ``high`` everywhere, or a bound is not finite; when the model runs, if a bound does not
         broadcast to the layer's input.
+
+    Warns
+    -----
+    UserWarning
+        If over a tenth of the values of the first input are not between the bounds, such as normalised pixels where
+        the bounds are those of pixels: relevance is then not what the rule is for.
     """
 
     at_input = True
@@ -130,6 +141,7 @@ class ZBox(LRPRule):
             ) from None
         if not ordered:
             raise InputError(f"low must be below high everywhere, and both finite; got low={low} and high={high}")
+        self._looked = list[bool]()  # (copies share it)
 
     @classmethod
     def from_normalization(
@@ -175,7 +187,22 @@ class ZBox(LRPRule):
         low, high = (_fitted(name, bound, value, layer) for name, bound in (("low", self.low), ("high", self.high)))
         # a w - l w⁺ - h w⁻ = (a - l) w⁺ + (a - h) w⁻, of which nothing is negative between the bounds.
         above, below = value - low, value - high
+        if not self._looked and value.numel() and can_be_read(value):
+            self._looked.append(True)
+            margin = _ROUNDING * (high - low)  # (black pixels have the bound itself, but for rounding)
+            _check_between(value.detach(), (above < -margin) | (below > margin))
         return layer(a * above, positive, bias=False) + layer(a * below, negative, bias=False)
+
+
+def _check_between(value: Tensor, is_beyond: Tensor) -> None:
+    """Warn where bounds cannot be those of an input, such as bounds of pixels of what is normalised."""
+    share = float(is_beyond.double().mean())
+    if share > _BEYOND:
+        warn(
+            f"ZBox: {share:.0%} of the input are not between low and high, which must be the smallest and largest "
+            f"value that an input can have after preprocessing; this one has {float(value.min()):.3g} to "
+            f"{float(value.max()):.3g}. ZBox.from_normalization(mean, std) has the bounds of normalised pixels"
+        )
 
 
 def _bound(name: str, bound: Bound) -> float | Tensor:

@@ -60,11 +60,11 @@ BUDGETS = {
     "engine": 4650,
     "image": 1430,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
-    "layers": 885,
+    "layers": 895,
     "outputs": 400,
     "metrics": 900,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 5805,
+    "rules": 5830,
     # (along which axis the channels of a layer are)
     "trace": 1595,
     "types": 151,
@@ -81,7 +81,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 881
+PUBLIC_NAMES = 882
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {

@@ -172,6 +172,7 @@ def by_name(model, readers, preset):
     return LRP(layer_map=[*rules, (nn.Linear, dense)])
 
 
+@pytest.mark.filterwarnings("ignore:ZBox.*are not between:UserWarning")  # (of what is normalised in the net)
 @pytest.mark.parametrize("preset", RULES)
 @pytest.mark.parametrize("name", READERS)
 def test_all_that_read_the_input_are_first(name, preset):

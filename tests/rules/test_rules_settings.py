@@ -217,6 +217,21 @@ def test_bounds_that_do_not_fit_the_input_are_refused(shape):
         attribute(rules.ZBox(low, 1.0), layer, a, torch.zeros_like(layer(a)))
 
 
+def test_bounds_of_pixels_for_what_is_normalised_are_told_once():
+    layer, _ = seeded("conv2d", True, False)
+    pixels = torch.rand(3, 2, 5, 4, dtype=F64)
+    r = torch.randn_like(layer(pixels)).detach()
+    rule = rules.ZBox(0.0, 1.0)
+    with pytest.warns(UserWarning, match=r"ZBox: 7\d% of the input are not between .* this one has -1\S* to 1\S*\. "):
+        attribute(rule, layer, pixels * 4 - 2, r)
+    attribute(rule, layer, pixels * 4 - 2, r)  # (warnings are errors)
+    mixed = pixels.clone()
+    mixed.view(-1)[:12] = -1.0  # (a tenth, such as of noise)
+    attribute(rules.ZBox(0.0, 1.0), layer, mixed, r)
+    rounded = torch.where(pixels < 0.8, -1e-3, 1 + 1e-3)  # (black and white, of few bits)
+    attribute(rules.ZBox(0.0, 1.0), layer, rounded.double(), r)
+
+
 # --- representation -------------------------------------------------------------------------------------------------
 
 
