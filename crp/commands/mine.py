@@ -244,7 +244,7 @@ def _with_earlier(out: Path, given: dict[str, Any]) -> dict[str, Any]:
         return given
     as_typed = {parameter.name: parameter for parameter in context.command.params}
     found = {name: earlier[name] for name in _REMEMBERED if name in earlier and name not in typed}
-    return given | {name: as_typed[name].type_cast_value(context, value) for name, value in found.items()}
+    return given | {name: as_typed[name].process_value(context, value) for name, value in found.items()}
 
 
 def _describe_run(

@@ -60,6 +60,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+@pytest.mark.promise("Input", "Mistakes of the first hour are told in words, with what would be right")
 @pytest.mark.parametrize(("call", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_told_in_words(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(CRPError, match=message):
