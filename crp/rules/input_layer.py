@@ -21,7 +21,7 @@ from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
 from crp.rules.stabilizer import Stabilize
 from crp.rules.terms import Term
-from crp.wording import shortened
+from crp.wording import percent, shortened
 
 Bound = float | Tensor | Sequence[Any]
 #: Share of an input beyond the bounds, from which on they cannot be meant: random noise has a few such values.
@@ -199,7 +199,7 @@ def _check_between(value: Tensor, is_beyond: Tensor) -> None:
     share = float(is_beyond.double().mean())
     if share > _BEYOND:
         warn(
-            f"ZBox: {share:.0%} of the input are not between low and high, which must be the smallest and largest "
+            f"ZBox: {percent(share)} of the input are not between low and high, which must be the smallest and largest "
             f"value that an input can have after preprocessing; this one has {float(value.min()):.3g} to "
             f"{float(value.max()):.3g}. ZBox.from_normalization(mean, std) has the bounds of normalised pixels"
         )
