@@ -20,6 +20,7 @@ from crp.visualization.mining.datasets import read
 from crp.visualization.mining.encoded import files_of, on_device
 from crp.visualization.mining.identity import check_dataset
 from crp.visualization.mining.marks import Source, source_of
+from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
@@ -43,7 +44,7 @@ class SampleAccess:
 
     def _prepare_each(self, data: Tensor) -> Tensor:
         """Prepare each of some samples by itself, as mining does: of a batch, a function might look at all of it."""
-        return torch.cat([self.preprocess_data(one[None].clone()) for one in data])
+        return Preparation(self.preprocess_data).each(data)
 
     def multitarget_to_single(self, multi_target: Any) -> Iterable[Any]:
         """Classes of a sample's label, one after the other; override it for labels that are not one class.

@@ -39,6 +39,10 @@ class Preparation:
         """A sample of shape (1, ...), prepared."""
         return self._function(sample)
 
+    def each(self, samples: Tensor) -> Tensor:
+        """Samples of shape (samples, ...), prepared one by one; of copies, as the function may work in place."""
+        return torch.cat([self._function(sample[None].clone()) for sample in samples])
+
     def batch(self, samples: Tensor) -> Tensor | None:
         """Samples of shape (samples, ...), prepared; None where it must be done one by one."""
         if len(samples) == 1 or self._takes_batches is False:
@@ -52,8 +56,7 @@ class Preparation:
 
     def _decide(self, samples: Tensor) -> Tensor | None:
         try:
-            # (copies, as the function may work in place)
-            alone = torch.cat([self._function(sample[None].clone()) for sample in samples])
+            alone = self.each(samples)
         except Exception:
             return None  # a sample that cannot be prepared says nothing about the others
         devices = [samples.device] if samples.device.type == "cuda" else []
@@ -64,9 +67,7 @@ class Preparation:
                 self._takes_batches = False
                 return alone
             try:
-                same = _are_same(together, alone) and _are_same(
-                    again, torch.cat([self._function(sample[None].clone()) for sample in scaled])
-                )
+                same = _are_same(together, alone) and _are_same(again, self.each(scaled))
             except Exception:
                 same = False
         if not same:
