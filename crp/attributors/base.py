@@ -20,6 +20,7 @@ from crp.engine.attached import check_alone, check_composite, put_on
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_columns, check_one_entry, tensor_in
+from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
@@ -171,8 +172,10 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         return returned.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
 
     @atomic
-    def differentiating(self, target: Target, relevance: bool = False) -> Iterator[Callable[[Inputs, Target], Tensors]]:
-        """Function, for many passes, from inputs and the target of these rows to what `multipliers` gives.
+    def differentiating(
+        self, inputs: Inputs, target: Target, relevance: bool = False
+    ) -> Iterator[Callable[[Inputs, Target], Tensors]]:
+        """Function, for many passes, from variants of inputs and the target of these rows to what `multipliers` gives.
 
         With ``relevance``, it is what the composite gives, as it is.
         """
@@ -181,8 +184,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
                 lambda inputs, rows: self.flow(inputs, rows).inputs if relevance else self.multipliers(inputs, rows)[1]
             )
             return
-        model = unwrap(self.model)
-        _check_layer(model, target)
+        model = self._model_of_variants(inputs, target)
 
         def gradients(inputs: Inputs, rows: Target) -> Tensors:
             leaves = [data.detach().requires_grad_() for data in inputs.explained]
@@ -197,12 +199,19 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             yield gradients
 
     @atomic
-    def scoring(self, target: Target) -> Iterator[Callable[[Inputs, Target], Tensor]]:
-        """Function from inputs and the target of these rows to their scores, without gradients."""
-        model = unwrap(self.model)
-        _check_layer(model, target)
+    def scoring(self, inputs: Inputs, target: Target) -> Iterator[Callable[[Inputs, Target], Tensor]]:
+        """Function from variants of inputs and the target of these rows to their scores, without gradients."""
+        model = self._model_of_variants(inputs, target)
         with put_on(None, model), _outputs(model, target.select, target.layer) as outputs, torch.no_grad():
             yield lambda inputs, rows: rows.score(outputs(inputs))
+
+    def _model_of_variants(self, inputs: Inputs, target: Target) -> nn.Module:
+        """The model, which gets variants of inputs in batches."""
+        model = unwrap(self.model)
+        if target.layer is not None:
+            check_layers(model, [target.layer], "layer")
+        check_independent(model, inputs.to(_device_of(model)), [range(self.batch_size or 2)])
+        return model
 
     def output(self, inputs: Inputs, select: Callable[[Any], Tensor] = tensor_in) -> Tensor:
         """Output of the model, in parts of ``batch_size`` rows; ``select`` takes it from what the model returns."""
@@ -285,7 +294,7 @@ def _outputs(
     model: nn.Module, select: Callable[[Any], Tensor], layer: str | None = None
 ) -> Iterator[Callable[[Inputs], Tensor]]:
     """Function from inputs to what ``select`` takes from the model's output, or to the output of a layer."""
-    device = next(model.parameters(), torch.empty(0)).device
+    device = _device_of(model)
     seen: list[Any] = []
     modules = modules_of(model)
     name, is_input, number = Address.of(layer or "", modules)
@@ -310,9 +319,8 @@ def _outputs(
         yield outputs
 
 
-def _check_layer(model: nn.Module, target: Target) -> None:
-    if target.layer is not None:
-        check_layers(model, [target.layer], "layer")
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device
 
 
 def _target(target: Any) -> Target:

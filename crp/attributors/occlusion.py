@@ -79,7 +79,7 @@ class Occlusion(Attributor):
         shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
         places = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
         totals = [torch.zeros_like(data).flatten(1) for data in explained]
-        with self.scoring(target) as score:
+        with self.scoring(inputs, target) as score:
             whole = self._whole(score, inputs, target)
             for number, (data, cover) in enumerate(zip(explained, covers, strict=True)):
                 starts, offsets = (part.to(data.device) for part in places[number])

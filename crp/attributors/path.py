@@ -81,7 +81,7 @@ class IntegratedGradients(Attributor):
         starts = _baselines(self.baseline, inputs)
         ways = tuple(data - start for data, start in zip(inputs.explained, starts, strict=True))
         totals = tuple(torch.zeros_like(data) for data in inputs.explained)
-        with self.differentiating(target) as gradients_of:
+        with self.differentiating(inputs, target) as gradients_of:
             for sample, step in self.rows(len(inputs), self.steps, target, ROWS_BACKWARD):
                 points = []
                 for start, way in zip(starts, ways, strict=True):

@@ -12,6 +12,7 @@ from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Mask, Target
 from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import check_columns, tensor_in
+from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs
 from crp.engine.probabilities import log_probabilities, probabilities
 from crp.errors import InputError, InputTypeError
@@ -105,7 +106,9 @@ def explaining(
     with put_on(composite, unwrap(model)) as modified:
 
         def run(data: Tensor) -> Tensor:
-            output = select(Inputs.of(data).run(modified))
+            inputs = Inputs.of(data)
+            check_independent(modified, inputs, [range(len(data))])
+            output = select(inputs.run(modified))
             check_columns("the model's output", output, len(data))
             return output
 

@@ -25,6 +25,7 @@ from crp.engine.conditions import (
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, tensor_in
+from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
@@ -99,9 +100,7 @@ class Call:
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
-        conditions = check_conditions(
-            conditions, settings.output_name, settings.start, settings.init_rel is not None
-        )  # fmt: skip
+        conditions = check_conditions(conditions, settings.output_name, settings.start, settings.init_rel is not None)
         check_layers(model, [] if settings.start is None else [settings.start], "start_layer")
         if overrides.broadcast is None:
             rows = Rows.broadcast(len(inputs), conditions)
@@ -123,13 +122,11 @@ class Call:
 
     def parts(self) -> Iterator[Part]:
         """Results of ``batch_size`` rows at a time; means, for composites whose results are averaged."""
-        runs = [self._parts(composite) for composite in self._members()]
-        return self._joined(runs)
+        return self._joined([self._parts(composite) for composite in self._members()])
 
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
         """Means of several runs; an error where weights are changed between two parts, which would be of two models."""
-        known: dict[str, tuple[Tensor, int]] = {}
-        by_hand = False
+        known, by_hand = dict[str, tuple[Tensor, int]](), False
         n_parts = len(self._chunks())
         for number in range(n_parts):
             # (a composite that was put on by hand, and is taken off now, may have merged weights)
@@ -145,6 +142,8 @@ class Call:
                     )
             # (the caller alone keeps a part while the next one is computed)
             part = [average([next(run) for run in runs])]
+            if number == 0:
+                check_independent(self.model, self.inputs, map(self._samples, self._chunks()))
             if number < n_parts - 1:
                 known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
             yield part.pop()
@@ -186,6 +185,7 @@ class Call:
                         share = arrived[name].reshape(len(rows), -1, len(account.kinds)).sum(1)
                         layers[layer] = layers.get(layer, 0) + share
                 kept.append(layers)
+        check_independent(self.model, self.inputs, [self._samples(self.rows)])
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
         shares = {name: torch.cat([layers.get(name, zero) for layers in kept]) for name, zero in nothing.items()}
         named = {layer: dict(zip(account.kinds, values.unbind(1), strict=True)) for layer, values in shares.items()}
@@ -248,8 +248,7 @@ class Call:
 
         Takes the shapes that layers have in one forward pass for all of these rows.
         """
-        results: list[Part] = []
-        places: list[int] = []
+        results, places = list[Part](), list[int]()
         alone: dict[str, dict[int, torch.Size]] = {name: {} for name in shapes}
         for part in rows.one_by_one(self._masks_in_flow()):
             with put_on(composite, self.model) as model:

@@ -17,6 +17,8 @@ from crp.attribution import CondAttribution
 from crp.audit import context_scores, inside_boxes, intervene
 from crp.composites import DeepLift, EpsilonPlus, GradientTimesInput
 from crp.concepts import ChannelConcept
+from crp.engine.independence import check_independent
+from crp.engine.inputs import Inputs
 from crp.outputs import Element, detection, with_logits
 from crp.visualization import FeatureVisualization
 from crp.visualization.table.store import Table
@@ -182,6 +184,7 @@ def test_samples_in_a_list(composite):
     """Those of one shape are a batch; samples and conditions of equal number are paired."""
     model = net(lambda s, x: s.fc(s.conv(x).relu().mean((2, 3))), conv=nn.Conv2d(3, 5, 3), fc=nn.Linear(5, 4))
     attribution = CondAttribution(model)
+    check_independent(model, Inputs.single(IMAGES), [range(2)])
     calls = model.calls
     as_list = attribution(list(IMAGES), [{"y": 1}, {"y": 2, "conv": [0]}], composite, ["conv"])
     as_batch = attribution(IMAGES, [{"y": 1}, {"y": 2, "conv": [0]}], composite, ["conv"])

@@ -27,6 +27,8 @@ from crp.attributors import (
     Target,
 )
 from crp.attributors.path import nodes
+from crp.engine.independence import check_independent
+from crp.engine.inputs import Inputs
 
 few = settings(max_examples=20, deadline=None)
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
@@ -150,6 +152,8 @@ def test_noise_has_its_level_and_is_shared_by_samples():
     seen = []
     model = Call(lambda v: (seen.append(v.detach().clone()), v.sum((1, 2), keepdim=True)[..., 0])[1])
     x = torch.stack([torch.linspace(0, 1, 400).view(20, 20), torch.linspace(-2, 2, 400).view(20, 20)]).double()
+    check_independent(model, Inputs.single(x), [range(2)])  # (what else the model would be run for)
+    seen.clear()
     SmoothGrad(model, n=40, noise_level=0.1, batch_size=2)(x, 0)
     noise = torch.stack(seen[:40]) - x
     assert 0.098 < noise[:, 0].std() < 0.102

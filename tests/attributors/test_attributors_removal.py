@@ -14,6 +14,8 @@ from torch import nn
 from crp.attributors import Neuron, Occlusion, ShapleySampling
 from crp.attributors.occlusion import windows
 from crp.composites import EpsilonPlus
+from crp.engine.independence import check_independent
+from crp.engine.inputs import Inputs
 
 few = settings(max_examples=20, deadline=None)
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
@@ -110,6 +112,8 @@ def test_composites_have_no_effect(untouched):
 def test_passes_through_the_model_are_few():
     seen = []
     model = Call(lambda v: (seen.append(len(v)), v.flatten(1))[1])
+    check_independent(model, Inputs.single(torch.ones(1, 100)), [range(2)])
+    seen.clear()
     Occlusion(model)(torch.ones(1, 100), 0)
     assert seen == [1, 64, 36, 1]
 

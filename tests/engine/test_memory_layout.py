@@ -15,6 +15,7 @@ from crp.attribution import CondAttribution
 from crp.composites import DeepLift, EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from crp.concepts import ChannelConcept
 from crp.engine import memory_layout
+from crp.engine.independence import check_independent, check_keeps_nothing
 from crp.engine.inputs import Inputs
 from crp.engine.memory_layout import is_faster_channels_last
 from crp.engine.replay import CallRecorder
@@ -216,6 +217,9 @@ def test_mined_shards_do_not_depend_on_what_ran_before(tmp_path: Path, data: Ten
     pairs = [(image, i % 4) for i, image in enumerate(torch.cat([data, data.flip(0) * 2]))]
     layers, options = {"depthwise": ChannelConcept(), "fc": ChannelConcept()}, {"batch_size": N, "progress": False}
     net = made()
+    check_independent(net, Inputs.single(data), [range(2)])
+    check_keeps_nothing(net, Inputs.single(data))
+    seen.clear()
     one = mine(CondAttribution(net), pairs, layers, EpsilonPlus(), tmp_path / "one", **options)
     assert seen == [False, True, True]
     options["shard_size"] = N

@@ -20,6 +20,8 @@ from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding
+from crp.engine.independence import check_independent, check_keeps_nothing
+from crp.engine.inputs import Inputs
 from crp.engine.taps import check_layers, in_model_order
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
@@ -246,6 +248,8 @@ def prepare(
     first = _get_first(dataset, checked.preprocess, device)
     if texts is None and (first.is_floating_point() or first.is_complex()):  # (others are refused by the sample's name)
         check_axes(attribution.model, first, concepts)
+        check_keeps_nothing(attribution.model, Inputs.single(first))
+        check_independent(attribution.model, Inputs.single(first), [range(checked.batch_size)])
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
     settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}

@@ -1,0 +1,138 @@
+"""Whether a model predicts each sample by itself, as results are told sample by sample."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from crp.engine.attached import put_on
+from crp.engine.inputs import Inputs
+from crp.engine.model_state import is_watched
+from crp.errors import InputError
+from crp.layers import modules_of
+from crp.wording import first_few, percent
+
+#: Deviation of an output, relative to its largest value, up to which it is rounding: kernels may be others for a batch
+#: of another size. And with short numbers.
+_TOLERANCE, _SHORT_TOLERANCE = 0.02, 0.2
+#: Models that predict each sample by itself, and those that give the same again, as far as was seen.
+_independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequence[int]]) -> None:
+    """Raise an `InputError` where what a model puts out for a sample depends on the samples beside it.
+
+    The first sample is given to the model alone, and beside another one that has half of its values. That is done once
+    for each model. It is left out where others watch the model run, as their hooks would see calls that nobody asked
+    for. Nothing is known of models that give another output every time, that do not take such data, or of outputs whose
+    shape is another one for a sample alone, such as tables of similarities.
+
+    Parameters
+    ----------
+    model : nn.Module
+    inputs : Inputs
+        On the device of the model.
+    passes : iterable of sequence of int
+        Samples of each forward pass. Where all have one, nothing needs to be known.
+    """
+    if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
+        return
+    alone = inputs.select([0])
+    beside = alone.having([torch.cat([data, data / 2]) for data in alone.explained], torch.tensor([0, 0]))
+    tolerance = _tolerance(alone)
+    try:
+        first = _outputs(model, alone)
+        off = _deviation(first, _outputs(model, beside))
+        varies = off > tolerance and any(
+            _deviation(first, _outputs(model, alone, later)) > tolerance for later in (False, True)
+        )
+    except Exception:  # (the model is run to be explained, too, and its error is told there)
+        return
+    if off <= tolerance or varies:
+        _independent.add(model)
+        return
+    raise InputError(
+        f"what {type(model).__name__} puts out for a sample depends on the samples beside it (by {percent(off)} of the "
+        f"largest value){_culprits(model)}; relevance of one would be spread over all. Give one sample at a time, such "
+        "as by batch_size=1"
+    )
+
+
+def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
+    """Raise an `InputError` where a model puts out something else when it is given the first sample again.
+
+    Random numbers of torch are the same both times. It is done once for each model, and left out as above.
+    """
+    if model in _keeping_nothing or is_watched(model):
+        return
+    alone = inputs.select([0])
+    try:
+        off = _deviation(*(_outputs(model, alone) for _ in range(2)))
+    except Exception:
+        return
+    if off > _tolerance(alone):
+        raise InputError(
+            f"{type(model).__name__} puts out something else when it is given the same sample again (by {percent(off)} "
+            "of the largest value): it keeps something of a call for the next one, so that results would depend on the "
+            "order of the samples. Let each call start from the same state"
+        )
+    _keeping_nothing.add(model)
+
+
+def _outputs(model: nn.Module, inputs: Inputs, later: bool = False) -> list[Tensor]:
+    """What a model puts out for the first sample, by the random numbers that come next, or by those after them."""
+    devices = [data.device for data in inputs.explained if data.is_cuda]
+    with put_on(None, model), torch.no_grad(), torch.random.fork_rng(devices):
+        for device in [torch.device("cpu"), *devices] if later else ():
+            torch.rand(1, device=device)
+        return _of_first(inputs.run(model), len(inputs))
+
+
+def _of_first(returned: Any, n_samples: int | None) -> list[Tensor]:
+    """Tensors that a model has returned for the first of its samples; empty ones where that cannot be told.
+
+    Samples have a row of a tensor each, or an entry of a list; inside of such an entry, ``n_samples`` is None.
+    """
+    if isinstance(returned, Tensor):
+        if n_samples is None:
+            return [returned]
+        return [returned[0] if returned.dim() and len(returned) == n_samples else returned.new_empty(0)]
+    if isinstance(returned, list) and len(returned) == n_samples:
+        return _of_first(returned[0], None)
+    entries = returned.values() if isinstance(returned, Mapping) else returned
+    entries = entries if isinstance(returned, Mapping | tuple | list) else ()
+    return [tensor for entry in entries for tensor in _of_first(entry, n_samples)]
+
+
+def _deviation(outputs: list[Tensor], others: list[Tensor]) -> float:
+    """Largest deviation of tensors of equal shape, relative to the largest value; infinite where one is not finite."""
+    deviations = [0.0]
+    for output, other in zip(outputs, others, strict=False):
+        if output.shape != other.shape or not output.is_floating_point():
+            continue
+        is_finite = torch.isfinite(output)
+        if is_finite.any():
+            output, other = output[is_finite], other[is_finite]
+            largest = torch.maximum(output.abs().max(), other.abs().max()).clamp(min=torch.finfo(output.dtype).tiny)
+            deviations.append(float((output - other).abs().max() / largest))
+    return max(math.inf if math.isnan(deviation) else deviation for deviation in deviations)
+
+
+def _tolerance(inputs: Inputs) -> float:
+    data = inputs.explained[0]
+    is_short = data.element_size() < 4 or torch.is_autocast_enabled(data.device.type)
+    return _SHORT_TOLERANCE if is_short else _TOLERANCE
+
+
+def _culprits(model: nn.Module) -> str:
+    """Layers that are known to mix samples, as a message goes on with them."""
+    modules = modules_of(model).items()
+    names = [repr(name) for name, m in modules if isinstance(m, _BatchNorm) and m.running_mean is None]
+    return f", as {first_few(names, 3, 'layers')} normalizes by the batch (no running statistics)" if names else ""

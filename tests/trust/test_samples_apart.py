@@ -1,0 +1,252 @@
+"""Results are told sample by sample: of a model that predicts samples together, a batch is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import crp
+from crp.attribution import CondAttribution
+from crp.attributors import IntegratedGradients, Occlusion, ShapleySampling
+from crp.composites import Composite, EpsilonPlus, GradientTimesInput
+from crp.concepts import ChannelConcept
+from crp.errors import CRPError
+from crp.metrics import pixel_flipping
+from crp.visualization import Table
+from crp.visualization.mining.run import mine
+
+LINEAR = {"y": 1}
+MIXED = "depends on the samples beside it"
+
+
+class Net(nn.Module):
+    """A net that does something to its features; ``returned`` makes what it returns of its scores."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], returned: Callable[[Tensor], Any] = lambda scores: scores):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.between, self.returned, self.sizes = between, returned, list[int]()
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Any:
+        self.sizes.append(len(x))
+        return self.returned(self.fc(self.between(self.conv(x).relu()).mean((2, 3))))
+
+
+class Echo(nn.Module):
+    """Adds something of the call before."""
+
+    last = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.5 * self.last
+        self.last = float(x.detach().mean())
+        return x
+
+
+class Experts(nn.Module):
+    """Sends samples through an expert that takes so many of a batch, and passes the others by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.detach().mean((1, 2, 3)).argsort()  # the smallest are served first
+        taken = torch.zeros(len(x), 1, 1, 1, dtype=x.dtype)
+        taken[order[: max(len(x) // 2, 1)]] = 1
+        return x + 2 * x * taken
+
+
+def batch_norm() -> nn.Module:
+    return nn.BatchNorm2d(8, track_running_stats=False).double().eval()
+
+
+MIXING = {
+    "mean": lambda: lambda x: x - x.mean(0, keepdim=True),
+    "softmax over samples": lambda: lambda x: x * x.softmax(0),
+    "batch norm": batch_norm,
+    "experts with places": Experts,
+    "sum of all before": lambda: lambda x: x.cumsum(0).flip(0),
+}
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.promise("Input", "A batch is refused whose samples the model does not predict one by one")
+@pytest.mark.parametrize("composite", [EpsilonPlus(), GradientTimesInput(), None], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("kind", MIXING)
+def test_a_batch_is_refused_and_one_sample_is_explained(
+    images: Tensor, kind: str, composite: Composite | None, untouched: Callable[[nn.Module], Any]
+) -> None:
+    model = Net(MIXING[kind]())
+    attribution = CondAttribution(model)
+    with untouched(model):
+        with pytest.raises(CRPError, match=MIXED):
+            attribution(images, [LINEAR], composite)
+        with pytest.raises(CRPError, match=MIXED):
+            attribution(images[:1].expand(3, -1, -1, -1), [LINEAR], composite)
+        alone = [attribution(image[None], [LINEAR, {"y": 2}], composite).heatmap[0] for image in images]
+        parts = attribution.generate(images, [LINEAR], composite, batch_size=1, verbose=False)
+        assert all(torch.equal(part.heatmap[0], heatmap) for part, heatmap in zip(parts, alone, strict=True))
+        with pytest.raises(CRPError, match=MIXED):
+            list(attribution.generate(images, [LINEAR], composite, batch_size=2, verbose=False))
+
+
+def test_rows_of_one_sample_with_columns_of_their_own_are_refused(images: Tensor) -> None:
+    attribution = CondAttribution(Net(batch_norm()))
+    conditions = [{"y": 1, "conv": [0]}, {"y": 1, "conv": [1]}]
+    attribution(images[:1], conditions, EpsilonPlus())
+    with pytest.raises(CRPError, match=MIXED):
+        attribution(images[:1], conditions, EpsilonPlus(), exclude_parallel=False)
+
+
+def test_what_layers_keep_is_refused_too(images: Tensor) -> None:
+    with pytest.raises(CRPError, match=MIXED):
+        CondAttribution(Net(batch_norm())).absorbed(images, [LINEAR], EpsilonPlus())
+
+
+def test_the_message_names_the_layer_and_the_way_out(images: Tensor) -> None:
+    model = Net(batch_norm())
+    with pytest.raises(CRPError, match=r"(?s)Net.*'between' normalizes by the batch \(no running.*batch_size=1"):
+        CondAttribution(model)(images, [LINEAR], EpsilonPlus())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: Occlusion(model, window_shape=5, step=5),
+        lambda model: ShapleySampling(model, samples=1),
+        lambda model: IntegratedGradients(model, steps=2),
+    ],
+    ids=["occlusion", "shapley", "integrated gradients"],
+)
+def test_variants_of_one_sample_are_refused_together(images: Tensor, make: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(CRPError, match=MIXED):
+        make(Net(batch_norm()))(images[:1], 1)
+    attributor = make(Net(batch_norm()))
+    attributor.batch_size = 1
+    assert attributor(images[:1], 1)[1].isfinite().all()
+
+
+def test_metrics_refuse(images: Tensor) -> None:
+    with pytest.raises(CRPError, match=MIXED):
+        pixel_flipping(Net(batch_norm()), images, 1, relevance=images.sum(1))
+
+
+@pytest.mark.promise("Input", "Mining refuses models that keep something of a call for the next one")
+@pytest.mark.parametrize("modes", [("relevance", "activation"), ("activation",)], ids=len)
+@pytest.mark.parametrize(("between", "message"), [(batch_norm, MIXED), (Echo, "given the same sample again")])
+def test_mining_refuses_before_a_file_is_written(
+    images: Tensor, tmp_path: Path, between: Callable[[], Any], message: str, modes: tuple[str, ...]
+) -> None:
+    pairs = [(image, i % 5) for i, image in enumerate(images)]
+    options: dict[str, Any] = {"modes": modes, "progress": False}
+    layers = {"conv": ChannelConcept()}
+    with pytest.raises(CRPError, match=message):
+        mine(CondAttribution(Net(between())), pairs, layers, EpsilonPlus(), tmp_path / "t", batch_size=2, **options)
+    assert not (tmp_path / "t").exists()
+
+
+def test_mining_one_by_one_is_each_alone(images: Tensor, tmp_path: Path) -> None:
+    pairs = [(image, i % 5) for i, image in enumerate(images)]
+    attribution = CondAttribution(Net(batch_norm()))
+    mine(attribution, pairs, {"conv": ChannelConcept()}, EpsilonPlus(), tmp_path, batch_size=1, progress=False)
+    found = Table.open(tmp_path).column("conv", 3, "relevance", "sum").value
+    for i, image in enumerate(images):
+        alone = attribution(image[None], [{"y": [i % 5]}], EpsilonPlus(), ["conv"]).relevances["conv"]
+        assert float(found[i]) == pytest.approx(float(alone[0, 3].sum()), rel=1e-12)
+
+
+def test_known_models_are_run_once_for_each_part(images: Tensor) -> None:
+    model = Net(lambda x: x)
+    CondAttribution(model)(images, [LINEAR], EpsilonPlus())
+    assert sorted(model.sizes) == [1, 2, 4]
+    model.sizes.clear()
+    CondAttribution(model)(images, [LINEAR], EpsilonPlus())
+    assert model.sizes == [4]
+
+
+def test_one_sample_needs_no_further_pass(images: Tensor) -> None:
+    model = Net(lambda x: x)
+    CondAttribution(model)(images[:1], [LINEAR, {"y": 2}], EpsilonPlus())
+    assert model.sizes == [1]
+
+
+def test_hooks_of_others_see_their_calls_only(images: Tensor) -> None:
+    model, seen = Net(lambda x: x), list[int]()
+    with torch.no_grad():
+        handle = model.conv.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    CondAttribution(model)(images, [LINEAR], EpsilonPlus())
+    handle.remove()
+    assert seen == [4]
+
+
+# --- what must not be refused ---------------------------------------------------------------------------------------
+
+
+class Noise(nn.Module):
+    """Draws numbers in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand_like(x)
+
+
+class OnlyPairs(nn.Module):
+    """Takes an even number of samples, as models with a fixed batch do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, 2, *x.shape[1:]).flatten(0, 1)
+
+
+def as_boxes(scores: Tensor) -> list[dict[str, Tensor]]:
+    return [{"scores": row, "labels": torch.arange(5)} for row in scores]
+
+
+@pytest.mark.parametrize(
+    ("between", "returned"),
+    [
+        (Noise(), lambda scores: scores),
+        (OnlyPairs(), lambda scores: scores),
+        (Echo(), lambda scores: scores),
+        (nn.Identity(), lambda scores: {"logits": scores, "loss": scores.mean(), "table": scores @ scores.T}),
+        (nn.Identity(), lambda scores: {"logits": scores, "limits": scores.amax(0)}),
+        (nn.Identity(), lambda scores: {"logits": scores.where(torch.arange(5) != 3, -torch.inf)}),
+    ],
+    ids=["random", "pairs", "state", "means and tables", "over samples", "infinite"],
+)
+def test_models_that_are_no_mixture_are_explained(
+    images: Tensor, between: nn.Module, returned: Callable[[Tensor], Any]
+) -> None:
+    attribution = CondAttribution(Net(between, returned))
+    state = torch.get_rng_state()
+    assert attribution(images, [LINEAR], EpsilonPlus()).heatmap.any()
+    torch.set_rng_state(state)
+    before = torch.rand(1)
+    torch.set_rng_state(state)
+    attribution(images, [LINEAR], EpsilonPlus())
+    assert isinstance(between, Noise) or torch.equal(torch.rand(1), before)
+
+
+def test_outputs_in_a_list_are_told_apart(images: Tensor) -> None:
+    def explain(between: Callable[[Tensor], Tensor]) -> Tensor:
+        output = lambda returned: torch.stack([entry["scores"] for entry in returned])  # noqa: E731
+        return crp.explain("gradient_x_input", Net(between, as_boxes), images, 1, output=output)
+
+    assert explain(lambda x: x).any()
+    with pytest.raises(CRPError, match=MIXED):
+        explain(batch_norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_of_short_numbers_is_no_mixture(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(12)]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    data = torch.randn(5, 3, 24, 24, dtype=dtype)
+    assert CondAttribution(model.to(dtype).eval())(data, [LINEAR], EpsilonPlus()).heatmap.isfinite().all()
