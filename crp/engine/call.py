@@ -13,6 +13,7 @@ from zennit.core import Composite
 
 from crp.engine.attached import composite_on, is_on, put_on, rules_by_hand
 from crp.engine.backward import MakeMasks, input_name, send_back, send_rows_back
+from crp.engine.basic_hooks import batched_hooks
 from crp.engine.conditions import (
     Rows,
     all_positions,
@@ -219,7 +220,7 @@ class Call:
             elif passed is not None and passed.samples == self._samples(rows):
                 part = [call._results(passed, rows, last)]
             else:
-                with put_on(composite, self.model) as model:
+                with put_on(composite, self.model) as model, batched_hooks(model, len(rows) > len(self._samples(rows))):
                     passed = call._forward(model, rows, composite)
                     part = [] if passed.is_folded else [call._results(passed, rows, last)]
             if passed is not None and not part:

@@ -57,8 +57,8 @@ BUDGETS = {
     # (what is no relevance, and masks that return none)
     "concepts": 2040,
     "demo": 900,
-    # (whether a model predicts each sample by itself)
-    "engine": 4780,
+    # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
+    "engine": 4890,
     "image": 1430,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 895,
