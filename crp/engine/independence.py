@@ -20,7 +20,7 @@ from crp.wording import first_few, percent
 
 #: Deviation of an output, relative to its largest value, up to which it is rounding: kernels may be others for a batch
 #: of another size. And with short numbers.
-_TOLERANCE, _SHORT_TOLERANCE = 0.02, 0.2
+_TOLERANCE, _SHORT_TOLERANCE = 0.01, 0.05
 #: Models that predict each sample by itself, and those that give the same again, as far as was seen.
 _independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
