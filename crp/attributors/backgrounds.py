@@ -38,7 +38,8 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     if sigma == 0:
         return images
     rows, columns = (_gaussian(n, sigma, images) for n in images.shape[-2:])
-    return rows @ images @ columns.T
+    with torch.autocast(images.device.type, enabled=False):  # (which would round the image)
+        return rows @ images @ columns.T
 
 
 def median(images: Tensor, width: int = 11) -> Tensor:

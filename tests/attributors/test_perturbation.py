@@ -113,6 +113,13 @@ def test_blur_is_gaussian():
     assert blur(image, 0.0) is image
 
 
+def test_blur_is_as_exact_under_autocast():
+    image = torch.rand(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = blur(image, 2.0)
+    assert torch.equal(found, blur(image, 2.0))
+
+
 def test_median_filter():
     image = torch.rand(1, 2, 6, 7)
     padded = F.pad(image, [1] * 4, mode="replicate")
