@@ -51,7 +51,7 @@ def check_axis(axis: object) -> None:
         )
 
 
-def masked(relevance: Any, mask: object) -> Tensor:
+def _masked(relevance: Any, mask: object) -> Tensor:
     """Relevance of a layer, times a mask where there is one.
 
     Raises

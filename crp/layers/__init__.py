@@ -220,8 +220,9 @@ class LayerNotFoundError(NameNotFoundError, ValueError):
     """
 
     def __init__(self, name: object, known: Iterable[str], role: str = "layer") -> None:
-        near = difflib.get_close_matches(str(name), [k for k in known if k], n=3, cutoff=0.3)
-        hint = ", ".join(repr(n) for n in near) or "none; see model.named_modules()"
+        in_lower_case = {k.lower(): k for k in known if k}
+        near = difflib.get_close_matches(str(name).lower(), in_lower_case, n=3, cutoff=0.3)
+        hint = ", ".join(repr(in_lower_case[n]) for n in near) or "none; see model.named_modules()"
         super().__init__(f"<{role}> {name!r} not found in model; nearest names: {hint}")
 
 
