@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.checks import check_number
+from crp.concepts.ids import as_numbers
 from crp.errors import InputError, InputTypeError
 
 Named = Literal["blur", "median", "mean", "noise"]
@@ -110,9 +111,7 @@ def make_background(
     filled = background(data) if callable(background) and not isinstance(background, Tensor) else background
     if not isinstance(filled, Tensor | float | int):
         raise InputTypeError(f"a background must give a tensor or a number, not a {type(filled).__name__}")
-    filled = torch.as_tensor(filled, dtype=data.dtype, device=data.device)
-    if not filled.isfinite().all():
-        raise InputError("the background has NaN or infinite values")
+    filled = torch.from_numpy(as_numbers("the background", filled)).to(data)
     try:
         return filled.expand_as(data)
     except RuntimeError:

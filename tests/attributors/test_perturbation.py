@@ -307,7 +307,7 @@ def test_progress_is_shown_on_demand(vgg_bn, images, capsys):
         ({"mask_size": (3, 4, 5)}, r"mask_size must be a number or \(height, width\), not \(3, 4, 5\)"),
         ({"start": float("nan")}, "start must be a finite number, not nan"),
         ({"start": True}, "start must be a finite number, not True"),
-        ({"start": torch.tensor([0.5, torch.inf])}, "start has NaN or infinite values"),
+        ({"start": torch.tensor([0.5, torch.inf])}, "start must be finite, without NaN"),
         ({"seed": 0.5}, "seed must be a whole number of at least 0"),
     ],
     ids=str,
