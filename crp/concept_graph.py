@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from zennit.core import Composite
@@ -17,6 +19,7 @@ from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.flags import check_flags
 from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
+from crp.wording import shortened
 
 
 class _Generating(Protocol):
@@ -49,6 +52,9 @@ class AttributionGraph:
 
     def set_layer_map(self, layer_map: Mapping[str, Concept]) -> None:
         """Set the concept type of each layer, by the layer's name."""
+        concepts = layer_map.values() if isinstance(layer_map, Mapping) else [None]
+        if any(isinstance(concept, type) or not hasattr(concept, "mask") for concept in concepts):
+            raise InputTypeError(f"layer_map must be a dict of layers and concepts, not {shortened(layer_map)}")
         self.layer_map = dict(layer_map)
         self.mask_map = {name: mask_of(concept) for name, concept in layer_map.items()}
 
@@ -103,8 +109,8 @@ class AttributionGraph:
         Raises
         ------
         ValueError
-            If ``sample`` is more than one sample, only one of ``parent_c_id`` and ``parent_layer`` is given, or a
-            number in ``width`` is less than 1.
+            If ``sample`` is more than one sample, only one of ``parent_c_id`` and ``parent_layer`` is given, that layer
+            is not above ``layer_name``, or a number in ``width`` is less than 1.
         KeyError
             If a layer has no entry in ``layer_map``.
         """
@@ -112,15 +118,14 @@ class AttributionGraph:
         inputs = Inputs.of(sample, explain, getattr(self.attribution, "model", None))
         if len(inputs) != 1:
             raise InputError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")
-        if (parent_c_id is None) != (parent_layer is None):
-            raise InputError(
-                f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none"
-            )
         if not isinstance(width, Collection):
             raise InputTypeError(f"width must be a list, with the number of concepts kept at each level; not {width!r}")
         for n_kept in width:
             check_number("each number in width", n_kept, least=1, whole=True)
         self._check_mapped([layer_name])
+        self._check_parent(layer_name, parent_c_id, parent_layer)
+        if isinstance(concept_id, Tensor | np.generic) and math.prod(concept_id.shape) == 1:
+            concept_id = concept_id.item()  # (a node whose number is a tensor could not be found again)
         # (An overridden `generate` need not know of it.)
         named: dict[str, Any] = {} if explain is None else {"explain": explain}
         context: dict[str, Any] = {layer_name: [concept_id]} if parent_layer is None else {parent_layer: [parent_c_id]}
@@ -178,6 +183,19 @@ class AttributionGraph:
     def _entries(relevances: Tensor, results: AttributionResults, row: int) -> slice:
         n_entries = len(relevances) // len(results.prediction)
         return slice(row * n_entries, (row + 1) * n_entries)
+
+    def _check_parent(self, layer: str, parent_c_id: Hashable | None, parent_layer: str | None) -> None:
+        if (parent_c_id is None) != (parent_layer is None):
+            raise InputError(
+                f"parent_c_id ({parent_c_id!r}) and parent_layer ({parent_layer!r}) belong together; give both or none"
+            )
+        known, todo = {layer}, [layer] if parent_layer is not None else []
+        while todo:
+            below = set(self.graph.find_input_layers(todo.pop())) - known
+            known |= below
+            todo += below
+        if parent_layer in known:
+            raise InputError(f"parent_layer {parent_layer!r} must be a layer that {layer!r} feeds")
 
     def _check_mapped(self, layers: Iterable[str]) -> None:
         for name in layers:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.checks import check_number
+from crp.concepts.ids import as_numbers
 from crp.errors import InputError, InputTypeError
 
 Named = Literal["blur", "median", "mean", "noise"]
@@ -38,7 +39,8 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     if sigma == 0:
         return images
     rows, columns = (_gaussian(n, sigma, images) for n in images.shape[-2:])
-    return rows @ images @ columns.T
+    with torch.autocast(images.device.type, enabled=False):  # (which would round the image)
+        return rows @ images @ columns.T
 
 
 def median(images: Tensor, width: int = 11) -> Tensor:
@@ -109,9 +111,7 @@ def make_background(
     filled = background(data) if callable(background) and not isinstance(background, Tensor) else background
     if not isinstance(filled, Tensor | float | int):
         raise InputTypeError(f"a background must give a tensor or a number, not a {type(filled).__name__}")
-    filled = torch.as_tensor(filled, dtype=data.dtype, device=data.device)
-    if not filled.isfinite().all():
-        raise InputError("the background has NaN or infinite values")
+    filled = torch.from_numpy(as_numbers("the background", filled)).to(data)
     try:
         return filled.expand_as(data)
     except RuntimeError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import zennit.attribution
 from torch import Tensor, nn
@@ -109,8 +110,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             As in `crp.attribution.CondAttribution`.
         attr_output : Target, class, Tensor or callable, optional
             What is explained: anything that `crp.attributors.Target.of` makes a target of, or, as in zennit, a float
-            tensor or a function of the output that returns one, in the output's shape: what starts. By default what the
-            constructor was given; without that, the output itself.
+            tensor or array, or a function of the output that returns one, in the output's shape: what starts. By
+            default what the constructor was given; without that, the output itself.
         explain : int, str, or sequence of these, optional
             Positions or names of the inputs that are explained; all floating-point ones by default.
 
@@ -328,6 +329,8 @@ def _target(target: Any) -> Target:
         return target
     if target is None:
         return Start(lambda output: output)
+    if isinstance(target, np.ndarray):
+        target = torch.from_numpy(target)
     if callable(target) or (isinstance(target, Tensor) and target.is_floating_point()):
         return Start(target)
     return Target.of(target)

@@ -108,7 +108,7 @@ class LayerCAM(Attributor):
             )
         mode = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}[len(space)], "nearest": "nearest"}
         options = {"align_corners": False} if self.interpolation == "linear" else {}
-        large = F.interpolate(maps, space, mode=mode[self.interpolation], **options)
+        large = F.interpolate(maps.to(data), space, mode=mode[self.interpolation], **options)
         return output, (large.expand(data.shape).contiguous(),)
 
     def maps(self, data: Data, target: Any) -> tuple[Tensor, Tensor]:
@@ -328,14 +328,17 @@ class CAM(LayerCAM):
                 f"{self.layer!r} has {channels} channels and the model's output is {tuple(output.shape)}; CAM needs "
                 "them to agree"
             )
-        weight = dense.weight.detach()
-        mean = activation.flatten(2).mean(2) @ weight.T + (0 if dense.bias is None else dense.bias.detach())
-        if not torch.allclose(mean, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+        accuracy = max(1e-3, 10 * torch.finfo(output.dtype).eps)
+        with torch.autocast(activation.device.type, enabled=False):
+            weight = dense.weight.detach().to(torch.promote_types(dense.weight.dtype, torch.float32))
+            mean = activation.to(weight).flatten(2).mean(2) @ weight.T
+        mean = mean if dense.bias is None else mean + dense.bias.detach()
+        if not torch.allclose(mean, output.to(mean), rtol=accuracy, atol=accuracy * float(output.abs().max())):
             raise InputError(
                 f"the model's output is not {self.classifier!r} of the mean of {self.layer!r} over its positions, as "
                 "CAM needs; name the layer that is averaged, or use grad_cam"
             )
-        map_gradient = target.weights(output) @ weight
+        map_gradient = target.weights(output.to(weight)) @ weight
         map_gradient = map_gradient.reshape(*map_gradient.shape, *[1] * (activation.dim() - 2))
         return map_gradient if not self.condition else torch.where(gradient == 0, 0, map_gradient)
 

@@ -13,22 +13,14 @@ from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.gradient import Gradient
 from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes, Neuron, Target
-from crp.composites.registry import find_name
+from crp.composites.registry import ALIASES, find_known
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError
 from crp.wording import shortened
 
 #: What methods are called elsewhere.
-_ALIASES = {
-    "lrp": "epsilon_plus_flat",
-    "ig": "intgrad",
-    "integrated_gradients": "intgrad",
-    "input_x_gradient": "gradient_x_input",
-    "vanilla_gradient": "gradient",
-    "guided_backpropagation": "guided_backprop",
-    "z_plus": "zplus",
-}
+_ALIASES = {**ALIASES, "ig": "intgrad", "integrated_gradients": "intgrad"}
 
 
 def explain(
@@ -154,7 +146,7 @@ def _entry(name: object) -> Entry:
             "model, data, target), and CondAttribution takes a composite itself"
         )
     known = entries()
-    found = find_name(name, known) or _known_as(name)
+    found = find_known(name, known, _ALIASES)
     if found is None:
         raise InputError(f"there is no method {name!r}; {_nearest(name, known)}there are {', '.join(known)}")
     return known[found]
@@ -163,12 +155,6 @@ def _entry(name: object) -> Entry:
 def find_method(name: str) -> Method:
     """Method by any name that `explain` takes; a `ValueError` gives the nearest."""
     return _entry(name).method
-
-
-def _known_as(name: str) -> str | None:
-    """Method that goes by another name elsewhere."""
-    alias = find_name(name, _ALIASES)
-    return None if alias is None else _ALIASES[alias]
 
 
 def _check_options(method: Method, options: Mapping[str, Any]) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.concepts.ids import as_numbers
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError, InputTypeError
+from crp.wording import shortened
 
 OneBaseline: TypeAlias = float | Tensor | np.ndarray | Callable[[Tensor], Tensor] | None
 Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline] | Mapping[str, OneBaseline]
@@ -55,10 +57,8 @@ def _baseline(given: Any, data: Tensor) -> Tensor:
         given = given(data)
     given = 0.0 if given is None else given
     if isinstance(given, bool) or not isinstance(given, int | float | np.number | np.ndarray | Tensor | list):
-        raise InputTypeError(f"a baseline is a number, a tensor or a function of the data, not {given!r}")
-    tensor = torch.as_tensor(given).detach().to(data)
-    if not torch.isfinite(tensor).all():
-        raise InputError("the baseline has NaN or infinite values")
+        raise InputTypeError(f"a baseline is a number, a tensor or a function of the data, not {shortened(given)}")
+    tensor = torch.from_numpy(as_numbers("the baseline", given)).to(data)
     shape = tuple(data.shape)
     if tensor.dim() > 0 and tensor.shape not in (shape, (1, *shape[1:]), shape[1:]):
         raise InputError(

@@ -16,6 +16,7 @@ from crp.engine.conditions import MaskMap
 from crp.engine.door import check_seed
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError, InputTypeError
+from crp.wording import shortened
 
 Statistic = Literal["mean", "squared", "variance"]
 
@@ -125,7 +126,12 @@ def _fitting(noise: Tensor | Sequence[Tensor], inputs: Tensors) -> list[Tensor]:
     """Noise for each input, of shape (n, *data shape)."""
     given: list[Any] = [*noise] if isinstance(noise, list | tuple) else [noise]
     if wrong := [one for one in given if not isinstance(one, Tensor)]:
-        raise InputTypeError(f"noise must be a tensor for each input, not {wrong[0]!r}; its size is noise_level")
+        raise InputTypeError(
+            f"noise must be a tensor for each input, not {shortened(wrong[0])}; its size is noise_level"
+        )
+    for tensor in given:
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            raise InputError(f"noise must be real numbers, and finite; it is {shortened(tensor)}")
     if len(given) != len(inputs):
         raise InputError(f"there is noise for {len(given)} inputs of {len(inputs)}; give one tensor for each")
     widths = []

@@ -168,7 +168,10 @@ def _for_each(given: Any, inputs: Tensors) -> list[Any]:
     if not isinstance(given, list):
         return [given] * len(inputs)
     if len(given) != len(inputs):
-        raise InputError(f"{given!r} has settings for {len(given)} inputs; there are {len(inputs)}")
+        raise InputError(
+            f"{given!r} has settings for {len(given)} inputs, and there are {len(inputs)}; lengths along the axes of "
+            "one are a tuple"
+        )
     return given
 
 

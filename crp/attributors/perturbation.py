@@ -27,6 +27,7 @@ from crp.attributors.backgrounds import Background, _check_background, blur, mak
 from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
 from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
+from crp.concepts.ids import as_numbers
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import check_data
@@ -192,8 +193,7 @@ class MeaningfulPerturbation:
         for name, count in (("levels", levels), ("jitter", jitter), ("steps", steps)):
             check_number(name, count, 1, whole=True)
         if isinstance(start, Tensor):
-            if not start.isfinite().all():
-                raise InputError("start has NaN or infinite values")
+            as_numbers("start", start)
         elif isinstance(start, int | float):
             check_number("start", start)
         else:

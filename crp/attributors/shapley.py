@@ -12,6 +12,7 @@ from zennit.core import Composite
 from crp.attributors.base import ROWS_FORWARD, Attributor, check_count
 from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
+from crp.concepts.ids import as_ids, as_numbers
 from crp.engine.door import check_seed
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError
@@ -31,7 +32,7 @@ class ShapleySampling(Attributor):
         As in `Attributor`; a call scores 64 coalitions in one pass through the model by default.
     samples : int
         Number of permutations.
-    sampling_dims : sequence of int, optional
+    sampling_dims : int or sequence of int, optional
         Axes of the data (the batch axis is 0) whose indices are the players: (2, 3) makes one of each pixel of an
         image, with all of its channels. Every axis by default, so that each feature is a player. What it adds stands at
         each of its features. With several inputs, each has players of its own.
@@ -55,7 +56,7 @@ class ShapleySampling(Attributor):
         attr_output: Any = None,
         *,
         samples: int = 5,
-        sampling_dims: Sequence[int] | None = None,
+        sampling_dims: int | Sequence[int] | None = None,
         baseline: Baseline = None,
         seed: int | None = 0,
         permutations: Tensor | None = None,
@@ -100,8 +101,9 @@ class ShapleySampling(Attributor):
     def _players(self, inputs: Tensors) -> list[Tensor]:
         """Number of the player that each feature belongs to; axes that are no players have length 1."""
         numbered, count = [], 0
+        dims = None if self.sampling_dims is None else as_ids(self.sampling_dims, what="sampling_dims")
         for data in inputs:
-            axes = tuple(range(1, data.dim())) if self.sampling_dims is None else tuple(self.sampling_dims)
+            axes = list(range(1, data.dim())) if dims is None else dims
             if not axes or len(set(axes)) < len(axes) or not all(0 < axis < data.dim() for axis in axes):
                 raise InputError(
                     f"sampling_dims must name axes from 1 to {data.dim() - 1} (0 is the batch) of data of shape "
@@ -117,7 +119,7 @@ class ShapleySampling(Attributor):
         if self.permutations is None:
             generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
             return torch.stack([torch.randperm(n_players, generator=generator) for _ in range(self.samples)])
-        given = torch.as_tensor(self.permutations)
+        given = torch.from_numpy(as_numbers("permutations", self.permutations))
         players = torch.arange(n_players)
         if given.dim() != 2 or given.shape[1] != n_players or (given.sort(1).values != players).any():
             raise InputError(

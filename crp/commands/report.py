@@ -37,7 +37,7 @@ _OPTIONS = {
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the pages; FOLDER/atlas by default.")
 @click.option("--single-file", is_flag=True, help="One file with all pages and pictures, for small tables.")
 @click.option("--layers", multiple=True, callback=split_names, help="Layers to show; all by default.")
-@click.option("--concepts", type=click.IntRange(1), default=8, show_default=True, help="For each class and layer.")
+@click.option("--concepts", type=click.IntRange(1), default=8, show_default=True, help="Of a layer, on a class page.")
 @click.option("--references", type=click.IntRange(1), default=8, show_default=True, help="Most relevant of a concept.")
 @click.option("--active", type=click.IntRange(0), help="Most active samples of a concept; as --references by default.")
 @click.option("--negative", type=click.IntRange(0), help="Most negative of a concept; half of --references by default.")

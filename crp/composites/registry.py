@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="type[Composite]")
 _registry: dict[str, type[Composite]] = {}
+#: What composites are called elsewhere.
+ALIASES = {
+    "lrp": "epsilon_plus_flat",
+    "input_x_gradient": "gradient_x_input",
+    "vanilla_gradient": "gradient",
+    "guided_backpropagation": "guided_backprop",
+    "z_plus": "zplus",
+}
 
 
 def register(name: str) -> Callable[[C], C]:
@@ -42,7 +50,7 @@ def get(name: str, **keywords: Any) -> Composite:
     Parameters
     ----------
     name : str
-        One of `names`, in any case, with or without underscores.
+        One of `names`, in any case, with or without underscores, or what it is called elsewhere, such as ``"LRP"``.
     **keywords
         Its arguments; lists of numbers may stand for tensors.
 
@@ -55,7 +63,7 @@ def get(name: str, **keywords: Any) -> Composite:
     """
     if not isinstance(name, str):
         raise InputTypeError(f"name must be the name of a composite, such as 'epsilon_plus', not {shortened(name)}")
-    found = find_name(name, _registry)
+    found = find_known(name, _registry, ALIASES)
     if found is None:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         nearest = f"nearest: {', '.join(map(repr, near))}; " if near else ""
@@ -65,10 +73,14 @@ def get(name: str, **keywords: Any) -> Composite:
     return _registry[found](**keywords)
 
 
-def find_name(name: str, known: Iterable[str]) -> str | None:
-    """Known name that differs from the one that was typed in case and punctuation at most: ``"EpsilonPlusFlat"``."""
-    known = list(known)
-    return name if name in known else {_plain(one): one for one in known}.get(_plain(name))
+def find_known(name: str, known: Iterable[str], aliases: Mapping[str, str]) -> str | None:
+    """Known name that differs from the one that was typed in case and punctuation at most, or that has it as an alias.
+
+    ``"EpsilonPlusFlat"``, ``"epsilon-plus-flat"``.
+    """
+    own = {one: one for one in known}
+    of_plain = {_plain(other): one for other, one in {**aliases, **own}.items()}
+    return own.get(name) or of_plain.get(_plain(name))
 
 
 def _plain(name: str) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from zennit.core import Hook
 
+from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.layers import ByChainRule, LayerNotFoundError
 from crp.rules import Rule, Whole, lift
@@ -51,8 +52,7 @@ class First:
 
     def __post_init__(self) -> None:
         _check_types(self.types, f"{type(self).__name__} chooses among layers of types")
-        if self.n < 1:
-            raise InputError(f"n must be at least 1, got {self.n}")
+        check_number("n", self.n, 1, whole=True)
 
     def chooses(self, k: int, total: int) -> bool:
         """Whether the k-th of all, counted from 0, is meant."""
@@ -91,6 +91,8 @@ class Depth:
 
     def __post_init__(self) -> None:
         _check_types(self.types, "Depth chooses among layers of types")
+        check_number("low", self.low)
+        check_number("high", self.high)
         if not 0 <= self.low < self.high <= 1:
             raise InputError(f"depths must be 0 <= low < high <= 1, got {self.low} and {self.high}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from crp.checks import check_number
 from crp.concepts.base import Concept
 from crp.concepts.channels import ChannelConcept, _KeepChannels
-from crp.concepts.ids import _check_relevance, check_alike, check_axis
+from crp.concepts.ids import _masked, check_alike, check_axis
 from crp.concepts.scores import ConceptScores
 from crp.errors import InputError
 from crp.flags import check_flags
@@ -88,9 +88,7 @@ class AxisConcept(Concept):
     ) -> Tensor:
         """Relevance of every concept, (batch, concepts), as by `ChannelConcept.attribute`."""
         check_flags(abs_norm=abs_norm)
-        _check_relevance(relevance)
-        relevance = relevance if mask is None else relevance * mask
-        return _CHANNELS.attribute(self.arranged(relevance, layer_name), None, layer_name, abs_norm)
+        return _CHANNELS.attribute(self.arranged(_masked(relevance, mask), layer_name), None, layer_name, abs_norm)
 
     def scores(self, relevance: Tensor, layer_name: str | None = None) -> ConceptScores:
         """Sum, maximum and its position for every concept."""

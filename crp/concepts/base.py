@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.concepts.ids import _check_relevance, as_ids, check_alike, in_range
+from crp.concepts.ids import _masked, as_ids, check_alike, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
@@ -171,9 +171,7 @@ class Concept:
             `crp.concepts.relevance_in` reads it from a result.
         """
         check_flags(abs_norm=abs_norm)
-        _check_relevance(relevance)
-        if isinstance(mask, Tensor):
-            relevance = relevance * mask
+        relevance = _masked(relevance, mask)
         if relevance.dim() == 1:
             relevance = relevance[None]
         total = by_position(self._from_relevance(relevance, layer_name), layer_name).sum(-1)

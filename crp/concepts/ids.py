@@ -24,7 +24,7 @@ def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -
     """
     listed = ids.reshape(-1).tolist() if isinstance(ids, Tensor | np.ndarray) else ids
     # (an iterator could be read for one row only, so that only collections are ids)
-    listed = list(listed) if isinstance(listed, Collection) and not isinstance(ids, str | Mapping) else [listed]
+    listed = list(listed) if isinstance(listed, Collection) and not isinstance(ids, str | bytes | Mapping) else [listed]
     try:
         if any(isinstance(i, bool | np.bool_) for i in listed):
             raise TypeError
@@ -51,13 +51,29 @@ def check_axis(axis: object) -> None:
         )
 
 
-def _check_relevance(relevance: object) -> None:
-    """Raise a `TypeError` if the relevance of a layer is no tensor."""
+def _masked(relevance: Any, mask: object) -> Tensor:
+    """Relevance of a layer, times a mask where there is one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is no tensor, or the mask does not broadcast to the relevance.
+    """
     if not isinstance(relevance, Tensor):
         raise InputTypeError(
             "relevance must be the tensor of one layer, such as result.relevances['features.40'], not a "
             f"{type(relevance).__name__}"
         )
+    if mask is None:
+        return relevance
+    if not isinstance(mask, Tensor):
+        raise InputTypeError(f"mask must be a tensor, or None, not {shortened(mask)}")
+    try:
+        mask = mask.expand(relevance.shape)
+    except RuntimeError:
+        shapes = f"{tuple(mask.shape)}, which does not broadcast to the relevance's {tuple(relevance.shape)}"
+        raise InputError(f"mask has the shape {shapes}") from None
+    return relevance * mask
 
 
 def check_alike(activation: Tensor, multiplier: Tensor) -> None:

@@ -156,9 +156,8 @@ class SubspaceConcept(Concept):
 
     def describe(self, concept_id: int) -> str:
         """What a concept is called: its name, such as ``"subspace 5"``, or ``"rest"``."""
-        if self.rest and concept_id in (-1, len(self.sizes)):
-            return "rest"
-        return super().describe(concept_id)
+        number = concept_id + len(self) if concept_id < 0 else concept_id
+        return "rest" if self.rest and number == len(self.sizes) else super().describe(number)
 
     def _spans(self) -> list[tuple[int, int]]:
         """First direction of each block, and the one after its last."""

@@ -53,9 +53,10 @@ def check_conditions(
         if targets is not None:
             check_target(targets, f"conditions[{i}][{output_name!r}]")
         if targets is None and start_layer is None and not has_init:
+            alike = [f"; {name!r} is not {output_name!r}" for name in condition if name.lower() == output_name.lower()]
             raise InputError(
                 f"Either {output_name} in 'conditions' or 'start_layer' or 'init_rel' must be defined; "
-                f"conditions[{i}] is {dict(condition)!r}"
+                f"conditions[{i}] is {dict(condition)!r}{''.join(alike) if output_name not in condition else ''}"
             )
     if start_layer is not None and any(output_name in condition for condition in conditions):
         warn(f"{output_name!r} has no effect in conditions: the backward pass begins at start_layer {start_layer!r}")
@@ -73,19 +74,26 @@ def check_target(targets: Any, what: str) -> None:
         raise InputTypeError(f"{what} must be an int, or a list, array or tensor of int, not {targets!r}")
     for place in elements:
         if isinstance(place, Pixels):
-            if not isinstance(place.of_class, int | np.integer) or _mask_of(place).dtype.kind != "b":
+            if not _is_whole(place.of_class) or _mask_of(place).dtype.kind != "b":
                 raise InputTypeError(
                     f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}"
                 )
         elif isinstance(place, Position):
             place.check(what)
-        elif not place or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in place):
+        elif not place or not all(map(_is_whole, place)):
             raise InputTypeError(f"{what} names the element {place!r}; it must be a tuple of int: (class, row, column)")
     _check_once(elements, what)
 
 
-def _check_once(elements: Sequence[Any], what: str) -> None:
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
+
+
+def _check_once(elements: Sequence[Any], what: str, shape: tuple[int, ...] = ()) -> None:
+    """Raise a `ValueError` if a token is named twice; negative numbers count from the end of an output's shape."""
     places = [at for element in elements if isinstance(element, Position) for at, _ in element.signed()]
+    if shape:
+        places = [(position % shape[0], token % shape[1]) for position, token in places]
     if len({*places}) < len(places):
         raise InputError(f"{what} names a token twice in {elements}; explain it once, and against others only")
 
@@ -278,6 +286,7 @@ def check_targets_exist(
                     f"row {row}: {output_name!r} names the element {place}, but the model's output has the shape "
                     f"{shape} for each sample"
                 )
+        _check_once(elements, f"row {row}: {output_name!r}", shape)
 
 
 def init_of_rows(init_rel: Any, places: Sequence[int], prediction: Tensor, lengths: Sequence[int]) -> Any:

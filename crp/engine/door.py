@@ -11,6 +11,7 @@ from numbers import Integral
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -24,6 +25,16 @@ from crp.wording import first_few
 _Mark = tuple[weakref.ref[Tensor], tuple[int, int] | None]
 #: Marks of each model's parameters, which were finite when they were last looked at.
 _finite: weakref.WeakKeyDictionary[nn.Module, list[_Mark]] = weakref.WeakKeyDictionary()
+
+
+def _as_kind(value: object) -> str:
+    """What kind of value is no floating-point tensor, and what would make one of it."""
+    kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    if isinstance(value, np.ndarray):
+        return f"{kind} (torch.from_numpy makes a tensor of it)"
+    if (isinstance(value, Tensor) and value.dtype == torch.uint8) or type(value).__module__.startswith("PIL."):
+        return f"{kind} (prepare pictures as in training, such as by torchvision's transforms)"
+    return kind
 
 
 def check_form(tensor: Tensor, name: str) -> None:
@@ -59,11 +70,15 @@ def check_device(device: Any, name: str) -> torch.device | None:
 
 
 def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
-    """Raise an `InputError` that names the parameters with NaN or infinite values.
+    """Raise an `InputError` that names the parameters with NaN or infinite values, or those without a shape.
 
     They are looked at again only if they have changed.
     """
     tensors = [p for p in parameters if isinstance(p, Tensor)]
+    if any(map(is_lazy, tensors)):
+        named = [*model.named_parameters(), *model.named_buffers()]
+        lazy = _listed([name for name, tensor in named if is_lazy(tensor)])
+        raise InputError(f"{lazy}: no call has given these a shape; call the model once, model(data), first")
     marks = _finite.get(model, [])
     if len(marks) == len(tensors) and all(map(_is_as_marked, marks, tensors)):
         return
@@ -192,9 +207,14 @@ def _misfit(
         )
     if size is not None and (given.dim() <= abs(axis) - (axis < 0) or given.shape[axis] != size):
         what = "channels" if axis == 1 else "features"
+        is_last = axis == 1 and given.dim() > 2 and given.shape[-1] == size
+        remedy = (
+            "its channels seem to be on the last axis: give data.movedim(-1, 1)" if is_last else
+            "give data as the model was made for, with the samples on the first axis (data[None] for a single one)"
+        )  # fmt: skip
         return InputError(
             f"{where} takes {size} {what} and gets a tensor of shape {tuple(given.shape)}, for data of shape {shapes}; "
-            "give data as the model was made for, with the samples on the first axis (data[None] for a single one)"
+            f"{remedy}"
         )
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,11 +12,11 @@ from zennit.core import Composite
 
 from crp.engine.conditions import Rows, row_index
 from crp.engine.encoding import Encoding
-from crp.engine.inputs import Inputs
+from crp.engine.inputs import Data, Inputs
 from crp.engine.starts import Arrivals
-from crp.engine.taps import outputs_meant, tapped
+from crp.engine.taps import check_layers, outputs_meant, tapped
 from crp.errors import InputError, InputTypeError
-from crp.layers import hooked, referencing
+from crp.layers import evaluating, hooked, referencing, unwrap
 from crp.layers.devices import send_to
 from crp.notices import warn
 from crp.types import AttributionResults, Sinks
@@ -146,6 +146,41 @@ class ForwardPass:
         return value.expand(len(rows), *value.shape[1:]) if len(value) == 1 else self.of_rows(value, rows)
 
 
+def get_output_shapes(model: nn.Module, single_sample: Data, record_layers: Iterable[str]) -> dict[str, torch.Size]:
+    """Output shape of each layer, without the batch axis, from one forward pass in evaluation mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+    single_sample : Tensor of shape (1, *input shape), or tuple or dict of them
+    record_layers : iterable of str
+        Names as in `crp.layers.addresses`.
+
+    Returns
+    -------
+    dict of str to torch.Size
+        Layers that the forward pass does not reach are absent, and a warning names them.
+
+    Raises
+    ------
+    KeyError
+        If a layer is not in the model.
+    ValueError, TypeError
+        If the model cannot take the sample, a layer is not called so often, or returns no tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(record_layers, str) or not isinstance(record_layers, Iterable):
+        raise InputTypeError(f"record_layers must be a list of layer names, not {record_layers!r}")
+    model, inputs, layers = unwrap(model), Inputs.of(single_sample), list(record_layers)
+    check_layers(model, layers, "record_layer")
+    with evaluating(model):
+        outputs = _recorded(model, inputs.run, layers)
+    for layer, output in outputs.items():
+        _check_divisible(layer, output, len(inputs))
+    return {layer: output.shape[1:] for layer, output in outputs.items()}
+
+
 def record_outputs(
     model: nn.Module, run: Callable[[nn.Module], Any], n_samples: int, layers: Sequence[str]
 ) -> dict[str, Tensor]:
@@ -156,13 +191,17 @@ def record_outputs(
     ValueError
         If an output has not one entry for each sample.
     """
-    roles = dict.fromkeys(layers, "record")
-    with tapped(model, roles) as taps, torch.no_grad():
-        run(model)
-    outputs, _ = outputs_meant(taps, roles)
+    outputs = _recorded(model, run, layers)
     for layer, output in outputs.items():
         check_columns(f"the output of layer {layer!r}", output, n_samples)
     return outputs
+
+
+def _recorded(model: nn.Module, run: Callable[[nn.Module], Any], layers: Sequence[str]) -> dict[str, Tensor]:
+    roles = dict.fromkeys(layers, "record")
+    with tapped(model, roles) as taps, torch.no_grad():
+        run(model)
+    return outputs_meant(taps, roles)[0]
 
 
 def check_one_entry(results: AttributionResults, layers: Collection[str] | None = None) -> AttributionResults:
@@ -186,15 +225,20 @@ def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:
     if role == "start":
         check_columns(what, output, n_samples)
         _check_explained(f"the output of start_layer {layer!r}", output)
-    elif output.dim() == 0 or len(output) == 0 or len(output) % n_samples:
-        raise InputError(
-            f"{what} has shape {tuple(output.shape)}; its first axis must be that of {n_samples} samples, or have as "
-            "many entries for each of them"
-        )
-    elif inputs.passes_on and not output.requires_grad:
+        return
+    _check_divisible(layer, output, n_samples)
+    if inputs.passes_on and not output.requires_grad:
         warn(
             f"layer {layer!r} reads inputs that are passed on only ({', '.join(map(repr, inputs.names))} are "
             "explained); its relevance is not known, and given as 0"
+        )
+
+
+def _check_divisible(layer: str, output: Tensor, n_samples: int) -> None:
+    if output.dim() == 0 or len(output) == 0 or len(output) % n_samples:
+        raise InputError(
+            f"the output of layer {layer!r} has shape {tuple(output.shape)}; its first axis must be that of "
+            f"{n_samples} samples, or have as many entries for each of them"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.engine.door import check_form, is_finite, telling_misfits
+from crp.engine.door import _as_kind, check_form, is_finite, telling_misfits
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
 from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.layers import unwrap
@@ -82,7 +82,7 @@ class Inputs:
         if not isinstance(data, tuple | Mapping):
             raise InputTypeError(
                 "data must be a floating-point tensor, which relevance can be assigned to, not "
-                f"{type(data).__name__}; samples of several shapes are a list of them, several inputs a tuple or dict"
+                f"{_as_kind(data)}; samples of several shapes are a list of them, several inputs a tuple or dict"
             )
         if not data:
             raise InputTypeError(
@@ -224,10 +224,9 @@ class Samples(Inputs):
         """Samples in a list: as one tensor, where they are of one shape."""
         for i, sample in enumerate(data):
             if not isinstance(sample, Tensor) or not sample.is_floating_point():
-                kind = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
                 raise InputTypeError(
-                    f"a list holds samples, which are floating-point tensors; data[{i}] is {kind}. Several inputs are "
-                    "a tuple or dict of them"
+                    f"a list holds samples, which are floating-point tensors; data[{i}] is {_as_kind(sample)}. Several "
+                    "inputs are a tuple or dict of them"
                 )
             check_form(sample, f"data[{i}]")
         if not data:
@@ -278,8 +277,9 @@ def check_data(data: Tensor, name: str = "data", finite: bool = True) -> None:
     if isinstance(data, Tensor):
         check_form(data, name)
     if not isinstance(data, Tensor) or not data.is_floating_point():
-        kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-        raise InputTypeError(f"{name} must be a floating-point tensor, which relevance can be assigned to, not {kind}")
+        raise InputTypeError(
+            f"{name} must be a floating-point tensor, which relevance can be assigned to, not {_as_kind(data)}"
+        )
     if data.dim() == 0 or len(data) == 0:
         raise InputError(f"{name} has shape {tuple(data.shape)}; it needs a batch axis with at least one sample")
     if not data.numel():

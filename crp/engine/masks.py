@@ -14,6 +14,7 @@ from crp.engine.conditions import MaskMap
 from crp.engine.door import is_finite
 from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.types import Condition, MaskFn
+from crp.wording import shortened
 
 
 def row_masks(
@@ -62,15 +63,22 @@ def needs_multiplier(mask: object) -> bool:
 
 def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:
     """Mask factory of one layer, or an error that says what ``mask_map`` lacks."""
-    if callable(mask_map):
-        return mask_map
-    if not isinstance(mask_map, Mapping):
-        raise InputError(f"<mask_map> must be a dictionary or callable function, not {type(mask_map).__name__}")
-    if layer not in mask_map:
-        raise NameNotFoundError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
-    if not callable(mask_map[layer]):
-        raise InputTypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {mask_map[layer]!r}")
-    return mask_map[layer]
+    if isinstance(mask_map, Mapping):
+        if layer not in mask_map:
+            raise NameNotFoundError(f"mask_map has no entry for layer {layer!r}; it has {sorted(mask_map)}")
+        if not _makes_masks(mask_map[layer]):
+            given = shortened(mask_map[layer])
+            raise InputTypeError(f"mask_map[{layer!r}] must be a function such as concept.mask, not {given}")
+        return mask_map[layer]
+    if not _makes_masks(mask_map):
+        kind = mask_map.__name__ if isinstance(mask_map, type) else type(mask_map).__name__
+        raise InputError(f"<mask_map> must be a dictionary or callable function, such as concept.mask, not {kind}")
+    return mask_map
+
+
+def _makes_masks(given: object) -> bool:
+    """Whether it can be called for a mask; a concept's class would make a concept."""
+    return callable(given) and not (isinstance(given, type) and hasattr(given, "mask"))
 
 
 def apply_masks(functions: list[MaskFn], grad: Tensor) -> Tensor:

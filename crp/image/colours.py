@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from crp.errors import InputError
 from crp.image.pixels import Array
+from crp.image.reading import _check_shown, _in_eight_bits, as_shown
 
 #: Colours of relevance for and against, in 0..1.
 FOR = (0.80, 0.09, 0.11)
@@ -49,8 +50,6 @@ def clipped(heatmap: Tensor | Array, percentile: float = _PERCENTILE) -> tuple[N
         If a value is not finite.
     """
     values = as_array(heatmap)
-    if broken := int((~np.isfinite(values)).sum()):
-        raise InputError(f"the heatmap has {broken} of {values.size} values that are not finite, which have no colour")
     strength = np.abs(values)
     one = float(np.percentile(strength, percentile) or strength.max(initial=0.0))
     return (np.clip(values / one, -1, 1) if one else values), one
@@ -62,8 +61,17 @@ def colours_of(relevance: Array) -> NDArray[Any]:
     return np.concatenate([colour, np.abs(relevance)[..., None] ** POWER], -1)
 
 
-def as_array(values: Tensor | Array) -> NDArray[Any]:
-    """Tensor or array as an array of float64."""
+def _as_heatmap(values: Tensor | Array) -> NDArray[Any]:
+    """Heatmap as an array of float64, of shape (height, width); an error for anything else."""
+    array = as_array(values)
+    if array.ndim != 2:
+        raise InputError(f"a heatmap has the shape (height, width), not {array.shape}")
+    return array
+
+
+def as_array(values: Tensor | Array, what: str = "the heatmap") -> NDArray[Any]:
+    """Tensor or array as an array of float64; what has no colour is refused by its name."""
+    _check_shown(values if isinstance(values, Tensor) else np.asarray(values), what)
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, np.float64)
@@ -74,28 +82,22 @@ def as_picture(image: Tensor | Array | Image.Image) -> NDArray[Any]:
 
     Parameters
     ----------
-    image : Tensor of shape (channels, height, width), ndarray of that shape or with the channels last, or PIL image
+    image : Tensor or ndarray of shape (channels, height, width), or with 1 or 3 channels last, or PIL image
         Three channels are colours; the mean of others is grey. Values within 0..1 are shown as they are, others are
         brought there by the whole image's range.
     """
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"), np.float64) / 255
-    values = as_array(image)
+        return np.asarray(_in_eight_bits(image).convert("RGB"), np.float64) / 255
+    values = as_array(image, "the picture")
     if getattr(image, "dtype", None) in (torch.uint8, np.dtype(np.uint8)):
         values = values / 255
-    if values.ndim == 3 and isinstance(image, np.ndarray) and values.shape[-1] in (1, 3) and len(values) not in (1, 3):
+    if values.ndim == 3 and values.shape[-1] in (1, 3) and len(values) not in (1, 3):
         values = np.moveaxis(values, -1, 0)
     if values.ndim != 3:
         raise InputError(f"a picture has the shape (channels, height, width), not {values.shape}")
     if len(values) != 3:
         values = np.repeat(values.mean(0, keepdims=True), 3, 0)
     return np.moveaxis(as_shown(values), 0, -1)
-
-
-def as_shown(values: Any) -> Any:
-    """Values of an image as they are where all are in 0..1, or else brought there by their range."""
-    low, high = float(values.min()), float(values.max())
-    return values if low >= 0 and high <= 1 else (values - low) / ((high - low) or 1.0)
 
 
 def fitted(heatmap: Array, shape: tuple[int, ...]) -> NDArray[Any]:

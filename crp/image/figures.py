@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 from zennit.cmap import ColorMap
 
+from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
-from crp.image.colours import as_shown
 from crp.image.pixels import Picture, imgify
+from crp.image.reading import _check_shown, as_shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,8 +115,8 @@ def vis_opaque_img(
     Parameters
     ----------
     data_batch : Tensor of shape (n, channels, height, width)
-        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`. Values in 0..1 are shown as they
-        are, those of other images by the range of the whole image.
+        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`. Values in 0..1, and ``uint8``, are
+        shown as they are, those of other images by the range of the whole image.
     heatmaps : Tensor of shape (n, height, width)
     rf : bool
         Whether to crop the image to where the heatmap is above `crop_th`.
@@ -132,6 +133,7 @@ def vis_opaque_img(
         Of different sizes where cropped.
     """
     check_flags(rf=rf)
+    check_number("alpha", alpha)
     if not 0 <= alpha <= 1:
         raise InputError(f"'alpha' must be between [0, 1], got {alpha}")
     _check_threshold("vis_th", vis_th)
@@ -164,8 +166,8 @@ def vis_img_heatmap(
     Parameters
     ----------
     data_batch : Tensor of shape (n, channels, height, width)
-        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`. Values in 0..1 are shown as they
-        are, those of other images by the range of the whole image.
+        Images with 1 or 3 channels, before `FeatureVisualization.preprocess_data`. Values in 0..1, and ``uint8``, are
+        shown as they are, those of other images by the range of the whole image.
     heatmaps : Tensor of shape (n, height, width)
     rf : bool
         Whether to crop both to where the blurred heatmap is above `crop_th` of its maximum.
@@ -316,6 +318,7 @@ def _whole_range(image: Tensor) -> Image.Image:
 
 
 def _check_threshold(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 <= value < 1:
         raise InputError(f"'{name}' must be between [0, 1), got {value}")
 
@@ -327,6 +330,10 @@ def _pairs(data_batch: Images, heatmaps: Images) -> Iterator[tuple[Tensor, Tenso
             f"there must be one heatmap for each image, got {len(data_batch)} images, {len(heatmaps)} heatmaps"
         )
     for image, heatmap in zip(data_batch, heatmaps, strict=True):
+        if not isinstance(image, Tensor) or not isinstance(heatmap, Tensor):
+            kinds = f"{type(image).__name__} and {type(heatmap).__name__}"
+            raise InputTypeError(f"an image and its heatmap must be tensors, not {kinds}")
+        _check_shown(heatmap, "the heatmap")
         if image.dim() != 3 or image.shape[1:] != heatmap.shape:
             raise InputError(
                 "an image must have shape (channels, height, width) and its heatmap (height, width), "
@@ -339,8 +346,9 @@ def _smooth(heatmap: Tensor, kernel_size: int) -> Tensor:
     """Blurred heatmap whose maximum is 1; the blur reaches no further than the image."""
     from torchvision.transforms.functional import gaussian_blur
 
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise InputError(f"'kernel_size' must be odd and positive, got {kernel_size}")
+    check_number("kernel_size", kernel_size, 1, whole=True)
+    if kernel_size % 2 == 0:
+        raise InputError(f"'kernel_size' must be odd, got {kernel_size}")
     width = min(kernel_size, 2 * min(heatmap.shape) - 1)
     values = heatmap if heatmap.dtype in (torch.float32, torch.float64) else heatmap.float()
     return max_norm(gaussian_blur(values[None], kernel_size=[width, width])[0])

@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from crp.checks import check_number
 from crp.errors import InputError
 from crp.flags import check_flags
-from crp.image.colours import as_array, as_picture, blurred, clipped, colours_of, fitted
+from crp.image.colours import _as_heatmap, as_picture, blurred, clipped, colours_of, fitted
 from crp.image.pixels import Array, Picture
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def draw_masked(image: Picture, heatmap: Tensor | Array) -> Image.Image:
 
 def draw_heatmap(heatmap: Tensor | Array, size: tuple[int, int] | None = None) -> Image.Image:
     """Relevance on white; ``size`` is a (height, width) other than the heatmap's."""
-    values = as_array(heatmap)
+    values = _as_heatmap(heatmap)
     colour = colours_of(clipped(values if size is None else fitted(values, size))[0])
     return _image(colour[..., :3] * colour[..., 3:] + 1 - colour[..., 3:])
 
@@ -50,7 +51,7 @@ def draw_heatmap(heatmap: Tensor | Array, size: tuple[int, int] | None = None) -
 def draw_overlay(image: Picture, heatmap: Tensor | Array) -> Image.Image:
     """Relevance in colours over the picture, which is grey and light."""
     picture = as_picture(image)
-    values = clipped(blurred(fitted(as_array(heatmap), picture.shape), 0.01))[0]
+    values = clipped(blurred(fitted(_as_heatmap(heatmap), picture.shape), 0.01))[0]
     colour = colours_of(values)[..., :3]
     opacity = 0.85 * np.abs(values)[..., None] ** 0.6
     grey = 0.35 + 0.6 * picture.mean(-1, keepdims=True)
@@ -85,7 +86,7 @@ def draw_contour(
 def draw_crop(image: Picture, heatmap: Tensor | Array, share: float = 0.9) -> Image.Image:
     """Part of the picture that holds a share of the relevance; its colours are those of the whole picture."""
     picture = as_picture(image)
-    top, bottom, left, right = relevant_box(fitted(as_array(heatmap), picture.shape), share)
+    top, bottom, left, right = relevant_box(fitted(_as_heatmap(heatmap), picture.shape), share)
     return _image(picture[top:bottom, left:right])
 
 
@@ -98,7 +99,7 @@ def relevant_box(heatmap: Tensor | Array, share: float = 0.9, margin: float = 0.
     ----------
     heatmap : Tensor or ndarray of shape (height, width)
     share : float
-        In 0..1.
+        Above 0, and at most 1.
     margin : float
         Share of the side.
 
@@ -107,7 +108,10 @@ def relevant_box(heatmap: Tensor | Array, share: float = 0.9, margin: float = 0.
     top, bottom, left, right : int
         For ``image[..., top:bottom, left:right]``; the whole image where nothing is positive.
     """
-    values = blurred(np.clip(as_array(heatmap), 0, None), 0.02)
+    check_number("share", share)
+    if not 0 < share <= 1:
+        raise InputError(f"share must be above 0 and at most 1, not {share}")
+    values = blurred(np.clip(_as_heatmap(heatmap), 0, None), 0.02)
     total = values.sum()
     height, width = values.shape
     if total <= 0:
@@ -211,7 +215,7 @@ def _new_axes() -> Axes:
 
 def _positive(heatmap: Tensor | Array, picture: Array) -> Array:
     """Positive relevance, blurred and divided by its 99th percentile, in 0..1."""
-    return clipped(blurred(np.clip(fitted(as_array(heatmap), picture.shape), 0, None), 0.02), 99.0)[0]
+    return clipped(blurred(np.clip(fitted(_as_heatmap(heatmap), picture.shape), 0, None), 0.02), 99.0)[0]
 
 
 def _edge(region: Array, width: int) -> Array:

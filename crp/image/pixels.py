@@ -20,10 +20,14 @@ from zennit.cmap import ColorMap
 from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
+from crp.image.reading import _check_shown, _in_eight_bits
+from crp.wording import shortened
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Picture: TypeAlias = Image.Image | Tensor | Array
 Bound: TypeAlias = float | Array | None
+#: Modes of Pillow that files and pages show as they are.
+_PLAIN = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 
 def imgify(
@@ -70,7 +74,7 @@ def imgify(
     """
     check_flags(symmetric=symmetric, padding=padding, grid=isinstance(grid, tuple | list) or grid)
     if isinstance(image, Image.Image):
-        picture = image
+        picture = image if image.mode in _PLAIN else _in_eight_bits(image)
     elif isinstance(image, Tensor | np.ndarray):
         picture = Image.fromarray(_colours(image, cmap, vmin, vmax, symmetric, level, grid, gridfill))
     else:
@@ -115,11 +119,13 @@ def overlay(
     PIL image
         In mode RGB.
     """
+    check_number("alpha", alpha)
     if not 0 <= alpha <= 1:
         raise InputError(f"'alpha' must be between [0, 1], got {alpha}")
     within = not isinstance(image, Image.Image) and bool(image.min() >= 0 and image.max() <= 1)
     low, high = (0.0, 1.0) if within else (None, None)
-    below = imgify(image, cmap="gray", vmin=low, vmax=high).convert("L").convert("RGB")
+    drawn = _in_eight_bits(image) if isinstance(image, Image.Image) else imgify(image, "gray", low, high)
+    below = drawn.convert("L").convert("RGB")
     above = imgify(heatmap, cmap=cmap, vmin=vmin, vmax=vmax, symmetric=True)
     if below.size != above.size:
         raise InputError(f"image and heatmap must have one size, got {below.size} and {above.size} (width, height)")
@@ -155,6 +161,7 @@ def _array(image: Tensor | Array) -> Array:
 def _channels_last(image: Tensor | Array, grid: bool) -> Array:
     """Array of shape ([n,] height, width, 1 or 3)."""
     array = _array(image)
+    _check_shown(array, "image")
     axes = array.ndim - int(grid)
     shape = array.shape[int(grid) :]
     if axes == 2:
@@ -182,8 +189,6 @@ def _colours(
 ) -> Array:
     """Bytes of shape (height, width, 3)."""
     array = _channels_last(image, bool(grid))
-    if array.size == 0:
-        raise InputError(f"image is empty: its shape is {tuple(image.shape)}")
     if array.dtype != np.uint8:
         array = _to_bytes(array, vmin, vmax, symmetric, tuple(range(1 if grid else 0, array.ndim)))
     if grid:
@@ -198,9 +203,10 @@ def _colours(
 
 def _to_bytes(array: Array, vmin: Bound, vmax: Bound, symmetric: bool, axes: tuple[int, ...]) -> Array:
     """Map [vmin, vmax] to 0...255; where the range is a single value, to the middle if symmetric, else to 0."""
+    for name, bound in (("vmin", vmin), ("vmax", vmax)):
+        if bound is not None and not (np.asarray(bound).dtype.kind in "buif" and np.isfinite(bound).all()):
+            raise InputError(f"{name} must be a finite number, not {shortened(bound)}")
     array = array.astype(np.float64)
-    if broken := int((~np.isfinite(array)).sum()):
-        raise InputError(f"image has {broken} of {array.size} values that are not finite, which have no colour")
     least, greatest = zimage.interval_norm_bounds(array, symmetric=symmetric, dim=axes)
     low = least if vmin is None else np.asarray(vmin)
     span = (greatest if vmax is None else np.asarray(vmax)) - low

@@ -6,8 +6,6 @@ import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from functools import partial
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError, NameNotFoundError
-from crp.layers.addresses import Address, PlaceHook, hooked_at
 from crp.layers.interrupts import atomic
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
@@ -96,12 +93,14 @@ def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]] | type[nn
     Raises
     ------
     TypeError
-        If one is no type.
+        If one is no type, or the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     kinds = tuple(types) if isinstance(types, Iterable) else (types,)
     if wrong := [kind for kind in kinds if not isinstance(kind, type)]:
         raise InputTypeError(f"types must be types of modules, such as [nn.Conv2d, nn.Linear]; {wrong[0]!r} is none")
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [name for name, module in unwrap(model).named_modules() if isinstance(module, kinds)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -221,46 +220,10 @@ class LayerNotFoundError(NameNotFoundError, ValueError):
     """
 
     def __init__(self, name: object, known: Iterable[str], role: str = "layer") -> None:
-        near = difflib.get_close_matches(str(name), [k for k in known if k], n=3, cutoff=0.3)
-        hint = ", ".join(repr(n) for n in near) or "none; see model.named_modules()"
+        in_lower_case = {k.lower(): k for k in known if k}
+        near = difflib.get_close_matches(str(name).lower(), in_lower_case, n=3, cutoff=0.3)
+        hint = ", ".join(repr(in_lower_case[n]) for n in near) or "none; see model.named_modules()"
         super().__init__(f"<{role}> {name!r} not found in model; nearest names: {hint}")
-
-
-def get_output_shapes(model: nn.Module, single_sample: Tensor, record_layers: Iterable[str]) -> dict[str, torch.Size]:
-    """Output shape of each layer, without the batch axis, from one forward pass in evaluation mode.
-
-    Parameters
-    ----------
-    model : nn.Module
-    single_sample : Tensor of shape (1, *input shape)
-    record_layers : iterable of str
-        Names as in `crp.layers.addresses`.
-
-    Returns
-    -------
-    dict of str to torch.Size
-        Layers that the forward pass does not reach are absent.
-
-    Raises
-    ------
-    KeyError
-        If a layer is not in the model.
-    """
-    shapes: dict[str, torch.Size] = {}
-    thread, modules = get_ident(), modules_of(model)
-
-    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
-        if isinstance(output, Tensor) and get_ident() == thread:
-            shapes[name] = output.shape[1:]
-
-    hooks: dict[tuple[str, bool], PlaceHook] = {}
-    for name in record_layers:
-        layer, is_input, _ = Address.of(name, modules)
-        find_layers(model, [layer], "record_layer")
-        hooks[layer, is_input] = partial(keep, name)
-    with evaluating(model), hooked_at(modules, hooks), torch.no_grad():
-        model(single_sample)
-    return shapes
 
 
 @atomic

@@ -16,11 +16,14 @@ from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
+from crp.attributors.base import Attributor
+from crp.attributors.perturbation import MeaningfulPerturbation
 from crp.attributors.selected import Selected
-from crp.attributors.target import Target
+from crp.attributors.target import Classes, Target
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.metrics.scoring import Output
+from crp.wording import shortened
 
 Array: TypeAlias = np.ndarray[Any, Any]
 ExplainFunc: TypeAlias = Callable[..., Array | Tensor]
@@ -73,8 +76,7 @@ def quantus_explain(method: str | Composite | type, *, output: Output = None, **
         relevance = _explain(method, model, data, target, chosen, {**options, **more})
         if relevance.dim() == data.dim() - 1:
             relevance = relevance.unsqueeze(1)
-        array: Array = relevance.detach().cpu().numpy()
-        return array
+        return _as_array(relevance)
 
     return explain_func
 
@@ -89,6 +91,9 @@ def _as_explain_func(method: Method, output: Output = None) -> ExplainFunc:
     """
     if isinstance(method, str | Composite | type):
         return quantus_explain(method, output=output)
+    if isinstance(method, Attributor | MeaningfulPerturbation):
+        kind = type(method).__name__
+        raise InputTypeError(f"{method!r} is made for one model; give the class {kind}, or quantus_explain({kind})")
     if not callable(method):
         raise InputTypeError(
             "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
@@ -112,8 +117,16 @@ def _relevance_by(explain_func: ExplainFunc, model: nn.Module, data: Tensor, tar
     -------
     Tensor of shape (batch, *input shape) or (batch, 1, *space)
     """
-    inputs, targets = data.detach().cpu().numpy(), target.detach().cpu().numpy()
+    # (functions of the user's may write into what they get)
+    inputs, targets = _as_array(data.clone()), _as_array(target.clone())
     return _check_relevance(explain_func(model=model, inputs=inputs, targets=targets), data)
+
+
+def _as_array(tensor: Tensor) -> Array:
+    """Array of the same numbers; numpy has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
@@ -149,9 +162,13 @@ def _tensors(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tenso
     like = next((p for p in unwrap(model).parameters() if p.is_floating_point()), None)
     try:
         data = torch.as_tensor(inputs).detach()
-        target = torch.as_tensor(targets).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputTypeError(f"inputs and targets must be arrays or tensors of numbers: {error}") from error
+        raise InputTypeError(f"inputs must be an array or a tensor of numbers: {error}") from error
+    flat: Any = targets.reshape(-1) if isinstance(targets, Tensor | np.ndarray) else targets
+    try:
+        target = Classes(flat).ids
+    except InputTypeError:
+        raise InputTypeError(f"targets must be whole numbers, one for each input, not {shortened(targets)}") from None
     if like is not None:
         data = data.to(like.device, like.dtype)
     if len(target) not in (1, len(data)):

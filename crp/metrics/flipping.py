@@ -186,7 +186,7 @@ def selectivity(
     Parameters
     ----------
     model, data, target, explain_func, replacement, sigma, score, batch_size, output
-        As in `pixel_flipping`.
+        As in `pixel_flipping`; noise is always the same.
     patch : int
         Length of a patch in each axis of space.
     steps : int
@@ -207,7 +207,7 @@ def selectivity(
     if not 1 <= len(space) <= 3 or min(space) < patch:
         raise InputError(f"a patch of {patch} per axis does not fit into data of shape {tuple(data.shape)}")
     scorer = Scorer(model, data, target, score, batch_size, output)
-    filled = make_background(replacement, data, sigma)
+    filled = make_background(replacement, data, sigma, torch.Generator().manual_seed(0))
     left, every = data.detach().clone(), torch.arange(len(data), device=data.device)
     removed = torch.zeros((len(data), *space), dtype=torch.int64, device=data.device)
     curve = [scorer.rate(left.__getitem__, every)]

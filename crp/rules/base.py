@@ -383,8 +383,8 @@ def _is_exact(rule: Rule) -> bool:
 
 
 def _names(zero_params: str | Sequence[str] | None) -> tuple[str, ...]:
-    names = (zero_params,) if isinstance(zero_params, str) else tuple(zero_params or ())
-    for name in names:
-        if name not in ("weight", "bias"):
-            raise InputError(f"zero_params may name 'weight' and 'bias', not {name!r}")
-    return names
+    names = [zero_params] if isinstance(zero_params, str) else [] if zero_params is None else zero_params
+    wrong = [name for name in names if name not in ("weight", "bias")] if isinstance(names, Sequence) else [names]
+    if wrong:
+        raise InputError(f"zero_params may name 'weight' and 'bias', not {wrong[0]!r}")
+    return tuple(names)

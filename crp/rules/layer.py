@@ -16,6 +16,7 @@ from crp.layers.devices import is_recording
 from crp.rules.functions import Function, _parameters_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
+from crp.wording import shortened
 
 Modifier: TypeAlias = Callable[[Tensor], Tensor]
 #: How many modified copies of a weight are kept.
@@ -217,8 +218,12 @@ class Layer:
             self._refuse_modifier(weight, bias)
             return cast(Tensor, self.value(a, *(o for o in (weight, bias, *others) if isinstance(o, Tensor))))
         modifier = _same if weight is None or isinstance(weight, Tensor) else weight
+        if not callable(modifier):
+            raise InputTypeError(f"weight must be a modifier or a tensor, not {shortened(weight)}")
         w = weight if isinstance(weight, Tensor) else self._modified("weight", operands.weight, modifier)
         assert w is not None
+        if not (bias is None or isinstance(bias, Tensor | bool) or callable(bias)):
+            raise InputTypeError(f"bias must be a modifier, a tensor, or False to leave it out; not {shortened(bias)}")
         if isinstance(bias, Tensor) or bias is False:
             b = bias if isinstance(bias, Tensor) else None
         else:

@@ -69,6 +69,8 @@ BEFORE = {
         "Either y in 'conditions' or 'start_layer' or 'init_rel' must be defined; conditions[1] is {'conv2':",
         conditions=[{"y": 1}, {"conv2": [0]}],
     ),
+    "the output in another case": bad(ValueError, "{'Y': 1}; 'Y' is not 'y'", conditions=[{"Y": 1}]),
+    "a layer in another case": bad(KeyError, "nearest names: 'conv2'", conditions=[{"y": 1, "CONV2": [0]}]),
     "S8 unknown layer": bad(
         KeyError, "<conditions> 'conv3' not found in model; nearest names: 'conv", conditions=[{"y": 1, "conv3": [0]}]
     ),
@@ -102,12 +104,18 @@ BEFORE = {
         KeyError, "mask_map has no entry for layer 'conv2'; it has ['conv1']", mask_map={"conv1": ChannelConcept.mask}
     ),
     "mask_map of nothing": bad(
-        ValueError, "<mask_map> must be a dictionary or callable function, not NoneType", mask_map=None
+        ValueError,
+        "<mask_map> must be a dictionary or callable function, such as concept.mask, not NoneType",
+        mask_map=None,
     ),
     "mask_map of concepts": bad(
         TypeError,
         "mask_map['conv2'] must be a function such as concept.mask, not ChannelConcept()",
         mask_map={"conv2": ChannelConcept()},
+    ),
+    "mask_map is a concept": bad(ValueError, "such as concept.mask, not ChannelConcept", mask_map=ChannelConcept()),
+    "mask_map is a class of concepts": bad(
+        ValueError, "such as concept.mask, not ChannelConcept", mask_map=ChannelConcept
     ),
     "composite by name": bad(
         TypeError,

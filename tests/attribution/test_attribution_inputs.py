@@ -365,7 +365,7 @@ def test_tuples_of_methods_have_the_form_of_the_data():
             ValueError,
             "one input, not of 3; all other methods pass on",
         ),
-        (lambda m, d: Occlusion(m, window_shape=[1, 2, 1])(d, 1), ValueError, "settings for 3 inputs; there are 2"),
+        (lambda m, d: Occlusion(m, window_shape=[1, 2, 1])(d, 1), ValueError, "settings for 3 inputs, and there are 2"),
         (lambda m, d: SmoothGrad(m, noise=d)(d, 1), ValueError, "noise for 3 inputs of 2"),
         (lambda m, d: ShapleySampling(m, baseline=(0, 0, 0, 0))(d, 1), ValueError, "4 baselines for 2 inputs"),
         (

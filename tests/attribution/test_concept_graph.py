@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from attribution_cases import KINDS
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from crp.attribution import AttributionGraph, CondAttribution, attrGraphResult
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
+from crp.errors import InputError, InputTypeError
 from crp.trace.graph import trace_model_graph
 from crp.types import AttributionGraphResults
 
@@ -188,6 +190,26 @@ def test_errors_name_the_culprit(graph, sample, images):
     fails(IndexError, "'y' is [5], but the model has outputs 0 to 4", sample, composite, 0, "layer1.conv2", target=5)
     del graph.layer_map["layer1.conv1"]
     fails(KeyError, "layer_map has no concept for layer 'layer1.conv1'", sample, composite, 0, "layer1.conv2", target=0)
+
+
+@pytest.mark.parametrize("parent", ["layer2.conv1", "layer1.conv2", "conv1"])
+def test_parents_are_above(graph, sample, parent):
+    """The parent's concept took the place of the concept itself, or masked what nobody looks at."""
+    with pytest.raises(InputError, match=f"parent_layer '{parent}' must be a layer that 'layer2.conv1' feeds"):
+        graph(sample, EpsilonPlus(), 0, "layer2.conv1", parent_c_id=1, parent_layer=parent, width=[1], verbose=False)
+
+
+@pytest.mark.parametrize("concept", [torch.tensor(2), torch.tensor([2]), np.int64(2)])
+def test_numbers_of_concepts_are_plain(graph, sample, concept):
+    found = graph(sample, EpsilonPlus(), concept, "layer2.conv1", target=1, width=[1], verbose=False)
+    assert found == graph(sample, EpsilonPlus(), 2, "layer2.conv1", target=1, width=[1], verbose=False)
+    assert ("layer2.conv1", 2) in found.connections
+
+
+@pytest.mark.parametrize("layer_map", [["conv1"], {"conv1": "channels"}, {"conv1": ChannelConcept}, ChannelConcept()])
+def test_what_is_no_layer_map(graph, layer_map):
+    with pytest.raises(InputTypeError, match="layer_map must be a dict of layers and concepts"):
+        graph.set_layer_map(layer_map)
 
 
 def test_linear_layers(mlp, vectors):

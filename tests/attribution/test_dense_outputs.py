@@ -75,9 +75,10 @@ def test_elements(model, data):
         (Pixels(0, torch.ones(7, 6, dtype=torch.bool)), IndexError, r"mask of \(7, 6\), but .* \(4, 6, 7\)"),
         (Pixels(0, torch.ones(6, 7)), TypeError, r"must have Pixels\(class, mask\) with an int and a boolean mask"),
         (Pixels("a", torch.ones(6, 7, dtype=torch.bool)), TypeError, "an int and a boolean mask, not Pixels"),
+        (Pixels(True, torch.ones(6, 7, dtype=torch.bool)), TypeError, "an int and a boolean mask, not Pixels"),
         (Element((0, 9, 0)), IndexError, "names the element"),
     ],
-    ids=range(5),
+    ids=range(6),
 )  # fmt: skip
 def test_targets_that_are_not_there(model, data, target, error, message):
     with pytest.raises(error, match=message):

@@ -297,6 +297,8 @@ BAD = {
     "nothing": (Position(0, []), TypeError, "with ints, or lists of them"),
     "tensor": (Position(0, torch.tensor(1)), TypeError, "with ints, or lists of them"),
     "twice": (Position(0, 1, against=1), ValueError, "names a token twice"),
+    "twice, once from the end": (Position(0, 1, against=-2), ValueError, "row 0: 'y' names a token twice"),
+    "twice in a list": ([Position(0, 1), Position(-6, 2, against=1)], ValueError, "names a token twice"),
 }
 
 
@@ -305,8 +307,9 @@ def test_positions_that_are_none(name):
     (target, error, message), model = BAD[name], seeded(Everywhere())
     with pytest.raises(error, match=message):
         CondAttribution(model)(numbers(1, 6, 4), [{"y": target}], CPLRP())
-    with pytest.raises(error, match=message.replace("'y'", "'target'")):
-        crp.explain("gradient", model, numbers(1, 6, 4), target)
+    if isinstance(target, Position):  # (of crp.explain, a list has one for each sample)
+        with pytest.raises(error, match=message.replace("'y'", "'target'")):
+            crp.explain("gradient", model, numbers(1, 6, 4), target)
 
 
 def test_positions_of_an_output_without_any_and_of_other_numbers():

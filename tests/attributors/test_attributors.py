@@ -218,6 +218,15 @@ def test_composite_stays_on_the_model_inside_of_the_context(untouched):
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("composite", [None, composites.EpsilonPlus()])
+def test_arrays_start_as_tensors_do(composite):
+    model, x = gap_net(), images()
+    start = torch.randn(3, 4, dtype=torch.float64)
+    method = Gradient(model, composite)
+    close(method(x, start.numpy())[1], method(x, start)[1])
+    close(Gradient(model, composite, start.numpy())(x)[1], method(x, start)[1])
+
+
 def test_targets_of_all_kinds():
     model, x = gap_net(), images()
     each = torch.stack([gradient(model, x, c) for c in range(4)])

@@ -8,6 +8,7 @@ from attributor_cases import gap_net, gradient, images
 from torch import nn
 from torch.nn import functional as F
 
+from crp import explain
 from crp.attributors import CAM, GradCAM, GradCAMPlusPlus, Gradient, GuidedGradCAM, Neuron
 from crp.composites import EpsilonPlus, GuidedBackprop
 
@@ -136,6 +137,19 @@ def test_masks_and_functions_as_targets():
     each = [CAM(model, layer=LAYER).maps(x, c)[1] for c in range(4)]
     close(CAM(model, layer=LAYER).maps(x, mask)[1], each[1] - 2 * each[3])
     close(CAM(model, layer=LAYER).maps(x, lambda y: y[:, 1] - 2 * y[:, 3])[1], each[1] - 2 * each[3])
+
+
+@pytest.mark.parametrize("name", ["cam", "grad_cam", "grad_cam_pp", "guided_grad_cam"])
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+def test_maps_in_low_precision(name, how):
+    model, x = gap_net().float(), images().float()
+    wanted = explain(name, model, x, 1, layer="4")
+    if how == "bfloat16":
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = explain(name, model, x, 1, layer="4")
+    assert found.dtype == x.dtype
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("kind", [CAM, GradCAM, GradCAMPlusPlus, GuidedGradCAM])

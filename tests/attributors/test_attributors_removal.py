@@ -5,17 +5,19 @@ import itertools
 import math
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from attributor_cases import Call, TwoInputs, gap_net, images, two_inputs
 from hypothesis import given, settings
 from torch import nn
 
-from crp.attributors import Neuron, Occlusion, ShapleySampling
+from crp.attributors import Neuron, Occlusion, ShapleySampling, SmoothGrad
 from crp.attributors.occlusion import windows
 from crp.composites import EpsilonPlus
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs
+from crp.errors import InputError, InputTypeError
 
 few = settings(max_examples=20, deadline=None)
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
@@ -210,8 +212,11 @@ def test_permutations_depend_on_the_seed():
         (lambda m, x: Occlusion(m, window_shape=(1, 1, 1, 1))(x, 0), "has 4 axes; the input has 3"),
         (lambda m, x: Occlusion(m, window_shape=0)(x, 0), "must be a positive whole number"),
         (lambda m, x: Occlusion(m, window_shape=2, step=(1, 0))(x, 0), "step must be a positive whole number"),
-        (lambda m, x: Occlusion(m, window_shape=[1, 2])(x, 0), "settings for 2 inputs; there are 1"),
+        (lambda m, x: Occlusion(m, window_shape=[1, 2])(x, 0), "settings for 2 inputs, .* are a tuple"),
         (lambda m, x: Occlusion(m, baseline=x[:2])(x, 0), "the baseline has shape"),
+        (lambda m, x: Occlusion(m, baseline=x[0] * torch.nan)(x, 0), "the baseline must be finite"),
+        (lambda m, x: SmoothGrad(m, noise=x[None] * torch.nan)(x, 0), "noise must be real numbers, and finite"),
+        (lambda m, x: SmoothGrad(m, noise=x[None] + 1j)(x, 0), "noise must be real numbers, and finite"),
         (lambda m, x: ShapleySampling(m, samples=0), "samples must be a whole number"),
         (lambda m, x: ShapleySampling(m, sampling_dims=(0,))(x, 0), "must name axes from 1 to 3"),
         (lambda m, x: ShapleySampling(m, sampling_dims=(4,))(x, 0), "must name axes from 1 to 3"),
@@ -222,5 +227,26 @@ def test_permutations_depend_on_the_seed():
 )
 def test_errors_before_the_model_runs(call, message):
     model = Call(lambda v: pytest.fail("the model runs"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         call(model, images())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: Occlusion(m, baseline=x[0] + 1j)(x, 0), "the baseline must be real numbers, not of complex128"),
+        (lambda m, x: Occlusion(m, baseline=np.array(["0"]))(x, 0), "the baseline must be real numbers, not of <U1"),
+        (lambda m, x: Occlusion(m, baseline=[[1.0, 2.0], [3.0]])(x, 0), "the baseline must be real numbers"),
+        (lambda m, x: ShapleySampling(m, sampling_dims=(True,))(x, 0), "sampling_dims must be integers"),
+        (lambda m, x: ShapleySampling(m, sampling_dims=(2.0,))(x, 0), "sampling_dims must be integers"),
+        (lambda m, x: ShapleySampling(m, sampling_dims=(1,), permutations="012")(x, 0), "permutations must be real"),
+    ],
+)
+def test_what_is_no_such_number(call, message):
+    with pytest.raises(InputTypeError, match=message):
+        call(Call(lambda v: pytest.fail("the model runs")), images())
+
+
+def test_one_axis_of_players_needs_no_tuple():
+    model, x = gap_net(), images(1)
+    close(ShapleySampling(model, sampling_dims=2)(x, 1)[1], ShapleySampling(model, sampling_dims=(2,))(x, 1)[1])

@@ -113,6 +113,13 @@ def test_blur_is_gaussian():
     assert blur(image, 0.0) is image
 
 
+def test_blur_is_as_exact_under_autocast():
+    image = torch.rand(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = blur(image, 2.0)
+    assert torch.equal(found, blur(image, 2.0))
+
+
 def test_median_filter():
     image = torch.rand(1, 2, 6, 7)
     padded = F.pad(image, [1] * 4, mode="replicate")
@@ -300,7 +307,7 @@ def test_progress_is_shown_on_demand(vgg_bn, images, capsys):
         ({"mask_size": (3, 4, 5)}, r"mask_size must be a number or \(height, width\), not \(3, 4, 5\)"),
         ({"start": float("nan")}, "start must be a finite number, not nan"),
         ({"start": True}, "start must be a finite number, not True"),
-        ({"start": torch.tensor([0.5, torch.inf])}, "start has NaN or infinite values"),
+        ({"start": torch.tensor([0.5, torch.inf])}, "start must be finite, without NaN"),
         ({"seed": 0.5}, "seed must be a whole number of at least 0"),
     ],
     ids=str,

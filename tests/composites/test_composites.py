@@ -13,6 +13,7 @@ from zennit.canonizers import SequentialMergeBatchNorm
 
 import crp.composites as composites
 from crp.attribution import CondAttribution
+from crp.attributors.explaining import find_method
 from crp.canonizers import MergeBatchNorm
 from crp.composites import Composite, DeepTaylor, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, get, register
 from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
@@ -66,6 +67,15 @@ def test_registry_lists_and_builds_every_preset():
 def test_registry_names_what_there_is():
     with pytest.raises(KeyError, match=r"'epsilon_plus_flatt'; nearest: 'epsilon_plus_flat', .*; there are alpha_"):
         composites.get("epsilon_plus_flatt")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("lrp", "epsilon_plus_flat"), ("LRP", "epsilon_plus_flat"), ("z-plus", "zplus"), ("vanilla gradient", "gradient")],
+)
+def test_names_that_explain_knows_name_the_same_composite(name, preset):
+    assert composites.get(name).describe() == composites.get(preset).describe()
+    assert find_method(name).name == preset
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -276,10 +276,19 @@ def test_maps_of_another_kind_are_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: First(nn.Linear, 0), lambda: Depth(0.5, 0.5, nn.Linear), lambda: Depth(0, 2, nn.Linear)]
+    ("make", "message"),
+    [
+        (lambda: First(nn.Linear, 0), "n must be a whole number of at least 1, not 0"),
+        (lambda: First(nn.Linear, True), "n must be a whole number of at least 1, not True"),
+        (lambda: Last(nn.Linear, 1.5), "n must be a whole number of at least 1, not 1.5"),
+        (lambda: Depth(0.5, 0.5, nn.Linear), "depths must be 0 <= low < high <= 1"),
+        (lambda: Depth(0, 2, nn.Linear), "depths must be 0 <= low < high <= 1"),
+        (lambda: Depth("0", 1, nn.Linear), "low must be a finite number, not '0'"),
+        (lambda: Depth(0, True, nn.Linear), "high must be a finite number, not True"),
+    ],
 )
-def test_positions_that_mean_no_layer_are_refused(make):
-    with pytest.raises(ValueError, match=r"n must be at least 1|depths must be 0 <= low < high <= 1"):
+def test_positions_that_mean_no_layer_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

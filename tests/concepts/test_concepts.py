@@ -13,7 +13,7 @@ from torch import nn
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
-from crp.concepts import ChannelConcept, Concept, as_ids, normalize
+from crp.concepts import AxisConcept, ChannelConcept, Concept, as_ids, normalize
 from crp.engine.masks import apply_masks
 
 CHANNEL = ChannelConcept()
@@ -138,7 +138,7 @@ def test_relevance_of_each_channel():
     assert close(CHANNEL.attribute(relevance), total / total.abs().sum(1, keepdim=True), 1e-9)
     mask = (relevance > 0).to(relevance)
     assert close(CHANNEL.attribute(relevance, mask, "layer", abs_norm=False), (relevance * mask).sum((2, 3)))
-    assert close(CHANNEL.attribute(relevance, mask="ignored", abs_norm=False), total)
+    assert close(CHANNEL.attribute(relevance, mask=None, abs_norm=False), total)
     assert close(CHANNEL.attribute(relevance[..., 0, 0], abs_norm=False), relevance[..., 0, 0])
 
 
@@ -342,3 +342,14 @@ def test_relevance_of_one_sample_without_its_axis():
     assert torch.equal(CHANNEL.attribute(relevance), CHANNEL.attribute(relevance[None]))
     masked = CHANNEL.attribute(relevance, mask=torch.tensor([0.0, 1.0, 1.0]), abs_norm=False)
     assert torch.equal(masked, torch.tensor([[0.0, -3.0, 0.0]]))
+
+
+@pytest.mark.parametrize("concept", [ChannelConcept(), AxisConcept(1)])
+def test_masks_of_relevance(concept):
+    relevance = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    kept = concept.attribute(relevance, torch.tensor([True, False]), abs_norm=False)
+    assert kept.tolist() == [[1.0, 0.0], [3.0, 0.0]]
+    with pytest.raises(TypeError, match=r"mask must be a tensor, or None, not array\(\[0., 0.\]"):
+        concept.attribute(relevance, np.zeros(2))
+    with pytest.raises(ValueError, match=r"mask has the shape \(3, 2\), which does not broadcast to .* \(1, 2\)"):
+        concept.attribute(relevance[:1], torch.ones(3, 2))

@@ -19,7 +19,7 @@ from crp.concepts import AxisConcept
 from crp.engine.taps import tapped
 from crp.errors import InputError, InputTypeError
 from crp.graph import trace_model_graph
-from crp.layers import get_output_shapes
+from crp.helper import get_output_shapes
 from crp.layers.addresses import Address, hooked_at
 
 HEADS, NEURONS, TOKENS = AxisConcept(-1, groups=2), AxisConcept(-1), AxisConcept(1)

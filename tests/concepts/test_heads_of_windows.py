@@ -16,7 +16,7 @@ from crp.composites import CPLRP, AttnLRP, EpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
 from crp.errors import InputError
 from crp.graph import trace_model_graph
-from crp.layers import get_output_shapes
+from crp.helper import get_output_shapes
 from crp.layers.addresses import rebound
 from crp.trace.axes import channel_axes
 from crp.visualization.mining.axes import check_axes

@@ -225,6 +225,7 @@ def test_composites_without_multipliers_are_refused(model):
 def test_names():
     concept = DirectionConcept(drawn(2, C), names=["wheel", "sky"])
     assert [concept.describe(i) for i in (0, 1, 2, -1)] == ["wheel", "sky", "rest", "rest"]
+    assert [concept.describe(i) for i in (-2, -3)] == ["sky", "wheel"]
     assert DirectionConcept(drawn(2, C), rest=False).describe(1) == "direction 1"
     assert CONCEPTS["subspaces"].describe(1) == "subspace 1"
     assert ChannelConcept().describe(7) == "channel 7"

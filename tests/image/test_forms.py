@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
+from crp.errors import CRPError, InputError, InputTypeError
 from crp.image import (
     AGAINST,
     FOR,
@@ -64,6 +65,73 @@ def test_smoothing_is_that_of_a_window_in_two_dimensions(shape, share):
 def test_colours_that_are_none_are_refused():
     with pytest.raises(ValueError, match="has 1 of 4 values that are not finite"):
         clipped(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]))
+
+
+DRAWN = [form for form in FORMS if form != "heatmap"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("heatmap", "message"),
+    [
+        (torch.full((6, 6), torch.nan), "the heatmap has 36 of 36 values that are not finite"),
+        (torch.ones(6, 6) + 1j, "the heatmap must be real numbers to have a colour, not of torch.complex64"),
+        (torch.zeros(0, 6), r"the heatmap is empty: its shape is \(0, 6\)"),
+        (torch.ones(1, 1, 6, 6), r"a heatmap has the shape \(height, width\), not \(1, 6, 6\)|, not \(1, 1, 6, 6\)"),
+    ],
+    ids=["not finite", "complex", "empty", "axes"],
+)
+def test_what_is_no_heatmap_is_refused(form, heatmap, message):
+    with pytest.raises(CRPError, match=message):
+        draw_form(form, torch.rand(3, 6, 6), heatmap)
+
+
+@pytest.mark.parametrize("form", DRAWN)
+def test_pictures_that_have_no_colour_are_refused(form):
+    picture = torch.rand(3, 6, 6)
+    picture[1, 2, 3] = torch.nan
+    with pytest.raises(InputError, match="the picture has 1 of 108 values that are not finite"):
+        draw_form(form, picture, torch.ones(6, 6))
+
+
+@pytest.mark.parametrize("form", DRAWN)
+def test_pictures_of_every_kind_are_drawn_alike(form):
+    bytes_ = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    heatmap = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
+    wanted = pixels(draw_form(form, Image.fromarray(bytes_), heatmap))
+    floats = torch.from_numpy(bytes_ / 255)
+    for picture in (bytes_, torch.from_numpy(bytes_), floats, floats.movedim(-1, 0), bytes_.transpose(2, 0, 1)):
+        assert (pixels(draw_form(form, picture, heatmap)) == wanted).all()
+    grey = Image.fromarray(bytes_[..., 0].astype(np.uint16) << 8)
+    assert (pixels(draw_form(form, grey, heatmap)) == pixels(draw_form(form, bytes_[..., :1], heatmap))).all()
+    clear = Image.fromarray(np.concatenate([bytes_, np.zeros((6, 6, 1), np.uint8)], -1))
+    assert (pixels(draw_form(form, clear, heatmap)) == pixels(draw_form(form, np.ones((6, 6, 3)), heatmap))).all()
+
+
+@pytest.mark.parametrize("share", [0, -1, 2, float("nan"), True])
+def test_shares_of_relevance(share):
+    with pytest.raises(InputError, match="share must be "):
+        draw_crop(torch.rand(3, 6, 6), torch.ones(6, 6), share)
+
+
+@pytest.mark.parametrize("draw", [vis_opaque_img, vis_img_heatmap])
+def test_references_that_have_no_colour_are_refused(draw):
+    image, heatmap = torch.rand(1, 3, 6, 6), torch.rand(1, 6, 6)
+    with pytest.raises(InputError, match="the heatmap has 36 of 36 values that are not finite"):
+        draw(image, heatmap * torch.nan)
+    with pytest.raises(InputError, match="the image has 108 of 108 values that are not finite"):
+        draw(image / 0, heatmap)
+    with pytest.raises(InputTypeError, match="an image and its heatmap must be tensors, not ndarray and ndarray"):
+        draw(image.numpy(), heatmap.numpy())
+    with pytest.raises(InputError, match="kernel_size must be a whole"):
+        draw(image, heatmap, rf=True, kernel_size=3.0)
+
+
+def test_images_of_8_bits_are_shown_as_they_are():
+    image = torch.full((1, 3, 6, 6), 100, dtype=torch.uint8)
+    image[..., 0, 0] = 1
+    shown = pixels(vis_img_heatmap(image, torch.ones(1, 6, 6))[0][0])
+    assert (shown == image[0].permute(1, 2, 0).numpy()).all()
 
 
 def test_red_speaks_for_blue_against_and_zero_is_transparent():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import sys
 
 import matplotlib.pyplot as plt
@@ -142,11 +143,20 @@ def test_padding_is_transparent():
     assert imgify(torch.rand(2, 4), padding=True, resize=8).size == (8, 8)
 
 
+@pytest.mark.parametrize("bounds", [{"vmin": math.nan}, {"vmax": math.inf}, {"vmin": "0"}, {"vmax": None, "vmin": 1j}])
+def test_bounds_are_numbers(bounds):
+    with pytest.raises(ValueError, match=r"(vmin|vmax) must be a finite number, not "):
+        imgify(torch.rand(3, 4), **bounds)
+
+
 def test_pil_images_are_only_resized_and_padded():
     given = Image.new("RGB", (4, 2), (1, 2, 3))
     assert imgify(given) is given
     padded = pixels(imgify(given, resize=8, padding=True))
     assert padded.shape == (8, 8, 4) and padded[4, 4].tolist() == [1, 2, 3, 255]
+    deep = Image.fromarray(np.array([[0, 65535], [0x8000, 0x4000]], np.uint16))
+    assert pixels(imgify(deep)).tolist() == [[0, 255], [0x80, 0x40]]
+    assert imgify(given.convert("CMYK")).mode == "RGB"
     palette = given.convert("P")
     assert imgify(palette, padding=True).size == (4, 4)
 
@@ -159,13 +169,19 @@ def test_pil_images_are_only_resized_and_padded():
         (torch.rand(4), ValueError, r"got \(4,\)"),
         (torch.rand(3, 0, 5), ValueError, r"empty: its shape is \(3, 0, 5\)"),
         (torch.tensor([[0.0, float("nan"), float("inf")]]), ValueError, "2 of 3 values that are not finite"),
+        (
+            torch.ones(2, 2) + 1j,
+            TypeError,
+            "image must be real numbers to have a colour, not of complex64",
+        ),
+        (np.array([["a"]]), TypeError, "must be real numbers to have a colour, not of <U1"),
     ],
 )
 def test_what_is_no_image_is_refused(image, error, message):
     with pytest.raises(error, match=message):
         imgify(image)
     if isinstance(image, torch.Tensor) and image.numel():
-        with pytest.raises(ValueError):
+        with pytest.raises(error):
             imgify(image.expand(2, *image.shape), grid=True)
 
 
@@ -278,7 +294,7 @@ def test_arguments_of_references_are_checked(draw):
     images, heatmaps = torch.rand(2, 3, 6, 6), torch.rand(2, 6, 6)
     with pytest.raises(ValueError, match=r"'crop_th' must be between \[0, 1\), got 1"):
         draw(images, heatmaps, crop_th=1)
-    with pytest.raises(ValueError, match="'kernel_size' must be odd and positive, got 4"):
+    with pytest.raises(ValueError, match="'kernel_size' must be odd, got 4"):
         draw(images, heatmaps, rf=True, kernel_size=4)
     with pytest.raises(ValueError, match="2 images, 1 heatmaps"):
         draw(images, heatmaps[:1])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from crp.layers import LayerNotFoundError, find_layers, get_layer_names, get_output_shapes, uncompiled, unwrap
+from crp.errors import InputError
+from crp.helper import get_output_shapes
+from crp.layers import LayerNotFoundError, find_layers, get_layer_names, uncompiled, unwrap
 
 
 def test_layer_names_are_those_of_named_modules_in_their_order(vgg_bn):
@@ -70,10 +72,47 @@ def test_output_shapes_are_without_the_batch_axis(vgg_bn, images, untouched):
 
 
 def test_output_shapes_leave_no_hook_behind_an_exception(vgg_bn, images, untouched):
-    with untouched(vgg_bn), pytest.raises(RuntimeError):
+    with untouched(vgg_bn), pytest.raises(InputError, match=r"'features.0' \(Conv2d\) takes 3 channels"):
         get_output_shapes(vgg_bn, images[:, :1], ["features.0"])
 
 
 def test_output_shapes_check_the_names_first(mlp, vectors):
     with pytest.raises(LayerNotFoundError, match="'7'"):
         get_output_shapes(mlp, vectors, ["7"])
+
+
+def test_output_shapes_are_those_of_the_call_that_is_named():
+    pool = nn.MaxPool2d(2)
+    net = nn.Sequential(pool, nn.Conv2d(2, 3, 1), pool).eval()
+    found = get_output_shapes(net, torch.zeros(1, 2, 8, 8), ["0#0", "0#1", "0.input#1"])
+    assert found == {"0#0": (2, 4, 4), "0#1": (3, 2, 2), "0.input#1": (3, 4, 4)}
+    with pytest.warns(UserWarning, match="called 2 times; its last call is recorded"):
+        assert get_output_shapes(net, torch.zeros(1, 2, 8, 8), ["0"]) == {"0": (3, 2, 2)}
+    with pytest.raises(ValueError, match="called 2 times; there is no 0#2"):
+        get_output_shapes(net, torch.zeros(1, 2, 8, 8), ["0#2"])
+
+
+def test_output_shapes_and_names_are_the_same_in_wrappers(mlp, vectors):
+    wrapped = nn.DataParallel(mlp)
+    assert get_layer_names(wrapped, nn.Linear) == get_layer_names(mlp, nn.Linear) == ["0", "2", "4"]
+    assert get_output_shapes(wrapped, vectors, ["2"]) == get_output_shapes(mlp, vectors, ["2"])
+
+
+def test_output_shapes_refuse_what_attribution_refuses(vgg_bn, images):
+    with pytest.raises(TypeError, match=r"layer '0' \(LSTM\) returns a tuple, not a tensor"):
+        get_output_shapes(nn.Sequential(nn.LSTM(2, 3)), torch.zeros(1, 4, 2), ["0"])
+    with pytest.raises(ValueError, match=r"with the samples on the first axis \(data\[None\] for a single one\)"):
+        get_output_shapes(vgg_bn, images[0], ["features.0"])
+    with pytest.raises(TypeError, match=r"record_layers must be a list of layer names, not 'classifier'"):
+        get_output_shapes(vgg_bn, images[:1], "classifier")
+    with pytest.raises(TypeError, match=r"must be a floating-point tensor, .* not ndarray"):
+        get_output_shapes(vgg_bn, images[:1].numpy(), ["features.0"])
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not NoneType"):
+        get_layer_names(None, [nn.Conv2d])
+
+
+def test_output_shapes_name_layers_that_are_not_called(mlp, vectors):
+    mlp.unused = nn.Linear(2, 2)
+    mlp.forward = mlp[:2].forward
+    with pytest.warns(UserWarning, match="layer 'unused' is not called"):
+        assert get_output_shapes(mlp, vectors, ["unused"]) == {}

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from crp.attributors import IntegratedGradients, MeaningfulPerturbation
 from crp.checks import check_number
 from crp.composites import EpsilonPlus
 from crp.engine.door import check_seed
-from crp.errors import CRPError, InputError
+from crp.errors import CRPError, InputError, InputTypeError
 from crp.metrics import (
     area,
     continuity,
@@ -94,15 +95,16 @@ def test_scores_are_real_numbers(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"replacement": float("nan")}, "the background has NaN or infinite values"),
+        ({"replacement": float("nan")}, "the background must be finite, without NaN or infinite values"),
         ({"replacement": lambda data: None}, "a background must give a tensor or a number, not a NoneType"),
-        ({"replacement": lambda data: data / 0}, "the background has NaN or infinite values"),
+        ({"replacement": lambda data: data / 0}, "the background must be finite, without NaN or infinite values"),
+        ({"replacement": lambda data: data + 1j}, "the background must be real numbers, not of complex64"),
         ({"sigma": -1}, "sigma must be a number of at least 0, not -1"),
         ({"sigma": "a", "replacement": "blur"}, "sigma must be a number of at least 0, not 'a'"),
         ({"seed": "a"}, "seed must be a whole number of 64 bits, such as 0, not 'a'"),
         ({"seed": 2**64}, "seed must be a whole number of 64 bits"),
     ],
-    ids=["nan", "none", "infinite", "sigma", "no sigma", "seed", "large seed"],
+    ids=["nan", "none", "infinite", "complex", "sigma", "no sigma", "seed", "large seed"],
 )
 def test_settings_of_flipping(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
@@ -154,8 +156,41 @@ def test_each_input_has_one_target(method: Any) -> None:
     explain_func = quantus_explain(method)
     with pytest.raises(InputError, match="there are 3 targets for 2 inputs; give one for each"):
         explain_func(net(), X.numpy(), [0, 1, 2])
-    for inputs, targets in (("a", [0, 1]), (X.numpy(), ["a", "b"]), (None, [0, 1])):
-        with pytest.raises(TypeError, match="inputs and targets must be arrays or tensors of numbers"):
-            explain_func(net(), inputs, targets)
+    for inputs in ("a", None):
+        with pytest.raises(TypeError, match="inputs must be an array or a tensor of numbers"):
+            explain_func(net(), inputs, [0, 1])
+    for targets in (["a", "b"], np.array([0.9, 1.0]), [True, False]):
+        with pytest.raises(InputTypeError, match="targets must be whole numbers"):
+            explain_func(net(), X.numpy(), targets)
     found: Tensor = explain_func(net(), X.numpy(), [1])
     assert (found == explain_func(net(), X.numpy(), [1, 1])).all()
+
+
+def test_functions_that_write_into_their_input_leave_the_data_alone() -> None:
+    def explain_func(model: nn.Module, inputs: Any, targets: Any) -> Any:
+        inputs *= 0
+        targets *= 0
+        return inputs
+
+    data, classes = X.clone(), torch.tensor([1, 0])
+    pixel_flipping(net(), data, classes, explain_func, patch=4)
+    assert torch.equal(data, X)
+    assert classes.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("method", ["gradient", EpsilonPlus()], ids=["name", "composite"])
+def test_models_in_bfloat16(method: Any) -> None:
+    found = pixel_flipping(net().bfloat16(), X.bfloat16(), 0, method, patch=2)
+    assert found.most.dtype == torch.bfloat16
+    assert (found.area_most - pixel_flipping(net(), X, 0, method, patch=2).area_most).abs().max() < 0.05
+
+
+def test_noise_of_selectivity_is_always_the_same() -> None:
+    first, again = (selectivity(net(), X, 0, "gradient", patch=2, replacement="noise").curve for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("kind", [IntegratedGradients, MeaningfulPerturbation])
+def test_methods_that_are_made_for_a_model_are_told(kind: Any) -> None:
+    with pytest.raises(InputTypeError, match=f"is made for one model; give the class {kind.__name__}, or quantus"):
+        pixel_flipping(net(), X, 0, kind(net()))

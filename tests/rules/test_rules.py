@@ -274,3 +274,19 @@ def test_surrogates_that_relevance_cannot_pass_are_refused(make, message, multip
     layer, a = nn.Linear(3, 4), torch.rand(2, 3)
     with pytest.raises(TypeError, match=f"Mistaken {message}"):
         attribute(Mistaken(), layer, a, torch.rand(2, 4), multipliers)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda layer, a: layer(a, positive, bias="no"), "bias must be a modifier, a tensor, or False .*; not 'no'"),
+        (lambda layer, a: layer(a, positive, bias=0), "bias must be a modifier, a tensor, or False .*; not 0"),
+        (lambda layer, a: layer(a, "positive"), "weight must be a modifier or a tensor, not 'positive'"),
+    ],
+)
+def test_words_in_place_of_modifiers_are_refused(make, message):
+    class Mistaken(Rule):
+        surrogate = staticmethod(make)
+
+    with pytest.raises(TypeError, match=message):
+        attribute(Mistaken(), nn.Linear(3, 4), torch.rand(2, 3), torch.rand(2, 4), True)

@@ -266,6 +266,8 @@ def test_rebuilt_rule_gives_the_same_relevance(rule):
         (lambda: rules.Epsilon(math.nan), "epsilon must be finite and not negative, got nan"),
         (lambda: rules.Epsilon(math.inf, norm_scale=True), "epsilon must be finite and not negative, got inf"),
         (lambda: rules.Epsilon(zero_params="biass"), "'weight' and 'bias', not 'biass'"),
+        (lambda: rules.Epsilon(zero_params=False), "'weight' and 'bias', not False"),
+        (lambda: rules.Epsilon(zero_params=[True]), "'weight' and 'bias', not True"),
         (lambda: rules.ZPlus(-1e-6), "stabilizer must be finite and not negative, got -1e-06"),
         (lambda: rules.ZPlus(empty="zero"), "empty must be one of 'drop', 'epsilon', not 'zero'"),
         (lambda: rules.AlphaBeta(empty=True), "empty must be one of 'drop', 'epsilon', not True"),

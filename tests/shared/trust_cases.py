@@ -24,7 +24,7 @@ from crp.attributors import GradCAM, IntegratedGradients, Occlusion, SmoothGrad
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat
 from crp.concepts import ChannelConcept
 from crp.engine.turns import TURNS
-from crp.layers import get_output_shapes
+from crp.helper import get_output_shapes
 from crp.layers.interrupts import _Waiting
 from crp.trace.graph import trace_model_graph
 from crp.visualization.synthesis import logit, maximize

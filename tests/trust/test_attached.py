@@ -15,7 +15,7 @@ import crp
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, EpsilonPlusFlat
 from crp.engine.attached import put_on
-from crp.layers import get_output_shapes
+from crp.helper import get_output_shapes
 from crp.rules import ZPlus
 
 

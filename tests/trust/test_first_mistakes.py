@@ -56,6 +56,30 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "a size": (lambda: imgify(PICTURE, resize="big"), "resize must be a whole number of at least 1, not 'big'"),
     "pictures in a list": (lambda: plot_grid([imgify(PICTURE)]), "must be a dict of pictures, .*, not a list"),
     "pictures in a tensor": (lambda: plot_grid(PICTURES), "must be a dict of pictures, .*, not a Tensor"),
+    "channels last": (
+        lambda: CondAttribution(NET)(PICTURES.movedim(1, -1), [{"y": 0}]),
+        r"takes 1 channels and gets .*\(2, 6, 6, 1\).*; its channels seem to be on the last axis: give data.movedim",
+    ),
+    "an array": (
+        lambda: CondAttribution(NET)(PICTURES.numpy(), [{"y": 0}]),
+        r"not ndarray \(torch.from_numpy makes a tensor of it\); samples of several shapes",
+    ),
+    "a picture": (
+        lambda: crp.explain("gradient", NET, imgify(PICTURE[0]), 0),
+        r"not Image \(prepare pictures as in training, such as by torchvision's transforms\)",
+    ),
+    "pictures in a list of them": (
+        lambda: CondAttribution(NET)([imgify(PICTURE[0])], [{"y": 0}]),
+        r"data\[0\] is Image \(prepare pictures as in training",
+    ),
+    "8 bits": (
+        lambda: CondAttribution(NET)((255 * PICTURES).to(torch.uint8), [{"y": 0}]),
+        r"not torch.uint8 \(prepare pictures as in training",
+    ),
+    "a model that has not run": (
+        lambda: crp.explain("ig", nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), PICTURES, 0),
+        r"'1.weight', '1.bias': no call has given these a shape; call the model once, model\(data\), first",
+    ),
     "data before the model": (lambda: EpsilonPlus().report(PICTURES, NET), "not Tensor; a sample comes after it"),
 }
 
