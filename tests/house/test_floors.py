@@ -44,7 +44,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3203,
+    "attributors": 3206,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2460,
     "canonizers": 815,
@@ -52,20 +52,20 @@ BUDGETS = {
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3925,
-    "concept_graph": 190,
+    "composites": 3934,
+    "concept_graph": 203,
     # (what is no relevance, and masks that return none)
-    "concepts": 2040,
+    "concepts": 2049,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 4890,
-    "image": 1430,
+    "engine": 4967,
+    "image": 1472,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 895,
     "outputs": 400,
-    "metrics": 900,
+    "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 5830,
+    "rules": 5831,
     # (along which axis the channels of a layer are)
     "trace": 1595,
     "types": 151,
