@@ -16,6 +16,7 @@ from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_ids
 from crp.engine.attached import put_on
+from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.errors import InputError, OutOfRangeError
 from crp.visualization.without import run_changed
@@ -116,6 +117,7 @@ def intervene(
             raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
         return output
 
+    check_independent(attribution.model, Inputs.of(data.to(attribution.device)), [range(len(data))])
     changes = []
     with torch.no_grad(), put_on(None, attribution.model) as model:
         before = output_of(data, model)

@@ -15,7 +15,8 @@ from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_watched
 from crp.errors import InputError
-from crp.layers import modules_of
+from crp.layers import looking, modules_of
+from crp.layers.state import undisturbed
 from crp.wording import first_few, percent
 
 #: Deviation of an output, relative to its largest value, up to which it is rounding: kernels may be others for a batch
@@ -29,10 +30,10 @@ _keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequence[int]]) -> None:
     """Raise an `InputError` where what a model puts out for a sample depends on the samples beside it.
 
-    The first sample is given to the model alone, and beside another one that has half of its values. That is done once
-    for each model. It is left out where others watch the model run, as their hooks would see calls that nobody asked
-    for. Nothing is known of models that give another output every time, that do not take such data, or of outputs whose
-    shape is another one for a sample alone, such as tables of similarities.
+    The first sample is given to the model alone, and beside another one that has half of its values (ones for zeros).
+    That is done once for each model, which is left as it was. It is left out where others watch the model run, as their
+    hooks would see calls that nobody asked for. Nothing is known of models that draw random numbers or do not take such
+    data, and of outputs whose shape is another one for a sample alone, such as tables of similarities.
 
     Parameters
     ----------
@@ -45,17 +46,17 @@ def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequenc
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
         return
     alone = inputs.select([0])
-    beside = alone.having([torch.cat([data, data / 2]) for data in alone.explained], torch.tensor([0, 0]))
+    others = [data / 2 if data.any() else torch.ones_like(data) for data in alone.explained]
+    pairs = [torch.cat(pair) for pair in zip(alone.explained, others, strict=True)]
+    beside = alone.having(pairs, torch.tensor([0, 0]))
     tolerance = _tolerance(alone)
     try:
-        first = _outputs(model, alone)
-        off = _deviation(first, _outputs(model, beside))
-        varies = off > tolerance and any(
-            _deviation(first, _outputs(model, alone, later)) > tolerance for later in (False, True)
-        )
+        (first,), (in_company,) = _outputs(model, alone), _outputs(model, beside)
+        off = _deviation(first, in_company)
+        is_random = off > tolerance and _deviation(first, *_outputs(model, alone, later=True)) > tolerance
     except Exception:  # (the model is run to be explained, too, and its error is told there)
         return
-    if off <= tolerance or varies:
+    if off <= tolerance or is_random:
         _independent.add(model)
         return
     raise InputError(
@@ -68,16 +69,18 @@ def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequenc
 def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     """Raise an `InputError` where a model puts out something else when it is given the first sample again.
 
-    Random numbers of torch are the same both times. It is done once for each model, and left out as above.
+    That is done once for each model, and left out, as in `check_independent`.
     """
     if model in _keeping_nothing or is_watched(model):
         return
     alone = inputs.select([0])
     try:
-        off = _deviation(*(_outputs(model, alone) for _ in range(2)))
+        first, again = _outputs(model, alone, n_calls=2)
+        off, tolerance = _deviation(first, again), _tolerance(alone)
+        is_random = off > tolerance and _deviation(first, *_outputs(model, alone, later=True)) > tolerance
     except Exception:
         return
-    if off > _tolerance(alone):
+    if off > tolerance and not is_random:
         raise InputError(
             f"{type(model).__name__} puts out something else when it is given the same sample again (by {percent(off)} "
             "of the largest value): it keeps something of a call for the next one, so that results would depend on the "
@@ -86,13 +89,15 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     _keeping_nothing.add(model)
 
 
-def _outputs(model: nn.Module, inputs: Inputs, later: bool = False) -> list[Tensor]:
-    """What a model puts out for the first sample, by the random numbers that come next, or by those after them."""
-    devices = [data.device for data in inputs.explained if data.is_cuda]
-    with put_on(None, model), torch.no_grad(), torch.random.fork_rng(devices):
-        for device in [torch.device("cpu"), *devices] if later else ():
+def _outputs(model: nn.Module, inputs: Inputs, n_calls: int = 1, later: bool = False) -> list[list[Tensor]]:
+    """What a model puts out for the first sample in each of some calls from its state, which is put back.
+
+    By the random numbers that come next, or ``later`` ones.
+    """
+    with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()):
+        for device in {data.device for data in inputs.explained} if later else ():
             torch.rand(1, device=device)
-        return _of_first(inputs.run(model), len(inputs))
+        return [_of_first(inputs.run(model), len(inputs)) for _ in range(n_calls)]
 
 
 def _of_first(returned: Any, n_samples: int | None) -> list[Tensor]:

@@ -10,10 +10,10 @@ output of the module around them then counts as made from all of that module's i
 """
 
 from crp.layers import looking, tracing
+from crp.layers.state import undisturbed
 from crp.trace.cache import Passive, Structure, known, recorded, structure
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 from crp.trace.recorder import trace
-from crp.trace.state import undisturbed
 
 __all__ = [
     "FunctionCall",

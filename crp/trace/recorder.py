@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from crp.layers import _active, uncompiled, unwrap
 from crp.layers.interrupts import atomic
+from crp.layers.state import Snapshot, _version_of, undisturbed
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.trace.state import Snapshot, _version_of, undisturbed
 
 #: Functions that look at a tensor without reading its values.
 _METADATA = frozenset(

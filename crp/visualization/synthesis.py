@@ -27,6 +27,7 @@ from crp.checks import check_number
 from crp.engine.attached import check_composite, put_on
 from crp.engine.door import check_seed
 from crp.engine.forward import ForwardPass, tensor_in
+from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
@@ -193,15 +194,13 @@ def maximize(
     torch.Size([3, 4])
     """
     check_flags(verbose=verbose)
-    _check(model, objective, shape, composite)
+    _check(model, objective, shape, composite, seed)
     if unknown := [name for name in settings if name not in SynthesisKeywords.__annotations__]:
         raise InputTypeError(
             f"there is no setting {unknown[0]!r}; there are {', '.join(SynthesisKeywords.__annotations__)}"
         )
     how, model = SynthesisSettings(**settings), unwrap(model)
-    check_layers(model, sorted(objective.layers - {OUTPUT}), "layer")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     if start is None:
         start = torch.zeros(1) if decoder is None else torch.randn(tuple(shape), generator=generator, dtype=like.dtype)
@@ -212,6 +211,7 @@ def maximize(
     if not isinstance(opt, torch.optim.Optimizer):
         raise InputTypeError(f"optimizer must give an optimizer of torch, not a {type(opt).__name__}")
     decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
+    check_independent(model, Inputs.single(decode(codes).detach()), [range(len(codes))])
     scores: list[Tensor] = []
 
     with put_on(composite, model) as modified, torch.enable_grad():
@@ -294,7 +294,7 @@ def _variation(images: Tensor, axes: tuple[int, ...], beta: float) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _check(model: object, objective: object, shape: object, composite: object) -> None:
+def _check(model: object, objective: object, shape: object, composite: object, seed: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(objective, Objective):
@@ -302,6 +302,8 @@ def _check(model: object, objective: object, shape: object, composite: object) -
     if not isinstance(shape, Iterable) or len(sizes := list(shape)) < 2 or any(n < 1 for n in sizes):
         raise InputError(f"shape must be (images, *shape of an image or code), not {shape!r}")
     check_composite(composite)
+    check_layers(unwrap(model), sorted(objective.layers - {OUTPUT}), "layer")
+    check_seed(seed)
 
 
 def _spread(name: str, value: Tensor | float, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -58,16 +58,16 @@ BUDGETS = {
     "concepts": 2049,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 4967,
+    "engine": 4972,
     "image": 1472,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
-    "layers": 895,
+    "layers": 1125,
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
     "rules": 5831,
     # (along which axis the channels of a layer are)
-    "trace": 1595,
+    "trace": 1330,
     "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging

@@ -13,14 +13,19 @@ from torch import Tensor, nn
 import crp
 from crp.attribution import CondAttribution
 from crp.attributors import IntegratedGradients, Occlusion, ShapleySampling
+from crp.audit.intervening import intervene
 from crp.composites import Composite, EpsilonPlus, GradientTimesInput
 from crp.concepts import ChannelConcept
 from crp.errors import CRPError
 from crp.metrics import pixel_flipping
 from crp.visualization import Table
 from crp.visualization.mining.run import mine
+from crp.visualization.objectives import channel
+from crp.visualization.synthesis import maximize
 
 LINEAR = {"y": 1}
+#: Samples of each forward pass, kept where no model is put back.
+SIZES: list[int] = []
 MIXED = "depends on the samples beside it"
 
 
@@ -31,11 +36,11 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
-        self.between, self.returned, self.sizes = between, returned, list[int]()
+        self.between, self.returned = between, returned
         self.double().eval()
 
     def forward(self, x: Tensor) -> Any:
-        self.sizes.append(len(x))
+        SIZES.append(len(x))
         return self.returned(self.fc(self.between(self.conv(x).relu()).mean((2, 3))))
 
 
@@ -139,6 +144,24 @@ def test_metrics_refuse(images: Tensor) -> None:
         pixel_flipping(Net(batch_norm()), images, 1, relevance=images.sum(1))
 
 
+@pytest.mark.parametrize("start", [None, torch.rand(1)], ids=["zeros", "random"])
+def test_pictures_are_not_maximized_together(start: Tensor | None) -> None:
+    with pytest.raises(CRPError, match=MIXED):
+        maximize(Net(batch_norm()), channel("conv", [0, 1]), (2, 3, 10, 10), start=start, steps=1, verbose=False)
+
+
+def test_interventions_are_refused_together(images: Tensor) -> None:
+    attribution = CondAttribution(Net(batch_norm()))
+    with pytest.raises(CRPError, match=MIXED):
+        intervene(attribution, images, "conv", ChannelConcept(), [0], [1] * 4, scale=0.0)
+    intervene(attribution, images[:1], "conv", ChannelConcept(), [0], [1], scale=0.0)
+
+
+def test_a_sample_of_zeros_tells_too(images: Tensor) -> None:
+    with pytest.raises(CRPError, match=MIXED):
+        CondAttribution(Net(batch_norm()))(torch.cat([images[:1] * 0, images]), [LINEAR], EpsilonPlus())
+
+
 @pytest.mark.promise("Input", "Mining refuses models that keep something of a call for the next one")
 @pytest.mark.parametrize("modes", [("relevance", "activation"), ("activation",)], ids=len)
 @pytest.mark.parametrize(("between", "message"), [(batch_norm, MIXED), (Echo, "given the same sample again")])
@@ -165,17 +188,17 @@ def test_mining_one_by_one_is_each_alone(images: Tensor, tmp_path: Path) -> None
 
 def test_known_models_are_run_once_for_each_part(images: Tensor) -> None:
     model = Net(lambda x: x)
+    SIZES.clear()
     CondAttribution(model)(images, [LINEAR], EpsilonPlus())
-    assert sorted(model.sizes) == [1, 2, 4]
-    model.sizes.clear()
+    assert SIZES == [4, 1, 2]
     CondAttribution(model)(images, [LINEAR], EpsilonPlus())
-    assert model.sizes == [4]
+    assert SIZES == [4, 1, 2, 4]
 
 
 def test_one_sample_needs_no_further_pass(images: Tensor) -> None:
-    model = Net(lambda x: x)
-    CondAttribution(model)(images[:1], [LINEAR, {"y": 2}], EpsilonPlus())
-    assert model.sizes == [1]
+    SIZES.clear()
+    CondAttribution(Net(lambda x: x))(images[:1], [LINEAR, {"y": 2}], EpsilonPlus())
+    assert SIZES == [1]
 
 
 def test_hooks_of_others_see_their_calls_only(images: Tensor) -> None:
@@ -185,6 +208,14 @@ def test_hooks_of_others_see_their_calls_only(images: Tensor) -> None:
     CondAttribution(model)(images, [LINEAR], EpsilonPlus())
     handle.remove()
     assert seen == [4]
+
+
+def test_the_model_is_put_back(images: Tensor) -> None:
+    """Looking is no call: what a model keeps is of the call that was asked for."""
+    model, other = (Net(Echo()) for _ in range(2))
+    CondAttribution(model)(images, [LINEAR], EpsilonPlus())
+    other(images)
+    assert model.between.last == other.between.last
 
 
 # --- what must not be refused ---------------------------------------------------------------------------------------
