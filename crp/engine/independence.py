@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_watched
 from crp.errors import InputError
 from crp.layers import looking, modules_of
+from crp.layers.interrupts import atomic
 from crp.layers.state import undisturbed
 from crp.wording import first_few, percent
 
-#: Deviation of an output, relative to its largest value, up to which it is rounding: kernels may be others for a batch
-#: of another size. And with short numbers.
-_TOLERANCE, _SHORT_TOLERANCE = 0.01, 0.05
+#: Deviation of an output, relative to its largest value, up to which it is rounding; that of short numbers, with which
+#: GPUs also multiply those of 32 bits.
+_TOLERANCE, _SHORT_TOLERANCE = 1e-3, 0.02
 #: Models that predict each sample by itself, and those that give the same again, as far as was seen.
 _independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -30,10 +31,10 @@ _keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequence[int]]) -> None:
     """Raise an `InputError` where what a model puts out for a sample depends on the samples beside it.
 
-    The first sample is given to the model alone, and beside another one that has half of its values (ones for zeros).
-    That is done once for each model, which is left as it was. It is left out where others watch the model run, as their
-    hooks would see calls that nobody asked for. Nothing is known of models that draw random numbers or do not take such
-    data, and of outputs whose shape is another one for a sample alone, such as tables of similarities.
+    The model is given the first sample alone, before one that has less of it, and behind one that has more. That is
+    done once for each model, which is left as it was. It is left out where others watch the model run, as their hooks
+    would see calls that nobody asked for. Nothing is known of models that draw random numbers or do not take such data,
+    and of outputs whose shape is another one for a sample alone, such as tables of similarities.
 
     Parameters
     ----------
@@ -45,15 +46,15 @@ def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequenc
     """
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
         return
-    alone = inputs.select([0])
-    others = [data / 2 if data.any() else torch.ones_like(data) for data in alone.explained]
-    pairs = [torch.cat(pair) for pair in zip(alone.explained, others, strict=True)]
-    beside = alone.having(pairs, torch.tensor([0, 0]))
-    tolerance = _tolerance(alone)
     try:
-        (first,), (in_company,) = _outputs(model, alone), _outputs(model, beside)
-        off = _deviation(first, in_company)
-        is_random = off > tolerance and _deviation(first, *_outputs(model, alone, later=True)) > tolerance
+        first = _beside(inputs, -1.0, last=False)
+        found = [_outputs(model, first, 0), _outputs(model, _beside(inputs, 3.0, last=True), 1)]
+        try:
+            alone = _outputs(model, inputs.select([0]), 0)
+        except Exception:  # (such as that of batch norm that needs several samples)
+            alone = found[0]
+        off, tolerance = max(_deviation(alone, outputs) for outputs in found), _tolerance(inputs)
+        is_random = off > tolerance and _deviation(found[0], _outputs(model, first, 0, later=True)) > tolerance / 100
     except Exception:  # (the model is run to be explained, too, and its error is told there)
         return
     if off <= tolerance or is_random:
@@ -73,11 +74,12 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     """
     if model in _keeping_nothing or is_watched(model):
         return
-    alone = inputs.select([0])
+    alone, tolerance = inputs.select([0]), _tolerance(inputs)
     try:
-        first, again = _outputs(model, alone, n_calls=2)
-        off, tolerance = _deviation(first, again), _tolerance(alone)
-        is_random = off > tolerance and _deviation(first, *_outputs(model, alone, later=True)) > tolerance
+        with _looking_at(model):
+            off = _deviation(*(_of(alone.run(model), 0, 1) for _ in range(2)))
+        found, later = (_outputs(model, alone, 0, later) for later in (False, True))
+        is_random = off > tolerance and _deviation(found, later) > tolerance / 100
     except Exception:
         return
     if off > tolerance and not is_random:
@@ -89,31 +91,48 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     _keeping_nothing.add(model)
 
 
-def _outputs(model: nn.Module, inputs: Inputs, n_calls: int = 1, later: bool = False) -> list[list[Tensor]]:
-    """What a model puts out for the first sample in each of some calls from its state, which is put back.
+def _beside(inputs: Inputs, factor: float, last: bool) -> Inputs:
+    """The first of some samples beside another one: its values, or ones for zeros, and in the beginning so many times.
 
-    By the random numbers that come next, or ``later`` ones.
+    (Of the same number times all values, layers that normalize would make the same.)
     """
+    pairs = []
+    for data in inputs.select([0]).explained:
+        factors = torch.linspace(factor, 1, data.numel()).view(data.shape).to(data)
+        other = data * factors if data.any() else factors
+        pairs.append(torch.cat([other, data] if last else [data, other]))
+    return inputs.having(pairs, torch.tensor([0, 0]))
+
+
+@atomic
+def _looking_at(model: nn.Module) -> Iterator[None]:
+    """Context in which a model runs, and after which it is as it was."""
     with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()):
+        yield
+
+
+def _outputs(model: nn.Module, inputs: Inputs, place: int, later: bool = False) -> list[Tensor]:
+    """What a model puts out for one of the samples, by the random numbers that come next, or by ``later`` ones."""
+    with _looking_at(model):
         for device in {data.device for data in inputs.explained} if later else ():
             torch.rand(1, device=device)
-        return [_of_first(inputs.run(model), len(inputs)) for _ in range(n_calls)]
+        return _of(inputs.run(model), place, len(inputs))
 
 
-def _of_first(returned: Any, n_samples: int | None) -> list[Tensor]:
-    """Tensors that a model has returned for the first of its samples; empty ones where that cannot be told.
+def _of(returned: Any, place: int | None, n_samples: int) -> list[Tensor]:
+    """Tensors that a model has returned for one of its samples; empty ones where that cannot be told.
 
-    Samples have a row of a tensor each, or an entry of a list; inside of such an entry, ``n_samples`` is None.
+    Samples have a row of a tensor each, or an entry of a list, of which all (``place`` is None) is theirs.
     """
     if isinstance(returned, Tensor):
-        if n_samples is None:
+        if place is None:
             return [returned]
-        return [returned[0] if returned.dim() and len(returned) == n_samples else returned.new_empty(0)]
-    if isinstance(returned, list) and len(returned) == n_samples:
-        return _of_first(returned[0], None)
+        return [returned[place] if returned.dim() and len(returned) == n_samples else returned.new_empty(0)]
+    if isinstance(returned, list) and place is not None and len(returned) == n_samples:
+        return _of(returned[place], None, n_samples)
     entries = returned.values() if isinstance(returned, Mapping) else returned
     entries = entries if isinstance(returned, Mapping | tuple | list) else ()
-    return [tensor for entry in entries for tensor in _of_first(entry, n_samples)]
+    return [tensor for entry in entries for tensor in _of(entry, place, n_samples)]
 
 
 def _deviation(outputs: list[Tensor], others: list[Tensor]) -> float:
@@ -132,7 +151,7 @@ def _deviation(outputs: list[Tensor], others: list[Tensor]) -> float:
 
 def _tolerance(inputs: Inputs) -> float:
     data = inputs.explained[0]
-    is_short = data.element_size() < 4 or torch.is_autocast_enabled(data.device.type)
+    is_short = data.element_size() < (8 if data.is_cuda else 4) or torch.is_autocast_enabled(data.device.type)
     return _SHORT_TOLERANCE if is_short else _TOLERANCE
 
 

@@ -58,7 +58,7 @@ BUDGETS = {
     "concepts": 2049,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 4972,
+    "engine": 4991,
     "image": 1472,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 1125,

@@ -55,11 +55,22 @@ class Echo(nn.Module):
         return x
 
 
+class Several(nn.Module):
+    """Batch norm of vectors, which cannot be computed of one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False).double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.mean((2, 3)))[:, :, None, None]
+
+
 class Experts(nn.Module):
     """Sends samples through an expert that takes so many of a batch, and passes the others by."""
 
     def forward(self, x: Tensor) -> Tensor:
-        order = x.detach().mean((1, 2, 3)).argsort()  # the smallest are served first
+        order = x.detach().mean((1, 2, 3)).argsort(descending=True)  # the largest are served first
         taken = torch.zeros(len(x), 1, 1, 1, dtype=x.dtype)
         taken[order[: max(len(x) // 2, 1)]] = 1
         return x + 2 * x * taken
@@ -74,13 +85,22 @@ MIXING = {
     "softmax over samples": lambda: lambda x: x * x.softmax(0),
     "batch norm": batch_norm,
     "experts with places": Experts,
-    "sum of all before": lambda: lambda x: x.cumsum(0).flip(0),
+    "sum of all before": lambda: lambda x: x.cumsum(0),
+    "sum of all behind": lambda: lambda x: x.flip(0).cumsum(0).flip(0),
 }
 
 
 @pytest.fixture
 def images() -> Tensor:
     return torch.rand(4, 3, 10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_a_model_that_takes_several_samples_only_is_refused(images: Tensor) -> None:
+    attribution = CondAttribution(Net(Several()))
+    with pytest.raises(CRPError, match=MIXED):
+        attribution(images, [LINEAR], EpsilonPlus())
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        attribution(images[:1], [LINEAR], EpsilonPlus())
 
 
 @pytest.mark.promise("Input", "A batch is refused whose samples the model does not predict one by one")
@@ -190,9 +210,9 @@ def test_known_models_are_run_once_for_each_part(images: Tensor) -> None:
     model = Net(lambda x: x)
     SIZES.clear()
     CondAttribution(model)(images, [LINEAR], EpsilonPlus())
-    assert SIZES == [4, 1, 2]
+    assert SIZES == [4, 2, 2, 1]
     CondAttribution(model)(images, [LINEAR], EpsilonPlus())
-    assert SIZES == [4, 1, 2, 4]
+    assert SIZES == [4, 2, 2, 1, 4]
 
 
 def test_one_sample_needs_no_further_pass(images: Tensor) -> None:
@@ -247,9 +267,10 @@ def as_boxes(scores: Tensor) -> list[dict[str, Tensor]]:
         (Echo(), lambda scores: scores),
         (nn.Identity(), lambda scores: {"logits": scores, "loss": scores.mean(), "table": scores @ scores.T}),
         (nn.Identity(), lambda scores: {"logits": scores, "limits": scores.amax(0)}),
+        (nn.Identity(), lambda scores: {"logits": scores, "state": [scores[0], scores[:1]]}),
         (nn.Identity(), lambda scores: {"logits": scores.where(torch.arange(5) != 3, -torch.inf)}),
     ],
-    ids=["random", "pairs", "state", "means and tables", "over samples", "infinite"],
+    ids=["random", "pairs", "state", "means and tables", "over samples", "lists", "infinite"],
 )
 def test_models_that_are_no_mixture_are_explained(
     images: Tensor, between: nn.Module, returned: Callable[[Tensor], Any]
