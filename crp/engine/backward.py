@@ -77,15 +77,17 @@ def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor, n_bytes: int
     """Gradients of all slots, for each input that the flow reaches; a slot's result has so many bytes."""
     grad = partial(torch.autograd.grad, root, inputs, retain_graph=True, allow_unused=True)
     parts = torch.split(cotangent, _slots_at_once(cotangent, n_bytes))
-    try:
-        with warnings.catch_warnings():  # (fused attention runs once for each slot)
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            return _joined([_by_vmap(grad, part) for part in parts], torch.cat)
-    except RuntimeError as error:
-        if lacks_memory(error):
-            raise
-    # (Rules that look at values in the backward pass cannot be batched; other errors come again here.)
-    return _joined([list(grad(slot)) for slot in cotangent], torch.stack)
+    # What checkpoints compute again is batched not by `torch.func.vmap`, but by torch's older batching; rules that look
+    # at values in the backward pass cannot be batched at all.
+    for way in (_by_vmap, _by_older_vmap):
+        try:
+            with warnings.catch_warnings():  # (fused attention runs once for each slot)
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return _joined([way(grad, part) for part in parts], torch.cat)
+        except RuntimeError as error:
+            if lacks_memory(error):
+                raise
+    return _joined([list(grad(slot)) for slot in cotangent], torch.stack)  # (other errors come again here)
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -103,6 +105,10 @@ def _by_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
 
     gradients = iter(torch.func.vmap(of_slot)(cotangent))
     return [next(gradients) if is_reached else None for is_reached in reached]
+
+
+def _by_older_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
+    return list(grad(cotangent, is_grads_batched=True))
 
 
 def _joined(parts: list[Gradients], join: Callable[[list[Tensor]], Tensor]) -> Gradients:

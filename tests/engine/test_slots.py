@@ -18,7 +18,7 @@ from crp.engine import backward as engine
 from crp.rules import Rule
 from crp.types import AttributionResults
 
-VMAP = "_by_vmap"
+VMAP, OLDER = "_by_vmap", "_by_older_vmap"
 
 
 class Branches(Rule):
@@ -44,24 +44,31 @@ def test_rows_that_go_back_together_are_those_that_go_alone(
     make: Callable[[], ZennitComposite | None], works: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "_slots_at_once", lambda cotangent, n_bytes: min(len(cotangent), at_once))
-    counts, way = Counter[str](), getattr(engine, VMAP)
+    asked, worked = Counter[str](), set()
 
-    def watched(grad: Any, part: Tensor) -> Any:
-        counts["asked"] += 1
-        found = way(grad, part)
-        counts["worked"] += 1
-        return found
+    def watch(name: str) -> None:
+        way = getattr(engine, name)
 
-    monkeypatch.setattr(engine, VMAP, watched)
+        def watched(grad: Any, part: Tensor) -> Any:
+            asked[name] += 1
+            found = way(grad, part)
+            worked.add(name)
+            return found
+
+        monkeypatch.setattr(engine, name, watched)
+
+    watch(VMAP)
+    watch(OLDER)
     conditions = [{"y": k % 3, "conv2": [k % 4, 3]} for k in range(9)]
     attribution = CondAttribution(small_net())
     together = attribution(SMALL, conditions, make(), ["conv1"])
     # From the output to the layer and from there to the data, nine slots each.
     parts = {1: 9, 4: 3, 9: 1}[at_once]
     if works:
-        assert counts == {"asked": 2 * parts, "worked": 2 * parts}
+        assert asked == {VMAP: 2 * parts}
+        assert worked == {VMAP}
     else:
-        assert counts == {"asked": parts + 1, "worked": parts}  # (its hooks are below the layer)
+        assert asked == {VMAP: parts + 1, OLDER: 1}  # (its hooks are below the layer)
     for row in range(len(together.heatmap)):
         sample, condition = divmod(row, len(conditions))
         alone = attribution(SMALL[sample : sample + 1], [conditions[condition]], make(), ["conv1"])
@@ -89,6 +96,7 @@ def test_memory_is_not_asked_for_twice(message: str, monkeypatch: pytest.MonkeyP
         raise RuntimeError(message)
 
     monkeypatch.setattr(engine, VMAP, fails)
+    monkeypatch.setattr(engine, OLDER, fails)
     attribute = CondAttribution(small_net())
     conditions = [{"y": 0, "conv2": k} for k in range(4)]
     if "memory" in message:
@@ -97,4 +105,4 @@ def test_memory_is_not_asked_for_twice(message: str, monkeypatch: pytest.MonkeyP
         assert asked == [4]
     else:
         assert torch.isfinite(attribute(SMALL, conditions).heatmap).all()
-        assert asked == [4]
+        assert asked == [4, 4]
