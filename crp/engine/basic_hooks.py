@@ -22,14 +22,14 @@ from crp.layers.interrupts import atomic
 
 
 @atomic
-def batched_hooks(model: nn.Module, are_rows_many: bool) -> Iterator[None]:
-    """Context in which basic hooks on a model send many rows back together; hooks with passes of their own do not.
+def batched_hooks(model: nn.Module) -> Iterator[None]:
+    """Context in which basic hooks on a model send rows back together; hooks with passes of their own do not.
 
-    Nothing changes where rows are not more than samples: there would be as much to compute, in more memory.
+    For more rows than samples: else, there is as much to compute, in more memory.
     """
     own: list[tuple[dict[int, Any], int, Any]] = []
     try:
-        for module in modules_of(model).values() if are_rows_many else ():
+        for module in modules_of(model).values():
             batched: dict[int, _Batched] = {}
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, method in [*hooks.items()]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -143,7 +144,7 @@ class Call:
                     )
             # (the caller alone keeps a part while the next one is computed)
             part = [average([next(run) for run in runs])]
-            if number == 0:
+            if number == 0 and len(self.rows) > 1:
                 check_independent(self.model, self.inputs, map(self._samples, self._chunks()))
             if number < n_parts - 1:
                 known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
@@ -220,7 +221,8 @@ class Call:
             elif passed is not None and passed.samples == self._samples(rows):
                 part = [call._results(passed, rows, last)]
             else:
-                with put_on(composite, self.model) as model, batched_hooks(model, len(rows) > len(self._samples(rows))):
+                shared = len(rows) > len(self._samples(rows))
+                with put_on(composite, self.model) as model, batched_hooks(model) if shared else nullcontext():
                     passed = call._forward(model, rows, composite)
                     part = [] if passed.is_folded else [call._results(passed, rows, last)]
             if passed is not None and not part:
