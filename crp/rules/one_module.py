@@ -12,6 +12,7 @@ from crp.layers import referencing, tracing
 from crp.rules.functions import Function
 from crp.rules.mode import Choice, SeeingMode, _Operates
 from crp.rules.notes import Notes
+from crp.rules.operands import Operands
 from crp.trace.recorder import tensors_in
 
 
@@ -31,7 +32,9 @@ class OneModule(SeeingMode):
         self._treated = 0
         self._depth = 0
 
-    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
+    def choose(
+        self, known: Function, kind: str, first: bool = False, several: bool = False, operands: Operands | None = None
+    ) -> Choice:
         """Give the rule, if it is for the operation."""
         treats = not several and self.rule.treats(known, kind, self.alone)
         self._treated += treats
