@@ -108,6 +108,8 @@ def explain_texts(
 
 def _set_layer(model: nn.Module, asking: Asking, given: dict[str, Any], family: str) -> str:
     """Options of a method that say which layer and concepts are meant; and their words."""
+    from crp.attributors.flow import through_concepts
+
     if asking.concepts and asking.layer is None:
         raise CommandError("--concept needs the --layer that it is in")
     if asking.layer is None:
@@ -115,9 +117,9 @@ def _set_layer(model: nn.Module, asking: Asking, given: dict[str, Any], family: 
     concepts = concepts_of_texts(model, [asking.layer])
     if len(concepts) != 1:
         raise CommandError(f"--layer {asking.layer} names {len(concepts)} layers; name one")
-    ((name, concept),) = concepts.items()
+    (name,) = concepts
     if asking.concepts:
-        given |= {"condition": {name: list(asking.concepts)}, "mask_map": concept.mask}
+        given |= through_concepts(concepts, {name: list(asking.concepts)})
     if not asking.concepts or family == "cam":
         given["layer"] = name
     return f", through {list(asking.concepts)} of {asking.layer}" if asking.concepts else f", of {asking.layer}"
