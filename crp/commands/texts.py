@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crp.commands.errors import CommandError
-from crp.commands.group import in_a_line
-from crp.commands.table import _plain
+from crp.commands.values import _plain
 from crp.wording import percent
 
 if TYPE_CHECKING:
@@ -80,13 +79,10 @@ def explain_texts(
         raise CommandError(f"--out {out} must end in .html, .png, .jpg, .pdf or .svg")
     if not asking.tokenizer:
         raise CommandError("--text needs the model's --tokenizer: a folder or name, or package.module:factory")
-    try:
-        chosen = find_method(method)
-        through = _set_layer(loaded.model, asking, given, chosen.family)
-        dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))
-        found = [_explain(dataset, number, loaded, chosen.name, asking, given) for number in range(len(texts))]
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(in_a_line(error)) from error
+    chosen = find_method(method)
+    through = _set_layer(loaded.model, asking, given, chosen.family)
+    dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))
+    found = [_explain(dataset, number, loaded, chosen.name, asking, given) for number in range(len(texts))]
     captions = [f"{facts['said']} ({chosen.name}{through})" for _, facts in found]
     try:
         if suffix == ".html":
