@@ -47,10 +47,10 @@ def is_recording() -> bool:
 
 def can_be_read(tensor: Tensor) -> bool:
     """Whether the host may look at values now: not where they are recorded, traced, mapped over or left out."""
-    return is_plain(tensor) and not (is_recording() or tensor.is_meta or torch.compiler.is_compiling())
+    return _is_plain(tensor) and not (is_recording() or tensor.is_meta or torch.compiler.is_compiling())
 
 
-def is_plain(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is one of torch's own, which no function such as `torch.vmap` has wrapped."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
@@ -61,7 +61,7 @@ _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def has_kernels(module: str, *tensors: Tensor) -> bool:
     """Whether the kernels of a module in Triton can compute with these tensors: on a GPU, and where there is Triton."""
-    fits = all(tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES and is_plain(tensor) for tensor in tensors)
+    fits = all(tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES and _is_plain(tensor) for tensor in tensors)
     return fits and kernels_in(module) is not None
 
 
