@@ -45,7 +45,7 @@ from crp.rules.account import Account, Shares
 from crp.rules.functions import AFFINE, Function
 from crp.rules.layer import Layer
 from crp.rules.model_input import ModelInput, _AsRelevance, _DetachedInput, _Unit, _UnitMultiplier
-from crp.rules.notes import Copied, Notes
+from crp.rules.notes import Copied, Note, Notes
 from crp.rules.one_module import OneModule
 from crp.rules.redirect import Redirect, SecondOrder, _released, _saves_output
 from crp.rules.stabilizer import Absolute, quotient, stabilizing
@@ -187,7 +187,7 @@ class Rule(Hook):  # type: ignore[misc]
         layer.zero_params = self.zero_params
         layer.at_input = self.stands_at_input(layer)
         if self.attachment is not None and layer.at_input:
-            note = self.attachment.notes.of(a)
+            note = self._note_of(a)
             layer.copied = None if note is None else note.copied
             layer.held = cast(Tensor, _DetachedInput.apply(a, self.attachment.model_input))
         if self.adds_up and self.multiplier and layer.operands is not None:
@@ -222,10 +222,9 @@ class Rule(Hook):  # type: ignore[misc]
         with torch.no_grad():
             scales = [self._scale(term, y).to(term.z.dtype) for term in terms]
         out = self.redirect(layer, a, y, [term.z for term in terms], scales)
-        if self.attachment is not None and self.attachment.account is not None:
-            shares = self._shares(layer.again(), a, terms, scales, out)
-            out = self.attachment.account.absorb(layer.place, a, out, shares)
-        return out
+        if self._account is None:
+            return out
+        return self._account.absorb(layer.place, a, out, self._shares(layer.again(), a, terms, scales, out))
 
     def _check_terms(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> None:
         """Raise an error if a surrogate has not the output's shape, or if relevance could not reach the input."""
@@ -318,10 +317,19 @@ class Rule(Hook):  # type: ignore[misc]
         if not self.multiplier:
             return cast(Tensor, _Unit.apply(a, a))
         source = cast(Tensor, _UnitMultiplier.apply(a.clone()))  # (the model may overwrite its tensor)
-        if self.attachment is None or self.attachment.account is None:
+        if self._account is None:
             return source
         lost = Shares(empty=(a.detach() == 0).to(a.dtype))  # no multiplier of 0 is relevance
-        return self.attachment.account.absorb(layer.place, a, source, lost)
+        return self._account.absorb(layer.place, a, source, lost)
+
+    @property
+    def _account(self) -> Account | None:
+        """Where layers account for what they keep, if anyone asked."""
+        return None if self.attachment is None else self.attachment.account
+
+    def _note_of(self, tensor: Tensor) -> Note | None:
+        """What is known of a tensor of the forward pass, if anything is."""
+        return None if self.attachment is None else self.attachment.notes.of(tensor)
 
     def copy(self) -> Rule:
         """Rule of the same settings."""
@@ -378,7 +386,7 @@ def _is_exact(rule: Rule) -> bool:
         and isinstance(rule._stabilize, Absolute)
         and rule._stabilize.epsilon == 0
         and not rule.zero_params
-        and (rule.attachment is None or rule.attachment.account is None)
+        and rule._account is None
     )
 
 

@@ -164,8 +164,7 @@ class Pass(Rule):
 
     def _scales_later(self, layer: Layer, y: Tensor) -> bool:
         """Whether the input is kept anyway, by the call's own gradient, so that the scale need not be."""
-        has_account = self.attachment is None or self.attachment.account is not None
-        return not has_account and y is layer.output and hasattr(y.grad_fn, "_saved_self")
+        return self._account is None and y is layer.output and hasattr(y.grad_fn, "_saved_self")
 
     def _scales_later_on(self, again: Layer, a: Tensor, borrowed: _Borrowed) -> list[Tensor]:
         """The scale: of the output, if the model's next operation has kept it, or else of the call once more."""
