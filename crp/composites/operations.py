@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,6 @@ class Operations(SeeingMode):
         self._wholes: list[_Whole | None] = []
         self._is_running = False
         self.places = Places(model)
-        self._aside = 0
         self.references = ReferenceCalls()
         self._untreated: dict[str, None] = {}
 
@@ -127,7 +126,7 @@ class Operations(SeeingMode):
         if self.matching.is_counting:
             return op.run()
         if choice.is_method and account is None and self.seen is None:
-            return self._by_method(op)
+            return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
         self._note_reading(op.inputs)
         constant = None
         if account is not None and not is_recording and (op.known.has("constant") or op.kind in AFFINE):
@@ -151,8 +150,8 @@ class Operations(SeeingMode):
             return None if result is None else target
         return result
 
-    def _by_method(self, op: Operation) -> Any:
-        """Output of a call for which the ordinary chain rule is what the method says."""
+    def _read_by(self, op: Operation) -> Any:
+        """Output of a call that may read an output of the γ rule, which is simpler if a ReLU does."""
         if op.known.canonical != "relu":
             self._note_reading(op.inputs)
             return op.run()
@@ -268,14 +267,6 @@ class Operations(SeeingMode):
             self.__enter__()  # type: ignore[no-untyped-call]
         elif self._aside > 1:
             self._aside -= 2
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function, under its rule if it has one."""
-        if self._aside:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 

@@ -376,11 +376,6 @@ def _in_place_by_name(name: str) -> bool:
     return (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
 
 
-def overwrites(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the first operand is changed."""
-    return name_of(function) == "setitem" or in_place(function, kwargs)
-
-
 def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
     """Like a function that works in place, but on a copy."""
 

@@ -134,7 +134,7 @@ def gamma_scales(
     gamma : float
     stabilize : Absolute
     """
-    if not torch.is_grad_enabled():
+    if p.is_cuda and not torch.is_grad_enabled():
         fused = fused_gamma_scales(y, p, added, gamma, stabilize.epsilon)
         if fused is not None:
             return fused

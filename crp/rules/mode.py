@@ -78,6 +78,7 @@ class SeeingMode(TorchFunctionMode):
         super().__init__()
         self.notes = notes
         self._reading: Function | None = None
+        self._aside = 0  # how often it was told to let functions pass as they are
 
     def choose(
         self, known: Function, kind: str, first: bool = False, several: bool = False, operands: Operands | None = None
@@ -115,7 +116,7 @@ class SeeingMode(TorchFunctionMode):
         """Call a function, under its rule if it has one."""
         kwargs = kwargs or {}
         known = look_up(func)
-        if known.metadata or not torch.is_grad_enabled() or _transform() is not None:
+        if self._aside or known.metadata or not torch.is_grad_enabled() or _transform() is not None:
             return func(*args, **kwargs)
         inputs: list[Tensor] = []
         self._reading = known
@@ -199,18 +200,19 @@ class SeeingMode(TorchFunctionMode):
 
     def _note(self, op: Operation, result: Any, copied: Copied | list[Copied] | None, layer: Layer | None) -> None:
         """Note what is known of an operation's result; ``layer`` is how a rule has seen it, if there was one."""
-        flags, parts, target = _passed(op, self.notes.born), None, op.written
+        flags, parts = _passed(op, self.notes.born), None
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST
         if layer is not None:
             flags, parts = flags | layer.gives, layer.parts
-        is_written = isinstance(target, Tensor) and target.requires_grad
-        if is_written:
-            self.notes.add_written(target, flags, copied if isinstance(copied, Copied) else None)
+        target = op.args[0] if op.args and op.overwrites else op.kwargs.get("out")
+        written = target if isinstance(target, Tensor) and target.requires_grad else None
+        if written is not None:
+            self.notes.add_written(written, flags, copied if isinstance(copied, Copied) else None)
         if isinstance(copied, list):
             for item, way in zip(result, copied, strict=False):
                 self.notes.add(item, flags, way)
-        elif not (is_written and result is target):
+        elif result is not written:
             self.notes.add(result, flags, copied)
         if op.known.canonical == "clone":
             note = self.notes.of(op.inputs[0])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from crp.rules.functions import Function, _on_a_copy, in_place, look_up, overwrites
+from crp.rules.functions import Function, _on_a_copy, in_place, look_up
 from crp.rules.layer import changed
 from crp.rules.operands import Operands
 from crp.trace.recorder import tensors_in
@@ -34,9 +34,13 @@ class Operation:
     flags : int
         What is known of all operands (`crp.rules.notes`).
     kind : str
-        Of `crp.rules.functions.KINDS`, or ``""``; set by `take_apart`.
+        Of `crp.rules.functions.KINDS`, or ``""``; this and what follows is found by `take_apart`.
     operands : Operands or None
-        Input, weight and bias, where weighted inputs are summed up; set by `take_apart`.
+        Input, weight and bias, where weighted inputs are summed up.
+    is_in_place : bool
+        Whether the result takes the place of the first operand, and is returned.
+    overwrites : bool
+        Whether the first operand is changed.
     """
 
     function: Callable[..., Any]
@@ -47,6 +51,8 @@ class Operation:
     flags: int
     kind: str = ""
     operands: Operands | None = None
+    is_in_place: bool = False
+    overwrites: bool = False
 
     def run(self) -> Any:
         """Output of the call as it is."""
@@ -54,31 +60,18 @@ class Operation:
 
     def depends(self, value: object) -> bool:
         """Whether an operand depends on the model's input."""
-        return any(value is tensor for tensor in self.inputs)
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the result takes the place of the first operand, and is returned."""
-        return in_place(self.function, self.kwargs)
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the first operand is changed."""
-        return overwrites(self.function, self.kwargs)
-
-    @property
-    def written(self) -> Any:
-        """Tensor that the call writes to; None if it makes a new one."""
-        return self.args[0] if self.args and self.overwrites else self.kwargs.get("out")
+        return value is self.inputs[0] or (len(self.inputs) > 1 and any(value is tensor for tensor in self.inputs))
 
     def take_apart(self) -> None:
-        """Find out the kind, and which operands are input, weight and bias where weighted inputs are summed up."""
+        """Find out what it writes to, its kind, and what is input, weight and bias where weighted inputs are summed."""
+        self.is_in_place = in_place(self.function, self.kwargs)
+        self.overwrites = self.is_in_place or self.known.name == "setitem"
         self.kind, is_single = self.known.kind, len(self.inputs) == 1
         if self.known.parse is None:
             if is_single and self.kind == "product":
                 self.kind = ""
             return
-        self.operands = self._parsed()
+        self.operands = self.known.parse(self.function, self.args, self.kwargs, self.depends)
         if self.operands is not None:
             return
         if is_single and self.known.has("constant"):  # only the addend depends on the input
@@ -87,10 +80,6 @@ class Operation:
             self.known, self.kind = _sum, ""
         else:
             self.kind = "" if is_single else "product"
-
-    def _parsed(self) -> Operands | None:
-        assert self.known.parse is not None
-        return self.known.parse(self.function, self.args, self.kwargs, self.depends)
 
     def out_of_place(self) -> tuple[Operation, Tensor]:
         """The same call on a copy of its first operand; and that operand, which the call itself would overwrite."""
@@ -103,9 +92,9 @@ class Operation:
             function = _on_a_copy(self.function)
         copy = target.clone()
         inputs = [copy if tensor is target else tensor for tensor in self.inputs]
-        other = replace(self, function=function, args=(copy, *others), kwargs=kwargs, inputs=inputs)
-        if self.operands is not None:
-            other.operands = other._parsed()
+        other = Operation(function, (copy, *others), kwargs, self.known, inputs, self.flags, self.kind)
+        if self.operands is not None and self.known.parse is not None:
+            other.operands = self.known.parse(function, other.args, kwargs, other.depends)
         return other, target
 
     def constant(self) -> Tensor:

@@ -29,8 +29,9 @@ def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
     kept = flags & known.keeps
     if name in _ELEMENTWISE:
         kept = _kept_by(op, kept, born)
-    chooses = known.has("indexes") or (name == "getitem" and _has_tensor(op.args[1:]))
-    if flags & (Born.SOFTMAX | Born.ROUTED) and chooses:
+    if flags & (Born.SOFTMAX | Born.ROUTED) and (
+        known.has("indexes") or (name == "getitem" and _has_tensor(op.args[1:]))
+    ):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
         kept |= Born.ROUTED

@@ -102,7 +102,7 @@ def quotient(
     """
     epsilon = stabilize.epsilon if isinstance(stabilize, Absolute) else None
     differentiable = torch.is_grad_enabled() and (above.requires_grad or below.requires_grad)
-    if epsilon is not None and not differentiable:
+    if epsilon is not None and not differentiable and below.is_cuda:
         fused = fused_quotient(above, below, added, epsilon, sign, weight)
         if fused is not None:
             return fused
