@@ -156,8 +156,8 @@ def _aim(
     scores: Tensor, place: int | None, texts: Texts, loaded: Loaded, asking: Asking
 ) -> tuple[Any, str, dict[str, Any]]:
     """Target, what is said of it, and the same as data."""
-    from crp.engine.conditions import Position
     from crp.engine.probabilities import probabilities
+    from crp.engine.targets import Position
 
     first = int(scores.argmax())
     chance = probabilities(scores[None])[0]

@@ -218,23 +218,24 @@ class Rule(Hook):  # type: ignore[misc]
 
     def share(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> Tensor:
         """Output of an operation, whose relevance is shared among the terms."""
-        self._check_terms(layer, a, y, terms)
+        surrogates = [term.z for term in terms]
+        self._check_surrogates(layer, a, y, surrogates)
         with torch.no_grad():
             scales = [self._scale(term, y).to(term.z.dtype) for term in terms]
-        out = self.redirect(layer, a, y, [term.z for term in terms], scales)
+        out = self.redirect(layer, a, y, surrogates, scales)
         if self._account is None:
             return out
         return self._account.absorb(layer.place, a, out, self._shares(layer.again(), a, terms, scales, out))
 
-    def _check_terms(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> None:
-        """Raise an error if a surrogate has not the output's shape, or if relevance could not reach the input."""
-        for z in [term.z for term in terms]:
+    def _check_surrogates(self, layer: Layer, a: Tensor, y: Tensor, surrogates: Sequence[Tensor]) -> None:
+        """Raise an error if one has not the output's shape, or if relevance could not reach the input."""
+        for z in surrogates:
             if not isinstance(z, Tensor) or z.shape != y.shape:
                 wrong = f"a tensor of {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
                 raise InputTypeError(
                     f"{type(self).__name__} makes {wrong} the surrogate of {layer}, which returns {tuple(y.shape)}"
                 )
-        if a.requires_grad and not any(term.z.requires_grad for term in terms):
+        if a.requires_grad and not any(z.requires_grad for z in surrogates):
             raise InputTypeError(
                 f"{type(self).__name__} makes a constant the surrogate of {layer}: it must be differentiable in a"
             )
