@@ -16,7 +16,7 @@ is said to conserve relevance where this is so without bias and for :math:`\vare
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal, cast, get_args
 
 import torch
@@ -27,7 +27,7 @@ from crp.errors import InputError
 from crp.rules.attention import _Exponential
 from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
-from crp.rules.layer import Layer, negative, positive
+from crp.rules.layer import Layer, Modifier, negative, positive
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
 from crp.rules.terms import Term
@@ -320,9 +320,6 @@ class AlphaBeta(LRPRule):
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
         return _or_itself(terms, torch.stack(empty).any(0), _itself(self, layer, a))
-
-
-Modifier = Callable[[Tensor], Tensor]
 
 
 def _checked(empty: Empty) -> Empty:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +29,6 @@ from crp.rules.redirect import overwritten
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 _transform = torch._C._functorch.peek_interpreter_stack
-
-
-class _Operates(Protocol):
-    """What a mode needs of a rule."""
-
-    def operate(self, layer: Layer) -> Any:
-        """Output of a call, with the rule as its gradient."""
-
-    @property
-    def shares(self) -> bool:
-        """Whether the rule is for operations of which several operands depend on the model's input."""
-
-    def treats(self, known: Function, kind: str, alone: bool) -> bool:
-        """Whether the rule is for such operations where it is mapped to a module around them."""
 
 
 class Choice(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
 from crp.rules.functions import Function
-from crp.rules.mode import Choice, SeeingMode, _Operates
+from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
 from crp.rules.operands import Operands
 from crp.trace.recorder import tensors_in
@@ -25,7 +25,7 @@ class OneModule(SeeingMode):
     module : nn.Module
     """
 
-    def __init__(self, rule: _Operates, module: nn.Module) -> None:
+    def __init__(self, rule: Any, module: nn.Module) -> None:
         super().__init__(Notes())
         self.rule, self.alone = rule, not module._modules
         self.kind = type(module).__name__

@@ -71,8 +71,8 @@ class _Proportional(_Shared):
         return True
 
 
-class _Refused(_Proportional):
-    """Refuses operations for which a method has no rule, so that no other method's result goes by its name.
+class _OfMethod(Rule):
+    """Base of rules that refuse what a method has no rule for.
 
     Parameters
     ----------
@@ -85,6 +85,10 @@ class _Refused(_Proportional):
     def __init__(self, method: str) -> None:
         super().__init__()
         self.method = method
+
+
+class _Refused(_OfMethod, _Proportional):
+    """Refuses operations for which a method has no rule, so that no other method's result goes by its name."""
 
     def operate(self, layer: Layer) -> Any:
         """Refuse functions of more than one operand that depends on the model's input; others are affine.
