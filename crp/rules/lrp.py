@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, cast, get_args
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.errors import InputError
 from crp.rules.attention import _Exponential
 from crp.rules.base import Rule, _is_exact
@@ -238,7 +238,8 @@ class ZPlus(LRPRule):
         norm_scale: bool = False,
     ) -> None:
         super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
-        self.empty = _checked(empty)
+        check_choice("empty", empty, Empty)
+        self.empty = empty
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer's positive contributions."""
@@ -305,7 +306,8 @@ class AlphaBeta(LRPRule):
         if alpha < 0 or beta < 0 or not math.isclose(alpha - beta, 1.0, abs_tol=1e-9):
             raise InputError(f"alpha and beta must not be negative, and alpha - beta must be 1; got {alpha} and {beta}")
         self.alpha, self.beta = alpha, beta
-        self.empty = _checked(empty)
+        check_choice("empty", empty, Empty)
+        self.empty = empty
         # Positive and negative contributions are all there are.
         self.adds_up = beta > 0 and self.empty == "drop" and not self.zero_params
 
@@ -320,12 +322,6 @@ class AlphaBeta(LRPRule):
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
         return _or_itself(terms, torch.stack(empty).any(0), _itself(self, layer, a))
-
-
-def _checked(empty: Empty) -> Empty:
-    if empty not in get_args(Empty):
-        raise InputError(f"empty must be one of {', '.join(map(repr, get_args(Empty)))}, not {empty!r}")
-    return empty
 
 
 def _is_rectifier(layer: Layer) -> bool:
