@@ -98,8 +98,7 @@ def concept_flow(
     """
     _check(method, target, width, layers)
     known = dict(layers) if isinstance(layers, Mapping) else {layer: ChannelConcept() for layer in layers}
-    n_samples = len(Inputs.of(data, options.get("explain"), model))
-    if n_samples != 1:
+    if (n_samples := len(Inputs.of(data, options.get("explain"), model))) != 1:
         raise InputError(f"concepts of one sample are shown; data has {n_samples}")
 
     def shares(layer: str, condition: Mapping[str, Sequence[int]]) -> list[float]:

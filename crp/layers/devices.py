@@ -61,8 +61,7 @@ _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def has_kernels(module: str, *tensors: Tensor) -> bool:
     """Whether the kernels of a module in Triton can compute with these tensors: on a GPU, and where there is Triton."""
-    fits = all(tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES and _is_plain(tensor) for tensor in tensors)
-    return fits and kernels_in(module) is not None
+    return all(t.is_cuda and t.dtype in _KERNEL_DTYPES and _is_plain(t) for t in tensors) and bool(kernels_in(module))
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
         return Copied(below, lambda *others: again(*others) - again(*map(torch.zeros_like, others)))
     if op.known.canonical not in _SEVERAL:
         return Copied(below, again)
-    return [Copied(below, partial(_item, again, i)) for i in range(len(op.run()))]
+    return [Copied(below, lambda *others, i=i: again(*others)[i]) for i in range(len(op.run()))]
 
 
 def _run_on(op: Operation, *others: Tensor) -> Any:
@@ -141,7 +141,3 @@ def _set_again(op: Operation, *others: Tensor) -> Tensor:
     result = copies[id(target)].clone() if id(target) in copies else torch.zeros_like(target, dtype=others[0].dtype)
     result[index] = copies.get(id(value), 0.0)
     return result
-
-
-def _item(call: Callable[..., Any], index: int, *operands: Tensor) -> Tensor:
-    return cast(Tensor, call(*operands)[index])
