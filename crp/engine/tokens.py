@@ -204,7 +204,7 @@ def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded])
                 waiting[name] = args[name] if isinstance(name, int) else kwargs[name], kwargs[key]
         return args, {key: value for key, value in kwargs.items() if key not in keys}
 
-    def give(name: int | str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
+    def give(name: int | str, _: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         ids, values = waiting.get(name, (None, None))
         if ids is None or values is None or not _is_same(_given(args, kwargs), ids):
             return None
@@ -217,13 +217,8 @@ def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded])
         # (parts of a model, as encoder and decoder, may look ids up by layers that share their weights)
         for module in (m for m in modules.values() if getattr(m, "weight", None) is modules[layer].weight):
             if type(module) is type(modules[layer]):
-                handles.append(
-                    module.register_forward_hook(
-                        lambda _, args, kwargs, output, name=name: give(name, args, kwargs, output),
-                        prepend=True,  # (what is recorded of the layer are these embeddings)
-                        with_kwargs=True,
-                    )
-                )
+                # (first, so that what is recorded of the layer are these embeddings)
+                handles.append(module.register_forward_hook(partial(give, name), prepend=True, with_kwargs=True))
     try:
         yield {key: embedded[name].values for key, name in keys.items()}
     finally:
