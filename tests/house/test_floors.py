@@ -67,7 +67,7 @@ BUDGETS = {
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
     "rules": 5835,
     # (along which axis the channels of a layer are)
-    "trace": 1330,
+    "trace": 1335,
     "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
