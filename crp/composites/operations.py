@@ -20,7 +20,7 @@ from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
 from crp.rules.functions import AFFINE, Function, activation
-from crp.rules.layer import Layer, changed
+from crp.rules.layer import Layer, _in_words, changed
 from crp.rules.mode import Choice, SeeingMode, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.operands import Operands
@@ -136,8 +136,7 @@ class Operations(SeeingMode):
         if is_recording or not any(tensor.requires_grad for tensor in tensors_in(target)):
             return result
         if not choice.is_method:
-            place = self.innermost()
-            self._untreated[f"{op.known.name}() in {place!r}" if place else f"{op.known.name}()"] = None
+            self._untreated[_in_words(op.known.name, self.innermost())] = None
         self._list(op.known.name, choice)
         if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
             # (a function without a rule keeps what its inputs do not explain, and the account must close)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.functions import Function, in_place, look_up
-from crp.rules.layer import Layer
+from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Copied, Notes
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
@@ -233,10 +233,9 @@ class SeeingMode(TorchFunctionMode):
         )
 
     def _refuse_derivative(self, known: Function) -> NoReturn:
-        where = self.innermost()
         raise UnseenError(
-            f"the model differentiates inside its forward pass ({known.name}(){f' in {where!r}' if where else ''}): "
-            "under rules its derivative, and so its prediction, would be another one. Explain a model without that step"
+            f"the model differentiates inside its forward pass ({_in_words(known.name, self.innermost())}): under "
+            "rules its derivative, and so its prediction, would be another one. Explain a model without that step"
         )
 
     def innermost(self) -> str:
