@@ -23,7 +23,7 @@ from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
 from crp.engine.call import Call, sum_of_channels
 from crp.engine.checking import Checked, check_explanation
-from crp.engine.conditions import MaskMap, Rows, initial_relevance
+from crp.engine.conditions import MaskMap, Rows
 from crp.engine.copies import alone
 from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
@@ -31,6 +31,7 @@ from crp.engine.inputs import Data, Explain, Inputs
 from crp.engine.joining import Part, one_ahead
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Overrides, Settings
+from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError
 from crp.flags import check_flags
 from crp.layers import unwrap
@@ -103,8 +104,7 @@ class CondAttribution:
             raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
         self.MODEL_OUTPUT_NAME = "y"
         self.model = unwrap(model)
-        parameter = next(self.model.parameters(), torch.empty(0))
-        self.device = check_device(device, "device") or parameter.device
+        self.device = check_device(device, "device") or next(self.model.parameters(), torch.empty(0)).device
         self.overwrite_data_grad, self.no_param_grad = overwrite_data_grad, no_param_grad
         self.output = output
         self.replay = self.channels_last = True

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from crp.checks import check_choice
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError, StateError
 
 
@@ -146,8 +147,7 @@ def segmentation(
     >>> segmentation(key=None, where="all")(logits)
     tensor([[3., 7.]])
     """
-    if where not in ("own", "all"):
-        raise InputError(f"where must be 'own' or 'all', not {where!r}")
+    check_choice("where", where, Literal["own", "all"])
     if not isinstance(positive, bool) or not isinstance(key, str | None):
         raise InputTypeError(f"positive must be True or False, not {positive!r}; and key a name or None, not {key!r}")
 
@@ -205,8 +205,7 @@ def detection(
     >>> detection(box=1)(found)
     tensor([[0., 2., 5.]])
     """
-    if score not in ("logit", "log-odds"):
-        raise InputError(f"score must be 'logit' or 'log-odds', not {score!r}")
+    check_choice("score", score, Literal["logit", "log-odds"])
     if box not in ("best", "all") and (not isinstance(box, int) or isinstance(box, bool)):
         raise InputError(f"box must be 'best', 'all' or the number of a box, not {box!r}")
 

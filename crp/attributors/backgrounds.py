@@ -61,13 +61,13 @@ def median(images: Tensor, width: int = 11) -> Tensor:
     return windows.flatten(4).median(4).values
 
 
-def _check_background(background: object, choices: object = Named) -> None:
+def _check_background(background: object) -> None:
     """Raise an error that lists what a background can be."""
     if isinstance(background, Tensor) or callable(background):
         return
-    if isinstance(background, bool) or not (background in get_args(choices) or isinstance(background, int | float)):
+    if isinstance(background, bool) or not (background in get_args(Named) or isinstance(background, int | float)):
         raise InputError(
-            f"a background must be one of {', '.join(map(repr, get_args(choices)))}, a number, a tensor, or a function "
+            f"a background must be one of {', '.join(map(repr, get_args(Named)))}, a number, a tensor, or a function "
             f"of the data; not {background!r}"
         )
 

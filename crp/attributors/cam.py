@@ -7,7 +7,7 @@ of positive gradients (Grad-CAM++). A new one is a subclass of `LayerCAM` with `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from zennit.core import Composite
 from crp.attributors.base import Attributor
 from crp.attributors.gradient import Gradient
 from crp.attributors.target import Target
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
@@ -83,8 +83,7 @@ class LayerCAM(Attributor):
         super().__init__(
             model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
         )  # fmt: skip
-        if interpolation not in get_args(Interpolation):
-            raise InputError(f'interpolation must be "linear" or "nearest", not {interpolation!r}')
+        check_choice("interpolation", interpolation, Interpolation)
         check_layers(unwrap(model), [layer], "layer")
         if reshape is not None and not callable(reshape):
             raise InputTypeError(f"reshape must be a function of the layer's output, not {reshape!r}")

@@ -95,6 +95,11 @@ class Method(NamedTuple):
     options: dict[str, Any]
     paper: str
 
+    @property
+    def has_concepts(self) -> bool:
+        """Whether it gives concepts of layers relevance; the layer of a class activation map has none of its own."""
+        return self.family != "cam" and {"layer", "condition", "mask_map"} <= self.options.keys()
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -17,8 +16,6 @@ from crp.errors import InputError, InputTypeError, OutOfRangeError, StateError
 
 #: A layer and a concept of it; ``("y", class)`` is the class.
 _FlowNode: TypeAlias = tuple[str, int]
-#: Options of a method that give concepts relevance.
-OF_CONCEPTS = frozenset({"layer", "condition", "mask_map"})
 
 
 class ConceptFlow(NamedTuple):
@@ -101,52 +98,60 @@ def concept_flow(
     """
     _check(method, target, width, layers)
     known = dict(layers) if isinstance(layers, Mapping) else {layer: ChannelConcept() for layer in layers}
-    n_samples = len(Inputs.of(data, options.get("explain"), model))
-    if n_samples != 1:
+    if (n_samples := len(Inputs.of(data, options.get("explain"), model))) != 1:
         raise InputError(f"concepts of one sample are shown; data has {n_samples}")
-    masks = {layer: mask_of(concept) for layer, concept in known.items()}
 
     def shares(layer: str, condition: Mapping[str, Sequence[int]]) -> list[float]:
-        through: dict[str, Any] = {"condition": dict(condition), "mask_map": masks} if condition else {}
+        """Shares of a layer's concepts, where relevance flows through some of other layers alone."""
+        through = through_concepts(known, condition) if condition else {}
         relevance = explain(method, model, data, target, layer=layer, **through, **options)
-        found: list[float] = known[layer].attribute(relevance, layer_name=layer, abs_norm=True)[0].tolist()
-        return found
+        result: list[float] = known[layer].attribute(relevance, layer_name=layer, abs_norm=True)[0].tolist()
+        return result
 
-    names = list(known)
+    names, start = list(known), ("y", int(target))
     try:
         if len(names) > 1:
             shares(names[-1], {name: [0] for name in names})
     except StateError as error:
         raise InputError(f"layers {names} must go from the output to the input, each feeding the one before") from error
     own = shares(names[0], {})
-    chosen = _strongest(dict(enumerate(own)), width) if concepts is None else as_ids(concepts, what="concepts")
-    if not chosen:
-        raise InputError(f"concepts is empty; name some of layer {names[0]!r}, or leave it out")
-    if wrong := [one for one in chosen if not 0 <= one < len(own)]:
-        raise OutOfRangeError(f"layer {names[0]!r} has the concepts 0 to {len(own) - 1}; there is no {wrong[0]}")
-    start = "y", int(target)
+    chosen = _strongest(own, width) if concepts is None else _named(concepts, len(own), names[0])
     columns: list[dict[_FlowNode, float]] = [{start: 1.0}, {(names[0], one): own[one] for one in chosen}]
-    edges = {(start, node): share for node, share in columns[1].items()}
+    edges: dict[tuple[_FlowNode, _FlowNode], float] = {(start, node): share for node, share in columns[1].items()}
     for above, layer in pairwise(names):
-        parts = {node: shares(layer, {above: [node[1]]}) for node in columns[-1]}
-        total: dict[int, float] = defaultdict(float)
-        for node, of_node in parts.items():
-            for concept, share in enumerate(of_node):
-                total[concept] += share * columns[-1][node]
+        flows = {
+            node: [share * part for part in shares(layer, {above: [node[1]]})] for node, share in columns[-1].items()
+        }
+        total = [sum(of_concept) for of_concept in zip(*flows.values(), strict=True)]
         kept = _strongest(total, width)
-        edges |= {(n, (layer, c)): s[c] * columns[-1][n] for n, s in parts.items() for c in kept if s[c]}
-        columns.append({(layer, concept): total[concept] for concept in kept})
+        edges |= {(node, (layer, one)): flow[one] for node, flow in flows.items() for one in kept if flow[one]}
+        columns.append({(layer, one): total[one] for one in kept})
     return ConceptFlow(columns, edges)
 
 
-def _strongest(shares: Mapping[int, float], n: int) -> list[int]:
-    return sorted(shares, key=lambda concept: -shares[concept])[:n]
+def through_concepts(concepts: Mapping[str, Concept], condition: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Options of `crp.explain` by which relevance flows through some of the layers' concepts alone."""
+    return {"condition": dict(condition), "mask_map": {layer: mask_of(concepts[layer]) for layer in condition}}
+
+
+def _strongest(shares: Sequence[float], n: int) -> list[int]:
+    return sorted(range(len(shares)), key=lambda concept: -shares[concept])[:n]
+
+
+def _named(concepts: Sequence[int], n_concepts: int, layer: str) -> list[int]:
+    """Concepts of a layer that a user has named."""
+    chosen = as_ids(concepts, what="concepts")
+    if not chosen:
+        raise InputError(f"concepts is empty; name some of layer {layer!r}, or leave it out")
+    if wrong := [one for one in chosen if not 0 <= one < n_concepts]:
+        raise OutOfRangeError(f"layer {layer!r} has the concepts 0 to {n_concepts - 1}; there is no {wrong[0]}")
+    return chosen
 
 
 def _check(method: str, target: object, width: object, layers: object) -> None:
-    found = find_method(method)
-    if found.family == "cam" or not OF_CONCEPTS.issubset(found.options):
-        raise InputError(f"method {found.name!r} has no relevance of concepts; a composite has, such as 'epsilon_plus'")
+    known = find_method(method)
+    if not known.has_concepts:
+        raise InputError(f"method {known.name!r} has no relevance of concepts; a composite has, such as 'epsilon_plus'")
     if isinstance(target, bool) or not hasattr(target, "__index__"):
         raise InputTypeError(f"target must be a class, a whole number, not {target!r}")
     check_count("width", width)

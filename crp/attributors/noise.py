@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from zennit.core import Composite
 
 from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
 from crp.attributors.target import Target
+from crp.checks import check_choice
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.door import check_seed
@@ -72,8 +73,7 @@ class SmoothGrad(Attributor):
         check_count("n", n)
         if isinstance(noise_level, bool) or not isinstance(noise_level, int | float) or not 0 <= noise_level < 1e9:
             raise InputError(f"noise_level must be a finite number of at least 0, not {noise_level!r}")
-        if statistic not in get_args(Statistic):
-            raise InputError(f"statistic must be one of {', '.join(map(repr, get_args(Statistic)))}, not {statistic!r}")
+        check_choice("statistic", statistic, Statistic)
         if seed is not None:
             check_seed(seed)
         self.n, self.noise_level, self.noise, self.statistic, self.seed = n, noise_level, noise, statistic, seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from zennit.core import Composite
 from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
 from crp.attributors.inputs import Baseline, _baselines
 from crp.attributors.target import Target
+from crp.checks import check_choice
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
@@ -107,8 +108,7 @@ def nodes(quadrature: Quadrature, steps: int) -> tuple[Tensor, Tensor]:
     >>> nodes("right", 4)[0]
     tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
-    if quadrature not in get_args(Quadrature):
-        raise InputError(f"quadrature must be one of {', '.join(map(repr, get_args(Quadrature)))}, not {quadrature!r}")
+    check_choice("quadrature", quadrature, Quadrature)
     if quadrature == "gauss_legendre":
         roots, shares = np.polynomial.legendre.leggauss(steps)
         return torch.from_numpy((roots + 1) / 2), torch.from_numpy(shares / 2)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from crp.concepts import as_ids
-from crp.engine.conditions import Element, Pixels, Position, check_target, check_targets_exist, initial_relevance
 from crp.engine.forward import tensor_in
+from crp.engine.targets import Element, Pixels, Position, check_target, check_targets_exist, initial_relevance
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.types import MaskFn
 

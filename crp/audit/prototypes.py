@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_ids, as_numbers
 from crp.errors import InputError, NameNotFoundError
 from crp.flags import check_flags
@@ -210,8 +210,7 @@ def prototypes(
         If a class has fewer than two samples, or none as many as prototypes; or its vectors are all the same.
     """
     check_flags(normed=normed)
-    if covariance not in ("full", "diag"):
-        raise InputError(f"covariance must be 'full' or 'diag', not {covariance!r}")
+    check_choice("covariance", covariance, Covariance)
     table = Table.open(table)
     numbers = as_ids(n, what="numbers of prototypes")
     if not numbers or min(numbers) < 1:

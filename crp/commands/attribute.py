@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from crp.commands.errors import LARGEST, CommandError
-from crp.commands.group import in_a_line
+from crp.commands.errors import CommandError
+from crp.commands.loading import EXISTING, _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
-from crp.commands.table import _plain
-from crp.commands.values import _split_numbers, read_value
+from crp.commands.values import _plain, read_value
 from crp.wording import percent
 
 if TYPE_CHECKING:
@@ -65,10 +64,9 @@ _CLASSES = 5
 
 
 @click.command()
-@click.argument("images", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("images", nargs=-1, type=EXISTING)
 @click.option("--model", required=True, help="Name in torchvision, timm:NAME, hf:NAME, or package.module:factory.")
-@click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
-@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="State dict.")
+@_weight_options
 @click.option("--method", default="epsilon_plus_flat", show_default=True, help="See crp methods.")
 @click.option("--target", help="Class, by number or name, or token, by its text or #NUMBER; else the predicted one.")
 @click.option("--text", "texts", multiple=True, help="Explain a text, and no picture; may be given again.")
@@ -83,10 +81,7 @@ _CLASSES = 5
     "--concept", type=int, multiple=True, help="Channel of --layer to explain; -1 is the last. May be given again."
 )
 @click.option("--option", "settings", multiple=True, metavar="NAME=VALUE", help="Of the method; may be given again.")
-@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own.")
-@click.option("--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
-@click.option("--std", multiple=True, callback=_split_numbers, help="As --mean.")
-@click.option("--classes", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Names, one per line.")
+@_picture_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write; of several, a folder.")
 @click.option(
     "--page", is_flag=True, help="Write a page (.html) with the concepts of --layer, the last suggested by default."
@@ -96,8 +91,6 @@ _CLASSES = 5
 def attribute(
     images: tuple[Path, ...],
     model: str,
-    weights: str | None,
-    checkpoint: Path | None,
     method: str,
     target: str | None,
     texts: tuple[str, ...],
@@ -108,14 +101,11 @@ def attribute(
     layer: str | None,
     concept: tuple[int, ...],
     settings: tuple[str, ...],
-    size: int | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    classes: Path | None,
     out: Path,
     page: bool,
     graph: tuple[str, ...],
     as_json: bool,
+    **loading: Any,
 ) -> None:
     """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file. Or texts, in one page.
 
@@ -139,26 +129,24 @@ def attribute(
             raise CommandError(f"--out {out} must end in .html for a page of texts")
         asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
         _check_writable(out.parent, out)
-        loaded = _loaded(model, weights, checkpoint, output, classes=classes)
+        loaded = _load(model, output, **loading)
         for line in explain_texts(texts, loaded, method, asking, _parsed(settings), out, as_json):
             click.echo(line)
         return
     page = page or out.suffix.lower() == _PAGE
     places = _places(images, out, page)
     _check_named(layer, concept, graph, page)
-    try:
-        chosen = find_method(method)
-        shown = PageConcepts(layer, concept, graph) if page else None
-        through: dict[str, Any] = {"condition": {layer: list(concept)}} if concept and not page else {}
-        if layer is not None and (chosen.family == "cam" or not (concept or page)):
-            through["layer"] = layer
-        given = _merged(_parsed(settings), through, page and chosen.family != "cam")
-        loaded = _loaded(model, weights, checkpoint, output, size=size, mean=mean, std=std, classes=classes)
-        given |= {} if loaded.output is None else {"output": loaded.output}
-        index = None if target is None else loaded.find_class(target)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(in_a_line(error)) from error
-    _tell_of_weights(model, weights, checkpoint)
+    chosen = find_method(method)
+    shown = PageConcepts(layer, concept, graph) if page else None
+    through: dict[str, Any] = {"condition": {layer: list(concept)}} if concept and not page else {}
+    if layer is not None and (chosen.family == "cam" or not (concept or page)):
+        through["layer"] = layer
+    given = _merged(_parsed(settings), through, page and chosen.family != "cam")
+    loaded = _load(model, output, **loading)
+    given |= {} if loaded.output is None else {"output": loaded.output}
+    index = None if target is None else loaded.find_class(target)
+    if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
+        click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
     where = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
     for image, place in zip(images, places, strict=True):
         caption = chosen.name if page else f"{chosen.name}{where}"
@@ -190,27 +178,11 @@ def _merged(settings: dict[str, Any], through: dict[str, Any], of_page: bool) ->
     return settings | through
 
 
-def _tell_of_weights(model: str, weights: str | None, checkpoint: Path | None) -> None:
-    if ":" not in model and not (weights or checkpoint):
-        click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
-
-
 def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str], page: bool) -> None:
     if concepts and layer is None:
         raise CommandError("--concept needs the --layer that it is in")
     if graph and not page:
         raise CommandError("--graph is for --page, which draws it")
-
-
-def _loaded(model: str, weights: str | None, checkpoint: Path | None, output: str | None, **pictures: Any) -> Loaded:
-    from crp.visualization.models import load_model
-    from crp.visualization.scored import load_output
-
-    try:
-        chosen = None if output is None else load_output(output)
-        return load_model(model, weights, checkpoint, output=chosen, **pictures)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(in_a_line(error)) from error
 
 
 def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
@@ -255,18 +227,15 @@ def _explain(
     from crp.commands.panel import draw
     from crp.visualization.report.explained import ExplainedPicture, write_explained
 
-    try:
-        shown, data = loaded.read(image)
-        scores = loaded.scores(data)[0]
-        aim = int(scores.argmax()) if target is None else target
-        given, windows = _completed(method, given, loaded, data)
-        caption += windows
-        heatmap = explain(method, loaded.model, data, aim, **given)
-        found = FoundConcepts()
-        if on_page is not None:
-            found = concepts_of_picture(on_page, method, loaded, data, aim % len(scores), given)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(in_a_line(error)) from error
+    shown, data = loaded.read(image)
+    scores = loaded.scores(data)[0]
+    aim = int(scores.argmax()) if target is None else target
+    given, windows = _completed(method, given, loaded, data)
+    caption += windows
+    heatmap = explain(method, loaded.model, data, aim, **given)
+    found = FoundConcepts()
+    if on_page is not None:
+        found = concepts_of_picture(on_page, method, loaded, data, aim % len(scores), given)
     if heatmap.dim() != 4:
         raise CommandError(
             f"layer {given.get('layer')!r} has no positions to draw; its relevance is {tuple(heatmap.shape)}"

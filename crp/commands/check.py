@@ -8,27 +8,19 @@ from typing import Any
 
 import click
 
-from crp.commands.errors import LARGEST, CommandError
-from crp.commands.group import in_a_line
-from crp.commands.table import _plain
-from crp.commands.values import _split_numbers
-
-_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+from crp.commands.loading import EXISTING, _load, _picture_options, _weight_options
+from crp.commands.values import _plain
 
 
 @click.command("check")
 @click.argument("model")
-@click.option("--image", type=_EXISTING, required=True, help="Picture that is explained.")
+@click.option("--image", type=EXISTING, required=True, help="Picture that is explained.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
 @click.option("--target", help="Class to explain, by number or name; by default, the predicted one.")
 @click.option("--output", help="What is explained of what the model returns, as in crp attribute --help.")
-@click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
-@click.option("--checkpoint", type=_EXISTING, help="State dict.")
-@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own.")
-@click.option("--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
-@click.option("--std", multiple=True, callback=_split_numbers, help="As --mean.")
-@click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
+@_weight_options
+@_picture_options
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def check_command(
     model: str,
@@ -38,7 +30,7 @@ def check_command(
     target: str | None,
     output: str | None,
     as_json: bool,
-    **given: Any,
+    **loading: Any,
 ) -> None:
     """Check an explanation of one picture by MODEL (a name, or package.module:factory).
 
@@ -48,19 +40,13 @@ def check_command(
     """
     from crp.attribution import CondAttribution
     from crp.commands.mine import _make_composite
-    from crp.visualization.models import load_model
-    from crp.visualization.scored import load_output
 
     composite = _make_composite(rules, settings)
-    try:
-        given["output"] = None if output is None else load_output(output)
-        loaded = load_model(model, given.pop("weights"), given.pop("checkpoint"), **given)
-        _, data = loaded.read(image)
-        attribution = CondAttribution(loaded.model, output=loaded.output)
-        y = int(loaded.scores(data)[0].argmax()) if target is None else loaded.find_class(target)
-        checked = attribution.check(data, [{attribution.MODEL_OUTPUT_NAME: y}], composite)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(in_a_line(error)) from error
+    loaded = _load(model, output, **loading)
+    _, data = loaded.read(image)
+    attribution = CondAttribution(loaded.model, output=loaded.output)
+    y = int(loaded.scores(data)[0].argmax()) if target is None else loaded.find_class(target)
+    checked = attribution.check(data, [{attribution.MODEL_OUTPUT_NAME: y}], composite)
     told = "\n".join(_plain(line) for line in str(checked).replace("\N{MINUS SIGN}", "-").splitlines())
     click.echo(json.dumps(checked.to_dict()) if as_json else told)
     if not checked.holds:

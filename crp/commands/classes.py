@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from crp.commands.errors import CommandError
-from crp.commands.table import _plain
+from crp.commands.values import _plain
 from crp.wording import percent
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from crp.commands import layers as layers_commands
 from crp.commands import mine as mine_commands
 from crp.commands import report as report_commands
 from crp.commands import table as table_commands
-from crp.commands.group import INTERRUPTED, Commands
+from crp.commands.group import Commands, _saying_on_interrupt
 
 
 @click.group(
@@ -50,19 +50,11 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
     an interruption, the same command goes on where it stopped.
     """
     start = time.perf_counter()
-    try:
-        from crp.demo.run import DemoError, run_demo
+    again = "the same command without --overwrite" if overwrite else "the same command"
+    with _saying_on_interrupt(f"What is done is kept in {out}; {again} goes on from there."):
+        from crp.demo.run import run_demo
 
-        try:
-            figures = run_demo(
-                out, epochs=epochs, seed=seed, batch_size=batch_size, overwrite=overwrite, verbose=not quiet
-            )
-        except DemoError as error:
-            raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        again = "the same command without --overwrite" if overwrite else "the same command"
-        click.echo(f"\nInterrupted. What is done is kept in {out}; {again} goes on from there.", err=True)
-        raise SystemExit(INTERRUPTED) from None
+        figures = run_demo(out, epochs=epochs, seed=seed, batch_size=batch_size, overwrite=overwrite, verbose=not quiet)
     click.echo(str(figures._replace(seconds=time.perf_counter() - start)))  # with the time of the imports
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import click
 
 from crp.commands.errors import CommandError
+from crp.commands.values import _plain
 
-INTERRUPTED = 130
+#: Exit status of what was interrupted.
+_INTERRUPTED = 130
 #: Longest message of an error that is shown, in characters.
 _LONGEST = 600
 
@@ -42,13 +44,10 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
-            with _terminations_interrupt():
+            with _saying_on_interrupt(), _terminations_interrupt():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):
             raise
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
-            raise SystemExit(INTERRUPTED) from None
         except Exception as error:
             if ctx.meta["crp.debug"]:
                 traceback.print_exc(file=sys.stderr)
@@ -57,11 +56,20 @@ class Commands(click.Group):
             raise CommandError(in_a_line(error)) from error
 
 
+@contextmanager
+def _saying_on_interrupt(what_is_kept: str = "") -> Iterator[None]:
+    """End a command that is interrupted with the exit status of shells for that, and say what is kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nInterrupted. {what_is_kept}".rstrip(), err=True)
+        raise SystemExit(_INTERRUPTED) from None
+
+
 def in_a_line(error: BaseException) -> str:
     """Message of an error, in one line of limited length, without control characters."""
     text = error.args[0] if isinstance(error, KeyError) and error.args and type(error) is KeyError else error
-    line = " ".join(str(text).split()) or type(error).__name__
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    line = _plain(" ".join(str(text).split()) or type(error).__name__)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}… (--debug shows all)"
 
 

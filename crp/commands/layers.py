@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
 import click
 
 from crp.commands.errors import CommandError
-
-_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+from crp.commands.loading import _load, _weight_options
 
 
 @click.command("layers")
 @click.argument("model")
-@click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
-@click.option("--checkpoint", type=_EXISTING, help="State dict.")
+@_weight_options
 @click.option("--size", type=click.IntRange(min=1), help="Pixels on a side, in place of the weights' own.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: a list of JSON objects.")
-def layers_command(model: str, weights: str | None, checkpoint: Path | None, size: int | None, as_json: bool) -> None:
+def layers_command(model: str, size: int | None, as_json: bool, **weights: Any) -> None:
     """List the layers of MODEL: name, type, shape for one picture, and a * where --layers auto takes them.
 
     crp layers resnet18
     """
     from crp.visualization.mining.selection import list_layers
-    from crp.visualization.models import load_model
 
     try:
-        loaded = load_model(model, weights, checkpoint, size=size)
+        loaded = _load(model, None, size=size, **weights)
         found = list_layers(loaded.model, loaded.example())
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(f"{error}; --size says how large pictures are" if size is None else str(error)) from error

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from click.core import ParameterSource
 
-from crp.commands.errors import LARGEST, CommandError
-from crp.commands.group import INTERRUPTED, in_a_line
+from crp.commands.errors import CommandError
+from crp.commands.group import _saying_on_interrupt, in_a_line
+from crp.commands.loading import _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.processes import _client, _device, _part
-from crp.commands.values import _split_numbers, read_value, split_names
+from crp.commands.values import read_value, split_names
 from crp.wording import first_few
 
 if TYPE_CHECKING:
@@ -35,13 +36,11 @@ _REMEMBERED = (
 )  # fmt: skip
 #: Words before the colon of models that are not the user's own.
 _LIBRARIES = ("timm", "hf", "torchvision")
-_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("mine")
 @click.option("--model", help="Name in torchvision, timm:NAME, hf:NAME, or package.module:factory.")
-@click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded.")
-@click.option("--checkpoint", type=_EXISTING, help="State dict.")
+@_weight_options
 @click.option("--data", help="Folder of pictures, or package.module:factory of a dataset.")
 @click.option("--fields", default="", help="Keys or places of data and label in an item, such as image,label.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
@@ -75,10 +74,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--stop", type=click.IntRange(1), help="Sample after the last one.")
 @click.option("--shard", "share", metavar="I/N", help="Only the shards of process I of N, counted from 0.")
 @click.option("--dask", "address", help="Address of a Dask scheduler whose workers mine.")
-@click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own.")
-@click.option("--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example.")
-@click.option("--std", multiple=True, callback=_split_numbers, help="As --mean.")
-@click.option("--classes", type=_EXISTING, help="Names of the classes, one per line.")
+@_picture_options
 @click.option(
     "--storage",
     type=click.Choice(["float32", "float16"]),
@@ -116,7 +112,9 @@ def mine_command(
     if part is not None and (overwrite or address):
         raise CommandError(f"{'--overwrite' if overwrite else '--dask'} does not go with several processes")
     hidden = quiet or (part is not None and part[0] > 0)
-    with _errors_in_a_line(out, overwrite):
+    again = "the same command without --overwrite" if overwrite else "the same command"
+    kept = f"All whole shards are kept in {out}; {again} goes on from there."
+    with _saying_on_interrupt(kept), _warnings_in_a_line():
         given = given if overwrite else _with_earlier(out, given)
         if missing := [f"--{name}" for name in ("model", "data", "layers") if not given[name]]:
             hint = "; --layers auto chooses some" if "--layers" in missing else ""
@@ -138,20 +136,18 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     from crp.commands.texts import concepts_of_texts
     from crp.visualization.mining.run import mine
     from crp.visualization.mining.targets import parse_targets
-    from crp.visualization.models import check_repeatable, load_model
-    from crp.visualization.scored import load_output
+    from crp.visualization.models import check_repeatable
     from crp.visualization.sources import MULTI_LABEL, load_source, load_texts
 
     named = given["targets"].strip()
     targets = parse_targets([int(t) for t in named.split(",")] if re.fullmatch(r"\d+(,\d+)*", named) else named)
-    if ":" not in given["model"] and not (given["weights"] or given["checkpoint"]):
+    if _has_random_weights(given["model"], given["weights"], given["checkpoint"]):
         raise CommandError(
             f"{given['model']} has random weights, of which nothing can be mined; give --weights or --checkpoint"
         )
     source = _open_data(given["data"], given["decode"])
-    pictures = {key: given[key] for key in ("size", "mean", "std", "classes")}
-    pictures["output"] = None if given["output"] is None else load_output(given["output"])
-    loaded = load_model(given["model"], given["weights"], given["checkpoint"], **pictures)
+    loading = ("output", "weights", "checkpoint", "size", "mean", "std", "classes")
+    loaded = _load(given["model"], **{name: given[name] for name in loading})
     if ":" in given["model"] and not given["checkpoint"] and given["model"].partition(":")[0] not in _LIBRARIES:
         check_repeatable(given["model"], loaded.model)
     dataset: Any = load_texts(source, given["tokenizer"], given["position"], given["fields"], given["model"])
@@ -320,8 +316,8 @@ def _check_outputs(loaded: Loaded, n: int, labels: Mapping[str, int], folder: Pa
 
 
 @contextmanager
-def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
-    """Show errors and warnings in one line, and say what to do after an interruption."""
+def _warnings_in_a_line() -> Iterator[None]:
+    """Show each warning in one line."""
 
     def shown(message: Warning | str, *_: object, **__: object) -> str:
         return f"Warning: {message}\n"
@@ -330,12 +326,6 @@ def _errors_in_a_line(out: Path, overwrite: bool) -> Iterator[None]:
     warnings.formatwarning = cast(Any, shown)
     try:
         yield
-    except KeyboardInterrupt:
-        again = "the same command without --overwrite" if overwrite else "the same command"
-        click.echo(f"\nInterrupted. All whole shards are kept in {out}; {again} goes on from there.", err=True)
-        raise SystemExit(INTERRUPTED) from None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(in_a_line(error)) from error
     finally:
         warnings.formatwarning = plain
 

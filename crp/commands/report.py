@@ -13,12 +13,11 @@ from typing import Any
 import click
 
 from crp.commands.errors import CommandError
+from crp.commands.group import _saying_on_interrupt
 from crp.commands.mine import _check_outside, _make_composite
 from crp.commands.processes import _part
-from crp.commands.table import _plain
-from crp.commands.values import split_names
+from crp.commands.values import _plain, split_names
 
-INTERRUPTED = 130
 #: Options, and what `write_report` calls them.
 _OPTIONS = {
     "concepts": "n_concepts",
@@ -89,16 +88,11 @@ def report_command(
         raise CommandError(f"{' and '.join(unused)} say how --maximize makes up pictures; give it, too")
     share = None if part is None else _part(part, {}, "--part")
     given["quiet"] = given["quiet"] or as_json
-    try:
+    kept = f"What is drawn is kept in {path}; the same command goes on from there."
+    if path.suffix.lower() in (".html", ".htm"):
+        kept = f"{path} is written as a whole, and not yet; pages in a folder go on after an interruption."
+    with _saying_on_interrupt(kept):
         page = _write(folder, path, workers, share, given)
-    except KeyboardInterrupt:
-        kept = f"What is drawn is kept in {path}; the same command goes on from there."
-        if path.suffix.lower() in (".html", ".htm"):
-            kept = f"{path} is written as a whole, and not yet; pages in a folder go on after an interruption."
-        click.echo(f"\nInterrupted. {kept}", err=True)
-        raise SystemExit(INTERRUPTED) from None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(_plain(str(error))) from error
     if share is not None:
         done = {"part": part, "folder": str(page)}
         click.echo(json.dumps(done) if as_json else f"drew part {part} into {_plain(str(page))}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from crp.commands.errors import CommandError
+from crp.commands.values import _plain
 
 if TYPE_CHECKING:
     from crp.visualization.table.store import Table
@@ -32,14 +32,10 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
     The exit status is 0 for a table that is whole and sound, and 1 otherwise.
     """
     from crp.visualization.table.lock import get_owners
-    from crp.visualization.table.manifest import TableError
     from crp.visualization.table.store import Table
 
-    try:
-        table = Table.open(folder)
-        waiting = table.unlisted()
-    except (TableError, OSError) as error:
-        raise CommandError(_plain(str(error))) from error
+    table = Table.open(folder)
+    waiting = table.unlisted()
     coverage = table.coverage()
     problems = table.verify() if verify else []
     if as_json:
@@ -83,12 +79,8 @@ def merge_command(folder: Path, others: tuple[Path, ...], as_json: bool) -> None
     The exit status is 1 if samples are missing.
     """
     from crp.visualization.mining.run import merge
-    from crp.visualization.table.manifest import TableError
 
-    try:
-        table = merge(folder, *others)
-    except (TableError, OSError) as error:
-        raise CommandError(_plain(str(error))) from error
+    table = merge(folder, *others)
     click.echo(json.dumps(_facts(table)) if as_json else f"{_plain(str(folder))}: {_describe(table)}")
     if table.coverage().missing:
         raise SystemExit(1)
@@ -171,11 +163,6 @@ def _recipe_lines(table: Table) -> Iterator[str]:
     if isinstance(output, dict):
         yield f"output     {output.get('named') or output.get('function')}"
     yield f"targets    {recipe.get('targets')}; preprocessing: {recipe.get('preprocess') or 'none'}"
-
-
-def _plain(text: str) -> str:
-    """Text without control characters, which a table from elsewhere may hold, and with spaces that can be typed."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\N{NO-BREAK SPACE}", " "))
 
 
 def _list(title: str, rows: Sequence[str], kind: str) -> None:

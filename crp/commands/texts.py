@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crp.commands.errors import CommandError
-from crp.commands.group import in_a_line
-from crp.commands.table import _plain
+from crp.commands.values import _plain
 from crp.wording import percent
 
 if TYPE_CHECKING:
@@ -80,13 +79,10 @@ def explain_texts(
         raise CommandError(f"--out {out} must end in .html, .png, .jpg, .pdf or .svg")
     if not asking.tokenizer:
         raise CommandError("--text needs the model's --tokenizer: a folder or name, or package.module:factory")
-    try:
-        chosen = find_method(method)
-        through = _set_layer(loaded.model, asking, given, chosen.family)
-        dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))
-        found = [_explain(dataset, number, loaded, chosen.name, asking, given) for number in range(len(texts))]
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(in_a_line(error)) from error
+    chosen = find_method(method)
+    through = _set_layer(loaded.model, asking, given, chosen.family)
+    dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))
+    found = [_explain(dataset, number, loaded, chosen.name, asking, given) for number in range(len(texts))]
     captions = [f"{facts['said']} ({chosen.name}{through})" for _, facts in found]
     try:
         if suffix == ".html":
@@ -108,6 +104,8 @@ def explain_texts(
 
 def _set_layer(model: nn.Module, asking: Asking, given: dict[str, Any], family: str) -> str:
     """Options of a method that say which layer and concepts are meant; and their words."""
+    from crp.attributors.flow import through_concepts
+
     if asking.concepts and asking.layer is None:
         raise CommandError("--concept needs the --layer that it is in")
     if asking.layer is None:
@@ -115,9 +113,9 @@ def _set_layer(model: nn.Module, asking: Asking, given: dict[str, Any], family: 
     concepts = concepts_of_texts(model, [asking.layer])
     if len(concepts) != 1:
         raise CommandError(f"--layer {asking.layer} names {len(concepts)} layers; name one")
-    ((name, concept),) = concepts.items()
+    (name,) = concepts
     if asking.concepts:
-        given |= {"condition": {name: list(asking.concepts)}, "mask_map": concept.mask}
+        given |= through_concepts(concepts, {name: list(asking.concepts)})
     if not asking.concepts or family == "cam":
         given["layer"] = name
     return f", through {list(asking.concepts)} of {asking.layer}" if asking.concepts else f", of {asking.layer}"
@@ -158,8 +156,8 @@ def _aim(
     scores: Tensor, place: int | None, texts: Texts, loaded: Loaded, asking: Asking
 ) -> tuple[Any, str, dict[str, Any]]:
     """Target, what is said of it, and the same as data."""
-    from crp.engine.conditions import Position
     from crp.engine.probabilities import probabilities
+    from crp.engine.targets import Position
 
     first = int(scores.argmax())
     chance = probabilities(scores[None])[0]

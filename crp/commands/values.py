@@ -18,6 +18,11 @@ def read_value(word: str) -> Any:
         return word
 
 
+def _plain(text: str) -> str:
+    """Text without control characters, which a table from elsewhere may hold, and with spaces that can be typed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\N{NO-BREAK SPACE}", " "))
+
+
 def split_names(_context: click.Context, _parameter: click.Parameter, words: Iterable[str]) -> tuple[str, ...]:
     """Names of an option that may be given again, or has several with commas between; those of ``[1,2]`` part none."""
     return tuple(name.strip() for word in words for name in re.split(r",(?![^\[]*\])", word))

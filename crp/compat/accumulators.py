@@ -9,19 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from crp.checks import check_choice
 from crp.compat import folders
 from crp.compat.folders import SAMPLE_SIZE
 from crp.concepts import Concept
 from crp.errors import InputError
 from crp.flags import check_flags
-from crp.visualization.table.manifest import KINDS, TableError
+from crp.visualization.table.manifest import TableError
 from crp.visualization.table.question import Question
 from crp.visualization.table.store import Table
 
@@ -59,8 +60,7 @@ class _Accumulator:
         make_folder: bool = True,
     ) -> None:
         check_flags(abs_norm=abs_norm, make_folder=make_folder)
-        if max_target not in KINDS:
-            raise InputError(f"max_target must be 'sum' or 'max', not {max_target!r}")
+        check_choice("max_target", max_target, Literal["sum", "max"])
         self.question = Question(mode, max_target, bool(abs_norm), self._per_target)
         self.mode, self.max_target, self.abs_norm = mode, max_target, bool(abs_norm)
         self.sub_folder = Path(folders.folder_name(self.question))

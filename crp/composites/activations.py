@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crp.rules.functions import Function, look_up
 from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
+from crp.rules.operation import Operation
 from crp.trace import undisturbed
 from crp.trace.recorder import tensors_in
 
@@ -130,16 +131,15 @@ class _Probe(SeeingMode):
             self.reads_others = True
         return result
 
-    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
+    def choose(self, known: Function, kind: str, *facts: Any) -> Choice:
         """No rule."""
         return Choice(None, True, "")
 
-    def by_chain_rule(self, choice: Choice, func: Any, known: Function, *call: Any) -> Any:
+    def by_chain_rule(self, choice: Choice, op: Operation) -> Any:
         """Output of a call as it is; what can be differentiated is listed."""
-        _, args, kwargs, _ = call
-        result = func(*args, **kwargs)
-        if any(tensor.requires_grad for tensor in tensors_in(args[0] if result is None else result)):
-            self.functions.append(known)
+        result = op.run()
+        if any(tensor.requires_grad for tensor in tensors_in(op.args[0] if result is None else result)):
+            self.functions.append(op.known)
         return result
 
     def note_unseen(self, tensor: Tensor, is_changed: bool) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from zennit.types import Convolution
 
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.composites.base import Canonizers, FirstMap, LayerMap
 from crp.composites.lrp import LRP
 from crp.composites.registry import register
@@ -116,8 +116,7 @@ class LRPCMP(LRP):
         check_number("split", split)
         if not 0 <= split <= 1:
             raise InputError(f"split must be between 0 (all convolutions get γ) and 1 (all get αβ), got {split}")
-        if first not in get_args(FirstRule):
-            raise InputError(f'first must be "flat", "box" or "none", got {first!r}')
+        check_choice("first", first, FirstRule)
         if (first == "box") != (low is not None) or (low is None) != (high is None):
             raise InputError(f'first="box" needs low and high, and only it; got first={first!r}, {low}, {high}')
         at_input: Flat | ZBox | None = Flat(stabilizer) if first == "flat" else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from zennit.types import Linear
 
+from crp.checks import check_choice
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
 from crp.composites.lrp import _base
 from crp.composites.registry import register
@@ -75,8 +76,7 @@ class DeepTaylor(Composite):
         layer_map: LayerMap = (),
         first_map: FirstMap = (),
     ) -> None:
-        if maxpool not in get_args(MaxPool):
-            raise InputError(f"maxpool must be one of {', '.join(map(repr, get_args(MaxPool)))}, not {maxpool!r}")
+        check_choice("maxpool", maxpool, MaxPool)
         if (low is None) != (high is None):
             raise InputError(
                 f"low and high are given together, for inputs in a box, or not at all, for unbounded ones; got {low=} "

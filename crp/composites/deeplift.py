@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from crp.checks import check_choice
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
@@ -101,8 +102,7 @@ class DeepLift(Composite):
         variant: Literal["rescale", "reveal_cancel"] = "rescale",
         layer_map: LayerMap = (),
     ) -> None:
-        if variant not in ("rescale", "reveal_cancel"):
-            raise InputError(f'variant must be "rescale" or "reveal_cancel", not {variant!r}')
+        check_choice("variant", variant, Literal["rescale", "reveal_cancel"])
         self.reference = _tensor(reference)
         self.variant = variant
         elementwise = Rescale() if variant == "rescale" else RevealCancel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,12 @@ from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
-from crp.rules.functions import AFFINE, Function, activation, in_place, overwrites
-from crp.rules.layer import Layer, changed
-from crp.rules.mode import Choice, SeeingMode, constant_of, innermost_module
+from crp.rules.functions import AFFINE, Function, activation
+from crp.rules.layer import Layer, _in_words, changed
+from crp.rules.mode import Choice, SeeingMode, innermost_module
 from crp.rules.notes import FIRST
+from crp.rules.operands import Operands
+from crp.rules.operation import Operation
 from crp.rules.redirect import overwritten
 from crp.rules.shared import _Proportional
 from crp.rules.whole import whole_call
@@ -77,15 +79,16 @@ class Operations(SeeingMode):
         self._wholes: list[_Whole | None] = []
         self._is_running = False
         self.places = Places(model)
-        self._aside = 0
         self.references = ReferenceCalls()
         self._untreated: dict[str, None] = {}
 
     # --- rules ------------------------------------------------------------------------------------------------------
 
-    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
+    def choose(
+        self, known: Function, kind: str, first: bool = False, several: bool = False, operands: Operands | None = None
+    ) -> Choice:
         """First entry that matches."""
-        return self.matching.choose(known, kind, bool(flags & FIRST), several, self.operands)
+        return self.matching.choose(known, kind, first, several, operands)
 
     def is_named(self, known: Function) -> bool:
         """Whether an entry means the function itself, and not what it calls."""
@@ -117,47 +120,43 @@ class Operations(SeeingMode):
         self.treated += 1
         return choice.rule.operate(layer)
 
-    def by_chain_rule(
-        self,
-        choice: Choice,
-        func: Any,
-        known: Function,
-        kind: str,
-        args: Any,
-        kwargs: dict[str, Any],
-        inputs: Sequence[Tensor],
-    ) -> Any:
+    def by_chain_rule(self, choice: Choice, op: Operation) -> Any:
         """Output of a call as it is; constants in it are accounted for, and a lacking rule is noted."""
-        account = self.attachment.account
+        account, is_recording = self.attachment.account, self.references.is_recording
         if self.matching.is_counting:
-            return func(*args, **kwargs)
+            return op.run()
         if choice.is_method and account is None and self.seen is None:
-            if known.canonical != "relu":
-                self._note_reading(inputs)
-                return func(*args, **kwargs)
-            call = self.attachment.rectifiable.get(id(inputs[0]))
-            result = None if call is None else call.rectify(inputs[0], in_place(func, args, kwargs))
-            return func(*args, **kwargs) if result is None else result
-        self._note_reading(inputs)
+            return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
+        self._note_reading(op.inputs)
         constant = None
-        if account is not None and not self.references.is_recording and (known.has("constant") or (kind in AFFINE)):
-            constant = constant_of(func, args, kwargs, inputs)
-        result = func(*args, **kwargs)
-        target = args[0] if args and overwrites(func, args, kwargs) else result
-        if self.references.is_recording or not any(tensor.requires_grad for tensor in tensors_in(target)):
+        if account is not None and not is_recording and (op.known.has("constant") or op.kind in AFFINE):
+            constant = op.constant()
+        result = op.run()
+        target = op.args[0] if op.args and op.overwrites else result
+        if is_recording or not any(tensor.requires_grad for tensor in tensors_in(target)):
             return result
         if not choice.is_method:
-            place = self.innermost()
-            self._untreated[f"{known.name}() in {place!r}" if place else f"{known.name}()"] = None
-        self._list(known.name, choice)
+            self._untreated[_in_words(op.known.name, self.innermost())] = None
+        self._list(op.known.name, choice)
         if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
             # (a function without a rule keeps what its inputs do not explain, and the account must close)
-            layer = Layer(func, args, kwargs, tuple(inputs), known, place=self.place(), result=result)
+            layer = Layer(
+                op.function, op.args, op.kwargs, tuple(op.inputs), op.known, place=self.place(), result=result
+            )
             return _Proportional().attach(self.attachment).operate(layer)
         if account is not None and constant is not None and constant.any():
-            target = account.absorb(self.place(), inputs[0], target, Shares(bias=constant))
+            target = account.absorb(self.place(), op.inputs[0], target, Shares(bias=constant))
             return None if result is None else target
         return result
+
+    def _read_by(self, op: Operation) -> Any:
+        """Output of a call that may read an output of the γ rule, which is simpler if a ReLU does."""
+        if op.known.canonical != "relu":
+            self._note_reading(op.inputs)
+            return op.run()
+        call = self.attachment.rectifiable.get(id(op.inputs[0]))
+        result = None if call is None else call.rectify(op.inputs[0], op.is_in_place)
+        return op.run() if result is None else result
 
     def _note_reading(self, inputs: Sequence[Tensor]) -> None:
         """Note for outputs of the γ rule that something else than a ReLU reads them."""
@@ -246,9 +245,9 @@ class Operations(SeeingMode):
         if functions is None:
             return None
         known = activation(type(module).__name__, functions[-1].gives)
-        choice = self.choose(known, known.kind, 0, False)
+        choice = self.choose(known, known.kind)
         if choice.rule is None or any(
-            self.choose(function, function.kind, 0, False).number < choice.number for function in functions
+            self.choose(function, function.kind).number < choice.number for function in functions
         ):
             return None
         return choice, known
@@ -267,14 +266,6 @@ class Operations(SeeingMode):
             self.__enter__()  # type: ignore[no-untyped-call]
         elif self._aside > 1:
             self._aside -= 2
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function, under its rule if it has one."""
-        if self._aside:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 
@@ -349,7 +340,6 @@ class Operations(SeeingMode):
     def _forget(self) -> None:
         self.notes.clear()
         self.attachment.rectifiable.clear()
-        self.operands = None
         self.matching.clear()
         self._wholes.clear()
 

@@ -18,7 +18,7 @@ from crp.canonizers.base import Reporting
 from crp.composites.matching import SeenOperation
 from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
-from crp.rules.layer import changed
+from crp.rules.layer import _in_words, changed
 
 CHAIN_RULE = "ordinary chain rule"
 MERGED = "merged into"
@@ -168,9 +168,7 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
         for name, module in modules.items()
         if name in ran or name in told or (module._parameters and not calls[name])
     }
-    left = dict.fromkeys(
-        f"{s.operation}() in {s.layer!r}" if s.layer else f"{s.operation}()" for s in seen if not s.is_method
-    )
+    left = dict.fromkeys(_in_words(one.operation, one.layer) for one in seen if not one.is_method)
     return Report(
         repr(composite),
         type(model).__name__,

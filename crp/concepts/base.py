@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.checks import check_choice
 from crp.concepts.ids import _masked, as_ids, check_alike, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputTypeError
 from crp.flags import check_flags
 from crp.types import MaskFactory, MaskFn
 
@@ -215,8 +216,7 @@ class Concept:
             Batch index, value, and position of the maximum, in descending order; ties in the order of the batch.
         """
         check_flags(abs_norm=abs_norm)
-        if max_target not in ("sum", "max"):
-            raise InputError(f"max_target must be 'sum' or 'max', not {max_target!r}")
+        check_choice("max_target", max_target, Literal["sum", "max"])
         if self._ranks_itself():
             scores = scores_of(self._from_relevance(relevance, layer_name), layer_name)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crp.layers.devices import KERNEL_DTYPES, define_operation, kernels_in
+from crp.layers.devices import define_operation, has_kernels, kernels_in
 
 _KERNELS = "crp.concepts.triton_scores"
 #: Positions that a kernel can count.
@@ -23,19 +23,16 @@ def fused_scores(values: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     values : Tensor of shape (batch, concepts, positions)
     """
     differentiable = values.requires_grad and torch.is_grad_enabled()
-    if not values.is_cuda or differentiable or values.dtype not in KERNEL_DTYPES or not values.numel():
+    if differentiable or not values.numel() or values.shape[-1] >= _MOST or not has_kernels(_KERNELS, values):
         return None
-    plain = not torch._C._functorch.is_functorch_wrapped_tensor(values)
-    if values.shape[-1] >= _MOST or not plain or kernels_in(_KERNELS) is None:
-        return None
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.crp.scores(values.detach())
-    return found
+    scores: tuple[Tensor, Tensor, Tensor] = torch.ops.crp.scores(values.detach())
+    return scores
 
 
 def _scores(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
-        found: tuple[Tensor, Tensor, Tensor] = kernels_in(_KERNELS).launch_scores(values)
-    return found
+        scores: tuple[Tensor, Tensor, Tensor] = kernels_in(_KERNELS).launch_scores(values)
+    return scores
 
 
 define_operation("scores(Tensor values) -> (Tensor, Tensor, Tensor)", _scores)

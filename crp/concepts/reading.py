@@ -83,7 +83,7 @@ def code_of(concept: Any, activation: Tensor) -> Tensor:
 
 def activation_scores(concept: Any, activation: Tensor, layer_name: str) -> ConceptScores:
     """Scores of every concept of every sample by how active it was."""
-    if has_own(concept, "code"):
+    if _has_own(concept, "code"):
         return scores_of(code_of(concept, activation), layer_name)
     found: ConceptScores = concept.scores(activation, layer_name)
     return found
@@ -91,7 +91,7 @@ def activation_scores(concept: Any, activation: Tensor, layer_name: str) -> Conc
 
 def activation_sums(concept: Any, activation: Tensor, layer_name: str) -> Tensor:
     """How active every concept is, summed over its positions, of shape (rows, concepts)."""
-    if has_own(concept, "code"):
+    if _has_own(concept, "code"):
         return by_position(code_of(concept, activation), layer_name).sum(-1)
     found: Tensor = concept.attribute(activation, layer_name=layer_name, abs_norm=False)
     return found
@@ -99,7 +99,7 @@ def activation_sums(concept: Any, activation: Tensor, layer_name: str) -> Tensor
 
 def relevance_scores(concept: Any, values: LayerValues, layer_name: str) -> ConceptScores:
     """Scores of every concept of every sample by how relevant it was."""
-    if has_own(concept, "relevance") and concept.needs_multiplier:
+    if _has_own(concept, "relevance") and concept.needs_multiplier:
         return scores_of(relevance_at(concept, values, layer_name), layer_name)
     found: ConceptScores = concept.scores(values.relevance, layer_name)
     return found
@@ -107,7 +107,7 @@ def relevance_scores(concept: Any, values: LayerValues, layer_name: str) -> Conc
 
 def relevance_sums(concept: Any, values: LayerValues, layer_name: str, abs_norm: bool = True) -> Tensor:
     """Relevance of every concept, of shape (rows, concepts): `Concept.attribute`, also where it needs multipliers."""
-    if has_own(concept, "relevance") and concept.needs_multiplier:
+    if _has_own(concept, "relevance") and concept.needs_multiplier:
         return Concept().attribute(relevance_at(concept, values, layer_name), layer_name=layer_name, abs_norm=abs_norm)
     found: Tensor = concept.attribute(values.relevance, layer_name=layer_name, abs_norm=abs_norm)
     return found
@@ -146,7 +146,7 @@ def starts_by_code(concept: Any) -> bool:
 
     Channels, and places along an axis, are parts of the activation, which their mask lets through.
     """
-    return has_own(concept, "code") and type(concept).code is not AxisConcept.code
+    return _has_own(concept, "code") and type(concept).code is not AxisConcept.code
 
 
 def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> None:
@@ -167,7 +167,7 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
     ConceptError
         If they differ. For concept types from before `Concept.relevance` it is a warning.
     """
-    if hasattr(concept, "column") or not has_own(concept, "mask"):
+    if hasattr(concept, "column") or not _has_own(concept, "mask"):
         return
     first = values.rows(slice(1))
     flows, counted = (
@@ -203,8 +203,8 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
             f"{score:.4g}, but its mask lets {kept:.4g} of the relevance through; define "
             f"{type(concept).__name__}.relevance(activation, multiplier) so that both agree"
         )
-        older = any(has_own(concept, name) for name in ("scores", "reference_sampling"))
-        if not older or concept.needs_multiplier or has_own(concept, "relevance"):
+        older = any(_has_own(concept, name) for name in ("scores", "reference_sampling"))
+        if not older or concept.needs_multiplier or _has_own(concept, "relevance"):
             raise ConceptError(message)
         warn(message)
         return
@@ -223,7 +223,7 @@ def relevance_at(concept: Concept, values: LayerValues, layer_name: str) -> Tens
     return concept.relevance(values.counted, values.multiplier)
 
 
-def has_own(concept: Any, method: str) -> bool:
+def _has_own(concept: Any, method: str) -> bool:
     """Whether a concept type defines a method, and does not inherit that of `Concept`."""
     defined = getattr(type(concept), method, None)
     return defined is not None and defined is not getattr(Concept, method)

@@ -15,15 +15,7 @@ from zennit.core import Composite
 from crp.engine.attached import composite_on, is_on, put_on, rules_by_hand
 from crp.engine.backward import MakeMasks, input_name, send_back, send_rows_back
 from crp.engine.basic_hooks import batched_hooks
-from crp.engine.conditions import (
-    Rows,
-    all_positions,
-    check_conditions,
-    check_start,
-    check_targets_exist,
-    init_of_rows,
-    initial_relevance,
-)
+from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass, tensor_in
@@ -36,6 +28,7 @@ from crp.engine.model_state import changed_weights, weights_of
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
+from crp.engine.targets import all_positions, check_start, check_targets_exist, init_of_rows, initial_relevance
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks

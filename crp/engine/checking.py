@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.engine.attached import put_on
-from crp.engine.conditions import initial_relevance
 from crp.engine.door import is_finite, not_finite
 from crp.engine.encoding import Encoding, propagation_of
+from crp.engine.targets import initial_relevance
 from crp.layers import evaluating, hooked, modules_of
 from crp.types import AbsorbedRelevance, AttributionResults, Condition
 from crp.wording import percent

@@ -132,9 +132,9 @@ def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
 
 def _all_finite(result: object) -> bool:
     """Whether a tensor is finite, or all in a dict, tuple or list are."""
-    parts = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else [result]
-    return all(_all_finite(part) if isinstance(part, tuple | list) else is_finite(part) for part in parts
-               if isinstance(part, Tensor | tuple | list))  # fmt: skip
+    if isinstance(result, dict | tuple | list):
+        return all(map(_all_finite, result.values() if isinstance(result, dict) else result))
+    return not isinstance(result, Tensor) or is_finite(result)
 
 
 def _listed(names: list[str]) -> str:

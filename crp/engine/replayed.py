@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from crp.engine.attached import is_on
 from crp.engine.call import Call
-from crp.engine.conditions import Grid, Rows, check_targets_exist, initial_relevance
+from crp.engine.conditions import Grid, Rows
 from crp.engine.encoding import Encoding, Propagation
 from crp.engine.inputs import Inputs
 from crp.engine.joining import Part
@@ -21,6 +21,7 @@ from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import ModelState, is_traced, is_watched
 from crp.engine.replay import Computation, Recorder, Replays
 from crp.engine.settings import Settings
+from crp.engine.targets import check_targets_exist, initial_relevance
 from crp.layers.devices import send_to
 from crp.types import AttributionResults
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crp.engine.conditions import Grid, Position, Rows
+from crp.engine.conditions import Grid, Rows
+from crp.engine.targets import Position
 
 
 @dataclass(frozen=True)

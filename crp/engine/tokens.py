@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from crp.engine.attached import put_on
 from crp.engine.door import unknown_ids
 from crp.errors import InputError, OutOfRangeError
-from crp.layers import looking, modules_of
+from crp.layers import hooked, looking, modules_of
 from crp.layers.interrupts import atomic
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
@@ -107,22 +108,15 @@ def _layer_of_ids(
     readers: dict[str, None] = {}
     device = next(model.parameters()).device
     one = {key: value[:1].to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
-    handles = [
-        module.register_forward_hook(
-            lambda _, args, kwargs, output, layer=layer: (
-                readers.update({layer: None}) if _is_same(_given(args, kwargs), one[name]) else None
-            ),
-            with_kwargs=True,
-        )
-        for layer, module in layers.items()
-    ]
-    try:
-        with looking(), put_on(None, model), torch.no_grad():
-            by_position = [value for key, value in one.items() if isinstance(key, int)]
-            model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def note(layer: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if _is_same(_given(args, kwargs), one[name]):
+            readers[layer] = None
+
+    hooks: dict[nn.Module, Any] = {module: partial(note, layer) for layer, module in layers.items()}
+    with hooked(hooks, with_kwargs=True), looking(), put_on(None, model), torch.no_grad():
+        by_position = [value for key, value in one.items() if isinstance(key, int)]
+        model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
     if len(readers) != 1:
         raise InputError(
             f"{'no layer looks' if not readers else f'layers {list(readers)} look'} up the embeddings of input "
@@ -210,7 +204,7 @@ def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded])
                 waiting[name] = args[name] if isinstance(name, int) else kwargs[name], kwargs[key]
         return args, {key: value for key, value in kwargs.items() if key not in keys}
 
-    def give(name: int | str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
+    def give(name: int | str, _: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         ids, values = waiting.get(name, (None, None))
         if ids is None or values is None or not _is_same(_given(args, kwargs), ids):
             return None
@@ -223,13 +217,8 @@ def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded])
         # (parts of a model, as encoder and decoder, may look ids up by layers that share their weights)
         for module in (m for m in modules.values() if getattr(m, "weight", None) is modules[layer].weight):
             if type(module) is type(modules[layer]):
-                handles.append(
-                    module.register_forward_hook(
-                        lambda _, args, kwargs, output, name=name: give(name, args, kwargs, output),
-                        prepend=True,  # (what is recorded of the layer are these embeddings)
-                        with_kwargs=True,
-                    )
-                )
+                # (first, so that what is recorded of the layer are these embeddings)
+                handles.append(module.register_forward_hook(partial(give, name), prepend=True, with_kwargs=True))
     try:
         yield {key: embedded[name].values for key, name in keys.items()}
     finally:

@@ -47,13 +47,21 @@ def is_recording() -> bool:
 
 def can_be_read(tensor: Tensor) -> bool:
     """Whether the host may look at values now: not where they are recorded, traced, mapped over or left out."""
-    if is_recording() or tensor.is_meta or torch.compiler.is_compiling():
-        return False
+    return _is_plain(tensor) and not (is_recording() or tensor.is_meta or torch.compiler.is_compiling())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's own, which no function such as `torch.vmap` has wrapped."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 #: Kinds of numbers that kernels compute with.
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def has_kernels(module: str, *tensors: Tensor) -> bool:
+    """Whether the kernels of a module in Triton can compute with these tensors: on a GPU, and where there is Triton."""
+    return all(t.is_cuda and t.dtype in _KERNEL_DTYPES and _is_plain(t) for t in tensors) and bool(kernels_in(module))
 
 
 @cache

@@ -31,7 +31,7 @@ from crp.rules.functions import Function, _parameters_of
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
 from crp.rules.operands import ADDED
-from crp.rules.shared import Parts, _Shared
+from crp.rules.shared import Parts, _OfMethod, _Shared
 from crp.trace.recorder import tensors_in
 
 #: What becomes of attention's probabilities: held constant, or given half of the relevance.
@@ -133,20 +133,8 @@ class MatrixProduct(_Attending):
         }
 
 
-class _ConstantWeights(MatrixProduct):
-    """The same for methods without a rule for attention: one operand must be such probabilities, which are constant.
-
-    Parameters
-    ----------
-    method : str
-        Name of the method, for the message.
-    """
-
-    settings: ClassVar[tuple[str, ...]] = ("method",)
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.method = method
+class _ConstantWeights(_OfMethod, MatrixProduct):
+    """The same for methods without a rule for attention: one operand must be such probabilities, which are constant."""
 
     def operate(self, layer: Layer) -> Any:
         """Return the product.

@@ -45,7 +45,7 @@ from crp.rules.account import Account, Shares
 from crp.rules.functions import AFFINE, Function
 from crp.rules.layer import Layer
 from crp.rules.model_input import ModelInput, _AsRelevance, _DetachedInput, _Unit, _UnitMultiplier
-from crp.rules.notes import Copied, Notes
+from crp.rules.notes import Copied, Note, Notes
 from crp.rules.one_module import OneModule
 from crp.rules.redirect import Redirect, SecondOrder, _released, _saves_output
 from crp.rules.stabilizer import Absolute, quotient, stabilizing
@@ -187,7 +187,7 @@ class Rule(Hook):  # type: ignore[misc]
         layer.zero_params = self.zero_params
         layer.at_input = self.stands_at_input(layer)
         if self.attachment is not None and layer.at_input:
-            note = self.attachment.notes.of(a)
+            note = self._note_of(a)
             layer.copied = None if note is None else note.copied
             layer.held = cast(Tensor, _DetachedInput.apply(a, self.attachment.model_input))
         if self.adds_up and self.multiplier and layer.operands is not None:
@@ -218,24 +218,24 @@ class Rule(Hook):  # type: ignore[misc]
 
     def share(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> Tensor:
         """Output of an operation, whose relevance is shared among the terms."""
-        self._check_terms(layer, a, y, terms)
+        surrogates = [term.z for term in terms]
+        self._check_surrogates(layer, a, y, surrogates)
         with torch.no_grad():
             scales = [self._scale(term, y).to(term.z.dtype) for term in terms]
-        out = self.redirect(layer, a, y, [term.z for term in terms], scales)
-        if self.attachment is not None and self.attachment.account is not None:
-            shares = self._shares(layer.again(), a, terms, scales, out)
-            out = self.attachment.account.absorb(layer.place, a, out, shares)
-        return out
+        out = self.redirect(layer, a, y, surrogates, scales)
+        if self._account is None:
+            return out
+        return self._account.absorb(layer.place, a, out, self._shares(layer.again(), a, terms, scales, out))
 
-    def _check_terms(self, layer: Layer, a: Tensor, y: Tensor, terms: Sequence[Term]) -> None:
-        """Raise an error if a surrogate has not the output's shape, or if relevance could not reach the input."""
-        for z in [term.z for term in terms]:
+    def _check_surrogates(self, layer: Layer, a: Tensor, y: Tensor, surrogates: Sequence[Tensor]) -> None:
+        """Raise an error if one has not the output's shape, or if relevance could not reach the input."""
+        for z in surrogates:
             if not isinstance(z, Tensor) or z.shape != y.shape:
                 wrong = f"a tensor of {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
                 raise InputTypeError(
                     f"{type(self).__name__} makes {wrong} the surrogate of {layer}, which returns {tuple(y.shape)}"
                 )
-        if a.requires_grad and not any(term.z.requires_grad for term in terms):
+        if a.requires_grad and not any(z.requires_grad for z in surrogates):
             raise InputTypeError(
                 f"{type(self).__name__} makes a constant the surrogate of {layer}: it must be differentiable in a"
             )
@@ -318,10 +318,19 @@ class Rule(Hook):  # type: ignore[misc]
         if not self.multiplier:
             return cast(Tensor, _Unit.apply(a, a))
         source = cast(Tensor, _UnitMultiplier.apply(a.clone()))  # (the model may overwrite its tensor)
-        if self.attachment is None or self.attachment.account is None:
+        if self._account is None:
             return source
         lost = Shares(empty=(a.detach() == 0).to(a.dtype))  # no multiplier of 0 is relevance
-        return self.attachment.account.absorb(layer.place, a, source, lost)
+        return self._account.absorb(layer.place, a, source, lost)
+
+    @property
+    def _account(self) -> Account | None:
+        """Where layers account for what they keep, if anyone asked."""
+        return None if self.attachment is None else self.attachment.account
+
+    def _note_of(self, tensor: Tensor) -> Note | None:
+        """What is known of a tensor of the forward pass, if anything is."""
+        return None if self.attachment is None else self.attachment.notes.of(tensor)
 
     def copy(self) -> Rule:
         """Rule of the same settings."""
@@ -378,7 +387,7 @@ def _is_exact(rule: Rule) -> bool:
         and isinstance(rule._stabilize, Absolute)
         and rule._stabilize.epsilon == 0
         and not rule.zero_params
-        and (rule.attachment is None or rule.attachment.account is None)
+        and rule._account is None
     )
 
 

@@ -86,7 +86,7 @@ class Difference(Rule):
 
     def parts_of(self, tensor: Tensor) -> _Parts | None:
         """Parts of an affine output, or of a copy of it; None for other tensors."""
-        note = None if self.attachment is None else self.attachment.notes.of(tensor)
+        note = self._note_of(tensor)
         return None if note is None else note.parts
 
     def rescaled(self, layer: Layer, reference: Layer) -> Tensor:

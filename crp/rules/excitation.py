@@ -13,11 +13,11 @@ input can be picked through it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from crp.errors import InputError
+from crp.checks import check_choice
 from crp.rules.layer import Layer, Modifier, negative, positive
 from crp.rules.lrp import LRPRule
 from crp.rules.stabilizer import Stabilize
@@ -57,8 +57,7 @@ class Excitation(LRPRule):
 
     def __init__(self, signed: Signed = "split", stabilizer: Stabilize = 0.0) -> None:
         super().__init__(stabilizer)
-        if signed not in get_args(Signed):
-            raise InputError(f"signed must be one of {', '.join(map(repr, get_args(Signed)))}, not {signed!r}")
+        check_choice("signed", signed, Signed)
         self.signed = signed
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:

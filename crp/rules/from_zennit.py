@@ -72,7 +72,7 @@ class _Lifted(Rule):
             inner = in_mod(a.detach().clone()).detach().clone().requires_grad_()
             outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), inner)))
             inputs.append(inner)
-        note = None if self.attachment is None else self.attachment.notes.of(a)
+        note = self._note_of(a)
         unit = None if note is None or note.copied is None else _unit_of(note.copied)
         target, divisor = (a, a.detach()) if unit is None else (unit, None)
         return cast(Tensor, _Propagate.apply(target, y, divisor, self.hook, inputs, outputs))

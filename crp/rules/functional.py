@@ -46,11 +46,10 @@ class Linearized(Rule):
         zs, scales = [z for z, _ in parts], [scale.detach() for _, scale in parts]
         second = SecondOrder(again, layer.inputs, self.is_active, lambda: self._scales_of(again))
         out = cast(Tensor, Redirect.apply(_released(own), second, len(zs), *zs, *scales, own))
-        account = None if self.attachment is None else self.attachment.account
-        if account is None:
+        if self._account is None:
             return out
         constant = own.detach() - sum(z.detach() * scale for z, scale in zip(zs, scales, strict=True))
-        return account.absorb(layer.place, layer.inputs[0], out, Shares(bias=constant))
+        return self._account.absorb(layer.place, layer.inputs[0], out, Shares(bias=constant))
 
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """What a module without parts calls."""
@@ -111,7 +110,7 @@ class Gate(_Shared):
             return False
         left, right = layer.inputs
         is_real = left.is_floating_point() and right.is_floating_point() and left is not right
-        return is_real and (self.attachment is None or self.attachment.account is None)
+        return is_real and self._account is None
 
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Products of two factors that a module without parts calls."""
@@ -226,26 +225,26 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        dim = self._softmax_along(layer) if len(layer.inputs) == 2 and self.attachment is not None else None
-        if dim is None or self.attachment is None:
+        softmax = self._as_softmax(layer)
+        if softmax is None or self.attachment is None:
             return super().operate(layer)
-        note = self.attachment.notes.of(layer.inputs[0])
-        assert note is not None
-        source = note.parts.source
-        written = Layer(torch.softmax, (source, dim), {}, (source,), look_up(torch.softmax), place=layer.place)
         layer.gives = Born.SOFTMAX
-        return cast(Tensor, _Proportional().attach(self.attachment).operate(written))
+        return cast(Tensor, _Proportional().attach(self.attachment).operate(softmax))
 
-    def _softmax_along(self, layer: Layer) -> int | None:
-        """Axis along which exponentials are divided by their sum, if that is what the quotient is."""
+    def _as_softmax(self, layer: Layer) -> Layer | None:
+        """The call of the softmax that exponentials are over their sum; None if the quotient is another."""
+        if len(layer.inputs) != 2:
+            return None
         above, below = layer.inputs
-        note = None if self.attachment is None else self.attachment.notes.of(above)
+        note = self._note_of(above)
         if note is None or not isinstance(note.parts, _Exponential) or above.dim() != below.dim():
             return None
         summed = [d for d, (n, k) in enumerate(zip(above.shape, below.shape, strict=True)) if n != k]
         total = above.sum(summed, keepdim=True) if len(summed) == 1 else None
-        is_sum = total is not None and total.shape == below.shape and torch.allclose(total, below, rtol=1e-5, atol=0)
-        return summed[0] if is_sum else None
+        if total is None or total.shape != below.shape or not torch.allclose(total, below, rtol=1e-5, atol=0):
+            return None
+        source = note.parts.source
+        return Layer(torch.softmax, (source, summed[0]), {}, (source,), look_up(torch.softmax), place=layer.place)
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Dividend, scaled by one over the divisor; a divisor alone hands its relevance on."""
@@ -281,7 +280,7 @@ class Normalization(Linearized):
         (a,) = inputs
         arguments = _arguments(layer)
         weight, bias = (_aligned(arguments.get(name), layer.name, a) for name in ("weight", "bias"))
-        if layer.name in ("layer_norm", "rms_norm") and not self.zero_params and not self._accounts():
+        if layer.name in ("layer_norm", "rms_norm") and not self.zero_params and self._account is None:
             dims = tuple(range(-len(arguments["normalized_shape"]), 0))
             z = cast(Tensor, _Centred.apply(a, weight, dims if layer.name == "layer_norm" else None))
             return [(z, 1 / _DEVIATIONS[layer.name](a, dims, arguments["eps"]))]
@@ -291,9 +290,6 @@ class Normalization(Linearized):
             return [(z, scale)]
         shift = (0.0 if bias is None else bias) - scale * mean
         return [(z, scale), (a, torch.where(a == 0, 0.0, shift / a))]
-
-    def _accounts(self) -> bool:
-        return self.attachment is not None and self.attachment.account is not None
 
 
 class _Centred(torch.autograd.Function):

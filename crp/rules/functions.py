@@ -365,7 +365,7 @@ _AUGMENTED = frozenset(
 )
 
 
-def in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def in_place(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the result takes the place of the first operand, and is returned."""
     # (torch hands it on by name; by position, True may be `training`)
     return _in_place_by_name(getattr(function, "__name__", "")) or (bool(kwargs) and bool(kwargs.get("inplace")))
@@ -374,11 +374,6 @@ def in_place(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 @lru_cache(maxsize=4096)
 def _in_place_by_name(name: str) -> bool:
     return (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
-
-
-def overwrites(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the first operand is changed."""
-    return name_of(function) == "setitem" or in_place(function, args, kwargs)
 
 
 def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:

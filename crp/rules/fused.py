@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crp.layers.devices import KERNEL_DTYPES, define_operation, is_recording, kernels_in
+from crp.layers.devices import define_operation, has_kernels, is_recording, kernels_in
 
 _KERNELS = "crp.rules.triton_kernels"
 #: Entries that a kernel can count; and from which on it saves more than it costs to start it from Python.
@@ -34,8 +34,8 @@ def fused_quotient(
     """
     if not _fits(below, added, above):
         return None
-    found: Tensor = torch.ops.crp.quotient(above.detach(), below.detach(), added, epsilon, sign, weight)
-    return found
+    result: Tensor = torch.ops.crp.quotient(above.detach(), below.detach(), added, epsilon, sign, weight)
+    return result
 
 
 def fused_gamma_scales(
@@ -44,21 +44,18 @@ def fused_gamma_scales(
     """Scales of the γ rule, as `crp.rules.gamma.gamma_scales` has them; None where no kernel does it."""
     if not _fits(p, added, y):
         return None
-    found: tuple[Tensor, Tensor] = torch.ops.crp.gamma_scales(y.detach(), p.detach(), added, gamma, epsilon)
-    return found
+    scales: tuple[Tensor, Tensor] = torch.ops.crp.gamma_scales(y.detach(), p.detach(), added, gamma, epsilon)
+    return scales
 
 
 def _fits(below: Tensor, added: Tensor | None, above: Tensor) -> bool:
     fewest = 1 if is_recording() else _FEWEST  # (a replay starts it without Python)
-    if not below.is_cuda or below.dtype not in KERNEL_DTYPES or not fewest <= below.numel() < _MOST:
-        return False
-    if kernels_in(_KERNELS) is None:
+    if not fewest <= below.numel() < _MOST or not has_kernels(_KERNELS, above, below):
         return False
     alike = above.dtype == below.dtype and above.shape == below.shape and above.stride() == below.stride()
     dense = below.is_contiguous() or (below.dim() == 4 and below.is_contiguous(memory_format=torch.channels_last))
-    plain = not any(map(torch._C._functorch.is_functorch_wrapped_tensor, (above, below)))
     fits = added is None or (added.dtype == below.dtype and added.numel() == below.shape[below.dim() - added.dim()])
-    return alike and dense and plain and fits and above.is_cuda
+    return alike and dense and fits
 
 
 def _quotient(above: Tensor, below: Tensor, added: Tensor | None, epsilon: float, sign: int, weight: float) -> Tensor:

@@ -76,9 +76,8 @@ class Gamma(LRPRule):
         reads the output, is computed only when a gradient arrives.
         """
         attachment = self.attachment
-        if attachment is None or attachment.account is not None or layer.weight is None:
-            return super().propagate(layer, a, y)
-        if self.zero_params:  # (the surrogate of a positive output may be negative)
+        # (with zero_params, the surrogate of a positive output may be negative)
+        if attachment is None or self._account is not None or layer.weight is None or self.zero_params:
             return super().propagate(layer, a, y)
         waiting = layer.again()
         if attachment.rectified.get(layer.weight):  # type: ignore[no-untyped-call]
@@ -104,8 +103,9 @@ class Gamma(LRPRule):
         return [z, p], [scale.to(z.dtype) for scale in scales]
 
     def _is_joint(self) -> bool:
-        shares = self.attachment is not None and self.attachment.account is None
-        return shares and self.multiplier and isinstance(self._stabilize, Absolute) and not self.zero_params
+        """Whether both terms can be scales of two sums; see `joint`."""
+        is_usual = self.multiplier and self._account is None and not self.zero_params
+        return is_usual and isinstance(self._stabilize, Absolute)
 
     def _scales_again(self, layer: Layer, a: Tensor) -> list[Tensor]:
         if not self._is_joint():
@@ -134,7 +134,7 @@ def gamma_scales(
     gamma : float
     stabilize : Absolute
     """
-    if not torch.is_grad_enabled() and p.is_cuda:
+    if p.is_cuda and not torch.is_grad_enabled():
         fused = fused_gamma_scales(y, p, added, gamma, stabilize.epsilon)
         if fused is not None:
             return fused

@@ -302,7 +302,12 @@ class Layer:
         place = self.place or (self.locate() if self.locate is not None else "")
         if self.module is not None:
             return f"{self.name} {place!r}"
-        return f"{self.name}() in {place!r}" if place else f"{self.name}()"
+        return _in_words(self.name, place)
+
+
+def _in_words(function: str, place: str) -> str:
+    """A call of a function in a module, if that is known, for messages."""
+    return f"{function}() in {place!r}" if place else f"{function}()"
 
 
 def _adds_by_itself(a: Tensor) -> bool:

@@ -16,18 +16,18 @@ is said to conserve relevance where this is so without bias and for :math:`\vare
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, cast, get_args
+from collections.abc import Sequence
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.errors import InputError
 from crp.rules.attention import _Exponential
 from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
-from crp.rules.layer import Layer, negative, positive
+from crp.rules.layer import Layer, Modifier, negative, positive
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
 from crp.rules.terms import Term
@@ -164,8 +164,7 @@ class Pass(Rule):
 
     def _scales_later(self, layer: Layer, y: Tensor) -> bool:
         """Whether the input is kept anyway, by the call's own gradient, so that the scale need not be."""
-        has_account = self.attachment is None or self.attachment.account is not None
-        return not has_account and y is layer.output and hasattr(y.grad_fn, "_saved_self")
+        return self._account is None and y is layer.output and hasattr(y.grad_fn, "_saved_self")
 
     def _scales_later_on(self, again: Layer, a: Tensor, borrowed: _Borrowed) -> list[Tensor]:
         """The scale: of the output, if the model's next operation has kept it, or else of the call once more."""
@@ -239,7 +238,8 @@ class ZPlus(LRPRule):
         norm_scale: bool = False,
     ) -> None:
         super().__init__(stabilizer, zero_params, norm_scale=norm_scale)
-        self.empty = _checked(empty)
+        check_choice("empty", empty, Empty)
+        self.empty = empty
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         """Return the layer's positive contributions."""
@@ -306,7 +306,8 @@ class AlphaBeta(LRPRule):
         if alpha < 0 or beta < 0 or not math.isclose(alpha - beta, 1.0, abs_tol=1e-9):
             raise InputError(f"alpha and beta must not be negative, and alpha - beta must be 1; got {alpha} and {beta}")
         self.alpha, self.beta = alpha, beta
-        self.empty = _checked(empty)
+        check_choice("empty", empty, Empty)
+        self.empty = empty
         # Positive and negative contributions are all there are.
         self.adds_up = beta > 0 and self.empty == "drop" and not self.zero_params
 
@@ -321,15 +322,6 @@ class AlphaBeta(LRPRule):
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
         return _or_itself(terms, torch.stack(empty).any(0), _itself(self, layer, a))
-
-
-Modifier = Callable[[Tensor], Tensor]
-
-
-def _checked(empty: Empty) -> Empty:
-    if empty not in get_args(Empty):
-        raise InputError(f"empty must be one of {', '.join(map(repr, get_args(Empty)))}, not {empty!r}")
-    return empty
 
 
 def _is_rectifier(layer: Layer) -> bool:

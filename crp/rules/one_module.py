@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
 from crp.rules.functions import Function
-from crp.rules.mode import Choice, SeeingMode, _Operates
+from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
+from crp.rules.operands import Operands
 from crp.trace.recorder import tensors_in
 
 
@@ -24,14 +25,16 @@ class OneModule(SeeingMode):
     module : nn.Module
     """
 
-    def __init__(self, rule: _Operates, module: nn.Module) -> None:
+    def __init__(self, rule: Any, module: nn.Module) -> None:
         super().__init__(Notes())
         self.rule, self.alone = rule, not module._modules
         self.kind = type(module).__name__
         self._treated = 0
         self._depth = 0
 
-    def choose(self, known: Function, kind: str, flags: int, several: bool) -> Choice:
+    def choose(
+        self, known: Function, kind: str, first: bool = False, several: bool = False, operands: Operands | None = None
+    ) -> Choice:
         """Give the rule, if it is for the operation."""
         treats = not several and self.rule.treats(known, kind, self.alone)
         self._treated += treats

@@ -56,9 +56,9 @@ def _layer(slides: bool = False, convolves: bool = False) -> Parse:
         function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
     ) -> Operands | None:
         others = dict(kwargs)
-        first, weight, bias = (
+        first, weight, bias = [
             args[i] if i < len(args) else others.pop(name, None) for i, name in enumerate(("input", "weight", "bias"))
-        )
+        ]
         rest, space, added = args[3:], weight.dim() - 2 if slides else 0, None
         if bias is not None and depends(bias):
             added, bias = bias.reshape(-1, *(1,) * space) if space else bias, None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from crp.rules.functions import Function, _has_negative
-from crp.rules.notes import BORN, NONNEGATIVE, Born
+from crp.rules.functions import _has_negative
+from crp.rules.layer import changed
+from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
+from crp.rules.operation import Operation
 
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
 _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
@@ -19,49 +23,24 @@ _LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
 _ELEMENTWISE = frozenset(("neg", "mul", "div", "pow", "sub", "rsub", "add", *_LOWEST))
 
 
-def _passed(
-    known: Function,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    inputs: Sequence[Tensor],
-    flags: int,
-    born: Callable[[Tensor], int],
-) -> int:
-    """What is known of a result.
-
-    Parameters
-    ----------
-    known : Function
-        What was called.
-    args, kwargs
-        What it was called with.
-    inputs : sequence of Tensor
-        Operands that depend on the model's input.
-    flags : int
-        What is known of all of them.
-    born : callable
-        What made the values of one.
-    """
-    kept, name = flags & known.keeps, known.canonical
+def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
+    """What is known of an operation's result; ``born`` says what made the values of an input."""
+    known, flags, name = op.known, op.flags, op.known.canonical
+    kept = flags & known.keeps
     if name in _ELEMENTWISE:
-        kept = _kept_by(name, kept, args, kwargs, inputs, flags, born)
-    if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or (name == "getitem" and _has_tensor(args[1:]))):
+        kept = _kept_by(op, kept, born)
+    if flags & (Born.SOFTMAX | Born.ROUTED) and (
+        known.has("indexes") or (name == "getitem" and _has_tensor(op.args[1:]))
+    ):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
         kept |= Born.ROUTED
     return kept | known.gives
 
 
-def _kept_by(
-    name: str,
-    kept: int,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    inputs: Sequence[Tensor],
-    flags: int,
-    born: Callable[[Tensor], int],
-) -> int:
+def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
     """What is known of the result of one of `_ELEMENTWISE`, of which the table says that ``kept`` is."""
+    name, args, kwargs, inputs, flags = op.known.canonical, op.args, op.kwargs, op.inputs, op.flags
     if name == "neg" and flags & (Born.SQUASHED | Born.NEGATED):
         kept ^= Born.SQUASHED | Born.NEGATED
     elif name in ("mul", "div"):
@@ -75,7 +54,7 @@ def _kept_by(
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
-    elif name in ("sub", "rsub", "add") and _is_complement(name, flags, args, kwargs, inputs):
+    elif name in ("sub", "rsub", "add") and _is_complement(op):
         kept |= Born.SQUASHED | flags & Born.ACTIVATION  # a gate is closed as far as another one is open
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
@@ -98,14 +77,67 @@ def _has_tensor(value: object) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_has_tensor, value)))
 
 
-def _is_complement(
-    name: str, flags: int, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]
-) -> bool:
+def _is_complement(op: Operation) -> bool:
     """Whether a sum or difference is 1 (or a constant tensor) minus what a squashing function has made."""
-    if not flags & (Born.NEGATED if name == "add" else Born.SQUASHED):
+    name, kwargs, inputs = op.known.canonical, op.kwargs, op.inputs
+    if not op.flags & (Born.NEGATED if name == "add" else Born.SQUASHED):
         return False
-    whole, part = [*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
+    whole, part = [*op.args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
         whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
     return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1
+
+
+# --- copies of the model's input ------------------------------------------------------------------------------------
+
+#: Functions that leave every entry of one operand in its place, whatever constants do to it.
+_IN_PLACE_OF_THE_INPUT = frozenset(
+    """add sub rsub mul div neg positive dropout dropout1d dropout2d dropout3d alpha_dropout
+    feature_alpha_dropout""".split()  # noqa: SIM905
+)
+#: Functions that return several tensors.
+_SEVERAL = frozenset(
+    "chunk dsplit hsplit split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split vsplit".split()  # noqa: SIM905
+)
+
+
+def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
+    """How an operation copies its result, or each of several, from the model's input; None if it does not."""
+    below = [note.copied for note in map(notes.of, op.inputs) if note is not None and note.copied is not None]
+    if len(below) != len(op.inputs):
+        return None
+    if op.known.canonical in _IN_PLACE_OF_THE_INPUT:
+        return Copied(below) if len(below) == 1 else None
+    if op.known.canonical == "setitem":
+        return Copied(below, partial(_set_again, op))
+    if not op.known.has("copies") or op.overwrites:
+        return None
+    again = partial(_run_on, op)
+    if op.known.has("constant"):  # beside copies, which count as no input
+        return Copied(below, lambda *others: again(*others) - again(*map(torch.zeros_like, others)))
+    if op.known.canonical not in _SEVERAL:
+        return Copied(below, again)
+    return [Copied(below, lambda *others, i=i: again(*others)[i]) for i in range(len(op.run()))]
+
+
+def _run_on(op: Operation, *others: Tensor) -> Any:
+    """What an operation makes of other tensors in place of its inputs; constants count as nothing, an index stays."""
+    copies = {id(tensor): other for tensor, other in zip(op.inputs, others, strict=True)}
+
+    def other_than(tensor: Tensor) -> Tensor:
+        if id(tensor) in copies:
+            return copies[id(tensor)]
+        return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
+
+    args, kwargs = changed((op.args, op.kwargs), other_than)
+    return op.function(*args, **kwargs)
+
+
+def _set_again(op: Operation, *others: Tensor) -> Tensor:
+    """What ``target[index] = value`` makes of other tensors in place of its inputs; constants count as nothing."""
+    copies = {id(tensor): other for tensor, other in zip(op.inputs, others, strict=True)}
+    target, index, value = op.args
+    result = copies[id(target)].clone() if id(target) in copies else torch.zeros_like(target, dtype=others[0].dtype)
+    result[index] = copies.get(id(value), 0.0)
+    return result

@@ -98,7 +98,7 @@ class Redirect(torch.autograd.Function):
             if again is not None and torch.is_grad_enabled():  # with create_graph=True
                 scales = again()
             to_surrogates = [m * scale for scale in scales]
-        return (to_y, None, None, *to_surrogates, *(None for _ in scales), *to_own)
+        return (to_y, None, None, *to_surrogates, *[None] * len(scales), *to_own)
 
 
 class _RedirectLater(torch.autograd.Function):

@@ -31,8 +31,7 @@ class _Shared(Rule):
 
     def operate(self, layer: Layer) -> Any:
         """Return the function's output; parts of what flows back go to its operands."""
-        account = None if self.attachment is None else self.attachment.account
-        sink = None if account is None else account.open(layer.place, layer.inputs[0])
+        sink = None if self._account is None else self._account.open(layer.place, layer.inputs[0])
         mine = {id(tensor) for tensor in layer.inputs}
 
         def taking(value: Any, part: Part) -> Any:
@@ -61,9 +60,7 @@ class _Proportional(_Shared):
 
     def operate(self, layer: Layer) -> Any:
         """Return the function's output; what the operands that depend on the model's input do not explain is kept."""
-        if self.attachment is None or self.attachment.account is None:
-            return layer.output
-        return super().operate(layer)
+        return layer.output if self._account is None else super().operate(layer)
 
     def parts(self, layer: Layer) -> Parts:
         """All of it."""
@@ -74,8 +71,8 @@ class _Proportional(_Shared):
         return True
 
 
-class _Refused(_Proportional):
-    """Refuses operations for which a method has no rule, so that no other method's result goes by its name.
+class _OfMethod(Rule):
+    """Base of rules that refuse what a method has no rule for.
 
     Parameters
     ----------
@@ -88,6 +85,10 @@ class _Refused(_Proportional):
     def __init__(self, method: str) -> None:
         super().__init__()
         self.method = method
+
+
+class _Refused(_OfMethod, _Proportional):
+    """Refuses operations for which a method has no rule, so that no other method's result goes by its name."""
 
     def operate(self, layer: Layer) -> Any:
         """Refuse functions of more than one operand that depends on the model's input; others are affine.

@@ -101,19 +101,24 @@ def quotient(
     weight : float
     """
     epsilon = stabilize.epsilon if isinstance(stabilize, Absolute) else None
-    live = torch.is_grad_enabled() and (above.requires_grad or below.requires_grad)
-    if epsilon is not None and not live and below.is_cuda:
+    differentiable = torch.is_grad_enabled() and (above.requires_grad or below.requires_grad)
+    if epsilon is not None and not differentiable and below.is_cuda:
         fused = fused_quotient(above, below, added, epsilon, sign, weight)
         if fused is not None:
             return fused
-    if added is not None:
-        below = below + added
-    if epsilon is None or live:
-        bottom = stabilize(below) if epsilon is None else torch.add(below, below.sign(), alpha=epsilon)
-        found = above / bottom.masked_fill(below == 0, math.inf)
-        return found if weight == 1 else found * weight
-    # Without gradients, all steps can share one memory.
-    if above is below and epsilon > 0:
+    below = below if added is None else below + added
+    if epsilon is None:
+        result = above / stabilize(below).masked_fill(below == 0, math.inf)
+    elif differentiable:
+        result = above / torch.add(below, below.sign(), alpha=epsilon).masked_fill(below == 0, math.inf)
+    else:
+        result = _quotient_in_one_memory(above, below, epsilon, sign)
+    return result if weight == 1 else result.mul_(weight)
+
+
+def _quotient_in_one_memory(above: Tensor, below: Tensor, epsilon: float, sign: int) -> Tensor:
+    """The same without gradients: every step writes over the one before."""
+    if above is below and epsilon > 0:  # an operation whose output is its own surrogate
         above = below.abs()
         bottom = above + epsilon
     elif sign > 0:
@@ -123,5 +128,4 @@ def quotient(
     else:
         bottom = torch.add(below, below.sign(), alpha=epsilon).masked_fill_(below == 0, math.inf)
     fits = above.dtype == bottom.dtype and above.shape == bottom.shape
-    found = torch.div(above, bottom, out=bottom) if fits else above / bottom
-    return found if weight == 1 else found.mul_(weight)
+    return torch.div(above, bottom, out=bottom) if fits else above / bottom

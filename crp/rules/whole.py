@@ -13,7 +13,7 @@ from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
-from crp.rules.layer import Layer, _works_in_place
+from crp.rules.layer import Layer, _works_in_place, changed
 from crp.trace.recorder import tensors_in
 
 
@@ -79,11 +79,11 @@ class Whole(Rule):
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Put the rule on a module, in a composite of zennit."""
-        known, kept = activation(type(module).__name__), []
+        known, kept, changes_input = activation(type(module).__name__), [], _works_in_place(module)
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
             kept.append((args, kwargs))
-            return tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args), kwargs
+            return (changed(args, Tensor.clone), kwargs) if changes_input else None
 
         def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             args, kwargs = kept.pop()
@@ -91,13 +91,13 @@ class Whole(Rule):
             acts = not tracing() and not referencing() and torch.is_grad_enabled() and bool(inputs)
             return self.rule.operate(whole_call(module, args, kwargs, inputs, output, known)) if acts else None
 
-        handles = RemovableHandleList([RemovableHandle(self)])
-        if _works_in_place(module):
-            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-        else:
-            handles.append(module.register_forward_pre_hook(lambda m, a, k: kept.append((a, k)), with_kwargs=True))
-        handles.append(module.register_forward_hook(end, with_kwargs=True))
-        return handles
+        return RemovableHandleList(
+            [
+                RemovableHandle(self),
+                module.register_forward_pre_hook(begin, with_kwargs=True),
+                module.register_forward_hook(end, with_kwargs=True),
+            ]
+        )
 
 
 def whole_call(

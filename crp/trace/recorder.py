@@ -145,11 +145,22 @@ class _Recorder(TorchFunctionMode):
         new = [tensor for tensor in made if not any(tensor is other for other in operands)]
         if made and not new and not written:  # handed back as it was: contiguous(), dropout in evaluation
             return result
-
         call = self._stack[-1] if self._stack else None
         function = FunctionCall(func, _operation(func, name), call, *arguments, _kind(result))
+        self._record(function, operands, sources, written, new)
+        return result
+
+    def _record(
+        self,
+        function: FunctionCall,
+        operands: list[Tensor],
+        sources: list[Node],
+        written: list[Tensor],
+        new: list[Tensor],
+    ) -> None:
+        """Record a call: who reads what, and what was made or changed of which sources."""
         self.trace.operations.append(function)
-        reader = Reader(function.name, call, function)
+        reader = Reader(function.name, function.call, function)
         for node in sources:
             node.readers.append(reader)
         for tensor in operands:
@@ -162,7 +173,6 @@ class _Recorder(TorchFunctionMode):
         for tensor in new:
             differentiable = passes and (tensor.is_floating_point() or tensor.is_complex())
             self._made(tensor, function, sources, _origins(sources) if differentiable else frozenset())
-        return result
 
     def _made(self, tensor: Tensor, function: FunctionCall, sources: list[Node], origins: frozenset[int]) -> Node:
         node = Node("operation", function.name, function.call, sources, origins=origins, function=function)

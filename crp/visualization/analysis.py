@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.errors import InputError
 from crp.flags import check_flags
 from crp.visualization.table.manifest import Array, Block
@@ -166,8 +166,7 @@ def similarity(
     array of shape (concepts, concepts), float64
         Symmetric; 0 for a concept that never varies from zero (from its mean).
     """
-    if kind not in ("cosine", "correlation"):
-        raise InputError(f"kind must be 'cosine' or 'correlation', not {kind!r}")
+    check_choice("kind", kind, Literal["cosine", "correlation"])
     product: Any = 0.0
     total: Any = 0.0
     shift: Any = None

@@ -340,18 +340,11 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         if paths and not any(path.endswith(".safetensors") for path in paths):
             return self._collect_files(checkpoints, d_index)
         table = Table.open(self.path)
-        shards = {shard.file: shard for shard in table.shards}
-        named = {Path(path).name for path in paths}
-        if lost := sorted(named - set(shards)):
-            raise TableError(f"{lost} are not in the table at {str(self.path)!r}, which holds {sorted(shards)}")
-        if problems := table.damaged():
-            raise TableError(f"the table at {str(self.path)!r} is damaged: {'; '.join(problems)}")
-        if d_index is None and named:
-            d_index = min(shards[n].start for n in named), max(shards[n].stop for n in named)
-        if d_index is not None and (missing := table.coverage(*d_index).missing):
-            raise TableError(
-                f"samples {missing} of {tuple(d_index)} were not mined; run these ranges, then collect again"
-            )
+        _check_complete(table, {Path(path).name for path in paths}, d_index)
+        return self._names_of_results(table)
+
+    def _names_of_results(self, table: Table) -> dict[str, list[str]]:
+        """For each layer (and class), what zennit-crp calls its results; and how many samples they have is written."""
         targets = list_targets(table).tolist()
         names: dict[str, list[str]] = {}
         for key, best, stats in (("r", self.RelMax, self.RelStats), ("a", self.ActMax, self.ActStats)):
@@ -383,3 +376,16 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         # (by name: a report asks feature visualizations, which need none)
         found: Path = importlib.import_module("crp.visualization.report").write_report(self, composite, path, **options)
         return found
+
+
+def _check_complete(table: Table, files: set[str], covered: tuple[int, int] | None) -> None:
+    """Raise a `TableError` unless a table has these files, is sound, and covers a range: by default theirs."""
+    shards = {shard.file: shard for shard in table.shards}
+    if lost := sorted(files - set(shards)):
+        raise TableError(f"{lost} are not in the table at {str(table.path)!r}, which holds {sorted(shards)}")
+    if problems := table.damaged():
+        raise TableError(f"the table at {str(table.path)!r} is damaged: {'; '.join(problems)}")
+    if covered is None and files:
+        covered = min(shards[n].start for n in files), max(shards[n].stop for n in files)
+    if covered is not None and (missing := table.coverage(*covered).missing):
+        raise TableError(f"samples {missing} of {tuple(covered)} were not mined; run these ranges, then collect again")

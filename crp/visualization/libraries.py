@@ -17,7 +17,7 @@ PREFIXES = ("timm", "hf")
 
 
 class Found(NamedTuple):
-    """A model of a library, and how it takes pictures; models that read texts have none of these.
+    """A model, and how it takes pictures; models that read texts, and those of users, have none of these.
 
     Attributes
     ----------
@@ -27,14 +27,17 @@ class Found(NamedTuple):
     mean, std : tuple of float
     classes : sequence of str
         May be empty.
+    interpolation : torchvision.transforms.InterpolationMode, optional
+        Of the resizing.
     """
 
     model: nn.Module
-    resize: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: Sequence[str]
+    resize: int = 0
+    size: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    classes: Sequence[str] = ()
+    interpolation: Any = None
 
 
 class Logits(nn.Module):
@@ -142,7 +145,7 @@ def _of_hugging_face(name: str, pretrained: bool) -> Found:
         of_texts = getattr(library, auto)
         model = of_texts.from_pretrained(name) if pretrained else of_texts.from_config(config)
         is_classifier = auto.endswith("SequenceClassification")
-        return Found(model, 0, 0, (), (), _names_of(config) if is_classifier else ())
+        return Found(model, classes=_names_of(config) if is_classifier else ())
     task, scored = _task_of(name, config)
     kind = getattr(library, task)
     model = kind.from_pretrained(name) if pretrained else kind.from_config(config)

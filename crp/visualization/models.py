@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,57 +192,33 @@ def _loaded(model: str, weights: str | None, wanted: _Wanted) -> Loaded:
     if weights and checkpoint:
         raise LoadingError("--weights and --checkpoint are both given; one fills the model")
     wanted.check()
-    recipe: Any = None
-    names: Sequence[str] = ()
-    prefix, _, rest = model.partition(":")
-    if prefix == "torchvision":
-        model, weights = rest, weights if weights or checkpoint else "DEFAULT"
-    if prefix in PREFIXES:
-        if weights:
-            raise LoadingError(f"--weights are those of torchvision's models; the name of {model} says which they are")
-        found = find_in_library(model, pretrained=checkpoint is None)
-        n_classes = n_classes_of(read_checkpoint(checkpoint), found.model) if checkpoint and prefix == "timm" else None
-        if n_classes is not None:
-            found = find_in_library(model, pretrained=False, n_classes=n_classes)
-        return _of_library(found, wanted)
-    if ":" in model:
-        if weights:
-            raise LoadingError(f"--weights are those of torchvision's models; fill {model} by --checkpoint")
-        net = _made(model)
-    else:
-        net, chosen = _of_torchvision(model, weights)
-        n_classes = n_classes_of(read_checkpoint(checkpoint), net) if checkpoint else None
-        if n_classes is not None:
-            net, _ = _of_torchvision(model, None, num_classes=n_classes)
-        if chosen is not None:
-            recipe, names = chosen.transforms(), chosen.meta.get("categories", ())
+    found = _find(model, weights, checkpoint)
     if checkpoint:
-        fill(net, checkpoint)
-    if wanted.classes:
-        names = _read_lines(wanted.classes)
-    # (of segmentation and detection, pictures are not cut)
-    default = 0 if ":" in model or model in _dense_of_torchvision() else 224
-    cut = wanted.size or (_side_of(recipe, "crop_size") if recipe else default)
-    resize = _side_of(recipe, "resize_size") if recipe and not wanted.size else cut
-    mean, std = wanted.mean, wanted.std
-    if not mean and recipe:
-        mean, std = getattr(recipe, "mean", ()), getattr(recipe, "std", ())
-    return Loaded(
-        net.eval(),
-        Prepared(_mode(net), resize, cut, getattr(recipe, "interpolation", None)),
-        Normalized(mean, std) if mean else None,
-        names,
-    )
-
-
-def _of_library(found: Found, wanted: _Wanted) -> Loaded:
-    if wanted.checkpoint:
-        fill(found.model, wanted.checkpoint)
+        fill(found.model, checkpoint)
     names = _read_lines(wanted.classes) if wanted.classes else found.classes
     mean, std = (wanted.mean, wanted.std) if wanted.mean else (found.mean, found.std)
-    resize, cut = (wanted.size, wanted.size) if wanted.size else (found.resize, found.size)
-    normalized = Normalized(mean, std) if mean else None
-    return Loaded(found.model.eval(), Prepared(_mode(found.model), resize, cut), normalized, names)
+    resize, size = (wanted.size, wanted.size) if wanted.size else (found.resize, found.size)
+    prepared = Prepared(_mode(found.model), resize, size, found.interpolation)
+    return Loaded(found.model.eval(), prepared, Normalized(mean, std) if mean else None, names)
+
+
+def _find(model: str, weights: str | None, checkpoint: Path | None) -> Found:
+    """Model by name, with as many classes as a checkpoint of torchvision or timm was trained on."""
+    prefix, colon, rest = model.partition(":")
+    if prefix == "torchvision":
+        make = partial(_of_torchvision, rest, weights if weights or checkpoint else "DEFAULT")
+    elif not colon:
+        make = partial(_of_torchvision, model, weights)
+    elif weights:
+        what = f"the name of {model} says which they are" if prefix in PREFIXES else f"fill {model} by --checkpoint"
+        raise LoadingError(f"--weights are those of torchvision's models; {what}")
+    elif prefix in PREFIXES:
+        make = partial(find_in_library, model, pretrained=checkpoint is None)
+    else:
+        return Found(_made(model))
+    found = make()
+    n_classes = n_classes_of(read_checkpoint(checkpoint), found.model) if checkpoint and prefix != "hf" else None
+    return found if n_classes is None else make(n_classes=n_classes)
 
 
 def _mode(net: nn.Module) -> str:
@@ -272,37 +249,35 @@ def _side_of(recipe: Any, name: str) -> int:
     return int((getattr(recipe, name, None) or [0])[0])
 
 
-def _dense_of_torchvision() -> list[str]:
-    """Names of the models of segmentation and detection."""
+def _of_torchvision(name: str, weights: str | None, n_classes: int | None = None) -> Found:
     from torchvision import models
 
-    return [*models.list_models(module=models.segmentation), *models.list_models(module=models.detection)]
-
-
-def _of_torchvision(name: str, weights: str | None, **options: Any) -> tuple[nn.Module, Any]:
-    from torchvision import models
-
-    dense = _dense_of_torchvision()
+    dense = [*models.list_models(module=models.segmentation), *models.list_models(module=models.detection)]
     known = [*models.list_models(module=models), *dense]
     if name not in known:
         raise LoadingError(
             f"there is no model {name!r} in torchvision{nearest(name, known)}; a model of your own is named "
             "package.module:factory"
         )
-    chosen = None
-    if weights:
-        kinds = models.get_model_weights(name)
-        if weights not in kinds.__members__:
-            raise LoadingError(f"{name} has no weights {weights!r}; it has {', '.join(kinds.__members__)}")
-        chosen = kinds[weights]
-    try:
+    if not weights:
         # (without this, GoogLeNet and Inception spend a minute on initial weights)
-        if not weights:
-            options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-            options |= {"weights_backbone": None} if name in dense else {}
-        return models.get_model(name, weights=chosen, **options), chosen
+        options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        options |= {"weights_backbone": None} if name in dense else {}
+        options |= {} if n_classes is None else {"num_classes": n_classes}
+        side = 0 if name in dense else 224  # (of segmentation and detection, pictures are not cut)
+        return Found(models.get_model(name, weights=None, **options), side, side)
+    kinds = models.get_model_weights(name)
+    if weights not in kinds.__members__:
+        raise LoadingError(f"{name} has no weights {weights!r}; it has {', '.join(kinds.__members__)}")
+    chosen: Any = kinds[weights]
+    try:
+        net = models.get_model(name, weights=chosen)
     except OSError as error:
         raise LoadingError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
+    recipe, classes = chosen.transforms(), chosen.meta.get("categories", ())
+    resize, size = (_side_of(recipe, side) for side in ("resize_size", "crop_size"))
+    mean, std = (tuple(getattr(recipe, name, ())) for name in ("mean", "std"))
+    return Found(net, resize, size, mean, std, classes, getattr(recipe, "interpolation", None))
 
 
 def imported(place: str) -> Any:

@@ -14,7 +14,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
-from crp.concepts.reading import has_own, initial_relevance_of
+from crp.concepts.reading import initial_relevance_of, starts_by_code
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import ReferenceSamples
@@ -245,7 +245,7 @@ def heatmaps_of(
     """
     check_number("batch_size", batch_size, 1, whole=True)
     concept, concept_id, layer = chosen
-    by_code = targets is None and has_own(concept, "code")
+    by_code = targets is None and starts_by_code(concept)
     keywords: dict[str, Any] = {"on_device": device, "start_layer": layer if targets is None else None}
     conditions: list[dict[str, Any]] = [{}] * len(data)
     if not by_code:

@@ -121,7 +121,7 @@ class SampleAccess:
         samples, labels = zip(*(self.get_data_sample(i, preprocessing) for i in numbers), strict=True)
         return stacked(samples, numbers), labels[0] if len(labels) == 1 else list(labels)
 
-    def _in_call_order(self, layers: Sequence[str], sample: int) -> list[str]:
+    def in_call_order(self, layers: Sequence[str], sample: int) -> list[str]:
         """Layers in the order in which a sample goes through them, none before what it is computed from."""
         if self.texts is not None:
             asked = read_text(self.dataset, sample, self.device)

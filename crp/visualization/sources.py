@@ -226,7 +226,7 @@ def as_list(label: Any) -> list[int]:
     return list(label)
 
 
-def as_hot(label: Any) -> list[int]:
+def _as_hot(label: Any) -> list[int]:
     """Classes of a label that has 1 for each class that is there, and 0 for each that is not.
 
     Raises
@@ -245,7 +245,7 @@ def as_hot(label: Any) -> list[int]:
 
 
 #: What ``--multi-label`` says of labels.
-MULTI_LABEL = {"list": as_list, "hot": as_hot}
+MULTI_LABEL = {"list": as_list, "hot": _as_hot}
 
 
 def gives_pictures(pairs: Pairs | Decoded) -> bool:

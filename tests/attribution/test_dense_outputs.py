@@ -183,7 +183,7 @@ def test_nets(tmp_path, name):
 def test_outputs_that_are_no_segmentation(model, data, key, error, message):
     with pytest.raises(error, match=message):
         CondAttribution(model, output=segmentation(key))(data, [{"y": 1}])
-    with pytest.raises(ValueError, match="where must be 'own' or 'all', not 'mine'"):
+    with pytest.raises(ValueError, match="where must be one of 'own', 'all', not 'mine'"):
         segmentation(where="mine")
     with pytest.raises(TypeError, match="the model returns a Tensor, which has no 'out'"):
         segmentation()(torch.ones(1, 2, 3, 3))

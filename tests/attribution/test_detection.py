@@ -119,7 +119,7 @@ def test_scores_of_queries():
 @pytest.mark.parametrize(
     ("make", "returned", "error", "message"),
     [
-        (lambda: detection("probability"), None, ValueError, "score must be 'logit' or 'log-odds', not 'probability'"),
+        (lambda: detection("probability"), None, ValueError, "score must be one of 'logit', 'log-odds'"),
         (lambda: detection(box=True), None, ValueError, "box must be 'best', 'all' or the number of a box, not True"),
         (detection, [{"scores": 1, "boxes": 2}], KeyError, r"detections have \['boxes', 'scores'\], and no 'logits'"),
         (detection, [{"logits": LOGITS}, {"logits": LOGITS[:0]}], IndexError, "but 0 boxes are found in sample 1"),

@@ -162,7 +162,7 @@ def test_errors(kind, untouched):
             kind(model, layer="conv9")
         with pytest.raises(IndexError, match="target 7 is out of range"):
             kind(model, layer=LAYER)(x, 7)
-        with pytest.raises(ValueError, match='must be "linear" or "nearest", not \'cubic\''):
+        with pytest.raises(ValueError, match="must be one of 'linear', 'nearest', not 'cubic'"):
             kind(model, layer=LAYER, interpolation="cubic")
         with pytest.raises(ValueError, match="explains an output of the model, not neurons"):
             kind(model, layer=LAYER)(x, Neuron("1", 0))

@@ -187,7 +187,7 @@ def test_audit(tmp_path, concept):
 
 def test_what_is_wrong_is_said(blobs):
     table = blobs[0]
-    with pytest.raises(ValueError, match="covariance must be 'full' or 'diag', not 'tied'"):
+    with pytest.raises(ValueError, match="covariance must be one of 'full', 'diag', not 'tied'"):
         prototypes(table, "a", covariance="tied")
     with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         prototypes(table, "a", 0)

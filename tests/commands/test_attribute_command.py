@@ -194,9 +194,7 @@ def test_weights_say_how_pictures_are_prepared(place, monkeypatch):
     from torchvision import models
 
     squeezenet = models.squeezenet1_1()
-    monkeypatch.setattr(
-        loading, "_of_torchvision", lambda name, weights: (squeezenet, models.SqueezeNet1_1_Weights.DEFAULT)
-    )
+    monkeypatch.setattr(models, "get_model", lambda name, weights: squeezenet)
     loaded = loading.load_model("squeezenet1_1", "DEFAULT")
     assert loaded.normalized is not None
     assert (loaded.prepared.resize, loaded.prepared.size, loaded.normalized.mean[0]) == (256, 224, 0.485)

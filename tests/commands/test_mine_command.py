@@ -323,16 +323,16 @@ def test_pictures_are_prepared_as_the_weights_say(name: str, tmp_path: Path, mon
 
     weights = getattr(of_torchvision, f"{name}_Weights").DEFAULT
     net = nn.Sequential(nn.Conv2d(3, 1, 1))
-    monkeypatch.setattr(models, "_of_torchvision", lambda name, weights_name: (net, weights))
+    monkeypatch.setattr(of_torchvision, "get_model", lambda name, weights: net)
     picture(0, (300, 280)).save(tmp_path / "a.png")
     expected = weights.transforms()(picture(0, (300, 280)))
-    ready = models.load_model(name, "DEFAULT")
+    ready = models.load_model(name.lower(), "DEFAULT")
     data, normalize = load_source(tmp_path, [], ready, by_label=False)
     shown, explained = ready.read(tmp_path / "a.png")
     assert normalize is not None and torch.equal(data[0][0], shown)
     torch.testing.assert_close(normalize(data[0][0][None])[0], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(explained[0], expected, rtol=1e-5, atol=1e-5)
-    assert models.load_model(name, "DEFAULT", size=64).prepared(picture(0)).shape == (3, 64, 64)
+    assert models.load_model(name.lower(), "DEFAULT", size=64).prepared(picture(0)).shape == (3, 64, 64)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_functions_of_ones_own_are_found(here):
         ("segmentatoin", "must be entry:key=NAME, segmentation, detection, or package.module:function; nearest: segm"),
         (" ", "must be entry:key=NAME"),
         ("segmentation:were=all", "'were=all' must be NAME=VALUE of key, where, positive; nearest: where"),
-        ("segmentation:where=some", "where must be 'own' or 'all', not 'some'"),
+        ("segmentation:where=some", "where must be one of 'own', 'all', not 'some'"),
         ("segmentation:positive=yes", "positive must be True or False, not 'yes'"),
         ("segmentation:where=all,where=own", "where is given twice"),
         ("segmentation:where=all,own", "'own' must be NAME=VALUE of"),

@@ -227,7 +227,7 @@ def test_ties_keep_the_order_of_the_batch():
 
 
 def test_unknown_ranking():
-    with pytest.raises(ValueError, match="max_target must be 'sum' or 'max', not 'mean'"):
+    with pytest.raises(ValueError, match="max_target must be one of 'sum', 'max', not 'mean'"):
         CHANNEL.reference_sampling(drawn(2, 3), max_target="mean")
 
 

@@ -13,9 +13,10 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, Gradient
 from crp.concepts import ChannelConcept, mask_of
-from crp.engine.conditions import check_conditions, check_start, check_targets_exist, init_of_rows, initial_relevance
+from crp.engine.conditions import check_conditions
 from crp.engine.inputs import check_data
 from crp.engine.masks import mask_factory, needs_multiplier, row_masks
+from crp.engine.targets import check_start, check_targets_exist, init_of_rows, initial_relevance
 
 ABC = [{"y": 0}, {"y": 1, "a": [1]}, {"y": 2, "b": [0], "a": [2]}]
 
@@ -101,7 +102,7 @@ def test_elements_of_the_output_are_tuples():
         with pytest.raises(IndexError, match=r"row 1: 'y' names the element .* output has the shape \(4, 3, 5\)"):
             check_targets_exist([0, [wrong]], prediction, "y")
     with pytest.raises(IndexError, match="row 7: 'y' is 4"):
-        check_targets_exist([0, 4], prediction, "y", places=[2, 7])
+        check_targets_exist([0, 4], prediction, "y", [2, 7])
     with pytest.raises(IndexError, match=r"row 0: 'y' names the element \(1, 2\), .* has the shape \(4,\)"):
         check_targets_exist([[(1, 2)]], torch.zeros(1, 4), "y")
 

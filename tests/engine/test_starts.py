@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.engine.backward import _slots_at_once
-from crp.engine.conditions import Grid, Rows, all_positions
+from crp.engine.conditions import Grid, Rows
 from crp.engine.starts import Arrivals, Starts, distinct
+from crp.engine.targets import all_positions
 from crp.outputs import Position
 
 TOKENS, FEATURES, VOCABULARY = 12, 5, 999

@@ -75,7 +75,7 @@ LAYER_MAPS: dict[str, dict[str, Any]] = {
 def drawn(fv: Any, composite: Any, rows: list[Row], folder: Path) -> tuple[PictureDrawer, dict[int, Any]]:
     """Rows as a report draws them, by their places."""
     options = ReportOptions(map_size=6, batch_size=7, verbose=False)
-    drawer = PictureDrawer(fv, composite, fv._in_call_order(list(fv.layer_map), 0), folder, "", options)
+    drawer = PictureDrawer(fv, composite, fv.in_call_order(list(fv.layer_map), 0), folder, "", options)
     places = [PlacedRow(0, place, row) for place, row in enumerate(rows)]
     parts = PictureRows(drawer, drawer.data).draw(places)
     return drawer, {one.place: found for some, part in parts for one, found in zip(some, part, strict=True)}

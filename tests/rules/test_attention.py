@@ -203,8 +203,15 @@ def exponentials(q, k, v):
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def exponentials_in_place(q, k, v):
+    e = (q @ k.mT * E**-0.5).exp_()
+    e /= e.sum(-1, keepdim=True)
+    return e @ v
+
+
 SPELLINGS = {
     "exponentials": exponentials,
+    "exponentials_in_place": exponentials_in_place,
     "exponentials_in_words": lambda q, k, v: torch.einsum(
         "bhij,bhjd->bhid", torch.div((q @ k.mT * E**-0.5).exp(), (q @ k.mT * E**-0.5).exp().sum(3, True)), v
     ),

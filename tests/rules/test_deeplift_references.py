@@ -166,7 +166,7 @@ def test_references_in_a_list_need_a_batch_axis(model: nn.Module, x: Tensor) -> 
 
 
 def test_keywords_are_checked() -> None:
-    with pytest.raises(ValueError, match='variant must be "rescale" or "reveal_cancel", not \'shap\''):
+    with pytest.raises(ValueError, match="variant must be one of 'rescale', 'reveal_cancel', not 'shap'"):
         DeepLift(variant="shap")
     for wrong in ("zero", [], {}, object()):
         with pytest.raises(TypeError, match="a reference is a number, a tensor, a function of the data, or a list"):

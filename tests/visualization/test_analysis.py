@@ -150,7 +150,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             wrong()
     with pytest.raises(ValueError, match="bins must be a whole number of at least 1, not 0"):
         histogram(table, RowSelection("a"), 1, 0)
-    with pytest.raises(ValueError, match="kind must be 'cosine' or 'correlation', not 'dot'"):
+    with pytest.raises(ValueError, match="kind must be one of 'cosine', 'correlation', not 'dot'"):
         similarity(table, RowSelection("a"), "dot")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must end in \.csv or \.parquet"):
         write_frame(table, RowSelection("a"), tmp_path / "x.txt")

@@ -18,8 +18,8 @@ from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, code_of, relevance_at
 from crp.concepts.scores import ConceptScores, scores_of
 from crp.engine.attached import put_on
-from crp.engine.conditions import Position
 from crp.engine.door import telling_misfits, unknown_ids
+from crp.engine.targets import Position
 from crp.engine.tokens import input_embeddings, scored_at
 from crp.errors import ConceptError, InputError, StateError
 from crp.notices import warn

@@ -22,14 +22,14 @@ EDGES = 5
 Link = dict[tuple[str, int], list[tuple[int, float]]]
 
 
-class Flow(NamedTuple):
+class _Flow(NamedTuple):
     """Where concepts get their relevance from and hand it to: means over their references."""
 
     below: Link
     above: Link
 
 
-def get_flow(atlas: Atlas) -> Flow:
+def get_flow(atlas: Atlas) -> _Flow:
     """Gather from what was drawn how much relevance concepts hand to those of the layer below."""
     below: Link = {}
     above: Link = defaultdict(list)
@@ -48,10 +48,10 @@ def get_flow(atlas: Atlas) -> Flow:
             for lower, share in best:
                 # What a concept hands down counts as much as the concept itself does.
                 above[layers[number - 1], lower].append((concept, share * float(atlas.facts[layer].mean[concept])))
-    return Flow(below, {key: sorted(found, key=lambda pair: -pair[1])[:EDGES] for key, found in above.items()})
+    return _Flow(below, {key: sorted(found, key=lambda pair: -pair[1])[:EDGES] for key, found in above.items()})
 
 
-def write_concept(atlas: Atlas, flow: Flow, layer: str, concept: int) -> None:
+def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
     """Render the page of a concept."""
     facts = atlas.facts[layer]
     chosen = atlas.cells[layer, concept]
@@ -280,7 +280,7 @@ def _alike(atlas: Atlas, layer: str, concept: int) -> list[dict[str, Any]]:
     return found
 
 
-def _graph_of(atlas: Atlas, flow: Flow, layer: str, concept: int) -> dict[str, Any]:
+def _graph_of(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> dict[str, Any]:
     layers = list(atlas.facts)
     place = layers.index(layer)
     upper = layers[place + 1] if place + 1 < len(layers) else ""

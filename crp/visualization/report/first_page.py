@@ -40,7 +40,7 @@ def first_page(atlas: Atlas, table: Table, composite: str, mark: str, kept: Sequ
     page = {
         "title": atlas.options.title,
         "lead": atlas.options.lead,
-        "findings": [finding_of(one, atlas.addresses, atlas.drawer.store) for one in atlas.options.findings],
+        "findings": [_finding_of(one, atlas.addresses, atlas.drawer.store) for one in atlas.options.findings],
         "figures": [
             (f"{len(atlas.class_names)}", atlas.drawer.class_word),
             (f"{len(atlas.facts)}", "layers"),
@@ -142,7 +142,7 @@ def _suspects(atlas: Atlas) -> list[AnyShown]:
     return found
 
 
-def finding_of(finding: Finding, addresses: Addresses, store: Callable[[bytes, str], str]) -> dict[str, Any]:
+def _finding_of(finding: Finding, addresses: Addresses, store: Callable[[bytes, str], str]) -> dict[str, Any]:
     """Content of a finding; ``store`` keeps its pictures, and tells where."""
     tiles = []
     for heading, group in finding.tiles:

@@ -112,7 +112,7 @@ def _write(
     table = _table_of(fv)
     layers = _layers(table, options.layers)
     fv._lookup(layers[0], "relevance", (0, 1))  # refuses another model, dataset or preprocessing
-    layers = fv._in_call_order(layers, int(table.rows().sample[0]))
+    layers = fv.in_call_order(layers, int(table.rows().sample[0]))
     targets = list_targets(table).tolist()
     names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
     shown = _shown(targets, options.classes)

@@ -1,0 +1,57 @@
+"""Options of commands that load a model: which one, with which weights, and how pictures are prepared for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from crp.commands.errors import LARGEST
+from crp.commands.values import _split_numbers
+
+if TYPE_CHECKING:
+    from crp.visualization.models import Loaded
+
+EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+_WEIGHTS = (
+    click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded."),
+    click.option("--checkpoint", type=EXISTING, help="State dict."),
+)
+_PICTURES = (
+    click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own."),
+    click.option(
+        "--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example."
+    ),
+    click.option("--std", multiple=True, callback=_split_numbers, help="As --mean."),
+    click.option("--classes", type=EXISTING, help="Names of the classes, one per line."),
+)
+
+
+def _weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options about a model's weights."""
+    for option in reversed(_WEIGHTS):
+        command = option(command)
+    return command
+
+
+def _picture_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options about pictures and their classes."""
+    for option in reversed(_PICTURES):
+        command = option(command)
+    return command
+
+
+def _load(named: str, output: str | None, **options: Any) -> Loaded:
+    """Model of a command: its name, what is explained of what it returns, and the options above."""
+    from crp.visualization.models import load_model
+    from crp.visualization.scored import load_output
+
+    return load_model(named, **options, output=None if output is None else load_output(output))
+
+
+def _has_random_weights(model: str, weights: str | None, checkpoint: Path | None) -> bool:
+    """Whether a model of torchvision is as it is before training."""
+    return ":" not in model and not (weights or checkpoint)

@@ -1,0 +1,110 @@
+"""An operation, as the mode sees it: one call of a function of torch that reads what depends on the model's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from crp.rules.functions import Function, _on_a_copy, in_place, look_up
+from crp.rules.layer import changed
+from crp.rules.operands import Operands
+from crp.trace.recorder import tensors_in
+
+_add, _sum = look_up(torch.add), look_up(torch.sum)
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """A call of a function of torch. What a rule gets of it is a `crp.rules.layer.Layer`.
+
+    Attributes
+    ----------
+    function : callable
+        What is called.
+    args, kwargs
+        What it is called with.
+    known : Function
+        What the table of functions says.
+    inputs : list of Tensor
+        Operands that depend on the model's input, in order.
+    flags : int
+        What is known of all operands (`crp.rules.notes`).
+    kind : str
+        Of `crp.rules.functions.KINDS`, or ``""``; this and what follows is found by `take_apart`.
+    operands : Operands or None
+        Input, weight and bias, where weighted inputs are summed up.
+    is_in_place : bool
+        Whether the result takes the place of the first operand, and is returned.
+    overwrites : bool
+        Whether the first operand is changed.
+    """
+
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    known: Function
+    inputs: list[Tensor]
+    flags: int
+    kind: str = ""
+    operands: Operands | None = None
+    is_in_place: bool = False
+    overwrites: bool = False
+
+    def run(self) -> Any:
+        """Output of the call as it is."""
+        return self.function(*self.args, **self.kwargs)
+
+    def depends(self, value: object) -> bool:
+        """Whether an operand depends on the model's input."""
+        return value is self.inputs[0] or (len(self.inputs) > 1 and any(value is tensor for tensor in self.inputs))
+
+    def take_apart(self) -> None:
+        """Find out what it writes to, its kind, and what is input, weight and bias where weighted inputs are summed."""
+        self.is_in_place = in_place(self.function, self.kwargs)
+        self.overwrites = self.is_in_place or self.known.name == "setitem"
+        self.kind, is_single = self.known.kind, len(self.inputs) == 1
+        if self.known.parse is None:
+            if is_single and self.kind == "product":
+                self.kind = ""
+            return
+        self.operands = self.known.parse(self.function, self.args, self.kwargs, self.depends)
+        if self.operands is not None:
+            return
+        if is_single and self.known.has("constant"):  # only the addend depends on the input
+            self.known, self.kind = _add, ""
+        elif len(list(tensors_in((self.args, self.kwargs)))) == 1:  # there is nothing to weight it with
+            self.known, self.kind = _sum, ""
+        else:
+            self.kind = "" if is_single else "product"
+
+    def out_of_place(self) -> tuple[Operation, Tensor]:
+        """The same call on a copy of its first operand; and that operand, which the call itself would overwrite."""
+        key = next((key for key, value in self.kwargs.items() if isinstance(value, Tensor)), "")
+        target, *others = self.args or [self.kwargs[key]]
+        kwargs = self.kwargs if self.args else {k: v for k, v in self.kwargs.items() if k != key}
+        if kwargs.get("inplace"):
+            function, kwargs = self.function, {**kwargs, "inplace": False}
+        else:
+            function = _on_a_copy(self.function)
+        copy = target.clone()
+        inputs = [copy if tensor is target else tensor for tensor in self.inputs]
+        other = Operation(function, (copy, *others), kwargs, self.known, inputs, self.flags, self.kind)
+        if self.operands is not None and self.known.parse is not None:
+            other.operands = self.known.parse(function, other.args, kwargs, other.depends)
+        return other, target
+
+    def constant(self) -> Tensor:
+        """Output of an affine function where all that depends on the model's input is zero."""
+        with torch.no_grad():
+            args, kwargs = changed(
+                (self.args, self.kwargs), lambda tensor: torch.zeros_like(tensor) if self.depends(tensor) else tensor
+            )
+            if not (args and self.overwrites):
+                return cast(Tensor, self.function(*args, **kwargs))
+            target = args[0].clone()
+            self.function(target, *args[1:], **kwargs)
+            return cast(Tensor, target)
