@@ -31,10 +31,10 @@ _keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequence[int]]) -> None:
     """Raise an `InputError` where what a model puts out for a sample depends on the samples beside it.
 
-    The model is given the first sample alone, before one that has less of it, and behind one that has more. That is
-    done once for each model, which is left as it was. It is left out where others watch the model run, as their hooks
-    would see calls that nobody asked for. Nothing is known of models that draw random numbers or do not take such data,
-    and of outputs whose shape is another one for a sample alone, such as tables of similarities.
+    The model is given the first sample between two others, and between two of another kind. That is done once for each
+    model, which is left as it was. It is left out where others watch the model run, as their hooks would see calls that
+    nobody asked for. Nothing is known of models that draw random numbers or do not take such data, and of outputs whose
+    shape is another one for a sample alone, such as tables of similarities.
 
     Parameters
     ----------
@@ -47,14 +47,10 @@ def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequenc
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
         return
     try:
-        first = _beside(inputs, -1.0, last=False)
-        found = [_outputs(model, first, 0), _outputs(model, _beside(inputs, 3.0, last=True), 1)]
-        try:
-            alone = _outputs(model, inputs.select([0]), 0)
-        except Exception:  # (such as that of batch norm that needs several samples)
-            alone = found[0]
-        off, tolerance = max(_deviation(alone, outputs) for outputs in found), _tolerance(inputs)
-        is_random = off > tolerance and _deviation(found[0], _outputs(model, first, 0, later=True)) > tolerance / 100
+        between = [_between(inputs, factor) for factor in (0.0, 3.0)]
+        one, other = (_outputs(model, three, 1) for three in between)
+        off, tolerance = _deviation(_like_alone(model, inputs, one), other), _tolerance(inputs)
+        is_random = off > tolerance and _deviation(one, _outputs(model, between[0], 1, later=True)) > tolerance / 100
     except Exception:  # (the model is run to be explained, too, and its error is told there)
         return
     if off <= tolerance or is_random:
@@ -91,17 +87,17 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     _keeping_nothing.add(model)
 
 
-def _beside(inputs: Inputs, factor: float, last: bool) -> Inputs:
-    """The first of some samples beside another one: its values, or ones for zeros, and in the beginning so many times.
+def _between(inputs: Inputs, factor: float) -> Inputs:
+    """The first of some samples between two others: its values, or ones for zeros, and at the beginning so many times.
 
-    (Of the same number times all values, layers that normalize would make the same.)
+    (Layers that normalize would make the same of one number times all values.)
     """
-    pairs = []
+    threes = []
     for data in inputs.select([0]).explained:
         factors = torch.linspace(factor, 1, data.numel()).view(data.shape).to(data)
         other = data * factors if data.any() else factors
-        pairs.append(torch.cat([other, data] if last else [data, other]))
-    return inputs.having(pairs, torch.tensor([0, 0]))
+        threes.append(torch.cat([other, data, other]))
+    return inputs.having(threes, torch.tensor([0, 0, 0]))
 
 
 @atomic
@@ -117,6 +113,16 @@ def _outputs(model: nn.Module, inputs: Inputs, place: int, later: bool = False) 
         for device in {data.device for data in inputs.explained} if later else ():
             torch.rand(1, device=device)
         return _of(inputs.run(model), place, len(inputs))
+
+
+def _like_alone(model: nn.Module, inputs: Inputs, outputs: list[Tensor]) -> list[Tensor]:
+    """Outputs for the first of some samples; empty ones in place of those of another shape for that sample alone."""
+    try:
+        alone = _outputs(model, inputs.select([0]), 0)
+    except Exception:  # (such as that of batch norm that needs several samples)
+        return outputs
+    pairs = zip(outputs, alone, strict=True)
+    return [output if output.shape == single.shape else output.new_empty(0) for output, single in pairs]
 
 
 def _of(returned: Any, place: int | None, n_samples: int) -> list[Tensor]:
