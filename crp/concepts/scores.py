@@ -40,7 +40,7 @@ def scores_of(values: Tensor, layer_name: str | None = None) -> ConceptScores:
         Named in error messages.
     """
     channels_in(values, layer_name)
-    if (found := fused_scores(values.reshape(*values.shape[:2], -1))) is not None:
+    if (found := fused_scores(_flat(values))) is not None:
         return ConceptScores(*found)
     flat = by_position(values, layer_name)
     if flat.shape[-1] == 1:
@@ -73,8 +73,12 @@ def normalize(value: Tensor, stabilizer: float = 1e-10) -> Tensor:
 def by_position(values: Tensor, layer_name: str | None) -> Tensor:
     """Values of shape (batch, concepts, positions), in at least float32."""
     channels_in(values, layer_name)
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    return values.reshape(*values.shape[:2], -1)
+    return _flat(values.to(torch.promote_types(values.dtype, torch.float32)))
+
+
+def _flat(values: Tensor) -> Tensor:
+    """Values of shape (batch, concepts, positions), of no samples, too."""
+    return values.flatten(2) if values.dim() > 2 else values[..., None]
 
 
 def channels_in(tensor: Tensor, layer_name: str | None) -> int:

@@ -260,7 +260,8 @@ class Trace:
     def upstream(self, layer: str, names: Collection[str]) -> list[str]:
         """Nearest layers among `names` from whose outputs the output of `layer` was made.
 
-        Names are read as in `crp.layers.addresses`: that of a layer's input is a place of its own, next to the layer.
+        Names are read as in `crp.layers.addresses`: that of a layer's input is a place of its own, next to the layer;
+        ``"relu#1"`` is its second call alone.
 
         Returns
         -------
@@ -273,15 +274,17 @@ class Trace:
         KeyError
             If the model has no such layer, or the forward pass did not call it.
         """
-        name, is_input, _ = self.address(layer)
+        name, is_input, number = self.address(layer)
         attention = attention_around(name, self.modules)
-        calls = self.calls_of(attention or name)
+        calls = [call for call in self.calls_of(attention or name) if number in (None, call.number)]
         if not calls:
             raise NameNotFoundError(f"layer {layer!r} is in the model, but the forward pass did not call it")
         feeding: dict[str, None] = {}
         todo: list[Node] = []
-        if attention is not None and not is_input and f"{name}.input" in names:
-            return [f"{name}.input"]
+        if attention is not None and not is_input:
+            own = [_named_among(names, f"{name}.input", call) for call in calls]
+            if any(own):
+                return list(dict.fromkeys(place for place in own if place))
         for call in calls:
             if is_input or attention is not None:
                 todo += call.inputs
@@ -307,8 +310,8 @@ class Trace:
         below = []
         for source in node.sources:
             calls = [] if node.call is None else node.call.around()
-            entered = (f"{call.layer}.input" for call in calls if source in call.inputs)
-            place = next((place for place in entered if place in names), None)
+            entered = (_named_among(names, f"{call.layer}.input", call) for call in calls if source in call.inputs)
+            place = next((place for place in entered if place), None)
             if place is None:
                 below.append(source)
             else:
@@ -320,4 +323,10 @@ class Trace:
         layers = [f"{node.name}.{name}" for name in PROJECTIONS]
         layers = [layer for layer in layers if attention_around(layer, self.modules) is not None]
         inside = [place for layer in layers for place in (layer, f"{layer}.input")]
-        return next((name for name in (node.name, *inside) if name in names), None)
+        return next((found for name in (node.name, *inside) if (found := _named_among(names, name, node.call))), None)
+
+
+def _named_among(names: Collection[str], place: str, call: ModuleCall | None) -> str | None:
+    """Name among ``names`` of a place of a layer in one of its calls: the place's, or that with the call's number."""
+    numbered = place if call is None else f"{place}#{call.number}"
+    return place if place in names else numbered if numbered in names else None

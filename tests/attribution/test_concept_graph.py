@@ -225,3 +225,23 @@ def test_linear_layers(mlp, vectors):
     assert [layer for layer, _ in nodes] == ["4", "2", "2", "0", "0", "0", "0"]
     shares = relevance(graph, vectors[:1], EpsilonPlus(), {"y": 2}, "2")
     assert connections["4", 2][0][2] == pytest.approx(shares.max().item())
+
+
+def test_single_calls_of_a_shared_layer():
+    torch.manual_seed(0)
+    relu = nn.ReLU()
+    net = nn.Sequential(nn.Linear(6, 5), relu, nn.Linear(5, 5), relu, nn.Linear(5, 3)).double().eval()
+    apart = nn.Sequential(net[0], nn.ReLU(), net[2], nn.ReLU(), net[4]).eval()
+    sample = torch.randn(1, 6, dtype=torch.float64)
+
+    def nodes(model: nn.Module, first: str, second: str) -> AttributionGraphResults:
+        layers = [first, second]
+        graph = AttributionGraph(
+            CondAttribution(model), trace_model_graph(model, sample, layers), dict.fromkeys(layers, ChannelConcept())
+        )
+        return graph(sample, EpsilonPlus(), 2, second, target=1, width=[3], verbose=False)
+
+    found, wanted = nodes(net, "1#0", "1#1"), nodes(apart, "1", "3")
+    names = {"1#0": "1", "1#1": "3"}
+    assert [(names[layer], concept) for layer, concept in found.nodes] == wanted.nodes
+    assert len(wanted.nodes) == 4

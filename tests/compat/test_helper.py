@@ -9,6 +9,7 @@ import pytest
 import torch
 from feature_net import LAYERS, Images, expected_scores, mined
 
+from crp.concepts import ChannelConcept
 from crp.helper import (
     abs_norm,
     export,
@@ -235,8 +236,6 @@ def test_export_of_a_table_of_several_shards(tmp_path):
 
 
 def _analyze(results: Maximization, relevance: torch.Tensor, layer: str = "enc_1_2_.a", start: int = 0):
-    from crp.concepts import ChannelConcept
-
     indices = np.arange(start, start + len(relevance))
     return results.analyze_layer(relevance, ChannelConcept(), layer, indices, indices % 2)
 
@@ -269,9 +268,15 @@ def test_S16_accumulators_leave_out_what_is_not_finite(tmp_path):
     assert results.d_c_sorted["enc_1_2_.a"].tolist() == [[0, 0], [2, 2]]
 
 
-def test_S21_large_targets_are_exact(tmp_path):
-    from crp.concepts import ChannelConcept
+def test_a_batch_of_which_nothing_is_finite_adds_nothing(tmp_path):
+    largest, statistics = Maximization(path=tmp_path), Statistics(path=tmp_path)
+    for rel in (torch.full((2, 3, 2), torch.nan), torch.ones(2, 3, 2)):
+        statistics.analyze_layer(*largest.analyze_layer(rel, ChannelConcept(), "conv", [4, 5], [0, 1]), "conv")
+    assert largest.d_c_sorted["conv"].tolist() == [[4] * 3, [5] * 3]
+    assert statistics.d_c_sorted[1]["conv"].tolist() == [[5] * 3]
 
+
+def test_S21_large_targets_are_exact(tmp_path):
     results = Maximization(path=tmp_path)
     targets = results.analyze_layer(torch.ones(1, 2), ChannelConcept(), "a", [0], [16777217])[3]
     assert targets.tolist() == [[16777217, 16777217]]

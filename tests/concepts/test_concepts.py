@@ -353,3 +353,11 @@ def test_masks_of_relevance(concept):
         concept.attribute(relevance, np.zeros(2))
     with pytest.raises(ValueError, match=r"mask has the shape \(3, 2\), which does not broadcast to .* \(1, 2\)"):
         concept.attribute(relevance[:1], torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2)])
+@pytest.mark.parametrize("target", ["sum", "max"])
+def test_no_samples_have_no_ranking(shape, target):
+    for found in ChannelConcept().reference_sampling(torch.zeros(shape), max_target=target):
+        assert found.shape == (0, 3)
+    assert ChannelConcept().attribute(torch.zeros(shape)).shape == (0, 3)

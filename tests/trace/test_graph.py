@@ -679,3 +679,17 @@ def test_record_is_plain_data(mlp, vectors):
     assert isinstance(record, Trace)
     with pytest.raises(LayerNotFoundError):
         record.calls_of("nope")
+
+
+def test_single_calls_of_a_layer_are_places_of_their_own():
+    relu, data = nn.ReLU(), torch.randn(1, 4)
+    net = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2))
+    found = trace_model_graph(net, data, ["0", "1#0", "2", "1#1", "4"])
+    feeding = {name: found.find_input_layers(name) for name in found.layer_names}
+    assert feeding == {"0": [], "1#0": ["0"], "2": ["1#0"], "1#1": ["2"], "4": ["1#1"]}
+    found.set_layer_names(["1#0", "1.input#1"])
+    assert found.find_input_layers("1#1") == ["1.input#1"]
+    assert found.find_input_layers("1.input#1") == ["1#0"]
+    assert found.find_input_layers("1") == ["1.input#1"]
+    with pytest.raises(KeyError, match="'1#2' is in the model, but the forward pass did not call it"):
+        found.find_input_layers("1#2")
