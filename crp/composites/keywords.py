@@ -60,7 +60,9 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
             raise InputTypeError(f"{type(self).__name__}: {error}; it takes {known}") from None
         if "keywords" not in vars(self):
             named = list(bound.arguments.items())[1:]
-            self.keywords = {k: v for k, v in named if v is not signature.parameters[k].default and k not in open_ended}
+            given = {k: v for k, v in named if v is not signature.parameters[k].default and k not in open_ended}
+            # (a list that the caller goes on to change shall not change what is told of the composite)
+            self.keywords = {k: list(v) if isinstance(v, list) else v for k, v in given.items()}
             for name in open_ended:
                 self.keywords |= bound.arguments.get(name, {})
         init(self, *args, **kwargs)

@@ -112,11 +112,15 @@ class Rule(Hook):  # type: ignore[misc]
         self, stabilizer: float | Callable[[Tensor], Tensor] = 1e-6, zero_params: str | Sequence[str] | None = None
     ) -> None:
         super().__init__()
+        stabilizing(stabilizer)
         self.stabilizer = stabilizer
         self.zero_params = _names(zero_params)
         self.multiplier = False
         self.attachment: Attachment | None = None
-        self._stabilize = stabilizing(stabilizer)
+
+    @property
+    def _stabilize(self) -> Callable[[Tensor], Tensor]:
+        return stabilizing(self.stabilizer)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         r"""Differentiable function of ``a`` that stands in for the operation in the backward pass.

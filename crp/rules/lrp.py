@@ -63,6 +63,10 @@ class LRPRule(Rule):
         super().__init__(stabilizing(stabilizer, norm_scale), zero_params)
         self.stabilizer, self.norm_scale = stabilizer, norm_scale
 
+    @property
+    def _stabilize(self) -> Callable[[Tensor], Tensor]:
+        return stabilizing(self.stabilizer, self.norm_scale)
+
 
 class Epsilon(LRPRule):
     r"""ε rule, :math:`R_i = \sum_j \frac{a_i w_{ij}}{z_j + \varepsilon \operatorname{sign} z_j} R_j`.
@@ -92,6 +96,10 @@ class Epsilon(LRPRule):
         stabilizing(epsilon, norm_scale, "epsilon")
         super().__init__(epsilon, zero_params, norm_scale=norm_scale)
         self.epsilon = epsilon
+
+    @property
+    def _stabilize(self) -> Callable[[Tensor], Tensor]:
+        return stabilizing(self.epsilon, self.norm_scale, "epsilon")
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Output of an operation, with this rule as its gradient: for ε = 0 the ordinary chain rule."""

@@ -267,6 +267,15 @@ def test_the_name_of_a_preset_is_not_taken_by_another_class():
     assert register("epsilon_plus")(EpsilonPlus) is EpsilonPlus
 
 
+def test_lists_that_the_caller_changes_change_nothing_that_is_told():
+    layer_map = [(nn.Conv2d, ZPlus())]
+    composite = Composite(layer_map=layer_map)
+    shown = repr(composite)
+    layer_map.append((nn.Linear, Epsilon()))
+    assert repr(composite) == shown
+    assert repr(pickle.loads(pickle.dumps(composite))) == shown
+
+
 def test_box_needs_its_bounds():
     with pytest.raises(TypeError, match="EpsilonGammaBox: missing a required argument: 'low'"):
         EpsilonGammaBox()

@@ -394,3 +394,26 @@ def test_the_quotient_in_place_is_the_one_that_can_be_differentiated(epsilon, si
     assert found.requires_grad == live
     assert torch.equal(above, given[0])
     assert torch.equal(below, given[1])
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "changed"),
+    [
+        (rules.Epsilon(), "epsilon", rules.Epsilon(0.5)),
+        (rules.ZPlus(), "stabilizer", rules.ZPlus(0.5)),
+        (rules.Gamma(), "stabilizer", rules.Gamma(stabilizer=0.5)),
+        (rules.WSquare(), "stabilizer", rules.WSquare(0.5)),
+        (rules.Epsilon(0.5), "norm_scale", rules.Epsilon(0.5, norm_scale=True)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, rules.Rule) else value,
+)
+def test_settings_that_are_changed_count_from_then_on(rule, name, changed):
+    """What a rule is shown with is what it does."""
+    torch.manual_seed(0)
+    layer, a, m = nn.Linear(4, 3).double(), torch.randn(2, 4, dtype=F64), torch.ones(2, 3, dtype=F64)
+    before = attribute(rule, layer, a, m, True)
+    setattr(rule, name, getattr(changed, name))
+    assert repr(rule) == repr(changed)
+    found = attribute(rule, layer, a, m, True)
+    assert torch.equal(found, attribute(changed, layer, a, m, True))
+    assert not torch.allclose(found, before)
