@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from crp.checks import check_number
 from crp.errors import NameNotFoundError
 from crp.image.colours import AGAINST, FOR
 from crp.image.pixels import Picture, imgify
@@ -61,6 +62,7 @@ def plot_graph(
         for key in edge:
             if key not in places:
                 raise NameNotFoundError(f"the edge {edge} names {key!r}, which is in no column")
+        check_number(f"the relevance of the edge {edge}", edges[edge])
     if ax is None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crp.errors import InputError
+from crp.checks import check_number
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.image.colours import AGAINST, FOR, POWER
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class TextHeatmap:
     relevance : array of shape (tokens,), optional
         Without it, nothing is coloured.
     special : frozenset of int
-        Places of tokens that stand for no text, such as the begin; they are framed.
+        Places of tokens that stand for no text, such as the begin; they are framed. Negative places count from the end.
     explained : int, optional
         Place of the token at which the model's prediction of the next one is explained.
     strongest : int, optional
@@ -51,8 +52,8 @@ class TextHeatmap:
 
     Raises
     ------
-    ValueError
-        If there are not as many relevances as words, or some are not finite.
+    ValueError, TypeError, IndexError
+        If there are not as many relevances as words, some are complex or not finite, or there is no token at a place.
     """
 
     words: tuple[str, ...]
@@ -63,14 +64,28 @@ class TextHeatmap:
     scale: float | None = None
 
     def __post_init__(self) -> None:
+        if self.scale is not None:
+            check_number("scale", self.scale, 0)
+        object.__setattr__(self, "special", frozenset(map(self._place, self.special)))
+        for name in ("explained", "strongest"):
+            if (place := getattr(self, name)) is not None:
+                object.__setattr__(self, name, self._place(place))
         if self.relevance is None:
             return
+        if np.iscomplexobj(self.relevance):
+            raise InputTypeError("the relevance of a text has complex numbers, which have no colour")
         values = np.asarray(self.relevance, np.float64)
         object.__setattr__(self, "relevance", values)
         if values.shape != (len(self.words),):
             raise InputError(f"a text of {len(self.words)} tokens has relevance of shape {values.shape}")
         if not np.isfinite(values).all():
             raise InputError("the relevance of a text has values that are not finite, which have no colour")
+
+    def _place(self, place: int) -> int:
+        """Place of a token, of which negative ones count from the end."""
+        if not -len(self.words) <= place < len(self.words):
+            raise OutOfRangeError(f"a text of {len(self.words)} tokens has none at {place}")
+        return place % len(self.words)
 
     @property
     def strengths(self) -> NDArray[Any]:

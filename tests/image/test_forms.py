@@ -251,6 +251,8 @@ def test_graphs_show_nodes_and_edges_in_their_colours():
     figure.savefig(io.BytesIO(), format="svg")
     with pytest.raises(KeyError, match="names 7, which is in no column"):
         plot_graph(columns, {("y", 7): 0.5})
+    with pytest.raises(InputError, match=r"the relevance of the edge \('y', 1\) must be a finite number, not nan"):
+        plot_graph(columns, {("y", 1): float("nan")})
 
 
 # --- pictures of files

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 from html.parser import HTMLParser
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
+from crp.errors import CRPError
 from crp.image import TextHeatmap, plot_texts, text_html
 from crp.image.texts import _COLUMNS, _placed, _width, readable, text_page
 
@@ -87,3 +89,25 @@ def test_figures_that_cannot_be() -> None:
         plot_texts([])
     with pytest.raises(ValueError, match="2 captions for 1 texts"):
         plot_texts(TextHeatmap(("a",)), ["b", "c"])
+
+
+def test_places_of_a_text_count_from_the_end_as_well() -> None:
+    words, relevance = ("<s>", "a", "b", "</s>"), np.array([0, 2.0, -1, 0.5])
+    wanted = text_html(TextHeatmap(words, relevance, frozenset({0, 3}), explained=3, strongest=2))
+    assert text_html(TextHeatmap(words, relevance, frozenset({0, -1}), explained=-1, strongest=-2)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"explained": 4}, "a text of 4 tokens has none at 4"),
+        ({"strongest": -5}, "a text of 4 tokens has none at -5"),
+        ({"special": frozenset({0, 9})}, "a text of 4 tokens has none at 9"),
+        ({"scale": -1.0}, "scale must be a number of at least 0, not -1.0"),
+        ({"scale": float("nan")}, "scale must be a number of at least 0, not nan"),
+        ({"relevance": np.ones(4) + 1j}, "complex numbers, which have no colour"),
+    ],
+)
+def test_what_a_text_has_not_is_refused(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(CRPError, match=message):
+        TextHeatmap(("<s>", "a", "b", "</s>"), **{"relevance": np.ones(4), **keywords})
