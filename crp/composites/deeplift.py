@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.checks import check_choice
+from crp.checks import check_choice, check_number
 from crp.composites.base import Canonizers, Composite, LayerMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
@@ -175,6 +175,8 @@ class DeepLift(Composite):
                 )
         if not isinstance(chosen, Tensor):
             return torch.full_like(data, chosen or 0.0).requires_grad_()
+        if chosen.is_complex() or not chosen.isfinite().all():
+            raise InputError("the reference has NaN, infinite or complex values; give real numbers that are finite")
         reference = chosen.detach().to(data)
         if (
             self._samples is not None
@@ -225,6 +227,7 @@ class DeepLift(Composite):
 def _tensor(reference: Reference) -> Any:
     """Nested lists of numbers as tensors, lists of references as lists, and nothing as zero."""
     if reference is None or (isinstance(reference, int | float) and not isinstance(reference, bool)):
+        check_number("the reference", reference or 0.0)
         return float(reference or 0.0)
     if isinstance(reference, Tensor) or callable(reference):
         return reference

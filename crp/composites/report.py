@@ -16,6 +16,7 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.composites.matching import SeenOperation
+from crp.engine.door import telling_misfits
 from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
 from crp.rules.layer import _in_words, changed
@@ -146,7 +147,9 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
     counting = {module: partial(count, name) for name, module in modules.items()}
     with evaluating(model), hooked(counting), composite.context(model), composite.watching() as seen:
         given, named = changed((args, kwargs), _explained)
-        with torch.enable_grad():
+        arguments: dict[int | str, Any] = {**dict(enumerate(given)), **named}
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        with torch.enable_grad(), telling_misfits(model, tensors, arguments):
             model(*given, **named)
         done = [_done(canonizer, instances) for canonizer, instances in composite.applied]
     told = {name: what for layers, _ in done for name, what in layers.items()}

@@ -207,7 +207,8 @@ def _check_between(value: Tensor, is_beyond: Tensor) -> None:
 
 def _bound(name: str, bound: Bound) -> float | Tensor:
     try:
-        is_number = torch.as_tensor(bound).dtype != torch.bool
+        tensor = torch.as_tensor(bound)
+        is_number = tensor.dtype != torch.bool and not tensor.is_complex()
     except (TypeError, ValueError, RuntimeError):
         is_number = False
     if not is_number:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from crp.composites import LRP, Composite, DeepLift, EpsilonPlusFlat, Report
+from crp.errors import InputError, InputTypeError
 from crp.rules import Epsilon, Pass
 
 
@@ -129,6 +130,10 @@ def test_report_leaves_the_model_and_the_data_alone(training, untouched):
     broken = conv_net(lambda s, h: h[:, :, :1, :1] ** h)
     with untouched(broken), pytest.raises(RuntimeError):
         of(broken, data=images())
+    with untouched(model), pytest.raises(InputTypeError, match="gets a ndarray in place of a tensor"):
+        of(model, data=data.numpy())
+    with untouched(model), pytest.raises(InputError, match=r"takes .* channels"):
+        of(model, data=data[:, :1])
 
 
 def test_models_of_other_calls():

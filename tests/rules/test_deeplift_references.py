@@ -150,6 +150,9 @@ def test_preprocessing_in_place_leaves_data_and_reference_alone(x: Tensor, x0: T
         (lambda data: data[:2], r"the reference function returned shape \(2, 2, 7, 7\) for data of \(4, 2, 7, 7\)"),
         ([0.0, torch.zeros(1, 2, 7, 7)], r"has 2 references, whose results CondAttribution averages"),
         (torch.zeros(5, 1, 2, 7, 7), r"has 5 references, whose results CondAttribution averages"),
+        (torch.full((2, 7, 7), torch.nan), "the reference has NaN, infinite or complex values"),
+        (torch.zeros(2, 7, 7) + 1j, "the reference has NaN, infinite or complex values"),
+        (lambda data: data / 0, "the reference has NaN, infinite or complex values"),
     ],
 )
 def test_references_that_do_not_fit(model: nn.Module, x: Tensor, reference: object, message: str) -> None:
@@ -171,6 +174,8 @@ def test_keywords_are_checked() -> None:
     for wrong in ("zero", [], {}, object()):
         with pytest.raises(TypeError, match="a reference is a number, a tensor, a function of the data, or a list"):
             DeepLift(reference=wrong)
+    with pytest.raises(ValueError, match="the reference must be a finite number, not nan"):
+        DeepLift(reference=float("nan"))
     with pytest.raises(TypeError, match="the reference function must return a tensor, not 0"):
         relevance(nn.Linear(2, 2), torch.ones(1, 2), DeepLift(reference=lambda data: 0))
 

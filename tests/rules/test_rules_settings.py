@@ -290,6 +290,7 @@ def test_bad_settings_are_refused(make, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: rules.ZBox(torch.tensor(-1j), 1.0), "low must be a number, a tensor or a nested list of numbers"),
         (lambda: rules.Epsilon("small"), "epsilon must be a number or a function of the denominator, not 'small'"),
         (lambda: rules.ZPlus(None), "stabilizer must be a number or a function of the denominator, not None"),
         (lambda: rules.Epsilon(torch.relu, norm_scale=True), "norm_scale scales a number; epsilon is the function"),
