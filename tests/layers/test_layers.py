@@ -116,3 +116,17 @@ def test_output_shapes_name_layers_that_are_not_called(mlp, vectors):
     mlp.forward = mlp[:2].forward
     with pytest.warns(UserWarning, match="layer 'unused' is not called"):
         assert get_output_shapes(mlp, vectors, ["unused"]) == {}
+
+
+@pytest.mark.parametrize("form", [lambda ids: ids, lambda ids: (ids,), lambda ids: {"input_ids": ids}])
+def test_output_shapes_of_token_ids(form):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, input_ids):
+            return self.head(self.words(input_ids))
+
+    found = get_output_shapes(Words().eval(), form(torch.tensor([[1, 2, 3]])), ["words", "head"])
+    assert found == {"words": (3, 4), "head": (3, 2)}
