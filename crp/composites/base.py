@@ -334,7 +334,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 f"{type(other).__name__} and {type(self).__name__} are on one model, or on a model and a part of it; "
                 "put all rules into one composite, by layer names where they differ"
             )
-        if self._structure is not None and not mode.matching.totals:
+        if self._structure is not None:
             mode.matching.totals = _totals_of(mode, module, self._structure, args, kwargs)
         args, kwargs, leaves = self._explain(module, mode, args, kwargs)
         if self._attachment.account is not None:

@@ -207,9 +207,12 @@ class Matching:
         """Error of the entries that a completed forward pass has shown; None if there is none."""
         for number, count in self.counted().items():
             if self.totals.get(number, count) != count:
+                counted = self.totals[number]
+                self.totals.clear()  # (which are remembered for the model: they are counted anew at its next call)
                 return StateError(
-                    f"{self.entries[number]}: the model ran {count} such layers, and {self.totals[number]} when they "
-                    "were counted; its path depends on the values, so that positions have no meaning"
+                    f"{self.entries[number]}: the model ran {count} such layers, and {counted} when they "
+                    "were counted; positions have no meaning where its path depends on the values. If a setting of the "
+                    "model was changed, call it again"
                 )
         for number in sorted(self._called - self._met):
             entry = self.entries[number]

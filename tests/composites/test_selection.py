@@ -296,3 +296,43 @@ def test_presets_conserve_what_their_functions_share():
     model = conv_net(lambda s, h: F.silu(h) * torch.sigmoid(h))
     total = heatmap(model, exact()).flatten(1).sum(1)
     torch.testing.assert_close(total, model(images())[:, 0].detach(), rtol=1e-9, atol=1e-12)
+
+
+class Unrolled(nn.Module):
+    """As many dense layers as a text has tokens, or as are asked for."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cells, self.out, self.n = nn.ModuleList(nn.Linear(4, 4) for _ in range(6)), nn.Linear(4, 2), None
+        self.double().eval()
+
+    def forward(self, x):
+        h = x.mean(1)
+        for cell in self.cells[: self.n or x.shape[1]]:
+            h = torch.relu(cell(h))
+        return self.out(h)
+
+
+@pytest.mark.parametrize("position", [First(nn.Linear, 2), Last(nn.Linear, 2), Depth(0, 0.5, nn.Linear)], ids=repr)
+def test_positions_are_counted_for_each_length(position):
+    """Where a model does more for longer inputs, the last of four layers is another than the last of six."""
+    model, composite = Unrolled(), Composite(layer_map=[(position, Epsilon(0.3)), (nn.Linear, Gamma(1.0))])
+    for length in (4, 2, 6, 4):
+        data = torch.randn(2, length, 4, dtype=torch.float64)
+        names = [f"cells.{i}" for i in range(length)] + ["out"]
+        chosen = [name for k, name in enumerate(names) if position.chooses(k, len(names))]
+        by_name = Composite(layer_map=[*((name, Epsilon(0.3)) for name in chosen), (nn.Linear, Gamma(1.0))])
+        torch.testing.assert_close(heatmap(model, composite, data), heatmap(model, by_name, data))
+
+
+def test_positions_are_counted_anew_after_another_path():
+    model, data = Unrolled(), torch.randn(2, 3, 4, dtype=torch.float64)
+    composite = Composite(layer_map=[(Last(nn.Linear, 2), Epsilon(0.3)), (nn.Linear, Gamma(1.0))])
+    heatmap(model, composite, data)
+    model.n = 5
+    with pytest.raises(RuntimeError, match=r"the model ran 6 such layers, and 4 when .* was changed, call it again"):
+        heatmap(model, composite, data)
+    other = Unrolled()
+    other.n = 5
+    torch.testing.assert_close(heatmap(model, composite, data), heatmap(other, composite, data))
