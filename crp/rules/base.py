@@ -48,7 +48,7 @@ from crp.rules.model_input import ModelInput, _AsRelevance, _DetachedInput, _Uni
 from crp.rules.notes import Copied, Note, Notes
 from crp.rules.one_module import OneModule
 from crp.rules.redirect import Redirect, SecondOrder, _released, _saves_output
-from crp.rules.stabilizer import Absolute, quotient, stabilizing
+from crp.rules.stabilizer import Absolute, _Stabilized, quotient, stabilizing
 from crp.rules.terms import Term
 
 
@@ -81,7 +81,7 @@ class Attachment:
         self.rectifiable.clear()
 
 
-class Rule(Hook):  # type: ignore[misc]
+class Rule(_Stabilized, Hook):  # type: ignore[misc]
     """Base of all rules; override `surrogate`, or `terms` for rules of several parts.
 
     Parameters
@@ -117,10 +117,6 @@ class Rule(Hook):  # type: ignore[misc]
         self.zero_params = _names(zero_params)
         self.multiplier = False
         self.attachment: Attachment | None = None
-
-    @property
-    def _stabilize(self) -> Callable[[Tensor], Tensor]:
-        return stabilizing(self.stabilizer)
 
     def surrogate(self, layer: Layer, a: Tensor) -> Tensor:
         r"""Differentiable function of ``a`` that stands in for the operation in the backward pass.
@@ -338,12 +334,13 @@ class Rule(Hook):  # type: ignore[misc]
 
     def copy(self) -> Rule:
         """Rule of the same settings."""
+        assert self._stabilize is not None  # (made once for all copies)
         return copy.copy(self)
 
     def attach(self, attachment: Attachment) -> Rule:
         """Rule of the same settings for a composite in which multipliers travel."""
         rule = self.copy()
-        rule.multiplier, rule.attachment = True, attachment
+        rule.__dict__.update(multiplier=True, attachment=attachment)
         return rule
 
     def register(self, module: nn.Module) -> RemovableHandleList:

@@ -16,7 +16,8 @@ is said to conserve relevance where this is so without bias and for :math:`\vare
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -63,7 +64,7 @@ class LRPRule(Rule):
         super().__init__(stabilizing(stabilizer, norm_scale), zero_params)
         self.stabilizer, self.norm_scale = stabilizer, norm_scale
 
-    @property
+    @cached_property
     def _stabilize(self) -> Callable[[Tensor], Tensor]:
         return stabilizing(self.stabilizer, self.norm_scale)
 
@@ -97,7 +98,7 @@ class Epsilon(LRPRule):
         super().__init__(epsilon, zero_params, norm_scale=norm_scale)
         self.epsilon = epsilon
 
-    @property
+    @cached_property
     def _stabilize(self) -> Callable[[Tensor], Tensor]:
         return stabilizing(self.epsilon, self.norm_scale, "epsilon")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 
 import torch
@@ -77,6 +78,20 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
     if norm_scale:
         raise InputTypeError(f"norm_scale scales a number; {name} is the function {value!r}, which may do so itself")
     return value
+
+
+class _Stabilized:
+    """Base of rules: what stabilizes is made of the settings that a rule is shown with, also once these are changed."""
+
+    stabilizer: Stabilize
+
+    @cached_property
+    def _stabilize(self) -> Callable[[Tensor], Tensor]:
+        return stabilizing(self.stabilizer)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        self.__dict__.pop("_stabilize", None)
 
 
 def quotient(
