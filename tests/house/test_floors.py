@@ -52,22 +52,22 @@ BUDGETS = {
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3925,
+    "composites": 3940,
     "concept_graph": 203,
     # (what is no relevance, and masks that return none)
-    "concepts": 2047,
+    "concepts": 2050,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
     "engine": 5014,
-    "image": 1472,
+    "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 1128,
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 5839,
+    "rules": 5865,
     # (along which axis the channels of a layer are)
-    "trace": 1335,
+    "trace": 1344,
     "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
