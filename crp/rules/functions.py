@@ -119,7 +119,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear sign", "mean sum"),
     ("", "arithmetic homogeneous linear elementwise scales", "neg positive"),
     ("", "homogeneous linear", "cumsum diff index_add nansum fold interpolate upsample"),
-    ("", "homogeneous linear constant", "scatter_add"),
+    ("", "homogeneous linear constant", "complex scatter_add"),
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     ("", "constant elementwise", "lerp"),
     # --- choice ---
@@ -152,7 +152,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous constant selects indexes", "index_copy index_put masked_scatter scatter"),
     ("", "homogeneous constant selection selects elementwise", "masked_fill where"),
     ("", "homogeneous constant", "fill put"),
-    ("", "homogeneous linear", "real imag view_as_real view_as_complex"),
+    ("", "homogeneous linear", "conj fft_fftshift fft_ifftshift imag istft real stft view_as_complex view_as_real"),
+    *(("", "homogeneous linear", f"fft_{kind}fft fft_{kind}fft2 fft_{kind}fftn") for kind in ("", "i", "r", "ir")),
 )
 
 #: Other names of the same functions.
