@@ -103,7 +103,8 @@ class _Absorb(torch.autograd.Function):
         """Sum each share over the sample."""
         (m,) = grads
         rows = len(m) if m.dim() else 1
-        kept = [_relevance(m, share).reshape(rows, -1).sum(1) for share in ctx.saved_tensors]
+        of_each = (rows, m.numel() // max(rows, 1))  # (an expert may have no tokens)
+        kept = [_relevance(m, share).reshape(of_each).sum(1) for share in ctx.saved_tensors]
         return m, torch.stack(kept, 1), *(None for _ in kept)
 
 

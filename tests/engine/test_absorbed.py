@@ -370,3 +370,18 @@ def test_functions_of_several_results_without_a_rule_keep_what_they_do_not_expla
 def test_masked_and_complex_entries_keep_an_account_of_numbers(model, kind):
     found = account(model.double().eval(), kind(), torch.randn(2, 5, 4, dtype=torch.float64))
     assert found.total.isfinite().all() and holds(found)
+
+
+def test_an_expert_without_tokens_keeps_nothing():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.above = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            mine, others = x[0].split([0, x.shape[1]])
+            return self.above(torch.cat([self.first(mine), self.second(others)]).mean(0, keepdim=True))
+
+    found = account(Experts().double().eval(), EpsilonPlus(), torch.randn(1, 5, 4, dtype=torch.float64))
+    assert not any(share.any() for share in found.layers["first"].values()) and holds(found)
