@@ -126,7 +126,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous choosing elementwise", "maximum minimum"),
     ("", "homogeneous choosing indexes", "max min"),
     ("", "homogeneous", "amax amin cummax"),
-    ("", "homogeneous selects indexes", "masked_select sort take topk"),
+    ("", "homogeneous selects indexes", "kthvalue masked_select median msort nanmedian sort take topk"),
     # --- the same entries at other places ---
     ("", "homogeneous linear selects copies sign", "chunk flatten getitem permute reshape squeeze transpose"),
     ("", "homogeneous linear selects copies sign elementwise", "bfloat16 clone contiguous double float half to"),
