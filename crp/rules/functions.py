@@ -302,8 +302,8 @@ def _described(name: str, is_attribute: bool = False) -> Function:
     keeps, gives = 0 if canonical in PARSERS or canonical == "native_multi_head_attention" else FIRST, 0
     if properties & {"selects", "scales"}:
         keeps |= BORN
-    if "sign" in properties:
-        keeps |= NONNEGATIVE
+    keeps |= NONNEGATIVE if "sign" in properties else 0
+    keeps |= Born.ACTIVATION if properties >= {"rescaled", "elementwise"} else 0  # (the square of one is one)
     if "nonnegative" in properties:
         gives |= NONNEGATIVE
     gives |= Born.SQUASHED if "squashing" in properties else 0
