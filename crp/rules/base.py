@@ -177,7 +177,7 @@ class Rule(Hook):  # type: ignore[misc]
         """
         if self.needs_weight and layer.operands is None:
             raise InputTypeError(f"{type(self).__name__} treats sums of weighted inputs, which {layer} is not")
-        a = self.only_input(layer)
+        a = layer.only_input(self)
         layer.zero_params = self.zero_params
         layer.at_input = self.stands_at_input(layer)
         if self.attachment is not None and layer.at_input:
@@ -197,21 +197,6 @@ class Rule(Hook):  # type: ignore[misc]
             )
         # (what a module as a whole has saved for its gradient cannot be known)
         return self.propagate(layer, a, _writable(output) if layer.module is None else output.detach().clone())
-
-    def only_input(self, layer: Layer) -> Tensor:
-        """Operand that depends on the model's input; a NotImplementedError if it is not the only one, or complex."""
-        # (Python takes a TypeError inside an operator such as ** for "operands of another type")
-        if len(layer.inputs) != 1:
-            raise NotImplementedError(
-                f"{type(self).__name__} treats functions of one input; {layer} has {len(layer.inputs)} that "
-                "depend on the model's input"
-            )
-        if layer.inputs[0].is_complex():
-            raise NotImplementedError(
-                f"{type(self).__name__} treats real numbers, and the input of {layer} is complex; write its parts "
-                "apart, or give None in layer_map for the ordinary chain rule"
-            )
-        return layer.inputs[0]
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Output of an operation, with this rule as its gradient.

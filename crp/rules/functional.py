@@ -277,7 +277,7 @@ class Normalization(Linearized):
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Centred input, scaled; and the input at the same place for the bias, where that counts as zero."""
-        a = self.only_input(layer)
+        a = layer.only_input(self)
         arguments = _arguments(layer)
         weight, bias = (_aligned(arguments.get(name), layer.name, a) for name in ("weight", "bias"))
         if layer.name in ("layer_norm", "rms_norm") and not self.zero_params and self._account is None:
