@@ -138,7 +138,7 @@ class Operations(SeeingMode):
         if not choice.is_method:
             self._untreated[_in_words(op.known.name, self.innermost())] = None
         self._list(op.known.name, choice)
-        if account is not None and not choice.is_method and result is target and isinstance(result, Tensor):
+        if account is not None and not choice.is_method and result is target:
             # (a function without a rule keeps what its inputs do not explain, and the account must close)
             layer = Layer(
                 op.function, op.args, op.kwargs, tuple(op.inputs), op.known, place=self.place(), result=result

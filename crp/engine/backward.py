@@ -31,6 +31,10 @@ _ORDER_MESSAGE = (
     "start with the last and end with the first layer in each condition; parallel layers cannot be in one condition. "
     "The flow from {} does not reach {!r}."
 )
+_CONSTANT_MESSAGE = (
+    "The flow from the start does not reach {!r}, so that a condition on it would leave nothing: what is explained "
+    "does not depend on it, or the composite holds it constant, as most presets do with gates, queries and keys."
+)
 
 
 def flow(
@@ -65,9 +69,14 @@ def send_back(
     for name in layer_names if partial_backward else ():
         (reached,) = torch.autograd.grad(root, layer_out[name], cotangent, retain_graph=True, allow_unused=True)
         if reached is None:
-            raise StateError(_ORDER_MESSAGE.format(origin, name))
+            raise StateError(_not_reached(origin, name))
         root, cotangent, origin = layer_out[name], reached, repr(name)
     torch.autograd.backward(root, cotangent, retain_graph=generate)
+
+
+def _not_reached(origin: str, layer: str) -> str:
+    """Message that what starts at a conditioned layer, or at ``"the start"``, does not reach the next one."""
+    return _CONSTANT_MESSAGE.format(layer) if origin == "the start" else _ORDER_MESSAGE.format(origin, layer)
 
 
 Gradients = list[Tensor | None]
@@ -222,7 +231,7 @@ def _by_layer(
         seen = passed.arrivals.get(name, key, below, keep_graph) if target.requires_grad else {}
         key = None  # (what comes next has met a mask)
         if name not in seen:
-            raise StateError(_ORDER_MESSAGE.format(origin, name))
+            raise StateError(_not_reached(origin, name))
         recorded = {**seen, **dict.fromkeys(names_of[id(target)], seen[name]), **recorded}
         masks = make_masks(conditions, name, n_entries=len(target) // len(passed.inputs))
         root, origin, cotangent = target, repr(name), grid.scatter(apply_masks(masks, grid.gather(seen[name])))

@@ -222,6 +222,8 @@ def check_one_entry(results: AttributionResults, layers: Collection[str] | None 
 
 def _check_layer(layer: str, role: str, output: Tensor, inputs: Inputs) -> None:
     n_samples, what = len(inputs), f"the output of layer {layer!r}"
+    if output.is_complex():
+        raise InputTypeError(f"{what} has complex numbers, of which relevance has no parts; name a layer of real ones")
     if role == "start":
         check_columns(what, output, n_samples)
         _check_explained(f"the output of start_layer {layer!r}", output)

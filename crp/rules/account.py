@@ -80,7 +80,7 @@ class _Sink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, y: Tensor) -> Tensor:
         """Return zeros."""
-        return y.new_zeros(len(y) if y.dim() else 1, len(KINDS))
+        return torch.zeros(len(y) if y.dim() else 1, len(KINDS), dtype=y.dtype.to_real(), device=y.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
@@ -103,9 +103,17 @@ class _Absorb(torch.autograd.Function):
         """Sum each share over the sample."""
         (m,) = grads
         rows = len(m) if m.dim() else 1
-        # (0 times the minus infinity by which pooling pads would be NaN; where nothing arrives, nothing is kept)
-        kept = [torch.where(m == 0, 0.0, m * share).reshape(rows, -1).sum(1) for share in ctx.saved_tensors]
+        of_each = (rows, m.numel() // max(rows, 1))  # (an expert may have no tokens)
+        kept = [_relevance(m, share).reshape(of_each).sum(1) for share in ctx.saved_tensors]
         return m, torch.stack(kept, 1), *(None for _ in kept)
+
+
+def _relevance(m: Tensor, a: Tensor) -> Tensor:
+    """Relevance of values for their multipliers, real numbers."""
+    # (the gradient of a complex number is that of its parts, each times its own)
+    products = (m.conj() * a).real if a.is_complex() else m * a
+    # (0 times the minus infinity by which pooling pads would be NaN; where nothing arrives, nothing is kept)
+    return torch.where(m == 0, 0.0, products)
 
 
 class _Balance(torch.autograd.Function):
@@ -122,7 +130,5 @@ class _Balance(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Sum the relevance up."""
         (m,), (a,) = grads, ctx.saved_tensors
-        # (the gradient of a complex number is that of its parts, each times its own)
-        products = (m.conj() * a).real.to(ctx.dtype) if a.is_complex() else m.to(ctx.dtype) * a
-        total = ctx.sign * torch.where(m == 0, 0.0, products).sum()
+        total = ctx.sign * _relevance(m if a.is_complex() else m.to(ctx.dtype), a).to(ctx.dtype).sum()
         return m, torch.stack([total, *[torch.zeros_like(total)] * (len(KINDS) - 1)])[None], None

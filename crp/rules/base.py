@@ -171,19 +171,13 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
         Raises
         ------
         NotImplementedError
-            If it has more than one such operand.
+            If it has more than one such operand, or a complex one.
         TypeError
             If the rule takes weights apart and the call has none.
         """
         if self.needs_weight and layer.operands is None:
             raise InputTypeError(f"{type(self).__name__} treats sums of weighted inputs, which {layer} is not")
-        if len(layer.inputs) != 1:
-            # (Python takes a TypeError inside an operator such as ** for "operands of another type")
-            raise NotImplementedError(
-                f"{type(self).__name__} treats functions of one input; {layer} has {len(layer.inputs)} that "
-                "depend on the model's input"
-            )
-        a = layer.inputs[0]
+        a = layer.only_input(self)
         layer.zero_params = self.zero_params
         layer.at_input = self.stands_at_input(layer)
         if self.attachment is not None and layer.at_input:

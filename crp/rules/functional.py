@@ -69,7 +69,7 @@ class Gate(_Shared):
     LSTMs", 2019, section 11.2.3); ``"split"`` gives each factor half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
     Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation. If none or both
     are, it is the factor that a sigmoid has made (or 1 minus such), or else the one that an activation has made, also
-    after reshaping or indexing. If that does not decide, the relevance is split.
+    after reshaping or indexing, or squared. If that does not decide, the relevance is split.
 
     Both modes hold constant what other rules hold constant: a factor that is one over something and broadcast, as the
     deviation in a norm, and the weights of experts that a router chooses. A factor that a softmax has made is treated
@@ -277,7 +277,7 @@ class Normalization(Linearized):
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Centred input, scaled; and the input at the same place for the bias, where that counts as zero."""
-        (a,) = inputs
+        a = layer.only_input(self)
         arguments = _arguments(layer)
         weight, bias = (_aligned(arguments.get(name), layer.name, a) for name in ("weight", "bias"))
         if layer.name in ("layer_norm", "rms_norm") and not self.zero_params and self._account is None:

@@ -119,14 +119,14 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear sign", "mean sum"),
     ("", "arithmetic homogeneous linear elementwise scales", "neg positive"),
     ("", "homogeneous linear", "cumsum diff index_add nansum fold interpolate upsample"),
-    ("", "homogeneous linear constant", "scatter_add"),
+    ("", "homogeneous linear constant", "complex scatter_add"),
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     ("", "constant elementwise", "lerp"),
     # --- choice ---
     ("", "homogeneous choosing elementwise", "maximum minimum"),
     ("", "homogeneous choosing indexes", "max min"),
     ("", "homogeneous", "amax amin cummax"),
-    ("", "homogeneous selects indexes", "masked_select sort take topk"),
+    ("", "homogeneous selects indexes", "kthvalue masked_select median msort nanmedian sort take topk"),
     # --- the same entries at other places ---
     ("", "homogeneous linear selects copies sign", "chunk flatten getitem permute reshape squeeze transpose"),
     ("", "homogeneous linear selects copies sign elementwise", "bfloat16 clone contiguous double float half to"),
@@ -152,7 +152,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous constant selects indexes", "index_copy index_put masked_scatter scatter"),
     ("", "homogeneous constant selection selects elementwise", "masked_fill where"),
     ("", "homogeneous constant", "fill put"),
-    ("", "homogeneous linear", "real imag view_as_real view_as_complex"),
+    ("", "homogeneous linear", "conj fft_fftshift fft_ifftshift imag istft real stft view_as_complex view_as_real"),
+    *(("", "homogeneous linear", f"fft_{kind}fft fft_{kind}fft2 fft_{kind}fftn") for kind in ("", "i", "r", "ir")),
 )
 
 #: Other names of the same functions.
@@ -301,8 +302,8 @@ def _described(name: str, is_attribute: bool = False) -> Function:
     keeps, gives = 0 if canonical in PARSERS or canonical == "native_multi_head_attention" else FIRST, 0
     if properties & {"selects", "scales"}:
         keeps |= BORN
-    if "sign" in properties:
-        keeps |= NONNEGATIVE
+    keeps |= NONNEGATIVE if "sign" in properties else 0
+    keeps |= Born.ACTIVATION if properties >= {"rescaled", "elementwise"} else 0  # (the square of one is one)
     if "nonnegative" in properties:
         gives |= NONNEGATIVE
     gives |= Born.SQUASHED if "squashing" in properties else 0

@@ -191,6 +191,21 @@ class Layer:
         named = {"input" if key == "self" else key: value for key, value in self.kwargs.items()}
         return {**dict(zip(_parameters_of(self.known, self.function), self.args, strict=False)), **named}
 
+    def only_input(self, rule: object) -> Tensor:
+        """Operand that depends on the model's input, for a rule that treats one of real numbers; others are refused."""
+        name = type(rule).__name__
+        # (Python takes a TypeError inside an operator such as ** for "operands of another type")
+        if len(self.inputs) != 1:
+            raise NotImplementedError(
+                f"{name} treats functions of one input; {self} has {len(self.inputs)} that depend on the model's input"
+            )
+        if self.inputs[0].is_complex():
+            raise NotImplementedError(
+                f"{name} treats real numbers, and the input of {self} is complex; write its parts apart, or give None "
+                "in layer_map for the ordinary chain rule"
+            )
+        return self.inputs[0]
+
     def __call__(
         self,
         a: Tensor,

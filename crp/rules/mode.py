@@ -145,12 +145,12 @@ class SeeingMode(TorchFunctionMode):
         if apart is not None and not op.known.operands:
             with self:
                 return apart(*op.args, **op.kwargs)
-        layer = None
+        layer, passed = None, _passed(op, self.notes.born)  # (operands may be overwritten, and then nothing is known)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
         else:
             result, layer = self._by_rule(choice, op)
-        self._note(op, result, copied, layer)
+        self._note(op, result, passed, copied, layer)
         return result
 
     def _by_rule(self, choice: Choice, op: Operation) -> tuple[Any, Layer]:
@@ -184,9 +184,11 @@ class SeeingMode(TorchFunctionMode):
         layer.nonnegative = self.notes.nonnegative(layer.inputs[0])
         return layer
 
-    def _note(self, op: Operation, result: Any, copied: Copied | list[Copied] | None, layer: Layer | None) -> None:
+    def _note(
+        self, op: Operation, result: Any, flags: int, copied: Copied | list[Copied] | None, layer: Layer | None
+    ) -> None:
         """Note what is known of an operation's result; ``layer`` is how a rule has seen it, if there was one."""
-        flags, parts = _passed(op, self.notes.born), None
+        parts = None
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST
         if layer is not None:

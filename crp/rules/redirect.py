@@ -97,7 +97,7 @@ class Redirect(torch.autograd.Function):
         elif m is not None:
             if again is not None and torch.is_grad_enabled():  # with create_graph=True
                 scales = again()
-            to_surrogates = [m * scale for scale in scales]
+            to_surrogates = [m * scale.conj() for scale in scales]  # (as autograd does; of real numbers, the same)
         return (to_y, None, None, *to_surrogates, *[None] * len(scales), *to_own)
 
 

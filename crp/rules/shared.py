@@ -71,6 +71,19 @@ class _Proportional(_Shared):
         return True
 
 
+class _ByGrid(_Shared):
+    """Samples of a tensor, at places that a grid names: the grid is held constant, as an index is."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def parts(self, layer: Layer) -> Parts:
+        """All for what is sampled."""
+        sampled = layer.args[0] if layer.args else layer.kwargs["input"]
+        of_each: Part = lambda tensor: float(tensor is sampled)  # noqa: E731
+        return [of_each] * len(layer.args), dict.fromkeys(layer.kwargs, of_each)
+
+
 class _OfMethod(Rule):
     """Base of rules that refuse what a method has no rule for.
 

@@ -329,9 +329,59 @@ class Spectrum(nn.Module):
         return torch.fft.fft(self.value(x), dim=1).real[:, 1]
 
 
-@pytest.mark.filterwarnings("ignore:.* has no rule for fft_fft:UserWarning")
+class Steps(nn.Module):
+    """A function of several results without a rule: all states of a recurrent layer, and the last ones."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.above = kind(4, 3, bidirectional=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        states, last = self.rnn(x.transpose(0, 1))
+        last = last[0] if isinstance(last, tuple) else last
+        return self.above(states[-1] + last.transpose(0, 1).flatten(1))
+
+
+class Deviates(nn.Module):
+    """The same of two statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(4, 6), nn.Linear(10, 3)
+
+    def forward(self, x):
+        var, mean = torch.var_mean(self.below(x), 2)
+        return self.above(torch.cat([var, mean], 1))
+
+
+@pytest.mark.filterwarnings("ignore:.* has no rule for (lstm|gru|rnn_tanh|var_mean):UserWarning")
+@pytest.mark.parametrize("kind", [AttnLRP, EpsilonPlus])
+@pytest.mark.parametrize(
+    "model", [Steps(nn.LSTM), Steps(nn.GRU), Steps(nn.RNN), Deviates()], ids=["lstm", "gru", "rnn", "var_mean"]
+)
+def test_functions_of_several_results_without_a_rule_keep_what_they_do_not_explain(model, kind):
+    found = account(model.double().eval(), kind(), torch.randn(2, 5, 4, dtype=torch.float64))
+    assert found.total.abs().min() > 1e-6 and holds(found)
+
+
 @pytest.mark.parametrize("kind", [AttnLRP, CPLRP])
 @pytest.mark.parametrize("model", [Decay(), Spectrum()], ids=["minus infinity", "complex"])
 def test_masked_and_complex_entries_keep_an_account_of_numbers(model, kind):
     found = account(model.double().eval(), kind(), torch.randn(2, 5, 4, dtype=torch.float64))
     assert found.total.isfinite().all() and holds(found)
+
+
+def test_an_expert_without_tokens_keeps_nothing():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.above = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            mine, others = x[0].split([0, x.shape[1]])
+            return self.above(torch.cat([self.first(mine), self.second(others)]).mean(0, keepdim=True))
+
+    found = account(Experts().double().eval(), EpsilonPlus(), torch.randn(1, 5, 4, dtype=torch.float64))
+    assert not any(share.any() for share in found.layers["first"].values()) and holds(found)

@@ -127,6 +127,9 @@ LINEAR = {
     "gathered": lambda h: h.gather(1, torch.arange(4).flip(0).reshape(1, 4, 1, 1).expand_as(h)),
     "take_along": lambda h: torch.take_along_dim(h, h.argsort(1), 1),
     "sorted": lambda h: h.sort(1, descending=True).values,
+    "medians": lambda h: torch.stack(
+        [h.median(1).values, h.kthvalue(2, 1)[0], h.nanmedian(1)[0], h.msort().median().expand_as(h[:, 0])], 1
+    ),
     "topk": lambda h: torch.cat([h.topk(2, 1).values, h.topk(2, 1, largest=False)[0]], 1),
     "views": views,
     "unbound": lambda h: torch.stack([*h.unbind(1)][::-1], 1),
@@ -192,6 +195,11 @@ def test_there_is_no_false_alarm(name, preset):
     with composite.context(model):
         predicted = model(IMAGES.clone().requires_grad_()).detach()
     assert off(predicted, model(IMAGES).detach()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["sorted", "topk", "medians", "fft"])
+def test_functions_of_degree_one_are_known_to_be(name):
+    maps(seeded(Around(LINEAR[name])), IMAGES, EpsilonPlus())  # (warnings are errors)
 
 
 class Recurrent(nn.Module):

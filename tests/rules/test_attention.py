@@ -245,6 +245,19 @@ def test_spellings_of_attention_are_explained_alike(name, attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
+def test_what_comes_after_an_exponential_in_place_is_none():
+    """Shares of sizes are no softmax; `explain` compares the prediction, too."""
+
+    def shares(x):
+        e, sizes = x.clone().exp_(), x.abs()
+        return sizes / sizes.sum(-1, keepdim=True) + 0.0 * e
+
+    x, r = numbers(2, 4), numbers(2, 4, seed=1)
+    (found,), kept = explain(shares, [x], r, lrp("constant"))
+    torch.testing.assert_close(found, r, rtol=1e-9, atol=1e-9)
+    assert kept.abs().max() <= 1e-9
+
+
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_self_attention_of_one_tensor(attention):
     x, r = numbers(2, L, E), numbers(2, L, E, seed=8)

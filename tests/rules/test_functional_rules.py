@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, DeepTaylor, EpsilonPlus, ExcitationBackprop
+from crp.composites import LRP, AttnLRP, DeepTaylor, EpsilonPlus, ExcitationBackprop
 from crp.rules import LRP0
 
 
@@ -532,6 +532,63 @@ def test_two_operands_of_an_elementwise_function_are_refused(untouched):
     model = Net(lambda x: torch.pow(x[:, :3], x[:, 3:])).double().eval()
     with untouched(model), pytest.raises(NotImplementedError, match="Pass treats functions of one input; pow"):
         CondAttribution(model)(numbers(1, 6, 2).abs(), [{}], lrp(), init_rel=1)
+
+
+CONDITIONAL = {
+    "layer_norm": lambda x, w: F.layer_norm(x, (6,), w[0]),
+    "rms_norm": lambda x, w: F.rms_norm(x, (6,), w[0]),
+    "group_norm": lambda x, w: F.group_norm(x, 2, w[0]),
+    "instance_norm": lambda x, w: F.instance_norm(x[..., None].expand(-1, -1, 4), weight=w[0]),
+    "prelu": lambda x, w: F.prelu(x, w[0]),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_parameters_that_are_made_of_the_input_are_refused_by_name(name, untouched):
+    """As a conditional norm would have them; written as a product of its own, such a parameter is a gate."""
+    model = Net(lambda x, made: CONDITIONAL[name](x, made(x)), made=nn.Linear(6, 6)).double().eval()
+    with untouched(model), pytest.raises(NotImplementedError, match=rf"\w+ (treats|has no rule for).*{name}\(\)"):
+        CondAttribution(model)(numbers(1, 6), [{}], lrp(), init_rel=1)
+
+
+@pytest.mark.parametrize("preset", [LRP, AttnLRP, DeepTaylor, ExcitationBackprop])
+def test_a_grid_that_is_made_of_the_input_is_held_constant(preset):
+    """As an index is: the picture that is sampled takes all, as in a spatial transformer."""
+    composite = preset(layer_map=[(nn.Linear, LRP0())])
+
+    def warped(x, made):
+        theta = made(x.flatten(1).detach() if made.is_apart else x.flatten(1))
+        grid = theta.reshape(-1, 4, 4, 2).tanh()
+        return (
+            F.grid_sample(x, grid, align_corners=False)
+            if made.is_by_place
+            else F.grid_sample(input=x, grid=grid, align_corners=False)
+        )
+
+    torch.manual_seed(0)
+    for is_by_place in (True, False):
+        found = {}
+        for is_apart in (True, False):
+            made = nn.Linear(48, 32)
+            nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(2))
+            nn.init.zeros_(made.bias)
+            made.is_apart, made.is_by_place = is_apart, is_by_place
+            found[is_apart], kept = explain(
+                warped, numbers(2, 3, 4, 4), numbers(2, 3, 4, 4, seed=8), composite, made=made
+            )
+            assert kept.abs().max() <= 1e-11
+        close(found[False], found[True])
+
+
+def test_of_a_constant_picture_all_relevance_of_samples_is_kept():
+    picture = numbers(1, 3, 4, 4)
+    found, kept = explain(
+        lambda x: F.grid_sample(picture, x.tanh(), align_corners=False),
+        numbers(1, 4, 4, 2),
+        numbers(1, 3, 4, 4, seed=8),
+    )
+    assert not found.any()
+    close(kept, numbers(1, 3, 4, 4, seed=8).sum()[None])
 
 
 def test_steps_hand_nothing_on():

@@ -8,6 +8,7 @@ import torch
 from preset_cases import numbers, off
 from test_attention import explain, lrp
 from torch import nn
+from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
@@ -72,6 +73,25 @@ def test_gate_is_held_constant(name):
     found, expected = (CondAttribution(m)(data, [{"y": 1}], EpsilonPlus()).heatmap for m in (net, held))
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+#: Of activations, and of what else makes one of another.
+ACTIVATED = {
+    "silu": F.silu,
+    "squared relu": lambda z: F.relu(z).square(),
+    "power of relu": lambda z: F.relu(z) ** 2,
+    "root of softplus": lambda z: F.softplus(z).sqrt(),
+    "absolute tanh": lambda z: z.tanh().abs(),
+    "scaled": lambda z: 2.0 * F.gelu(z),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_of_two_factors_the_one_that_an_activation_has_made_is_the_gate(name):
+    z, x, r = numbers(2, 5), numbers(2, 5, seed=1), numbers(2, 5, seed=2)
+    (of_z, of_x), kept = explain(lambda z, x: ACTIVATED[name](z) * x, (z, x), r, lrp("constant"))
+    assert not of_z.any() and kept.abs().max() <= 1e-12
+    assert off(of_x, torch.where(ACTIVATED[name](z) == 0, 0.0, r)) <= 1e-12
 
 
 ONE, TWO = torch.ones(1, dtype=torch.float64), torch.full((1,), 2.0, dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from preset_cases import numbers, off
@@ -54,12 +56,13 @@ FACTORS = {
 
 @pytest.mark.parametrize("attention", ["constant", "split"])
 @pytest.mark.parametrize("spelling", ["bmm", "matmul", "einsum"])
-def test_weights_of_chosen_experts_are_constant_in_products(spelling, attention):
+@pytest.mark.parametrize("divide", [torch.div, operator.itruediv, torch.Tensor.div_], ids=["div", "/=", "div_"])
+def test_weights_of_chosen_experts_are_constant_in_products(divide, spelling, attention):
     """Whatever becomes of attention: what the experts have made takes all."""
 
     def mixed(x, experts):
         weights, chosen = torch.softmax(x, -1).topk(2)
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = divide(weights, weights.sum(-1, keepdim=True))
         values = experts.gather(1, chosen[..., None].expand(-1, -1, experts.shape[-1]))
         if spelling == "einsum":
             return torch.einsum("nk,nkd->nd", weights, values)
