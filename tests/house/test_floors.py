@@ -52,20 +52,20 @@ BUDGETS = {
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3940,
+    "composites": 3942,
     "concept_graph": 203,
     # (what is no relevance, and masks that return none)
     "concepts": 2050,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 5014,
+    "engine": 5025,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 1128,
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 5865,
+    "rules": 5896,
     # (along which axis the channels of a layer are)
     "trace": 1344,
     "types": 151,
