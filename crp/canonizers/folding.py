@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.canonizers.norms import _affine, _sources
+from crp.layers.glimpses import glimpse
 
 #: Layers that can take in a batch norm.
 LINEAR = (nn.Linear, _ConvNd)
@@ -90,7 +91,7 @@ def fold(
     """Weight and bias of a layer with the batch norms in it; computed again only when a tensor has changed.
 
     Optimizers, ``load_state_dict``, conversions and in-place operations are noticed; writes through ``tensor.data``,
-    which torch does not count as changes, are not.
+    which torch does not count as changes, as far as a `glimpse` sees.
     """
     tensors = [weight, bias]
     for norm in (before, after):
@@ -124,7 +125,7 @@ class _Mark:
     def _state_of(tensor: Tensor) -> tuple[object, ...]:
         version = object() if tensor.is_inference() else tensor._version  # inference tensors do not count: never equal
         address = tensor.untyped_storage()._cdata
-        return version, address, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        return version, address, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), glimpse(tensor)
 
 
 def _unchanged(marks: list[_Mark | None], tensors: list[Tensor | None]) -> bool:

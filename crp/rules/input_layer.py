@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.errors import InputError, InputTypeError
 from crp.layers.devices import can_be_read, send_to
+from crp.layers.glimpses import glimpse
 from crp.notices import warn
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
@@ -222,7 +223,7 @@ _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _placed(bound: Tensor, value: Tensor) -> Tensor:
     """Bound in the dtype and on the device of a value."""
-    state = (None if bound.is_inference() else bound._version, value.dtype, value.device)
+    state = (None if bound.is_inference() else bound._version, value.dtype, value.device, glimpse(bound))
     known: tuple[object, Tensor] | None = _copies.get(bound)  # type: ignore[no-untyped-call]
     if known is None or known[0] != state:
         known = (state, send_to(value.device, bound.detach().to(value.dtype)))

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.errors import InputTypeError
 from crp.layers.devices import is_recording
+from crp.layers.glimpses import glimpse
 from crp.rules.functions import Function, _parameters_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
@@ -345,9 +346,9 @@ def modified(weight: Tensor, modifier: Modifier) -> Tensor:
 
     Modifiers are told apart by identity or equality, and the last `KEPT` of a weight are kept: give a function,
     not a new ``lambda`` at each call. Optimizers, ``load_state_dict`` and in-place operations are noticed; writes
-    through ``weight.data``, which torch does not count as changes, are not.
+    through ``weight.data``, which torch does not count as changes, as far as a `glimpse` sees.
     """
-    state = (weight._version, weight.data_ptr(), weight.device, weight.dtype)
+    state = (weight._version, weight.data_ptr(), weight.device, weight.dtype, glimpse(weight))
     known: dict[Modifier, tuple[object, Tensor]] = _modified.setdefault(weight, {})  # type: ignore[no-untyped-call]
     if modifier not in known or known[modifier][0] != state:
         with torch.no_grad():
