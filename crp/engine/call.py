@@ -29,6 +29,7 @@ from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
 from crp.engine.targets import all_positions, check_start, check_targets_exist, init_of_rows, initial_relevance
+from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
@@ -140,7 +141,8 @@ class Call:
             if number == 0 and len(self.rows) > 1:
                 check_independent(self.model, self.inputs, map(self._samples, self._chunks()))
             if number < n_parts - 1:
-                known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
+                with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
+                    known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
             yield part.pop()
 
     def absorbed(self) -> AbsorbedRelevance:
