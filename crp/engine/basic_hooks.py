@@ -7,7 +7,7 @@ together. What they are, and what is made of their gradients, is for the hook to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from threading import get_ident
 from typing import Any, TypeGuard
 
@@ -35,7 +35,7 @@ def batched_hooks(model: nn.Module) -> Iterator[None]:
                 for number, method in [*hooks.items()]:
                     if _is_basic(hook := getattr(method, "__self__", None)):
                         own.append((hooks, number, method))
-                        step = batched.setdefault(id(hook), _Batched(hook)).next()
+                        step = next(batched.setdefault(id(hook), _Batched(hook)).steps)
                         hooks[number] = OfThread(step, get_ident())
         yield
     finally:
@@ -58,11 +58,8 @@ class _Batched:
 
     def __init__(self, hook: BasicHook) -> None:
         self._hook, self._takes = hook, False
-        self._steps = iter((self._before, self._after, self._last))
-
-    def next(self) -> Callable[..., Any]:
-        """What stands in for the next method that the hook has registered."""
-        return next(self._steps)
+        #: What stands in for the methods that the hook has registered, in their order.
+        self.steps = iter((self._before, self._after, self._last))
 
     def _before(self, module: nn.Module, args: Any) -> Any:
         self._takes = self._hook.active and args[0].requires_grad

@@ -123,8 +123,8 @@ class Call:
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
         """Means of several runs; an error where weights are changed between two parts, which would be of two models."""
         known, by_hand = dict[str, tuple[Tensor, int]](), False
-        n_parts = len(self._chunks())
-        for number in range(n_parts):
+        chunks = self._chunks()
+        for number in range(len(chunks)):
             # (a composite that was put on by hand, and is taken off now, may have merged weights)
             is_same = known and by_hand == is_on(self.composite, self.model)
             if is_same and changed_weights(known, weights_of(self.model)):
@@ -139,8 +139,8 @@ class Call:
             # (the caller alone keeps a part while the next one is computed)
             part = [average([next(run) for run in runs])]
             if number == 0 and len(self.rows) > 1:
-                check_independent(self.model, self.inputs, map(self._samples, self._chunks()))
-            if number < n_parts - 1:
+                check_independent(self.model, self.inputs, map(self._samples, chunks))
+            if number < len(chunks) - 1:
                 with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
                     known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
             yield part.pop()

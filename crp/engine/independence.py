@@ -50,7 +50,7 @@ def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequenc
         between = [_between(inputs, factor) for factor in (0.0, 3.0)]
         one, other = (_outputs(model, three, 1) for three in between)
         off, tolerance = _deviation(_like_alone(model, inputs, one), other), _tolerance(inputs)
-        is_random = off > tolerance and _deviation(one, _outputs(model, between[0], 1, later=True)) > tolerance / 100
+        is_random = off > tolerance and _is_random(model, between[0], 1)
     except Exception:  # (the model is run to be explained, too, and its error is told there)
         return
     if off <= tolerance or is_random:
@@ -74,8 +74,7 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     try:
         with _looking_at(model):
             off = _deviation(*(_of(alone.run(model), 0, 1) for _ in range(2)))
-        found, later = (_outputs(model, alone, 0, later) for later in (False, True))
-        is_random = off > tolerance and _deviation(found, later) > tolerance / 100
+        is_random = off > tolerance and _is_random(model, alone, 0)
     except Exception:
         return
     if off > tolerance and not is_random:
@@ -115,6 +114,11 @@ def _outputs(model: nn.Module, inputs: Inputs, place: int, later: bool = False) 
         return _of(inputs.run(model), place, len(inputs))
 
 
+def _is_random(model: nn.Module, inputs: Inputs, place: int) -> bool:
+    """Whether other random numbers give another output."""
+    return _deviation(*(_outputs(model, inputs, place, later) for later in (False, True))) > _tolerance(inputs) / 100
+
+
 def _like_alone(model: nn.Module, inputs: Inputs, outputs: list[Tensor]) -> list[Tensor]:
     """Outputs for the first of some samples; empty ones in place of those of another shape for that sample alone."""
     try:
@@ -136,9 +140,8 @@ def _of(returned: Any, place: int | None, n_samples: int) -> list[Tensor]:
         return [returned[place] if returned.dim() and len(returned) == n_samples else returned.new_empty(0)]
     if isinstance(returned, list) and place is not None and len(returned) == n_samples:
         return _of(returned[place], None, n_samples)
-    entries = returned.values() if isinstance(returned, Mapping) else returned
-    entries = entries if isinstance(returned, Mapping | tuple | list) else ()
-    return [tensor for entry in entries for tensor in _of(entry, place, n_samples)]
+    entries = list(returned.values()) if isinstance(returned, Mapping) else returned
+    return [t for entry in entries for t in _of(entry, place, n_samples)] if isinstance(entries, tuple | list) else []
 
 
 def _deviation(outputs: list[Tensor], others: list[Tensor]) -> float:
@@ -163,6 +166,6 @@ def _tolerance(inputs: Inputs) -> float:
 
 def _culprits(model: nn.Module) -> str:
     """Layers that are known to mix samples, as a message goes on with them."""
-    modules = modules_of(model).items()
-    names = [repr(name) for name, m in modules if isinstance(m, _BatchNorm) and m.running_mean is None]
+    norms = {name: module for name, module in modules_of(model).items() if isinstance(module, _BatchNorm)}
+    names = [repr(name) for name, norm in norms.items() if norm.running_mean is None]
     return f", as {first_few(names, 3, 'layers')} normalizes by the batch (no running statistics)" if names else ""
