@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crp.engine.conditions import Grid, Rows, row_index
+from crp.engine.few_channels import below_convolution
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.masks import apply_masks
 from crp.engine.settings import Settings
@@ -47,8 +48,9 @@ def flow(
     """
     inputs = {**goals, **_between(root, list(goals.values()), records)}
     if len(cotangent) == 1:
+        roots, arrived = below_convolution(root, cotangent, list(inputs.values()))
         slot = torch.autograd.grad(
-            root, list(inputs.values()), cotangent[0], retain_graph=keep_graph, allow_unused=True
+            roots, list(inputs.values()), [of[0] for of in arrived], retain_graph=keep_graph, allow_unused=True
         )
         gradients: list[Tensor | None] = [None if g is None else g[None] for g in slot]
     else:
@@ -84,7 +86,11 @@ Gradients = list[Tensor | None]
 
 def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor, n_bytes: int) -> Gradients:
     """Gradients of all slots, for each input that the flow reaches; a slot's result has so many bytes."""
-    grad = partial(torch.autograd.grad, root, inputs, retain_graph=True, allow_unused=True)
+
+    def sent(way: Callable[..., Gradients], part: Tensor) -> Gradients:
+        roots, arrived = below_convolution(root, part, inputs)
+        return way(partial(torch.autograd.grad, roots, inputs, retain_graph=True, allow_unused=True), arrived)
+
     parts = torch.split(cotangent, _slots_at_once(cotangent, n_bytes))
     # What checkpoints compute again is batched not by `torch.func.vmap`, but by torch's older batching; rules that look
     # at values in the backward pass cannot be batched at all.
@@ -92,11 +98,12 @@ def _batched(root: Tensor, inputs: list[Tensor], cotangent: Tensor, n_bytes: int
         try:
             with warnings.catch_warnings():  # (fused attention runs once for each slot)
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                return _joined([way(grad, part) for part in parts], torch.cat)
+                return _joined([sent(way, part) for part in parts], torch.cat)
         except RuntimeError as error:
             if lacks_memory(error):
                 raise
-    return _joined([list(grad(slot)) for slot in cotangent], torch.stack)  # (other errors come again here)
+    one_by_one = [torch.autograd.grad(root, inputs, slot, retain_graph=True, allow_unused=True) for slot in cotangent]
+    return _joined([list(slot) for slot in one_by_one], torch.stack)  # (other errors come again here)
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -104,20 +111,20 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _by_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
+def _by_vmap(grad: Callable[..., Any], cotangents: list[Tensor]) -> Gradients:
     reached: list[bool] = []
 
-    def of_slot(start: Tensor) -> tuple[Tensor, ...]:
+    def of_slot(start: list[Tensor]) -> tuple[Tensor, ...]:
         of_inputs = grad(start)
         reached[:] = [gradient is not None for gradient in of_inputs]
         return tuple(gradient for gradient in of_inputs if gradient is not None)
 
-    gradients = iter(torch.func.vmap(of_slot)(cotangent))
+    gradients = iter(torch.func.vmap(of_slot)(cotangents))
     return [next(gradients) if is_reached else None for is_reached in reached]
 
 
-def _by_older_vmap(grad: Callable[..., Any], cotangent: Tensor) -> Gradients:
-    return list(grad(cotangent, is_grads_batched=True))
+def _by_older_vmap(grad: Callable[..., Any], cotangents: list[Tensor]) -> Gradients:
+    return list(grad(cotangents, is_grads_batched=True))
 
 
 def _joined(parts: list[Gradients], join: Callable[[list[Tensor]], Tensor]) -> Gradients:

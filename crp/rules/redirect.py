@@ -72,6 +72,8 @@ class _Borrowed:
 class Redirect(torch.autograd.Function):
     """Value of ``y``; its gradient goes into the surrogates ``z``, scaled, or into the layer's own output."""
 
+    only_scales = True  #: what arrives goes on value by value, as `crp.engine.few_channels` needs to know
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, again: SecondOrder | None, n: int, *tensors: Tensor | None) -> Tensor:
         """Return ``y`` itself; ``tensors`` are the n surrogates, their n scales, and perhaps the layer's own output."""
@@ -103,6 +105,8 @@ class Redirect(torch.autograd.Function):
 
 class _RedirectLater(torch.autograd.Function):
     """As `Redirect`, into one surrogate; its scale is not kept, but computed once more when the gradient arrives."""
+
+    only_scales = True
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, again: SecondOrder, z: Tensor) -> Tensor:

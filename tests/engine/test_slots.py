@@ -49,7 +49,7 @@ def test_rows_that_go_back_together_are_those_that_go_alone(
     def watch(name: str) -> None:
         way = getattr(engine, name)
 
-        def watched(grad: Any, part: Tensor) -> Any:
+        def watched(grad: Any, part: list[Tensor]) -> Any:
             asked[name] += 1
             found = way(grad, part)
             worked.add(name)
@@ -91,8 +91,8 @@ def one_row(results: AttributionResults, row: int) -> AttributionResults:
 def test_memory_is_not_asked_for_twice(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fails(grad: Any, part: Tensor) -> Any:
-        asked.append(len(part))
+    def fails(grad: Any, part: list[Tensor]) -> Any:
+        asked.append(len(part[0]))
         raise RuntimeError(message)
 
     monkeypatch.setattr(engine, VMAP, fails)
