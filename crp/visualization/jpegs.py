@@ -26,6 +26,8 @@ def decode_jpegs(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
     with warnings.catch_warnings():
         # (torchvision 0.29 announces torchcodec, which installations may lack)
         warnings.simplefilter("ignore", DeprecationWarning)
+        if device.type == "cpu":  # (torchvision 0.19 takes one at a time there)
+            return [decode_jpeg(one, mode=ImageReadMode.RGB) for one in encoded]
         found = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
     return list(found)
 
