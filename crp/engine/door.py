@@ -21,6 +21,8 @@ from crp.layers import modules_of
 from crp.notices import warn
 from crp.wording import first_few
 
+#: The least number of float16 that has all its digits.
+_LEAST = torch.finfo(torch.float16).smallest_normal
 #: A tensor with its version and memory; None in place of both if it is no plain array of floating-point numbers.
 _Mark = tuple[weakref.ref[Tensor], tuple[int, int] | None]
 #: Marks of each model's parameters, which were finite when they were last looked at.
@@ -118,11 +120,16 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
-    """Raise an `InputError`, or warn, where a heatmap is not finite.
+    """Raise an `InputError`, or warn, where a heatmap is not finite, or too small for float16.
 
     Weights or buffers that are not finite are named; otherwise numbers have become too large on the way.
     """
     if _all_finite(heatmap):
+        if any(map(_is_lost_in_float16, _parts_of(heatmap))):
+            warn(
+                f"relevance is below {_LEAST:.0e} everywhere in some rows, where float16 has few digits left, or none: "
+                "compute in bfloat16 or float32, or start with more, such as init_rel=1000"
+            )
         return
     if names := not_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}):
         raise InputError(f"the heatmap is not finite, as {_listed(names)} of the model has NaN or infinite values")
@@ -131,10 +138,23 @@ def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
 
 
 def _all_finite(result: object) -> bool:
-    """Whether a tensor is finite, or all in a dict, tuple or list are."""
-    if isinstance(result, dict | tuple | list):
-        return all(map(_all_finite, result.values() if isinstance(result, dict) else result))
-    return not isinstance(result, Tensor) or is_finite(result)
+    return all(map(is_finite, _parts_of(result)))
+
+
+def _parts_of(result: object) -> Iterator[Tensor]:
+    """A tensor, or all in a dict, tuple or list."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, dict | tuple | list):
+        for part in result.values() if isinstance(result, dict) else result:
+            yield from _parts_of(part)
+
+
+def _is_lost_in_float16(heatmap: Tensor) -> bool:
+    """Whether relevance was computed in float16, whose numbers are too small for that of some row."""
+    kind = heatmap.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else heatmap.dtype
+    return dtype == torch.float16 and bool((heatmap.detach().flatten(1).abs().amax(1) < _LEAST).any())
 
 
 def _listed(names: list[str]) -> str:

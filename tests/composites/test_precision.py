@@ -10,8 +10,10 @@ import warnings
 import pytest
 import torch
 from core_cases import exhibit, images
+from torch import nn
 
 import crp.composites as composites
+from crp.attribution import CondAttribution
 
 #: Measured deviations in float32 and under autocast to bfloat16.
 MEASURED = {
@@ -94,3 +96,27 @@ def test_channels_last_and_compiled_models(name):
     compiled.compile(backend="eager")
     assert deviation(relevance(name, compiled, data), wanted) < 1e-12
     assert compiled._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["model", "autocast"])
+def test_relevance_that_is_lost_in_float16_is_told(autocast):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.abs_()
+        model[4].weight.abs_()[:, 3] *= 1e-3  # (a channel that does little)
+    data, whole, part = torch.rand(1, 3, 24, 24), {"y": 0}, {"y": 0, "1": [3]}
+    (exact,) = CondAttribution(model.double())(data.double(), [part], composites.EpsilonPlus()).heatmap
+    model, data = (model.float(), data) if autocast else (model.half(), data.half())
+
+    def heatmaps(conditions, **options):
+        with torch.autocast("cpu", torch.float16, enabled=autocast), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return CondAttribution(model)(data, conditions, composites.EpsilonPlus(), **options).heatmap
+
+    heatmaps([whole])
+    with pytest.raises(UserWarning, match="below 6e-05 everywhere in some rows, where float16 has few digits"):
+        heatmaps([whole, part])
+    (found,) = heatmaps([part], init_rel=1000.0).double()
+    shares, expected = found / found.sum(), exact / exact.sum()
+    assert torch.linalg.vector_norm(shares - expected) < 0.01 * torch.linalg.vector_norm(expected)
