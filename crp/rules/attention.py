@@ -150,7 +150,7 @@ class _ConstantWeights(_OfMethod, MatrixProduct):
 
 
 #: What made values that are held constant in products, by precedence.
-_HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED | Born.NEGATED)
+_HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED)
 
 
 def _held_constant(born: Sequence[int], mode: Attention) -> int:

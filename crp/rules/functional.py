@@ -143,7 +143,7 @@ class Gate(_Shared):
             return None
         if broadcast[0] != broadcast[1]:
             return broadcast.index(True)
-        kinds = (Born.SQUASHED | Born.NEGATED | Born.ROUTED, Born.DIVISOR, Born.ACTIVATION)
+        kinds = (Born.SQUASHED | Born.ROUTED, Born.DIVISOR, Born.ACTIVATION)
         return next((held for flags in kinds if (held := only(flags)) is not None), None)
 
 

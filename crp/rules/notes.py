@@ -24,15 +24,14 @@ NONNEGATIVE = 2
 class Born:
     """What made a tensor's values; rearranging or scaling them does not change it."""
 
-    SQUASHED = 4  # of a squashing function such as the sigmoid, or 1 minus such
+    SQUASHED = 4  # of a squashing function such as the sigmoid, or 1 plus or minus such
     SOFTMAX = 8
     ACTIVATION = 16
-    NEGATED = 32  # minus what a squashing function has made
-    ROUTED = 64  # of a softmax or squashing function, of which some entries were chosen, or which was divided
-    DIVISOR = 128  # one over something
+    ROUTED = 32  # of a softmax or squashing function, of which some entries were chosen, or which was divided
+    DIVISOR = 64  # one over something
 
 
-BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.NEGATED | Born.ROUTED | Born.DIVISOR
+BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.ROUTED | Born.DIVISOR
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 _NESTED = (tuple, list, dict)

@@ -20,7 +20,7 @@ _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
 #: Functions that cut off what is below a number, and their argument for it.
 _LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
 #: Functions of which it depends on the operands what is known of the result.
-_ELEMENTWISE = frozenset(("neg", "mul", "div", "pow", "sub", "rsub", "add", *_LOWEST))
+_ELEMENTWISE = frozenset(("mul", "div", "pow", "sub", "rsub", "add", *_LOWEST))
 
 
 def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
@@ -41,9 +41,7 @@ def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
 def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
     """What is known of the result of one of `_ELEMENTWISE`, of which the table says that ``kept`` is."""
     name, args, kwargs, inputs, flags = op.known.canonical, op.args, op.kwargs, op.inputs, op.flags
-    if name == "neg" and flags & (Born.SQUASHED | Born.NEGATED):
-        kept ^= Born.SQUASHED | Born.NEGATED
-    elif name in ("mul", "div"):
+    if name in ("mul", "div"):
         if len(inputs) > 1:
             kept &= ~BORN | Born.SQUASHED  # (a product of gates is one)
             if name == "div" and born(inputs[0]) & _WEIGHTS:
@@ -54,8 +52,8 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
-    elif name in ("sub", "rsub", "add") and _is_complement(op):
-        kept |= Born.SQUASHED | flags & Born.ACTIVATION  # a gate is closed as far as another one is open
+    elif name in ("sub", "rsub", "add") and flags & Born.SQUASHED and _is_beside_one(op):
+        kept |= flags & (Born.SQUASHED | Born.ACTIVATION)  # a gate is closed as far as another one is open
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
     return kept
@@ -77,16 +75,14 @@ def _has_tensor(value: object) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_has_tensor, value)))
 
 
-def _is_complement(op: Operation) -> bool:
-    """Whether a sum or difference is 1 (or a constant tensor) minus what a squashing function has made."""
+def _is_beside_one(op: Operation) -> bool:
+    """Whether a sum or difference is 1 (or a constant tensor) plus or minus a tensor."""
     name, kwargs, inputs = op.known.canonical, op.kwargs, op.inputs
-    if not op.flags & (Born.NEGATED if name == "add" else Born.SQUASHED):
-        return False
     whole, part = [*op.args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
         whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
-    return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) == 1
+    return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) in (1, -1)
 
 
 # --- copies of the model's input ------------------------------------------------------------------------------------
