@@ -22,6 +22,7 @@ from crp.canonizers.places import Place, Plan, Side, _Candidate, _Linear, _merge
 from crp.layers.interrupts import undivided
 from crp.notices import warn
 from crp.trace import Passive, Structure, known, recorded, structure, tracing
+from crp.wording import first_few
 
 
 class MergeBatchNorm(Canonizer):  # type: ignore[misc]
@@ -35,7 +36,8 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
     One traced forward pass, at the first call of the model, finds which layers are next to each other. The result and
     the merged parameters are kept for the model until one of them changes.
 
-    What cannot be merged is left alone; it is affine, unless in training mode, so that a rule can treat it.
+    What cannot be merged is left alone; it is affine, unless in training mode, so that a rule can treat it. A warning
+    names what could be, if a weight were stored that is computed at each call: of a pruned or parametrized layer.
 
     Attributes
     ----------
@@ -131,10 +133,19 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
     def _merge(self, plan: Plan) -> None:
         self.merged, self.left = {}, {}
         folds: dict[_Linear, dict[Side, nn.Module]] = {}
+        computed = list[str]()
         for candidate in plan.candidates:
             place = self._choose(candidate)
             if place is not None:
                 folds.setdefault(place.linear, {})[place.side] = candidate.norm()
+            elif obstacle(candidate.norm()) is None:
+                computed += [place.linear.name for place in candidate.places if not place.linear.is_stored]
+        if computed:
+            warn(
+                f"batch norm is not merged into {first_few([*map(repr, computed)], 3, 'layers')}, whose weight or bias "
+                "is computed at each call. Store it first, such as by torch.nn.utils.prune.remove, "
+                "torch.nn.utils.remove_weight_norm or torch.nn.utils.parametrize.remove_parametrizations"
+            )
         for linear, sides in folds.items():
             weight, bias = linear.weight.get(), None if linear.bias is None else linear.bias.get()
             assert weight is not None  # as `_merge_obstacle` has seen

@@ -53,6 +53,12 @@ class _Linear(NamedTuple):
     bias: _Slot | None
     layer: Callable[[], Any] | None
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether weight and bias are parameters, and not computed at each call, as those of a pruned layer are."""
+        bias = self.bias
+        return self.weight.get() is not None and (bias is None or bias.name in bias.module()._parameters)
+
 
 class Place(NamedTuple):
     """A linear layer or function, and on which side of it the batch norm is."""
@@ -121,12 +127,7 @@ def _find_places(root: nn.Module, record: Trace) -> Plan:
 def _merge_obstacle(norm: Any, linear: _Linear, side: Side) -> str | None:
     """Reason why a batch norm cannot go into a linear layer, as both are now; None if it can."""
     name = _label(linear)
-    stored = linear.weight.get() is not None
-    if linear.layer is not None:
-        stored = stored and "bias" in linear.layer()._parameters
-    elif linear.bias is not None:
-        stored = stored and linear.bias.get() is not None
-    if not stored:
+    if not linear.is_stored:
         return f"a parameter of {name} is computed, not stored"
     if side == "before" and not _is_affine_only(norm):
         return f"its activation comes before {name}"

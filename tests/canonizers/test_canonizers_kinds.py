@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from canonizer_cases import check, randomize
+from canonizer_cases import Merged, check, randomize
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -187,6 +187,9 @@ def test_modules_that_are_shared_are_left(model, left, data, untouched):
         check(net, data, {}, left)
 
 
+COMPUTED = r"not merged into '0', whose weight or bias is computed .*prune\.remove"
+
+
 def pruned(layer, name):
     prune.random_unstructured(layer, name, amount=0.5)
     return layer
@@ -209,14 +212,21 @@ def old_weight_norm(layer):
     ids=["weight_norm", "spectral_norm", "old_weight_norm", "pruned", "pruned_bias"],
 )
 @pytest.mark.parametrize("known", [False, True], ids=["first", "after_a_plan"])
-def test_computed_parameters_are_left(wrap, known, data, untouched):
+def test_computed_parameters_are_left_with_a_warning(wrap, known, data, untouched):
     model = ready(nn.Sequential(conv(), nn.BatchNorm2d(4)))
     if known:
         check(model, data, {"1": "0"})
     wrap(model[0])
     model(data)
-    with untouched(model):
+    with untouched(model), pytest.warns(UserWarning, match=COMPUTED):
         check(model, data, {}, {"1": "a parameter of '0' is computed, not stored"})
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False).eval()])
+def test_no_warning_where_a_stored_weight_would_not_help(norm, data):
+    model = nn.Sequential(parametrizations.weight_norm(conv()).eval(), norm).double()
+    with Merged(model, data) as run:
+        assert "1" in run.canonizer.left
 
 
 def test_parameters_of_batch_norm_that_are_computed_are_merged_as_they_are(data):

@@ -94,6 +94,7 @@ def test_weights_that_hooks_and_parametrizations_compute(wrap, layer, preset, un
         assert_same_map(model, plain, data, LRP_PRESETS[preset]())
 
 
+@pytest.mark.filterwarnings("ignore:batch norm is not merged into")
 @pytest.mark.parametrize("preset", FEW)
 def test_batch_norm_behind_a_computed_weight_is_the_same_function(preset):
     """Whether it is merged or not, the model predicts as before and explains as a plain one does."""
