@@ -18,7 +18,7 @@ from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.layers import ByChainRule, LayerNotFoundError
 from crp.rules import Rule, Whole, lift
-from crp.rules.functions import AFFINE, KINDS, PROPERTIES, Function, canonical, look_up, name_of
+from crp.rules.functions import AFFINE, KINDS, PROPERTIES, Function, canonical, check_names, look_up, name_of
 
 Types: TypeAlias = type | tuple[type, ...]
 
@@ -111,6 +111,7 @@ class Functions:
         value: object = self.names
         if not isinstance(value, tuple | list) or not value or not all(isinstance(name, str) for name in value):
             raise InputTypeError(f"Functions takes a tuple of plain names, such as ('relu',), not {self.names!r}")
+        check_names(self.names)
 
 
 @dataclass(frozen=True)

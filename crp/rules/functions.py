@@ -6,14 +6,17 @@ spellings of a function are one: `F.relu`, `torch.relu_`, `Tensor.relu`, ``torch
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import get_overridable_functions
 
 from crp.errors import InputError
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
@@ -337,6 +340,21 @@ def names_with(*properties: str) -> tuple[str, ...]:
     return tuple(sorted(chosen))
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise an `InputError` if a name is neither of a function of torch, nor of an operator registered with it."""
+    unknown = [name for name in names if not _described(name).known]
+    if not unknown:
+        return
+    functions = chain.from_iterable(get_overridable_functions().values())
+    operators = (name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names())
+    known = {*_ENTRIES, *_ALIASES, *map(name_of, functions), *map(_plain, operators)}
+    for name in unknown:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            nearest = f"; nearest: {', '.join(map(repr, near))}" if near else ""
+            raise InputError(f"there is no function {name!r} of torch{nearest}")
+
+
 def _parameters_of(known: Function, function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a function's positional arguments; empty where rules need none."""
     if known.arguments:
@@ -375,21 +393,6 @@ def in_place(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 @lru_cache(maxsize=4096)
 def _in_place_by_name(name: str) -> bool:
     return (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
-
-
-def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Like a function that works in place, but on a copy."""
-
-    def copying(first: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(first.clone(), *args, **kwargs)
-
-    copying.__name__ = getattr(function, "__name__", str(function)).rstrip("_")
-    return copying
-
-
-def _has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a number below zero is among the arguments."""
-    return any(isinstance(value, Real) and value < 0 for value in (*args, *kwargs.values()))
 
 
 assert all(set(properties.split()) <= PROPERTIES for _, properties, _ in _TABLE)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from crp.rules.functions import Function, _on_a_copy, in_place, look_up
+from crp.rules.functions import Function, in_place, look_up
 from crp.rules.layer import changed
 from crp.rules.operands import Operands
 from crp.trace.recorder import tensors_in
@@ -108,3 +108,13 @@ class Operation:
             target = args[0].clone()
             self.function(target, *args[1:], **kwargs)
             return cast(Tensor, target)
+
+
+def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Like a function that works in place, but on a copy."""
+
+    def copying(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(first.clone(), *args, **kwargs)
+
+    copying.__name__ = getattr(function, "__name__", str(function)).rstrip("_")
+    return copying

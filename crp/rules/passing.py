@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crp.rules.functions import _has_negative
 from crp.rules.layer import changed
 from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
 from crp.rules.operation import Operation
@@ -57,6 +56,11 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
     return kept
+
+
+def _has_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a number below zero is among the arguments."""
+    return any(isinstance(value, Real) and value < 0 for value in (*args, *kwargs.values()))
 
 
 def _is_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

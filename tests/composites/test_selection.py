@@ -292,6 +292,45 @@ def test_positions_that_mean_no_layer_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("tanh", "rellu"), "there is no function 'rellu' of torch; nearest: 'relu'"),
+        (("relu_",), "there is no function 'relu_' of torch; nearest: 'relu'"),
+        (("xyzxyz",), "there is no function 'xyzxyz' of torch$"),
+    ],
+)
+def test_names_of_no_function_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        Functions(names)
+
+
+@torch.library.custom_op("crp_tests::thrice", mutates_args=())
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+thrice.register_autograd(lambda ctx, gradient: 3 * gradient)
+
+
+class Stop(Rule):
+    """Hands on nothing."""
+
+    def operate(self, layer):
+        return layer.output.detach() + 0 * layer.inputs[0]
+
+
+@pytest.mark.parametrize("name", ["cdist", "clip", "getitem", "thrice"])
+def test_functions_without_properties_and_operators_of_others_have_names(name):
+    assert Functions((name,)).names == (name,)
+
+
+def test_an_operator_of_others_has_a_rule_by_its_name():
+    model = conv_net(lambda s, h: torch.ops.crp_tests.thrice(h))
+    assert heatmap(model, Composite(None)).any()
+    assert not heatmap(model, Composite(None, layer_map=[(Functions(("thrice",)), Stop())])).any()
+
+
 def test_presets_conserve_what_their_functions_share():
     model = conv_net(lambda s, h: F.silu(h) * torch.sigmoid(h))
     total = heatmap(model, exact()).flatten(1).sum(1)
