@@ -211,7 +211,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         model = unwrap(self.model)
         if target.layer is not None:
             check_layers(model, [target.layer], "layer")
-        check_independent(model, inputs.to(_device_of(model)), [range(self.batch_size or 2)])
+        check_independent(model, inputs.to(_device_of(model)), [range(self.batch_size or 2)], target.select)
         return model
 
     def output(self, inputs: Inputs, select: Callable[[Any], Tensor] = tensor_in) -> Tensor:

@@ -107,7 +107,7 @@ def explaining(
 
         def run(data: Tensor) -> Tensor:
             inputs = Inputs.of(data)
-            check_independent(modified, inputs, [range(len(data))])
+            check_independent(modified, inputs, [range(len(data))], select)
             output = select(inputs.run(modified))
             check_columns("the model's output", output, len(data))
             return output

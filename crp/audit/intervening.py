@@ -117,7 +117,9 @@ def intervene(
             raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
         return output
 
-    check_independent(attribution.model, Inputs.of(data.to(attribution.device)), [range(len(data))])
+    check_independent(
+        attribution.model, Inputs.of(data.to(attribution.device)), [range(len(data))], attribution.select_output
+    )
     changes = []
     with torch.no_grad(), put_on(None, attribution.model) as model:
         before = output_of(data, model)

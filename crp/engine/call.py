@@ -18,8 +18,8 @@ from crp.engine.basic_hooks import batched_hooks
 from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
-from crp.engine.forward import SINK, ForwardPass, tensor_in
-from crp.engine.independence import check_independent
+from crp.engine.forward import SINK, ForwardPass
+from crp.engine.independence import LOOKED_AT, check_independent, check_model, states_of
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
@@ -137,9 +137,11 @@ class Call:
                         "were of two models; let all parts come first, such as by list(attribution.generate(...))"
                     )
             # (the caller alone keeps a part while the next one is computed)
+            is_new = number == 0 and self.model not in LOOKED_AT
+            states = states_of(self.model) if is_new else []
             part = [average([next(run) for run in runs])]
-            if number == 0 and len(self.rows) > 1:
-                check_independent(self.model, self.inputs, map(self._samples, chunks))
+            if is_new or (number == 0 and len(self.rows) > 1):
+                check_model(self.model, self.inputs, map(self._samples, chunks), self.overrides.select, states)
             if number < len(chunks) - 1:
                 with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
                     known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
@@ -182,7 +184,7 @@ class Call:
                         share = arrived[name].reshape(len(rows), -1, len(account.kinds)).sum(1)
                         layers[layer] = layers.get(layer, 0) + share
                 kept.append(layers)
-        check_independent(self.model, self.inputs, [self._samples(self.rows)])
+        check_independent(self.model, self.inputs, [self._samples(self.rows)], self.overrides.select)
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
         shares = {name: torch.cat([layers.get(name, zero) for layers in kept]) for name, zero in nothing.items()}
         named = {layer: dict(zip(account.kinds, values.unbind(1), strict=True)) for layer, values in shares.items()}
@@ -295,10 +297,10 @@ class Call:
             roles[settings.start] = "start"
         samples = self._samples(rows)
         propagation_of(composite).expect(list(samples), len(self.inputs))
-        inputs, select_output = self.inputs.select(list(samples)), self.overrides.select_output or tensor_in
+        inputs = self.inputs.select(list(samples))
 
         def run(data: Inputs) -> ForwardPass:
-            return ForwardPass.run(model, data, roles, select_output, composite, account, samples)
+            return ForwardPass.run(model, data, roles, self.overrides.select, composite, account, samples)
 
         passed = run_channels_last(run, model, inputs) if settings.channels_last and account is None else None
         return passed or run(inputs)

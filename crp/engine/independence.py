@@ -1,10 +1,11 @@
-"""Whether a model predicts each sample by itself, as results are told sample by sample."""
+"""Whether a model predicts each sample by itself, and the same again, as results are told sample by sample."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_watched
 from crp.errors import InputError
-from crp.layers import looking, modules_of
+from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.interrupts import atomic
-from crp.layers.state import undisturbed
+from crp.layers.state import random_states, undisturbed
+from crp.notices import warn
 from crp.wording import first_few, percent
 
 #: Deviation of an output, relative to its largest value, up to which it is rounding; that of short numbers, with which
@@ -26,15 +28,39 @@ _TOLERANCE, _SHORT_TOLERANCE = 1e-3, 0.02
 #: Models that predict each sample by itself, and those that give the same again, as far as was seen.
 _independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: Models whose first call was looked at.
+LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequence[int]]) -> None:
+def check_model(
+    model: nn.Module,
+    inputs: Inputs,
+    passes: Iterator[Sequence[int]],
+    select: Callable[[Any], Any],
+    states: Sequence[Tensor],
+) -> None:
+    """Check what a model has done in the first of some forward passes, before which `states_of` were these."""
+    first = next(passes)
+    check_independent(model, inputs, chain([first], passes), select)
+    if model not in LOOKED_AT and not is_watched(model):
+        if not all(map(torch.equal, states, states_of(model))) and _is_another(model, inputs.select([0])):
+            _tell_another(model)
+        _check_padding(model, inputs.select(list(first)), select)
+        LOOKED_AT.add(model)
+
+
+def check_independent(
+    model: nn.Module,
+    inputs: Inputs,
+    passes: Iterable[Sequence[int]],
+    select: Callable[[Any], Any] = lambda returned: returned,
+) -> None:
     """Raise an `InputError` where what a model puts out for a sample depends on the samples beside it.
 
     The model is given the first sample between two others, and between two of another kind. That is done once for each
-    model, which is left as it was. It is left out where others watch the model run, as their hooks would see calls that
-    nobody asked for. Nothing is known of models that draw random numbers or do not take such data, and of outputs whose
-    shape is another one for a sample alone, such as tables of similarities.
+    model, which is left as it was; of one that returns such outputs among others, at each call for what is explained.
+    It is left out where others watch the model run, as their hooks would see calls that nobody asked for. Nothing is
+    known of models that do not take such data, and of those that draw random numbers, of which a warning tells.
 
     Parameters
     ----------
@@ -43,18 +69,26 @@ def check_independent(model: nn.Module, inputs: Inputs, passes: Iterable[Sequenc
         On the device of the model.
     passes : iterable of sequence of int
         Samples of each forward pass. Where all have one, nothing needs to be known.
+    select : callable
+        Takes what is explained from what the model returns.
     """
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
         return
     try:
-        between = [_between(inputs, factor) for factor in (0.0, 3.0)]
-        one, other = (_outputs(model, three, 1) for three in between)
-        off, tolerance = _deviation(_like_alone(model, inputs, one), other), _tolerance(inputs)
-        is_random = off > tolerance and _is_random(model, between[0], 1)
+        threes = [_between(inputs, factor) for factor in (0.0, 3.0)]
+        pair = [_run(model, three, later) for three, later in zip(threes, (False, True), strict=True)]
+        tolerance = _tolerance(inputs)
+        if _deviation(*(_of(returned, 1, 3) for returned in pair)) <= tolerance:
+            _independent.add(model)
+            return
+        off = _deviation(*(_of(select(returned), 1, 3) for returned in pair))
+        is_random = off > tolerance and _is_another(model, threes[0])
     except Exception:  # (the model is run to be explained, too, and its error is told there)
         return
-    if off <= tolerance or is_random:
+    if is_random:
         _independent.add(model)
+        _tell_another(model)
+    if is_random or off <= tolerance:
         return
     raise InputError(
         f"what {type(model).__name__} puts out for a sample depends on the samples beside it (by {percent(off)} of the "
@@ -74,7 +108,7 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     try:
         with _looking_at(model):
             off = _deviation(*(_of(alone.run(model), 0, 1) for _ in range(2)))
-        is_random = off > tolerance and _is_random(model, alone, 0)
+        is_random = off > tolerance and _is_another(model, alone)
     except Exception:
         return
     if off > tolerance and not is_random:
@@ -84,6 +118,47 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
             "order of the samples. Let each call start from the same state"
         )
     _keeping_nothing.add(model)
+    if is_random:
+        _tell_another(model)
+
+
+def states_of(model: nn.Module) -> list[Tensor]:
+    """States of the random generators that a model draws from."""
+    device = next(model.parameters(), torch.empty(0)).device
+    return [state for state, _ in random_states([device])]
+
+
+def _tell_another(model: nn.Module) -> None:
+    LOOKED_AT.add(model)
+    warn(
+        f"{type(model).__name__} puts out something else of the same data at another call, as by random numbers in "
+        "evaluation mode: each call explains another prediction. Take them out, such as a dropout that is always on, "
+        "or average over calls"
+    )
+
+
+def _check_padding(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any]) -> None:
+    """Warn where what is explained is another output than without gradients.
+
+    `nn.TransformerEncoder` then makes zeros of padded positions, which matters where they are read by what follows.
+    """
+    modules = modules_of(model)
+    encoders = nesting_encoders(modules.values())
+    if not encoders:
+        return
+    try:
+        pair = [_run(model, inputs, nesting=nesting) for nesting in ((), encoders)]
+        off = _deviation(*(_of(select(returned), None, 0) for returned in pair))
+    except Exception:
+        return
+    if off > _tolerance(inputs):
+        names = [repr(name) for name, module in modules.items() if module in encoders]
+        warn(
+            f"{type(model).__name__} predicts something else without gradients (by {percent(off)} of the largest "
+            f"value), where {first_few(names, 3)} makes zeros of padded positions. It is explained as with gradients, "
+            "and in training. Leave padding out of what follows, or give nn.TransformerEncoder "
+            "enable_nested_tensor=False"
+        )
 
 
 def _between(inputs: Inputs, factor: float) -> Inputs:
@@ -106,27 +181,23 @@ def _looking_at(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _outputs(model: nn.Module, inputs: Inputs, place: int, later: bool = False) -> list[Tensor]:
-    """What a model puts out for one of the samples, by the random numbers that come next, or by ``later`` ones."""
+def _run(model: nn.Module, inputs: Inputs, later: bool = False, nesting: Iterable[nn.TransformerEncoder] = ()) -> Any:
+    """What a model returns, by the random numbers that come next, or by ``later`` ones; and where encoders nest."""
     with _looking_at(model):
         for device in {data.device for data in inputs.explained} if later else ():
             torch.rand(1, device=device)
-        return _of(inputs.run(model), place, len(inputs))
+        for encoder in nesting:  # (which is put back with all else)
+            encoder.use_nested_tensor = True
+        return inputs.run(model)
 
 
-def _is_random(model: nn.Module, inputs: Inputs, place: int) -> bool:
-    """Whether other random numbers give another output."""
-    return _deviation(*(_outputs(model, inputs, place, later) for later in (False, True))) > _tolerance(inputs) / 100
-
-
-def _like_alone(model: nn.Module, inputs: Inputs, outputs: list[Tensor]) -> list[Tensor]:
-    """Outputs for the first of some samples; empty ones in place of those of another shape for that sample alone."""
+def _is_another(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether another call, with other random numbers, gives another output."""
     try:
-        alone = _outputs(model, inputs.select([0]), 0)
-    except Exception:  # (such as that of batch norm that needs several samples)
-        return outputs
-    pairs = zip(outputs, alone, strict=True)
-    return [output if output.shape == single.shape else output.new_empty(0) for output, single in pairs]
+        pair = [_run(model, inputs, later) for later in (False, True)]
+    except Exception:
+        return False
+    return _deviation(*(_of(returned, 0, len(inputs)) for returned in pair)) > _tolerance(inputs) / 100
 
 
 def _of(returned: Any, place: int | None, n_samples: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crp.engine.conditions import MaskMap
+from crp.engine.forward import tensor_in
 from crp.engine.inputs import Explain
 from crp.flags import check_flags
 from crp.types import AttributionResults
@@ -63,3 +64,8 @@ class Overrides:
     heatmap_modifier: Callable[..., Tensor] | None = None
     broadcast: Callable[..., tuple[Any, Any]] | None = None
     backward: Callable[..., None] | None = None
+
+    @property
+    def select(self) -> Callable[[Any], Tensor]:
+        """Takes what is explained from what the model returns."""
+        return self.select_output or tensor_in

@@ -158,16 +158,28 @@ def uncompiled(model: nn.Module, modules: Collection[nn.Module] | None = None) -
 
 @atomic
 def evaluating(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[list[nn.Module]]:
-    """Run a model in evaluation mode; yields the modules that were in training mode, and are again afterwards."""
+    """Run a model in evaluation mode; yields the modules that were in training mode, and are again afterwards.
+
+    Encoders of torch hand on what they make of padded positions, as in training: without gradients they would not.
+    """
     modules = modules_of(model).values() if modules is None else modules
-    training = [module for module in modules if module.training]
+    training, nesting = [module for module in modules if module.training], nesting_encoders(modules)
     try:
         for module in training:
             module.training = False
+        for encoder in nesting:
+            encoder.use_nested_tensor = False
         yield training
     finally:
         for module in training:
             module.training = True
+        for encoder in nesting:
+            encoder.use_nested_tensor = True
+
+
+def nesting_encoders(modules: Iterable[nn.Module]) -> list[nn.TransformerEncoder]:
+    """Encoders that leave padded positions out, and make zeros of them, where nobody asks for a gradient."""
+    return [module for module in modules if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor]
 
 
 @atomic

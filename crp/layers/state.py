@@ -74,6 +74,16 @@ def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) ->
         snapshot.restore()
 
 
+def random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
+    """States of torch's global random generators, on some devices and the CPU, and functions that put them back."""
+    yield torch.get_rng_state(), torch.set_rng_state
+    for device in devices:
+        module: Any = getattr(torch, device.type, None)
+        if hasattr(module, "get_rng_state"):  # (not of the CPU)
+            place = {} if device.type == "mps" else {"device": device}
+            yield module.get_rng_state(**place), partial(module.set_rng_state, **place)
+
+
 def _version_of(tensor: Tensor) -> int | None:
     """Count of in-place changes, shared by all views; None where torch keeps no count."""
     return None if tensor.is_inference() else tensor._version
@@ -127,13 +137,8 @@ class Snapshot:
         self._undo += [
             partial(random.setstate, random.getstate()),
             partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002 (what others draw from)
-            partial(torch.set_rng_state, torch.get_rng_state()),
+            *(partial(put_back, state) for state, put_back in random_states(self._devices)),
         ]
-        for device in self._devices:
-            module: Any = getattr(torch, device.type, None)
-            if hasattr(module, "get_rng_state"):
-                place = () if device.type == "mps" else (device,)
-                self._undo.append(partial(module.set_rng_state, module.get_rng_state(*place), *place))
 
     def _keep_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):

@@ -264,7 +264,8 @@ def test_an_explanation_is_checked(place):
     result = run(words)
     assert result.exit_code == 0 and result.output.count("ok     ") == 5, result.output
     assert json.loads(run([*words, "--json", "--composite", "epsilon_plus"]).output)["holds"] is True
-    result = run(["check", "wrong_nets:random", "--image", "picture.png"])
+    with pytest.warns(UserWarning, match="as by random numbers"):
+        result = run(["check", "wrong_nets:random", "--image", "picture.png"])
     assert result.exit_code == 1 and "FAILED repeats" in result.output
 
 

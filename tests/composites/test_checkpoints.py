@@ -119,6 +119,7 @@ WAYS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* as by random numbers")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [AttnLRP, CPLRP, EpsilonPlus, UniformGamma])
 def test_ways_to_call_a_part(way, kind):

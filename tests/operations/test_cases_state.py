@@ -271,5 +271,6 @@ def test_random_numbers_are_drawn_as_without_looking(preset):
     torch.manual_seed(3)
     wanted = model(IMAGES)
     torch.manual_seed(3)
-    found = CondAttribution(model)(IMAGES, [{"y": 1}], FEW[preset]())
+    with pytest.warns(UserWarning, match="as by random numbers"):
+        found = CondAttribution(model)(IMAGES, [{"y": 1}], FEW[preset]())
     assert off(found.prediction, wanted.detach()) <= 1e-12

@@ -15,10 +15,12 @@ from crp.attribution import CondAttribution
 from crp.attributors import IntegratedGradients, Occlusion, ShapleySampling
 from crp.audit.intervening import intervene
 from crp.composites import Composite, EpsilonPlus, GradientTimesInput
-from crp.concepts import ChannelConcept
+from crp.concepts import AxisConcept, ChannelConcept
+from crp.engine.attached import put_on
+from crp.engine.forward import get_output_shapes, record_outputs
 from crp.errors import CRPError
 from crp.metrics import pixel_flipping
-from crp.visualization import Table
+from crp.visualization import Table, Texts
 from crp.visualization.mining.run import mine
 from crp.visualization.objectives import channel
 from crp.visualization.synthesis import maximize
@@ -136,6 +138,32 @@ def test_what_layers_keep_is_refused_too(images: Tensor) -> None:
         CondAttribution(Net(batch_norm())).absorbed(images, [LINEAR], EpsilonPlus())
 
 
+class Pairs(nn.Module):
+    """Similarities of pictures and texts, as CLIP returns them: (pictures, texts), and (texts, pictures)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.words = Net(nn.Identity()), nn.Embedding(9, 5).double()
+
+    def forward(self, pictures: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        pictures, texts = self.net(pictures), self.words(ids).mean(1)
+        return {"per_picture": pictures @ texts.T, "per_text": texts @ pictures.T}
+
+
+def test_of_tables_of_similarities_those_are_refused_that_are_another_samples(images: Tensor) -> None:
+    model, data = Pairs().eval(), {"pictures": images, "ids": torch.arange(8).reshape(4, 2)}
+    per_picture, per_text = (
+        CondAttribution(model, output=lambda found, name=name: found[name]) for name in ("per_picture", "per_text")
+    )
+    for _ in range(2):
+        heatmaps = per_picture(data, [LINEAR], GradientTimesInput()).heatmap
+        with pytest.raises(CRPError, match=MIXED):
+            per_text(data, [LINEAR], GradientTimesInput())
+    one = {"pictures": images[1:2], "ids": data["ids"][1:2]}
+    for attribution in (per_picture, per_text):
+        assert torch.allclose(attribution(one, [{"y": 0}], GradientTimesInput()).heatmap[0], heatmaps[1])
+
+
 def test_the_message_names_the_layer_and_the_way_out(images: Tensor) -> None:
     model = Net(batch_norm())
     with pytest.raises(CRPError, match=r"(?s)Net.*'between' normalizes by the batch \(no running.*batch_size=1"):
@@ -196,6 +224,36 @@ def test_mining_refuses_before_a_file_is_written(
     assert not (tmp_path / "t").exists()
 
 
+class Words(nn.Module):
+    """A net of texts that does something to the embeddings: (n, 5)."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.fc, self.between = nn.Embedding(9, 8), nn.Linear(8, 5), between
+        self.double().eval()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.fc(self.between(self.words(input_ids)).mean(1))
+
+
+@pytest.mark.parametrize("modes", [("relevance", "activation"), ("activation",)], ids=len)
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [(lambda: lambda x: x - x.mean(0, keepdim=True), MIXED), (Echo, "given the same sample again")],
+    ids=["mixed", "kept"],
+)
+def test_mining_of_texts_refuses_before_a_file_is_written(
+    tmp_path: Path, modes: tuple[str, ...], between: Callable[[], Any], message: str
+) -> None:
+    texts, layers = Texts([[1, 2, 3], [4, 5, 6], [8, 0, 1]]), {"fc": AxisConcept(-1)}
+    options: dict[str, Any] = {"modes": modes, "targets": [1], "progress": False}
+    with pytest.raises(CRPError, match=message):
+        mine(CondAttribution(Words(between())), texts, layers, EpsilonPlus(), tmp_path / "t", batch_size=2, **options)
+    assert not (tmp_path / "t").exists()
+    mine(CondAttribution(Words(lambda x: x)), texts, layers, EpsilonPlus(), tmp_path / "t", batch_size=2, **options)
+
+
 def test_mining_one_by_one_is_each_alone(images: Tensor, tmp_path: Path) -> None:
     pairs = [(image, i % 5) for i, image in enumerate(images)]
     attribution = CondAttribution(Net(batch_norm()))
@@ -210,9 +268,9 @@ def test_known_models_are_run_once_for_each_part(images: Tensor) -> None:
     model = Net(lambda x: x)
     SIZES.clear()
     CondAttribution(model)(images, [LINEAR], EpsilonPlus())
-    assert SIZES == [4, 3, 3, 1]
+    assert SIZES == [4, 3, 3]
     CondAttribution(model)(images, [LINEAR], EpsilonPlus())
-    assert SIZES == [4, 3, 3, 1, 4]
+    assert SIZES == [4, 3, 3, 4]
 
 
 def test_one_sample_needs_no_further_pass(images: Tensor) -> None:
@@ -238,7 +296,9 @@ def test_the_model_is_put_back(images: Tensor) -> None:
     assert model.between.last == other.between.last
 
 
-# --- what must not be refused ---------------------------------------------------------------------------------------
+# --- what is not the same again -------------------------------------------------------------------------------------
+
+DRAWN = "Net puts out something else of the same data at another call, as by random numbers"
 
 
 class Noise(nn.Module):
@@ -246,6 +306,90 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rand_like(x)
+
+
+@pytest.mark.promise(
+    "Input", "A warning says so where a model draws random numbers, by which results differ from call to call"
+)
+@pytest.mark.parametrize("n_samples", [1, 4])
+@pytest.mark.parametrize("composite", [EpsilonPlus(), None], ids=lambda c: type(c).__name__)
+def test_random_numbers_in_evaluation_mode_are_told_once(
+    images: Tensor, n_samples: int, composite: Composite | None, untouched: Callable[[nn.Module], Any]
+) -> None:
+    model = Net(lambda x: torch.nn.functional.dropout(x, 0.5, training=True))
+    attribution = CondAttribution(model)
+    with untouched(model), pytest.warns(UserWarning, match=DRAWN):
+        one = attribution(images[:n_samples], [LINEAR], composite)
+    assert not torch.equal(one.heatmap, attribution(images[:n_samples], [LINEAR], composite).heatmap)
+
+
+def test_methods_and_mining_tell_random_numbers_too(images: Tensor, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=DRAWN):
+        Occlusion(Net(Noise()), window_shape=5, step=5)(images, 1)
+    pairs = [(image, i % 5) for i, image in enumerate(images)]
+    with pytest.warns(UserWarning, match=DRAWN):
+        mine(CondAttribution(Net(Noise())), pairs, {"conv": ChannelConcept()}, EpsilonPlus(), tmp_path, progress=False)
+
+
+def test_random_numbers_that_change_nothing_are_not_told(images: Tensor) -> None:
+    SIZES.clear()
+    attribution = CondAttribution(Net(lambda x: x + 0 * torch.rand_like(x)))
+    for _ in range(2):
+        attribution(images[:1], [LINEAR], EpsilonPlus())
+    assert SIZES == [1, 1, 1, 1]
+
+
+class Padded(nn.Module):
+    """An encoder of texts, of which padding is a part in the mean, or is not: (n, 5)."""
+
+    def __init__(self, over_all: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.fc, self.over_all = nn.TransformerEncoder(block, 2), nn.Linear(8, 5), over_all
+        self.double().eval()
+
+    def forward(self, steps: Tensor, padding: Tensor) -> Tensor:
+        steps = self.encoder(steps, src_key_padding_mask=padding)
+        kept = torch.ones_like(padding) if self.over_all else ~padding
+        return self.fc((steps * kept[..., None]).sum(1) / kept.sum(1, keepdim=True))
+
+
+STEPS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PADDING = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus(), None], ids=lambda c: type(c).__name__)
+def test_padding_that_counts_with_gradients_only_is_told(
+    composite: Composite | None, untouched: Callable[[nn.Module], Any]
+) -> None:
+    model = Padded(over_all=True)
+    data = {"steps": STEPS, "padding": PADDING}
+    with untouched(model), pytest.warns(UserWarning, match="without gradients .*'encoder'.* zeros of padded positions"):
+        found = CondAttribution(model)(data, [LINEAR], composite)
+    assert torch.allclose(found.prediction, model(**data))
+    CondAttribution(model)(data, [LINEAR], composite)
+
+
+def test_padding_that_counts_nowhere_needs_no_word() -> None:
+    model, data = Padded(over_all=False), {"steps": STEPS, "padding": PADDING}
+    with torch.no_grad():
+        predicted = model(**data)
+    assert torch.allclose(CondAttribution(model)(data, [LINEAR], EpsilonPlus()).prediction, predicted)
+
+
+def test_layers_of_padded_encoders_are_seen_without_gradients() -> None:
+    """Where torch makes nested tensors of them, whose shape nobody can ask for."""
+    model, data, layers = Padded(True), {"steps": STEPS, "padding": PADDING}, ["encoder.layers.0", "encoder"]
+    assert get_output_shapes(model, data, layers) == dict.fromkeys(layers, torch.Size([5, 8]))
+    with put_on(None, model):
+        outputs = record_outputs(model, lambda model: model(**data), 2, layers)
+    with pytest.warns(UserWarning, match="zeros of padded"):
+        activations = CondAttribution(model)(data, [LINEAR], EpsilonPlus(), layers).activations
+    assert all(torch.allclose(outputs[layer], activations[layer]) for layer in layers)
+
+
+# --- what must not be refused ---------------------------------------------------------------------------------------
 
 
 class OnlyPairs(nn.Module):
@@ -262,7 +406,6 @@ def as_boxes(scores: Tensor) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("between", "returned"),
     [
-        (Noise(), lambda scores: scores),
         (OnlyPairs(), lambda scores: scores),
         (Echo(), lambda scores: scores),
         (nn.Identity(), lambda scores: {"logits": scores, "loss": scores.mean(), "table": scores @ scores.T}),
@@ -270,7 +413,7 @@ def as_boxes(scores: Tensor) -> list[dict[str, Tensor]]:
         (nn.Identity(), lambda scores: {"logits": scores, "state": [scores[0], scores[:1]]}),
         (nn.Identity(), lambda scores: {"logits": scores.where(torch.arange(5) != 3, -torch.inf)}),
     ],
-    ids=["random", "pairs", "state", "means and tables", "over samples", "lists", "infinite"],
+    ids=["pairs", "state", "means and tables", "over samples", "lists", "infinite"],
 )
 def test_models_that_are_no_mixture_are_explained(
     images: Tensor, between: nn.Module, returned: Callable[[Tensor], Any]
@@ -282,7 +425,7 @@ def test_models_that_are_no_mixture_are_explained(
     before = torch.rand(1)
     torch.set_rng_state(state)
     attribution(images, [LINEAR], EpsilonPlus())
-    assert isinstance(between, Noise) or torch.equal(torch.rand(1), before)
+    assert torch.equal(torch.rand(1), before)
 
 
 def test_outputs_in_a_list_are_told_apart(images: Tensor) -> None:

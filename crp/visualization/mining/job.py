@@ -32,6 +32,7 @@ from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_d
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
 from crp.visualization.mining.targets import Targets, parse_targets
+from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import (
     fingerprint,
@@ -248,8 +249,9 @@ def prepare(
     first = _get_first(dataset, checked.preprocess, device)
     if texts is None and (first.is_floating_point() or first.is_complex()):  # (others are refused by the sample's name)
         check_axes(attribution.model, first, concepts)
-        check_keeps_nothing(attribution.model, Inputs.single(first))
-        check_independent(attribution.model, Inputs.single(first), [range(checked.batch_size)])
+    if (inputs := _inputs_of(attribution, first, texts)) is not None:
+        check_keeps_nothing(attribution.model, inputs)
+        check_independent(attribution.model, inputs, [range(checked.batch_size)], attribution.select_output)
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
     settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}
@@ -362,6 +364,17 @@ def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, devi
             raise InputTypeError(f"sample {index}: {sample.problem.reason}")
         failed = failed or SampleError(index, sample.problem.reason)
     raise failed or AssertionError
+
+
+def _inputs_of(attribution: CondAttribution, first: Tensor, texts: Texts | None) -> Inputs | None:
+    """The first sample as inputs, of a text its embeddings; None where it is refused by its name when it is mined."""
+    try:
+        inputs = (
+            Inputs.single(first) if texts is None else Inputs.of(Asked.of(first, texts).data, None, attribution.model)
+        )
+    except Exception:  # (of a text, the model is run)
+        return None
+    return inputs if inputs.explained[0].is_floating_point() or inputs.explained[0].is_complex() else None
 
 
 def _versions() -> dict[str, str]:
