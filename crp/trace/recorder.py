@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from crp.layers import _active, uncompiled, unwrap
 from crp.layers.interrupts import atomic
@@ -30,6 +32,8 @@ _READING = frozenset(
     """addmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d einsum gru linear lstm matmul
     mm multi_head_attention_forward""".split()  # noqa: SIM905
 )
+#: Functions that wait for a gradient, which does not come.
+_WAITING = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 #: Longest sequence of numbers that is recorded.
 _LONGEST = 64
 
@@ -128,6 +132,8 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if self._is_paused:
             return func(*args, **kwargs)
+        if name in _WAITING:
+            return RemovableHandle(OrderedDict())
         operands = list(tensors_in((args, kwargs)))
         if name not in _READING and name not in _METADATA:
             self._keep_parameters(operands)

@@ -407,3 +407,26 @@ def test_relevance_behind_a_function_is_that_of_the_layer():
         assert torch.equal(functions.body[0].kernel, layers.body[0].weight)
         assert torch.equal(functions.body[0].offset, layers.body[0].bias)
     canonizer.remove()
+
+
+@pytest.mark.parametrize("where", ["hook", "forward"])
+def test_who_waits_for_gradients_does_not_keep_norms_from_merging(where):
+    """The pass that looks for places has no gradients."""
+    seen = []
+
+    class Waiting(nn.ReLU):
+        def forward(self, x):
+            x = super().forward(x)
+            if where == "forward":
+                x.register_hook(seen.append)
+                x.retain_grad()
+            return x
+
+    model = ready(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), Waiting(), nn.Flatten(), nn.Linear(36, 2)))
+    if where == "hook":
+        model[2].register_forward_hook(lambda module, args, output: output.register_hook(seen.append) and None)
+    plain = copy.deepcopy(model)
+    plain[2] = nn.ReLU().eval()
+    data, composite = random(2, 2, 5, 5), EpsilonPlus()
+    found, wanted = (CondAttribution(net)(data, [{"y": 1}], composite).heatmap for net in (model, plain))
+    assert torch.equal(found, wanted) and len(seen) == 1
