@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from zennit.core import Composite
 
 from crp.errors import CRPError, InputError, InputTypeError, OutOfRangeError
 from crp.layers import modules_of
@@ -72,7 +73,7 @@ def check_device(device: Any, name: str) -> torch.device | None:
 
 
 def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
-    """Raise an `InputError` that names the parameters with NaN or infinite values, or those without a shape.
+    """Raise an `InputError` that names the parameters with NaN or infinite values, or those that cannot be used.
 
     They are looked at again only if they have changed.
     """
@@ -84,13 +85,31 @@ def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
     marks = _finite.get(model, [])
     if len(marks) == len(tensors) and all(map(_is_as_marked, marks, tensors)):
         return
+    if any(p.is_meta for p in tensors):
+        raise InputError("parameters of the model are on the meta device, where tensors have no values; load them")
+    if any(p.is_inference() for p in tensors):
+        raise InputError(
+            "parameters of the model were made in torch.inference_mode(), and autograd cannot use them; make the model "
+            "outside of it, or explain copy.deepcopy(model)"
+        )
     if names := not_finite(dict(model.named_parameters())):
         raise InputError(
             f"{_listed(names)} of the model {'has' if len(names) == 1 else 'have'} NaN or infinite values, and "
             "relevance would have, too; load weights that are finite"
         )
-    if not any(p.is_inference() for p in tensors):  # (of these, torch does not count the changes)
-        _finite[model] = [(weakref.ref(p), (p._version, p.data_ptr()) if _has_numbers(p) else None) for p in tensors]
+    _finite[model] = [(weakref.ref(p), (p._version, p.data_ptr()) if _has_numbers(p) else None) for p in tensors]
+
+
+def check_merged(composite: Composite, modules: Mapping[str, nn.Module]) -> None:
+    """Raise an `InputError` where a canonizer of zennit has merged batch norm into a weight that is computed again."""
+    merged = {linear for canonizer in composite.handles for linear in getattr(canonizer, "linears", ())}
+    for name, module in modules.items():
+        if module in merged and "weight" in vars(module):
+            raise InputError(
+                f"a canonizer of zennit merges batch norm into {name!r}, whose weight is computed at each call: the "
+                "model would predict something else. Store it first, such as by torch.nn.utils.prune.remove or "
+                "torch.nn.utils.remove_weight_norm"
+            )
 
 
 def _is_as_marked(mark: _Mark, tensor: Tensor) -> bool:

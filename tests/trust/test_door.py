@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 import torch
 from house_plan import MODULES
 from torch import nn
+from torch.nn.utils import prune
 from trust_cases import CONDITIONS, differences, images, net, state, zennit_merged
+from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
 from crp.attributors import Gradient
@@ -175,6 +179,41 @@ def test_weights_that_are_not_finite_are_named(value, name):
     with torch.no_grad():
         parameter.copy_(before)
     assert torch.equal(ask(model=model).heatmap, wanted)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: torch.inference_mode(), r"were made in torch\.inference_mode\(\), .*copy\.deepcopy\(model\)"),
+        (lambda: torch.device("meta"), "are on the meta device, where tensors have no values"),
+    ],
+    ids=["inference mode", "meta device"],
+)
+@pytest.mark.parametrize("composite", [EpsilonPlus(), None], ids=lambda c: type(c).__name__)
+def test_weights_that_autograd_cannot_use_are_refused(made, message, composite):
+    with made():
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    with pytest.raises(InputError, match=message):
+        CondAttribution(model)(torch.ones(1, 3), [{"y": 1}], composite)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    if "inference" in message:
+        CondAttribution(copy.deepcopy(model))(torch.ones(1, 3), [{"y": 1}], composite)
+
+
+@pytest.mark.parametrize("composite", [ZennitEpsilonPlus, EpsilonPlus])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_zennits_merging_into_weights_that_are_computed_is_refused(composite, by_hand):
+    """The next call would compute the weight again, and the model predict something else."""
+    rules = composite(canonizers=[SequentialMergeBatchNorm()])
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).double()
+    prune.l1_unstructured(model.eval()[0], "weight", 0.5)
+    predicted = model(images()).detach()
+    message = r"merges batch norm into '0', whose weight is computed .*prune\.remove"
+    with pytest.raises(InputError, match=message), rules.context(model) if by_hand else nullcontext():
+        CondAttribution(model)(images(), [{"y": 1}], rules)
+    assert torch.equal(model(images()), predicted)
+    prune.remove(model[0], "weight")
+    assert torch.allclose(CondAttribution(model)(images(), [{"y": 1}], rules).prediction, predicted, rtol=1e-4)
 
 
 @pytest.mark.promise("Results", "A heatmap that is not finite is an error")
