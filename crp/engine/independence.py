@@ -57,8 +57,8 @@ def check_independent(
 ) -> None:
     """Raise an `InputError` where what a model puts out for a sample depends on the samples beside it.
 
-    The model is given the first sample between two others, and between two of another kind. That is done once for each
-    model, which is left as it was; of one that returns such outputs among others, at each call for what is explained.
+    The model is given the first sample among others, and among others of another kind. That is done once for each
+    model, which is left as it was; where it has outputs of both kinds, at each call for the one that is explained.
     It is left out where others watch the model run, as their hooks would see calls that nobody asked for. Nothing is
     known of models that do not take such data, and of those that draw random numbers, of which a warning tells.
 
@@ -75,14 +75,14 @@ def check_independent(
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
         return
     try:
-        threes = [_between(inputs, factor) for factor in (0.0, 3.0)]
-        pair = [_run(model, three, later) for three, later in zip(threes, (False, True), strict=True)]
+        batches = [_among_others(inputs, factor) for factor in (0.0, 3.0)]
+        pair = [_run(model, batch, later) for batch, later in zip(batches, (False, True), strict=True)]
         tolerance = _tolerance(inputs)
-        if _deviation(*(_of(returned, 1, 3) for returned in pair)) <= tolerance:
+        if _deviation(*(_of(returned, 1, 4) for returned in pair)) <= tolerance:
             _independent.add(model)
             return
-        off = _deviation(*(_of(select(returned), 1, 3) for returned in pair))
-        is_random = off > tolerance and _is_another(model, threes[0])
+        off = _deviation(*(_of(select(returned), 1, 4) for returned in pair))
+        is_random = off > tolerance and _is_another(model, batches[0])
     except Exception:  # (the model is run to be explained, too, and its error is told there)
         return
     if is_random:
@@ -161,17 +161,18 @@ def _check_padding(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any
         )
 
 
-def _between(inputs: Inputs, factor: float) -> Inputs:
-    """The first of some samples between two others: its values, or ones for zeros, and at the beginning so many times.
+def _among_others(inputs: Inputs, factor: float) -> Inputs:
+    """The first of some samples behind one other and before two, where it does not stay if the order is turned round.
 
-    (Layers that normalize would make the same of one number times all values.)
+    The others have its values, or ones for zeros, and at the beginning so many times. (Layers that normalize would make
+    the same of one number times all values.)
     """
-    threes = []
+    batches = []
     for data in inputs.select([0]).explained:
         factors = torch.linspace(factor, 1, data.numel()).view(data.shape).to(data)
         other = data * factors if data.any() else factors
-        threes.append(torch.cat([other, data, other]))
-    return inputs.having(threes, torch.tensor([0, 0, 0]))
+        batches.append(torch.cat([other, data, other, other]))
+    return inputs.having(batches, torch.tensor([0, 0, 0, 0]))
 
 
 @atomic
