@@ -271,7 +271,7 @@ class CondAttribution:
         settings = Settings((), mask_map, start_layer, init_rel, None, exclude_parallel, explain)
         return self.plan(data, conditions, composite, settings).absorbed()
 
-    def check(self, data: Tensor, conditions: Sequence[Condition], composite: Composite | None = None) -> Checked:
+    def check(self, data: Data, conditions: Sequence[Condition], composite: Composite | None = None) -> Checked:
         """Check what a careful user would: `print` it, or take its ``to_dict()``; its ``holds`` is the verdict.
 
         The prediction is unchanged; relevance of the data, and what layers keep, is what started; all is finite, and

@@ -15,6 +15,7 @@ from zennit.core import Composite
 from crp.engine.attached import put_on
 from crp.engine.door import is_finite, not_finite
 from crp.engine.encoding import Encoding, propagation_of
+from crp.engine.inputs import Data, Inputs
 from crp.engine.targets import initial_relevance
 from crp.layers import evaluating, hooked, modules_of
 from crp.types import AbsorbedRelevance, AttributionResults, Condition
@@ -118,27 +119,35 @@ class Checked:
 
 
 def check_explanation(
-    attribution: _Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
+    attribution: _Attributing, data: Data, conditions: Sequence[Condition], composite: Composite | None
 ) -> Checked:
     """Check an explanation; see `crp.attribution.CondAttribution.check`."""
+    inputs = Inputs.of(data, None, attribution.model).to(attribution.device)
     result = attribution(data, conditions, composite)
     again = attribution(data, conditions, composite)
+    heatmap = _heatmap_of(result, inputs)
     findings = [
-        _prediction_unchanged(attribution, data, result),
-        _finite(attribution, result),
-        _repeats(result, again),
-        _weights_matter(attribution, data, conditions, composite, result),
+        _prediction_unchanged(attribution, inputs, result),
+        _finite(attribution, result, heatmap),
+        _repeats(heatmap, _heatmap_of(again, inputs)),
+        _weights_matter(attribution, inputs, conditions, composite, heatmap),
     ]
     account, kept = _account(attribution, data, conditions, composite)
-    operations, left = _operations(attribution, data, composite)
-    findings += [_as_by_differences(attribution, data, conditions, composite, operations)]
+    operations, left = _operations(attribution, inputs.select([0]), composite)
+    findings += [_as_by_differences(attribution, inputs.select([0]), conditions, composite, operations)]
     rules = dict(Counter(operation.rule for operation in operations).most_common())
     return Checked([findings[0], account, *findings[1:]], kept, rules, left)
 
 
-def _prediction_unchanged(attribution: _Attributing, data: Tensor, result: AttributionResults) -> _Point:
+def _heatmap_of(result: AttributionResults, inputs: Inputs) -> Tensor:
+    """Relevance of all inputs as a vector; samples of several shapes, which have none, are refused."""
+    heatmaps = zip(inputs.parts(result.heatmap), inputs.explained, strict=True)
+    return torch.cat([heatmap.flatten() for heatmap, _ in heatmaps])
+
+
+def _prediction_unchanged(attribution: _Attributing, inputs: Inputs, result: AttributionResults) -> _Point:
     with torch.no_grad(), evaluating(attribution.model):
-        plain = attribution.select_output(attribution.model(data.to(attribution.device).clone()))
+        plain = attribution.select_output(inputs.run(attribution.model))
     repeats = len(result.prediction) // len(plain)
     plain = plain.repeat_interleave(repeats, 0).to(result.prediction)
     scale = float(plain.abs().max()) or 1.0
@@ -147,7 +156,7 @@ def _prediction_unchanged(attribution: _Attributing, data: Tensor, result: Attri
 
 
 def _account(
-    attribution: _Attributing, data: Tensor, conditions: Sequence[Condition], composite: Composite | None
+    attribution: _Attributing, data: Data, conditions: Sequence[Condition], composite: Composite | None
 ) -> tuple[_Point, dict[str, dict[str, float]]]:
     """Σ input + Σ kept = initial, for targets alone, as conditions on layers mask some of it."""
     name = attribution.MODEL_OUTPUT_NAME
@@ -166,27 +175,26 @@ def _account(
     return _Point("account", value <= limit, value, limit, what), kept
 
 
-def _finite(attribution: _Attributing, result: AttributionResults) -> _Point:
-    tensors = {"heatmap": result.heatmap, "prediction": result.prediction, **result.relevances}
+def _finite(attribution: _Attributing, result: AttributionResults, heatmap: Tensor) -> _Point:
+    tensors = {"heatmap": heatmap, "prediction": result.prediction, **result.relevances}
     wrong = not_finite({name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
     wrong += not_finite({**dict(attribution.model.named_parameters()), **dict(attribution.model.named_buffers())})
     what = f"not finite: {', '.join(wrong)}" if wrong else "all values are finite"
     return _Point("finite", not wrong, None, None, what)
 
 
-def _repeats(result: AttributionResults, again: AttributionResults) -> _Point:
-    difference = float((result.heatmap - again.heatmap).abs().max())
-    scale = float(result.heatmap.abs().max()) or 1.0
+def _repeats(heatmap: Tensor, again: Tensor) -> _Point:
+    difference, scale = float((heatmap - again).abs().max()), float(heatmap.abs().max()) or 1.0
     what = "the same call gives the same heatmap, bit for bit, on this device"
-    return _Point("repeats", torch.equal(result.heatmap, again.heatmap), difference / scale, 0.0, what)
+    return _Point("repeats", torch.equal(heatmap, again), difference / scale, 0.0, what)
 
 
 def _weights_matter(
     attribution: _Attributing,
-    data: Tensor,
+    inputs: Inputs,
     conditions: Sequence[Condition],
     composite: Composite | None,
-    result: AttributionResults,
+    heatmap: Tensor,
 ) -> _Point:
     """Shuffled weights change the heatmap (Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018)."""
     what = "the heatmap is another one if weights are shuffled"
@@ -199,15 +207,15 @@ def _weights_matter(
                 if parameter is not None and parameter.numel() > 1 and parameter.is_floating_point():
                     order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
                     parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    heatmap = changed(data, conditions, composite).heatmap
-    scale = float(result.heatmap.abs().max()) or 1.0
-    value = float((heatmap - result.heatmap).abs().max()) / scale if is_finite(heatmap) else float("inf")
+    other = _heatmap_of(changed(inputs.data, conditions, composite), inputs)
+    scale = float(heatmap.abs().max()) or 1.0
+    value = float((other - heatmap).abs().max()) / scale if is_finite(other) else float("inf")
     return _Point("weights matter", value > _EFFECT, value, _EFFECT, f"{what} (change {value:.2g})")
 
 
 def _as_by_differences(
     attribution: _Attributing,
-    data: Tensor,
+    sample: Inputs,
     conditions: Sequence[Condition],
     composite: Composite | None,
     operations: Sequence[Any],
@@ -224,8 +232,8 @@ def _as_by_differences(
     has_gradient = operations and all(operation.rule.startswith(_GRADIENT) for operation in operations)
     if targets is None or not layers or not has_gradient or Encoding.of(composite).as_multiplier:
         return _Point("by differences", None, None, None, f"{what}: known where every rule is LRP-0")
-    layer, sample = layers[len(layers) // 2], data[:1].to(attribution.device)
-    result = attribution(sample, [{name: targets}], composite, [layer])
+    layer = layers[len(layers) // 2]
+    result = attribution(sample.data, [{name: targets}], composite, [layer])
     relevance = result.relevances[layer][0].reshape(len(result.relevances[layer][0]), -1).sum(1)
     concept = int(relevance.abs().argmax())
     step = _STEP.get(result.prediction.dtype, 1e-2)
@@ -237,7 +245,7 @@ def _as_by_differences(
             return value * factors.reshape(1, -1, *[1] * (value.dim() - 2))
 
         with put_on(composite, attribution.model) as model, hooked({model.get_submodule(layer): scaled}):
-            prediction = attribution.select_output(model(sample.clone()))
+            prediction = attribution.select_output(sample.run(model))
         return float(initial_relevance(prediction.detach(), [targets], None).sum())
 
     quotient, found = (output(1 + step) - output(1 - step)) / (2 * step), float(relevance[concept])
@@ -248,11 +256,13 @@ def _as_by_differences(
 
 
 def _operations(
-    attribution: _Attributing, data: Tensor, composite: Composite | None
+    attribution: _Attributing, sample: Inputs, composite: Composite | None
 ) -> tuple[list[Any], Sequence[str]]:
     """Operations in the order of execution, and those that were left to the ordinary chain rule."""
     report: Any = getattr(composite, "report", None)
     if report is None:
         return [], ()
-    found = report(attribution.model, data[:1].to(attribution.device))
+    data = sample.data
+    positional, named = ([], data) if isinstance(data, Mapping) else (data if isinstance(data, tuple) else [data], {})
+    found = report(attribution.model, *positional, **named)
     return [*found.operations], found.left

@@ -18,6 +18,7 @@ from crp.composites import (
     UniformEpsilon,
     UniformLRP0,
 )
+from crp.errors import InputTypeError
 from crp.rules import Rule
 
 
@@ -44,6 +45,35 @@ def test_right_explanations_hold(make):
     assert json.loads(json.dumps(checked.to_dict()))["holds"] is is_exact
     assert ("ok     prediction" in str(checked)) is is_exact
     assert differences(before | {"random": None}, state(model) | {"random": None}) == []
+
+
+class Two(nn.Module):
+    """A model of two inputs, or of token ids: (n, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.left, self.right = nn.Embedding(9, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, other=None):
+        x = x if x.is_floating_point() else self.words(x).mean(1)
+        return self.left(x) if other is None else self.left(x).relu() + self.right(other)
+
+
+@pytest.mark.parametrize("composite", [UniformEpsilon(), GradientTimesInput(), None], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("form", ["tuple", "dict", "ids", "list"])
+def test_several_inputs_ids_and_lists_are_checked(form, composite):
+    torch.manual_seed(0)
+    model, x, other = Two().double().eval(), torch.randn(2, 4).double(), torch.randn(2, 4).double()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    data = {"tuple": (x, other), "dict": {"x": x, "other": other}, "ids": ids, "list": [*x]}[form]
+    checked = CondAttribution(model).check(data, [{"y": 1}], composite)
+    assert checked.holds, str(checked)
+
+
+def test_lists_of_several_shapes_are_refused():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(InputTypeError, match="give them one by one"):
+        CondAttribution(model).check([torch.rand(2, 6, 6), torch.rand(2, 7, 7)], [{"y": 1}], EpsilonPlus())
 
 
 class Doubles(Rule):
