@@ -150,6 +150,17 @@ def class_means_of(fv, sample: int, target: int) -> list[int]:
     raise AssertionError
 
 
+def test_a_sample_shows_as_many_concepts_as_are_asked_for(tmp_path):
+    net = nn.Sequential(OrderedDict(first=nn.Conv2d(1, 9, 3), relu=nn.ReLU(), flat=nn.Flatten(), out=nn.Linear(144, 3)))
+    for parameter in net.double().eval().parameters():
+        nn.init.uniform_(parameter, 0.1, 1)
+    dataset = Images()
+    dataset.data.abs_()
+    found = report(mined(tmp_path, dataset, net=net, layers=("first",)), tmp_path / "out", n_sample_concepts=8)
+    for page in (found / "sample").iterdir():
+        assert page.read_text().count('<section class="concept">') == 8
+
+
 def test_a_concept_is_switched_off_to_see_what_it_does(fv, atlas):
     concept = 1
     row = drawing.Drawn(*read_facts(atlas / f"maps/second/{concept}.png")["rows"][0])
