@@ -135,8 +135,8 @@ def _suspects(atlas: Atlas) -> list[AnyShown]:
     for one in atlas.suspects[:SUSPECTS]:
         tiles = atlas.best(one.layer, one.concept, 1, one.target)
         lines = [
-            (f"{percent(one.share)} of {atlas.class_name(one.target)}", ""),
-            (f"{percent(one.inside)} {one.where}", "bad"),
+            (f"{percent(one.share)} of the relevance of {atlas.class_of(one)}", ""),
+            (f"{percent(one.inside)} of it {one.where}", "bad"),
         ]
         found += [tile._replace(value=atlas.label(one.layer, one.concept), lines=lines) for tile in tiles]
     return found
