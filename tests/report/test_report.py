@@ -259,6 +259,18 @@ def test_a_second_report_draws_nothing_and_changes_nothing(fv, atlas, monkeypatc
     assert files(atlas) == before
 
 
+def test_a_picture_that_was_cut_is_written_again(fv, tmp_path):
+    tile = make_tile(fv.dataset.data[0], fv.dataset.data[0][0], "a tile")
+    keywords = {"findings": [Finding("A finding", tiles=[("Some", [tile])])]}
+    atlas = report(fv, tmp_path / "out", **keywords)
+    before = files(atlas)
+    cut = {name: content[: len(content) // 2] for name, content in before.items() if name.startswith("pictures/")}
+    for name, content in cut.items():
+        (atlas / name).write_bytes(content)
+    report(fv, atlas, **keywords)
+    assert len(cut) > 5 and files(atlas) == before
+
+
 def assert_same_maps(folder, other):
     """Heatmaps of two atlases are the same but for rounding."""
     paths = [path for path in files(folder) if path.startswith("maps/")]

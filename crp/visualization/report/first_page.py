@@ -125,8 +125,7 @@ def _class_tile(atlas: Atlas, target: int) -> AnyShown | None:
     if len(atlas.class_names) > PICTURED or not atlas.drawer.pictures:
         return None
     layer = list(atlas.facts)[-1]
-    shares = [atlas.facts[layer].share(target, concept) for concept in range(atlas.facts[layer].n_concepts)]
-    tiles = atlas.best(layer, int(np.argmax(shares)), 1, target)
+    tiles = atlas.best(layer, int(np.argmax(atlas.facts[layer].of_class(target))), 1, target)
     return tiles[0]._replace(href="") if tiles else None
 
 

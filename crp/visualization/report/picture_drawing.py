@@ -68,7 +68,7 @@ class PictureDrawer(Drawer):
             return False
         if "picture" not in facts:
             return True
-        if not (self.folder / facts["picture"]).is_file():
+        if not self.holds(facts["picture"]):
             return False
         self._keep(job, facts)
         return True
