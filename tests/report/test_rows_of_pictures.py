@@ -28,7 +28,7 @@ from crp.visualization.report.drawing import Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
-from crp.visualization.report.picture_rows import PictureRows, PlacedRow
+from crp.visualization.report.picture_rows import PictureRows
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.report.unfinished import Cell, Unfinished
 from crp.visualization.text_references import TextRow, read_text, text_heatmaps
@@ -76,9 +76,8 @@ def drawn(fv: Any, composite: Any, rows: list[Row], folder: Path) -> tuple[Pictu
     """Rows as a report draws them, by their places."""
     options = ReportOptions(map_size=6, batch_size=7, verbose=False)
     drawer = PictureDrawer(fv, composite, fv.in_call_order(list(fv.layer_map), 0), folder, "", options)
-    places = [PlacedRow(0, place, row) for place, row in enumerate(rows)]
-    parts = PictureRows(drawer, drawer.data).draw(places)
-    return drawer, {one.place: found for some, part in parts for one, found in zip(some, part, strict=True)}
+    parts = PictureRows(drawer, drawer.data).draw(rows)
+    return drawer, {rows.index(row): found for some, part in parts for row, found in zip(some, part, strict=True)}
 
 
 def alone(fv: Any, composite: Any, row: Row, below: str | None) -> tuple[Tensor, Tensor | None]:
