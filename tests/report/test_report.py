@@ -189,6 +189,20 @@ def test_classes_show_their_concepts_by_share(fv, atlas):
             assert f"{percent(means.value[target, concept])}; so far {percent(so_far)}" in page.text
 
 
+def test_the_picture_of_a_class_is_of_the_class(fv, tmp_path):
+    found = report(fv, tmp_path / "out", n_references=1)
+    address_of = {
+        Addresses.picture(*picture_drawing.picture_file(fv.dataset.data[i], 224)): label
+        for i, label in enumerate(fv.dataset.labels)
+    }
+    chips = re.findall(
+        r'<a class="chip large" href="class/(\d).html">.*?src="(pictures/[^"]+)"',
+        (found / "index.html").read_text(),
+        re.S,
+    )
+    assert len(chips) >= 2 and all(address_of[picture] == int(target) for target, picture in chips)
+
+
 def test_mean_heatmap_weighs_the_samples_equally(fv, atlas):
     heatmaps = fv.attribution(fv.dataset.data[1::3], [{"y": [1]}], EpsilonPlus()).heatmap
     mean = (heatmaps / heatmaps.abs().sum((1, 2), keepdim=True)).sum(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -121,11 +122,13 @@ def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _class_tile(atlas: Atlas, target: int) -> AnyShown | None:
-    """Picture of a class: the concept with the largest share in the highest layer, as it is in the class."""
+    """Picture of a class: the reference in it of a concept of the highest layer, the strongest that has one there."""
     if len(atlas.class_names) > PICTURED or not atlas.drawer.pictures:
         return None
     layer = list(atlas.facts)[-1]
-    tiles = atlas.best(layer, int(np.argmax(atlas.facts[layer].of_class(target))), 1, target)
+    order = np.argsort(-atlas.facts[layer].of_class(target), kind="stable").tolist()
+    here = (c for c in order if any(one.target == target for one in atlas.cells[layer, c].relevant))
+    tiles = [tile for concept in islice(here, 1) for tile in atlas.best(layer, concept, 1, target)]
     return tiles[0]._replace(href="") if tiles else None
 
 
