@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class KeptResults:
                 found |= {sample: target, nearest: target}
         return {sample: target for sample, target in found.items() if sample >= 0}
 
+    @cached_property
     def maximized(self) -> dict[tuple[str, int], tuple[Array, str]]:
         """Maximized picture of each concept that has one, (height, width, 3) in bytes, and how it was made."""
         return {

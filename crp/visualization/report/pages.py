@@ -21,7 +21,6 @@ from crp.visualization.report.search import write_search
 from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
 from crp.visualization.report.tiles import AnyShown
-from crp.visualization.table.manifest import Array
 from crp.wording import percent
 
 #: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
@@ -75,7 +74,6 @@ class Atlas:
     kept: KeptResults = field(default_factory=KeptResults)
     about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
     unexplained: Mapping[str, Unexplained] = field(default_factory=dict)
-    _maximized: dict[tuple[str, int], tuple[Array, str]] | None = None
 
     # --- words
 
@@ -98,11 +96,9 @@ class Atlas:
 
     def maximized(self, layer: str, concept: int) -> tuple[str, str] | None:
         """Address of a concept's maximized picture, and how it was made; None where there is none."""
-        if self._maximized is None:
-            self._maximized = self.kept.maximized()
-        if (layer, concept) not in self._maximized:
+        if (layer, concept) not in self.kept.maximized:
             return None
-        picture, made = self._maximized[layer, concept]
+        picture, made = self.kept.maximized[layer, concept]
         content = torch.from_numpy(picture / 255).permute(2, 0, 1)
         return self.drawer.store(*picture_file(content, self.options.picture_size)), made
 
