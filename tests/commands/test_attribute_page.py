@@ -94,8 +94,8 @@ def test_a_page_shows_the_concepts_with_their_heatmaps(place, arguments, layer, 
     expected = np.concatenate([square_map(one, 10) for one in heatmaps], axis=1)
     assert np.abs(maps_of(place / "why.html") - expected).max() <= 0.5 / 127 + 1e-4
     # (the file has the whole heatmap, one of each concept, and then what sets each apart)
-    cells = [re.search(r"of(\d+) at(\d+)", attributes.get("class") or "") for _, attributes in page.elements]
-    shown = [(int(found[1]), int(found[2])) for found in cells if found]
+    cells = [re.search(r"\bh(\d+)-(\d+)", attributes.get("class") or "") for _, attributes in page.elements]
+    shown = [(int(found[2]), int(found[1])) for found in cells if found]
     n = len(ids)
     assert [pair for pair in shown if pair[1]] == [(2 * n + 1, i + row) for i in range(1, n + 1) for row in (0, n)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from feature_net import mined
 from PIL import Image
-from report_cases import report
+from report_cases import Parsed, report
 from zennit.composites import EpsilonPlus
 
 from crp.visualization import FeatureVisualization
@@ -58,7 +58,7 @@ def test_their_heatmaps_are_of_class_and_concept(fv, atlas):
     sample, target = int(least.sample[0, concept]), int(least.target[0, concept])
     condition = {"y": [target], "second": [concept]}
     heatmap = fv.attribution(fv.dataset[sample][0][None], [condition], EpsilonPlus()).heatmap[0].detach().numpy()
-    cell, cells = (int(n) for n in re.search(r"of(\d+) at(\d+)", negative_part(atlas, concept)).groups()[::-1])
+    cell, cells = (int(n) for n in re.search(r"h(\d+)-(\d+)", negative_part(atlas, concept)).groups())
     with Image.open(atlas / f"maps/second/{concept}.png") as image:
         assert image.size == (64 * cells, 64)
         steps = np.asarray(image)[:, 64 * cell : 64 * (cell + 1)].astype(int) - 127
@@ -71,6 +71,37 @@ def test_as_many_are_shown_as_are_asked_for(fv, tmp_path, n_negative):
     atlas = report(fv, tmp_path / "out", n_negative=n_negative, layers=["second"])
     counts = [negative_part(atlas, concept).count("<figcaption>") for concept in range(5)]
     assert max(counts) == n_negative
+
+
+@pytest.mark.parametrize("mode", ["relevance", "activation"])
+def test_histograms_have_the_unit_of_the_references(fv, atlas, mode):
+    best = top_k(Table.open(fv.path), "second", mode, k=1).value[0]
+    least = top_k(Table.open(fv.path), "second", mode, k=1, least=True).value[0]
+    for concept in range(5):
+        page = Parsed(atlas / f"concept/second/{concept}.html")
+        ends = f"{percent(float(least[concept]))} to {percent(float(best[concept]))}"
+        assert f"{mode.capitalize()}: histogram from {ends}" in page.all("aria-label")
+        assert f"Figures: its share of the layer's {mode}." in page.text
+
+
+def test_pictures_are_described_by_what_they_are_shown_for(fv, atlas):
+    words = {"Most relevant": "is relevant", "Most active": "is active", "Most negative": "speaks against it"}
+    for concept in range(5):
+        text = (atlas / f"concept/second/{concept}.html").read_text()
+        for heading, what in words.items():
+            part = text.partition(f"<h2>{heading}</h2>")[2].partition("<h2>")[0]
+            described = re.findall(r'alt="([^"]+)"', part)
+            assert all(one.endswith(f"where second {concept} {what}") for one in described), heading
+
+
+def test_bars_are_drawn_beside_their_numbers_for_the_eye_alone(fv, atlas):
+    bars = [
+        attributes
+        for page in atlas.rglob("*.html")
+        for tag, attributes in Parsed(page).elements
+        if tag == "svg" and attributes.get("class") == "bar"
+    ]
+    assert bars and all(bar["aria-hidden"] == "true" and "aria-label" not in bar for bar in bars)
 
 
 def test_rounding_is_no_negative_relevance(fv):

@@ -47,6 +47,7 @@ def test_pictures_stand_on_the_pages_of_their_concepts(tmp_path):
         addresses = shown_of(page)
         assert len(addresses) == (concept in (1, 3))
         for address in addresses:
+            assert f"in {HOW['steps']} steps with seed 0;" in Parsed(page).text
             with Image.open(page.parent / address) as picture:
                 stored = np.asarray(picture.convert("RGB"))
             assert np.array_equal(stored, found["picture"][[3, 1].index(concept)])

@@ -120,6 +120,24 @@ def shot_of_a_tile(
     return pixels[top : top + side, left : left + side], side
 
 
+@pytest.mark.parametrize("file", ["out", "atlas.html"], ids=["folder", "single"])
+def test_each_reference_has_its_own_heatmap_however_many_there_are(browser, tmp_path, file):
+    fv = mined(tmp_path, Images(40))
+    first = write_report(fv, EpsilonPlus(), tmp_path / file, layers=["second"], n_references=40, verbose=False)
+    page, shown = "concept/second/1.html", ""
+    if file == "out":
+        address = (first.parent / page).as_uri()
+    else:
+        address, shown = f"{first.as_uri()}#{page}", ".page:target "
+    browser.resize(1280)
+    browser.open(address)
+    script = """[...document.querySelectorAll("PAGE.row .map img")].map(one => {
+        const map = one.getBoundingClientRect(), tile = one.parentElement.getBoundingClientRect();
+        return [Math.round(map.width / tile.width), Math.round((tile.left - map.left) / tile.width)]; })"""
+    places = browser.evaluate(script.replace("PAGE", shown))
+    assert len(places) > 64 and places == [[len(places), place] for place in range(len(places))]
+
+
 def test_masked_shows_the_relevant_part_and_whitens_the_rest(browser, tmp_path):
     pixels, side = shot_of_a_tile(browser, tmp_path, "masked", (0, 0, 0))
     grey = pixels.mean(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from crp.visualization.report.drawing import Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
-from crp.visualization.report.picture_rows import PictureRows, PlacedRow
+from crp.visualization.report.picture_rows import PictureRows
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.report.unfinished import Cell, Unfinished
 from crp.visualization.text_references import TextRow, read_text, text_heatmaps
@@ -76,9 +77,8 @@ def drawn(fv: Any, composite: Any, rows: list[Row], folder: Path) -> tuple[Pictu
     """Rows as a report draws them, by their places."""
     options = ReportOptions(map_size=6, batch_size=7, verbose=False)
     drawer = PictureDrawer(fv, composite, fv.in_call_order(list(fv.layer_map), 0), folder, "", options)
-    places = [PlacedRow(0, place, row) for place, row in enumerate(rows)]
-    parts = PictureRows(drawer, drawer.data).draw(places)
-    return drawer, {one.place: found for some, part in parts for one, found in zip(some, part, strict=True)}
+    parts = PictureRows(drawer, drawer.data).draw(rows)
+    return drawer, {rows.index(row): found for some, part in parts for row, found in zip(some, part, strict=True)}
 
 
 def alone(fv: Any, composite: Any, row: Row, below: str | None) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +127,25 @@ def test_each_row_is_what_it_is_alone(
 def by_its_largest(data: Tensor) -> Tensor:
     """Data divided by the largest value of all that is given, in place."""
     return data.div_(data.abs().max())
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_however_many_samples_are_drawn_no_more_tensors_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    monkeypatch.setattr(picture_rows, "SMALL", 1 if large else 64)
+    fv = make_fv(tmp_path, Images(40), net=Net(), layers=LAYER_MAPS["a layer in a block"])
+    drawer = PictureDrawer(
+        fv, EpsilonPlus(), fv.in_call_order(list(fv.layer_map), 0), tmp_path, "", ReportOptions(batch_size=4)
+    )
+    rows = [Row(i, target, layer, c) for i in range(40) for target in (0, -1) for layer in fv.layer_map for c in (0, 1)]
+    data = [drawer.data(sample) for sample in range(40)]
+    held = []
+    for _ in PictureRows(drawer, data.__getitem__).draw(rows):
+        gc.collect()
+        held.append(sum(isinstance(one, Tensor) for one in gc.get_objects()))
+    half = len(held) // 2
+    assert half > 20 and max(held[half:]) <= max(held[:half])
 
 
 def test_samples_are_prepared_one_by_one(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVi
     # (the score: its share; how sure the word is, of which nothing else of the layer has any; and on how few texts)
     assert first.score == pytest.approx(first.share * np.log(1 / 1e-3) * (1 - first.rows), rel=1e-3)
     overview = Parsed(bag_atlas / "index.html").text
-    assert overview.index("features · 0") < overview.index("Layers") and f"{percent(1)} on the word 'h'" in overview
+    assert overview.index("features · 0") < overview.index("Layers")
+    assert f"{percent(1)} of it on the word 'h'" in overview
     suspects = (bag_atlas / "suspects.html").read_text(encoding="utf-8")
     section = suspects.partition('<section class="concept suspect">')[2].partition("</section>")[0]
     assert 'href="concept/features/0.html"' in section and "one word on some of them" in suspects

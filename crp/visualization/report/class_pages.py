@@ -31,11 +31,11 @@ def class_layers(facts: Mapping[str, LayerFacts], target: int, name: str, n: int
     """Of each layer, from the output to the input, at most ``n`` concepts that carry most of a class's relevance."""
     layers = []
     for layer in reversed(list(facts)):
-        shares = np.array([facts[layer].share(target, concept) for concept in range(facts[layer].n_concepts)])
-        order = [int(c) for c in np.argsort(-shares, kind="stable") if shares[c] > 0][:n]
+        shares = facts[layer].of_class(target)
+        order = [int(c) for c in np.argsort(-shares, kind="stable")[:n] if shares[c] > 0]
         running, concepts = 0.0, []
         for concept in order:
-            running += shares[concept]
+            running += float(shares[concept])
             line = f"{percent(float(shares[concept]))}; so far {percent(running)}"
             concepts.append((concept, float(shares[concept]), line))
         note = f"{len(order)} of {facts[layer].n_concepts} concepts carry {percent(running)} of the relevance of "

@@ -10,7 +10,7 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn
-from crp.visualization.report.facts import BINS, Histograms, Reference
+from crp.visualization.report.facts import BINS, Reference
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, Atlas
@@ -78,7 +78,7 @@ def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
         "lead": _lead(atlas, layer, concept, order),
         "figures": _figures(atlas, layer, concept, order, off),
         "notes": [
-            f"Suspect for {'all classes' if one.target < 0 else atlas.class_name(one.target)}: {one.reason}."
+            f"Suspect for {atlas.class_of(one)}: {one.reason}."
             for one in atlas.suspects
             if (one.layer, one.concept) == (layer, concept)
         ]
@@ -92,7 +92,7 @@ def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
         "kept": atlas.about.get((layer, concept), []),
         "off": None if off is None else ("its references, mean", off),
         "histograms": [
-            *_histograms(facts.histograms, concept, (*chosen.relevant, *chosen.negative), chosen.active),
+            *_histograms(atlas, layer, concept, (*chosen.relevant, *chosen.negative), chosen.active),
             *context_histograms(atlas.kept, layer, concept),
         ],
         "alike": _alike(atlas, layer, concept),
@@ -105,9 +105,11 @@ def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
 def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[AnyShown], str, str]]:
     """Headings with the tiles of references, a note on each, and the form of the pictures."""
     rows, place, chosen = [], 0, atlas.cells[layer, concept]
+    fv = atlas.drawer.fv
+    of_relevance, of_activation = ("its share of the layer's" if m.abs_norm else "its" for m in (fv.RelMax, fv.ActMax))
     notes = (
-        "",
-        "Where the concept is most active, whichever class it speaks for.",
+        f"Figures: {of_relevance} relevance.",
+        f"Where the concept is most active, whichever class it speaks for. Figures: {of_activation} activation.",
         "Where it speaks most against the class: blue.",
     )
     headings = ("Most relevant", "Most active", "Most negative")
@@ -119,8 +121,8 @@ def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[
         place += len(references)
         tiles = [one for one in found if one is not None]
         if heading == "Most relevant" and references and references[0].value < 0:
-            words = f"{atlas.drawer.sample_word}s"
-            note = f"Its relevance is negative everywhere: these are the {words} in which it speaks least against."
+            least = f"these are the {atlas.drawer.sample_word}s in which it speaks least against"
+            note = f"Its relevance is negative everywhere: {least}. {note}"
         if tiles:
             # (masked pictures show what speaks for a class alone)
             rows.append((heading, tiles, note, "as-overlay" if heading == "Most negative" else "free"))
@@ -248,9 +250,9 @@ def _switched_off(known: Sequence[Drawn]) -> str | None:
 
 
 def _histograms(
-    found: dict[str, Histograms], concept: int, relevant: Sequence[Reference], active: Sequence[Reference]
+    atlas: Atlas, layer: str, concept: int, relevant: Sequence[Reference], active: Sequence[Reference]
 ) -> list[tuple[dict[str, Any], str, bool]]:
-    shown = []
+    shown, found = [], atlas.facts[layer].histograms
     for mode, references in (("relevance", relevant), ("activation", active)):
         if mode not in found:
             continue
@@ -262,7 +264,8 @@ def _histograms(
         width = (high - low) or 1.0
         bars = [(round(i * 420 / BINS, 1), round(96 - h, 1), round(h, 1)) for i, h in enumerate(heights.tolist()) if h]
         ticks = [round(420 * (one.value - low) / width, 1) for one in references]
-        one = {"low": f"{low:.3g}", "high": f"{high:.3g}", "bars": bars, "ticks": ticks}
+        ends = {name: _value(atlas, end, mode == "relevance") for name, end in (("low", low), ("high", high))}
+        one = {**ends, "bars": bars, "ticks": ticks}
         shown.append((one, mode.capitalize(), mode == "activation"))
     return shown
 

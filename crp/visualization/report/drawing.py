@@ -242,10 +242,15 @@ class Drawer(ABC):
         """Write a picture unless one of the same content is there."""
         address = Addresses.picture(content, suffix)
         self.used.add(address)
-        if not (self.folder / address).is_file():
+        if not self.holds(address):
             (self.folder / address).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / address, content)
         return address
+
+    def holds(self, address: str) -> bool:
+        """Whether a picture is there as a whole, and was not cut by a copy, say: its name tells its content."""
+        path = self.folder / address
+        return path.is_file() and Addresses.picture(path.read_bytes(), path.suffix[1:]) == address
 
     def _write_file(self, job: HeatmapFile, content: bytes) -> None:
         path = self.folder / job.address

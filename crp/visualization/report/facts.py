@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ class LayerFacts:
         """Number of concepts."""
         return int(self.shares.value.shape[1])
 
-    @property
+    @cached_property
     def mean(self) -> Array:
         """Share of every concept in an average row."""
         rows = self.shares.rows
@@ -100,11 +101,12 @@ class LayerFacts:
         result: Array = (self.shares.value * rows[:, None]).sum(0) / rows.sum()
         return result
 
-    def share(self, target: int, concept: int) -> float:
-        """Share of a concept in a class; 0 where the class was not mined."""
+    def of_class(self, target: int) -> Array:
+        """Share of every concept in a class; 0 where the class was not mined."""
         row = int(np.searchsorted(self.shares.targets, target))
         known = row < len(self.shares.targets) and self.shares.targets[row] == target
-        return float(self.shares.value[row, concept]) if known else 0.0
+        result: Array = self.shares.value[row] if known else np.zeros(self.n_concepts)
+        return result
 
     def references(self, concept: int, n: Mapping[str, int]) -> References:
         """References of a concept, of each kind so many at most, and each sample once.

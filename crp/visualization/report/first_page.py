@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -121,12 +122,13 @@ def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _class_tile(atlas: Atlas, target: int) -> AnyShown | None:
-    """Picture of a class: the concept with the largest share in the highest layer, as it is in the class."""
+    """Picture of a class: the reference in it of a concept of the highest layer, the strongest that has one there."""
     if len(atlas.class_names) > PICTURED or not atlas.drawer.pictures:
         return None
     layer = list(atlas.facts)[-1]
-    shares = [atlas.facts[layer].share(target, concept) for concept in range(atlas.facts[layer].n_concepts)]
-    tiles = atlas.best(layer, int(np.argmax(shares)), 1, target)
+    order = np.argsort(-atlas.facts[layer].of_class(target), kind="stable").tolist()
+    here = (c for c in order if any(one.target == target for one in atlas.cells[layer, c].relevant))
+    tiles = [tile for concept in islice(here, 1) for tile in atlas.best(layer, concept, 1, target)]
     return tiles[0]._replace(href="") if tiles else None
 
 
@@ -135,8 +137,8 @@ def _suspects(atlas: Atlas) -> list[AnyShown]:
     for one in atlas.suspects[:SUSPECTS]:
         tiles = atlas.best(one.layer, one.concept, 1, one.target)
         lines = [
-            (f"{percent(one.share)} of {atlas.class_name(one.target)}", ""),
-            (f"{percent(one.inside)} {one.where}", "bad"),
+            (f"{percent(one.share)} of the relevance of {atlas.class_of(one)}", ""),
+            (f"{percent(one.inside)} of it {one.where}", "bad"),
         ]
         found += [tile._replace(value=atlas.label(one.layer, one.concept), lines=lines) for tile in tiles]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,10 +74,11 @@ class KeptResults:
                 found |= {sample: target, nearest: target}
         return {sample: target for sample, target in found.items() if sample >= 0}
 
-    def maximized(self) -> dict[tuple[str, int], Array]:
-        """Maximized picture of each concept that has one, of shape (height, width, 3), in bytes."""
+    @cached_property
+    def maximized(self) -> dict[tuple[str, int], tuple[Array, str]]:
+        """Maximized picture of each concept that has one, (height, width, 3) in bytes, and how it was made."""
         return {
-            (one.layer, concept): picture
+            (one.layer, concept): (picture, f"in {one.settings['steps']} steps with seed {one.settings['seed']}")
             for one in self.of(_MAXIMIZED)
             for concept, picture in zip(one.arrays["concept"].tolist(), one.arrays["picture"], strict=True)
         }

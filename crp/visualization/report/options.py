@@ -104,7 +104,7 @@ class ReportOptions:
     n_mean : int
         How many pictures of a class its mean heatmap is taken of, at most; 0 for none.
     n_sample_concepts : int
-        How many concepts of the highest layer the page of a sample shows, with their heatmaps.
+        How many concepts of each layer the page of a sample shows, those of the highest layer with their heatmaps.
     n_maximized : int
         For how many concepts of each layer, those with the largest shares of relevance in an average row, a picture is
         made up in which they are as active as can be, where none is kept that was made in the same way. Not of texts.

@@ -21,7 +21,6 @@ from crp.visualization.report.search import write_search
 from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
 from crp.visualization.report.tiles import AnyShown
-from crp.visualization.table.manifest import Array
 from crp.wording import percent
 
 #: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
@@ -75,7 +74,6 @@ class Atlas:
     kept: KeptResults = field(default_factory=KeptResults)
     about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
     unexplained: Mapping[str, Unexplained] = field(default_factory=dict)
-    _maximized: dict[tuple[str, int], Array] | None = None
 
     # --- words
 
@@ -88,19 +86,21 @@ class Atlas:
         """How a class is called."""
         return self.drawer.class_name(target, self.class_names)
 
+    def class_of(self, suspect: Suspect) -> str:
+        """Class that a suspect is of, in words."""
+        return self.class_name(suspect.target) if suspect.target >= 0 else "all classes"
+
     def notes(self, layer: str) -> list[str]:
         """What is to be said of all concepts of a layer."""
         return [self.unexplained[layer].sentence] if layer in self.unexplained else []
 
-    def maximized(self, layer: str, concept: int) -> str:
-        """Address of a concept's maximized picture; empty where none was made."""
-        if self._maximized is None:
-            self._maximized = self.kept.maximized()
-        picture = self._maximized.get((layer, concept))
-        if picture is None:
-            return ""
+    def maximized(self, layer: str, concept: int) -> tuple[str, str] | None:
+        """Address of a concept's maximized picture, and how it was made; None where there is none."""
+        if (layer, concept) not in self.kept.maximized:
+            return None
+        picture, made = self.kept.maximized[layer, concept]
         content = torch.from_numpy(picture / 255).permute(2, 0, 1)
-        return self.drawer.store(*picture_file(content, self.options.picture_size))
+        return self.drawer.store(*picture_file(content, self.options.picture_size)), made
 
     # --- tiles
 
@@ -132,7 +132,9 @@ class Atlas:
         if place >= len(known):
             return None
         lines = [*self.predicted(one.sample, one.target, known[place]), (self.sample_names[one.sample], "")]
-        alt = f"{self.sample_names[one.sample]}, {self.class_name(one.target)}, where {layer} {concept} is relevant"
+        said = zip(("is relevant", "is active", "speaks against it"), self.cells[layer, concept], strict=True)
+        what = [words for words, references in said for _ in references][place]
+        alt = f"{self.sample_names[one.sample]}, {self.class_name(one.target)}, where {layer} {concept} {what}"
         tile = self.drawer.tile(self.addresses.concept_maps(layer, concept), place, alt, one.position)
         return tile._replace(href=Addresses.sample(one.sample) if href is None else href, value=value, lines=lines)
 
@@ -295,7 +297,7 @@ class Atlas:
                         "href": self.addresses.concept(one.layer, one.concept),
                         "label": self.label(one.layer, one.concept),
                         "score": f"{one.score:.3f}",
-                        "class_name": "all classes" if one.target < 0 else self.class_name(one.target),
+                        "class_name": self.class_of(one),
                         "class_href": "index.html" if one.target < 0 else Addresses.label(one.target),
                         "reason": one.reason,
                     }

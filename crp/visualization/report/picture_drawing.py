@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from crp.image.colours import as_picture
 from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, encode_maps, encode_steps, read_facts, square_map
-from crp.visualization.report.picture_rows import SMALL, PictureRows, PlacedRow
+from crp.visualization.report.picture_rows import SMALL, PictureRows
 from crp.visualization.report.suspects import Suspect, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.report.unfinished import Cell, Unfinished
@@ -27,8 +26,7 @@ from crp.visualization.table.store import Table
 #: Samples that are kept in memory.
 _KEPT = 256
 #: Files are drawn together until samples have so many rows each, on average, or so many rows are there, of 4 KB each.
-#: (Files of samples share nothing.)
-_SHARED_BY, _MOST, _MOST_OF_SAMPLES = 64, 1 << 16, 1 << 10
+_SHARED_BY, _MOST = 64, 1 << 16
 #: What files of heatmaps hold; those of another version are drawn again.
 _VERSION = 3
 
@@ -68,7 +66,7 @@ class PictureDrawer(Drawer):
             return False
         if "picture" not in facts:
             return True
-        if not (self.folder / facts["picture"]).is_file():
+        if not self.holds(facts["picture"]):
             return False
         self._keep(job, facts)
         return True
@@ -85,27 +83,29 @@ class PictureDrawer(Drawer):
             yield from self._draw_together(together)
 
     def _draw_together(self, jobs: Sequence[HeatmapFile]) -> Iterator[int]:
-        """Draw some jobs; rows of a sample are computed together, whosever they are."""
+        """Draw some jobs; rows of a sample are computed together, and each once, whosever they are."""
         found: list[dict[int, Cell]] = [{} for _ in jobs]
         shared = any(len(job.places) < len(job.rows) for job in jobs)
-        # (files of samples are few at a time, and need their heatmaps as numbers)
-        with Unfinished(self.folder / HEATMAPS, [] if jobs[0].of_sample else jobs, shared) as unfinished:
+        with Unfinished(self.folder / HEATMAPS, jobs, shared) as unfinished:
             for (number, place), cell in unfinished.read().items():
                 found[number][place] = cell
-            places = []
+            places: dict[Row, list[tuple[int, int]]] = {}
             for number, job in enumerate(jobs):
                 missing = [place for place in job.places if place not in found[number]]
-                places += [PlacedRow(number, place, job.rows[place]) for place in missing]
+                for place in missing:
+                    places.setdefault(job.rows[place], []).append((number, place))
                 yield len(job.places) - len(missing)
                 self._write_if_complete(job, found[number])
-            for some, drawn in PictureRows(self, self.data).draw(places):
-                for (number, place, _), (shares, facts) in zip(some, drawn, strict=True):
-                    job = jobs[number]
-                    values = shares if job.of_sample else as_steps(square_map(shares, self.options.map_size))
-                    found[number][place] = Cell(values, facts)
-                    unfinished.add(number, place, found[number][place])
-                    self._write_if_complete(job, found[number])
-                yield len(some)
+            for rows, drawn in PictureRows(self, self.data).draw(list(places)):
+                for row, (shares, facts) in zip(rows, drawn, strict=True):
+                    steps = as_steps(square_map(shares, self.options.map_size))
+                    for number, place in places[row]:
+                        job = jobs[number]
+                        found[number][place] = Cell(shares if job.of_sample else steps, facts)
+                        if not job.of_sample:  # (which is complete as soon as its sample is drawn)
+                            unfinished.add(number, place, found[number][place])
+                        self._write_if_complete(job, found[number])
+                yield sum(len(places[row]) for row in rows)
 
     def draw_mean(self, target: int, samples: Sequence[int]) -> None:
         """Draw the mean of a class: of the images, and of the heatmaps, which all have the same weight."""
@@ -232,19 +232,24 @@ class PictureDrawer(Drawer):
 
 
 def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
-    """Neighbours, so many that each sample has many rows, or that they fill much memory; those of samples apart."""
-    for of_sample, alike in groupby(jobs, key=lambda job: job.of_sample):
-        group: list[HeatmapFile] = []
-        n_rows, samples = 0, set[int]()
-        for job in alike:
-            group.append(job)
-            n_rows += len(job.places)
-            samples |= {job.rows[place].sample for place in job.places}
-            if n_rows >= (_MOST_OF_SAMPLES if of_sample else _MOST) or n_rows >= _SHARED_BY * len(samples):
-                yield group
-                group, n_rows, samples = [], 0, set()
-        if group:
-            yield group
+    """Neighbours, so many that each sample has many rows, or that they fill much memory.
+
+    The file of a sample stands with the first of them that show it, so that it shares their pass.
+    """
+    of_samples = {job.rows[0].sample: job for job in jobs if job.of_sample}
+    group: list[HeatmapFile] = []
+    n_rows, samples = 0, set[int]()
+    for job in jobs:
+        if job.of_sample:
+            continue
+        group.append(job)
+        n_rows += len(job.places)
+        samples |= {job.rows[place].sample for place in job.places}
+        if n_rows >= _MOST or n_rows >= _SHARED_BY * len(samples):
+            yield [*group, *(of_samples.pop(sample) for sample in samples & of_samples.keys())]
+            group, n_rows, samples = [], 0, set()
+    if group or of_samples:
+        yield [*group, *of_samples.values()]
 
 
 def _share_of(rows: Mapping[int, int], part: int, n_parts: int) -> set[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +29,6 @@ SMALL = 64
 _Heatmap = tuple[Array, Drawn]
 
 
-class PlacedRow(NamedTuple):
-    """Row in a place of one of several files."""
-
-    number: int
-    place: int
-    row: Row
-
-
 class PictureRows:
     """What computes rows of pictures.
 
@@ -55,15 +47,15 @@ class PictureRows:
         self._starts = starts_from_one(self._attribution, drawer.composite)
         self._reached: dict[str, bool] = {}
 
-    def draw(self, places: Sequence[PlacedRow]) -> Iterator[tuple[list[PlacedRow], list[_Heatmap]]]:
+    def draw(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], list[_Heatmap]]]:
         """Compute rows, and give them in parts; those of a sample share its forward pass, where they are several."""
-        others: dict[Any, list[PlacedRow]] = {}
-        ordered = sorted(places, key=lambda one: (one.row.sample, self._order[one.row.layer], *self._kind(one.row)[1:]))
-        for sample, of_sample in groupby(ordered, key=lambda one: one.row.sample):
+        others: dict[Any, list[Row]] = {}
+        ordered = sorted(rows, key=lambda row: (row.sample, self._order[row.layer], *self._kind(row)[1:]))
+        for sample, of_sample in groupby(ordered, key=lambda row: row.sample):
             shape = tuple(self._data(sample).shape)
             is_small = max(shape[-2:]) <= SMALL
-            several: list[PlacedRow] = []
-            for kind, alike in groupby(of_sample, key=lambda one: self._kind(one.row)):
+            several: list[Row] = []
+            for kind, alike in groupby(of_sample, key=self._kind):
                 # (those of small pictures, and those that cannot start beside others, stay with their layer)
                 some, alone = list(alike), is_small or (kind[1] and not self._starts_beside(kind[0], sample))
                 enough = self._size if not alone else _SHARING_OF_SMALL if is_small else _SHARING
@@ -76,8 +68,8 @@ class PictureRows:
             if len(several) >= _SHARING:
                 yield from self._in_parts(several, self._of_sample)
             else:
-                for place in several:
-                    others.setdefault((*self._kind(place.row), shape), []).append(place)
+                for row in several:
+                    others.setdefault((*self._kind(row), shape), []).append(row)
             for waiting in others.values():
                 while len(waiting) >= self._size:
                     yield from self._in_parts(waiting[: self._size], self._of_layer)
@@ -105,11 +97,10 @@ class PictureRows:
         return row.layer, row.target < 0, self._drawer.code_of(row)
 
     def _in_parts(
-        self, places: Sequence[PlacedRow], compute: Callable[[Sequence[Row]], Iterator[list[_Heatmap]]]
-    ) -> Iterator[tuple[list[PlacedRow], list[_Heatmap]]]:
-        parts = compute([place.row for place in places])
-        for start, part in zip(range(0, len(places), self._size), parts, strict=True):
-            yield list(places[start : start + self._size]), part
+        self, rows: Sequence[Row], compute: Callable[[Sequence[Row]], Iterator[list[_Heatmap]]]
+    ) -> Iterator[tuple[list[Row], list[_Heatmap]]]:
+        for start, part in zip(range(0, len(rows), self._size), compute(rows), strict=True):
+            yield list(rows[start : start + self._size]), part
 
     def _of_layer(self, rows: Sequence[Row]) -> Iterator[list[_Heatmap]]:
         """Rows of one kind: of one sample, by one forward pass; or of several, which are one part."""

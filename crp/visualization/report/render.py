@@ -67,6 +67,7 @@ class Renderer:
             "to": self.link,
             "src": self._source,
             "crop": self._crop,
+            "cell": self._cell,
             "margins": self._margins,
             "single": self.single,
         }
@@ -115,6 +116,12 @@ class Renderer:
         left, top, side = (round(100 * value) for value in place)
         name = f"k{left}-{top}-{side}"
         self._rules[name] = f".{name}{{--z:{100 / max(side, 1):.3g};--x:-{left}%;--y:-{top}%}}"
+        return name
+
+    def _cell(self, number: int, cells: int) -> str:
+        """Class of the style that shows one of the heatmaps of a file."""
+        name = f"h{number}-{cells}"
+        self._rules[name] = f".{name}{{width:{100 * cells}%;left:{-100 * number}%}}"
         return name
 
     def _margins(self, picture: str) -> str:

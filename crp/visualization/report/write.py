@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "ReportOptions", "Tile", "make_tile", "write_report"]
 
-#: Concepts of each layer that a sample's page lists.
-LISTED = 5
-
 
 def write_report(
     fv: FeatureVisualization, composite: Composite | None, path: str | Path, **options: Unpack[ReportKeywords]
@@ -130,7 +127,7 @@ def _write(
     suspects = drawer.find_suspects(table, targets) if options.part is None else []
     kept = _maximize(fv, table, facts, shown, options)
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
-    best = _best_of_samples(table, layers, samples)
+    best = _best_of_samples(table, layers, samples, options.n_sample_concepts)
     file_names, labels, predictions = _about_samples(table, fv.dataset, samples, drawer.sample_word)
     if not drawer.exclusive:
         predictions = {sample: (predicted, 0.0) for sample, (predicted, _) in predictions.items()}
@@ -203,7 +200,7 @@ def _draw(
             wanted[addresses.concept_maps(layer, concept)] = rows
     top = list(atlas.facts)[-1]
     for sample, target in atlas.sample_rows.items():
-        conditioned = [Row(sample, target, top, c) for c, _ in best[sample].get(top, [])[: options.n_sample_concepts]]
+        conditioned = [Row(sample, target, top, concept) for concept, _ in best[sample][top]]
         wanted[Addresses.sample_maps(sample, target)] = [Row(sample, target), *conditioned]
     part, n_parts = options.part or (0, 1)
     jobs = drawer.files(wanted, (part, n_parts))
@@ -232,8 +229,7 @@ def _render(
     for layer, concept in tqdm(atlas.cells, desc="Pages", **bar):
         write_concept(atlas, flow, layer, concept)
     for sample, target in atlas.sample_rows.items():
-        cut = {layer: found[: atlas.options.n_sample_concepts] for layer, found in best[sample].items()}
-        write_sample(atlas, sample, target, cut)
+        write_sample(atlas, sample, target, best[sample])
 
 
 def _table_of(fv: object) -> Table:
@@ -299,11 +295,12 @@ def _samples(cells: Mapping[Any, References]) -> dict[int, int]:
 
 
 def _best_of_samples(
-    table: Table, layers: Sequence[str], samples: Mapping[int, int]
+    table: Table, layers: Sequence[str], samples: Mapping[int, int], n: int
 ) -> dict[int, dict[str, list[tuple[int, float]]]]:
+    """Of each sample, at most ``n`` concepts of each layer with the largest shares."""
     best: dict[int, dict[str, list[tuple[int, float]]]] = {sample: {} for sample in samples}
     for layer in layers:
-        found = concepts_of_samples(table, layer, list(samples), LISTED)
+        found = concepts_of_samples(table, layer, list(samples), n)
         for sample, target in samples.items():
             best[sample][layer] = [(c, s) for c, s in found.get((sample, target), []) if s > 0]
     return best
