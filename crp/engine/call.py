@@ -19,7 +19,7 @@ from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass
-from crp.engine.independence import LOOKED_AT, check_independent, check_model, states_of
+from crp.engine.independence import FirstLook, check_independent
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
@@ -137,11 +137,10 @@ class Call:
                         "were of two models; let all parts come first, such as by list(attribution.generate(...))"
                     )
             # (the caller alone keeps a part while the next one is computed)
-            is_new = number == 0 and self.model not in LOOKED_AT
-            states = states_of(self.model) if is_new else []
+            look = FirstLook(self.model) if number == 0 else None
             part = [average([next(run) for run in runs])]
-            if is_new or (number == 0 and len(self.rows) > 1):
-                check_model(self.model, self.inputs, map(self._samples, chunks), self.overrides.select, states)
+            if look is not None and (look.is_first or len(self.rows) > 1):
+                look.check(self.inputs, map(self._samples, chunks), self.overrides.select)
             if number < len(chunks) - 1:
                 with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
                     known, by_hand = weights_of(self.model), is_on(self.composite, self.model)

@@ -29,24 +29,36 @@ _TOLERANCE, _SHORT_TOLERANCE = 1e-3, 0.02
 _independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _keeping_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: Models whose first call was looked at.
-LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def check_model(
-    model: nn.Module,
-    inputs: Inputs,
-    passes: Iterator[Sequence[int]],
-    select: Callable[[Any], Any],
-    states: Sequence[Tensor],
-) -> None:
-    """Check what a model has done in the first of some forward passes, before which `states_of` were these."""
-    first = next(passes)
-    check_independent(model, inputs, chain([first], passes), select)
-    if model not in LOOKED_AT and not is_watched(model):
-        if not all(map(torch.equal, states, states_of(model))) and _is_another(model, inputs.select([0])):
+class FirstLook:
+    """Look at a model before and after some forward passes; most of it is done once for each model.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Attributes
+    ----------
+    is_first : bool
+        Whether nobody has looked at the model before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self.is_first = model, model not in _looked_at
+        self._states = _states_of(model) if self.is_first else []
+
+    def check(self, inputs: Inputs, passes: Iterator[Sequence[int]], select: Callable[[Any], Any]) -> None:
+        """Check what the model did for these samples; as `check_independent`, and whether it would do so again."""
+        model, first = self._model, next(passes)
+        check_independent(model, inputs, chain([first], passes), select)
+        if not self.is_first or model in _looked_at or is_watched(model):
+            return
+        if not all(map(torch.equal, self._states, _states_of(model))) and _is_another(model, inputs.select([0])):
             _tell_another(model)
         _check_padding(model, inputs.select(list(first)), select)
-        LOOKED_AT.add(model)
+        _looked_at.add(model)
 
 
 def check_independent(
@@ -122,14 +134,14 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
         _tell_another(model)
 
 
-def states_of(model: nn.Module) -> list[Tensor]:
+def _states_of(model: nn.Module) -> list[Tensor]:
     """States of the random generators that a model draws from."""
     device = next(model.parameters(), torch.empty(0)).device
     return [state for state, _ in random_states([device])]
 
 
 def _tell_another(model: nn.Module) -> None:
-    LOOKED_AT.add(model)
+    _looked_at.add(model)
     warn(
         f"{type(model).__name__} puts out something else of the same data at another call, as by random numbers in "
         "evaluation mode: each call explains another prediction. Take them out, such as a dropout that is always on, "
