@@ -47,6 +47,8 @@ class Clusters(NamedTuple):
         Mean silhouette coefficient in the embedding, from -1 to 1: how well clusters are separated; 0 for one cluster.
     vectors : ndarray of shape (samples, features)
         What was clustered.
+    seed : int
+        With which they were found.
     """
 
     label: np.ndarray
@@ -55,6 +57,7 @@ class Clusters(NamedTuple):
     embedding: np.ndarray
     separation: float
     vectors: np.ndarray
+    seed: int
 
     @property
     def sizes(self) -> list[int]:
@@ -163,7 +166,7 @@ def clusters(
         gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
         n = 1 + int(gaps.argmax())
     label, embedding, separation = _assign(basis, n, seed)
-    return Clusters(label, samples, values, embedding, separation, vectors)
+    return Clusters(label, samples, values, embedding, separation, vectors, int(seed))
 
 
 def save_clusters(
@@ -208,7 +211,7 @@ def save_clusters(
         "strongest": ids,
         "difference": exceeds,
     }
-    settings = {"what": what, "separation": found.separation}
+    settings = {"what": what, "separation": found.separation, "seed": found.seed}
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
 
 

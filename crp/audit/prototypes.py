@@ -10,6 +10,7 @@ Explanations", CVPR Workshops (2024).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,14 @@ class Prototypes:
     normed : bool
         Whether vectors are shares of the layer's relevance.
     classes : dict of int to _Mixture
+    seed : int or None
+        With which they were found; None where an earlier version has saved them without it.
     """
 
     layer: str
     normed: bool
     classes: Mapping[int, _Mixture]
+    seed: int | None = None
 
     def score(self, vectors: Any, of_class: int) -> np.ndarray:
         """Log density of vectors of shape (samples, concepts), as predictions of a class: (samples,)."""
@@ -109,11 +113,12 @@ class Prototypes:
             for name, value in mixture._asdict().items()
         }
         if not isinstance(place, Table) and not Table.exists(place):
-            write_atomic(Path(place), save(arrays, {"layer": self.layer, "normed": str(self.normed)}))
+            about = {"layer": self.layer, "normed": str(self.normed), "seed": json.dumps(self.seed)}
+            write_atomic(Path(place), save(arrays, about))
             return Path(place)
         place = Table.open(place)
         arrays |= {f"{of_class}/members": self._members(place, of_class) for of_class in self.classes}
-        return keep_result(place, "prototypes", self.layer, arrays, {"normed": self.normed})
+        return keep_result(place, "prototypes", self.layer, arrays, {"normed": self.normed, "seed": self.seed})
 
     @classmethod
     def load(cls, place: str | Path | Table, layer: str | None = None) -> Prototypes:
@@ -136,11 +141,12 @@ class Prototypes:
             if layer is None:
                 raise InputError("prototypes that are kept beside a table need layer=")
             kept = read_kept(place, "prototypes", layer)
-            return cls(layer, bool(kept.settings["normed"]), _mixtures(kept.arrays))
+            return cls(layer, bool(kept.settings["normed"]), _mixtures(kept.arrays), kept.settings.get("seed"))
         try:
             with safe_open(place, "np") as file:
                 about = file.metadata()
-            return cls(about["layer"], about["normed"] == "True", _mixtures(load_file(place)))
+            layer, normed, seed = about["layer"], about["normed"] == "True", json.loads(about.get("seed", "null"))
+            return cls(layer, normed, _mixtures(load_file(place)), seed)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{place} is no file that Prototypes.save has written, or is damaged ({error})") from error
 
@@ -222,7 +228,7 @@ def prototypes(
     for of_class in sorted(set(chosen)):
         vectors, samples = class_vectors(table, layer, of_class, normed)
         found[of_class] = _fit(vectors, samples, numbers, covariance, regularization, seed, f"class {of_class}")
-    return Prototypes(layer, normed, found)
+    return Prototypes(layer, normed, found, int(seed))
 
 
 def class_vectors(table: Table, layer: str, of_class: int, normed: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -88,10 +88,10 @@ def test_shares(blobs):
 
 def test_saved_and_read_again(blobs, tmp_path):
     table, vectors, _ = blobs
-    found = prototypes(table, "a", 2, normed=False)
+    found = prototypes(table, "a", 2, normed=False, seed=4)
     found.save(tmp_path / "p.safetensors")
     again = Prototypes.load(tmp_path / "p.safetensors")
-    assert (again.layer, again.normed, list(again.classes)) == ("a", False, [0, 1])
+    assert (again.layer, again.normed, list(again.classes), again.seed) == ("a", False, [0, 1], 4)
     assert np.array_equal(again.score(vectors, 0), found.score(vectors, 0))
 
 

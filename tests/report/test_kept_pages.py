@@ -11,9 +11,10 @@ from kept_cases import TEXTS, keep_everything
 from report_cases import EVIL, NAMES, Parsed, report
 from zennit.composites import EpsilonPlus
 
+from crp.audit import Prototypes
 from crp.visualization.report import write_report
 from crp.visualization.report.kept import PAGED
-from crp.visualization.table.derived import KEPT_KINDS, keep_result
+from crp.visualization.table.derived import KEPT_KINDS, keep_result, read_kept
 from crp.visualization.table.store import Table
 from crp.wording import percent
 
@@ -106,6 +107,25 @@ def test_clusters_show_their_samples_and_what_sets_them_apart(found):
     drawing = text.partition('class="points"')[2].partition("</svg>")[0]
     assert [drawing.count(f'class="c{i}"') for i in (0, 1)] == clusters.sizes
     assert text.count("<rect x=") == len(clusters.eigenvalues)
+
+
+def test_pages_of_prototypes_and_clusters_say_their_seed(found):
+    _, results, folder = found
+    assert (results["prototypes"].seed, results["clusters"].seed) == (3, 5)
+    assert "Found with seed 3." in Parsed(folder / PAGES["prototypes"]).text
+    assert "Found with seed 5." in Parsed(folder / PAGES["clusters"]).text
+
+
+def test_what_was_kept_without_a_seed_is_shown_without_one(tmp_path):
+    fv = mined(tmp_path / "mined", Images(30))
+    keep_everything(fv)
+    for kind, of_class in (("prototypes", None), ("clusters", 0)):
+        kept = read_kept(fv.path, kind, "second", of_class)
+        settings = {name: value for name, value in kept.settings.items() if name != "seed"}
+        keep_result(fv.path, kind, "second", kept.arrays, settings, of_class)
+    assert Prototypes.load(fv.path, "second").seed is None
+    folder = report(fv, tmp_path / "out")
+    assert all("seed" not in Parsed(folder / PAGES[kind]).text for kind in ("prototypes", "clusters"))
 
 
 def test_meanings_are_listed_by_text_and_by_clarity(found):

@@ -250,7 +250,8 @@ def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
 def _head(atlas: Atlas, kept: KeptResult, name: str) -> dict[str, Any]:
     layer = kept.layer
     trail = [("Atlas", "index.html"), (layer, atlas.addresses.layer(layer)), (name, "")]
-    return {"layer": layer, "layer_href": atlas.addresses.layer(layer), "trail": trail}
+    seed = kept.settings.get("seed")
+    return {"layer": layer, "layer_href": atlas.addresses.layer(layer), "trail": trail, "seed": seed}
 
 
 def _link(atlas: Atlas, kept: KeptResult, name: str, note: str, of_class: int | None = None) -> dict[str, Any]:
