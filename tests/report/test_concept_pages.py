@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feature_net import mined
+import torch
+from feature_net import Images, make_net, mined
 from PIL import Image
-from report_cases import Parsed, report
+from report_cases import NAMES, Parsed, report
 from zennit.composites import EpsilonPlus
 
 from crp.visualization import FeatureVisualization
@@ -92,6 +93,37 @@ def test_pictures_are_described_by_what_they_are_shown_for(fv, atlas):
             part = text.partition(f"<h2>{heading}</h2>")[2].partition("<h2>")[0]
             described = re.findall(r'alt="([^"]+)"', part)
             assert all(one.endswith(f"where second {concept} {what}") for one in described), heading
+
+
+def test_what_a_concept_does_is_told_once(fv, atlas):
+    told = [Parsed(atlas / f"concept/second/{i}.html").text.lower().count("switched off") for i in range(5)]
+    assert max(told) == 1
+
+
+def test_a_single_output_is_no_probability(tmp_path):
+    net = make_net()
+    net.out = torch.nn.Linear(7, 1, dtype=torch.float64).eval()
+    torch.nn.init.constant_(net.out.weight, 0.01)
+    fv = mined(tmp_path / "mined", Images(12, [0] * 12), net=net)
+    atlas = report(fv, tmp_path / "out", class_names=["size"])
+    pages = [Parsed(page).text for page in (atlas / "concept/second").glob("*.html")]
+    told = [page for page in pages if "switched off" in page]
+    assert told and all("output of its references when it is switched off" in page for page in told)
+    figure = re.search(r"(\S+ → \S+)", told[0])[1]
+    assert "%" not in figure, figure
+    sample = next(iter((atlas / "sample").glob("*.html")))
+    output = net(fv.dataset[int(sample.stem)][0][None]).item()
+    assert f"Explained for size ({output:.3g})." in Parsed(sample).text
+
+
+@pytest.mark.parametrize("page", ["concept/first/0.html", "concept/second/1.html", "sample/0.html"])
+def test_links_of_a_graph_tell_their_layer(atlas, page):
+    text = (atlas / page).read_text()
+    graph = text.partition('<svg class="graph"')[2].partition('<p class="note">')[0]
+    links = re.findall(r'<a href="[^"]*/(concept|class)/(?:(\w+)/)?(\d+)\.html[^"]*" aria-label="([^"]+)"', graph)
+    names = {f"{layer} · {n}" if kind == "concept" else NAMES[int(n)] for kind, layer, n, _ in links}
+    assert links and {link[3] for link in links} == names
+    assert graph.count("<a ") == len(links)
 
 
 def test_bars_are_drawn_beside_their_numbers_for_the_eye_alone(fv, atlas):

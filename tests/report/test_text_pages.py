@@ -246,8 +246,16 @@ def test_the_graph_tells_where_relevance_goes(gpt: FeatureVisualization, gpt_atl
     below = {int(one) for one in re.findall(rf"concept/{LOWER}/(\d+)\.html", graph)}
     assert set(shares.topk(2).indices.tolist()) <= below and len(below) == 5
     assert re.search(r'<text class="word"[^>]*>&#39;\w&#39;</text>', graph), "a node shows a word"
+    assert re.search(rf'aria-label="&#39;\w&#39; (\d+), {LOWER} · \1"', graph), "its link begins as it is seen"
     concept = Parsed(gpt_atlas / "concept" / UPPER / f"{first}.html").text
     assert f"Right: concepts of {LOWER} to which it hands its own." in concept
+
+
+def test_a_text_and_others_are_told_apart(gpt_atlas: Path) -> None:
+    page = next((gpt_atlas / "sample").glob("*.html")).read_text(encoding="utf-8")
+    sections = page.split('<section class="concept">')[1:]
+    places = [[one.find(word) for word in (">here<", ">sets it apart<", ">elsewhere<")] for one in sections]
+    assert sections and all(min(one) >= 0 and one == sorted(one) for one in places)
 
 
 # --- what is kept, and going on

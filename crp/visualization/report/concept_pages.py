@@ -67,7 +67,6 @@ def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
         (str(other), atlas.addresses.concept(layer, other)) if 0 <= other < facts.n_concepts else None
         for other in (concept - 1, concept + 1)
     ]
-    off = _switched_off(atlas.known_relevant(layer, concept))
     page = {
         "layer": layer,
         "concept": concept,
@@ -76,7 +75,7 @@ def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
         "before": turns[0],
         "after": turns[1],
         "lead": _lead(atlas, layer, concept, order),
-        "figures": _figures(atlas, layer, concept, order, off),
+        "figures": _figures(atlas, layer, concept, order),
         "notes": [
             f"Suspect for {atlas.class_of(one)}: {one.reason}."
             for one in atlas.suspects
@@ -90,7 +89,6 @@ def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
         "maximized": atlas.maximized(layer, concept),
         "plain": "plain pixels" if atlas.renderer.pixelated else "plain",
         "kept": atlas.about.get((layer, concept), []),
-        "off": None if off is None else ("its references, mean", off),
         "histograms": [
             *_histograms(atlas, layer, concept, (*chosen.relevant, *chosen.negative), chosen.active),
             *context_histograms(atlas.kept, layer, concept),
@@ -163,7 +161,7 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         ]
         lists.append({"name": layer, "href": atlas.addresses.layer(layer), "rows": shown})
     first, label = known[0], atlas.class_name(target)
-    chance = "" if first.before is None else f" ({percent(first.before)})"
+    chance = "" if first.before is None else f" ({_score(first, first.before)})"
     said = f"Explained for {label}{chance}."
     if first.predicted is not None:
         true = atlas.labels.get(sample)
@@ -224,9 +222,9 @@ def _lead(atlas: Atlas, layer: str, concept: int, order: Sequence[int]) -> str:
     return f"{text}; most of it for {names}."
 
 
-def _figures(atlas: Atlas, layer: str, concept: int, order: Sequence[int], off: str | None) -> list[tuple[str, str]]:
+def _figures(atlas: Atlas, layer: str, concept: int, order: Sequence[int]) -> list[tuple[str, str]]:
     facts = atlas.facts[layer]
-    figures = []
+    figures: list[tuple[str, str]] = []
     if order:
         row = order[0]
         name = atlas.class_name(int(facts.shares.targets[row]))
@@ -234,19 +232,22 @@ def _figures(atlas: Atlas, layer: str, concept: int, order: Sequence[int], off: 
         rank = int((values > values[concept]).sum()) + 1
         figures.append((percent(float(values[concept])), f"of the relevance of {name}"))
         figures.append((f"#{rank} of {facts.n_concepts}", f"for {name} in this layer"))
-    if off is not None:
-        figures.append((off, "its references' probability when it is switched off"))
-    return figures
+    return figures + _switched_off(atlas.known_relevant(layer, concept))
 
 
-def _switched_off(known: Sequence[Drawn]) -> str | None:
+def _switched_off(known: Sequence[Drawn]) -> list[tuple[str, str]]:
+    """What references are predicted with without a concept, as a figure and what it is; nothing where it is unknown."""
     pairs = [(one.before, one.after) for one in known if one.before is not None and one.after is not None]
     if not pairs:
-        return None
-    before, after = (float(np.mean([pair[i] for pair in pairs])) for i in (0, 1))
-    if min(before, after) >= 0 and max(before, after) <= 1:
-        return f"{percent(before)} → {percent(after)}"
-    return f"{before:.3g} → {after:.3g}"
+        return []
+    before, after = (_score(known[0], float(np.mean([pair[i] for pair in pairs]))) for i in (0, 1))
+    what = "output" if known[0].predicted is None else "probability"
+    return [(f"{before} → {after}", f"mean {what} of its references when it is switched off")]
+
+
+def _score(drawn: Drawn, value: float) -> str:
+    """Probability in percent; the value itself where there is one output, and so no predicted class."""
+    return f"{value:.3g}" if drawn.predicted is None else percent(value)
 
 
 def _histograms(
@@ -316,8 +317,10 @@ def _best_classes(atlas: Atlas, layer: str, concept: int) -> list[tuple[int, flo
 def _node(atlas: Atlas, layer: str, one: int) -> DrawnNode:
     """Node of a concept; of a class, where there is no layer."""
     if layer:
-        return DrawnNode(str(one), atlas.addresses.concept(layer, one), _tile(atlas, layer, one))
-    return DrawnNode(atlas.class_name(one)[:18], _class_address(atlas, one))
+        address, name = atlas.addresses.concept(layer, one), atlas.label(layer, one)
+        return DrawnNode(str(one), address, _tile(atlas, layer, one), name=name)
+    name = atlas.class_name(one)
+    return DrawnNode(name[:18], _class_address(atlas, one), name=name)
 
 
 def _graph_of_sample(
@@ -335,7 +338,7 @@ def _graph_of_sample(
     edges: dict[tuple[Any, Any], float] = {}
     for one in concepts:
         key = layers[-1], one["concept"]
-        nodes[1][key] = DrawnNode(str(one["concept"]), one["href"], one["here"])
+        nodes[1][key] = DrawnNode(str(one["concept"]), one["href"], one["here"], name=one["label"])
         edges[start, key] = max(one["share"], 0) / most
         edges |= {(key, (lower, c)): max(share * one["share"], 0) / most for c, share in one["below"] if c in kept}
     return draw_columns(nodes, edges, (45, 165, 285), 330)

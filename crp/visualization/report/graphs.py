@@ -14,12 +14,13 @@ _HALF_LETTER, _GAP = 4, 5
 
 
 class DrawnNode(NamedTuple):
-    """What is shown at a node: a label, a link, and a tile of the atlas or a picture (a ``data:`` address)."""
+    """What is shown at a node: a label, a link with its name, and a tile or a picture (a ``data:`` address)."""
 
     label: str
     href: str = ""
     tile: AnyShown | None = None
     picture: str = ""
+    name: str = ""
 
 
 class _Placed(NamedTuple):
@@ -31,6 +32,7 @@ class _Placed(NamedTuple):
     href: str
     tile: AnyShown | None
     picture: str
+    name: str
 
 
 class _Edge(NamedTuple):
@@ -77,7 +79,7 @@ def draw_columns(
         for row, key in enumerate(column)
     }
     nodes = [
-        _Placed(*at[key], node.label, node.href, node.tile, node.picture)
+        _Placed(*at[key], node.label, node.href, node.tile, node.picture, node.name)
         for column in columns
         for key, node in column.items()
     ]
