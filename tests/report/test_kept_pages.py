@@ -46,7 +46,7 @@ def test_every_kind_has_a_page_that_the_overview_links(found):
     assert set(PAGES.values()) <= links_to(folder / "index.html", folder)
     text = Parsed(folder / "index.html").text
     assert "How classes are predicted" in text and "Clusters of apple" in text
-    parts = [f"{size} samples with more of {c} ({d:+.3f})" for size, (c, d) in zip(
+    parts = [f"{size} samples with more of concept {c} ({d:+.3f})" for size, (c, d) in zip(
         results["clusters"].sizes, (results["clusters"].strongest(i)[0] for i in (0, 1)), strict=True
     )]  # fmt: skip
     assert f"apple is predicted in 2 ways: {'; '.join(parts)}" in text

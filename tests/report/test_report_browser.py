@@ -77,6 +77,15 @@ def test_texts_have_contrast_and_no_page_is_wider_than_a_phone(browser, atlas, d
         assert browser.evaluate(CONTRAST) == [], page
 
 
+def test_a_long_name_of_a_layer_stays_in_its_column(browser, atlas):
+    browser.resize(1280)
+    browser.open((atlas / "index.html").as_uri())
+    browser.evaluate(
+        "p = document.querySelector('.stratum div p'); p.textContent = 'transformer.h.0.attn.c_proj.input'"
+    )
+    assert browser.evaluate("p.scrollWidth <= p.clientWidth")
+
+
 def test_the_toggle_shows_pictures_in_another_form_and_keeps_it(browser, atlas):
     browser.resize(1280)
     browser.open((atlas / "concept/second/1.html").as_uri())

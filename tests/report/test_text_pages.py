@@ -103,6 +103,22 @@ def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVi
     assert f"Suspect for one: {first.reason}." in notes
 
 
+def test_texts_that_stand_for_a_suspect_are_of_its_class_or_said_not_to_be(
+    bag: FeatureVisualization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids_of = partial(token_ids, bag.dataset)
+    first = find_text_suspects(Table.open(bag.path), ["features"], [0], ids_of, bag.texts.word)[0]  # type: ignore[union-attr]
+    assert set(top_k(Table.open(bag.path), "features", k=2).target[:, first.concept].tolist()) == {0}
+    both = [first, first._replace(target=1)]
+    monkeypatch.setattr(TextDrawer, "find_suspects", lambda *_: both)
+    names = {"class_names": ["one", "two", "three"], "verbose": False, "n_references": 2}
+    atlas = write_report(bag, EpsilonPlus(), tmp_path / "out", **names).parent
+    sections = (atlas / "suspects.html").read_text(encoding="utf-8").split('<section class="concept suspect">')[1:]
+    first_page = (atlas / "index.html").read_text(encoding="utf-8").partition("<h2>Layers")[0].split("<figure>")[1:]
+    for shown in (sections, first_page):
+        assert ["shown by texts of other classes" in one for one in shown] == [False, True]
+
+
 def naive_scores(fv: FeatureVisualization, words: set[int]) -> dict[tuple[int, int], tuple[float, int]]:
     """Score of each class and concept of the layer "features", and its word, one row at a time.
 

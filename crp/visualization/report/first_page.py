@@ -140,6 +140,7 @@ def _suspects(atlas: Atlas) -> list[AnyShown]:
             (f"{percent(one.share)} of the relevance of {atlas.class_of(one)}", ""),
             (f"{percent(one.inside)} of it {one.where}", "bad"),
         ]
+        lines += [(words, "") for words in [atlas.shown_by_others(one)] if words]
         found += [tile._replace(value=atlas.label(one.layer, one.concept), lines=lines) for tile in tiles]
     return found
 

@@ -162,7 +162,7 @@ def _finding_of(atlas: Atlas, kept: KeptResult, sizes: list[int]) -> str:
     parts = []
     for size, ids, values in zip(sizes, kept.arrays["strongest"], kept.arrays["difference"], strict=True):
         strongest = [
-            f"with more of {atlas.label(kept.layer, c).removeprefix(f'{kept.layer} · ')} ({d:+.3f})"
+            f"with more of concept {atlas.label(kept.layer, c).removeprefix(f'{kept.layer} · ')} ({d:+.3f})"
             for c, d in pairs_of(ids[:1], values[:1])
         ]
         parts.append(" ".join([f"{size} samples", *strongest]))

@@ -161,6 +161,12 @@ class Atlas:
         found = (self.reference(layer, concept, place, one, "", href) for place, one in relevant[:n])
         return [one for one in found if one is not None]
 
+    def shown_by_others(self, suspect: Suspect) -> str:
+        """Words that say so where what stands for a suspect is of other classes; empty where it is of its own."""
+        known = {one.target for one in self.cells[suspect.layer, suspect.concept].relevant}
+        is_shown = suspect.target < 0 or suspect.target in known
+        return "" if is_shown else f"shown by {self.drawer.sample_word}s of other classes"
+
     def card(
         self, layer: str, concept: int, value: str, lines: list[tuple[str, str]], target: int | None = None
     ) -> AnyShown | None:
@@ -299,7 +305,7 @@ class Atlas:
                         "score": f"{one.score:.3f}",
                         "class_name": self.class_of(one),
                         "class_href": "index.html" if one.target < 0 else Addresses.label(one.target),
-                        "reason": one.reason,
+                        "reason": "; ".join(filter(None, [one.reason, self.shown_by_others(one)])),
                     }
                 )
         trail = [("Atlas", "index.html"), ("Suspects", "")]
