@@ -171,9 +171,10 @@ def _parts_of(result: object) -> Iterator[Tensor]:
 
 def _is_lost_in_float16(heatmap: Tensor) -> bool:
     """Whether relevance was computed in float16, whose numbers are too small for that of some row."""
-    kind = heatmap.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else heatmap.dtype
-    return dtype == torch.float16 and bool((heatmap.detach().flatten(1).abs().amax(1) < _LEAST).any())
+    casts = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if torch.float16 not in (heatmap.dtype, *casts) or heatmap.is_meta:
+        return False
+    return bool((heatmap.detach().flatten(1).abs().amax(1) < _LEAST).any())
 
 
 def _listed(names: list[str]) -> str:

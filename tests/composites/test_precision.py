@@ -115,6 +115,7 @@ def test_relevance_that_is_lost_in_float16_is_told(autocast):
             return CondAttribution(model)(data, conditions, composites.EpsilonPlus(), **options).heatmap
 
     heatmaps([whole])
+    heatmaps([whole], on_device="meta")  # (where nothing can be said)
     with pytest.raises(UserWarning, match="below 6e-05 everywhere in some rows, where float16 has few digits"):
         heatmaps([whole, part])
     (found,) = heatmaps([part], init_rel=1000.0).double()
