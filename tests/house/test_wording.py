@@ -7,6 +7,7 @@ import re
 import pytest
 from house_plan import PACKAGE
 
+from crp.visualization.report.render import counted
 from crp.wording import first_few, percent
 
 
@@ -21,6 +22,11 @@ from crp.wording import first_few, percent
 )
 def test_the_first_few_words(n_words, n, kind, wanted):
     assert first_few([f"w{i}" for i in range(n_words)], n, kind) == wanted
+
+
+def test_one_thing_is_no_plural():
+    assert [counted(n, "layer") for n in range(3)] == ["0 layers", "1 layer", "2 layers"]
+    assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
+from crp.visualization.report.render import counted
 from crp.visualization.report.suspects import find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
@@ -180,9 +181,8 @@ def test_classes_show_their_concepts_by_share(fv, atlas):
     for target, name in enumerate(NAMES):
         page = Parsed(atlas / f"class/{target}.html")
         best = [c for c in np.argsort(-means.value[target], kind="stable") if means.value[target, c] > 0]
-        assert (
-            f"{len(best)} of 5 concepts carry {percent(means.value[target, best].sum())} of the relevance" in page.text
-        )
+        share, these = percent(means.value[target, best].sum()), counted(len(best), "concept")
+        assert f"{share} of the relevance of {name} is that of {these} of 5." in page.text
         assert name in page.text
         running = np.cumsum(means.value[target, best])
         for concept, so_far in zip(best, running, strict=True):

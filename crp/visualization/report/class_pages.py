@@ -9,6 +9,7 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import LayerFacts
+from crp.visualization.report.render import counted
 from crp.wording import percent
 
 
@@ -38,8 +39,10 @@ def class_layers(facts: Mapping[str, LayerFacts], target: int, name: str, n: int
             running += float(shares[concept])
             line = f"{percent(float(shares[concept]))}; so far {percent(running)}"
             concepts.append((concept, float(shares[concept]), line))
-        note = f"{len(order)} of {facts[layer].n_concepts} concepts carry {percent(running)} of the relevance of "
-        layers.append(_ClassLayer(layer, f"{note}{name}.", concepts))
+        these = f"{counted(len(order), 'concept')} of {facts[layer].n_concepts}"
+        layers.append(
+            _ClassLayer(layer, f"{percent(running)} of the relevance of {name} is that of {these}.", concepts)
+        )
     return layers
 
 

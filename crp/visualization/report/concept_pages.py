@@ -14,6 +14,7 @@ from crp.visualization.report.facts import BINS, Reference
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, Atlas
+from crp.visualization.report.render import counted
 from crp.visualization.report.tiles import AnyShown
 from crp.wording import percent
 
@@ -171,7 +172,7 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         said = f"Predicted {atlas.class_name(first.predicted)}{right}; explained for {label}{chance}."
     if concepts:
         part = sum(one["share"] for one in concepts)
-        said += f" {len(concepts)} concepts of {top} carry {percent(part)} of the relevance there."
+        said += f" {percent(part)} of the relevance in {top} is that of {counted(len(concepts), 'concept')}."
     page = {
         "trail": [("Atlas", "index.html"), (label, _class_address(atlas, target)), (atlas.sample_names[sample], "")],
         "title": f"Why {label}?" if target >= 0 else "What it sees",

@@ -11,6 +11,7 @@ import numpy as np
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import Finding
 from crp.visualization.report.pages import FEW, Atlas
+from crp.visualization.report.render import counted
 from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.store import Table
 from crp.wording import first_few, percent
@@ -44,8 +45,8 @@ def first_page(atlas: Atlas, table: Table, composite: str, mark: str, kept: Sequ
         "findings": [_finding_of(one, atlas.addresses, atlas.drawer.store) for one in atlas.options.findings],
         "figures": [
             (f"{len(atlas.class_names)}", atlas.drawer.class_word),
-            (f"{len(atlas.facts)}", "layers"),
-            (f"{n_concepts}", "concepts"),
+            counted(len(atlas.facts), "layer").split(" "),
+            counted(n_concepts, "concept").split(" "),
             (f"{seen} of {table.n_samples}", f"{word}s looked at"),
         ],
         "notes": _notes(atlas, table, seen) + _other_composite(table, composite, mark),

@@ -12,6 +12,7 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import BINS
+from crp.visualization.report.render import counted
 from crp.visualization.table.derived import KEPT_KINDS, KeptResult, list_kept, read_kept
 from crp.visualization.table.manifest import Array, TableMismatchError
 from crp.visualization.table.store import Table
@@ -180,14 +181,15 @@ def about_concepts(
         columns = (one.arrays["concept"], one.arrays["relevance"].mean(0), one.arrays["change"].mean(0))
         for concept, relevance, change in zip(*(column.tolist() for column in columns), strict=True):
             text = (
-                f"output {change:+.3g} when it is {changed_how(one)}, relevance {relevance:+.3g} (mean of {n} samples)"
+                f"output {change:+.3g} when it is {changed_how(one)}, relevance {relevance:+.3g} "
+                f"(mean of {counted(n, 'sample')})"
             )
             found[one.layer, concept].append((text, href))
     for one in kept.of("context"):
         href, n = addresses.kept("context", one.layer), len(one.arrays["sample"])
         for concept, score in zip(one.arrays["concept"].tolist(), mean_scores(one).tolist(), strict=True):
             if score >= 0:
-                text = f"{percent(score)} of its relevance is outside of the object (mean of {n} samples)"
+                text = f"{percent(score)} of its relevance is outside of the object (mean of {counted(n, 'sample')})"
                 found[one.layer, concept].append((text, href))
     return dict(found)
 

@@ -19,6 +19,7 @@ from crp.visualization.report.kept import (
     ways_of,
 )
 from crp.visualization.report.pages import CARDS, FEW, Atlas
+from crp.visualization.report.render import counted
 from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.derived import KeptResult
 from crp.wording import percent
@@ -75,7 +76,8 @@ def _prototypes(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         }
         address = atlas.addresses.kept("prototypes", kept.layer, part=number)
         atlas.renderer.page(address, "prototypes.html", "Prototypes — concept atlas", page=page)
-    return _link(atlas, kept, "Prototypes", f"{n_ways} ways in which {len(targets)} classes are predicted")
+    note = f"{counted(n_ways, 'way')} of predicting {counted(len(targets), 'class', 'classes')}"
+    return _link(atlas, kept, "Prototypes", note)
 
 
 def _audit(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
             {
                 "here": _sample(atlas, members[0]) if members else None,
                 "label": f"Cluster {i}",
-                "note": f"{size} samples",
+                "note": counted(size, "sample"),
                 "concepts": [],
                 "more": more,
                 "than": "other samples",
@@ -165,7 +167,7 @@ def _finding_of(atlas: Atlas, kept: KeptResult, sizes: list[int]) -> str:
             f"with more of concept {atlas.label(kept.layer, c).removeprefix(f'{kept.layer} · ')} ({d:+.3f})"
             for c, d in pairs_of(ids[:1], values[:1])
         ]
-        parts.append(" ".join([f"{size} samples", *strongest]))
+        parts.append(" ".join([counted(size, "sample"), *strongest]))
     return f"{name} is predicted in {len(sizes)} ways: {'; '.join(parts)}"
 
 
@@ -191,7 +193,8 @@ def _meanings(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     }
     address = atlas.addresses.kept("meanings", kept.layer)
     atlas.renderer.page(address, "meanings.html", "Meanings — concept atlas", page=page)
-    return _link(atlas, kept, "Meanings", f"{len(ids)} concepts, {len(kept.settings['texts'])} texts")
+    note = f"{counted(len(ids), 'concept')}, {counted(len(kept.settings['texts']), 'text')}"
+    return _link(atlas, kept, "Meanings", note)
 
 
 def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -218,8 +221,8 @@ def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     }
     address = atlas.addresses.kept("interventions", kept.layer)
     atlas.renderer.page(address, "interventions.html", "Interventions — concept atlas", page=page)
-    note = f"{len(ids)} concepts {page['how']} on {n} samples; rank correlation {page['agreement']}"
-    return _link(atlas, kept, "Interventions", note)
+    note = f"{counted(len(ids), 'concept')} {page['how']} on {counted(n, 'sample')}"
+    return _link(atlas, kept, "Interventions", f"{note}; rank correlation {page['agreement']}")
 
 
 def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -244,7 +247,7 @@ def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     address = atlas.addresses.kept("context", kept.layer)
     atlas.renderer.page(address, "context.html", "Context — concept atlas", page=page)
     note = f"{outside} of {len(order)} concepts have more than half of their relevance outside of the object"
-    return _link(atlas, kept, "Context", f"{note}, on {n} samples")
+    return _link(atlas, kept, "Context", f"{note}, on {counted(n, 'sample')}")
 
 
 def _head(atlas: Atlas, kept: KeptResult, name: str) -> dict[str, Any]:

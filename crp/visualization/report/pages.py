@@ -16,7 +16,7 @@ from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import picture_file
-from crp.visualization.report.render import Renderer
+from crp.visualization.report.render import Renderer, counted
 from crp.visualization.report.search import write_search
 from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
@@ -218,7 +218,7 @@ class Atlas:
             page = {
                 "name": layer,
                 "trail": [("Atlas", "index.html"), (layer, "")],
-                "lead": f"{len(order)} concepts, those with the largest share of the relevance first. "
+                "lead": f"{counted(len(order), 'concept')}, those with the largest share of the relevance first. "
                 f"{'' if len(cards) else 'None of them is relevant for any sample.'}",
                 "parts": [(text, self.addresses.layer(layer, p), p == part) for p, text in enumerate(labels)],
                 "notes": self.notes(layer),

@@ -18,6 +18,7 @@ from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, encode_maps, encode_steps, read_facts, square_map
 from crp.visualization.report.picture_rows import SMALL, PictureRows
+from crp.visualization.report.render import counted
 from crp.visualization.report.suspects import Suspect, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.report.unfinished import Cell, Unfinished
@@ -164,7 +165,7 @@ class PictureDrawer(Drawer):
         facts = read_facts(self.folder / address)
         if facts is None:
             return None
-        lines = [(f"mean over {facts['n']} samples", "")]
+        lines = [(f"mean over {counted(facts['n'], 'sample')}", "")]
         return Shown(facts["picture"], address, 0, 1, "", "", lines, alt, WHOLE)
 
     @property

@@ -55,7 +55,7 @@ class Renderer:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.filters["percent"] = percent
+        self._environment.filters |= {"percent": percent, "counted": counted}
         self._environment.globals["outline"] = _hex(YELLOW)
         colours = [_hex(AGAINST), "#ffffff", _hex(FOR)]
         self._environment.globals |= {"pictures": pictures, "tones": _tones()}
@@ -225,3 +225,8 @@ def _sha(text: str) -> str:
 
 def _hex(colour: tuple[float, ...]) -> str:
     return "#" + "".join(f"{round(255 * value):02x}" for value in colour)
+
+
+def counted(n: int, thing: str, things: str = "") -> str:
+    """A number of things: ``"1 layer"``, or ``"2 layers"``; ``things`` are given where they are no thing and an s."""
+    return f"{n} {thing if n == 1 else things or thing + 's'}"

@@ -10,6 +10,7 @@ from zennit.core import Composite
 
 from crp.concepts.spliced import spliced_parts
 from crp.visualization.feature import FeatureVisualization
+from crp.visualization.report.render import counted
 from crp.visualization.table.store import Table
 from crp.visualization.text_references import read_text
 from crp.wording import percent
@@ -40,7 +41,7 @@ class Unexplained(NamedTuple):
         """Both in words."""
         return (
             f"The dictionary does not explain {percent(self.activation)} of the activation (squared) and "
-            f"{percent(self.relevance)} of the absolute relevance of its layer, on {self.n} samples."
+            f"{percent(self.relevance)} of the absolute relevance of its layer, on {counted(self.n, 'sample')}."
         )
 
 
