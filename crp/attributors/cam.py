@@ -339,7 +339,8 @@ class CAM(LayerCAM):
             )
         map_gradient = target.weights(output.to(weight)) @ weight
         map_gradient = map_gradient.reshape(*map_gradient.shape, *[1] * (activation.dim() - 2))
-        return map_gradient if not self.condition else torch.where(gradient == 0, 0, map_gradient)
+        # (of a mean, the gradient at each position is the weight over their number, here through the concepts alone)
+        return map_gradient if not self.condition else gradient * gradient[0, 0].numel()
 
 
 class GuidedGradCAM(Attributor):

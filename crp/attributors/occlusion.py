@@ -78,7 +78,8 @@ class Occlusion(Attributor):
         explained = inputs.explained
         shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
         places = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
-        totals = [torch.zeros_like(data).flatten(1) for data in explained]
+        # (a long sum in half precision would stop growing, and a count of windows at 256)
+        totals = [torch.zeros_like(data, dtype=torch.float64).flatten(1) for data in explained]
         with self.scoring(inputs, target) as score:
             whole = self._whole(score, inputs, target)
             for number, (data, cover) in enumerate(zip(explained, covers, strict=True)):
@@ -99,14 +100,14 @@ class Occlusion(Attributor):
         results = []
         for data, total, count, (_, offsets) in zip(explained, totals, counts, places, strict=True):
             shared = count * len(offsets) if self.per_feature else count
-            results.append(torch.where(count > 0, total / shared, 0).view_as(data))
+            results.append(torch.where(count > 0, total / shared, 0).view_as(data).to(data.dtype))
         return self.output(inputs, target.select), tuple(results)
 
     def _whole(self, score: Any, inputs: Inputs, target: Target) -> Tensor:
         parts = []
         for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
             parts.append(score(inputs.select(sample), target.rows(sample)))
-        return torch.cat(parts).to(inputs.explained[0])
+        return torch.cat(parts).to(inputs.explained[0].device, torch.float64)
 
 
 def windows(shape: Sequence[int], window: _Lengths | None = None, step: _Lengths = 1) -> tuple[Tensor, Tensor]:
@@ -145,10 +146,10 @@ def windows(shape: Sequence[int], window: _Lengths | None = None, step: _Lengths
 
 def _cover_count(sample: Tensor, starts: Tensor, offsets: Tensor) -> Tensor:
     """How many windows cover each feature, (features,)."""
-    count = sample.new_zeros(sample.numel())
+    count = sample.new_zeros(sample.numel(), dtype=torch.int64)
     for part in torch.split(starts.to(sample.device), ROWS_FORWARD):
         place = (part[:, None] + offsets.to(sample.device)).flatten()
-        count.index_add_(0, place, torch.ones_like(place, dtype=count.dtype))
+        count.index_add_(0, place, torch.ones_like(place))
     return count
 
 

@@ -81,7 +81,8 @@ class IntegratedGradients(Attributor):
         """Output and integrated gradients."""
         starts = _baselines(self.baseline, inputs)
         ways = tuple(data - start for data, start in zip(inputs.explained, starts, strict=True))
-        totals = tuple(torch.zeros_like(data) for data in inputs.explained)
+        # (a sum of many steps in half precision would lose the last ones)
+        totals = tuple(torch.zeros_like(data, dtype=torch.float64) for data in inputs.explained)
         with self.differentiating(inputs, target) as gradients_of:
             for sample, step in self.rows(len(inputs), self.steps, target, ROWS_BACKWARD):
                 points = []
@@ -92,7 +93,8 @@ class IntegratedGradients(Attributor):
                 for total, gradient in zip(totals, slopes, strict=True):
                     weight = self.weights[step].to(total).reshape(-1, *[1] * (total.dim() - 1))
                     total.index_add_(0, sample.to(total.device), weight * gradient.to(total))
-        return self.output(inputs, target.select), tuple(total * way for total, way in zip(totals, ways, strict=True))
+        results = tuple((total * way).to(way.dtype) for total, way in zip(totals, ways, strict=True))
+        return self.output(inputs, target.select), results
 
 
 def nodes(quadrature: Quadrature, steps: int) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,8 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     """Class of every sample."""
     if labels is None:
         labels = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
+        change = getattr(dataset, "target_transform", None)
+        labels = labels if labels is None or change is None else [change(label) for label in as_ids(labels)]
     if labels is None:
         labels = [read(dataset, i).label for i in range(len(dataset))]
     try:

@@ -19,7 +19,7 @@ from crp.engine.attached import put_on
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.errors import InputError, OutOfRangeError
-from crp.visualization.without import run_changed
+from crp.visualization.without import kept_part, run_changed
 
 
 def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
@@ -38,13 +38,7 @@ def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
     -------
     Tensor of shape (rows, *layer shape)
     """
-    with torch.enable_grad():
-        multiplier = torch.zeros_like(activation).requires_grad_()
-        masked = multiplier.clone()
-        for row in range(len(activation)):
-            masked = concept.mask(row, concept_ids)(masked)
-        (part,) = torch.autograd.grad((activation.detach() * masked).sum(), multiplier)
-    return part
+    return kept_part([concept.mask(row, concept_ids) for row in range(len(activation))], activation)
 
 
 def intervene(

@@ -81,8 +81,9 @@ class Prototypes:
 
     def percentile(self, vectors: Any, of_class: int) -> np.ndarray:
         """Share, in percent, of the samples behind the prototypes that are no more likely than each vector."""
-        known = self._mixture(of_class).log_density
-        return np.asarray(100.0 * np.searchsorted(known, self.score(vectors, of_class), side="right") / len(known))
+        known, found = self._mixture(of_class).log_density, self.score(vectors, of_class)
+        # (a sample behind them is no less likely than itself, though it is rounded otherwise beside fewer others)
+        return np.asarray(100.0 * np.searchsorted(known, found + 1e-9 * np.abs(found), side="right") / len(known))
 
     def assign(self, vectors: Any, of_class: int) -> np.ndarray:
         """Most likely prototype of each vector: (samples,), int64."""

@@ -72,8 +72,8 @@ def embed_references(
     ids = as_ids(concept_ids, layer)
     if not ids:
         raise InputError("concept_ids is empty; name at least one concept")
-    found = []
-    for samples in fv.get_max_reference(ids, layer, mode, (0, n)).values():
+    references, found = fv.get_max_reference(ids, layer, mode, (0, n)), []
+    for samples in (references[i] for i in ids):
         with torch.no_grad():
             vectors = as_numbers("what embed returns", embed(samples))
         if vectors.ndim != 2 or len(vectors) != len(samples):

@@ -68,7 +68,7 @@ _CLASSES = 5
 @click.option("--model", required=True, help="Name in torchvision, timm:NAME, hf:NAME, or package.module:factory.")
 @_weight_options
 @click.option("--method", default="epsilon_plus_flat", show_default=True, help="See crp methods.")
-@click.option("--target", help="Class, by number or name, or token, by its text or #NUMBER; else the predicted one.")
+@click.option("--target", help="Class, by name or number, or token, by its text or #NUMBER; else the predicted one.")
 @click.option("--text", "texts", multiple=True, help="Explain a text, and no picture; may be given again.")
 @click.option("--tokenizer", help="Of texts: a folder or name for Hugging Face, or package.module:factory.")
 @click.option(

@@ -17,7 +17,7 @@ from crp.commands.values import _plain
 @click.option("--image", type=EXISTING, required=True, help="Picture that is explained.")
 @click.option("--composite", "rules", default="epsilon_plus_flat", show_default=True, help="Its name, or none.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of the composite; may be given again.")
-@click.option("--target", help="Class to explain, by number or name; by default, the predicted one.")
+@click.option("--target", help="Class to explain, by name or number; by default, the predicted one.")
 @click.option("--output", help="What is explained of what the model returns, as in crp attribute --help.")
 @_weight_options
 @_picture_options

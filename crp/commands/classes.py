@@ -314,10 +314,10 @@ def _class_name(table: Table, of_class: int) -> str:
 
 
 def _find_class(table: Table, name: str) -> int:
-    """Class by its number or name, in any case."""
-    if name.lstrip("-").isdecimal():
-        return int(name)
+    """Class by its name, in any case, or its number."""
     alike = [i for i, one in enumerate(_class_names(table)) if one.casefold() == name.casefold()]
+    if not alike and name.removeprefix("-").isdecimal():
+        return int(name)
     if len(alike) != 1:
         from difflib import get_close_matches
 

@@ -102,8 +102,8 @@ def continuity(
     first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size, output)
     classes = first.classes.expand(len(path))
     parts = [slice(start, start + batch_size) for start in range(0, len(path), batch_size)]
-    relevance = torch.cat([_relevance_by(explain, model, path[part], classes[part]) for part in parts]).flatten(1)
-    points = path.detach().flatten(1)
+    relevance = torch.cat([_relevance_by(explain, model, path[part], classes[part]) for part in parts])
+    relevance, points = (values.flatten(1).double() for values in (relevance, path.detach()))
     if neighbours:
         change, way = relevance.diff(dim=0).abs().sum(1), points.diff(dim=0).norm(dim=1)
     else:

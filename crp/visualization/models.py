@@ -104,10 +104,10 @@ class Loaded:
         return image if self.normalized is None else self.normalized(image)
 
     def find_class(self, name: str) -> int:
-        """Class by its number or name, in any case; a `LoadingError` names the nearest."""
-        if name.lstrip("-").isdecimal():
-            return int(name)
+        """Class by its name, in any case, or its number; a `LoadingError` names the nearest."""
         exact = [index for index, one in enumerate(self.classes) if one == name]
+        if not exact and name.removeprefix("-").isdecimal():
+            return int(name)
         alike = [index for index, one in enumerate(self.classes) if one.casefold() == name.casefold()]
         if len(found := exact or alike) != 1:
             known = nearest(name, self.classes) if self.classes else "; the model has no names, give --classes"

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
 from crp.engine.attached import put_on
+from crp.engine.masks import apply_masks
 from crp.engine.taps import check_layers
 from crp.engine.tokens import scored_at
 from crp.errors import InputTypeError
 from crp.layers import modules_of, referencing
 from crp.layers.addresses import Address, hooked_at
 
-#: Function of a layer's output, which keeps in one row what is to be switched off.
+#: Functions of a layer's multipliers, each of which keeps in one row what is to be switched off.
 _Masks = Sequence[Callable[[Tensor], Tensor]]
 
 
@@ -74,6 +75,18 @@ def run_changed(
     with hooked_at(modules, {(name, is_input): hook}):
         result = run(model)
     return result, sum(calls)
+
+
+def kept_part(masks: _Masks, activation: Tensor) -> Tensor:
+    """Part of an activation that belongs to what masks keep: channels themselves, or ``(e·a) d`` of a direction.
+
+    It is what the masks do to multipliers, which become ``(d·m) e``, the other way round: for every multiplier, the
+    product with it is what the masks let through.
+    """
+    with torch.enable_grad():
+        multiplier = torch.zeros_like(activation).requires_grad_()
+        (part,) = torch.autograd.grad(apply_masks(list(masks), multiplier), multiplier, activation.detach())
+    return part
 
 
 @torch.no_grad()
@@ -161,9 +174,7 @@ def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks,
             output = output.expand(len(masks), *output.shape[1:])
         if not output.dim() or len(output) != len(masks):
             raise _NoRowsError
-        kept = output.clone(memory_format=torch.contiguous_format)
-        for mask in masks:
-            kept = mask(kept)
+        kept = kept_part(masks, output)
         return output - (1 - scale) * kept if scale else output - kept
 
     def run(model: nn.Module) -> Any:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from crp import explain
 from crp.attributors import CAM, GradCAM, GradCAMPlusPlus, Gradient, GuidedGradCAM, Neuron
 from crp.composites import EpsilonPlus, GuidedBackprop
+from crp.concepts import DirectionConcept
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 LAYER = "4"
@@ -107,6 +108,17 @@ def test_channels_add_up(kind):
     each = [kind(model, layer=LAYER, condition={LAYER: [k]})(x, 1)[1] for k in range(6)]
     close(sum(each), kind(model, layer=LAYER)(x, 1)[1])
     close(each[0] + each[5], kind(model, layer=LAYER, condition={LAYER: [0, 5]})(x, 1)[1])
+
+
+def test_directions_of_a_layer_add_up_in_its_map():
+    """The part along a direction is that of a classifier whose weights lie along it."""
+    model, x = gap_net(), images()
+    unit = F.normalize(torch.arange(1.0, 7.0).double(), dim=0)
+    concept = DirectionConcept(unit[None].numpy())
+    along, rest = (CAM(model, layer=LAYER, condition={LAYER: [k]}, mask_map=concept.mask).maps(x, 1)[1] for k in (0, 1))
+    activation, _ = parts(model, x, 1)
+    close(along, (model[7].weight[1] @ unit * torch.einsum("c,nchw->nhw", unit, activation))[:, None].detach())
+    close(along + rest, CAM(model, layer=LAYER).maps(x, 1)[1])
 
 
 def test_concepts_of_a_layer_above_add_up():

@@ -12,6 +12,7 @@ from attributor_cases import Call, TwoInputs, gap_net, images, two_inputs
 from hypothesis import given, settings
 from torch import nn
 
+from crp import explain
 from crp.attributors import Neuron, Occlusion, ShapleySampling, SmoothGrad
 from crp.attributors.occlusion import windows
 from crp.composites import EpsilonPlus
@@ -70,6 +71,18 @@ def test_window_of_fewer_axes_covers_the_others_whole():
     assert windows((3, 4), None, 2)[0].tolist() == [0, 2, 8, 10]
     assert [part.tolist() for part in windows((5,), 2, 3)] == [[0, 3], [0, 1]]
     assert [part.tolist() for part in windows((2, 3), (2, 3))] == [[0], list(range(6))]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("occlusion", {"window_shape": (24, 24)}), ("intgrad", {"steps": 1000})]
+)
+def test_long_sums_in_half_precision(method, options):
+    """625 windows, and 1000 steps; a number in bfloat16 counts to 256."""
+    weight = torch.linspace(0, 1, 48)[:, None].expand(48, 48).flatten()
+    model, x = Call(lambda x: (x.flatten(1) @ weight.to(x))[:, None]), torch.ones(1, 1, 48, 48)
+    wanted, found = (explain(method, model, x.to(dtype), 0, **options) for dtype in (torch.float64, torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.005)
 
 
 def test_features_without_a_window_get_nothing_and_one_warning():

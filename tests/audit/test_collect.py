@@ -58,6 +58,15 @@ def test_labels_are_not_read_where_the_dataset_has_them(attribution):
         collect(attribution, data, EpsilonPlus(), "second", labels=[[1, 2]] * 12)
 
 
+def test_classes_are_those_that_the_dataset_gives(attribution):
+    """Datasets of torchvision hold labels before their ``target_transform``."""
+    data = Images(12)
+    data.targets, data.target_transform = data.labels, lambda label: 2 - label
+    data.labels = [2 - label for label in data.targets]
+    found = collect(attribution, data, EpsilonPlus(), "second")
+    assert found.target.tolist() == [data[i][1] for i in found.sample]
+
+
 def test_composites_without_multipliers_are_refused(attribution):
     with pytest.raises(TypeError, match="has no multipliers whose product with activation is relevance"):
         collect(attribution, Images(4), ZennitEpsilonPlus(), "second")

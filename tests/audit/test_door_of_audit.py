@@ -69,6 +69,7 @@ WRONG = {
     "dtype": (lambda m: changed(m, DATA.float()), "has weights of torch.float64 and gets torch.float32"),
     "nothing changed": (lambda m: changed(m, ids=[]), "concept_ids is empty"),
     "clusters of none": (lambda m: clusters(torch.rand(9, 2), n=0, n_neighbours=2), "n must be a whole number"),
+    "as many clusters": (lambda m: clusters(torch.rand(9, 2), n=9, n_neighbours=2), "cannot be in 9 clusters"),
     "more clusters": (lambda m: clusters(torch.rand(9, 2), n=10, n_neighbours=2), "cannot be in 10 clusters"),
     "batches of none": (
         lambda m: context_scores(

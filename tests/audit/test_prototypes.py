@@ -54,6 +54,16 @@ def test_one_prototype_is_a_gaussian(blobs, covariance):
 
 
 @pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_percentiles_are_the_same_for_one_and_for_all(blobs, covariance):
+    """A solution for one vector is rounded otherwise than that for many."""
+    table, vectors, which = blobs
+    found = prototypes(table, "a", 2, covariance=covariance, normed=False)
+    of_class = vectors[which != 2]
+    alone = [found.percentile(one[None], 0)[0] for one in of_class]
+    assert alone == found.percentile(of_class, 0).tolist()
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
 def test_two_ways_are_two_prototypes(blobs, covariance):
     """Their number is that of the least BIC, and the density that of the mixture."""
     table, vectors, which = blobs

@@ -58,6 +58,8 @@ def test_references_of_concepts(tmp_path):
     assert found.shape == (2, 5, 4)
     wanted = fv.get_max_reference(3, "second", "relevance", (0, 5))[3]
     assert np.allclose(found[1], wanted.flatten(1)[:, :4])
+    again = embed_references(fv, "second", [3, 0, 3], lambda samples: samples.flatten(1)[:, :4], n=5)
+    assert np.array_equal(again, found[[1, 0, 1]])
     with pytest.raises(ValueError, match=r"embed gives \(5, 1, 6, 6\) for 5 samples; it must be \(samples, features\)"):
         embed_references(fv, "second", [0], lambda samples: samples, n=5)
     with pytest.raises(TypeError, match="embed must be a function of samples"):

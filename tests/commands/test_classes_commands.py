@@ -166,6 +166,14 @@ def test_a_class_may_be_named(folder, monkeypatch):
             assert (result.exit_code, result.output) == (1, f"Error: {message}\n")
 
 
+def test_a_number_that_is_a_name_is_the_name(folder):
+    table = Table.open(folder)
+    header = replace(table.header, recipe={"class_names": ["0", "1", "3", "7"], "layers": RECIPE})
+    Table(folder, header, table.shards)._save()
+    assert json.loads(crp("clusters", folder, "a", "7", "--json").output)["class"] == 3
+    assert "has no rows of class 2; its classes are 3" in crp("clusters", folder, "a", "3").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -426,6 +426,11 @@ def test_folders_that_could_be_other_classes_are_refused(
         classes_of(tmp_path, names, classes)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("1", 0), ("10", 1), ("3", 3), ("-1", -1)])
+def test_a_target_that_is_the_name_of_a_class_is_no_number(name: str, expected: int) -> None:
+    assert loaded(["1", "10", "2", "x"]).find_class(name) == expected
+
+
 def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     with pytest.warns(UserWarning, match="no picture is in the class folders b$"):

@@ -185,6 +185,15 @@ def test_models_in_bfloat16(method: Any) -> None:
     assert (found.area_most - pixel_flipping(net(), X, 0, method, patch=2).area_most).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_continuity_in_bfloat16(neighbours: bool) -> None:
+    wanted, found = (
+        continuity(net().to(dtype), X.to(dtype), 0, "gradient_x_input", neighbours=neighbours)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    assert float(found) == pytest.approx(float(wanted), rel=0.05)
+
+
 def test_noise_of_selectivity_is_always_the_same() -> None:
     first, again = (selectivity(net(), X, 0, "gradient", patch=2, replacement="noise").curve for _ in range(2))
     assert torch.equal(first, again)

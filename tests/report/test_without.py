@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
-from crp.concepts import AxisConcept, ChannelConcept
+from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept
 from crp.visualization.without import predict_without
 
 
@@ -71,6 +71,22 @@ def test_each_row_is_what_the_sample_gives_alone(kind, is_shared, n):
         expected = net.above(below, net.layer(below) * kept[:, None, None], 1)[0]
         torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
     assert rows_below == (1 if is_shared else n)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_part_of_a_direction_is_what_its_dual_reads(scale):
+    """Multipliers become ``(d m) e``; of the activation, ``(e a) d`` is left out."""
+    net, sample = Net(), torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    concept = DirectionConcept([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    masks = [concept.mask(row, [row], "layer") for row in range(3)]
+    found = predict_without(CondAttribution(net), sample, "layer", masks, scale=scale)
+    below = net.below(sample).tanh()
+    activation = net.layer(below)
+    coefficients = torch.einsum("kc,nchw->knhw", concept.dual, activation)
+    parts = [coefficients[k, :, None] * concept.directions[k][:, None, None] for k in range(2)]
+    for row, part in enumerate([*parts, activation - sum(parts)]):
+        expected = net.above(below, activation - (1 - scale) * part, 1)[0]
+        torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_samples_of_their_own_are_not_joined():
