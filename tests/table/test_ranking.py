@@ -225,6 +225,16 @@ def test_one_concept_comes_from_the_answer_for_all(tmp_path: Path, monkeypatch: 
     assert as_rows(top_k(table, "a", k=6, concepts=0, cache=True)) == [as_rows(plain)[1]]
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_numbers_may_be_those_of_numpy(tmp_path: Path, cache: bool) -> None:
+    table, _ = make_table(tmp_path)
+    of_class = list_targets(table)[0]
+    found = top_k(table, "a", k=np.int64(2), of_class=of_class, concepts=np.int64(1), cache=cache)
+    assert as_rows(found) == as_rows(top_k(table, "a", k=2, of_class=int(of_class), concepts=1))
+    found = class_statistics(table, "a", np.int64(1), mean_n=np.int64(2), cache=cache)
+    assert np.array_equal(found.value, class_statistics(table, "a", 1, mean_n=2).value)
+
+
 def test_a_sample_that_was_skipped_first_keeps_its_rank(tmp_path: Path) -> None:
     reference, source = make_table(tmp_path / "reference", [(0, 100)])
     table = Table.create(tmp_path / "other", reference.header)

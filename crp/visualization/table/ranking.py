@@ -148,7 +148,7 @@ def top_k(
         ids = table.concept_ids(layer, concepts)
         every = top_k(table, layer, mode, target, normed, k, of_class=of_class, samples=chosen, least=least, cache=True)
         return ReferenceSamples(*(column[:, ids] for column in every))
-    some = concepts if concepts is None or isinstance(concepts, int) else [int(c) for c in concepts]
+    some = None if concepts is None else table.concept_ids(layer, concepts).tolist()
 
     def compute() -> tuple[Array, ...]:
         best: ReferenceSamples | None = None
@@ -348,7 +348,8 @@ def _cached(table: Table, query: object, compute: Callable[[], tuple[Array, ...]
     """
     if not cache:
         return compute()
-    key = hashlib.sha256(json.dumps([table.digest, query]).encode()).hexdigest()[:32]
+    asked = json.dumps([table.digest, query], default=int)  # (numbers may be numpy's, such as those of list_targets)
+    key = hashlib.sha256(asked.encode()).hexdigest()[:32]
     path = table.path / "derived" / f"{key}.safetensors"
     unusable = (OSError, SafetensorError, KeyError, TypeError, ValueError)
     with contextlib.suppress(*unusable):
