@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.visualization.table.contents import ABOUT, SAMPLE_COLUMNS
 from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptError
 from crp.visualization.table.shards import open_shard
@@ -91,9 +91,18 @@ def _read(file: Any, path: Path) -> SampleColumns:
     return SampleColumns(sample, sources, labels, prediction, probability, content, stamp)
 
 
-def sample_numbers(samples: Iterable[int]) -> Array:
-    """Numbers of samples as an array, ascending and each once; a `TypeError` if they are no whole numbers."""
+def sample_numbers(samples: Iterable[int], n_samples: int) -> Array:
+    """Numbers of samples as an array, ascending and each once.
+
+    Raises
+    ------
+    TypeError, IndexError
+        If they are no whole numbers, or not of these samples.
+    """
     given = np.asarray(list(samples))
     if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
         raise InputTypeError(f"samples must be whole numbers, not {given.reshape(-1)[0]!r}")
-    return np.unique(given.astype(np.int64))
+    numbers = np.unique(given.astype(np.int64))
+    for number in numbers[(numbers < 0) | (numbers >= n_samples)][:1]:
+        raise OutOfRangeError(f"there is no sample {number}; the dataset has {n_samples}, 0 to {n_samples - 1}")
+    return numbers

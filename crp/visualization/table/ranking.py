@@ -136,14 +136,14 @@ def top_k(
     KeyError
         If the table has no such layer or class; the message names those it has.
     ValueError, IndexError
-        If the mode, the kind or a concept was not mined, or ``k`` is below 1.
+        If the mode, the kind or a concept was not mined, there is no such sample, or ``k`` is below 1.
     """
     check_flags(normed=normed, least=least, cache=cache)
     check_number("k", k, 1, whole=True)
     table = Table.open(table)
     if of_class is not None:
         _check_class(table, of_class)
-    chosen = None if samples is None else sample_numbers(samples).tolist()
+    chosen = None if samples is None else sample_numbers(samples, table.n_samples).tolist()
     if cache and concepts is not None:  # kept for all concepts at once
         ids = table.concept_ids(layer, concepts)
         every = top_k(table, layer, mode, target, normed, k, of_class=of_class, samples=chosen, least=least, cache=True)

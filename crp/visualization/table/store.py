@@ -252,7 +252,7 @@ class Table:
         Raises
         ------
         KeyError, ValueError, IndexError
-            If the layer, the mode, the kind or a concept was not mined.
+            If the layer, the mode, the kind or a concept was not mined, or there is no such sample.
         """
         check_flags(normed=normed)
         for name, given, there in (("mode", mode, self.modes), ("target", target, self.kinds)):
@@ -260,7 +260,7 @@ class Table:
                 raise InputError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
-        wanted = None if samples is None else sample_numbers(samples)
+        wanted = None if samples is None else sample_numbers(samples, self.n_samples)
         query = Query(layer, mode, target, normed, columns, of_class, wanted)
         return read_blocks(self.path / "shards", self.shards, query)
 
