@@ -14,7 +14,7 @@ import pytest
 import torch
 from covering import mark_the_rest_slow
 from model_state import state_of
-from suite_cost import kept_out_of_garbage, traced_at_first, untraced
+from suite_cost import keep_out_of_garbage, kept_out_of_garbage, traced_at_first, untraced
 from torch import Tensor, nn
 from versions import skip_what_is_newer
 
@@ -41,9 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     with traced_at_first(item):
-        return (yield)
+        result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        keep_out_of_garbage()
+    return result
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

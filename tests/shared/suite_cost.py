@@ -16,6 +16,12 @@ TRACED_SECONDS = 1.0
 _spent = Counter[str]()
 
 
+def keep_out_of_garbage() -> None:
+    """What there is by now, such as all that the tests of a file imported, is not looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextmanager
 def kept_out_of_garbage() -> Iterator[None]:
     """What is made in this context, such as all tests, is not looked at when garbage is collected, now or later."""
