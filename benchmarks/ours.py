@@ -35,9 +35,9 @@ def attribution(model: nn.Module, data: Tensor, rules: Composite) -> Run:
 
 
 def replayed(model: nn.Module, data: Tensor, rules: Composite) -> Run:
-    """The same, recorded before where there is a GPU, and replayed."""
+    """The same again and again, as users get it: by a recording that was made before."""
     explain = CondAttribution(model)
-    for _ in range(6):
+    for _ in range(8):
         explain(data, [{"y": [0]}], rules)
     return lambda: explain(data, [{"y": [0]}], rules)
 

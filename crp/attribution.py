@@ -56,20 +56,19 @@ class CondAttribution:
         Kept for compatibility and without effect: parameters never take part in autograd during a call.
     output : callable, optional
         Tensor to explain as a function of what the model returns, such as ``lambda out: out["out"].mean((2, 3))``, or a
-        list with a tensor for each sample; by default the model's output itself, or its ``logits``.
-        Its attribute ``exclusive``, if it has one, says whether classes exclude each other.
+        list with a tensor for each sample; by default the model's output itself, or its ``logits``. An attribute
+        ``exclusive`` of it says whether classes exclude each other.
 
     Attributes
     ----------
     MODEL_OUTPUT_NAME : str
         Key of the targets in a condition, ``"y"``; may be changed.
     replay : bool
-        Whether attributions on a GPU that are the same but for data, targets and concepts are recorded at the third
-        time and then replayed as a CUDA graph, which needs no Python; True by default. Hooks of others on the model, a
-        model that decides by values, and another model, composite or shape are noticed, and computed as usual.
+        Whether attributions that differ in data, targets and concepts only are replayed after a few times, without the
+        Python around torch's kernels; on a GPU as a CUDA graph. Models that decide by values, hooks of others and any
+        change of the model or of what its code names are noticed; not of files or the environment.
     channels_last : bool
-        Whether data may have the channels last in memory where that is faster: on a CPU in nets with depthwise
-        convolutions; on a GPU in all others. Results have the usual layout, equal up to rounding.
+        Whether data may have the channels last in memory where that is faster; results are equal to rounding.
 
     Notes
     -----
@@ -105,8 +104,7 @@ class CondAttribution:
         self.MODEL_OUTPUT_NAME = "y"
         self.model = unwrap(model)
         self.device = check_device(device, "device") or next(self.model.parameters(), torch.empty(0)).device
-        self.overwrite_data_grad, self.no_param_grad = overwrite_data_grad, no_param_grad
-        self.output = output
+        self.overwrite_data_grad, self.no_param_grad, self.output = overwrite_data_grad, no_param_grad, output
         self.replay = self.channels_last = True
         self._replayed = Replayed()
 
@@ -233,7 +231,9 @@ class CondAttribution:
         check_flags(verbose=verbose)
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         call = alone(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
-        parts = one_ahead(call.parts()) if self.replay and self._replayed.replays.serves(self.device) else call.parts()
+        parts = (
+            one_ahead(call.parts()) if self.replay and self._replayed.replays.runs_ahead(self.device) else call.parts()
+        )
         return self._show(map(self._checked, parts), -(-len(call.rows) // batch_size), verbose)
 
     def absorbed(

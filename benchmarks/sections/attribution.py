@@ -1,4 +1,4 @@
-"""One attribution as a multiple of one gradient, in time."""
+"""One attribution as a multiple of one gradient, in time: computed, as at first, and replayed, as it is repeated."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ def case(goal: str, setup: Setup, limits: tuple[float, ...], rounds: int, clock:
 
     def make() -> dict[str, Run]:
         model, data = setup.build()
-        attributions = {preset: ours.attribution(model, data, ours.composite(preset)) for preset in presets}
-        return {"gradient": ours.gradient_of(model, data), **attributions}
+        runs = {"gradient": ours.gradient_of(model, data)}
+        for preset in presets:
+            runs[preset] = ours.replayed(model, data, ours.composite(preset))
+            runs[f"{preset}, computed"] = ours.attribution(model, data, ours.composite(preset))
+        return runs
 
     return Case(
         name=str(setup),
         make=make,
         ratios=tuple(
-            Ratio(f"{preset} ÷ gradient", preset, "gradient", Bound(limit), goal, f"zennit-crp {preset}")
+            ratio
             for preset, limit in zip(presets, limits, strict=True)
+            for ratio in (
+                Ratio(f"{preset} ÷ gradient", preset, "gradient", Bound(limit), goal, f"zennit-crp {preset}"),
+                Ratio(f"{preset}, computed ÷ gradient", f"{preset}, computed", "gradient"),
+            )
         ),
         peers={
             f"zennit-crp {preset}": {"candidate": "attribution", "setup": setup, "preset": preset} for preset in presets

@@ -20,11 +20,15 @@ def peaks(setup: Setup, limit: float | None) -> Case:
 
     def make() -> dict[str, Run]:
         model, data = setup.build()
-        attributions = {preset: ours.attribution(model, data, ours.composite(preset)) for preset in PRESETS}
-        return {"gradient": ours.gradient_of(model, data), **attributions}
+        runs = {"gradient": ours.gradient_of(model, data)}
+        for preset in PRESETS:
+            runs[preset] = ours.attribution(model, data, ours.composite(preset))
+            runs[f"{preset}, replayed"] = ours.replayed(model, data, ours.composite(preset))
+        return runs
 
     peers = {"EpsilonPlusFlat": PEER}
-    lines = [Ratio(f"{name} ÷ gradient", name, "gradient", bound, goal, peers.get(name)) for name in PRESETS]
+    names = [name for preset in PRESETS for name in (preset, f"{preset}, replayed")]
+    lines = [Ratio(f"{name} ÷ gradient", name, "gradient", bound, goal, peers.get(name)) for name in names]
     return Case(
         name=str(setup),
         make=make,

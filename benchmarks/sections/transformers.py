@@ -26,12 +26,16 @@ def time(setup: Setup, name: str, rounds: int) -> Case:
 
     def make() -> dict[str, Run]:
         model, data = setup.build()
-        return {"gradient": ours.gradient_of(model, data), "ours": ours.attribution(model, data, kind())}
+        runs = {"ours": ours.replayed, "ours, computed": ours.attribution}
+        return {"gradient": ours.gradient_of(model, data)} | {n: run(model, data, kind()) for n, run in runs.items()}
 
     return Case(
         name=f"{name}, {setup}",
         make=make,
-        ratios=(Ratio(f"{name} ÷ gradient", "ours", "gradient", Bound(limit), GOAL, peer),),
+        ratios=(
+            Ratio(f"{name} ÷ gradient", "ours", "gradient", Bound(limit), GOAL, peer),
+            Ratio(f"{name}, computed ÷ gradient", "ours, computed", "gradient"),
+        ),
         peers={peer: {"candidate": "lxt", "setup": setup, "rules": theirs}},
         rounds=rounds,
         thorough=setup.size > 256,

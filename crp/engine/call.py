@@ -207,9 +207,11 @@ class Call:
         chunks = self._chunks()
         for number, rows in enumerate(chunks):
             last = number == len(chunks) - 1 or not keeps
-            if self.shortcut is not None and (known := self.shortcut(self, composite, rows)) is not None:
-                passed = None
-                yield known
+            known = None if self.shortcut is None else self.shortcut(self, composite, rows)
+            if known is not None:
+                passed, part = None, [known]
+                del known
+                yield part.pop()
                 continue
             call = call or self.laid_out()
             if isinstance(self.inputs.select(list(self._samples(rows))), Samples):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections import deque
+from functools import lru_cache
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from zennit.core import Composite
 
 from crp.layers import modules_of
+from crp.layers.glimpses import glimpse
 
 _HOOKS = (
     "_forward_hooks",
@@ -25,13 +28,13 @@ _HOOKS = (
 #: nothing is.
 _OWN = frozenset(vars(nn.Module()))
 #: What can change without being replaced.
-_CHANGEABLE = (list, dict, set, Tensor)
+_CHANGEABLE = (list, dict, set, deque, Tensor, np.ndarray)
 #: What has attributes, but no settings.
 _NO_SETTINGS = (nn.Module, type, ModuleType, FunctionType, MethodType)
 #: How deep settings in objects are looked at: numbers, words, and entries of their lists and dicts.
-_DEPTH = 2
+_DEPTH = 4
 #: Common types of what cannot.
-_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
+PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
 
 
 def is_traced() -> bool:
@@ -50,7 +53,7 @@ class ModelState:
 
     Values that were replaced, tensors that were written to, lists, dicts and objects with other entries, and another
     ``forward`` of a class make a difference.
-    Writes through ``.data`` into the same memory are not noticed; a computation that reads the memory sees them.
+    Writes through ``.data`` into the same memory are noticed where the host has it (see `glimpse`).
 
     Parameters
     ----------
@@ -71,16 +74,16 @@ class ModelState:
                     self._values += own.values()
                     self._tensors += map(_state_of, own.values())
             # (most attributes are of these types: the others are few)
-            for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in _PLAIN]:
+            for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in PLAIN]:
                 if isinstance(value, _CHANGEABLE):
-                    self._tensors += _settings(value) if isinstance(value, Tensor) or value else ()
-                elif id(value) not in seen and not isinstance(value, _NO_SETTINGS) and getattr(value, "__dict__", None):
+                    self._tensors += settings_in(value) if isinstance(value, Tensor | np.ndarray) or value else ()
+                elif id(value) not in seen and not isinstance(value, _NO_SETTINGS) and (own := _attributes(value)):
                     seen.add(id(value))  # (modules share one, such as the configuration of Hugging Face's)
-                    self._tensors += _settings(vars(value), _DEPTH)
+                    self._tensors += settings_in(own, _DEPTH)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
             settings.pop(name, None)
-        self._tensors += _settings(settings)
+        self._tensors += settings_in(settings)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ModelState) or len(self._values) != len(other._values):
@@ -114,29 +117,49 @@ def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tupl
 def _state_of(tensor: Tensor | None) -> object:
     if tensor is None or tensor.is_inference():
         return None
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, glimpse(tensor)
 
 
-def _settings(value: Any, depth: int = 6) -> Iterator[object]:
+def settings_in(value: Any, depth: int = 6) -> list[object]:
     """Numbers, words and tensors' states in nested containers and objects; other things by their identity."""
-    if value is None or isinstance(value, bool | int | float | str | type):
-        yield value
+    found: list[object] = []
+    _collect(value, depth, found, set())
+    return found
+
+
+def _collect(value: Any, depth: int, found: list[object], seen: set[int]) -> None:
+    if type(value) in PLAIN and type(value) is not tuple:
+        found.append(value)
+    elif isinstance(value, list | tuple | set | deque | dict):
+        found.append(len(value))
+        if isinstance(value, dict):
+            found += map(str, value)
+            value = value.values()
+        if depth > 0:
+            for entry in value:
+                _collect(entry, depth - 1, found, seen)
     elif isinstance(value, Tensor):
-        yield id(value), _state_of(value)
-    elif depth == 0 or (callable(value) and not hasattr(value, "__dict__")):
-        yield id(value)
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            yield str(key)
-            yield from _settings(entry, depth - 1)
-    elif isinstance(value, list | tuple | set):
-        yield len(value)
-        for entry in value:
-            yield from _settings(entry, depth - 1)
+        found += id(value), _state_of(value)
+    elif isinstance(value, np.ndarray):
+        found += value.dtype, value.shape, hash(value.tobytes())
     else:
-        yield id(value)
-        if not isinstance(value, nn.Module):
-            for name, entry in vars(value).items() if hasattr(value, "__dict__") else ():
-                if not name.startswith("_"):
-                    yield name
-                    yield from _settings(entry, depth - 1)
+        found.append(value if isinstance(value, bool | int | float | str | type) else id(value))
+        if depth == 0 or id(value) in seen or isinstance(value, type):
+            return
+        seen.add(id(value))  # (rules stand in several places)
+        if isinstance(value, nn.Module):  # (in a list, which hides it from the model)
+            _collect([*value.parameters(), *value.buffers()], depth, found, seen)
+        _collect({name: entry for name, entry in _attributes(value).items() if name[:1] != "_"}, depth, found, seen)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object has of its own, in its ``__dict__`` or in slots."""
+    own, slots = getattr(value, "__dict__", {}), _slots_of(value.__class__)
+    return own | {name: getattr(value, name, None) for name in slots} if slots else own
+
+
+@lru_cache(maxsize=256)
+def _slots_of(kind: type) -> tuple[str, ...]:
+    each = (kind.__dict__.get("__slots__", ()) for kind in kind.__mro__)
+    names = [name for slots in each for name in ((slots,) if isinstance(slots, str) else slots)]
+    return tuple(name for name in names if name[:2] != "__")

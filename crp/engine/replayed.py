@@ -19,9 +19,11 @@ from crp.engine.inputs import Inputs
 from crp.engine.joining import Part
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import ModelState, is_traced, is_watched
-from crp.engine.replay import Computation, Recorder, Replays
+from crp.engine.recordings import Recorder, Tensors
+from crp.engine.replay import Computation, Replays
 from crp.engine.settings import Settings
 from crp.engine.targets import check_targets_exist, initial_relevance
+from crp.engine.turns import TURNS, parts_of
 from crp.layers.devices import send_to
 from crp.types import AttributionResults
 
@@ -36,7 +38,7 @@ class Replayed:
     Parameters
     ----------
     recorder : Recorder, optional
-        CUDA graphs by default, for models on a GPU only.
+        As in `Replays`.
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -54,6 +56,12 @@ class Replayed:
             return None
         if composite is None or is_on(composite, call.model) or not _is_replayable(call, composite):
             return None
+        if (
+            len(rows) < len(call.rows)
+            and Encoding.of(composite).multiplier
+            and not self.replays.runs_ahead(data.device)
+        ):
+            return None  # (one forward pass serves all parts)
         if len(rows.groups(name)) > 1:
             return None
         samples = tuple(sorted({*rows.samples}))
@@ -66,7 +74,7 @@ class Replayed:
         if key not in self._shapes:
             return self._learn(key, replace(call, rows=rows, shortcut=None).laid_out(), composite)
         shapes = self._shapes[key]
-        if not shapes or math.prod(shapes[None]) > _MOST_STARTED:
+        if not shapes or math.prod(shapes[None]) > _MOST_STARTED[data.device.type]:
             return None
         check_targets_exist(rows.targets(name), torch.empty(shapes[None], device="meta"), name, rows.places)
         given = _given_for(rows, columns, settings, shapes)
@@ -76,7 +84,12 @@ class Replayed:
         def prepare() -> Computation | None:
             if is_watched(call.model):
                 return None
-            laid_out = call.laid_out()
+            laid_out = replace(call, rows=rows, batch_size=None, shortcut=None).laid_out()
+
+            def read(part: Part | None) -> Tensors:
+                assert part is not None, "a layer has one entry for each sample, as it had before"
+                results = _flattened(*part)
+                return results if settings.reading is None else results | {_READING: settings.reading(part[0])}
 
             def compute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 masks = {layer: tensors[f"mask {layer}"] for layer in given.masks}
@@ -85,20 +98,17 @@ class Replayed:
                     inputs=Inputs.of(tensors["data"], settings.explain),
                     rows=alike,
                     settings=replace(laid_out.settings, shared_start=given.shared),
-                    batch_size=None,
-                    shortcut=None,
                     given=Given(tensors["start"], masks, given.shared),
                 )
-                part = inner.at_once(composite)
-                assert part is not None, "a layer has one entry for each sample, as it had before"
-                results = _flattened(*part)
-                return results if settings.reading is None else results | {_READING: settings.reading(part[0])}
+                return read(inner.at_once(composite))
 
-            return Computation(ModelState(call.model, composite), compute)
+            return Computation(ModelState(call.model, composite), compute, lambda: read(laid_out.at_once(composite)))
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if settings.reading is not None else None
-        tensors = self.replays.run((key, given.shared, settings.reading), prepare, inputs, only)
+        asked = (key, given.shared, settings.reading)
+        with TURNS.taken(parts_of(call.model)):  # (in its turn, another thread has hooks on it, or other weights in it)
+            tensors = self.replays.run(asked, data.device, prepare, inputs, only)
         if tensors is None:
             return None
         encoding = Encoding.of(composite)
@@ -118,7 +128,7 @@ class Replayed:
 
 
 #: Entries of what starts in all rows, of which a copy to the device costs less than a replay saves.
-_MOST_STARTED = 1 << 28
+_MOST_STARTED = {"cuda": 1 << 28, "cpu": 1 << 18}
 
 
 def _is_replayable(call: Call, composite: Composite) -> bool:
@@ -146,9 +156,9 @@ def _form_of(tensor: Tensor) -> Hashable:
 def _precision_of(device: torch.device) -> Hashable:
     """Precision in which operations run now."""
     kind = device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtypes = torch.get_default_dtype(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     backends = torch.backends
-    return autocast, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.deterministic
+    return *dtypes, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.deterministic
 
 
 def _given_for(

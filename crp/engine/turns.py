@@ -27,8 +27,8 @@ class _Turns:
         self._change = threading.Condition()
         #: Thread and number of its turns, by `id` of the object.
         self._held: dict[int, tuple[int, int]] = {}
-        #: Threads that a thread waits for.
-        self._waiting: dict[int, set[int]] = {}
+        #: What a thread waits for, by `id`.
+        self._waiting: dict[int, list[int]] = {}
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(
                 before=lambda: self._change.acquire(),
@@ -68,7 +68,7 @@ class _Turns:
                         "another thread is at work on the model, or on one that shares layers with it"
                         + (", and waits for this thread: call them in the same order" if wait else "; wait for it")
                     )
-                self._waiting[thread] = others
+                self._waiting[thread] = keys
                 self._change.wait(_LOOK)
             try:
                 raise_waiting()
@@ -92,7 +92,7 @@ class _Turns:
             other = todo.pop()
             if other not in seen:
                 seen.add(other)
-                todo.extend(self._waiting.get(other, ()))
+                todo.extend(self._held[key][0] for key in self._waiting.get(other, ()) if key in self._held)
         return thread in seen
 
     def _only_this_thread(self) -> None:

@@ -135,7 +135,7 @@ def test_a_part_is_gone_while_its_successor_is_computed():
         parts += map(weakref.ref, (part.heatmap, *part.relevances.values(), *part.activations.values()))
         del part
     assert len(parts) == 3 * 5
-    assert kept == [0] * 6
+    assert len(kept) >= 6 and not any(kept)
 
 
 @pytest.mark.parametrize(

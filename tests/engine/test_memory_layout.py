@@ -17,8 +17,8 @@ from crp.concepts import ChannelConcept
 from crp.engine import memory_layout
 from crp.engine.independence import check_independent, check_keeps_nothing
 from crp.engine.inputs import Inputs
+from crp.engine.kernel_calls import CallRecorder
 from crp.engine.memory_layout import is_faster_channels_last
-from crp.engine.replay import CallRecorder
 from crp.engine.replayed import Replayed
 from crp.visualization.mining.run import mine
 
@@ -192,14 +192,14 @@ def test_a_lack_of_memory_says_nothing_about_the_model(data: Tensor, monkeypatch
     assert memory_layout._same[net] == {}
 
 
-def test_the_switch_is_heard_after_a_recording_too(data: Tensor, seen: list[bool]) -> None:
+def test_the_switch_is_heard_after_a_recording_too(data: Tensor, request: pytest.FixtureRequest) -> None:
     attribution, rules = CondAttribution(made()), EpsilonPlus()
-    attribution._replayed = Replayed(CallRecorder())
+    attribution._replayed = Replayed(CallRecorder(2))
     for number in range(6):
         attribution(data + number, [{"y": [0]}], rules)
     assert attribution._replayed.replays.replayed == 3
     attribution.channels_last = False
-    seen.clear()
+    seen = request.getfixturevalue("seen")
     attribution(data, [{"y": [0]}], rules)
     assert seen == [False]
 

@@ -18,7 +18,7 @@ from torchvision.transforms import Normalize
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept
-from crp.engine.replay import CallRecorder
+from crp.engine.kernel_calls import CallRecorder
 from crp.engine.replayed import Replayed
 from crp.engine.settings import Settings
 from crp.types import AttributionResults
@@ -311,10 +311,13 @@ def test_what_was_just_written_is_not_read_again(tmp_path: Path, monkeypatch: py
     [("label", [3, 6]), ("all", [15, 18])],
     ids=["one target of a sample", "several targets of a sample"],
 )
-def test_a_later_run_replays_every_batch(tmp_path: Path, targets: str, expected: list[int]) -> None:
+def test_a_later_run_replays_every_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: str, expected: list[int]
+) -> None:
     """What is scored is recorded with the attribution, and nothing else leaves a replay."""
+    monkeypatch.setattr(CallRecorder, "runs_ahead", True)  # (else several targets share a forward pass)
     attribution, rules, layer_map = CondAttribution(make_net()), EpsilonPlus(), dict.fromkeys(LAYERS, ChannelConcept())
-    attribution._replayed = Replayed(CallRecorder())
+    attribution._replayed = Replayed(CallRecorder(2))
     options: dict[str, Any] = {"attribution": attribution, "composite": rules, "layer_map": layer_map}
     replayed = []
     for name in ("first", "second"):
@@ -346,7 +349,7 @@ def test_what_scores_otherwise_is_computed_anew(tmp_path: Path, change: str) -> 
     """Two runs of one attribution and one composite differ only in how concepts are scored."""
     concept: Any = Turned() if change == "concept" else ChannelConcept()
     attribution = CondAttribution(make_net())
-    attribution._replayed = Replayed(CallRecorder())
+    attribution._replayed = Replayed(CallRecorder(2))
     options: dict[str, Any] = {"composite": EpsilonPlus(), "layer_map": {"conv": concept}, "modes": ["relevance"]}
     for turn in ("first", "again", "changed"):
         if turn == "changed":
@@ -360,7 +363,7 @@ def test_what_scores_otherwise_is_computed_anew(tmp_path: Path, change: str) -> 
 def test_what_is_read_is_all_that_a_replay_gives() -> None:
     net, rules = make_net(), EpsilonPlus()
     attribution = CondAttribution(net)
-    attribution._replayed = Replayed(CallRecorder())
+    attribution._replayed = Replayed(CallRecorder(2))
     data = torch.stack([Data(4)[index][0] for index in range(4)])
     read: Callable[[AttributionResults], Tensor] = lambda result: result.relevances["conv"].sum((2, 3))  # noqa: E731
     settings = Settings(["conv"], ChannelConcept.mask, None, None, None, exclude_parallel=False, reading=read)
@@ -369,7 +372,7 @@ def test_what_is_read_is_all_that_a_replay_gives() -> None:
         (part,) = call.parts()
         exact = CondAttribution(net)(data * (number + 1), [{"y": [number % 3]}], rules, ["conv"])
         if part[0].reading is None:
-            assert number == 0 and torch.equal(part[0].relevances["conv"], exact.relevances["conv"])
+            assert number < 3 and torch.equal(part[0].relevances["conv"], exact.relevances["conv"])
             continue
         assert not part[0].relevances and not part[0].activations
         torch.testing.assert_close(part[0].reading, read(exact), rtol=1e-12, atol=1e-14)

@@ -18,7 +18,8 @@ from mining_cases import LAYERS, Data, files_of, run
 from torchvision.transforms import Normalize
 
 from crp.concepts import ChannelConcept
-from crp.engine.replay import CallRecorder, Replays
+from crp.engine.kernel_calls import CallRecorder
+from crp.engine.replay import Replays
 from crp.engine.replayed import Replayed
 from crp.visualization.mining import batches, rows, writing
 from crp.visualization.mining.preparation import Preparation
@@ -97,7 +98,7 @@ REPLAYED: list[Replays] = []
 def replayed(patch: pytest.MonkeyPatch) -> None:
     class Kept(Replayed):
         def __init__(self, recorder: Any = None) -> None:
-            super().__init__(CallRecorder())
+            super().__init__(CallRecorder(2))
             REPLAYED.append(self.replays)
 
     patch.setattr("crp.attribution.Replayed", Kept)

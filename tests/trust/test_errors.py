@@ -25,7 +25,8 @@ OF_OTHERS = (NotImplementedError, AttributeError, ImportError, OSError, MemoryEr
 INSIDE = {
     "crp.attributors.noise: RuntimeError",
     "crp.concepts.ids: TypeError",
-    "crp.engine.replay: NotReplayableError",
+    "crp.engine.kernel_calls: NotReplayableError",
+    "crp.engine.names_read: NotReplayableError",
     "crp.layers.interrupts: RuntimeError",
     "crp.visualization.mining.batches: _NotFiniteError",
     "crp.visualization.mining.job: AssertionError",

@@ -196,6 +196,29 @@ def test_two_threads_that_wait_for_each_other_get_an_error():
     assert len(errors) == 1 and "call them in the same order" in errors[0]
 
 
+@pytest.mark.promise("Threads and processes", "A thread that has given back what another waited for is not in its way")
+def test_a_thread_that_has_given_back_is_waited_for_no_more():
+    lock, model = object(), net()
+    has_lock = threading.Event()
+
+    def waits() -> None:
+        with TURNS.taken([lock]):
+            has_lock.set()
+            with TURNS.taken([model]):
+                pass
+
+    thread = threading.Thread(target=waits)
+    with TURNS.taken([model]):
+        thread.start()
+        has_lock.wait(20)
+        while thread.ident not in TURNS._waiting:
+            time.sleep(0.001)
+    with TURNS.taken([lock]):  # (the other has not looked yet)
+        pass
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 

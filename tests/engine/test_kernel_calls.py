@@ -1,0 +1,128 @@
+"""Calls of kernels, made again for other inputs."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+from torchvision.ops import nms
+
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlusFlat
+from crp.engine.kernel_calls import CallRecorder, KernelCalls
+from crp.engine.recordings import NotReplayableError
+
+WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def recorded(run: Callable[[Tensor], Any], data: Tensor) -> KernelCalls:
+    return CallRecorder().record(lambda tensors: {"y": run(tensors["x"])}, {"x": data})
+
+
+def gradient(x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        hidden = (leaf @ WEIGHT).tanh().exp() / 3
+        hidden = hidden[torch.tensor([0, 2, 2])].mul(2).add_(1)
+        (found,) = torch.autograd.grad(hidden.split(2, 1)[1].amax(1).sum() + hidden.sort(1).values[:, 2].sum(), leaf)
+    return found
+
+
+COMPUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a gradient": gradient,
+    "several outputs": lambda x: torch.linalg.svd(x.T @ x)[1] + x.max(1)[0].sum(),
+    "in place": lambda x: x.clone().t().add_(x.T).relu_()[:, :2],
+    "a list": lambda x: torch.stack(x.unbind(1)) + torch.cat(x.chunk(2, 1), 1).T,
+    "mapped": lambda x: torch.func.vmap(lambda row: (row @ WEIGHT).softmax(0))(x),
+    "its input": lambda x: x,
+    "a view of it": lambda x: x[1:].T,
+    "a constant": lambda x: WEIGHT,
+    "its data": lambda x: (x.data * 3).data * 2,
+    "of its form": lambda x: x * x.shape[0] + torch.zeros_like(x).fill_(x.numel()),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTATIONS)
+def test_calls_give_what_the_computation_gives(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    run = COMPUTATIONS[name]
+    program = recorded(run, first)
+    for data in (second, first, second * 3):
+        exact, before = run(data).clone(), data.clone()
+        found = program.replay({"x": data}, None)["y"]
+        assert torch.equal(found, exact) and found.stride() == run(data).stride()
+        found.fill_(7.0)  # (it is the caller's own)
+        assert torch.equal(data, before)
+    assert program.replay({"x": first}, []) == {}
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "a value": (lambda x: x * float(x.sum()), "depends on values"),
+    "places of values": (lambda x: x.nonzero(), "depends on values"),
+    "a mask": (lambda x: x[x > 0], "depends on values"),
+    "random numbers": (lambda x: x * torch.rand(4), "draws random numbers"),
+    "dropout": (lambda x: nn.functional.dropout(x, 0.5), "draws random numbers"),
+    "what is not torch's": (lambda x: nms(x.abs(), x[:, 0], 0.5), "is unknown"),
+    "writes to its input": (lambda x: x.add_(1), "writes to what was there before"),
+    "writes to a part of a constant": (lambda x: WEIGHT[:, 0].zero_() + x.sum(), "writes to what was there before"),
+    "its memory": (lambda x: torch.from_numpy(x.numpy()) * 2, "no call tells how it came by it"),
+    "memory of its own": (lambda x: torch.from_numpy((x * 3).numpy()) * 2, "no call tells how it came by it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_made_again_is_refused(name: str) -> None:
+    run, message = REFUSED[name]
+    with pytest.raises(NotReplayableError, match=message):
+        recorded(run, torch.ones(6, 4, dtype=torch.float64))
+
+
+def test_weights_are_read_as_they_are() -> None:
+    weight = torch.ones(4, dtype=torch.float64)
+    program = recorded(lambda x: x * weight, torch.ones(2, 4, dtype=torch.float64))
+    weight.mul_(5)
+    assert program.replay({"x": torch.full((2, 4), 2.0)}, None)["y"].eq(10).all()
+
+
+def test_no_tensor_between_calls_is_kept_while_recording() -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def run(x: Tensor) -> Tensor:
+        for _ in range(20):
+            x = x * 2
+            made.append(weakref.ref(x.untyped_storage()))
+            assert sum(ref() is not None for ref in made) <= 2
+        return x
+
+    first = torch.ones(4)
+    gc.collect()
+    assert recorded(run, first).replay({"x": first * 3}, None)["y"].eq(3 * 2.0**20).all()
+
+
+def test_threads_replay_in_turn() -> None:
+    """Each gets what belongs to its own data."""
+    model = resnet18(weights=None).eval()
+    attribution, plain, rules = CondAttribution(model), CondAttribution(model), EpsilonPlusFlat()
+    plain.replay = False
+    images = torch.randn(8, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = [plain(image, [{"y": 3}], rules).heatmap for image in images]
+    found: dict[int, list[Tensor]] = {}
+
+    def work(place: int) -> None:
+        found[place] = [attribution(images[place], [{"y": 3}], rules).heatmap for _ in range(8)]
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(heatmap, exact[place]) for place in range(8) for heatmap in found[place])
+    assert attribution._replayed.replays.replayed > 20
