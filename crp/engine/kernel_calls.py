@@ -20,6 +20,10 @@ from crp.engine.recordings import NotReplayableError, Run, Tensors, some
 _UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
 
+#: Operations that give the tensor that they take, where there are no gradients.
+_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.alias.default}
+
+
 class CallRecorder:
     """Records calls of kernels, on any device: what they compute is, to the last bit, what they have computed.
 
@@ -127,6 +131,9 @@ class _Calls(TorchDispatchMode):
             return nodes[value.number] if isinstance(value, _Made) else value
 
         for function, args, kwargs, result in self._calls:
+            if function in _NOTHING:
+                nodes[result.number] = node_of(args[0])
+                continue
             node = graph.call_function(function, *tree_map(node_of, (args, kwargs)))
             if isinstance(result, _Made):
                 nodes[result.number] = node

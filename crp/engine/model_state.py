@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ _NO_SETTINGS = (nn.Module, type, ModuleType, FunctionType, MethodType)
 _DEPTH = 4
 #: Common types of what cannot.
 PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
+_SIMPLE = PLAIN - {tuple} | {type}
 
 
 def is_traced() -> bool:
@@ -79,7 +81,7 @@ class ModelState:
                     self._tensors += settings_in(value) if isinstance(value, Tensor | np.ndarray) or value else ()
                 elif id(value) not in seen and not isinstance(value, _NO_SETTINGS) and (own := _attributes(value)):
                     seen.add(id(value))  # (modules share one, such as the configuration of Hugging Face's)
-                    self._tensors += settings_in(own, _DEPTH)
+                    self._tensors += settings_in({name: getattr(value, name, None) for name in own}, _DEPTH)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
             settings.pop(name, None)
@@ -128,34 +130,39 @@ def settings_in(value: Any, depth: int = 6) -> list[object]:
 
 
 def _collect(value: Any, depth: int, found: list[object], seen: set[int]) -> None:
-    if type(value) in PLAIN and type(value) is not tuple:
+    entries: Any = ()
+    if type(value) in _SIMPLE:
         found.append(value)
-    elif isinstance(value, list | tuple | set | deque | dict):
-        found.append(len(value))
-        if isinstance(value, dict):
-            found += map(str, value)
-            value = value.values()
-        if depth > 0:
-            for entry in value:
-                _collect(entry, depth - 1, found, seen)
+    elif isinstance(value, dict):
+        found += map(str, value)
+        entries = value.values()
+    elif isinstance(value, list | tuple | set | deque):
+        entries = value
     elif isinstance(value, Tensor):
         found += id(value), _state_of(value)
     elif isinstance(value, np.ndarray):
         found += value.dtype, value.shape, hash(value.tobytes())
     else:
         found.append(value if isinstance(value, bool | int | float | str | type) else id(value))
-        if depth == 0 or id(value) in seen or isinstance(value, type):
-            return
-        seen.add(id(value))  # (rules stand in several places)
-        if isinstance(value, nn.Module):  # (in a list, which hides it from the model)
-            _collect([*value.parameters(), *value.buffers()], depth, found, seen)
-        _collect({name: entry for name, entry in _attributes(value).items() if name[:1] != "_"}, depth, found, seen)
+        if depth > 0 and id(value) not in seen and not isinstance(value, type):
+            seen.add(id(value))  # (rules stand in several places)
+            names = [name for name in _attributes(value) if name[:1] != "_"]
+            found += names
+            entries = [getattr(value, name, None) for name in names]
+            if isinstance(value, nn.Module):  # (in a list, which hides it from the model)
+                entries += [*value.parameters(), *value.buffers()]
+    if entries:
+        found.append(len(entries))
+    for entry in entries if depth > 0 else ():
+        if type(entry) in _SIMPLE:  # (nearly all are)
+            found.append(entry)
+        else:
+            _collect(entry, depth - 1, found, seen)
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """What an object has of its own, in its ``__dict__`` or in slots."""
-    own, slots = getattr(value, "__dict__", {}), _slots_of(value.__class__)
-    return own | {name: getattr(value, name, None) for name in slots} if slots else own
+def _attributes(value: Any) -> Sequence[str]:
+    """Names of what an object has of its own, in its ``__dict__`` or in slots."""
+    return [*getattr(value, "__dict__", ()), *_slots_of(value.__class__)]
 
 
 @lru_cache(maxsize=256)
