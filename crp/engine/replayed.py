@@ -81,6 +81,9 @@ class Replayed:
         if given is None:
             return None
 
+        # (on a CPU, what is computed outside is computed faster, as values may be looked at)
+        reading = settings.reading if self.replays.runs_ahead(data.device) else None
+
         def prepare() -> Computation | None:
             if is_watched(call.model):
                 return None
@@ -89,7 +92,7 @@ class Replayed:
             def read(part: Part | None) -> Tensors:
                 assert part is not None, "a layer has one entry for each sample, as it had before"
                 results = _flattened(*part)
-                return results if settings.reading is None else results | {_READING: settings.reading(part[0])}
+                return results if reading is None else results | {_READING: reading(part[0])}
 
             def compute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 masks = {layer: tensors[f"mask {layer}"] for layer in given.masks}
@@ -105,8 +108,8 @@ class Replayed:
             return Computation(ModelState(call.model, composite), compute, lambda: read(laid_out.at_once(composite)))
 
         inputs = {"data": chosen} | _sent(given, chosen)
-        only = {"heatmap", "prediction", _READING} if settings.reading is not None else None
-        asked = (key, given.shared, settings.reading)
+        only = {"heatmap", "prediction", _READING} if reading is not None else None
+        asked = (key, given.shared, reading)
         with TURNS.taken(parts_of(call.model)):  # (in its turn, another thread has hooks on it, or other weights in it)
             tensors = self.replays.run(asked, data.device, prepare, inputs, only)
         if tensors is None:

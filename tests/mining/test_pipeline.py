@@ -344,9 +344,13 @@ class Turned(Concept):
         return ChannelConcept.mask(batch_id, [(i + self.first) % 4 for i in concept_ids], layer_name)
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("change", ["modes", "concept"])
-def test_what_scores_otherwise_is_computed_anew(tmp_path: Path, change: str) -> None:
+def test_what_scores_otherwise_is_computed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, ahead: bool
+) -> None:
     """Two runs of one attribution and one composite differ only in how concepts are scored."""
+    monkeypatch.setattr(CallRecorder, "runs_ahead", ahead)
     concept: Any = Turned() if change == "concept" else ChannelConcept()
     attribution = CondAttribution(make_net())
     attribution._replayed = Replayed(CallRecorder(2))
@@ -360,7 +364,8 @@ def test_what_scores_otherwise_is_computed_anew(tmp_path: Path, change: str) -> 
     assert attribution._replayed.replays.replayed > 6
 
 
-def test_what_is_read_is_all_that_a_replay_gives() -> None:
+def test_what_is_read_is_all_that_a_replay_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CallRecorder, "runs_ahead", True)  # (on a CPU, scores are computed outside)
     net, rules = make_net(), EpsilonPlus()
     attribution = CondAttribution(net)
     attribution._replayed = Replayed(CallRecorder(2))
