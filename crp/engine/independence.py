@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
-from crp.engine.model_state import is_watched
+from crp.engine.model_state import is_traced
+from crp.engine.module_hooks import HOOKS, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.interrupts import atomic
@@ -53,7 +55,7 @@ class FirstLook:
         """Check what the model did for these samples; as `check_independent`, and whether it would do so again."""
         model, first = self._model, next(passes)
         check_independent(model, inputs, chain([first], passes), select)
-        if not self.is_first or model in _looked_at or is_watched(model):
+        if not self.is_first or model in _looked_at or is_traced():
             return
         if not all(map(torch.equal, self._states, _states_of(model))) and _is_another(model, inputs.select([0])):
             _tell_another(model)
@@ -71,8 +73,9 @@ def check_independent(
 
     The model is given the first sample among others, and among others of another kind. That is done once for each
     model, which is left as it was; where it has outputs of both kinds, at each call for the one that is explained.
-    It is left out where others watch the model run, as their hooks would see calls that nobody asked for. Nothing is
-    known of models that do not take such data, and of those that draw random numbers, of which a warning tells.
+    A user's hooks see nothing of it, as nobody asked for these calls; what they change in the model is not looked at.
+    It is left out where modes of torch, or hooks on all modules, see each operation. Nothing is known of models that do
+    not take such data, and of those that draw random numbers, of which a warning tells.
 
     Parameters
     ----------
@@ -84,7 +87,7 @@ def check_independent(
     select : callable
         Takes what is explained from what the model returns.
     """
-    if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
+    if model in _independent or all(len(samples) < 2 for samples in passes) or is_traced():
         return
     try:
         batches = [_among_others(inputs, factor) for factor in (0.0, 3.0)]
@@ -114,7 +117,7 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
 
     That is done once for each model, and left out, as in `check_independent`.
     """
-    if model in _keeping_nothing or is_watched(model):
+    if model in _keeping_nothing or is_traced():
         return
     alone, tolerance = inputs.select([0]), _tolerance(inputs)
     try:
@@ -189,8 +192,13 @@ def _among_others(inputs: Inputs, factor: float) -> Inputs:
 
 @atomic
 def _looking_at(model: nn.Module) -> Iterator[None]:
-    """Context in which a model runs, and after which it is as it was."""
+    """Context in which a model runs unseen by hooks that are not its own, and after which it is as it was."""
     with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()):
+        modules, thread = modules_of(model).values(), get_ident()
+        parts = set(map(id, modules))
+        for hooks in [getattr(module, kind) for module in modules for kind in HOOKS]:  # (put back with all else)
+            others = {n: hook for n, hook in hooks.items() if id(getattr(hook, "__self__", None)) not in parts}
+            hooks.update({number: _OfOtherThreads(hook, thread) for number, hook in others.items()})
         yield
 
 
