@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from threading import get_ident
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -57,7 +59,7 @@ class FirstLook:
         check_independent(model, inputs, chain([first], passes), select)
         if not self.is_first or model in _looked_at or is_traced():
             return
-        if not all(map(torch.equal, self._states, _states_of(model))) and _is_another(model, inputs.select([0])):
+        if not all(map(np.array_equal, self._states, _states_of(model))) and _is_another(model, inputs.select([0])):
             _tell_another(model)
         _check_padding(model, inputs.select(list(first)), select)
         _looked_at.add(model)
@@ -137,10 +139,11 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
         _tell_another(model)
 
 
-def _states_of(model: nn.Module) -> list[Tensor]:
-    """States of the random generators that a model draws from."""
+def _states_of(model: nn.Module) -> list[Any]:
+    """States of the random generators that a model draws from, in parts that can be compared."""
     device = next(model.parameters(), torch.empty(0)).device
-    return [state for state, _ in random_states([device])]
+    states = [state for state, _ in random_states([device])]
+    return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
 
 
 def _tell_another(model: nn.Module) -> None:
@@ -205,8 +208,11 @@ def _looking_at(model: nn.Module) -> Iterator[None]:
 def _run(model: nn.Module, inputs: Inputs, later: bool = False, nesting: Iterable[nn.TransformerEncoder] = ()) -> Any:
     """What a model returns, by the random numbers that come next, or by ``later`` ones; and where encoders nest."""
     with _looking_at(model):
-        for device in {data.device for data in inputs.explained} if later else ():
-            torch.rand(1, device=device)
+        if later:
+            random.random()
+            np.random.random()  # noqa: NPY002 (what the model may draw from)
+            for device in {data.device for data in inputs.explained}:
+                torch.rand(1, device=device)
         for encoder in nesting:  # (which is put back with all else)
             encoder.use_nested_tensor = True
         return inputs.run(model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -361,8 +363,20 @@ def test_the_model_is_put_back(images: Tensor) -> None:
 class Noise(nn.Module):
     """Draws numbers in evaluation mode."""
 
+    def __init__(self, draw: Callable[[], Any] = lambda: torch.rand(1)) -> None:
+        super().__init__()
+        self.draw = draw
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rand_like(x)
+        return x * float(self.draw())
+
+
+DRAWING = {
+    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=True),
+    "torch": Noise(),
+    "Python": Noise(random.random),
+    "NumPy": Noise(np.random.rand),
+}
 
 
 @pytest.mark.promise(
@@ -370,10 +384,11 @@ class Noise(nn.Module):
 )
 @pytest.mark.parametrize("n_samples", [1, 4])
 @pytest.mark.parametrize("composite", [EpsilonPlus(), None], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("draw", DRAWING)
 def test_random_numbers_in_evaluation_mode_are_told_once(
-    images: Tensor, n_samples: int, composite: Composite | None, untouched: Callable[[nn.Module], Any]
+    images: Tensor, n_samples: int, composite: Composite | None, draw: str, untouched: Callable[[nn.Module], Any]
 ) -> None:
-    model = Net(lambda x: torch.nn.functional.dropout(x, 0.5, training=True))
+    model = Net(DRAWING[draw])
     attribution = CondAttribution(model)
     with untouched(model), pytest.warns(UserWarning, match=DRAWN):
         one = attribution(images[:n_samples], [LINEAR], composite)
