@@ -75,10 +75,7 @@ def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) ->
 
 
 def random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Any, Callable[[Any], object]]]:
-    """States of global random generators, of Python, NumPy and torch, and functions that put them back.
-
-    Of torch's, those of the CPU and of some devices.
-    """
+    """States of global random generators, torch's on the CPU and some devices, and functions that put them back."""
     yield random.getstate(), random.setstate
     yield np.random.get_state(), np.random.set_state  # noqa: NPY002 (what others draw from)
     yield torch.get_rng_state(), torch.set_rng_state

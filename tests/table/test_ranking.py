@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from table_maker import Source, make_table
 
+from crp.concepts import normalize
 from crp.visualization.table import ranking
 from crp.visualization.table.ranking import class_means, class_statistics, list_targets, top_k
 from crp.visualization.table.store import Table
@@ -17,7 +19,7 @@ QUERIES = [
 
 def values_of(source: Source, layer: str, mode: str, kind: str, normed: bool) -> np.ndarray:
     value = source.columns[f"{mode}.{kind}/{layer}"]
-    return value / (np.abs(value).sum(1, keepdims=True) + np.float32(1e-10)) if normed else value
+    return normalize(torch.from_numpy(value)).numpy() if normed else value
 
 
 def rank(source: Source, layer: str, mode: str, kind: str, normed: bool, k: int, keep: np.ndarray) -> list[list[tuple]]:
