@@ -144,7 +144,7 @@ def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
     Weights or buffers that are not finite are named; otherwise numbers have become too large on the way.
     """
     if _all_finite(heatmap):
-        if any(map(_is_lost_in_float16, _parts_of(heatmap))):
+        if any(is_lost_in_float16(part, part.dtype) for part in _parts_of(heatmap)):
             warn(
                 f"relevance is below {_LEAST:.0e} everywhere in some rows, where float16 has few digits left, or none: "
                 "compute in bfloat16 or float32, or start with more, such as init_rel=1000"
@@ -169,12 +169,12 @@ def _parts_of(result: object) -> Iterator[Tensor]:
             yield from _parts_of(part)
 
 
-def _is_lost_in_float16(heatmap: Tensor) -> bool:
-    """Whether relevance was computed in float16, whose numbers are too small for that of some row."""
+def is_lost_in_float16(relevance: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether relevance that was computed in float16, as dtypes or autocast say, is too small for it in some row."""
     casts = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    if torch.float16 not in (heatmap.dtype, *casts) or heatmap.is_meta:
+    if torch.float16 not in (*dtypes, *casts) or relevance.is_meta:
         return False
-    return bool((heatmap.detach().flatten(1).abs().amax(1) < _LEAST).any())
+    return bool((relevance.detach().flatten(1).abs().amax(1) < _LEAST).any())
 
 
 def _listed(names: list[str]) -> str:

@@ -78,6 +78,8 @@ def test_top_k_of_a_class_some_samples_and_some_concepts(tmp_path: Path, mode: s
     for number in (-1, table.n_samples):
         with pytest.raises(IndexError, match=f"there is no sample {number}; the dataset has {table.n_samples}, 0 to "):
             top_k(table, "a", mode, samples=[3, number])
+        with pytest.raises(IndexError, match=f"there is no sample {number}; "):
+            table.blocks("a", mode, samples=[3, number])
 
 
 @pytest.mark.parametrize(
