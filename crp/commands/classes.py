@@ -57,10 +57,11 @@ def prototypes_command(
         crp prototypes atlas/ layer4 ship
     """
     from crp.audit import prototypes
+    from crp.visualization.models import find_class
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
-    chosen = [_find_class(table, name) for name in classes] or None
+    chosen = [find_class(name, _class_names(table)) for name in classes] or None
     found = prototypes(table, layer, range(1, 7) if n is None else n, classes=chosen, covariance=covariance, seed=seed)
     if save is not None:
         found.save(save)
@@ -179,10 +180,11 @@ def clusters_command(
         crp clusters atlas/ layer4 ship
     """
     from crp.audit import clusters, export_corelay, save_clusters, with_concepts
+    from crp.visualization.models import find_class
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
-    target = _find_class(table, of_class)
+    target = find_class(of_class, _class_names(table))
     found = clusters(table, layer, target, what=what, n=n, n_neighbours=neighbours, seed=seed)
     if export is not None:
         try:
@@ -311,17 +313,3 @@ def _class_names(table: Table) -> list[str]:
 def _class_name(table: Table, of_class: int) -> str:
     names = _class_names(table)
     return names[of_class] if 0 <= of_class < len(names) else f"class {of_class}"
-
-
-def _find_class(table: Table, name: str) -> int:
-    """Class by its name, in any case, or its number."""
-    alike = [i for i, one in enumerate(_class_names(table)) if one.casefold() == name.casefold()]
-    if not alike and name.removeprefix("-").isdecimal():
-        return int(name)
-    if len(alike) != 1:
-        from difflib import get_close_matches
-
-        near = ", ".join(map(repr, get_close_matches(name, _class_names(table), 3, 0.4))) or "none; give its number"
-        why = f"the name of the classes {alike}" if alike else f"no class of the table; nearest: {near}"
-        raise CommandError(_plain(f"{name!r} is {why}"))
-    return alike[0]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
-from crp.engine.door import check_merged, check_weights
+from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.last_calls import LastCalls
 from crp.engine.module_hooks import HOOKS, OfThread, _reading_only
@@ -266,7 +266,7 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
             composite.register(model)
             if not isolates:
                 _for_this_thread(modules_of(model), before)
-        check_merged(composite, modules)
+        _check_merged(composite, modules)
         if not isolates:
             undo.enter_context(_called_once(model))
         yield model
