@@ -11,7 +11,7 @@ import click
 
 from crp.commands.errors import CommandError
 from crp.commands.values import _plain
-from crp.wording import percent
+from crp.wording import counted, percent
 
 if TYPE_CHECKING:
     from crp.audit import AuditedSample, Clusters, Prototypes
@@ -82,7 +82,7 @@ def prototypes_command(
                 }
             )
     if as_json:
-        click.echo(json.dumps({"layer": layer, "covariance": covariance, "prototypes": rows}))
+        click.echo(json.dumps({"layer": layer, "covariance": covariance, "seed": seed, "prototypes": rows}))
         return
     for row in rows:
         concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
@@ -212,19 +212,18 @@ def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_js
     ]
     if as_json:
         facts = {"layer": layer, "class": target, "name": _class_name(table, target), "separation": found.separation}
-        click.echo(json.dumps(facts | {"eigenvalues": found.eigenvalues.tolist(), "clusters": rows}))
+        facts |= {"eigenvalues": found.eigenvalues.tolist(), "seed": found.seed}
+        click.echo(json.dumps(facts | {"clusters": rows}))
         return
-    click.echo(
-        _plain(
-            f"{_class_name(table, target)}, layer {layer!r}: {len(found.label)} samples in {len(rows)} clusters, "
-            f"separation {found.separation:.2f}"
-        )
-    )
+    sizes = f"{counted(len(found.label), 'sample')} in {counted(len(rows), 'cluster')}"
+    named = f"{_class_name(table, target)}, layer {layer!r}"
+    click.echo(_plain(f"{named}: {sizes}, separation {found.separation:.2f}"))
     for row in rows:
         concepts = ", ".join(f"{one['concept']} ({one['more']:+.3f})" for one in row["concepts"])
         such = ", ".join(map(str, row["samples"][:_LISTED]))
         click.echo(
-            f"cluster {row['cluster']}  {row['size']} samples, such as {such}; more of concepts {concepts or 'none'}"
+            f"cluster {row['cluster']}  {counted(row['size'], 'sample')}, such as {such}; "
+            f"more of concepts {concepts or 'none'}"
         )
 
 
@@ -250,7 +249,7 @@ def _tell_audit(
         click.echo(json.dumps({"layer": layer, "n_samples": len(audited), "samples": rows}))
         return
     more = f", of which the {len(shown)} least usual are listed" if len(shown) < len(audited) else ""
-    click.echo(_plain(f"layer {layer!r}: {len(audited)} samples{more}"))
+    click.echo(_plain(f"layer {layer!r}: {counted(len(audited), 'sample')}{more}"))
     for name, one in shown:
         usual = str(one).replace(f"class {one.predicted}", _class_name(table, one.predicted), 1)
         click.echo(_plain(f"{name}  {usual}"))

@@ -517,7 +517,7 @@ def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> 
     assert not (here / "out").exists()
     (here / "names").write_text("a\nb\nc\n")
     result = crp("mine", *options, "--classes", here / "names")
-    assert result.exit_code == 1 and "there are 3 names of classes, and the model has 6 outputs" in result.output
+    assert result.exit_code == 1 and "--classes names 3, and the model has 6 outputs" in result.output
     (here / "names").write_text("x\na\ny\nc\nb\nz\n")
     assert crp("mine", *options, "--classes", here / "names").exit_code == 0
     table = Table.open("out")
