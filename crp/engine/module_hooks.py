@@ -36,7 +36,7 @@ class _OfOtherThreads(OfThread):
 
 
 class _ReadOnly(OfThread):
-    """Backward hook that must return nothing, as torch sends on what is returned in place of the gradient."""
+    """Backward hook that must write to no gradient, and return none, which torch would send on in its place."""
 
     def __init__(self, hook: Callable[..., Any], layer: str) -> None:
         super().__init__(hook, get_ident())
@@ -44,12 +44,14 @@ class _ReadOnly(OfThread):
 
     def __call__(self, module: nn.Module, *gradients: Any) -> None:
         """Have the hook read; torch calls it in a thread of the device."""
-        if (returned := self._hook(module, *gradients)) is not None:
+        versions = [(each, each._version) for part in gradients for each in part if each is not None]
+        returned = self._hook(module, *gradients)
+        if returned is not None or any(each._version != version for each, version in versions):
+            does = "writes to a gradient" if returned is None else f"returns a {type(returned).__name__}"
             where = f"layer {self._layer!r} ({type(module).__name__})" if self._layer else "the model"
             raise StateError(
-                f"a backward hook on {where} returns a {type(returned).__name__}, which torch sends on in place of the "
-                "gradient: relevance would not be what it is called. Let the hook return None, take it off for the "
-                "call (handle.remove()), or change relevance by a mask or a rule"
+                f"a backward hook on {where} {does}: relevance would not be what it is called. Let the hook read and "
+                "return None, take it off for the call (handle.remove()), or change relevance by a mask or a rule"
             )
 
 

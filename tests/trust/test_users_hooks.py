@@ -46,6 +46,18 @@ def test_hooks_that_change_what_goes_back_are_refused(
 
 @pytest.mark.parametrize("kind", CHANGING)
 @pytest.mark.parametrize("call", CALLS)
+def test_hooks_that_write_to_what_goes_back_are_refused(kind: str, call: str) -> None:
+    def double(module: nn.Module, gradients: tuple[torch.Tensor, ...], *_: Any) -> None:
+        gradients[0].mul_(2)
+
+    model = net()
+    getattr(model[3], kind)(double)
+    with pytest.raises(StateError, match=r"backward hook .* layer '3' \(Conv2d\) writes to a gradient"):
+        CALLS[call](model)
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+@pytest.mark.parametrize("call", CALLS)
 def test_hooks_that_read_what_goes_back_change_nothing(
     kind: str, call: str, untouched: Callable[[nn.Module], Any]
 ) -> None:
