@@ -328,6 +328,12 @@ def test_a_composite_on_the_model_switches_no_check_off(images: Tensor) -> None:
         CondAttribution(model)(images, [LINEAR], composite)
 
 
+def test_a_default_device_switches_no_check_off(images: Tensor) -> None:
+    """`torch.set_default_device` is a mode of torch, as this context is."""
+    with torch.device("cpu"), pytest.raises(CRPError, match=MIXED):
+        CondAttribution(Net(batch_norm()))(images, [LINEAR], EpsilonPlus())
+
+
 class Keeping(Net):
     """Predicts from what a hook of its own has kept."""
 
