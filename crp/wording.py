@@ -17,6 +17,11 @@ def first_few(words: Sequence[str], n: int, kind: str = "") -> str:
     return ", ".join(words[:n]) + more
 
 
+def counted(n: int, thing: str, things: str = "") -> str:
+    """A number of things: ``"1 layer"``, or ``"2 layers"``; ``things`` are given where they are no thing and an s."""
+    return f"{n} {thing if n == 1 else things or thing + 's'}"
+
+
 def percent(share: float) -> str:
     """Share as text: ``0.1234`` is ``12.3 %``, and ``0.0004`` is ``0.04 %``."""
     value = 100 * share

@@ -122,6 +122,7 @@ def attribute(
     """
     from crp.attributors.explaining import find_method
     from crp.commands.texts import Asking, explain_texts
+    from crp.visualization.models import find_class
 
     _check_kind(images, texts)
     if texts:
@@ -144,7 +145,7 @@ def attribute(
     given = _merged(_parsed(settings), through, page and chosen.family != "cam")
     loaded = _load(model, output, **loading)
     given |= {} if loaded.output is None else {"output": loaded.output}
-    index = None if target is None else loaded.find_class(target)
+    index = None if target is None else find_class(target, loaded.classes, "--target")
     if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
         click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
     where = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""

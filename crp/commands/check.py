@@ -40,12 +40,13 @@ def check_command(
     """
     from crp.attribution import CondAttribution
     from crp.commands.mine import _make_composite
+    from crp.visualization.models import find_class
 
     composite = _make_composite(rules, settings)
     loaded = _load(model, output, **loading)
     _, data = loaded.read(image)
     attribution = CondAttribution(loaded.model, output=loaded.output)
-    y = int(loaded.scores(data)[0].argmax()) if target is None else loaded.find_class(target)
+    y = int(loaded.scores(data)[0].argmax()) if target is None else find_class(target, loaded.classes, "--target")
     checked = attribution.check(data, [{attribution.MODEL_OUTPUT_NAME: y}], composite)
     told = "\n".join(_plain(line) for line in str(checked).replace("\N{MINUS SIGN}", "-").splitlines())
     click.echo(json.dumps(checked.to_dict()) if as_json else told)

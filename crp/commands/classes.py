@@ -11,7 +11,7 @@ import click
 
 from crp.commands.errors import CommandError
 from crp.commands.values import _plain
-from crp.wording import percent
+from crp.wording import counted, percent
 
 if TYPE_CHECKING:
     from crp.audit import AuditedSample, Clusters, Prototypes
@@ -57,10 +57,11 @@ def prototypes_command(
         crp prototypes atlas/ layer4 ship
     """
     from crp.audit import prototypes
+    from crp.visualization.models import find_class
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
-    chosen = [_find_class(table, name) for name in classes] or None
+    chosen = [find_class(name, _class_names(table)) for name in classes] or None
     found = prototypes(table, layer, range(1, 7) if n is None else n, classes=chosen, covariance=covariance, seed=seed)
     if save is not None:
         found.save(save)
@@ -81,7 +82,7 @@ def prototypes_command(
                 }
             )
     if as_json:
-        click.echo(json.dumps({"layer": layer, "covariance": covariance, "prototypes": rows}))
+        click.echo(json.dumps({"layer": layer, "covariance": covariance, "seed": seed, "prototypes": rows}))
         return
     for row in rows:
         concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
@@ -179,10 +180,11 @@ def clusters_command(
         crp clusters atlas/ layer4 ship
     """
     from crp.audit import clusters, export_corelay, save_clusters, with_concepts
+    from crp.visualization.models import find_class
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
-    target = _find_class(table, of_class)
+    target = find_class(of_class, _class_names(table))
     found = clusters(table, layer, target, what=what, n=n, n_neighbours=neighbours, seed=seed)
     if export is not None:
         try:
@@ -210,19 +212,18 @@ def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_js
     ]
     if as_json:
         facts = {"layer": layer, "class": target, "name": _class_name(table, target), "separation": found.separation}
-        click.echo(json.dumps(facts | {"eigenvalues": found.eigenvalues.tolist(), "clusters": rows}))
+        facts |= {"eigenvalues": found.eigenvalues.tolist(), "seed": found.seed}
+        click.echo(json.dumps(facts | {"clusters": rows}))
         return
-    click.echo(
-        _plain(
-            f"{_class_name(table, target)}, layer {layer!r}: {len(found.label)} samples in {len(rows)} clusters, "
-            f"separation {found.separation:.2f}"
-        )
-    )
+    sizes = f"{counted(len(found.label), 'sample')} in {counted(len(rows), 'cluster')}"
+    named = f"{_class_name(table, target)}, layer {layer!r}"
+    click.echo(_plain(f"{named}: {sizes}, separation {found.separation:.2f}"))
     for row in rows:
         concepts = ", ".join(f"{one['concept']} ({one['more']:+.3f})" for one in row["concepts"])
         such = ", ".join(map(str, row["samples"][:_LISTED]))
         click.echo(
-            f"cluster {row['cluster']}  {row['size']} samples, such as {such}; more of concepts {concepts or 'none'}"
+            f"cluster {row['cluster']}  {counted(row['size'], 'sample')}, such as {such}; "
+            f"more of concepts {concepts or 'none'}"
         )
 
 
@@ -248,7 +249,7 @@ def _tell_audit(
         click.echo(json.dumps({"layer": layer, "n_samples": len(audited), "samples": rows}))
         return
     more = f", of which the {len(shown)} least usual are listed" if len(shown) < len(audited) else ""
-    click.echo(_plain(f"layer {layer!r}: {len(audited)} samples{more}"))
+    click.echo(_plain(f"layer {layer!r}: {counted(len(audited), 'sample')}{more}"))
     for name, one in shown:
         usual = str(one).replace(f"class {one.predicted}", _class_name(table, one.predicted), 1)
         click.echo(_plain(f"{name}  {usual}"))
@@ -311,17 +312,3 @@ def _class_names(table: Table) -> list[str]:
 def _class_name(table: Table, of_class: int) -> str:
     names = _class_names(table)
     return names[of_class] if 0 <= of_class < len(names) else f"class {of_class}"
-
-
-def _find_class(table: Table, name: str) -> int:
-    """Class by its name, in any case, or its number."""
-    alike = [i for i, one in enumerate(_class_names(table)) if one.casefold() == name.casefold()]
-    if not alike and name.removeprefix("-").isdecimal():
-        return int(name)
-    if len(alike) != 1:
-        from difflib import get_close_matches
-
-        near = ", ".join(map(repr, get_close_matches(name, _class_names(table), 3, 0.4))) or "none; give its number"
-        why = f"the name of the classes {alike}" if alike else f"no class of the table; nearest: {near}"
-        raise CommandError(_plain(f"{name!r} is {why}"))
-    return alike[0]

@@ -20,7 +20,7 @@ from crp.commands.group import _saying_on_interrupt, in_a_line
 from crp.commands.loading import _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.processes import _client, _device, _part
 from crp.commands.values import read_value, split_names
-from crp.wording import first_few
+from crp.wording import counted, first_few
 
 if TYPE_CHECKING:
     from crp.visualization.models import Loaded
@@ -127,7 +127,7 @@ def mine_command(
     coverage = table.coverage()
     if part is None and coverage.skipped and not any(shard.rows for shard in table.shards):
         reason = next(iter(coverage.skipped.values()))
-        raise CommandError(f"nothing was mined: all {len(coverage.skipped)} samples were skipped ({reason})")
+        raise CommandError(f"nothing was mined: {counted(len(coverage.skipped), 'sample')} skipped ({reason})")
 
 
 def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: dict[str, Any], **settings: Any) -> Table:
@@ -307,11 +307,11 @@ def _count_outputs(loaded: Loaded, sample: Any) -> int | None:
 def _check_outputs(loaded: Loaded, n: int, labels: Mapping[str, int], folder: Path) -> None:
     """Refuse a folder whose class folders are not all outputs of the model, unless names say which they are."""
     if loaded.classes and len(loaded.classes) != n:
-        raise CommandError(f"there are {len(loaded.classes)} names of classes, and the model has {n} outputs")
+        raise CommandError(f"--classes names {len(loaded.classes)}, and the model has {counted(n, 'output')}")
     if not loaded.classes and len(labels) != n:
         raise CommandError(
-            f"--data {folder} has {len(labels)} class folders and the model {n} outputs: say by --classes which they "
-            "are (a file with the name of each output in a line), or give --targets prediction"
+            f"--data {folder} has {counted(len(labels), 'class folder')} and the model {counted(n, 'output')}: say by "
+            "--classes which they are (a file with the name of each output in a line), or give --targets prediction"
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from crp.commands.values import _plain
+from crp.wording import counted
 
 if TYPE_CHECKING:
     from crp.visualization.table.store import Table
@@ -46,16 +47,17 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
     click.echo(f"{_plain(str(folder))}: {_describe(table)}")
     for line in _recipe_lines(table):
         click.echo(_plain(line))
-    click.echo(f"recorded   {' and '.join(table.modes)}, {' and '.join(table.kinds)}, of {len(table.layers)} layers:")
+    layers = counted(len(table.layers), "layer")
+    click.echo(f"recorded   {' and '.join(table.modes)}, {' and '.join(table.kinds)}, of {layers}:")
     click.echo(_plain("           " + ", ".join(table.layers)))
-    click.echo(f"size       {_size(table):.1f} MB in {len(table.shards)} shards")
+    click.echo(f"size       {_size(table):.1f} MB in {counted(len(table.shards), 'shard')}")
     _list("missing", [f"{start} to {stop - 1}" for start, stop in coverage.missing], "ranges")
     _list("skipped", [f"{index}: {reason}" for index, reason in coverage.skipped.items()], "samples")
     left = sum(stop - start for start, stop in coverage.missing)
     if left and (rate := _rate(table)):
         click.echo(f"rate       {rate:.3g} samples/s; {left / rate / 60:.1f} min left at that")
     if waiting:
-        click.echo(f"unmerged   {len(waiting)} shards; crp merge {_plain(str(folder))} takes them in")
+        click.echo(f"unmerged   {counted(len(waiting), 'shard')}; crp merge {_plain(str(folder))} takes in all")
     for owner in get_owners(folder):
         click.echo(_plain(f"written by process {owner.get('pid')} on {owner.get('host')} ({owner.get('role', 'run')})"))
     for words in _kept(table):
@@ -91,9 +93,10 @@ def _describe(table: Table) -> str:
     coverage = table.coverage()
     missing = sum(stop - start for start, stop in coverage.missing)
     seen = table.n_samples - missing - len(coverage.skipped)
-    state = f"incomplete: {missing} samples are missing" if missing else "complete"
+    state = f"incomplete: {counted(missing, 'sample is missing', 'samples are missing')}" if missing else "complete"
     skipped = f", {len(coverage.skipped)} skipped" if coverage.skipped else ""
-    return f"{seen} of {table.n_samples} samples{skipped}, {sum(shard.rows for shard in table.shards)} rows; {state}"
+    of, rows = counted(table.n_samples, "sample"), counted(sum(shard.rows for shard in table.shards), "row")
+    return f"{seen} of {of}{skipped}, {rows}; {state}"
 
 
 def _facts(table: Table, n_unmerged: int = 0, problems: list[str] | None = None) -> dict[str, Any]:

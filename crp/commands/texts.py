@@ -158,6 +158,7 @@ def _aim(
     """Target, what is said of it, and the same as data."""
     from crp.engine.probabilities import probabilities
     from crp.engine.targets import Position
+    from crp.visualization.models import find_class
 
     first = int(scores.argmax())
     chance = probabilities(scores[None])[0]
@@ -166,7 +167,10 @@ def _aim(
         return loaded.class_name(index) if place is None else repr(texts.word(index))
 
     if place is None:
-        chosen = first if asking.target is None else loaded.find_class(asking.target) % len(scores)
+        chosen = first if asking.target is None else find_class(asking.target, loaded.classes, "--target")
+        if not -len(scores) <= chosen < len(scores):
+            raise CommandError(f"--target {asking.target}: the model has the classes 0 to {len(scores) - 1}")
+        chosen %= len(scores)
     else:
         chosen = first if asking.target is None else _token(asking.target, texts, len(scores), "target")
     said = f"predicted {name(first)} ({percent(float(chance[first]))})"

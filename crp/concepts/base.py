@@ -159,7 +159,7 @@ class Concept:
         layer_name : str, optional
             Named in error messages.
         abs_norm : bool
-            Divide by the sum over concepts of the absolute values plus 1e-10, so that they become shares.
+            Divide by the sum over concepts of the absolute values, so that they become shares; see `normalize`.
 
         Returns
         -------

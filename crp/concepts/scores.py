@@ -53,21 +53,21 @@ def scores_of(values: Tensor, layer_name: str | None = None) -> ConceptScores:
     return ConceptScores(flat.sum(-1), flat.gather(-1, position[..., None])[..., 0], position)
 
 
-def normalize(value: Tensor, stabilizer: float = 1e-10) -> Tensor:
-    """Divide by the sum of the absolute values along the last axis; zeros stay zeros, in every dtype.
+def normalize(value: Tensor) -> Tensor:
+    """Shares: values divided by the sum of their absolute values along the last axis; zeros stay zeros.
+
+    As in zennit-crp, 1e-10 is added to the sum, which ranks equal shares by their size; but at most a millionth of it.
 
     Parameters
     ----------
     value : Tensor of shape (..., n)
-    stabilizer : float
-        Added to the sum; raised to the smallest number of the dtype where it would vanish.
 
     Returns
     -------
     Tensor of shape (..., n)
     """
-    stabilizer = max(stabilizer, torch.finfo(value.dtype).tiny)
-    return value / (value.abs().sum(-1, keepdim=True) + stabilizer)
+    total = value.abs().sum(-1, keepdim=True)
+    return value / (total + (1e-6 * total).clamp(max=1e-10).clamp(min=torch.finfo(value.dtype).tiny))
 
 
 def by_position(values: Tensor, layer_name: str | None) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from zennit.core import Hook
 
-from crp.engine.attached import HOOKS, LEFT_BEHIND, USES, OfThread, placed, undo_use
+from crp.engine.attached import LEFT_BEHIND, USES, placed, undo_use
+from crp.engine.module_hooks import HOOKS, OfThread
 from crp.engine.turns import TURNS, parts_of
 from crp.layers import modules_of, unwrap
 

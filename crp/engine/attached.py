@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
-from crp.engine.door import check_merged, check_weights
+from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.last_calls import LastCalls
+from crp.engine.module_hooks import HOOKS, OfThread, _reading_only
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
@@ -211,7 +212,8 @@ def is_on(composite: Composite | None, model: nn.Module) -> bool:
 def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]:
     """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
 
-    Threads that share a model, a part of it or a composite take turns; hooks act in this thread only. Leaving, also by
+    Threads that share a model, a part of it or a composite take turns; hooks act in this thread only, and a user's own
+    backward hooks may change nothing, or a `RuntimeError` is raised by the one that would. Leaving, also by
     an exception or an interrupt, leaves the model as it was found: a composite that a user's own hand had put on it
     stays.
 
@@ -249,6 +251,8 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
                 f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
                 "Call model.eval() first to say so."
             )
+        if [module for module in modules.values() if module._backward_hooks or module._backward_pre_hooks]:
+            undo.enter_context(_reading_only(modules))
         isolates = propagation_of(composite).isolates
         if not isolates:
             undo.enter_context(without_parameter_gradients(model, modules.values()))
@@ -262,7 +266,7 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
             composite.register(model)
             if not isolates:
                 _for_this_thread(modules_of(model), before)
-        check_merged(composite, modules)
+        _check_merged(composite, modules)
         if not isolates:
             undo.enter_context(_called_once(model))
         yield model
@@ -297,21 +301,6 @@ def _check_not_nested(use: _Use) -> None:
                 f"a call with {_kind(other.composite)} is under way on the model, and this one is inside of it; let "
                 "it end first, or explain a copy of the model"
             )
-
-
-class OfThread:
-    """Hook of a module that acts in one thread, and does nothing in others that call the model meanwhile."""
-
-    def __init__(self, hook: Callable[..., Any], thread: int) -> None:
-        self._hook, self._thread = hook, thread
-        self.__self__ = getattr(hook, "__self__", None)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the hook returns, in its thread."""
-        return self._hook(*args, **kwargs) if get_ident() == self._thread else None
-
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _hooks_of(modules: dict[str, nn.Module]) -> dict[tuple[int, str], set[int]]:

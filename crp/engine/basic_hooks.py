@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zennit import rules
 from zennit.core import BasicHook, ParamMod
 
-from crp.engine.attached import OfThread
+from crp.engine.module_hooks import OfThread
 from crp.layers import modules_of
 from crp.layers.interrupts import atomic
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.engine.attached import put_on
-from crp.engine.door import is_finite, not_finite
+from crp.engine.door import _not_finite, is_finite
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.inputs import Data, Inputs
 from crp.engine.targets import initial_relevance
@@ -177,8 +177,8 @@ def _account(
 
 def _finite(attribution: _Attributing, result: AttributionResults, heatmap: Tensor) -> _Point:
     tensors = {"heatmap": heatmap, "prediction": result.prediction, **result.relevances}
-    wrong = not_finite({name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
-    wrong += not_finite({**dict(attribution.model.named_parameters()), **dict(attribution.model.named_buffers())})
+    wrong = _not_finite({name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+    wrong += _not_finite({**dict(attribution.model.named_parameters()), **dict(attribution.model.named_buffers())})
     what = f"not finite: {', '.join(wrong)}" if wrong else "all values are finite"
     return _Point("finite", not wrong, None, None, what)
 

@@ -92,7 +92,7 @@ def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
             "parameters of the model were made in torch.inference_mode(), and autograd cannot use them; make the model "
             "outside of it, or explain copy.deepcopy(model)"
         )
-    if names := not_finite(dict(model.named_parameters())):
+    if names := _not_finite(dict(model.named_parameters())):
         raise InputError(
             f"{_listed(names)} of the model {'has' if len(names) == 1 else 'have'} NaN or infinite values, and "
             "relevance would have, too; load weights that are finite"
@@ -100,7 +100,7 @@ def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
     _finite[model] = [(weakref.ref(p), (p._version, p.data_ptr()) if _has_numbers(p) else None) for p in tensors]
 
 
-def check_merged(composite: Composite, modules: Mapping[str, nn.Module]) -> None:
+def _check_merged(composite: Composite, modules: Mapping[str, nn.Module]) -> None:
     """Raise an `InputError` where a canonizer of zennit has merged batch norm into a weight that is computed again."""
     merged = {linear for canonizer in composite.handles for linear in getattr(canonizer, "linears", ())}
     for name, module in modules.items():
@@ -124,7 +124,7 @@ def _has_numbers(tensor: Tensor) -> bool:
     return not is_lazy(tensor) and not tensor.is_meta and tensor.is_floating_point() and tensor.layout is torch.strided
 
 
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
     """Names of those that have NaN or infinite values."""
     return [name for name, tensor in tensors.items() if _has_numbers(tensor) and not is_finite(tensor)]
 
@@ -144,13 +144,13 @@ def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
     Weights or buffers that are not finite are named; otherwise numbers have become too large on the way.
     """
     if _all_finite(heatmap):
-        if any(map(_is_lost_in_float16, _parts_of(heatmap))):
+        if any(is_lost_in_float16(part, part.dtype) for part in _parts_of(heatmap)):
             warn(
                 f"relevance is below {_LEAST:.0e} everywhere in some rows, where float16 has few digits left, or none: "
                 "compute in bfloat16 or float32, or start with more, such as init_rel=1000"
             )
         return
-    if names := not_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}):
+    if names := _not_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}):
         raise InputError(f"the heatmap is not finite, as {_listed(names)} of the model has NaN or infinite values")
     where = "as the model's output is" if not _all_finite(prediction) else "though the model's output is"
     warn(f"the heatmap has NaN or infinite values, {where}: numbers became too large, or were divided by 0, on the way")
@@ -169,12 +169,12 @@ def _parts_of(result: object) -> Iterator[Tensor]:
             yield from _parts_of(part)
 
 
-def _is_lost_in_float16(heatmap: Tensor) -> bool:
-    """Whether relevance was computed in float16, whose numbers are too small for that of some row."""
+def is_lost_in_float16(relevance: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether relevance that was computed in float16, as dtypes or autocast say, is too small for it in some row."""
     casts = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    if torch.float16 not in (heatmap.dtype, *casts) or heatmap.is_meta:
+    if torch.float16 not in (*dtypes, *casts) or relevance.is_meta:
         return False
-    return bool((heatmap.detach().flatten(1).abs().amax(1) < _LEAST).any())
+    return bool((relevance.detach().flatten(1).abs().amax(1) < _LEAST).any())
 
 
 def _listed(names: list[str]) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from threading import get_ident
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
-from crp.engine.model_state import is_watched
+from crp.engine.model_state import is_traced
+from crp.engine.module_hooks import HOOKS, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.interrupts import atomic
@@ -53,9 +57,9 @@ class FirstLook:
         """Check what the model did for these samples; as `check_independent`, and whether it would do so again."""
         model, first = self._model, next(passes)
         check_independent(model, inputs, chain([first], passes), select)
-        if not self.is_first or model in _looked_at or is_watched(model):
+        if not self.is_first or model in _looked_at or is_traced():
             return
-        if not all(map(torch.equal, self._states, _states_of(model))) and _is_another(model, inputs.select([0])):
+        if not all(map(np.array_equal, self._states, _states_of(model))) and _is_another(model, inputs.select([0])):
             _tell_another(model)
         _check_padding(model, inputs.select(list(first)), select)
         _looked_at.add(model)
@@ -71,8 +75,9 @@ def check_independent(
 
     The model is given the first sample among others, and among others of another kind. That is done once for each
     model, which is left as it was; where it has outputs of both kinds, at each call for the one that is explained.
-    It is left out where others watch the model run, as their hooks would see calls that nobody asked for. Nothing is
-    known of models that do not take such data, and of those that draw random numbers, of which a warning tells.
+    A user's hooks see nothing of it, as nobody asked for these calls; what they change in the model is not looked at.
+    It is left out where modes of torch, or hooks on all modules, see each operation. Nothing is known of models that do
+    not take such data, and of those that draw random numbers, of which a warning tells.
 
     Parameters
     ----------
@@ -84,7 +89,7 @@ def check_independent(
     select : callable
         Takes what is explained from what the model returns.
     """
-    if model in _independent or all(len(samples) < 2 for samples in passes) or is_watched(model):
+    if model in _independent or all(len(samples) < 2 for samples in passes) or is_traced():
         return
     try:
         batches = [_among_others(inputs, factor) for factor in (0.0, 3.0)]
@@ -114,7 +119,7 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
 
     That is done once for each model, and left out, as in `check_independent`.
     """
-    if model in _keeping_nothing or is_watched(model):
+    if model in _keeping_nothing or is_traced():
         return
     alone, tolerance = inputs.select([0]), _tolerance(inputs)
     try:
@@ -134,10 +139,11 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
         _tell_another(model)
 
 
-def _states_of(model: nn.Module) -> list[Tensor]:
-    """States of the random generators that a model draws from."""
+def _states_of(model: nn.Module) -> list[Any]:
+    """States of the random generators that a model draws from, in parts that can be compared."""
     device = next(model.parameters(), torch.empty(0)).device
-    return [state for state, _ in random_states([device])]
+    states = [state for state, _ in random_states([device])]
+    return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
 
 
 def _tell_another(model: nn.Module) -> None:
@@ -189,16 +195,24 @@ def _among_others(inputs: Inputs, factor: float) -> Inputs:
 
 @atomic
 def _looking_at(model: nn.Module) -> Iterator[None]:
-    """Context in which a model runs, and after which it is as it was."""
+    """Context in which a model runs unseen by hooks that are not its own, and after which it is as it was."""
     with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()):
+        modules, thread = modules_of(model).values(), get_ident()
+        parts = set(map(id, modules))
+        for hooks in [getattr(module, kind) for module in modules for kind in HOOKS]:  # (put back with all else)
+            others = {n: hook for n, hook in hooks.items() if id(getattr(hook, "__self__", None)) not in parts}
+            hooks.update({number: _OfOtherThreads(hook, thread) for number, hook in others.items()})
         yield
 
 
 def _run(model: nn.Module, inputs: Inputs, later: bool = False, nesting: Iterable[nn.TransformerEncoder] = ()) -> Any:
     """What a model returns, by the random numbers that come next, or by ``later`` ones; and where encoders nest."""
     with _looking_at(model):
-        for device in {data.device for data in inputs.explained} if later else ():
-            torch.rand(1, device=device)
+        if later:
+            random.random()
+            np.random.random()  # noqa: NPY002 (what the model may draw from)
+            for device in {data.device for data in inputs.explained}:
+                torch.rand(1, device=device)
         for encoder in nesting:  # (which is put back with all else)
             encoder.use_nested_tensor = True
         return inputs.run(model)

@@ -10,9 +10,10 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from zennit.core import Composite
 
@@ -40,9 +41,11 @@ _SIMPLE = PLAIN - {tuple} | {type}
 
 
 def is_traced() -> bool:
-    """Whether modes of torch, or hooks on all modules, see each operation or call."""
+    """Whether modes of torch (but a default device), or hooks on all modules, see each operation or call."""
     of_all = (vars(torch_module).get(f"_global{name}") for name in _HOOKS)
-    return any(of_all) or torch._C._len_torch_function_stack() > 0 or _get_current_dispatch_mode() is not None
+    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = [mode for mode in stack if not isinstance(mode, DeviceContext)]
+    return any(of_all) or bool(modes) or _get_current_dispatch_mode() is not None
 
 
 def is_watched(model: nn.Module) -> bool:

@@ -74,8 +74,10 @@ def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) ->
         snapshot.restore()
 
 
-def random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
-    """States of torch's global random generators, on some devices and the CPU, and functions that put them back."""
+def random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Any, Callable[[Any], object]]]:
+    """States of global random generators, torch's on the CPU and some devices, and functions that put them back."""
+    yield random.getstate(), random.setstate
+    yield np.random.get_state(), np.random.set_state  # noqa: NPY002 (what others draw from)
     yield torch.get_rng_state(), torch.set_rng_state
     for device in devices:
         module: Any = getattr(torch, device.type, None)
@@ -134,11 +136,7 @@ class Snapshot:
 
     def keep_random_states(self) -> None:
         """Keep the state of global random generators."""
-        self._undo += [
-            partial(random.setstate, random.getstate()),
-            partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002 (what others draw from)
-            *(partial(put_back, state) for state, put_back in random_states(self._devices)),
-        ]
+        self._undo += [partial(put_back, state) for state, put_back in random_states(self._devices)]
 
     def _keep_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):

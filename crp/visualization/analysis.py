@@ -138,12 +138,12 @@ def histogram(
     check_flags(density=density)
     if not isinstance(bins, Sequence | np.ndarray):
         check_number("bins", bins, 1, whole=True)
-        ends = [(block.value.min(), block.value.max()) for block in rows.blocks(table, concept)]
+        ends = [(block.value.min(), block.value.max()) for block in rows.blocks(table, [concept])]
         extent = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
         edges = np.histogram_bin_edges(np.array(extent), bins)
     else:
         edges = np.asarray(bins, np.float64)
-    count = sum(np.histogram(block.value, edges)[0] for block in rows.blocks(table, concept))
+    count = sum(np.histogram(block.value, edges)[0] for block in rows.blocks(table, [concept]))
     if not density:
         return Histogram(np.asarray(count, np.int64), edges)
     return Histogram(count / (np.sum(count) * np.diff(edges)), edges)
@@ -212,19 +212,19 @@ def co_occurrence(table: Table | str | Path, rows: RowSelection, k: int = 10) ->
     return np.asarray(counts).astype(np.int64)
 
 
-def frames(table: Table | str | Path, rows: RowSelection, concepts: Sequence[int] | None = None) -> Iterator[Any]:
+def frames(table: Table | str | Path, rows: RowSelection, concepts: int | Sequence[int] | None = None) -> Iterator[Any]:
     """Values as data frames of pandas, some rows at a time, with columns ``sample``, ``target`` and one per concept."""
     import pandas
 
     table = Table.open(table)
-    ids = range(table.n_concepts(rows.layer)) if concepts is None else list(concepts)
+    ids = table.concept_ids(rows.layer, range(table.n_concepts(rows.layer)) if concepts is None else concepts)
     for block in rows.blocks(table, concepts):
         head = pandas.DataFrame({"sample": block.sample, "target": block.target})
         yield head.join(pandas.DataFrame(block.value, columns=[str(i) for i in ids]))
 
 
 def write_frame(
-    table: Table | str | Path, rows: RowSelection, path: str | Path, concepts: Sequence[int] | None = None
+    table: Table | str | Path, rows: RowSelection, path: str | Path, concepts: int | Sequence[int] | None = None
 ) -> Path:
     """Write values as one file of CSV or parquet, without holding them all; see `frames`.
 
@@ -234,7 +234,7 @@ def write_frame(
     rows : RowSelection
     path : str or Path
         It ends in ``.csv`` or ``.parquet``; for the latter, pyarrow is needed beside pandas.
-    concepts : sequence of int, optional
+    concepts : int or sequence of int, optional
         All by default.
 
     Returns

@@ -103,18 +103,6 @@ class Loaded:
         image = torch.full((1, 1 if self.prepared.mode == "L" else 3, side, side), 0.5)
         return image if self.normalized is None else self.normalized(image)
 
-    def find_class(self, name: str) -> int:
-        """Class by its name, in any case, or its number; a `LoadingError` names the nearest."""
-        exact = [index for index, one in enumerate(self.classes) if one == name]
-        if not exact and name.removeprefix("-").isdecimal():
-            return int(name)
-        alike = [index for index, one in enumerate(self.classes) if one.casefold() == name.casefold()]
-        if len(found := exact or alike) != 1:
-            known = nearest(name, self.classes) if self.classes else "; the model has no names, give --classes"
-            several = f"; it is the name of the classes {', '.join(map(str, found))}" if found else known
-            raise LoadingError(f"--target {name!r} is no class{several}")
-        return found[0]
-
     def class_name(self, index: int) -> str:
         """Name of a class, or its number."""
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
@@ -351,6 +339,24 @@ def check_repeatable(place: str, model: nn.Module) -> None:
                 f"{place}() makes a model with other weights at every call ({name}), so that pages cannot be drawn of "
                 "what is mined: let it load its weights, or give --checkpoint"
             )
+
+
+def find_class(name: str, classes: Sequence[str], option: str = "") -> int:
+    """Class by its name or its number; a `LoadingError`, which begins with an option, names the nearest."""
+    found = _classes_called(name, classes)
+    if not found and name.removeprefix("-").isdecimal():
+        return int(name)
+    if len(found) != 1:
+        unnamed = "; classes have no names: give its number, or give --classes with the model"
+        why = f"; it is the name of the classes {', '.join(map(str, found))}" if found else nearest(name, classes)
+        raise LoadingError(f"{option} {name!r} is no class{why if classes else unnamed}".lstrip())
+    return found[0]
+
+
+def _classes_called(name: str, classes: Sequence[str]) -> list[int]:
+    """Classes of a name; in any case, where none is spelt alike."""
+    exact = [index for index, one in enumerate(classes) if one == name]
+    return exact or [index for index, one in enumerate(classes) if one.casefold() == name.strip().casefold()]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from crp.visualization.decoding import Decoded
 from crp.visualization.mining.datasets import LabelError, Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
-from crp.visualization.models import Loaded, called, imported, nearest
+from crp.visualization.models import Loaded, _classes_called, called, imported, nearest
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -290,7 +290,7 @@ def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
     empty = [name for name in names if not any(_is_picture_file(p, folder) for p in (folder / name).rglob("*"))]
     if empty:
         warn(f"--data {folder}: no picture is in the class folders {', '.join(empty)}")
-    found = [_find_class(name, classes) for name in names]
+    found = [_classes_called(name, classes) for name in names]
     if any(found):
         return {name: _one_class(name, of_name, folder, classes) for name, of_name in zip(names, found, strict=True)}
     if all(name.isdecimal() for name in names):
@@ -301,12 +301,6 @@ def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
             "the classes are called (by --classes, if it is given), or give --targets prediction"
         )
     return {name: label for label, name in enumerate(names)}
-
-
-def _find_class(name: str, classes: Sequence[str]) -> list[int]:
-    """Classes that are called like a folder; in any case, where none is spelt alike."""
-    exact = [index for index, one in enumerate(classes) if one == name]
-    return exact or [index for index, one in enumerate(classes) if one.casefold() == name.strip().casefold()]
 
 
 def _one_class(name: str, found: Sequence[int], folder: Path, classes: Sequence[str]) -> int:

@@ -43,6 +43,7 @@ def test_clusters(folder):
     assert first.startswith("class 3, layer 'a': 50 samples in 2 clusters, separation 1.00")
     assert [row[:21] for row in rows] == ["cluster 0  30 samples", "cluster 1  20 samples"]
     assert "more of concepts 0 (+0." in rows[0] and "more of concepts 2 (+0." in rows[1]
+    assert "50 samples in 1 cluster, " in crp("clusters", folder, "a", 3, "--n", 1, "--no-keep").output
     assert "in 3 clusters" in crp("clusters", folder, "a", 3, "--n", 3, "--no-keep").output
     kept = read_kept(Table.open(folder), "clusters", "a", 3)
     assert kept.arrays["strongest"][:, 0].tolist() == [0, 2] and kept.arrays["difference"][0, 0] > 0.8
@@ -52,7 +53,8 @@ def test_clusters(folder):
 
 
 def test_clusters_as_json(folder):
-    found = json.loads(crp("clusters", folder, "a", 3, "--json", "--neighbours", 5, "--no-keep").output)
+    found = json.loads(crp("clusters", folder, "a", 3, "--json", "--neighbours", 5, "--seed", 4, "--no-keep").output)
+    assert found["seed"] == 4
     assert (found["class"], found["layer"], [one["size"] for one in found["clusters"]]) == (3, "a", [30, 20])
     assert sorted(found["clusters"][1]["samples"]) == list(range(30, 50))
     assert found["clusters"][1]["concepts"][0]["name"] == "concept 2"
@@ -111,7 +113,7 @@ def test_prototypes(folder, tmp_path):
 def test_prototypes_as_json_and_not_kept(folder):
     result = crp("prototypes", folder, "a", 3, "--json", "--no-keep", "--covariance", "full", "--n", 2, "--seed", 1)
     found = json.loads(result.output)
-    assert (found["layer"], found["covariance"]) == ("a", "full")
+    assert (found["layer"], found["covariance"], found["seed"]) == ("a", "full", 1)
     assert sorted(round(row["weight"], 2) for row in found["prototypes"]) == [0.4, 0.6]
     assert {row["concepts"][0]["concept"] for row in found["prototypes"]} == {0, 2}
     assert not (folder / "derived").exists()
@@ -157,9 +159,9 @@ def test_a_class_may_be_named(folder, monkeypatch):
     assert result.output.startswith("Sh\\x1b[1mip, prototype 0  100.0 % of samples"), "no control character"
     assert "more of channel 4" in crp("audit", folder, "a", "--least", 1).output
     for name, message in (
-        ("do", "'do' is no class of the table; nearest: 'dog', 'Dog'"),
-        ("DOG", "'DOG' is the name of the classes [1, 2]"),
-        ("zzz", "'zzz' is no class of the table; nearest: none; give its number"),
+        ("do", "'do' is no class; nearest: dog"),
+        ("DOG", "'DOG' is no class; it is the name of the classes 1, 2"),
+        ("zzz", "'zzz' is no class"),
     ):
         for command in (("prototypes", folder, "a", name), ("clusters", folder, "a", name)):
             result = crp(*command)

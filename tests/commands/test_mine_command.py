@@ -31,7 +31,7 @@ from crp.errors import LoadingError
 from crp.visualization import models
 from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.run import mine
-from crp.visualization.models import Loaded
+from crp.visualization.models import Loaded, find_class
 from crp.visualization.prepared import Normalized, Prepared
 from crp.visualization.sources import MULTI_LABEL, load_source
 from crp.visualization.table.lock import get_owners, locked
@@ -428,7 +428,7 @@ def test_folders_that_could_be_other_classes_are_refused(
 
 @pytest.mark.parametrize(("name", "expected"), [("1", 0), ("10", 1), ("3", 3), ("-1", -1)])
 def test_a_target_that_is_the_name_of_a_class_is_no_number(name: str, expected: int) -> None:
-    assert loaded(["1", "10", "2", "x"]).find_class(name) == expected
+    assert find_class(name, ["1", "10", "2", "x"]) == expected
 
 
 def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
@@ -517,7 +517,7 @@ def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> 
     assert not (here / "out").exists()
     (here / "names").write_text("a\nb\nc\n")
     result = crp("mine", *options, "--classes", here / "names")
-    assert result.exit_code == 1 and "there are 3 names of classes, and the model has 6 outputs" in result.output
+    assert result.exit_code == 1 and "--classes names 3, and the model has 6 outputs" in result.output
     (here / "names").write_text("x\na\ny\nc\nb\nz\n")
     assert crp("mine", *options, "--classes", here / "names").exit_code == 0
     table = Table.open("out")

@@ -32,7 +32,7 @@ def test_status_tells_coverage_rate_and_integrity(tmp_path: Path) -> None:
         "missing    40 to 59\nmissing    80 to 99\n",
         "skipped    66: broken",
         "rate       2 samples/s; 0.3 min left at that",
-        "unmerged   1 shards; crp merge",
+        "unmerged   1 shard; crp merge",
         f"written by process {os.getpid()} on ",
         "integrity  every shard is as it was written",
     ):

@@ -185,6 +185,10 @@ def test_heads_classes_and_figures(here: Path) -> None:
     classes = ["attribute", "--model", "reading:reader", "--tokenizer", "reading:letters", "--method", "cp_lrp"]
     result = crp(*classes, "--text", "abc", "--target", "2", "--out", "b.svg")
     assert result.exit_code == 0 and "class 2 (" in result.output, result.output
+    n = len(json.loads(crp(*classes, "--text", "abc", "--target", "-1", "--json", "--out", "c.svg").output)["tokens"])
+    assert n == 4
+    result = crp(*classes, "--text", "abc", "--target", "10", "--out", "d.svg")
+    assert result.exit_code == 1 and "--target 10: the model has the classes 0 to " in result.output, result.output
     own = crp(*EXPLAIN, "--layer", "transformer.h.0", "--text", "abc", "--json", "--out", "a.html")
     assert own.exit_code == 0 and len(json.loads(own.output)["tokens"]) == 4
 

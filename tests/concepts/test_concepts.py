@@ -156,12 +156,24 @@ def test_shares_in_every_dtype(dtype):
     assert scores.sum.dtype == shares.dtype
 
 
-def test_shares_of_very_little_relevance():
-    """S27: what is far below the stabilizer of 1e-10 is shrunk, as in zennit-crp; what is above is not."""
-    assert CHANNEL.attribute(torch.full((1, 2), 1e-12, dtype=torch.float64)).tolist() == [[pytest.approx(1 / 102)] * 2]
-    assert CHANNEL.attribute(torch.full((1, 2), 1e-6).half()).tolist() == [[pytest.approx(0.5, rel=1e-3)] * 2]
-    assert normalize(torch.tensor([3.0, -1.0]).double()).tolist() == pytest.approx([0.75, -0.25], rel=1e-9)
-    assert not normalize(torch.zeros(2, 3).half()).any()
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e-300), (torch.float64, 1e-9), (torch.float32, 1e-30)])
+def test_shares_of_very_little_relevance_add_up(dtype: torch.dtype, scale: float) -> None:
+    """S27: zennit-crp adds 1e-10 to the sum, by which they were next to nothing."""
+    relevance = torch.tensor([[3.0, -1.0, 4.0]], dtype=dtype) * scale
+    wanted = torch.tensor([[0.375, -0.125, 0.5]], dtype=dtype)
+    torch.testing.assert_close(CHANNEL.attribute(relevance), wanted, rtol=2e-6, atol=0)
+
+
+def test_equal_shares_rank_by_their_size() -> None:
+    relevance = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    assert CHANNEL.reference_sampling(relevance)[0][:, 0].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_no_relevance_has_no_shares(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(2, 3, dtype=dtype)
+    for shares in (normalize(zeros), CHANNEL.attribute(zeros)):
+        assert torch.equal(shares, torch.zeros_like(shares))
 
 
 def test_tokens_have_channels_last():

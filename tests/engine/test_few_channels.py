@@ -106,6 +106,36 @@ def test_other_flows_go_by_the_whole_convolution(ways, composite, channels):
     assert ways and not any(ways)
 
 
+class Turned(torch.autograd.Function):
+    """Rows as columns, by a function of a user's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.mT.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mT
+
+
+def test_a_function_behind_a_convolution_may_do_more_than_scale(monkeypatch, ways):
+    """Only rules say that what arrives goes on value by value."""
+
+    class TurnedConvolution(nn.Conv2d):
+        def forward(self, x):
+            return Turned.apply(super().forward(x))
+
+    model = net(TurnedConvolution(6, 40, 3, padding=1), 2)
+    data = torch.randn(1, 2, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        return CondAttribution(model)(data, CONDITIONS[:1], None).heatmap
+
+    found = run()
+    assert torch.equal(found, explained(monkeypatch, run, whole=True)) and found.any()
+    assert ways and not any(ways)
+
+
 def test_first_layer_and_what_is_kept_elsewhere(monkeypatch, ways):
     model = nn.Sequential(nn.Conv2d(2, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(40 * 7 * 6, 3)).double().eval()
     attribution, data = CondAttribution(model), torch.randn(1, 2, 9, 8, dtype=torch.float64)

@@ -7,8 +7,7 @@ import re
 import pytest
 from house_plan import PACKAGE
 
-from crp.visualization.report.render import counted
-from crp.wording import first_few, percent
+from crp.wording import counted, first_few, percent
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,21 @@ def test_what_torchvision_cannot_decode_is_read_by_pillow(folder: Path, monkeypa
         decoder.finish()
 
 
+def test_the_host_decodes_one_after_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision 0.19 takes a list on a GPU only."""
+
+    def of_one(file: Any, **options: Any) -> Tensor:
+        assert isinstance(file, Tensor)
+        return by_torchvision(file, **options)
+
+    files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in sorted(folder.rglob("*.jpg"))[:2]]
+    expected = jpegs.decode_jpegs(files, torch.device("cpu"))
+    monkeypatch.setattr(jpegs, "_torchcodec", lambda: None)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", of_one)
+    found = jpegs.decode_jpegs(files, torch.device("cpu"))
+    assert len(found) == 2 and all(map(torch.equal, found, expected))
+
+
 def test_lack_of_memory_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = decoding.decode_jpegs
 

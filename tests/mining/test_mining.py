@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -290,6 +291,23 @@ def test_scores_that_are_not_finite_are_never_ranked(tmp_path: Path) -> None:
         table = run(tmp_path, data, layer_map={"relu": Cubed()}, single_targets=list)
     assert "at layer 'relu' is not finite" in table.coverage().skipped[5]
     assert rows_of(table) == [(i, t) for i in range(9) if i != 5 for t in (0, 1)]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["model", "autocast"])
+def test_relevance_that_is_lost_in_float16_is_told_once(tmp_path: Path, autocast: bool) -> None:
+    net, data = make_net(), Data()
+    with torch.no_grad():
+        net.fc.weight[0] *= 1e-6
+    net, data.images = (net.float(), data.images.float()) if autocast else (net.half(), data.images.half())
+    lost = "relevance of layer 'conv' is below 6e-05 for some samples, where float16 has few digits left"
+    for target, told in ((0, [lost]), (1, [])):
+        with warnings.catch_warnings(record=True) as found, torch.autocast("cpu", torch.float16, enabled=autocast):
+            warnings.simplefilter("always")
+            run(tmp_path / str(target), data, attribution=CondAttribution(net), targets=[target])
+        assert [str(warning.message).partition(", or none")[0] for warning in found] == told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "double", Data(), attribution=CondAttribution(net.double()), targets=[0])
 
 
 def test_errors_of_the_users_functions_are_theirs(tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ def make_header(n_samples: int = 100, layers: Sequence[str] = LAYERS, **fingerpr
 
 
 class Source:
-    """Values of every row of an imagined mining run; few distinct ones, so that there are many ties."""
+    """Values of every row of an imagined mining run; few distinct ones, so that there are many ties.
+
+    Every fifth sample has very little of everything.
+    """
 
     def __init__(
         self, n_samples: int = 100, n_concepts: int = 5, layers: Sequence[str] = LAYERS, seed: int = 0
@@ -37,6 +40,7 @@ class Source:
                 row = self.sample if mode == "activation" else slice(None)  # the same for all targets of a sample
                 for kind in ("sum", "max"):
                     value = generator.integers(-3, 4, shape).astype(np.float32)[row]
+                    value[self.sample % 5 == 0] *= np.float32(2.0**-60)
                     self.columns[f"{mode}.{kind}/{layer}"] = value
                     self.columns[f"{mode}.{kind}_norm/{layer}"] = np.abs(value).sum(1)
                 self.columns[f"{mode}.position/{layer}"] = generator.integers(0, 64, shape).astype(np.uint16)[row]

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from table_maker import Source, make_table
 
+from crp.concepts import normalize
 from crp.visualization.table import ranking
 from crp.visualization.table.ranking import class_means, class_statistics, list_targets, top_k
 from crp.visualization.table.store import Table
@@ -17,7 +19,7 @@ QUERIES = [
 
 def values_of(source: Source, layer: str, mode: str, kind: str, normed: bool) -> np.ndarray:
     value = source.columns[f"{mode}.{kind}/{layer}"]
-    return value / (np.abs(value).sum(1, keepdims=True) + np.float32(1e-10)) if normed else value
+    return normalize(torch.from_numpy(value)).numpy() if normed else value
 
 
 def rank(source: Source, layer: str, mode: str, kind: str, normed: bool, k: int, keep: np.ndarray) -> list[list[tuple]]:
@@ -76,6 +78,8 @@ def test_top_k_of_a_class_some_samples_and_some_concepts(tmp_path: Path, mode: s
     for number in (-1, table.n_samples):
         with pytest.raises(IndexError, match=f"there is no sample {number}; the dataset has {table.n_samples}, 0 to "):
             top_k(table, "a", mode, samples=[3, number])
+        with pytest.raises(IndexError, match=f"there is no sample {number}; "):
+            table.blocks("a", mode, samples=[3, number])
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from table_maker import Source, make_header, make_table
 
+from crp.concepts import normalize
 from crp.visualization.table import lock, shards
 from crp.visualization.table.document import get_checksum
 from crp.visualization.table.lock import locked
@@ -97,7 +99,7 @@ def test_a_table_gives_back_what_was_written(tmp_path: Path) -> None:
             assert block[3].tolist() == source.columns[f"{mode}.position/b"].tolist()
             assert (block[2].dtype, block[3].dtype, block[0].dtype) == (np.float32, np.int64, np.int64)
             column = table.column("b", 3, mode, kind, normed=True)
-            value = block[2][:, 3] / (np.abs(block[2]).sum(1) + np.float32(1e-10))
+            value = normalize(torch.from_numpy(block[2]))[:, 3]
             assert column.value.tolist() == value.tolist()
             assert column.position.tolist() == block[3][:, 3].tolist()
     assert table.verify() == []

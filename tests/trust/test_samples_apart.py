@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,15 @@ from crp.visualization.synthesis import maximize
 LINEAR = {"y": 1}
 #: Samples of each forward pass, kept where no model is put back.
 SIZES: list[int] = []
+#: Ways to put a hook on a module.
+REGISTERING = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
 MIXED = "depends on the samples beside it"
+DRAWN = "Net puts out something else of the same data at another call, as by random numbers"
 
 
 class Net(nn.Module):
@@ -289,6 +299,62 @@ def test_hooks_of_others_see_their_calls_only(images: Tensor) -> None:
     assert seen == [4]
 
 
+@pytest.mark.promise("Input", "Hooks of a user's own, as those that log, switch off no check of a model")
+@pytest.mark.parametrize("register", REGISTERING)
+def test_models_with_hooks_are_looked_at_without_them(
+    images: Tensor, register: str, untouched: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def hooked(between: Callable[[Tensor], Tensor]) -> nn.Module:
+        model = Net(between)
+        getattr(model.conv, register)(lambda *_: calls.append(register))
+        return model
+
+    mixing, drawing = hooked(MIXING["mean"]()), hooked(Noise())
+    with untouched(mixing), pytest.raises(CRPError, match=MIXED):
+        CondAttribution(mixing)(images, [LINEAR], EpsilonPlus())
+    with untouched(drawing), pytest.warns(UserWarning, match=DRAWN):
+        CondAttribution(drawing)(images, [LINEAR], EpsilonPlus())
+    assert calls == 2 * [register]
+    pairs = [(image, 0) for image in images]
+    with pytest.raises(CRPError, match="given the same sample again"):
+        mine(CondAttribution(hooked(Echo())), pairs, {"conv": ChannelConcept()}, EpsilonPlus(), tmp_path)
+
+
+def test_a_composite_on_the_model_switches_no_check_off(images: Tensor) -> None:
+    model, composite = Net(batch_norm()), EpsilonPlus()
+    with composite.context(model), pytest.raises(CRPError, match=MIXED):
+        CondAttribution(model)(images, [LINEAR], composite)
+
+
+def test_a_default_device_switches_no_check_off(images: Tensor) -> None:
+    """`torch.set_default_device` is a mode of torch, as this context is."""
+    with torch.device("cpu"), pytest.raises(CRPError, match=MIXED):
+        CondAttribution(Net(batch_norm()))(images, [LINEAR], EpsilonPlus())
+
+
+class Keeping(Net):
+    """Predicts from what a hook of its own has kept."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(between)
+        self.conv.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv(x)
+        return self.fc(self.between(self.kept).mean((2, 3)))
+
+
+def test_hooks_of_the_model_itself_are_a_part_of_it(images: Tensor) -> None:
+    CondAttribution(Keeping(nn.ReLU()))(images, [LINEAR], EpsilonPlus())
+    with pytest.raises(CRPError, match=MIXED):
+        CondAttribution(Keeping(batch_norm()))(images, [LINEAR], EpsilonPlus())
+
+
 def test_the_model_is_put_back(images: Tensor) -> None:
     """Looking is no call: what a model keeps is of the call that was asked for."""
     model, other = (Net(Echo()) for _ in range(2))
@@ -299,14 +365,24 @@ def test_the_model_is_put_back(images: Tensor) -> None:
 
 # --- what is not the same again -------------------------------------------------------------------------------------
 
-DRAWN = "Net puts out something else of the same data at another call, as by random numbers"
-
 
 class Noise(nn.Module):
     """Draws numbers in evaluation mode."""
 
+    def __init__(self, draw: Callable[[], Any] = lambda: torch.rand(1)) -> None:
+        super().__init__()
+        self.draw = draw
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rand_like(x)
+        return x * float(self.draw())
+
+
+DRAWING = {
+    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=True),
+    "torch": Noise(),
+    "Python": Noise(random.random),
+    "NumPy": Noise(np.random.rand),
+}
 
 
 @pytest.mark.promise(
@@ -314,10 +390,11 @@ class Noise(nn.Module):
 )
 @pytest.mark.parametrize("n_samples", [1, 4])
 @pytest.mark.parametrize("composite", [EpsilonPlus(), None], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("draw", DRAWING)
 def test_random_numbers_in_evaluation_mode_are_told_once(
-    images: Tensor, n_samples: int, composite: Composite | None, untouched: Callable[[nn.Module], Any]
+    images: Tensor, n_samples: int, composite: Composite | None, draw: str, untouched: Callable[[nn.Module], Any]
 ) -> None:
-    model = Net(lambda x: torch.nn.functional.dropout(x, 0.5, training=True))
+    model = Net(DRAWING[draw])
     attribution = CondAttribution(model)
     with untouched(model), pytest.warns(UserWarning, match=DRAWN):
         one = attribution(images[:n_samples], [LINEAR], composite)

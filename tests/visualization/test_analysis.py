@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from table_maker import Source, make_table
 
+from crp.concepts import normalize
 from crp.visualization.analysis import (
     RowSelection,
     co_occurrence,
@@ -41,7 +43,7 @@ def whole(source: Source, rows: RowSelection) -> tuple[np.ndarray, np.ndarray]:
     name = f"{rows.mode}.{rows.target}"
     value = source.columns[f"{name}/a"]
     if rows.normed:
-        value = value / (source.columns[f"{name}_norm/a"] + np.float32(1e-10))[:, None]
+        value = normalize(torch.from_numpy(value)).numpy()
     return np.flatnonzero(keep), value[keep]
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from feature_net import mined
 
 from crp import audit
+from crp.errors import InputTypeError
 from crp.visualization import Table, analysis
 from crp.visualization.report import find_suspects
 from crp.visualization.table import derived, ranking
@@ -118,3 +120,72 @@ def test_how_many_is_a_whole_number(folder, k):
     for call in calls:
         with pytest.raises(ValueError, match="must be a whole number of at least 1"):
             call()
+
+
+# --- one class, one concept -----------------------------------------------------------------------------------------
+
+OF_A_CLASS = {
+    "top_k": lambda table, number: ranking.top_k(table, "second", k=3, of_class=number),
+    "blocks": lambda table, number: [*Table.open(table).blocks("second", of_class=number)],
+    "rows": lambda table, number: [*ROWS._replace(of_class=number).blocks(table)],
+    "read_kept": lambda table, number: derived.read_kept(table, "clusters", "second", number).arrays["label"],
+    "clusters": lambda table, number: audit.clusters(table, "second", number, n=1, n_neighbours=2).label,
+    "save_clusters": lambda table, number: audit.save_clusters(
+        table, audit.clusters(table, "second", 1, n=1, n_neighbours=2), "second", number
+    ),
+}
+OF_A_CONCEPT = {
+    "class_statistics": lambda table, number: ranking.class_statistics(table, "second", number),
+    "column": lambda table, number: Table.open(table).column("second", number),
+    "histogram": lambda table, number: analysis.histogram(table, ROWS, number, 5),
+}
+OF_CONCEPTS = {
+    "top_k": lambda table, numbers: ranking.top_k(table, "second", concepts=numbers),
+    "blocks": lambda table, numbers: [*Table.open(table).blocks("second", concepts=numbers)],
+    "frames": lambda table, numbers: [frame.to_csv() for frame in analysis.frames(table, ROWS, numbers)],
+}
+#: What is no number of a class, or of a concept.
+NONE = [True, 1.0, "1", [1, 2], torch.tensor([1, 2]), None]
+
+
+def same(found, expected):
+    for pair in zip(found, expected, strict=True):
+        (same if isinstance(pair[0], tuple) else np.testing.assert_array_equal)(*pair)
+
+
+@pytest.mark.parametrize("given", [np.int64(1), np.array(1), torch.tensor(1)], ids=lambda given: type(given).__name__)
+@pytest.mark.parametrize("call", [*OF_A_CLASS.values(), *OF_A_CONCEPT.values(), *OF_CONCEPTS.values()])
+def test_numbers_may_be_of_numpy_or_torch(folder, call, given):
+    kept(folder)
+    found, expected = call(folder, given), call(folder, 1)
+    if isinstance(found, Path):
+        assert found == expected
+    else:
+        same(found, expected)
+
+
+@pytest.mark.parametrize("given", NONE[:-1], ids=repr)
+@pytest.mark.parametrize("name", OF_A_CLASS)
+def test_what_is_no_class_is_refused(folder, name, given):
+    with pytest.raises(InputTypeError, match="of_class must be "):
+        OF_A_CLASS[name](folder, given)
+
+
+@pytest.mark.parametrize("given", NONE, ids=repr)
+@pytest.mark.parametrize("name", OF_A_CONCEPT)
+def test_what_is_no_concept_is_refused(folder, name, given):
+    with pytest.raises(InputTypeError, match="layer 'second': concept ids must be integers"):
+        OF_A_CONCEPT[name](folder, given)
+
+
+@pytest.mark.parametrize("given", [[True], 1.0, "1", [[1, 2]]], ids=repr)
+@pytest.mark.parametrize("name", OF_CONCEPTS)
+def test_what_are_no_concepts_is_refused(folder, name, given):
+    with pytest.raises(InputTypeError, match="layer 'second': concept ids must be integers"):
+        OF_CONCEPTS[name](folder, given)
+
+
+def test_columns_of_a_frame_are_the_concepts(folder):
+    (frame,) = analysis.frames(folder, ROWS, [-1, torch.tensor(0)])
+    n = Table.open(folder).n_concepts("second")
+    assert [*frame.columns[2:]] == [str(n - 1), "0"]

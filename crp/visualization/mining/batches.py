@@ -169,6 +169,7 @@ class _Batch:
         if parts:
             arrays = {key: _joined([part[key] for part in parts]) for key in parts[0]}
             self._drop_not_finite(arrays)
+            self._state.scoring.tell_lost(arrays)
             order = np.lexsort((arrays["target"], arrays["sample"]))
             keep = order[~np.isin(arrays["sample"][order], list(self._problems))]
             if not np.array_equal(keep, np.arange(len(order))):
@@ -319,9 +320,8 @@ class _Batch:
     def _in_parts(self, units: list[Unit], indices: list[int], compute: Callable[[Unit], T]) -> list[T]:
         """Results for the units. Where a call fails, its halves are tried: memory may suffice for these."""
         failures: list[tuple[int, int, Exception]] = []
-        parts: list[T] = []
+        parts, reasons = list[T](), list[str]()
         todo = units[::-1]
-        reasons: list[str] = []
         while todo:
             unit = todo.pop()
             n_rows = sum(len(targets) for _, targets in unit)

@@ -15,7 +15,9 @@ from torch import Tensor
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept, Concept, check_concept
 from crp.concepts.reading import LayerValues, activation_scores, relevance_scores
+from crp.engine.door import is_lost_in_float16
 from crp.errors import InputError
+from crp.notices import warn
 from crp.types import AttributionResults
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.targets import attribute_targets, calls_itself, record_activations, top_class
@@ -78,6 +80,8 @@ class Scoring:
         channels = all(type(concept) is ChannelConcept for concept in job.concepts.values())
         self._may_be_recorded = channels and "relevance" in self._modes and job.texts is None
         self._known = _forms.setdefault(job.attribution, {})
+        self._dtypes = {parameter.dtype for parameter in job.attribution.model.parameters()}
+        self._told = False
 
     def _key(self) -> Hashable:
         concepts = tuple((layer, id(concept)) for layer, concept in self._concepts.items())
@@ -148,6 +152,17 @@ class Scoring:
         # (without the rows)
         self._known[self._key()] = {k: form._replace(shape=form.shape[1:]) for k, form in package.forms.items()}
         return package
+
+    def tell_lost(self, arrays: Mapping[str, Array]) -> None:
+        """Warn, once, where float16 is too small for a row's relevance of all concepts."""
+        for key, sums in arrays.items():
+            name, _, layer = key.partition("/")
+            if name == "relevance.sum" and not self._told and is_lost_in_float16(torch.from_numpy(sums), *self._dtypes):
+                self._told = True
+                warn(
+                    f"relevance of layer {layer!r} is below 6e-05 for some samples, where float16 has few digits left, "
+                    "or none: mine in bfloat16 or float32"
+                )
 
     def recorded(self, content: Tensor, n_rows: int) -> Package:
         """What a replay gave, which has the columns that were there before."""

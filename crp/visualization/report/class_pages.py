@@ -9,8 +9,7 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import LayerFacts
-from crp.visualization.report.render import counted
-from crp.wording import percent
+from crp.wording import counted, percent
 
 
 class _ClassLayer(NamedTuple):

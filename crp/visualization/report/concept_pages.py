@@ -14,9 +14,8 @@ from crp.visualization.report.facts import BINS, Reference
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, Atlas
-from crp.visualization.report.render import counted
 from crp.visualization.report.tiles import AnyShown
-from crp.wording import percent
+from crp.wording import counted, percent
 
 #: Edges of a concept's graph on either side.
 EDGES = 5

@@ -11,10 +11,9 @@ import numpy as np
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import Finding
 from crp.visualization.report.pages import FEW, Atlas
-from crp.visualization.report.render import counted
 from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.store import Table
-from crp.wording import first_few, percent
+from crp.wording import counted, first_few, percent
 
 #: Suspects on the overview, and the number of classes up to which each has a picture there.
 SUSPECTS, PICTURED = 7, 60

@@ -12,11 +12,10 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import BINS
-from crp.visualization.report.render import counted
 from crp.visualization.table.derived import KEPT_KINDS, KeptResult, list_kept, read_kept
 from crp.visualization.table.manifest import Array, TableMismatchError
 from crp.visualization.table.store import Table
-from crp.wording import percent
+from crp.wording import counted, percent
 
 #: Kinds of results with a page.
 PAGED = ("prototypes", "audit", "clusters", "meanings", "interventions", "context")

@@ -19,10 +19,9 @@ from crp.visualization.report.kept import (
     ways_of,
 )
 from crp.visualization.report.pages import CARDS, FEW, Atlas
-from crp.visualization.report.render import counted
 from crp.visualization.report.tiles import AnyShown
 from crp.visualization.table.derived import KeptResult
-from crp.wording import percent
+from crp.wording import counted, percent
 
 #: Texts on the page of meanings, points in a drawing, and colours of clusters.
 _TEXTS, _POINTS, _COLOURS = 60, 1500, 8

@@ -16,12 +16,12 @@ from crp.visualization.report.facts import LayerFacts, Reference, References
 from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import picture_file
-from crp.visualization.report.render import Renderer, counted
+from crp.visualization.report.render import Renderer
 from crp.visualization.report.search import write_search
 from crp.visualization.report.spliced import Unexplained
 from crp.visualization.report.suspects import Suspect
 from crp.visualization.report.tiles import AnyShown
-from crp.wording import percent
+from crp.wording import counted, percent
 
 #: Concepts on a part of a layer's page, classes in a concept's table, samples on a class's page, tiles in a small row.
 CARDS, CLASSES, SAMPLES, FEW = 240, 12, 24, 5

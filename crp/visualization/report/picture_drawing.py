@@ -18,11 +18,11 @@ from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, encode_maps, encode_steps, read_facts, square_map
 from crp.visualization.report.picture_rows import SMALL, PictureRows
-from crp.visualization.report.render import counted
 from crp.visualization.report.suspects import Suspect, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.report.unfinished import Cell, Unfinished
 from crp.visualization.table.store import Table
+from crp.wording import counted
 
 #: Samples that are kept in memory.
 _KEPT = 256

@@ -19,7 +19,7 @@ from crp.image.forms import YELLOW
 from crp.image.texts import OPACITY
 from crp.visualization.report.addresses import relative
 from crp.visualization.table.files import write_atomic
-from crp.wording import percent
+from crp.wording import counted, percent
 
 #: Steps of the colours of tokens, from 0 to the full colour.
 TONES = 20
@@ -225,8 +225,3 @@ def _sha(text: str) -> str:
 
 def _hex(colour: tuple[float, ...]) -> str:
     return "#" + "".join(f"{round(255 * value):02x}" for value in colour)
-
-
-def counted(n: int, thing: str, things: str = "") -> str:
-    """A number of things: ``"1 layer"``, or ``"2 layers"``; ``things`` are given where they are no thing and an s."""
-    return f"{n} {thing if n == 1 else things or thing + 's'}"

@@ -10,10 +10,9 @@ from zennit.core import Composite
 
 from crp.concepts.spliced import spliced_parts
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.report.render import counted
 from crp.visualization.table.store import Table
 from crp.visualization.text_references import read_text
-from crp.wording import percent
+from crp.wording import counted, percent
 
 #: Rows of the table that the error is measured on, evenly chosen.
 _ROWS = 32

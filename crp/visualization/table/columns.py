@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.flags import is_flag
 from crp.visualization.table.contents import ABOUT, SAMPLE_COLUMNS
 from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptError
 from crp.visualization.table.shards import open_shard
@@ -106,3 +109,13 @@ def sample_numbers(samples: Iterable[int], n_samples: int) -> Array:
     for number in numbers[(numbers < 0) | (numbers >= n_samples)][:1]:
         raise OutOfRangeError(f"there is no sample {number}; the dataset has {n_samples}, 0 to {n_samples - 1}")
     return numbers
+
+
+def _class_number(of_class: Any) -> int | None:
+    """Number of a class as an int, None for none; a `TypeError` if it is no whole number."""
+    if of_class is None:
+        return None
+    with suppress(TypeError):
+        if not is_flag(of_class):
+            return operator.index(of_class)
+    raise InputTypeError(f"of_class must be a whole number, not {of_class!r}")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from crp.errors import InputError
+from crp.visualization.table.columns import _class_number
 from crp.visualization.table.files import check_file, check_folder, make_own_folder, write_atomic
 from crp.visualization.table.manifest import (
     KEPT,
@@ -100,7 +101,7 @@ def keep_result(
     Path
         The file.
     """
-    table = Table.open(table)
+    table, of_class = Table.open(table), _class_number(of_class)
     path = _path(table, kind, layer, of_class)
     held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     if problem := _problem(table, layer, held):
@@ -126,7 +127,7 @@ def read_kept(table: Table | str | Path, kind: str, layer: str, of_class: int | 
     TableCorruptError
         If the file is damaged, or not of this table.
     """
-    table = Table.open(table)
+    table, of_class = Table.open(table), _class_number(of_class)
     table.n_concepts(layer)
     path = _path(table, kind, layer, of_class)
     place = _place(layer, of_class)

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from crp.checks import check_number
-from crp.errors import NameNotFoundError, OutOfRangeError
+from crp.errors import NameNotFoundError
 from crp.flags import check_flags
-from crp.visualization.table.columns import sample_numbers
+from crp.visualization.table.columns import _class_number, sample_numbers
 from crp.visualization.table.files import check_file, make_own_folder, write_atomic
 from crp.visualization.table.manifest import Array, Block, TableCorruptError
 from crp.visualization.table.store import Table
@@ -141,7 +141,7 @@ def top_k(
     check_flags(normed=normed, least=least, cache=cache)
     check_number("k", k, 1, whole=True)
     table = Table.open(table)
-    if of_class is not None:
+    if (of_class := _class_number(of_class)) is not None:
         _check_class(table, of_class)
     chosen = None if samples is None else sample_numbers(samples, table.n_samples).tolist()
     if cache and concepts is not None:  # kept for all concepts at once
@@ -198,10 +198,8 @@ def class_statistics(
     check_flags(normed=normed, cache=cache)
     check_number("mean_n", mean_n, 1, whole=True)
     table = Table.open(table)
-    n = table.n_concepts(layer)
-    if not -n <= concept < n:
-        raise OutOfRangeError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {concept}")
-    blocks = table.blocks(layer, mode, target, normed, concepts=None if cache else concept)
+    (index,) = table.concept_ids(layer, [concept])
+    blocks = table.blocks(layer, mode, target, normed, concepts=None if cache else index)
 
     def compute() -> tuple[Array, ...]:
         best: dict[int, Array] = {}
@@ -219,7 +217,7 @@ def class_statistics(
 
     query = ["class_statistics", layer, mode, target, normed, mean_n]  # cached for all concepts at once
     targets, value = _cached(table, query, compute, cache)
-    value = value[:, concept if cache else 0]
+    value = value[:, index if cache else 0]
     order = np.argsort(-value, kind="stable")
     return ClassStatistics(targets[order], value[order])
 

@@ -169,8 +169,6 @@ def _concepts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 # --- rows of several shards: each (sample, target) is read once, also where ranges overlap ----------------------------
 
-#: Added to the norm of a row, as zennit-crp does.
-STABILIZER = 1e-10
 _BLOCK_BYTES = 32 << 20
 
 
@@ -236,7 +234,9 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
                 position = file.get_slice(f"{query.mode}.position/{layer}")[begin:end, span][inner]
                 if query.normed:
                     norm = file.get_slice(f"{field}_norm/{layer}")[begin:end][inner]
-                    value = value / (norm + norm.dtype.type(STABILIZER))[:, None]
+                    # (as `crp.concepts.normalize` does)
+                    added = np.clip(1e-6 * norm, np.finfo(norm.dtype).tiny, 1e-10, dtype=norm.dtype)
+                    value = value / (norm + added)[:, None]
                 if concepts is not None:
                     value, position = value[:, concepts], position[:, concepts]
                 yield Block(sample[part], target[part], value, position.astype(np.int64))

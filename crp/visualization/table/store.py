@@ -21,7 +21,7 @@ import numpy as np
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.flags import check_flags
-from crp.visualization.table.columns import SampleColumns, join_columns, read_columns, sample_numbers
+from crp.visualization.table.columns import SampleColumns, _class_number, join_columns, read_columns, sample_numbers
 from crp.visualization.table.document import decode, encode
 from crp.visualization.table.files import as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
 from crp.visualization.table.lock import TableLockedError as TableLockedError
@@ -251,8 +251,8 @@ class Table:
 
         Raises
         ------
-        KeyError, ValueError, IndexError
-            If the layer, the mode, the kind or a concept was not mined, or there is no such sample.
+        KeyError, ValueError, IndexError, TypeError
+            If the layer, the mode, the kind or a concept was not mined, there is no such sample, or a number is none.
         """
         check_flags(normed=normed)
         for name, given, there in (("mode", mode, self.modes), ("target", target, self.kinds)):
@@ -261,7 +261,7 @@ class Table:
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
         wanted = None if samples is None else sample_numbers(samples, self.n_samples)
-        query = Query(layer, mode, target, normed, columns, of_class, wanted)
+        query = Query(layer, mode, target, normed, columns, _class_number(of_class), wanted)
         return read_blocks(self.path / "shards", self.shards, query)
 
     def column(
@@ -271,7 +271,7 @@ class Table:
 
         Parameters and errors are those of `blocks`; also a ValueError if the table has no rows.
         """
-        found = list(self.blocks(layer, mode, target, normed, concepts=concept))
+        found = list(self.blocks(layer, mode, target, normed, concepts=[concept]))
         if not found:
             raise InputError(f"the table in {self.path} has no rows")
         sample, ids, value, position = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -374,7 +374,7 @@ class Table:
     def concept_ids(self, layer: str, concepts: int | Sequence[int]) -> Array:
         """Concepts of a layer as an array of non-negative numbers; an `IndexError` names one that is not there."""
         n, given = self.n_concepts(layer), np.atleast_1d(np.asarray(concepts))
-        if given.size and given.dtype.kind not in "iu":
+        if given.size and (given.dtype.kind not in "iu" or given.ndim > 1):
             raise InputTypeError(f"layer {layer!r}: concept ids must be integers, not {concepts!r}")
         for i in (ids := given.astype(np.int64))[(ids < -n) | (ids >= n)][:1]:
             raise OutOfRangeError(f"layer {layer!r} has {n} concepts, 0 to {n - 1}; there is no concept {i}")
