@@ -159,7 +159,8 @@ def _form_of(tensor: Tensor) -> Hashable:
 def _precision_of(device: torch.device) -> Hashable:
     """Precision in which operations run now."""
     kind = device.type
-    dtypes = torch.get_default_dtype(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    usual = torch.get_default_dtype(), torch.get_default_device()
+    dtypes = *usual, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     backends = torch.backends
     return *dtypes, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.deterministic
 
