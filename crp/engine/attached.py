@@ -237,10 +237,10 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
     if composite is not None and propagation_of(composite).encoding != "multiplier":
         _check_chain_rule(modules, composite)
     composite = composite or Composite()
-    parts = parts_of(model, modules.values())
-    check_weights(model, parts)
     with ExitStack() as undo:
-        undo.enter_context(TURNS.taken([composite, *parts]))
+        undo.enter_context(TURNS.taken([composite, *parts_of(model, modules.values())]))
+        parts = parts_of(model, modules.values())  # (another thread may have had other weights in it until now)
+        check_weights(model, parts)
         use = _Use(model, composite, get_ident(), set(map(id, parts)), undo)
         _check_not_nested(use)
         undo.callback(_forget, use)
