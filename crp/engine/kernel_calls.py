@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from crp.engine.recordings import NotReplayableError, Run, Tensors, some
 
 #: Properties of operations of which a program of others cannot be made: what Python goes on with depends on values.
-_UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+_RANDOM = {torch.Tag.nondeterministic_seeded}
+_UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} | _RANDOM
 
 
 #: Operations that give the tensor that they take, where there are no gradients.
@@ -97,6 +98,7 @@ class _Calls(TorchDispatchMode):
         self._calls: list[tuple[Any, Any, Any, Any]] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._own: dict[int, StorageWeakRef] = {}
+        self._fixed: set[int] = set()  # memory with numbers that depend on nothing, as those of `torch.arange`
         for number, tensor in enumerate(inputs.values()):
             self._known[id(tensor)] = weakref.ref(tensor), number
         self._n, self._given = len(inputs), {_place(tensor) for tensor in inputs.values()}
@@ -105,17 +107,22 @@ class _Calls(TorchDispatchMode):
         kwargs = kwargs or {}
         form = func._schema.arguments
         given = {argument.name: value for argument, value in zip(form, args, strict=False)} | kwargs
-        if func.namespace != "aten" or (_UNFIT & {*func.tags} and not _is_harmless(func, given)):
+        read = {_place(tensor) for tensor in _tensors((args, kwargs))}
+        unfit = _UNFIT & {*func.tags} if read - self._fixed else _RANDOM & {*func.tags}
+        if func.namespace != "aten" or (unfit and not _is_harmless(func, given)):
             raise NotReplayableError(f"{func} depends on values, draws random numbers, or is unknown")
         written = [given.get(each.name) for each in form if each.alias_info is not None and each.alias_info.is_write]
         if not all(map(self._is_own, _tensors(written))):
             raise NotReplayableError(f"{func} writes to what was there before")
         taken = tree_map(self._number, (args, kwargs))
-        read = {_place(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            if _place(tensor) not in read:
-                self._own[_place(tensor)] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        made = {_place(tensor): tensor for tensor in _tensors(result) if _place(tensor) not in read}
+        for place, tensor in made.items():
+            self._own[place] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        if read <= self._fixed:
+            self._fixed |= made.keys()
+        else:
+            self._fixed -= made.keys() | {_place(tensor) for tensor in _tensors(written)}
         if written or _tensors(result):  # (others tell of forms, which are the same at each call)
             self._calls.append((func, *taken, tree_map(self._new_number, result)))
         return result
@@ -158,6 +165,7 @@ class _Calls(TorchDispatchMode):
                 raise NotReplayableError("a tensor has the memory of another one, and no call tells how it came by it")
             number = self._new_number(value).number
             self._constants[number] = value
+            self._fixed.discard(_place(value))
         return _Made(number)
 
     def _new_number(self, value: Any) -> Any:

@@ -44,6 +44,9 @@ COMPUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "its input": lambda x: x,
     "a view of it": lambda x: x[1:].T,
     "a constant": lambda x: WEIGHT,
+    "values of what is always the same": lambda x: (
+        x * float(torch.arange(4).sum()) + torch.arange(5)[torch.ones(5) > 0][:4]
+    ),
     "its data": lambda x: (x.data * 3).data * 2,
     "of its form": lambda x: x * x.shape[0] + torch.zeros_like(x).fill_(x.numel()),
 }
@@ -65,6 +68,12 @@ def test_calls_give_what_the_computation_gives(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "a value of a constant": (lambda x: x * float(WEIGHT[0, 0]), "depends on values"),
+    "a value written to what was fixed": (
+        lambda x: x * float(torch.ones(4).double().copy_(x[0])[1:].sum()),
+        "depends on values",
+    ),
+    "a random value": (lambda x: x * float(torch.rand(1)), "draws random numbers"),
     "a value": (lambda x: x * float(x.sum()), "depends on values"),
     "places of values": (lambda x: x.nonzero(), "depends on values"),
     "a mask": (lambda x: x[x > 0], "depends on values"),
