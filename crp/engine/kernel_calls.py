@@ -6,6 +6,7 @@ import operator
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,8 +153,11 @@ class _Calls(TorchDispatchMode):
         # (what is given out is the caller's own)
         found = [node_of(made) if own else graph.call_function(clone, (node_of(made),)) for made, own in given.values()]
         graph.output(tuple(found))
-        program = fx.GraphModule(torch.nn.Module(), graph).forward
-        return KernelCalls(program, self._inputs, [*given], [*self._constants.values()])
+        # (a `fx.GraphModule` would leave its source behind for good)
+        code = graph.python_code("self")
+        names = dict(code.globals)
+        exec(code.src, names)
+        return KernelCalls(partial(names["forward"], None), self._inputs, [*given], [*self._constants.values()])
 
     def _number(self, value: Any) -> Any:
         """A tensor's number; other values as they are."""

@@ -52,12 +52,21 @@ def with_direction(model: nn.Module, data: Tensor) -> Tensor:
     return CondAttribution(model)(data, [{"y": 1, "3": [0]}], EpsilonPlus(), mask_map=concept.mask).heatmap
 
 
+def recorded(model: nn.Module, data: Tensor) -> None:
+    """Attributions that are repeated until they are replayed."""
+    attribution, rules = CondAttribution(model), EpsilonPlus()
+    for _ in range(8):
+        attribution(data, [{"y": 1}], rules)
+    assert attribution._replayed.replays.replayed
+
+
 MORE: dict[str, Case] = {
     "linear concepts": with_direction,
     "check": lambda m, x: CondAttribution(m).check(x, CONDITIONS, UniformLRP0()),
     "one attribution": lambda m, x, known={}: known.setdefault(id(m), CondAttribution(m))(x, CONDITIONS, DeepLift()),
     "a list": lambda m, x: CondAttribution(m)(list(x), CONDITIONS, EpsilonPlus()).heatmap,
     "a thread": in_a_thread,
+    "recordings": recorded,
     "pixel flipping": lambda m, x: pixel_flipping(m, x, 1, relevance=x.sum(1)),
     "a layer that is not there": refused(lambda m, x: CondAttribution(m)(x, [{"y": 1, "9": [0]}], EpsilonPlus())),
     "data of another type": refused(lambda m, x: CondAttribution(m)(x.float(), CONDITIONS, EpsilonPlusFlat())),
@@ -102,12 +111,12 @@ def growth(case: Case, n: int) -> dict[str, int]:
     return {name: after[name] - before[name] for name in after if after[name] - before[name] > allowed.get(name, 0)}
 
 
-def test_there_are_30_cases():
-    assert len(CASES) == 30
+def test_there_are_31_cases():
+    assert len(CASES) == 31
 
 
 @pytest.mark.promise("Model", "Calls that are repeated leave no tensors, hooks, files, threads or memory")
-@pytest.mark.parametrize("name", ["call", "generate of zennit", "absorbed", "an error in a mask"])
+@pytest.mark.parametrize("name", ["call", "generate of zennit", "absorbed", "an error in a mask", "recordings"])
 def test_repeated_calls_leave_nothing(name):
     assert growth(CASES[name], 20) == {}
 
