@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import gc
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -40,7 +40,7 @@ class NamesRead:
 
     def __init__(self) -> None:
         self._values: dict[tuple[int, str], tuple[Mapping[str, Any], object, list[object]]] = {}
-        self._seen: set[CodeType] = set()
+        self._seen: set[tuple[CodeType, type]] = set()
         self._why: str | None = None
 
     def __enter__(self) -> NamesRead:
@@ -70,9 +70,8 @@ class NamesRead:
         code = frame.f_code
         if event == "c_call" and called.__name__ in _READING | _WARNING:
             self._why = f"{code.co_name} calls {called.__name__}()"
-        if event != "call" or code in self._seen:
+        if event != "call":
             return
-        self._seen.add(code)
         if _package(frame.f_globals) in _SETTLED:
             if code.co_name in _WARNING:  # (since Python 3.14, they are functions in Python)
                 self._why = "there was a warning"
@@ -80,24 +79,29 @@ class NamesRead:
         for free in {*code.co_freevars} - {"__class__"}:
             self._why = self._why or _why_unknown(frame, free, self._last)
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        self._note(frame.f_globals, frame.f_globals, code.co_names, _names_looked_up(code))
-        for kind in _kinds(owner):
-            self._note(kind, vars(kind), code.co_names)
+        kind = owner if isinstance(owner, type) else type(owner)
+        if (code, kind) not in self._seen:
+            self._seen.add((code, kind))
+            self._note(frame.f_globals, frame.f_globals, _names_looked_up(code), code.co_names, set())
+            for base in kind.__mro__:
+                if _package({}, base) not in _SETTLED:
+                    self._note(base, vars(base), code.co_names, code.co_names, set())
 
     def _note(
-        self, owner: object, names: Mapping[str, Any], read: Collection[str], first: Collection[str] | None = None
+        self, owner: object, names: Mapping[str, Any], read: Collection[str], then: Collection[str], done: set[int]
     ) -> None:
-        """Note what some names of a module or class stand for, and those of ``read`` in what is one itself."""
-        for name in names.keys() & {*(read if first is None else first)}:
-            if (id(owner), name) in self._values:
-                continue
+        """Note what names of a module or class stand for, and, where that is one itself, ``then`` its names."""
+        done.add(id(owner))
+        for name in names.keys() & {*read}:
             value = names[name]
-            settings = _settings(value)
-            self._values[id(owner), name] = names, value, settings
-            if isinstance(value, nn.Module) or len(settings) > _MOST:
-                self._why = f"{name} is beside the model"
-            elif isinstance(value, ModuleType | type) and _package(vars(value), value) not in _SETTLED:
-                self._note(value, vars(value), read)
+            if (id(owner), name) not in self._values:
+                settings = _settings(value)
+                self._values[id(owner), name] = names, value, settings
+                if isinstance(value, nn.Module) or len(settings) > _MOST:
+                    self._why = f"{name} is beside the model"
+            is_followed = isinstance(value, ModuleType | type) and id(value) not in done
+            if is_followed and _package(vars(value), value) not in _SETTLED:
+                self._note(value, vars(value), then, then, done)
 
 
 def _names_looked_up(code: CodeType) -> set[str]:
@@ -114,12 +118,6 @@ def _package(names: Mapping[str, Any], owner: object = None) -> str:
     """Package of a module's names, or of a class."""
     name = owner.__module__ if isinstance(owner, type) else names.get("__name__")
     return str(name).partition(".")[0]
-
-
-def _kinds(owner: object) -> Iterator[type]:
-    """Classes of an object, or a class itself, that are not torch's and the like."""
-    kinds = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
-    return (kind for kind in kinds if _package({}, kind) not in _SETTLED)
 
 
 def _why_unknown(frame: FrameType, free: str, last: FrameType) -> str | None:

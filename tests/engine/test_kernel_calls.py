@@ -108,7 +108,7 @@ def test_no_tensor_between_calls_is_kept_while_recording() -> None:
         for _ in range(20):
             x = x * 2
             made.append(weakref.ref(x.untyped_storage()))
-            assert sum(ref() is not None for ref in made) <= 2
+            assert sum(ref() is not None for ref in made) <= 3
         return x
 
     first = torch.ones(4)

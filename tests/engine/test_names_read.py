@@ -26,7 +26,22 @@ SETTINGS = Namespace(scale=2.0, of={"scale": [2.0]})
 FACTORS, TENSOR = np.array([2.0]), torch.tensor([2.0], dtype=torch.float64)
 OTHER = nn.Linear(6, 6).double()
 elsewhere = ModuleType("elsewhere")
-elsewhere.scale = 2.0  # type: ignore[attr-defined]
+elsewhere.scale = elsewhere.other = 2.0  # type: ignore[attr-defined]
+
+
+def another() -> float:
+    return elsewhere.other  # type: ignore[attr-defined, no-any-return]
+
+
+class First:
+    scale = 2.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Second(First):
+    scale = 1.5
 
 
 class Settings:
@@ -118,6 +133,14 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[pytest.MonkeyP
         lambda self, x: x * elsewhere.scale,
         lambda patch, net: patch.setattr(elsewhere, "scale", 3.0),
     ),
+    "another name of a module": (
+        lambda self, x: x * elsewhere.scale * another(),
+        lambda patch, net: patch.setattr(elsewhere, "other", 3.0),
+    ),
+    "an attribute of a class that shares a method": (
+        lambda self, x: First()(Second()(x)),
+        lambda patch, net: patch.setattr(Second, "scale", 3.0),
+    ),
     "an array": (lambda self, x: x * float(FACTORS[0]), lambda patch, net: put(FACTORS)),
     "an array of the model": (
         lambda self, x: x * float(self.factors[0]),
@@ -163,6 +186,14 @@ def of_a_list(scales: list[float]) -> Callable[[Any, Tensor], Tensor]:
     return lambda self, x: x * scales[0]
 
 
+def either(scale: Any) -> Callable[[Any, Tensor], Tensor]:
+    """Functions that share their code."""
+    return lambda self, x: x * (scale[0] if isinstance(scale, list) else scale)
+
+
+NUMBERED, LISTED = either(2.0), either([2.0])
+
+
 def warning(self: Any, x: Tensor) -> Tensor:
     warnings.warn("look here", stacklevel=1)
     return x
@@ -175,6 +206,7 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a tensor that is written to": lambda self, x: x * TENSOR.mul_(1.0),
     "a model beside it": lambda self, x: OTHER(x),
     "a list around it": of_a_list([2.0]),
+    "a list around a function, and a number around another": lambda self, x: LISTED(self, NUMBERED(self, x)),
     "a warning": warning,
 }
 
