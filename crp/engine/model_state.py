@@ -36,8 +36,8 @@ _NO_SETTINGS = (nn.Module, type, ModuleType, FunctionType, MethodType)
 #: How deep settings in objects are looked at: numbers, words, and entries of their lists and dicts.
 _DEPTH = 4
 #: Common types of what cannot.
-PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
-_SIMPLE = PLAIN - {tuple} | {type}
+_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
+_SIMPLE = _PLAIN - {tuple} | {type}
 
 
 def is_traced() -> bool:
@@ -79,7 +79,7 @@ class ModelState:
                     self._values += own.values()
                     self._tensors += map(_state_of, own.values())
             # (most attributes are of these types: the others are few)
-            for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in PLAIN]:
+            for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in _PLAIN]:
                 if isinstance(value, _CHANGEABLE):
                     self._tensors += settings_in(value) if isinstance(value, Tensor | np.ndarray) or value else ()
                 elif id(value) not in seen and not isinstance(value, _NO_SETTINGS) and (own := _attributes(value)):

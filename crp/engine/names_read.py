@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crp.engine.model_state import PLAIN, settings_in
+from crp.engine.model_state import settings_in
 from crp.engine.recordings import NotReplayableError
 
 #: Packages whose names nobody changes.
@@ -133,8 +133,7 @@ def _why_unknown(frame: FrameType, free: str, last: FrameType) -> str | None:
         if free in around.f_code.co_cellvars:
             break
         around = around.f_back
-    value = frame.f_locals.get(free)
-    is_settled = isinstance(value, FunctionType | ModuleType | type) or (around is None and type(value) in PLAIN)
-    return (
-        None if is_settled or (around is not None and is_inside) else f"{free} comes from around {frame.f_code.co_name}"
-    )
+    if around is not None and is_inside:
+        return None
+    settled = isinstance(frame.f_locals.get(free), FunctionType | ModuleType | type | bool | int | float | str | None)
+    return None if settled and around is None else f"{free} comes from around {frame.f_code.co_name}"

@@ -59,6 +59,10 @@ def helper(x: Tensor) -> Tensor:
     return x * SCALE
 
 
+def another_helper(x: Tensor) -> Tensor:
+    return x * 5
+
+
 class Scaled(nn.Linear):
     """Takes its scale from somewhere."""
 
@@ -228,6 +232,14 @@ def test_a_number_of_a_function_that_runs_may_change(vectors: Tensor) -> None:
     attribution = replaying(lambda self, x: x * scale)
     assert all(heatmaps(attribution, vectors))
     scale = 3.0
+    assert all(heatmaps(attribution, vectors)) and attribution._replayed.replays.replayed == 0
+
+
+def test_a_function_of_a_function_that_runs_may_change(vectors: Tensor) -> None:
+    way: Callable[[Tensor], Tensor] = helper
+    attribution = replaying(lambda self, x: way(x))
+    assert all(heatmaps(attribution, vectors))
+    way = another_helper
     assert all(heatmaps(attribution, vectors)) and attribution._replayed.replays.replayed == 0
 
 
