@@ -20,9 +20,12 @@ _SPARE = 0.1
 class GraphRecorder:
     """Records CUDA graphs."""
 
-    first_runs = 2  # (recording costs about as much as a few of them)
     runs_ahead = True
     tolerance = 1e-3  # (what different kernels may differ by in TF32)
+
+    def pays(self, runs: int, seconds: float, saved: float) -> bool:
+        """Whether it was computed twice: recording costs about as much as a few times."""
+        return runs > 2
 
     def record(self, run: Run, inputs: Mapping[str, Tensor]) -> Graph:
         """Recording of a computation."""

@@ -32,14 +32,20 @@ class CallRecorder:
     Parameters
     ----------
     first_runs : int
-        As in `Recorder`.
+        Times that something is computed before it is recorded.
+    cost : float
+        Of a recording, in such times: those that are compared with it included.
     """
 
     runs_ahead = False
     tolerance = 0.0
 
-    def __init__(self, first_runs: int = 4) -> None:
-        self.first_runs = first_runs
+    def __init__(self, first_runs: int = 4, cost: float = 3.0) -> None:
+        self.first_runs, self.cost = first_runs, cost
+
+    def pays(self, runs: int, seconds: float, saved: float) -> bool:
+        """Whether as many replays again would have saved what a recording costs."""
+        return runs > self.first_runs and runs * saved >= self.cost * seconds
 
     def record(self, run: Run, inputs: Mapping[str, Tensor]) -> KernelCalls:
         """Recording of a computation.

@@ -31,17 +31,17 @@ class Recorder(Protocol):
 
     Attributes
     ----------
-    first_runs : int
-        Times that something is computed before it is recorded, so that recording pays.
     runs_ahead : bool
         Whether the host has time for something else while a recording is replayed.
     tolerance : float
         Largest deviation of a replay, relative to the largest value.
     """
 
-    first_runs: int
     runs_ahead: bool
     tolerance: float
+
+    def pays(self, runs: int, seconds: float, saved: float) -> bool:
+        """Whether to record what took so many seconds for so many times, of which a replay may save some each time."""
 
     def record(self, run: Run, inputs: Mapping[str, Tensor]) -> Recording:
         """Recording of a computation, made with these inputs."""

@@ -8,6 +8,8 @@ other numbers than the computation itself, which is tried once on other data, is
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
@@ -37,11 +39,14 @@ class Computation(NamedTuple):
         From inputs to outputs, as it can be recorded.
     usual : callable
         Outputs as they are computed where nothing is recorded, by which a recording is judged.
+    saved : float
+        Seconds that a replay saves, about.
     """
 
     state: object
     compute: Run
     usual: Callable[[], Tensors]
+    saved: float = 0.0
 
 
 @dataclass
@@ -60,6 +65,8 @@ class _Entry:
     judged : int
         Times that a replay has given what the computation gives.
     refused : bool
+    seconds : float
+        Shortest time in which it was computed.
     """
 
     state: object
@@ -68,6 +75,7 @@ class _Entry:
     names: NamesRead | None = None
     judged: int = 0
     refused: bool = False
+    seconds: float = math.inf
 
     @property
     def trusted(self) -> bool:
@@ -157,15 +165,18 @@ class Replays:
             return outputs
         if entry.recording is not None and not entry.recording.can_read():
             entry.drop()
-        if entry.refused or entry.runs <= recorder.first_runs:
+        if entry.refused:
             return None
         if entry.trusted:
             assert entry.recording is not None
             self.replayed += 1
             return entry.recording.replay(inputs, only)
-        # (what is looked at once, such as whether weights are finite, is looked at before recording)
+        start = time.perf_counter()
         exact = prepared.usual()
+        entry.seconds = min(entry.seconds, time.perf_counter() - start)
         if entry.recording is None:
+            if not recorder.pays(entry.runs, entry.seconds, prepared.saved):
+                return some(exact, only)
             _record(entry, recorder, prepared.compute, inputs)
         outputs = None if entry.recording is None else entry.recording.replay(inputs, None)
         if outputs is None or not _are_close(outputs, exact, recorder.tolerance):

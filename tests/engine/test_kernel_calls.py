@@ -18,6 +18,7 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlusFlat
 from crp.engine.kernel_calls import CallRecorder, KernelCalls
 from crp.engine.recordings import NotReplayableError
+from crp.engine.replayed import Replayed
 
 WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -120,7 +121,7 @@ def test_threads_replay_in_turn() -> None:
     """Each gets what belongs to its own data."""
     model = resnet18(weights=None).eval()
     attribution, plain, rules = CondAttribution(model), CondAttribution(model), EpsilonPlusFlat()
-    plain.replay = False
+    plain.replay, attribution._replayed = False, Replayed(CallRecorder(cost=0))
     images = torch.randn(8, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     exact = [plain(image, [{"y": 3}], rules).heatmap for image in images]
     found: dict[int, list[Tensor]] = {}

@@ -194,7 +194,7 @@ def test_a_lack_of_memory_says_nothing_about_the_model(data: Tensor, monkeypatch
 
 def test_the_switch_is_heard_after_a_recording_too(data: Tensor, request: pytest.FixtureRequest) -> None:
     attribution, rules = CondAttribution(made()), EpsilonPlus()
-    attribution._replayed = Replayed(CallRecorder(2))
+    attribution._replayed = Replayed(CallRecorder(2, cost=0))
     for number in range(6):
         attribution(data + number, [{"y": [0]}], rules)
     assert attribution._replayed.replays.replayed == 3

@@ -89,7 +89,7 @@ class Scaled(nn.Linear):
 def replaying(read: Callable[[Any, Tensor], Tensor]) -> CondAttribution:
     torch.manual_seed(0)
     attribution = CondAttribution(Scaled(read).double().eval())
-    attribution._replayed = Replayed(CallRecorder(2))
+    attribution._replayed = Replayed(CallRecorder(2, cost=0))
     return attribution
 
 

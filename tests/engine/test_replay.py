@@ -33,7 +33,7 @@ LAYER = "features.7"
 def replaying(model: nn.Module) -> CondAttribution:
     """Attribution that records calls of kernels at the third time."""
     attribution = CondAttribution(model)
-    attribution._replayed = Replayed(CallRecorder(2))
+    attribution._replayed = Replayed(CallRecorder(2, cost=0))
     return attribution
 
 
@@ -296,7 +296,11 @@ def test_the_switch(vgg_bn: nn.Module, images: Tensor) -> None:
     assert count(attribution) == 0 and not attribution._replayed.replays._entries
 
 
-def test_a_cpu_records_at_the_sixth_time(vgg_bn: nn.Module, images: Tensor) -> None:
+def test_a_cpu_records_once_that_pays(vgg_bn: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = CallRecorder()
+    assert not recorder.pays(4, 0.001, 0.001) and recorder.pays(5, 0.001, 0.001)
+    assert not recorder.pays(29, 1.0, 0.1) and recorder.pays(30, 1.0, 0.1)
+    monkeypatch.setattr("crp.engine.replayed._SAVED", 1.0)
     attribution, rules = CondAttribution(vgg_bn), EpsilonPlusFlat()
     for number in range(8):
         assert_same(attribution, images * (number + 1), [{"y": [0]}], rules)
@@ -430,7 +434,7 @@ def test_methods_of_a_subclass_are_called_each_time(vgg_bn: nn.Module, images: T
         return OVERRIDES[name](*args, **keywords)
 
     attribution = type("Own", (CondAttribution,), {name: counted})(vgg_bn)
-    attribution._replayed = Replayed(CallRecorder(2))
+    attribution._replayed = Replayed(CallRecorder(2, cost=0))
     for _ in range(6):
         attribution(images, [{"y": [0]}], EpsilonPlusFlat())
     assert len(calls) >= 6 and count(attribution) == 0
@@ -490,7 +494,10 @@ def test_errors_are_those_of_the_computation(vgg_bn: nn.Module, images: Tensor) 
 
 def test_an_error_while_recording_is_no_obstacle(vgg_bn: nn.Module, images: Tensor) -> None:
     class Failing:
-        first_runs, runs_ahead, tolerance = 2, False, 0.0
+        runs_ahead, tolerance = False, 0.0
+
+        def pays(self, *_: Any) -> bool:
+            return True
 
         def record(self, run: Any, inputs: Any) -> Any:
             raise torch.OutOfMemoryError("too little")
@@ -524,7 +531,7 @@ def test_mining_by_replays_gives_the_same_bytes(tmp_path: Path, monkeypatch: pyt
 
     class Kept(Replayed):
         def __init__(self, recorder: Any = None) -> None:
-            super().__init__(CallRecorder(2))
+            super().__init__(CallRecorder(2, cost=0))
             replays.append(self.replays)
 
     monkeypatch.setattr("crp.attribution.Replayed", Kept)

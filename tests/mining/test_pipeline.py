@@ -317,7 +317,7 @@ def test_a_later_run_replays_every_batch(
     """What is scored is recorded with the attribution, and nothing else leaves a replay."""
     monkeypatch.setattr(CallRecorder, "runs_ahead", True)  # (else several targets share a forward pass)
     attribution, rules, layer_map = CondAttribution(make_net()), EpsilonPlus(), dict.fromkeys(LAYERS, ChannelConcept())
-    attribution._replayed = Replayed(CallRecorder(2))
+    attribution._replayed = Replayed(CallRecorder(2, cost=0))
     options: dict[str, Any] = {"attribution": attribution, "composite": rules, "layer_map": layer_map}
     replayed = []
     for name in ("first", "second"):
@@ -353,7 +353,7 @@ def test_what_scores_otherwise_is_computed_anew(
     monkeypatch.setattr(CallRecorder, "runs_ahead", ahead)
     concept: Any = Turned() if change == "concept" else ChannelConcept()
     attribution = CondAttribution(make_net())
-    attribution._replayed = Replayed(CallRecorder(2))
+    attribution._replayed = Replayed(CallRecorder(2, cost=0))
     options: dict[str, Any] = {"composite": EpsilonPlus(), "layer_map": {"conv": concept}, "modes": ["relevance"]}
     for turn in ("first", "again", "changed"):
         if turn == "changed":
@@ -368,7 +368,7 @@ def test_what_is_read_is_all_that_a_replay_gives(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(CallRecorder, "runs_ahead", True)  # (on a CPU, scores are computed outside)
     net, rules = make_net(), EpsilonPlus()
     attribution = CondAttribution(net)
-    attribution._replayed = Replayed(CallRecorder(2))
+    attribution._replayed = Replayed(CallRecorder(2, cost=0))
     data = torch.stack([Data(4)[index][0] for index in range(4)])
     read: Callable[[AttributionResults], Tensor] = lambda result: result.relevances["conv"].sum((2, 3))  # noqa: E731
     settings = Settings(["conv"], ChannelConcept.mask, None, None, None, exclude_parallel=False, reading=read)

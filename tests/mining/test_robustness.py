@@ -98,7 +98,7 @@ REPLAYED: list[Replays] = []
 def replayed(patch: pytest.MonkeyPatch) -> None:
     class Kept(Replayed):
         def __init__(self, recorder: Any = None) -> None:
-            super().__init__(CallRecorder(2))
+            super().__init__(CallRecorder(2, cost=0))
             REPLAYED.append(self.replays)
 
     patch.setattr("crp.attribution.Replayed", Kept)

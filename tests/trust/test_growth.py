@@ -20,6 +20,8 @@ from crp.attribution import CondAttribution
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, UniformLRP0
 from crp.concepts import ChannelConcept
 from crp.concepts.linear import DirectionConcept
+from crp.engine.kernel_calls import CallRecorder
+from crp.engine.replayed import Replayed
 from crp.metrics import pixel_flipping
 from crp.visualization.mining.run import mine
 
@@ -55,6 +57,7 @@ def with_direction(model: nn.Module, data: Tensor) -> Tensor:
 def recorded(model: nn.Module, data: Tensor) -> None:
     """Attributions that are repeated until they are replayed."""
     attribution, rules = CondAttribution(model), EpsilonPlus()
+    attribution._replayed = Replayed(CallRecorder(cost=0))
     for _ in range(8):
         attribution(data, [{"y": 1}], rules)
     assert attribution._replayed.replays.replayed
