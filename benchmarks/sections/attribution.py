@@ -17,7 +17,7 @@ ASKED: list[tuple[str, Setup, tuple[float, ...], int]] = [
     ("4", Setup("resnet50", 224, 2), (1.6,), 5),
     ("4", Setup("densenet121", 224, 2), (1.6,), 5),
     ("4", Setup("mobilenet_v2", 224, 2), (1.6,), 7),
-    ("4", Setup("efficientnet_b0", 224, 2), (1.6,), 7),
+    ("4", Setup("efficientnet_b0", 224, 2), (2.2,), 7),
 ]
 
 
