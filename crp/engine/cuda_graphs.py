@@ -53,12 +53,12 @@ class Graph:
         """Whether all memory that it reads is still there."""
         return all(storage.data_ptr() == place for place, storage in self.reads.items())
 
-    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None) -> Tensors:
-        """Outputs, in memory of their own; the host does not wait for them."""
+    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None, own: bool = True) -> Tensors:
+        """Outputs, which the host does not wait for."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor, non_blocking=True)
         self.graph.replay()
-        return {name: output.clone() for name, output in some(self.outputs, only).items()}
+        return {name: output.clone() if own else output for name, output in some(self.outputs, only).items()}
 
 
 class _Reads(TorchDispatchMode):

@@ -83,7 +83,7 @@ class KernelCalls:
         return True
 
     @torch.no_grad()
-    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None) -> Tensors:
+    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None, own: bool = True) -> Tensors:
         """Outputs, in memory of their own."""
         outputs = self.calls(*[inputs[name] for name in self.inputs], *self.constants)
         return some(dict(zip(self.outputs, outputs, strict=True)), only)

@@ -38,7 +38,7 @@ def replaying(model: nn.Module) -> CondAttribution:
 
 
 def count(attribution: CondAttribution) -> int:
-    """Replays so far whose results were given out."""
+    """Replays so far that were right, or trusted."""
     return attribution._replayed.replays.replayed
 
 
@@ -155,7 +155,7 @@ def test_memory_that_is_gone_is_not_read(
     (entry,) = attribution._replayed.replays._entries.values()
     recording: Any = entry.recording
     recording.can_read = lambda: False
-    recording.replay = lambda inputs, only: pytest.fail("it reads memory that is gone")
+    recording.replay = lambda *_, **__: pytest.fail("it reads memory that is gone")
     monkeypatch.setattr(CallRecorder, "runs_ahead", ahead)
     for scale in (1, 2):
         assert_same(attribution, images * scale, [{"y": [scale]}], rules)
