@@ -38,14 +38,15 @@ class Computation(NamedTuple):
     compute : callable
         From inputs to outputs, as it can be recorded.
     usual : callable
-        Outputs as they are computed where nothing is recorded, by which a recording is judged.
+        Outputs as they are computed where nothing is recorded, by which a recording is judged; None where they cannot
+        be computed at once.
     saved : float
         Seconds that a replay saves, about.
     """
 
     state: object
     compute: Run
-    usual: Callable[[], Tensors]
+    usual: Callable[[], Tensors | None]
     saved: float = 0.0
 
 
@@ -174,6 +175,9 @@ class Replays:
         start = time.perf_counter()
         exact = prepared.usual()
         entry.seconds = min(entry.seconds, time.perf_counter() - start)
+        if exact is None:
+            entry.drop(for_good=True)
+            return None
         if entry.recording is None:
             if not recorder.pays(entry.runs, entry.seconds, prepared.saved):
                 return some(exact, only)

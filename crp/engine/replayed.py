@@ -92,8 +92,9 @@ class Replayed:
                 return None
             laid_out = replace(call, rows=rows, batch_size=None, shortcut=None).laid_out()
 
-            def read(part: Part | None) -> Tensors:
-                assert part is not None, "a layer has one entry for each sample, as it had before"
+            def read(part: Part | None) -> Tensors | None:
+                if part is None:
+                    return None
                 results = _flattened(*part)
                 return results if reading is None else results | {_READING: reading(part[0])}
 
@@ -106,7 +107,9 @@ class Replayed:
                     settings=replace(laid_out.settings, shared_start=given.shared),
                     given=Given(tensors["start"], masks, given.shared),
                 )
-                return read(inner.at_once(composite))
+                results = read(inner.at_once(composite))
+                assert results is not None, "a layer has one entry for each sample, as it had when it was computed"
+                return results
 
             state, saved = ModelState(call.model, composite), _SAVED * len(modules_of(call.model))
             return Computation(state, compute, lambda: read(laid_out.at_once(composite)), saved)

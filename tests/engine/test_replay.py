@@ -418,6 +418,27 @@ def test_what_depends_on_unseen_python_is_found_out(vectors: Tensor) -> None:
     assert count(attribution) == 0
 
 
+class Splitting(nn.Module):
+    """Runs a layer on as many entries as the values of its data say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        entries = x.reshape(-1, 3) if float(x.detach().amax()) > 5 else x[:, :3]
+        y = self.one(entries)
+        return self.two(y.reshape(len(x), -1, 3).sum(1))
+
+
+def test_samples_that_have_more_entries_at_a_later_call(vectors: Tensor) -> None:
+    attribution, rules = replaying(Splitting().double().eval()), composites.get("epsilon")
+    small = vectors / vectors.amax(1, keepdim=True)  # (each decides as all)
+    for data in (small, small * 2, small * 10, small * 20, small * 3, small * 4):
+        assert_same(attribution, data, [{"y": [1]}], rules, record_layer=["one"])
+    assert count(attribution) == 0
+
+
 OVERRIDES: dict[str, Callable[..., Any]] = {
     "select_output": lambda self, output: output * 2,
     "relevance_init": lambda self, prediction, targets, init: prediction,
