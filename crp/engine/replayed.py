@@ -59,13 +59,10 @@ class Replayed:
             return None
         if composite is None or is_on(composite, call.model) or not _is_replayable(call, composite):
             return None
-        if (
-            len(rows) < len(call.rows)
-            and Encoding.of(composite).multiplier
-            and not self.replays.runs_ahead(data.device)
-        ):
-            return None  # (one forward pass serves all parts)
-        if len(rows.groups(name)) > 1:
+        ahead = self.replays.runs_ahead(data.device)
+        # (else one forward pass serves all parts)
+        is_whole = ahead or len(rows) == len(call.rows) or not Encoding.of(composite).multiplier
+        if not is_whole or len(rows.groups(name)) > 1:
             return None
         samples = tuple(sorted({*rows.samples}))
         columns = [samples.index(sample) for sample in rows.samples]
@@ -80,12 +77,10 @@ class Replayed:
         if not shapes or math.prod(shapes[None]) > _MOST_STARTED[data.device.type]:
             return None
         check_targets_exist(rows.targets(name), torch.empty(shapes[None], device="meta"), name, rows.places)
-        given = _given_for(rows, columns, settings, shapes)
-        if given is None:
+        if (given := _given_for(rows, columns, settings, shapes)) is None:
             return None
-
         # (on a CPU, what is computed outside is computed faster, as values may be looked at)
-        reading = settings.reading if self.replays.runs_ahead(data.device) else None
+        reading = settings.reading if ahead else None
 
         def prepare() -> Computation | None:
             if is_watched(call.model):
