@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from crp.engine.program import KernelCall, Value, compiled
 from crp.engine.recordings import NotReplayableError, Run, Tensors, some
+from crp.layers.devices import relying
 
 #: Properties of operations of which a program of others cannot be made: what Python goes on with depends on values.
 _RANDOM = {torch.Tag.nondeterministic_seeded}
 _UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} | _RANDOM
-
-
-#: Operations that give the tensor that they take, where there are no gradients.
-_NOTHING = {torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.alias.default}
 
 
 class CallRecorder:
@@ -56,7 +52,7 @@ class CallRecorder:
             If it reads values, draws random numbers, writes to what it has not made, or calls what is not torch's own.
         """
         calls = _Calls(inputs)
-        with calls:
+        with calls, relying(calls.holds):
             outputs = run(dict(inputs))
         return calls.recording(outputs)
 
@@ -68,7 +64,7 @@ class KernelCalls:
     Attributes
     ----------
     calls : callable
-        From inputs and constants to outputs.
+        From inputs and constants to outputs, and conditions that held while recording.
     inputs, outputs : list of str
     constants : list of Tensor
     """
@@ -83,17 +79,10 @@ class KernelCalls:
         return True
 
     @torch.no_grad()
-    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None, own: bool = True) -> Tensors:
+    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None, own: bool = True) -> Tensors | None:
         """Outputs, in memory of their own."""
-        outputs = self.calls(*[inputs[name] for name in self.inputs], *self.constants)
-        return some(dict(zip(self.outputs, outputs, strict=True)), only)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A tensor among those that were given, made or met while recording, by its number."""
-
-    number: int
+        outputs, conditions = self.calls(*[inputs[name] for name in self.inputs], *self.constants)
+        return some(dict(zip(self.outputs, outputs, strict=True)), only) if all(conditions) else None
 
 
 class _Calls(TorchDispatchMode):
@@ -102,13 +91,14 @@ class _Calls(TorchDispatchMode):
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._inputs, self._constants = [*inputs], dict[int, Tensor]()
-        self._calls: list[tuple[Any, Any, Any, Any]] = []
-        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._own: dict[int, StorageWeakRef] = {}
+        self._calls: list[KernelCall] = []
+        self._conditions: list[Value] = []
+        self._known: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
+        self._own: dict[int, tuple[StorageWeakRef, int]] = {}  # memory made while recording
         self._fixed: set[int] = set()  # memory with numbers that depend on nothing, as those of `torch.arange`
-        for number, tensor in enumerate(inputs.values()):
-            self._known[id(tensor)] = weakref.ref(tensor), number
-        self._n, self._given = len(inputs), {_place(tensor) for tensor in inputs.values()}
+        self._n, self._given = 0, {_place(tensor) for tensor in inputs.values()}
+        for tensor in inputs.values():
+            self._new_value(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -121,73 +111,60 @@ class _Calls(TorchDispatchMode):
         written = [given.get(each.name) for each in form if each.alias_info is not None and each.alias_info.is_write]
         if not all(map(self._is_own, _tensors(written))):
             raise NotReplayableError(f"{func} writes to what was there before")
-        taken = tree_map(self._number, (args, kwargs))
+        taken, named = tree_map(self._value, (args, kwargs))
         result = func(*args, **kwargs)
         made = {_place(tensor): tensor for tensor in _tensors(result) if _place(tensor) not in read}
         for place, tensor in made.items():
-            self._own[place] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._own[place] = StorageWeakRef(tensor.untyped_storage()), self._n  # type: ignore[no-untyped-call]
+            self._n += 1
         if read <= self._fixed:
             self._fixed |= made.keys()
         else:
             self._fixed -= made.keys() | {_place(tensor) for tensor in _tensors(written)}
         if written or _tensors(result):  # (others tell of forms, which are the same at each call)
-            self._calls.append((func, *taken, tree_map(self._new_number, result)))
+            self._calls.append(KernelCall(func, taken, named, tree_map(self._new_value, result)))
         return result
 
     def recording(self, outputs: Tensors) -> KernelCalls:
-        """The calls as a program, which lets go of each tensor where it is read for the last time."""
-        given = {name: (self._number(output), self._is_own(output)) for name, output in outputs.items()}
-        graph, nodes = fx.Graph(), dict[int, fx.Node]()
-        for number in [*range(len(self._inputs)), *self._constants]:
-            nodes[number] = graph.placeholder(f"x{number}")
+        """The calls as a function."""
+        values = {name: self._value(output) for name, output in outputs.items()}
+        given = [*range(len(self._inputs)), *self._constants]
+        calls = compiled(given, self._calls, ([*values.values()], self._conditions))
+        return KernelCalls(calls, self._inputs, [*values], [*self._constants.values()])
 
-        def node_of(value: Any) -> Any:
-            return nodes[value.number] if isinstance(value, _Made) else value
+    def holds(self, condition: Callable[[], Tensor]) -> bool:
+        """Whether a condition on values holds: a recording that relies on it looks at them again."""
+        with _disable_current_modes():
+            found = bool(condition())
+        if found:
+            self._conditions.append(self._value(condition()))
+        return found
 
-        for function, args, kwargs, result in self._calls:
-            if function in _NOTHING:
-                nodes[result.number] = node_of(args[0])
-                continue
-            node = graph.call_function(function, *tree_map(node_of, (args, kwargs)))
-            if isinstance(result, _Made):
-                nodes[result.number] = node
-                continue
-            for place, entry in enumerate(result or ()):
-                if isinstance(entry, _Made):
-                    nodes[entry.number] = graph.call_function(operator.getitem, (node, place))
-        clone = torch.ops.aten.clone.default
-        # (what is given out is the caller's own)
-        found = [node_of(made) if own else graph.call_function(clone, (node_of(made),)) for made, own in given.values()]
-        graph.output(tuple(found))
-        # (a `fx.GraphModule` would leave its source behind for good)
-        code = graph.python_code("self")
-        names = dict(code.globals)
-        exec(code.src, names)
-        return KernelCalls(partial(names["forward"], None), self._inputs, [*given], [*self._constants.values()])
-
-    def _number(self, value: Any) -> Any:
-        """A tensor's number; other values as they are."""
+    def _value(self, value: Any) -> Any:
+        """What a tensor is in the calls; all else as it is."""
         if not isinstance(value, Tensor):
             return value
-        known, number = self._known.get(id(value), (None, 0))
+        known, found = self._known.get(id(value), (None, None))
         if known is None or known() is not value:
             if self._is_own(value) or _place(value) in self._given:
                 raise NotReplayableError("a tensor has the memory of another one, and no call tells how it came by it")
-            number = self._new_number(value).number
-            self._constants[number] = value
+            found = self._new_value(value)
+            self._constants[found.number] = value
             self._fixed.discard(_place(value))
-        return _Made(number)
+        return found
 
-    def _new_number(self, value: Any) -> Any:
+    def _new_value(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        memory = self._own[_place(value)][1] if self._is_own(value) else None
+        new = Value(self._n, memory, (value.shape, value.stride(), value.dtype))
+        self._known[id(value)] = weakref.ref(value), new
         self._n += 1
-        self._known[id(value)] = weakref.ref(value), self._n
-        return _Made(self._n)
+        return new
 
     def _is_own(self, tensor: Tensor) -> bool:
         """Whether its memory was made while recording."""
-        storage = self._own.get(_place(tensor))
+        storage, _ = self._own.get(_place(tensor), (None, 0))
         return storage is not None and not storage.expired()  # type: ignore[no-untyped-call]
 
 

@@ -22,10 +22,11 @@ class Recording(Protocol):
     def can_read(self) -> bool:
         """Whether all memory that it reads is still there."""
 
-    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None, own: bool = True) -> Tensors:
+    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None, own: bool = True) -> Tensors | None:
         """Outputs for other inputs, or only some of these; on a GPU, the host does not wait for them.
 
-        If they need no memory of their own, the next replay may overwrite them.
+        If they need no memory of their own, the next replay may overwrite them. There are none if the computation
+        would go another way with these inputs.
         """
 
 

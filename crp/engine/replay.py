@@ -65,6 +65,8 @@ class _Entry:
         What Python looked up while recording.
     judged : int
         Times that a replay has given what the computation gives.
+    missed : int
+        Times that a recording was of no use for other inputs.
     refused : bool
     seconds : float
         Shortest time in which it was computed.
@@ -75,6 +77,7 @@ class _Entry:
     recording: Recording | None = None
     names: NamesRead | None = None
     judged: int = 0
+    missed: int = 0
     refused: bool = False
     seconds: float = math.inf
 
@@ -86,6 +89,11 @@ class _Entry:
     def drop(self, for_good: bool = False) -> None:
         """Let go of the recording."""
         self.recording, self.names, self.judged, self.refused = None, None, 0, for_good
+
+    def miss(self) -> None:
+        """Let go of a recording that other inputs cannot use; after that, one may be made with such."""
+        self.missed += 1
+        self.drop(for_good=self.missed > 1)
 
     def stands_for(self, state: object) -> bool:
         """Whether it is of a model and rules in this state."""
@@ -170,8 +178,11 @@ class Replays:
             return None
         if entry.trusted:
             assert entry.recording is not None
-            self.replayed += 1
-            return entry.recording.replay(inputs, only)
+            outputs = entry.recording.replay(inputs, only)
+            if outputs is not None:
+                self.replayed += 1
+                return outputs
+            entry.miss()
         start = time.perf_counter()
         exact = prepared.usual()
         entry.seconds = min(entry.seconds, time.perf_counter() - start)
@@ -183,7 +194,10 @@ class Replays:
                 return some(exact, only)
             _record(entry, recorder, prepared.compute, inputs)
         if entry.recording is not None:
-            if _are_close(entry.recording.replay(inputs, None, own=False), exact, recorder.tolerance):
+            found = entry.recording.replay(inputs, None, own=False)
+            if found is None:
+                entry.miss()
+            elif _are_close(found, exact, recorder.tolerance):
                 entry.judged += 1
                 self.replayed += 1
             else:

@@ -6,6 +6,7 @@ And operations of a GPU, as torch's own: what records or counts those sees them,
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -43,6 +44,30 @@ def recording() -> Iterator[None]:
 def is_recording() -> bool:
     """Whether work is recorded, in whatever thread: autograd works in threads of its own."""
     return _recordings > 0
+
+
+class _Relied(threading.local):
+    holds: Callable[[Callable[[], Tensor]], bool] | None = None
+
+
+_relied = _Relied()
+
+
+@contextmanager
+def relying(holds: Callable[[Callable[[], Tensor]], bool]) -> Iterator[None]:
+    """Context of a recording that takes down conditions, which must hold again where it is used: see `holds`."""
+    _relied.holds = holds
+    try:
+        yield
+    finally:
+        _relied.holds = None
+
+
+def holds(condition: Callable[[], Tensor]) -> bool:
+    """Whether a condition on values holds; what is computed where it does not must be right in any case."""
+    if not is_recording():
+        return bool(condition())
+    return _relied.holds is not None and _relied.holds(condition)
 
 
 def can_be_read(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.errors import InputTypeError
-from crp.layers.devices import is_recording
+from crp.layers.devices import holds
 from crp.layers.glimpses import glimpse
 from crp.rules.functions import Function, _parameters_of
 from crp.rules.notes import Copied
@@ -65,7 +65,7 @@ class _Boosted:
 
 def _split_by_sign(a: Tensor) -> tuple[Tensor, Tensor | None]:
     """Positive and negative part of a layer's input; None where there is no negative part, as behind a ReLU."""
-    if not is_recording() and (a.numel() == 0 or a.detach().amin() >= 0):
+    if a.numel() == 0 or holds(lambda: a.detach().amin() >= 0):
         return a, None
     positive_part, negative_part = cast(tuple[Tensor, Tensor], _SplitBySign.apply(a))
     return positive_part, negative_part

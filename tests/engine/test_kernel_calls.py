@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 from torchvision.ops import nms
 
@@ -19,6 +21,7 @@ from crp.composites import EpsilonPlusFlat
 from crp.engine.kernel_calls import CallRecorder, KernelCalls
 from crp.engine.recordings import NotReplayableError
 from crp.engine.replayed import Replayed
+from crp.layers.devices import holds, recording
 
 WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -49,6 +52,17 @@ COMPUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
         x * float(torch.arange(4).sum()) + torch.arange(5)[torch.ones(5) > 0][:4]
     ),
     "its data": lambda x: (x.data * 3).data * 2,
+    "written over": lambda x: ((x * 2).exp() + 1 / (x * x + 1)).clamp(max=3),
+    "written over, chosen": lambda x: torch.where(x > 0, (x * 2).tanh(), (x - 1).neg()),
+    "read later": lambda x: (lambda y: (y * 3, y.sigmoid() + y)[1])(x + 1),
+    "read later, as a view": lambda x: (lambda y: (lambda row, z: z * row)(y[0], y * 3))(x + 1),
+    "a part, read later as a whole": lambda x: (lambda y: (y[0] * 3) * y)(x + 1),
+    "read later, as it is": lambda x: (lambda y: (lambda same, z: z * same)(y.detach(), y * 3))(x + 1),
+    "beside itself": lambda x: (lambda y: y + y.T)(x[:4] * 2),
+    "beside another part of it": lambda x: (lambda y: y[:3] * y[3:])(x * 2),
+    "by itself": lambda x: (lambda y: y * y)(x * 2),
+    "of another form": lambda x: (x * 2)[:1] + (x * 3) + ((x * 2).float() * (x[0] * 2).float()).double(),
+    "of other strides": lambda x: (x.T * 2).T.contiguous() + (x.T * 2).T,
     "of its form": lambda x: x * x.shape[0] + torch.zeros_like(x).fill_(x.numel()),
 }
 
@@ -93,6 +107,66 @@ def test_what_cannot_be_made_again_is_refused(name: str) -> None:
     run, message = REFUSED[name]
     with pytest.raises(NotReplayableError, match=message):
         recorded(run, torch.ones(6, 4, dtype=torch.float64))
+
+
+def test_an_operand_that_nobody_reads_again_is_written_over() -> None:
+    def run(x: Tensor) -> Tensor:
+        y = x * WEIGHT
+        return torch.where(y > 0, ((y + 1) * WEIGHT).tanh() / 2, 0 * y)
+
+    program = recorded(run, torch.randn(4, 4, dtype=torch.float64))
+    called: Counter[str] = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    data = torch.randn(4, 4, dtype=torch.float64)
+    with Counting():
+        program.replay({"x": data}, None)
+    over = {"aten::mul.out": 2, "aten::tanh.out": 1, "aten::div.out": 1, "aten::where.self_out": 1}
+    assert called == over | {"aten::mul.Tensor": 1, "aten::gt.Scalar": 1, "aten::add.Tensor": 1}
+
+
+def test_what_is_given_out_is_not_written_over() -> None:
+    def run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        y = tensors["x"] * 2
+        return {"y": y, "row": y[0], "more": y * 3}
+
+    program = CallRecorder().record(run, {"x": torch.ones(6, 4)})
+    found = program.replay({"x": torch.full((6, 4), 5.0)}, None)
+    assert found is not None and found["y"].eq(10).all() and found["row"].eq(10).all() and found["more"].eq(30).all()
+
+
+def depends(x: Tensor) -> Tensor:
+    """Of which the recording relies on what `holds` found."""
+    return x * 2 if holds(lambda: x.amin() >= 0) else x.abs() * 3
+
+
+def test_conditions_are_looked_at_again() -> None:
+    above = torch.rand(6, 4) + 0.1
+    below = -above
+    with recording():
+        program = recorded(depends, above)
+        splitting = recorded(depends, below)
+    assert program.replay({"x": above + 1}, None)["y"].equal((above + 1) * 2)
+    assert program.replay({"x": below}, None) is None
+    assert splitting.replay({"x": above}, None)["y"].equal(above * 3)  # (right for all)
+
+
+def test_conditions_of_other_threads_are_not_taken_down() -> None:
+    data, found = torch.rand(6, 4), []
+
+    def run(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: found.append(depends(data + 1)))
+        thread.start()
+        thread.join()
+        return depends(x)
+
+    with recording():
+        program = recorded(run, data)
+    assert found[0].equal((data + 1) * 3) and program.replay({"x": data}, None)["y"].equal(data * 2)
 
 
 def test_weights_are_read_as_they_are() -> None:

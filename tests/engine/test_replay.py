@@ -439,6 +439,37 @@ def test_samples_that_have_more_entries_at_a_later_call(vectors: Tensor) -> None
     assert count(attribution) == 0
 
 
+def test_data_of_another_sign_goes_another_way(vgg_bn: nn.Module, images: Tensor) -> None:
+    """Where no input is negative, z⁺ is one convolution; as soon as one is, two serve all."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlus()
+    recordings = attribution._replayed.replays
+    warmed(attribution, images.abs(), rules)
+    signs = (1, 1, -1, 1, -1, 1, 1)
+    for scale, sign in enumerate(signs):
+        assert_same(attribution, images.abs() * sign * (scale + 1), [{"y": [1]}], rules)
+    (entry,) = recordings._entries.values()
+    assert entry.missed == 1 and entry.trusted and count(attribution) == 2 + len(signs)
+
+
+class Turning(nn.Module):
+    """One of two layers has inputs of both signs, the other has not, as the data has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(1, 4, 3), nn.Conv1d(1, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.one(x[:, None] * 2) + self.two(-x[:, None])).sum(2)
+
+
+def test_data_that_goes_another_way_each_time_is_computed(vectors: Tensor) -> None:
+    attribution, rules = replaying(Turning().double().eval()), EpsilonPlus(canonizers=[])
+    for place in range(12):
+        assert_same(attribution, vectors.abs() * (place + 1) * (-1) ** (place // 4), [{"y": [1]}], rules)
+    (entry,) = attribution._replayed.replays._entries.values()
+    assert entry.refused and count(attribution) > 2
+
+
 OVERRIDES: dict[str, Callable[..., Any]] = {
     "select_output": lambda self, output: output * 2,
     "relevance_init": lambda self, prediction, targets, init: prediction,
