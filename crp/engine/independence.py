@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_traced
-from crp.engine.module_hooks import HOOKS, _OfOtherThreads
+from crp.engine.module_hooks import HOOKS, _changed_hooks, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.interrupts import atomic
@@ -76,8 +76,8 @@ def check_independent(
     The model is given the first sample among others, and among others of another kind. That is done once for each
     model, which is left as it was; where it has outputs of both kinds, at each call for the one that is explained.
     A user's hooks see nothing of it, as nobody asked for these calls; what they change in the model is not looked at.
-    It is left out where modes of torch, or hooks on all modules, see each operation. Nothing is known of models that do
-    not take such data, and of those that draw random numbers, of which a warning tells.
+    It is left out where modes of torch see each operation. Nothing is known of models that do not take such data, and
+    of those that draw random numbers, of which a warning tells.
 
     Parameters
     ----------
@@ -199,10 +199,12 @@ def _looking_at(model: nn.Module) -> Iterator[None]:
     with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()):
         modules, thread = modules_of(model).values(), get_ident()
         parts = set(map(id, modules))
-        for hooks in [getattr(module, kind) for module in modules for kind in HOOKS]:  # (put back with all else)
-            others = {n: hook for n, hook in hooks.items() if id(getattr(hook, "__self__", None)) not in parts}
-            hooks.update({number: _OfOtherThreads(hook, thread) for number, hook in others.items()})
-        yield
+
+        def silent(hook: Callable[..., Any]) -> Callable[..., Any]:
+            return hook if id(getattr(hook, "__self__", None)) in parts else _OfOtherThreads(hook, thread)
+
+        with _changed_hooks(modules, HOOKS, silent):
+            yield
 
 
 def _run(model: nn.Module, inputs: Inputs, later: bool = False, nesting: Iterable[nn.TransformerEncoder] = ()) -> Any:

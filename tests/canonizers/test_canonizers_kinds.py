@@ -5,6 +5,7 @@ import torch
 from canonizer_cases import Merged, check, randomize
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as on_all
 from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -307,6 +308,15 @@ HOOKS = {
     "output": lambda first, _: first.register_forward_hook(lambda _m, _i, out: 2 * out),
     "output_in_place": lambda first, _: first.register_forward_hook(lambda _m, _i, out: out.mul_(2)),
     "input": lambda _, second: second.register_forward_pre_hook(lambda _m, args: (2 * args[0],)),
+    "output of all": lambda first, _: on_all.register_module_forward_hook(
+        lambda module, _i, out: 2 * out if module is first else None
+    ),
+    "output of all in place": lambda first, _: on_all.register_module_forward_hook(
+        lambda module, _i, out: out.mul_(2) if module is first else None
+    ),
+    "input of all": lambda _, second: on_all.register_module_forward_pre_hook(
+        lambda module, args: (2 * args[0],) if module is second else None
+    ),
 }
 
 
@@ -320,18 +330,24 @@ def test_a_hook_that_changes_values_between_the_two_is_noticed(where, ahead, kno
     if known:
         check(model, data, merged)
     handle = HOOKS[where](*model)
-    with untouched(model):
-        check(model, data, {}, {name: "a hook changes what goes between it and"})
-    handle.remove()
+    reason = "mul" if where == "input of all" else "a hook changes what goes between it and"
+    try:
+        with untouched(model):
+            check(model, data, {}, {name: reason})
+    finally:
+        handle.remove()
     check(model, data, merged)
 
 
 def test_hooks_that_look_are_no_obstacle(data):
     seen = []
     model = ready(nn.Sequential(conv(), nn.BatchNorm2d(4)))
-    for layer in model:
-        layer.register_forward_hook(lambda _m, _i, out: seen.append(out))
-    check(model, data, {"1": "0"})
+    handles = [on_all.register_module_forward_hook(lambda _m, _i, out: seen.append(out))]
+    handles += [layer.register_forward_hook(lambda _m, _i, out: seen.append(out)) for layer in model]
+    try:
+        check(model, data, {"1": "0"})
+    finally:
+        handles[0].remove()
     assert seen
 
 

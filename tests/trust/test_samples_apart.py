@@ -300,16 +300,31 @@ def test_hooks_of_others_see_their_calls_only(images: Tensor) -> None:
 
 
 @pytest.mark.promise("Input", "Hooks of a user's own, as those that log, switch off no check of a model")
+@pytest.mark.parametrize("on_all", [False, True], ids=["of a layer", "of all modules"])
 @pytest.mark.parametrize("register", REGISTERING)
 def test_models_with_hooks_are_looked_at_without_them(
-    images: Tensor, register: str, untouched: Callable[[nn.Module], Any], tmp_path: Path
+    images: Tensor,
+    register: str,
+    on_all: bool,
+    untouched: Callable[[nn.Module], Any],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     calls: list[str] = []
 
+    def log(module: nn.Module, *_: Any) -> None:
+        if isinstance(module, nn.Conv2d):
+            calls.append(register)
+
     def hooked(between: Callable[[Tensor], Tensor]) -> nn.Module:
         model = Net(between)
-        getattr(model.conv, register)(lambda *_: calls.append(register))
+        if not on_all:
+            getattr(model.conv, register)(log)
         return model
+
+    if on_all:
+        handle = getattr(nn.modules.module, register.replace("register_", "register_module_"))(log)
+        request.addfinalizer(handle.remove)
 
     mixing, drawing = hooked(MIXING["mean"]()), hooked(Noise())
     with untouched(mixing), pytest.raises(CRPError, match=MIXED):
