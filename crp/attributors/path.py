@@ -28,7 +28,8 @@ class IntegratedGradients(Attributor):
     Sundararajan, Taly and Yan, "Axiomatic attribution for deep networks" (ICML 2017), eq. 1. Complete: the result sums
     to :math:`f(x) - f(x_0)` (proposition 1) up to the error of the quadrature. By default, the integral is the right
     Riemann sum of eq. 3, :math:`\frac{1}{n} \sum_{k=1}^{n} \nabla f(x_0 + \frac{k}{n} (x - x_0))`, as in DeepExplain
-    and zennit; its error is of order 1/n. (captum's default is ``"gauss_legendre"`` with 50 steps.)
+    and zennit; its error is of order 1/n. (captum's default is ``"gauss_legendre"`` with 50 steps; its trapezoid of n
+    points is divided by n in place of n - 1, and so is not complete.)
 
     Parameters
     ----------
@@ -40,7 +41,8 @@ class IntegratedGradients(Attributor):
         :math:`x_0`: a constant; a tensor for all samples (with a batch axis of 1, or without), or for each; a function
         of the data; a tuple of these for several inputs. None is 0.
     quadrature : "right", "left", "middle", "trapezoid" or "gauss_legendre"
-        Points and weights.
+        Riemann sums of n intervals with a point at the right or left end or in the middle of each; the trapezoidal rule
+        of n points, both ends of the path among them; or Gauss-Legendre quadrature.
     condition : mapping of str to concept ids, optional
         Only the gradient through these concepts is integrated. Results of all concepts of a layer add up to the whole.
 

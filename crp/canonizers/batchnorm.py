@@ -37,7 +37,8 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
     the merged parameters are kept for the model until one of them changes.
 
     What cannot be merged is left alone; it is affine, unless in training mode, so that a rule can treat it. A warning
-    names what could be, if a weight were stored that is computed at each call: of a pruned or parametrized layer.
+    names what could be, if a weight were stored that is computed at each call: of a pruned or parametrized layer; or if
+    batch norm were a module, and not the function, as in models that `torch.export` made.
 
     Attributes
     ----------
@@ -145,6 +146,13 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
                 f"batch norm is not merged into {first_few([*map(repr, computed)], 3, 'layers')}, whose weight or bias "
                 "is computed at each call. Store it first, such as by torch.nn.utils.prune.remove, "
                 "torch.nn.utils.remove_weight_norm or torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if plan.functions:
+            self.left |= dict.fromkeys(plan.functions, "it is a function, and no module")
+            warn(
+                "batch norm is not merged into the layer next to it where it is a function, and no module: "
+                f"{first_few(plan.functions, 3)}. Relevance differs from that of nn.BatchNorm2d, say, which is merged: "
+                "use the module; of an exported model, explain the one that it was made from"
             )
         for linear, sides in folds.items():
             weight, bias = linear.weight.get(), None if linear.bias is None else linear.bias.get()

@@ -39,14 +39,14 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any part of a model is a batch norm; it looks no further than the first."""
+    """Whether any part of a model is a batch norm, or has the statistics of one; it looks no further than the first."""
     seen: set[nn.Module | None] = {None}
     todo: list[nn.Module | None] = [model]
     while todo:
         module = todo.pop()
         if module is None or module in seen:
             continue
-        if is_batch_norm(module):
+        if is_batch_norm(module) or module._buffers.get("running_var") is not None:
             return True
         seen.add(module)
         todo += reversed(module._modules.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, _form_of_call, _form_of_layer, _has_shift
 from crp.canonizers.norms import _is_affine_only, is_batch_norm
 from crp.layers import modules_of, unwrap
-from crp.trace import FunctionCall, ModuleCall, Operand, TensorKind, Trace, undisturbed
+from crp.trace import FunctionCall, ModuleCall, Operand, Reader, TensorKind, Trace, undisturbed
 from crp.trace.graph import Unit, adjacent, layers_as_units
 
 Side: TypeAlias = Literal["before", "after"]
@@ -78,9 +78,10 @@ class _Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All batch norms of a model."""
+    """All batch norms of a model, and those next to a linear layer that are functions (``F.batch_norm``)."""
 
     candidates: tuple[_Candidate, ...]
+    functions: tuple[str, ...]
 
 
 _plans: weakref.WeakKeyDictionary[Trace, Plan] = weakref.WeakKeyDictionary()
@@ -101,9 +102,10 @@ def _find_places(root: nn.Module, record: Trace) -> Plan:
     layers = layers_as_units(record, [name for name, module in modules.items() if isinstance(module, LINEAR)])
     linear: dict[Unit, _Linear | str] = {unit: _layer(unit.name, modules[unit.name]) for unit in layers}
     linear |= _functions(modules, record)
-    units = layers_as_units(record, batch_norms)
+    functions = _normalizing(record, batch_norms)
+    units = [*layers_as_units(record, batch_norms), *functions]
     behind, ahead = adjacent(linear, units), adjacent(units, linear)
-    pairs: dict[str, list[tuple[Side, Unit, Unit]]] = {name: [] for name in batch_norms}
+    pairs: dict[str, list[tuple[Side, Unit, Unit]]] = {unit.name: [] for unit in units}
     for pair in behind.pairs:
         pairs[pair.second.name].append(("after", pair.first, pair.second))
     for pair in ahead.pairs:
@@ -121,7 +123,7 @@ def _find_places(root: nn.Module, record: Trace) -> Plan:
             else:
                 places.append(Place(place, side))
         candidates.append(_Candidate(name, weakref.ref(norm), tuple(places), tuple(dict.fromkeys(reasons))))
-    return Plan(tuple(candidates))
+    return Plan(tuple(candidates), tuple(dict.fromkeys(unit.name for unit in functions if pairs[unit.name])))
 
 
 def _merge_obstacle(norm: Any, linear: _Linear, side: Side) -> str | None:
@@ -202,6 +204,16 @@ def _function(modules: Mapping[str, nn.Module], record: Trace, unit: Unit, calls
     slot = _slot(modules, weight.parameter)
     form = _form_of_call(calls[0].name, first, slot.module()._parameters[slot.name])
     return _Linear(unit.name, form, slot, None if bias is None else _slot(modules, bias.parameter), None)
+
+
+def _normalizing(record: Trace, batch_norms: Collection[str]) -> list[Unit]:
+    """Calls of the function outside of batch norms, each as a unit that is called by its weight or its layer."""
+    units = []
+    for call in record.operations:
+        if call.name == "batch_norm" and not any(around.layer in batch_norms for around in _around(call)):
+            weight = next((operand.parameter for operand in call.operands if operand.parameter is not None), None)
+            units.append(Unit(f"batch_norm ({weight})" if weight else str(Reader(call.name, call.call)), [call], {}))
+    return units
 
 
 def _name(call: FunctionCall) -> str:

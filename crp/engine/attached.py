@@ -17,7 +17,7 @@ from zennit.core import BasicHook, Composite, Hook
 from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.last_calls import LastCalls
-from crp.engine.module_hooks import HOOKS, OfThread, _reading_only
+from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS, OfThread, _reading_only
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
@@ -237,10 +237,10 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
     if composite is not None and propagation_of(composite).encoding != "multiplier":
         _check_chain_rule(modules, composite)
     composite = composite or Composite()
+    parts = parts_of(model, modules.values())
     with ExitStack() as undo:
-        undo.enter_context(TURNS.taken([composite, *parts_of(model, modules.values())]))
-        parts = parts_of(model, modules.values())  # (another thread may have had other weights in it until now)
-        check_weights(model, parts)
+        undo.enter_context(TURNS.taken([composite, *parts, *filter(None, _ON_ALL_MODULES)]))
+        check_weights(model, modules.values())  # (another thread may have had other weights in it until now)
         use = _Use(model, composite, get_ident(), set(map(id, parts)), undo)
         _check_not_nested(use)
         undo.callback(_forget, use)
@@ -251,7 +251,7 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
                 f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
                 "Call model.eval() first to say so."
             )
-        if [module for module in modules.values() if module._backward_hooks or module._backward_pre_hooks]:
+        if any(_ON_ALL_MODULES[2:]) or [m for m in modules.values() if m._backward_hooks or m._backward_pre_hooks]:
             undo.enter_context(_reading_only(modules))
         isolates = propagation_of(composite).isolates
         if not isolates:

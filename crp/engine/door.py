@@ -72,12 +72,12 @@ def check_device(device: Any, name: str) -> torch.device | None:
     return found
 
 
-def check_weights(model: nn.Module, parameters: Iterable[object]) -> None:
+def check_weights(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Raise an `InputError` that names the parameters with NaN or infinite values, or those that cannot be used.
 
     They are looked at again only if they have changed.
     """
-    tensors = [p for p in parameters if isinstance(p, Tensor)]
+    tensors = [p for module in modules for p in module._parameters.values() if p is not None]
     if any(map(is_lazy, tensors)):
         named = [*model.named_parameters(), *model.named_buffers()]
         lazy = _listed([name for name, tensor in named if is_lazy(tensor)])

@@ -18,11 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_traced
-from crp.engine.module_hooks import HOOKS, _OfOtherThreads
+from crp.engine.module_hooks import HOOKS, _changed_hooks, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.interrupts import atomic
-from crp.layers.state import random_states, undisturbed
+from crp.layers.state import Snapshot, random_states, undisturbed
 from crp.notices import warn
 from crp.wording import first_few, percent
 
@@ -59,7 +59,8 @@ class FirstLook:
         check_independent(model, inputs, chain([first], passes), select)
         if not self.is_first or model in _looked_at or is_traced():
             return
-        if not all(map(np.array_equal, self._states, _states_of(model))) and _is_another(model, inputs.select([0])):
+        may_draw = _own_generators(model) or not all(map(np.array_equal, self._states, _states_of(model)))
+        if may_draw and _is_another(model, inputs.select([0])):
             _tell_another(model)
         _check_padding(model, inputs.select(list(first)), select)
         _looked_at.add(model)
@@ -76,8 +77,8 @@ def check_independent(
     The model is given the first sample among others, and among others of another kind. That is done once for each
     model, which is left as it was; where it has outputs of both kinds, at each call for the one that is explained.
     A user's hooks see nothing of it, as nobody asked for these calls; what they change in the model is not looked at.
-    It is left out where modes of torch, or hooks on all modules, see each operation. Nothing is known of models that do
-    not take such data, and of those that draw random numbers, of which a warning tells.
+    It is left out where modes of torch see each operation. Nothing is known of models that do not take such data, and
+    of those that draw random numbers, of which a warning tells.
 
     Parameters
     ----------
@@ -140,10 +141,16 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
 
 
 def _states_of(model: nn.Module) -> list[Any]:
-    """States of the random generators that a model draws from, in parts that can be compared."""
+    """States of the global random generators that a model may draw from, in parts that can be compared."""
     device = next(model.parameters(), torch.empty(0)).device
     states = [state for state, _ in random_states([device])]
     return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
+
+
+def _own_generators(model: nn.Module) -> list[Any]:
+    snapshot = Snapshot(later=(*model.parameters(), *model.buffers()))
+    snapshot.keep(model)
+    return snapshot.generators
 
 
 def _tell_another(model: nn.Module) -> None:
@@ -194,25 +201,30 @@ def _among_others(inputs: Inputs, factor: float) -> Inputs:
 
 
 @atomic
-def _looking_at(model: nn.Module) -> Iterator[None]:
+def _looking_at(model: nn.Module) -> Iterator[Snapshot]:
     """Context in which a model runs unseen by hooks that are not its own, and after which it is as it was."""
-    with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()):
+    with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()) as snapshot:
         modules, thread = modules_of(model).values(), get_ident()
         parts = set(map(id, modules))
-        for hooks in [getattr(module, kind) for module in modules for kind in HOOKS]:  # (put back with all else)
-            others = {n: hook for n, hook in hooks.items() if id(getattr(hook, "__self__", None)) not in parts}
-            hooks.update({number: _OfOtherThreads(hook, thread) for number, hook in others.items()})
-        yield
+
+        def silent(hook: Callable[..., Any]) -> Callable[..., Any]:
+            return hook if id(getattr(hook, "__self__", None)) in parts else _OfOtherThreads(hook, thread)
+
+        with _changed_hooks(modules, HOOKS, silent):
+            yield snapshot
 
 
 def _run(model: nn.Module, inputs: Inputs, later: bool = False, nesting: Iterable[nn.TransformerEncoder] = ()) -> Any:
     """What a model returns, by the random numbers that come next, or by ``later`` ones; and where encoders nest."""
-    with _looking_at(model):
+    with _looking_at(model) as snapshot:
         if later:
-            random.random()
-            np.random.random()  # noqa: NPY002 (what the model may draw from)
             for device in {data.device for data in inputs.explained}:
                 torch.rand(1, device=device)
+            for generator in (random, np.random, *snapshot.generators):
+                if isinstance(generator, torch.Generator):
+                    torch.rand(1, generator=generator, device=generator.device)
+                else:
+                    generator.random()
         for encoder in nesting:  # (which is put back with all else)
             encoder.use_nested_tensor = True
         return inputs.run(model)

@@ -11,21 +11,15 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from zennit.core import Composite
 
+from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS
 from crp.layers import modules_of
 from crp.layers.glimpses import glimpse
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 #: Attributes that torch gives every module: parameters and buffers are compared one by one, and where there are hooks,
 #: nothing is.
 _OWN = frozenset(vars(nn.Module()))
@@ -41,16 +35,16 @@ _SIMPLE = _PLAIN - {tuple} | {type}
 
 
 def is_traced() -> bool:
-    """Whether modes of torch (but a default device), or hooks on all modules, see each operation or call."""
-    of_all = (vars(torch_module).get(f"_global{name}") for name in _HOOKS)
+    """Whether modes of torch (but a default device) see each operation."""
     stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     modes = [mode for mode in stack if not isinstance(mode, DeviceContext)]
-    return any(of_all) or bool(modes) or _get_current_dispatch_mode() is not None
+    return bool(modes) or _get_current_dispatch_mode() is not None
 
 
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
-    return is_traced() or any(getattr(module, name) for module in modules_of(model).values() for name in _HOOKS)
+    on_model = (getattr(module, kind) for module in modules_of(model).values() for kind in HOOKS)
+    return is_traced() or any(_ON_ALL_MODULES) or any(on_model)
 
 
 class ModelState:

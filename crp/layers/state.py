@@ -26,6 +26,8 @@ from crp.layers.interrupts import atomic
 
 #: Types without state that a forward pass could change.
 _CONSTANT = (int, float, str, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, partial)
+#: Random generators that a model can have of its own.
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
 #: Integer types by size, to compare bits: NaN then equals NaN, and 0 differs from -0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -110,6 +112,11 @@ class Snapshot:
         """Put everything back."""
         for undo in self._undo:
             undo()
+
+    @property
+    def generators(self) -> list[Any]:
+        """Random generators in what was kept."""
+        return [value for value in self._seen.values() if isinstance(value, _GENERATORS)]
 
     def keep(self, value: Any, objects: bool = True) -> None:
         """Keep the content of a value; that of objects only where `objects` says so."""
@@ -253,7 +260,7 @@ def _state_of_generator(value: Any) -> Callable[[], object] | None:
     """How to put a random generator back; None for anything else."""
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # (whose numbers nobody knows)
         return partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):
         return partial(value.set_state, value.get_state())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from crp.layers import modules_of
 from crp.trace.record import Trace
@@ -32,7 +33,10 @@ class Passive:
 
 
 def structure(model: nn.Module) -> Structure:
-    """Changes whenever a module is replaced, gets a hook, or is switched between training and evaluation."""
+    """Changes whenever a module is replaced, gets a hook, or is switched between training and evaluation.
+
+    A hook on all modules of the process counts, too; not torch's own, such as those of a `FlopCounterMode`, which look.
+    """
     entries: list[Any] = [
         (
             weakref.ref(module),
@@ -47,6 +51,9 @@ def structure(model: nn.Module) -> Structure:
     if hooks:
         passive = {key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Passive)}
         entries[0] = (*root, tuple(key for key in hooks if key not in passive))
+    if on_all := {**torch_module._global_forward_hooks, **torch_module._global_forward_pre_hooks}:
+        homes = {key: getattr(hook, "__module__", None) or "" for key, hook in on_all.items()}
+        entries += [key for key, home in homes.items() if not home.startswith("torch.")]
     return tuple(entries)
 
 

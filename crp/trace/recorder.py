@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -214,7 +215,7 @@ class _Recorder(TorchFunctionMode):
     @atomic
     def hooks(self, model: nn.Module) -> Iterator[None]:
         """Hooks on all modules, around the hooks of others, so that what these change counts as done by the module."""
-        counts: dict[str, int] = {}
+        names, counts = {module: name for name, module in model.named_modules()}, dict[str, int]()
         # Inputs, or outputs, of a call before the hooks of others.
         before: dict[ModuleCall, list[_Version]] = {}
 
@@ -238,8 +239,9 @@ class _Recorder(TorchFunctionMode):
                 with _looking():
                     call.input_changed = before.pop(call) != _versions(*args, *kwargs.values())
 
-        def leave(layer: str, module: nn.Module, args: Any, output: Any) -> None:
-            if (call := self._current(layer)) is not None:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            layer = names.get(module)
+            if layer is not None and (call := self._current(layer)) is not None:
                 with _looking():
                     call.returned = _kind(output)
                     before[call] = _versions(output)
@@ -257,11 +259,14 @@ class _Recorder(TorchFunctionMode):
             warnings.simplefilter("ignore")  # (as above)
             # (methods of `nn.Module`, as those of scripted modules raise an error)
             before_forward, after_forward = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
-            for layer, module in model.named_modules():
+            # (torch calls hooks on all modules before those of a module)
+            on_all: Any = torch_module._global_forward_hooks
+            stack.callback((handle := torch_module.register_module_forward_hook(leave)).remove)
+            on_all.move_to_end(handle.id, last=False)
+            for module, layer in names.items():
                 for register, hook, options in (
                     (before_forward, enter, {"prepend": True, "with_kwargs": True}),
                     (before_forward, entered, {"with_kwargs": True}),
-                    (after_forward, leave, {"prepend": True}),
                     (after_forward, left, {}),
                 ):
                     stack.callback(register(module, partial(hook, layer), **options).remove)

@@ -5,6 +5,7 @@ import torch
 from canonizer_cases import Merged, check, randomize
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as on_all
 from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -307,6 +308,15 @@ HOOKS = {
     "output": lambda first, _: first.register_forward_hook(lambda _m, _i, out: 2 * out),
     "output_in_place": lambda first, _: first.register_forward_hook(lambda _m, _i, out: out.mul_(2)),
     "input": lambda _, second: second.register_forward_pre_hook(lambda _m, args: (2 * args[0],)),
+    "output of all": lambda first, _: on_all.register_module_forward_hook(
+        lambda module, _i, out: 2 * out if module is first else None
+    ),
+    "output of all in place": lambda first, _: on_all.register_module_forward_hook(
+        lambda module, _i, out: out.mul_(2) if module is first else None
+    ),
+    "input of all": lambda _, second: on_all.register_module_forward_pre_hook(
+        lambda module, args: (2 * args[0],) if module is second else None
+    ),
 }
 
 
@@ -320,18 +330,24 @@ def test_a_hook_that_changes_values_between_the_two_is_noticed(where, ahead, kno
     if known:
         check(model, data, merged)
     handle = HOOKS[where](*model)
-    with untouched(model):
-        check(model, data, {}, {name: "a hook changes what goes between it and"})
-    handle.remove()
+    reason = "mul" if where == "input of all" else "a hook changes what goes between it and"
+    try:
+        with untouched(model):
+            check(model, data, {}, {name: reason})
+    finally:
+        handle.remove()
     check(model, data, merged)
 
 
 def test_hooks_that_look_are_no_obstacle(data):
     seen = []
     model = ready(nn.Sequential(conv(), nn.BatchNorm2d(4)))
-    for layer in model:
-        layer.register_forward_hook(lambda _m, _i, out: seen.append(out))
-    check(model, data, {"1": "0"})
+    handles = [on_all.register_module_forward_hook(lambda _m, _i, out: seen.append(out))]
+    handles += [layer.register_forward_hook(lambda _m, _i, out: seen.append(out)) for layer in model]
+    try:
+        check(model, data, {"1": "0"})
+    finally:
+        handles[0].remove()
     assert seen
 
 
@@ -339,3 +355,49 @@ def test_a_change_of_type_is_left(data):
     model = ready(nn.Sequential(conv(), FrozenBatchNorm2d(4)))
     model[0].float()
     check(model, data.float(), {}, {"1": "it makes torch.float64 of torch.float32"})
+
+
+# --- batch norm that is no module -----------------------------------------------------------------------------------
+
+
+class Called(nn.Module):
+    """Batch norm by its function: the statistics are of this module, or of a batch norm that is never called."""
+
+    def __init__(self, between=lambda x: x, holder=False):
+        super().__init__()
+        self.conv, self.between, self.norm = conv(), between, randomize(nn.BatchNorm2d(4))
+        if not holder:
+            norm, self.norm = self.norm, nn.Module()
+            self.norm.weight, self.norm.bias = norm.weight, norm.bias
+            for name, buffer in norm.named_buffers():
+                self.norm.register_buffer(name, buffer)
+
+    def forward(self, x):
+        norm = self.norm
+        x = self.between(self.conv(x))
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+
+def exported(data):
+    model = ready(nn.Sequential(conv(), nn.BatchNorm2d(4)))
+    return torch.export.export(model, (data,)).module()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(lambda _: Called(), "norm.weight"), (lambda _: Called(holder=True), "norm.weight"), (exported, "1.weight")],
+    ids=["statistics", "never called", "torch.export"],
+)
+@pytest.mark.parametrize("known", [False, True], ids=["first", "after_a_plan"])
+def test_batch_norm_that_is_called_as_a_function_is_left_with_a_warning(make, name, known, data, untouched):
+    model, message = make(data).double(), rf"where it is a function, and no module: batch_norm \({name}\)\."
+    for _ in range(1 + known):
+        with untouched(model), pytest.warns(UserWarning, match=message), Merged(model, data) as run:
+            assert run.canonizer.left[f"batch_norm ({name})"] == "it is a function, and no module"
+            assert not run.canonizer.merged
+
+
+@pytest.mark.parametrize("between", [torch.relu, lambda x: torch.cat([x, x])], ids=["relu", "cat"])
+def test_no_warning_where_a_module_could_not_be_merged_either(between, data):
+    with Merged(Called(between).double().eval(), data) as run:
+        assert not run.canonizer.merged

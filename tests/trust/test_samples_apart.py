@@ -300,16 +300,31 @@ def test_hooks_of_others_see_their_calls_only(images: Tensor) -> None:
 
 
 @pytest.mark.promise("Input", "Hooks of a user's own, as those that log, switch off no check of a model")
+@pytest.mark.parametrize("on_all", [False, True], ids=["of a layer", "of all modules"])
 @pytest.mark.parametrize("register", REGISTERING)
 def test_models_with_hooks_are_looked_at_without_them(
-    images: Tensor, register: str, untouched: Callable[[nn.Module], Any], tmp_path: Path
+    images: Tensor,
+    register: str,
+    on_all: bool,
+    untouched: Callable[[nn.Module], Any],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     calls: list[str] = []
 
+    def log(module: nn.Module, *_: Any) -> None:
+        if isinstance(module, nn.Conv2d):
+            calls.append(register)
+
     def hooked(between: Callable[[Tensor], Tensor]) -> nn.Module:
         model = Net(between)
-        getattr(model.conv, register)(lambda *_: calls.append(register))
+        if not on_all:
+            getattr(model.conv, register)(log)
         return model
+
+    if on_all:
+        handle = getattr(nn.modules.module, register.replace("register_", "register_module_"))(log)
+        request.addfinalizer(handle.remove)
 
     mixing, drawing = hooked(MIXING["mean"]()), hooked(Noise())
     with untouched(mixing), pytest.raises(CRPError, match=MIXED):
@@ -377,11 +392,27 @@ class Noise(nn.Module):
         return x * float(self.draw())
 
 
+class Private(nn.Module):
+    """Draws numbers from a generator of its own."""
+
+    def __init__(self, generator: Any, draw: Callable[[Any], Any] = lambda generator: generator.random()) -> None:
+        super().__init__()
+        self.held, self.draw = [generator], draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(self.draw(self.held[0]))
+
+
 DRAWING = {
     "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=True),
     "torch": Noise(),
     "Python": Noise(random.random),
     "NumPy": Noise(np.random.rand),
+    "own of torch": Private(torch.Generator(), lambda generator: torch.rand(1, generator=generator)),
+    "own of Python": Private(random.Random(0)),
+    "own of NumPy": Private(np.random.default_rng(0)),
+    "own of NumPy, older": Private(np.random.RandomState(0)),
+    "of the system": Private(random.SystemRandom()),
 }
 
 
@@ -402,11 +433,17 @@ def test_random_numbers_in_evaluation_mode_are_told_once(
 
 
 def test_methods_and_mining_tell_random_numbers_too(images: Tensor, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=DRAWN):
-        Occlusion(Net(Noise()), window_shape=5, step=5)(images, 1)
-    pairs = [(image, i % 5) for i, image in enumerate(images)]
-    with pytest.warns(UserWarning, match=DRAWN):
-        mine(CondAttribution(Net(Noise())), pairs, {"conv": ChannelConcept()}, EpsilonPlus(), tmp_path, progress=False)
+    pairs, concepts = [(image, i % 5) for i, image in enumerate(images)], {"conv": ChannelConcept()}
+    for noise in (Noise(), Private(random.Random(0))):
+        with pytest.warns(UserWarning, match=DRAWN):
+            Occlusion(Net(noise), window_shape=5, step=5)(images, 1)
+        with pytest.warns(UserWarning, match=DRAWN):
+            attribution, folder = CondAttribution(Net(noise)), tmp_path / type(noise).__name__
+            mine(attribution, pairs, concepts, EpsilonPlus(), folder, progress=False)
+
+
+def test_an_own_generator_that_is_not_drawn_from_is_not_told(images: Tensor) -> None:
+    CondAttribution(Net(Private(random.Random(0), lambda _: 1)))(images, [LINEAR], EpsilonPlus())
 
 
 def test_random_numbers_that_change_nothing_are_not_told(images: Tensor) -> None:

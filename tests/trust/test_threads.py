@@ -315,3 +315,24 @@ def test_workers_of_a_data_loader_while_another_thread_has_the_model(start):
 
 def test_turns_are_given_back():
     assert TURNS._held == {} and TURNS._waiting == {}
+
+
+def test_hooks_on_all_modules_are_one_thread_s_at_a_time():
+    """What acts in their place during a call is of its model, also where another thread explains another model."""
+    hooks, entered = nn.modules.module._global_backward_hooks, threading.Event()
+
+    def explain() -> None:
+        with put_on(None, net()):
+            entered.set()
+
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    before, thread = dict(hooks), threading.Thread(target=explain)
+    try:
+        with put_on(None, net()):
+            thread.start()
+            assert not entered.wait(0.2)
+        thread.join(10)
+        assert entered.is_set()
+        assert dict(hooks) == before
+    finally:
+        handle.remove()
