@@ -44,10 +44,10 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3219,
+    "attributors": 3221,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2464,
-    "canonizers": 824,
+    "canonizers": 844,
     "commands": 2290,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
@@ -58,16 +58,16 @@ BUDGETS = {
     "concepts": 2050,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 5893,
+    "engine": 5917,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
-    "layers": 1204,
+    "layers": 1211,
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
     "rules": 5914,
     # (along which axis the channels of a layer are)
-    "trace": 1350,
+    "trace": 1362,
     "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
