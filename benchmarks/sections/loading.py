@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.functional import to_tensor
 
 from benchmarks.clocks import Run
 from benchmarks.harness import Case, Ratio
 from crp.visualization import Decoded
+from crp.visualization.jpegs import decode_jpegs
 from crp.visualization.mining.datasets import read_batches
 from crp.visualization.prepared import Prepared
 
@@ -51,9 +51,10 @@ def by_pillow(path: str) -> Tensor:
         return to_tensor(_CROP(_RESIZE(picture.convert("RGB"))))
 
 
-def by_torchvision(path: str) -> Tensor:
-    """Picture, decoded by torchvision, and resized and cropped as a tensor."""
-    picture: Tensor = _CROP(_RESIZE(decode_jpeg(read_file(path), ImageReadMode.RGB)))
+def by_decode_jpeg(path: str) -> Tensor:
+    """Picture, decoded by torchcodec or torchvision, and resized and cropped as a tensor."""
+    encoded = torch.from_numpy(np.fromfile(path, np.uint8))
+    picture: Tensor = _CROP(_RESIZE(*decode_jpegs([encoded], torch.device("cpu"))))
     return picture.float() / 255
 
 
@@ -91,7 +92,7 @@ def decoding(device: str) -> dict[str, Run]:
 
 def cases() -> list[Case]:
     """Two ways to decode, several numbers of worker processes, and files that are decoded on the device."""
-    decoders = {"Pillow": by_pillow, "decode_jpeg": by_torchvision}
+    decoders = {"Pillow": by_pillow, "decode_jpeg": by_decode_jpeg}
     workers = {f"{n} workers": n for n in WORKERS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts = ("files alone", f"decoded on {device}")

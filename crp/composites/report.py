@@ -20,6 +20,7 @@ from crp.engine.door import telling_misfits
 from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
 from crp.rules.layer import _in_words, changed
+from crp.wording import counted
 
 CHAIN_RULE = "ordinary chain rule"
 MERGED = "merged into"
@@ -202,5 +203,5 @@ def _done(canonizer: Canonizer, instances: Sequence[Canonizer]) -> tuple[dict[st
         layers |= {name: f"left: {why}" for name, why in instance.left.items()}
     number = sum(len(instance.merged) for instance in reporting) + len(instances) - len(reporting)
     left = sum(len(instance.left) for instance in reporting)
-    text = f"{canonizer!r} changed {number} layers" if number else f"{canonizer!r} matched nothing"
+    text = f"{canonizer!r} changed {counted(number, 'layer')}" if number else f"{canonizer!r} matched nothing"
     return layers, f"{text}, left {left}" if left else text

@@ -23,6 +23,7 @@ from crp.errors import InputTypeError, StateError
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic
 from crp.notices import warn
+from crp.wording import counted
 
 
 class Placed(NamedTuple):
@@ -248,8 +249,8 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         training = undo.enter_context(evaluating(model, modules.values()))
         if training:
             warn(
-                f"the model is in training mode ({len(training)} modules); it is explained in evaluation mode. "
-                "Call model.eval() first to say so."
+                f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
+                "mode. Call model.eval() first to say so."
             )
         if any(_ON_ALL_MODULES[2:]) or [m for m in modules.values() if m._backward_hooks or m._backward_pre_hooks]:
             undo.enter_context(_reading_only(modules))

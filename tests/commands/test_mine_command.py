@@ -559,7 +559,7 @@ def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Pat
     command += ["--checkpoint", tmp_path / "net.pt", "--out", tmp_path / "out", "--targets", "top-2", "--quiet"]
     stopped = crp(*command)
     assert stopped.exit_code == 1 and "sample 1: UnidentifiedImageError" in stopped.output
-    with pytest.warns(UserWarning, match="1 samples were skipped"):
+    with pytest.warns(UserWarning, match="1 sample was skipped"):
         result = crp(*command, "--on-error", "skip")
     assert (result.exit_code, result.output) == (0, "3 of 4 samples, 1 skipped, 6 rows; complete\n")
     told = crp("status", tmp_path / "out").output

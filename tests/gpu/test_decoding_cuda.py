@@ -90,7 +90,7 @@ def test_a_damaged_file_fails_alone(folder: Path, tmp_path: Path) -> None:
     files = ImageFolder(folder)
     broken = Path(files.samples[4][0])
     broken.write_bytes(broken.read_bytes().replace(b"\xff\xdb", b"\xff\xee"))  # (no tables of quantization)
-    with pytest.warns(UserWarning, match="1 samples were skipped"):
+    with pytest.warns(UserWarning, match="1 sample was skipped"):
         table = run(tmp_path / "out", Decoded(files, TO_32), on_error="skip")
     assert list(table.coverage().skipped) == [4]
 

@@ -349,7 +349,7 @@ def test_a_run_that_stopped_at_a_damaged_file_goes_on(folder: Path, tmp_path: Pa
     broken.write_bytes(without_tables(content))
     with pytest.raises(SampleError, match="sample 10: OSError: "):
         run(tmp_path / "out", Decoded(ImageFolder(folder), TO_32), num_workers=workers)
-    with pytest.warns(UserWarning, match="2 of 12 files|1 samples were skipped"):
+    with pytest.warns(UserWarning, match="2 of 12 files|1 sample was skipped"):
         skipping = run(tmp_path / "skip", Decoded(ImageFolder(folder), TO_32), num_workers=workers, on_error="skip")
     assert list(skipping.coverage().skipped) == [10]
     broken.write_bytes(content)

@@ -259,7 +259,7 @@ def test_a_sample_with_a_problem(
     kept = Table.open(tmp_path)
     assert kept.coverage().seen == [(0, 8 * (where // 8))]
     assert kept.verify() == []
-    with pytest.warns(UserWarning, match=rf"1 samples were skipped \(sample {where}: {reason}"):
+    with pytest.warns(UserWarning, match=rf"1 sample was skipped \(sample {where}: {reason}"):
         table = run(tmp_path, data, attribution=attribution, on_error="skip")
     assert rows_of(table) == [(i, i % 3) for i in range(21) if i != where]
     assert list(table.coverage().skipped) == [where]
@@ -286,7 +286,7 @@ def test_scores_that_are_not_finite_are_never_ranked(tmp_path: Path) -> None:
         def scores(self, relevance, layer_name=None):
             return super().scores(relevance**3, layer_name)
 
-    skipped = pytest.warns(UserWarning, match="1 samples were skipped")
+    skipped = pytest.warns(UserWarning, match="1 sample was skipped")
     with skipped, pytest.warns(UserWarning, match=r"Cubed\(\) contradicts itself"):
         table = run(tmp_path, data, layer_map={"relu": Cubed()}, single_targets=list)
     assert "at layer 'relu' is not finite" in table.coverage().skipped[5]
@@ -365,7 +365,7 @@ def test_where_memory_does_not_suffice_batches_are_halved(tmp_path: Path) -> Non
 def test_skipped_samples_are_tried_again_on_demand(tmp_path: Path) -> None:
     data = Data()
     data.special = {13: OSError("not mounted")}
-    with pytest.warns(UserWarning, match="1 samples were skipped"):
+    with pytest.warns(UserWarning, match="1 sample was skipped"):
         run(tmp_path / "a", data, on_error="skip")
     data.special = {}
     data.read.clear()

@@ -191,7 +191,7 @@ def test_a_run_goes_on_and_an_unreadable_text_is_listed(tmp_path: Path) -> None:
     assert rows_of(again) == rows_of(reference) and again.coverage().missing == []
     same_rows(again, reference, 1e-9)
     broken = Texts([*items[:3], {"input_ids": [3, 4], "attention_mask": [0, 0]}, *items[4:]], position=-1)
-    with pytest.warns(UserWarning, match="1 samples were skipped"):
+    with pytest.warns(UserWarning, match="1 sample was skipped"):
         table = mined(tmp_path / "c", broken, on_error="skip")
     assert table.coverage().skipped == {3: "InputError: the attention_mask of the text lets no token through"}
 

@@ -30,7 +30,7 @@ from crp.visualization.table.store import Table
 N = 40
 PREPROCESS = Normalize([0.5], [2.0])
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*samples were skipped"),
+    pytest.mark.filterwarnings("ignore:.*samples? (was|were) skipped"),
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
 ]
 

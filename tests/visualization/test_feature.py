@@ -321,7 +321,7 @@ def test_S16_samples_that_are_not_finite_never_rank(tmp_path):
     dataset = Images()
     dataset.data[4, 0, 0, 0] = torch.nan
     fv = make_fv(tmp_path, dataset)
-    with pytest.warns(UserWarning, match="1 samples were skipped"):
+    with pytest.warns(UserWarning, match="1 sample was skipped"):
         fv.run(EpsilonPlus(), 0, 12, **QUIET)
     for array in results(fv)[0::3]:
         assert 4 not in array

@@ -34,6 +34,7 @@ from crp.visualization.table.lock import TableLockedError, locked
 from crp.visualization.table.manifest import ShardRecord, TableCorruptError
 from crp.visualization.table.shards import check_shard
 from crp.visualization.table.store import Table
+from crp.wording import counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -160,7 +161,7 @@ def _mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
     skipped = table.coverage(start, stop).skipped
     if new := [i for i in skipped if i not in before.skipped]:
         first = f"sample {new[0]}: {skipped[new[0]]}"
-        warn(f"{len(new)} samples were skipped ({first}); see Table.coverage().skipped")
+        warn(f"{counted(len(new), 'sample was', 'samples were')} skipped ({first}); see Table.coverage().skipped")
     return table
 
 
