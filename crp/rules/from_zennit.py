@@ -65,13 +65,13 @@ class _Lifted(Rule):
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, with the hook's rule as its gradient."""
         # The modified forward passes run now, so that the backward pass does not need the model.
-        inputs, outputs = [], []
+        inputs, outputs, original = [], [], a.detach().clone()
         for in_mod, param_mod, out_mod in zip(
             self.hook.input_modifiers, self.hook.param_modifiers, self.hook.output_modifiers, strict=True
         ):
-            inner = in_mod(a.detach().clone()).detach().clone().requires_grad_()
-            outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), inner)))
-            inputs.append(inner)
+            with torch.no_grad():  # (as in zennit, a tensor that is handed back is one input, also of several passes)
+                inputs.append(in_mod(original).requires_grad_())
+            outputs.append(out_mod(_modified(layer, ParamMod.ensure(param_mod), inputs[-1])))
         note = self._note_of(a)
         unit = None if note is None or note.copied is None else _unit_of(note.copied)
         target, divisor = (a, a.detach()) if unit is None else (unit, None)

@@ -8,6 +8,8 @@ import zennit.rules
 from hypothesis import given, settings
 from rule_cases import attribute, by_hook, close
 from torch import nn
+from zennit.core import BasicHook
+from zennit.rules import ClampMod
 from zennit.types import Activation, AvgPool
 
 import crp.rules as rules
@@ -216,7 +218,21 @@ def test_relevances_in_zennit_s_composite_are_those_of_multipliers_in_ours(plan,
     close(ours, relevance(theirs, model, x, onehot * model(x).detach()))
 
 
+class Twice(BasicHook):
+    """Reads one tensor twice, so that the gradient of each is that of both."""
+
+    def __init__(self):
+        super().__init__(
+            input_modifiers=[lambda a: a] * 2,
+            param_modifiers=[ClampMod(min=0.0), ClampMod(max=0.0)],
+            output_modifiers=[lambda y: y] * 2,
+            gradient_mapper=lambda out_grad, outputs: [out_grad / (1 + sum(outputs).abs())] * 2,
+            reducer=lambda inputs, gradients: inputs[0] * gradients[0] + 0.5 * inputs[1] * gradients[1],
+        )
+
+
 THEIRS = [
+    (Twice(), Twice(), Twice()),
     (zennit.rules.Flat(), zennit.rules.ZPlus(), zennit.rules.Epsilon(0.1)),
     (zennit.rules.WSquare(), zennit.rules.Gamma(0.3), zennit.rules.Epsilon(0.1, zero_params="bias")),
     (zennit.rules.ZBox(-5.0, 5.0), zennit.rules.AlphaBeta(2, 1), zennit.rules.Gamma(0.1)),
