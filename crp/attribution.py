@@ -24,7 +24,7 @@ from crp.engine.backward import fill_grad, send_back
 from crp.engine.call import Call, sum_of_channels
 from crp.engine.checking import Checked, check_explanation
 from crp.engine.conditions import MaskMap, Rows
-from crp.engine.copies import alone
+from crp.engine.copies import with_copies
 from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
@@ -230,7 +230,7 @@ class CondAttribution:
         check_number("batch_size", batch_size, 1, whole=True)
         check_flags(verbose=verbose)
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
-        call = alone(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
+        call = with_copies(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
         parts = (
             one_ahead(call.parts()) if self.replay and self._replayed.replays.runs_ahead(self.device) else call.parts()
         )

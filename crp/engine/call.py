@@ -19,7 +19,7 @@ from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass
-from crp.engine.independence import FirstLook, check_independent
+from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
@@ -161,7 +161,7 @@ class Call:
         if Encoding.of(self.composite).as_multiplier:
             what = "gives multipliers, of which layers keep nothing; it has no relevance"
             raise InputTypeError(f"{self.composite!r} {what}")
-        initials, inputs, kept = [], [], []
+        initials, inputs, kept, look = [], [], [], FirstLook(self.model)
         with put_on(self.composite, self.model) as model, accounting as account:
             # One sample starts at a time: whose an entry is cannot be told where the first axis is not the samples'.
             in_flow = self._masks_in_flow()
@@ -183,7 +183,7 @@ class Call:
                         share = arrived[name].reshape(len(rows), -1, len(account.kinds)).sum(1)
                         layers[layer] = layers.get(layer, 0) + share
                 kept.append(layers)
-        check_independent(self.model, self.inputs, [self._samples(self.rows)], self.overrides.select)
+        look.check(self.inputs, iter([self._samples(self.rows)]), self.overrides.select)
         nothing = {name: torch.zeros_like(shares) for layers in kept for name, shares in layers.items()}
         shares = {name: torch.cat([layers.get(name, zero) for layers in kept]) for name, zero in nothing.items()}
         named = {layer: dict(zip(account.kinds, values.unbind(1), strict=True)) for layer, values in shares.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from crp.engine.call import Call
 
 
-def alone(call: Call) -> Call:
+def with_copies(call: Call) -> Call:
     """The same call with copies of what it was given, so that changes between its parts have no effect."""
     given = call.settings
     masks, init_rel = copied(given.mask_map), copied(given.init_rel)

@@ -187,10 +187,10 @@ def _check_padding(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any
 
 
 def _among_others(inputs: Inputs, factor: float) -> Inputs:
-    """The first of some samples behind one other and before two, where it does not stay if the order is turned round.
+    """Four samples, of which the second is the first of those given: a model that turns their order round moves it.
 
-    The others have its values, or ones for zeros, and at the beginning so many times. (Layers that normalize would make
-    the same of one number times all values.)
+    The others have its values, or ones where all are 0, times factors from ``factor`` to 1 along the sample. (Layers
+    that normalize would make the same of one number times all values.)
     """
     batches = []
     for data in inputs.select([0]).explained:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class LastCalls:
     """Notes which layers relevance reaches by another call than their last: there, zennit's rules are wrong.
 
-    They keep what a layer was called with last. Several passes through a model are well, as long as relevance goes back
-    before the next one.
+    Those rules keep what a layer was called with last. Several passes through a model are fine, as long as relevance
+    goes back before the next one.
 
     Attributes
     ----------

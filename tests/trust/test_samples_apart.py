@@ -438,6 +438,8 @@ def test_methods_and_mining_tell_random_numbers_too(images: Tensor, tmp_path: Pa
         with pytest.warns(UserWarning, match=DRAWN):
             Occlusion(Net(noise), window_shape=5, step=5)(images, 1)
         with pytest.warns(UserWarning, match=DRAWN):
+            CondAttribution(Net(noise)).absorbed(images[:1], [LINEAR], EpsilonPlus())
+        with pytest.warns(UserWarning, match=DRAWN):
             attribution, folder = CondAttribution(Net(noise)), tmp_path / type(noise).__name__
             mine(attribution, pairs, concepts, EpsilonPlus(), folder, progress=False)
 
