@@ -194,14 +194,8 @@ class Replays:
                 return some(exact, only)
             _record(entry, recorder, prepared.compute, inputs)
         if entry.recording is not None:
-            found = entry.recording.replay(inputs, None, own=False)
-            if found is None:
-                entry.miss()
-            elif _are_close(found, exact, recorder.tolerance):
-                entry.judged += 1
-                self.replayed += 1
-            else:
-                entry.drop(for_good=True)
+            _judge(entry, recorder, inputs, exact)
+            self.replayed += entry.judged > 0
         return some(exact, only)
 
 
@@ -217,6 +211,21 @@ def _record(entry: _Entry, recorder: Recorder, compute: Run, inputs: Mapping[str
         # whenever it is asked for.
         entry.drop(for_good=True)
         gc.collect()
+
+
+def _judge(entry: _Entry, recorder: Recorder, inputs: Mapping[str, Tensor], exact: Tensors) -> None:
+    """Compare a replay with what was computed, or give it up for good."""
+    assert entry.recording is not None
+    try:
+        found = entry.recording.replay(inputs, None, own=False)
+        if found is None:
+            entry.miss()
+        elif _are_close(found, exact, recorder.tolerance):
+            entry.judged += 1
+        else:
+            entry.drop(for_good=True)
+    except Exception:  # (an operation that needs the Python around it, a lack of memory)
+        entry.drop(for_good=True)
 
 
 def _are_close(found: Tensors, exact: Tensors, tolerance: float) -> bool:

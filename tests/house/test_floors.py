@@ -52,13 +52,13 @@ BUDGETS = {
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3943,
+    "composites": 3944,
     "concept_graph": 203,
     # (what is no relevance, and masks that return none)
     "concepts": 2050,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 5917,
+    "engine": 5927,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 1211,
@@ -72,7 +72,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     "visualization": 4776,
-    "visualization.mining": 4153,
+    "visualization.mining": 4154,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
     "visualization.report": 4645,
