@@ -127,11 +127,11 @@ def quotient(
     elif differentiable:
         result = above / torch.add(below, below.sign(), alpha=epsilon).masked_fill(below == 0, math.inf)
     else:
-        result = _quotient_in_one_memory(above, below, epsilon, sign)
+        return _quotient_in_one_memory(above, below, epsilon, sign, weight)
     return result if weight == 1 else result.mul_(weight)
 
 
-def _quotient_in_one_memory(above: Tensor, below: Tensor, epsilon: float, sign: int) -> Tensor:
+def _quotient_in_one_memory(above: Tensor, below: Tensor, epsilon: float, sign: int, weight: float) -> Tensor:
     """The same without gradients: every step writes over the one before."""
     if above is below and epsilon > 0:  # an operation whose output is its own surrogate
         above = below.abs()
@@ -139,8 +139,9 @@ def _quotient_in_one_memory(above: Tensor, below: Tensor, epsilon: float, sign: 
     elif sign > 0:
         bottom = torch.threshold(below, 0.0, math.inf).add_(epsilon)
     elif sign < 0:
-        bottom = torch.threshold_(-below, 0.0, math.inf).add_(epsilon).neg_()
+        bottom, weight = torch.threshold_(-below, 0.0, math.inf).add_(epsilon), -weight
     else:
         bottom = torch.add(below, below.sign(), alpha=epsilon).masked_fill_(below == 0, math.inf)
     fits = above.dtype == bottom.dtype and above.shape == bottom.shape
-    return torch.div(above, bottom, out=bottom) if fits else above / bottom
+    result = torch.div(above, bottom, out=bottom) if fits else above / bottom
+    return result if weight == 1 else result.mul_(weight)
