@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from crp.audit.semantics import clarity, embed_references, polysemanticity, redundancy, search
+from crp.checks import check_number
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.table.derived import keep_result
@@ -40,6 +41,7 @@ class Meanings(NamedTuple):
 
     def best(self, text: str, k: int = 5) -> list[tuple[int, float]]:
         """Concepts that fit a text best, with their similarity."""
+        check_number("k", k, 0, whole=True)
         if text not in self.texts:
             raise NameNotFoundError(f"{text!r} is none of the texts, which are {self.texts}")
         row = self.similarity[self.texts.index(text)]

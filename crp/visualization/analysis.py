@@ -6,6 +6,7 @@ All of them read the table block by block. With ``mode="activation"`` a sample c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -146,6 +147,8 @@ def histogram(
     count = sum(np.histogram(block.value, edges)[0] for block in rows.blocks(table, [concept]))
     if not density:
         return Histogram(np.asarray(count, np.int64), edges)
+    if not np.any(count):
+        raise InputError(f"no value of concept {concept} is between {edges[0]} and {edges[-1]}: there is no density")
     return Histogram(count / (np.sum(count) * np.diff(edges)), edges)
 
 
@@ -242,14 +245,16 @@ def write_frame(
     Path
     """
     path = Path(path)
-    if path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            for i, frame in enumerate(frames(table, rows, concepts)):
-                frame.to_csv(file, index=False, header=i == 0)
-    elif path.suffix == ".parquet":
-        _write_parquet(path, frames(table, rows, concepts))
-    else:
+    if path.suffix not in (".csv", ".parquet"):
         raise InputError(f"the file must end in .csv or .parquet, not {path.name!r}")
+    parts = frames(table, rows, concepts)
+    parts = chain([next(parts)], parts)  # (an error for no rows comes before the file is opened)
+    if path.suffix == ".parquet":
+        _write_parquet(path, parts)
+        return path
+    with path.open("w", newline="") as file:
+        for i, frame in enumerate(parts):
+            frame.to_csv(file, index=False, header=i == 0)
     return path
 
 

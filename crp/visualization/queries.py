@@ -203,9 +203,9 @@ class ReferenceQueries(SampleAccess):
             In descending order.
         """
         check_flags(norm=norm)
-        concept = refs.one_concept(concept_id)
+        refs._check_counts(top_N=top_N, mean_N=mean_N)
+        index = partial(refs.column, self._concept(layer_name), refs.one_concept(concept_id), layer_name)
         question, answers = self._answers(mode, per_class=True)
-        index = partial(refs.column, self._concept(layer_name), concept, layer_name)
         targets, means = answers.class_statistics(question, layer_name, index, mean_N)
         values = torch.from_numpy(np.array(means[:top_N]))
         if norm and len(values):

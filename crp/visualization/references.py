@@ -115,6 +115,12 @@ def one_concept(concept_id: Any) -> ConceptId:
     return concepts[0]
 
 
+def _check_counts(**counts: object) -> None:
+    """Raise a `ValueError` for a number of things, by the name of its parameter, that is no whole number above 0."""
+    for name, count in counts.items():
+        check_number(name, count, 1, whole=True)
+
+
 def checked(request: PictureRequest, r_range: Any) -> tuple[PictureRequest, tuple[int, int]]:
     """A request and its ranks, if they can be drawn."""
     if request.plot_fn is not None and not callable(request.plot_fn):

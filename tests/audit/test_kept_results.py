@@ -66,6 +66,8 @@ def test_meanings(fv, background):
         assert [similarity for _, similarity in best] == match.similarity[:3].tolist()
     with pytest.raises(KeyError, match="'wheel' is none of the texts"):
         found.best("wheel")
+    with pytest.raises(ValueError, match="k must be a whole number of at least 0, not -1"):
+        found.best(next(iter(TEXTS)), -1)
     some = meanings(fv, "second", embed, concept_ids=[3, 1], n=4)
     assert some.concept.tolist() == [3, 1] and some.clarity.tolist() == found.clarity[[3, 1]].tolist()
     assert some.similarity.shape == (0, 2)

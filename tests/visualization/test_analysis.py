@@ -152,7 +152,19 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             wrong()
     with pytest.raises(ValueError, match="bins must be a whole number of at least 1, not 0"):
         histogram(table, RowSelection("a"), 1, 0)
+    with pytest.raises(ValueError, match=r"no value of concept 1 is between 50\.0 and 60\.0: there is no density"):
+        histogram(table, RowSelection("a"), 1, [50, 55, 60], density=True)
+    assert not histogram(table, RowSelection("a"), 1, [50, 55, 60]).height.any()
     with pytest.raises(ValueError, match="kind must be one of 'cosine', 'correlation', not 'dot'"):
         similarity(table, RowSelection("a"), "dot")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must end in \.csv or \.parquet"):
         write_frame(table, RowSelection("a"), tmp_path / "x.txt")
+
+
+def test_a_file_stays_where_there_is_nothing_to_write(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    table, _ = make_table(tmp_path)
+    (tmp_path / "x.csv").write_text("before")
+    with pytest.raises(ValueError, match="has no rows of class 17"):
+        write_frame(table, RowSelection("a", of_class=17), tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text() == "before"

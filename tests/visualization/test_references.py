@@ -395,6 +395,13 @@ def test_statistics_of_classes(tmp_path, mode, mean_N):
         torch.testing.assert_close(normed, values / values[0].abs())
 
 
+@pytest.mark.parametrize("wrong", [{"top_N": -1}, {"top_N": 0}, {"top_N": True}, {"top_N": 1.5}, {"mean_N": 0}])
+def test_numbers_of_classes_and_samples_that_are_none_are_named(tmp_path, wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1, not"):
+        mined(tmp_path).compute_stats(1, "first", **wrong)
+
+
 def test_statistics_lead_to_references(tmp_path):
     fv = mined(tmp_path)
     targets, _ = fv.compute_stats(1, "first", top_N=5)
