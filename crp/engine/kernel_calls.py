@@ -93,7 +93,7 @@ class _Calls(TorchDispatchMode):
         self._inputs, self._constants = [*inputs], dict[int, Tensor]()
         self._calls: list[KernelCall] = []
         self._conditions: list[Value] = []
-        self._known: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Value]] = {}
         self._own: dict[int, tuple[StorageWeakRef, int]] = {}  # memory made while recording
         self._fixed: set[int] = set()  # memory with numbers that depend on nothing, as those of `torch.arange`
         self._n, self._given = 0, {_place(tensor) for tensor in inputs.values()}
@@ -121,7 +121,7 @@ class _Calls(TorchDispatchMode):
             self._fixed |= made.keys()
         else:
             self._fixed -= made.keys() | {_place(tensor) for tensor in _tensors(written)}
-        if written or _tensors(result):  # (others tell of forms, which are the same at each call)
+        if written or result is None or _tensors(result):  # (others tell of forms, which are the same at each call)
             self._calls.append(KernelCall(func, taken, named, tree_map(self._new_value, result)))
         return result
 
@@ -144,8 +144,8 @@ class _Calls(TorchDispatchMode):
         """What a tensor is in the calls; all else as it is."""
         if not isinstance(value, Tensor):
             return value
-        known, found = self._known.get(id(value), (None, None))
-        if known is None or known() is not value:
+        known, place, found = self._known.get(id(value), (None, 0, None))
+        if known is None or known() is not value or _place(value) != place:  # (by ``data``, it may have another one)
             if self._is_own(value) or _place(value) in self._given:
                 raise NotReplayableError("a tensor has the memory of another one, and no call tells how it came by it")
             found = self._new_value(value)
@@ -158,7 +158,7 @@ class _Calls(TorchDispatchMode):
             return value
         memory = self._own[_place(value)][1] if self._is_own(value) else None
         new = Value(self._n, memory, (value.shape, value.stride(), value.dtype))
-        self._known[id(value)] = weakref.ref(value), new
+        self._known[id(value)] = weakref.ref(value), _place(value), new
         self._n += 1
         return new
 

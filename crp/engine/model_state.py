@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from collections import deque
-from collections.abc import Sequence
-from functools import lru_cache
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Hashable, Iterable, Mapping
+from contextvars import ContextVar
+from functools import _lru_cache_wrapper, lru_cache, partial
+from gc import get_referents
+from logging import Logger
+from sys import stdlib_module_names
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -23,22 +38,27 @@ from crp.layers.glimpses import glimpse
 #: Attributes that torch gives every module: parameters and buffers are compared one by one, and where there are hooks,
 #: nothing is.
 _OWN = frozenset(vars(nn.Module()))
-#: What can change without being replaced.
-_CHANGEABLE = (list, dict, set, deque, Tensor, np.ndarray)
-#: What has attributes, but no settings.
-_NO_SETTINGS = (nn.Module, type, ModuleType, FunctionType, MethodType)
-#: How deep settings in objects are looked at: numbers, words, and entries of their lists and dicts.
-_DEPTH = 4
-#: Common types of what cannot.
-_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
-_SIMPLE = _PLAIN - {tuple} | {type}
+#: Packages whose names nobody changes.
+_SETTLED = stdlib_module_names | {"torch", "triton", "numpy", "zennit", "crp"}
+#: Common types of what cannot change without being replaced.
+_SIMPLE = frozenset({bool, int, float, complex, str, bytes, type, type(None)})
+_SEVERAL = (list, tuple, set, frozenset, deque)
+_CONTAINERS = (dict, *_SEVERAL)
+_BUFFERS = (bytearray, memoryview, array)
+#: What stands for something else.
+_WRAPPERS = (MethodType, partial, property, staticmethod, classmethod, MappingProxyType, CellType, _lru_cache_wrapper)
+#: What has no settings. (What code reads of classes and modules is noted where it runs.)
+_WITHOUT_SETTINGS = (type, ModuleType, BuiltinFunctionType, CodeType, Logger)
+#: Parts of values that are looked at again and again.
+_MOST = 20_000
 
 
 def is_traced() -> bool:
-    """Whether modes of torch (but a default device) see each operation."""
+    """Whether modes of torch (but a default device), or hooks on saved tensors, see each operation."""
     stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     modes = [mode for mode in stack if not isinstance(mode, DeviceContext)]
-    return bool(modes) or _get_current_dispatch_mode() is not None
+    saved_by = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # (not in older ones)
+    return bool(modes) or saved_by(True) is not None or _get_current_dispatch_mode() is not None
 
 
 def is_watched(model: nn.Module) -> bool:
@@ -47,12 +67,101 @@ def is_watched(model: nn.Module) -> bool:
     return is_traced() or any(_ON_ALL_MODULES) or any(on_model)
 
 
-class ModelState:
-    """Attributes, parameters and buffers of all modules, and settings of a composite; compared by ``==``.
+class State:
+    """What values are at a moment; compared by ``==``.
 
-    Values that were replaced, tensors that were written to, lists, dicts and objects with other entries, and another
-    ``forward`` of a class make a difference.
-    Writes through ``.data`` into the same memory are noticed where the host has it (see `glimpse`).
+    Values that were replaced, tensors that were written to, and lists, dicts, objects and functions that lead to
+    something else make a difference. Writes through ``.data`` into the same memory are noticed where the host has it
+    (see `glimpse`). A state that leads to an iterator, or to too much, cannot be known, and equals no other.
+
+    Parameters
+    ----------
+    *values
+
+    Attributes
+    ----------
+    functions : set
+        Those that values lead to, by `_key_of`.
+    """
+
+    def __init__(self, *values: object) -> None:
+        # (Objects are kept, so that no other one can take their place in memory.)
+        self._objects: list[object] = []
+        self._entries: list[object] = []
+        self._seen: set[int] = set()
+        self._n_left, self._is_known = _MOST, True
+        self.functions: set[Hashable] = set()
+        self.add(*values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, State) or len(self._objects) != len(other._objects):
+            return False
+        is_known = self._is_known and other._is_known
+        return is_known and all(map(operator.is_, self._objects, other._objects)) and self._entries == other._entries
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def add(self, *values: Any) -> None:
+        """Add what values are, and all that they lead to, one after the other."""
+        todo, entries, objects = [*reversed(values)], self._entries, self._objects
+        while todo and self._is_known:
+            value = todo.pop()
+            if (kind := type(value)) in _SIMPLE:
+                entries += value, kind
+            elif isinstance(value, Tensor):
+                objects.append(value)
+                entries.append(_state_of(value))
+            elif isinstance(value, nn.Module):
+                objects.append(value)
+                for module in modules_of(value).values() if id(value) not in self._seen else ():
+                    self._add_module(module)
+            else:
+                if not isinstance(value, _CONTAINERS) or id(value) in self._seen:
+                    objects.append(value)
+                if id(value) not in self._seen and not isinstance(value, _WITHOUT_SETTINGS):
+                    self._seen.add(id(value))
+                    parts = self._parts_of(value)
+                    entries.append(len(parts))
+                    todo += parts
+                    self._n_left -= len(parts)
+                    self._is_known = self._n_left > 0 and not hasattr(kind, "__next__")
+
+    def _add_module(self, module: nn.Module) -> None:
+        """Add attributes, parameters and buffers of a module, and which its children are."""
+        self._seen.add(id(module))
+        kind, attributes = type(module), vars(module)
+        self._objects += kind, kind.forward, *attributes, *attributes.values(), *attributes["_modules"].values()
+        for own in (attributes["_parameters"], attributes["_buffers"]):
+            if own:
+                self._objects += own.values()
+                self._entries += map(_state_of, own.values())
+        # (most attributes are simple: the others are few)
+        for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in _SIMPLE]:
+            if type(value) is not tuple or not _SIMPLE.issuperset(map(type, value)):
+                self.add(value)
+
+    def _parts_of(self, value: Any) -> list[Any]:
+        """What a value leads to in one step."""
+        if isinstance(value, FunctionType):
+            around = [content for cell in value.__closure__ or () for content in get_referents(cell)]
+            self.functions.add(_key_of(value.__code__, around))
+            self._objects.append(value.__code__)
+            return [*around, *filter(None, (value.__defaults__, value.__kwdefaults__, vars(value)))]
+        if isinstance(value, _WRAPPERS):
+            return get_referents(value)
+        if isinstance(value, ContextVar):
+            return [value.get(None)]
+        if isinstance(value, np.ndarray):
+            content = value.flat if value.dtype.hasobject else [hash(value.tobytes())]
+            return [str(value.dtype), str(value.shape), *content]
+        if isinstance(value, _BUFFERS):
+            return [bytes(value)]
+        entries = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, _SEVERAL) else ()
+        return [*entries, *_attributes(value)]
+
+
+class ModelState(State):
+    """State of all modules of a model, and of the settings of a composite.
 
     Parameters
     ----------
@@ -61,35 +170,15 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module, composite: Composite) -> None:
-        # (The values are kept, so that no other object can take their place in memory.)
-        self._values: list[object] = []
-        self._tensors: list[object] = []
-        seen: set[int] = set()
-        for module in modules_of(model).values():
-            attributes = vars(module)
-            self._values += (type(module).forward, *attributes.values())
-            for own in (attributes["_parameters"], attributes["_buffers"]):
-                if own:
-                    self._values += own.values()
-                    self._tensors += map(_state_of, own.values())
-            # (most attributes are of these types: the others are few)
-            for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in _PLAIN]:
-                if isinstance(value, _CHANGEABLE):
-                    self._tensors += settings_in(value) if isinstance(value, Tensor | np.ndarray) or value else ()
-                elif id(value) not in seen and not isinstance(value, _NO_SETTINGS) and (own := _attributes(value)):
-                    seen.add(id(value))  # (modules share one, such as the configuration of Hugging Face's)
-                    self._tensors += settings_in({name: getattr(value, name, None) for name in own}, _DEPTH)
         settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
         for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
             settings.pop(name, None)
-        self._tensors += settings_in(settings)
+        super().__init__(model, settings)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ModelState) or len(self._values) != len(other._values):
-            return False
-        return all(map(operator.is_, self._values, other._values)) and self._tensors == other._tensors
 
-    __hash__ = None  # type: ignore[assignment]
+def _key_of(code: CodeType, around: Iterable[object]) -> Hashable:
+    """Which function it is, from its code and what it takes from around it."""
+    return code, *map(id, around)
 
 
 def weights_of(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
@@ -116,54 +205,30 @@ def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tupl
 def _state_of(tensor: Tensor | None) -> object:
     if tensor is None or tensor.is_inference():
         return None
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, glimpse(tensor)
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride(), glimpse(tensor)
 
 
-def settings_in(value: Any, depth: int = 6) -> list[object]:
-    """Numbers, words and tensors' states in nested containers and objects; other things by their identity."""
-    found: list[object] = []
-    _collect(value, depth, found, set())
-    return found
+def _package(names: Mapping[str, Any], owner: object = None) -> str:
+    """Package of a module's names, or of a class."""
+    name = owner.__module__ if isinstance(owner, type) else names.get("__name__")
+    return str(name).partition(".")[0]
 
 
-def _collect(value: Any, depth: int, found: list[object], seen: set[int]) -> None:
-    entries: Any = ()
-    if type(value) in _SIMPLE:
-        found.append(value)
-    elif isinstance(value, dict):
-        found += map(str, value)
-        entries = value.values()
-    elif isinstance(value, list | tuple | set | deque):
-        entries = value
-    elif isinstance(value, Tensor):
-        found += id(value), _state_of(value)
-    elif isinstance(value, np.ndarray):
-        found += value.dtype, value.shape, hash(value.tobytes())
-    else:
-        found.append(value if isinstance(value, bool | int | float | str | type) else id(value))
-        if depth > 0 and id(value) not in seen and not isinstance(value, type):
-            seen.add(id(value))  # (rules stand in several places)
-            names = [name for name in _attributes(value) if name[:1] != "_"]
-            found += names
-            entries = [getattr(value, name, None) for name in names]
-            if isinstance(value, nn.Module):  # (in a list, which hides it from the model)
-                entries += [*value.parameters(), *value.buffers()]
-    if entries:
-        found.append(len(entries))
-    for entry in entries if depth > 0 else ():
-        if type(entry) in _SIMPLE:  # (nearly all are)
-            found.append(entry)
-        else:
-            _collect(entry, depth - 1, found, seen)
-
-
-def _attributes(value: Any) -> Sequence[str]:
-    """Names of what an object has of its own, in its ``__dict__`` or in slots."""
-    return [*getattr(value, "__dict__", ()), *_slots_of(value.__class__)]
+def _attributes(value: Any) -> list[Any]:
+    """Names and values of what an object has of its own, and of what is no method of its class."""
+    own, names = getattr(value, "__dict__", None), _names_of(value.__class__)
+    of_object = [*own, *own.values()] if isinstance(own, dict) else []
+    return of_object + [getattr(value, name, None) for name in names]
 
 
 @lru_cache(maxsize=256)
-def _slots_of(kind: type) -> tuple[str, ...]:
-    each = (kind.__dict__.get("__slots__", ()) for kind in kind.__mro__)
-    names = [name for slots in each for name in ((slots,) if isinstance(slots, str) else slots)]
-    return tuple(name for name in names if name[:2] != "__")
+def _names_of(kind: type) -> tuple[str, ...]:
+    """Names of slots, and of what a class of others has beside methods and properties."""
+    of_bases = [(vars(base).items(), _package({}, base) in _SETTLED) for base in kind.__mro__]
+    return tuple(
+        name
+        for items, is_settled in of_bases
+        for name, value in items
+        if name[:2] != "__"
+        and (isinstance(value, MemberDescriptorType) or not (is_settled or hasattr(value, "__get__")))
+    )

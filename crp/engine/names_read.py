@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dis
 import gc
+import random
 import sys
-from collections.abc import Collection, Mapping
-from types import CodeType, FrameType, FunctionType, ModuleType
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
-from crp.engine.model_state import settings_in
+from crp.engine.model_state import _SETTLED, State, _key_of, _package
 from crp.engine.recordings import NotReplayableError
 
-#: Packages whose names nobody changes.
-_SETTLED = sys.stdlib_module_names | {"torch", "triton", "numpy", "zennit", "crp"}
-#: Functions through which Python reads values, and which no operation of torch tells of.
-_READING = {"numpy", "tolist", "_to_dlpack"}
+#: Functions through which values are read, and which no operation of torch tells of.
+_READING = {
+    *("numpy", "tolist", "_to_dlpack", "_to_dlpack_versioned", "apply_", "map_", "map2_"),
+    *("tensor_split", "_pack_padded_sequence", "_pad_packed_sequence"),  # (places and lengths, by the host)
+}
 _WARNING = {"warn", "warn_explicit"}
-#: Packages of objects that hold no settings of a computation.
-_WITHOUT_SETTINGS = {"logging", "functools", "torch"}
-#: Entries of one name's value that are looked at again and again.
-_MOST = 1000
+#: Functions of these packages through which other threads are at work, which nothing here sees.
+_OF_THREADS = {"threading": ("wait", "join"), "concurrent": ("submit",)}
+
+
+class _Missing:
+    """What a name stands for that is not there."""
 
 
 class NamesRead:
@@ -31,40 +36,53 @@ class NamesRead:
     Names are those of modules and of classes, and what follows them, as in ``settings.SCALE``. Of the packages that
     the computation is built on, nothing is noted, and nothing of what only the model can tell.
 
+    Parameters
+    ----------
+    functions : collection
+        Those that the model leads to (`State.functions`).
+
     Raises
     ------
     NotReplayableError
-        At its end, if values of tensors were read, there was a warning, which a replay would not give again, or a name
-        cannot be looked up later.
+        At its end, if values of tensors were read, random numbers drawn, or threads at work; if there was a warning,
+        which a replay would not give again, a name stands for something else already, or a function takes something
+        from around it that nobody can look at later.
     """
 
-    def __init__(self) -> None:
-        self._values: dict[tuple[int, str], tuple[Mapping[str, Any], object, list[object]]] = {}
+    def __init__(self, functions: Collection[Hashable] = ()) -> None:
+        self._functions = functions
+        self._places: dict[tuple[int, str], Mapping[str, Any]] = {}
+        self._state = State()
         self._seen: set[tuple[CodeType, type]] = set()
+        self._made: set[object] = set()  # code of functions that are made meanwhile
+        self._called: dict[Hashable, str] = {}
         self._why: str | None = None
 
     def __enter__(self) -> NamesRead:
         if sys.getprofile() is not None:
             raise NotReplayableError("a profiler sees each call")
-        self._last, self._collects = sys._getframe(1), gc.isenabled()
+        self._random, self._collects = _random_numbers(), gc.isenabled()
         gc.disable()  # (others are called when garbage is collected, wherever that is)
         sys.setprofile(self._see)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         sys.setprofile(None)
-        del self._last
         if self._collects:
             gc.enable()
+        unknown = [name for key, name in self._called.items() if key not in {*self._functions, *self._state.functions}]
+        if unknown:
+            self._why = f"{unknown[0]} takes something from around it"
+        elif _random_numbers() != self._random:
+            self._why = "random numbers were drawn"
+        elif not self.are_same():
+            self._why = "a name stands for something else than when it was read, or for what cannot be looked at"
         if kind is None and self._why is not None:
             raise NotReplayableError(self._why)
 
     def are_same(self) -> bool:
         """Whether all names stand for what they stood for."""
-        return all(
-            names.get(name) is value and _settings(value) == settings
-            for (_, name), (names, value, settings) in self._values.items()
-        )
+        return State(*(names.get(name, _Missing) for (_, name), names in self._places.items())) == self._state
 
     def _see(self, frame: FrameType, event: str, called: Any) -> None:
         code = frame.f_code
@@ -72,68 +90,64 @@ class NamesRead:
             self._why = f"{code.co_name} calls {called.__name__}()"
         if event != "call":
             return
-        if _package(frame.f_globals) in _SETTLED:
-            if code.co_name in _WARNING:  # (since Python 3.14, they are functions in Python)
-                self._why = "there was a warning"
+        if (package := _package(frame.f_globals)) in _SETTLED:
+            # (since Python 3.14, functions that warn are in Python)
+            if code.co_name in _WARNING or code.co_name in _OF_THREADS.get(package, ()):
+                self._why = f"{code.co_name}() was called"
             return
-        for free in {*code.co_freevars} - {"__class__"}:
-            self._why = self._why or _why_unknown(frame, free, self._last)
+        self._made |= {*code.co_consts} if any(isinstance(one, CodeType) for one in code.co_consts) else set()
+        if {*code.co_freevars} - {"__class__"} and code not in self._made:
+            around = [frame.f_locals[free] for free in code.co_freevars if free in frame.f_locals]
+            self._called[_key_of(code, around)] = code.co_name
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         kind = owner if isinstance(owner, type) else type(owner)
         if (code, kind) not in self._seen:
             self._seen.add((code, kind))
-            self._note(frame.f_globals, frame.f_globals, _names_looked_up(code), code.co_names, set())
-            for base in kind.__mro__:
-                if _package({}, base) not in _SETTLED:
-                    self._note(base, vars(base), code.co_names, code.co_names, set())
+            self._note_names_in(code, frame.f_globals, kind)
 
-    def _note(
-        self, owner: object, names: Mapping[str, Any], read: Collection[str], then: Collection[str], done: set[int]
-    ) -> None:
-        """Note what names of a module or class stand for, and, where that is one itself, ``then`` its names."""
+    def _note_names_in(self, code: CodeType, names: Mapping[str, Any], kind: type) -> None:
+        """Note names that a function looks up, and those of the class of its first argument."""
+        then = {code.co_name, *code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self._note(names, names, step.argval, then, {id(names)})
+            elif step.opname == "IMPORT_NAME":
+                for name in _names_of_module(step.argval, str(names.get("__package__") or "")):
+                    self._note(sys.modules, sys.modules, name, then, set())
+        self._note_names_of(kind, then, set())
+
+    def _note(self, owner: object, names: Mapping[str, Any], name: str, then: Collection[str], done: set[int]) -> None:
+        """Note what a name stands for, and, where that is a module or class, names ``then`` of it."""
+        value = names.get(name, _Missing)
+        if (id(owner), name) not in self._places:
+            self._places[id(owner), name] = names
+            self._state.add(value)
+            if isinstance(value, nn.Module):
+                self._why = f"{name} is beside the model"
+        if isinstance(value, ModuleType | type) and id(value) not in done:
+            self._note_names_of(value, then, done)
+
+    def _note_names_of(self, owner: ModuleType | type, then: Collection[str], done: set[int]) -> None:
+        """Note names of a module, or of a class and its bases, up to the first that has them."""
         done.add(id(owner))
-        for name in names.keys() & {*read}:
-            value = names[name]
-            if (id(owner), name) not in self._values:
-                settings = _settings(value)
-                self._values[id(owner), name] = names, value, settings
-                if isinstance(value, nn.Module) or len(settings) > _MOST:
-                    self._why = f"{name} is beside the model"
-            is_followed = isinstance(value, ModuleType | type) and id(value) not in done
-            if is_followed and _package(vars(value), value) not in _SETTLED:
-                self._note(value, vars(value), then, then, done)
+        owners = [one for one in getattr(owner, "__mro__", [owner]) if _package(vars(one), one) not in _SETTLED]
+        for name in {name for one in owners for name in vars(one).keys() & {*then}}:
+            for one in owners:
+                self._note(one, vars(one), name, then, done)
+                if name in vars(one):
+                    break
 
 
-def _names_looked_up(code: CodeType) -> set[str]:
-    """Names that a function looks up in its module; ``co_names`` has attributes, too."""
-    return {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+def _names_of_module(name: str, package: str) -> Iterator[str]:
+    """Names under which a module may be known that a package imports."""
+    above = package.split(".")
+    for length in range(len(above) + 1):
+        full = ".".join([*above[:length], name]).strip(".")
+        if full in sys.modules and full.partition(".")[0] not in _SETTLED:
+            yield full
 
 
-def _settings(value: object) -> list[object]:
-    has_none = isinstance(value, ModuleType | type | FunctionType) or _package({}, type(value)) in _WITHOUT_SETTINGS
-    return [] if has_none and not isinstance(value, Tensor) else settings_in(value)
-
-
-def _package(names: Mapping[str, Any], owner: object = None) -> str:
-    """Package of a module's names, or of a class."""
-    name = owner.__module__ if isinstance(owner, type) else names.get("__name__")
-    return str(name).partition(".")[0]
-
-
-def _why_unknown(frame: FrameType, free: str, last: FrameType) -> str | None:
-    """Why a variable that a function takes from around it may be another later; None where it cannot.
-
-    It belongs to a function that runs inside of what is recorded (which ends at the frame ``last``), that runs around
-    it, or that has ended and left the variable behind.
-    """
-    around: FrameType | None = frame.f_back
-    is_inside = True
-    while around is not None:
-        is_inside = is_inside and around is not last
-        if free in around.f_code.co_cellvars:
-            break
-        around = around.f_back
-    if around is not None and is_inside:
-        return None
-    settled = isinstance(frame.f_locals.get(free), FunctionType | ModuleType | type | bool | int | float | str | None)
-    return None if settled and around is None else f"{free} comes from around {frame.f_code.co_name}"
+def _random_numbers() -> list[object]:
+    """State of generators of random numbers; those of torch are drawn by its operations."""
+    of_numpy: Any = np.random.get_state()  # noqa: NPY002 (what a model may draw from)
+    return [random.getstate(), bytes(of_numpy[1]), *of_numpy[2:]]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from crp.engine.cuda_graphs import GraphRecorder
 from crp.engine.kernel_calls import CallRecorder
+from crp.engine.model_state import State
 from crp.engine.names_read import NamesRead
 from crp.engine.recordings import Recorder, Recording, Run, Tensors, some
 from crp.layers.devices import recording
@@ -33,8 +34,8 @@ class Computation(NamedTuple):
 
     Attributes
     ----------
-    state : object
-        What it reads beside its inputs, such as weights; compared by ``==``.
+    state : State
+        What it reads beside its inputs, such as weights.
     compute : callable
         From inputs to outputs, as it can be recorded.
     usual : callable
@@ -44,7 +45,7 @@ class Computation(NamedTuple):
         Seconds that a replay saves, about.
     """
 
-    state: object
+    state: State
     compute: Run
     usual: Callable[[], Tensors | None]
     saved: float = 0.0
@@ -56,7 +57,7 @@ class _Entry:
 
     Attributes
     ----------
-    state : object
+    state : State
         Of the model and the rules, when it was computed last.
     runs : int
         Times it was computed in this state.
@@ -72,7 +73,7 @@ class _Entry:
         Shortest time in which it was computed.
     """
 
-    state: object
+    state: State
     runs: int = 0
     recording: Recording | None = None
     names: NamesRead | None = None
@@ -95,7 +96,7 @@ class _Entry:
         self.missed += 1
         self.drop(for_good=self.missed > 1)
 
-    def stands_for(self, state: object) -> bool:
+    def stands_for(self, state: State) -> bool:
         """Whether it is of a model and rules in this state."""
         return self.state == state and (self.names is None or self.names.are_same())
 
@@ -201,7 +202,7 @@ class Replays:
 
 def _record(entry: _Entry, recorder: Recorder, compute: Run, inputs: Mapping[str, Tensor]) -> None:
     """Record a computation, or give it up for good."""
-    names = NamesRead()
+    names = NamesRead(entry.state.functions)
     try:
         with recording(), names:
             entry.recording = recorder.record(compute, inputs)

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,20 +65,21 @@ class Replayed:
         is_whole = ahead or len(rows) == len(call.rows) or not Encoding.of(composite).multiplier
         if not is_whole or len(rows.groups(name)) > 1:
             return None
-        samples = tuple(sorted({*rows.samples}))
+        samples = sorted({*rows.samples})
         columns = [samples.index(sample) for sample in rows.samples]
-        chosen = call.inputs.select(list(samples)).explained[0].detach()
+        chosen = call.inputs.select(samples).explained[0].detach()
         alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
         # (a weak reference equals no other composite's, also where one has the id of one that is gone)
-        structure = (weakref.ref(composite), tuple(columns), tuple(rows.layers(name)), tuple(settings.record))
-        key = (*structure, _form_of(chosen), _precision_of(chosen.device), settings.multipliers, settings.channels_last)
-        if key not in self._shapes:
-            return self._learn(key, replace(call, rows=rows, shortcut=None).laid_out(), composite)
-        shapes = self._shapes[key]
-        if not shapes or math.prod(shapes[None]) > _MOST_STARTED[data.device.type]:
-            return None
-        check_targets_exist(rows.targets(name), torch.empty(shapes[None], device="meta"), name, rows.places)
-        if (given := _given_for(rows, columns, settings, shapes)) is None:
+        structure = tuple(columns), tuple(rows.layers(name)), tuple(settings.record)
+        key = (weakref.ref(composite), structure, _form_of(chosen), settings.multipliers, settings.channels_last)
+        usual = replace(call, rows=rows, batch_size=None, shortcut=None)
+        if (shapes := self._shapes.get(key)) is None:
+            return self._learn(key, usual.laid_out(), composite)
+        try:
+            given = _given_for(rows, columns, settings, shapes, data.device)
+        except Exception:  # (it is told by the computation, unless the model has other outputs now)
+            return self._learn(key, usual.laid_out(), composite)
+        if given is None:
             return None
         # (on a CPU, what is computed outside is computed faster, as values may be looked at)
         reading = settings.reading if ahead else None
@@ -85,7 +87,7 @@ class Replayed:
         def prepare() -> Computation | None:
             if is_watched(call.model):
                 return None
-            laid_out = replace(call, rows=rows, batch_size=None, shortcut=None).laid_out()
+            laid_out = usual.laid_out()
 
             def read(part: Part | None) -> Tensors | None:
                 if part is None:
@@ -111,24 +113,23 @@ class Replayed:
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if reading is not None else None
-        asked = (key, given.shared, reading)
+        asked = (key, *shapes.items(), given.shared, reading)
         with TURNS.taken(parts_of(call.model)):  # (in its turn, another thread has hooks on it, or other weights in it)
             tensors = self.replays.run(asked, data.device, prepare, inputs, only)
         if tensors is None:
             return None
-        encoding = Encoding.of(composite)
-        return _restored(tensors, encoding, encoding.multiplier and settings.multipliers)
+        part = _restored(tensors, Encoding.of(composite), settings.multipliers)
+        if not _shapes_of(part[0]).items() <= shapes.items():  # (the model has other outputs now)
+            self._shapes.pop(key, None)
+        return part
 
     def _learn(self, key: Hashable, call: Call, composite: Composite) -> Part | None:
         """Compute rows once, to know the shapes of their output and layers; none where they cannot be replayed."""
         while len(self._shapes) >= _KEPT_SHAPES:
-            del self._shapes[next(iter(self._shapes))]
+            self._shapes.pop(next(iter(self._shapes)), None)  # (other threads do so, too)
         part = call.at_once(composite)
-        self._shapes[key] = {}
-        if part is not None and part[0].prediction.is_floating_point():
-            results = part[0]
-            of_layers = {layer: activation.shape for layer, activation in results.activations.items()}
-            self._shapes[key] = {None: results.prediction.shape} | dict[str | None, torch.Size](of_layers)
+        is_known = part is not None and part[0].prediction.is_floating_point()
+        self._shapes[key] = _shapes_of(part[0]) if part is not None and is_known else {}
         return part
 
 
@@ -153,32 +154,39 @@ def _is_replayable(call: Call, composite: Composite) -> bool:
     return usual and not own and settings.on_device is None and not is_traced()
 
 
+def _shapes_of(results: AttributionResults) -> dict[str | None, torch.Size]:
+    """Shapes of the output, by None, and of layers."""
+    shapes: dict[str | None, torch.Size] = {None: results.prediction.shape}
+    return shapes | {layer: activation.shape for layer, activation in results.activations.items()}
+
+
 def _form_of(tensor: Tensor) -> Hashable:
-    """What kernels depend on beside a tensor's values."""
-    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.stride()
-
-
-def _precision_of(device: torch.device) -> Hashable:
-    """Precision in which operations run now."""
-    kind = device.type
+    """What kernels depend on beside a tensor's values: also the precision in which they run now."""
+    kind = tensor.device.type
     usual = torch.get_default_dtype(), torch.get_default_device()
     dtypes = *usual, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    backends = torch.backends
-    return *dtypes, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.deterministic
+    of_cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    attention: Any = (of_cuda.math_sdp_enabled, of_cuda.flash_sdp_enabled, of_cuda.mem_efficient_sdp_enabled)
+    flags = cudnn.allow_tf32, of_cuda.matmul.allow_tf32, cudnn.deterministic, *(enabled() for enabled in attention)
+    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.stride(), *dtypes, *flags
 
 
 def _given_for(
-    rows: Rows, columns: list[int], settings: Settings, shapes: Mapping[str | None, torch.Size]
+    rows: Rows, columns: list[int], settings: Settings, shapes: Mapping[str | None, torch.Size], device: torch.device
 ) -> Given | None:
-    """Start and masks of rows, on the host; None where a mask is no selection of channels.
+    """Start and masks of rows, on the host; None where a mask is no selection of channels, or too much starts.
 
     ``shapes`` are those of the output, by None, and of the conditioned layers, for these rows.
     """
-    start = initial_relevance(torch.ones(shapes[None]), rows.targets(settings.output_name), None)
+    if not shapes or math.prod(shapes[None]) > _MOST_STARTED[device.type]:
+        return None
+    targets, name = rows.targets(settings.output_name), settings.output_name
+    check_targets_exist(targets, torch.empty(shapes[None], device="meta"), name, rows.places)
+    start = initial_relevance(torch.ones(shapes[None]), targets, None)
     of_slots = Grid(columns, max(columns) + 1, start.device).scatter(start)
     masks = {}
     conditions = dict(enumerate(rows.conditions))
-    for layer in rows.layers(settings.output_name):
+    for layer in rows.layers(name):
         functions = row_masks(conditions, layer, settings.mask_map)
         shape = shapes[layer]
         if len(shape) < 2 or shape[0] != len(rows) or not all(getattr(f, "selects_channels", False) for f in functions):
@@ -201,6 +209,7 @@ def _flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[st
 
 def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
     """Results of rows from what `_flattened` made of them."""
+    keeps = keeps and encoding.multiplier
     names = ("activations", "relevances", "multipliers", "counted", "input")
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():

@@ -82,6 +82,19 @@ def test_calls_give_what_the_computation_gives(name: str) -> None:
     assert program.replay({"x": first}, []) == {}
 
 
+def test_errors_of_operations_come_again() -> None:
+    """Also of those that only look at values."""
+    program = recorded(torch.linalg.cholesky, torch.eye(3))
+    with pytest.raises(torch.linalg.LinAlgError, match="positive-definite"):
+        program.replay({"x": -torch.eye(3)}, None)
+
+
+def with_data_set(x: Tensor) -> Tensor:
+    y = x * 2
+    y.data = y.abs()  # (of positive numbers, the same)
+    return y + 1
+
+
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a value of a constant": (lambda x: x * float(WEIGHT[0, 0]), "depends on values"),
     "a value written to what was fixed": (
@@ -97,6 +110,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "what is not torch's": (lambda x: nms(x.abs(), x[:, 0], 0.5), "is unknown"),
     "writes to its input": (lambda x: x.add_(1), "writes to what was there before"),
     "writes to a part of a constant": (lambda x: WEIGHT[:, 0].zero_() + x.sum(), "writes to what was there before"),
+    "other data of a tensor": (with_data_set, "no call tells how it came by it"),
     "its memory": (lambda x: torch.from_numpy(x.numpy()) * 2, "no call tells how it came by it"),
     "memory of its own": (lambda x: torch.from_numpy((x * 3).numpy()) * 2, "no call tells how it came by it"),
 }

@@ -9,6 +9,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,11 @@ import pytest
 import torch
 from mining_cases import Data, files_of, run
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import crp.composites as composites
+from crp import rules as of_crp
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, EpsilonPlusFlat
 from crp.engine import replay
@@ -285,6 +288,54 @@ def test_only_some_recordings_are_kept(vgg_bn: nn.Module, images: Tensor) -> Non
     assert_same(attribution, images, [{"y": [0]}], rules)
 
 
+class Scaled(composites.Composite):
+    """Has a rule whose scale is that of another object."""
+
+    def __init__(self, scale: float) -> None:
+        class ByOther(of_crp.Rule):
+            def surrogate(self, layer: Any, a: Tensor) -> Tensor:
+                return layer(a) + self.scaled(layer(a.clamp(min=0)))
+
+        class Other:
+            def __init__(self) -> None:
+                self._scale = scale
+
+            def scaled(self, z: Tensor) -> Tensor:
+                return z * self._scale
+
+        rule = ByOther()
+        rule.scaled = Other().scaled  # type: ignore[attr-defined]
+        super().__init__(layer_map=[(nn.Conv2d, rule)])
+
+
+def test_a_rule_of_ones_own_with_another_setting_is_recorded_anew(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, composite = replaying(vgg_bn), Scaled(0.5)
+    warmed(attribution, images, composite)
+    composite.layer_map[0][1].scaled.__self__._scale = 5.0  # type: ignore
+    assert_same(attribution, images, [{"y": [0]}], composite)
+    assert count(attribution) == 2
+
+
+@pytest.mark.parametrize("target", [0, 6])
+def test_a_model_with_other_outputs_is_recorded_anew(vgg_bn: nn.Module, images: Tensor, target: int) -> None:
+    attribution, composite = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, composite)
+    vgg_bn.classifier[-1] = nn.Linear(vgg_bn.classifier[-1].in_features, 7).double().eval()
+    for scale in (1, 2, 3, 4, 5):
+        assert_same(attribution, images * scale, [{"y": [target]}], composite)
+    assert count(attribution) == 4 - (target == 0)  # (its shapes are learned at the second call, or at the first)
+
+
+def test_a_layer_with_other_channels_is_recorded_anew(vectors: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).double().eval()
+    attribution, composite = replaying(model), composites.get("epsilon")
+    warmed(attribution, vectors, composite, [{"y": [1], "0": [2]}])
+    model[0], model[2] = nn.Linear(6, 8).double().eval(), nn.Linear(8, 3).double().eval()
+    for channel in (1, 2, 7, 7, 7):
+        assert_same(attribution, vectors * channel, [{"y": [1], "0": [channel]}], composite)
+    assert count(attribution) == 3
+
+
 # --- what cannot be replayed ------------------------------------------------------------------------------------------
 
 
@@ -353,6 +404,30 @@ def test_modes_of_others_see_every_call(vgg_bn: nn.Module, images: Tensor) -> No
     with Counting() as mode:
         attribution(images, [{"y": [0]}], rules)
     assert mode.n == usual.n > 3 and count(attribution) == 2  # (not even a replay of which nothing is taken)
+
+
+def test_hooks_of_others_on_saved_tensors_see_every_call(vgg_bn: nn.Module, images: Tensor) -> None:
+    attribution, rules = replaying(vgg_bn), composites.get("gradient")
+    warmed(attribution, images, rules)
+    twice = torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2 if t.is_floating_point() else t, lambda t: t)
+    with twice:
+        assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 2
+
+
+class Attending(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.view(3, 3, 2)).unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(y, y, y).flatten(1)
+
+
+def test_another_kernel_of_attention_is_recorded_anew() -> None:
+    attribution, rules = replaying(Attending(2, 8).eval()), composites.get("gradient")
+    data = torch.randn(20, 3, 6, generator=torch.Generator().manual_seed(0))
+    for number in range(12):
+        with sdpa_kernel(SDPBackend.MATH) if number > 5 else nullcontext():
+            assert_same(attribution, data[number], [{"y": [1]}], rules)
+    assert count(attribution) == 6
 
 
 def test_training_mode_is_warned_of_each_time(vgg_bn: nn.Module, images: Tensor) -> None:

@@ -31,6 +31,9 @@ NEWER = {
         "engine/test_cost.py::test_calls_of_kernels_in_gradients",
         "engine/test_cost.py::test_what_a_call_of_a_small_net_costs_beside_its_arithmetic",
     ],
+    ("torch", "2.5", "a way to ask for hooks on saved tensors"): [
+        "engine/test_replay.py::test_hooks_of_others_on_saved_tensors_see_every_call",
+    ],
     ("transformers", "5", "layers of these names, which return tensors"): [
         "attribution/test_token_ids.py::test_the_account_closes_and_conditions_add_up",
         "attributors/test_attributors_cam_tokens.py::test_tokens_of_a_text",
