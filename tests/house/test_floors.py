@@ -58,7 +58,7 @@ BUDGETS = {
     "concepts": 2050,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 5927,
+    "engine": 6016,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 1211,
