@@ -56,6 +56,8 @@ def median(images: Tensor, width: int = 11) -> Tensor:
     -------
     Tensor of the same shape
     """
+    if not isinstance(width, int) or width < 1 or width % 2 == 0:
+        raise InputError(f"width must be an odd number of pixels, not {width!r}")
     padded = F.pad(images, [width // 2] * 4, mode="replicate")
     windows = padded.unfold(2, width, 1).unfold(3, width, 1)
     return windows.flatten(4).median(4).values

@@ -130,7 +130,8 @@ def polysemanticity(embeddings: Any, n_meanings: int = 2, seed: int = 0) -> np.n
     ----------
     embeddings : array of shape (concepts, n, features)
     n_meanings : int
-        Clusters into which the references of a concept are divided, by k-means of their directions.
+        Clusters into which the references of a concept are divided, by k-means of their directions; fewer where there
+        are fewer directions.
     seed : int
 
     Returns
@@ -140,14 +141,16 @@ def polysemanticity(embeddings: Any, n_meanings: int = 2, seed: int = 0) -> np.n
     """
     from sklearn.cluster import KMeans
 
+    check_number("n_meanings", n_meanings, 2, whole=True)
+    check_number("seed", seed, 0, whole=True)
     unit = _unit(_embeddings(embeddings))
     found = []
     for vectors in unit:
-        distinct = len(np.unique(vectors.round(9), axis=0))
-        if distinct < n_meanings:
+        n = min(n_meanings, len(np.unique(vectors.round(9), axis=0)))
+        if n == 1:
             found.append(0.0)
             continue
-        centres = KMeans(n_meanings, n_init=10, random_state=seed).fit(vectors).cluster_centers_
+        centres = KMeans(n, n_init=10, random_state=seed).fit(vectors).cluster_centers_
         found.append(1.0 - float(clarity(centres[None])[0]))
     return np.array(found)
 

@@ -109,6 +109,7 @@ def relevant_box(heatmap: Tensor | Array, share: float = 0.9, margin: float = 0.
         For ``image[..., top:bottom, left:right]``; the whole image where nothing is positive.
     """
     check_number("share", share)
+    check_number("margin", margin, 0)
     if not 0 < share <= 1:
         raise InputError(f"share must be above 0 and at most 1, not {share}")
     values = blurred(np.clip(_as_heatmap(heatmap), 0, None), 0.02)

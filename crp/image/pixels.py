@@ -73,13 +73,14 @@ def imgify(
         In mode RGB, or RGBA if padded.
     """
     check_flags(symmetric=symmetric, padding=padding, grid=isinstance(grid, tuple | list) or grid)
+    check_number("level", level)
     if isinstance(image, Image.Image):
         picture = image if image.mode in _PLAIN else _in_eight_bits(image)
     elif isinstance(image, Tensor | np.ndarray):
         picture = Image.fromarray(_colours(image, cmap, vmin, vmax, symmetric, level, grid, gridfill))
     else:
         raise InputTypeError(f"image must be a PIL.Image, torch.Tensor or np.ndarray, got {type(image).__name__}")
-    if resize:
+    if resize is not None:
         check_number("resize", resize, 1, whole=True)
         width, height = (max(1, side * resize // max(picture.size)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.NEAREST)

@@ -126,6 +126,9 @@ def test_median_filter():
     for row, column in ((0, 0), (3, 4), (5, 6)):
         expected = padded[..., row : row + 3, column : column + 3].flatten(2).median(2).values
         assert torch.equal(median(image, 3)[..., row, column], expected)
+    for width in (0, 2, 1.5):
+        with pytest.raises(ValueError, match=f"width must be an odd number of pixels, not {width}"):
+            median(image, width)
 
 
 def test_pixels_lie_between_levels():

@@ -41,6 +41,13 @@ def test_polysemanticity_of_two_meanings(angle):
     one, two = np.array([1.0, 0, 0]), np.array([np.cos(radians), np.sin(radians), 0])
     embeddings = np.stack([one] * 4 + [two] * 4)[None]
     assert polysemanticity(embeddings) == pytest.approx([1 - np.cos(radians)], abs=1e-9)
+    assert polysemanticity(embeddings, 3) == pytest.approx([1 - np.cos(radians)], abs=1e-9)
+
+
+@pytest.mark.parametrize("n_meanings", [1, 0, -1, True, 2.5])
+def test_numbers_of_meanings_that_are_none_are_refused(n_meanings):
+    with pytest.raises(ValueError, match=r"^n_meanings must be a whole number of at least 2"):
+        polysemanticity(np.eye(3)[None], n_meanings)
 
 
 def test_search():

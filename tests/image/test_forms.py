@@ -108,6 +108,12 @@ def test_pictures_of_every_kind_are_drawn_alike(form):
     assert (pixels(draw_form(form, clear, heatmap)) == pixels(draw_form(form, np.ones((6, 6, 3)), heatmap))).all()
 
 
+@pytest.mark.parametrize("margin", [-1, float("nan"), "wide"])
+def test_margins_that_are_none_are_refused(margin):
+    with pytest.raises(InputError, match="margin must be a number of at least 0"):
+        relevant_box(torch.ones(6, 6), margin=margin)
+
+
 @pytest.mark.parametrize("share", [0, -1, 2, float("nan"), True])
 def test_shares_of_relevance(share):
     with pytest.raises(InputError, match="share must be "):

@@ -161,6 +161,12 @@ def test_pil_images_are_only_resized_and_padded():
     assert imgify(palette, padding=True).size == (4, 4)
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("resize", 0), ("resize", -1), ("level", float("nan")), ("level", "high")])
+def test_settings_of_pictures_that_are_none_are_named(name, wrong):
+    with pytest.raises(ValueError, match=f"^{name} must be a "):
+        imgify(torch.rand(4, 4), **{name: wrong})
+
+
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
