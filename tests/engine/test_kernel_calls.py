@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 from torchvision.ops import nms
@@ -191,13 +191,13 @@ def test_weights_are_read_as_they_are() -> None:
 
 
 def test_no_tensor_between_calls_is_kept_while_recording() -> None:
-    made: list[weakref.ref[Any]] = []
+    made: list[StorageWeakRef] = []
 
     def run(x: Tensor) -> Tensor:
         for _ in range(20):
             x = x * 2
-            made.append(weakref.ref(x.untyped_storage()))
-            assert sum(ref() is not None for ref in made) <= 3
+            made.append(StorageWeakRef(x.untyped_storage()))
+            assert sum(not ref.expired() for ref in made) <= 3
         return x
 
     first = torch.ones(4)
