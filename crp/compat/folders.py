@@ -20,6 +20,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from crp.checks import check_number
+from crp.concepts import as_ids
 from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.question import Answers, Question, TableAnswers
 from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, list_targets
@@ -279,7 +281,8 @@ def load_statistics(path_folder: str | Path, layer_name: str, target: Any, sampl
     sample, value, position : ndarrays of shape (samples, concepts)
         As `load_maximization`, with the same errors.
     """
-    return _load(Path(path_folder), layer_name, sample_size, int(target))
+    (of_class,) = as_ids([int(target) if isinstance(target, str) else target], what="target")
+    return _load(Path(path_folder), layer_name, sample_size, of_class)
 
 
 def load_stat_targets(path_folder: str | Path) -> np.ndarray[Any, Any]:
@@ -337,6 +340,8 @@ def _table_at(folder: str | Path) -> Table | None:
 
 
 def _load(folder: Path, layer: str, size: int | None, target: int | None) -> Arrays:
+    if size is not None:
+        check_number("sample_size", size, 1, whole=True)
     answers, question = open_answers(folder), question_of(folder.name)
     if isinstance(answers, TableAnswers) and question is not None:
         return answers.references(question, layer, _read_size(folder) if size is None else size, target)[:3]

@@ -10,6 +10,7 @@ import torch
 from feature_net import LAYERS, Images, expected_scores, mined
 
 from crp.concepts import ChannelConcept
+from crp.errors import CRPError
 from crp.helper import (
     abs_norm,
     export,
@@ -167,6 +168,23 @@ def test_unknown_layers_and_classes_of_a_table_are_named(tmp_path):
         load_maximization(fv.RelMax.PATH, "frist")
     with pytest.raises(KeyError, match="9"):
         load_statistics(fv.RelStats.PATH, "first", 9)
+
+
+@pytest.mark.parametrize("files", [False, True], ids=["table", "files"])
+def test_numbers_that_are_none_are_named(tmp_path, files):
+    fv = mined(tmp_path)
+    path = fv.path
+    if files:
+        path = tmp_path / "files"
+        export(fv.path, path)
+    for size in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=r"^sample_size must be a whole number of at least 1"):
+            load_maximization(path / "RelMax_sum_normed", "first", size)
+    for target in (1.7, True, None):
+        with pytest.raises(CRPError, match=r"^target must be "):
+            load_statistics(path / "RelStats_sum_normed", "first", target)
+    for target in ("1", torch.tensor(1)):
+        assert len(load_statistics(path / "RelStats_sum_normed", "first", target)[0])
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
