@@ -68,6 +68,10 @@ class _Entry:
         Times that a replay has given what the computation gives.
     missed : int
         Times that a recording was of no use for other inputs.
+    recorded : int
+        Times it had been computed when it was recorded.
+    wasted : int
+        Recordings, one after the other, that were discarded before they paid.
     refused : bool
     seconds : float
         Shortest time in which it was computed.
@@ -79,6 +83,8 @@ class _Entry:
     names: NamesRead | None = None
     judged: int = 0
     missed: int = 0
+    recorded: int = 0
+    wasted: int = 0
     refused: bool = False
     seconds: float = math.inf
 
@@ -95,6 +101,12 @@ class _Entry:
         """Let go of a recording that other inputs cannot use; after that, one may be made with such."""
         self.missed += 1
         self.drop(for_good=self.missed > 1)
+
+    def after(self, state: State) -> _Entry:
+        """The same computation in another state; it is recorded later if several recordings did not pay."""
+        if not self.recorded:
+            return _Entry(state, wasted=self.wasted)
+        return _Entry(state, wasted=self.wasted + 1 if self.runs < 2 * self.recorded else 0)
 
     def stands_for(self, state: State) -> bool:
         """Whether it is of a model and rules in this state."""
@@ -164,7 +176,7 @@ class Replays:
         if prepared is None:
             return None
         if entry is None or not entry.stands_for(prepared.state):
-            entry, outputs = _Entry(prepared.state), None
+            entry, outputs = _Entry(prepared.state) if entry is None else entry.after(prepared.state), None
             self._entries[key] = entry
         self._entries.move_to_end(key)
         while len(self._entries) > KEPT:
@@ -191,8 +203,9 @@ class Replays:
             entry.drop(for_good=True)
             return None
         if entry.recording is None:
-            if not recorder.pays(entry.runs, entry.seconds, prepared.saved):
+            if not recorder.pays(entry.runs >> max(entry.wasted - 1, 0), entry.seconds, prepared.saved):
                 return some(exact, only)
+            entry.recorded = entry.runs
             _record(entry, recorder, prepared.compute, inputs)
         if entry.recording is not None:
             _judge(entry, recorder, inputs, exact)
