@@ -46,7 +46,7 @@ def has_batch_norm(model: nn.Module) -> bool:
         module = todo.pop()
         if module is None or module in seen:
             continue
-        if is_batch_norm(module) or module._buffers.get("running_var") is not None:
+        if is_batch_norm(module) or getattr(module, "running_var", None) is not None:
             return True
         seen.add(module)
         todo += reversed(module._modules.values())
