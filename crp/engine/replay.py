@@ -203,7 +203,8 @@ class Replays:
             entry.drop(for_good=True)
             return None
         if entry.recording is None:
-            if not recorder.pays(entry.runs >> max(entry.wasted - 1, 0), entry.seconds, prepared.saved):
+            runs = entry.runs >> max(entry.wasted - 1, 0)
+            if entry.refused or not recorder.pays(runs, entry.seconds, prepared.saved):
                 return some(exact, only)
             entry.recorded = entry.runs
             _record(entry, recorder, prepared.compute, inputs)
