@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import _lru_cache_wrapper, lru_cache, partial
 from gc import get_referents
@@ -21,7 +21,7 @@ from types import (
     MethodType,
     ModuleType,
 )
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ _SETTLED = stdlib_module_names | {"torch", "triton", "numpy", "zennit", "crp"}
 #: Common types of what cannot change without being replaced.
 _SIMPLE = frozenset({bool, int, float, complex, str, bytes, type, type(None)})
 _SEVERAL = (list, tuple, set, frozenset, deque)
-_CONTAINERS = (dict, *_SEVERAL)
 _BUFFERS = (bytearray, memoryview, array)
 #: What stands for something else.
 _WRAPPERS = (MethodType, partial, property, staticmethod, classmethod, MappingProxyType, CellType, _lru_cache_wrapper)
@@ -51,6 +50,8 @@ _WRAPPERS = (MethodType, partial, property, staticmethod, classmethod, MappingPr
 _WITHOUT_SETTINGS = (type, ModuleType, BuiltinFunctionType, CodeType, Logger)
 #: Parts of values that are looked at again and again.
 _MOST = 20_000
+#: Finds what an object leads to in one step.
+_Reader: TypeAlias = Callable[[Any], list[Any]]
 
 
 def is_traced() -> bool:
@@ -68,11 +69,11 @@ def is_watched(model: nn.Module) -> bool:
 
 
 class State:
-    """What values are at a moment; compared by ``==``.
+    """What values are, and all that they lead to, at a moment.
 
-    Values that were replaced, tensors that were written to, and lists, dicts, objects and functions that lead to
-    something else make a difference. Writes through ``.data`` into the same memory are noticed where the host has it
-    (see `glimpse`). A state that leads to an iterator, or to too much, cannot be known, and equals no other.
+    It holds no longer where one is replaced, where a tensor is written to, and where a list, dict, object or function
+    leads to something else. Writes through ``.data`` into the same memory are noticed where the host has it (see
+    `glimpse`). What leads to an iterator, or to too much, cannot be known, and never holds.
 
     Parameters
     ----------
@@ -85,95 +86,110 @@ class State:
     """
 
     def __init__(self, *values: object) -> None:
-        # (Objects are kept, so that no other one can take their place in memory.)
-        self._objects: list[object] = []
-        self._entries: list[object] = []
+        self._values: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._states: list[object] = []  # of tensors
+        # What may change, how it is read, and what was read. (Kept, so that nothing else can take its place in memory.)
+        self._read: list[tuple[Any, _Reader, list[Any]]] = []
         self._seen: set[int] = set()
         self._n_left, self._is_known = _MOST, True
         self.functions: set[Hashable] = set()
         self.add(*values)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, State) or len(self._objects) != len(other._objects):
+    def holds(self, *values: object) -> bool:
+        """Whether values are those that were added, and lead to the same as then."""
+        if not (self._is_known and _are_same(values, self._values)):
             return False
-        is_known = self._is_known and other._is_known
-        return is_known and all(map(operator.is_, self._objects, other._objects)) and self._entries == other._entries
+        same = all(_are_same(reader(value), parts) for value, reader, parts in self._read)
+        return same and [*map(_state_of, self._tensors)] == self._states
 
-    __hash__ = None  # type: ignore[assignment]
-
-    def add(self, *values: Any) -> None:
-        """Add what values are, and all that they lead to, one after the other."""
-        todo, entries, objects = [*reversed(values)], self._entries, self._objects
+    def add(self, *values: object) -> None:
+        """Add what values are, and all that they lead to."""
+        self._values += values
+        todo = [*values]
         while todo and self._is_known:
             value = todo.pop()
-            if (kind := type(value)) in _SIMPLE:
-                entries += value, kind
-            elif isinstance(value, Tensor):
-                objects.append(value)
-                entries.append(_state_of(value))
+            kind: Any = type(value)
+            if kind in _SIMPLE or id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            if isinstance(value, Tensor):
+                self._tensors.append(value)
+                self._states.append(_state_of(value))
+                continue
+            if (reader := _reader_of(kind)) is None:
+                continue
+            parts = reader(value)
+            if kind not in (tuple, frozenset):
+                self._read.append((value, reader, parts))
+            if isinstance(value, FunctionType):
+                self.functions.add(_key_of(value.__code__, _around(value)))
             elif isinstance(value, nn.Module):
-                objects.append(value)
-                for module in modules_of(value).values() if id(value) not in self._seen else ():
-                    self._add_module(module)
-            else:
-                if not isinstance(value, _CONTAINERS) or id(value) in self._seen:
-                    objects.append(value)
-                if id(value) not in self._seen and not isinstance(value, _WITHOUT_SETTINGS):
-                    self._seen.add(id(value))
-                    parts = self._parts_of(value)
-                    entries.append(len(parts))
-                    todo += parts
-                    self._n_left -= len(parts)
-                    self._is_known = self._n_left > 0 and not hasattr(kind, "__next__")
-
-    def _add_module(self, module: nn.Module) -> None:
-        """Add attributes, parameters and buffers of a module, and which its children are."""
-        self._seen.add(id(module))
-        kind, attributes = type(module), vars(module)
-        self._objects += kind, kind.forward, *attributes, *attributes.values(), *attributes["_modules"].values()
-        for own in (attributes["_parameters"], attributes["_buffers"]):
-            if own:
-                self._objects += own.values()
-                self._entries += map(_state_of, own.values())
-        # (most attributes are simple: the others are few)
-        for value in [v for name, v in attributes.items() if name not in _OWN and type(v) not in _SIMPLE]:
-            if type(value) is not tuple or not _SIMPLE.issuperset(map(type, value)):
-                self.add(value)
-
-    def _parts_of(self, value: Any) -> list[Any]:
-        """What a value leads to in one step."""
-        if isinstance(value, FunctionType):
-            around = [content for cell in value.__closure__ or () for content in get_referents(cell)]
-            self.functions.add(_key_of(value.__code__, around))
-            self._objects.append(value.__code__)
-            return [*around, *filter(None, (value.__defaults__, value.__kwdefaults__, vars(value)))]
-        if isinstance(value, _WRAPPERS):
-            return get_referents(value)
-        if isinstance(value, ContextVar):
-            return [value.get(None)]
-        if isinstance(value, np.ndarray):
-            content = value.flat if value.dtype.hasobject else [hash(value.tobytes())]
-            return [str(value.dtype), str(value.shape), *content]
-        if isinstance(value, _BUFFERS):
-            return [bytes(value)]
-        entries = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, _SEVERAL) else ()
-        return [*entries, *_attributes(value)]
+                self._seen |= {id(kind.forward), *(id(value.__dict__.get(name)) for name in _OWN)}
+            todo += parts
+            self._n_left -= len(parts)
+            self._is_known = self._n_left > 0 and not hasattr(kind, "__next__")
 
 
-class ModelState(State):
-    """State of all modules of a model, and of the settings of a composite.
+def reads_of(model: nn.Module, composite: Composite) -> list[object]:
+    """What an attribution reads beside data: a model, and the settings of a composite."""
+    settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
+    for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
+        settings.pop(name, None)
+    return [model, *settings, *settings.values()]
 
-    Parameters
-    ----------
-    model : nn.Module
-    composite : zennit.core.Composite
-    """
 
-    def __init__(self, model: nn.Module, composite: Composite) -> None:
-        settings = {name: value for name, value in vars(composite).items() if not name.startswith("_")}
-        for name in ("handles", "hook_refs", "applied"):  # (what changes when it is put on a model)
-            settings.pop(name, None)
-        super().__init__(model, settings)
+def _are_same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether values are the same objects, or equal numbers, words and the like."""
+    if len(now) != len(before):
+        return False
+    return all(map(operator.is_, now, before)) or all(
+        a is b or (type(a) is type(b) and type(a) in _SIMPLE and a == b) for a, b in zip(now, before, strict=True)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _reader_of(kind: type) -> _Reader | None:
+    """How to find what an object of a class leads to in one step; None where it has no settings."""
+    readers: list[tuple[Any, _Reader | None]] = [
+        (nn.Module, _of_module),
+        (_WITHOUT_SETTINGS, None),
+        (FunctionType, _of_function),
+        (_WRAPPERS, get_referents),
+        (ContextVar, lambda variable: [variable.get(None)]),
+        (np.ndarray, _of_array),
+        (_BUFFERS, lambda value: [bytes(value)]),
+        (dict, lambda value: [*value, *value.values(), *_attributes(value)]),
+        (_SEVERAL, lambda value: [*value, *_attributes(value)]),
+        (object, _attributes),
+    ]
+    plain: dict[type, _Reader] = {dict: lambda value: [*value, *value.values()], **dict.fromkeys(_SEVERAL, list)}
+    return plain.get(kind) or next(reader for kinds, reader in readers if issubclass(kind, kinds))
+
+
+def _of_module(module: nn.Module) -> list[Any]:
+    attributes, kind = vars(module), type(module)
+    parts = [kind, kind.forward, *attributes, *attributes.values()]
+    for own in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"]):
+        if own:
+            parts += own
+            parts += own.values()
+    return parts
+
+
+def _of_function(function: FunctionType) -> list[Any]:
+    more = filter(None, (function.__defaults__, function.__kwdefaults__, vars(function)))
+    return [function.__code__, *_around(function), *more]
+
+
+def _of_array(array: np.ndarray[Any, Any]) -> list[Any]:
+    content = array.flat if array.dtype.hasobject else [hash(array.tobytes())]
+    return [str(array.dtype), str(array.shape), *content]
+
+
+def _around(function: FunctionType) -> list[Any]:
+    """What a function takes from around it."""
+    return [content for cell in function.__closure__ or () for content in get_referents(cell)]
 
 
 def _key_of(code: CodeType, around: Iterable[object]) -> Hashable:

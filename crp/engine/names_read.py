@@ -82,7 +82,7 @@ class NamesRead:
 
     def are_same(self) -> bool:
         """Whether all names stand for what they stood for."""
-        return State(*(names.get(name, _Missing) for (_, name), names in self._places.items())) == self._state
+        return self._state.holds(*(names.get(name, _Missing) for (_, name), names in self._places.items()))
 
     def _see(self, frame: FrameType, event: str, called: Any) -> None:
         code = frame.f_code

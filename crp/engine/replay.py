@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,8 +34,8 @@ class Computation(NamedTuple):
 
     Attributes
     ----------
-    state : State
-        What it reads beside its inputs, such as weights.
+    reads : sequence
+        What it reads beside its inputs, such as weights, and all that these lead to (see `State`).
     compute : callable
         From inputs to outputs, as it can be recorded.
     usual : callable
@@ -45,7 +45,7 @@ class Computation(NamedTuple):
         Seconds that a replay saves, about.
     """
 
-    state: State
+    reads: Sequence[object]
     compute: Run
     usual: Callable[[], Tensors | None]
     saved: float = 0.0
@@ -102,15 +102,16 @@ class _Entry:
         self.missed += 1
         self.drop(for_good=self.missed > 1)
 
-    def after(self, state: State) -> _Entry:
-        """The same computation in another state; it is recorded later if several recordings did not pay."""
-        if not self.recorded:
-            return _Entry(state, wasted=self.wasted)
-        return _Entry(state, wasted=self.wasted + 1 if self.runs < 2 * self.recorded else 0)
+    def renewed(self, reads: Sequence[object]) -> _Entry:
+        """The same computation of something else; it is recorded later if several recordings did not pay."""
+        wasted = self.wasted
+        if self.recorded:
+            wasted = wasted + 1 if self.runs < 2 * self.recorded else 0
+        return _Entry(State(*reads), wasted=wasted)
 
-    def stands_for(self, state: State) -> bool:
-        """Whether it is of a model and rules in this state."""
-        return self.state == state and (self.names is None or self.names.are_same())
+    def stands_for(self, reads: Sequence[object]) -> bool:
+        """Whether a model and rules, as they are now, are those of which this is known."""
+        return self.state.holds(*reads) and (self.names is None or self.names.are_same())
 
 
 class Replays:
@@ -156,8 +157,8 @@ class Replays:
             Which computation: what Python decides by, and the forms of the tensors.
         device : torch.device
         prepare : callable
-            Looks at the model: gives its state and the computation, or None where others watch it. A change of the
-            state discards the recording. A trusted recording is replayed meanwhile, where the device has its own time.
+            Looks at the model: gives what is read of it and the computation, or None where others watch it. A change
+            discards the recording. A trusted recording is replayed meanwhile, where the device has its own time.
         inputs : dict of str to Tensor
             Those of the host are sent to where a recording reads them.
         only : collection of str, optional
@@ -175,9 +176,9 @@ class Replays:
         prepared = prepare()
         if prepared is None:
             return None
-        if entry is None or not entry.stands_for(prepared.state):
-            entry, outputs = _Entry(prepared.state) if entry is None else entry.after(prepared.state), None
-            self._entries[key] = entry
+        if entry is None or not entry.stands_for(prepared.reads):
+            entry = _Entry(State(*prepared.reads)) if entry is None else entry.renewed(prepared.reads)
+            self._entries[key], outputs = entry, None
         self._entries.move_to_end(key)
         while len(self._entries) > KEPT:
             self._entries.popitem(last=False)

@@ -19,7 +19,7 @@ from crp.engine.encoding import Encoding, Propagation
 from crp.engine.inputs import Inputs
 from crp.engine.joining import Part
 from crp.engine.masks import Given, apply_masks, row_masks
-from crp.engine.model_state import ModelState, is_traced, is_watched
+from crp.engine.model_state import is_traced, is_watched, reads_of
 from crp.engine.recordings import Recorder, Tensors
 from crp.engine.replay import Computation, Replays
 from crp.engine.settings import Settings
@@ -108,8 +108,8 @@ class Replayed:
                 assert results is not None, "a layer has one entry for each sample, as it had when it was computed"
                 return results
 
-            state, saved = ModelState(call.model, composite), _SAVED * len(modules_of(call.model))
-            return Computation(state, compute, lambda: read(laid_out.at_once(composite)), saved)
+            reads, saved = reads_of(call.model, composite), _SAVED * len(modules_of(call.model))
+            return Computation(reads, compute, lambda: read(laid_out.at_once(composite)), saved)
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if reading is not None else None

@@ -186,6 +186,13 @@ def put(numbers: Any, value: float = 3.0) -> None:
     numbers[0] = value
 
 
+def rename(entries: dict[str, Any], names: str) -> None:
+    """Give entries other names, in the same order."""
+    values = [*entries.values()]
+    entries.clear()
+    entries.update(zip(names, values, strict=True))
+
+
 RULES = get("epsilon")
 READS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[pytest.MonkeyPatch, Any], None]]] = {
     "a name": (lambda self, x: x * SCALE, lambda patch, net: patch.setitem(globals(), "SCALE", 3.0)),
@@ -293,6 +300,10 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[pytest.MonkeyP
     "a module in two places": (
         lambda self, x: self.twice(x),
         lambda patch, net: net.twice.__setitem__(2, net.twice[1]),
+    ),
+    "names of modules": (
+        lambda self, x: self.twice.get_submodule("0")(x),
+        lambda patch, net: rename(net.twice._modules, "102"),
     ),
     "a module that the model does not know": (
         lambda self, x: self.unknown(x),
