@@ -26,7 +26,7 @@ from crp.notices import warn
 from crp.wording import counted
 
 
-class Placed(NamedTuple):
+class _Placed(NamedTuple):
     """A composite on a module, the thread that has put it there, and whether a call did and not a user's own hand."""
 
     composite: Composite
@@ -78,10 +78,10 @@ def note_removed(composite: Composite) -> None:
     _placed_on.pop(id(composite), None)
 
 
-def placed() -> list[Placed]:
+def placed() -> list[_Placed]:
     """All composites that are on a module."""
     known = [(composite(), module(), thread, by_call) for composite, module, thread, by_call in [*_placed_on.values()]]
-    return [Placed(c, m, thread, by_call) for c, m, thread, by_call in known if c is not None and m is not None]
+    return [_Placed(c, m, thread, by_call) for c, m, thread, by_call in known if c is not None and m is not None]
 
 
 def check_composite(composite: object) -> None:

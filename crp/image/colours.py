@@ -49,7 +49,7 @@ def clipped(heatmap: Tensor | Array, percentile: float = _PERCENTILE) -> tuple[N
     ValueError
         If a value is not finite.
     """
-    values = as_array(heatmap)
+    values = _as_array(heatmap)
     strength = np.abs(values)
     one = float(np.percentile(strength, percentile) or strength.max(initial=0.0))
     return (np.clip(values / one, -1, 1) if one else values), one
@@ -63,13 +63,13 @@ def colours_of(relevance: Array) -> NDArray[Any]:
 
 def _as_heatmap(values: Tensor | Array) -> NDArray[Any]:
     """Heatmap as an array of float64, of shape (height, width); an error for anything else."""
-    array = as_array(values)
+    array = _as_array(values)
     if array.ndim != 2:
         raise InputError(f"a heatmap has the shape (height, width), not {array.shape}")
     return array
 
 
-def as_array(values: Tensor | Array, what: str = "the heatmap") -> NDArray[Any]:
+def _as_array(values: Tensor | Array, what: str = "the heatmap") -> NDArray[Any]:
     """Tensor or array as an array of float64; what has no colour is refused by its name."""
     _check_shown(values if isinstance(values, Tensor) else np.asarray(values), what)
     if isinstance(values, Tensor):
@@ -88,7 +88,7 @@ def as_picture(image: Tensor | Array | Image.Image) -> NDArray[Any]:
     """
     if isinstance(image, Image.Image):
         return np.asarray(_in_eight_bits(image).convert("RGB"), np.float64) / 255
-    values = as_array(image, "the picture")
+    values = _as_array(image, "the picture")
     if getattr(image, "dtype", None) in (torch.uint8, np.dtype(np.uint8)):
         values = values / 255
     if values.ndim == 3 and values.shape[-1] in (1, 3) and len(values) not in (1, 3):

@@ -28,7 +28,7 @@ INSIDE = {
     "crp.engine.kernel_calls: NotReplayableError",
     "crp.engine.names_read: NotReplayableError",
     "crp.layers.interrupts: RuntimeError",
-    "crp.visualization.mining.batches: _NotFiniteError",
+    "crp.visualization.mining.units: NotFiniteError",
     "crp.visualization.mining.job: AssertionError",
     "crp.visualization.without: _NoRowsError",
 }

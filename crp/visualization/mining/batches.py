@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crp.engine.backward import lacks_memory
-from crp.errors import ConceptError
-from crp.notices import warn
 from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
 from crp.visualization.mining.encoded import Decoder
 from crp.visualization.mining.job import Job
@@ -23,15 +19,13 @@ from crp.visualization.mining.output_layers import OutputLayer
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows
 from crp.visualization.mining.scores import Scoring, Unit, UnitScores, score_unit
-from crp.visualization.mining.targets import choose_targets, keeps_graph, to_targets
-from crp.visualization.mining.text_batches import Filling, end_of_texts, unknown_id, whole_texts
-from crp.visualization.mining.texts import n_items_of
+from crp.visualization.mining.targets import choose_targets, to_targets
+from crp.visualization.mining.text_batches import Filling, end_of_texts, unknown_id
 from crp.visualization.mining.transfers import Transfers
+from crp.visualization.mining.units import NotFiniteError, Units
 from crp.visualization.mining.writing import Shards, ShardWriter
 from crp.visualization.table.files import make_own_folder
 from crp.visualization.table.manifest import Array, ShardRecord
-
-T = TypeVar("T")
 
 
 def mine_ranges(
@@ -80,27 +74,11 @@ def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
                 start = last
 
 
-@dataclass
-class _MemoryLimit:
-    """What earlier batches have shown about the memory of the device.
-
-    Attributes
-    ----------
-    rows : int
-        How many rows go through a backward pass at once.
-    works : bool
-        Whether any sample was attributed, so that an error is about the sample at hand.
-    """
-
-    rows: int
-    works: bool = False
-
-
 @dataclass(frozen=True)
 class _MiningState:
     """What all batches share."""
 
-    limit: _MemoryLimit
+    units: Units
     transfers: Transfers
     scoring: Scoring
     preparation: Preparation | None
@@ -111,7 +89,7 @@ class _MiningState:
     @classmethod
     def of(cls, job: Job) -> _MiningState:
         return cls(
-            _MemoryLimit(job.options.batch_size),
+            Units(job),
             Transfers(job.device),
             Scoring(job),
             None if job.options.preprocess is None else Preparation(job.options.preprocess),
@@ -119,10 +97,6 @@ class _MiningState:
             None if job.encoded is None else job.encoded.decoder(),
             OutputLayer(job),
         )
-
-
-class _NotFiniteError(Exception):
-    """An error of a batch in which data is not finite, and which says nothing about the other samples."""
 
 
 @dataclass
@@ -157,7 +131,7 @@ class _Batch:
             finite = torch.isfinite(data).flatten(1).all(1)
             try:
                 group = _Group(indices, data, finite, self._attribute(indices, data, finite))
-            except _NotFiniteError:
+            except NotFiniteError:
                 indices, data = self._only_finite(indices, data, finite.cpu().numpy())
                 group = _Group(indices, data, finite, self._attribute(indices, data, None))
             self._groups.append(group)
@@ -183,16 +157,16 @@ class _Batch:
             return []
         if self._job.targets != "label":
             self._targets |= self._choose(indices, data, finite)
-        units = self._get_units([self._targets[index] for index in indices], indices)
-        state, first = self._state, not self._state.limit.works
+        state, units = self._state, self._state.units
         means = state.scoring, state.transfers, state.output_layer.ask
-        score = partial(score_unit, self._job, *means, data, indices, finite=finite, check=first)
+        score = partial(score_unit, self._job, *means, data, indices, finite=finite, check=not units.works)
 
-        def compute(unit: Unit) -> UnitScores:
-            return score(unit=unit, at_once=self._state.limit.rows if _shares_texts(self._job) else None)
+        def scored(unit: Unit) -> UnitScores:
+            return score(unit=unit, at_once=units.rows_of_text)
 
-        scores = self._in_parts(units, indices, partial(_blame_data, compute, finite))
-        self._state.limit.works |= bool(scores)
+        of_batch = units.divide([self._targets[index] for index in indices], indices)
+        scores = units.compute(scored, of_batch, indices, finite, self._drop)
+        units.works |= bool(scores)
         return scores
 
     def _get_arrays(self, group: _Group) -> list[dict[str, Array]]:
@@ -240,8 +214,8 @@ class _Batch:
             found = choose_targets(self._job.targets, self._job.attribution, self._state.output_layer.ask(data[places]))
             return [(indices[place], targets) for place, targets in zip(places, found, strict=True)]
 
-        units = self._get_units([[-1]] * len(indices), indices)
-        parts = self._in_parts(units, indices, partial(_blame_data, chosen, finite))
+        units = self._state.units
+        parts = units.compute(chosen, units.divide([[-1]] * len(indices), indices), indices, finite, self._drop)
         found: dict[int, list[int]] = {index: [] for index in indices}
         return found | dict(pair for part in parts for pair in part)
 
@@ -303,88 +277,12 @@ class _Batch:
         reason = f"its shape is {shape}, {dtype}; that of the first sample is {shape_asked or 'any'}, {dtype_asked}"
         return reason + ("; mixed_shapes=True (--mixed-shapes) mines them, too" if dtype == dtype_asked else "")
 
-    def _get_units(self, targets: list[list[int]], indices: Sequence[int]) -> list[Unit]:
-        """Units, each attributed in one call: samples with equally many targets share a forward pass."""
-        units: list[Unit] = []
-        keeps, size = keeps_graph(self._job.composite), self._state.limit.rows
-        for n in sorted({len(of_sample) for of_sample in targets} - {0}):
-            alike = [place for place, of_sample in enumerate(targets) if len(of_sample) == n]
-            # A graph that is kept serves one target after the other: memory holds the samples. Else it holds all rows.
-            width = n if keeps else min(n, size)
-            height = size if keeps else max(size // width, 1)
-            texts = self._job.texts if _shares_texts(self._job) else None
-            for places in whole_texts(self._job.dataset, texts, alike, indices, height):
-                units += [[(place, targets[place][i : i + width]) for place in places] for i in range(0, n, width)]
-        return units
-
-    def _in_parts(self, units: list[Unit], indices: list[int], compute: Callable[[Unit], T]) -> list[T]:
-        """Results for the units. Where a call fails, its halves are tried: memory may suffice for these."""
-        failures: list[tuple[int, int, Exception]] = []
-        parts, reasons = list[T](), list[str]()
-        todo = units[::-1]
-        while todo:
-            unit = todo.pop()
-            n_rows = sum(len(targets) for _, targets in unit)
-            try:
-                parts.append(compute(unit))
-                continue
-            except (_NotFiniteError, ConceptError):  # (no sample's fault, or known whose)
-                raise
-            except Exception as error:
-                if n_rows == 1:
-                    failures.append((unit[0][0], unit[0][1][0], error))
-                    continue
-                reasons.append(f"{n_rows} rows at once failed ({Problem.of(error).reason})")
-                is_memory = lacks_memory(error)
-            # The exception is gone here, and with it the tensors of the failed call that it referred to.
-            halves = _halved(unit)
-            todo += halves[::-1]
-            if is_memory:
-                held = len(halves[1]) if keeps_graph(self._job.composite) else sum(len(t) for _, t in halves[1])
-                if _shares_texts(self._job):  # (a text may have more positions than go back at once)
-                    held = min(held, -(-self._state.limit.rows // 2))
-                self._state.limit.rows = min(self._state.limit.rows, held)
-                torch.cuda.empty_cache()
-        failures.sort(key=operator.itemgetter(0, 1))
-        n_causes = n_items_of(self._job.dataset, [indices[place] for place, _, _ in failures])
-        if not parts and not self._state.limit.works and n_causes > 1:
-            raise failures[0][2]  # nothing ever worked: it is not about one sample
-        if reasons and not failures:
-            warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
-        for place, target, failure in failures:
-            doing = f"target {target}: " if target >= 0 else ""
-            self._drop(indices[place], Problem.of(failure, doing).reason, failure)
-        return parts
-
     def _drop_not_finite(self, arrays: Mapping[str, Array]) -> None:
         for key, norm in arrays.items():
             if norm.ndim == 1 and "_norm/" in key:
                 name, _, layer = key.partition("/")
                 for index in arrays["sample"][~np.isfinite(norm)].tolist():
                     self._problems.setdefault(index, f"its {name.partition('.')[0]} at layer {layer!r} is not finite")
-
-
-def _shares_texts(job: Job) -> bool:
-    """Whether rows of several positions of a text go back through one forward pass, so many at a time."""
-    return job.texts is not None and job.texts.position == "each" and keeps_graph(job.composite)
-
-
-def _halved(unit: Unit) -> tuple[Unit, Unit]:
-    """Halves of a unit: of its samples, or of the targets of a single sample. The second half is at least as large."""
-    if len(unit) > 1:
-        return unit[: len(unit) // 2], unit[len(unit) // 2 :]
-    [(place, targets)] = unit
-    return [(place, targets[: len(targets) // 2])], [(place, targets[len(targets) // 2 :])]
-
-
-def _blame_data(compute: Callable[[Unit], T], finite: Tensor | None, unit: Unit) -> T:
-    """Result for a unit; an error where data is not finite is a `_NotFiniteError`."""
-    try:
-        return compute(unit)
-    except Exception as error:
-        if not isinstance(error, ConceptError) and finite is not None and not finite.all():
-            raise _NotFiniteError from error
-        raise
 
 
 def _in_order(parts: list[tuple[list[int], Tensor]]) -> tuple[list[int], Tensor]:
