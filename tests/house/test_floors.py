@@ -58,7 +58,7 @@ BUDGETS = {
     "concepts": 2050,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6030,
+    "engine": 6047,
     "image": 1491,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
     "layers": 1211,
@@ -72,7 +72,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     "visualization": 4787,
-    "visualization.mining": 4154,
+    "visualization.mining": 4196,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
     "visualization.report": 4645,

@@ -20,7 +20,7 @@ from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining.identity import check_dataset
-from crp.visualization.mining.marks import Source, content_of, plain_label, source_of, stamp_of
+from crp.visualization.mining.marks import Source, content_of, contents_of, plain_label, source_of, stamp_of
 from crp.visualization.table.store import Table, TableError, TableMismatchError
 
 # --- marks ------------------------------------------------------------------------------------------------------------
@@ -49,6 +49,16 @@ def test_every_change_of_one_entry_changes_the_content() -> None:
     assert content_of(torch.zeros(1, 3)[:, 0], 0) == content_of(torch.zeros(1), 0)  # a single entry, of stride 3
     assert content_of(torch.zeros(0), 0) != content_of(torch.zeros(1), 0)
     assert content_of(torch.eye(3).to_sparse(), 0) == content_of(torch.eye(3), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 17, 19), (5, 61, 16)])
+def test_contents_of_a_batch_are_those_of_its_samples(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    samples = (torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+    labels = [1, True, "1", None]
+    contents = contents_of(samples, labels)
+    assert contents == [content_of(data, label) for data, label in zip(samples, labels, strict=True)]
+    assert len({content_of(samples[0], label) for label in [*labels, 1.0]}) == 5
 
 
 @pytest.mark.parametrize(

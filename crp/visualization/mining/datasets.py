@@ -26,7 +26,7 @@ from torch.utils.data import (
 )
 
 from crp.errors import InputError, InputTypeError, StateError
-from crp.visualization.mining.marks import Source, content_of, source_of, stamp_of
+from crp.visualization.mining.marks import Source, content_of, contents_of, source_of, stamp_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _NOTHING = torch.empty(0)
@@ -289,14 +289,15 @@ class _Guarded(Dataset[Sample]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         beside = _Beside(len(indices), self._pin)
-        return [self._read(index, beside) for index in indices]
-
-    def _read(self, index: int, beside: _Beside) -> Sample:
-        stamp = stamp_of(self._dataset, index)  # (before it is read, so that a change in between is noticed later)
-        sample = read(self._dataset, index, beside)
-        if sample.problem is not None:
-            return sample
-        return sample._replace(content=content_of(sample.data, sample.label), stamp=stamp)
+        # (a file is looked at before it is read, so that a change in between is noticed later)
+        found = [(stamp_of(self._dataset, index), read(self._dataset, index, beside)) for index in indices]
+        sound = [sample for _, sample in found if sample.problem is None]
+        labels = [sample.label for sample in sound]
+        if 0 < len(beside.used) == len(sound):
+            contents = iter(contents_of(beside.used, labels))
+        else:
+            contents = (content_of(sample.data, label) for sample, label in zip(sound, labels, strict=True))
+        return [s if s.problem is not None else s._replace(content=next(contents), stamp=stamp) for stamp, s in found]
 
 
 #: Bytes that are taken for a batch before its samples are known, which may be smaller than the first.
@@ -315,23 +316,31 @@ class _Beside:
     """
 
     def __init__(self, n: int, pin: bool) -> None:
-        self._n, self._pin, self._used = n, pin, 0
-        self._memory: Tensor | None = None
+        self._n, self._pin = n, pin
+        self._memory = _NOTHING
+        self._rows: Iterator[tuple[Tensor, Any]] | None = None
+        self._n_used = 0
+
+    @property
+    def used(self) -> Tensor:
+        """The tensors of one shape that lie in this memory."""
+        return self._memory[: self._n_used]
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not _is_plain(tensor):
             return tensor.clone()
-        if self._memory is None:
+        if self._rows is None:
             n = self._n if self._n * tensor.nbytes <= _MOST_BESIDE else 0
             self._memory = torch.empty((n, *tensor.shape), dtype=tensor.dtype, pin_memory=self._pin)
+            self._rows = zip(self._memory.unbind(), _memory_of(self._memory), strict=True)
         if not len(self._memory) or tensor.shape != self._memory.shape[1:] or tensor.dtype != self._memory.dtype:
             return tensor.clone()
-        row = self._memory[self._used]
-        self._used += 1
+        row, memory = next(self._rows)
+        self._n_used += 1
         if not tensor.is_contiguous():
             return row.copy_(tensor)
         # (by one thread: several of torch's would wait for each other while other threads write shards)
-        np.copyto(_memory_of(row), _memory_of(tensor))
+        np.copyto(memory, _memory_of(tensor[None])[0])
         return row
 
 
@@ -342,8 +351,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _memory_of(tensor: Tensor) -> Any:
-    """Memory of a contiguous tensor, as an array."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    """Memory of contiguous rows, the first axis, as an array of as many."""
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8).numpy()
 
 
 def as_batch(tensors: Sequence[Tensor]) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ _SUMS = 61
 _AT_ONCE = 16
 #: Characters of a label, and numbers in one, that are kept.
 _LABEL = 200
+_Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
 class Source(NamedTuple):
@@ -68,18 +71,39 @@ def content_of(data: Tensor, label: Any) -> int:
     The data enters by sums of its 8-byte words: a tenth of the time of a cryptographic hash, and every single change
     is noticed.
     """
-    about = f"{data.dtype} {tuple(data.shape)} {fingerprint(label)}"
-    flat = _entries_as_bytes(data)
-    n = len(flat) // (8 * _SUMS) * 8 * _SUMS
-    words = flat[:n].view(np.int64)
-    whole = len(words) // (_AT_ONCE * _SUMS) * _AT_ONCE * _SUMS
+    [found] = _hashes(data.dtype, data.shape, _entries_as_bytes(data)[None], [label])
+    return found
+
+
+def contents_of(samples: Tensor, labels: Sequence[Any]) -> list[int]:
+    """Hashes of samples, the first axis, and their labels: `content_of` of each, in a fraction of the time."""
+    entries = _entries_as_bytes(samples).reshape(len(samples), -1)
+    return _hashes(samples.dtype, samples.shape[1:], entries, labels)
+
+
+def _hashes(dtype: torch.dtype, shape: Sequence[int], entries: _Bytes, labels: Sequence[Any]) -> list[int]:
+    """Hashes of samples of a type and shape, whose entries are rows of bytes."""
+    n = entries.shape[1] // (8 * _SUMS) * 8 * _SUMS
+    words, rest = entries[:, :n].view(np.int64), entries[:, n:]
+    whole = words.shape[1] // (_AT_ONCE * _SUMS) * _AT_ONCE * _SUMS
     # (sums of integers wrap around, in whatever order)
-    sums = words[:whole].reshape(-1, _AT_ONCE * _SUMS).sum(0).reshape(_AT_ONCE, _SUMS).sum(0)
-    sums += words[whole:].reshape(-1, _SUMS).sum(0)
-    return _number(sums.tobytes() + flat[n:].tobytes() + about.encode())
+    sums = words[:, :whole].reshape(len(words), -1, _AT_ONCE * _SUMS).sum(1).reshape(-1, _AT_ONCE, _SUMS).sum(1)
+    sums += words[:, whole:].reshape(len(words), -1, _SUMS).sum(1)
+    kind = f"{dtype} {tuple(shape)} "
+    parts = zip(sums, rest, labels, strict=True)
+    return [_number(b"".join((own, left, f"{kind}{_print_of(label)}".encode()))) for own, left, label in parts]
 
 
-def _entries_as_bytes(data: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _print_of(label: Any) -> str:
+    return _print_of_class(label) if type(label) is int else fingerprint(label)
+
+
+@lru_cache(maxsize=4096)
+def _print_of_class(label: int) -> str:
+    return fingerprint(label)
+
+
+def _entries_as_bytes(data: Tensor) -> _Bytes:
     """Entries of a tensor, one after the other, as bytes."""
     try:
         return np.ascontiguousarray(data.numpy()).reshape(-1).view(np.uint8)
@@ -89,7 +113,7 @@ def _entries_as_bytes(data: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     data = data.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     # (a single entry keeps its stride in `contiguous`, and cannot be viewed as bytes)
     data = data if data.stride(0) == 1 else data.clone(memory_format=torch.contiguous_format)
-    found: np.ndarray[Any, np.dtype[np.uint8]] = data.view(torch.uint8).numpy()
+    found: _Bytes = data.view(torch.uint8).numpy()
     return found
 
 
