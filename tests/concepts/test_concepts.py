@@ -216,6 +216,17 @@ def test_scores(shape):
     assert scores.position.dtype == torch.int64
 
 
+@pytest.mark.parametrize("n", [4, 63, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_of_equal_values_the_first_position_counts(n, dtype):
+    values = torch.zeros(300, 4, n, dtype=dtype)
+    values[:, 1, n // 2 :] = 1
+    values[:, 2, -1] = 1
+    values[:, 3, 2:] = torch.nan
+    positions = CHANNEL.scores(values, "layer").position
+    assert torch.equal(positions, torch.tensor([[0, n // 2, n - 1, 2]]).expand(300, 4))
+
+
 @pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 3)])
 @pytest.mark.parametrize("target", ["sum", "max"])
 @pytest.mark.parametrize("norm", [True, False])
