@@ -21,7 +21,7 @@ from benchmarks.clocks import Run
 from benchmarks.harness import Case, Ratio
 from crp.visualization import Decoded
 from crp.visualization.jpegs import decode_jpegs
-from crp.visualization.mining.datasets import read_batches
+from crp.visualization.mining.loading import read_batches
 from crp.visualization.prepared import Prepared
 
 TITLE = "reading JPEGs, beside which mining cannot be faster"

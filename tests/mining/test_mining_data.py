@@ -20,8 +20,9 @@ from crp.engine import backward as engine
 from crp.engine.forward import ForwardPass
 from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
-from crp.visualization.mining import datasets
-from crp.visualization.mining.datasets import Problem, Sample, as_batch, read_batches
+from crp.visualization.mining import loading
+from crp.visualization.mining.datasets import Problem, Sample
+from crp.visualization.mining.loading import as_batch, read_batches
 from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
@@ -165,9 +166,8 @@ def test_samples_of_a_batch_lie_beside_each_other(monkeypatch: pytest.MonkeyPatc
     alike = [read[index].data for index in (0, 2, 6, 7)]
     batch = as_batch(alike)
     assert batch.data_ptr() == alike[0].data_ptr() and batch[:, 0, 0].tolist() == [0, 2, 6, 7]
-    monkeypatch.setattr(
-        datasets, "_MOST_BESIDE", 8 * 6 * 4 - 1
-    )  # (a first sample that is large says nothing of the others)
+    # (a first sample that is large says nothing of the others)
+    monkeypatch.setattr(loading, "_MOST_BESIDE", 8 * 6 * 4 - 1)
     (apart,) = read_batches(Some(), [range(8)], 0)
     assert all(torch.equal(one.data.to_dense(), other.data.to_dense()) for one, other in zip(apart, read, strict=True))
     assert apart[0].data._base is None
@@ -410,9 +410,9 @@ KINDS = {
 def test_samples_come_from_a_worker_in_one_piece(tensors: list[Tensor], together: bool) -> None:
     samples = [Sample(i, one, i % 2, None, 11 + i, 12) for i, one in enumerate(tensors)]
     samples.insert(1, Sample(9, torch.empty(0), None, Problem("it cannot be read")))
-    packed = datasets._pack(samples)
+    packed = loading._pack(samples)
     assert (packed[1] is not None) == together
-    found = datasets._unpack(packed)
+    found = loading._unpack(packed)
     assert [one._replace(data=samples[0].data) for one in found] == [
         one._replace(data=samples[0].data) for one in samples
     ]

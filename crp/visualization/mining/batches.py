@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.visualization.mining.datasets import Problem, Sample, SampleError, read_batches
+from crp.visualization.mining.datasets import Problem, Sample, SampleError
 from crp.visualization.mining.encoded import Decoder
 from crp.visualization.mining.job import Job
+from crp.visualization.mining.loading import read_batches
 from crp.visualization.mining.output_layers import OutputLayer
 from crp.visualization.mining.preparation import Preparation
 from crp.visualization.mining.rows import ShardRows

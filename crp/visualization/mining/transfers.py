@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crp.visualization.mining.datasets import as_batch
+from crp.visualization.mining.loading import as_batch
 from crp.visualization.table.manifest import Array
 
 
