@@ -80,9 +80,9 @@ class _Beside:
 
     def __init__(self, n: int, pin: bool) -> None:
         self._n, self._pin = n, pin
-        self._memory = _NOTHING
+        self._memory, self._n_used = _NOTHING, 0
         self._rows: Iterator[tuple[Tensor, Any]] | None = None
-        self._n_used = 0
+        self._form: tuple[torch.Size, torch.dtype] | None = None
 
     @property
     def used(self) -> Tensor:
@@ -92,11 +92,12 @@ class _Beside:
     def __call__(self, tensor: Tensor) -> Tensor:
         if not _is_plain(tensor):
             return tensor.clone()
+        form = tensor.shape, tensor.dtype
         if self._rows is None:
             n = self._n if self._n * tensor.nbytes <= _MOST_BESIDE else 0
             self._memory = torch.empty((n, *tensor.shape), dtype=tensor.dtype, pin_memory=self._pin)
-            self._rows = zip(self._memory.unbind(), _memory_of(self._memory), strict=True)
-        if not len(self._memory) or tensor.shape != self._memory.shape[1:] or tensor.dtype != self._memory.dtype:
+            self._rows, self._form = zip(self._memory.unbind(), _memory_of(self._memory), strict=True), form
+        if not self._memory.numel() or form != self._form:
             return tensor.clone()
         row, memory = next(self._rows)
         self._n_used += 1
@@ -115,7 +116,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _memory_of(tensor: Tensor) -> Any:
     """Memory of contiguous rows, the first axis, as an array of as many."""
-    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8).numpy()
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:])).view(torch.uint8).numpy()
 
 
 class _Batches:
