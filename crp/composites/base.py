@@ -169,7 +169,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 addressed = _addresses(entries, modules)
             parts = modules.values()
             of_model = uncompiled(module, parts), without_parameter_gradients(module, parts)
-            for state in (*of_model, _in_registries(), checkpoints_under_rules()):
+            for state in (*of_model, _in_registries, checkpoints_under_rules):
                 self.handles.append(_Lasting(state))
             self._thread = get_ident()
             matching = Matching(entries, choices, self.is_method, module)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import torch
@@ -24,8 +23,10 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import _get_current_function_mode
 from torch.utils import checkpoint as torch_checkpoint
 
+from crp.engine.backward_hooks import hooks_as_now
 from crp.errors import StateError
 from crp.layers.interrupts import atomic
+from crp.layers.lasting import Shared
 from crp.layers.repeated import repeated
 from crp.rules.layer import changed
 from crp.rules.mode import SeeingMode
@@ -34,8 +35,6 @@ from crp.trace.recorder import tensors_in
 
 #: The composite whose model runs in this thread.
 running: ContextVar[Any] = ContextVar("running", default=None)
-_lock = Lock()
-_users: list[object] = []
 _replaced: list[Any] = []
 #: Attribute of the undecorated `checkpoint`, with what its decorator calls in its place.
 _CALLED = "__dynamo_disable"
@@ -46,25 +45,19 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-@atomic
+@Shared
 def checkpoints_under_rules() -> Iterator[None]:
     """`torch.utils.checkpoint.checkpoint` takes rules along, in threads in which a composite sees a model run."""
-    plain, user = getattr(torch_checkpoint.checkpoint, "__wrapped__", None), object()
+    plain = getattr(torch_checkpoint.checkpoint, "__wrapped__", None)
     if plain is None:  # (another version of torch; then parts keep what they save)
         yield
         return
-    with _lock:
-        _users.append(user)
-        if len(_users) == 1:
-            _replaced.append(getattr(plain, _CALLED, None))
-            setattr(plain, _CALLED, _checkpoint)
+    _replaced.append(getattr(plain, _CALLED, None))
+    setattr(plain, _CALLED, _checkpoint)
     try:
         yield
     finally:
-        with _lock:
-            _users.remove(user)
-            if not _users:
-                setattr(plain, _CALLED, _replaced.pop())
+        setattr(plain, _CALLED, _replaced.pop())
 
 
 def _checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +92,7 @@ class _Part:
     def __init__(self, composite: Any, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> None:
         mode = composite._operations
         self.composite, self.mode = composite, mode
-        self.function, self.args, self.kwargs = function, args, kwargs
+        self.function, self.args, self.kwargs, self._hooks = function, args, kwargs, hooks_as_now()
         found: list[Tensor] = []
         mode.notes.read((args, kwargs), found, mode._unseen)
         inputs = {id(tensor): tensor for tensor in found}
@@ -140,6 +133,7 @@ class _Part:
             stack.enter_context(temporarily_clear_interpreter_stack())
             stack.enter_context(torch.enable_grad())
             stack.enter_context(repeated())
+            stack.enter_context(self._hooks())
             stack.enter_context(_resumed(self.composite, self.mode, *self._state))
             stack.enter_context(self.mode.notes.entered(leaves, self._flags))
             result = self._call(leaves)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 from zennit.core import Hook
 
 from crp.engine.attached import LEFT_BEHIND, USES, placed, undo_use
-from crp.engine.module_hooks import HOOKS, OfThread
+from crp.engine.module_hooks import HOOKS, _owner_of
 from crp.engine.turns import TURNS, parts_of
 from crp.layers import modules_of, unwrap
 
@@ -53,7 +52,7 @@ def attached(model: nn.Module) -> list[_Addition]:
     ]
     for name, module in modules.items():
         for kind in HOOKS:
-            owned = [(hook, owner) for hook in getattr(module, kind).values() if (owner := _owner(hook)) is not None]
+            owned = [(hook, owner) for hook in getattr(module, kind).values() if (owner := _owner_of(hook)) is not None]
             ours = {id(owner): (type(owner).__name__, getattr(hook, "_thread", None)) for hook, owner in owned}
             found += [_Addition(what, name, thread) for what, thread in ours.values()]
     return found
@@ -89,17 +88,8 @@ def clear(model: nn.Module) -> list[_Addition]:
         for module in modules_of(model).values():
             for kind in HOOKS:
                 hooks = getattr(module, kind)
-                for number in [number for number, hook in hooks.items() if _owner(hook) is not None]:
-                    owner = _owner(hooks.pop(number))
+                for number in [number for number, hook in hooks.items() if _owner_of(hook) is not None]:
+                    owner = _owner_of(hooks.pop(number))
                     if isinstance(owner, Hook):
                         owner.remove()
     return found
-
-
-def _owner(hook: Any) -> object | None:
-    """What a hook of this package or of zennit belongs to; None for those of others."""
-    while isinstance(hook, partial | OfThread):
-        hook = hook.func if isinstance(hook, partial) else hook._hook
-    owner = getattr(hook, "__self__", hook)
-    module = getattr(owner, "__module__", None) or ""
-    return owner if module.partition(".")[0] in ("crp", "zennit") else None

@@ -17,7 +17,7 @@ from zennit.core import BasicHook, Composite, Hook
 from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.last_calls import LastCalls
-from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS, OfThread, _reading_only
+from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS, OfThread
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
 from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
@@ -213,8 +213,7 @@ def is_on(composite: Composite | None, model: nn.Module) -> bool:
 def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]:
     """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
 
-    Threads that share a model, a part of it or a composite take turns; hooks act in this thread only, and a user's own
-    backward hooks may change nothing, or a `RuntimeError` is raised by the one that would. Leaving, also by
+    Threads that share a model, a part of it or a composite take turns; hooks act in this thread only. Leaving, also by
     an exception or an interrupt, leaves the model as it was found: a composite that a user's own hand had put on it
     stays.
 
@@ -252,8 +251,6 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
                 f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
                 "mode. Call model.eval() first to say so."
             )
-        if any(_ON_ALL_MODULES[2:]) or [m for m in modules.values() if m._backward_hooks or m._backward_pre_hooks]:
-            undo.enter_context(_reading_only(modules))
         isolates = propagation_of(composite).isolates
         if not isolates:
             undo.enter_context(without_parameter_gradients(model, modules.values()))

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from crp.engine.backward_hooks import _ReadingOnly
 from crp.engine.door import _as_kind, check_form, is_finite, telling_misfits
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
 from crp.errors import InputError, InputTypeError, NameNotFoundError
@@ -181,11 +182,15 @@ class Inputs:
         return self.each(lambda tensor: tensor.to(device))
 
     def run(self, model: Callable[..., Any]) -> Any:
-        """What a model returns for copies of the inputs, as it may change them in place."""
+        """What a model returns for copies of the inputs, as it may change them in place.
+
+        Backward hooks of a user's own that come onto the graph may change nothing, or a `RuntimeError` is raised by the
+        one that would.
+        """
         copies = self.each(torch.clone)
         positional = [] if self.form == "dict" else [*copies.values.values()]
         named = {str(name): value for name, value in copies.values.items()} if self.form == "dict" else {}
-        with telling_misfits(model, self.explained, self.values):
+        with telling_misfits(model, self.explained, self.values), _ReadingOnly(model):
             if not self.embedded:
                 return model(*positional, **named)
             assert isinstance(model, nn.Module)

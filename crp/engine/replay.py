@@ -209,6 +209,8 @@ class Replays:
                 return some(exact, only)
             entry.recorded = entry.runs
             _record(entry, recorder, prepared.compute, inputs)
+            if not entry.stands_for(prepared.reads):  # (it keeps something, as a replay would not)
+                entry.drop(for_good=True)
         if entry.recording is not None:
             _judge(entry, recorder, inputs, exact)
             self.replayed += entry.judged > 0

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.overrides import handle_torch_function, has_torch_function
 
 from crp.errors import InputError, InputTypeError
-from crp.layers.interrupts import atomic
+from crp.layers.lasting import Shared
 from crp.rules.functions import Function, _enter
 from crp.trace.recorder import tensors_in
 
 _registered: dict[Callable[..., Any], Callable[..., Any]] = {}
-_lock = threading.Lock()
-#: Composites that are on models now; and what they have replaced: mapping, name and entry.
-_users: list[object] = []
-_replaced: list[tuple[dict[str, Any], str, Any]] = []
 
 
 def register_attention(
@@ -98,33 +92,19 @@ def register_attention(
     return attend
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-
-
-@atomic
+@Shared
 def _in_registries() -> Iterator[None]:
     """Registered kernels stand in Hugging Face's registry as what `register_attention` returned."""
-    user = object()
-    with _lock:
-        _users.append(user)
-        if len(_users) == 1:
-            _replace()
-    try:
-        yield
-    finally:
-        with _lock:
-            _users.remove(user)
-            while not _users and _replaced:
-                mapping, name, entry = _replaced.pop()
-                mapping[name] = entry
-
-
-def _replace() -> None:
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     for attribute in ("_global_mapping", "_local_mapping"):
         mapping: dict[str, Any] = getattr(registry, attribute, {})
         for name, entry in list(mapping.items()) if _registered else ():
             if entry in _registered:
-                _replaced.append((mapping, name, entry))
+                replaced.append((mapping, name, entry))
                 mapping[name] = _registered[entry]
+    try:
+        yield
+    finally:
+        for mapping, name, entry in replaced:
+            mapping[name] = entry

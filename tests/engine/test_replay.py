@@ -388,6 +388,34 @@ def test_hooks_of_others_see_every_call(vgg_bn: nn.Module, images: Tensor) -> No
     assert count(attribution) == 3
 
 
+class Keeps(nn.Module):
+    """Keeps what a layer puts out, or a gradient that arrives there, for whoever takes it away."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.below, self.above, self.kept = nn.Linear(6, 5), nn.Linear(5, 3), list[Tensor]()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.below(x)
+        if self.what == "output":
+            self.kept.append(h.detach())
+        elif h.requires_grad:
+            h.register_hook(self.kept.append)
+        return self.above(h.relu())
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_what_a_model_keeps_is_of_every_call(vectors: Tensor, what: str) -> None:
+    model, rules = Keeps(what).double().eval(), EpsilonPlus()
+    attribution = replaying(model)
+    for number in range(6):
+        attribution(vectors + number, [{"y": 1}], rules)
+        assert model.kept, f"call {number}"
+        model.kept.clear()
+    assert count(attribution) == 0
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_modes_of_others_see_every_call(
     vgg_bn: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, ahead: bool

@@ -123,6 +123,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "tensor hooks": _saved_tensors_hooks(True),
+        "handles": torch.utils.hooks.RemovableHandle.__init__,
         "hooks of all modules": (len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)),
         "warnings": list(warnings.filters),
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
