@@ -58,10 +58,10 @@ BUDGETS = {
     "concepts": 2053,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6047,
+    "engine": 6152,
     "image": 1491,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
-    "layers": 1211,
+    "layers": 1248,
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
@@ -72,7 +72,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     "visualization": 4787,
-    "visualization.mining": 4243,
+    "visualization.mining": 4244,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
     "visualization.report": 4645,
@@ -82,7 +82,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 902
+PUBLIC_NAMES = 904
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
