@@ -24,6 +24,7 @@ from crp.errors import InputTypeError
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, negative, positive
+from crp.rules.operands import _dense
 from crp.rules.redirect import Redirect, SecondOrder, _released
 
 #: A midpoint derivative that predicts Δy to this many roundings of y is used in place of the quotient.
@@ -332,6 +333,7 @@ def _same_operands(layer: Layer, reference: Layer, start: int = 0) -> bool:
 
 def _same(value: Tensor, value0: Tensor) -> bool:
     """Whether two tensors hold the same values."""
+    value, value0 = _dense(value), _dense(value0)  # (sparse ones have no memory of that kind)
     return value.shape == value0.shape and (value.data_ptr() == value0.data_ptr() or torch.equal(value, value0))
 
 

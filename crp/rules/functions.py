@@ -42,6 +42,7 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - attention: of queries, keys and values, made by a softmax of products of the former two
 #: - composed: calls other functions, which have rules of their own
 #: - squashing: results lie between 0 and 1
+#: - balanced: results lie between -1 and 1
 #: - nonnegative: results are not negative
 #: - sign: results are not negative if no operand is
 #: - selects: the result holds entries of the operands, rearranged
@@ -51,7 +52,7 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - indexes: entries are chosen, or put, by an index
 PROPERTIES = frozenset(
     """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax
-    elementwise choosing attention composed squashing nonnegative sign selects scales copies maximum
+    elementwise choosing attention composed squashing balanced nonnegative sign selects scales copies maximum
     indexes""".split()  # noqa: SIM905
 )
 
@@ -87,10 +88,11 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu erf erfc exp2 expm1 gelu
+        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu erfc exp2 expm1 gelu
         hardshrink hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num rpow selu silu sin sinh softshrink
-        softsign tan tanh tanhshrink threshold""",
+        tan tanhshrink threshold""",
     ),
+    ("activation", "balanced identity rescaled elementwise", "erf softsign tanh"),
     ("activation", "rescaled elementwise", "frac logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
@@ -310,6 +312,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
     if "nonnegative" in properties:
         gives |= NONNEGATIVE
     gives |= Born.SQUASHED if "squashing" in properties else 0
+    gives |= Born.BALANCED if "balanced" in properties else 0
     gives |= Born.SOFTMAX if canonical == "softmax" else 0
     gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
     gives |= Born.ACTIVATION if kind == "activation" else 0

@@ -117,6 +117,10 @@ class SeeingMode(TorchFunctionMode):
             self._refuse_derivative(known)
         if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
             return self._in_two(func, known, types, args, kwargs)
+        if known.name == "setitem" and _is_mask(args[1]) and _is_number(args[2]):
+            mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
+            self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
+            return None
         op = Operation(func, args, kwargs, known, inputs, flags)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
@@ -148,6 +152,8 @@ class SeeingMode(TorchFunctionMode):
         layer, passed = None, _passed(op, self.notes.born)  # (operands may be overwritten, and then nothing is known)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
+            if op.known.has("step"):  # (a constant, which no factor beside it must share relevance with)
+                result = result.detach_() if op.is_in_place and not result._is_view() else result.detach()
         else:
             result, layer = self._by_rule(choice, op)
         self._note(op, result, passed, copied, layer)
@@ -257,6 +263,14 @@ _ADDENDS = ("input", "tensor1", "tensor2")
 
 def _keep(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _is_mask(index: object) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def innermost_module(names: Mapping[int, str]) -> str:

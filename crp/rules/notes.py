@@ -29,9 +29,10 @@ class Born:
     ACTIVATION = 16
     ROUTED = 32  # of a softmax or squashing function, of which some entries were chosen, or which was divided
     DIVISOR = 64  # one over something
+    BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
 
 
-BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.ROUTED | Born.DIVISOR
+BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.ROUTED | Born.DIVISOR | Born.BALANCED
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 _NESTED = (tuple, list, dict)

@@ -51,8 +51,9 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
-    elif name in ("sub", "rsub", "add") and flags & Born.SQUASHED and _is_beside_one(op):
-        kept |= flags & (Born.SQUASHED | Born.ACTIVATION)  # a gate is closed as far as another one is open
+    elif name in ("sub", "rsub", "add") and flags & (Born.SQUASHED | Born.BALANCED) and _is_beside_one(op):
+        # (a gate is closed as far as another one is open)
+        kept |= flags & Born.ACTIVATION | Born.SQUASHED
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
     return kept
@@ -80,13 +81,14 @@ def _has_tensor(value: object) -> bool:
 
 
 def _is_beside_one(op: Operation) -> bool:
-    """Whether a sum or difference is 1 (or a constant tensor) plus or minus a tensor."""
+    """Whether a sum or difference is 1 plus or minus a tensor; or a constant tensor, where the other is squashed."""
     name, kwargs, inputs = op.known.canonical, op.kwargs, op.inputs
     whole, part = [*op.args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
         whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
-    return is_only and (isinstance(whole, Tensor) or whole == 1) and kwargs.get("alpha", 1) in (1, -1)
+    is_one = bool(op.flags & Born.SQUASHED) if isinstance(whole, Tensor) else whole == 1
+    return is_only and is_one and kwargs.get("alpha", 1) in (1, -1)
 
 
 # --- copies of the model's input ------------------------------------------------------------------------------------

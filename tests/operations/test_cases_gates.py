@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from core_cases import Maps
@@ -9,6 +11,7 @@ from preset_cases import LRP_PRESETS, assert_closes, assert_same_map, kept, maps
 from torch import nn
 from torch.nn import functional as F
 
+import crp.composites as composites
 from crp.composites import EpsilonPlus, UniformEpsilon
 
 DATA = numbers(3, 6, seed=3)
@@ -107,6 +110,10 @@ GATES = {
     "complement_in_place": lambda n, a: n * torch.sigmoid(a).neg_().add_(1),
     "one_more": lambda n, a: n * (1 + torch.sigmoid(a)),
     "one_less_of_the_opposite": lambda n, a: n * (1 - -torch.sigmoid(a)),
+    "one_more_than_tanh": lambda n, a: n * (1 + torch.tanh(a)),
+    "one_less_softsign": lambda n, a: n * (1 - F.softsign(a)),
+    "normal_distribution": lambda n, a: 0.5 * n * (1.0 + torch.erf(a / 2**0.5)),
+    "sigmoid_by_tanh": lambda n, a: n * (0.5 * (torch.tanh(0.5 * a) + 1)),
     "complement_sliced": lambda n, a: n * (1 - a.sigmoid()[:])[:, :],
     "sliced_complement": lambda n, a: n * torch.cat((1 - a.sigmoid()).chunk(2, 1), 1),
     "two_opposites": lambda n, a: n * (torch.sigmoid(a) * -a.flip(1).sigmoid()),
@@ -122,6 +129,31 @@ GATES = {
 def test_a_gate_is_constant_whatever_it_went_through(name, preset):
     model, constant = seeded(Gated(GATES[name])), seeded(Gated(held(GATES[name])))
     assert_same_map(model, constant, DATA, LRP_PRESETS[preset]())
+
+
+#: Products of a signal ``n`` and steps of ``a``, which have no derivative.
+STEPPED = {
+    "round": lambda n, a: n * a.sigmoid().round(),
+    "floor": lambda n, a: torch.floor(a) * n,
+    "sign": lambda n, a: n * a.sign().clamp(min=0),
+    "heaviside": lambda n, a: n * torch.heaviside(a, torch.zeros(1).double()),
+    "in_place": lambda n, a: n * torch.sigmoid(a).round_(),
+    "divided": lambda n, a: n * (a // 0.3),
+    "of_itself": lambda n, a: a.sign() * a,
+    "matmul": lambda n, a: torch.einsum("ni,nij->nj", n, a.round()[:, :, None].expand(3, 6, 6)),
+}
+
+
+@pytest.mark.covering(4)
+@pytest.mark.parametrize("preset", [*LRP_PRESETS, "attn_lrp", "relp"])
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_step_takes_no_part_of_a_product(name, preset):
+    """What it took, none of its operands would get."""
+    known = {"sign": lambda n, a: n * (a > 0), "round": lambda n, a: n * (a.sigmoid() > 0.5)}
+    known |= {"heaviside": known["sign"], "in_place": known["round"], "of_itself": lambda n, a: a.detach().sign() * a}
+    constant = known.get(name, held(STEPPED[name]))
+    make = LRP_PRESETS.get(preset, partial(composites.get, preset))
+    assert_same_map(seeded(Gated(STEPPED[name])), seeded(Gated(constant)), DATA, make())
 
 
 TWO_GATES = {

@@ -52,6 +52,17 @@ def filled(y):
     return F.relu(y)
 
 
+def filled_by_index(y):
+    y[y < 0.3] = 0.5
+    return F.relu(y)
+
+
+def rows_filled_by_index(y):
+    z = y.view(3, 2, 3)
+    z[z[..., 0] < 0] = -0.5
+    return F.relu(y)
+
+
 def copied(y):
     y.copy_(y.flip(1).clone())
     return F.relu(y)
@@ -89,6 +100,11 @@ IN_PLACE = {
     "added_through_a_view": (added_through_a_view, lambda y: F.relu(torch.cat([y[:, :3] + 2, y[:, 3:]], 1))),
     "set_item": (set_item, lambda y: F.relu(torch.cat([y[:, :1], y[:, 2:3] + 2, y[:, 2:]], 1))),
     "filled": (filled, lambda y: F.relu(y.masked_fill(torch.arange(6) > 3, 0.5))),
+    "filled_by_index": (filled_by_index, lambda y: F.relu(y.masked_fill(y < 0.3, 0.5))),
+    "rows_filled_by_index": (
+        rows_filled_by_index,
+        lambda y: F.relu(y.view(3, 2, 3).masked_fill(y.view(3, 2, 3)[..., :1] < 0, -0.5).view(3, 6)),
+    ),
     "copied": (copied, lambda y: F.relu(y.flip(1))),
     "scaled": (scaled, lambda y: F.relu(-y)),
     "turned": (turned, lambda y: F.relu(-y)),

@@ -59,12 +59,19 @@ def test_product_gives_each_factor_the_mean_of_the_other() -> None:
     torch.testing.assert_close(found, (x - x0) * (x + x0).flip(1) / 2, rtol=1e-12, atol=0)
 
 
+def rectified_by_index(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[y < 0] = 0
+    return y
+
+
 @pytest.mark.parametrize(
     ("function", "named"),
     [
         (lambda x: torch.einsum("ni,ni,ni->n", x, x, x)[:, None], "einsum"),
         (lambda x: torch.where(x > 0, x, 0), "where"),
         (lambda x: x * (x > 0), "mul"),
+        (rectified_by_index, "masked_fill"),
         (lambda x: F.batch_norm(x, None, None, training=True), "batch_norm"),
     ],
 )
@@ -81,6 +88,13 @@ def test_what_selects_alike_needs_no_warning() -> None:
     x, x0 = pairs(4)
     model = Call(lambda x: torch.where(mask, x, 0) * mask + x.masked_fill(mask, 0.0))
     assert torch.equal(relevance(model, x, DeepLift(reference=x0), 2)[:, 2], (x - x0)[:, 2])
+
+
+def test_sparse_weights_are_compared() -> None:
+    weight = torch.eye(4, dtype=torch.float64).roll(1, 0)
+    x, x0 = pairs(4)
+    model = Call(lambda x: (weight.to_sparse() @ x.T).T)
+    assert torch.equal(relevance(model, x, DeepLift(reference=x0), 2)[:, 1], (x - x0)[:, 1])
 
 
 def test_second_derivatives_of_what_is_outside_are_refused() -> None:
