@@ -43,6 +43,8 @@ class Operands(NamedTuple):
     added: Tensor | None = None
 
 
+#: Stands for operands of a call that only scales, and perhaps moves, entries of its input.
+NOTHING_SUMMED = Operands(torch.empty(0), torch.empty(0), None, lambda a, w, b: a * w)
 #: From function, arguments, keywords, and the test whether a tensor depends on the model's input.
 Parse: TypeAlias = Callable[
     [Callable[..., Any], Sequence[Any], Mapping[str, Any], Callable[[Tensor], bool]], Operands | None
@@ -145,6 +147,11 @@ def _einsum(
     (a,) = dependent
     place = next(i for i, operand in enumerate(operands) if operand is a)
     constants = [operand for operand in operands if operand is not a]
+    left, _, right = equation.replace(" ", "").partition("->")
+    axes = left.split(",")
+    result = right if "->" in equation else "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    if {*axes[place]} - {"."} <= {*result} and len({*axes[place]} - {"."}) == len(axes[place].replace(".", "")):
+        return NOTHING_SUMMED
     if len(constants) == 1:
 
         def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -154,9 +161,6 @@ def _einsum(
     if "." in equation:
         return None
     # Several constants are one weight: their product, with every axis that the input or the result has.
-    left, _, right = equation.replace(" ", "").partition("->")
-    axes = left.split(",")
-    result = right if "->" in equation else "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
     rest = [axis for i, axis in enumerate(axes) if i != place]
     kept = "".join(dict.fromkeys(c for axis in rest for c in axis if c in axes[place] or c in result))
     weight = call(f"{','.join(rest)}->{kept}", *constants)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,14 @@ from torch import Tensor
 
 from crp.rules.functions import Function, in_place, look_up
 from crp.rules.layer import changed
-from crp.rules.operands import Operands
+from crp.rules.notes import FIRST
+from crp.rules.operands import NOTHING_SUMMED, Operands
 from crp.trace.recorder import tensors_in
 
 _add, _sum = look_up(torch.add), look_up(torch.sum)
+_scaling = replace(
+    look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -72,6 +76,9 @@ class Operation:
                 self.kind = ""
             return
         self.operands = self.known.parse(self.function, self.args, self.kwargs, self.depends)
+        if self.operands is NOTHING_SUMMED:
+            self.known, self.kind, self.operands = _scaling, "", None
+            return
         if self.operands is not None:
             return
         if is_single and self.known.has("constant"):  # only the addend depends on the input

@@ -136,6 +136,38 @@ def test_an_affine_operation_has_the_rule_of_dense_layers(name, preset):
     assert_same_map(model, Plain(added).double().fill(model), data, LRP_PRESETS[preset]())
 
 
+class Scaled(nn.Module):
+    """Net whose features are scaled, by a function of them and one number for each."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.up, self.down = scale, nn.Linear(6, 8), nn.Linear(8, 3)
+        self.scales = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return self.down(self.scale(F.relu(self.up(x)), self.scales))
+
+
+#: Products entry by entry: each result is made of one entry, and nothing is summed up.
+ENTRY_BY_ENTRY = {
+    "named": lambda h, s: torch.einsum("bi,i->bi", h, s),
+    "from_the_right": lambda h, s: torch.einsum("i,bi->bi", s, h),
+    "ellipsis": lambda h, s: torch.einsum("...i,i->...i", [h, s]),
+    "turned": lambda h, s: torch.einsum("bi,i->ib", h, s).T,
+    "of_several": lambda h, s: torch.einsum("bi,i,b->bi", h, s, torch.ones(len(h)).double()),
+    "weight_summed": lambda h, s: torch.einsum("bi,ij->bi", h, torch.stack([s / 4, 3 * s / 4], 1)),
+}
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("preset", LRP_PRESETS)
+@pytest.mark.parametrize("name", ENTRY_BY_ENTRY)
+def test_an_einsum_that_sums_up_nothing_is_no_dense_layer(name, preset):
+    """α2β1 would give twice the relevance for a positive factor."""
+    model, product = seeded(Scaled(ENTRY_BY_ENTRY[name])), seeded(Scaled(torch.mul))
+    assert_same_map(model, product, DATA, LRP_PRESETS[preset]())
+
+
 class GPT(nn.Module):
     """Feed-forward block of GPT-2, as a model."""
 
