@@ -77,7 +77,7 @@ def _comparable(shape: tuple[int, ...], of_reference: tuple[int, ...]) -> bool:
     """Whether two tensors differ in the number of samples only, of which a reference has one or as many."""
     if shape[:1] == of_reference[:1]:
         return shape == of_reference
-    return shape[1:] == of_reference[1:] and shape[0] % max(1, of_reference[0]) == 0
+    return shape[1:] == of_reference[1:] and of_reference[0] > 0 and shape[0] % of_reference[0] == 0
 
 
 def _detached(layer: Layer) -> Layer:

@@ -123,8 +123,10 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "arithmetic homogeneous linear constant elementwise", "add sub rsub"),
     ("", "homogeneous linear sign", "mean sum"),
     ("", "arithmetic homogeneous linear elementwise scales", "neg positive"),
-    ("", "homogeneous linear", "cumsum diff index_add nansum fold interpolate upsample"),
-    ("", "homogeneous linear constant", "complex scatter_add"),
+    ("", "homogeneous linear", "cumsum diff nansum fold interpolate upsample"),
+    ("", "homogeneous linear selection", "index_add"),
+    ("", "homogeneous linear constant", "complex"),
+    ("", "homogeneous linear constant selection", "scatter_add"),
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     ("", "constant elementwise", "lerp"),
     # --- choice ---

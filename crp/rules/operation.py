@@ -19,6 +19,8 @@ _add, _sum = look_up(torch.add), look_up(torch.sum)
 _scaling = replace(
     look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST
 )
+_item = look_up(torch.Tensor.__getitem__)
+_indexing = replace(_item, properties=_item.properties | {"selection"})
 
 
 @dataclass(eq=False, slots=True)
@@ -72,6 +74,8 @@ class Operation:
         self.overwrites = self.is_in_place or self.known.name == "setitem"
         self.kind, is_single = self.known.kind, len(self.inputs) == 1
         if self.known.parse is None:
+            if self.known is _item and next(tensors_in(self.args[1:]), None) is not None:
+                self.known = _indexing
             if is_single and self.kind == "product":
                 self.kind = ""
             return

@@ -72,6 +72,11 @@ def rectified_by_index(x: Tensor) -> Tensor:
         (lambda x: torch.where(x > 0, x, 0), "where"),
         (lambda x: x * (x > 0), "mul"),
         (rectified_by_index, "masked_fill"),
+        (lambda x: x[x[:, 0].argsort()], "getitem"),
+        (lambda x: x[:, x[0].argsort()[:2]], "getitem"),
+        (lambda x: torch.zeros_like(x).index_add(0, x[:, 0].argsort(), x), "index_add"),
+        (lambda x: torch.zeros_like(x).index_add_(0, x[:, 0].argsort(), x), "index_add_?"),
+        (lambda x: torch.zeros_like(x).scatter_add(1, x.argsort(1), x), "scatter_add"),
         (lambda x: F.batch_norm(x, None, None, training=True), "batch_norm"),
     ],
 )
@@ -86,7 +91,8 @@ def test_what_is_not_decomposed_is_named(function, named: str) -> None:
 def test_what_selects_alike_needs_no_warning() -> None:
     mask = torch.tensor([True, False, True, True])
     x, x0 = pairs(4)
-    model = Call(lambda x: torch.where(mask, x, 0) * mask + x.masked_fill(mask, 0.0))
+    places = torch.tensor([3, 1, 2, 0])
+    model = Call(lambda x: torch.where(mask, x, 0) * mask + x[:, places][:, places].masked_fill(mask, 0.0))
     assert torch.equal(relevance(model, x, DeepLift(reference=x0), 2)[:, 2], (x - x0)[:, 2])
 
 
