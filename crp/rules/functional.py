@@ -68,8 +68,9 @@ class Gate(_Shared):
     constant, so that the signal :math:`s` takes all ("signal-take-all", Arras et al., "Explaining and interpreting
     LSTMs", 2019, section 11.2.3); ``"split"`` gives each factor half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
     Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation. If none or both
-    are, it is the factor that a sigmoid has made (or 1 plus or minus such), or else the one that an activation has
-    made, also after reshaping or indexing, or squared. If that does not decide, the relevance is split.
+    are, it is the factor that a sigmoid has made (or 1 plus or minus such, or plus or minus a tanh), or else the one
+    that an activation has made, also after reshaping or indexing, or squared. If that does not decide, the relevance
+    is split.
 
     Both modes hold constant what other rules hold constant: a factor that is one over something and broadcast, as the
     deviation in a norm, and the weights of experts that a router chooses. A factor that a softmax has made is treated
