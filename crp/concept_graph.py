@@ -73,6 +73,7 @@ class AttributionGraph:
         verbose: bool = True,
         *,
         explain: Explain = None,
+        exclude_parallel: bool = False,
     ) -> AttributionGraphResults:
         """Decompose a concept level by level.
 
@@ -100,6 +101,9 @@ class AttributionGraph:
             Whether to show progress bars.
         explain : int, str, or sequence of these, optional
             Inputs that are explained, as in `CondAttribution`.
+        exclude_parallel : bool
+            Whether connections are of relevance that flows through their concept alone. By default, as in zennit-crp,
+            that which flows past it, such as through the shortcut of a residual block, counts, too.
 
         Returns
         -------
@@ -114,7 +118,7 @@ class AttributionGraph:
         KeyError
             If a layer has no entry in ``layer_map``.
         """
-        check_flags(abs_norm=abs_norm, verbose=verbose)
+        check_flags(abs_norm=abs_norm, verbose=verbose, exclude_parallel=exclude_parallel)
         inputs = Inputs.of(sample, explain, getattr(self.attribution, "model", None))
         if len(inputs) != 1:
             raise InputError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")
@@ -144,9 +148,9 @@ class AttributionGraph:
             if not before:
                 break
             parts = self.attribution.generate(
-                sample, [{layer: [concept], **context} for layer, concept in level], composite, record_layer=before,
-                mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size, exclude_parallel=False,
-                verbose=verbose, **named,
+                sample, [context | {layer: [concept]} for layer, concept in level], composite, record_layer=before,
+                mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size,
+                exclude_parallel=exclude_parallel, verbose=verbose, **named,
             )  # fmt: skip
             relevant = (self._most_relevant(part, row, abs_norm, n_kept) for part in parts
                         for row in range(len(part.prediction)))  # fmt: skip
