@@ -137,6 +137,21 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+#: Where torch keeps layers of packed integers; those named FloatFunctional compute with numbers of floating point.
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Refuse quantized layers: torch has no gradient of them, and sends zeros back."""
+    for name, module in modules_of(model).items():
+        kind = type(module)
+        if kind.__module__.startswith(_QUANTIZED) and not kind.__name__.endswith("FloatFunctional"):
+            raise InputTypeError(
+                f"layer {name!r} is quantized ({kind.__module__}.{kind.__qualname__}), and torch has no gradient of "
+                "it; pass the model that was quantized"
+            )
+
+
 @atomic
 def uncompiled(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[None]:
     """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
