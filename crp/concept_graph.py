@@ -43,9 +43,21 @@ class AttributionGraph:
         Which layer feeds which, from `crp.trace.graph.trace_model_graph`.
     layer_map : dict of str to Concept
         Concept type of each layer.
+    exclude_parallel : bool
+        Whether connections are of relevance that flows through their concept alone. By default, as in zennit-crp, that
+        which flows past it, such as through the shortcut of a residual block, counts, too.
     """
 
-    def __init__(self, attribution: _Generating, graph: ModelGraph, layer_map: Mapping[str, Concept]) -> None:
+    def __init__(
+        self,
+        attribution: _Generating,
+        graph: ModelGraph,
+        layer_map: Mapping[str, Concept],
+        *,
+        exclude_parallel: bool = False,
+    ) -> None:
+        check_flags(exclude_parallel=exclude_parallel)
+        self.exclude_parallel = exclude_parallel
         self.attribution = attribution
         self.graph = graph
         self.set_layer_map(layer_map)
@@ -73,7 +85,6 @@ class AttributionGraph:
         verbose: bool = True,
         *,
         explain: Explain = None,
-        exclude_parallel: bool = False,
     ) -> AttributionGraphResults:
         """Decompose a concept level by level.
 
@@ -101,9 +112,6 @@ class AttributionGraph:
             Whether to show progress bars.
         explain : int, str, or sequence of these, optional
             Inputs that are explained, as in `CondAttribution`.
-        exclude_parallel : bool
-            Whether connections are of relevance that flows through their concept alone. By default, as in zennit-crp,
-            that which flows past it, such as through the shortcut of a residual block, counts, too.
 
         Returns
         -------
@@ -118,7 +126,7 @@ class AttributionGraph:
         KeyError
             If a layer has no entry in ``layer_map``.
         """
-        check_flags(abs_norm=abs_norm, verbose=verbose, exclude_parallel=exclude_parallel)
+        check_flags(abs_norm=abs_norm, verbose=verbose)
         inputs = Inputs.of(sample, explain, getattr(self.attribution, "model", None))
         if len(inputs) != 1:
             raise InputError(f"an attribution graph belongs to one sample; sample has {len(inputs)}")
@@ -150,7 +158,7 @@ class AttributionGraph:
             parts = self.attribution.generate(
                 sample, [context | {layer: [concept]} for layer, concept in level], composite, record_layer=before,
                 mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size,
-                exclude_parallel=exclude_parallel, verbose=verbose, **named,
+                exclude_parallel=self.exclude_parallel, verbose=verbose, **named,
             )  # fmt: skip
             relevant = (self._most_relevant(part, row, abs_norm, n_kept) for part in parts
                         for row in range(len(part.prediction)))  # fmt: skip

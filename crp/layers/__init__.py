@@ -141,8 +141,9 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
-def check_differentiable(model: nn.Module) -> None:
-    """Refuse quantized layers: torch has no gradient of them, and sends zeros back."""
+def differentiable(model: nn.Module) -> nn.Module:
+    """Model inside of wrappers. Quantized layers are refused: torch has no gradient of them, and sends zeros back."""
+    model = unwrap(model)
     for name, module in modules_of(model).items():
         kind = type(module)
         if kind.__module__.startswith(_QUANTIZED) and not kind.__name__.endswith("FloatFunctional"):
@@ -150,6 +151,7 @@ def check_differentiable(model: nn.Module) -> None:
                 f"layer {name!r} is quantized ({kind.__module__}.{kind.__qualname__}), and torch has no gradient of "
                 "it; pass the model that was quantized"
             )
+    return model
 
 
 @atomic

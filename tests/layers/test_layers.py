@@ -10,7 +10,7 @@ from crp import explain
 from crp.attribution import CondAttribution
 from crp.errors import InputError
 from crp.helper import get_output_shapes
-from crp.layers import LayerNotFoundError, check_differentiable, find_layers, get_layer_names, uncompiled, unwrap
+from crp.layers import LayerNotFoundError, differentiable, find_layers, get_layer_names, uncompiled, unwrap
 
 
 def test_layer_names_are_those_of_named_modules_in_their_order(vgg_bn):
@@ -63,7 +63,7 @@ def test_quantized_models_have_no_gradient_and_are_refused(mlp, vectors):
             explain(method, quantized, vectors.float(), 1)
     assert explain("occlusion", quantized, vectors.float()[:1], 1, batch_size=1).abs().sum() > 0
     counted = nn.Sequential(mlp, torch.ao.nn.quantized.FloatFunctional())
-    check_differentiable(counted)
+    assert differentiable(nn.DataParallel(counted)) is counted
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
