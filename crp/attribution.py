@@ -34,7 +34,7 @@ from crp.engine.settings import Overrides, Settings
 from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError
 from crp.flags import check_flags
-from crp.layers import unwrap
+from crp.layers import differentiable
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
 attrResult = AttributionResults
@@ -102,7 +102,7 @@ class CondAttribution:
         if output is not None and not callable(output):
             raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
         self.MODEL_OUTPUT_NAME = "y"
-        self.model = unwrap(model)
+        self.model = differentiable(model)
         self.device = check_device(device, "device") or next(self.model.parameters(), torch.empty(0)).device
         self.overwrite_data_grad, self.no_param_grad, self.output = overwrite_data_grad, no_param_grad, output
         self.replay = self.channels_last = True

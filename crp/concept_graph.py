@@ -43,9 +43,21 @@ class AttributionGraph:
         Which layer feeds which, from `crp.trace.graph.trace_model_graph`.
     layer_map : dict of str to Concept
         Concept type of each layer.
+    exclude_parallel : bool
+        Whether connections are of relevance that flows through their concept alone. By default, as in zennit-crp, that
+        which flows past it, such as through the shortcut of a residual block, counts, too.
     """
 
-    def __init__(self, attribution: _Generating, graph: ModelGraph, layer_map: Mapping[str, Concept]) -> None:
+    def __init__(
+        self,
+        attribution: _Generating,
+        graph: ModelGraph,
+        layer_map: Mapping[str, Concept],
+        *,
+        exclude_parallel: bool = False,
+    ) -> None:
+        check_flags(exclude_parallel=exclude_parallel)
+        self.exclude_parallel = exclude_parallel
         self.attribution = attribution
         self.graph = graph
         self.set_layer_map(layer_map)
@@ -144,9 +156,9 @@ class AttributionGraph:
             if not before:
                 break
             parts = self.attribution.generate(
-                sample, [{layer: [concept], **context} for layer, concept in level], composite, record_layer=before,
-                mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size, exclude_parallel=False,
-                verbose=verbose, **named,
+                sample, [context | {layer: [concept]} for layer, concept in level], composite, record_layer=before,
+                mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size,
+                exclude_parallel=self.exclude_parallel, verbose=verbose, **named,
             )  # fmt: skip
             relevant = (self._most_relevant(part, row, abs_norm, n_kept) for part in parts
                         for row in range(len(part.prediction)))  # fmt: skip

@@ -25,7 +25,7 @@ from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
-from crp.layers import modules_of, unwrap
+from crp.layers import differentiable, modules_of, unwrap
 from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
 from crp.layers.repeated import watch
@@ -180,6 +180,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 
         With ``relevance``, it is what the composite gives, as it is.
         """
+        differentiable(self.model)
         if self.composite is not None or self.condition:
             yield (
                 lambda inputs, rows: self.flow(inputs, rows).inputs if relevance else self.multipliers(inputs, rows)[1]

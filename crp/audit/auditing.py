@@ -185,7 +185,8 @@ def audit_table(
             audited += zip(likely.tolist(), _compared(found, vectors, of_class, uses, numbers.tolist()), strict=True)
     if samples is not None and (missed := sorted(set(samples) - {one.sample for _, one in audited})):
         raise NameNotFoundError(
-            f"sample {missed[0]} has no row of a class with prototypes, which are {sorted(found.classes)}"
+            f"sample {missed[0]} of {table.n_samples} has no row of a class with prototypes, which are "
+            f"{sorted(found.classes)}"
         )
     return [one for _, one in sorted(audited, key=lambda pair: (pair[0], pair[1].sample))]
 

@@ -158,7 +158,10 @@ def clusters(
         if normed:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
     if len(vectors) <= n_neighbours:
-        raise InputError(f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours")
+        raise InputError(
+            f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours "
+            "(--neighbours)"
+        )
     if n is not None and n >= len(vectors):
         raise InputError(f"{len(vectors)} samples cannot be in {n} clusters; give a smaller n")
     values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)

@@ -250,9 +250,11 @@ def _fit(
 ) -> _Mixture:  # fmt: skip
     from sklearn.mixture import GaussianMixture
 
+    if min(numbers) > len(vectors):
+        raise InputError(f"{what} has {len(vectors)} samples, too few for {min(numbers)} prototypes; give a smaller n")
     numbers = [number for number in numbers if number <= len(vectors)]
     variance = vectors.var(0).mean()
-    if len(vectors) < 2 or not numbers or variance == 0:
+    if len(vectors) < 2 or variance == 0:
         raise InputError(
             f"{what} has {len(vectors)} samples of mean variance {variance:.3g}, which are too few, or too alike, for "
             "prototypes"

@@ -23,11 +23,13 @@ def layers_command(model: str, size: int | None, as_json: bool, **weights: Any) 
     """
     from crp.visualization.mining.selection import list_layers
 
+    hint = ""
     try:
         loaded = _load(model, None, size=size, **weights)
+        hint = "; --size says how large pictures are" if size is None else ""
         found = list_layers(loaded.model, loaded.example())
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise CommandError(f"{error}; --size says how large pictures are" if size is None else str(error)) from error
+        raise CommandError(f"{error}{hint}") from error
     if as_json:
         click.echo(json.dumps([one._asdict() for one in found]))
         return

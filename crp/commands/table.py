@@ -140,14 +140,14 @@ def _kept(table: Table) -> list[str]:
 
 def _recipe_lines(table: Table) -> Iterator[str]:
     """What was mined, in words; nothing of what the table does not say."""
+    from crp.visualization.table.recipe import tell_part
+
     recipe = table.header.recipe
     if not recipe:
         return
-    for part, keys in (("model", ("named", "weights", "checkpoint")), ("dataset", ("named",))):
-        about = recipe.get(part)
-        if isinstance(about, dict):
-            words = [str(about[key]) for key in keys if about.get(key)] or [str(about.get("class"))]
-            yield f"{part:10} {', '.join(words)}"
+    for part in ("model", "dataset"):
+        if told := tell_part(recipe, part):
+            yield f"{part:10} {told}"
     texts = recipe.get("texts")
     if isinstance(texts, dict):
         about = texts.get("tokenizer")
@@ -155,16 +155,10 @@ def _recipe_lines(table: Table) -> Iterator[str]:
         if isinstance(about, dict):
             named = f"{about.get('named') or about.get('class')}, {about.get('words')} words"
         yield f"texts      tokenizer {named}; position {texts.get('position')}"
-    composite = recipe.get("composite")
-    if isinstance(composite, dict):
-        given = composite.get("keywords")
-        words = [f"{key}={value}" for key, value in given.items()] if isinstance(given, dict) else []
-        yield f"composite  {composite.get('name') or composite.get('class')}({', '.join(words)})"
-    else:
-        yield "composite  none, the plain gradient"
-    output = recipe.get("output")
-    if isinstance(output, dict):
-        yield f"output     {output.get('named') or output.get('function')}"
+    composite = tell_part(recipe, "composite") if recipe.get("composite") else "none, the plain gradient"
+    yield f"composite  {composite}"
+    if output := tell_part(recipe, "output"):
+        yield f"output     {output}"
     yield f"targets    {recipe.get('targets')}; preprocessing: {recipe.get('preprocess') or 'none'}"
 
 

@@ -201,7 +201,9 @@ def cav(activations: Any, labels: Any, method: Literal["pattern", "ridge", "svm"
     a = _vectors(activations)
     t = as_numbers("labels", labels).reshape(-1)
     if len(t) != len(a) or set(np.unique(t).tolist()) != {0, 1}:
-        raise InputError(f"labels must be {len(a)} values of 0 and 1, both among them; they are {np.unique(t)[:5]}")
+        raise InputError(
+            f"labels must be {len(a)} values of 0 and 1, both among them; not {len(t)} of {np.unique(t)[:5].tolist()}"
+        )
     centred = a - a.mean(0)
     pattern = centred.T @ (t - t.mean()) / ((t - t.mean()) ** 2).sum()
     if method == "pattern":

@@ -33,9 +33,8 @@ def check_conditions(
     condition must say where relevance starts.
     """
     if isinstance(conditions, Mapping) or not isinstance(conditions, Sequence):
-        raise InputTypeError(
-            f"conditions must be a list of dicts, not {type(conditions).__name__}; put the dict in a list"
-        )
+        remedy = "put the dict in a list" if isinstance(conditions, Mapping) else "list(...) makes one"
+        raise InputTypeError(f"conditions must be a list of dicts, not {type(conditions).__name__}; {remedy}")
     if not conditions:
         raise InputError(f"conditions is empty; give at least one, such as [{{{output_name!r}: [0]}}]")
     for i, condition in enumerate(conditions):

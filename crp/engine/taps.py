@@ -16,6 +16,7 @@ from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
 from crp.layers.repeated import watch
 from crp.notices import warn
+from crp.wording import shortened
 
 
 @dataclass
@@ -111,7 +112,9 @@ def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     known = modules_of(model)
     for layer in layers:
         if not isinstance(layer, str):
-            raise InputTypeError(f"<{role}> layers are named by strings, as in model.named_modules(), not {layer!r}")
+            raise InputTypeError(
+                f"<{role}> layers are named by strings, as in model.named_modules(), not {shortened(layer)}"
+            )
     find_layers(model, [Address.of(layer, known).layer for layer in layers], role)
 
 

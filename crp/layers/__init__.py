@@ -137,6 +137,23 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+#: Where torch keeps layers of packed integers; those named FloatFunctional compute with numbers of floating point.
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+
+def differentiable(model: nn.Module) -> nn.Module:
+    """Model inside of wrappers. Quantized layers are refused: torch has no gradient of them, and sends zeros back."""
+    model = unwrap(model)
+    for name, module in modules_of(model).items():
+        kind = type(module)
+        if kind.__module__.startswith(_QUANTIZED) and not kind.__name__.endswith("FloatFunctional"):
+            raise InputTypeError(
+                f"layer {name!r} is quantized ({kind.__module__}.{kind.__qualname__}), and torch has no gradient of "
+                "it; pass the model that was quantized"
+            )
+    return model
+
+
 @atomic
 def uncompiled(model: nn.Module, modules: Collection[nn.Module] | None = None) -> Iterator[None]:
     """Run compiled parts of a model as they are written, where hooks, rules and traces can reach them."""
@@ -226,16 +243,17 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
 
 
 class LayerNotFoundError(NameNotFoundError, ValueError):
-    """A layer name that is not in the model.
+    """A layer name that is not in the model, or ``where`` else it is looked for.
 
     A `KeyError`, as for the drop-in contract, and a `ValueError`, as it is a bad argument.
     """
 
-    def __init__(self, name: object, known: Iterable[str], role: str = "layer") -> None:
+    def __init__(self, name: object, known: Iterable[str], role: str = "layer", where: str = "model") -> None:
         in_lower_case = {k.lower(): k for k in known if k}
         near = difflib.get_close_matches(str(name).lower(), in_lower_case, n=3, cutoff=0.3)
-        hint = ", ".join(repr(in_lower_case[n]) for n in near) or "none; see model.named_modules()"
-        super().__init__(f"<{role}> {name!r} not found in model; nearest names: {hint}")
+        all_of_them = "model.named_modules()" if where == "model" else where
+        hint = ", ".join(repr(in_lower_case[n]) for n in near) or f"none; see {all_of_them}"
+        super().__init__(f"<{role}> {name!r} not found in {where}; nearest names: {hint}")
 
 
 @atomic

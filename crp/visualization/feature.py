@@ -15,6 +15,7 @@ from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept, as_ids
+from crp.engine.door import check_device
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError, LoadingError
 from crp.flags import check_flags
@@ -30,7 +31,7 @@ from crp.visualization.samples import LabelTargets, SampleAccess, function_of
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table, TableError
-from crp.wording import shortened
+from crp.wording import counted, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,7 +127,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn
         self.attribution = attribution
-        self.device = attribution.device if device is None else torch.device(device)
+        self.device = check_device(device, "device") or attribution.device
         self.path = Path(path)
         self.RelMax = Maximization("relevance", max_target, abs_norm, path, make_folder=False)
         self.ActMax = Maximization("activation", max_target, abs_norm, path, make_folder=False)
@@ -136,6 +137,10 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         self.saved_checkpoints: dict[str, list[str]] = {}
         self._check = check
         self._fingerprints: dict[str, tuple[object, str]] = {}
+
+    def __repr__(self) -> str:
+        layers = counted(len(self.layer_map), "layer")
+        return f"{type(self).__name__}({self.attribution!r}, {layers}, path={str(self.path)!r})"
 
     @classmethod
     def open(

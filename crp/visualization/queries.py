@@ -382,7 +382,7 @@ class ReferenceQueries(SampleAccess):
 
     def _concept(self, layer: str) -> Concept:
         if layer not in self.layer_map:
-            raise LayerNotFoundError(layer, self.layer_map, "layer_name")
+            raise LayerNotFoundError(layer, self.layer_map, "layer_name", "layer_map")
         return self.layer_map[layer]
 
     def _answers(self, mode: str, per_class: bool) -> tuple[Question, Answers]:

@@ -35,7 +35,7 @@ class Pictures:
     def __init__(self, folder: Path, labels: dict[str, int] | None) -> None:
         found = sorted(p for p in folder.rglob("*") if _is_picture_file(p, folder))
         if not found:
-            raise LoadingError(f"--data {folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+            raise _nothing_in(folder)
         self._folder = str(folder)
         self._names = [str(path.relative_to(folder)) for path in found]
         self.labels = labels
@@ -279,9 +279,15 @@ def _is_picture_file(path: Path, folder: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, parts)) and path.is_file()
 
 
+def _nothing_in(folder: Path) -> LoadingError:
+    return LoadingError(f"--data {folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+
+
 def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
     """Class of every class folder: by name where the names are those of the model, by number, else in order."""
     names = _class_folders(folder)
+    if not names and not any(_is_picture_file(p, folder) for p in folder.iterdir()):
+        raise _nothing_in(folder)
     if not names:
         raise LoadingError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
     loose = [p.name for p in folder.iterdir() if _is_picture_file(p, folder)]

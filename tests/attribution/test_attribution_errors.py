@@ -36,7 +36,7 @@ def bad(kind: type[Exception], message: str, **keywords: object) -> tuple[type[E
 BEFORE = {
     "S26 no conditions": bad(ValueError, "conditions is empty; give at least one, such as [{'y': [0]}]", conditions=[]),
     "conditions are a dict": bad(TypeError, "list of dicts, not dict; put the dict in a list", conditions={"y": 1}),
-    "conditions are an iterator": bad(TypeError, "must be a list of dicts, not map", conditions=map(dict, GOOD)),
+    "conditions are an iterator": bad(TypeError, "dicts, not map; list(...) makes one", conditions=map(dict, GOOD)),
     "a condition is no dict": bad(
         TypeError, "conditions[1] must be a dict, not list: ['y']", conditions=[{"y": 1}, ["y"]]
     ),

@@ -95,6 +95,32 @@ def test_concept_in_the_context_of_its_parent(graph, sample, composite):
     assert nodes[1:] == check_level(graph, sample, composite, connections, nodes[0], 2, context, **start)
 
 
+def test_relevance_that_flows_past_a_concept_is_left_out(graph, resnet, sample):
+    """What flows through shortcuts is no connection of a concept; by the plain gradient, which starts at the output."""
+    graph = AttributionGraph(graph.attribution, graph.graph, graph.layer_map, exclude_parallel=True)
+    _, connections = graph(sample, None, 2, "layer2.conv2", 3, width=[3, 2], abs_norm=False, verbose=False)
+    values: dict[str, Tensor] = {}
+    hooks = [
+        resnet.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: values.update({layer: out}))
+        for layer in LAYERS
+    ]
+    output = resnet(sample.clone().requires_grad_())
+    for hook in hooks:
+        hook.remove()
+    (root,) = torch.autograd.grad(output[0, 3] ** 2 / 2, values["layer2.conv2"], retain_graph=True)
+    for (layer, concept), below in connections.items():
+        flow, at = root[:, 2], values["layer2.conv2"][:, 2]
+        if layer != "layer2.conv2":
+            (upper,) = torch.autograd.grad(at, values[layer], flow, retain_graph=True)
+            flow, at = upper[:, concept], values[layer][:, concept]
+        for name in graph.graph.find_input_layers(layer):
+            (lower,) = torch.autograd.grad(at, values[name], flow, retain_graph=True)
+            expected = lower.sum((0, 2, 3)).sort(descending=True)
+            found = [(i, value) for other, i, value in below if other == name]
+            assert [i for i, _ in found] == expected.indices[: len(found)].tolist()
+            np.testing.assert_allclose([v for _, v in found], expected.values[: len(found)], rtol=1e-9)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batch_size_changes_no_result(graph, sample, batch_size):
     keywords = {"target": 1, "width": [3, 3], "verbose": False}

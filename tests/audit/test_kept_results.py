@@ -187,7 +187,7 @@ def test_the_audit_of_the_table_is_that_of_its_samples(fv):
     assert [one.sample for one in audited] == sorted(scores, key=scores.__getitem__)
     some = audit_table(table, found, [4, 7])
     assert [one.sample for one in some] == [one.sample for one in audited if one.sample in (4, 7)]
-    with pytest.raises(KeyError, match="sample 30 has no row of a class with prototypes"):
+    with pytest.raises(KeyError, match="sample 30 of 30 has no row of a class with prototypes"):
         audit_table(table, found, [4, 30])
 
 

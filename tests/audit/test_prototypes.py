@@ -203,7 +203,7 @@ def test_what_is_wrong_is_said(blobs):
         prototypes(table, "a", 0)
     with pytest.raises(ValueError, match="class 0 has 80 samples of mean variance 0, which are too few, or too alike"):
         prototypes(table, "b", 1, normed=False)
-    with pytest.raises(ValueError, match="class 1 has 40 samples of mean variance"):
+    with pytest.raises(ValueError, match="class 1 has 40 samples, too few for 41 prototypes; give a smaller n"):
         prototypes(table, "a", 41, classes=[1])
     with pytest.raises(ValueError, match=r"vectors are of shape \(3,\); layer 'a' has 4 concepts"):
         prototypes(table, "a", 1).score([1, 2, 3], 0)

@@ -64,7 +64,7 @@ def test_clusters_as_json(folder):
 
 def test_clusters_of_heatmaps_name_concepts_of_the_layer(folder):
     result = crp("clusters", folder, "a", 3, "--what", "heatmap")
-    assert result.exit_code == 1 and "no heatmaps of layer 'a', class 3" in result.output
+    assert result.exit_code == 1 and "no heatmaps of class 3" in result.output
     table = Table.open(folder)
     maps = np.repeat(np.eye(4)[[0, 3]], [30, 20], axis=0).reshape(50, 2, 2)
     maps = maps + np.random.default_rng(0).normal(size=maps.shape) * 0.01
@@ -147,7 +147,7 @@ def test_audit_of_some_samples_as_json(folder):
         read_kept(Table.open(folder), "audit", "a")
     result = crp("audit", folder, "a", "--sample", 99)
     assert result.exit_code == 1
-    assert result.output == "Error: sample 99 has no row of a class with prototypes, which are [3]\n"
+    assert result.output == "Error: sample 99 of 50 has no row of a class with prototypes, which are [3]\n"
 
 
 def test_a_class_may_be_named(folder, monkeypatch):

@@ -97,6 +97,7 @@ def test_mine_takes_the_suggested_layers_and_report_shows_them(here):
 
 def test_a_model_of_other_pictures_says_what_to_give(here):
     assert "--size says how large pictures are" in crp("layers", "nets12:net").output
+    assert "--size" not in crp("layers", "nets12:nut").output
 
 
 # --- names

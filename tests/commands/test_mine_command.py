@@ -116,7 +116,10 @@ def test_a_run_goes_on_with_nothing_but_the_folder(here: Path) -> None:
     result = crp("mine", "--out", "out", "--quiet")
     assert (result.exit_code, result.output) == (0, "12 of 12 samples, 24 rows; complete\n"), result.output
     assert files_of(here / "out") == files_of(here / "whole")
-    assert "was mined with another composite" in crp("mine", "--out", "out", "--set", "epsilon=0.5").output
+    other = crp("mine", "--out", "out", "--set", "epsilon=0.5").output
+    assert "with another composite (composite epsilon_plus(epsilon=0.01) there, epsilon_plus(epsilon=0.5) here" in other
+    other = crp("mine", "--out", "out", "--targets", "prediction", "--layers", "0").output
+    assert "layers 1 there, 0 here" in other and "targets top-2 there, prediction here; mined with crp" in other
     none = crp("mine", "--out", "none", "--layers", "1")
     assert (none.exit_code, none.output) == (
         1,
@@ -366,8 +369,9 @@ def test_a_folder_of_class_folders(folder: Path) -> None:
     with pytest.raises(LoadingError, match="has no class folders"):
         load_source(folder / "b", [], loaded([]), by_label=True)
     (folder / "empty").mkdir()
-    with pytest.raises(LoadingError, match="holds no pictures"):
-        load_source(folder / "empty", [], loaded([]), by_label=False)
+    for by_label in (True, False):
+        with pytest.raises(LoadingError, match="holds no pictures"):
+            load_source(folder / "empty", [], loaded([]), by_label=by_label)
 
 
 def test_hidden_folders_and_files_are_passed_over(folder: Path) -> None:

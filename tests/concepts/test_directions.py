@@ -181,7 +181,7 @@ def test_subspaces_from_a_seed_are_the_same_again():
         (lambda: directions.drsa(np.zeros((3, 4)), np.ones((3, 4)), 1), "no block has positive relevance"),
         (lambda: directions.pca(np.ones(3), 1), r"activations must be of shape \(vectors, channels\), not \(3,\)"),
         (lambda: directions.pca(np.full((3, 4), np.nan), 1), "activations must be finite, without NaN"),
-        (lambda: directions.cav(np.ones((3, 4)), [1, 1, 1]), "labels must be 3 values of 0 and 1, both among them"),
+        (lambda: directions.cav(np.ones((3, 4)), [1, 1]), r"3 values of 0 and 1, both among them; not 2 of \[1"),
         (lambda: directions.cav(np.ones((3, 4)), [0, 1, 1]), "the same mean; there is no direction"),
         (lambda: directions.cav(np.eye(3), [0, 1, 1], "lda"), "method must be 'pattern', 'ridge' or 'svm', not 'lda'"),
         (lambda: directions.pca(np.eye(3), 1).explained(np.eye(3), 0 * np.eye(3)), "relevance of all vectors is 0"),

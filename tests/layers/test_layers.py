@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from crp import explain
+from crp.attribution import CondAttribution
 from crp.errors import InputError
 from crp.helper import get_output_shapes
-from crp.layers import LayerNotFoundError, find_layers, get_layer_names, uncompiled, unwrap
+from crp.layers import LayerNotFoundError, differentiable, find_layers, get_layer_names, uncompiled, unwrap
 
 
 def test_layer_names_are_those_of_named_modules_in_their_order(vgg_bn):
@@ -47,6 +49,21 @@ def test_wrappers_are_looked_through(mlp):
 def test_scripted_models_are_refused(mlp):
     with pytest.raises(TypeError, match="Pass the Python model"):
         unwrap(torch.jit.script(mlp))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz.*")
+def test_quantized_models_have_no_gradient_and_are_refused(mlp, vectors):
+    """Torch sends zeros back through layers of packed integers; what only needs their output takes them."""
+    quantized = torch.ao.quantization.quantize_dynamic(mlp.float(), {nn.Linear}, dtype=torch.qint8).eval()
+    message = r"layer '0' is quantized \(torch\.ao\.nn\.quantized\.dynamic.*pass the model that was quantized"
+    with pytest.raises(TypeError, match=message):
+        CondAttribution(quantized)
+    for method in ("intgrad", "saliency", "epsilon_plus"):
+        with pytest.raises(TypeError, match=message):
+            explain(method, quantized, vectors.float(), 1)
+    assert explain("occlusion", quantized, vectors.float()[:1], 1, batch_size=1).abs().sum() > 0
+    counted = nn.Sequential(mlp, torch.ao.nn.quantized.FloatFunctional())
+    assert differentiable(nn.DataParallel(counted)) is counted
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])

@@ -225,7 +225,7 @@ def test_heatmaps_by_another_composite_than_shares_are_told(fv, tmp_path, compos
     own = "the plain gradient" if composite is None else repr(composite)
     told = "with which the table was mined; heatmaps, and the concepts of lower layers, are by "
     assert (f"{told}{own}." in text) == (told in text) == (not isinstance(composite, EpsilonPlus))
-    assert ("Shares, references and suspects are by zennit.composites.EpsilonPlus, " in text) == (told in text)
+    assert ("Shares, references and suspects are by zennit.composites.EpsilonPlus(), " in text) == (told in text)
 
 
 def test_missing_and_skipped_samples_are_told(tmp_path):

@@ -72,6 +72,16 @@ def test_an_unknown_concept_is_named(tmp_path, ids):
         mined(tmp_path).get_max_reference(ids, "first")
 
 
+def test_it_says_what_it_is(tmp_path):
+    found = repr(make_fv(tmp_path / "table"))
+    assert found.startswith("FeatureVisualization(CondAttribution(") and " layers, path=" in found and "table" in found
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="device is 'nope', which is no device"):
+        make_fv(tmp_path, device="nope")
+
+
 @pytest.mark.parametrize("ids", [1.5, "1", [None], torch.tensor([0.5]), ["a"]])
 def test_ids_that_are_no_integers_are_refused(tmp_path, ids):
     with pytest.raises(TypeError):
@@ -81,6 +91,11 @@ def test_ids_that_are_no_integers_are_refused(tmp_path, ids):
 def test_an_unknown_layer_is_named(tmp_path):
     with pytest.raises(KeyError, match=r"<layer_name> 'frist' not found.*'first'"):
         mined(tmp_path).get_max_reference(0, "frist")
+
+
+def test_a_layer_of_the_model_that_layer_map_lacks_is_not_told_as_one_that_the_model_lacks(tmp_path):
+    with pytest.raises(KeyError, match=r"<layer_name> 'second' not found in layer_map; nearest names: .*see layer_map"):
+        mined(tmp_path, layers=["first"]).get_max_reference(0, "second")
 
 
 def test_a_layer_that_was_not_mined_is_named(tmp_path):

@@ -12,6 +12,7 @@ from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import Finding
 from crp.visualization.report.pages import FEW, Atlas
 from crp.visualization.report.tiles import AnyShown
+from crp.visualization.table.recipe import tell_part
 from crp.visualization.table.store import Table
 from crp.wording import counted, first_few, percent
 
@@ -94,14 +95,7 @@ def _other_composite(table: Table, composite: str, mark: str) -> list[str]:
     """That heatmaps are by another composite, of this fingerprint, than the table was mined with."""
     if table.fingerprints.get("composite") in (None, mark):
         return []
-    about = table.header.recipe.get("composite")
-    mined = "another composite"
-    if isinstance(about, Mapping):
-        given = about.get("keywords")
-        settings = [f"{key}={value}" for key, value in given.items()] if isinstance(given, Mapping) else []
-        mined = str(about.get("name") or about.get("class")) + (f"({', '.join(settings)})" if settings else "")
-    elif "composite" in table.header.recipe:
-        mined = "the plain gradient"
+    mined = tell_part(table.header.recipe, "composite") or "another composite"
     return [
         f"Shares, references and suspects are by {mined}, with which the table was mined; heatmaps, and the concepts "
         f"of lower layers, are by {composite}."
@@ -111,11 +105,9 @@ def _other_composite(table: Table, composite: str, mark: str) -> list[str]:
 def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was mined, in words, as far as the table says it."""
     rows = []
-    for title, part, keys in (("Model", "model", ("named", "weights", "checkpoint")), ("Data", "dataset", ("named",))):
-        about = recipe.get(part)
-        if isinstance(about, Mapping):
-            words = [str(about[key]) for key in keys if about.get(key)] or [str(about.get("folder") or about["class"])]
-            rows.append((title, ", ".join(words)))
+    for title, part in (("Model", "model"), ("Data", "dataset")):
+        if told := tell_part(recipe, part):
+            rows.append((title, told))
     if prepared := recipe.get("preprocess"):
         rows.append(("Preparation", str(prepared)))
     return rows

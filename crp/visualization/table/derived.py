@@ -71,7 +71,7 @@ class KeptResult(NamedTuple):
     @property
     def name(self) -> str:
         """What it is, in words."""
-        return f"{self.kind} of {_place(self.layer, self.of_class)}"
+        return f"{self.kind} of {_place(self.kind, self.layer, self.of_class)}"
 
 
 def keep_result(
@@ -105,7 +105,7 @@ def keep_result(
     path = _path(table, kind, layer, of_class)
     held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     if problem := _problem(table, layer, held):
-        raise InputError(f"{kind} of {_place(layer, of_class)} are not of {table!r}: {problem}")
+        raise InputError(f"{kind} of {_place(kind, layer, of_class)} are not of {table!r}: {problem}")
     record = {"kind": kind, "layer": layer, "of_class": of_class, "digest": table.digest, "settings": dict(settings)}
     text = json.dumps(record, sort_keys=True, allow_nan=False)
     make_own_folder(path.parent)
@@ -130,7 +130,7 @@ def read_kept(table: Table | str | Path, kind: str, layer: str, of_class: int | 
     table, of_class = Table.open(table), _class_number(of_class)
     table.n_concepts(layer)
     path = _path(table, kind, layer, of_class)
-    place = _place(layer, of_class)
+    place = _place(kind, layer, of_class)
     try:
         found = _read(path)
     except FileNotFoundError:
@@ -170,8 +170,10 @@ def _path(table: Table, kind: str, layer: str, of_class: int | None) -> Path:
     return table.path / "derived" / f"{kind}-{key}.safetensors"
 
 
-def _place(layer: str, of_class: int | None) -> str:
-    return f"layer {layer!r}" + ("" if of_class is None else f", class {of_class}")
+def _place(kind: str, layer: str, of_class: int | None) -> str:
+    """What a result is of, in words; heatmaps are of no layer, and kept under the table's first."""
+    words = [] if kind == "heatmaps" else [f"layer {layer!r}"]
+    return ", ".join(words if of_class is None else [*words, f"class {of_class}"])
 
 
 def _read(path: Path) -> KeptResult:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,7 @@ from crp.visualization.table.manifest import (
     get_coverage,
 )
 from crp.visualization.table.manifest import TableError as TableError
+from crp.visualization.table.recipe import _tell_changes
 from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
 
 #: What to do about a table of something else.
@@ -179,20 +181,17 @@ class Table:
                 return shard.concepts[layer]
         raise InputError(f"the table in {self.path} has no rows: no sample was mined that has a target")
 
-    def check(self, **fingerprints: str) -> None:
+    def check(self, recipe: Mapping[str, Any] | None = None, /, **fingerprints: str) -> None:
         """Raise a `TableMismatchError` that names which of the given fingerprints differ from the table's."""
-        theirs = self.fingerprints
-        if differ := [key for key, value in fingerprints.items() if theirs.get(key) != value]:
-            details = ", ".join(f"{k} {theirs.get(k, 'none')[:8]} there, {fingerprints[k][:8]} here" for k in differ)
+        if differ := [key for key, value in fingerprints.items() if self.fingerprints.get(key) != value]:
+            details = _tell_changes(differ, (self.header.recipe, self.fingerprints), (recipe or {}, fingerprints))
             versions = ", ".join(f"{key} {version}" for key, version in self.versions.items())
-            raise TableMismatchError(
-                f"the table in {self.path} was mined with another {' and another '.join(differ)} (fingerprints: "
-                f"{details}; mined with {versions}); {ELSEWHERE}"
-            )
+            what = f"{' and another '.join(differ)} ({details}; mined with {versions})"
+            raise TableMismatchError(f"the table in {self.path} was mined with another {what}; {ELSEWHERE}")
 
     def check_header(self, header: TableHeader) -> None:
         """Raise a `TableMismatchError` that names what differs, unless rows of ``header`` belong into this table."""
-        self.check(**dict.fromkeys(self.fingerprints, "none") | dict(header.fingerprints))
+        self.check(header.recipe, **dict.fromkeys(self.fingerprints, "none") | dict(header.fingerprints))
         for name in ("n_samples", "layers", "modes", "kinds", "storage"):
             there, here = getattr(self.header, name), getattr(header, name)
             if there != here:
