@@ -463,3 +463,12 @@ def test_under_a_profiler_nothing_is_recorded(vectors: Tensor) -> None:
     finally:
         sys.setprofile(before)
     assert calls[0] and attribution._replayed.replays.replayed == 0
+
+
+def test_what_is_given_up_stays_so_when_a_name_changes(vectors: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    attribution = replaying(lambda self, x: x * SCALE)
+    assert all(heatmaps(attribution, vectors))
+    (entry,) = attribution._replayed.replays._entries.values()
+    entry.drop(for_good=True)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    assert all(heatmaps(attribution, vectors)) and attribution._replayed.replays.replayed == 2
