@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from crp.engine import replay
-from crp.engine.model_state import State
 from crp.engine.recordings import Tensors
 from crp.engine.replay import Computation, Replays
 
@@ -62,7 +61,7 @@ class Book:
             return self.usual(inputs)
 
         for _ in range(times):
-            computation = Computation(State(state), twice, usual, 0.5)
+            computation = Computation([state], twice, usual, 0.5)
             found = self.replays.run("key", CPU, lambda: computation, inputs, only)  # noqa: B023
         return found
 
@@ -125,6 +124,7 @@ def test_a_recording_that_is_not_judged_twice_is_not_replayed_ahead() -> None:
 WRONG: dict[str, Tensors] = {
     "a value": {"y": torch.tensor(2.1)},
     "a name": {"z": torch.tensor(2.0)},
+    "nothing": {},
     "one more": {"y": torch.tensor(2.0), "z": torch.tensor(2.0)},
     "a shape": {"y": torch.tensor([2.0])},
     "a type": {"y": torch.tensor(2.0, dtype=torch.float64)},
@@ -142,6 +142,7 @@ ALIKE: dict[str, tuple[Tensor, Tensor, float, bool]] = {
     "whole numbers": (torch.tensor([1, 2]), torch.tensor([1, 2]), 0.0, True),
     "other whole numbers": (torch.tensor([1, 2]), torch.tensor([1, 3]), 0.0, False),
     "whole numbers that rounding may decide": (torch.tensor([1, 2]), torch.tensor([1, 3]), 1e-3, True),
+    "whole numbers of another type": (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), 1e-3, False),
     "within the tolerance": (torch.tensor([100.0, 0.0]), torch.tensor([100.0, 0.05]), 1e-3, True),
     "beyond it": (torch.tensor([100.0, 0.0]), torch.tensor([100.0, 0.5]), 1e-3, False),
     "beyond it, of small ones": (torch.tensor([0.1, 0.0]), torch.tensor([0.1, 5e-4]), 1e-3, False),
