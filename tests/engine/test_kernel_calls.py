@@ -21,7 +21,7 @@ from crp.composites import EpsilonPlusFlat
 from crp.engine.kernel_calls import CallRecorder, KernelCalls
 from crp.engine.recordings import NotReplayableError
 from crp.engine.replayed import Replayed
-from crp.layers.devices import holds, recording
+from crp.layers.devices import can_be_read, holds, is_recording, recording
 
 WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -54,6 +54,7 @@ COMPUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "its data": lambda x: (x.data * 3).data * 2,
     "written over": lambda x: ((x * 2).exp() + 1 / (x * x + 1)).clamp(max=3),
     "written over, chosen": lambda x: torch.where(x > 0, (x * 2).tanh(), (x - 1).neg()),
+    "written over, by numbers": lambda x: 2 ** (x * 2).pow(3).lerp(x, 0.5).remainder(3),
     "read later": lambda x: (lambda y: (y * 3, y.sigmoid() + y)[1])(x + 1),
     "read later, as a view": lambda x: (lambda y: (lambda row, z: z * row)(y[0], y * 3))(x + 1),
     "a part, read later as a whole": lambda x: (lambda y: (y[0] * 3) * y)(x + 1),
@@ -116,6 +117,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a value": (lambda x: x * float(x.sum()), "depends on values"),
     "places of values": (lambda x: x.nonzero(), "depends on values"),
     "a mask": (lambda x: x[x > 0], "depends on values"),
+    "a mask of bytes": (lambda x: x[(x > 0).to(torch.uint8)], "depends on values"),
     "random numbers": (lambda x: x * torch.rand(4), "draws random numbers"),
     "dropout": (lambda x: nn.functional.dropout(x, 0.5), "draws random numbers"),
     "what is not torch's": (lambda x: nms(x.abs(), x[:, 0], 0.5), "is unknown"),
@@ -128,6 +130,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
 def test_what_cannot_be_made_again_is_refused(name: str) -> None:
     run, message = REFUSED[name]
     with pytest.raises(NotReplayableError, match=message):
@@ -136,7 +139,7 @@ def test_what_cannot_be_made_again_is_refused(name: str) -> None:
 
 def test_an_operand_that_nobody_reads_again_is_written_over() -> None:
     def run(x: Tensor) -> Tensor:
-        largest, places = x.max(1)
+        largest, places = x.detach().max(1)
         y = x * WEIGHT + (largest * 2)[places]
         return torch.where(y > 0, ((y + 1) * WEIGHT).tanh() / 2, 0 * y)
 
@@ -182,6 +185,16 @@ def test_conditions_are_looked_at_again() -> None:
     assert program.replay({"x": above + 1}, None)["y"].equal((above + 1) * 2)
     assert program.replay({"x": below}, None) is None
     assert splitting.replay({"x": above}, None)["y"].equal(above * 3)  # (right for all)
+
+
+def test_nothing_is_looked_at_while_something_is_recorded() -> None:
+    tensor = torch.ones(2)
+    assert can_be_read(tensor)
+    with recording():
+        with recording():
+            pass
+        assert is_recording() and not can_be_read(tensor)
+    assert not is_recording()
 
 
 def test_conditions_of_other_threads_are_not_taken_down() -> None:
