@@ -21,15 +21,15 @@ from crp.checks import check_number
 from crp.concept_graph import AttributionGraph as AttributionGraph
 from crp.concepts import ChannelConcept
 from crp.engine.backward import fill_grad, send_back
-from crp.engine.call import Call, sum_of_channels
+from crp.engine.call import Call
 from crp.engine.checking import Checked, check_explanation
 from crp.engine.conditions import MaskMap, Rows
 from crp.engine.copies import with_copies
 from crp.engine.door import check_device, check_result
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.engine.joining import Part, one_ahead
 from crp.engine.replayed import Replayed
+from crp.engine.results import Part, one_ahead, sum_of_channels
 from crp.engine.settings import Overrides, Settings
 from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError

@@ -21,10 +21,10 @@ from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
-from crp.engine.joining import Part, average, in_order
 from crp.engine.masks import Given, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
 from crp.engine.model_state import changed_weights, weights_of
+from crp.engine.results import Part, average, in_order, results_of, sum_of_channels
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
@@ -32,7 +32,7 @@ from crp.engine.targets import all_positions, check_start, check_targets_exist, 
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
-from crp.types import AbsorbedRelevance, AttributionResults, Condition, Sinks
+from crp.types import AbsorbedRelevance, Condition, Sinks
 from crp.wording import first_few
 
 #: ``(call, composite, rows) -> results, or None``
@@ -351,48 +351,9 @@ class Call:
 
     def _results(self, passed: ForwardPass, rows: Rows, last: bool) -> Part:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
-        settings, encoding = self.settings, passed.encoding
         prediction, _, arrived = self._send_back(passed, rows, last)
-        relevances_of_inputs = [arrived.pop(input_name(i)) for i in range(len(passed.inputs.explained))]
-        keeps = encoding.multiplier and settings.multipliers
-
-        def own(tensor: Tensor, shared: bool = False) -> Tensor:
-            # What rows share becomes each row's own, so that the caller may write into it; not the output of a text.
-            usual = not (settings.as_computed or shared) and (settings.channels_last or tensor.stride()[:1] == (0,))
-            tensor = tensor.contiguous() if usual else tensor
-            return tensor.to(settings.on_device) if settings.on_device else tensor
-
-        activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}
-        relevances, multipliers, counted = {}, {}, {}
-        for name in passed.layers:
-            of_layer = arrived.pop(name)
-            relevances[name] = own(encoding.read(of_layer, passed.value(name, rows)))
-            if keeps:
-                multipliers[name] = relevances[name] if encoding.as_multiplier else own(of_layer)
-                counted[name] = activations[name] if name not in passed.references else own(passed.value(name, rows))
-        heatmaps = []
-        for leaf, relevance in zip(passed.inputs.explained, relevances_of_inputs, strict=True):
-            explained = passed.of_rows(leaf, rows)
-            explained.grad = relevance
-            heatmaps.append((self.overrides.heatmap_modifier or sum_of_channels)(explained, settings.on_device))
-        result = AttributionResults(
-            passed.inputs.shaped(heatmaps),
-            activations,
-            relevances,
-            own(prediction, shared=self._explains_positions(rows)),
-            encoding=encoding.name,
-            multipliers=multipliers if keeps else None,
-            counted=counted if keeps and not encoding.as_multiplier else None,
-        )
-        return result, relevances_of_inputs
-
-
-def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
-    """Heatmap from the relevance of an input, ``data.grad``; see `CondAttribution.heatmap_modifier`."""
-    assert data.grad is not None
-    heatmap = data.grad.detach()
-    heatmap = heatmap.sum(dim=1) if heatmap.dim() > 1 else heatmap
-    return heatmap.to(on_device) if on_device else heatmap
+        heatmap_of, is_shared = self.overrides.heatmap_modifier or sum_of_channels, self._explains_positions(rows)
+        return results_of(passed, rows, prediction, arrived, self.settings, heatmap_of, is_shared=is_shared, last=last)
 
 
 def _sum_of_rows(values: Tensor) -> Tensor:

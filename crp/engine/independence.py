@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
-from crp.engine.model_state import is_traced
+from crp.engine.model_state import State, is_traced
 from crp.engine.module_hooks import HOOKS, _changed_hooks, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.interrupts import atomic
-from crp.layers.state import Snapshot, random_states, undisturbed
+from crp.layers.state import GENERATORS, Snapshot, random_states, undisturbed
 from crp.notices import warn
 from crp.wording import first_few, percent
 
@@ -59,7 +59,8 @@ class FirstLook:
         check_independent(model, inputs, chain([first], passes), select)
         if not self.is_first or model in _looked_at or is_traced():
             return
-        may_draw = _own_generators(model) or not all(map(np.array_equal, self._states, _states_of(model)))
+        has_drawn = not all(map(np.array_equal, self._states, _states_of(model)))
+        may_draw = has_drawn or State(model).leads_to(GENERATORS)
         if may_draw and _is_another(model, inputs.select([0])):
             _tell_another(model)
         _check_padding(model, inputs.select(list(first)), select)
@@ -147,12 +148,6 @@ def _states_of(model: nn.Module) -> list[Any]:
     return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
 
 
-def _own_generators(model: nn.Module) -> list[Any]:
-    snapshot = Snapshot(later=(*model.parameters(), *model.buffers()))
-    snapshot.keep(model)
-    return snapshot.generators
-
-
 def _tell_another(model: nn.Module) -> None:
     _looked_at.add(model)
     warn(
@@ -187,17 +182,18 @@ def _check_padding(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any
 
 
 def _among_others(inputs: Inputs, factor: float) -> Inputs:
-    """Four samples, of which the second is the first of those given: a model that turns their order round moves it.
+    """Four samples: the second is the first of those given, and the other three are of another kind.
 
-    The others have its values, or ones where all are 0, times factors from ``factor`` to 1 along the sample. (Layers
-    that normalize would make the same of one number times all values.)
+    These are that sample times factors that go from ``factor`` to 1 over its values, or the factors themselves where
+    it is 0 everywhere. One factor for all values would not do: layers that normalize make the same of it. A model that
+    turns the order of samples round puts one of the three in the place of the second.
     """
     batches = []
     for data in inputs.select([0]).explained:
         factors = torch.linspace(factor, 1, data.numel()).view(data.shape).to(data)
         other = data * factors if data.any() else factors
         batches.append(torch.cat([other, data, other, other]))
-    return inputs.having(batches, torch.tensor([0, 0, 0, 0]))
+    return inputs.having(batches, torch.zeros(4, dtype=torch.int64))
 
 
 @atomic

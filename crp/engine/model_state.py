@@ -103,6 +103,10 @@ class State:
         same = all(_are_same(reader(value), parts) for value, reader, parts in self._read)
         return same and [*map(_state_of, self._tensors)] == self._states
 
+    def leads_to(self, kinds: tuple[type, ...]) -> bool:
+        """Whether values lead to an object of some kinds, or to more than can be known."""
+        return not self._is_known or any(isinstance(value, kinds) for value, _, _ in self._read)
+
     def add(self, *values: object) -> None:
         """Add what values are, and all that they lead to."""
         self._values += values

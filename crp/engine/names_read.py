@@ -108,6 +108,9 @@ class NamesRead:
     def _note_names_in(self, code: CodeType, names: Mapping[str, Any], kind: type) -> None:
         """Note names that a function looks up, and those of the class of its first argument."""
         then = {code.co_name, *code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
+        # (special methods, which no code names, may be functions of another name)
+        of_classes = (entry for one in kind.__mro__ for entry in vars(one).items())
+        then |= {name for name, value in of_classes if getattr(value, "__code__", None) is code}
         for step in dis.get_instructions(code):
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self._note(names, names, step.argval, then, {id(names)})

@@ -17,11 +17,11 @@ from crp.engine.call import Call
 from crp.engine.conditions import Grid, Rows
 from crp.engine.encoding import Encoding, Propagation
 from crp.engine.inputs import Inputs
-from crp.engine.joining import Part
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import is_traced, is_watched, reads_of
 from crp.engine.recordings import Recorder, Tensors
 from crp.engine.replay import Computation, Replays
+from crp.engine.results import Part
 from crp.engine.settings import Settings
 from crp.engine.targets import check_targets_exist, initial_relevance
 from crp.engine.turns import TURNS, parts_of

@@ -27,7 +27,7 @@ from crp.layers.interrupts import atomic
 #: Types without state that a forward pass could change.
 _CONSTANT = (int, float, str, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, partial)
 #: Random generators that a model can have of its own.
-_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
+GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
 #: Integer types by size, to compare bits: NaN then equals NaN, and 0 differs from -0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -116,7 +116,7 @@ class Snapshot:
     @property
     def generators(self) -> list[Any]:
         """Random generators in what was kept."""
-        return [value for value in self._seen.values() if isinstance(value, _GENERATORS)]
+        return [value for value in self._seen.values() if isinstance(value, GENERATORS)]
 
     def keep(self, value: Any, objects: bool = True) -> None:
         """Keep the content of a value; that of objects only where `objects` says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
@@ -22,10 +23,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import rnn
 
 from crp.attribution import CondAttribution
 from crp.composites import get
 from crp.engine.kernel_calls import CallRecorder
+from crp.engine.names_read import NamesRead
+from crp.engine.recordings import NotReplayableError
 from crp.engine.replayed import Replayed
 
 SCALE = 2.0
@@ -35,6 +39,7 @@ FACTORS, TENSOR = np.array([2.0]), torch.tensor([2.0], dtype=torch.float64)
 OTHER = nn.Linear(6, 6).double()
 elsewhere = ModuleType("elsewhere")
 elsewhere.scale = elsewhere.other = 2.0  # type: ignore[attr-defined]
+elsewhere.itself = elsewhere  # type: ignore[attr-defined]
 
 
 def another() -> float:
@@ -54,6 +59,10 @@ class Second(First):
 
 class Settings:
     scale = 2.0
+
+    @classmethod
+    def read(cls) -> float:
+        return cls.scale
 
 
 class Slots:
@@ -120,6 +129,13 @@ def local(scale: float) -> tuple[Callable[[Any, Tensor], Tensor], Callable[[floa
     return lambda self, x: x * scale, put_scale
 
 
+def with_class(self: Any, x: Tensor) -> Tensor:
+    class Inner:
+        scale = SCALE
+
+    return x * Inner.scale
+
+
 def imported(self: Any, x: Tensor) -> Tensor:
     import elsewhere  # type: ignore[import-not-found]
 
@@ -148,6 +164,7 @@ class Scaled(nn.Linear):
         self.numbers = {"one": 1.0, "decimal": Decimal("2.0"), "lists": [[2.0], [3.0]], "proxy": MappingProxyType({})}
         self.numbers["list"] = self.numbers["lists"][0]
         self.extended, self.bound, self.early = Extended(), OBJECT.scaled, None
+        self.around, self.put = local(2.0)
         self.extended.scale = 2.0  # type: ignore[attr-defined]
         self.twice = nn.Sequential(nn.Tanh(), nn.ReLU(), nn.Tanh())
         vars(self)["unknown"] = nn.LeakyReLU(0.1)
@@ -228,8 +245,25 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[pytest.MonkeyP
         lambda patch, net: patch.setattr(elsewhere, "other", 3.0),
     ),
     "an attribute of a class that shares a method": (
-        lambda self, x: First()(Second()(x)),
+        lambda self, x: Second()(First()(x)),
         lambda patch, net: patch.setattr(Second, "scale", 3.0),
+    ),
+    "an attribute of a class that its own method reads": (
+        lambda self, x: x * Settings.read(),
+        lambda patch, net: patch.setattr(Settings, "scale", 3.0),
+    ),
+    "a method that nobody names": (
+        lambda self, x: WITHOUT_ATTRIBUTES(x),
+        lambda patch, net: patch.setattr(First, "__call__", lambda self, x: x * 3),
+    ),
+    "a name in a class that is made": (with_class, lambda patch, net: patch.setitem(globals(), "SCALE", 3.0)),
+    "a name of a module that names itself": (
+        lambda self, x: x * elsewhere.itself.scale,
+        lambda patch, net: patch.setattr(elsewhere, "scale", 3.0),
+    ),
+    "a number around a function of the model": (
+        lambda self, x: self.around(self, x),
+        lambda patch, net: net.put(3.0),
     ),
     "an array": (lambda self, x: x * float(FACTORS[0]), lambda patch, net: put(FACTORS)),
     "an array of the model": (
@@ -389,15 +423,43 @@ def in_a_thread(self: Any, x: Tensor) -> Tensor:
     return x * (2 if found[0] else 3)
 
 
-COUNTED, POOL = [0.0], ThreadPoolExecutor(1)
+def in_a_pool(self: Any, x: Tensor) -> Tensor:
+    future = POOL.submit(lambda: x.detach().abs() + 1)
+    while not future.done():
+        pass
+    return x * future.result()
+
+
+def packed(self: Any, x: Tensor) -> Tensor:
+    return x + 0 * rnn.pack_padded_sequence(x.detach()[..., None], LENGTHS, batch_first=True).data.sum()
+
+
+def padded(self: Any, x: Tensor) -> Tensor:
+    sequence = rnn.PackedSequence(x.detach()[:, :1], LENGTHS[:1] * 0 + len(x))
+    return x + 0 * rnn.pad_packed_sequence(sequence)[0].sum()
+
+
+def warning_explicitly(self: Any, x: Tensor) -> Tensor:
+    warnings.warn_explicit("look here", UserWarning, __file__, 1)
+    return x
+
+
+COUNTED, POOL, LENGTHS = [0.0], ThreadPoolExecutor(1), torch.tensor([6, 6, 6, 6])
 UNKNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "values of an array": lambda self, x: x * (2 if x.detach().numpy().sum() > 0 else 3),
     "values of a list": lambda self, x: x * (2 if sum(x.detach().sum(1).tolist()) > 0 else 3),
     "values as numpy asks for them": lambda self, x: x * float(np.asarray(x.detach()).shape[1]),
     "values by another package": lambda self, x: x * float(np.from_dlpack(x.detach()).shape[1]),
-    "a function of Python for each value": lambda self, x: x + x.detach().clone().apply_(lambda value: max(value, 0.0)),
+    "a function of Python for each value": lambda self, x: x + x.detach().clone().apply_(lambda value: value),
+    "a function of two values": lambda self, x: x + x.detach().clone().map_(x.detach(), lambda value, other: value),
+    "a function of three values": lambda self, x: (
+        x + x.detach().clone().map2_(x.detach(), x.detach(), lambda value, *others: value)  # type: ignore[attr-defined]
+    ),
+    "lengths of sequences that are packed": packed,
+    "lengths of sequences that are unpacked": padded,
     "places as values": lambda self, x: x * len(torch.tensor_split(x.detach(), (x.detach()[:2, 0] > 0).long())),
     "another thread": in_a_thread,
+    "a thread of a pool that nobody waits for": in_a_pool,
     "a thread of a pool": lambda self, x: x * POOL.submit(lambda: x.detach().abs() + 1).result(),
     "random numbers": drawn,
     "a number that changes": counted,
@@ -407,6 +469,7 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a tensor that is written to": lambda self, x: x * TENSOR.mul_(1.0),
     "a model beside it": lambda self, x: OTHER(x),
     "a warning": warning,
+    "a warning by its place": warning_explicitly,
 }
 
 
@@ -451,6 +514,36 @@ def test_a_variable_inside_of_what_is_recorded_is_no_obstacle(vectors: Tensor) -
     assert all(heatmaps(attribution, vectors)) and attribution._replayed.replays.replayed == 2
 
 
+def test_a_variable_around_a_function_may_be_missing(vectors: Tensor) -> None:
+    def read(self: Any, x: Tensor) -> Tensor:
+        return x * 2 if self is not None else later
+
+    attribution = replaying(read)
+    assert all(heatmaps(attribution, vectors)) and attribution._replayed.replays.replayed == 2
+    later = vectors
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_meanwhile(collects: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with NamesRead():
+            meanwhile = gc.isenabled()
+        assert not meanwhile and gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.filterwarnings("ignore:look here")
+def test_an_error_is_that_of_the_computation(vectors: Tensor) -> None:
+    with pytest.raises(NotReplayableError, match="calls warn"), NamesRead():
+        warning(None, vectors)
+    with pytest.raises(ZeroDivisionError), NamesRead():
+        warning(None, vectors / (1 // 0))
+    assert sys.getprofile() is None
+
+
 def test_under_a_profiler_nothing_is_recorded(vectors: Tensor) -> None:
     attribution, calls, before = replaying(lambda self, x: x * 2), [0], sys.getprofile()
 
@@ -463,3 +556,12 @@ def test_under_a_profiler_nothing_is_recorded(vectors: Tensor) -> None:
     finally:
         sys.setprofile(before)
     assert calls[0] and attribution._replayed.replays.replayed == 0
+
+
+def test_what_is_given_up_stays_so_when_a_name_changes(vectors: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    attribution = replaying(lambda self, x: x * SCALE)
+    assert all(heatmaps(attribution, vectors))
+    (entry,) = attribution._replayed.replays._entries.values()
+    entry.drop(for_good=True)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    assert all(heatmaps(attribution, vectors)) and attribution._replayed.replays.replayed == 2

@@ -34,10 +34,11 @@ from crp.engine.replayed import Replayed
 LAYER = "features.7"
 
 
-def replaying(model: nn.Module) -> CondAttribution:
-    """Attribution that records calls of kernels at the third time."""
-    attribution = CondAttribution(model)
-    attribution._replayed = Replayed(CallRecorder(2, cost=0))
+def replaying(model: nn.Module, ahead: bool = False) -> CondAttribution:
+    """Attribution that records calls of kernels at the third time, and may replay them before it looks, as a GPU."""
+    attribution, recorder = CondAttribution(model), CallRecorder(2, cost=0)
+    recorder.runs_ahead = ahead
+    attribution._replayed = Replayed(recorder)
     return attribution
 
 
@@ -83,10 +84,9 @@ def test_data_and_targets_are_inputs(vgg_bn: nn.Module, images: Tensor, preset: 
     assert count(attribution) == 3
 
 
-def test_masks_are_inputs(vgg_bn: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_inputs(vgg_bn: nn.Module, images: Tensor) -> None:
     """All concepts of a layer replay one recording."""
-    monkeypatch.setattr(CallRecorder, "runs_ahead", True)
-    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    attribution, rules = replaying(vgg_bn, ahead=True), EpsilonPlusFlat()
     plain = CondAttribution(vgg_bn)
     plain.replay = False
     conditions = [{"y": [i % 5], LAYER: [i % 8, 3], "features.3": [i % 6]} for i in range(20)]
@@ -132,10 +132,9 @@ def test_results_are_the_callers_own(vgg_bn: nn.Module, images: Tensor) -> None:
     assert count(attribution) == 6
 
 
-def test_an_error_comes_in_its_turn(vgg_bn: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_comes_in_its_turn(vgg_bn: nn.Module, images: Tensor) -> None:
     """On a GPU, a part is computed while the one before is given; what goes wrong there does not take that one."""
-    monkeypatch.setattr(CallRecorder, "runs_ahead", True)
-    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    attribution, rules = replaying(vgg_bn, ahead=True), EpsilonPlusFlat()
     conditions = [{"y": [0], LAYER: [i % 8]} for i in range(10)]
     parts = attribution.generate(images[:1], conditions, rules, batch_size=2, verbose=False)
     plain = CondAttribution(vgg_bn)
@@ -150,17 +149,14 @@ def test_an_error_comes_in_its_turn(vgg_bn: nn.Module, images: Tensor, monkeypat
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_memory_that_is_gone_is_not_read(
-    vgg_bn: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, ahead: bool
-) -> None:
+def test_memory_that_is_gone_is_not_read(vgg_bn: nn.Module, images: Tensor, ahead: bool) -> None:
     """A trusted recording is replayed before the model is looked at, but not where memory it reads was given back."""
-    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    attribution, rules = replaying(vgg_bn, ahead), EpsilonPlusFlat()
     warmed(attribution, images, rules)
     (entry,) = attribution._replayed.replays._entries.values()
     recording: Any = entry.recording
     recording.can_read = lambda: False
     recording.replay = lambda *_, **__: pytest.fail("it reads memory that is gone")
-    monkeypatch.setattr(CallRecorder, "runs_ahead", ahead)
     for scale in (1, 2):
         assert_same(attribution, images * scale, [{"y": [scale]}], rules)
     assert count(attribution) == 4  # (by a recording of its own)
@@ -201,9 +197,12 @@ def other_class(model: nn.Module) -> None:
 CHANGES = [in_place, replaced, loaded, statistics, attribute, other_layer, other_class]
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_model_is_recorded_anew(vgg_bn: nn.Module, images: Tensor, change: Callable[[Any], None]) -> None:
-    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+def test_a_changed_model_is_recorded_anew(
+    vgg_bn: nn.Module, images: Tensor, change: Callable[[Any], None], ahead: bool
+) -> None:
+    attribution, rules = replaying(vgg_bn, ahead), EpsilonPlusFlat()
     warmed(attribution, images, rules)
     change(vgg_bn)
     assert_same(attribution, images, [{"y": [0]}], rules)
@@ -279,14 +278,18 @@ def test_other_shapes_have_recordings_of_their_own(vgg_bn: nn.Module, images: Te
 
 
 def test_only_some_recordings_are_kept(vgg_bn: nn.Module, images: Tensor) -> None:
-    attribution = replaying(vgg_bn)
-    for _ in range(replay.KEPT + 2):
+    attribution, first = replaying(vgg_bn), EpsilonPlus()
+    warmed(attribution, images, first)
+    for number in range(replay.KEPT + 2):
         rules = EpsilonPlus()
         for scale in range(5):
             attribution(images / (scale + 1), [{"y": [0]}], rules)
+        attribution(images, [{"y": [0]}], first)
+        assert count(attribution) == 2 + 3 * (number + 1)  # (what is used is kept)
     assert len(attribution._replayed.replays._entries) == replay.KEPT
     attribution._replayed.replays.clear()
     assert_same(attribution, images, [{"y": [0]}], rules)
+    assert len(attribution._replayed.replays._entries) == 1 and count(attribution) == 2 + 3 * (number + 1)
 
 
 class Scaled(composites.Composite):
@@ -417,9 +420,7 @@ def test_what_a_model_keeps_is_of_every_call(vectors: Tensor, what: str) -> None
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_modes_of_others_see_every_call(
-    vgg_bn: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, ahead: bool
-) -> None:
+def test_modes_of_others_see_every_call(vgg_bn: nn.Module, images: Tensor, ahead: bool) -> None:
     class Counting(TorchDispatchMode):
         n = 0
 
@@ -427,9 +428,8 @@ def test_modes_of_others_see_every_call(
             self.n += "convolution" in func.overloadpacket.__name__
             return func(*args, **(kwargs or {}))
 
-    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    attribution, rules = replaying(vgg_bn, ahead), EpsilonPlusFlat()
     warmed(attribution, images, rules)
-    monkeypatch.setattr(CallRecorder, "runs_ahead", ahead)
     plain = CondAttribution(vgg_bn)
     plain.replay = False
     with Counting() as usual:
@@ -519,23 +519,32 @@ class Peeking(nn.Linear):
         return super().forward(x * (2 if first > 0 else 3))
 
 
-def test_what_depends_on_unseen_python_is_found_out(vectors: Tensor) -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_depends_on_unseen_python_is_found_out(vectors: Tensor, ahead: bool) -> None:
     """A replay is compared with the computation once more, on other data."""
-    attribution, rules = replaying(Peeking(6, 4).double().eval()), composites.get("epsilon")
+    attribution, rules = replaying(Peeking(6, 4).double().eval(), ahead), composites.get("epsilon")
     for sign in (1, 1, 1, -1, 1, -1):
         assert_same(attribution, vectors[:1].abs() * sign, [{"y": [1]}], rules)
     assert count(attribution) == 1
 
 
-@pytest.mark.parametrize(("period", "replays"), [(3, 2), (4, 4), (12, 50)])
-def test_recordings_that_are_discarded_soon_are_made_less_often(
-    vectors: Tensor, monkeypatch: pytest.MonkeyPatch, period: int, replays: int
-) -> None:
+#: Calls before which weights change, and how many of 60 are replayed.
+CHANGED = {
+    "each third": (range(0, 60, 3), 2),
+    "each fourth": (range(0, 60, 4), 4),
+    "each sixth, as often again": (range(0, 60, 6), 40),
+    "each third, with a pause": ((*range(0, 20, 3), 30, *range(33, 60, 3)), 11),
+}
+
+
+@pytest.mark.parametrize("when", CHANGED)
+def test_recordings_that_are_discarded_soon_are_made_less_often(vectors: Tensor, when: str) -> None:
     model = nn.Linear(6, 4).double().eval()
+    changes, replays = CHANGED[when]
     attribution, rules = replaying(model), composites.get("epsilon")
     attribution(vectors, [{"y": [0]}], rules)
     for number in range(60):
-        if number % period == 0:
+        if number in changes:
             model.weight.data.mul_(-1.5)
         assert_same(attribution, vectors / (number + 1), [{"y": [0]}], rules)
     assert count(attribution) == replays

@@ -403,6 +403,11 @@ class Private(nn.Module):
         return x * float(self.draw(self.held[0]))
 
 
+def drawing_from(generator: random.Random) -> Callable[[Tensor], Tensor]:
+    """A function with a generator around it."""
+    return lambda x: x * generator.random()
+
+
 DRAWING = {
     "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=True),
     "torch": Noise(),
@@ -412,6 +417,7 @@ DRAWING = {
     "own of Python": Private(random.Random(0)),
     "own of NumPy": Private(np.random.default_rng(0)),
     "own of NumPy, older": Private(np.random.RandomState(0)),
+    "around a function": drawing_from(random.Random(0)),
     "of the system": Private(random.SystemRandom()),
 }
 

@@ -21,7 +21,7 @@ from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
-from crp.engine.joining import Part
+from crp.engine.results import Part
 from crp.engine.settings import Reading, Settings
 from crp.errors import InputError
 from crp.layers import hooked

@@ -24,7 +24,7 @@ _WIDEST = 8192
 _FAINT = 1e-4
 
 
-class Histograms(NamedTuple):
+class _Histograms(NamedTuple):
     """Distributions of all concepts of a layer.
 
     Attributes
@@ -74,7 +74,7 @@ class LayerFacts:
         Best samples, each once, of a concept; fewer than asked for are filled by those of value 0.
     negative : ReferenceSamples or None
         Samples of the least relevance; None where they were not asked for, or sums of relevance were not mined.
-    histograms : mapping of mode to Histograms
+    histograms : mapping of mode to _Histograms
     alike : (array, array) of shape (concepts, few)
         Concepts whose relevance goes along with that of each, and the cosine.
     """
@@ -84,7 +84,7 @@ class LayerFacts:
     relevant: ReferenceSamples
     active: ReferenceSamples | None
     negative: ReferenceSamples | None
-    histograms: dict[str, Histograms]
+    histograms: dict[str, _Histograms]
     alike: tuple[Array, Array]
 
     @property
@@ -179,7 +179,7 @@ def concepts_of_samples(table: Table, layer: str, samples: Sequence[int], n: int
     return found
 
 
-def _histograms(table: Table, layer: str, mode: str, kind: str, normed: bool) -> Histograms:
+def _histograms(table: Table, layer: str, mode: str, kind: str, normed: bool) -> _Histograms:
     def blocks() -> Any:
         found = table.blocks(layer, mode, kind, normed)
         return once_per_sample(found) if mode == "activation" else found
@@ -194,7 +194,7 @@ def _histograms(table: Table, layer: str, mode: str, kind: str, normed: bool) ->
         place = ((block.value - low) / width * BINS).astype(np.int64).clip(0, BINS - 1)
         flat = (place + np.arange(n) * BINS).ravel()
         height += np.bincount(flat, minlength=n * BINS).reshape(n, BINS)
-    return Histograms(low, high, height)
+    return _Histograms(low, high, height)
 
 
 def _alike(table: Table, layer: str, kind: str, n: int) -> tuple[Array, Array]:

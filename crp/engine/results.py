@@ -1,18 +1,84 @@
-"""Results of several passes in one: means of the same rows, and rows one after the other."""
+"""Results of rows: made of what passes have left, averaged over passes, and put one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from crp.engine.conditions import row_index
+from crp.engine.backward import input_name
+from crp.engine.conditions import Rows, row_index
+from crp.engine.forward import ForwardPass
+from crp.engine.settings import Settings
 from crp.types import AttributionResults
 
 #: Results of some rows, and the relevance of each input that is explained, (rows, *input shape).
 Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
+
+
+def results_of(
+    passed: ForwardPass,
+    rows: Rows,
+    prediction: Tensor,
+    arrived: dict[str, Tensor],
+    settings: Settings,
+    heatmap_of: Callable[..., Tensor],
+    *,
+    is_shared: bool,
+    last: bool,
+) -> Part:
+    """Results of some rows, from the prediction of each and what ``arrived`` at each input and layer.
+
+    What is read is taken out of ``arrived``, so that nobody keeps it. Where this is the ``last`` use of the forward
+    pass, results may be in its memory. ``is_shared`` leaves the prediction as it lies, as that of a text is large.
+    """
+    encoding, own = passed.encoding, partial(_own, settings)
+    relevances_of_inputs = [arrived.pop(input_name(number)) for number in range(len(passed.inputs.explained))]
+    keeps = encoding.multiplier and settings.multipliers
+    activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}
+    relevances, multipliers, counted = {}, {}, {}
+    for name in passed.layers:
+        of_layer = arrived.pop(name)
+        relevances[name] = own(encoding.read(of_layer, passed.value(name, rows)))
+        if keeps:
+            multipliers[name] = relevances[name] if encoding.as_multiplier else own(of_layer)
+            counted[name] = activations[name] if name not in passed.references else own(passed.value(name, rows))
+    heatmaps = []
+    for leaf, relevance in zip(passed.inputs.explained, relevances_of_inputs, strict=True):
+        explained = passed.of_rows(leaf, rows)
+        explained.grad = relevance
+        heatmaps.append(heatmap_of(explained, settings.on_device))
+    result = AttributionResults(
+        passed.inputs.shaped(heatmaps),
+        activations,
+        relevances,
+        own(prediction, is_shared),
+        encoding=encoding.name,
+        multipliers=multipliers if keeps else None,
+        counted=counted if keeps and not encoding.as_multiplier else None,
+    )
+    return result, relevances_of_inputs
+
+
+def _own(settings: Settings, tensor: Tensor, is_shared: bool = False) -> Tensor:
+    """Tensor on the device that was asked for, in the usual layout; what rows share becomes each row's own.
+
+    The caller may then write into it. ``is_shared`` leaves it as it is in memory.
+    """
+    usual = not (settings.as_computed or is_shared) and (settings.channels_last or tensor.stride()[:1] == (0,))
+    tensor = tensor.contiguous() if usual else tensor
+    return tensor.to(settings.on_device) if settings.on_device else tensor
+
+
+def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
+    """Heatmap from the relevance of an input, ``data.grad``; see `CondAttribution.heatmap_modifier`."""
+    assert data.grad is not None
+    heatmap = data.grad.detach()
+    heatmap = heatmap.sum(dim=1) if heatmap.dim() > 1 else heatmap
+    return heatmap.to(on_device) if on_device else heatmap
 
 
 def average(parts: Sequence[Part]) -> Part:
@@ -20,7 +86,8 @@ def average(parts: Sequence[Part]) -> Part:
     if len(parts) == 1:
         return parts[0]
     first, _ = parts[0]
-    heatmap, relevances = (_each([getattr(result, field) for result, _ in parts], _mean) for field in _AVERAGED)
+    heatmap = _each([result.heatmap for result, _ in parts], _mean)
+    relevances = _each([result.relevances for result, _ in parts], _mean)
     result = AttributionResults(heatmap, first.activations, relevances, first.prediction, encoding=first.encoding)
     return result, _each([of_inputs for _, of_inputs in parts], _mean)
 
@@ -40,9 +107,6 @@ def one_ahead(parts: Iterator[Part]) -> Iterator[Part]:
         yield current.pop()  # (the caller alone keeps it)
     if error is not None:
         raise error
-
-
-_AVERAGED = ("heatmap", "relevances")
 
 
 def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
