@@ -44,45 +44,45 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3223,
+    "attributors": 3224,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
-    "audit": 2466,
+    "audit": 2472,
     "canonizers": 844,
     "commands": 2290,
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
     "composites": 3944,
-    "concept_graph": 203,
+    "concept_graph": 215,
     # (what is no relevance, and masks that return none)
-    "concepts": 2053,
+    "concepts": 2055,
     "demo": 900,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6152,
+    "engine": 6182,
     "image": 1491,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here)
-    "layers": 1248,
+    "layers": 1266,
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 5915,
+    "rules": 5930,
     # (along which axis the channels of a layer are)
     "trace": 1362,
     "types": 151,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4787,
+    "visualization": 4798,
     "visualization.mining": 4244,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
     "visualization.report": 4645,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
-    "visualization.table": 2613,
+    "visualization.table": 2656,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 904
+PUBLIC_NAMES = 906
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
