@@ -73,7 +73,7 @@ class State:
 
     It holds no longer where one is replaced, where a tensor is written to, and where a list, dict, object or function
     leads to something else. Writes through ``.data`` into the same memory are noticed where the host has it (see
-    `glimpse`). What leads to an iterator, or to too much, cannot be known, and never holds.
+    `glimpse`). What leads to an iterator, a scripted module, or too much, cannot be known, and never holds.
 
     Parameters
     ----------
@@ -116,6 +116,9 @@ class State:
             kind: Any = type(value)
             if kind in _SIMPLE or id(value) in self._seen:
                 continue
+            if isinstance(value, torch.jit.ScriptModule):  # (what it holds is outside of Python)
+                self._is_known = False
+                break
             self._seen.add(id(value))
             if isinstance(value, Tensor):
                 self._tensors.append(value)

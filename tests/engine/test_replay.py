@@ -511,6 +511,15 @@ def test_models_that_decide_are_computed_each_time(vectors: Tensor, by: str) -> 
     assert count(attribution) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_scripted_part_is_computed_each_time(vectors: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), torch.jit.script(nn.Tanh())).double().eval()
+    attribution, rules = replaying(model), composites.get("gradient")
+    for number in range(5):
+        assert_same(attribution, vectors * number, [{"y": [1]}], rules)
+    assert count(attribution) == 0
+
+
 class Peeking(nn.Linear):
     """Reads memory in a way that nobody can see."""
 
