@@ -165,6 +165,7 @@ class Scaled(nn.Linear):
         self.numbers["list"] = self.numbers["lists"][0]
         self.extended, self.bound, self.early = Extended(), OBJECT.scaled, None
         self.around, self.put = local(2.0)
+        self.kinds, self.content = {"once"}, bytearray(b"\2")
         self.extended.scale = 2.0  # type: ignore[attr-defined]
         self.twice = nn.Sequential(nn.Tanh(), nn.ReLU(), nn.Tanh())
         vars(self)["unknown"] = nn.LeakyReLU(0.1)
@@ -271,6 +272,15 @@ READS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[pytest.MonkeyP
         lambda patch, net: put(net.factors),
     ),
     "a tensor": (lambda self, x: x * TENSOR, lambda patch, net: put(TENSOR)),
+    "a set of the model": (
+        lambda self, x: x * (3 if "twice" in self.kinds else 2),
+        lambda patch, net: net.kinds.add("twice"),
+    ),
+    "bytes of the model": (lambda self, x: x * self.content[0], lambda patch, net: put(net.content, 3)),
+    "a view of bytes of the model": (
+        lambda self, x: x * memoryview(self.content)[0],
+        lambda patch, net: put(net.content, 3),
+    ),
     "a queue of the model": (lambda self, x: x * self.queue[0], lambda patch, net: put(net.queue)),
     "a slot of an object of the model": (
         lambda self, x: x * self.settings.scale,
