@@ -152,7 +152,7 @@ class SeeingMode(TorchFunctionMode):
         layer, passed = None, _passed(op, self.notes.born)  # (operands may be overwritten, and then nothing is known)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
-            if op.known.has("step"):  # (a constant, which no factor beside it must share relevance with)
+            if "step" in op.known.properties:  # (a constant, which no factor beside it must share relevance with)
                 result = result.detach_() if op.is_in_place and not result._is_view() else result.detach()
         else:
             result, layer = self._by_rule(choice, op)
