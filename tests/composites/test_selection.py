@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from crp.composites import LRP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Last
+from crp.composites.origins import Origins
 from crp.layers import LayerNotFoundError
 from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Rule, Whole, WSquare, ZPlus
 
@@ -375,3 +376,12 @@ def test_positions_are_counted_anew_after_another_path():
     other = Unrolled()
     other.n = 5
     torch.testing.assert_close(heatmap(model, composite, data), heatmap(other, composite, data))
+
+
+def test_weights_that_are_computed_apart_are_layers_of_their_own():
+    """Also where one is gone before the next is made, which may then have its place in memory."""
+    origins = Origins(nn.Linear(2, 2))
+    found = [origins.of(torch.ones(3)) for _ in range(50)]
+    assert len({*found}) == 50
+    kept = torch.ones(3)
+    assert origins.of(kept) == origins.of(kept) not in found
