@@ -97,7 +97,8 @@ class Notes:
 
     def __init__(self) -> None:
         self._notes: dict[int, Note] = {}
-        self._writes: dict[int, tuple[int, int]] = {}  # last seen change in place, by base: version, flags
+        #: Last seen change in place, by base, which may be gone: itself, its version, flags.
+        self._writes: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
         self._inputs: list[Any] = []  # nodes and leaves of the model's inputs in autograd's graph
         self.tolerant = 0
 
@@ -123,7 +124,7 @@ class Notes:
             whole = note.flags & flags if note is not None and note.tensor() is base else flags & ~NONNEGATIVE
             self._notes[id(base)] = Note(base, whole)
         self._notes[id(target)] = Note(target, flags, copied)
-        self._writes[id(base)] = (target._version, flags)
+        self._writes[id(base)] = (weakref.ref(base), target._version, flags)
 
     def add_copy(self, copy: Tensor, original: Tensor) -> None:
         """Note that a tensor is a copy of another one."""
@@ -223,7 +224,8 @@ class Notes:
     def _find(self, tensor: Tensor, unseen: Callable[[Tensor, bool], None]) -> Note | None:
         """Note of a tensor that has none of its own for its present values; None if the input has no part in it."""
         note, base = self._notes.get(id(tensor)), tensor if tensor._base is None else tensor._base
-        version, flags = self._writes.get(id(base), (-1, 0))
+        written = self._writes.get(id(base))
+        version, flags = written[1:] if written is not None and written[0]() is base else (-1, 0)
         known = note is not None and note.tensor() is tensor
         if not known and tensor._base is not None:  # a view that no operation returned
             of_base = self._notes.get(id(base))
