@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from crp.engine.attached import put_on
 from crp.engine.inputs import Inputs
 from crp.engine.model_state import State, is_traced
-from crp.engine.module_hooks import HOOKS, _changed_hooks, _OfOtherThreads
+from crp.engine.module_hooks import _changed_hooks, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.interrupts import atomic
@@ -206,7 +206,7 @@ def _looking_at(model: nn.Module) -> Iterator[Snapshot]:
         def silent(hook: Callable[..., Any]) -> Callable[..., Any]:
             return hook if id(getattr(hook, "__self__", None)) in parts else _OfOtherThreads(hook, thread)
 
-        with _changed_hooks(modules, HOOKS, silent):
+        with _changed_hooks(modules, silent):
             yield snapshot
 
 

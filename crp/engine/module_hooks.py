@@ -42,11 +42,10 @@ class _OfOtherThreads(OfThread):
 
 @atomic
 def _changed_hooks(
-    modules: Iterable[nn.Module], kinds: Iterable[str], change: Callable[[Callable[..., Any]], Callable[..., Any]]
+    modules: Iterable[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Context in which others act in place of hooks of these kinds, on these modules and on all."""
-    of_all = dict(zip(HOOKS, _ON_ALL_MODULES, strict=True))
-    groups = [hooks for kind in kinds for hooks in (of_all[kind], *(getattr(module, kind) for module in modules))]
+    """Context in which others act in place of hooks on these modules and on all."""
+    groups = [*_ON_ALL_MODULES, *(getattr(module, kind) for module in modules for kind in HOOKS)]
     own = [(hooks, number, hook) for hooks in groups for number, hook in hooks.items()]
     try:
         for hooks, number, hook in own:
