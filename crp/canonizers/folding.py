@@ -7,18 +7,16 @@ exact where a constant that is added to the input reaches every output alike, or
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.canonizers.norms import _affine, _sources
-from crp.layers.glimpses import glimpse
+from crp.layers.marks import TensorMark
 
 #: Layers that can take in a batch norm.
 LINEAR = (nn.Linear, _ConvNd)
@@ -91,7 +89,7 @@ def fold(
     """Weight and bias of a layer with the batch norms in it; computed again only when a tensor has changed.
 
     Optimizers, ``load_state_dict``, conversions and in-place operations are noticed; writes through ``tensor.data``,
-    which torch does not count as changes, as far as a `glimpse` sees.
+    which torch does not count as changes, as far as a `TensorMark` sees.
     """
     tensors = [weight, bias]
     for norm in (before, after):
@@ -99,7 +97,7 @@ def fold(
     settings = [form, getattr(before, "eps", None), getattr(after, "eps", None)]
     known = _folded.get(weight)  # type: ignore[no-untyped-call]
     if known is None or known[0] != settings or not _unchanged(known[1], tensors):
-        marks = [None if tensor is None else _Mark(tensor) for tensor in tensors]
+        marks = [None if tensor is None else TensorMark(tensor) for tensor in tensors]
         known = _folded[weight] = (settings, marks, *_compute(form, weight, bias, before, after))
     return known[2], known[3]
 
@@ -110,30 +108,12 @@ def _has_shift(norm: Any) -> bool:
         return bool(_affine(norm, torch.promote_types(norm.running_mean.dtype, torch.float32)).shift.any())
 
 
-class _Mark:
-    """Recognizes a tensor as long as nobody writes to it, or gives it other memory."""
-
-    __slots__ = ("_state", "_storage", "_tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        # While this is held, no other storage can have the same address.
-        self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self._state = self._state_of(tensor)
-
-    @staticmethod
-    def _state_of(tensor: Tensor) -> tuple[object, ...]:
-        version = object() if tensor.is_inference() else tensor._version  # inference tensors do not count: never equal
-        address = tensor.untyped_storage()._cdata
-        return version, address, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), glimpse(tensor)
-
-
-def _unchanged(marks: list[_Mark | None], tensors: list[Tensor | None]) -> bool:
+def _unchanged(marks: list[TensorMark | None], tensors: list[Tensor | None]) -> bool:
     for mark, tensor in zip(marks, tensors, strict=True):
         if mark is None or tensor is None:
             if mark is not None or tensor is not None:
                 return False
-        elif mark._tensor() is not tensor or mark._state != mark._state_of(tensor):
+        elif not mark.is_of(tensor):
             return False
     return True
 

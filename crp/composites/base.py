@@ -154,7 +154,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         entries, modules = self.entries, modules_of(module)
         assert self._ready is not None
         choices = self._ready[2]
-        if any(isinstance(child, ByChainRule) for child in modules.values()):
+        if any(issubclass(kind, ByChainRule) for kind in {*map(type, modules.values())}):
             entries, choices = _by_chain_rule_first(entries), {}
         addressed = _addresses(entries, modules)  # (errors come before anything is done)
         try:

@@ -8,7 +8,7 @@ from torch import nn
 from zennit.core import Hook
 
 from crp.engine.attached import LEFT_BEHIND, USES, placed, undo_use
-from crp.engine.module_hooks import HOOKS, _owner_of
+from crp.engine.module_hooks import _hooks_of, _owner_of
 from crp.engine.turns import TURNS, parts_of
 from crp.layers import modules_of, unwrap
 
@@ -51,8 +51,8 @@ def attached(model: nn.Module) -> list[_Addition]:
         if id(use.model) in names and use.composite not in known
     ]
     for name, module in modules.items():
-        for kind in HOOKS:
-            owned = [(hook, owner) for hook in getattr(module, kind).values() if (owner := _owner_of(hook)) is not None]
+        for hooks in _hooks_of(module):
+            owned = [(hook, owner) for hook in hooks.values() if (owner := _owner_of(hook)) is not None]
             ours = {id(owner): (type(owner).__name__, getattr(hook, "_thread", None)) for hook, owner in owned}
             found += [_Addition(what, name, thread) for what, thread in ours.values()]
     return found
@@ -86,8 +86,7 @@ def clear(model: nn.Module) -> list[_Addition]:
             if any(one.module is part for part in modules.values()):
                 one.composite.remove()
         for module in modules_of(model).values():
-            for kind in HOOKS:
-                hooks = getattr(module, kind)
+            for hooks in _hooks_of(module):
                 for number in [number for number, hook in hooks.items() if _owner_of(hook) is not None]:
                     owner = _owner_of(hooks.pop(number))
                     if isinstance(owner, Hook):

@@ -31,9 +31,9 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from zennit.core import Composite
 
-from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS
+from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.layers import modules_of
-from crp.layers.glimpses import glimpse
+from crp.layers.marks import TensorMark
 
 #: Attributes that torch gives every module: parameters and buffers are compared one by one, and where there are hooks,
 #: nothing is.
@@ -64,8 +64,7 @@ def is_traced() -> bool:
 
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
-    on_model = (getattr(module, kind) for module in modules_of(model).values() for kind in HOOKS)
-    return is_traced() or any(_ON_ALL_MODULES) or any(on_model)
+    return is_traced() or any(_ON_ALL_MODULES) or any(map(any, map(_hooks_of, modules_of(model).values())))
 
 
 class State:
@@ -73,7 +72,8 @@ class State:
 
     It holds no longer where one is replaced, where a tensor is written to, and where a list, dict, object or function
     leads to something else. Writes through ``.data`` into the same memory are noticed where the host has it (see
-    `glimpse`). What leads to an iterator, a scripted module, or too much, cannot be known, and never holds.
+    `TensorMark`). What leads to an iterator, a scripted module, a sparse tensor, or too much, cannot be known: it never
+    holds.
 
     Parameters
     ----------
@@ -87,8 +87,7 @@ class State:
 
     def __init__(self, *values: object) -> None:
         self._values: list[Any] = []
-        self._tensors: list[Tensor] = []
-        self._states: list[object] = []  # of tensors
+        self._tensors: list[tuple[TensorMark, Tensor]] = []
         # What may change, how it is read, and what was read. (Kept, so that nothing else can take its place in memory.)
         self._read: list[tuple[Any, _Reader, list[Any]]] = []
         self._seen: set[int] = set()
@@ -101,7 +100,7 @@ class State:
         if not (self._is_known and _are_same(values, self._values)):
             return False
         same = all(_are_same(reader(value), parts) for value, reader, parts in self._read)
-        return same and [*map(_state_of, self._tensors)] == self._states
+        return same and all(mark.is_of(tensor) for mark, tensor in self._tensors)
 
     def leads_to(self, kinds: tuple[type, ...]) -> bool:
         """Whether values lead to an object of some kinds, or to more than can be known."""
@@ -116,13 +115,14 @@ class State:
             kind: Any = type(value)
             if kind in _SIMPLE or id(value) in self._seen:
                 continue
-            if isinstance(value, torch.jit.ScriptModule):  # (what it holds is outside of Python)
+            # (what a scripted module holds is outside of Python, and sparse tensors have no memory of their own)
+            is_sparse = isinstance(value, Tensor) and value.layout is not torch.strided
+            if is_sparse or isinstance(value, torch.jit.ScriptModule):
                 self._is_known = False
                 break
             self._seen.add(id(value))
             if isinstance(value, Tensor):
-                self._tensors.append(value)
-                self._states.append(_state_of(value))
+                self._tensors.append((TensorMark(value), value))
                 continue
             if (reader := _reader_of(kind)) is None:
                 continue
@@ -223,12 +223,6 @@ def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tupl
         for name, (tensor, version) in before.items()
         if name not in after or after[name][0] is not tensor or after[name][1] != version
     ]
-
-
-def _state_of(tensor: Tensor | None) -> object:
-    if tensor is None or tensor.is_inference():
-        return None
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride(), glimpse(tensor)
 
 
 def _package(names: Mapping[str, Any], owner: object = None) -> str:

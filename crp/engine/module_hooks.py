@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from threading import get_ident
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch.nn.modules import module as torch_module
 from crp.layers.interrupts import atomic
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+#: Hooks of a module by number, in the order of `HOOKS`.
+_hooks_of: Callable[[nn.Module], tuple[dict[int, Any], ...]] = attrgetter(*HOOKS)
 #: Hooks on all modules by number, in the order of `HOOKS`.
 _ON_ALL_MODULES: tuple[dict[int, Any], ...] = tuple(vars(torch_module)[f"_global{kind}"] for kind in HOOKS)
 
@@ -45,7 +49,7 @@ def _changed_hooks(
     modules: Iterable[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Context in which others act in place of hooks on these modules and on all."""
-    groups = [*_ON_ALL_MODULES, *(getattr(module, kind) for module in modules for kind in HOOKS)]
+    groups = [*_ON_ALL_MODULES, *chain.from_iterable(map(_hooks_of, modules))]
     own = [(hooks, number, hook) for hooks in groups for number, hook in hooks.items()]
     try:
         for hooks, number, hook in own:

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class Replayed:
         def prepare() -> Computation | None:
             if is_watched(call.model):
                 return None
-            laid_out = usual.laid_out()
+            # (asked by the usual computation, which comes first: while recording, a model is watched)
+            laid_out = cache(usual.laid_out)
 
             def read(part: Part | None) -> Tensors | None:
                 if part is None:
@@ -98,10 +100,10 @@ class Replayed:
             def compute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 masks = {layer: tensors[f"mask {layer}"] for layer in given.masks}
                 inner = replace(
-                    laid_out,
+                    laid_out(),
                     inputs=Inputs.of(tensors["data"], settings.explain),
                     rows=alike,
-                    settings=replace(laid_out.settings, shared_start=given.shared),
+                    settings=replace(laid_out().settings, shared_start=given.shared),
                     given=Given(tensors["start"], masks, given.shared),
                 )
                 results = read(inner.at_once(composite))
@@ -109,7 +111,7 @@ class Replayed:
                 return results
 
             reads, saved = reads_of(call.model, composite), _SAVED * len(modules_of(call.model))
-            return Computation(reads, compute, lambda: read(laid_out.at_once(composite)), saved)
+            return Computation(reads, compute, lambda: read(laid_out().at_once(composite)), saved)
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if reading is not None else None

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.errors import InputError, InputTypeError
 from crp.layers.devices import can_be_read, send_to
-from crp.layers.glimpses import glimpse
+from crp.layers.marks import TensorMark
 from crp.notices import warn
 from crp.rules.layer import Layer, _ones, _square, negative, positive
 from crp.rules.lrp import LRPRule, Names
@@ -223,12 +223,12 @@ _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _placed(bound: Tensor, value: Tensor) -> Tensor:
     """Bound in the dtype and on the device of a value."""
-    state = (None if bound.is_inference() else bound._version, value.dtype, value.device, glimpse(bound))
-    known: tuple[object, Tensor] | None = _copies.get(bound)  # type: ignore[no-untyped-call]
-    if known is None or known[0] != state:
-        known = (state, send_to(value.device, bound.detach().to(value.dtype)))
-        _copies[bound] = known
-    return known[1]
+    known: tuple[TensorMark, Tensor] | None = _copies.get(bound)  # type: ignore[no-untyped-call]
+    if known is not None and known[0].is_of(bound) and (known[1].dtype, known[1].device) == (value.dtype, value.device):
+        return known[1]
+    copy = send_to(value.device, bound.detach().to(value.dtype))
+    _copies[bound] = TensorMark(bound), copy
+    return copy
 
 
 def _fitted(name: str, bound: float | Tensor, value: Tensor, layer: Layer) -> Tensor:

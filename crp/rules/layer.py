@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.errors import InputTypeError
 from crp.layers.devices import holds
-from crp.layers.glimpses import glimpse
+from crp.layers.marks import TensorMark
 from crp.rules.functions import Function, _parameters_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
@@ -346,16 +346,15 @@ def modified(weight: Tensor, modifier: Modifier) -> Tensor:
 
     Modifiers are told apart by identity or equality, and the last `KEPT` of a weight are kept: give a function,
     not a new ``lambda`` at each call. Optimizers, ``load_state_dict`` and in-place operations are noticed; writes
-    through ``weight.data``, which torch does not count as changes, as far as a `glimpse` sees.
+    through ``weight.data``, which torch does not count as changes, as far as a `TensorMark` sees.
     """
-    state = (weight._version, weight.data_ptr(), weight.device, weight.dtype, glimpse(weight))
-    known: dict[Modifier, tuple[object, Tensor]] = _modified.setdefault(weight, {})  # type: ignore[no-untyped-call]
-    if modifier not in known or known[modifier][0] != state:
+    known: dict[Modifier, tuple[TensorMark, Tensor]] = _modified.setdefault(weight, {})  # type: ignore[no-untyped-call]
+    if modifier not in known or not known[modifier][0].is_of(weight):
         with torch.no_grad():
             known.pop(modifier, None)
             while len(known) >= KEPT:
                 del known[next(iter(known))]
-            known[modifier] = (state, modifier(weight.detach()))
+            known[modifier] = (TensorMark(weight), modifier(weight.detach()))
     return known[modifier][1]
 
 

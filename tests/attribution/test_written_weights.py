@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
 from crp.composites import Composite, EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlusFlat
-from crp.layers.glimpses import glimpse
+from crp.layers.marks import TensorMark
 
 DATA = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -61,15 +61,18 @@ def test_writes_that_torch_does_not_count(
 @pytest.mark.parametrize(
     "shape", [(), (0,), (7,), (512, 512, 3, 3), (96, 1, 3, 3), (1000, 4096), (4096, 1000), (768, 3000)]
 )
-def test_a_glimpse_sees_channels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_mark_sees_channels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    seen = glimpse(tensor)
-    assert seen is not None and seen == glimpse(tensor) == glimpse(tensor.clone()) == glimpse(nn.Parameter(tensor))
+    mark, other = TensorMark(tensor), nn.Parameter(tensor)
+    assert mark.is_of(tensor) and TensorMark(other).is_of(other) and not mark.is_of(other)
     for axis in range(tensor.dim()):
         for place in range(0, tensor.shape[axis], 61):
-            changed = tensor.clone()
-            changed.select(axis, place).add_(1)
-            assert glimpse(changed) != seen, (axis, place)
+            channel = tensor.data.select(axis, place)
+            before = channel.clone()
+            channel += 1
+            assert not mark.is_of(tensor), (axis, place)
+            channel.copy_(before)
+            assert mark.is_of(tensor)
 
 
 @pytest.mark.parametrize(
@@ -82,17 +85,28 @@ def test_a_glimpse_sees_channels(shape: tuple[int, ...], dtype: torch.dtype) -> 
     ],
     ids=["channels last", "transposed", "part", "expanded"],
 )
-def test_a_glimpse_is_of_the_tensors_own_entries(view: Callable[[Tensor], Tensor]) -> None:
-    base = torch.zeros(8, 16, 3, 3)
-    tensor = view(base)
-    seen = glimpse(tensor)
-    tensor.detach()[0, 2] = 1
-    assert glimpse(tensor) != seen
+def test_a_mark_is_of_the_tensors_own_entries(view: Callable[[Tensor], Tensor]) -> None:
+    tensor = view(torch.zeros(8, 16, 3, 3))
+    mark = TensorMark(tensor)
+    tensor.data[0, 2] = 1
+    assert not mark.is_of(tensor)
+
+
+def test_a_mark_is_of_one_tensor_with_its_memory() -> None:
+    tensor = torch.zeros(4, 5)
+    mark, content = TensorMark(tensor), tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    assert not mark.is_of(tensor)
+    tensor.data = content
+    assert not mark.is_of(tensor) and not mark.is_of(tensor.clone())
 
 
 def test_there_is_no_glimpse_where_the_host_would_wait_or_there_are_no_numbers() -> None:
-    assert glimpse(torch.zeros(3, device="meta")) is None
-    assert glimpse(torch.eye(3).to_sparse()) is None
+    for tensor in (torch.zeros(3, device="meta"), torch.zeros(0, 3)):
+        mark = TensorMark(tensor)
+        assert mark._entries is None and mark.is_of(tensor)
+        tensor.add_(1)
+        assert not mark.is_of(tensor)
     taken_away = torch.zeros(3)
     taken_away.untyped_storage().resize_(0)
-    assert glimpse(taken_away) is None
+    assert TensorMark(taken_away)._entries is None

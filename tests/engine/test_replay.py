@@ -520,6 +520,29 @@ def test_a_scripted_part_is_computed_each_time(vectors: Tensor) -> None:
     assert count(attribution) == 0
 
 
+class Neighbours(nn.Module):
+    """A layer whose outputs are added up by a sparse matrix."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 3)
+        matrix = torch.tensor([[0.0, 1, 0], [2, 0, 0], [0, 3, 1]], dtype=torch.float64)
+        self.register_buffer("matrix", matrix.to_sparse(layout=layout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.get_buffer("matrix"), self.own(x).T).T
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_model_with_a_sparse_tensor_is_computed_each_time(vectors: Tensor, layout: torch.layout) -> None:
+    attribution = replaying(Neighbours(layout).double().eval())
+    rules = composites.get("gradient")
+    for number in range(5):
+        assert_same(attribution, vectors * number, [{"y": [1]}], rules)
+    assert count(attribution) == 0
+
+
 class Peeking(nn.Linear):
     """Reads memory in a way that nobody can see."""
 
