@@ -123,7 +123,6 @@ class State:
             self._seen.add(id(value))
             if isinstance(value, Tensor):
                 self._tensors.append((TensorMark(value), value))
-                continue
             if (reader := _reader_of(kind)) is None:
                 continue
             parts = reader(value)
@@ -168,7 +167,7 @@ def _reader_of(kind: type) -> _Reader | None:
         (_BUFFERS, lambda value: [bytes(value)]),
         (dict, lambda value: [*value, *value.values(), *_attributes(value)]),
         (_SEVERAL, lambda value: [*value, *_attributes(value)]),
-        (object, _attributes),
+        (object, _attributes if _names_of(kind) or not kind.__dictoffset__ else _own_attributes),
     ]
     plain: dict[type, _Reader] = {dict: lambda value: [*value, *value.values()], **dict.fromkeys(_SEVERAL, list)}
     return plain.get(kind) or next(reader for kinds, reader in readers if issubclass(kind, kinds))
@@ -236,6 +235,11 @@ def _attributes(value: Any) -> list[Any]:
     own, names = getattr(value, "__dict__", None), _names_of(value.__class__)
     of_object = [*own, *own.values()] if isinstance(own, dict) else []
     return of_object + [getattr(value, name, None) for name in names]
+
+
+def _own_attributes(value: Any) -> list[Any]:
+    """The same for an object of a class that has nothing else."""
+    return [*vars(value), *vars(value).values()]
 
 
 @lru_cache(maxsize=256)

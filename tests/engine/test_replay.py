@@ -246,6 +246,24 @@ def test_settings_in_an_object_are_compared(vectors: Tensor) -> None:
     assert count(attribution) == 3
 
 
+class Quantized(nn.Linear):
+    """Has a weight with a scale, which is an attribute of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale: float = getattr(self.weight, "scale")  # noqa: B009 (a tensor has none)
+        return super().forward(x) * scale
+
+
+def test_attributes_of_tensors_are_compared(vectors: Tensor) -> None:
+    model = Quantized(6, 4).double().eval()
+    vars(model.weight)["scale"] = 2.0
+    attribution, rules = replaying(model), composites.get("epsilon")
+    warmed(attribution, vectors, rules, [{"y": [1]}])
+    vars(model.weight)["scale"] = 3.0
+    assert_same(attribution, vectors, [{"y": [1]}], rules)
+    assert count(attribution) == 2
+
+
 def test_a_changed_composite_is_recorded_anew(vgg_bn: nn.Module, images: Tensor) -> None:
     attribution, rules = replaying(vgg_bn), composites.get("epsilon", epsilon=0.1)
     warmed(attribution, images, rules)
