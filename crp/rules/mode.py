@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
+from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.functions import Function, in_place, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Copied, Notes
@@ -62,7 +63,7 @@ class SeeingMode(TorchFunctionMode):
 
     def __init__(self, notes: Notes) -> None:
         super().__init__()
-        self.notes = notes
+        self.notes, self.products = notes, _Products()
         self._reading: Function | None = None
         self._aside = 0  # how often it was told to let functions pass as they are
 
@@ -121,6 +122,10 @@ class SeeingMode(TorchFunctionMode):
             mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
             return None
+        whole = self.products.summed(func, known, args, kwargs) if known.name in _SUMMING else None
+        if whole is not None:
+            func, (args, kwargs), known, inputs = whole.function, (whole.factors, {}), whole.known, []
+            flags = self.notes.read(args, inputs, self._unseen)
         op = Operation(func, args, kwargs, known, inputs, flags)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
@@ -213,6 +218,8 @@ class SeeingMode(TorchFunctionMode):
             parts = None if note is None else note.parts
         if parts is not None:
             self.notes.remember(result, parts)
+        if op.known.canonical == "mul" and not op.overwrites:
+            self.products.add(result, (*op.args, *op.kwargs.values()))
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
         """Output of an operation, with the rule as its gradient."""
