@@ -79,10 +79,6 @@ class _Products:
 
         return _Contraction(contract, factors.tensors, _SUMMING[known.name])
 
-    def clear(self) -> None:
-        """Forget the forward pass."""
-        self._factors.clear()
-
 
 def _is_special(tensor: Tensor) -> bool:
     return tensor.is_nested or tensor.layout != torch.strided
