@@ -22,16 +22,18 @@ fused, in both directions. These have no second derivative on the CPU: with ``cr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 from crp.errors import InputError
-from crp.rules.functions import Function, _parameters_of
+from crp.rules.base import Rule
+from crp.rules.functions import Function, _parameters_of, look_up
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
 from crp.rules.operands import ADDED
-from crp.rules.shared import Parts, _OfMethod, _Shared
+from crp.rules.shared import Parts, _OfMethod, _Proportional, _Shared
 from crp.trace.recorder import tensors_in
 
 #: What becomes of attention's probabilities: held constant, or given half of the relevance.
@@ -39,9 +41,38 @@ Attention: TypeAlias = Literal["constant", "split"]
 
 
 class _Exponential(NamedTuple):
-    """What a rule remembers of an exponential: by its sum, it may become a softmax."""
+    """What a rule remembers of exponentials, also scaled or masked: divided by their sum, they are a softmax."""
 
     source: Tensor
+
+
+def _exponential_of(rule: Rule, layer: Layer) -> _Exponential | None:
+    """What is remembered of an exponential that a call reads; None if it reads none."""
+    notes = filter(None, map(rule._note_of, layer.inputs))
+    return next((note.parts for note in notes if isinstance(note.parts, _Exponential)), None)
+
+
+def _as_softmax(rule: Rule, layer: Layer, exponential: _Exponential | None) -> Tensor | None:
+    """Output of a call that is a softmax in other words, with the chain rule of one; None if it is none.
+
+    Parameters
+    ----------
+    rule : Rule
+        In whose place the chain rule comes.
+    layer : Layer
+    exponential : _Exponential or None
+        Of the logits of which the output may be the softmax, but for entries that are 0.
+    """
+    if exponential is None or rule.attachment is None or exponential.source.shape != layer.output.shape:
+        return None
+    y = layer.output.detach()
+    logits, info = exponential.source.masked_fill(y == 0, -torch.inf), torch.finfo(y.dtype)
+    for dim in reversed(range(y.dim())):
+        softmax = Layer(torch.softmax, (logits, dim), {}, (logits,), look_up(torch.softmax), place=layer.place)
+        if y.shape[dim] > 1 and torch.allclose(softmax.output, y, rtol=max(1e-5, 16 * info.eps), atol=info.tiny):
+            layer.gives = Born.SOFTMAX
+            return cast(Tensor, _Proportional().attach(rule.attachment).operate(softmax))
+    return None
 
 
 class _Attending(_Shared):

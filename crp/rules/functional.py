@@ -16,13 +16,14 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.account import Shares
-from crp.rules.attention import Attention, _check_attention, _Exponential
-from crp.rules.base import Rule
-from crp.rules.functions import Function, look_up
+from crp.rules.attention import Attention, _as_softmax, _check_attention, _exponential_of
+from crp.rules.base import Attachment, Rule
+from crp.rules.functions import Function
 from crp.rules.layer import Layer
+from crp.rules.lrp import TINY
 from crp.rules.notes import Born
 from crp.rules.redirect import Redirect, SecondOrder, _released
-from crp.rules.shared import Part, Parts, _Proportional, _Shared
+from crp.rules.shared import Part, Parts, _Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
 Gates: TypeAlias = Literal["signal", "split"]
@@ -74,7 +75,8 @@ class Gate(_Shared):
 
     Both modes hold constant what other rules hold constant: a factor that is one over something and broadcast, as the
     deviation in a norm, and the weights of experts that a router chooses. A factor that a softmax has made is treated
-    as ``attention`` says.
+    as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry by
+    entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
 
     Parameters
     ----------
@@ -99,10 +101,16 @@ class Gate(_Shared):
     def operate(self, layer: Layer) -> Any:
         """Return the product; one factor alone is right by the ordinary chain rule."""
         if len(layer.inputs) == 1:
+            layer.parts = _exponential_of(self, layer)
             return layer.output
+        if any(born & Born.DIVISOR for born in layer.born):
+            softmax = _as_softmax(self, layer, _exponential_of(self, layer))
+            if softmax is not None:
+                return softmax
         held = self._gate(layer) if self._is_plain(layer) else None
         if held is None:
-            return super().operate(layer)
+            source = self._made_of(layer)
+            return super().operate(layer) if source is None else _Activation(source, self.attachment).operate(layer)
         return _SignalTimesGate.apply(*layer.inputs, held, layer.function, self.is_active)
 
     def _is_plain(self, layer: Layer) -> bool:
@@ -112,6 +120,16 @@ class Gate(_Shared):
         left, right = layer.inputs
         is_real = left.is_floating_point() and right.is_floating_point() and left is not right
         return is_real and self._account is None
+
+    def _made_of(self, layer: Layer) -> Tensor | None:
+        """What both factors are made of entry by entry, where the relevance is split; None if there is nothing."""
+        if self.attachment is None or self.mode == "signal" or layer.inputs[0] is layer.inputs[1]:
+            return None
+        note = None if self._gate(layer) is not None else self.attachment.notes.common(layer.inputs)
+        source = None if note is None else note.tensor()
+        if note is None or source is None or source._version != note.version or source.is_complex():
+            return None
+        return source if source.shape == layer.output.shape else None
 
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Products of two factors that a module without parts calls."""
@@ -157,6 +175,21 @@ def _checked(mode: Gates) -> Gates:
 def _is_broadcast(factor: Tensor, shape: torch.Size) -> bool:
     expanded = (size > 1 and stride == 0 for size, stride in zip(factor.shape, factor.stride(), strict=True))
     return factor.shape != shape or any(expanded)
+
+
+class _Activation(Linearized):
+    """A product of two factors that are made of one tensor entry by entry: an activation, which hands on as it is."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, source: Tensor, attachment: Attachment | None) -> None:
+        super().__init__(0.0)
+        self.source, self.attachment, self.multiplier = source, attachment, True
+
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """What the factors are made of, scaled to the product."""
+        nothing, y = self.source.abs() <= TINY, cast(Tensor, layer.output)
+        return [(self.source, y.masked_fill(nothing, 0) / self.source.masked_fill(nothing, 1))]
 
 
 class _SignalTimesGate(torch.autograd.Function):
@@ -226,26 +259,8 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        softmax = self._as_softmax(layer)
-        if softmax is None or self.attachment is None:
-            return super().operate(layer)
-        layer.gives = Born.SOFTMAX
-        return cast(Tensor, _Proportional().attach(self.attachment).operate(softmax))
-
-    def _as_softmax(self, layer: Layer) -> Layer | None:
-        """The call of the softmax that exponentials are over their sum; None if the quotient is another."""
-        if len(layer.inputs) != 2:
-            return None
-        above, below = layer.inputs
-        note = self._note_of(above)
-        if note is None or not isinstance(note.parts, _Exponential) or above.dim() != below.dim():
-            return None
-        summed = [d for d, (n, k) in enumerate(zip(above.shape, below.shape, strict=True)) if n != k]
-        total = above.sum(summed, keepdim=True) if len(summed) == 1 else None
-        if total is None or total.shape != below.shape or not torch.allclose(total, below, rtol=1e-5, atol=0):
-            return None
-        source = note.parts.source
-        return Layer(torch.softmax, (source, summed[0]), {}, (source,), look_up(torch.softmax), place=layer.place)
+        softmax = _as_softmax(self, layer, _exponential_of(self, layer))
+        return super().operate(layer) if softmax is None else softmax
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Dividend, scaled by one over the divisor; a divisor alone hands its relevance on."""

@@ -83,7 +83,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # --- activations ---
     ("activation", "homogeneous rescaled elementwise nonnegative", "relu"),
     ("activation", "homogeneous rescaled elementwise", "leaky_relu prelu rrelu"),
-    ("activation", "squashing identity rescaled elementwise nonnegative", "sigmoid hardsigmoid expit"),
+    ("activation", "squashing identity rescaled elementwise nonnegative", "sigmoid hardsigmoid expit special_ndtr"),
     ("activation", "identity rescaled elementwise nonnegative", "exp relu6 softplus"),
     (
         "activation",
@@ -310,7 +310,8 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         gives |= NONNEGATIVE
     gives |= Born.SQUASHED if "squashing" in properties else 0
     gives |= Born.BALANCED if "balanced" in properties else 0
-    gives |= Born.SOFTMAX if canonical == "softmax" else 0
+    gives |= Born.SOFTMAX if canonical in ("softmax", "softmin") else 0
+    gives |= Born.LOGARITHM if canonical in ("log", "log_softmax", "logsumexp") else 0
     gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
     gives |= Born.ACTIVATION if kind == "activation" else 0
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)

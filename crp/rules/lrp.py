@@ -18,17 +18,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from crp.checks import check_choice, check_number
 from crp.errors import InputError
-from crp.rules.attention import _Exponential
+from crp.rules.attention import _as_softmax, _Exponential, _exponential_of
 from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, Modifier, negative, positive
+from crp.rules.notes import Born
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
 from crp.rules.terms import Term
@@ -156,6 +157,19 @@ class Pass(Rule):
 
     def __init__(self) -> None:
         super().__init__(0.0)
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the layer's output, with this rule as its gradient; exponentials that sum up to one are a softmax."""
+        exponential = self._exponential(layer) if layer.name in ("exp", "normalize") and layer.module is None else None
+        softmax = _as_softmax(self, layer, exponential)
+        return super().operate(layer) if softmax is None else softmax
+
+    def _exponential(self, layer: Layer) -> _Exponential | None:
+        """Exponential that the output may be after a division; that of something less a logarithm is one."""
+        if layer.name != "exp":
+            return _exponential_of(self, layer)
+        note = self._note_of(layer.inputs[0])
+        return _Exponential(layer.inputs[0]) if note is not None and note.flags & Born.LOGARITHM else None
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""

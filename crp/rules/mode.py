@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
+from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.functions import Function, in_place, look_up
 from crp.rules.layer import Layer, _in_words
-from crp.rules.notes import FIRST, Copied, Notes
+from crp.rules.notes import FIRST, Copied, Note, Notes
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 from crp.rules.passing import _copied, _passed
@@ -62,7 +63,7 @@ class SeeingMode(TorchFunctionMode):
 
     def __init__(self, notes: Notes) -> None:
         super().__init__()
-        self.notes = notes
+        self.notes, self.products = notes, _Products()
         self._reading: Function | None = None
         self._aside = 0  # how often it was told to let functions pass as they are
 
@@ -121,6 +122,10 @@ class SeeingMode(TorchFunctionMode):
             mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
             return None
+        whole = self.products.summed(func, known, args, kwargs) if known.name in _SUMMING else None
+        if whole is not None:
+            func, (args, kwargs), known, inputs = whole.function, (whole.factors, {}), whole.known, []
+            flags = self.notes.read(args, inputs, self._unseen)
         op = Operation(func, args, kwargs, known, inputs, flags)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
@@ -150,13 +155,14 @@ class SeeingMode(TorchFunctionMode):
             with self:
                 return apart(*op.args, **op.kwargs)
         layer, passed = None, _passed(op, self.notes.born)  # (operands may be overwritten, and then nothing is known)
+        below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
             if "step" in op.known.properties:  # (a constant, which no factor beside it must share relevance with)
                 result = result.detach_() if op.is_in_place and not result._is_view() else result.detach()
         else:
             result, layer = self._by_rule(choice, op)
-        self._note(op, result, passed, copied, layer)
+        self._note(op, result, passed, copied, layer, below)
         return result
 
     def _by_rule(self, choice: Choice, op: Operation) -> tuple[Any, Layer]:
@@ -191,7 +197,13 @@ class SeeingMode(TorchFunctionMode):
         return layer
 
     def _note(
-        self, op: Operation, result: Any, flags: int, copied: Copied | list[Copied] | None, layer: Layer | None
+        self,
+        op: Operation,
+        result: Any,
+        flags: int,
+        copied: Copied | list[Copied] | None,
+        layer: Layer | None,
+        below: Note | None,
     ) -> None:
         """Note what is known of an operation's result; ``layer`` is how a rule has seen it, if there was one."""
         parts = None
@@ -202,17 +214,19 @@ class SeeingMode(TorchFunctionMode):
         target = op.args[0] if op.args and op.overwrites else op.kwargs.get("out")
         written = target if isinstance(target, Tensor) and target.requires_grad else None
         if written is not None:
-            self.notes.add_written(written, flags, copied if isinstance(copied, Copied) else None)
+            self.notes.add_written(written, flags, copied if isinstance(copied, Copied) else None, below)
         if isinstance(copied, list):
             for item, way in zip(result, copied, strict=False):
                 self.notes.add(item, flags, way)
         elif result is not written:
-            self.notes.add(result, flags, copied)
+            self.notes.add(result, flags, copied, below)
         if op.known.canonical == "clone":
             note = self.notes.of(op.inputs[0])
             parts = None if note is None else note.parts
         if parts is not None:
             self.notes.remember(result, parts)
+        if op.known.canonical == "mul" and not op.overwrites:
+            self.products.add(result, (*op.args, *op.kwargs.values()))
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
         """Output of an operation, with the rule as its gradient."""

@@ -30,9 +30,10 @@ class Born:
     ROUTED = 32  # of a softmax or squashing function, of which some entries were chosen, or which was divided
     DIVISOR = 64  # one over something
     BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
+    LOGARITHM = 256  # a logarithm, or something less a logarithm: its exponential may be a softmax
 
 
-BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.ROUTED | Born.DIVISOR | Born.BALANCED
+BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.ROUTED | Born.DIVISOR | Born.BALANCED | Born.LOGARITHM
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 _NESTED = (tuple, list, dict)
@@ -52,14 +53,18 @@ class Note:
         How its entries are copies of entries of the model's input.
     parts : object
         What a rule remembers of the call that made it (`crp.rules.deeplift`).
+    below : Note or None
+        Of the tensor that it was made of entry by entry.
     """
 
-    __slots__ = ("copied", "flags", "parts", "tensor", "version")
+    __slots__ = ("below", "copied", "flags", "parts", "tensor", "version")
 
-    def __init__(self, tensor: Tensor, flags: int, copied: Copied | None = None, parts: Any = None) -> None:
+    def __init__(
+        self, tensor: Tensor, flags: int, copied: Copied | None = None, parts: Any = None, below: Note | None = None
+    ) -> None:
         self.tensor = weakref.ref(tensor)
         self.version = tensor._version
-        self.flags, self.copied, self.parts = flags, copied, parts
+        self.flags, self.copied, self.parts, self.below = flags, copied, parts, below
 
 
 class Copied:
@@ -107,30 +112,30 @@ class Notes:
         self._notes[id(tensor)] = Note(tensor, FIRST, None if leaf is None else Copied(leaf))
         self._inputs.append(tensor if tensor.grad_fn is None else tensor.grad_fn)
 
-    def add(self, value: Any, flags: int, copied: Copied | None = None) -> None:
+    def add(self, value: Any, flags: int, copied: Copied | None = None, below: Note | None = None) -> None:
         """Note what an operation made: a tensor, or several."""
         if isinstance(value, Tensor):
             if value.requires_grad:
-                self._notes[id(value)] = Note(value, flags, copied)
+                self._notes[id(value)] = Note(value, flags, copied, None, below)
         elif isinstance(value, tuple | list):
             for item in value:
                 self.add(item, flags)
 
-    def add_written(self, target: Tensor, flags: int, copied: Copied | None = None) -> None:
+    def add_written(self, target: Tensor, flags: int, copied: Copied | None = None, below: Note | None = None) -> None:
         """Note that an operation has changed a tensor in place; its views and its base change with it."""
         base = target if target._base is None else target._base
         if base is not target:  # a part of it
             note = self._notes.get(id(base))
             whole = note.flags & flags if note is not None and note.tensor() is base else flags & ~NONNEGATIVE
             self._notes[id(base)] = Note(base, whole)
-        self._notes[id(target)] = Note(target, flags, copied)
+        self._notes[id(target)] = Note(target, flags, copied, None, below)
         self._writes[id(base)] = (weakref.ref(base), target._version, flags)
 
     def add_copy(self, copy: Tensor, original: Tensor) -> None:
         """Note that a tensor is a copy of another one."""
         note = self.of(original)
         if note is not None:
-            self._notes[id(copy)] = Note(copy, note.flags, note.copied, note.parts)
+            self._notes[id(copy)] = Note(copy, note.flags, note.copied, note.parts, note.below)
 
     def remember(self, tensor: Tensor, parts: Any) -> None:
         """Keep what a rule remembers of the call that made a tensor."""
@@ -145,6 +150,18 @@ class Notes:
         """Note of a tensor; None where nothing is known, or it has changed."""
         note = self._notes.get(id(tensor))
         return note if note is not None and note.tensor() is tensor and note.version == tensor._version else None
+
+    def common(self, tensors: Sequence[Tensor]) -> Note | None:
+        """Note of what all of these are, or are made of entry by entry: of the last such tensor."""
+        found, *others = map(self._notes.get, map(id, tensors))
+        for note in others:
+            below = set()  # (what this one is made of)
+            while note is not None:
+                below.add(note)
+                note = note.below
+            while found is not None and found not in below:
+                found = found.below
+        return found
 
     def nonnegative(self, tensor: Tensor) -> bool:
         """Whether a tensor is known not to be negative."""

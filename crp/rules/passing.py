@@ -54,6 +54,8 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
     elif name in ("sub", "rsub", "add") and flags & (Born.SQUASHED | Born.BALANCED) and _is_beside_one(op):
         # (a gate is closed as far as another one is open)
         kept |= flags & Born.ACTIVATION | Born.SQUASHED
+    elif name == "sub" and any(born(tensor) & Born.LOGARITHM for tensor in inputs):
+        kept |= Born.LOGARITHM
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
     return kept

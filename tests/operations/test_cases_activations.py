@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 
+import core_cases
 import pytest
 import torch
 import transformers.activations as hugging_face
 from core_cases import Maps
-from preset_cases import FEW, LRP_PRESETS, assert_same_map, maps, numbers, off, seeded
+from preset_cases import FEW, LRP_PRESETS, assert_closes, assert_same_map, maps, numbers, off, seeded
 from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from crp.composites import DeepLift, UniformEpsilon
+from crp.composites import CPLRP, AttnLRP, DeepLift, RelP, UniformEpsilon
 from crp.rules import Pass, Whole
 
 DATA = numbers(3, 6, seed=3)
@@ -149,6 +150,56 @@ def test_written_out_activations_equal_those_of_torch(name, preset):
     model, plain = seeded(Net(WRITTEN[name]())), seeded(Net(TORCHS[name]))
     composite = DeepLift() if preset == "deeplift" else LRP_PRESETS[preset]()
     assert_same_map(model, plain, DATA, composite)
+
+
+class Inside(Net):
+    """The same, with the activation written out inside of the net itself, which is no activation."""
+
+    def __init__(self, function):
+        super().__init__(nn.Identity())
+        self.function = function
+
+    def forward(self, x):
+        return self.down(self.act(self.function(self.up(x))))
+
+
+#: Products of factors that are made of one tensor, and the activations that they are.
+PRODUCTS = {
+    "hard_swish": (lambda x: x * F.relu6(x + 3) / 6, nn.Hardswish()),
+    "hard_swish_clamped": (lambda x: x * torch.clamp(x + 3, 0, 6) / 6, nn.Hardswish()),
+    "hard_swish_divided_first": (lambda x: (F.hardtanh(x + 3, 0, 6) / 6) * x, nn.Hardswish()),
+    "hard_swish_in_place": (lambda x: x.clone().mul_((x + 3).clamp_(0, 6).div_(6)), nn.Hardswish()),
+    "hard_sigmoid": (lambda x: x * F.hardsigmoid(x), nn.Hardswish()),
+    "erf": (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), nn.GELU()),
+    "normal": (lambda x: x * torch.special.ndtr(x), nn.GELU()),
+    "tanh": (lambda x: 0.5 * x * (1 + torch.tanh(CDF * (x + 0.044715 * x**3))), nn.GELU("tanh")),
+    "one_over": (lambda x: x * (1 / (1 + torch.exp(-x))), nn.SiLU()),
+    "where": (lambda x: x * torch.where(x > 0, 1.0, 0.25), nn.LeakyReLU(0.25)),
+    "step": (lambda x: x * (x > 0), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP, CPLRP])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_an_activation_that_is_written_out_inside_of_a_net(name, kind):
+    function, torchs = PRODUCTS[name]
+    assert_same_map(seeded(Inside(function)), seeded(Net(torchs)), DATA, kind())
+
+
+def test_concepts_between_two_activations_that_are_written_out_add_up():
+    def twice(s, x):
+        h = s.between(s.up(x) * F.hardsigmoid(s.up(x)))
+        return s.down(h * F.hardsigmoid(h))
+
+    layers = {"up": nn.Linear(6, 8), "between": nn.Identity(), "down": nn.Linear(8, 4)}
+    model = seeded(core_cases.Net(twice, **layers))
+    parts = Maps(model)(DATA, [{"between": [c], "y": 1} for c in range(8)], AttnLRP()).heatmap
+    assert off(parts.unflatten(0, (len(DATA), 8)).sum(1), maps(model, DATA, AttnLRP())) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP])
+def test_what_activations_that_are_written_out_keep_is_accounted_for(kind):
+    assert_closes(seeded(Inside(PRODUCTS["tanh"][0])), DATA, kind())
 
 
 @pytest.mark.parametrize("preset", FEW)

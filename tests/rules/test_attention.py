@@ -209,7 +209,26 @@ def exponentials_in_place(q, k, v):
     return e @ v
 
 
+def by_exponentials(shares):
+    """Attention whose probabilities are a function of the exponentials of its logits."""
+    return lambda q, k, v: shares((q @ k.mT * E**-0.5).exp()) @ v
+
+
+def by_logits(shares):
+    """Attention whose probabilities are a function of its logits."""
+    return lambda q, k, v: shares(q @ k.mT * E**-0.5) @ v
+
+
 SPELLINGS = {
+    "normalized": by_exponentials(lambda e: F.normalize(e, p=1, dim=-1)),
+    "times_reciprocal": by_exponentials(lambda e: e * e.sum(-1, keepdim=True).reciprocal()),
+    "times_one_over": by_exponentials(lambda e: (1 / e.sum(-1))[..., None] * e),
+    "expanded_sum": by_exponentials(lambda e: e / e.sum(-1, keepdim=True).expand_as(e)),
+    "masked_exponentials": by_exponentials(lambda e: (e * torch.ones(L, S)) / (e * torch.ones(L, S)).sum(-1, True)),
+    "log_softmax": by_logits(lambda logits: F.log_softmax(logits, -1).exp()),
+    "log_softmax_module": by_logits(lambda logits: torch.exp(nn.LogSoftmax(-1)(logits))),
+    "less_logarithm": by_logits(lambda logits: (logits - logits.exp().sum(-1, keepdim=True).log()).exp()),
+    "softmin": by_logits(lambda logits: F.softmin(-logits, -1)),
     "exponentials": exponentials,
     "exponentials_in_place": exponentials_in_place,
     "exponentials_in_words": lambda q, k, v: torch.einsum(
@@ -243,6 +262,46 @@ def test_spellings_of_attention_are_explained_alike(name, attention):
     expected = closed_form(*inputs, r, attention)
     for key, one in zip("qkv", found, strict=True):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_attention_by_logsumexp(attention):
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
+    spelled = by_logits(lambda logits: (logits - logits.logsumexp(-1, True)).exp())
+    found, _ = explain(spelled, inputs, r, lrp(attention, gates="split" if attention == "split" else "signal"))
+    expected = closed_form(*inputs, r, attention)
+    for key, one in zip("qkv", found, strict=True):
+        torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
+
+
+MASK = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+#: Softmax of the logits that a mask of zeros and ones lets pass.
+MASKED = {
+    "exponentials": lambda x: (x.exp() * MASK) / (x.exp() * MASK).sum(-1, keepdim=True),
+    "safe": lambda x: torch.exp(x - x.amax(-1, True)) * MASK / (torch.exp(x - x.amax(-1, True)) * MASK).sum(-1, True),
+    "normalized": lambda x: F.normalize(MASK * x.exp(), 1.0, 1),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_a_softmax_of_masked_exponentials(name, attention):
+    x, v, r = numbers(3, 4), numbers(3, 4, 5, seed=2), numbers(3, 5, seed=1)
+
+    def relevance(shares):
+        return explain(lambda x, v: (shares(x)[:, None] @ v)[:, 0], [x, v], r, lrp(attention))[0]
+
+    found, wanted = relevance(MASKED[name]), relevance(lambda x: x.masked_fill(MASK == 0, -torch.inf).softmax(-1))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_exponentials_that_are_weighted_are_no_softmax():
+    """Scaled entry by entry, and divided by their sum: the divisor is constant, and the exponential hands on."""
+    x, r, scale = numbers(3, 4), numbers(3, 4, seed=1), numbers(4, seed=2).abs()
+    (found,), _ = explain(lambda x: (x.exp() * scale) / (x.exp() * scale).sum(-1, True), [x], r, lrp("split"))
+    torch.testing.assert_close(found, r, rtol=1e-9, atol=1e-9)
 
 
 def test_what_comes_after_an_exponential_in_place_is_none():

@@ -1,0 +1,116 @@
+"""Sums of products are dense layers and products of matrices; scaled sums stay what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_cases import Net
+from preset_cases import LRP_PRESETS, assert_closes, assert_same_map, maps, numbers, seeded
+from torch import nn
+from torch.nn import functional as F
+
+from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, Last, RelP, UniformEpsilon
+from crp.rules import AlphaBeta
+
+TOKENS = numbers(2, 4, 6, seed=3)
+WEIGHTS, MASK = numbers(5, 6, seed=5), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).double()[..., None]
+SCALES = nn.Parameter(numbers(4, 6, seed=9), requires_grad=False)
+
+
+def between(function):
+    """Net of a dense layer, a function of its positive features, and a dense layer behind."""
+    size = function(torch.ones(2, 4, 6).double()).flatten(1).shape[1]
+    layers = {"up": nn.Linear(6, 6), "down": nn.Linear(size, 3)}
+    return seeded(Net(lambda s, x: s.down(function(F.relu(s.up(x))).flatten(1)), **layers))
+
+
+def in_two_steps(h):
+    product = h[..., None, :] * WEIGHTS
+    h = h.square()  # (another product)
+    return product.sum(3)
+
+
+#: Sums of products, and the same by matrices.
+DENSE = {
+    "mean": (lambda h: (h[..., None, :] * WEIGHTS).mean(-1), lambda h: h @ (WEIGHTS.T / 6)),
+    "in_two_steps": (in_two_steps, lambda h: h @ WEIGHTS.T),
+    "of_positions": (lambda h: (h[:, None] * WEIGHTS[:, :4, None]).sum(2), lambda h: WEIGHTS[:, :4] @ h),
+    "one_output": (lambda h: (h * SCALES[0]).sum(-1), lambda h: h @ SCALES[0]),
+    "all_axes": (
+        lambda h: torch.stack([(tokens * SCALES).sum()[None] for tokens in h]),
+        lambda h: h.flatten(1) @ SCALES.view(24, 1),
+    ),
+}
+#: Sums that are no products of matrices, and the same without the product, or behind it.
+SCALED = {
+    "features": (lambda h: (h * SCALES[0]).sum(1), lambda h: h.sum(1) * SCALES[0]),
+    "masked_mean": (
+        lambda h: (h * MASK).sum(1) / MASK.sum(1),
+        lambda h: torch.stack([tokens[mask > 0].mean(0) for tokens, mask in zip(h, MASK[..., 0], strict=True)]),
+    ),
+    "overwritten": (
+        lambda h: (h[..., None] * WEIGHTS.T).relu_().sum(2),
+        lambda h: F.relu(h[..., None] * WEIGHTS.T).sum(2),
+    ),
+    "norm": (
+        lambda h: (h * (h.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).mean(1),
+        lambda h: F.rms_norm(h, (6,), eps=1e-5).mean(1),
+    ),
+    "gate": (
+        lambda h: (h * torch.sigmoid(h.mean(1, keepdim=True))).mean(1),
+        lambda h: h.mean(1) * torch.sigmoid(h.mean(1)),
+    ),
+}
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("preset", LRP_PRESETS)
+@pytest.mark.parametrize("name", DENSE)
+def test_a_sum_of_products_is_a_dense_layer(name, preset):
+    summed, by_matrices = map(between, DENSE[name])
+    assert_same_map(summed, by_matrices, TOKENS, LRP_PRESETS[preset]())
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("preset", LRP_PRESETS)
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scaled_sum_is_no_dense_layer(name, preset):
+    """α2β1 would give twice the relevance of what is positive."""
+    one, other = map(between, SCALED[name])
+    assert_same_map(one, other, TOKENS, LRP_PRESETS[preset]())
+
+
+def attention(by_products):
+    """Net of an attention head, by products that are summed up or by matrices."""
+
+    def wiring(s, x):
+        q, k, v = s.q(x), s.k(x), s.v(x)
+        if by_products:
+            shares = (q[:, :, None] * k[:, None]).sum(-1).softmax(-1)
+            heads = (shares[..., None] * v[:, None]).sum(2)
+        else:
+            heads = (q @ k.mT).softmax(-1) @ v
+        return s.out(heads.flatten(1))
+
+    return seeded(Net(wiring, q=nn.Linear(6, 5), k=nn.Linear(6, 5), v=nn.Linear(6, 5), out=nn.Linear(20, 3)))
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP, RelP, UniformEpsilon, DeepLift])
+@pytest.mark.filterwarnings("ignore:outside DeepLIFT's rules")
+def test_attention_by_sums_of_products(kind):
+    assert_same_map(attention(True), attention(False), TOKENS, kind())
+
+
+def test_methods_without_a_rule_for_attention_refuse_scores_by_sums_of_products():
+    with pytest.raises(NotImplementedError, match=r"DeepTaylor has no rule for sum\(\)"):
+        maps(attention(True), TOKENS, DeepTaylor())
+
+
+@pytest.mark.parametrize("where", [nn.Linear, Last(nn.Linear, 3), ""])
+def test_types_positions_and_names_mean_sums_of_products(where):
+    summed, by_matrices = map(between, DENSE["in_two_steps"])
+    assert_same_map(summed, by_matrices, TOKENS, LRP(layer_map=[(where, AlphaBeta())]))
+
+
+def test_what_a_sum_of_products_keeps_is_accounted_for():
+    assert_closes(between(DENSE["mean"][0]), TOKENS, UniformEpsilon(epsilon=0.1))
