@@ -339,6 +339,7 @@ class Operations(SeeingMode):
 
     def _forget(self) -> None:
         self.notes.clear()
+        self.products.clear()
         self.attachment.rectifiable.clear()
         self.matching.clear()
         self._wholes.clear()

@@ -8,13 +8,13 @@ for several results. Others, such as the mean over positions that a mask lets pa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from crp.rules.functions import Function, look_up
 from crp.rules.operands import PARSERS
@@ -23,10 +23,15 @@ from crp.rules.operands import PARSERS
 _SUMMING = {name: replace(look_up(torch.einsum), name=name, parse=PARSERS["matmul"]) for name in ("sum", "mean")}
 
 
-class _Factors(NamedTuple):
-    """Both factors of a product; versions of their values and its own."""
+#: Products that are remembered, the latest ones: factors of more would be kept in memory for nothing.
+_LATEST = 8
 
-    tensors: tuple[Tensor, Tensor]
+
+class _Product(NamedTuple):
+    """A product, both its factors, and the versions of all three."""
+
+    result: weakref.ref[Tensor]
+    factors: tuple[Tensor, Tensor]
     versions: tuple[int, ...]
 
 
@@ -47,37 +52,41 @@ class _Contraction(NamedTuple):
 
 
 class _Products:
-    """Products of one forward pass that a sum may make a product of matrices, as long as they are there."""
+    """The latest products of a forward pass that are still there, and that a sum may make one of matrices."""
 
     def __init__(self) -> None:
-        self._factors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._latest: list[_Product] = []
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._latest.clear()
 
     def add(self, product: object, operands: Sequence[object]) -> None:
         """Note what a product was made of."""
         tensors = [tensor for tensor in (product, *operands) if isinstance(tensor, Tensor) and not _is_special(tensor)]
-        if len(tensors) == 3:
-            self._factors[product] = _Factors((tensors[1], tensors[2]), _versions(tensors))
+        if len(tensors) != 3 or not _is_of_matrices(factors := (tensors[1], tensors[2])):
+            return
+        there = [known for known in self._latest if known.result() is not None]
+        self._latest = [*there[1 - _LATEST :], _Product(weakref.ref(tensors[0]), factors, _versions(tensors))]
 
     def summed(
         self, function: Callable[..., Tensor], known: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> _Contraction | None:
         """The call of one of `_SUMMING` as one of both factors; None if it is no product of matrices."""
         product, *rest = args or (kwargs.get("input"),)
-        if not isinstance(product, Tensor) or product not in self._factors:
-            return None
-        factors: _Factors = self._factors[product]
-        if factors.versions != _versions((product, *factors.tensors)):
+        found = next((known for known in self._latest if known.result() is product), None)
+        if not isinstance(product, Tensor) or found is None or found.versions != _versions((product, *found.factors)):
             return None
         others = {name: value for name, value in kwargs.items() if name != "input"}
         axes = _axes(rest[0] if rest else others.get("dim", others.get("axis")), product.dim())
-        if axes is None or not _is_of_matrices(factors.tensors, axes):
+        if axes is None or not _is_of_matrices(found.factors, axes):
             return None
 
         def contract(left: Tensor, right: Tensor) -> Tensor:
-            is_own = left is factors.tensors[0] and right is factors.tensors[1]
+            is_own = left is found.factors[0] and right is found.factors[1]
             return function(product if is_own else left * right, *rest, **others)
 
-        return _Contraction(contract, factors.tensors, _SUMMING[known.name])
+        return _Contraction(contract, found.factors, _SUMMING[known.name])
 
 
 def _is_special(tensor: Tensor) -> bool:
@@ -96,10 +105,11 @@ def _axes(dim: Any, dims: int) -> set[int] | None:
     return {axis % dims for axis in axes} if all(isinstance(axis, int) for axis in axes) else None
 
 
-def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int]) -> bool:
-    """Whether the sum along axes of a product is a product of matrices, and no scaled sum; see the module."""
+def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None) -> bool:
+    """Whether the sum along axes of a product is a product of matrices, and no scaled sum; by default along any."""
     dims = max(tensor.dim() for tensor in factors)
     used = [_axes_used(tensor, dims) for tensor in factors]
+    axes = used[0] & used[1] if axes is None else axes
     if not axes & used[0] & used[1]:  # one of them is the same for all that are summed up
         return False
     is_input = [tensor.requires_grad for tensor in factors]

@@ -68,6 +68,7 @@ class OneModule(SeeingMode):
                     raise InputTypeError(f"{self.rule!r} has no operation to act on in {self.kind}")
         finally:
             self.notes.clear()
+            self.products.clear()
 
     def _reader_of_output(self, tensor: Tensor, is_changed: bool) -> None:
         self.refuse_unseen(f"what reads the output of {self.kind}", tensor, is_changed)

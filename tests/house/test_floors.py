@@ -52,7 +52,7 @@ BUDGETS = {
     "compat": 950,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3944,
+    "composites": 3945,
     "concept_graph": 215,
     # (what is no relevance, and masks that return none)
     "concepts": 2055,
@@ -65,7 +65,7 @@ BUDGETS = {
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 5932,
+    "rules": 6158,
     # (along which axis the channels of a layer are)
     "trace": 1362,
     "types": 151,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from core_cases import Net
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, Last, RelP, UniformEpsilon
 from crp.rules import AlphaBeta
+from crp.rules.contractions import _Products
 
 TOKENS = numbers(2, 4, 6, seed=3)
 WEIGHTS, MASK = numbers(5, 6, seed=5), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).double()[..., None]
@@ -114,3 +117,17 @@ def test_types_positions_and_names_mean_sums_of_products(where):
 
 def test_what_a_sum_of_products_keeps_is_accounted_for():
     assert_closes(between(DENSE["mean"][0]), TOKENS, UniformEpsilon(epsilon=0.1))
+
+
+@pytest.mark.parametrize(("scales", "n_kept"), [(WEIGHTS, 8), (numbers(1, 6, seed=6), 0)])
+def test_factors_of_the_latest_products_are_kept_where_sums_may_be_of_matrices(scales, n_kept):
+    products, of_model, factors = _Products(), [], []
+    for _ in range(20):
+        factor = torch.ones(2, 1, 6, requires_grad=True)
+        factors.append(weakref.ref(factor))
+        of_model.append(factor.detach() * scales)
+        products.add(of_model[-1], (factor, scales))
+        del factor
+    assert [ref() is not None for ref in factors] == [False] * (20 - n_kept) + [True] * n_kept
+    products.clear()
+    assert all(ref() is None for ref in factors)
