@@ -14,6 +14,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
@@ -25,6 +26,7 @@ from crp.layers import modules_of
 from crp.layers.lasting import Shared
 
 _make_handle = RemovableHandle.__init__
+_AccumulateGrad: Any = torch._C._functions.AccumulateGrad
 #: Functions of torch that put a hook on a tensor, or on a node of the graph.
 _PUTTING_ON = {Tensor.register_hook.__code__, BackwardCFunction._register_hook.__code__}
 
@@ -43,8 +45,10 @@ class _ReadOnly:
     def __init__(self, hook: Callable[..., Any], where: str) -> None:
         self._hook, self._where = hook, where
 
-    def __call__(self, *gradients: Any) -> None:
+    def __call__(self, *gradients: Any) -> Any:
         """Have the hook read; torch calls it in a thread of the device."""
+        if isinstance(torch._C._current_autograd_node(), _AccumulateGrad):  # (of a parameter, where nothing goes on)
+            return self._hook(*gradients)
         parts = [part if isinstance(part, tuple) else (part,) for part in gradients]
         versions = [(each, each._version) for part in parts for each in part if each is not None]
         returned = self._hook(*gradients)
@@ -58,6 +62,7 @@ class _ReadOnly:
                 "and return None, take it off for the call (handle.remove()), put it on where the model is in training "
                 "only, or change relevance by a mask or a rule"
             )
+        return None
 
 
 class _ReadingOnly:

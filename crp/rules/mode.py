@@ -168,7 +168,7 @@ class SeeingMode(TorchFunctionMode):
     def _by_rule(self, choice: Choice, op: Operation) -> tuple[Any, Layer]:
         """Output of an operation, with the rule as its gradient; and the operation as the rule has seen it."""
         target = None
-        if op.is_in_place:
+        if op.overwrites:
             # The rule works out of place; the result then takes the place of what the model overwrites.
             op, target = op.out_of_place()
             self.notes.add_copy(op.args[0], target)

@@ -19,8 +19,11 @@ _add, _sum = look_up(torch.add), look_up(torch.sum)
 _scaling = replace(
     look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST
 )
-_item = look_up(torch.Tensor.__getitem__)
-_indexing = replace(_item, properties=_item.properties | {"selection"})
+#: Functions of entries that an index chooses: the same, where the index holds tensors, which may depend on the data.
+_BY_TENSORS = {
+    known: replace(known, properties=known.properties | {"selection"})
+    for known in (look_up(Tensor.__getitem__), look_up(Tensor.__setitem__))
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -74,8 +77,8 @@ class Operation:
         self.overwrites = self.is_in_place or self.known.name == "setitem"
         self.kind, is_single = self.known.kind, len(self.inputs) == 1
         if self.known.parse is None:
-            if self.known is _item and next(tensors_in(self.args[1:]), None) is not None:
-                self.known = _indexing
+            if self.known in _BY_TENSORS and next(tensors_in(self.args[1]), None) is not None:
+                self.known = _BY_TENSORS[self.known]
             if is_single and self.kind == "product":
                 self.kind = ""
             return
@@ -125,7 +128,9 @@ def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
     """Like a function that works in place, but on a copy."""
 
     def copying(first: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(first.clone(), *args, **kwargs)
+        copy = first.clone()
+        result = function(copy, *args, **kwargs)
+        return copy if result is None else result
 
     copying.__name__ = getattr(function, "__name__", str(function)).rstrip("_")
     return copying

@@ -6,16 +6,18 @@ import contextlib
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdRef
 
 from crp.layers import _active, uncompiled, unwrap
 from crp.layers.interrupts import atomic
@@ -111,7 +113,7 @@ class _Recorder(TorchFunctionMode):
         # A tensor is found by its id while the weak reference beside it is alive. If its version has changed since, it
         # was written to through another view; `_writes` has the node of that write, by storage.
         self._nodes: dict[int, tuple[weakref.ref[Tensor], Node, int | None]] = {}
-        self._writes: dict[int, Node] = {}
+        self._writes: dict[Hashable, Node] = {}
 
     def keep(self, tensor: Tensor, node: Node) -> None:
         self._nodes[id(tensor)] = (weakref.ref(tensor), node, _version_of(tensor))
@@ -362,11 +364,12 @@ def _versions(*values: Any) -> list[_Version]:
     return [_Version(value) for value in values if isinstance(value, Tensor)]
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> Hashable:
+    """The memory of a tensor, as a key; while there is one, no other tensor's memory has the same."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     except (NotImplementedError, RuntimeError):  # sparse tensors have none
-        return id(tensor)
+        return WeakIdRef(tensor)
 
 
 def _operation(func: Callable[..., Any], name: str) -> str:

@@ -65,6 +65,12 @@ def rectified_by_index(x: Tensor) -> Tensor:
     return y
 
 
+def put(target: Tensor, places: Tensor, values: Tensor | float) -> Tensor:
+    """Entries of each row, put at these places of the row."""
+    target[torch.arange(len(target))[:, None], places] = values
+    return target
+
+
 @pytest.mark.parametrize(
     ("function", "named"),
     [
@@ -74,6 +80,9 @@ def rectified_by_index(x: Tensor) -> Tensor:
         (rectified_by_index, "masked_fill"),
         (lambda x: x[x[:, 0].argsort()], "getitem"),
         (lambda x: x[:, x[0].argsort()[:2]], "getitem"),
+        (lambda x: put(torch.zeros_like(x), x.argsort(1), x), "setitem"),
+        (lambda x: put(x.clone(), x.argsort(1)[:, :2], 0.0), "setitem"),
+        (lambda x: put(x.clone(), x[:, :2].argsort(1), x[:, 2:]), "setitem"),
         (lambda x: torch.zeros_like(x).index_add(0, x[:, 0].argsort(), x), "index_add"),
         (lambda x: torch.zeros_like(x).index_add_(0, x[:, 0].argsort(), x), "index_add_?"),
         (lambda x: torch.zeros_like(x).scatter_add(1, x.argsort(1), x), "scatter_add"),
@@ -93,6 +102,8 @@ def test_what_selects_alike_needs_no_warning() -> None:
     x, x0 = pairs(4)
     places = torch.tensor([3, 1, 2, 0])
     model = Call(lambda x: torch.where(mask, x, 0) * mask + x[:, places][:, places].masked_fill(mask, 0.0))
+    assert torch.equal(relevance(model, x, DeepLift(reference=x0), 2)[:, 2], (x - x0)[:, 2])
+    model = Call(lambda x: put(put(torch.zeros_like(x), places.expand(len(x), -1), x), places[None, :2], 0.0))
     assert torch.equal(relevance(model, x, DeepLift(reference=x0), 2)[:, 2], (x - x0)[:, 2])
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from crp.canonizers import MergeBatchNorm
 from crp.trace import FunctionCall, Operand, Passive, known, recorded, structure, trace
+from crp.trace.record import Node
+from crp.trace.recorder import _Recorder
 
 
 class Wired(nn.Module):
@@ -32,6 +34,28 @@ X = torch.randn(5, 3)
 
 def operations(wiring, *args, **layers):
     return trace(Wired(wiring, **layers).eval(), *(args or (X,))).operations
+
+
+def test_a_write_is_not_taken_for_one_to_what_has_the_place_in_memory_of_a_tensor_that_is_gone():
+    recorder = _Recorder(nn.Identity())
+    for _ in range(50):
+        gone = torch.ones(3)
+        recorder.keep(gone, Node("input", "input", None, []))
+        with recorder:
+            gone.view(3).add_(1)
+        del gone
+        tensor, node = torch.ones(3), Node("input", "input", None, [])
+        recorder.keep(tensor, node)
+        tensor.mul_(2)  # (nobody sees it)
+        assert recorder.find(tensor) is node
+
+
+def test_a_write_by_another_view_is_found():
+    recorder, tensor = _Recorder(nn.Identity()), torch.ones(3)
+    recorder.keep(tensor, Node("input", "input", None, []))
+    with recorder:
+        tensor.view(3).add_(1)
+    assert recorder.find(tensor).name == "add"
 
 
 # --- functions ------------------------------------------------------------------------------------------------------

@@ -198,6 +198,19 @@ def test_hooks_of_the_forward_pass_that_change_what_goes_back_are_refused(
 
 
 @pytest.mark.parametrize("call", CALLS)
+def test_a_hook_that_a_call_puts_on_a_parameter_beside_the_model_goes_on_in_training(call: str) -> None:
+    """On the node that adds its gradient up, which no relevance goes through."""
+    parameter = nn.Parameter(torch.ones(()))
+    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    put = list[Any]()
+    model = putting(lambda module, y: put or put.append(node.register_prehook(twice)))
+    CALLS[call](model)
+    assert put
+    (3 * parameter).backward()
+    assert parameter.grad == 6
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("returned", ["none", "the gradient itself"])
 def test_hooks_of_the_forward_pass_that_read_change_nothing(call: str, returned: str) -> None:
     seen = list[Any]()
