@@ -154,7 +154,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         entries, modules = self.entries, modules_of(module)
         assert self._ready is not None
         choices = self._ready[2]
-        if any(issubclass(kind, ByChainRule) for kind in {*map(type, modules.values())}):
+        if ByChainRule in {kind for child in modules.values() for kind in type(child).__mro__}:
             entries, choices = _by_chain_rule_first(entries), {}
         addressed = _addresses(entries, modules)  # (errors come before anything is done)
         try:

@@ -160,9 +160,11 @@ class Pass(Rule):
 
     def operate(self, layer: Layer) -> Any:
         """Return the layer's output, with this rule as its gradient; exponentials that sum up to one are a softmax."""
-        exponential = self._exponential(layer) if layer.name in ("exp", "normalize") and layer.module is None else None
-        softmax = _as_softmax(self, layer, exponential)
-        return super().operate(layer) if softmax is None else softmax
+        if layer.name in ("exp", "normalize") and layer.module is None:
+            softmax = _as_softmax(self, layer, self._exponential(layer))
+            if softmax is not None:
+                return softmax
+        return super().operate(layer)
 
     def _exponential(self, layer: Layer) -> _Exponential | None:
         """Exponential that the output may be after a division; that of something less a logarithm is one."""
