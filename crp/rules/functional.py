@@ -101,7 +101,6 @@ class Gate(_Shared):
     def operate(self, layer: Layer) -> Any:
         """Return the product; one factor alone is right by the ordinary chain rule."""
         if len(layer.inputs) == 1:
-            layer.parts = _exponential_of(self, layer)
             return layer.output
         if any(born & Born.DIVISOR for born in layer.born):
             softmax = _as_softmax(self, layer, _exponential_of(self, layer))

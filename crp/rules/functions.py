@@ -139,10 +139,10 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "",
         "homogeneous linear selects copies",
-        """H T as_strided atleast_1d atleast_2d atleast_3d broadcast_to diagonal dsplit expand expand_as flip fliplr
-        flipud hsplit mH mT moveaxis movedim narrow native_channel_shuffle pixel_unshuffle ravel repeat
-        repeat_interleave reshape_as roll rot90 select split split_with_sizes swapaxes swapdims t tensor_split tile
-        unbind unflatten unfold unsafe_chunk unsafe_split view_as vsplit""",
+        """H T as_strided atleast_1d atleast_2d atleast_3d broadcast_to diag diag_embed diagonal dsplit expand
+        expand_as flip fliplr flipud hsplit mH mT moveaxis movedim narrow native_channel_shuffle pixel_unshuffle
+        ravel repeat repeat_interleave reshape_as roll rot90 select split split_with_sizes swapaxes swapdims t
+        tensor_split tile unbind unflatten unfold unsafe_chunk unsafe_split view_as vsplit""",
     ),
     ("", "homogeneous linear selects copies elementwise", "cpu cuda identity resolve_conj resolve_neg type type_as"),
     ("", "homogeneous linear selects", "broadcast_tensors tril triu"),

@@ -21,8 +21,8 @@ from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.functions import Function, in_place, look_up
 from crp.rules.layer import Layer, _in_words
-from crp.rules.notes import FIRST, Copied, Note, Notes
-from crp.rules.operands import Operands
+from crp.rules.notes import FIRST, Born, Copied, Exponential, Note, Notes
+from crp.rules.operands import Operands, entry_by_entry
 from crp.rules.operation import Operation
 from crp.rules.passing import _copied, _passed
 from crp.rules.redirect import overwritten
@@ -118,6 +118,10 @@ class SeeingMode(TorchFunctionMode):
             self._refuse_derivative(known)
         if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
             return self._in_two(func, known, types, args, kwargs)
+        if known.canonical == "einsum" and len(inputs) == 2 and (factors := entry_by_entry(*args)) is not None:
+            with self:
+                left, right = factors()
+                return left * right
         if known.name == "setitem" and _is_mask(args[1]) and _is_number(args[2]):
             mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
@@ -156,6 +160,8 @@ class SeeingMode(TorchFunctionMode):
                 return apart(*op.args, **op.kwargs)
         layer, passed = None, _passed(op, self.notes.born)  # (operands may be overwritten, and then nothing is known)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
+        if below is not None and op.known.canonical in ("mul", "div") and not all(i is op.inputs[0] for i in op.inputs):
+            passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
             if "step" in op.known.properties:  # (a constant, which no factor beside it must share relevance with)
@@ -220,9 +226,11 @@ class SeeingMode(TorchFunctionMode):
                 self.notes.add(item, flags, way)
         elif result is not written:
             self.notes.add(result, flags, copied, below)
-        if op.known.canonical == "clone":
+        if op.known.canonical in _MASKING and len(op.inputs) == 1:
             note = self.notes.of(op.inputs[0])
-            parts = None if note is None else note.parts
+            remembered = None if note is None else note.parts
+            is_kept = op.known.canonical == "clone" or isinstance(remembered, Exponential)
+            parts = remembered if is_kept else parts
         if parts is not None:
             self.notes.remember(result, parts)
         if op.known.canonical == "mul" and not op.overwrites:
@@ -273,6 +281,8 @@ _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that add a product or a quotient, which is a function of its own; their operands.
 _IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
 _ADDENDS = ("input", "tensor1", "tensor2")
+#: Functions that mask or scale entries, or do nothing to them, beside a constant.
+_MASKING = frozenset({"clone", "masked_fill", "mul", "tril", "triu", "where"})
 
 
 def _keep(tensor: Tensor) -> Tensor:

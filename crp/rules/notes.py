@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -65,6 +65,12 @@ class Note:
         self.tensor = weakref.ref(tensor)
         self.version = tensor._version
         self.flags, self.copied, self.parts, self.below = flags, copied, parts, below
+
+
+class Exponential(NamedTuple):
+    """What is remembered of exponentials, also scaled or masked: divided by their sum, they are a softmax."""
+
+    source: Tensor
 
 
 class Copied:

@@ -167,6 +167,26 @@ def _einsum(
     return Operands(a, weight, None, lambda a, w, b: call(f"{axes[place]},{kept}->{result}", a, w))
 
 
+def entry_by_entry(equation: Any, *operands: Any) -> Callable[[], list[Tensor]] | None:
+    """What makes the factors of an einsum of two tensors that sums nothing up, with the axes of its result."""
+    tensors = operands[0] if len(operands) == 1 else operands
+    terms, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    axes = terms.split(",")
+    if (
+        "." in terms
+        or len(tensors) != 2
+        or any(len({*own}) < len(own) for own in axes)
+        or {*result} != {*"".join(axes)}
+    ):
+        return None
+
+    def aligned(tensor: Tensor, own: str) -> Tensor:
+        ordered = tensor.permute([own.index(axis) for axis in result if axis in own])
+        return ordered[tuple(slice(None) if axis in own else None for axis in result)]
+
+    return lambda: [aligned(tensor, own) for tensor, own in zip(tensors, axes, strict=True)]
+
+
 def _bilinear(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
 ) -> Operands | None:

@@ -275,12 +275,19 @@ def test_attention_by_logsumexp(attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
+def divided(e):
+    return e / e.sum(-1, keepdim=True)
+
+
 MASK = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
 #: Softmax of the logits that a mask of zeros and ones lets pass.
 MASKED = {
     "exponentials": lambda x: (x.exp() * MASK) / (x.exp() * MASK).sum(-1, keepdim=True),
     "safe": lambda x: torch.exp(x - x.amax(-1, True)) * MASK / (torch.exp(x - x.amax(-1, True)) * MASK).sum(-1, True),
     "normalized": lambda x: F.normalize(MASK * x.exp(), 1.0, 1),
+    "filled": lambda x: F.normalize(x.exp().masked_fill(MASK == 0, 0), 1.0, -1),
+    "where": lambda x: divided(torch.where(MASK > 0, x.exp(), 0)),
+    "triangle": lambda x: divided(x.exp().tril(9) * MASK),
 }
 
 

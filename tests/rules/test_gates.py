@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import core_cases
 import numpy as np
 import pytest
 import torch
-from preset_cases import numbers, off
+from preset_cases import assert_same_map, numbers, off, seeded
 from test_attention import explain, lrp
 from torch import nn
 from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
-from crp.composites import EpsilonPlus
+from crp.composites import CPLRP, AttnLRP, EpsilonPlus, RelP
 
 
 class Sigmoid(nn.Module):
@@ -139,3 +140,54 @@ def test_a_statistic_that_is_divided_is_a_factor_like_others(name):
     (found,), _ = explain(product, (x,), r, lrp("split", gates="split"))
     shares = x.square() / x.square().sum(-1, keepdim=True)
     assert off(found, r / 2 + shares * r.sum(-1, keepdim=True) / 2) <= 1e-12
+
+
+#: Products of features h of shape (n, 4, 3) and squeezed z of shape (n, 4); and the same by ``*``.
+WRITTEN_PRODUCTS = {
+    "einsum": (lambda h, z: torch.einsum("ncx,nc->ncx", h, z.sigmoid()), lambda h, z: h * z.sigmoid()[..., None]),
+    "einsum_turned": (
+        lambda h, z: torch.einsum("nc,ncx->xnc", F.gelu(z), h).permute(1, 2, 0),
+        lambda h, z: F.gelu(z)[..., None] * h,
+    ),
+    "einsum_of_a_list": (
+        lambda h, z: torch.einsum("nc, nxc -> nxc", [z.sigmoid(), h.mT]).mT,
+        lambda h, z: h * z.sigmoid()[..., None],
+    ),
+    "silu": (
+        lambda h, z: h.mean(2) * (z * z.sigmoid()),
+        lambda h, z: h.mean(2) * F.silu(z),
+    ),
+    "gelu": (
+        lambda h, z: (0.5 * z * (1 + torch.erf(z / 2**0.5))) * h.mean(2),
+        lambda h, z: F.gelu(z) * h.mean(2),
+    ),
+    "divided": (
+        lambda h, z: z / (1 + torch.exp(-z)) * h.mean(2),
+        lambda h, z: F.silu(z) * h.mean(2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [EpsilonPlus, CPLRP, RelP, AttnLRP])
+@pytest.mark.parametrize("name", WRITTEN_PRODUCTS)
+def test_gates_of_products_that_are_written_in_other_ways(name, kind):
+    def between(function):
+        def wiring(s, x):
+            h = F.relu(s.up(x)).unflatten(1, (4, 3))
+            return s.down(function(h, s.squeeze(h.mean(2))).unflatten(1, (2, -1)).flatten(2).mean(1))
+
+        size = function(torch.ones(1, 4, 3), torch.ones(1, 4)).numel() // 2
+        return seeded(core_cases.Net(wiring, up=nn.Linear(6, 12), squeeze=nn.Linear(4, 4), down=nn.Linear(size, 3)))
+
+    assert_same_map(*map(between, WRITTEN_PRODUCTS[name]), numbers(2, 6), kind())
+
+
+def test_a_gate_on_the_diagonal_of_a_matrix():
+    x, z = numbers(2, 4, 3), numbers(2, 4, seed=2)
+    r = numbers(2, 4, 3, seed=1)
+    found, wanted = (
+        explain(function, [x, z], r, lrp("constant"))[0]
+        for function in (lambda x, z: torch.diag_embed(z.sigmoid()) @ x, lambda x, z: z.sigmoid()[..., None] * x)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
