@@ -3,7 +3,8 @@
 A product alone scales, and a sum alone adds up; only together they are a dense layer, or a product of matrices. So
 products are remembered, and a sum of one is taken for a call with both factors if it is of matrices: each input has
 weights for several results, or a parameter weights it; of two factors that depend on the model's input, each is used
-for several results. Others, such as the mean over positions that a mask lets pass, stay what they are.
+for several results, or one is that is no gate. Others, such as the mean over positions that a mask lets pass, stay what
+they are.
 """
 
 from __future__ import annotations
@@ -52,9 +53,16 @@ class _Contraction(NamedTuple):
 
 
 class _Products:
-    """The latest products of a forward pass that are still there, and that a sum may make one of matrices."""
+    """The latest products of a forward pass that are still there, and that a sum may make one of matrices.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    born : callable
+        Says what made the values of a tensor (`crp.rules.notes.Born`), if that tells a gate.
+    """
+
+    def __init__(self, born: Callable[[Tensor], int]) -> None:
+        self._born = born
         self._latest: list[_Product] = []
 
     def clear(self) -> None:
@@ -79,7 +87,7 @@ class _Products:
             return None
         others = {name: value for name, value in kwargs.items() if name != "input"}
         axes = _axes(rest[0] if rest else others.get("dim", others.get("axis")), product.dim())
-        if axes is None or not _is_of_matrices(found.factors, axes):
+        if axes is None or not _is_of_matrices(found.factors, axes, any(map(self._born, found.factors))):
             return None
 
         def contract(left: Tensor, right: Tensor) -> Tensor:
@@ -105,7 +113,7 @@ def _axes(dim: Any, dims: int) -> set[int] | None:
     return {axis % dims for axis in axes} if all(isinstance(axis, int) for axis in axes) else None
 
 
-def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None) -> bool:
+def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None, has_gate: bool = False) -> bool:
     """Whether the sum along axes of a product is a product of matrices, and no scaled sum; by default along any."""
     dims = max(tensor.dim() for tensor in factors)
     used = [_axes_used(tensor, dims) for tensor in factors]
@@ -115,7 +123,7 @@ def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None
     is_input = [tensor.requires_grad for tensor in factors]
     is_reused = [bool(used[1 - i] - used[i] - axes) for i in (0, 1)]
     if all(is_input):
-        return all(is_reused)
+        return all(is_reused) or (any(is_reused) and not has_gate)
     number = is_input.index(True)
     return is_reused[number] or _is_parameter(factors[1 - number])
 

@@ -63,7 +63,7 @@ class SeeingMode(TorchFunctionMode):
 
     def __init__(self, notes: Notes) -> None:
         super().__init__()
-        self.notes, self.products = notes, _Products()
+        self.notes, self.products = notes, _Products(notes.born)
         self._reading: Function | None = None
         self._aside = 0  # how often it was told to let functions pass as they are
 
@@ -126,8 +126,8 @@ class SeeingMode(TorchFunctionMode):
             mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
             return None
-        whole = self.products.summed(func, known, args, kwargs) if known.name in _SUMMING else None
-        if whole is not None:
+        is_sum = known.name in _SUMMING
+        if is_sum and (whole := self.products.summed(func, known, args, kwargs)) is not None:
             func, (args, kwargs), known, inputs = whole.function, (whole.factors, {}), whole.known, []
             flags = self.notes.read(args, inputs, self._unseen)
         op = Operation(func, args, kwargs, known, inputs, flags)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, Last, RelP, UniformEpsilon
 from crp.rules import AlphaBeta
 from crp.rules.contractions import _Products
+from crp.rules.notes import Notes
 
 TOKENS = numbers(2, 4, 6, seed=3)
 WEIGHTS, MASK = numbers(5, 6, seed=5), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).double()[..., None]
@@ -58,6 +59,10 @@ SCALED = {
     "norm": (
         lambda h: (h * (h.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).mean(1),
         lambda h: F.rms_norm(h, (6,), eps=1e-5).mean(1),
+    ),
+    "query_that_is_a_gate": (
+        lambda h: (h * torch.sigmoid(h.mean(2, keepdim=True))).sum(1),
+        lambda h: torch.einsum("btd,bt->bd", h, torch.sigmoid(h.mean(2))),
     ),
     "gate": (
         lambda h: (h * torch.sigmoid(h.mean(1, keepdim=True))).mean(1),
@@ -104,6 +109,17 @@ def test_attention_by_sums_of_products(kind):
     assert_same_map(attention(True), attention(False), TOKENS, kind())
 
 
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP, RelP, UniformEpsilon])
+def test_one_query_and_many_keys_by_a_sum_of_products(kind):
+    def wiring(s, x):
+        query, keys = s.q(x[:, :1]), s.k(x)
+        return s.out((query * keys).sum(-1) if s.by_products else (query @ keys.mT)[:, 0])
+
+    models = [seeded(Net(wiring, q=nn.Linear(6, 5), k=nn.Linear(6, 5), out=nn.Linear(4, 3))) for _ in range(2)]
+    models[0].by_products, models[1].by_products = True, False
+    assert_same_map(*models, TOKENS, kind())
+
+
 def test_methods_without_a_rule_for_attention_refuse_scores_by_sums_of_products():
     with pytest.raises(NotImplementedError, match=r"DeepTaylor has no rule for sum\(\)"):
         maps(attention(True), TOKENS, DeepTaylor())
@@ -121,7 +137,7 @@ def test_what_a_sum_of_products_keeps_is_accounted_for():
 
 @pytest.mark.parametrize(("scales", "n_kept"), [(WEIGHTS, 8), (numbers(1, 6, seed=6), 0)])
 def test_factors_of_the_latest_products_are_kept_where_sums_may_be_of_matrices(scales, n_kept):
-    products, of_model, factors = _Products(), [], []
+    products, of_model, factors = _Products(Notes().born), [], []
     for _ in range(20):
         factor = torch.ones(2, 1, 6, requires_grad=True)
         factors.append(weakref.ref(factor))
