@@ -65,7 +65,7 @@ BUDGETS = {
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6166,
+    "rules": 6202,
     # (along which axis the channels of a layer are)
     "trace": 1365,
     "types": 151,
@@ -82,7 +82,7 @@ BUDGETS = {
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}
-PUBLIC_NAMES = 906
+PUBLIC_NAMES = 908
 #: Functions of more than 60 lines of code, and those of more than 12 parameters, with the number that they may have.
 LONG: dict[str, int] = {}
 MANY_PARAMETERS = {
