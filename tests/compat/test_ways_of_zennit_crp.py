@@ -164,12 +164,12 @@ def test_G7_a_table_of_other_concepts_is_refused(tmp_path, change):
     mined(tmp_path, layers={"first": Directions(torch.eye(2)), "second": ChannelConcept()})
     other = make_fv(tmp_path, layers=OTHER_CONCEPTS[change])
     for ask in (other.get_max_reference, other.compute_stats):
-        with pytest.raises(ValueError, match="mined with another layers"):
+        with pytest.raises(ValueError, match="mined with other layers"):
             ask(0, "first")
     same = make_fv(tmp_path, layers={"second": ChannelConcept(), "first": Directions(torch.eye(2))})
     assert len(same.get_max_reference(0, "first")[0]) == 8
     same.layer_map["first"].matrix[0, 1] = 1.0
-    with pytest.raises(ValueError, match="mined with another layers"):
+    with pytest.raises(ValueError, match="mined with other layers"):
         same.get_max_reference(0, "first")
 
 

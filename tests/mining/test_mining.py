@@ -470,17 +470,20 @@ def test_another_model_composite_dataset_or_function_is_refused(tmp_path: Path) 
     other = Data()
     other.images[0] += 1
     epsilon = NameMapComposite([(["conv"], Epsilon())])
+    one_layer = {"conv": ChannelConcept()}
     changes: list[tuple[str, Any, dict[str, Any]]] = [
-        ("composite", data, {"composite": NameMapComposite([(["conv"], ZPlus())])}),
-        ("composite", data, {"composite": NameMapComposite([(["conv"], Epsilon(1e-3))])}),
-        ("model", data, {"composite": epsilon, "attribution": CondAttribution(make_net(5))}),
-        ("dataset", other, {"composite": epsilon}),
-        ("preprocess", data, {"composite": epsilon, "preprocess": lambda x: x}),
-        ("single_targets", data, {"composite": epsilon, "single_targets": lambda label: [label]}),
-        ("layers", data, {"composite": epsilon, "layer_map": {"conv": ChannelConcept()}}),
-    ]
-    for name, dataset, change in changes:
-        with pytest.raises(TableMismatchError, match=f"mined with another {name}[ :]"):
+        ("another composite", data, {"composite": NameMapComposite([(["conv"], ZPlus())])}),
+        ("another composite", data, {"composite": NameMapComposite([(["conv"], Epsilon(1e-3))])}),
+        ("another model", data, {"composite": epsilon, "attribution": CondAttribution(make_net(5))}),
+        ("another dataset", other, {"composite": epsilon}),
+        ("another preprocess", data, {"composite": epsilon, "preprocess": lambda x: x}),
+        ("other single_targets", data, {"composite": epsilon, "single_targets": lambda label: [label]}),
+        ("other layers", data, {"composite": epsilon, "layer_map": one_layer}),
+        ("other layers and another preprocess", data,
+         {"composite": epsilon, "layer_map": one_layer, "preprocess": lambda x: x}),
+    ]  # fmt: skip
+    for what, dataset, change in changes:
+        with pytest.raises(TableMismatchError, match=rf"was mined with {what}( \(|:)"):
             run(tmp_path, dataset, **change)
     with pytest.raises(TableMismatchError, match="modes"):
         run(tmp_path, data, composite=epsilon, modes=["activation"])

@@ -213,7 +213,7 @@ def test_targets_that_are_not_the_labels(tmp_path: Path, targets: Any, chosen: A
     table = run(tmp_path / "a", unlabelled, targets=targets)
     assert rows_of(table) == [(i, t) for i, row in enumerate(expected) for t in row]
     same_rows(table, run(tmp_path / "b", Data(21, expected), single_targets=list))
-    with pytest.raises(ValueError, match="another targets"):
+    with pytest.raises(ValueError, match="other targets"):
         run(tmp_path / "a", unlabelled, targets=[1])
 
 

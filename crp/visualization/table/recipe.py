@@ -31,6 +31,11 @@ def tell_part(recipe: Mapping[str, Any], part: str) -> str:
     return ", ".join(names or others[:1])
 
 
+def _tell_others(parts: Iterable[str]) -> str:
+    """Parts of a recipe that another one has otherwise: ``"another model and other layers"``."""
+    return " and ".join(f"{'other' if part.endswith(('layers', 'targets')) else 'another'} {part}" for part in parts)
+
+
 def _tell_changes(parts: Iterable[str], *sides: tuple[Mapping[str, Any], Mapping[str, str]]) -> str:
     """How parts of two recipes differ, there and here: in words where these differ, else by their fingerprints."""
     changes = []

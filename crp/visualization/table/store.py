@@ -43,7 +43,7 @@ from crp.visualization.table.manifest import (
     get_coverage,
 )
 from crp.visualization.table.manifest import TableError as TableError
-from crp.visualization.table.recipe import _tell_changes
+from crp.visualization.table.recipe import _tell_changes, _tell_others
 from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
 
 #: What to do about a table of something else.
@@ -186,8 +186,8 @@ class Table:
         if differ := [key for key, value in fingerprints.items() if self.fingerprints.get(key) != value]:
             details = _tell_changes(differ, (self.header.recipe, self.fingerprints), (recipe or {}, fingerprints))
             versions = ", ".join(f"{key} {version}" for key, version in self.versions.items())
-            what = f"{' and another '.join(differ)} ({details}; mined with {versions})"
-            raise TableMismatchError(f"the table in {self.path} was mined with another {what}; {ELSEWHERE}")
+            what = f"{_tell_others(differ)} ({details}; mined with {versions})"
+            raise TableMismatchError(f"the table in {self.path} was mined with {what}; {ELSEWHERE}")
 
     def check_header(self, header: TableHeader) -> None:
         """Raise a `TableMismatchError` that names what differs, unless rows of ``header`` belong into this table."""
