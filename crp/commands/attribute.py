@@ -15,7 +15,8 @@ from crp.commands.errors import CommandError
 from crp.commands.loading import EXISTING, _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
 from crp.commands.values import _plain, read_value
-from crp.wording import percent
+from crp.errors import LoadingError
+from crp.wording import counted, percent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,10 +125,8 @@ def attribute(
     from crp.commands.texts import Asking, explain_texts
     from crp.visualization.models import find_class
 
-    _check_kind(images, texts)
+    _check_kind(images, texts, page, out)
     if texts:
-        if page and out.suffix.lower() != _PAGE:
-            raise CommandError(f"--out {out} must end in .html for a page of texts")
         asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
         _check_writable(out.parent, out)
         loaded = _load(model, output, **loading)
@@ -149,15 +148,24 @@ def attribute(
     if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
         click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
     where = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
+    caption = chosen.name if page else f"{chosen.name}{where}"
+    unread = []
     for image, place in zip(images, places, strict=True):
-        caption = chosen.name if page else f"{chosen.name}{where}"
-        said, facts = _explain(image, place, loaded, chosen.name, index, given, caption, shown)
+        try:
+            pair = loaded.read(image)
+        except LoadingError as error:
+            unread.append(str(error))
+            continue
+        said, facts = _explain(image, pair, place, loaded, chosen.name, index, given, caption, shown)
         click.echo(json.dumps(facts) if as_json else f"{image}: {_plain(said)}\nwrote {place}")
     if loaded.normalized is None and not as_json:
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
+    if unread:
+        told = "\n".join(unread)
+        raise CommandError(f"{len(unread)} of {counted(len(images), 'picture')} cannot be read:\n{told}")
 
 
-def _check_kind(images: Sequence[Path], texts: Sequence[str]) -> None:
+def _check_kind(images: Sequence[Path], texts: Sequence[str], page: bool, out: Path) -> None:
     """Refuse options of texts with pictures, and those of pictures with texts."""
     context = click.get_current_context()
     typed = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
@@ -165,6 +173,8 @@ def _check_kind(images: Sequence[Path], texts: Sequence[str]) -> None:
         raise CommandError("give pictures, or --text, of which --tokenizer, --position and --against are")
     if texts and (wrong := [f"--{name}" for name in ("size", "mean", "std", "graph") if name in typed]):
         raise CommandError(f"{' and '.join(wrong)}: for pictures alone, and --text is given")
+    if texts and page and out.suffix.lower() != _PAGE:
+        raise CommandError(f"--out {out} must end in .html for a page of texts")
 
 
 def _merged(settings: dict[str, Any], through: dict[str, Any], of_page: bool) -> dict[str, Any]:
@@ -215,6 +225,7 @@ def _named_places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
 
 def _explain(
     image: Path,
+    read: tuple[Tensor, Tensor],
     place: Path,
     loaded: Loaded,
     method: str,
@@ -223,12 +234,12 @@ def _explain(
     caption: str,
     on_page: PageConcepts | None,
 ) -> tuple[str, dict[str, Any]]:
-    """Explain one picture, and tell what the model says of it, in words and as data."""
+    """Explain one picture, given as it is shown and as the model takes it, and tell what the model says of it."""
     from crp.attributors.explaining import explain
     from crp.commands.panel import draw
     from crp.visualization.report.explained import ExplainedPicture, write_explained
 
-    shown, data = loaded.read(image)
+    shown, data = read
     scores = loaded.scores(data)[0]
     aim = int(scores.argmax()) if target is None else target
     given, windows = _completed(method, given, loaded, data)

@@ -260,3 +260,14 @@ def test_pictures_that_cannot_be_read_or_written(place):
     result = attribute(out="out.txt")
     assert result.exit_code == 1 and "must end in .png, .jpg, .pdf or .svg, or .html for a page" in result.output
     assert run("attribute", "nothing.png", "--model", "x", "--out", "out.png").exit_code == 2
+
+
+def test_pictures_that_cannot_be_read_do_not_keep_others_from_being_explained(place):
+    for name in ("cut.png", "words.png"):
+        Path(name).write_bytes(Path("picture.png").read_bytes()[:100])
+    result = run("attribute", "cut.png", "picture.png", "words.png", "--model", "nets_of_mine:net", "--out", "maps")
+    assert result.exit_code == 1
+    assert [path.name for path in Path("maps").iterdir()] == ["picture.png"]
+    assert "picture.png: predicted class" in result.stdout and "Error: 2 of 3 pictures cannot be read" in result.stderr
+    assert "cut.png is no picture that can be read" in result.stderr
+    assert "words.png is no picture that can be read" in result.stderr
