@@ -81,10 +81,23 @@ class AttributionResults(_Fields):
         self.encoding, self.multipliers, self.counted, self.reading = encoding, multipliers, counted, reading
         return self
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={_shapes(value)}" for name, value in self._asdict().items())
+        return f"{type(self).__name__}({shapes})"
+
     def _replace(self, **changes: Any) -> AttributionResults:
         """Return the same with other fields or attributes."""
         same = {name: getattr(self, name) for name in ("encoding", "multipliers", "counted", "reading")}
         return type(self)(**{**self._asdict(), **same, **changes})
+
+
+def _shapes(value: Any) -> Any:
+    """Shape of a tensor; of several, theirs in a tuple or dict."""
+    if isinstance(value, Mapping):
+        return {name: _shapes(one) for name, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shapes, value))
+    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 class Sinks(Protocol):

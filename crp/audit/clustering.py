@@ -59,6 +59,9 @@ class Clusters(NamedTuple):
     vectors: np.ndarray
     seed: int
 
+    def __repr__(self) -> str:
+        return f"Clusters(sizes={self.sizes}, separation={self.separation:.2f}, vectors={self.vectors.shape})"
+
     @property
     def sizes(self) -> list[int]:
         """Number of samples in each cluster."""

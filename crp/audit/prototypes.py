@@ -28,6 +28,7 @@ from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.store import Table
+from crp.wording import counted
 
 Covariance = Literal["full", "diag"]
 #: Samples of a prototype that are kept with it beside a table.
@@ -73,6 +74,10 @@ class Prototypes:
     normed: bool
     classes: Mapping[int, _Mixture]
     seed: int | None = None
+
+    def __repr__(self) -> str:
+        n = sum(len(mixture.weights) for mixture in self.classes.values())
+        return f"Prototypes({n} of {counted(len(self.classes), 'class', 'classes')}, layer={self.layer!r})"
 
     def score(self, vectors: Any, of_class: int) -> np.ndarray:
         """Log density of vectors of shape (samples, concepts), as predictions of a class: (samples,)."""

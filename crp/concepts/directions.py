@@ -52,6 +52,11 @@ class Directions:
         if shapes[0][0] % self.block:
             raise InputError(f"{shapes[0][0]} directions are no blocks of {self.block}")
 
+    def __repr__(self) -> str:
+        n, channels = np.shape(self.directions)
+        of = f"{n // self.block} x {self.block}" if self.block > 1 else n
+        return f"Directions({of} in {channels} channels, method={self.method!r})"
+
     def concept(self, rest: bool = True, *, axis: int = 1) -> SubspaceConcept:
         """Concept type of these directions: a `DirectionConcept`, or a `SubspaceConcept` where blocks are longer."""
         check_flags(rest=rest)

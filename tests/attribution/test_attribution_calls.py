@@ -203,7 +203,18 @@ def test_results_are_named_tuples_of_four(mlp, vectors):
     assert (other.encoding, other.multipliers) == ("relevance", None)
     plain = AttributionResults(*result)
     assert (plain.encoding, plain.multipliers) == ("relevance", None) and plain._make(result).multipliers is None
-    assert repr(plain).startswith("AttributionResults(heatmap=")
+
+
+def test_results_are_shown_by_their_shapes(mlp, vectors):
+    result = CondAttribution(mlp)(vectors[:1], [{"y": 0}, {"y": 1}], record_layer=["2"])
+    heatmap, layer, prediction = (tuple(x.shape) for x in (result.heatmap, result.relevances["2"], result.prediction))
+    assert repr(result) == (
+        f"AttributionResults(heatmap={heatmap}, activations={{'2': {layer}}}, relevances={{'2': {layer}}}, "
+        f"prediction={prediction})"
+    )
+    several = result._replace(heatmap={"a": result.heatmap, "b": None}, relevances={})
+    assert f"heatmap={{'a': {heatmap}, 'b': None}}" in repr(several)
+    assert f"heatmap=({heatmap}, None)" in repr(result._replace(heatmap=[result.heatmap, None]))
 
 
 def test_results_do_not_keep_the_graph_of_initial_relevance(mlp, vectors):

@@ -33,6 +33,7 @@ def test_blobs_are_found(sizes):
         assert found.strongest(i, 1)[0][0] == part
         assert set(found.members(i)) == set(np.flatnonzero(which == part))
     assert found.separation > 0.99
+    assert repr(found) == f"Clusters(sizes={found.sizes}, separation=1.00, vectors=({sum(sizes)}, 6))"
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -68,6 +68,7 @@ def test_two_ways_are_two_prototypes(blobs, covariance):
     """Their number is that of the least BIC, and the density that of the mixture."""
     table, vectors, which = blobs
     found = prototypes(table, "a", range(1, 5), covariance=covariance, normed=False)
+    assert repr(found) == "Prototypes(3 of 2 classes, layer='a')"
     mixture = found.classes[0]
     order = np.argsort(-mixture.weights)
     assert np.allclose(mixture.weights[order], [0.75, 0.25], atol=1e-6)

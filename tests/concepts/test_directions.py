@@ -238,3 +238,5 @@ def test_directions_of_ones_own():
     found = Directions(BASIS[:2], BASIS[:2], "mine")
     a = RNG.normal(size=(4, 6))
     assert np.allclose(found.explained(a, a), ((a @ BASIS[:2].T) ** 2).sum(0) / (a**2).sum(), rtol=1e-10)
+    assert repr(found) == "Directions(2 in 6 channels, method='mine')"
+    assert repr(Directions(BASIS[:4], BASIS[:4], "mine", block=2)) == "Directions(2 x 2 in 6 channels, method='mine')"
