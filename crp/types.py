@@ -33,8 +33,8 @@ class AttributionResults(_Fields):
     Attributes
     ----------
     heatmap : Tensor of shape (rows, *space), or tuple or dict of them
-        Relevance of the input, summed over its channels (by default). Where several inputs are explained, one for each,
-        in the form of the data, with None for inputs that are not.
+        Relevance of the input, summed over its channels (by default), or over the features of embedded tokens. Where
+        several inputs are explained, one for each, in the form of the data, with None for inputs that are not.
     activations : dict of str to Tensor of shape (rows, *layer shape)
         Outputs of the recorded layers. Where a layer has k entries for each sample, as one that runs on (batch * time),
         here and below it is (rows * k, *layer shape): the k entries of the first row, then those of the second, ...;

@@ -24,11 +24,18 @@ from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
 from crp.engine.model_state import changed_weights, weights_of
-from crp.engine.results import Part, average, in_order, results_of, sum_of_channels
+from crp.engine.results import Part, average, in_order, results_of
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
-from crp.engine.targets import all_positions, check_start, check_targets_exist, init_of_rows, initial_relevance
+from crp.engine.targets import (
+    all_positions,
+    check_initial,
+    check_start,
+    check_targets_exist,
+    init_of_rows,
+    initial_relevance,
+)
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
@@ -88,6 +95,8 @@ class Call:
         inputs.check(settings.finite)
         if settings.on_device is not None:
             check_device(settings.on_device, "on_device")
+        if overrides.relevance_init is None:
+            check_initial(settings.init_rel)
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
@@ -352,7 +361,7 @@ class Call:
     def _results(self, passed: ForwardPass, rows: Rows, last: bool) -> Part:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
         prediction, _, arrived = self._send_back(passed, rows, last)
-        heatmap_of, is_shared = self.overrides.heatmap_modifier or sum_of_channels, self._explains_positions(rows)
+        heatmap_of, is_shared = self.overrides.heatmap_modifier, self._explains_positions(rows)
         return results_of(passed, rows, prediction, arrived, self.settings, heatmap_of, is_shared=is_shared, last=last)
 
 

@@ -233,6 +233,8 @@ def _misfit(
         )
     if isinstance(weight, Tensor) and weight.device != given.device:
         return InputError(f"{where} is on {weight.device} and gets a tensor on {given.device}; move the whole model")
+    if isinstance(layer, nn.Embedding) and given.is_floating_point():
+        return InputTypeError(f"{where} looks up numbers of tokens, integers, and gets {given.dtype}: give ids.long()")
     if isinstance(layer, nn.Embedding) and len(unknown := unknown_ids(given, layer)):
         return OutOfRangeError(
             f"{where} has embeddings of the numbers 0 to {layer.num_embeddings - 1} and gets {int(unknown[0])}, for "

@@ -322,7 +322,7 @@ def _explained(values: Mapping[Any, Any], explain: Explain) -> tuple[int | str, 
         names = [n for n, value in values.items() if isinstance(value, Tensor) and value.is_floating_point()]
         if not names:
             raise InputTypeError(
-                "no input is a floating-point tensor, which relevance can be assigned to: "
+                "no input is a floating-point tensor, which relevance can be assigned to, or holds token ids, int64: "
                 + ", ".join(f"{n!r} is {getattr(value, 'dtype', value)}" for n, value in values.items())
             )
         return tuple(names)

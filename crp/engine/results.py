@@ -25,7 +25,7 @@ def results_of(
     prediction: Tensor,
     arrived: dict[str, Tensor],
     settings: Settings,
-    heatmap_of: Callable[..., Tensor],
+    heatmap_of: Callable[..., Tensor] | None,
     *,
     is_shared: bool,
     last: bool,
@@ -46,11 +46,13 @@ def results_of(
         if keeps:
             multipliers[name] = relevances[name] if encoding.as_multiplier else own(of_layer)
             counted[name] = activations[name] if name not in passed.references else own(passed.value(name, rows))
-    heatmaps = []
-    for leaf, relevance in zip(passed.inputs.explained, relevances_of_inputs, strict=True):
+    heatmaps, inputs = [], passed.inputs
+    for name, leaf, relevance in zip(inputs.names, inputs.explained, relevances_of_inputs, strict=True):
         explained = passed.of_rows(leaf, rows)
         explained.grad = relevance
-        heatmaps.append(heatmap_of(explained, settings.on_device))
+        # (so models of Hugging Face call embeddings of tokens, (rows, tokens, features))
+        sum_of = partial(sum_of_channels, axis=-1 if str(name).endswith("inputs_embeds") else 1)
+        heatmaps.append((heatmap_of or sum_of)(explained, settings.on_device))
     result = AttributionResults(
         passed.inputs.shaped(heatmaps),
         activations,
@@ -73,11 +75,11 @@ def _own(settings: Settings, tensor: Tensor, is_shared: bool = False) -> Tensor:
     return tensor.to(settings.on_device) if settings.on_device else tensor
 
 
-def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None) -> Tensor:
+def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None, axis: int = 1) -> Tensor:
     """Heatmap from the relevance of an input, ``data.grad``; see `CondAttribution.heatmap_modifier`."""
     assert data.grad is not None
     heatmap = data.grad.detach()
-    heatmap = heatmap.sum(dim=1) if heatmap.dim() > 1 else heatmap
+    heatmap = heatmap.sum(dim=axis) if heatmap.dim() > 1 else heatmap
     return heatmap.to(on_device) if on_device else heatmap
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.engine.door import _as_kind
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import is_flag
 from crp.layers.devices import send_to
@@ -64,10 +65,6 @@ def check_targets_exist(
 def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
     """What relevance starts with; see `CondAttribution.relevance_init`."""
     selection = prediction if init_rel is None else _given_relevance(prediction, init_rel)
-    if selection.is_complex():
-        raise InputTypeError(f"init_rel must be real numbers, not {selection.dtype}")
-    if init_rel is not None and not torch.isfinite(selection).all():
-        raise InputError("init_rel has NaN or infinite values")
     try:
         selection = selection.to(prediction).expand_as(prediction)
     except RuntimeError:
@@ -78,16 +75,28 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     return _at_targets(selection, target_list) if target_list else selection
 
 
+def check_initial(init_rel: Any) -> None:
+    """Raise an error where relevance can start with no such thing, whatever is predicted; functions are not called."""
+    if init_rel is not None and (isinstance(init_rel, Tensor) or not callable(init_rel)):
+        _given_relevance(torch.zeros(()), init_rel)
+
+
 def _given_relevance(prediction: Tensor, init_rel: Any) -> Tensor:
     """Initial relevance that a user gives: a tensor, a number, or a function that returns one of these."""
     given = init_rel(prediction) if callable(init_rel) and not isinstance(init_rel, Tensor) else init_rel
-    if isinstance(given, Tensor):
-        return given
     if isinstance(given, Real) and not is_flag(given):
-        return torch.full_like(prediction, float(given))
-    if callable(init_rel):
-        raise InputTypeError(f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number")
-    raise InputTypeError(f"init_rel must be a tensor, a number or a function, not {type(given).__name__}")
+        given = torch.full_like(prediction, float(given))
+    if not isinstance(given, Tensor):
+        if callable(init_rel):
+            raise InputTypeError(
+                f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number"
+            )
+        raise InputTypeError(f"init_rel must be a tensor, a number or a function, not {_as_kind(given)}")
+    if given.is_complex():
+        raise InputTypeError(f"init_rel must be real numbers, not {given.dtype}")
+    if not torch.isfinite(given).all():
+        raise InputError("init_rel has NaN or infinite values")
+    return given
 
 
 def _at_targets(selection: Tensor, target_list: Sequence[Any]) -> Tensor:

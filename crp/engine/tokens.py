@@ -50,8 +50,9 @@ def _are_ids(value: object) -> bool:
 
 
 def name_of_ids(values: Mapping[Any, Any]) -> int | str | None:
-    """Name of the input that holds token ids, among inputs of which none is floating; None where it is not clear."""
-    if any(isinstance(value, Tensor) and value.is_floating_point() for value in values.values()):
+    """Name of the input that holds token ids, among inputs of which none but a mask is floating; None if not clear."""
+    others = (value for name, value in values.items() if name != "attention_mask")
+    if any(isinstance(value, Tensor) and value.is_floating_point() for value in others):
         return None
     ids = [name for name, value in values.items() if _are_ids(value)]
     return "input_ids" if "input_ids" in ids else ids[0] if len(ids) == 1 else None

@@ -43,6 +43,22 @@ BEFORE = {
     "a layer is no string": bad(
         TypeError, "conditions[0]: layers are named by strings, not 2", conditions=[{"y": 1, 2: [0]}]
     ),
+    "init_rel is a list": bad(
+        TypeError, "init_rel must be a tensor, a number or a function, not list", init_rel=[1.0, 2.0, 3.0]
+    ),
+    "init_rel is an array": bad(
+        TypeError, "not ndarray (torch.from_numpy makes a tensor of it)", init_rel=np.ones((1, 3))
+    ),
+    "init_rel is complex": bad(
+        TypeError, "init_rel must be a tensor, a number or a function, not complex", init_rel=1j
+    ),
+    "init_rel is a complex tensor": bad(
+        TypeError, "init_rel must be real numbers, not torch.complex64", init_rel=torch.ones(3) * 1j
+    ),
+    "init_rel is NaN": bad(ValueError, "init_rel has NaN or infinite values", init_rel=float("nan")),
+    "init_rel has infinity": bad(
+        ValueError, "init_rel has NaN or infinite values", init_rel=torch.tensor([1.0, torch.inf, 0.0])
+    ),
     "empty y": bad(
         ValueError, "conditions[1]['y'] is empty; name at least one output", conditions=[{"y": 1}, {"y": []}]
     ),
@@ -245,16 +261,6 @@ AFTER = {
     ),
     "init_rel with more axes": bad(
         ValueError, "init_rel has shape (1, 2, 3); it must broadcast to", init_rel=torch.ones(1, 2, 3)
-    ),
-    "init_rel is a list": bad(
-        TypeError, "init_rel must be a tensor, a number or a function, not list", init_rel=[1.0, 2.0, 3.0]
-    ),
-    "init_rel is complex": bad(
-        TypeError, "init_rel must be a tensor, a number or a function, not complex", init_rel=1j
-    ),
-    "init_rel is NaN": bad(ValueError, "init_rel has NaN or infinite values", init_rel=float("nan")),
-    "init_rel has infinity": bad(
-        ValueError, "init_rel has NaN or infinite values", init_rel=torch.tensor([1.0, torch.inf, 0.0])
     ),
     "init_rel gives nothing": bad(
         TypeError,

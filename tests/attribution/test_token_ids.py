@@ -76,6 +76,18 @@ def test_ids_are_explained_by_their_embeddings(name, way, untouched):
     assert off(found.prediction, model(**TEXT).logits.detach()) <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_embeddings_in_place_of_ids_have_a_number_for_each_token_too(name):
+    model = language_model(name)
+    y = [{"y": 1 if name == "bert" else Position(-1, 5)}]
+    attribution, embeddings = CondAttribution(model), model.get_input_embeddings()(IDS).detach()
+    wanted = attribution(TEXT, y, CPLRP()).heatmap
+    found = attribution({"inputs_embeds": embeddings, "attention_mask": TEXT["attention_mask"]}, y, CPLRP())
+    assert found.heatmap.shape == IDS.shape and off(found.heatmap, wanted) <= 1e-12
+    # (a mask may be floating, and is no data beside ids)
+    assert off(attribution({**TEXT, "attention_mask": torch.ones(IDS.shape)}, y, CPLRP()).heatmap, wanted) <= 1e-12
+
+
 def test_what_else_a_model_reads_of_its_ids_stays(untouched):
     """RoBERTa counts positions by the ids that are no padding, which it cannot of embeddings."""
     model, ids = language_model("roberta"), torch.tensor([[3, 0, 0, 4, 5]])
@@ -203,8 +215,10 @@ def test_occlusion_of_whole_tokens():
         (IDS, seeded(nn.Linear(6, 3)), TypeError, "data must be a floating-point tensor"),
         ({"a": IDS, "b": IDS}, seeded(Reader()), TypeError, "no input is a floating-point tensor"),
         (IDS > 3, seeded(Reader()), TypeError, "data must be a floating-point tensor"),
+        (IDS.double(), seeded(Reader()), TypeError, r"layer 'words' .* gets torch.float64: give ids.long\(\)"),
+        ({"ids": IDS.byte()}, seeded(Reader()), TypeError, "or holds token ids, int64: 'ids' is torch.uint8"),
     ],
-    ids=["unknown", "copy", "twice", "no_embeddings", "two_inputs", "bool"],
+    ids=["unknown", "copy", "twice", "no_embeddings", "two_inputs", "bool", "floats", "bytes"],
 )
 def test_what_cannot_be_explained_is_named(data, model, error, message, untouched):
     with untouched(model):
