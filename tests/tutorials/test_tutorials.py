@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from notebooks import ROOT, check_stored, errors_of, execute, pictures
+from notebooks import CHECKPOINT, ROOT, check_stored, errors_of, execute, pictures
 from PIL import Image
 
 pytestmark = pytest.mark.timeout(900)  # (the first test waits for all notebooks)
@@ -230,6 +231,16 @@ def read(name: str) -> Any:
 
 def test_every_notebook_is_run() -> None:
     assert {path.stem for path in TUTORIALS.glob("*.ipynb")} == set(CLAIMS)
+
+
+def test_notebooks_run_one_after_the_other_in_one_folder() -> None:
+    """What one writes is not in the way of another."""
+    written = {}
+    for name in CLAIMS:
+        code = "".join(cell.source for cell in read(name).cells if cell.cell_type == "code")
+        assert 'path="' not in code.replace('path="results/', ""), name
+        for place in set(re.findall(r'"(results/[^"]*)"', code)) - {CHECKPOINT}:
+            assert written.setdefault(place, name) == name, place
 
 
 @pytest.mark.parametrize("name", CLAIMS)
