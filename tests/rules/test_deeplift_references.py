@@ -189,6 +189,23 @@ def test_paths_that_depend_on_values_are_refused(x: Tensor) -> None:
         relevance(Branch(), x, DeepLift())
 
 
+def test_a_call_on_no_samples_of_the_reference_is_compared_with_none_of_the_data(x: Tensor) -> None:
+    class Expert(nn.Module):
+        """Only samples with something in them go through the layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(x[0].numel(), 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            busy = x.abs().sum(1) > 0
+            return x.new_zeros(len(x), 2).index_put((busy,), self.layer(x[busy]).tanh())
+
+    with pytest.raises(RuntimeError, match=r"the model ran tanh.* on .* but tanh.* on \[\(0, .* for the reference"):
+        relevance(Expert(), x.double(), DeepLift())
+
+
 @pytest.mark.parametrize(
     "reference", [0.5, torch.rand(2, 7, 7), [torch.rand(1, 2, 7, 7), 0.0], torch.rand(2, 1, 2, 7, 7)]
 )
