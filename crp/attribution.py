@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,11 +26,11 @@ from crp.engine.call import Call
 from crp.engine.checking import Checked, check_explanation
 from crp.engine.conditions import MaskMap, Rows
 from crp.engine.copies import with_copies
-from crp.engine.door import check_device, check_result
+from crp.engine.door import check_device
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.engine.replayed import Replayed
-from crp.engine.results import Part, one_ahead, sum_of_channels
+from crp.engine.results import one_ahead, sum_of_channels
 from crp.engine.settings import Overrides, Settings
 from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError
@@ -37,6 +38,8 @@ from crp.flags import check_flags
 from crp.layers import differentiable
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
+#: Masks of channels, which are axis 1 to them.
+_OF_CHANNELS = (ChannelConcept.mask, ChannelConcept.mask_rf)
 attrResult = AttributionResults
 attrGraphResult = AttributionGraphResults
 
@@ -186,8 +189,8 @@ class CondAttribution:
         """
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         call = self.plan(data, conditions, composite, settings)
-        result, relevances = next(call.parts())
-        check_result(self.model, result.heatmap, result.prediction)
+        part = next(call.parts())
+        result, relevances = call.checked(part, _OF_CHANNELS), part[1]
         if call.overrides.broadcast is None:
             for tensor, relevance in zip(call.inputs.given(data), relevances, strict=True):
                 if tensor is not None:
@@ -231,10 +234,11 @@ class CondAttribution:
         check_flags(verbose=verbose)
         settings = Settings(record_layer, mask_map, start_layer, init_rel, on_device, exclude_parallel, explain)
         call = with_copies(replace(self.plan(data, conditions, composite, settings), batch_size=batch_size))
-        parts = (
-            one_ahead(call.parts()) if self.replay and self._replayed.replays.runs_ahead(self.device) else call.parts()
-        )
-        return self._show(map(self._checked, parts), -(-len(call.rows) // batch_size), verbose)
+        parts = call.parts()
+        if self.replay and self._replayed.replays.runs_ahead(self.device):
+            parts = one_ahead(parts)
+        checked = map(partial(call.checked, of_channels=_OF_CHANNELS), parts)
+        return self._show(checked, -(-len(call.rows) // batch_size), verbose)
 
     def absorbed(
         self,
@@ -384,10 +388,6 @@ class CondAttribution:
         if not listed or not all(isinstance(tensor, Tensor) for tensor in listed):
             raise InputTypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
         return cast(Tensor, chosen)
-
-    def _checked(self, part: Part) -> AttributionResults:
-        check_result(self.model, part[0].heatmap, part[0].prediction)
-        return part[0]
 
     @staticmethod
     def _show(parts: Iterator[AttributionResults], n_parts: int, verbose: bool) -> Iterator[AttributionResults]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -16,12 +16,12 @@ from crp.engine.attached import composite_on, is_on, put_on, rules_by_hand
 from crp.engine.backward import MakeMasks, input_name, send_back, send_rows_back
 from crp.engine.basic_hooks import batched_hooks
 from crp.engine.conditions import Rows, check_conditions
-from crp.engine.door import check_device
+from crp.engine.door import check_device, check_result
 from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
-from crp.engine.masks import Given, row_masks
+from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
 from crp.engine.model_state import changed_weights, weights_of
 from crp.engine.results import Part, average, in_order, results_of
@@ -29,8 +29,8 @@ from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
 from crp.engine.targets import (
+    _check_initial,
     all_positions,
-    check_initial,
     check_start,
     check_targets_exist,
     init_of_rows,
@@ -39,7 +39,7 @@ from crp.engine.targets import (
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
-from crp.types import AbsorbedRelevance, Condition, Sinks
+from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, Sinks
 from crp.wording import first_few
 
 #: ``(call, composite, rows) -> results, or None``
@@ -96,7 +96,7 @@ class Call:
         if settings.on_device is not None:
             check_device(settings.on_device, "on_device")
         if overrides.relevance_init is None:
-            check_initial(settings.init_rel)
+            _check_initial(settings.init_rel)
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
@@ -121,13 +121,27 @@ class Call:
             usual = rows.layers(settings.output_name) or any(method is not None for method in vars(overrides).values())
             settings = replace(settings, channels_last=not usual and Encoding.of(composite).multiplier)
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
-        for layer in rows.layers(settings.output_name):
+        for layer in call.conditioned:
             row_masks({}, layer, settings.mask_map, call._multiplies())
         return call
 
     def parts(self) -> Iterator[Part]:
         """Results of ``batch_size`` rows at a time; means, for composites whose results are averaged."""
         return self._joined([self._parts(composite) for composite in self._members()])
+
+    @cached_property
+    def conditioned(self) -> list[str]:
+        """Layers that the conditions name."""
+        return self.rows.layers(self.settings.output_name)
+
+    def checked(self, part: Part, of_channels: Collection[MaskFactory]) -> AttributionResults:
+        """Results of a part, or an error where they are not what they are called; some masks are of channels."""
+        result, _ = part
+        check_result(self.model, result.heatmap, result.prediction)
+        for layer in self.conditioned:
+            if mask_factory(self.settings.mask_map, layer) in of_channels:
+                _check_channels(self.model, layer, result.activations[layer])
+        return result
 
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
         """Means of several runs; an error where weights are changed between two parts, which would be of two models."""
@@ -299,10 +313,9 @@ class Call:
     ) -> ForwardPass:
         settings = self.settings
         # (canonizers may have given the model further layers)
-        conditioned = self.rows.layers(settings.output_name)
-        check_layers(model, conditioned, "conditions")
+        check_layers(model, self.conditioned, "conditions")
         check_layers(model, settings.record, "record_layer")
-        roles = dict.fromkeys(settings.record, "record") | dict.fromkeys(conditioned, "condition")
+        roles = dict.fromkeys(settings.record, "record") | dict.fromkeys(self.conditioned, "condition")
         if settings.start is not None:
             roles[settings.start] = "start"
         samples = self._samples(rows)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crp.engine.conditions import MaskMap
 from crp.engine.door import is_finite
@@ -59,6 +59,24 @@ def needs_multiplier(mask: object) -> bool:
     if any(getattr(owner, "needs_multiplier", False) for owner in owners):
         return True
     return isinstance(mask, partial) and needs_multiplier(mask.func)
+
+
+def _check_channels(model: nn.Module, layer: str, output: Tensor) -> None:
+    """Raise an `InputError` where channels are looked for along axis 1 of a layer whose channels come last.
+
+    They do where the last axis is as long as a bias, or another vector of the model, and axis 1 has the length of no
+    side of a weight: it is an axis of tokens, or of rows. Tables are left out, as there may be a row for each token.
+    """
+    modules = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    shapes = [p.shape for module in modules for p in module._parameters.values() if p is not None and p.dim()]
+    vectors = {shape[0] for shape in shapes if len(shape) == 1}
+    # (what is learned for each position is of shape (1, positions, channels))
+    sides = {side for shape in shapes if shape[0] != 1 for side in shape[:2]}
+    if output.dim() > 2 and output.shape[-1] in vectors and output.shape[1] not in sides:
+        raise InputError(
+            f"layer {layer!r} puts out {(1, *output.shape[1:])}, whose channels come last, and ChannelConcept masks "
+            "axis 1; give mask_map=AxisConcept(-1).mask for these, or AxisConcept(1).mask for tokens along axis 1"
+        )
 
 
 def mask_factory(mask_map: MaskMap, layer: str) -> Callable[..., MaskFn]:

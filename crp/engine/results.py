@@ -47,11 +47,11 @@ def results_of(
             multipliers[name] = relevances[name] if encoding.as_multiplier else own(of_layer)
             counted[name] = activations[name] if name not in passed.references else own(passed.value(name, rows))
     heatmaps, inputs = [], passed.inputs
-    for name, leaf, relevance in zip(inputs.names, inputs.explained, relevances_of_inputs, strict=True):
+    for place, leaf, relevance in zip(inputs.names, inputs.explained, relevances_of_inputs, strict=True):
         explained = passed.of_rows(leaf, rows)
         explained.grad = relevance
         # (so models of Hugging Face call embeddings of tokens, (rows, tokens, features))
-        sum_of = partial(sum_of_channels, axis=-1 if str(name).endswith("inputs_embeds") else 1)
+        sum_of = partial(sum_of_channels, axis=-1 if str(place).endswith("inputs_embeds") else 1)
         heatmaps.append((heatmap_of or sum_of)(explained, settings.on_device))
     result = AttributionResults(
         passed.inputs.shaped(heatmaps),

@@ -7,6 +7,7 @@ tuples mean the same), pixels of a class, and tokens at a position.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -75,17 +76,20 @@ def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, ini
     return _at_targets(selection, target_list) if target_list else selection
 
 
-def check_initial(init_rel: Any) -> None:
+def _check_initial(init_rel: Any) -> None:
     """Raise an error where relevance can start with no such thing, whatever is predicted; functions are not called."""
     if init_rel is not None and (isinstance(init_rel, Tensor) or not callable(init_rel)):
-        _given_relevance(torch.zeros(()), init_rel)
+        _given_relevance(torch.zeros((), dtype=torch.float64), init_rel)
 
 
 def _given_relevance(prediction: Tensor, init_rel: Any) -> Tensor:
     """Initial relevance that a user gives: a tensor, a number, or a function that returns one of these."""
     given = init_rel(prediction) if callable(init_rel) and not isinstance(init_rel, Tensor) else init_rel
     if isinstance(given, Real) and not is_flag(given):
-        given = torch.full_like(prediction, float(given))
+        number = float(given)
+        if torch.finfo(prediction.dtype).max < abs(number) < inf:
+            raise InputError(f"init_rel is {number}, which is too large for {prediction.dtype}")
+        given = torch.full_like(prediction, number)
     if not isinstance(given, Tensor):
         if callable(init_rel):
             raise InputTypeError(

@@ -10,6 +10,7 @@ from attribution_cases import COMPOSITES, KINDS, SMALL, Net, ask, net, small_net
 from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
+from crp.concepts import AxisConcept, ChannelConcept
 
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 
@@ -123,3 +124,40 @@ def test_the_same_error_when_asked_again(model, untouched):
                 with pytest.raises(IndexError, match="there is no channel 9"):
                     ask(model, conditions=[{"y": 1, "conv2": [9]}], composite=composite)
             ask(model, composite=composite)
+
+
+class Tokens(nn.Module):
+    """Tokens, (batch, token, feature), made of the columns of a picture, or frames, (batch, channel, time)."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last, self.frames = last, nn.Conv1d(3, 5, 1)
+        self.block, self.out = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 5)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.frames(x)
+        tokens = frames.mT
+        return self.out((tokens + self.block(tokens)).mean(1) if self.last else frames.mean(2))
+
+
+@pytest.mark.parametrize("generate", [False, True], ids=["call", "generate"])
+@pytest.mark.parametrize("mask_map", [ChannelConcept.mask, {"block": ChannelConcept().mask}], ids=["function", "dict"])
+@every_kind
+def test_tokens_are_not_taken_for_channels(composite, mask_map, generate, untouched):
+    model = Tokens(last=True).eval()
+    pictures = torch.randn(2, 3, 8)
+    asked = {"data": pictures, "composite": composite, "generate": generate}
+    message = r"layer 'block' puts out \(1, 8, 5\), whose channels come last.* AxisConcept\(1\).mask for tokens"
+    with untouched(model), pytest.raises(ValueError, match=message):
+        ask(model, [{"y": 1, "block": [4]}], mask_map=mask_map, **asked)
+    for axis in (1, -1):
+        ask(model, [{"y": 1, "block": [4]}], mask_map=AxisConcept(axis).mask, **asked)
+
+
+@pytest.mark.parametrize("n_frames", [5, 8])
+def test_frames_have_their_channels_on_axis_1(n_frames, untouched):
+    """Five channels, and maybe as many frames."""
+    model = Tokens(last=False).eval()
+    with untouched(model):
+        found = CondAttribution(model)(torch.randn(2, 3, n_frames), [{"y": 1, "frames": [i]} for i in range(2)])
+    assert found.heatmap.shape == (2, n_frames)

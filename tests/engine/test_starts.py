@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
+from crp.concepts import AxisConcept
 from crp.engine.backward import _slots_at_once
 from crp.engine.conditions import Grid, Rows
 from crp.engine.starts import Arrivals, Starts, distinct
@@ -18,6 +19,7 @@ from crp.engine.targets import all_positions
 from crp.outputs import Position
 
 TOKENS, FEATURES, VOCABULARY = 12, 5, 999
+TOKEN = AxisConcept(1).mask
 CPU = torch.device("cpu")
 
 
@@ -66,13 +68,13 @@ def test_each_row_is_what_it_is_alone(
     attribution: CondAttribution, conditions: list[dict[str, Any]], n: int, composite: Any
 ) -> None:
     data, layers = texts(n), ["low", "high", "head"]
-    parts = list(attribution.generate(data, conditions, composite, layers, batch_size=4, verbose=False))
-    whole = attribution(data, conditions * n if n == len(conditions) else conditions, composite, layers)
+    parts = list(attribution.generate(data, conditions, composite, layers, batch_size=4, verbose=False, mask_map=TOKEN))
+    whole = attribution(data, conditions * n if n == len(conditions) else conditions, composite, layers, mask_map=TOKEN)
     row = 0
     for part in parts:
         for place in range(len(part.prediction)):
             sample, condition = divmod(row, len(conditions))
-            alone = attribution(data[sample : sample + 1], [conditions[condition]], composite, layers)
+            alone = attribution(data[sample : sample + 1], [conditions[condition]], composite, layers, mask_map=TOKEN)
             for of_many, at in ((part, place), (whole, row)):
                 torch.testing.assert_close(of_many.heatmap[at], alone.heatmap[0])
                 torch.testing.assert_close(of_many.prediction[at], alone.prediction[0])
@@ -86,18 +88,18 @@ def test_each_row_is_what_it_is_alone(
 def test_rows_of_paired_texts(attribution: CondAttribution) -> None:
     data = texts(3)
     conditions = [{"y": Position(-1, 3), "high": [c]} for c in range(3)]
-    found = attribution(data, conditions, EpsilonPlus())
+    found = attribution(data, conditions, EpsilonPlus(), mask_map=TOKEN)
     for i in range(3):
-        alone = attribution(data[i : i + 1], conditions[i : i + 1], EpsilonPlus())
+        alone = attribution(data[i : i + 1], conditions[i : i + 1], EpsilonPlus(), mask_map=TOKEN)
         torch.testing.assert_close(found.heatmap[i], alone.heatmap[0])
 
 
 @pytest.mark.parametrize("init_rel", [2.0, lambda output: output.abs(), torch.ones(1).double()], ids=["2", "f", "1"])
 def test_initial_relevance_of_positions(attribution: CondAttribution, init_rel: Any) -> None:
     data, conditions = texts(1), CONDITIONS["one target"]
-    found = attribution(data, conditions, EpsilonPlus(), init_rel=init_rel)
+    found = attribution(data, conditions, EpsilonPlus(), init_rel=init_rel, mask_map=TOKEN)
     for i, condition in enumerate(conditions):
-        alone = attribution(data, [condition], EpsilonPlus(), init_rel=init_rel)
+        alone = attribution(data, [condition], EpsilonPlus(), init_rel=init_rel, mask_map=TOKEN)
         torch.testing.assert_close(found.heatmap[i], alone.heatmap[0])
 
 
@@ -128,7 +130,9 @@ class Watch(TorchDispatchMode):
 def watched(attribution: CondAttribution, n_rows: int, batch_size: int, targets: int = 1) -> Watch:
     conditions = [{"y": Position(-1, c % targets), "high": [c % 7]} for c in range(n_rows)]
     with Watch() as watch:
-        for part in attribution.generate(texts(1), conditions, EpsilonPlus(), batch_size=batch_size, verbose=False):
+        for part in attribution.generate(
+            texts(1), conditions, EpsilonPlus(), batch_size=batch_size, verbose=False, mask_map=TOKEN
+        ):
             assert part.prediction.shape[1:] == (TOKENS, VOCABULARY)
     return watch
 
@@ -155,10 +159,9 @@ def test_the_way_to_the_first_layer_is_gone_once(attribution: CondAttribution) -
 def test_what_was_given_may_be_written_into(attribution: CondAttribution, batch_size: int) -> None:
     conditions = CONDITIONS["one target"]
     layers = ["head", "high"]
-    expected = list(
-        attribution.generate(texts(1), conditions, record_layer=layers, verbose=False, batch_size=batch_size)
-    )
-    parts = attribution.generate(texts(1), conditions, record_layer=layers, verbose=False, batch_size=batch_size)
+    asked = {"record_layer": layers, "mask_map": TOKEN, "verbose": False, "batch_size": batch_size}
+    expected = list(attribution.generate(texts(1), conditions, **asked))
+    parts = attribution.generate(texts(1), conditions, **asked)
     for part, unchanged in zip(parts, expected, strict=True):
         torch.testing.assert_close(part.heatmap, unchanged.heatmap)
         torch.testing.assert_close(part.relevances, unchanged.relevances)

@@ -220,7 +220,7 @@ def test_attributions_wait_for_nothing(net: str, monkeypatch: pytest.MonkeyPatch
     A call waits twice beside: for whether its data are finite, before the model runs, and for whether the heatmap is.
     """
     monkeypatch.setattr("crp.engine.inputs.check_data", lambda *_: None)
-    monkeypatch.setattr("crp.attribution.check_result", lambda *_: None)
+    monkeypatch.setattr("crp.engine.call.check_result", lambda *_: None)
     model, data = pair(net)[1], NETS[net].images(2).to(DEVICE)
     for preset in ("epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat"):
         attribution, rules = CondAttribution(model), PRESETS[preset]()
