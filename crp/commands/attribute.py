@@ -158,11 +158,10 @@ def attribute(
             continue
         said, facts = _explain(image, pair, place, loaded, chosen.name, index, given, caption, shown)
         click.echo(json.dumps(facts) if as_json else f"{image}: {_plain(said)}\nwrote {place}")
-    if loaded.normalized is None and not as_json:
+    if loaded.normalized is None and not as_json and len(unread) < len(images):
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")
     if unread:
-        told = "\n".join(unread)
-        raise CommandError(f"{len(unread)} of {counted(len(images), 'picture')} cannot be read:\n{told}")
+        raise CommandError(f"{len(unread)} of {counted(len(images), 'picture')} left out: {'; '.join(unread)}")
 
 
 def _check_kind(images: Sequence[Path], texts: Sequence[str], page: bool, out: Path) -> None:
