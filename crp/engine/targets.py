@@ -65,6 +65,11 @@ def check_targets_exist(
 
 def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
     """What relevance starts with; see `CondAttribution.relevance_init`."""
+    if prediction.is_complex():
+        raise InputTypeError(
+            f"the model puts out complex numbers, of {prediction.dtype}, which cannot be explained; name real ones "
+            "that are made of them, as in CondAttribution(model, output=torch.abs)"
+        )
     selection = prediction if init_rel is None else _given_relevance(prediction, init_rel)
     try:
         selection = selection.to(prediction).expand_as(prediction)
