@@ -246,7 +246,7 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         undo.callback(_forget, use)
         USES.append(use)
         training = undo.enter_context(evaluating(model, modules.values()))
-        if training:
+        if training and "eval" not in vars(model):  # (an exported program has no mode, and an `eval` that refuses)
             warn(
                 f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
                 "mode. Call model.eval() first to say so."
@@ -264,6 +264,11 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
             composite.register(model)
             if not isolates:
                 _for_this_thread(modules_of(model), before)
+            if not (isolates or composite.hook_refs or composite.module_map is Composite._empty_module_map):
+                warn(
+                    f"{_kind(composite)} has a rule for no layer of the model, and gives the plain gradient: rules of "
+                    "zennit are for modules. Those of crp.composites are for functions, too"
+                )
         _check_merged(composite, modules)
         if not isolates:
             undo.enter_context(_called_once(model))

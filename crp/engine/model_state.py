@@ -72,8 +72,8 @@ class State:
 
     It holds no longer where one is replaced, where a tensor is written to, and where a list, dict, object or function
     leads to something else. Writes through ``.data`` into the same memory are noticed where the host has it (see
-    `TensorMark`). What leads to an iterator, a scripted module, a sparse tensor, or too much, cannot be known: it never
-    holds.
+    `TensorMark`). What leads to an iterator, a scripted module, a tensor without memory of its own, or too much,
+    cannot be known: it never holds.
 
     Parameters
     ----------
@@ -115,14 +115,16 @@ class State:
             kind: Any = type(value)
             if kind in _SIMPLE or id(value) in self._seen:
                 continue
-            # (what a scripted module holds is outside of Python, and sparse tensors have no memory of their own)
-            is_sparse = isinstance(value, Tensor) and value.layout is not torch.strided
-            if is_sparse or isinstance(value, torch.jit.ScriptModule):
+            if isinstance(value, torch.jit.ScriptModule):  # (what it holds is outside of Python)
                 self._is_known = False
                 break
             self._seen.add(id(value))
             if isinstance(value, Tensor):
-                self._tensors.append((TensorMark(value), value))
+                try:
+                    self._tensors.append((TensorMark(value), value))
+                except RuntimeError:  # (it has no memory of its own, as sparse ones, and those of exported programs)
+                    self._is_known = False
+                    break
             if (reader := _reader_of(kind)) is None:
                 continue
             parts = reader(value)

@@ -51,6 +51,29 @@ def test_logits_are_explained(mlp, vectors, composite, wrap):
     assert close(found.prediction, wanted.prediction)
 
 
+def exported(images):
+    """A model, and the program that it is, without its modules."""
+    model = net(lambda s, x: s.b(s.a(x).relu().flatten(1)), a=nn.Conv2d(3, 4, 3), b=nn.Linear(784, 4)).eval()
+    return torch.export.export(model, (images[:2],)).module(), model
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("composite", [None, EpsilonPlus()])
+def test_an_exported_program_is_explained_as_its_model(images, composite):
+    program, model = exported(images)
+    found, wanted = (CondAttribution(each)(images[:2], [{"y": [1]}], composite) for each in (program, model))
+    assert close(found.heatmap, wanted.heatmap)
+    assert close(found.prediction, wanted.prediction)
+
+
+def test_a_composite_that_finds_no_module_is_told_of(images):
+    """Zennit's find modules; a program that was exported has functions only."""
+    program, _ = exported(images)
+    with pytest.warns(UserWarning, match="EpsilonPlus has a rule for no layer of the model, and gives the plain"):
+        found = CondAttribution(program)(images[:2], [{"y": [1]}], ZennitEpsilonPlus())
+    assert close(found.heatmap, CondAttribution(program)(images[:2], [{"y": [1]}]).heatmap)
+
+
 @every_kind
 def test_maps_as_output(images, composite):
     """A target of a dense output is the whole map of that channel."""
