@@ -167,7 +167,7 @@ def _einsum(
     return Operands(a, weight, None, lambda a, w, b: call(f"{axes[place]},{kept}->{result}", a, w))
 
 
-def entry_by_entry(equation: Any, *operands: Any) -> Callable[[], list[Tensor]] | None:
+def _entry_by_entry(equation: Any, *operands: Any) -> Callable[[], list[Tensor]] | None:
     """What makes the factors of an einsum of two tensors that sums nothing up, with the axes of its result."""
     tensors = operands[0] if len(operands) == 1 else operands
     terms, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
