@@ -38,7 +38,8 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
 
     What cannot be merged is left alone; it is affine, unless in training mode, so that a rule can treat it. A warning
     names what could be, if a weight were stored that is computed at each call: of a pruned or parametrized layer; or if
-    batch norm were a module, and not the function, as in models that `torch.export` made.
+    batch norm were a module, and not the function, as in models that `torch.export` made; or if nothing like `flatten`
+    came in between.
 
     Attributes
     ----------
@@ -134,18 +135,25 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
     def _merge(self, plan: Plan) -> None:
         self.merged, self.left = {}, {}
         folds: dict[_Linear, dict[Side, nn.Module]] = {}
-        computed = list[str]()
+        computed, moved = list[str](), dict.fromkeys(plan.moved)
         for candidate in plan.candidates:
             place = self._choose(candidate)
             if place is not None:
                 folds.setdefault(place.linear, {})[place.side] = candidate.norm()
-            elif obstacle(candidate.norm()) is None:
+            if place is not None or obstacle(candidate.norm()) is not None:
+                moved.pop(candidate.name, None)
+            else:
                 computed += [place.linear.name for place in candidate.places if not place.linear.is_stored]
         if computed:
             warn(
                 f"batch norm is not merged into {first_few([*map(repr, computed)], 3, 'layers')}, whose weight or bias "
                 "is computed at each call. Store it first, such as by torch.nn.utils.prune.remove, "
                 "torch.nn.utils.remove_weight_norm or torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if moved:
+            warn(
+                "batch norm is not merged into the layer before it where entries are moved in between, as by flatten: "
+                f"{first_few([*map(repr, moved)], 3)}. Relevance differs from that of a norm that is merged"
             )
         if plan.functions:
             self.left |= dict.fromkeys(plan.functions, "it is a function, and no module")

@@ -14,10 +14,17 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, _form_of_call, _form_of_layer, _has_shift
 from crp.canonizers.norms import _is_affine_only, is_batch_norm
 from crp.layers import modules_of, unwrap
-from crp.trace import FunctionCall, ModuleCall, Operand, Reader, TensorKind, Trace, undisturbed
+from crp.trace import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace, undisturbed
 from crp.trace.graph import Unit, adjacent, layers_as_units
 
 Side: TypeAlias = Literal["before", "after"]
+
+
+#: Functions that move all entries of a tensor, and change none.
+_MOVES = frozenset(
+    """T clone contiguous flatten mT moveaxis movedim permute reshape reshape_as squeeze swapaxes swapdims t transpose
+    unflatten unsqueeze view view_as""".split()  # noqa: SIM905
+)
 
 
 class _Slot(NamedTuple):
@@ -78,10 +85,21 @@ class _Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All batch norms of a model, and those next to a linear layer that are functions (``F.batch_norm``)."""
+    """Batch norms of a model.
+
+    Attributes
+    ----------
+    candidates : tuple of _Candidate
+        All that are modules.
+    functions : tuple of str
+        Those next to a linear layer that are functions (``F.batch_norm``).
+    moved : tuple of str
+        Those behind a linear layer of which operations such as `flatten` have moved the entries.
+    """
 
     candidates: tuple[_Candidate, ...]
     functions: tuple[str, ...]
+    moved: tuple[str, ...]
 
 
 _plans: weakref.WeakKeyDictionary[Trace, Plan] = weakref.WeakKeyDictionary()
@@ -123,7 +141,23 @@ def _find_places(root: nn.Module, record: Trace) -> Plan:
             else:
                 places.append(Place(place, side))
         candidates.append(_Candidate(name, weakref.ref(norm), tuple(places), tuple(dict.fromkeys(reasons))))
-    return Plan(tuple(candidates), tuple(dict.fromkeys(unit.name for unit in functions if pairs[unit.name])))
+    found = tuple(dict.fromkeys(unit.name for unit in functions if pairs[unit.name]))
+    made = {id(node) for unit in linear for call in unit.calls for node in call.outputs}
+    moved = [unit.name for unit in units if any(_is_moved(n, made) for call in unit.calls for n in call.inputs)]
+    return Plan(tuple(candidates), found, tuple(dict.fromkeys(moved)))
+
+
+def _is_moved(node: Node, made: Collection[int]) -> bool:
+    """Whether a tensor holds moved entries of a linear layer's output; ``made`` has the ids of these."""
+    moves = 0
+    while id(node) not in made:
+        if node.maker is not None:
+            node = node.maker
+        elif node.name in _MOVES and len(node.sources) == 1:
+            (node,), moves = node.sources, moves + 1
+        else:
+            return False
+    return moves > 0
 
 
 def _merge_obstacle(norm: Any, linear: _Linear, side: Side) -> str | None:

@@ -31,7 +31,7 @@ from crp.errors import InputError
 from crp.rules.base import Rule
 from crp.rules.functions import Function, _parameters_of, look_up
 from crp.rules.layer import Layer, _no_rule
-from crp.rules.notes import Born, Exponential
+from crp.rules.notes import Born, _Exponential
 from crp.rules.operands import ADDED
 from crp.rules.shared import Parts, _OfMethod, _Proportional, _Shared
 from crp.trace.recorder import tensors_in
@@ -40,13 +40,13 @@ from crp.trace.recorder import tensors_in
 Attention: TypeAlias = Literal["constant", "split"]
 
 
-def _exponential_of(rule: Rule, layer: Layer) -> Exponential | None:
+def _exponential_of(rule: Rule, layer: Layer) -> _Exponential | None:
     """What is remembered of an exponential that a call reads; None if it reads none."""
     notes = filter(None, map(rule._note_of, layer.inputs))
-    return next((note.parts for note in notes if isinstance(note.parts, Exponential)), None)
+    return next((note.parts for note in notes if isinstance(note.parts, _Exponential)), None)
 
 
-def _as_softmax(rule: Rule, layer: Layer, exponential: Exponential | None) -> Tensor | None:
+def _as_softmax(rule: Rule, layer: Layer, exponential: _Exponential | None) -> Tensor | None:
     """Output of a call that is a softmax in other words, with the chain rule of one; None if it is none.
 
     Parameters
@@ -54,7 +54,7 @@ def _as_softmax(rule: Rule, layer: Layer, exponential: Exponential | None) -> Te
     rule : Rule
         In whose place the chain rule comes.
     layer : Layer
-    exponential : Exponential or None
+    exponential : _Exponential or None
         Of the logits of which the output may be the softmax, but for entries that are 0.
     """
     if exponential is None or rule.attachment is None or exponential.source.shape != layer.output.shape:

@@ -258,7 +258,10 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        softmax = _as_softmax(self, layer, _exponential_of(self, layer))
+        exponential = _exponential_of(self, layer)
+        softmax = _as_softmax(self, layer, exponential)
+        if exponential is not None and len(layer.inputs) == 2 and layer.inputs[1].numel() < layer.output.numel():
+            layer.gives = Born.SOFTMAX  # (also if something is added to their sum)
         return super().operate(layer) if softmax is None else softmax
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:

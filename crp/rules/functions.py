@@ -306,6 +306,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         keeps |= BORN
     keeps |= NONNEGATIVE if "sign" in properties else 0
     keeps |= Born.ACTIVATION if properties >= {"rescaled", "elementwise"} else 0  # (the square of one is one)
+    keeps |= Born.SOFTMAX if "elementwise" in properties or canonical == "mean" else 0  # (so is a mean of attention)
     if "nonnegative" in properties:
         gives |= NONNEGATIVE
     gives |= Born.SQUASHED if "squashing" in properties else 0

@@ -29,7 +29,7 @@ from crp.rules.attention import _as_softmax, _exponential_of
 from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, Modifier, negative, positive
-from crp.rules.notes import Born, Exponential
+from crp.rules.notes import Born, _Exponential
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
 from crp.rules.terms import Term
@@ -166,18 +166,18 @@ class Pass(Rule):
                 return softmax
         return super().operate(layer)
 
-    def _exponential(self, layer: Layer) -> Exponential | None:
+    def _exponential(self, layer: Layer) -> _Exponential | None:
         """Exponential that the output may be after a division; that of something less a logarithm is one."""
         if layer.name != "exp":
             return _exponential_of(self, layer)
         note = self._note_of(layer.inputs[0])
-        return Exponential(layer.inputs[0]) if note is not None and note.flags & Born.LOGARITHM else None
+        return _Exponential(layer.inputs[0]) if note is not None and note.flags & Born.LOGARITHM else None
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        layer.parts = Exponential(a) if layer.name == "exp" and layer.module is None else None
+        layer.parts = _Exponential(a) if layer.name == "exp" and layer.module is None else None
         if self.multiplier and self._scales_later(layer, y):
             again, borrowed = layer.again(), _Borrowed(y)
             second = SecondOrder(again, [a], self.is_active, lambda: self._scales_later_on(again, a, borrowed))

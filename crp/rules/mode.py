@@ -21,8 +21,8 @@ from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.functions import Function, in_place, look_up
 from crp.rules.layer import Layer, _in_words
-from crp.rules.notes import FIRST, Born, Copied, Exponential, Note, Notes
-from crp.rules.operands import Operands, entry_by_entry
+from crp.rules.notes import FIRST, Born, Copied, Note, Notes, _Exponential
+from crp.rules.operands import Operands, _steps
 from crp.rules.operation import Operation
 from crp.rules.passing import _copied, _passed
 from crp.rules.redirect import overwritten
@@ -118,10 +118,9 @@ class SeeingMode(TorchFunctionMode):
             self._refuse_derivative(known)
         if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
             return self._in_two(func, known, types, args, kwargs)
-        if known.canonical == "einsum" and len(inputs) == 2 and (factors := entry_by_entry(*args)) is not None:
+        if known.canonical == "einsum" and len(inputs) == 2 and (steps := _steps(*args)) is not None:
             with self:
-                left, right = factors()
-                return left * right
+                return steps()
         if known.name == "setitem" and _is_mask(args[1]) and _is_number(args[2]):
             mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
@@ -229,7 +228,7 @@ class SeeingMode(TorchFunctionMode):
         if op.known.canonical in _MASKING and len(op.inputs) == 1:
             note = self.notes.of(op.inputs[0])
             remembered = None if note is None else note.parts
-            is_kept = op.known.canonical == "clone" or isinstance(remembered, Exponential)
+            is_kept = op.known.canonical == "clone" or isinstance(remembered, _Exponential)
             parts = remembered if is_kept else parts
         if parts is not None:
             self.notes.remember(result, parts)

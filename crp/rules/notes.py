@@ -67,7 +67,7 @@ class Note:
         self.flags, self.copied, self.parts, self.below = flags, copied, parts, below
 
 
-class Exponential(NamedTuple):
+class _Exponential(NamedTuple):
     """What is remembered of exponentials, also scaled or masked: divided by their sum, they are a softmax."""
 
     source: Tensor

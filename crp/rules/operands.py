@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -167,24 +167,37 @@ def _einsum(
     return Operands(a, weight, None, lambda a, w, b: call(f"{axes[place]},{kept}->{result}", a, w))
 
 
-def entry_by_entry(equation: Any, *operands: Any) -> Callable[[], list[Tensor]] | None:
-    """What makes the factors of an einsum of two tensors that sums nothing up, with the axes of its result."""
-    tensors = operands[0] if len(operands) == 1 else operands
-    terms, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+def _steps(equation: Any, *operands: Any) -> Callable[[], Tensor] | None:
+    """An einsum of tensors of which two depend on the input, as the operations that it consists of; None if it is one.
+
+    Of several operands, two are multiplied at a time, so that constants weight what is summed up with them; and two
+    that are multiplied entry by entry are a product.
+    """
+    tensors = list(operands[0]) if len(operands) == 1 else list(operands)
+    terms, arrow, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
     axes = terms.split(",")
-    if (
-        "." in terms
-        or len(tensors) != 2
-        or any(len({*own}) < len(own) for own in axes)
-        or {*result} != {*"".join(axes)}
-    ):
+    if "." in terms or not arrow or len(axes) < 2:
         return None
+    is_product = {*result} == {*"".join(axes)} and all(len({*own}) == len(own) for own in axes)
+    if len(axes) == 2:
+        left, right = tensors
+        return (lambda: _aligned(left, axes[0], result).mul(_aligned(right, axes[1], result))) if is_product else None
 
-    def aligned(tensor: Tensor, own: str) -> Tensor:
-        ordered = tensor.permute([own.index(axis) for axis in result if axis in own])
-        return ordered[tuple(slice(None) if axis in own else None for axis in result)]
+    def multiply() -> Tensor:
+        product, own = tensors[0], axes[0]
+        for number, (tensor, other) in enumerate(zip(tensors[1:], axes[1:], strict=True), 2):
+            later = {*result, *"".join(axes[number:])}
+            kept = result if number == len(axes) else "".join(dict.fromkeys(c for c in own + other if c in later))
+            product, own = torch.einsum(f"{own},{other}->{kept}", product, tensor), kept
+        return cast(Tensor, product)
 
-    return lambda: [aligned(tensor, own) for tensor, own in zip(tensors, axes, strict=True)]
+    return multiply
+
+
+def _aligned(tensor: Tensor, own: str, axes: str) -> Tensor:
+    """A tensor with all these axes, in their order; it has its ``own`` ones of them."""
+    ordered = tensor.permute([own.index(axis) for axis in axes if axis in own])
+    return ordered[tuple(slice(None) if axis in own else None for axis in axes)]
 
 
 def _bilinear(

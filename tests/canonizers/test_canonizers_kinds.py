@@ -397,6 +397,37 @@ def test_batch_norm_that_is_called_as_a_function_is_left_with_a_warning(make, na
             assert not run.canonizer.merged
 
 
+class Moved(nn.Module):
+    """Batch norm of tokens, whose features are along the last axis."""
+
+    def __init__(self, move, back):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 4), randomize(nn.BatchNorm1d(4))
+        self.move, self.back = move, back
+
+    def forward(self, x):
+        h = self.linear(x)
+        return self.back(self.norm(self.move(h)), h)
+
+
+MOVES = {
+    "flatten": (lambda h: h.flatten(0, 1), lambda y, h: y.reshape_as(h)),
+    "transpose": (lambda h: h.transpose(1, 2), lambda y, h: y.mT),
+    "several": (lambda h: h.unsqueeze(0).permute(0, 1, 3, 2).squeeze(0).contiguous(), lambda y, h: y.mT),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_batch_norm_behind_moved_entries_is_left_with_a_warning(name, untouched):
+    model, tokens = ready(Moved(*MOVES[name])).double(), torch.randn(2, 3, 5, dtype=torch.float64)
+    message = r"where entries are moved in between, as by flatten: 'norm'\. Relevance differs"
+    with untouched(model), pytest.warns(UserWarning, match=message), Merged(model, tokens) as run:
+        assert not run.canonizer.merged
+    model.norm.train()  # (where it is not affine, so that it could not be merged either)
+    with Merged(model, tokens) as run:
+        assert not run.canonizer.merged
+
+
 @pytest.mark.parametrize("between", [torch.relu, lambda x: torch.cat([x, x])], ids=["relu", "cat"])
 def test_no_warning_where_a_module_could_not_be_merged_either(between, data):
     with Merged(Called(between).double().eval(), data) as run:

@@ -279,6 +279,48 @@ def divided(e):
     return e / e.sum(-1, keepdim=True)
 
 
+SCALE = numbers(1, seed=4)
+#: What models make of the probabilities p, and of others, o, before they weight values.
+MADE_OF_PROBABILITIES = {
+    "difference": lambda p, o: p - SCALE * o,
+    "mean": lambda p, o: (p + o) / 2,
+    "mean_of_heads": lambda p, o: p.mean(1, keepdim=True),
+    "clamped": lambda p, o: p.clamp(min=0.01),
+    "sharpened": lambda p, o: p**2 / (p**2).sum(-1, keepdim=True),
+    "residual": lambda p, o: p + 0.1,
+    "complement": lambda p, o: 1 - p,
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_PROBABILITIES)
+def test_what_is_made_of_probabilities_of_attention_is_held_constant_with_them(name):
+    (q, k, v), made = operands(), MADE_OF_PROBABILITIES[name]
+
+    def weights(q, k):
+        return made((q @ k.mT * E**-0.5).softmax(-1), (k @ k.mT * E**-0.5).softmax(-1)[..., :L, :])
+
+    constant = weights(q, k)
+    values = lambda v: v[..., : constant.shape[-1], :]  # noqa: E731
+    r = numbers(*(constant @ values(v)).shape, seed=8)
+    (of_q, of_k, of_v), _ = explain(lambda q, k, v: weights(q, k) @ values(v), [q, k, v], r, lrp("constant"))
+    (wanted,), _ = explain(lambda v: constant @ values(v), [v], r, lrp("constant"))
+    assert not of_q.any()
+    assert not of_k.any()
+    torch.testing.assert_close(of_v, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_exponentials_over_their_sum_and_one_are_held_constant():
+    """Attention that may attend to nothing."""
+    x, v, r = numbers(3, 4), numbers(3, 4, 5, seed=2), numbers(3, 5, seed=1)
+
+    def attend(x, v):
+        return ((x.exp() / (1 + x.exp().sum(-1, keepdim=True)))[:, None] @ v)[:, 0]
+
+    (of_x, of_v), _ = explain(attend, [x, v], r, lrp("constant"))
+    assert not of_x.any()
+    torch.testing.assert_close(of_v.sum((1, 2)), r.sum(1), rtol=1e-9, atol=1e-9)
+
+
 MASK = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
 #: Softmax of the logits that a mask of zeros and ones lets pass.
 MASKED = {

@@ -11,7 +11,7 @@ from preset_cases import LRP_PRESETS, assert_closes, assert_same_map, maps, numb
 from torch import nn
 from torch.nn import functional as F
 
-from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, Last, RelP, UniformEpsilon
+from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, Last, RelP, UniformAlphaBeta, UniformEpsilon
 from crp.rules import AlphaBeta
 from crp.rules.contractions import _Products
 from crp.rules.notes import Notes
@@ -147,3 +147,30 @@ def test_factors_of_the_latest_products_are_kept_where_sums_may_be_of_matrices(s
     assert [ref() is not None for ref in factors] == [False] * (20 - n_kept) + [True] * n_kept
     products.clear()
     assert all(ref() is None for ref in factors)
+
+
+EXPERTS = nn.Parameter(numbers(3, 6, 4, seed=11), requires_grad=False)
+#: Einsums of two tensors that depend on the input, h and z, and of a constant; and the same, two at a time.
+OF_THREE = {
+    "experts": (
+        lambda h, z: torch.einsum("btd,kde,btk->bte", h, EXPERTS, z),
+        lambda h, z: torch.einsum("btke,btk->bte", torch.einsum("btd,kde->btke", h, EXPERTS), z),
+    ),
+    "scaled": (
+        lambda h, z: torch.einsum("btd, bt, d -> btd", [h, z[..., 0], SCALES[0]]),
+        lambda h, z: h * z[..., :1] * SCALES[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, UniformAlphaBeta, UniformEpsilon])
+@pytest.mark.parametrize("name", OF_THREE)
+def test_an_einsum_of_two_inputs_and_a_weight_is_two_operations(name, kind):
+    def model(function):
+        def wiring(s, x):
+            return s.out(function(F.relu(s.up(x)), s.router(x).softmax(-1)).flatten(1))
+
+        size = function(torch.ones(1, 4, 6).double(), torch.ones(1, 4, 3).double()).numel()
+        return seeded(Net(wiring, up=nn.Linear(6, 6), router=nn.Linear(6, 3), out=nn.Linear(size, 3)))
+
+    assert_same_map(*map(model, OF_THREE[name]), TOKENS, kind())

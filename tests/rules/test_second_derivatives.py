@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import crp.composites as composites
 import crp.rules as rules
-from crp.composites import LRP, EpsilonPlus, EpsilonPlusFlat
+from crp.composites import LRP, AttnLRP, EpsilonPlus, EpsilonPlusFlat
 from crp.rules import Epsilon, Flat, Norm, Pass, WSquare, ZBox, ZPlus
 
 PRESETS = {name: {} for name in composites.names()} | {
@@ -96,6 +96,8 @@ OPERATIONS = {
     "twice": lambda s, h: s.conv2(F.silu(s.conv2(F.silu(h)))),
     "max_pool": lambda s, h: F.max_pool2d(F.elu(h), 2),
     "batch_norm": lambda s, h: s.norm(h),
+    "sum_of_products": lambda s, h: (h[:, None] * s.conv2.weight[:, :, :1, :1]).sum(2),
+    "softmax_in_other_words": lambda s, h: F.log_softmax(h, 1).exp(),
 }
 
 
@@ -108,6 +110,10 @@ OPERATIONS = {
 def test_operations(name, composite):
     layers = {"conv2": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4)}
     check_derivative(conv_net(OPERATIONS[name], **layers), composite, images())
+
+
+def test_an_activation_that_is_written_out_as_a_product():
+    check_derivative(conv_net(lambda s, h: h * F.relu6(h + 3) / 6), AttnLRP(epsilon=0.1), images())
 
 
 @pytest.mark.parametrize("rule", [Norm(0.1), Pass(), Epsilon(0.3)], ids=repr)
