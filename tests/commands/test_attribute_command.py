@@ -221,6 +221,8 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
         ((), "nets_of_mine:nets", "nets_of_mine has no 'nets'; nearest: net"),
         ((), "builtins:dict", "builtins:dict gives a dict, not a torch.nn.Module"),
         ((), "nets_of_mine:tokens", "is no score of classes"),
+        (("--size", 9), "nets_of_mine:grey", "takes 72 features and gets a tensor of shape (1, 98)"),
+        (("--size", 9), "nets_of_mine:grey", "; --size says how large pictures are"),
         (("--checkpoint", "picture.png"), "nets_of_mine:net", "picture.png is no checkpoint that can be read"),
         (("--checkpoint", "net.pt"), "nets_of_mine:ready", "net.pt does not fit the model"),
         (("--checkpoint", "broken.safetensors"), "nets_of_mine:net", "is no checkpoint that can be read"),
