@@ -226,6 +226,7 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
         (("--checkpoint", "picture.png"), "nets_of_mine:net", "picture.png is no checkpoint that can be read"),
         (("--checkpoint", "net.pt"), "nets_of_mine:ready", "net.pt does not fit the model"),
         (("--checkpoint", "broken.safetensors"), "nets_of_mine:net", "is no checkpoint that can be read"),
+        (("--checkpoint", "words.pt"), "nets_of_mine:net", "no checkpoint that can be read: not by torch.save"),
         (("--method", "grad_can"), "nets_of_mine:net", "no method 'grad_can'; nearest: 'grad_cam'"),
         (("--method", "grad_cam"), "nets_of_mine:net", "needs layer="),
         (("--method", "grad_cam", "--layer", "4"), "nets_of_mine:net", "has no positions"),
@@ -243,6 +244,7 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
 def test_errors_are_words(place, arguments, model, message):
     torch.save(nn.Linear(2, 2).state_dict(), "net.pt")
     Path("broken.safetensors").write_bytes(b"no")
+    Path("words.pt").write_text("hello\n")
     result = attribute(*arguments, model=model)
     assert result.exit_code == 1, result.output
     assert message in result.output.replace("\n", " ")
