@@ -16,6 +16,7 @@ from torch import nn
 import crp
 from crp.commands import attribute as attribute_command
 from crp.commands.cli import cli
+from crp.concepts import AxisConcept
 from crp.visualization import models as loading
 
 FACTORY = """
@@ -31,6 +32,15 @@ ready = net()
 number = 3
 grey = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
 tokens = lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.block, self.out = nn.Conv2d(3, 5, 4, 4), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(self.block(self.cut(x).flatten(2).mT).mean(1))
 """
 
 
@@ -119,6 +129,17 @@ def test_heatmap_is_that_of_the_call(place, monkeypatch, arguments, options):
     torch.testing.assert_close(seen["image"], image)
     torch.testing.assert_close(seen["heatmap"], crp.explain(arguments[1], model, image[None], 2, **options)[0].sum(0))
     assert seen["caption"].startswith(arguments[1])
+
+
+def test_channels_of_tokens_come_last(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    words = "--method", "epsilon", "--layer", "block", "--concept", -1, "--target", 2
+    result = attribute(*words, model="nets_of_mine:Patches")
+    assert result.exit_code == 0, result.output
+    options = {"condition": {"block": [-1]}, "mask_map": AxisConcept(-1).mask}
+    model = __import__("nets_of_mine").Patches().eval()
+    found = crp.explain("epsilon", model, seen["image"][None], 2, **options)
+    torch.testing.assert_close(seen["heatmap"], found[0].sum(0))
 
 
 def test_occlusion_takes_windows_that_end_at_the_edge(place, monkeypatch):
