@@ -16,7 +16,7 @@ from crp.checks import check_number
 from crp.concepts import Concept, as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import check_data
-from crp.errors import InputError, NameNotFoundError
+from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -123,6 +123,8 @@ def audit(
     """
     check_data(data)
     check_number("k", k, 0, whole=True)
+    if not isinstance(found, Prototypes):
+        raise InputTypeError(f"found must be what prototypes(table, layer) gives, not a {type(found).__name__}")
     name = attribution.MODEL_OUTPUT_NAME
     if targets is None:
         targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]

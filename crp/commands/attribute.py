@@ -298,9 +298,13 @@ def _prediction(
 def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:
     """Options of a method with those that the command chooses, and what is said of them."""
     from crp.attributors.explaining import find_method
+    from crp.visualization.mining.axes import concepts_of_channels
 
     if find_method(method).options.get("layer") is ... and "layer" not in given:
         raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")
+    if "condition" in given:
+        concepts = concepts_of_channels(loaded.model, data, given["condition"])
+        given |= {"mask_map": {layer: concept.mask for layer, concept in concepts.items()}}
     if method != "occlusion" or {"window_shape", "step"} & given.keys():
         return given, ""
     window, step = _windows(*data.shape[-2:])

@@ -295,9 +295,7 @@ def _count_outputs(loaded: Loaded, sample: Any) -> int | None:
 
     if sample is None:
         return None  # mining will tell why
-    loaded.check_takes(sample)
-    with torch.no_grad():
-        output = loaded.model(sample)
+    output = loaded.run(sample)
     if loaded.output is not None:
         with suppress(OutOfRangeError):  # (of a picture in which a detector finds nothing)
             output = select_scores(output, loaded.output)

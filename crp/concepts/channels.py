@@ -21,8 +21,8 @@ from crp.types import MaskFn
 class ChannelConcept(Concept):
     """Every channel (axis 1) of a layer's output is a concept; its positions are the remaining axes, flattened.
 
-    For outputs of shape (batch, channel, *space) and (batch, channel). Tokens of shape (batch, token, channel) need a
-    concept type of their own, as axis 1 is that of the tokens.
+    For outputs of shape (batch, channel, *space) and (batch, channel). Channels of tokens, (batch, token, channel), are
+    `AxisConcept(-1)`, as axis 1 is that of the tokens.
     """
 
     noun = "channel"

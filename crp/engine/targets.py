@@ -22,6 +22,7 @@ from crp.layers.devices import send_to
 from crp.outputs import Element as Element
 from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
+from crp.wording import shortened
 
 
 def check_target(targets: Any, what: str) -> None:
@@ -217,7 +218,8 @@ def _check_place(place: Pixels | Position | tuple[int, ...], what: str) -> None:
     """Raise an error that begins with ``what`` unless a place is made of whole numbers, and of a mask."""
     if isinstance(place, Pixels):
         if not _is_whole(place.of_class) or _mask_of(place).dtype.kind != "b":
-            raise InputTypeError(f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {place!r}")
+            told = shortened(place)
+            raise InputTypeError(f"{what} must have Pixels(class, mask) with an int and a boolean mask, not {told}")
     elif isinstance(place, Position):
         place.check(what)
     elif not place or not all(map(_is_whole, place)):

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from crp.compat.folders import replacing
-from crp.errors import InputTypeError
+from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 from crp.visualization.table.fingerprint import fingerprint_composite
 
@@ -31,6 +31,8 @@ class Cache:
 
     def __init__(self, path: str | Path = "cache") -> None:
         self.path = Path(path)
+        if any(place.is_file() for place in (self.path, *self.path.parents)):
+            raise InputError(f"{path} cannot be a folder, since it is, or is in, a file; give another path")
 
     def save(
         self,

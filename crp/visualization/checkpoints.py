@@ -26,7 +26,7 @@ def read_checkpoint(path: Path) -> Any:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # (torch's own words tell how to load a model as a whole, which runs its code)
+    except (UnpicklingError, KeyError) as error:  # (torch tells how to load a model as a whole, which runs its code)
         raise LoadingError(
             f"{path} is no checkpoint that can be read: not by torch.save, or of a whole model; save its state_dict()"
         ) from error

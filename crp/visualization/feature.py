@@ -105,6 +105,10 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         check: bool = True,
     ) -> None:
         check_flags(abs_norm=abs_norm, check=check)
+        if not isinstance(attribution, CondAttribution):
+            raise InputTypeError(f"attribution must be CondAttribution(model), not a {type(attribution).__name__}")
+        if cache is not None and not hasattr(cache, "load"):
+            raise InputTypeError(f"cache must be a Cache, such as ImageCache(path), or None; not {shortened(cache)}")
         is_iterable = isinstance(layer_map, Iterable) and not isinstance(layer_map, str)
         if not is_iterable or any(isinstance(layer, tuple) for layer in layer_map):
             raise InputTypeError(

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from crp.engine.door import telling_misfits
 from crp.engine.forward import tensor_in
-from crp.errors import CRPError, InputTypeError, LoadingError
+from crp.errors import CRPError, InputError, InputTypeError, LoadingError
 from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
@@ -62,6 +63,15 @@ class Loaded:
                 "the model in that, such as by model.float()"
             )
 
+    def run(self, data: Tensor) -> Any:
+        """What the model returns for samples; a `LoadingError` where it cannot take them."""
+        self.check_takes(data)
+        try:
+            with torch.no_grad(), telling_misfits(self.model, [data], {0: data}):
+                return self.model(data)
+        except InputError as error:
+            raise LoadingError(f"{error}; --size says how large pictures are") from error
+
     def scores(self, data: Tensor) -> Tensor:
         """Score of every class for each sample, of shape (samples, classes).
 
@@ -70,9 +80,7 @@ class Loaded:
         LoadingError
             If what is explained has another shape, or is no real numbers.
         """
-        self.check_takes(data)
-        with torch.no_grad():
-            found = select_scores(self.model(data), self.output)
+        found = select_scores(self.run(data), self.output)
         if found.dim() != 2 or len(found) != len(data):
             raise LoadingError(
                 f"what the model returns has shape {tuple(found.shape)}, and is no score of classes, of shape "

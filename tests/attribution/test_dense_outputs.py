@@ -73,7 +73,7 @@ def test_elements(model, data):
     [
         (Pixels(4, torch.ones(6, 7, dtype=torch.bool)), IndexError, r"pixels of class 4 by a mask of"),
         (Pixels(0, torch.ones(7, 6, dtype=torch.bool)), IndexError, r"mask of \(7, 6\), but .* \(4, 6, 7\)"),
-        (Pixels(0, torch.ones(6, 7)), TypeError, r"must have Pixels\(class, mask\) with an int and a boolean mask"),
+        (Pixels(0, torch.ones(6, 7)), TypeError, r"with an int and a boolean mask, not Pixels\(.*…$"),
         (Pixels("a", torch.ones(6, 7, dtype=torch.bool)), TypeError, "an int and a boolean mask, not Pixels"),
         (Pixels(True, torch.ones(6, 7, dtype=torch.bool)), TypeError, "an int and a boolean mask, not Pixels"),
         (Element((0, 9, 0)), IndexError, "names the element"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from crp.attribution import CondAttribution
-from crp.audit import clusters, context_scores, effect, intervene, penalty, project, prune
+from crp.audit import audit, clusters, context_scores, effect, intervene, penalty, project, prune
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import CRPError
@@ -68,6 +68,10 @@ WRONG = {
     "scale": (lambda m: changed(m, scale=float("nan")), "scale must be a finite number"),
     "dtype": (lambda m: changed(m, DATA.float()), "has weights of torch.float64 and gets torch.float32"),
     "nothing changed": (lambda m: changed(m, ids=[]), "concept_ids is empty"),
+    "no prototypes": (
+        lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept()),
+        "found must be what prototypes.* gives, not a NoneType",
+    ),
     "clusters of none": (lambda m: clusters(torch.rand(9, 2), n=0, n_neighbours=2), "n must be a whole number"),
     "as many clusters": (lambda m: clusters(torch.rand(9, 2), n=9, n_neighbours=2), "cannot be in 9 clusters"),
     "more clusters": (lambda m: clusters(torch.rand(9, 2), n=10, n_neighbours=2), "cannot be in 10 clusters"),

@@ -16,6 +16,7 @@ from torch import nn
 import crp
 from crp.commands import attribute as attribute_command
 from crp.commands.cli import cli
+from crp.concepts import AxisConcept
 from crp.visualization import models as loading
 
 FACTORY = """
@@ -31,6 +32,15 @@ ready = net()
 number = 3
 grey = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
 tokens = lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.block, self.out = nn.Conv2d(3, 5, 4, 4), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(self.block(self.cut(x).flatten(2).mT).mean(1))
 """
 
 
@@ -119,6 +129,17 @@ def test_heatmap_is_that_of_the_call(place, monkeypatch, arguments, options):
     torch.testing.assert_close(seen["image"], image)
     torch.testing.assert_close(seen["heatmap"], crp.explain(arguments[1], model, image[None], 2, **options)[0].sum(0))
     assert seen["caption"].startswith(arguments[1])
+
+
+def test_channels_of_tokens_come_last(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    words = "--method", "epsilon", "--layer", "block", "--concept", -1, "--target", 2
+    result = attribute(*words, model="nets_of_mine:Patches")
+    assert result.exit_code == 0, result.output
+    options = {"condition": {"block": [-1]}, "mask_map": AxisConcept(-1).mask}
+    model = __import__("nets_of_mine").Patches().eval()
+    found = crp.explain("epsilon", model, seen["image"][None], 2, **options)
+    torch.testing.assert_close(seen["heatmap"], found[0].sum(0))
 
 
 def test_occlusion_takes_windows_that_end_at_the_edge(place, monkeypatch):
@@ -221,9 +242,12 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
         ((), "nets_of_mine:nets", "nets_of_mine has no 'nets'; nearest: net"),
         ((), "builtins:dict", "builtins:dict gives a dict, not a torch.nn.Module"),
         ((), "nets_of_mine:tokens", "is no score of classes"),
+        (("--size", 9), "nets_of_mine:grey", "takes 72 features and gets a tensor of shape (1, 98)"),
+        (("--size", 9), "nets_of_mine:grey", "; --size says how large pictures are"),
         (("--checkpoint", "picture.png"), "nets_of_mine:net", "picture.png is no checkpoint that can be read"),
         (("--checkpoint", "net.pt"), "nets_of_mine:ready", "net.pt does not fit the model"),
         (("--checkpoint", "broken.safetensors"), "nets_of_mine:net", "is no checkpoint that can be read"),
+        (("--checkpoint", "words.pt"), "nets_of_mine:net", "no checkpoint that can be read: not by torch.save"),
         (("--method", "grad_can"), "nets_of_mine:net", "no method 'grad_can'; nearest: 'grad_cam'"),
         (("--method", "grad_cam"), "nets_of_mine:net", "needs layer="),
         (("--method", "grad_cam", "--layer", "4"), "nets_of_mine:net", "has no positions"),
@@ -241,6 +265,7 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
 def test_errors_are_words(place, arguments, model, message):
     torch.save(nn.Linear(2, 2).state_dict(), "net.pt")
     Path("broken.safetensors").write_bytes(b"no")
+    Path("words.pt").write_text("hello\n")
     result = attribute(*arguments, model=model)
     assert result.exit_code == 1, result.output
     assert message in result.output.replace("\n", " ")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import crp
 from crp.attribution import CondAttribution
+from crp.cache import ImageCache
 from crp.composites import EpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept, Concept
 from crp.errors import CRPError
@@ -98,17 +99,34 @@ def test_mistakes_are_told_in_words(call: Callable[..., Any], message: str) -> N
         ({"layer_map": {("1", ChannelConcept())}}, "give a dict, such as {'features.40': ChannelConcept"),
         ({"path": "file"}, "file cannot be a folder, since it is, or is in, a file; give another path"),
         ({"path": "file/index"}, "index cannot be a folder, since it is, or is in, a file"),
+        ({"attribution": NET}, r"attribution must be CondAttribution\(model\), not a Sequential"),
+        ({"cache": "pictures"}, r"cache must be a Cache, such as ImageCache\(path\), or None; not 'pictures'"),
         ({"layer_map": {"1": Forgetful()}}, r"Forgetful.mask returns .* of \(1, 3, 4, 4\); it returns a NoneType"),
     ],
-    ids=["preprocess_fn", "a set of pairs", "a file", "in a file", "a mask that returns nothing"],
+    ids=[
+        "preprocess_fn",
+        "a set of pairs",
+        "a file",
+        "in a file",
+        "a model",
+        "a folder as cache",
+        "a mask that returns nothing",
+    ],
 )
 def test_mistakes_of_mining(settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("", encoding="utf-8")
-    settings = {"layer_map": {"1": ChannelConcept()}, "path": tmp_path / "index"} | settings
+    usual = {"attribution": CondAttribution(NET), "layer_map": {"1": ChannelConcept()}, "path": tmp_path / "index"}
     dataset = [(picture, 0) for picture in PICTURES]
     with pytest.raises(CRPError, match=message):
-        FeatureVisualization(CondAttribution(NET), dataset, **settings).run(EpsilonPlus(), 0, 2, progress=False)
+        FeatureVisualization(dataset=dataset, **{**usual, **settings}).run(EpsilonPlus(), 0, 2, progress=False)
+
+
+def test_a_file_is_no_folder_of_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for path in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(CRPError, match="cannot be a folder, since it is, or is in, a file"):
+            ImageCache(path)
 
 
 def test_layers_of_one_type() -> None:
