@@ -14,6 +14,7 @@ from zennit.core import Composite
 from crp.checks import check_number
 from crp.concepts import Concept, mask_of, normalize
 from crp.concepts.reading import LayerValues, relevance_sums
+from crp.engine.door import check_attribution
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.flags import check_flags
@@ -56,6 +57,7 @@ class AttributionGraph:
         *,
         exclude_parallel: bool = False,
     ) -> None:
+        check_attribution(attribution)
         check_flags(exclude_parallel=exclude_parallel)
         self.exclude_parallel = exclude_parallel
         self.attribution = attribution

@@ -15,6 +15,7 @@ from crp.attribution import CondAttribution
 from crp.checks import check_number
 from crp.concepts.ids import as_ids, check_axis
 from crp.concepts.reading import LayerValues
+from crp.engine.door import check_attribution
 from crp.errors import InputError, InputTypeError
 from crp.visualization.mining.datasets import indexed, read
 
@@ -86,6 +87,7 @@ def collect(
     TypeError
         If the composite has no multipliers whose product with activation is relevance.
     """
+    check_attribution(attribution)
     for name, number in (("n", n), ("per_sample", per_sample), ("batch_size", batch_size)):
         check_number(name, number, 1, whole=True)
     check_number("seed", seed, 0, whole=True)

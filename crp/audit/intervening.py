@@ -16,6 +16,7 @@ from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_ids
 from crp.engine.attached import put_on
+from crp.engine.door import check_attribution
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.errors import InputError, OutOfRangeError
@@ -76,6 +77,7 @@ def intervene(
     Tensor of shape (samples, concepts)
         Output after the change, less the output before.
     """
+    check_attribution(attribution)
     check_data(data)
     ids, classes = as_ids(concept_ids, layer), as_ids(targets, what="targets")
     if len(classes) != len(data):

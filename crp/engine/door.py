@@ -52,6 +52,12 @@ def check_form(tensor: Tensor, name: str) -> None:
         raise InputTypeError(f"{name} is on the meta device, where tensors have no values")
 
 
+def check_attribution(attribution: object) -> None:
+    """Raise a `TypeError` if this is a model, or anything else that attributes nothing."""
+    if isinstance(attribution, nn.Module) or not hasattr(attribution, "generate"):
+        raise InputTypeError(f"attribution must be CondAttribution(model), not a {type(attribution).__name__}")
+
+
 def check_device(device: Any, name: str) -> torch.device | None:
     """Device that is named, which must be there; None for None.
 

@@ -15,7 +15,7 @@ from crp.attribution import CondAttribution
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept, as_ids
-from crp.engine.door import check_device
+from crp.engine.door import check_attribution, check_device
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError, LoadingError
 from crp.flags import check_flags
@@ -105,8 +105,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         check: bool = True,
     ) -> None:
         check_flags(abs_norm=abs_norm, check=check)
-        if not isinstance(attribution, CondAttribution):
-            raise InputTypeError(f"attribution must be CondAttribution(model), not a {type(attribution).__name__}")
+        check_attribution(attribution)
         if cache is not None and not hasattr(cache, "load"):
             raise InputTypeError(f"cache must be a Cache, such as ImageCache(path), or None; not {shortened(cache)}")
         is_iterable = isinstance(layer_map, Iterable) and not isinstance(layer_map, str)

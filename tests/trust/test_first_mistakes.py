@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 import crp
 from crp.attribution import CondAttribution
+from crp.audit import collect, intervene
 from crp.cache import ImageCache
 from crp.composites import EpsilonPlus
+from crp.concept_graph import AttributionGraph
 from crp.concepts import AxisConcept, ChannelConcept, Concept
 from crp.errors import CRPError
+from crp.graph import trace_model_graph
 from crp.helper import get_layer_names
 from crp.image import imgify, plot_grid
 from crp.visualization import FeatureVisualization
+from crp.visualization.mining.run import mine
 
 NET = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).eval()
 PICTURES = torch.rand(2, 1, 6, 6)
@@ -89,6 +93,20 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize(("call", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_told_in_words(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(CRPError, match=message):
+        call()
+
+
+NETS_IN_PLACE: dict[str, Callable[[], Any]] = {
+    "mining": lambda: mine(NET, PICTURES, {"1": ChannelConcept()}, EpsilonPlus(), "index"),  # type: ignore[arg-type]
+    "collecting": lambda: collect(NET, PICTURES, EpsilonPlus(), "1"),  # type: ignore[arg-type]
+    "intervening": lambda: intervene(NET, PICTURES, "1", ChannelConcept(), [0], [0, 1]),  # type: ignore[arg-type]
+    "a graph": lambda: AttributionGraph(NET, trace_model_graph(NET, PICTURES, ["1"]), {}),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("call", NETS_IN_PLACE.values(), ids=NETS_IN_PLACE)
+def test_a_model_in_place_of_an_attribution(call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=r"attribution must be CondAttribution\(model\), not a Sequential"):
         call()
 
 

@@ -18,7 +18,7 @@ import crp
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
-from crp.engine.door import check_device
+from crp.engine.door import check_attribution, check_device
 from crp.engine.encoding import Encoding
 from crp.engine.independence import check_independent, check_keeps_nothing
 from crp.engine.inputs import Inputs
@@ -234,6 +234,7 @@ def prepare(
     **options: Unpack[MiningKeywords],
 ) -> Job:
     """Check the arguments of `mine` and put them into a job; nothing is written."""
+    check_attribution(attribution)
     dataset = indexed(dataset)
     concepts = _in_order(attribution, layer_map)
     if composite is not None and not isinstance(composite, Composite):
