@@ -139,8 +139,9 @@ class Call:
         result, _ = part
         check_result(self.model, result.heatmap, result.prediction)
         for layer in self.conditioned:
-            if mask_factory(self.settings.mask_map, layer) in of_channels:
-                _check_channels(self.model, layer, result.activations[layer])
+            activation = result.activations[layer]  # (a list, where rows differ in shape)
+            if isinstance(activation, Tensor) and mask_factory(self.settings.mask_map, layer) in of_channels:
+                _check_channels(self.model, layer, activation)
         return result
 
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:

@@ -150,9 +150,7 @@ class Idle(rules.Flat):  # type: ignore[misc]
 
 def test_an_inactive_hook_does_nothing(data: Tensor) -> None:
     model, composite = Net(), NameMapComposite([(["first", "second"], Idle())])
-    found, plain = (
-        CondAttribution(model)(data, CONDITIONS, each).heatmap for each in (composite, NameMapComposite([]))
-    )
+    found, plain = (CondAttribution(model)(data, CONDITIONS, each).heatmap for each in (composite, None))
     assert torch.equal(found, plain)
 
 
