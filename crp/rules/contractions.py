@@ -22,8 +22,6 @@ from crp.rules.operands import PARSERS
 
 #: Functions that sum up a product; what is known of them then.
 _SUMMING = {name: replace(look_up(torch.einsum), name=name, parse=PARSERS["matmul"]) for name in ("sum", "mean")}
-
-
 #: Products that are remembered, the latest ones: factors of more would be kept in memory for nothing.
 _LATEST = 8
 
@@ -72,7 +70,8 @@ class _Products:
     def add(self, product: object, operands: Sequence[object]) -> None:
         """Note what a product was made of."""
         tensors = [tensor for tensor in (product, *operands) if isinstance(tensor, Tensor) and not _is_special(tensor)]
-        if len(tensors) != 3 or not _is_of_matrices(factors := (tensors[1], tensors[2])):
+        factors = tuple(tensors[1:])
+        if len(factors) != 2 or not _is_of_matrices(factors, has_gate=any(map(self._born, factors))):
             return
         there = [known for known in self._latest if known.result() is not None]
         self._latest = [*there[1 - _LATEST :], _Product(weakref.ref(tensors[0]), factors, _versions(tensors))]
