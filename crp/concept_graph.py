@@ -57,8 +57,8 @@ class AttributionGraph:
         *,
         exclude_parallel: bool = False,
     ) -> None:
-        check_attribution(attribution)
         check_flags(exclude_parallel=exclude_parallel)
+        check_attribution(attribution)
         self.exclude_parallel = exclude_parallel
         self.attribution = attribution
         self.graph = graph

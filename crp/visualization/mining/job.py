@@ -234,8 +234,8 @@ def prepare(
     **options: Unpack[MiningKeywords],
 ) -> Job:
     """Check the arguments of `mine` and put them into a job; nothing is written."""
-    check_attribution(attribution)
     dataset = indexed(dataset)
+    check_attribution(attribution)
     concepts = _in_order(attribution, layer_map)
     if composite is not None and not isinstance(composite, Composite):
         raise InputTypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
