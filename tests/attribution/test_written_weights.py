@@ -94,11 +94,13 @@ def test_a_mark_is_of_the_tensors_own_entries(view: Callable[[Tensor], Tensor]) 
 
 def test_a_mark_is_of_one_tensor_with_its_memory() -> None:
     tensor = torch.zeros(4, 5)
-    mark, content = TensorMark(tensor), tensor.clone()
+    mark, before = TensorMark(tensor), tensor.data
+    tensor.data = before.clone()  # (the former memory is still there, with the same entries)
+    assert not mark.is_of(tensor) and not mark.is_of(tensor.clone())
+    tensor.data = before
+    assert mark.is_of(tensor)
     tensor.untyped_storage().resize_(0)
     assert not mark.is_of(tensor)
-    tensor.data = content
-    assert not mark.is_of(tensor) and not mark.is_of(tensor.clone())
 
 
 def test_there_is_no_glimpse_where_the_host_would_wait_or_there_are_no_numbers() -> None:
