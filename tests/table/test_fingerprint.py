@@ -30,6 +30,7 @@ from zennit.rules import AlphaBeta, Epsilon, Gamma, ZBox, ZPlus
 
 from crp import composites as ours
 from crp.concepts import ChannelConcept
+from crp.visualization.table import fingerprint as fingerprints
 from crp.visualization.table.fingerprint import (
     fingerprint,
     fingerprint_composite,
@@ -157,6 +158,16 @@ def test_models() -> None:
     prints = [fingerprint_model(model) for model in [*others, unsaved, renamed, scaled]]
     assert reference not in prints
     assert len(set(prints)) == len(prints)
+
+
+@pytest.mark.parametrize("piece", [1, 12, 1 << 30])
+def test_how_tensors_are_read_does_not_count(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    reference, layout = fingerprint_model(net()), torch.channels_last
+    monkeypatch.setattr(fingerprints, "_PIECE", piece)
+    assert fingerprint_model(net()) == fingerprint_model(net().to(memory_format=layout)) == reference
+    tensor = torch.arange(7.0)
+    parts = [b"tensor", (18).to_bytes(8, "little"), b"torch.float32 (7,)", (28).to_bytes(8, "little")]
+    assert fingerprint(tensor) == hashlib.sha256(b"".join([*parts, tensor.numpy().tobytes()])).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.int8, torch.bool])

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import re
 import sys
 import types
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -36,6 +38,8 @@ _RUNTIME = frozenset({"stored_tensors", "tensor_handles", "handles", "hook_refs"
 #: What modules note of the last data that they have seen, by type: no part of what they are.
 _NOTES = {"MultiScaleRoIAlign": frozenset({"scales", "map_levels"})}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+#: Threads that hash the large tensors of a model, and bytes that each copies to the host at once.
+_READERS, _PIECE = 8, 1 << 20
 _BY_REPR = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice, PurePath)
 
 
@@ -243,7 +247,15 @@ class _Walk:
         ]
         state = {name: entry for name, entry in module.state_dict().items() if entry is not None}
         state |= {name: buffer for name, buffer in module.named_buffers() if name not in state}
+        self._read([entry for entry in state.values() if isinstance(entry, Tensor) and entry.numel() > _PIECE])
         return _hash("network", *parts, *(_hash(name, self.digest(state[name])) for name in sorted(state)))
+
+    def _read(self, tensors: list[Tensor]) -> None:
+        """Hash large tensors side by side, the largest first: neither hashing nor copying holds the interpreter."""
+        by_size = sorted(tensors, key=Tensor.numel, reverse=True)
+        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as readers:
+            for tensor, result in zip(by_size, readers.map(_tensor, by_size), strict=True):
+                self._known[id(tensor)] = (tensor, result)
 
     def _object(self, value: Any) -> bytes:
         """Class and state of an object."""
@@ -265,9 +277,13 @@ class _Walk:
 def _hash(kind: str, *parts: Any) -> bytes:
     result = hashlib.sha256(kind.encode())
     for part in parts:
-        result.update(memoryview(part).nbytes.to_bytes(8, "little"))
-        result.update(part)
+        _add(result, part)
     return result.digest()
+
+
+def _add(result: Any, part: Any) -> None:
+    result.update(memoryview(part).nbytes.to_bytes(8, "little"))
+    result.update(part)
 
 
 def _tensor(tensor: Tensor) -> bytes:
@@ -276,8 +292,14 @@ def _tensor(tensor: Tensor) -> bytes:
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    content = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return _hash("tensor", f"{tensor.dtype} {tuple(tensor.shape)}".encode(), content.data)
+    result = hashlib.sha256(b"tensor")
+    _add(result, f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    tensor = tensor.resolve_conj().resolve_neg()
+    content = (tensor if tensor.is_contiguous() else tensor.cpu().contiguous()).reshape(-1).view(torch.uint8)
+    result.update(content.numel().to_bytes(8, "little"))
+    for piece in torch.split(content, _PIECE):  # (from a GPU, a piece is hashed while it is in the processor's cache)
+        result.update(piece.cpu().numpy().data)
+    return result.digest()
 
 
 def _settings(module: nn.Module) -> dict[str, object]:
