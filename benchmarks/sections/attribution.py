@@ -14,6 +14,7 @@ ASKED: list[tuple[str, Setup, tuple[float, ...], int]] = [
     ("1", Setup("vgg16_bn", 64, 4), (1.25, 1.30, 1.55), 7),
     ("2", Setup("vgg16_bn", 224, 1), (1.40, 1.50, 2.0), 5),
     ("3", Setup("resnet18", 64, 8), (1.35, 2.0, 1.9), 9),
+    ("4", Setup("resnet50", 128, 4), (1.45, 1.95, 1.95), 5),
     ("4", Setup("resnet50", 224, 2), (1.6,), 5),
     ("4", Setup("densenet121", 224, 2), (1.6,), 5),
     ("4", Setup("mobilenet_v2", 224, 2), (1.6,), 7),
