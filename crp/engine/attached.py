@@ -16,7 +16,7 @@ from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
-from crp.engine.last_calls import LastCalls
+from crp.engine.last_calls import LastCalls, PlainSums
 from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS, OfThread
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
@@ -321,7 +321,7 @@ def _for_this_thread(modules: dict[str, nn.Module], before: dict[tuple[int, str]
 
 @atomic
 def _called_once(model: nn.Module) -> Iterator[None]:
-    calls = LastCalls()
+    calls, sums = LastCalls(), PlainSums()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
         if len(of_layer) > 1:
@@ -329,13 +329,19 @@ def _called_once(model: nn.Module) -> Iterator[None]:
                 f"layer {name!r} has {len(of_layer)} rules, {' and '.join(map(_kind, of_layer))}: one composite comes "
                 "on top of another; leave the context of the first, or use it alone"
             )
-    counted = {
+    watched = {
         module: OfThread(calls.watch(name), get_ident())
         for name, (module, of_layer) in rules.items()
         if any(isinstance(rule, BasicHook) for rule in of_layer)
     }
-    with hooked(counted):
+    with hooked(watched), hooked({model: OfThread(sums.watch_call, get_ident())} if watched else {}):
         yield
+    if sums.passed:
+        warn(
+            f"the model adds branches up in {counted(len(sums.passed), 'place')} without a layer for it, and zennit's "
+            "rules give all relevance to each branch there: there is too much. Give the composite a canonizer for "
+            "that, such as zennit.torchvision.ResNetCanonizer(), or use one of crp.composites"
+        )
     if calls.missed:
         missed = [name for name in rules if name in calls.missed]
         warn(

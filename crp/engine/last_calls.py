@@ -1,12 +1,13 @@
-"""Layers that are called several times, under rules that know their last call only."""
+"""What zennit's rules do not support: layers that are called several times, and branches that meet in a plain sum."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 class LastCalls:
@@ -41,3 +42,42 @@ class LastCalls:
                     tensor.register_hook(note_arrival)  # type: ignore[no-untyped-call]
 
         return watch_call
+
+
+class PlainSums:
+    """Notes which sums of branches relevance passes that no layer makes: there, zennit's rules are wrong.
+
+    Those rules hand relevance on as a gradient, of which a sum gives all to each branch. (Zennit's layer `Sum`, which
+    its canonizers put into residual blocks, shares it.)
+
+    Attributes
+    ----------
+    passed : set of int
+        Numbers of these sums, in the order of a walk through the graph.
+    """
+
+    def __init__(self) -> None:
+        self.passed: set[int] = set()
+
+    def watch_call(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        """Forward hook for the model."""
+        made = tree_leaves(getattr(output, "logits", output))
+        for number, node in enumerate(filter(_adds_branches, _nodes(made))):
+            node.register_prehook(lambda _gradients, number=number: self.passed.add(number))
+
+
+def _adds_branches(node: Any) -> bool:
+    """Whether a node of the graph adds or subtracts two tensors that both depend on what is explained."""
+    return node.name() in ("AddBackward0", "SubBackward0") and all(below for below, _ in node.next_functions)
+
+
+def _nodes(outputs: Iterable[Any]) -> list[Any]:
+    """All nodes of the graph of the tensors among these outputs, each once."""
+    todo = [getattr(output, "grad_fn", None) for output in outputs]
+    nodes: dict[Any, None] = {}
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes[node] = None
+            todo += [below for below, _ in node.next_functions]
+    return [*nodes]

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, close, net, rows, same, stack
+from attribution_cases import COMPOSITES, KINDS, close, net, plain_sums, rows, same, stack
 from torch import Tensor, nn
 from zennit.composites import NameMapComposite
 from zennit.core import BasicHook, Composite
@@ -14,6 +14,7 @@ from zennit.core import BasicHook, Composite
 from crp.attribution import CondAttribution
 from crp.composites import Composite as OurComposite
 
+pytestmark = plain_sums
 parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from attribution_cases import KINDS, close, net, rows, same, stack, zennit_flat
+from attribution_cases import KINDS, close, net, plain_sums, rows, same, stack, zennit_flat
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
@@ -75,6 +75,7 @@ def test_no_ids_let_nothing_through(mlp, vectors, composite, exclude_parallel):
     assert found.relevances["2"].any()
 
 
+@plain_sums
 @every_kind
 def test_a_mask_leaves_the_parallel_branch_alone(vectors, composite):
     """S10: branches share one gradient tensor; masking it for one must not change it for the other."""
@@ -100,6 +101,7 @@ def test_mask_where_the_gradient_is_expanded(images, exclude_parallel):
     assert not mixed.heatmap.any()
 
 
+@plain_sums
 @every_kind
 @parallel
 def test_layer_that_returns_its_input(vectors, composite, exclude_parallel):

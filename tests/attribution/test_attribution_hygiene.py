@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, same, stack, zennit_flat
+from attribution_cases import COMPOSITES, KINDS, plain_sums, same, stack, zennit_flat
 from torch import Tensor, nn
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
@@ -23,6 +23,7 @@ from crp.concepts import ChannelConcept
 from crp.rules import Rule
 from crp.trace.graph import trace_model_graph
 
+pytestmark = plain_sums
 LAYERS = ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1"]
 CONDITIONS = [{"y": 1, "layer2.conv1": [1, 2], "layer1.conv1": [i]} for i in range(5)]
 

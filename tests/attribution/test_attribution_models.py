@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, close, net, rows, same, stack
+from attribution_cases import COMPOSITES, KINDS, SMALL, ask, close, net, rows, same, stack
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
-from zennit.composites import NameMapComposite
+from zennit.composites import GuidedBackprop, NameMapComposite
 from zennit.rules import Pass
+from zennit.torchvision import ResNetCanonizer
 
 from crp.attribution import CondAttribution
 from crp.attributors.scores import explaining
@@ -182,6 +184,71 @@ def test_zennits_rules_warn_where_relevance_reaches_another_call_than_the_last(v
         for score in scores:
             score.backward()
     assert not first_back or torch.equal(data[0].grad, data[1].grad)
+
+
+def of_two(join) -> nn.Module:
+    """``head(relu(join(left(x), right(x))))``, where ``net.number`` is a parameter."""
+    model = net(
+        lambda s, x: s.head(s.act(join(s, s.left(x), s.right(x)))),
+        left=nn.Linear(6, 5), right=nn.Linear(6, 5), act=nn.ReLU(), head=nn.LazyLinear(3),
+    )  # fmt: skip
+    model.number = nn.Parameter(torch.ones(5, dtype=torch.float64))
+    return model
+
+
+@pytest.mark.promise("Model", "Zennit's rules warn where they give each branch of a sum all of the relevance")
+@pytest.mark.parametrize("generate", [False, True], ids=["call", "generate"])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda _, a, b: a + b,
+        lambda _, a, b: a - b,
+        lambda _, a, b: a.add_(b),
+        lambda _, a, b: torch.add(a, b, alpha=2),
+        lambda s, a, b: sum([a, b, s.number, 1]),
+    ],
+    ids=["plus", "minus", "in place", "alpha", "sum"],
+)
+def test_zennits_rules_warn_of_branches_that_are_added_up(vectors, untouched, join, generate):
+    model = of_two(join)
+    model(vectors)
+    with untouched(model), pytest.warns(UserWarning, match=r"adds branches up in 1 place without a layer") as caught:
+        ask(model, [{"y": 1}, {"y": 2}], data=vectors, composite=ZennitEpsilonPlus(), generate=generate)
+    assert [one.filename for one in caught if "adds branches up" in str(one.message)] == [caught[0].filename]
+
+
+@pytest.mark.parametrize(
+    ("join", "composite", "keywords"),
+    [
+        (lambda _, a, b: a + b, lambda: None, {}),
+        (lambda _, a, b: a + b, EpsilonPlus, {}),
+        (lambda _, a, b: a + b, GuidedBackprop, {}),
+        (lambda _, a, b: a + b, ZennitEpsilonPlus, {"start_layer": "left"}),
+        (lambda _, a, b: a + b.detach(), ZennitEpsilonPlus, {}),
+        (lambda s, a, b: (a + 1 - s.number).add_(2), ZennitEpsilonPlus, {}),
+        (lambda _, a, b: torch.cat([a, b], 1), ZennitEpsilonPlus, {}),
+    ],
+    ids=["gradient", "ours", "guided backprop", "start below", "detached", "numbers", "cat"],
+)
+def test_sums_that_are_right_are_not_warned_of(vectors, join, composite, keywords):
+    model = of_two(join)
+    model(vectors)
+    condition = {"left": [1]} if keywords else {"y": 1}
+    ask(model, [condition], data=vectors, composite=composite(), **keywords)
+
+
+def test_zennits_canonizer_for_residual_blocks_shares_relevance():
+    model = net(lambda s, x: s.head(s.block(x).flatten(1)), block=BasicBlock(3, 3), head=nn.Linear(108, 3, bias=False))
+    with torch.no_grad():
+        model.head.weight.abs_()
+    target = model(SMALL)[:, 1]
+    right = ask(model, [{"y": 1}], composite=ZennitEpsilonPlus(canonizers=[ResNetCanonizer()]))
+    assert close(right.heatmap.sum((1, 2)), target, 1e-4)
+    with pytest.warns(
+        UserWarning, match=r"give all relevance to each branch there: there is too much. Give the compos"
+    ):
+        wrong = ask(model, [{"y": 1}], composite=ZennitEpsilonPlus())
+    assert (wrong.heatmap.sum((1, 2)) > 1.5 * target).all()
 
 
 def test_layer_that_is_not_called(vectors):

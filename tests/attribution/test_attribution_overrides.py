@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attribution_cases import KINDS, close, net, same, stack
+from attribution_cases import KINDS, close, net, plain_sums, same, stack
 from torch import Tensor, nn
 
 from crp.attribution import AttributionGraph, CondAttribution
@@ -145,6 +145,7 @@ class Unchanged(Tables):
         super().backward(pred, grad_mask, partial_backward, layer_names, layer_out, generate)
 
 
+@plain_sums
 @every_kind
 @parallel
 def test_inherited_backward_goes_from_layer_to_layer(resnet, images, composite, exclude_parallel):
@@ -163,6 +164,7 @@ class WholeModel(Tables):
         torch.autograd.backward((pred,), (grad_mask,), retain_graph=generate)
 
 
+@plain_sums
 @every_kind
 @parallel
 def test_backward_written_anew(resnet, images, composite, exclude_parallel):

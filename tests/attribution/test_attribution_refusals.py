@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, SMALL, Net, ask, net, small_net
+from attribution_cases import COMPOSITES, KINDS, SMALL, Net, ask, net, plain_sums, small_net
 from torch import Tensor, nn
 
 from crp.attribution import CondAttribution
@@ -141,6 +141,7 @@ class Tokens(nn.Module):
         return self.out((tokens + self.block(tokens)).mean(1) if self.last else frames.mean(2))
 
 
+@plain_sums
 @pytest.mark.parametrize("generate", [False, True], ids=["call", "generate"])
 @pytest.mark.parametrize("mask_map", [ChannelConcept.mask, {"block": ChannelConcept().mask}], ids=["function", "dict"])
 @every_kind

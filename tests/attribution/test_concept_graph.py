@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from attribution_cases import KINDS
+from attribution_cases import KINDS, plain_sums
 from torch import Tensor, nn
 
 from crp.attribution import AttributionGraph, CondAttribution, attrGraphResult
@@ -17,6 +17,7 @@ from crp.errors import InputError, InputTypeError
 from crp.trace.graph import trace_model_graph
 from crp.types import AttributionGraphResults
 
+pytestmark = plain_sums
 LAYERS = ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1", "layer2.conv2", "layer2.downsample.0"]
 
 every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))

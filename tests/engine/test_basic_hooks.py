@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from attribution_cases import plain_sums
 from torch import Tensor, nn
 from zennit import rules
 from zennit.composites import NameMapComposite
 from zennit.core import BasicHook
 
 from crp.attribution import CondAttribution
+
+pytestmark = plain_sums
 
 RULES: dict[str, Callable[[], BasicHook]] = {
     "Epsilon": lambda: rules.Epsilon(1e-6),

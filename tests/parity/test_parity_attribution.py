@@ -5,9 +5,10 @@ from __future__ import annotations
 import parity_cases
 import parity_generation
 import pytest
+from attribution_cases import plain_sums
 from parity_compare import assert_parity
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, plain_sums]
 
 
 @pytest.mark.parametrize("name", parity_cases.CASES)

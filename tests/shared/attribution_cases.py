@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from zennit.canonizers import SequentialMergeBatchNorm
@@ -20,6 +21,9 @@ from crp.types import AttributionResults
 def zennit_flat() -> Composite:
     return ZennitEpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()])
 
+
+#: For laws that hold under zennit's rules also where they give all relevance to each branch of a plain sum.
+plain_sums = pytest.mark.filterwarnings("ignore:the model adds branches up")
 
 #: Every way in which relevance travels: plain gradient, relevance itself, and multipliers.
 COMPOSITES: dict[str, Callable[[], Composite | None]] = {

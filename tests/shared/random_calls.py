@@ -100,6 +100,11 @@ class Call:
         return "relevance is wrong" if wrong else None
 
     @property
+    def gives_all_to_each(self) -> bool:
+        """Whether zennit's rules send relevance through a sum of two branches."""
+        return self.method.startswith("zennit") and any(step.kind == "add" for step in PLANS[self.plan].steps)
+
+    @property
     def composite(self) -> Any:
         return METHODS[self.method][0]()
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attribution_cases import plain_sums
 from feature_net import LAYERS, Images, expected_scores, make_fv, make_net, mined
 from PIL import Image
 from torch import Tensor, nn
@@ -503,6 +504,7 @@ def test_the_base_class_takes_a_label_as_one_class(tmp_path):
 # --- names, ties, files -----------------------------------------------------------------------------------------------
 
 
+@plain_sums
 def test_S14_C8_awkward_layer_names_stay_apart(tmp_path):
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attribution_cases import plain_sums
 from feature_net import LAYERS, Images, expected_scores, make_fv, make_net, mined
 from PIL import Image
 from torch import Tensor, nn
@@ -249,6 +250,7 @@ def test_relevance_may_start_from_several_classes(tmp_path):
     torch.testing.assert_close(both, first + second)
 
 
+@plain_sums
 def test_relevance_heatmaps_do_not_pass_by_the_concept(tmp_path):
     class Shortcut(nn.Module):
         def __init__(self) -> None:
