@@ -16,9 +16,9 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.composites.matching import SeenOperation
-from crp.engine.door import telling_misfits
 from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
+from crp.layers.misfits import telling_misfits
 from crp.rules.layer import _in_words, changed
 from crp.wording import counted
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from crp.engine.backward_hooks import _ReadingOnly
-from crp.engine.door import _as_kind, check_form, is_finite, telling_misfits
+from crp.engine.door import _as_kind, check_form, is_finite
 from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
 from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.layers import unwrap
 from crp.layers.devices import send_to
+from crp.layers.misfits import telling_misfits
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 #: One input; a list of samples, of tensors without that axis; inputs by position, in a tuple, or by name. Other tensors

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from crp.engine.attached import put_on
-from crp.engine.door import unknown_ids
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import hooked, looking, modules_of
 from crp.layers.interrupts import atomic
+from crp.layers.misfits import unknown_ids
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
 _calls = count()

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from crp.flags import check_flags
 from crp.layers import find_layers, modules_of, unwrap
 from crp.layers.addresses import Address
+from crp.layers.misfits import telling_misfits
 from crp.trace import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing
+from crp.trace.recorder import tensors_in
 
 __all__ = [
     "Adjacency",
@@ -315,6 +317,8 @@ def trace_model_graph(
     ------
     KeyError
         If a layer is not in the model; the message gives the nearest names.
+    ValueError or TypeError
+        If the model cannot take the sample; the message names the layer that refused it, and what it takes.
 
     Examples
     --------
@@ -328,7 +332,8 @@ def trace_model_graph(
     names, known = list(layer_names), modules_of(unwrap(model))
     find_layers(unwrap(model), [Address.of(name, known).layer for name in names], "layer_names")
     arguments = sample if isinstance(sample, tuple) else (sample,)
-    graph = ModelGraph(trace(model, *arguments))
+    with telling_misfits(model, tensors_in(arguments), dict(enumerate(arguments))):
+        graph = ModelGraph(trace(model, *arguments))
     graph.set_layer_names(names)
     if debug:
         _logger.debug("%s", graph)

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crp.engine.door import telling_misfits
 from crp.engine.forward import tensor_in
 from crp.errors import CRPError, InputError, InputTypeError, LoadingError
+from crp.layers.misfits import telling_misfits
 from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared

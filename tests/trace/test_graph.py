@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from crp.errors import CRPError
 from crp.layers import LayerNotFoundError, get_layer_names
 from crp.trace import graph
 from crp.trace.graph import Adjacency, Trace, adjacent, layers_as_units, trace, trace_model_graph
@@ -653,6 +655,22 @@ def test_layers_that_were_not_called_are_told_from_unknown_ones():
     assert found.find_input_layers("c") == ["a"]
     with pytest.raises(KeyError, match="'b' is in the model, but the forward pass did not call it"):
         found.find_input_layers("b")
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (torch.zeros(1, 3, 3, 3), r"layer 'a' \(Conv2d\) takes 4 channels and gets a tensor of shape \(1, 3, 3, 3\)"),
+        (torch.zeros(1, 4, 3, 3).double(), "has weights of torch.float32 and gets torch.float64, for data of shape"),
+        ("picture.jpg", "gets a str in place of a tensor; of the inputs, 0 is a str"),
+        ((X, X), "the model takes .*, and the data do not fit that: too many positional arguments"),
+    ],
+    ids=["channels", "dtype", "word", "arguments"],
+)
+def test_a_sample_that_the_model_cannot_take_is_told_of(sample, message):
+    model = nn.Sequential(OrderedDict(a=nn.Conv2d(4, 4, 1)))
+    with pytest.raises(CRPError, match=message):
+        trace_model_graph(model, sample, ["a"])
 
 
 def test_a_tuple_is_several_arguments():

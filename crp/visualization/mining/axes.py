@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from crp.concepts import AxisConcept, ChannelConcept, Concept
-from crp.engine.door import telling_misfits
 from crp.engine.inputs import check_data
 from crp.errors import InputError
+from crp.layers.misfits import telling_misfits
 from crp.trace.axes import ChannelAxis, channel_axes
 
 

@@ -18,10 +18,10 @@ from crp.concepts import Concept
 from crp.concepts.reading import LayerValues, code_of, relevance_at
 from crp.concepts.scores import ConceptScores, scores_of
 from crp.engine.attached import put_on
-from crp.engine.door import telling_misfits, unknown_ids
 from crp.engine.targets import Position
 from crp.engine.tokens import input_embeddings, scored_at
 from crp.errors import ConceptError, InputError, StateError
+from crp.layers.misfits import telling_misfits, unknown_ids
 from crp.notices import warn
 from crp.visualization.mining.datasets import Sample
 from crp.visualization.mining.texts import EXPLAINED, Texts, place_in
