@@ -264,9 +264,8 @@ def export_corelay(
     Raises
     ------
     ValueError
-        If heatmaps, predictions and labels are not given together, or are not of the clusters' samples.
-    FileExistsError
-        If a file is there already; nothing is written then.
+        If heatmaps, predictions and labels are not given together, or are not of the clusters' samples; or a file is
+        there already. Nothing is written then.
     """
     import h5py
 
@@ -280,7 +279,7 @@ def export_corelay(
     if wrong := [f"{key}s are of {len(array)}" for key, array in arrays.items() if len(array) != n_samples]:
         raise InputError(f"the clusters are of {n_samples} samples; {', '.join(wrong)}")
     if there := [one for one in (path, beside)[: 1 + bool(arrays)] if one.exists()]:
-        raise FileExistsError(f"{there[0]} is there already")
+        raise InputError(f"{there[0]} is there already; name a new file")
     with h5py.File(path, "x") as file:
         group = file.create_group(name)
         group["index"] = found.sample.astype(np.uint32)

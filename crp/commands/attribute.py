@@ -302,7 +302,7 @@ def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor)
 
     if find_method(method).options.get("layer") is ... and "layer" not in given:
         raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")
-    if "condition" in given:
+    if "condition" in given and "mask_map" not in given:  # (of the first picture, for all of them)
         concepts = concepts_of_channels(loaded.model, data, given["condition"])
         given |= {"mask_map": {layer: concept.mask for layer, concept in concepts.items()}}
     if method != "occlusion" or {"window_shape", "step"} & given.keys():

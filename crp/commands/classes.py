@@ -189,8 +189,6 @@ def clusters_command(
     if export is not None:
         try:
             export_corelay(export, found, name=f"class {target}")
-        except FileExistsError:
-            raise CommandError(f"--export {export} is there already; name a new file") from None
         except ImportError:
             raise CommandError("--export needs h5py: pip install concept-relevance[corelay]") from None
     if keep:

@@ -166,6 +166,8 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         pictures_given = _takes_pictures(dataset, given)
         concepts = concepts_of_texts(loaded.model, given["layers"])
     _check_outside(out, given["data"])
+    if outputs is not None and not isinstance(targets, str) and targets[-1] >= outputs:
+        raise CommandError(f"--targets {named}: the model has {counted(outputs, 'output')}, 0 to {outputs - 1}")
     if labels is not None and outputs is not None:
         _check_outputs(loaded, outputs, labels, source)
     if settings["progress"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.checks import check_number
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept, as_ids
@@ -280,12 +281,12 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 "get_data_sample",
             )
         is_plain = type(self).get_data_sample is SampleAccess.get_data_sample
-        num_workers = options.get("num_workers", 0)
-        if num_workers and not is_plain:
+        if (num_workers := options.get("num_workers", 0)) and not is_plain:
             raise InputError(
                 f"num_workers={num_workers} loads dataset[i] in other processes, where {type(self).__name__}."
                 "get_data_sample does not run; wrap the dataset instead, or load with num_workers=0"
             )
+        check_number("checkpoint", checkpoint, 1, whole=True)
         (begin,) = as_ids([data_start], what="data_start")
         (stop,) = as_ids([len(self.dataset) if data_end is None else data_end], what="data_end")
         own = function_of(self.multitarget_to_single)

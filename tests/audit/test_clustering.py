@@ -9,6 +9,7 @@ from feature_net import Images, make_fv
 
 from crp.audit import clusters, export_corelay, keep_heatmaps, kept_heatmaps, save_clusters
 from crp.composites import EpsilonPlus
+from crp.errors import InputError
 from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.store import Table
 
@@ -108,10 +109,10 @@ def test_files_for_virelay_are_whole_or_not_written(tmp_path):
         export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which[1:])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.attribution.h5").write_bytes(b"")
-    with pytest.raises(FileExistsError, match=r"a\.attribution\.h5 is there already"):
+    with pytest.raises(InputError, match=r"a\.attribution\.h5 is there already"):
         export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which)
     export_corelay(tmp_path / "a.h5", found)
-    with pytest.raises(FileExistsError, match=r"a\.h5 is there already"):
+    with pytest.raises(InputError, match=r"a\.h5 is there already"):
         export_corelay(tmp_path / "a.h5", found)
 
 

@@ -17,7 +17,9 @@ import crp
 from crp.commands import attribute as attribute_command
 from crp.commands.cli import cli
 from crp.concepts import AxisConcept
+from crp.trace.axes import channel_axes
 from crp.visualization import models as loading
+from crp.visualization.mining import axes
 
 FACTORY = """
 import torch
@@ -129,6 +131,15 @@ def test_heatmap_is_that_of_the_call(place, monkeypatch, arguments, options):
     torch.testing.assert_close(seen["image"], image)
     torch.testing.assert_close(seen["heatmap"], crp.explain(arguments[1], model, image[None], 2, **options)[0].sum(0))
     assert seen["caption"].startswith(arguments[1])
+
+
+def test_axes_of_concepts_are_looked_for_once(place, monkeypatch):
+    seen = []
+    monkeypatch.setattr(axes, "channel_axes", lambda *given: seen.append(given) or channel_axes(*given))
+    (place / "other.png").write_bytes((place / "picture.png").read_bytes())
+    result = attribute("other.png", "--method", "epsilon", "--layer", "0", "--concept", 1, out="out")
+    assert result.exit_code == 0 and result.output.count("wrote") == 2, result.output
+    assert len(seen) == 1
 
 
 def test_channels_of_tokens_come_last(place, monkeypatch):

@@ -225,6 +225,7 @@ def wait_for_shards(path: Path) -> None:
         ),
         (["--multi-label", "list", "--targets", "all"], "single_targets is about labels"),
         (["--composite", "none", "--set", "a=1"], "--set is for a composite"),
+        (["--targets", "0,99"], "--targets 0,99: the model has 3 outputs, 0 to 2"),
         (["--targets", "labels"], "targets must be 'label', 'prediction'"),
         (["--modes", "relevances"], "modes must be among"),
         (["--shard", "2/2"], "--shard 2/2 must be I/N with I from 0 to N - 1"),

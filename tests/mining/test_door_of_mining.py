@@ -42,13 +42,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mode": ({"modes": ["relevances"]}, "modes must be among 'relevance', 'activation'"),
     "mode in a word": ({"modes": "relevance"}, "modes must be among"),
     "no kind": ({"kinds": []}, "kinds must be among"),
+    "a number of modes": ({"modes": 2}, "modes must be among 'relevance', 'activation'; not 2"),
+    "a list in modes": ({"modes": [["relevance"]]}, "modes must be among"),
     "batches of none": ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
     "batches of a fraction": ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, not 1.5"),
     "batches of truth": ({"batch_size": True}, "batch_size must be an integer of at least 1, not True"),
     "workers": ({"num_workers": -1}, "num_workers must be an integer of at least 0, not -1"),
     "shards": ({"shard_size": 0}, "shard_size must be an integer of at least 1, not 0"),
-    "on_error": ({"on_error": "ignore"}, "on_error must be among 'stop', 'skip'"),
-    "storage": ({"storage": "int8"}, "storage must be among"),
+    "on_error": ({"on_error": "ignore"}, "on_error must be one of 'stop', 'skip', not 'ignore'"),
+    "on_error in a list": ({"on_error": ["skip"]}, r"on_error must be one of 'stop', 'skip', not \['skip'\]"),
+    "storage": ({"storage": "int8"}, "storage must be one of 'float32', 'float16', not 'int8'"),
     "device": ({"device": "banana"}, "device is 'banana', which is no device of this machine"),
     "an option that is none": ({"batchsize": 3}, "mining has no option 'batchsize'"),
     "targets": ({"targets": "labels"}, "targets must be 'label', 'prediction'"),
@@ -88,6 +91,14 @@ def test_ranges_are_whole_numbers(tmp_path: Path, name: str, value: Any) -> None
     fv = make_fv(tmp_path)
     with pytest.raises(TypeError, match=f"{name} must be integers"):
         fv.run(EpsilonPlus(), **{"data_start": 0, "data_end": 6} | {name: value}, progress=False)
+    assert not Table.exists(fv.path)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, None])
+def test_a_checkpoint_is_told_by_its_name(tmp_path: Path, value: Any) -> None:
+    fv = make_fv(tmp_path)
+    with pytest.raises(ValueError, match=f"checkpoint must be a whole number of at least 1, not {value!r}"):
+        fv.run(EpsilonPlus(), checkpoint=value, progress=False)
     assert not Table.exists(fv.path)
 
 

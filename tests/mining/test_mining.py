@@ -528,7 +528,7 @@ class Empty:
         ({"modes": "relevance"}, ValueError, "modes must be among 'relevance', 'activation'; not 'relevance'"),
         ({"modes": []}, ValueError, "modes must be among"),
         ({"kinds": ["mean"]}, ValueError, r"kinds must be among 'sum', 'max'; not \['mean'\]"),
-        ({"on_error": "ignore"}, ValueError, r"on_error must be among 'stop', 'skip'; not \['ignore'\]"),
+        ({"on_error": "ignore"}, ValueError, "on_error must be one of 'stop', 'skip', not 'ignore'"),
         ({"preprocess": lambda x: x[0, 0, 0]}, TypeError, r"preprocess must make a sample of shape \(1, ...\)"),
         ({"preprocess": lambda x: None}, TypeError, "not a NoneType"),
         ({"data": 3}, TypeError, "the dataset needs __len__ and __getitem__; int lacks one"),

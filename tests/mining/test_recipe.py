@@ -209,5 +209,5 @@ def test_another_storage_is_refused(tmp_path: Path) -> None:
     run(tmp_path, Data(), stop=8)
     with pytest.raises(TableMismatchError, match="storage = float32, not float16"):
         run(tmp_path, Data(), storage="float16")
-    with pytest.raises(ValueError, match="storage must be among 'float32', 'float16'"):
+    with pytest.raises(ValueError, match="storage must be one of 'float32', 'float16', not"):
         run(tmp_path, Data(), storage="float8")

@@ -20,6 +20,7 @@ from zennit.composites import EpsilonPlus
 
 from crp.composites import EpsilonPlus as OwnEpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
+from crp.errors import InputError
 from crp.visualization.report import (
     Finding,
     drawing,
@@ -419,9 +420,17 @@ def test_what_a_smaller_report_has_no_more_is_deleted(fv, tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(fv, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match=r"holds 'thesis.tex', and no atlas.json. Nothing was changed"):
+    with pytest.raises(InputError, match=r"holds 'thesis.tex', and no atlas.json. Nothing was changed"):
         report(fv, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("inside", ["", "below/atlas"])
+def test_a_file_is_no_folder(fv, tmp_path, inside):
+    (tmp_path / "thesis").write_text("x")
+    with pytest.raises(InputError, match=r"thesis.* cannot be a folder, since it is, or is in, a file; give another"):
+        report(fv, tmp_path / "thesis" / inside)
+    assert (tmp_path / "thesis").read_text() == "x"
 
 
 def test_another_model_is_refused(fv, tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
+from crp.checks import check_choice
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.door import check_attribution, check_device
@@ -171,11 +172,12 @@ class MiningOptions:
             if isinstance(size, bool) or not isinstance(size, int) or size < least:
                 raise InputError(f"{name} must be an integer of at least {least}, not {size!r}")
         lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
-        lists["on_error"] = [options.on_error], ("stop", "skip")
-        lists["storage"] = [options.storage], STORAGES
         for name, (words, known_words) in lists.items():
-            if isinstance(words, str) or not words or not set(words) <= set(known_words):
+            is_list = isinstance(words, Collection) and not isinstance(words, str)
+            if not is_list or not words or not all(word in known_words for word in words):
                 raise InputError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
+        check_choice("on_error", options.on_error, Literal["stop", "skip"])
+        check_choice("storage", options.storage, Literal["float32", "float16"])
         for name, function in (("preprocess", options.preprocess), ("single_targets", options.single_targets)):
             if function is not None and not callable(function):
                 raise InputTypeError(f"{name} must be a function, not {function!r}")

@@ -6,8 +6,9 @@ import json
 from collections.abc import Set
 from pathlib import Path
 
+from crp.errors import InputError
 from crp.visualization.report.kept import PAGED
-from crp.visualization.table.files import write_atomic
+from crp.visualization.table.files import make_folder, write_atomic
 
 MARKER = "atlas.json"
 #: Folders that pages and pictures are in.
@@ -22,14 +23,12 @@ def claim(folder: Path) -> None:
 
     Raises
     ------
-    FileExistsError
-        If the folder holds something else.
+    ValueError
+        If it cannot be a folder, or holds something else.
     """
-    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
-        raise FileExistsError(f"{file} is a file, in which no folder of an atlas can be; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not (folder / MARKER).is_file() and (foreign := next(iter(sorted(folder.iterdir())), None)):
-        raise FileExistsError(
+        raise InputError(
             f"{folder} is not a folder of an atlas: it holds {foreign.name!r}, and no {MARKER}. Nothing was changed; "
             "give another folder"
         )

@@ -75,14 +75,13 @@ def write_report(
         If nothing was mined.
     TableMismatchError
         If another model or dataset was mined.
-    FileExistsError
-        If the folder holds something else than an atlas.
     KeyError
         If a class or layer was not mined.
     IndexError
         If a finding is about a concept that its layer does not have, or one has a name.
     ValueError
-        If a number is not positive, a class has no name, or the samples are no images.
+        If the folder holds something else than an atlas, or is a file; a number is not positive, a class has no name,
+        or the samples are no images.
     """
     if unknown := [name for name in options if name not in ReportKeywords.__annotations__]:
         known = ", ".join(ReportKeywords.__annotations__)
