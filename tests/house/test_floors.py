@@ -61,18 +61,18 @@ BUDGETS = {
     "engine": 6317,
     "image": 1491,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1300,
+    "layers": 1453,
     "outputs": 400,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
     "rules": 6218,
     # (along which axis the channels of a layer are)
-    "trace": 1365,
+    "trace": 1370,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     "visualization": 4812,
-    "visualization.mining": 4246,
+    "visualization.mining": 4247,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
     "visualization.report": 4645,
