@@ -46,26 +46,26 @@ BUDGETS = {
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
     "attributors": 3224,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
-    "audit": 2486,
+    "audit": 2485,
     "canonizers": 866,
     "commands": 2292,
-    "compat": 950,
+    "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
     "composites": 3945,
     "concept_graph": 217,
     # (what is no relevance, and masks that return none)
     "concepts": 2060,
-    "demo": 900,
+    "demo": 893,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6317,
+    "engine": 6175,
     "image": 1491,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1453,
-    "outputs": 400,
+    "outputs": 391,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6218,
+    "rules": 6217,
     # (along which axis the channels of a layer are)
     "trace": 1370,
     "types": 158,
@@ -75,7 +75,7 @@ BUDGETS = {
     "visualization.mining": 4247,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4645,
+    "visualization.report": 4624,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2683,
