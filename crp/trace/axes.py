@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from crp.layers import evaluating, unwrap
 from crp.layers.addresses import attention_around
+from crp.trace.cache import recorded, structure
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
-from crp.trace.recorder import trace
 
 _LAST = frozenset("linear addmm layer_norm rms_norm embedding multi_head_attention_forward".split())  # noqa: SIM905
 _SECOND = frozenset(
@@ -53,9 +54,11 @@ class ChannelAxis(NamedTuple):
     maker: str
 
 
-def channel_axes(model: nn.Module, data: Any, layers: Iterable[str]) -> dict[str, ChannelAxis]:
-    """Axis of the channels of layers, from one forward pass; without layers that it does not call."""
-    record = trace(model, data)
+def channel_axes(model: nn.Module, data: Tensor, layers: Iterable[str]) -> dict[str, ChannelAxis]:
+    """Axis of the channels of layers, from a forward pass in evaluation; without layers that it does not call."""
+    model = unwrap(model)
+    with evaluating(model):
+        record = recorded(model, (data,), {}, structure(model), alike=True)
     found = {}
     for name in layers:
         layer, is_input, number = record.address(name)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from crp.layers import modules_of
@@ -65,7 +65,9 @@ def known(model: nn.Module, key: Structure) -> Trace | None:
     return None
 
 
-def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Structure) -> Trace:
+def recorded(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Structure, alike: bool = False
+) -> Trace:
     """Record of a forward pass of a model, made unless one is known for this structure.
 
     Parameters
@@ -76,6 +78,9 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ke
         What the model is called with. A later call that takes another way through the model is not noticed.
     key : tuple
         What `structure` said before the caller put anything on the model.
+    alike : bool
+        Whether a record counts only where the first argument, a tensor, had the type and shape of this one, but for the
+        number of samples: the model can take such data, then.
 
     Returns
     -------
@@ -83,7 +88,13 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ke
         The same object as long as it is kept, so that it can be the key of what is derived from it.
     """
     record = known(model, key)
-    if record is None:
+    if record is None or (alike and not _is_of_such(record, args[0])):
         record = trace(model, *args, **kwargs)
         _records.setdefault(model, deque(maxlen=_REMEMBERED)).appendleft((key, record))
     return record
+
+
+def _is_of_such(record: Trace, data: Tensor) -> bool:
+    """Whether a model was called with samples of such a type and shape."""
+    given = record.calls[0].given
+    return given is not None and (given.dtype, given.shape[1:]) == (data.dtype, data.shape[1:])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from crp.flags import check_flags
-from crp.layers import find_layers, modules_of, unwrap
+from crp.layers import evaluating, find_layers, modules_of, unwrap
 from crp.layers.addresses import Address
 from crp.layers.misfits import telling_misfits
 from crp.trace import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing
@@ -296,7 +296,7 @@ class ModelGraph:
 def trace_model_graph(
     model: nn.Module, sample: Tensor | tuple[Any, ...], layer_names: Iterable[str], debug: bool = False
 ) -> ModelGraph:
-    """Find the connections between the layers of a model by running it once.
+    """Find the connections between the layers of a model by running it once, in evaluation mode.
 
     Parameters
     ----------
@@ -332,7 +332,7 @@ def trace_model_graph(
     names, known = list(layer_names), modules_of(unwrap(model))
     find_layers(unwrap(model), [Address.of(name, known).layer for name in names], "layer_names")
     arguments = sample if isinstance(sample, tuple) else (sample,)
-    with telling_misfits(model, tensors_in(arguments), dict(enumerate(arguments))):
+    with telling_misfits(model, tensors_in(arguments), dict(enumerate(arguments))), evaluating(unwrap(model)):
         graph = ModelGraph(trace(model, *arguments))
     graph.set_layer_names(names)
     if debug:

@@ -19,6 +19,7 @@ from crp.attribution import CondAttribution
 from crp.composites import CPLRP, EpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
 from crp.helper import load_maximization
+from crp.trace import Passive
 from crp.trace.axes import channel_axes
 from crp.visualization import FeatureVisualization, Table
 from crp.visualization.mining.axes import concepts_of_channels
@@ -307,3 +308,48 @@ def test_a_model_of_timm_by_name(here):
     assert crp("report", "table", "--quiet", "--references", "1").exit_code == 0
     shown = crp("layers", "timm:test_vit", "--checkpoint", "weights.pt").output
     assert "* blocks.5.mlp.act" in shown and "  blocks.5 " in shown
+
+
+class Counted(nn.Module):
+    """A net that counts its calls, and has a batch norm that in training needs more than one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
+        self.head, self.calls = nn.Linear(4, 2), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(self.body(x).flatten(1))
+
+
+def test_a_model_in_training_mode_is_mined_in_evaluation_mode(tmp_path):
+    torch.manual_seed(0)
+    model, data = Counted().double().train(), [(torch.randn(3, 5, 5).double(), i % 2) for i in range(4)]
+    folders = tmp_path / "training", tmp_path / "evaluation"
+    with pytest.warns(UserWarning, match="training mode"):
+        found = mine(CondAttribution(model), data, {"body.0": ChannelConcept()}, EpsilonPlus(), folders[0])
+    assert model.training and model.body[3].training
+    expected = mine(CondAttribution(model.eval()), data, {"body.0": ChannelConcept()}, EpsilonPlus(), folders[1])
+    same_rows(found, expected)
+
+
+def test_axes_are_looked_for_once_for_samples_of_one_form():
+    calls, model = [], Counted().double().eval()
+    model.register_forward_pre_hook(Passive(lambda *_: calls.append(None)))
+    sample = torch.randn(1, 3, 5, 5).double()
+
+    def n_calls(data):
+        before = len(calls)
+        assert channel_axes(model, data, ["body.0"])["body.0"].axis == 1
+        return len(calls) - before
+
+    assert [n_calls(sample), n_calls(sample), n_calls(torch.cat([sample, sample]))] == [1, 0, 0]
+    assert n_calls(torch.randn(1, 3, 6, 5).double()) == 1
+    with pytest.raises(RuntimeError):
+        channel_axes(model, sample[:, :2], ["body.0"])
+    with pytest.raises(RuntimeError):
+        channel_axes(model, sample.float(), ["body.0"])
+    model.body[0] = nn.Linear(5, 5).double()
+    with pytest.raises(RuntimeError):
+        channel_axes(model, sample, ["body.0"])  # (the batch norm has other channels now)

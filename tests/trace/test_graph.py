@@ -711,3 +711,10 @@ def test_single_calls_of_a_layer_are_places_of_their_own():
     assert found.find_input_layers("1") == ["1.input#1"]
     with pytest.raises(KeyError, match="'1#2' is in the model, but the forward pass did not call it"):
         found.find_input_layers("1#2")
+
+
+def test_a_model_in_training_mode_is_traced_as_it_is_explained():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.ReLU(), nn.Linear(3, 2)).train()
+    graph = trace_model_graph(model, torch.zeros(1, 4), ["0", "4"])  # (in training, one sample has no variance)
+    assert graph.find_input_layers("4") == ["0"]
+    assert all(module.training for module in model.modules())
