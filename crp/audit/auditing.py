@@ -11,12 +11,13 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.prototypes import Prototypes, class_vectors
+from crp.audit.prototypes import Prototypes
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import check_data
 from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.visualization.analysis import RowSelection
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -177,7 +178,7 @@ def audit_table(
     uses = _uses(found, describe or "concept {}".format, k, table)
     audited: list[tuple[float, AuditedSample]] = []
     for of_class, mixture in found.classes.items():
-        vectors, numbers = class_vectors(table, found.layer, of_class, found.normed)
+        vectors, numbers = RowSelection(found.layer, normed=found.normed, of_class=of_class).read(table)
         if samples is not None:
             inside = np.isin(numbers, samples)
             vectors, numbers = vectors[inside], numbers[inside]

@@ -148,9 +148,7 @@ def clusters(
     elif isinstance(source, Table):
         if layer is None or of_class is None:
             raise InputError("clusters of a table need layer= and of_class=")
-        blocks = list(RowSelection(layer, what, normed=normed, of_class=of_class).blocks(source))
-        vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
-        samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
+        vectors, samples = RowSelection(layer, what, normed=normed, of_class=of_class).read(source)
     else:
         array = as_numbers("explanations", source)
         if not array.ndim:
@@ -223,13 +221,12 @@ def save_clusters(
 
 def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
-    blocks = list(RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).blocks(table))
-    samples = np.concatenate([block.sample for block in blocks])
+    vectors, samples = RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).read(table)
     order = np.argsort(samples, kind="stable")
     place = order[np.searchsorted(samples[order], found.sample)]
     if not np.array_equal(samples[place], found.sample):
         raise InputError(f"the clusters have samples without rows of class {of_class} in {table!r}")
-    return found._replace(vectors=np.concatenate([block.value for block in blocks]).astype(np.float64)[place])
+    return found._replace(vectors=vectors[place])
 
 
 def export_corelay(
