@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.gradient import Gradient
 from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes, Neuron, Target
+from crp.checks import check_number
 from crp.composites.registry import ALIASES, find_known
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
@@ -157,7 +157,7 @@ def find_method(name: str) -> Method:
     return _entry(name).method
 
 
-def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+def _check_options(method: Method, options: dict[str, Any]) -> None:
     for name in options:
         if name not in method.options:
             near = _nearest(name, method.options)
@@ -169,7 +169,8 @@ def _check_options(method: Method, options: Mapping[str, Any]) -> None:
         hint = ", the name of a layer with positions, such as the last convolution" if "layer" in missing else ""
         raise InputError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}{hint}")
     if options.get("batch_size") is not None:
-        check_count("batch_size", options["batch_size"])
+        check_number("batch_size", options["batch_size"], 1, whole=True)
+        options["batch_size"] = int(options["batch_size"])
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -122,7 +122,8 @@ def _relevance_by(
     Tensor of shape (batch, *input shape) or (batch, 1, *space)
     """
     parts = []
-    for some, classes in zip(*(torch.split(values, batch_size or len(data)) for values in (data, target)), strict=True):
+    size = int(batch_size or len(data))
+    for some, classes in zip(torch.split(data, size), torch.split(target, size), strict=True):
         # (functions of the user's may write into what they get)
         inputs, targets = _as_array(some.clone()), _as_array(classes.clone())
         parts.append(_check_relevance(explain_func(model=model, inputs=inputs, targets=targets), some))
