@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from crp.attributors.gradient import Gradient
 from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes, Neuron, Target
 from crp.checks import check_number
-from crp.composites.registry import ALIASES, find_known
+from crp.composites.registry import ALIASES, find_known, nearest
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError
@@ -148,7 +147,7 @@ def _entry(name: object) -> Entry:
     known = entries()
     found = find_known(name, known, _ALIASES)
     if found is None:
-        raise InputError(f"there is no method {name!r}; {_nearest(name, known)}there are {', '.join(known)}")
+        raise InputError(f"there is no method {name!r}; {nearest(name, known)}there are {', '.join(known)}")
     return known[found]
 
 
@@ -160,7 +159,7 @@ def find_method(name: str) -> Method:
 def _check_options(method: Method, options: dict[str, Any]) -> None:
     for name in options:
         if name not in method.options:
-            near = _nearest(name, method.options)
+            near = nearest(name, method.options)
             raise InputError(
                 f"method {method.name!r} has no option {name!r}; {near}it has {', '.join(sorted(method.options))}"
             )
@@ -171,11 +170,6 @@ def _check_options(method: Method, options: dict[str, Any]) -> None:
     if options.get("batch_size") is not None:
         check_number("batch_size", options["batch_size"], 1, whole=True)
         options["batch_size"] = int(options["batch_size"])
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"nearest: {', '.join(map(repr, near))}; " if near else ""
 
 
 def _predicted(
