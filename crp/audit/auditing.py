@@ -20,7 +20,7 @@ from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
-from crp.visualization.table.derived import keep_result
+from crp.visualization.table.derived import keep_result, padded
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
 
@@ -211,15 +211,6 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
     """
     if any(one.sample is None for one in audited):
         raise InputError("audited samples have no number in the table; audit_table gives those that have")
-    n = len(audited)
-    longest = max((len(uses) for one in audited for uses in (one.over, one.under)), default=0)
-    ids = {name: np.full((n, longest), -1, np.int64) for name in ("over", "under")}
-    differences = {f"{name}_difference": np.zeros((n, longest)) for name in ids}
-    for row, one in enumerate(audited):
-        for name in ids:
-            for column, use in enumerate(getattr(one, name)):
-                ids[name][row, column] = use.concept
-                differences[f"{name}_difference"][row, column] = use.difference
     columns = {
         "sample": np.array([one.sample for one in audited], np.int64),
         "target": np.array([one.predicted for one in audited], np.int64),
@@ -227,7 +218,10 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
         "prototype": np.array([one.prototype for one in audited], np.int64),
         "nearest": np.array([one.nearest for one in audited], np.int64),
     }
-    return keep_result(table, "audit", found.layer, {**columns, **ids, **differences}, {"normed": found.normed})
+    for name in ("over", "under"):
+        columns[name] = padded([[use.concept for use in getattr(one, name)] for one in audited], -1)
+        columns[f"{name}_difference"] = padded([[use.difference for use in getattr(one, name)] for one in audited], 0.0)
+    return keep_result(table, "audit", found.layer, columns, {"normed": found.normed})
 
 
 def _uses(

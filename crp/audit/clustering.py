@@ -23,7 +23,7 @@ from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
 from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
-from crp.visualization.table.derived import keep_result
+from crp.visualization.table.derived import keep_result, padded
 from crp.visualization.table.store import Table
 
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
@@ -197,23 +197,16 @@ def save_clusters(
         The file.
     """
     named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
-    strongest = [named.strongest(i, k) for i in range(len(found.sizes))]
-    ids, exceeds = np.full((len(strongest), k), -1, np.int64), np.zeros((len(strongest), k))
-    for row, concepts in enumerate(strongest):
-        for column, (concept, difference) in enumerate(concepts):
-            ids[row, column], exceeds[row, column] = concept, difference
-    members = np.full((len(strongest), k), -1, np.int64)
-    for row in range(len(strongest)):
-        nearest = found.members(row)[:k]
-        members[row, : len(nearest)] = nearest
+    each = range(len(found.sizes))
+    strongest = [named.strongest(i, k) for i in each]
     arrays = {
         "sample": found.sample,
         "label": found.label,
         "eigenvalues": found.eigenvalues,
         "embedding": found.embedding,
-        "members": members,
-        "strongest": ids,
-        "difference": exceeds,
+        "members": padded([found.members(i)[:k].tolist() for i in each], -1),
+        "strongest": padded([[concept for concept, _ in concepts] for concepts in strongest], -1),
+        "difference": padded([[difference for _, difference in concepts] for concepts in strongest], 0.0),
     }
     settings = {"what": what, "separation": found.separation, "seed": found.seed}
     return keep_result(table, "clusters", layer, arrays, settings, of_class)

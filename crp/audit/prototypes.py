@@ -25,7 +25,7 @@ from crp.concepts.ids import as_ids, as_numbers
 from crp.errors import InputError, NameNotFoundError
 from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
-from crp.visualization.table.derived import keep_result, read_kept
+from crp.visualization.table.derived import keep_result, padded, read_kept
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.store import Table
 from crp.wording import counted
@@ -159,12 +159,12 @@ class Prototypes:
         """Samples nearest to the mean of each prototype among those that belong to it, (prototypes, k); -1 for none."""
         vectors, samples = RowSelection(self.layer, normed=self.normed, of_class=of_class).read(table)
         means, belongs = self._mixture(of_class).means, self.assign(vectors, of_class)
-        members = np.full((len(means), _MEMBERS), -1, np.int64)
+        members = []
         for i, mean in enumerate(means):
             inside = np.flatnonzero(belongs == i)
             order = np.argsort(np.linalg.norm(vectors[inside] - mean, axis=1), kind="stable")[:_MEMBERS]
-            members[i, : len(order)] = samples[inside[order]]
-        return members
+            members.append(samples[inside[order]].tolist())
+        return padded(members, -1)
 
     def _mixture(self, of_class: int) -> _Mixture:
         (number,) = as_ids([of_class], what="a class")
