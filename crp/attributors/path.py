@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_BACKWARD, Attributor
-from crp.attributors.inputs import Baseline, _baselines
+from crp.attributors.baselines import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
 from crp.concepts import ChannelConcept
