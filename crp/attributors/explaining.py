@@ -12,7 +12,7 @@ from crp.attributors.gradient import Gradient
 from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes, Neuron, Target
 from crp.checks import check_number
-from crp.composites.registry import ALIASES, find_known, nearest
+from crp.composites.registry import ALIASES, find_known, nearest_names
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError
@@ -147,7 +147,7 @@ def _entry(name: object) -> Entry:
     known = entries()
     found = find_known(name, known, _ALIASES)
     if found is None:
-        raise InputError(f"there is no method {name!r}; {nearest(name, known)}there are {', '.join(known)}")
+        raise InputError(f"there is no method {name!r}; {nearest_names(name, known)}there are {', '.join(known)}")
     return known[found]
 
 
@@ -159,7 +159,7 @@ def find_method(name: str) -> Method:
 def _check_options(method: Method, options: dict[str, Any]) -> None:
     for name in options:
         if name not in method.options:
-            near = nearest(name, method.options)
+            near = nearest_names(name, method.options)
             raise InputError(
                 f"method {method.name!r} has no option {name!r}; {near}it has {', '.join(sorted(method.options))}"
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.prototypes import Prototypes
+from crp.audit.prototypes import Prototypes, padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
@@ -20,7 +20,7 @@ from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.visualization.analysis import RowSelection
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
-from crp.visualization.table.derived import keep_result, padded
+from crp.visualization.table.derived import keep_result
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
 

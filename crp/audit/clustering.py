@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
+from crp.audit.prototypes import padded
 from crp.checks import check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
 from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
-from crp.visualization.table.derived import keep_result, padded
+from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.

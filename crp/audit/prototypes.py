@@ -25,7 +25,7 @@ from crp.concepts.ids import as_ids, as_numbers
 from crp.errors import InputError, NameNotFoundError
 from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
-from crp.visualization.table.derived import keep_result, padded, read_kept
+from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.store import Table
 from crp.wording import counted
@@ -234,6 +234,13 @@ def prototypes(
         vectors, samples = RowSelection(layer, normed=normed, of_class=of_class).read(table)
         found[of_class] = _fit(vectors, samples, numbers, covariance, regularization, seed, f"class {of_class}")
     return Prototypes(layer, normed, found, int(seed))
+
+
+def padded(rows: Sequence[Sequence[float]], none: float) -> np.ndarray:
+    """Rows of different lengths as one array, filled up by a number that stands for none."""
+    width = max(map(len, rows), default=0)
+    filled = [[*row, *[none] * (width - len(row))] for row in rows]
+    return np.array(filled, np.int64 if isinstance(none, int) else np.float64).reshape(len(rows), width)
 
 
 def _mixtures(arrays: Mapping[str, np.ndarray]) -> dict[int, _Mixture]:

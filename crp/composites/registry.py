@@ -66,8 +66,8 @@ def get(name: str, **keywords: Any) -> Composite:
     found = find_known(name, _registry, ALIASES)
     if found is None:
         raise NameNotFoundError(
-            f"there is no composite {name!r}; {nearest(name, names())}there are {', '.join(names())} (crp.explain has "
-            "other methods)"
+            f"there is no composite {name!r}; {nearest_names(name, names())}there are {', '.join(names())} "
+            "(crp.explain has other methods)"
         )
     return _registry[found](**keywords)
 
@@ -82,7 +82,7 @@ def find_known(name: str, known: Iterable[str], aliases: Mapping[str, str]) -> s
     return own.get(name) or of_plain.get(_plain(name))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest_names(name: str, known: Iterable[str]) -> str:
     """Nearest names for the middle of a message: ``"nearest: 'a', 'b'; "``, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"nearest: {', '.join(map(repr, near))}; " if near else ""

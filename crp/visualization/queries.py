@@ -12,12 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 from zennit.core import Composite
 
-from crp.checks import check_number
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.cached import cache_reference
 from crp.compat.folders import open_answers
 from crp.concepts import Concept
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError
 from crp.flags import check_flags
 from crp.image import vis_img_heatmap, vis_opaque_img
 from crp.layers import LayerNotFoundError
@@ -204,8 +203,7 @@ class ReferenceQueries(SampleAccess):
             In descending order.
         """
         check_flags(norm=norm)
-        check_number("top_N", top_N, 1, whole=True)
-        check_number("mean_N", mean_N, 1, whole=True)
+        refs._check_counts(top_N=top_N, mean_N=mean_N)
         index = partial(refs.column, self._concept(layer_name), refs.one_concept(concept_id), layer_name)
         question, answers = self._answers(mode, per_class=True)
         targets, means = answers.class_statistics(question, layer_name, index, mean_N)
@@ -277,11 +275,8 @@ class ReferenceQueries(SampleAccess):
         ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
         samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
         """
-        picture = PictureRequest(*request)
-        check_flags(rf=picture.rf, overwrite=overwrite)
-        if picture.plot_fn is not None and not callable(picture.plot_fn):
-            raise InputTypeError(f"plot_fn must be a function of samples, heatmaps and rf, not {picture.plot_fn!r}")
-        r_range = refs.check_ranks(r_range)
+        picture, r_range = refs.checked(request, r_range)
+        check_flags(overwrite=overwrite)
         concepts = refs.concept_list(concept_ids)
         # key of the answer -> the concept, and the class whose samples are ranked
         asked: dict[Any, tuple[ConceptId, int | None]] = {concept: (concept, None) for concept in concepts}

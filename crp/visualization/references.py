@@ -16,6 +16,7 @@ from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import initial_relevance_of, starts_by_code
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import ReferenceSamples
 
@@ -115,7 +116,22 @@ def one_concept(concept_id: Any) -> ConceptId:
     return concepts[0]
 
 
-def check_ranks(r_range: Any) -> tuple[int, int]:
+def _check_counts(**counts: object) -> None:
+    """Raise a `ValueError` for a number of things, by the name of its parameter, that is no whole number above 0."""
+    for name, count in counts.items():
+        check_number(name, count, 1, whole=True)
+
+
+def checked(request: tuple[Any, ...], r_range: Any) -> tuple[PictureRequest, tuple[int, int]]:
+    """A request and its ranks, if they can be drawn."""
+    picture = PictureRequest(*request)
+    check_flags(rf=picture.rf)
+    if picture.plot_fn is not None and not callable(picture.plot_fn):
+        raise InputTypeError(f"plot_fn must be a function of samples, heatmaps and rf, not {picture.plot_fn!r}")
+    return picture, _check_ranks(r_range)
+
+
+def _check_ranks(r_range: Any) -> tuple[int, int]:
     """First rank, and the one after the last; a `ValueError` for anything else than two numbers in this order."""
     ranks = as_ids(r_range, what="r_range")
     if len(ranks) != 2 or not 0 <= ranks[0] < ranks[1]:
@@ -131,7 +147,7 @@ def clip(r_range: tuple[int, int], available: int, what: str) -> tuple[int, int]
     ValueError
         If the range is none, or begins after the last reference.
     """
-    start, stop = check_ranks(r_range)
+    start, stop = _check_ranks(r_range)
     if start >= available:
         raise InputError(f"r_range {(start, stop)} begins after the last reference: there are {available} for {what}")
     return start, min(stop, available)

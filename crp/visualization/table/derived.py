@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,13 +161,6 @@ def list_kept(table: Table | str | Path) -> list[KeptResult]:
     return sorted(
         found, key=lambda one: (order.index(one.kind), one.layer, -1 if one.of_class is None else one.of_class)
     )
-
-
-def padded(rows: Sequence[Sequence[float]], none: float) -> Array:
-    """Rows of different lengths as one array, filled up by a number that stands for none."""
-    width = max(map(len, rows), default=0)
-    filled = [[*row, *[none] * (width - len(row))] for row in rows]
-    return np.array(filled, np.int64 if isinstance(none, int) else np.float64).reshape(len(rows), width)
 
 
 def _path(table: Table, kind: str, layer: str, of_class: int | None) -> Path:
