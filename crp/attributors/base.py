@@ -15,6 +15,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.attributors.target import Start, Target
+from crp.checks import check_number
 from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
 from crp.engine.attached import check_alone, check_composite, put_on
@@ -93,7 +94,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         if condition is not None and not isinstance(condition, Mapping):
             raise InputTypeError(f"condition must be a dict {{layer name: concept ids}}, not {condition!r}")
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            check_number("batch_size", batch_size, 1, whole=True)
+            batch_size = int(batch_size)  # (of numpy's numbers, torch makes no parts)
         super().__init__(model, composite, attr_output)
         self.attr_output, self.batch_size = attr_output, batch_size
         self.condition, self.mask_map = dict(condition or {}), mask_map
@@ -222,6 +224,11 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             parts = torch.split(torch.arange(len(inputs)), self.batch_size or len(inputs))
             return torch.cat([outputs(inputs.select(part.tolist())) for part in parts])
 
+    def parts(self, inputs: Inputs, target: Target) -> Iterator[tuple[Inputs, Target]]:
+        """Samples that go through the model together, with their target: all of them, or ``batch_size`` at a time."""
+        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
+            yield inputs.select(sample), target.rows(sample)
+
     def rows(self, n_samples: int, times: int, target: Target, default: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of rows in which every sample is seen ``times`` times.
 
@@ -335,9 +342,3 @@ def _target(target: Any) -> Target:
     if callable(target) or (isinstance(target, Tensor) and target.is_floating_point()):
         return Start(target)
     return Target.of(target)
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise a `ValueError` unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -129,8 +129,8 @@ class LayerCAM(Attributor):
             raise InputError(f"{type(self).__name__} explains an output of the model, not neurons of {target.layer!r}")
         inputs = Inputs.of(data, None, self.model)
         outputs, heatmaps = [], []
-        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
-            flow = self.flow(inputs.select(sample), target.rows(sample), record=self.layer)
+        for part, of_part in self.parts(inputs, target):
+            flow = self.flow(part, of_part, record=self.layer)
             if self.layer not in flow.layers.activations:
                 raise InputError(f"layer {self.layer!r} is not called in the forward pass; name another")
             activation, gradient = flow.layers.activations[self.layer], flow.layers.relevances[self.layer]
@@ -148,7 +148,7 @@ class LayerCAM(Attributor):
             if own:
                 gradient = apply_masks(row_masks(own, self.layer, self.mask_map), gradient)
             activation, gradient = (self._arranged(values, inputs) for values in (activation, gradient))
-            weights = self.weigh(activation, gradient, flow.output, target.rows(sample))
+            weights = self.weigh(activation, gradient, flow.output, of_part)
             cam = (weights * activation).sum(1, keepdim=True)
             outputs.append(flow.output)
             heatmaps.append(cam.clamp(min=0) if self.relu else cam)

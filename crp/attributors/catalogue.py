@@ -15,10 +15,10 @@ from zennit.core import Composite
 
 from crp import composites
 from crp.attributors.base import Attributor
+from crp.attributors.baselines import _baselines
 from crp.attributors.cam import CAM, GradCAM, GradCAMPlusPlus, GuidedGradCAM
 from crp.attributors.elrp import ELRP
 from crp.attributors.gradient import Gradient, Saliency, Sensitivity, SimpleTaylor
-from crp.attributors.inputs import _baselines
 from crp.attributors.noise import SmoothGrad
 from crp.attributors.occlusion import Occlusion
 from crp.attributors.path import IntegratedGradients

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from crp.attributors.base import check_count
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.gradient import Gradient
 from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes, Neuron, Target
-from crp.composites.registry import ALIASES, find_known
+from crp.checks import check_number
+from crp.composites.registry import ALIASES, find_known, nearest_names
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError
@@ -148,7 +147,7 @@ def _entry(name: object) -> Entry:
     known = entries()
     found = find_known(name, known, _ALIASES)
     if found is None:
-        raise InputError(f"there is no method {name!r}; {_nearest(name, known)}there are {', '.join(known)}")
+        raise InputError(f"there is no method {name!r}; {nearest_names(name, known)}there are {', '.join(known)}")
     return known[found]
 
 
@@ -157,10 +156,10 @@ def find_method(name: str) -> Method:
     return _entry(name).method
 
 
-def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+def _check_options(method: Method, options: dict[str, Any]) -> None:
     for name in options:
         if name not in method.options:
-            near = _nearest(name, method.options)
+            near = nearest_names(name, method.options)
             raise InputError(
                 f"method {method.name!r} has no option {name!r}; {near}it has {', '.join(sorted(method.options))}"
             )
@@ -169,12 +168,8 @@ def _check_options(method: Method, options: Mapping[str, Any]) -> None:
         hint = ", the name of a layer with positions, such as the last convolution" if "layer" in missing else ""
         raise InputError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}{hint}")
     if options.get("batch_size") is not None:
-        check_count("batch_size", options["batch_size"])
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"nearest: {', '.join(map(repr, near))}; " if near else ""
+        check_number("batch_size", options["batch_size"], 1, whole=True)
+        options["batch_size"] = int(options["batch_size"])
 
 
 def _predicted(

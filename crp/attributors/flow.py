@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-from crp.attributors.base import check_count
 from crp.attributors.explaining import explain, find_method
+from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids, mask_of
 from crp.engine.inputs import Data, Inputs
 from crp.errors import InputError, InputTypeError, OutOfRangeError, StateError
@@ -154,7 +154,7 @@ def _check(method: str, target: object, width: object, layers: object) -> None:
         raise InputError(f"method {known.name!r} has no relevance of concepts; a composite has, such as 'epsilon_plus'")
     if isinstance(target, bool) or not hasattr(target, "__index__"):
         raise InputTypeError(f"target must be a class, a whole number, not {target!r}")
-    check_count("width", width)
+    check_number("width", width, 1, whole=True)
     if isinstance(layers, str) or not isinstance(layers, Mapping | Sequence) or not layers:
         raise InputTypeError(f"layers must be names of layers, or a mapping of them to concepts; not {layers!r}")
     if isinstance(layers, Sequence) and len(set(layers)) < len(layers):

@@ -57,9 +57,8 @@ class Gradient(Attributor):
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and gradient."""
         outputs, gradients = [], []
-        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
-            part = inputs.select(sample)
-            flow = self.flow(part, target.rows(sample), record=self.layer or "")
+        for part, of_part in self.parts(inputs, target):
+            flow = self.flow(part, of_part, record=self.layer or "")
             outputs.append(flow.output)
             gradients.append(flow.inputs if self.layer is None else (self._of_layer(flow.layers.relevances),))
         return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
@@ -107,9 +106,8 @@ class SimpleTaylor(Attributor):
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and gradient × input."""
         outputs, products = [], []
-        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
-            part = inputs.select(sample)
-            output, multipliers = self.multipliers(part, target.rows(sample))
+        for part, of_part in self.parts(inputs, target):
+            output, multipliers = self.multipliers(part, of_part)
             outputs.append(output)
             products.append(tuple(m * data.to(m) for m, data in zip(multipliers, part.explained, strict=True)))
         return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*products, strict=True))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
+from crp.attributors.base import ROWS_BACKWARD, Attributor
 from crp.attributors.target import Target
-from crp.checks import check_choice
+from crp.checks import check_choice, check_number
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.door import check_seed
@@ -70,7 +70,7 @@ class SmoothGrad(Attributor):
         super().__init__(
             model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
         )  # fmt: skip
-        check_count("n", n)
+        check_number("n", n, 1, whole=True)
         if isinstance(noise_level, bool) or not isinstance(noise_level, int | float) or not 0 <= noise_level < 1e9:
             raise InputError(f"noise_level must be a finite number of at least 0, not {noise_level!r}")
         check_choice("statistic", statistic, Statistic)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_FORWARD, Attributor
-from crp.attributors.inputs import Baseline, _baselines
+from crp.attributors.baselines import Baseline, _baselines
 from crp.attributors.target import Target
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError
@@ -33,7 +33,7 @@ class Occlusion(Attributor):
     model, composite, attr_output, batch_size
         As in `Attributor`; a call covers 64 windows in one pass through the model by default.
     window_shape : int, tuple of int, or None
-        _Lengths of the window along the last axes of the input; axes that come before these are covered whole. A number
+        Lengths of the window along the last axes of the input; axes that come before these are covered whole. A number
         is for every axis after the channels, (n, n) for images. None is one feature alone, as in DeepExplain. A list
         holds one for each of several inputs.
     step : int or tuple of int
@@ -81,7 +81,8 @@ class Occlusion(Attributor):
         # (a long sum in half precision would stop growing, and a count of windows at 256)
         totals = [torch.zeros_like(data, dtype=torch.float64).flatten(1) for data in explained]
         with self.scoring(inputs, target) as score:
-            whole = self._whole(score, inputs, target)
+            whole = torch.cat([score(*part) for part in self.parts(inputs, target)])
+            whole = whole.to(explained[0].device, torch.float64)
             for number, (data, cover) in enumerate(zip(explained, covers, strict=True)):
                 starts, offsets = (part.to(data.device) for part in places[number])
                 cover = cover.flatten(1)
@@ -102,12 +103,6 @@ class Occlusion(Attributor):
             shared = count * len(offsets) if self.per_feature else count
             results.append(torch.where(count > 0, total / shared, 0).view_as(data).to(data.dtype))
         return self.output(inputs, target.select), tuple(results)
-
-    def _whole(self, score: Any, inputs: Inputs, target: Target) -> Tensor:
-        parts = []
-        for sample, _ in self.rows(len(inputs), 1, target, len(inputs)):
-            parts.append(score(inputs.select(sample), target.rows(sample)))
-        return torch.cat(parts).to(inputs.explained[0].device, torch.float64)
 
 
 def windows(shape: Sequence[int], window: _Lengths | None = None, step: _Lengths = 1) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.attributors.base import ROWS_BACKWARD, Attributor, check_count
-from crp.attributors.inputs import Baseline, _baselines
+from crp.attributors.base import ROWS_BACKWARD, Attributor
+from crp.attributors.baselines import Baseline, _baselines
 from crp.attributors.target import Target
-from crp.checks import check_choice
+from crp.checks import check_choice, check_number
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
@@ -75,7 +75,7 @@ class IntegratedGradients(Attributor):
         super().__init__(
             model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
         )  # fmt: skip
-        check_count("steps", steps)
+        check_number("steps", steps, 1, whole=True)
         self.steps, self.baseline, self.quadrature = steps, baseline, quadrature
         self.points, self.weights = nodes(quadrature, steps)
 

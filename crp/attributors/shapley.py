@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.attributors.base import ROWS_FORWARD, Attributor, check_count
-from crp.attributors.inputs import Baseline, _baselines
+from crp.attributors.base import ROWS_FORWARD, Attributor
+from crp.attributors.baselines import Baseline, _baselines
 from crp.attributors.target import Target
+from crp.checks import check_number
 from crp.concepts.ids import as_ids, as_numbers
 from crp.engine.door import check_seed
 from crp.engine.inputs import Inputs, Tensors
@@ -63,7 +64,7 @@ class ShapleySampling(Attributor):
         batch_size: int | None = None,
     ) -> None:
         super().__init__(model, composite, attr_output, batch_size=batch_size)
-        check_count("samples", samples)
+        check_number("samples", samples, 1, whole=True)
         if seed is not None:
             check_seed(seed)
         self.samples, self.sampling_dims, self.baseline = samples, sampling_dims, baseline

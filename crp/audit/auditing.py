@@ -11,12 +11,13 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.prototypes import Prototypes, class_vectors
+from crp.audit.prototypes import Prototypes, padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import check_data
 from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.visualization.analysis import RowSelection
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -177,7 +178,7 @@ def audit_table(
     uses = _uses(found, describe or "concept {}".format, k, table)
     audited: list[tuple[float, AuditedSample]] = []
     for of_class, mixture in found.classes.items():
-        vectors, numbers = class_vectors(table, found.layer, of_class, found.normed)
+        vectors, numbers = RowSelection(found.layer, normed=found.normed, of_class=of_class).read(table)
         if samples is not None:
             inside = np.isin(numbers, samples)
             vectors, numbers = vectors[inside], numbers[inside]
@@ -210,15 +211,6 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
     """
     if any(one.sample is None for one in audited):
         raise InputError("audited samples have no number in the table; audit_table gives those that have")
-    n = len(audited)
-    longest = max((len(uses) for one in audited for uses in (one.over, one.under)), default=0)
-    ids = {name: np.full((n, longest), -1, np.int64) for name in ("over", "under")}
-    differences = {f"{name}_difference": np.zeros((n, longest)) for name in ids}
-    for row, one in enumerate(audited):
-        for name in ids:
-            for column, use in enumerate(getattr(one, name)):
-                ids[name][row, column] = use.concept
-                differences[f"{name}_difference"][row, column] = use.difference
     columns = {
         "sample": np.array([one.sample for one in audited], np.int64),
         "target": np.array([one.predicted for one in audited], np.int64),
@@ -226,7 +218,10 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
         "prototype": np.array([one.prototype for one in audited], np.int64),
         "nearest": np.array([one.nearest for one in audited], np.int64),
     }
-    return keep_result(table, "audit", found.layer, {**columns, **ids, **differences}, {"normed": found.normed})
+    for name in ("over", "under"):
+        columns[name] = padded([[use.concept for use in getattr(one, name)] for one in audited], -1)
+        columns[f"{name}_difference"] = padded([[use.difference for use in getattr(one, name)] for one in audited], 0.0)
+    return keep_result(table, "audit", found.layer, columns, {"normed": found.normed})
 
 
 def _uses(

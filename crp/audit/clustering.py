@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
+from crp.audit.prototypes import padded
 from crp.checks import check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
@@ -148,9 +149,7 @@ def clusters(
     elif isinstance(source, Table):
         if layer is None or of_class is None:
             raise InputError("clusters of a table need layer= and of_class=")
-        blocks = list(RowSelection(layer, what, normed=normed, of_class=of_class).blocks(source))
-        vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
-        samples = np.concatenate([block.sample for block in blocks]).astype(np.int64)
+        vectors, samples = RowSelection(layer, what, normed=normed, of_class=of_class).read(source)
     else:
         array = as_numbers("explanations", source)
         if not array.ndim:
@@ -199,23 +198,16 @@ def save_clusters(
         The file.
     """
     named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
-    strongest = [named.strongest(i, k) for i in range(len(found.sizes))]
-    ids, exceeds = np.full((len(strongest), k), -1, np.int64), np.zeros((len(strongest), k))
-    for row, concepts in enumerate(strongest):
-        for column, (concept, difference) in enumerate(concepts):
-            ids[row, column], exceeds[row, column] = concept, difference
-    members = np.full((len(strongest), k), -1, np.int64)
-    for row in range(len(strongest)):
-        nearest = found.members(row)[:k]
-        members[row, : len(nearest)] = nearest
+    each = range(len(found.sizes))
+    strongest = [named.strongest(i, k) for i in each]
     arrays = {
         "sample": found.sample,
         "label": found.label,
         "eigenvalues": found.eigenvalues,
         "embedding": found.embedding,
-        "members": members,
-        "strongest": ids,
-        "difference": exceeds,
+        "members": padded([found.members(i)[:k].tolist() for i in each], -1),
+        "strongest": padded([[concept for concept, _ in concepts] for concepts in strongest], -1),
+        "difference": padded([[difference for _, difference in concepts] for concepts in strongest], 0.0),
     }
     settings = {"what": what, "separation": found.separation, "seed": found.seed}
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
@@ -223,13 +215,12 @@ def save_clusters(
 
 def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
-    blocks = list(RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).blocks(table))
-    samples = np.concatenate([block.sample for block in blocks])
+    vectors, samples = RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).read(table)
     order = np.argsort(samples, kind="stable")
     place = order[np.searchsorted(samples[order], found.sample)]
     if not np.array_equal(samples[place], found.sample):
         raise InputError(f"the clusters have samples without rows of class {of_class} in {table!r}")
-    return found._replace(vectors=np.concatenate([block.value for block in blocks]).astype(np.float64)[place])
+    return found._replace(vectors=vectors[place])
 
 
 def export_corelay(

@@ -253,7 +253,7 @@ def effect(
             after = measure(attribution)
     if before == after and torch.equal(*predictions):
         warnings.warn("the correction changes nothing here: is it on another model?", stacklevel=2)
-    return Effect(*((one, two) for one, two in zip(before, after, strict=True)))
+    return Effect(*zip(before, after, strict=True))
 
 
 def _direction(direction: Any, axis: int) -> Tensor:

@@ -81,8 +81,7 @@ class Prototypes:
 
     def score(self, vectors: Any, of_class: int) -> np.ndarray:
         """Log density of vectors of shape (samples, concepts), as predictions of a class: (samples,)."""
-        joint = _joint(self._mixture(of_class), self._vectors(vectors, of_class))
-        return _logsumexp(joint)
+        return _log_density(_joint(self._mixture(of_class), self._vectors(vectors, of_class)))
 
     def percentile(self, vectors: Any, of_class: int) -> np.ndarray:
         """Share, in percent, of the samples behind the prototypes that are no more likely than each vector."""
@@ -158,14 +157,14 @@ class Prototypes:
 
     def _members(self, table: Table, of_class: int) -> np.ndarray:
         """Samples nearest to the mean of each prototype among those that belong to it, (prototypes, k); -1 for none."""
-        vectors, samples = class_vectors(table, self.layer, of_class, self.normed)
+        vectors, samples = RowSelection(self.layer, normed=self.normed, of_class=of_class).read(table)
         means, belongs = self._mixture(of_class).means, self.assign(vectors, of_class)
-        members = np.full((len(means), _MEMBERS), -1, np.int64)
+        members = []
         for i, mean in enumerate(means):
             inside = np.flatnonzero(belongs == i)
             order = np.argsort(np.linalg.norm(vectors[inside] - mean, axis=1), kind="stable")[:_MEMBERS]
-            members[i, : len(order)] = samples[inside[order]]
-        return members
+            members.append(samples[inside[order]].tolist())
+        return padded(members, -1)
 
     def _mixture(self, of_class: int) -> _Mixture:
         (number,) = as_ids([of_class], what="a class")
@@ -232,16 +231,16 @@ def prototypes(
     chosen = table.rows().target.tolist() if classes is None else as_ids(classes, what="classes")
     found = {}
     for of_class in sorted(set(chosen)):
-        vectors, samples = class_vectors(table, layer, of_class, normed)
+        vectors, samples = RowSelection(layer, normed=normed, of_class=of_class).read(table)
         found[of_class] = _fit(vectors, samples, numbers, covariance, regularization, seed, f"class {of_class}")
     return Prototypes(layer, normed, found, int(seed))
 
 
-def class_vectors(table: Table, layer: str, of_class: int, normed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Relevance of a layer's concepts in the rows of a class, (rows, concepts) in float64, and their samples."""
-    blocks = list(RowSelection(layer, normed=normed, of_class=of_class).blocks(table))
-    vectors = np.concatenate([block.value for block in blocks]).astype(np.float64)
-    return vectors, np.concatenate([block.sample for block in blocks]).astype(np.int64)
+def padded(rows: Sequence[Sequence[float]], none: float) -> np.ndarray:
+    """Rows of different lengths as one array, filled up by a number that stands for none."""
+    width = max(map(len, rows), default=0)
+    filled = [[*row, *[none] * (width - len(row))] for row in rows]
+    return np.array(filled, np.int64 if isinstance(none, int) else np.float64).reshape(len(rows), width)
 
 
 def _mixtures(arrays: Mapping[str, np.ndarray]) -> dict[int, _Mixture]:
@@ -284,7 +283,7 @@ def _fit(
     # (a prototype to which no sample belongs has the nearest one of all)
     distances = np.where(belongs | ~belongs.any(0), distances, np.inf)
     return mixture._replace(
-        sample=samples[distances.argmin(0)].astype(np.int64), log_density=np.sort(_logsumexp(joint))
+        sample=samples[distances.argmin(0)].astype(np.int64), log_density=np.sort(_log_density(joint))
     )  # fmt: skip
 
 
@@ -304,6 +303,6 @@ def _joint(mixture: _Mixture, vectors: np.ndarray) -> np.ndarray:
     return np.stack(parts, 1)
 
 
-def _logsumexp(values: np.ndarray) -> np.ndarray:
-    largest = values.max(1, keepdims=True)
-    return np.asarray(largest[:, 0] + np.log(np.exp(values - largest).sum(1)))
+def _log_density(joint: np.ndarray) -> np.ndarray:
+    """Of each vector, whatever its prototype, (samples,)."""
+    return np.asarray(np.logaddexp.reduce(joint, axis=1))

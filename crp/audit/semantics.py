@@ -73,11 +73,13 @@ def embed_references(
     if not ids:
         raise InputError("concept_ids is empty; name at least one concept")
     references, found = fv.get_max_reference(ids, layer, mode, (0, n)), []
-    for samples in (references[i] for i in ids):
+    for i in ids:
         with torch.no_grad():
-            vectors = as_numbers("what embed returns", embed(samples))
-        if vectors.ndim != 2 or len(vectors) != len(samples):
-            raise InputError(f"embed gives {vectors.shape} for {len(samples)} samples; it must be (samples, features)")
+            vectors = as_numbers("what embed returns", embed(references[i]))
+        if vectors.ndim != 2 or len(vectors) != len(references[i]):
+            raise InputError(
+                f"embed gives {vectors.shape} for {len(references[i])} samples; it must be (samples, features)"
+            )
         found.append(vectors)
     return np.stack(found)
 

@@ -237,19 +237,18 @@ class _Surroundings:
     def __init__(self, device: torch.device) -> None:
         self._kinds = list(dict.fromkeys(["cpu", device.type]))
         self._random = torch.get_rng_state()
-        self._device = device if device.type == "cuda" else None
-        self._random_on_device = torch.cuda.get_rng_state(device) if self._device is not None else None
+        devices = [device] if device.type == "cuda" else []
+        self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
         self._casts = [(torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in self._kinds]
 
     @atomic
     def again(self) -> Iterator[None]:
         """Context in which they are as they were."""
-        devices = [] if self._device is None else [self._device]
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(torch.random.fork_rng(list(self._random_on)))
             torch.set_rng_state(self._random)
-            if self._random_on_device is not None:
-                torch.cuda.set_rng_state(self._random_on_device, self._device or "cuda")
+            for device, state in self._random_on.items():
+                torch.cuda.set_rng_state(state, device)
             for kind, (dtype, is_enabled) in zip(self._kinds, self._casts, strict=True):
                 stack.enter_context(torch.autocast(kind, dtype, is_enabled))
             yield

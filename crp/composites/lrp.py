@@ -9,6 +9,10 @@ propagation: an overview" (2019), section 10.3; the flat first layer is Lapuschk
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
 from zennit.types import Convolution, Linear
 
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameMap
@@ -139,8 +143,66 @@ class LRP(Composite):
         return known.has("homogeneous", "step")
 
 
+class _OnConvolutions(LRP):
+    """ε on dense layers, and another rule on convolutions."""
+
+    #: Makes the rule, of stabilizer, ``zero_params`` and ``empty``.
+    _convolution: ClassVar[Callable[..., Rule]]
+
+    def __init__(
+        self,
+        canonizers: Canonizers = "auto",
+        epsilon: Stabilize = 1e-6,
+        stabilizer: Stabilize = 1e-6,
+        layer_map: LayerMap = (),
+        zero_params: Names = None,
+        empty: Empty = "drop",
+        gates: Gates = "signal",
+        attention: Attention = "constant",
+    ) -> None:
+        super().__init__(
+            canonizers,
+            layer_map=layer_map,
+            gates=gates,
+            attention=attention,
+            zero_params=zero_params,
+            convolution=self._convolution(stabilizer, zero_params, empty=empty),
+            dense=Epsilon(epsilon, zero_params),
+        )
+
+
+class _FlatAtInput(LRP):
+    """ε on dense layers, another rule on convolutions, and flat on the first layer."""
+
+    _convolution: ClassVar[Callable[..., Rule]]
+
+    def __init__(
+        self,
+        canonizers: Canonizers = "auto",
+        epsilon: Stabilize = 1e-6,
+        stabilizer: Stabilize = 1e-6,
+        layer_map: LayerMap = (),
+        first_map: FirstMap = (),
+        zero_params: Names = None,
+        empty: Empty = "drop",
+        gates: Gates = "signal",
+        attention: Attention = "constant",
+    ) -> None:
+        super().__init__(
+            canonizers,
+            layer_map=layer_map,
+            first_map=first_map,
+            gates=gates,
+            attention=attention,
+            zero_params=zero_params,
+            convolution=self._convolution(stabilizer, zero_params, empty=empty),
+            dense=Epsilon(epsilon, zero_params),
+            first=Flat(stabilizer),
+        )
+
+
 @register("epsilon_plus")
-class EpsilonPlus(LRP):
+class EpsilonPlus(_OnConvolutions):
     """z⁺ on convolutions, ε on dense layers.
 
     Parameters
@@ -162,30 +224,11 @@ class EpsilonPlus(LRP):
         As in `LRP`.
     """
 
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 1e-6,
-        stabilizer: Stabilize = 1e-6,
-        layer_map: LayerMap = (),
-        zero_params: Names = None,
-        empty: Empty = "drop",
-        gates: Gates = "signal",
-        attention: Attention = "constant",
-    ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=ZPlus(stabilizer, zero_params, empty=empty),
-            dense=Epsilon(epsilon, zero_params),
-        )
+    _convolution = ZPlus
 
 
 @register("epsilon_plus_flat")
-class EpsilonPlusFlat(LRP):
+class EpsilonPlusFlat(_FlatAtInput):
     """z⁺ on convolutions, ε on dense layers, flat on the first.
 
     Parameters
@@ -197,33 +240,11 @@ class EpsilonPlusFlat(LRP):
         Rules for the first layer that come before flat.
     """
 
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 1e-6,
-        stabilizer: Stabilize = 1e-6,
-        layer_map: LayerMap = (),
-        first_map: FirstMap = (),
-        zero_params: Names = None,
-        empty: Empty = "drop",
-        gates: Gates = "signal",
-        attention: Attention = "constant",
-    ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=ZPlus(stabilizer, zero_params, empty=empty),
-            dense=Epsilon(epsilon, zero_params),
-            first=Flat(stabilizer),
-        )
+    _convolution = ZPlus
 
 
 @register("epsilon_alpha2_beta1")
-class EpsilonAlpha2Beta1(LRP):
+class EpsilonAlpha2Beta1(_OnConvolutions):
     """αβ with α = 2 and β = 1 on convolutions, ε on dense layers.
 
     Parameters
@@ -233,30 +254,11 @@ class EpsilonAlpha2Beta1(LRP):
         As in `EpsilonPlus`.
     """
 
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 1e-6,
-        stabilizer: Stabilize = 1e-6,
-        layer_map: LayerMap = (),
-        zero_params: Names = None,
-        empty: Empty = "drop",
-        gates: Gates = "signal",
-        attention: Attention = "constant",
-    ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty),
-            dense=Epsilon(epsilon, zero_params),
-        )
+    _convolution = staticmethod(partial(AlphaBeta, 2.0, 1.0))
 
 
 @register("epsilon_alpha2_beta1_flat")
-class EpsilonAlpha2Beta1Flat(LRP):
+class EpsilonAlpha2Beta1Flat(_FlatAtInput):
     """αβ with α = 2 and β = 1 on convolutions, ε on dense layers, flat on the first.
 
     Parameters
@@ -266,29 +268,7 @@ class EpsilonAlpha2Beta1Flat(LRP):
         As in `EpsilonPlusFlat`.
     """
 
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 1e-6,
-        stabilizer: Stabilize = 1e-6,
-        layer_map: LayerMap = (),
-        first_map: FirstMap = (),
-        zero_params: Names = None,
-        empty: Empty = "drop",
-        gates: Gates = "signal",
-        attention: Attention = "constant",
-    ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty),
-            dense=Epsilon(epsilon, zero_params),
-            first=Flat(stabilizer),
-        )
+    _convolution = staticmethod(partial(AlphaBeta, 2.0, 1.0))
 
 
 @register("epsilon_gamma_box")

@@ -65,10 +65,9 @@ def get(name: str, **keywords: Any) -> Composite:
         raise InputTypeError(f"name must be the name of a composite, such as 'epsilon_plus', not {shortened(name)}")
     found = find_known(name, _registry, ALIASES)
     if found is None:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        nearest = f"nearest: {', '.join(map(repr, near))}; " if near else ""
         raise NameNotFoundError(
-            f"there is no composite {name!r}; {nearest}there are {', '.join(names())} (crp.explain has other methods)"
+            f"there is no composite {name!r}; {nearest_names(name, names())}there are {', '.join(names())} "
+            "(crp.explain has other methods)"
         )
     return _registry[found](**keywords)
 
@@ -81,6 +80,12 @@ def find_known(name: str, known: Iterable[str], aliases: Mapping[str, str]) -> s
     own = {one: one for one in known}
     of_plain = {_plain(other): one for other, one in {**aliases, **own}.items()}
     return own.get(name) or of_plain.get(_plain(name))
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """Nearest names for the middle of a message: ``"nearest: 'a', 'b'; "``, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"nearest: {', '.join(map(repr, near))}; " if near else ""
 
 
 def _plain(name: str) -> str:

@@ -67,7 +67,7 @@ class Report:
         Its `repr`.
     model : str
         Type of the model.
-    operations : list of Treated
+    operations : list of _Treated
         In the order of execution.
     modules : dict of str to str
         Type of each module that operations ran in, or that a canonizer changed, or that was not called.
@@ -142,7 +142,8 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
     thread = get_ident()
 
     def count(name: str, *_: Any) -> None:
-        if get_ident() == thread and not _is_aside():
+        # (not where the model runs for a record only, or on a reference)
+        if get_ident() == thread and not (tracing() or referencing()):
             calls.update([name])
 
     counting = {module: partial(count, name) for name, module in modules.items()}
@@ -183,11 +184,6 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
         [text for _, text in done],
         list(left),
     )
-
-
-def _is_aside() -> bool:
-    """Whether the model runs for a record only, or on a reference."""
-    return tracing() or referencing()
 
 
 def _explained(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from crp.checks import check_number
-from crp.concepts.base import Concept
+from crp.concepts.base import Concept, _InTurn
 from crp.concepts.channels import ChannelConcept, _KeepChannels
 from crp.concepts.ids import _masked, check_alike, check_axis
 from crp.concepts.scores import ConceptScores
@@ -157,10 +157,4 @@ class _KeepAlongAxis:
         keeps = [mask.keep for mask in masks]
         if all(isinstance(keep, _KeepChannels) for keep in keeps) and len({id(mask.concept) for mask in masks}) == 1:
             return replace(masks[0], keep=_KeepChannels.together(keeps))  # type: ignore[arg-type]
-
-        def one_by_one(grad: Tensor) -> Tensor:
-            for mask in masks:
-                grad = mask(grad)
-            return grad
-
-        return one_by_one
+        return _InTurn(tuple(masks))

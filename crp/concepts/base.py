@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -96,7 +97,7 @@ class Concept:
         The function may change the gradient in place, which is a copy. If the functions' type has a static method
         ``together``, it is called with the functions of many rows, and returns one function for all of them.
         """
-        raise self._missing("mask")
+        raise NotImplementedError(f"{type(self).__name__} does not implement Concept.mask")
 
     def mask_rf(self, batch_id: int, neuron_ids: Mapping[int, Any], layer_name: str | None = None) -> MaskFn:
         """Return a function that keeps only single positions of some concepts in one row.
@@ -258,8 +259,17 @@ class Concept:
         """Whether a subclass has a `reference_sampling` of its own, which may call this one's."""
         return type(self).reference_sampling is not Concept.reference_sampling
 
-    def _missing(self, method: str) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} does not implement Concept.{method}")
+
+@dataclass(frozen=True)
+class _InTurn:
+    """Mask functions one after the other."""
+
+    masks: tuple[MaskFn, ...]
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        for mask in self.masks:
+            grad = mask(grad)
+        return grad
 
 
 def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> MaskFactory:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crp.concepts.base import Concept
+from crp.concepts.base import Concept, _InTurn
 from crp.concepts.ids import as_ids, as_numbers, check_alike, check_axis, in_range
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
@@ -269,18 +269,6 @@ class _KeepSpans:
         if any(mask.concept is not masks[0].concept for mask in masks):
             return _InTurn(tuple(masks))
         return _KeepSpans(masks[0].concept, tuple(kept for mask in masks for kept in mask.kept), masks[0].layer_name)
-
-
-@dataclass(frozen=True)
-class _InTurn:
-    """Mask functions one after the other."""
-
-    masks: tuple[MaskFn, ...]
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        for mask in self.masks:
-            grad = mask(grad)
-        return grad
 
 
 def _matrix(rows: Any, what: str) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.concepts import ChannelConcept
 from crp.demo.data import Box
 from crp.layers import hooked
 from crp.layers.interrupts import atomic
@@ -70,10 +70,8 @@ def rank_by_box(
     whole = attribution(images, [{output: [target]}], composite, record_layer=layers)
     ranked = []
     for layer in layers:
-        relevance = whole.relevances[layer].flatten(2).sum(-1)
-        total = relevance.abs().sum(1, keepdim=True).clamp(min=torch.finfo(relevance.dtype).tiny)
-        relevance_share = (relevance / total).mean(0)
-        conditions = [{output: [target], layer: [channel]} for channel in range(relevance.shape[1])]
+        relevance_share = ChannelConcept().attribute(whole.relevances[layer], layer_name=layer).mean(0)
+        conditions = [{output: [target], layer: [channel]} for channel in range(len(relevance_share))]
         box_share = box.share(attribution(images, conditions, composite).heatmap)
         box_share = box_share.reshape(len(images), -1).mean(0)
         ranked += [

@@ -100,15 +100,10 @@ def as_picture(image: Tensor | Array | Image.Image) -> NDArray[Any]:
     return np.moveaxis(as_shown(values), 0, -1)
 
 
-def fitted(heatmap: Array, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Heatmap in the size of a picture, between whose positions is interpolated."""
-    if heatmap.shape == tuple(shape):
-        return heatmap
-    return resized(heatmap, (shape[0], shape[1]))
-
-
 def resized(values: Array, size: tuple[int, int]) -> NDArray[Any]:
     """Map of another (height, width): interpolated where larger, averaged where smaller."""
+    if values.shape == size:
+        return values
     data = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None, None]
     smaller = size[0] < values.shape[0] or size[1] < values.shape[1]
     found = F.interpolate(data, size, mode="bilinear", antialias=smaller, align_corners=False)

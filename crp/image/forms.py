@@ -22,7 +22,7 @@ from torch import Tensor
 from crp.checks import check_number
 from crp.errors import InputError
 from crp.flags import check_flags
-from crp.image.colours import _as_heatmap, as_picture, blurred, clipped, colours_of, fitted
+from crp.image.colours import _as_heatmap, as_picture, blurred, clipped, colours_of, resized
 from crp.image.pixels import Array, Picture
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ def draw_masked(image: Picture, heatmap: Tensor | Array) -> Image.Image:
 def draw_heatmap(heatmap: Tensor | Array, size: tuple[int, int] | None = None) -> Image.Image:
     """Relevance on white; ``size`` is a (height, width) other than the heatmap's."""
     values = _as_heatmap(heatmap)
-    colour = colours_of(clipped(values if size is None else fitted(values, size))[0])
+    colour = colours_of(clipped(values if size is None else resized(values, size))[0])
     return _image(colour[..., :3] * colour[..., 3:] + 1 - colour[..., 3:])
 
 
 def draw_overlay(image: Picture, heatmap: Tensor | Array) -> Image.Image:
     """Relevance in colours over the picture, which is grey and light."""
     picture = as_picture(image)
-    values = clipped(blurred(fitted(_as_heatmap(heatmap), picture.shape), 0.01))[0]
+    values = clipped(blurred(_fitted(heatmap, picture), 0.01))[0]
     colour = colours_of(values)[..., :3]
     opacity = 0.85 * np.abs(values)[..., None] ** 0.6
     grey = 0.35 + 0.6 * picture.mean(-1, keepdims=True)
@@ -86,7 +86,7 @@ def draw_contour(
 def draw_crop(image: Picture, heatmap: Tensor | Array, share: float = 0.9) -> Image.Image:
     """Part of the picture that holds a share of the relevance; its colours are those of the whole picture."""
     picture = as_picture(image)
-    top, bottom, left, right = relevant_box(fitted(_as_heatmap(heatmap), picture.shape), share)
+    top, bottom, left, right = relevant_box(_fitted(heatmap, picture), share)
     return _image(picture[top:bottom, left:right])
 
 
@@ -181,8 +181,7 @@ def plot_form(
     """
     check_flags(bar=bar)
     drawn = draw_form(form, image, heatmap)
-    if ax is None:
-        ax = _new_axes()
+    ax = new_axes() if ax is None else ax
     ax.imshow(np.asarray(drawn))
     ax.set_axis_off()
     if bar and form in ("heatmap", "overlay"):
@@ -205,18 +204,24 @@ def add_colour_bar(axes: Axes | Sequence[Axes], one: float) -> None:
     drawn.set_label(f"relevance; beyond the {99.5:g}th percentile, full colour", fontsize=8)
 
 
-def _new_axes() -> Axes:
+def new_axes(width: float = 4, height: float = 4) -> Axes:
+    """Axes of a new figure, of a size in inches, that pyplot does not know."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 4), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
 
 
+def _fitted(heatmap: Tensor | Array, picture: Array) -> Array:
+    """Heatmap in the size of a picture."""
+    return resized(_as_heatmap(heatmap), (picture.shape[0], picture.shape[1]))
+
+
 def _positive(heatmap: Tensor | Array, picture: Array) -> Array:
     """Positive relevance, blurred and divided by its 99th percentile, in 0..1."""
-    return clipped(blurred(np.clip(fitted(_as_heatmap(heatmap), picture.shape), 0, None), 0.02), 99.0)[0]
+    return clipped(blurred(np.clip(_fitted(heatmap, picture), 0, None), 0.02), 99.0)[0]
 
 
 def _edge(region: Array, width: int) -> Array:

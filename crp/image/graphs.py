@@ -10,6 +10,7 @@ import numpy as np
 from crp.checks import check_number
 from crp.errors import NameNotFoundError
 from crp.image.colours import AGAINST, FOR
+from crp.image.forms import new_axes
 from crp.image.pixels import Picture, imgify
 
 if TYPE_CHECKING:
@@ -63,13 +64,7 @@ def plot_graph(
             if key not in places:
                 raise NameNotFoundError(f"the edge {edge} names {key!r}, which is in no column")
         check_number(f"the relevance of the edge {edge}", edges[edge])
-    if ax is None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(2.2 * len(columns), 1.3 * tallest + 0.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        ax = figure.subplots()
+    ax = new_axes(2.2 * len(columns), 1.3 * tallest + 0.5) if ax is None else ax
     _draw_edges(ax, places, edges)
     for x, column in enumerate(columns):
         if x < len(titles):

@@ -131,9 +131,7 @@ def overlay(
     if below.size != above.size:
         raise InputError(f"image and heatmap must have one size, got {below.size} and {above.size} (width, height)")
     strength = np.abs(_array(heatmap))
-    greatest = (
-        max(abs(float(bound)) for bound in (vmin, vmax) if bound is not None) if (vmin, vmax) != (None, None) else 0.0
-    )
+    greatest = max((abs(float(bound)) for bound in (vmin, vmax) if bound is not None), default=0.0)
     weight = alpha * np.clip(strength / (greatest or strength.max() or 1.0), 0, 1)
     mask = Image.fromarray((weight * 255).round().astype(np.uint8))
     return imgify(Image.composite(above, below, mask), resize=resize)

@@ -102,7 +102,9 @@ def _as_explain_func(method: Method, output: Output = None) -> ExplainFunc:
     return method
 
 
-def _relevance_by(explain_func: ExplainFunc, model: nn.Module, data: Tensor, target: Tensor) -> Tensor:
+def _relevance_by(
+    explain_func: ExplainFunc, model: nn.Module, data: Tensor, target: Tensor, batch_size: int | None = None
+) -> Tensor:
     """Relevance of data, in the shape of the data or with one channel.
 
     Parameters
@@ -112,14 +114,20 @@ def _relevance_by(explain_func: ExplainFunc, model: nn.Module, data: Tensor, tar
     model : nn.Module
     data : Tensor of shape (batch, *input shape)
     target : Tensor of shape (batch,)
+    batch_size : int, optional
+        Inputs per explanation; all by default.
 
     Returns
     -------
     Tensor of shape (batch, *input shape) or (batch, 1, *space)
     """
-    # (functions of the user's may write into what they get)
-    inputs, targets = _as_array(data.clone()), _as_array(target.clone())
-    return _check_relevance(explain_func(model=model, inputs=inputs, targets=targets), data)
+    parts = []
+    size = int(batch_size or len(data))
+    for some, classes in zip(torch.split(data, size), torch.split(target, size), strict=True):
+        # (functions of the user's may write into what they get)
+        inputs, targets = _as_array(some.clone()), _as_array(classes.clone())
+        parts.append(_check_relevance(explain_func(model=model, inputs=inputs, targets=targets), some))
+    return torch.cat(parts)
 
 
 def _as_array(tensor: Tensor) -> Array:

@@ -213,17 +213,13 @@ def selectivity(
     curve = [scorer.rate(left.__getitem__, every)]
     for step in range(1, steps + 1):
         if step == 1 or recompute:
-            relevance = _over_channels(_relevance_by(explain, model, left, scorer.classes), data)
+            relevance = _relevance_by(explain, model, left, scorer.classes)
+            relevance = relevance.sum(1) if data.dim() > 2 else relevance  # of positions
         spot = _best_patch(relevance.masked_fill(removed > 0, -torch.inf), patch)
         removed = torch.where(spot & (removed == 0), step, removed)
         left = torch.where(spot.view(len(data), *[1] * (data.dim() - 1 - len(space)), *space), filled, left)
         curve.append(scorer.rate(left.__getitem__, every))
     return Selectivity(torch.stack(curve, 1), removed)
-
-
-def _over_channels(relevance: Tensor, data: Tensor) -> Tensor:
-    """Relevance of positions, of shape (batch, *space)."""
-    return relevance.sum(1) if data.dim() > 2 else relevance
 
 
 def _features(relevance: Tensor, data: Tensor, patch: int, channels: str) -> tuple[Tensor, Tensor]:

@@ -101,8 +101,7 @@ def continuity(
     explain = _as_explain_func(explain_func, output)
     first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size, output)
     classes = first.classes.expand(len(path))
-    parts = [slice(start, start + batch_size) for start in range(0, len(path), batch_size)]
-    relevance = torch.cat([_relevance_by(explain, model, path[part], classes[part]) for part in parts])
+    relevance = _relevance_by(explain, model, path, classes, batch_size)
     relevance, points = (values.flatten(1).double() for values in (relevance, path.detach()))
     if neighbours:
         change, way = relevance.diff(dim=0).abs().sum(1), points.diff(dim=0).norm(dim=1)
@@ -168,9 +167,7 @@ def local_lipschitz(
     moved = data.detach() + noise.to(data)
     every = torch.cat([data.detach()[None], moved]).flatten(0, 1)
     classes = scorer.classes.repeat(len(moved) + 1)
-    parts = [slice(start, start + batch_size) for start in range(0, len(every), batch_size)]
-    relevance = torch.cat([_relevance_by(explain, model, every[part], classes[part]) for part in parts])
-    relevance = relevance.view(len(moved) + 1, len(data), -1)
+    relevance = _relevance_by(explain, model, every, classes, batch_size).view(len(moved) + 1, len(data), -1)
     change = (relevance[1:] - relevance[0]).norm(dim=2)
     way = (moved - data.detach()).flatten(2).norm(dim=2)
     if (way == 0).any():

@@ -73,10 +73,9 @@ def randomization(
     layers = {name: parameters for name, parameters in layers.items() if parameters}
     if not layers:
         raise InputError(f"{type(model).__name__} has no parameters that could be randomized")
-    parts = [slice(start, start + batch_size) for start in range(0, len(data), batch_size)]
 
     def ranks() -> Tensor:
-        relevance = torch.cat([_relevance_by(explain, changed, data[part], classes[part]) for part in parts]).flatten(1)
+        relevance = _relevance_by(explain, changed, data, classes, batch_size).flatten(1)
         return _ranks(relevance.abs() if absolute else relevance)
 
     generator = torch.Generator().manual_seed(seed)

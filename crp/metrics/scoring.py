@@ -59,14 +59,14 @@ class Scorer:
             raise InputTypeError(
                 f"target must be a class, one per sample, or None for what is predicted, not {target!r}"
             )
-        self.model, self.score, self.batch_size, self.output = model, score, batch_size, checked_output(output)
+        self.model, self.score, self.batch_size, self.output = model, score, int(batch_size), checked_output(output)
         if score != "output" and not getattr(output, "exclusive", True):
             raise InputError(
                 f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"
             )
         with self._running() as run, torch.no_grad():
             if asked is None:
-                known = [known_target(None, run(part)) for part in torch.split(data, batch_size)]
+                known = [known_target(None, run(part)) for part in torch.split(data, self.batch_size)]
                 ids = torch.cat([part.ids for part in known if isinstance(part, Classes)])
             else:
                 scores = run(data[:1])

@@ -90,6 +90,12 @@ class RowSelection(NamedTuple):
             classes = first_few(list(map(str, list_targets(table).tolist())), 20)
             raise InputError(f"the table in {table.path} has no rows{of}; its classes are {classes or 'none'}")
 
+    def read(self, table: Table | str | Path) -> tuple[Array, Array]:
+        """All the values at once, (rows, concepts) in float64, and the sample of each row."""
+        blocks = list(self.blocks(table))
+        values = np.concatenate([block.value for block in blocks]).astype(np.float64)
+        return values, np.concatenate([block.sample for block in blocks])
+
 
 def top_concepts(table: Table | str | Path, rows: RowSelection, k: int = 10) -> Concepts:
     """Concepts with the largest mean value over some rows, such as those of a class or of a sample.

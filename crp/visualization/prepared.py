@@ -33,28 +33,24 @@ class Prepared:
         """Tensor of shape (channels, height, width)."""
         if not hasattr(data, "getbands"):
             return data
-        from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
 
-        picture = as_viewed(data).convert(self.mode)
-        if self.resize:
-            picture = F.resize(picture, [self.resize], self.interpolation or InterpolationMode.BILINEAR, antialias=True)
-        if self.size:
-            picture = F.center_crop(picture, [self.size])
-        tensor: Tensor = F.to_tensor(picture)
-        return tensor
+        return F.to_tensor(self._cut(as_viewed(data).convert(self.mode), F))
 
     def decoded(self, picture: Tensor) -> Tensor:
         """The same of a picture that is decoded already: uint8 of shape (channels, height, width), on any device."""
-        from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional as F
 
+        cut: Tensor = self._cut(picture, F)
+        return cut.float() / 255
+
+    def _cut(self, picture: Any, F: Any) -> Any:
+        """Picture resized and cut, by functions of torchvision that take its kind."""
+        from torchvision.transforms import InterpolationMode
+
         if self.resize:
-            chosen = self.interpolation or InterpolationMode.BILINEAR
-            picture = F.resize(picture, [self.resize], chosen, antialias=True)
-        if self.size:
-            picture = F.center_crop(picture, [self.size])
-        return picture.float() / 255
+            picture = F.resize(picture, [self.resize], self.interpolation or InterpolationMode.BILINEAR, antialias=True)
+        return F.center_crop(picture, [self.size]) if self.size else picture
 
 
 class Normalized:

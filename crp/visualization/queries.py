@@ -275,8 +275,8 @@ class ReferenceQueries(SampleAccess):
         ``concept_ids`` and ``classes`` are as users write them; where there are classes, there is one concept, whose
         samples of each class are ranked apart. Tensors, for lack of a composite or a plot function, are not cached.
         """
-        check_flags(rf=PictureRequest(*request).rf, overwrite=overwrite)
-        picture, r_range = refs.checked(PictureRequest(*request), r_range)
+        picture, r_range = refs.checked(request, r_range)
+        check_flags(overwrite=overwrite)
         concepts = refs.concept_list(concept_ids)
         # key of the answer -> the concept, and the class whose samples are ranked
         asked: dict[Any, tuple[ConceptId, int | None]] = {concept: (concept, None) for concept in concepts}

@@ -16,6 +16,7 @@ from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import initial_relevance_of, starts_by_code
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.flags import check_flags
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import ReferenceSamples
 
@@ -121,11 +122,13 @@ def _check_counts(**counts: object) -> None:
         check_number(name, count, 1, whole=True)
 
 
-def checked(request: PictureRequest, r_range: Any) -> tuple[PictureRequest, tuple[int, int]]:
+def checked(request: tuple[Any, ...], r_range: Any) -> tuple[PictureRequest, tuple[int, int]]:
     """A request and its ranks, if they can be drawn."""
-    if request.plot_fn is not None and not callable(request.plot_fn):
-        raise InputTypeError(f"plot_fn must be a function of samples, heatmaps and rf, not {request.plot_fn!r}")
-    return request, _check_ranks(r_range)
+    picture = PictureRequest(*request)
+    check_flags(rf=picture.rf)
+    if picture.plot_fn is not None and not callable(picture.plot_fn):
+        raise InputTypeError(f"plot_fn must be a function of samples, heatmaps and rf, not {picture.plot_fn!r}")
+    return picture, _check_ranks(r_range)
 
 
 def _check_ranks(r_range: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,30 +196,26 @@ def load_tokenizer(name: str) -> Any:
         raise LoadingError(f"--tokenizer {name} cannot be loaded: {line}") from error
 
 
-def _holds_texts(source: Any) -> bool:
+def _first_item(source: Any, without: Any) -> Any:
+    """First item of a dataset that can be read, of its first hundred: mining will report the others."""
     for index in range(min(len(source), 100)):
-        try:
-            item = source[index]
-        except Exception:  # an unreadable sample, which mining will report
-            continue
-        item = item[0] if isinstance(item, tuple | list) and item else item
-        return isinstance(item, str) or (isinstance(item, Mapping) and "input_ids" in item)
-    return False
+        with suppress(Exception):
+            return source[index]
+    return without
+
+
+def _holds_texts(source: Any) -> bool:
+    item = _first_item(source, None)
+    item = item[0] if isinstance(item, tuple | list) and item else item
+    return isinstance(item, str) or (isinstance(item, Mapping) and "input_ids" in item)
 
 
 def _usual_places(source: Any) -> list[int | str | None]:
     """Where data and label are without ``--fields``: items are pairs, tuples of one, or the data alone."""
-    for index in range(min(len(source), 100)):
-        try:
-            item = source[index]
-        except Exception:  # an unreadable sample, which mining will report
-            continue
-        if isinstance(item, tuple | list):
-            return [0] if len(item) == 1 else [0, 1]
-        if not hasattr(item, "keys"):
-            return [None]
-        break
-    return [0, 1]
+    item = _first_item(source, (None, None))
+    if isinstance(item, tuple | list) and len(item) == 1:
+        return [0]
+    return [0, 1] if isinstance(item, tuple | list) or hasattr(item, "keys") else [None]
 
 
 def as_list(label: Any) -> list[int]:
@@ -252,13 +249,7 @@ def gives_pictures(pairs: Pairs | Decoded) -> bool:
     """Whether the data of a dataset's items are pictures, of which those of Pillow are prepared."""
     if isinstance(pairs, Decoded):
         return isinstance(pairs.dataset, Pictures)
-    raw = Pairs(pairs.dataset, pairs.data, None, _is_picture)
-    for index in range(min(len(raw), 100)):
-        try:
-            return bool(raw[index][0])
-        except Exception:  # an unreadable sample, which mining will report
-            continue
-    return False
+    return bool(_first_item(Pairs(pairs.dataset, pairs.data, None, _is_picture), [False])[0])
 
 
 def _is_picture(data: Any) -> Any:

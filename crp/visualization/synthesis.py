@@ -217,7 +217,7 @@ def maximize(
     with put_on(composite, model) as modified, torch.enable_grad():
         rate = partial(_rate, modified, objective, composite)
 
-        def loss(offset: list[int]) -> float:
+        def loss(offset: list[int], values_of_step: list[Tensor]) -> float:
             images = decode(codes)
             axes = _axes(images)
             moved = images.roll(offset[: len(axes)], axes) if any(offset) else images
@@ -234,7 +234,7 @@ def maximize(
         for _ in tqdm(range(how.steps), desc=desc, disable=not verbose, dynamic_ncols=True):
             values_of_step: list[Tensor] = []
             offset = torch.randint(-how.jitter, how.jitter + 1, (2,), generator=generator).tolist()
-            opt.step(partial(loss, offset))
+            opt.step(partial(loss, offset, values_of_step))
             with torch.no_grad():
                 if bounds is not None:
                     codes.clamp_(*bounds)

@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from attributor_cases import TwoInputs, gap_net, gradient, images, two_inputs
@@ -54,6 +55,15 @@ def test_every_method_gives_the_shape_of_the_data_in_batches_of_any_size(name, u
     assert whole.isfinite().all() and (name == "meaningful_perturbation" or whole.abs().sum() > 0)
     close(explain(name, model, x, [0, 3, 1], batch_size=2), whole, rtol=1e-8, atol=1e-12)
     close(explain(name, model, x[2:], 1), whole[2:], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("intgrad", "steps"), ("smoothgrad", "n"), ("shapley_sampling", "samples")]
+)
+def test_counts_in_numbers_of_numpy(name, setting):
+    model, x = gap_net(), images()
+    found, wanted = (crp.explain(name, model, x, 1, batch_size=n, **{setting: n}) for n in (np.int64(2), 2))
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in (*MAPS, "meaningful_perturbation")])

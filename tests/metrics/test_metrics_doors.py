@@ -125,6 +125,13 @@ def test_numbers_of_any_size() -> None:
         torch.Generator().manual_seed(int(seed))
 
 
+@pytest.mark.parametrize("target", [None, 1])
+@pytest.mark.parametrize("name", METRICS)
+def test_batches_of_a_size_in_numbers_of_numpy(name: str, target: int | None) -> None:
+    found, wanted = (METRICS[name](net(), X, target, "gradient", batch_size=size) for size in (np.int64(2), 2))
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("curve", ["a", None, 5, [1.0, 2.0], torch.tensor(1.0), torch.ones(1), torch.ones(3, 0)])
 def test_a_curve_has_two_points(curve: Any) -> None:
     with pytest.raises(InputError, match="a curve must be a tensor with at least two points"):

@@ -34,7 +34,6 @@ PACKAGE = Path(crp.__file__).parent
 EPSILON, ZPLUS, GAMMA, FLAT = Rule("epsilon"), Rule("zplus"), Rule("gamma"), Rule("flat")
 ALPHA_BETA = Rule("alpha_beta")
 BOX = Rule("zbox", low=-3.0, high=2.5)
-COARSE = {"epsilon": 0.05}
 
 
 def both(rule: Rule) -> dict[str, Rule]:

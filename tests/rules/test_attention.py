@@ -165,10 +165,6 @@ def test_grouped_heads(attention):
         torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-9)
 
 
-def heads_first(x):
-    return x.unflatten(-1, (HEADS, -1)).transpose(-3, -2)
-
-
 def by_parts(q, k, v):
     """Product and sum, one query at a time."""
     logits = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * E**-0.5

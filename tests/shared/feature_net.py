@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,3 @@ def expected_scores(
 def as_tensors(samples: Tensor, heatmaps: Tensor, rf: bool) -> tuple[Tensor, Tensor]:
     """Plot function that draws nothing."""
     return samples, heatmaps
-
-
-PlotFn = Callable[[Tensor, Tensor, bool], Any]
