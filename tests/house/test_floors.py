@@ -44,22 +44,22 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3224,
+    "attributors": 3214,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
-    "audit": 2485,
+    "audit": 2472,
     "canonizers": 866,
     "commands": 2292,
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3945,
+    "composites": 3925,
     "concept_graph": 217,
     # (what is no relevance, and masks that return none)
-    "concepts": 2060,
-    "demo": 893,
+    "concepts": 2052,
+    "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
     "engine": 6175,
-    "image": 1491,
+    "image": 1484,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1453,
     "outputs": 391,
@@ -67,11 +67,11 @@ BUDGETS = {
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
     "rules": 6217,
     # (along which axis the channels of a layer are)
-    "trace": 1370,
+    "trace": 1384,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4812,
+    "visualization": 4808,
     "visualization.mining": 4247,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
