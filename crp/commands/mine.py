@@ -166,10 +166,8 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         pictures_given = _takes_pictures(dataset, given)
         concepts = concepts_of_texts(loaded.model, given["layers"])
     _check_outside(out, given["data"])
-    if outputs is not None and not isinstance(targets, str) and targets[-1] >= outputs:
-        raise CommandError(f"--targets {named}: the model has {counted(outputs, 'output')}, 0 to {outputs - 1}")
-    if labels is not None and outputs is not None:
-        _check_outputs(loaded, outputs, labels, source)
+    if outputs is not None:
+        _check_outputs(loaded, outputs, targets, labels or {}, source)
     if settings["progress"]:
         _describe_run(list(concepts), len(dataset), pictures_given, loaded, labels)
     with _client(address) as client:
@@ -304,13 +302,21 @@ def _count_outputs(loaded: Loaded, sample: Any) -> int | None:
     return output.shape[1] if isinstance(output, torch.Tensor) and output.dim() == 2 else None
 
 
-def _check_outputs(loaded: Loaded, n: int, labels: Mapping[str, int], folder: Path) -> None:
-    """Refuse a folder whose class folders are not all outputs of the model, unless names say which they are."""
-    if loaded.classes and len(loaded.classes) != n:
-        raise CommandError(f"--classes names {len(loaded.classes)}, and the model has {counted(n, 'output')}")
-    if not loaded.classes and len(labels) != n:
+def _check_outputs(
+    loaded: Loaded, n: int, targets: str | tuple[int, ...], labels: Mapping[str, int], data: Path
+) -> None:
+    """Refuse targets that the model has not, and names or folders of other classes than those that it has."""
+    loaded.check_names(n)
+    if not isinstance(targets, str) and targets[-1] >= n:
+        raise CommandError(f"--targets {targets[-1]}: the model has {counted(n, 'output')}, 0 to {n - 1}")
+    if labels and loaded.classes and len(loaded.classes) != n:
         raise CommandError(
-            f"--data {folder} has {counted(len(labels), 'class folder')} and the model {counted(n, 'output')}: say by "
+            f"the model names {counted(len(loaded.classes), 'class', 'classes')} and has {counted(n, 'output')}: name "
+            "these by --classes, or give --targets prediction"
+        )
+    if labels and not loaded.classes and len(labels) != n:
+        raise CommandError(
+            f"--data {data} has {counted(len(labels), 'class folder')} and the model {counted(n, 'output')}: say by "
             "--classes which they are (a file with the name of each output in a line), or give --targets prediction"
         )
 

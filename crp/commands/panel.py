@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from crp.image.colours import clipped
 from crp.image.forms import add_colour_bar, draw_heatmap, draw_overlay
+from crp.visualization.table.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw(image: Tensor, heatmap: Tensor, title: str, caption: str, path: Path) -> None:
@@ -45,4 +48,11 @@ def draw(image: Tensor, heatmap: Tensor, title: str, caption: str, path: Path) -
     add_colour_bar(axes, clipped(heatmap)[1])
     figure.suptitle(title, fontsize=12, parse_math=False)
     figure.supxlabel(caption, fontsize=8, parse_math=False)
-    figure.savefig(path, dpi=120)
+    _write_figure(figure, path, dpi=120)
+
+
+def _write_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure, in the format that its suffix says, as a whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=dpi)
+    write_atomic(path, content.getvalue())

@@ -70,9 +70,11 @@ def explain_texts(
         What to tell of each text.
     """
     from crp.attributors.explaining import find_method
+    from crp.commands.panel import _write_figure
     from crp.image.texts import plot_texts, text_page
     from crp.visualization.mining.texts import Texts
     from crp.visualization.sources import load_tokenizer
+    from crp.visualization.table.files import write_atomic
 
     suffix = out.suffix.lower()
     if suffix not in (".html", *_FIGURES):
@@ -87,9 +89,9 @@ def explain_texts(
     try:
         if suffix == ".html":
             page = text_page(list(zip(captions, (text for text, _ in found), strict=True)), "Texts explained")
-            out.write_text(page, encoding="utf-8")
+            write_atomic(out, page.encode())
         else:
-            plot_texts([text for text, _ in found], captions).savefig(out, dpi=150)
+            _write_figure(plot_texts([text for text, _ in found], captions), out, dpi=150)
     except OSError as error:
         raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
     for text, (_, facts) in zip(texts, found, strict=True):
@@ -167,6 +169,7 @@ def _aim(
         return loaded.class_name(index) if place is None else repr(texts.word(index))
 
     if place is None:
+        loaded.check_names(len(scores))
         chosen = first if asking.target is None else find_class(asking.target, loaded.classes, "--target")
         if not -len(scores) <= chosen < len(scores):
             raise CommandError(f"--target {asking.target}: the model has the classes 0 to {len(scores) - 1}")

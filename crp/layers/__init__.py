@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.interrupts import atomic
+from crp.wording import first_few
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
@@ -251,8 +252,8 @@ class LayerNotFoundError(NameNotFoundError, ValueError):
     def __init__(self, name: object, known: Iterable[str], role: str = "layer", where: str = "model") -> None:
         in_lower_case = {k.lower(): k for k in known if k}
         near = difflib.get_close_matches(str(name).lower(), in_lower_case, n=3, cutoff=0.3)
-        all_of_them = "model.named_modules()" if where == "model" else where
-        hint = ", ".join(repr(in_lower_case[n]) for n in near) or f"none; see {all_of_them}"
+        hint = ", ".join(repr(in_lower_case[n]) for n in near)
+        hint = hint or f"none; there are {first_few(list(map(repr, in_lower_case.values())), 5) or 'no layers'}"
         super().__init__(f"<{role}> {name!r} not found in {where}; nearest names: {hint}")
 
 

@@ -23,6 +23,10 @@ from crp.layers.misfits import telling_misfits
 from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
+from crp.wording import counted
+
+#: Errors of Pillow about a file that is no picture, or a damaged one.
+NOT_READ = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Loaded:
         May be empty.
     output : callable, optional
         Takes what is explained from what the model returns.
+    names_file : path, optional
+        Where the names of the classes are from, if they are not the model's own.
     """
 
     model: nn.Module
@@ -48,6 +54,7 @@ class Loaded:
     normalized: Normalized | None
     classes: Sequence[str]
     output: Callable[[Any], Any] | None = None
+    names_file: Path | None = None
 
     @property
     def exclusive(self) -> bool:
@@ -91,14 +98,23 @@ class Loaded:
                 f"scores of classes must be real numbers, not {found.dtype} of shape {tuple(found.shape)}; --output "
                 "says what is explained of what the model returns"
             )
+        self.check_names(found.shape[1])
         return found
+
+    def check_names(self, n_outputs: int) -> None:
+        """Raise a `LoadingError` where a file names more or fewer classes than the model has outputs."""
+        if self.names_file is not None and len(self.classes) != n_outputs:
+            raise LoadingError(
+                f"--classes {self.names_file} names {counted(len(self.classes), 'class', 'classes')}, and the model "
+                f"has {counted(n_outputs, 'output')}"
+            )
 
     def read(self, path: Path) -> tuple[Tensor, Tensor]:
         """Picture as it is shown, (channels, height, width) in 0..1, and as the model takes it, with a batch axis."""
         try:
             with Image.open(path) as file:
                 image: Tensor = self.prepared(file)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except NOT_READ as error:
             raise LoadingError(f"{path} is no picture that can be read: {error}") from error
         try:
             return image, image[None] if self.normalized is None else self.normalized(image[None])
@@ -195,7 +211,8 @@ def _loaded(model: str, weights: str | None, wanted: _Wanted) -> Loaded:
     mean, std = (wanted.mean, wanted.std) if wanted.mean else (found.mean, found.std)
     resize, size = (wanted.size, wanted.size) if wanted.size else (found.resize, found.size)
     prepared = Prepared(_mode(found.model), resize, size, found.interpolation)
-    return Loaded(found.model.eval(), prepared, Normalized(mean, std) if mean else None, names)
+    normalized = Normalized(mean, std) if mean else None
+    return Loaded(found.model.eval(), prepared, normalized, names, names_file=wanted.classes)
 
 
 def _find(model: str, weights: str | None, checkpoint: Path | None) -> Found:

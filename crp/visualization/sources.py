@@ -17,7 +17,7 @@ from crp.visualization.decoding import Decoded
 from crp.visualization.mining.datasets import LabelError, Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
-from crp.visualization.models import Loaded, _classes_called, called, imported, nearest
+from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported, nearest
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -53,9 +53,12 @@ class Pictures:
         return None if self.labels is None else self.labels[Path(self._names[index]).parts[0]]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
-        with Image.open(Path(self._folder, self._names[index])) as file:
-            file.load()
-            return file.copy(), self.label(index)
+        try:
+            with Image.open(Path(self._folder, self._names[index])) as file:
+                file.load()
+                return file.copy(), self.label(index)
+        except NOT_READ as error:
+            raise LoadingError(f"{self._names[index]} is no picture that can be read: {error}") from error
 
 
 def open_source(data: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from crp.concepts import AxisConcept
 from crp.trace.axes import channel_axes
 from crp.visualization import models as loading
 from crp.visualization.mining import axes
+from crp.visualization.table import files
 
 FACTORY = """
 import torch
@@ -142,6 +144,24 @@ def test_axes_of_concepts_are_looked_for_once(place, monkeypatch):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_as_many_classes_are_named_as_the_model_has(place, n):
+    (place / "names.txt").write_text("".join(f"name {i}\n" for i in range(n)))
+    result = attribute("--classes", "names.txt")
+    assert result.exit_code == 1 and not (place / "out.png").exists()
+    assert f"--classes names.txt names {n} classes, and the model has 3 outputs" in result.output
+
+
+def test_a_picture_is_written_as_a_whole_or_not_at_all(place, monkeypatch):
+    def full(handle: int, content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_write_all", full)
+    result = attribute()
+    assert result.exit_code == 1 and "No space left on device: " in result.output and "'out.png'" in result.output
+    assert sorted(one.name for one in place.iterdir() if one.is_file()) == ["nets_of_mine.py", "picture.png"]
+
+
 def test_channels_of_tokens_come_last(place, monkeypatch):
     seen = drawn(monkeypatch)
     words = "--method", "epsilon", "--layer", "block", "--concept", -1, "--target", 2
@@ -200,7 +220,7 @@ def test_preparation_classes_and_checkpoints(place, monkeypatch):
     model[4].bias.data = torch.tensor([0.0, 9.0, 0.0])
     torch.save({"state_dict": model.state_dict()}, "net.pt")
     save_file(model.state_dict(), "net.safetensors")
-    Path("names.txt").write_text("cat\ndog\n")
+    Path("names.txt").write_text("cat\ndog\nship\n")
     norm = ["--mean", "0.5,0.5,0.5", "--std", 0.25, "--std", "0.25,0.25"]
     for checkpoint in ("net.pt", "net.safetensors"):
         result = attribute(
@@ -212,7 +232,7 @@ def test_preparation_classes_and_checkpoints(place, monkeypatch):
     expected = crp.explain("epsilon", model, ((seen["image"] - 0.5) / 0.25)[None], 1)
     torch.testing.assert_close(seen["heatmap"], expected[0].sum(0))
     result = attribute("--checkpoint", "net.pt", "--classes", "names.txt", "--target", -1)
-    assert "predicted dog (100.0 %); explained: class 2 (0.01 %)" in result.output
+    assert "predicted dog (100.0 %); explained: ship (0.01 %)" in result.output
 
 
 def test_models_of_torchvision_without_a_download(place, monkeypatch):

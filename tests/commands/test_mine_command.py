@@ -225,7 +225,7 @@ def wait_for_shards(path: Path) -> None:
         ),
         (["--multi-label", "list", "--targets", "all"], "single_targets is about labels"),
         (["--composite", "none", "--set", "a=1"], "--set is for a composite"),
-        (["--targets", "0,99"], "--targets 0,99: the model has 3 outputs, 0 to 2"),
+        (["--targets", "0,99"], "--targets 99: the model has 3 outputs, 0 to 2"),
         (["--targets", "labels"], "targets must be 'label', 'prediction'"),
         (["--modes", "relevances"], "modes must be among"),
         (["--shard", "2/2"], "--shard 2/2 must be I/N with I from 0 to N - 1"),
@@ -522,7 +522,7 @@ def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> 
     assert not (here / "out").exists()
     (here / "names").write_text("a\nb\nc\n")
     result = crp("mine", *options, "--classes", here / "names")
-    assert result.exit_code == 1 and "--classes names 3, and the model has 6 outputs" in result.output
+    assert result.exit_code == 1 and "names names 3 classes, and the model has 6 outputs" in result.output
     (here / "names").write_text("x\na\ny\nc\nb\nz\n")
     assert crp("mine", *options, "--classes", here / "names").exit_code == 0
     table = Table.open("out")
@@ -563,9 +563,9 @@ def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Pat
     assert random.exit_code == 1 and "squeezenet1_1 has random weights" in random.output
     command += ["--checkpoint", tmp_path / "net.pt", "--out", tmp_path / "out", "--targets", "top-2", "--quiet"]
     stopped = crp(*command)
-    assert stopped.exit_code == 1 and "sample 1: UnidentifiedImageError" in stopped.output
+    assert stopped.exit_code == 1 and "sample 1: LoadingError: a/2.png is no picture that can" in stopped.output
     with pytest.warns(UserWarning, match="1 sample was skipped"):
         result = crp(*command, "--on-error", "skip")
     assert (result.exit_code, result.output) == (0, "3 of 4 samples, 1 skipped, 6 rows; complete\n")
     told = crp("status", tmp_path / "out").output
-    assert "skipped    1: UnidentifiedImageError: cannot identify image file" in told
+    assert "skipped    1: LoadingError: a/2.png is no picture that can be read: cannot identify image file" in told
