@@ -22,6 +22,7 @@ from crp.concepts import ChannelConcept
 from crp.concepts.fused import fused_scores
 from crp.concepts.scores import scores_of
 from crp.visualization import FeatureVisualization
+from crp.visualization.table.fingerprint import fingerprint_model
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
 
@@ -277,3 +278,10 @@ def test_a_replay_does_not_read_memory_that_is_gone() -> None:
     assert filler.mean() == 7
     with torch.no_grad():
         weight.copy_(kept)
+
+
+def test_fingerprints_are_those_of_the_host() -> None:
+    model = nn.Sequential(nn.Conv2d(300, 600, 3), nn.Linear(1500, 1500))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout)
+        assert fingerprint_model(copy.deepcopy(model).to(DEVICE)) == fingerprint_model(model)
