@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from threading import get_ident
@@ -210,7 +210,7 @@ def is_on(composite: Composite | None, model: nn.Module) -> bool:
 
 
 @atomic
-def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]:
+def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], None] = warn) -> Iterator[nn.Module]:
     """Model with the composite's rules and canonizers on it, in evaluation mode, its parameters outside autograd.
 
     Threads that share a model, a part of it or a composite take turns; hooks act in this thread only. Leaving, also by
@@ -222,6 +222,8 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
     composite : zennit.core.Composite or None
         None adds nothing.
     model : nn.Module
+    tell : callable
+        Gets the text of each warning.
 
     Raises
     ------
@@ -247,7 +249,7 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
         USES.append(use)
         training = undo.enter_context(evaluating(model, modules.values()))
         if training and "eval" not in vars(model):  # (an exported program has no mode, and an `eval` that refuses)
-            warn(
+            tell(
                 f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
                 "mode. Call model.eval() first to say so."
             )
@@ -265,13 +267,13 @@ def put_on(composite: Composite | None, model: nn.Module) -> Iterator[nn.Module]
             if not isolates:
                 _for_this_thread(modules_of(model), before)
             if not (isolates or composite.hook_refs or composite.module_map is Composite._empty_module_map):
-                warn(
+                tell(
                     f"{_kind(composite)} has a rule for no layer of the model, and gives the plain gradient: rules of "
                     "zennit are for modules. Those of crp.composites are for functions, too"
                 )
         _check_merged(composite, modules)
         if not isolates:
-            undo.enter_context(_called_once(model))
+            undo.enter_context(_called_once(model, tell))
         yield model
 
 
@@ -320,7 +322,7 @@ def _for_this_thread(modules: dict[str, nn.Module], before: dict[tuple[int, str]
 
 
 @atomic
-def _called_once(model: nn.Module) -> Iterator[None]:
+def _called_once(model: nn.Module, tell: Callable[[str], None]) -> Iterator[None]:
     calls, sums = LastCalls(), PlainSums()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
@@ -336,18 +338,8 @@ def _called_once(model: nn.Module) -> Iterator[None]:
     }
     with hooked(watched), hooked({model: OfThread(sums.watch_call, get_ident())} if watched else {}):
         yield
-    if sums.passed:
-        warn(
-            f"the model adds branches up in {counted(len(sums.passed), 'place')} without a layer for it, and zennit's "
-            "rules give all relevance to each branch there: there is too much. Give the composite a canonizer for "
-            "that, such as zennit.torchvision.ResNetCanonizer(), or use one of crp.composites"
-        )
-    if calls.missed:
-        missed = [name for name in rules if name in calls.missed]
-        warn(
-            f"layers {missed} are called more than once, which zennit's rules do not support: relevance is wrong. "
-            "Those of crp.composites do."
-        )
+    for problem in filter(None, (sums.problem(), calls.problem(rules))):
+        tell(problem)
 
 
 @atomic

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -39,6 +39,7 @@ from crp.engine.targets import (
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
 from crp.layers import is_layer
+from crp.notices import warn
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, Sinks
 from crp.wording import first_few
 
@@ -228,7 +229,7 @@ class Call:
         call: Call | None = None
         # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
         keeps = Encoding.of(composite).multiplier or composite is None
-        chunks = self._chunks()
+        chunks, tell = self._chunks(), cache(warn)  # (of all parts, each warning is told once)
         for number, rows in enumerate(chunks):
             last = number == len(chunks) - 1 or not keeps
             known = None if self.shortcut is None else self.shortcut(self, composite, rows)
@@ -239,18 +240,18 @@ class Call:
                 continue
             call = call or self.laid_out()
             if isinstance(self.inputs.select(list(self._samples(rows))), Samples):
-                passed, part = None, [call._one_by_one(rows, composite, {})]
+                passed, part = None, [call._one_by_one(rows, composite, {}, tell)]
             elif passed is not None and passed.samples == self._samples(rows):
                 part = [call._results(passed, rows, last)]
             else:
                 shared = len(rows) > len(self._samples(rows))
-                with put_on(composite, self.model) as model, batched_hooks(model) if shared else nullcontext():
+                with put_on(composite, self.model, tell) as model, batched_hooks(model) if shared else nullcontext():
                     passed = call._forward(model, rows, composite)
                     part = [] if passed.is_folded else [call._results(passed, rows, last)]
             if passed is not None and not part:
                 shapes = {name: output.shape for name, output in passed.layers.items()}
                 passed = None
-                part = [call._one_by_one(rows, composite, shapes)]
+                part = [call._one_by_one(rows, composite, shapes, tell)]
             if last:
                 passed = None
             yield part.pop()
@@ -268,15 +269,17 @@ class Call:
             passed = self._forward(model, self.rows, composite)
             return None if passed.is_folded else self._results(passed, self.rows, last=True)
 
-    def _one_by_one(self, rows: Rows, composite: Composite | None, shapes: Mapping[str, torch.Size]) -> Part:
+    def _one_by_one(
+        self, rows: Rows, composite: Composite | None, shapes: Mapping[str, torch.Size], tell: Callable[[str], None]
+    ) -> Part:
         """Results of rows by a forward pass for each sample, whose entries are then known in every layer.
 
-        Takes the shapes that layers have in one forward pass for all of these rows.
+        Takes the shapes that layers have in one forward pass for all of these rows, and what warns.
         """
         results, places = list[Part](), list[int]()
         alone: dict[str, dict[int, torch.Size]] = {name: {} for name in shapes}
         for part in rows.one_by_one(self._masks_in_flow()):
-            with put_on(composite, self.model) as model:
+            with put_on(composite, self.model, tell) as model:
                 passed = self._forward(model, part, composite)
                 results.append(self._results(passed, part, last=True))
             for name in {*shapes} & {*passed.layers}:

@@ -199,7 +199,8 @@ def _among_others(inputs: Inputs, factor: float) -> Inputs:
 @atomic
 def _looking_at(model: nn.Module) -> Iterator[Snapshot]:
     """Context in which a model runs unseen by hooks that are not its own, and after which it is as it was."""
-    with put_on(None, model), looking(), torch.no_grad(), undisturbed(model, later=model.parameters()) as snapshot:
+    as_it_was, nothing_told = undisturbed(model, later=model.parameters()), lambda _: None  # (told where it explains)
+    with put_on(None, model, nothing_told), looking(), torch.no_grad(), as_it_was as snapshot:
         modules, thread = modules_of(model).values(), get_ident()
         parts = set(map(id, modules))
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from crp.wording import counted
+
 
 class LastCalls:
     """Notes which layers relevance reaches by another call than their last: there, zennit's rules are wrong.
@@ -43,6 +45,16 @@ class LastCalls:
 
         return watch_call
 
+    def problem(self, layers: Iterable[str]) -> str | None:
+        """What is wrong, naming these of the layers, in their order."""
+        missed = [layer for layer in layers if layer in self.missed]
+        if not missed:
+            return None
+        return (
+            f"layers {missed} are called more than once, which zennit's rules do not support: relevance is wrong. "
+            "Those of crp.composites do."
+        )
+
 
 class PlainSums:
     """Notes which sums of branches relevance passes that no layer makes: there, zennit's rules are wrong.
@@ -64,6 +76,16 @@ class PlainSums:
         made = tree_leaves(getattr(output, "logits", output))
         for number, node in enumerate(filter(_adds_branches, _nodes(made))):
             node.register_prehook(lambda _gradients, number=number: self.passed.add(number))
+
+    def problem(self) -> str | None:
+        """What is wrong."""
+        if not self.passed:
+            return None
+        return (
+            f"the model adds branches up in {counted(len(self.passed), 'place')} without a layer for it, and zennit's "
+            "rules give all relevance to each branch there: there is too much. Give the composite a canonizer for "
+            "that, such as zennit.torchvision.ResNetCanonizer(), or use one of crp.composites"
+        )
 
 
 def _adds_branches(node: Any) -> bool:

@@ -217,6 +217,19 @@ def test_zennits_rules_warn_of_branches_that_are_added_up(vectors, untouched, jo
     assert [one.filename for one in caught if "adds branches up" in str(one.message)] == [caught[0].filename]
 
 
+def test_parts_and_samples_tell_once_what_is_wrong_with_all_of_them(vectors):
+    model = of_two(lambda _, a, b: a + b)
+    model(vectors)
+    attribution, rules, ragged = CondAttribution(model.train()), ZennitEpsilonPlus(), [vectors[0], vectors[:2]]
+    for _ in range(2):  # (another call tells again)
+        parts = attribution.generate(vectors[:2], [{"y": i} for i in range(3)], rules, batch_size=1, verbose=False)
+        for run in (lambda parts=parts: list(parts), lambda: attribution(ragged, [{}], rules, init_rel=1)):
+            with pytest.warns(UserWarning) as caught:
+                run()
+            told = [str(one.message)[:30] for one in caught]
+            assert told == ["the model is in training mode ", "the model adds branches up in "]
+
+
 @pytest.mark.parametrize(
     ("join", "composite", "keywords"),
     [
