@@ -97,11 +97,10 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     """As in ``crp methods | head -1``."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "crp", "methods"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, bufsize=0
-    )
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
 
 
 def test_help_tells_of_the_demo():

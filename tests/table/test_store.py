@@ -409,7 +409,7 @@ def owner(**changes: Any) -> str:
 
 
 def test_a_file_that_cannot_be_written_has_its_own_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*absent/a.json'"):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*absent/a\.json'"):
         write_atomic(tmp_path / "absent" / "a.json", b"{}")
 
 
