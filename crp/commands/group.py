@@ -46,7 +46,7 @@ class Commands(click.Group):
         try:
             with _saying_on_interrupt(), _terminations_interrupt():
                 return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort):
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):  # (of the last, click ends without a word)
             raise
         except Exception as error:
             if ctx.meta["crp.debug"]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,7 +23,7 @@ from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 from crp.image.reading import _check_shown, _in_eight_bits
-from crp.wording import shortened
+from crp.wording import counted, shortened
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Picture: TypeAlias = Image.Image | Tensor | Array
@@ -59,7 +61,8 @@ def imgify(
     level : float
         Contrast of the colour map.
     grid : bool or (rows, columns)
-        Whether the first axis counts images, each with its own range, to be laid out in a grid.
+        Whether the first axis counts images, each with its own range, to be laid out in a grid, which has a place for
+        each.
     gridfill : number, optional
         Value of the places that are left over.
     resize : int, optional
@@ -191,6 +194,7 @@ def _colours(
     if array.dtype != np.uint8:
         array = _to_bytes(array, vmin, vmax, symmetric, tuple(range(1 if grid else 0, array.ndim)))
     if grid:
+        _check_grid(grid, len(array))
         array = zimage.gridify(array, shape=None if isinstance(grid, bool) else grid, fill_value=gridfill)
     if array.shape[-1] == 1:
         try:
@@ -198,6 +202,18 @@ def _colours(
         except (RuntimeError, TypeError):  # (a word that is no name is read as the source of a colour map)
             raise InputError(f"cmap must be one of {', '.join(sorted(zimage.CMAPS))}, not {cmap!r}") from None
     return np.ascontiguousarray(array)
+
+
+def _check_grid(grid: bool | Sequence[int], n_images: int) -> None:
+    """Raise an `InputError` if a grid is not of rows and columns, or has fewer places than there are images."""
+    if isinstance(grid, bool):
+        return
+    if len(grid) != 2:
+        raise InputError(f"grid must be (rows, columns), not {grid!r}")
+    for name, number in zip(("rows", "columns"), grid, strict=True):
+        check_number(f"the number of {name} in grid", number, 1, whole=True)
+    if math.prod(grid) < n_images:
+        raise InputError(f"grid {tuple(grid)} has {counted(math.prod(grid), 'place')} for {n_images} images")
 
 
 def _to_bytes(array: Array, vmin: Bound, vmax: Bound, symmetric: bool, axes: tuple[int, ...]) -> Array:

@@ -308,7 +308,9 @@ def imported(place: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # (of any kind, as the module runs)
-        raise LoadingError(f"{place}: the module {module_name} cannot be imported: {_in_a_line(error)}") from error
+        is_missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(str(error.name))
+        why = _in_a_line(error) + "; modules are looked for in the working directory and in PYTHONPATH" * is_missing
+        raise LoadingError(f"{place}: the module {module_name} cannot be imported: {why}") from error
     finally:
         sys.path.remove("")
     found = getattr(module, name, None)

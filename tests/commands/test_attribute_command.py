@@ -269,7 +269,7 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
         (("--weights", "IMAGENET"), "squeezenet1_1", "has no weights 'IMAGENET'; it has IMAGENET1K_V1, DEFAULT"),
         (("--weights", "DEFAULT", "--checkpoint", "net.pt"), "squeezenet1_1", "are both given; one fills the model"),
         (("--weights", "DEFAULT"), "nets_of_mine:net", "are those of torchvision's models"),
-        ((), "nets_of_yours:net", "the module nets_of_yours cannot be imported"),
+        ((), "nets_of_yours:net", "No module named 'nets_of_yours'; modules are looked for in"),
         ((), "nets_of_mine:nets", "nets_of_mine has no 'nets'; nearest: net"),
         ((), "builtins:dict", "builtins:dict gives a dict, not a torch.nn.Module"),
         ((), "nets_of_mine:tokens", "is no score of classes"),

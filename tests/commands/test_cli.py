@@ -93,6 +93,16 @@ def test_nothing_is_coloured_in_a_terminal_that_has_no_color(tmp_path, arguments
     assert re.findall(rb"\x1b\[[0-9;]*m", shown) == []
 
 
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    """As in ``crp methods | head -1``."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "crp", "methods"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+
 def test_help_tells_of_the_demo():
     assert "demo" in run("--help").output
     told = run("demo", "--help").output

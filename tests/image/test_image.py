@@ -14,6 +14,7 @@ import torch
 import zennit.image as zimage
 from PIL import Image
 
+from crp.errors import InputError
 from crp.image import (
     get_crop_range,
     imgify,
@@ -127,6 +128,23 @@ def test_grid():
     assert imgify(images[:, 0], grid=(1, 7), gridfill=7).size == (14, 2)
     assert pixels(imgify(images[:, 0], cmap="gray", grid=(1, 7), gridfill=7))[0, -1, 0] == 7
     assert imgify(torch.rand(2, 3, 4, 5), grid=(2, 1)).size == (5, 8)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ((1, 2), r"grid \(1, 2\) has 2 places for 4 images"),
+        ((0, 4), "the number of rows in grid must be a whole number of at least 1, not 0"),
+        ((2, 1.5), "the number of columns in grid must be a whole number of at least 1, not 1.5"),
+        (("a", 4), "the number of rows in grid must be"),
+        ((4,), r"grid must be \(rows, columns\), not \(4,\)"),
+    ],
+    ids=str,
+)
+def test_a_grid_has_a_place_for_every_image(grid, message):
+    """Those that were too many were left out."""
+    with pytest.raises(InputError, match=message):
+        imgify(torch.rand(4, 5, 5), grid=grid)
 
 
 def test_resize_keeps_the_ratio():

@@ -21,6 +21,7 @@ from table_maker import Source, make_header, make_table
 from crp.concepts import normalize
 from crp.visualization.table import lock, shards
 from crp.visualization.table.document import get_checksum
+from crp.visualization.table.files import write_atomic
 from crp.visualization.table.lock import locked
 from crp.visualization.table.manifest import ShardRecord
 from crp.visualization.table.store import (
@@ -405,6 +406,11 @@ def test_a_full_disk_loses_nothing_that_was_committed(
 
 def owner(**changes: Any) -> str:
     return json.dumps(lock._owner() | changes)
+
+
+def test_a_file_that_cannot_be_written_has_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*absent/a\.json'"):
+        write_atomic(tmp_path / "absent" / "a.json", b"{}")
 
 
 def test_a_second_run_fails_at_once(tmp_path: Path) -> None:

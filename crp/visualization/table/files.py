@@ -139,10 +139,12 @@ def _hinted(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno is None:
             raise
-        hint = f"{error.strerror}: what was written before is kept; make room, then run the same again to go on"
-        raise OSError(error.errno, hint, str(path)) from error
+        reason = error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"{reason}: what was written before is kept; make room, then run the same again to go on"
+        raise OSError(error.errno, reason, str(path)) from error  # (and not the file beside it)
 
 
 def _write(path: Path, content: Iterable[bytes | memoryview], named: Callable[[Path], Path]) -> Path:
