@@ -14,6 +14,7 @@ import crp
 from crp import composites
 from crp.attributors import Neuron
 from crp.composites.registry import _registry, register
+from crp.outputs import Element
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 DEEP_EXPLAIN = ["saliency", "grad*input", "intgrad", "elrp", "deeplift", "occlusion", "shapley_sampling"]
@@ -131,6 +132,15 @@ def test_elrp_is_gradient_times_input_with_ratios_for_derivatives(activation, ep
     close(crp.explain("elrp", model, x, 2, epsilon=epsilon), x * expected, rtol=1e-7, atol=1e-9)
 
 
+def test_elrp_takes_batch_norm_for_a_layer_and_no_activation():
+    """At a ReLU, the ratio is the derivative."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    model(torch.randn(50, 4).double() * 3 + 1)
+    x = torch.randn(5, 4).double()
+    close(crp.explain("elrp", model.eval(), x, 1, epsilon=1e-12), crp.explain("grad*input", model, x, 1), rtol=1e-6)
+
+
 def test_elrp_without_activations_is_gradient_times_input():
     """DeepExplain's definition: it overrides the gradient of activations, and there are none."""
     torch.manual_seed(0)
@@ -168,6 +178,7 @@ def test_baselines_of_several_inputs():
         found = crp.explain("deeplift", model, inputs, 1, baseline=bases, **options)
         close(sum(part.flatten(1).sum(1) for part in found), fall)
     found = crp.explain("shapley_sampling", model, inputs, 1, baseline=bases)
+    assert all(map(torch.equal, found, crp.explain("shapley_sampling", model, inputs, 1, baseline=list(bases))))
     close(sum(part.flatten(1).sum(1) for part in found), fall)
 
 
@@ -293,6 +304,10 @@ def test_contrastive_excitation_backprop_to_any_layer(start):
         (lambda m, x: crp.explain("epsilon_gamma_box", m, x, 0, low=0), ValueError, "needs high="),
         (lambda m, x: crp.explain("epsilon", m, x, 9), IndexError, "target 9 is out of range"),
         (lambda m, x: crp.explain("occlusion", m, x, 9), IndexError, "target 9 is out of range"),
+        (lambda m, x: crp.explain("occlusion", m, x, 0, window_shape=()), ValueError, r"window_shape must be .* not \(\)"),
+        (lambda m, x: crp.explain("occlusion", m, x, Neuron("3#1", 0)), ValueError, "'3#1' is called 1 times"),
+        (lambda m, x: crp.explain("gradient", m, x, Element((9,))), IndexError, r"names the element \(9,\), but the model"),
+        (lambda m, x: crp.explain("gradient", m, x, Element("a")), TypeError, r"target names the element \('a',\); it must"),
         (lambda m, x: crp.explain("epsilon", m, x, [0, 1]), ValueError, "2 classes for 3 samples"),
         (lambda m, x: crp.explain("epsilon", m, x, 0, neuron=1, layer="1"), ValueError, "both given"),
         (lambda m, x: crp.explain("epsilon", m, x, neuron=1), ValueError, "needs the layer that it is in"),

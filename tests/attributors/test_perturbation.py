@@ -227,6 +227,12 @@ def test_upsampling(vgg_bn, images, upsampling):
     assert torch.allclose(found.scores[:, 0], vgg_bn(images * expected).softmax(1)[:, 0])
 
 
+@pytest.mark.parametrize("name", ["blur", "median"])
+def test_what_is_no_image_has_no_blur(name):
+    with pytest.raises(ValueError, match=rf"'{name}' needs images of shape \(batch, channels, height, width\)"):
+        make_background(name, torch.rand(2, 5))
+
+
 def test_the_mean_background_is_each_channels_own(images):
     filled = make_background("mean", images)
     assert torch.allclose(filled[1, 2], images[1, 2].mean())

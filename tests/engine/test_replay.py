@@ -28,6 +28,7 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, EpsilonPlusFlat
 from crp.engine import replay
 from crp.engine.kernel_calls import CallRecorder
+from crp.engine.model_state import State
 from crp.engine.replay import Replays
 from crp.engine.replayed import Replayed
 
@@ -559,6 +560,12 @@ def test_a_model_with_a_sparse_tensor_is_computed_each_time(vectors: Tensor, lay
     for number in range(5):
         assert_same(attribution, vectors * number, [{"y": [1]}], rules)
     assert count(attribution) == 0
+
+
+def test_what_leads_to_a_sparse_tensor_never_holds() -> None:
+    values = [torch.eye(2).to_sparse(), [1.0]]
+    assert not State(*values).holds(*values)
+    assert State(values[1]).holds(values[1])
 
 
 class Peeking(nn.Linear):

@@ -337,6 +337,13 @@ def test_discard_deletes_the_table_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == ["mine.txt", "notes.txt"]
 
 
+def test_discard_of_what_is_no_table_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    Table.discard(tmp_path)
+    Table.discard(tmp_path / "nothing")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_clean_deletes_what_a_killed_write_left(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path)
     left = [".manifest.json.0123abcd.tmp", "shards/.0-40-aaaaaaaa.safetensors.0123abcd.tmp"]
