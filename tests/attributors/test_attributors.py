@@ -397,6 +397,8 @@ def test_functions_of_all_samples_see_all_samples():
         (lambda m, x: IntegratedGradients(m, baseline=float("inf"))(x, 0), ValueError, "NaN or infinite"),
         (lambda m, x: SmoothGrad(m, n=1.5), ValueError, "n must be a whole number"),
         (lambda m, x: SmoothGrad(m, noise_level=-1), ValueError, "noise_level must be"),
+        (lambda m, x: SmoothGrad(m, noise_level=True), ValueError, "noise_level must be .* not True"),
+        (lambda m, x: SmoothGrad(m, noise=x[None][:0])(x, 0), ValueError, r"it must be \(n, 3, 3, 8, 8\)"),
         (lambda m, x: SmoothGrad(m, statistic="median"), ValueError, "statistic must be one of"),
         (lambda m, x: SmoothGrad(m, noise=x)(x, 0), ValueError, r"it must be \(n, 3, 3, 8, 8\)"),
         (lambda m, x: SmoothGrad(m, noise=(x, x))(x, 0), ValueError, "noise for 2 inputs"),
