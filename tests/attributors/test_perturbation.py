@@ -227,6 +227,16 @@ def test_upsampling(vgg_bn, images, upsampling):
     assert torch.allclose(found.scores[:, 0], vgg_bn(images * expected).softmax(1)[:, 0])
 
 
+def test_a_mask_of_one_row_has_no_variation_between_rows(vgg_bn, images):
+    settings = SMALL | {"mask_size": (1, 4), "reduction": "mean", "steps": 2}
+    assert MeaningfulPerturbation(vgg_bn, **settings)(images, 0).mask.isfinite().all()
+
+
+def test_the_mean_of_a_vector_is_that_of_its_features():
+    vectors = torch.rand(2, 5)
+    assert torch.equal(make_background("mean", vectors), vectors.mean(1, keepdim=True).expand(2, 5))
+
+
 @pytest.mark.parametrize("name", ["blur", "median"])
 def test_what_is_no_image_has_no_blur(name):
     with pytest.raises(ValueError, match=rf"'{name}' needs images of shape \(batch, channels, height, width\)"):
