@@ -26,7 +26,7 @@ import crp.composites as composites
 from crp import rules as of_crp
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, EpsilonPlusFlat
-from crp.engine import replay
+from crp.engine import replay, replayed
 from crp.engine.kernel_calls import CallRecorder
 from crp.engine.model_state import State
 from crp.engine.replay import Replays
@@ -560,6 +560,17 @@ def test_a_model_with_a_sparse_tensor_is_computed_each_time(vectors: Tensor, lay
     for number in range(5):
         assert_same(attribution, vectors * number, [{"y": [1]}], rules)
     assert count(attribution) == 0
+
+
+def test_much_that_starts_is_not_sent_for_a_replay(vectors: Tensor, mlp: nn.Module, monkeypatch: Any) -> None:
+    counts = []
+    for most in (16, 15):  # as many as the output has, or less
+        monkeypatch.setattr(replayed, "_MOST_STARTED", {"cpu": most})
+        attribution, rules = replaying(mlp), composites.get("epsilon")
+        for number in range(5):
+            assert_same(attribution, vectors * number, [{"y": [1]}] * len(vectors), rules)
+        counts.append(count(attribution))
+    assert counts[0] > counts[1] == 0
 
 
 def test_what_leads_to_a_sparse_tensor_never_holds() -> None:

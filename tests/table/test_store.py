@@ -337,6 +337,12 @@ def test_discard_deletes_the_table_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == ["mine.txt", "notes.txt"]
 
 
+def test_only_a_full_disk_is_told_to_be_full(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomic(tmp_path / "nothing" / "file", b"content")
+    assert "make room" not in str(caught.value)
+
+
 def test_a_table_is_there_once_it_is_made(tmp_path: Path) -> None:
     header = TableHeader(5, ("a",))
     made = Table.create(tmp_path, header)
