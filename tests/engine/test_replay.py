@@ -562,6 +562,21 @@ def test_a_model_with_a_sparse_tensor_is_computed_each_time(vectors: Tensor, lay
     assert count(attribution) == 0
 
 
+def test_hooks_on_all_modules_see_every_call(vectors: Tensor, mlp: nn.Module) -> None:
+    attribution, rules, seen = replaying(mlp), composites.get("epsilon"), list[nn.Module]()
+    for number in range(5):
+        attribution(vectors * number, [{"y": [1]}], rules)
+    assert count(attribution) == 2
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        for number in range(1, 4):
+            assert_same(attribution, vectors * number, [{"y": [1]}], rules)
+            assert seen.count(mlp[0]) == 2 * number
+    finally:
+        handle.remove()
+    assert count(attribution) == 2
+
+
 def test_much_that_starts_is_not_sent_for_a_replay(vectors: Tensor, mlp: nn.Module, monkeypatch: Any) -> None:
     counts = []
     for most in (16, 15):  # as many as the output has, or less
