@@ -143,7 +143,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output of the model, and the explanation of each input that is explained; subclasses define it."""
 
-    def flow(self, inputs: Inputs, target: Target, composite: Composite | None = None, record: str = "") -> _Flow:
+    def flow(self, inputs: Inputs, target: Target, record: str = "") -> _Flow:
         """Send the target back through the model, in one pass for all rows.
 
         Parameters
@@ -151,12 +151,10 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         inputs : Inputs
             For these rows.
         target : Target
-        composite : zennit.core.Composite, optional
-            The attributor's own by default.
         record : str
             Name of a layer to record.
         """
-        composite = self._composite(composite)
+        composite = self._composite()
         explained = _Explained(self.model, target, Encoding.of(composite))
         record_layer = [record] if record else []
         result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
@@ -241,8 +239,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         for row in torch.split(torch.arange(n_samples * times), size):
             yield row % n_samples, row // n_samples
 
-    def _composite(self, chosen: Composite | None = None) -> Composite:
-        return chosen or self.composite or GradientComposite()
+    def _composite(self) -> Composite:
+        return self.composite or GradientComposite()
 
     def _explain(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         target.check(len(inputs))

@@ -103,6 +103,17 @@ def test_protocol_is_that_of_zennit(kind):
         close(ours[0], theirs[0].detach())
 
 
+@pytest.mark.parametrize("kind", [zennit.composites.EpsilonPlus, zennit.composites.EpsilonAlpha2Beta1])
+def test_relevance_of_zennits_composites_starts_from_the_value_of_the_target(kind):
+    model, x = gap_net(), images()
+    value = model(x).detach()
+    for target, start in ((2, torch.eye(4).double()[2] * value), (2 * torch.ones_like(value), 2 * value)):
+        target = target if isinstance(target, int) else Mask(target)
+        close(Gradient(model, kind())(x, target)[1], Gradient(model, kind())(x, start)[1])
+    heatmap = CondAttribution(model)(x.clone().requires_grad_(), [{"y": 2}], kind()).heatmap
+    close(Gradient(model, kind())(x, 2)[1].sum(1), heatmap)
+
+
 @few
 @given(st.integers(0, 10_000), st.sampled_from([nn.Tanh, nn.Softplus, nn.Sigmoid]))
 def test_integrated_gradients_are_complete(seed, activation):
@@ -386,6 +397,8 @@ def test_functions_of_all_samples_see_all_samples():
         (lambda m, x: IntegratedGradients(m, baseline=float("inf"))(x, 0), ValueError, "NaN or infinite"),
         (lambda m, x: SmoothGrad(m, n=1.5), ValueError, "n must be a whole number"),
         (lambda m, x: SmoothGrad(m, noise_level=-1), ValueError, "noise_level must be"),
+        (lambda m, x: SmoothGrad(m, noise_level=True), ValueError, "noise_level must be .* not True"),
+        (lambda m, x: SmoothGrad(m, noise=x[None][:0])(x, 0), ValueError, r"it must be \(n, 3, 3, 8, 8\)"),
         (lambda m, x: SmoothGrad(m, statistic="median"), ValueError, "statistic must be one of"),
         (lambda m, x: SmoothGrad(m, noise=x)(x, 0), ValueError, r"it must be \(n, 3, 3, 8, 8\)"),
         (lambda m, x: SmoothGrad(m, noise=(x, x))(x, 0), ValueError, "noise for 2 inputs"),

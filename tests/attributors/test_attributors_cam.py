@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import zennit.core
 from attributor_cases import gap_net, gradient, images
 from torch import nn
 from torch.nn import functional as F
@@ -133,6 +134,27 @@ def test_composite_takes_the_place_of_the_gradient():
     relevance = Gradient(model, EpsilonPlus(), layer=LAYER)(x, 1)[1]
     weights = torch.where(activation == 0, 0, relevance / activation).mean((2, 3), keepdim=True)
     close(GradCAM(model, EpsilonPlus(), layer=LAYER, relu=False).maps(x, 1)[1], (weights * activation).sum(1, True))
+
+
+@pytest.mark.filterwarnings("ignore:.*ordinary chain rule")
+def test_what_comes_back_by_a_composite_of_zennit_starts_from_the_score():
+    model, x = gap_net(), images()
+    found, plain = (GradCAM(model, by, layer="3", relu=False)(x, 2)[1] for by in (zennit.core.Composite(), None))
+    close(found, plain * model(x).detach()[:, 2].view(-1, 1, 1, 1))
+
+
+class Unused(nn.Sequential):
+    """Has a layer that it does not call."""
+
+    def forward(self, x):
+        return self[0](x)
+
+
+@pytest.mark.filterwarnings("ignore:layer '1' is not called")
+def test_a_layer_that_is_not_called():
+    model = Unused(gap_net(), nn.Conv2d(1, 1, 1)).eval()
+    with pytest.raises(ValueError, match="layer '1' is not called in the forward pass; name another"):
+        GradCAM(model, layer="1")(images(), 2)
 
 
 def test_maps_of_signals():

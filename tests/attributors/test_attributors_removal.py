@@ -115,6 +115,41 @@ def test_occlusion_of_a_neuron_and_of_a_function():
     close(found, torch.zeros_like(x))
 
 
+class Twice(nn.Module):
+    """Calls one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        return self.layer(self.layer(x).tanh())
+
+
+def test_the_second_call_of_a_layer_is_covered_and_scored():
+    model, x = Twice().eval(), torch.randn(3, 4, dtype=torch.float64)
+    first, second = (Occlusion(model)(x, Neuron(f"layer#{call}", 2))[1] for call in range(2))
+    close(first, Occlusion(model.layer)(x, 2)[1])
+    close(second, Occlusion(model)(x, 2)[1])
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("name", ["occlusion", "shapley_sampling", "intgrad", "smoothgrad"])
+def test_models_whose_samples_depend_on_each_other_are_refused(name):
+    with pytest.raises(InputError, match="depends on the samples beside it"):
+        explain(name, Call(lambda x: x - x.mean(0)), torch.randn(3, 4, dtype=torch.float64), 1)
+
+
+def test_the_seed_may_be_that_of_torch():
+    model, x = gap_net(), images(1)
+    torch.manual_seed(3)
+    found = ShapleySampling(model, sampling_dims=(2,), seed=None)(x, 1)[1]
+    torch.manual_seed(3)
+    orders = torch.stack([torch.randperm(8) for _ in range(5)])
+    close(found, ShapleySampling(model, sampling_dims=(2,), permutations=orders)(x, 1)[1])
+
+
 def test_composites_have_no_effect(untouched):
     model, x = gap_net(), images()
     with untouched(model):

@@ -12,8 +12,9 @@ from torch import nn
 
 import crp
 from crp import composites
-from crp.attributors import Neuron
+from crp.attributors import Gradient, Neuron
 from crp.composites.registry import _registry, register
+from crp.outputs import Element
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 DEEP_EXPLAIN = ["saliency", "grad*input", "intgrad", "elrp", "deeplift", "occlusion", "shapley_sampling"]
@@ -131,6 +132,15 @@ def test_elrp_is_gradient_times_input_with_ratios_for_derivatives(activation, ep
     close(crp.explain("elrp", model, x, 2, epsilon=epsilon), x * expected, rtol=1e-7, atol=1e-9)
 
 
+def test_elrp_takes_batch_norm_for_a_layer_and_no_activation():
+    """At a ReLU, the ratio is the derivative."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    model(torch.randn(50, 4).double() * 3 + 1)
+    x = torch.randn(5, 4).double()
+    close(crp.explain("elrp", model.eval(), x, 1, epsilon=1e-12), crp.explain("grad*input", model, x, 1), rtol=1e-6)
+
+
 def test_elrp_without_activations_is_gradient_times_input():
     """DeepExplain's definition: it overrides the gradient of activations, and there are none."""
     torch.manual_seed(0)
@@ -168,6 +178,9 @@ def test_baselines_of_several_inputs():
         found = crp.explain("deeplift", model, inputs, 1, baseline=bases, **options)
         close(sum(part.flatten(1).sum(1) for part in found), fall)
     found = crp.explain("shapley_sampling", model, inputs, 1, baseline=bases)
+    assert all(map(torch.equal, found, crp.explain("shapley_sampling", model, inputs, 1, baseline=list(bases))))
+    first, alone = (crp.explain("occlusion", model, inputs, 1, explain=0, baseline=base) for base in (bases, bases[0]))
+    assert torch.equal(first, alone)
     close(sum(part.flatten(1).sum(1) for part in found), fall)
 
 
@@ -189,6 +202,38 @@ def test_mask_is_a_weighted_sum_where_the_method_is_linear(name):
     mask = torch.randn(3, 4, dtype=torch.float64)
     each = [explain(name, model, x, c) for c in range(4)]
     close(explain(name, model, x, mask), sum(mask[:, c].view(-1, 1, 1, 1) * each[c] for c in range(4)))
+
+
+def test_a_boolean_mask_is_one_of_the_outputs():
+    model, x = gap_net(), images()
+    mask = torch.tensor([True, False, True, False])
+    close(crp.explain("gradient", model, x, mask), crp.explain("gradient", model, x, mask.double()))
+
+
+class Unused(nn.Module):
+    """Gives one score for each sample, without an axis of classes, and has a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.used(x)[:, 0]
+
+
+@pytest.mark.filterwarnings("ignore:layer 'unused' is not called")
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        (0, {}, r"output has shape \(2,\), which has no axis of classes"),
+        (lambda y: y, {"layer": "unused"}, "layer 'unused' is not called in the forward pass"),
+        (Neuron("unused", 0), {"method": "occlusion"}, "layer 'unused' is called 0 times"),
+    ],
+)
+def test_a_score_alone_and_a_layer_that_is_not_called(target, options, message):
+    method = options.pop("method", "gradient")
+    with pytest.raises(ValueError, match=message):
+        crp.explain(method, Unused().eval(), torch.ones(2, 4), target, **options)
 
 
 def test_neurons():
@@ -293,6 +338,16 @@ def test_contrastive_excitation_backprop_to_any_layer(start):
         (lambda m, x: crp.explain("epsilon_gamma_box", m, x, 0, low=0), ValueError, "needs high="),
         (lambda m, x: crp.explain("epsilon", m, x, 9), IndexError, "target 9 is out of range"),
         (lambda m, x: crp.explain("occlusion", m, x, 9), IndexError, "target 9 is out of range"),
+        (lambda m, x: crp.explain("occlusion", m, x, 0, window_shape=()), ValueError, r"window_shape must be"),
+        (lambda m, x: crp.explain("occlusion", m, x, Neuron("3#1", 0)), ValueError, "'3#1' is called 1 times"),
+        (lambda m, x: crp.explain("gradient", m, x, Element((9,))), IndexError, r"the element \(9,\), but the"),
+        (lambda m, x: crp.explain("gradient", m, x, [Element((0,))] * 2), ValueError, "has 2 places for 3 samples"),
+        (lambda m, x: crp.explain("gradient", m, x, Element("a")), TypeError, r"target names the element \('a',\);"),
+        (lambda m, x: crp.explain("gradient", m, x, torch.tensor(1.0)), TypeError, "mask of the outputs has their"),
+        (lambda m, x: crp.explain("epsilon", m, x, 0, baseline=0), ValueError, "'epsilon' has no option 'baseline'"),
+        (lambda m, x: crp.explain("intgrad", m, x, 0, baseline={"a": 0}), ValueError, "baseline for 'a', which is not"),
+        (lambda m, x: crp.explain("deeplift", m, x, 0, baseline=0, batch_size=-1), ValueError, "batch_size must be"),
+        (lambda m, x: Gradient(m)(x, torch.ones(2, 4)), ValueError, r"attr_output of shape \(2, 4\) is for other"),
         (lambda m, x: crp.explain("epsilon", m, x, [0, 1]), ValueError, "2 classes for 3 samples"),
         (lambda m, x: crp.explain("epsilon", m, x, 0, neuron=1, layer="1"), ValueError, "both given"),
         (lambda m, x: crp.explain("epsilon", m, x, neuron=1), ValueError, "needs the layer that it is in"),

@@ -227,6 +227,22 @@ def test_upsampling(vgg_bn, images, upsampling):
     assert torch.allclose(found.scores[:, 0], vgg_bn(images * expected).softmax(1)[:, 0])
 
 
+def test_a_mask_of_one_row_has_no_variation_between_rows(vgg_bn):
+    attributor, mask = MeaningfulPerturbation(vgg_bn, reduction="mean", l1=0, tv=1, beta=1), torch.rand(2, 1, 1, 4)
+    assert torch.equal(attributor.objective(mask, torch.zeros(2)), mask.diff(dim=-1).abs().mean((1, 2, 3)))
+
+
+def test_the_mean_of_a_vector_is_that_of_its_features():
+    vectors = torch.rand(2, 5)
+    assert torch.equal(make_background("mean", vectors), vectors.mean(1, keepdim=True).expand(2, 5))
+
+
+@pytest.mark.parametrize("name", ["blur", "median"])
+def test_what_is_no_image_has_no_blur(name):
+    with pytest.raises(ValueError, match=rf"'{name}' needs images of shape \(batch, channels, height, width\)"):
+        make_background(name, torch.rand(2, 5))
+
+
 def test_the_mean_background_is_each_channels_own(images):
     filled = make_background("mean", images)
     assert torch.allclose(filled[1, 2], images[1, 2].mean())

@@ -26,8 +26,9 @@ import crp.composites as composites
 from crp import rules as of_crp
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus, EpsilonPlusFlat
-from crp.engine import replay
+from crp.engine import replay, replayed
 from crp.engine.kernel_calls import CallRecorder
+from crp.engine.model_state import State
 from crp.engine.replay import Replays
 from crp.engine.replayed import Replayed
 
@@ -559,6 +560,38 @@ def test_a_model_with_a_sparse_tensor_is_computed_each_time(vectors: Tensor, lay
     for number in range(5):
         assert_same(attribution, vectors * number, [{"y": [1]}], rules)
     assert count(attribution) == 0
+
+
+def test_hooks_on_all_modules_see_every_call(vectors: Tensor, mlp: nn.Module) -> None:
+    attribution, rules, seen = replaying(mlp), composites.get("epsilon"), list[nn.Module]()
+    for number in range(5):
+        attribution(vectors * number, [{"y": [1]}], rules)
+    assert count(attribution) == 2
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        for number in range(1, 4):
+            assert_same(attribution, vectors * number, [{"y": [1]}], rules)
+            assert seen.count(mlp[0]) == 2 * number
+    finally:
+        handle.remove()
+    assert count(attribution) == 2
+
+
+def test_much_that_starts_is_not_sent_for_a_replay(vectors: Tensor, mlp: nn.Module, monkeypatch: Any) -> None:
+    counts = []
+    for most in (16, 15):  # as many as the output has, or less
+        monkeypatch.setattr(replayed, "_MOST_STARTED", {"cpu": most})
+        attribution, rules = replaying(mlp), composites.get("epsilon")
+        for number in range(5):
+            assert_same(attribution, vectors * number, [{"y": [1]}] * len(vectors), rules)
+        counts.append(count(attribution))
+    assert counts[0] > counts[1] == 0
+
+
+def test_what_leads_to_a_sparse_tensor_never_holds() -> None:
+    values = [torch.eye(2).to_sparse(), [1.0]]
+    assert not State(*values).holds(*values)
+    assert State(values[1]).holds(values[1])
 
 
 class Peeking(nn.Linear):

@@ -411,6 +411,8 @@ def test_methods_are_checked(linear, small):
         (local_lipschitz, {"explain_func": squared, "noise": 0.0}, ValueError, "noise must be greater than 0"),
         (local_lipschitz, {"explain_func": squared, "noise": torch.zeros(2, 1, 2, 4, 5)}, ValueError, "must differ"),
         (local_lipschitz, {"explain_func": squared, "noise": torch.ones(2, 2, 4, 5)}, ValueError, "noise has shape"),
+        (local_lipschitz, {"explain_func": squared, "noise": torch.ones(5, 2, 2, 4, 5)}, ValueError, "noise has shape"),
+        (local_lipschitz, {"explain_func": squared, "noise": -1}, ValueError, "noise must be a number of at least 0"),
         (local_lipschitz, {"explain_func": squared, "samples": 0}, ValueError, "samples must be"),
     ],
 )

@@ -111,6 +111,17 @@ def test_settings_of_flipping(settings: dict[str, Any], message: str) -> None:
         pixel_flipping(net(), X, 0, "epsilon_plus", patch=4, **settings)
 
 
+def test_relevance_of_a_table_has_a_number_for_each_feature() -> None:
+    dense = nn.Sequential(nn.Linear(4, 3)).eval()
+    with pytest.raises(InputError, match=r"relevance has shape \(2, 1\); it must have that of the data, \(2, 4\)$"):
+        pixel_flipping(dense, torch.ones(2, 4), 0, relevance=torch.ones(2, 1))
+
+
+def test_a_model_without_parameters_is_measured() -> None:
+    curve = pixel_flipping(nn.Flatten().eval(), X, 0, "gradient", patch=4).most
+    assert curve.shape == (2, 5) and curve.isfinite().all()
+
+
 @pytest.mark.parametrize("metric", [local_lipschitz, randomization])
 @pytest.mark.parametrize("seed", ["a", 1.5, True, None, 2**70])
 def test_seeds(metric: Any, seed: Any) -> None:

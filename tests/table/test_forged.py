@@ -75,6 +75,10 @@ def changed(table: Table, change: Callable[[dict[str, np.ndarray], dict[str, Any
     return forged
 
 
+def n_samples(arrays: dict[str, np.ndarray]) -> int:
+    return len(np.unique(arrays["sample"]))
+
+
 @pytest.mark.promise("Tables", "Forged files are refused, also where their hash is right")
 @pytest.mark.parametrize(
     ("change", "problem"),
@@ -85,6 +89,8 @@ def changed(table: Table, change: Callable[[dict[str, np.ndarray], dict[str, Any
         (lambda a, d: d.clear(), "damaged"),
         (lambda a, d: a["target"].__setitem__(0, -7), "its targets begin at -7"),
         (lambda a, d: a["sample"].__setitem__(-1, 40), "do not ascend from 0 to 39"),
+        (lambda a, d: a.update({"target": a["target"].astype(np.int32)}), r"it has not \d+ rows"),
+        (lambda a, d: a.update({"sample": a["sample"][1:], "target": a["target"][1:]}), r"it has not \d+ rows"),
         (lambda a, d: a["relevance.sum/a"].__setitem__((3, 2), np.inf), "values that are not finite"),
         (lambda a, d: a["activation.max/b"].__setitem__((0, 0), np.nan), "values that are not finite"),
         (lambda a, d: a["relevance.sum_norm/a"].__setitem__(3, -1), "has negative values"),
@@ -95,7 +101,13 @@ def changed(table: Table, change: Callable[[dict[str, np.ndarray], dict[str, Any
         (lambda a, d: a.update({"relevance.sum/a": a["relevance.sum/a"].astype(np.int32)}), "not finite"),
         (lambda a, d: a.update({"relevance.mean/a": a["relevance.sum/a"]}), "is no column of a table"),
         (lambda a, d: a.update({"relevance.sum/c": a["relevance.sum/a"]}), "is of no layer of the shard"),
+        (lambda a, d: a.update({"relevance.sum_mean/a": a["relevance.sum/a"]}), "is no column of a table"),
+        (lambda a, d: a.update({"other.sum/a": a["relevance.sum/a"]}), "is no column of a table"),
         (lambda a, d: a.update({"prediction": np.zeros(3, np.int64)}), "is no column of"),
+        (lambda a, d: a.update({"other": np.zeros(n_samples(a))}), "is no column of"),
+        (lambda a, d: a.update({"prediction": np.full(n_samples(a), -2)}), "has no classes"),
+        (lambda a, d: a.update({"probability": np.full(n_samples(a), 1.5)}), "has no probabilities"),
+        (lambda a, d: a.update({"probability": np.full(n_samples(a), -0.5)}), "has no probabilities"),
         (lambda a, d: [a.pop(key) for key in list(a) if key.endswith("/b")], "nothing of layer 'b'"),
     ],
 )

@@ -75,6 +75,7 @@ def test_top_k_of_a_class_some_samples_and_some_concepts(tmp_path: Path, mode: s
     one = top_k(table, "a", mode, "max", False, 6, of_class=2, concepts=4)
     assert as_rows(one) == [rank(source, "a", mode, "max", False, 6, source.target == 2)[4]]
     assert top_k(table, "a", mode, samples=[0]).sample.shape == (0, 5)  # sample 0 has no targets
+    assert top_k(table, "a", mode, samples=[]).sample.shape == (0, 5)
     for number in (-1, table.n_samples):
         with pytest.raises(IndexError, match=f"there is no sample {number}; the dataset has {table.n_samples}, 0 to "):
             top_k(table, "a", mode, samples=[3, number])

@@ -23,7 +23,7 @@ from crp.visualization.table import lock, shards
 from crp.visualization.table.document import get_checksum
 from crp.visualization.table.files import write_atomic
 from crp.visualization.table.lock import locked
-from crp.visualization.table.manifest import ShardRecord
+from crp.visualization.table.manifest import ShardRecord, TableHeader
 from crp.visualization.table.store import (
     Table,
     TableCorruptError,
@@ -335,6 +335,31 @@ def test_discard_deletes_the_table_and_nothing_else(tmp_path: Path) -> None:
     Table.discard(tmp_path)
     assert not Table.exists(tmp_path)
     assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == ["mine.txt", "notes.txt"]
+
+
+def test_only_a_full_disk_is_told_to_be_full(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomic(tmp_path / "nothing" / "file", b"content")
+    assert "make room" not in str(caught.value)
+
+
+def test_a_table_is_there_once_it_is_made(tmp_path: Path) -> None:
+    header = TableHeader(5, ("a",))
+    made = Table.create(tmp_path, header)
+    assert Table.open(tmp_path).header == header and Table.open(tmp_path).shards == made.shards == []
+    assert made.is_empty
+
+
+def test_a_shard_without_rows_says_nothing_of_concepts(tmp_path: Path) -> None:
+    empty, full = (ShardRecord(f"{i}", "0" * 64, i, i + 1, i, {"a": 3} if i else {}) for i in range(2))
+    assert Table(tmp_path, TableHeader(2, ("a",)), [empty, full]).n_concepts("a") == 3
+
+
+def test_discard_of_what_is_no_table_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    Table.discard(tmp_path)
+    Table.discard(tmp_path / "nothing")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_clean_deletes_what_a_killed_write_left(tmp_path: Path) -> None:
