@@ -84,11 +84,11 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("activation", "homogeneous rescaled elementwise nonnegative", "relu"),
     ("activation", "homogeneous rescaled elementwise", "leaky_relu prelu rrelu"),
     ("activation", "squashing identity rescaled elementwise nonnegative", "sigmoid hardsigmoid expit special_ndtr"),
-    ("activation", "identity rescaled elementwise nonnegative", "exp relu6 softplus"),
+    ("activation", "identity rescaled elementwise nonnegative", "exp exp2 relu6 softplus"),
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu erfc exp2 expm1 gelu
+        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu erfc expm1 gelu
         hardshrink hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num rpow selu silu sin sinh softshrink
         tan tanhshrink threshold""",
     ),
@@ -312,7 +312,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
     gives |= Born.SQUASHED if "squashing" in properties else 0
     gives |= Born.BALANCED if "balanced" in properties else 0
     gives |= Born.SOFTMAX if canonical in ("softmax", "softmin") else 0
-    gives |= Born.LOGARITHM if canonical in ("log", "log_softmax", "logsumexp") else 0
+    gives |= Born.LOGARITHM if canonical in ("log", "log10", "log2", "log_softmax", "logsumexp") else 0
     gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
     gives |= Born.ACTIVATION if kind == "activation" else 0
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)

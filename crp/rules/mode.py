@@ -280,8 +280,8 @@ _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that add a product or a quotient, which is a function of its own; their operands.
 _IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
 _ADDENDS = ("input", "tensor1", "tensor2")
-#: Functions that mask or scale entries, or do nothing to them, beside a constant.
-_MASKING = frozenset({"clone", "masked_fill", "mul", "tril", "triu", "where"})
+#: Functions that mask or scale entries, or change at most their type, beside a constant.
+_MASKING = frozenset("bfloat16 clone double float half masked_fill mul to tril triu type where".split())  # noqa: SIM905
 
 
 def _keep(tensor: Tensor) -> Tensor:

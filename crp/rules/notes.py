@@ -68,9 +68,18 @@ class Note:
 
 
 class _Exponential(NamedTuple):
-    """What is remembered of exponentials, also scaled or masked: divided by their sum, they are a softmax."""
+    """What is remembered of exponentials, also scaled or masked: divided by their sum, they are a softmax.
+
+    Attributes
+    ----------
+    source : Tensor
+        Exponent.
+    log_base : float or Tensor
+        Logarithm of the base: of ``2 ** x``, say, the logits are ``x * log(2)``.
+    """
 
     source: Tensor
+    log_base: float | Tensor = 1.0
 
 
 class Copied:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -205,6 +206,17 @@ def exponentials_in_place(q, k, v):
     return e @ v
 
 
+LN2 = math.log(2)
+
+
+def divided(e):
+    return e / e.sum(-1, keepdim=True)
+
+
+def log2_of_sum(logits):
+    return torch.exp2(logits).sum(-1, keepdim=True).log2()
+
+
 def by_exponentials(shares):
     """Attention whose probabilities are a function of the exponentials of its logits."""
     return lambda q, k, v: shares((q @ k.mT * E**-0.5).exp()) @ v
@@ -224,6 +236,11 @@ SPELLINGS = {
     "log_softmax": by_logits(lambda logits: F.log_softmax(logits, -1).exp()),
     "log_softmax_module": by_logits(lambda logits: torch.exp(nn.LogSoftmax(-1)(logits))),
     "less_logarithm": by_logits(lambda logits: (logits - logits.exp().sum(-1, keepdim=True).log()).exp()),
+    "powers_of_two": by_logits(lambda logits: divided(2 ** (logits / LN2))),
+    "powers_of_e": by_logits(lambda logits: divided(torch.pow(torch.tensor(math.e, dtype=logits.dtype), logits))),
+    "powers_in_words": by_logits(lambda logits: divided(torch.pow(2.0, exponent=logits / LN2))),
+    "exp2": by_logits(lambda logits: divided((logits / LN2).exp2())),
+    "less_logarithm_to_base_two": by_logits(lambda logits: torch.exp2(logits / LN2 - log2_of_sum(logits / LN2))),
     "softmin": by_logits(lambda logits: F.softmin(-logits, -1)),
     "exponentials": exponentials,
     "exponentials_in_place": exponentials_in_place,
@@ -260,6 +277,14 @@ def test_spellings_of_attention_are_explained_alike(name, attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("convert", [Tensor.double, lambda e: e.to(torch.float64), lambda e: e.type(torch.float64)])
+def test_exponentials_that_are_summed_up_in_another_precision(convert):
+    x, rounded = numbers(2, 4, 6), lambda logits: divided(convert(logits.float().exp()))
+    nets = [Net(lambda x, by=by: (by(x @ x.mT) @ x).sum(1)).eval() for by in (rounded, nn.Softmax(-1))]
+    found, wanted = (CondAttribution(net)(x, [{"y": 1}], AttnLRP()).heatmap for net in nets)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_attention_by_logsumexp(attention):
@@ -269,10 +294,6 @@ def test_attention_by_logsumexp(attention):
     expected = closed_form(*inputs, r, attention)
     for key, one in zip("qkv", found, strict=True):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
-
-
-def divided(e):
-    return e / e.sum(-1, keepdim=True)
 
 
 SCALE = numbers(1, seed=4)
