@@ -19,13 +19,14 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.functions import Function, in_place, look_up
+from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes, _Exponential
 from crp.rules.operands import Operands, _steps
 from crp.rules.operation import Operation
 from crp.rules.passing import _copied, _passed
 from crp.rules.redirect import overwritten
+from crp.rules.spellings import in_place
 
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())

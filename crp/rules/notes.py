@@ -31,9 +31,10 @@ class Born:
     DIVISOR = 64  # one over something
     BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
     LOGARITHM = 256  # a logarithm, or something less a logarithm: its exponential may be a softmax
+    GATING = 512  # of a sigmoid, a tanh or an exponential: a number that is added is part of it, as in a gate
 
 
-BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.ROUTED | Born.DIVISOR | Born.BALANCED | Born.LOGARITHM
+BORN: int = sum(flag for name, flag in vars(Born).items() if name.isupper())
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 _NESTED = (tuple, list, dict)

@@ -9,10 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from crp.rules.functions import Function, in_place, look_up
+from crp.layers.devices import holds
+from crp.rules.functions import Function, look_up
 from crp.rules.layer import changed
-from crp.rules.notes import FIRST
-from crp.rules.operands import NOTHING_SUMMED, Operands
+from crp.rules.notes import FIRST, Born
+from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
+from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
 _add, _sum = look_up(torch.add), look_up(torch.sum)
@@ -23,6 +25,11 @@ _scaling = replace(
 _BY_TENSORS = {
     known: replace(known, properties=known.properties | {"selection"})
     for known in (look_up(Tensor.__getitem__), look_up(Tensor.__setitem__))
+}
+#: Functions that add a number to what a gate is made of, and so are part of it, as in ``1 / (1 + exp(-x))``.
+_SHIFTS = {
+    known: replace(known, properties=known.properties | {"identity"})
+    for known in (look_up(torch.add), look_up(torch.sub), look_up(torch.rsub))
 }
 
 
@@ -81,6 +88,8 @@ class Operation:
                 self.known = _BY_TENSORS[self.known]
             if is_single and self.kind == "product":
                 self.kind = ""
+            if is_single and self.flags & Born.GATING and self.known in _SHIFTS and self._is_beside_a_number():
+                self.known = _SHIFTS[self.known]
             return
         self.operands = self.known.parse(self.function, self.args, self.kwargs, self.depends)
         if self.operands is NOTHING_SUMMED:
@@ -94,6 +103,11 @@ class Operation:
             self.known, self.kind = _sum, ""
         else:
             self.kind = "" if is_single else "product"
+
+    def _is_beside_a_number(self) -> bool:
+        """Whether all other operands are numbers, or constant tensors of one number, which is no parameter."""
+        others = (tensor for tensor in tensors_in((self.args, self.kwargs)) if tensor is not self.inputs[0])
+        return all(map(_is_one_number, others))
 
     def out_of_place(self) -> tuple[Operation, Tensor]:
         """The same call on a copy of its first operand; and that operand, which the call itself would overwrite."""
@@ -122,6 +136,12 @@ class Operation:
             target = args[0].clone()
             self.function(target, *args[1:], **kwargs)
             return cast(Tensor, target)
+
+
+def _is_one_number(tensor: Tensor) -> bool:
+    """Whether all entries of a constant tensor are the same number, and no parameter."""
+    is_plain = tensor.numel() > 0 and not tensor.is_complex() and not _is_parameter(tensor)
+    return is_plain and holds(lambda: tensor.amin() == tensor.amax())
 
 
 def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
 #: Functions that cut off what is below a number, and their argument for it.
 _LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
 #: Functions of which it depends on the operands what is known of the result.
-_ELEMENTWISE = frozenset(("mul", "div", "pow", "sub", "rsub", "add", *_LOWEST))
+_ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "sub", "rsub", "add", *_LOWEST))
 
 
 def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
@@ -58,6 +58,11 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
         kept |= Born.LOGARITHM
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
+    if name in ("sub", "rsub", "add") and op.known.has("identity"):  # a number beside what a gate is made of
+        kept |= flags & Born.GATING
+    is_quotient = (name == "div" and len(inputs) > 1) or bool((kept | op.known.gives) & Born.DIVISOR)
+    if is_quotient and flags & Born.GATING:  # as exp(x) / (1 + exp(x)) and 1 / (1 + exp(-x)) are
+        kept |= Born.SQUASHED
     return kept
 
 
@@ -83,13 +88,18 @@ def _has_tensor(value: object) -> bool:
 
 
 def _is_beside_one(op: Operation) -> bool:
-    """Whether a sum or difference is 1 plus or minus a tensor; or a constant tensor, where the other is squashed."""
+    """Whether a sum or difference is 1 plus or minus a tensor.
+
+    A constant tensor counts as 1 where the other is squashed, and any positive number where it is balanced, and may be
+    scaled.
+    """
     name, kwargs, inputs = op.known.canonical, op.kwargs, op.inputs
     whole, part = [*op.args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
         whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
     is_one = bool(op.flags & Born.SQUASHED) if isinstance(whole, Tensor) else whole == 1
+    is_one |= bool(op.flags & Born.BALANCED) and isinstance(whole, int | float) and whole > 0
     return is_only and is_one and kwargs.get("alpha", 1) in (1, -1)
 
 
