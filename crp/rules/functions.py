@@ -147,10 +147,14 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         "homogeneous linear selects copies",
         """H T as_strided atleast_1d atleast_2d atleast_3d broadcast_to diag diag_embed diagonal dsplit expand
         expand_as flip fliplr flipud hsplit mH mT moveaxis movedim narrow native_channel_shuffle pixel_unshuffle
-        ravel repeat repeat_interleave reshape_as roll rot90 select split split_with_sizes swapaxes swapdims t
-        tensor_split tile unbind unflatten unfold unsafe_chunk unsafe_split view_as vsplit""",
+        ravel repeat repeat_interleave reshape_as roll rot90 select slice split split_with_sizes swapaxes swapdims t
+        tensor_split tile unbind unflatten unfold unsafe_chunk unsafe_split unsafe_view view_as vsplit""",
     ),
-    ("", "homogeneous linear selects copies elementwise", "cpu cuda identity resolve_conj resolve_neg type type_as"),
+    (
+        "",
+        "homogeneous linear selects copies elementwise",
+        "alias cpu cuda identity resolve_conj resolve_neg to_copy type type_as",
+    ),
     ("", "homogeneous linear selects", "broadcast_tensors tril triu"),
     ("", "homogeneous selection selects copies indexes", "gather index_select take_along_dim"),
     ("", "homogeneous linear constant selects copies sign", "cat"),
@@ -252,7 +256,8 @@ class Function:
     keeps, gives : int
         What is known of its result: notes of all operands that it keeps, and notes that it gives (`crp.rules.notes`).
     arguments, operands : tuple of str
-        Of a kernel that is registered as attention: names of positional arguments, and of queries, keys, values, mask.
+        Names of positional arguments, where they are not those of the table; of a kernel that is registered as
+        attention, those of queries, keys, values and mask.
     """
 
     name: str

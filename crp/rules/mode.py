@@ -131,6 +131,9 @@ class SeeingMode(TorchFunctionMode):
             func, (args, kwargs), known, inputs = whole.function, (whole.factors, {}), whole.known, []
             flags = self.notes.read(args, inputs, self._unseen)
         op = Operation(func, args, kwargs, known, inputs, flags)
+        if results := op.results():
+            constant = [tensor.detach() for tensor in op.run()[len(results) :]]
+            return (*map(self._see, results), *constant)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
             with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _keep):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from crp.layers.devices import holds
 from crp.rules.functions import Function, look_up
@@ -30,6 +32,19 @@ _BY_TENSORS = {
 _SHIFTS = {
     known: replace(known, properties=known.properties | {"identity"})
     for known in (look_up(torch.add), look_up(torch.sub), look_up(torch.rsub))
+}
+_of_kernel = ("input", "weight", "bias")  # (what kernels of norms begin with)
+#: Functions of several results: what each is the result of; those of a norm that follow are statistics.
+_RESULTS = {
+    "var_mean": (look_up(torch.var), look_up(torch.mean)),
+    "std_mean": (look_up(torch.std), look_up(torch.mean)),
+    "native_layer_norm": (look_up(F.layer_norm),),
+    "native_group_norm": (
+        replace(look_up(F.group_norm), arguments=(*_of_kernel, "N", "C", "HxW", "num_groups", "eps")),
+    ),
+    "native_batch_norm_legit_no_training": (
+        replace(look_up(F.batch_norm), arguments=(*_of_kernel, "running_mean", "running_var", "momentum", "eps")),
+    ),
 }
 
 
@@ -125,6 +140,11 @@ class Operation:
             other.operands = self.known.parse(function, other.args, kwargs, other.depends)
         return other, target
 
+    def results(self) -> list[Operation]:
+        """The call as one for each of its results; none where it has one, or where nothing is known of them."""
+        kinds = enumerate(_RESULTS.get(self.known.canonical, ()))
+        return [replace(self, function=partial(_result, self.function, i), known=known) for i, known in kinds]
+
     def constant(self) -> Tensor:
         """Output of an affine function where all that depends on the model's input is zero."""
         with torch.no_grad():
@@ -136,6 +156,11 @@ class Operation:
             target = args[0].clone()
             self.function(target, *args[1:], **kwargs)
             return cast(Tensor, target)
+
+
+def _result(function: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
+    """One of the results of a function of several."""
+    return function(*args, **kwargs)[number]
 
 
 def _is_one_number(tensor: Tensor) -> bool:
