@@ -128,7 +128,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear", "cumsum diff nansum fold interpolate upsample"),
     ("", "homogeneous linear selection", "index_add"),
     ("", "homogeneous linear constant", "complex"),
-    ("", "homogeneous linear constant selection", "scatter_add"),
+    ("", "homogeneous linear constant selection indexes", "scatter_add"),
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     ("", "constant elementwise", "lerp"),
     # --- choice ---
@@ -319,7 +319,9 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         keeps |= BORN
     keeps |= NONNEGATIVE if "sign" in properties else 0
     keeps |= Born.ACTIVATION if properties >= {"rescaled", "elementwise"} else 0  # (the square of one is one)
-    keeps |= Born.SOFTMAX if "elementwise" in properties or canonical == "mean" else 0  # (so is a mean of attention)
+    if "elementwise" in properties or canonical in ("mean", "sum"):  # (so is a mean of attention)
+        keeps |= Born.SOFTMAX
+    keeps |= Born.ROUTED if canonical in ("mean", "sum") else 0
     gives |= sum(flag for name, flag in _GIVEN.items() if name in properties)
     gives |= Born.SOFTMAX if canonical in ("softmax", "softmin") else 0
     gives |= Born.LOGARITHM if canonical in ("log", "log10", "log2", "log_softmax", "logsumexp") else 0

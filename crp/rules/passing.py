@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crp.layers.devices import holds
 from crp.rules.layer import changed
 from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
+from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
@@ -28,13 +30,34 @@ def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
     kept = flags & known.keeps
     if name in _ELEMENTWISE:
         kept = _kept_by(op, kept, born)
-    if flags & (Born.SOFTMAX | Born.ROUTED) and (
-        known.has("indexes") or (name == "getitem" and _has_tensor(op.args[1:]))
-    ):
+    if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or _is_indexed(op)):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
         kept |= Born.ROUTED
+    elif flags & Born.SOFTMAX and op.operands is not None and _mixes_heads(op.operands):
+        kept |= Born.SOFTMAX
     return kept | known.gives
+
+
+def _mixes_heads(operands: Operands) -> bool:
+    """Whether probabilities are summed up across heads, say, and not along the axis along which they sum up to one."""
+    with torch.no_grad():
+        a = operands.a.detach()
+        sums = operands.run(a, torch.ones_like(operands.weight), None)
+    return not _is_constant(sums) and all(
+        any(_is_constant(one.sum(dim)) for dim in range(one.dim())) for one in (a, sums)
+    )
+
+
+def _is_indexed(op: Operation) -> bool:
+    """Whether entries are chosen by an index of tensors, or put where it says, among constants."""
+    is_chosen = op.known.canonical == "getitem" or (op.known.name == "setitem" and not op.depends(op.args[0]))
+    return is_chosen and _has_tensor(op.args[1])
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    """Whether all entries are the same number, but for rounding."""
+    return tensor.numel() > 0 and holds(lambda: tensor.amax() - tensor.amin() <= 1e-4 * tensor.amax())
 
 
 def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:

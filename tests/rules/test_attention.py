@@ -296,12 +296,16 @@ def test_attention_by_logsumexp(attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
-SCALE = numbers(1, seed=4)
+SCALE, MIX = numbers(1, seed=4), numbers(HEADS, HEADS, seed=5)
 #: What models make of the probabilities p, and of others, o, before they weight values.
 MADE_OF_PROBABILITIES = {
     "difference": lambda p, o: p - SCALE * o,
     "mean": lambda p, o: (p + o) / 2,
     "mean_of_heads": lambda p, o: p.mean(1, keepdim=True),
+    "sum_of_heads": lambda p, o: p.sum(1, keepdim=True),
+    "mixed_heads": lambda p, o: F.linear(p.permute(0, 2, 3, 1), MIX).permute(0, 3, 1, 2),
+    "mixed_by_einsum": lambda p, o: torch.einsum("bhij,hg->bgij", p, MIX),
+    "mixed_by_a_convolution": lambda p, o: F.conv2d(p, MIX[..., None, None], bias=MIX[0]),
     "clamped": lambda p, o: p.clamp(min=0.01),
     "sharpened": lambda p, o: p**2 / (p**2).sum(-1, keepdim=True),
     "residual": lambda p, o: p + 0.1,
@@ -324,6 +328,15 @@ def test_what_is_made_of_probabilities_of_attention_is_held_constant_with_them(n
     assert not of_q.any()
     assert not of_k.any()
     torch.testing.assert_close(of_v, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_probabilities_weight_is_no_attention(masked):
+    """A memory that is read shares its product with another tensor."""
+    x, v, r, memory = numbers(1, 3, 4), numbers(1, 5, 2, seed=2), numbers(1, 3, 2, seed=1), numbers(4, 5, seed=3)
+    mask = torch.tensor([[[0.0], [1.0], [2.0]]]).double() if masked else 1.0
+    (_, of_v), _ = explain(lambda x, v: (mask * x.softmax(-1) @ memory) @ v, [x, v], r, lrp("constant"))
+    torch.testing.assert_close(of_v.sum(), r[:, 1 if masked else 0 :].sum() / 2, rtol=1e-9, atol=1e-9)
 
 
 def test_exponentials_over_their_sum_and_one_are_held_constant():
