@@ -147,9 +147,9 @@ class MatrixProduct(_Attending):
     r"""A product of matrices or vectors, :math:`y = \sum_j u_j v_j`, of which several depend on the model's input.
 
     Each operand gets the same part of the relevance, and all together all of it. With ``"constant"``, operands that a
-    softmax has made are held constant, or else those of squashing functions; so the others take all. Weights that a
-    ReLU or the like has made cannot be told from values, and share. What chooses among experts is always held constant.
-    What is only added, such as a bias, has the ordinary chain rule.
+    softmax has made are held constant, or else those of squashing functions, or exponentials, whose sum may divide the
+    product; so the others take all. Weights that a ReLU or the like has made cannot be told from values, and share.
+    What chooses among experts is always held constant. What is only added, such as a bias, has the ordinary chain rule.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ class _ConstantWeights(_OfMethod, MatrixProduct):
 
 
 #: What made values that are held constant in products, by precedence.
-_HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED)
+_HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED, Born.EXPONENTIAL)
 
 
 def _held_constant(born: Sequence[int], mode: Attention) -> int:

@@ -277,6 +277,30 @@ def test_spellings_of_attention_are_explained_alike(name, attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
+def with_ones(e, v):
+    both = e @ torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    return both[..., :-1] / both[..., -1:]
+
+
+#: Exponentials that weight values, and whose sum divides the result.
+DIVIDED_LATER = {
+    "exp": lambda s, v: (s.exp() @ v) / s.exp().sum(-1, keepdim=True),
+    "less the largest": lambda s, v: ((s - s.amax(-1, True)).exp() @ v) / (s - s.amax(-1, True)).exp().sum(-1, True),
+    "powers": lambda s, v: torch.einsum("bhij,bhjd->bhid", 2 ** (s / LN2), v) / (2 ** (s / LN2)).sum(-1, True),
+    "ones among the values": lambda s, v: with_ones(s.exp(), v),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED_LATER)
+def test_exponentials_that_weight_values_are_held_constant(name):
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
+    attend = DIVIDED_LATER[name]
+    found, _ = explain(lambda q, k, v: attend(q @ k.mT * E**-0.5, v), inputs, r, lrp("constant"))
+    expected = closed_form(*inputs, r, "constant")
+    for key, one in zip("qkv", found, strict=True):
+        torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("convert", [Tensor.double, lambda e: e.to(torch.float64), lambda e: e.type(torch.float64)])
 def test_exponentials_that_are_summed_up_in_another_precision(convert):
     x, rounded = numbers(2, 4, 6), lambda logits: divided(convert(logits.float().exp()))
