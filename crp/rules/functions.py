@@ -129,12 +129,13 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear selection", "index_add"),
     ("", "homogeneous linear constant", "complex"),
     ("", "homogeneous linear constant selection indexes", "scatter_add"),
+    ("", "homogeneous constant", "index_reduce scatter_reduce"),  # (but for products)
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     ("", "constant elementwise", "lerp"),
     # --- choice ---
-    ("", "homogeneous choosing elementwise", "maximum minimum"),
+    ("", "homogeneous choosing elementwise", "fmax fmin maximum minimum"),
     ("", "homogeneous choosing indexes", "max min"),
-    ("", "homogeneous", "amax amin cummax"),
+    ("", "homogeneous", "amax amin cummax cummin hypot"),
     ("", "homogeneous selects indexes", "kthvalue masked_select median msort nanmedian sort take topk"),
     # --- the same entries at other places ---
     ("", "homogeneous linear selects copies sign", "chunk flatten getitem permute reshape squeeze transpose"),

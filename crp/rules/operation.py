@@ -28,6 +28,11 @@ _BY_TENSORS = {
     known: replace(known, properties=known.properties | {"selection"})
     for known in (look_up(Tensor.__getitem__), look_up(Tensor.__setitem__))
 }
+#: Functions that multiply all that an index puts at one place, if they are told to.
+_REDUCING = {
+    known: replace(known, properties=frozenset())
+    for known in (look_up(Tensor.scatter_reduce), look_up(Tensor.index_reduce))
+}
 #: Functions that add a number to what a gate is made of, and so are part of it, as in ``1 / (1 + exp(-x))``.
 _SHIFTS = {
     known: replace(known, properties=known.properties | {"identity"})
@@ -103,6 +108,8 @@ class Operation:
                 self.known = _BY_TENSORS[self.known]
             if is_single and self.kind == "product":
                 self.kind = ""
+            if self.known in _REDUCING and "prod" in self._words():
+                self.known = _REDUCING[self.known]
             if is_single and self.flags & Born.GATING and self.known in _SHIFTS and self._is_beside_a_number():
                 self.known = _SHIFTS[self.known]
             return
@@ -118,6 +125,10 @@ class Operation:
             self.known, self.kind = _sum, ""
         else:
             self.kind = "" if is_single else "product"
+
+    def _words(self) -> list[str]:
+        """Arguments that are words."""
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, str)]
 
     def _is_beside_a_number(self) -> bool:
         """Whether all other operands are numbers, or constant tensors of one number, which is no parameter."""
