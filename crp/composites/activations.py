@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from crp.layers.devices import holds
 from crp.rules.functions import Function, look_up
 from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
@@ -39,8 +41,9 @@ def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, An
 
     A module is one activation if it is called with one tensor, returns one of the same shape, reads no other tensor
     that depends on the model's input, and calls only elementwise functions that a mode can see, one of them an
-    activation. To find out, the module runs once more, and is left as it was. The answer is remembered for as long as
-    nothing changes that it may depend on.
+    activation. One that calls what no mode sees, such as a custom autograd.Function, is an activation of torch if it
+    returns the values of one. To find out, the module runs once more, and is left as it was. The answer is remembered
+    for as long as nothing changes that it may depend on.
     """
     if not _may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         return None
@@ -99,10 +102,35 @@ def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> list[Function] | 
         if not isinstance(output, Tensor) or output.shape != leaf.shape:
             return None
         probe.notes.read([output], [], probe.note_unseen)
+        if not probe.is_seen:
+            probe.reads_others = True  # (another time, its values may be others)
+            x, y = leaf.detach(), output.detach()
+            return next(([look_up(one)] for one in _OF_TORCH if _is_equal(one, x, y)), None)
     functions = probe.functions
     is_smooth = any(function.kind == "activation" and function.has("identity") for function in functions)
     is_one = probe.is_seen and len(functions) > 1 and all(function.has("elementwise") for function in functions)
     return functions if is_one and is_smooth else None
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _gelu_by_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+#: Activations by which values are known.
+_OF_TORCH = (
+    F.silu, F.gelu, _gelu_by_tanh, _quick_gelu, F.mish, F.hardswish, F.hardsigmoid, F.relu, F.relu6, F.elu, F.selu,
+    F.softplus, F.softsign, torch.sigmoid, torch.tanh,
+)  # fmt: skip
+
+
+def _is_equal(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> bool:
+    """Whether an activation gives y, but for rounding."""
+    rounding = max(1e-6, 4 * torch.finfo(y.dtype).eps)
+    return holds(lambda: ((function(x) - y).abs() <= rounding * (x.abs() + y.abs())).all())
 
 
 class _OfModule(Notes):

@@ -30,7 +30,7 @@ from crp.rules.functional import (
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
-from crp.rules.shared import _ByGrid, _Proportional, _Refused
+from crp.rules.shared import _ByGrid, _OfSquares, _Proportional, _Refused
 from crp.rules.stabilizer import Stabilize
 
 
@@ -74,6 +74,7 @@ def _base(
         (Functions(("glu",)), GLU(gates)),
         (Having.of("choosing"), _Proportional()),
         (Functions(("std",)), _Proportional()),
+        (Functions(("var",)), _OfSquares()),
         (Functions(("grid_sample",)), _ByGrid()),
         (Functions(("prelu",)), refused),
         *products,

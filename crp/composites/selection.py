@@ -18,7 +18,8 @@ from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.layers import ByChainRule, LayerNotFoundError
 from crp.rules import Rule, Whole, lift
-from crp.rules.functions import AFFINE, KINDS, PROPERTIES, Function, canonical, check_names, look_up, name_of
+from crp.rules.functions import AFFINE, KINDS, PROPERTIES, Function, canonical, check_names, look_up
+from crp.rules.spellings import name_of
 
 Types: TypeAlias = type | tuple[type, ...]
 

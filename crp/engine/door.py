@@ -176,7 +176,7 @@ def is_lost_in_float16(relevance: Tensor, *dtypes: torch.dtype) -> bool:
     casts = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     if torch.float16 not in (*dtypes, *casts) or relevance.is_meta:
         return False
-    return bool((relevance.detach().flatten(1).abs().amax(1) < _LEAST).any())
+    return bool((relevance.detach().reshape(len(relevance), -1).abs().amax(1) < _LEAST).any())
 
 
 def _listed(names: list[str]) -> str:

@@ -21,6 +21,7 @@ fused, in both directions. These have no second derivative on the CPU: with ``cr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -33,6 +34,7 @@ from crp.rules.functions import Function, _parameters_of, look_up
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born, _Exponential
 from crp.rules.operands import ADDED
+from crp.rules.redirect import Redirect
 from crp.rules.shared import Parts, _OfMethod, _Proportional, _Shared
 from crp.trace.recorder import tensors_in
 
@@ -40,10 +42,27 @@ from crp.trace.recorder import tensors_in
 Attention: TypeAlias = Literal["constant", "split"]
 
 
+#: Functions that are exponential in an operand.
+_EXPONENTIAL = frozenset({"exp", "exp2", "pow", "rpow"})
+
+
 def _exponential_of(rule: Rule, layer: Layer) -> _Exponential | None:
     """What is remembered of an exponential that a call reads; None if it reads none."""
     notes = filter(None, map(rule._note_of, layer.inputs))
     return next((note.parts for note in notes if isinstance(note.parts, _Exponential)), None)
+
+
+def _log_base(layer: Layer) -> float | Tensor | None:
+    """Logarithm of the base of an exponential function, ``b ** x``; None of others."""
+    if layer.module is not None or layer.known.canonical not in _EXPONENTIAL:
+        return None
+    operands = [*layer.args, *layer.kwargs.values()]
+    if layer.known.canonical == "pow" and operands[0] is layer.inputs[0]:  # a power, ``x ** b``
+        return None
+    base = {"exp": math.e, "exp2": 2}.get(layer.name) or next(v for v in operands if v is not layer.inputs[0])
+    if isinstance(base, Tensor):
+        return base.detach().log()
+    return math.log(base) if isinstance(base, int | float) and base > 0 else None
 
 
 def _as_softmax(rule: Rule, layer: Layer, exponential: _Exponential | None) -> Tensor | None:
@@ -60,12 +79,14 @@ def _as_softmax(rule: Rule, layer: Layer, exponential: _Exponential | None) -> T
     if exponential is None or rule.attachment is None or exponential.source.shape != layer.output.shape:
         return None
     y = layer.output.detach()
-    logits, info = exponential.source.masked_fill(y == 0, -torch.inf), torch.finfo(y.dtype)
+    logits = (exponential.source.to(y.dtype) * exponential.log_base).masked_fill(y == 0, -torch.inf)
+    rounding = max(torch.finfo(dtype).eps for dtype in (exponential.source.dtype, y.dtype))
     for dim in reversed(range(y.dim())):
         softmax = Layer(torch.softmax, (logits, dim), {}, (logits,), look_up(torch.softmax), place=layer.place)
-        if y.shape[dim] > 1 and torch.allclose(softmax.output, y, rtol=max(1e-5, 16 * info.eps), atol=info.tiny):
+        if y.shape[dim] > 1 and torch.allclose(softmax.output, y, max(1e-5, 16 * rounding), torch.finfo(y.dtype).tiny):
             layer.gives = Born.SOFTMAX
-            return cast(Tensor, _Proportional().attach(rule.attachment).operate(softmax))
+            by_softmax = _Proportional().attach(rule.attachment).operate(softmax)
+            return cast(Tensor, Redirect.apply(y, None, 1, by_softmax, y.new_ones(())))  # (to the last bit as it was)
     return None
 
 
@@ -126,8 +147,9 @@ class MatrixProduct(_Attending):
     r"""A product of matrices or vectors, :math:`y = \sum_j u_j v_j`, of which several depend on the model's input.
 
     Each operand gets the same part of the relevance, and all together all of it. With ``"constant"``, operands that a
-    softmax has made are held constant, or else those of squashing functions; so the others take all. What chooses among
-    experts is always held constant. What is only added, such as a bias, has the ordinary chain rule.
+    softmax has made are held constant, or else those of squashing functions, or exponentials, whose sum may divide the
+    product; so the others take all. Weights that a ReLU or the like has made cannot be told from values, and share.
+    What chooses among experts is always held constant. What is only added, such as a bias, has the ordinary chain rule.
 
     Parameters
     ----------
@@ -175,7 +197,7 @@ class _ConstantWeights(_OfMethod, MatrixProduct):
 
 
 #: What made values that are held constant in products, by precedence.
-_HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED)
+_HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED, Born.EXPONENTIAL)
 
 
 def _held_constant(born: Sequence[int], mode: Attention) -> int:

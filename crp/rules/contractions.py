@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crp.rules.functions import Function, look_up
-from crp.rules.operands import PARSERS
+from crp.rules.operands import PARSERS, _is_parameter
 
 #: Functions that sum up a product; what is known of them then.
 _SUMMING = {name: replace(look_up(torch.einsum), name=name, parse=PARSERS["matmul"]) for name in ("sum", "mean")}
@@ -132,8 +132,3 @@ def _axes_used(tensor: Tensor, dims: int) -> set[int]:
     added = dims - tensor.dim()
     entries = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
     return {axis + added for axis, (size, stride) in entries if size > 1 and stride != 0}
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter, or a view of one."""
-    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)

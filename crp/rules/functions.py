@@ -7,7 +7,7 @@ spellings of a function are one: `F.relu`, `torch.relu_`, `Tensor.relu`, ``torch
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -21,6 +21,7 @@ from torch.overrides import get_overridable_functions
 from crp.errors import InputError
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
 from crp.rules.operands import PARSERS, Parse
+from crp.rules.spellings import _plain, name_of
 
 #: Kinds of operations. An affine function is a "product" if both of its operands depend on the input.
 KINDS = ("convolution", "dense", "activation", "normalization", "product", "pooling", "embedding")
@@ -44,6 +45,7 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - squashing: results lie between 0 and 1
 #: - balanced: results lie between -1 and 1
 #: - nonnegative: results are not negative
+#: - gating: gates are made of it by adding numbers, which then are part of it
 #: - sign: results are not negative if no operand is
 #: - selects: the result holds entries of the operands, rearranged
 #: - scales: with a constant operand, it changes nothing but the scale
@@ -52,7 +54,7 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - indexes: entries are chosen, or put, by an index
 PROPERTIES = frozenset(
     """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax
-    elementwise choosing attention composed squashing balanced nonnegative sign selects scales copies maximum
+    elementwise choosing attention composed squashing balanced nonnegative gating sign selects scales copies maximum
     indexes""".split()  # noqa: SIM905
 )
 
@@ -83,16 +85,20 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # --- activations ---
     ("activation", "homogeneous rescaled elementwise nonnegative", "relu"),
     ("activation", "homogeneous rescaled elementwise", "leaky_relu prelu rrelu"),
-    ("activation", "squashing identity rescaled elementwise nonnegative", "sigmoid hardsigmoid expit special_ndtr"),
-    ("activation", "identity rescaled elementwise nonnegative", "exp relu6 softplus"),
+    ("activation", "squashing identity rescaled elementwise nonnegative gating", "expit sigmoid special_ndtr"),
+    ("activation", "squashing identity rescaled elementwise nonnegative", "hardsigmoid"),
+    ("activation", "identity rescaled elementwise nonnegative gating", "exp exp2 erfc"),
+    ("activation", "identity rescaled elementwise nonnegative", "relu6 softplus"),
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu erfc exp2 expm1 gelu
-        hardshrink hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num rpow selu silu sin sinh softshrink
-        tan tanhshrink threshold""",
+        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu expm1 gelu hardshrink
+        hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num selu silu sin sinh softshrink tan tanhshrink
+        threshold""",
     ),
-    ("activation", "balanced identity rescaled elementwise", "erf softsign tanh"),
+    ("activation", "balanced identity rescaled elementwise gating", "erf tanh"),
+    ("activation", "balanced identity rescaled elementwise", "softsign"),
+    ("activation", "identity rescaled elementwise gating", "rpow"),
     ("activation", "rescaled elementwise", "frac logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
@@ -122,13 +128,14 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear", "cumsum diff nansum fold interpolate upsample"),
     ("", "homogeneous linear selection", "index_add"),
     ("", "homogeneous linear constant", "complex"),
-    ("", "homogeneous linear constant selection", "scatter_add"),
+    ("", "homogeneous linear constant selection indexes", "scatter_add"),
+    ("", "homogeneous constant", "index_reduce scatter_reduce"),  # (but for products)
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     ("", "constant elementwise", "lerp"),
     # --- choice ---
-    ("", "homogeneous choosing elementwise", "maximum minimum"),
+    ("", "homogeneous choosing elementwise", "fmax fmin maximum minimum"),
     ("", "homogeneous choosing indexes", "max min"),
-    ("", "homogeneous", "amax amin cummax"),
+    ("", "homogeneous", "amax amin cummax cummin hypot"),
     ("", "homogeneous selects indexes", "kthvalue masked_select median msort nanmedian sort take topk"),
     # --- the same entries at other places ---
     ("", "homogeneous linear selects copies sign", "chunk flatten getitem permute reshape squeeze transpose"),
@@ -141,10 +148,14 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         "homogeneous linear selects copies",
         """H T as_strided atleast_1d atleast_2d atleast_3d broadcast_to diag diag_embed diagonal dsplit expand
         expand_as flip fliplr flipud hsplit mH mT moveaxis movedim narrow native_channel_shuffle pixel_unshuffle
-        ravel repeat repeat_interleave reshape_as roll rot90 select split split_with_sizes swapaxes swapdims t
-        tensor_split tile unbind unflatten unfold unsafe_chunk unsafe_split view_as vsplit""",
+        ravel repeat repeat_interleave reshape_as roll rot90 select slice split split_with_sizes swapaxes swapdims t
+        tensor_split tile unbind unflatten unfold unsafe_chunk unsafe_split unsafe_view view_as vsplit""",
     ),
-    ("", "homogeneous linear selects copies elementwise", "cpu cuda identity resolve_conj resolve_neg type type_as"),
+    (
+        "",
+        "homogeneous linear selects copies elementwise",
+        "alias cpu cuda identity resolve_conj resolve_neg to_copy type type_as",
+    ),
     ("", "homogeneous linear selects", "broadcast_tensors tril triu"),
     ("", "homogeneous selection selects copies indexes", "gather index_select take_along_dim"),
     ("", "homogeneous linear constant selects copies sign", "cat"),
@@ -169,6 +180,8 @@ _ALIASES = dict(
     special_softmax:softmax subtract:sub true_divide:div truediv:div""".split()  # noqa: SIM905
 )
 
+#: What functions of these properties give.
+_GIVEN = {"nonnegative": NONNEGATIVE, "squashing": Born.SQUASHED, "balanced": Born.BALANCED, "gating": Born.GATING}
 #: Functions that look at a tensor without reading its values, or hand on none that depends on it.
 _METADATA = frozenset(
     """backward_hooks data_ptr detach dim element_size get_device has_names is_complex is_contiguous is_conj is_cuda
@@ -244,7 +257,8 @@ class Function:
     keeps, gives : int
         What is known of its result: notes of all operands that it keeps, and notes that it gives (`crp.rules.notes`).
     arguments, operands : tuple of str
-        Of a kernel that is registered as attention: names of positional arguments, and of queries, keys, values, mask.
+        Names of positional arguments, where they are not those of the table; of a kernel that is registered as
+        attention, those of queries, keys, values and mask.
     """
 
     name: str
@@ -306,13 +320,13 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         keeps |= BORN
     keeps |= NONNEGATIVE if "sign" in properties else 0
     keeps |= Born.ACTIVATION if properties >= {"rescaled", "elementwise"} else 0  # (the square of one is one)
-    keeps |= Born.SOFTMAX if "elementwise" in properties or canonical == "mean" else 0  # (so is a mean of attention)
-    if "nonnegative" in properties:
-        gives |= NONNEGATIVE
-    gives |= Born.SQUASHED if "squashing" in properties else 0
-    gives |= Born.BALANCED if "balanced" in properties else 0
+    if "elementwise" in properties or canonical in ("mean", "sum"):  # (so is a mean of attention)
+        keeps |= Born.SOFTMAX
+    keeps |= Born.ROUTED if canonical in ("mean", "sum") else 0
+    gives |= sum(flag for name, flag in _GIVEN.items() if name in properties)
     gives |= Born.SOFTMAX if canonical in ("softmax", "softmin") else 0
-    gives |= Born.LOGARITHM if canonical in ("log", "log_softmax", "logsumexp") else 0
+    gives |= Born.EXPONENTIAL if canonical in ("exp", "exp2", "rpow") else 0
+    gives |= Born.LOGARITHM if canonical in ("log", "log10", "log2", "log_softmax", "logsumexp") else 0
     gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
     gives |= Born.ACTIVATION if kind == "activation" else 0
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)
@@ -364,37 +378,6 @@ def _parameters_of(known: Function, function: Callable[..., Any]) -> tuple[str, 
     if known.canonical in _BUILT_IN and not isinstance(function, FunctionType):
         return _BUILT_IN[known.canonical]
     return _PARAMETERS.get(known.canonical, ())
-
-
-# --- how a function is called ---------------------------------------------------------------------------------------
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Plain name of a function of torch: `F.relu`, `torch.relu_` and `Tensor.relu` are all ``"relu"``."""
-    return _plain(getattr(function, "__name__", None) or str(function))
-
-
-@lru_cache(maxsize=4096)
-def _plain(name: str) -> str:
-    return name.split(".")[0].strip("_")
-
-
-#: Methods behind ``+=`` and the like.
-_AUGMENTED = frozenset(
-    f"__i{name}__"
-    for name in "add and div floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()  # noqa: SIM905
-)
-
-
-def in_place(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the result takes the place of the first operand, and is returned."""
-    # (torch hands it on by name; by position, True may be `training`)
-    return _in_place_by_name(getattr(function, "__name__", "")) or (bool(kwargs) and bool(kwargs.get("inplace")))
-
-
-@lru_cache(maxsize=4096)
-def _in_place_by_name(name: str) -> bool:
-    return (name.partition(".")[0].endswith("_") and not name.endswith("__")) or name in _AUGMENTED
 
 
 assert all(set(properties.split()) <= PROPERTIES for _, properties, _ in _TABLE)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from crp.checks import check_choice, check_number
 from crp.errors import InputError
-from crp.rules.attention import _as_softmax, _exponential_of
+from crp.rules.attention import _as_softmax, _exponential_of, _log_base
 from crp.rules.base import Rule, _is_exact
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, Modifier, negative, positive
@@ -160,7 +160,7 @@ class Pass(Rule):
 
     def operate(self, layer: Layer) -> Any:
         """Return the layer's output, with this rule as its gradient; exponentials that sum up to one are a softmax."""
-        if layer.name in ("exp", "normalize") and layer.module is None:
+        if layer.module is None:
             softmax = _as_softmax(self, layer, self._exponential(layer))
             if softmax is not None:
                 return softmax
@@ -168,16 +168,21 @@ class Pass(Rule):
 
     def _exponential(self, layer: Layer) -> _Exponential | None:
         """Exponential that the output may be after a division; that of something less a logarithm is one."""
-        if layer.name != "exp":
+        if layer.name == "normalize":
             return _exponential_of(self, layer)
-        note = self._note_of(layer.inputs[0])
-        return _Exponential(layer.inputs[0]) if note is not None and note.flags & Born.LOGARITHM else None
+        note, log_base = self._note_of(layer.inputs[0]), _log_base(layer)
+        if log_base is None or note is None or not note.flags & Born.LOGARITHM:
+            return None
+        return _Exponential(layer.inputs[0], log_base)
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        layer.parts = _Exponential(a) if layer.name == "exp" and layer.module is None else None
+        if layer.known.has("arithmetic") and (exponential := _exponential_of(self, layer)) is not None:
+            a = exponential.source  # (beside a number, an exponential may be too small to divide by)
+        log_base = _log_base(layer)
+        layer.parts = None if log_base is None else _Exponential(a, log_base)
         if self.multiplier and self._scales_later(layer, y):
             again, borrowed = layer.again(), _Borrowed(y)
             second = SecondOrder(again, [a], self.is_active, lambda: self._scales_later_on(again, a, borrowed))

@@ -19,13 +19,14 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.functions import Function, in_place, look_up
+from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes, _Exponential
 from crp.rules.operands import Operands, _steps
 from crp.rules.operation import Operation
 from crp.rules.passing import _copied, _passed
 from crp.rules.redirect import overwritten
+from crp.rules.spellings import in_place
 
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
@@ -130,6 +131,9 @@ class SeeingMode(TorchFunctionMode):
             func, (args, kwargs), known, inputs = whole.function, (whole.factors, {}), whole.known, []
             flags = self.notes.read(args, inputs, self._unseen)
         op = Operation(func, args, kwargs, known, inputs, flags)
+        if results := op.results():
+            constant = [tensor.detach() for tensor in op.run()[len(results) :]]
+            return (*map(self._see, results), *constant)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
             with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _keep):
@@ -280,8 +284,8 @@ _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that add a product or a quotient, which is a function of its own; their operands.
 _IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
 _ADDENDS = ("input", "tensor1", "tensor2")
-#: Functions that mask or scale entries, or do nothing to them, beside a constant.
-_MASKING = frozenset({"clone", "masked_fill", "mul", "tril", "triu", "where"})
+#: Functions that mask or scale entries, or change at most their type, beside a constant.
+_MASKING = frozenset("bfloat16 clone double float half masked_fill mul to tril triu type where".split())  # noqa: SIM905
 
 
 def _keep(tensor: Tensor) -> Tensor:

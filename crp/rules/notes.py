@@ -31,9 +31,11 @@ class Born:
     DIVISOR = 64  # one over something
     BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
     LOGARITHM = 256  # a logarithm, or something less a logarithm: its exponential may be a softmax
+    GATING = 512  # of a sigmoid, a tanh or an exponential: a number that is added is part of it, as in a gate
+    EXPONENTIAL = 1024  # as the weights of attention are before they are divided by their sum
 
 
-BORN = Born.SQUASHED | Born.SOFTMAX | Born.ACTIVATION | Born.ROUTED | Born.DIVISOR | Born.BALANCED | Born.LOGARITHM
+BORN: int = sum(flag for name, flag in vars(Born).items() if name.isupper())
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 _NESTED = (tuple, list, dict)
@@ -68,9 +70,18 @@ class Note:
 
 
 class _Exponential(NamedTuple):
-    """What is remembered of exponentials, also scaled or masked: divided by their sum, they are a softmax."""
+    """What is remembered of exponentials, also scaled or masked: divided by their sum, they are a softmax.
+
+    Attributes
+    ----------
+    source : Tensor
+        Exponent.
+    log_base : float or Tensor
+        Logarithm of the base: of ``2 ** x``, say, the logits are ``x * log(2)``.
+    """
 
     source: Tensor
+    log_base: float | Tensor = 1.0
 
 
 class Copied:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Operands(NamedTuple):
@@ -94,6 +94,11 @@ def _product(
     if depends(left):
         return Operands(left, _dense(right), None, lambda a, w, b: function(a, w, *rest, **others))
     return Operands(right, _dense(left), None, lambda a, w, b: function(w, a, *rest, **others))
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, or a view of one."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
 def _dense(weight: Tensor) -> Tensor:

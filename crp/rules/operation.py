@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from crp.rules.functions import Function, in_place, look_up
+from crp.layers.devices import holds
+from crp.rules.functions import Function, look_up
 from crp.rules.layer import changed
-from crp.rules.notes import FIRST
-from crp.rules.operands import NOTHING_SUMMED, Operands
+from crp.rules.notes import FIRST, Born
+from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
+from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
 _add, _sum = look_up(torch.add), look_up(torch.sum)
@@ -23,6 +27,29 @@ _scaling = replace(
 _BY_TENSORS = {
     known: replace(known, properties=known.properties | {"selection"})
     for known in (look_up(Tensor.__getitem__), look_up(Tensor.__setitem__))
+}
+#: Functions that multiply all that an index puts at one place, if they are told to.
+_REDUCING = {
+    known: replace(known, properties=frozenset())
+    for known in (look_up(Tensor.scatter_reduce), look_up(Tensor.index_reduce))
+}
+#: Functions that add a number to what a gate is made of, and so are part of it, as in ``1 / (1 + exp(-x))``.
+_SHIFTS = {
+    known: replace(known, properties=known.properties | {"identity"})
+    for known in (look_up(torch.add), look_up(torch.sub), look_up(torch.rsub))
+}
+_of_kernel = ("input", "weight", "bias")  # (what kernels of norms begin with)
+#: Functions of several results: what each is the result of; those of a norm that follow are statistics.
+_RESULTS = {
+    "var_mean": (look_up(torch.var), look_up(torch.mean)),
+    "std_mean": (look_up(torch.std), look_up(torch.mean)),
+    "native_layer_norm": (look_up(F.layer_norm),),
+    "native_group_norm": (
+        replace(look_up(F.group_norm), arguments=(*_of_kernel, "N", "C", "HxW", "num_groups", "eps")),
+    ),
+    "native_batch_norm_legit_no_training": (
+        replace(look_up(F.batch_norm), arguments=(*_of_kernel, "running_mean", "running_var", "momentum", "eps")),
+    ),
 }
 
 
@@ -81,6 +108,10 @@ class Operation:
                 self.known = _BY_TENSORS[self.known]
             if is_single and self.kind == "product":
                 self.kind = ""
+            if self.known in _REDUCING and "prod" in self._words():
+                self.known = _REDUCING[self.known]
+            if is_single and self.flags & Born.GATING and self.known in _SHIFTS and self._is_beside_a_number():
+                self.known = _SHIFTS[self.known]
             return
         self.operands = self.known.parse(self.function, self.args, self.kwargs, self.depends)
         if self.operands is NOTHING_SUMMED:
@@ -94,6 +125,15 @@ class Operation:
             self.known, self.kind = _sum, ""
         else:
             self.kind = "" if is_single else "product"
+
+    def _words(self) -> list[str]:
+        """Arguments that are words."""
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, str)]
+
+    def _is_beside_a_number(self) -> bool:
+        """Whether all other operands are numbers, or constant tensors of one number, which is no parameter."""
+        others = (tensor for tensor in tensors_in((self.args, self.kwargs)) if tensor is not self.inputs[0])
+        return all(map(_is_one_number, others))
 
     def out_of_place(self) -> tuple[Operation, Tensor]:
         """The same call on a copy of its first operand; and that operand, which the call itself would overwrite."""
@@ -111,6 +151,11 @@ class Operation:
             other.operands = self.known.parse(function, other.args, kwargs, other.depends)
         return other, target
 
+    def results(self) -> list[Operation]:
+        """The call as one for each of its results; none where it has one, or where nothing is known of them."""
+        kinds = enumerate(_RESULTS.get(self.known.canonical, ()))
+        return [replace(self, function=partial(_result, self.function, i), known=known) for i, known in kinds]
+
     def constant(self) -> Tensor:
         """Output of an affine function where all that depends on the model's input is zero."""
         with torch.no_grad():
@@ -122,6 +167,17 @@ class Operation:
             target = args[0].clone()
             self.function(target, *args[1:], **kwargs)
             return cast(Tensor, target)
+
+
+def _result(function: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
+    """One of the results of a function of several."""
+    return function(*args, **kwargs)[number]
+
+
+def _is_one_number(tensor: Tensor) -> bool:
+    """Whether all entries of a constant tensor are the same number, and no parameter."""
+    is_plain = tensor.numel() > 0 and not tensor.is_complex() and not _is_parameter(tensor)
+    return is_plain and holds(lambda: tensor.amin() == tensor.amax())
 
 
 def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crp.layers.devices import holds
 from crp.rules.layer import changed
 from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
+from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
@@ -19,7 +21,7 @@ _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
 #: Functions that cut off what is below a number, and their argument for it.
 _LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
 #: Functions of which it depends on the operands what is known of the result.
-_ELEMENTWISE = frozenset(("mul", "div", "pow", "sub", "rsub", "add", *_LOWEST))
+_ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "sub", "rsub", "add", *_LOWEST))
 
 
 def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
@@ -28,13 +30,34 @@ def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
     kept = flags & known.keeps
     if name in _ELEMENTWISE:
         kept = _kept_by(op, kept, born)
-    if flags & (Born.SOFTMAX | Born.ROUTED) and (
-        known.has("indexes") or (name == "getitem" and _has_tensor(op.args[1:]))
-    ):
+    if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or _is_indexed(op)):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
         kept |= Born.ROUTED
+    elif flags & Born.SOFTMAX and op.operands is not None and _mixes_heads(op.operands):
+        kept |= Born.SOFTMAX
     return kept | known.gives
+
+
+def _mixes_heads(operands: Operands) -> bool:
+    """Whether probabilities are summed up across heads, say, and not along the axis along which they sum up to one."""
+    with torch.no_grad():
+        a = operands.a.detach()
+        sums = operands.run(a, torch.ones_like(operands.weight), None)
+    return not _is_constant(sums) and all(
+        any(_is_constant(one.sum(dim)) for dim in range(one.dim())) for one in (a, sums)
+    )
+
+
+def _is_indexed(op: Operation) -> bool:
+    """Whether entries are chosen by an index of tensors, or put where it says, among constants."""
+    is_chosen = op.known.canonical == "getitem" or (op.known.name == "setitem" and not op.depends(op.args[0]))
+    return is_chosen and _has_tensor(op.args[1])
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    """Whether all entries are the same number, but for rounding."""
+    return tensor.numel() > 0 and holds(lambda: tensor.amax() - tensor.amin() <= 1e-4 * tensor.amax())
 
 
 def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
@@ -58,6 +81,11 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
         kept |= Born.LOGARITHM
     elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
         kept |= NONNEGATIVE
+    if name in ("sub", "rsub", "add") and op.known.has("identity"):  # a number beside what a gate is made of
+        kept |= flags & Born.GATING
+    is_quotient = (name == "div" and len(inputs) > 1) or bool((kept | op.known.gives) & Born.DIVISOR)
+    if is_quotient and flags & Born.GATING:  # as exp(x) / (1 + exp(x)) and 1 / (1 + exp(-x)) are
+        kept |= Born.SQUASHED
     return kept
 
 
@@ -83,13 +111,18 @@ def _has_tensor(value: object) -> bool:
 
 
 def _is_beside_one(op: Operation) -> bool:
-    """Whether a sum or difference is 1 plus or minus a tensor; or a constant tensor, where the other is squashed."""
+    """Whether a sum or difference is 1 plus or minus a tensor.
+
+    A constant tensor counts as 1 where the other is squashed, and any positive number where it is balanced, and may be
+    scaled.
+    """
     name, kwargs, inputs = op.known.canonical, op.kwargs, op.inputs
     whole, part = [*op.args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
         whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
     is_one = bool(op.flags & Born.SQUASHED) if isinstance(whole, Tensor) else whole == 1
+    is_one |= bool(op.flags & Born.BALANCED) and isinstance(whole, int | float) and whole > 0
     return is_only and is_one and kwargs.get("alpha", 1) in (1, -1)
 
 

@@ -71,6 +71,17 @@ class _Proportional(_Shared):
         return True
 
 
+class _OfSquares(_Shared):
+    """A mean of squares, such as a variance: of degree two, so that half of its gradient is all of its relevance."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def parts(self, layer: Layer) -> Parts:
+        """A half."""
+        return [0.5] * len(layer.args), dict.fromkeys(layer.kwargs, 0.5)
+
+
 class _ByGrid(_Shared):
     """Samples of a tensor, at places that a grid names: the grid is held constant, as an index is."""
 

@@ -121,3 +121,8 @@ def test_relevance_that_is_lost_in_float16_is_told(autocast):
     (found,) = heatmaps([part], init_rel=1000.0).double()
     shares, expected = found / found.sum(), exact / exact.sum()
     assert torch.linalg.vector_norm(shares - expected) < 0.01 * torch.linalg.vector_norm(expected)
+
+
+def test_relevance_of_one_number_for_each_sample_in_float16():
+    model, data = nn.Linear(4, 2).eval().half(), torch.ones(2, 4, dtype=torch.float16)
+    assert CondAttribution(model)(data, [{"y": 0}], composites.EpsilonPlus()).heatmap.shape == (2,)

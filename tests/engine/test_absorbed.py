@@ -355,7 +355,7 @@ class Deviates(nn.Module):
         return self.above(torch.cat([var, mean], 1))
 
 
-@pytest.mark.filterwarnings("ignore:.* has no rule for (lstm|gru|rnn_tanh|var_mean):UserWarning")
+@pytest.mark.filterwarnings("ignore:.* has no rule for (lstm|gru|rnn_tanh):UserWarning")
 @pytest.mark.parametrize("kind", [AttnLRP, EpsilonPlus])
 @pytest.mark.parametrize(
     "model", [Steps(nn.LSTM), Steps(nn.GRU), Steps(nn.RNN), Deviates()], ids=["lstm", "gru", "rnn", "var_mean"]

@@ -174,6 +174,9 @@ PRODUCTS = {
     "normal": (lambda x: x * torch.special.ndtr(x), nn.GELU()),
     "tanh": (lambda x: 0.5 * x * (1 + torch.tanh(CDF * (x + 0.044715 * x**3))), nn.GELU("tanh")),
     "one_over": (lambda x: x * (1 / (1 + torch.exp(-x))), nn.SiLU()),
+    "sigmoid": (lambda x: 1 / (1 + torch.exp(-x)), nn.Sigmoid()),
+    "softplus": (lambda x: (x.exp() + 1).log(), nn.Softplus()),
+    "normal_distribution": (lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(2))), Written(torch.special.ndtr)),
     "where": (lambda x: x * torch.where(x > 0, 1.0, 0.25), nn.LeakyReLU(0.25)),
     "step": (lambda x: x * (x > 0), nn.ReLU()),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import crp.composites as composites
-from crp.composites import EpsilonPlus, UniformEpsilon
+from crp.composites import AttnLRP, EpsilonPlus, RelP, UniformEpsilon
 
 DATA = numbers(3, 6, seed=3)
 STEPS = numbers(2, 4, 6, seed=3)
@@ -129,6 +130,38 @@ GATES = {
 def test_a_gate_is_constant_whatever_it_went_through(name, preset):
     model, constant = seeded(Gated(GATES[name])), seeded(Gated(held(GATES[name])))
     assert_same_map(model, constant, DATA, LRP_PRESETS[preset]())
+
+
+#: Spellings of a sigmoid, of which all numbers are part.
+SIGMOIDS = {
+    "by_exp": lambda a: 1 / (1 + torch.exp(-a)),
+    "reciprocal": lambda a: torch.add(torch.exp(-a), 1).reciprocal(),
+    "to_the_minus_first": lambda a: (1 + a.neg().exp()) ** -1,
+    "in_place": lambda a: a.neg().exp_().add_(1).reciprocal(),
+    "quotient": lambda a: a.exp() / (1 + a.exp()),
+    "powers": lambda a: 1 / (1 + math.e**-a),
+    "by_tanh": lambda a: 0.5 * (1 + torch.tanh(a / 2)),
+    "by_half_of_tanh": lambda a: 0.5 * torch.tanh(a / 2) + 0.5,
+    "complement": lambda a: 1 - torch.sigmoid(-a),
+    "ones_less": lambda a: torch.ones_like(a) - torch.sigmoid(-a),
+    "of_a_constant": lambda a: 1 / (torch.tensor(1.0, dtype=a.dtype) + torch.exp(-a)),
+    "complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a)),
+}
+
+
+@pytest.mark.covering(4)
+@pytest.mark.parametrize("preset", LRP_PRESETS)
+@pytest.mark.parametrize("name", SIGMOIDS)
+def test_a_gate_is_a_sigmoid_however_it_is_written(name, preset):
+    models = [seeded(Gated(lambda n, a, gate=gate: n * gate(a))) for gate in (SIGMOIDS[name], torch.sigmoid)]
+    assert_same_map(*models, DATA, LRP_PRESETS[preset]())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP])
+def test_a_gate_that_is_wide_open(kind):
+    """Where the exponential is too small to divide by."""
+    models = [seeded(Gated(lambda n, a, gate=gate: n * gate(100 + a))) for gate in (SIGMOIDS["by_exp"], torch.sigmoid)]
+    assert_same_map(*models, DATA, kind())
 
 
 #: Products of a signal ``n`` and steps of ``a``, which have no derivative.

@@ -37,6 +37,11 @@ class Around(nn.Module):
         return self.fc(F.relu(h).reshape(len(h), 4, -1).sum(2))
 
 
+def reduced(h, reduction):
+    index = torch.tensor([2, 3, 0, 0])[:, None, None].expand_as(h)
+    return torch.ones_like(h).scatter_reduce(1, index, h, reduction, include_self=False)
+
+
 def set_items(h):
     out = torch.zeros_like(h)
     out[:, :2] = h[:, 2:]
@@ -151,6 +156,9 @@ LINEAR = {
     "as_strided": lambda h: h.contiguous().as_strided((2, 4, 3, 6), (144, 36, 12, 1)),
     "diagonal": lambda h: h.diagonal(dim1=2, dim2=3),
     "index_add": lambda h: torch.zeros_like(h).index_add(1, torch.tensor([2, 3, 0, 0]), h),
+    "scatter_reduce": lambda h: reduced(h, "mean"),
+    "fmax": lambda h: torch.fmax(h, h.flip(1)),
+    "hypot": lambda h: torch.hypot(h + 0.0, h.flip(1) * 0.5),
     "index_select": lambda h: h.index_select(1, torch.tensor([2, 3, 0, 0])),
     "fancy": lambda h: h[:, torch.tensor([3, 1, 1, 0])][..., [0, 2]],
     "cumulated": lambda h: h.cumsum(2) / 3,
@@ -197,9 +205,14 @@ def test_there_is_no_false_alarm(name, preset):
     assert off(predicted, model(IMAGES).detach()) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["sorted", "topk", "medians", "fft"])
+@pytest.mark.parametrize("name", ["sorted", "topk", "medians", "fft", "scatter_reduce", "fmax", "hypot"])
 def test_functions_of_degree_one_are_known_to_be(name):
     maps(seeded(Around(LINEAR[name])), IMAGES, EpsilonPlus())  # (warnings are errors)
+
+
+def test_products_of_what_an_index_puts_at_one_place_have_no_rule():
+    with pytest.warns(UserWarning, match=r"EpsilonPlus has no rule for scatter_reduce\(\)"):
+        maps(seeded(Around(lambda h: reduced(h, "prod"))), IMAGES, EpsilonPlus())
 
 
 class Recurrent(nn.Module):

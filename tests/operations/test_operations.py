@@ -20,6 +20,7 @@ import crp.composites as composites
 from crp.attribution import CondAttribution
 from crp.composites import (
     LRP,
+    AttnLRP,
     Composite,
     DeepLift,
     EpsilonPlus,
@@ -520,13 +521,38 @@ class SwishModule(nn.Module):
 
 
 def test_custom_functions_are_refused_by_name_unless_their_module_is_one_operation(untouched):
-    model = conv_net(lambda s, h: s.act(h), act=SwishModule())
-    with untouched(model), pytest.raises(UnseenError, match=r"flatten\(\) reads a tensor .* was made by SwishBackward"):
+    model = conv_net(lambda s, h: s.act(h), act=Reversed())
+    with (
+        untouched(model),
+        pytest.raises(UnseenError, match=r"flatten\(\) reads a tensor .* made by ReversedSwishBackward"),
+    ):
         heatmap(model, EpsilonPlus())
+    with pytest.raises(UnseenError, match=r"flatten\(\) reads a tensor .* was made by SwishBackward"):
+        heatmap(conv_net(lambda s, h: Swish.apply(h)), EpsilonPlus())
     composite = exact()
     composite.layer_map.insert(0, (SwishModule, Whole(Pass())))
     wanted = heatmap(conv_net(lambda s, h: F.silu(h)), exact())
-    assert deviation(heatmap(model, composite), wanted) < 1e-12
+    assert deviation(heatmap(conv_net(lambda s, h: s.act(h), act=SwishModule()), composite), wanted) < 1e-12
+
+
+class ReversedSwish(Swish):
+    """Not elementwise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x.flip(1))
+
+
+class Reversed(nn.Module):
+    def forward(self, x):
+        return ReversedSwish.apply(x)
+
+
+@pytest.mark.parametrize("kind", [exact, EpsilonPlus, AttnLRP, DeepLift])
+def test_a_custom_function_with_the_values_of_an_activation_is_one(kind):
+    custom, plain = conv_net(lambda s, h: s.act(h), act=SwishModule()), conv_net(lambda s, h: F.silu(h))
+    assert deviation(heatmap(custom, kind()), heatmap(plain, kind())) < 1e-12
 
 
 def test_custom_functions_of_modules_without_a_rule_have_their_own_gradient():

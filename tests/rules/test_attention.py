@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -205,6 +206,17 @@ def exponentials_in_place(q, k, v):
     return e @ v
 
 
+LN2 = math.log(2)
+
+
+def divided(e):
+    return e / e.sum(-1, keepdim=True)
+
+
+def log2_of_sum(logits):
+    return torch.exp2(logits).sum(-1, keepdim=True).log2()
+
+
 def by_exponentials(shares):
     """Attention whose probabilities are a function of the exponentials of its logits."""
     return lambda q, k, v: shares((q @ k.mT * E**-0.5).exp()) @ v
@@ -224,6 +236,11 @@ SPELLINGS = {
     "log_softmax": by_logits(lambda logits: F.log_softmax(logits, -1).exp()),
     "log_softmax_module": by_logits(lambda logits: torch.exp(nn.LogSoftmax(-1)(logits))),
     "less_logarithm": by_logits(lambda logits: (logits - logits.exp().sum(-1, keepdim=True).log()).exp()),
+    "powers_of_two": by_logits(lambda logits: divided(2 ** (logits / LN2))),
+    "powers_of_e": by_logits(lambda logits: divided(torch.pow(torch.tensor(math.e, dtype=logits.dtype), logits))),
+    "powers_in_words": by_logits(lambda logits: divided(torch.pow(2.0, exponent=logits / LN2))),
+    "exp2": by_logits(lambda logits: divided((logits / LN2).exp2())),
+    "less_logarithm_to_base_two": by_logits(lambda logits: torch.exp2(logits / LN2 - log2_of_sum(logits / LN2))),
     "softmin": by_logits(lambda logits: F.softmin(-logits, -1)),
     "exponentials": exponentials,
     "exponentials_in_place": exponentials_in_place,
@@ -260,6 +277,38 @@ def test_spellings_of_attention_are_explained_alike(name, attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
+def with_ones(e, v):
+    both = e @ torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    return both[..., :-1] / both[..., -1:]
+
+
+#: Exponentials that weight values, and whose sum divides the result.
+DIVIDED_LATER = {
+    "exp": lambda s, v: (s.exp() @ v) / s.exp().sum(-1, keepdim=True),
+    "less the largest": lambda s, v: ((s - s.amax(-1, True)).exp() @ v) / (s - s.amax(-1, True)).exp().sum(-1, True),
+    "powers": lambda s, v: torch.einsum("bhij,bhjd->bhid", 2 ** (s / LN2), v) / (2 ** (s / LN2)).sum(-1, True),
+    "ones among the values": lambda s, v: with_ones(s.exp(), v),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED_LATER)
+def test_exponentials_that_weight_values_are_held_constant(name):
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
+    attend = DIVIDED_LATER[name]
+    found, _ = explain(lambda q, k, v: attend(q @ k.mT * E**-0.5, v), inputs, r, lrp("constant"))
+    expected = closed_form(*inputs, r, "constant")
+    for key, one in zip("qkv", found, strict=True):
+        torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("convert", [Tensor.double, lambda e: e.to(torch.float64), lambda e: e.type(torch.float64)])
+def test_exponentials_that_are_summed_up_in_another_precision(convert):
+    x, rounded = numbers(2, 4, 6), lambda logits: divided(convert(logits.float().exp()))
+    nets = [Net(lambda x, by=by: (by(x @ x.mT) @ x).sum(1)).eval() for by in (rounded, nn.Softmax(-1))]
+    found, wanted = (CondAttribution(net)(x, [{"y": 1}], AttnLRP()).heatmap for net in nets)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_attention_by_logsumexp(attention):
@@ -271,16 +320,16 @@ def test_attention_by_logsumexp(attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
-def divided(e):
-    return e / e.sum(-1, keepdim=True)
-
-
-SCALE = numbers(1, seed=4)
+SCALE, MIX = numbers(1, seed=4), numbers(HEADS, HEADS, seed=5)
 #: What models make of the probabilities p, and of others, o, before they weight values.
 MADE_OF_PROBABILITIES = {
     "difference": lambda p, o: p - SCALE * o,
     "mean": lambda p, o: (p + o) / 2,
     "mean_of_heads": lambda p, o: p.mean(1, keepdim=True),
+    "sum_of_heads": lambda p, o: p.sum(1, keepdim=True),
+    "mixed_heads": lambda p, o: F.linear(p.permute(0, 2, 3, 1), MIX).permute(0, 3, 1, 2),
+    "mixed_by_einsum": lambda p, o: torch.einsum("bhij,hg->bgij", p, MIX),
+    "mixed_by_a_convolution": lambda p, o: F.conv2d(p, MIX[..., None, None], bias=MIX[0]),
     "clamped": lambda p, o: p.clamp(min=0.01),
     "sharpened": lambda p, o: p**2 / (p**2).sum(-1, keepdim=True),
     "residual": lambda p, o: p + 0.1,
@@ -303,6 +352,15 @@ def test_what_is_made_of_probabilities_of_attention_is_held_constant_with_them(n
     assert not of_q.any()
     assert not of_k.any()
     torch.testing.assert_close(of_v, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_probabilities_weight_is_no_attention(masked):
+    """A memory that is read shares its product with another tensor."""
+    x, v, r, memory = numbers(1, 3, 4), numbers(1, 5, 2, seed=2), numbers(1, 3, 2, seed=1), numbers(4, 5, seed=3)
+    mask = torch.tensor([[[0.0], [1.0], [2.0]]]).double() if masked else 1.0
+    (_, of_v), _ = explain(lambda x, v: (mask * x.softmax(-1) @ memory) @ v, [x, v], r, lrp("constant"))
+    torch.testing.assert_close(of_v.sum(), r[:, 1 if masked else 0 :].sum() / 2, rtol=1e-9, atol=1e-9)
 
 
 def test_exponentials_over_their_sum_and_one_are_held_constant():

@@ -72,7 +72,7 @@ ACTIVATIONS = {
     "ReLU6 in place": (lambda net, x: F.hardtanh(x, 0.0, 6.0, inplace=True), "hardtanh", 1),
     "GELU": (lambda net, x: F.gelu(x), "gelu", 1),
     "gated": (lambda net, x: gated(net, F.silu(x)), "silu", 1),
-    "read by nothing that keeps it": (lambda net, x: F.silu(x) + 0.0, "silu", 2),
+    "read by nothing that keeps it": (lambda net, x: -F.silu(x), "silu", 2),
     "written since": (written_since, "silu", 2),
 }
 
@@ -104,7 +104,7 @@ def test_an_activation_does_not_keep_its_output():
     def between(net, x):
         y = F.silu(x)
         outputs.append(weakref.ref(y))
-        return y + 0.0
+        return -y
 
     model = net(between)
     gc.disable()

@@ -77,6 +77,72 @@ def test_weights_of_chosen_experts_are_constant_in_products(divide, spelling, at
     assert off(of_experts, gates[..., None] * experts * m[:, None]) <= 1e-12
 
 
+ROWS = torch.arange(3)[:, None]
+
+
+def put(zeros, chosen, weights):
+    zeros[ROWS, chosen] = weights
+    return zeros
+
+
+#: Weights of the chosen experts, put among zeros.
+PLACED = {
+    "scatter": lambda zeros, chosen, weights: zeros.scatter(1, chosen, weights),
+    "scatter_": lambda zeros, chosen, weights: zeros.scatter_(1, chosen, weights),
+    "scatter_add": lambda zeros, chosen, weights: zeros.scatter_add(1, chosen, weights),
+    "index_put": lambda zeros, chosen, weights: zeros.index_put((ROWS, chosen), weights),
+    "set": put,
+}
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+@pytest.mark.parametrize("of_chosen", [False, True], ids=["softmax of all", "softmax of the chosen"])
+@pytest.mark.parametrize("name", PLACED)
+def test_weights_that_are_put_at_the_chosen_experts_are_constant(name, of_chosen, attention):
+    """Whatever becomes of attention and of gates: what the experts have made takes all."""
+
+    def gates(x):
+        weights, chosen = (x if of_chosen else x.softmax(-1)).topk(2)
+        return PLACED[name](torch.zeros_like(x), chosen, weights.softmax(-1) if of_chosen else weights)
+
+    x, experts, r = numbers(3, 4), numbers(3, 4, 5, seed=1), numbers(3, 5, seed=2)
+    inputs = (x, experts)
+    (of_x, of_experts), _ = explain(
+        lambda x, e: (gates(x)[..., None] * e).sum(1), inputs, r, lrp(attention, gates="split")
+    )
+    m = r / (gates(x)[..., None] * experts).sum(1)
+    assert not of_x.any()
+    assert off(of_experts, gates(x)[..., None] * experts * m[:, None]) <= 1e-12
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_weights_of_attention_that_a_relu_has_made_share_with_values(attention):
+    """They are no probabilities, and features may be made alike: each factor takes half."""
+
+    def attend(q, k, v):
+        return (q @ k.mT).relu() / 4 @ v
+
+    q, k, v, r = (numbers(2, 4, 3, seed=seed) for seed in range(4))
+    (of_q, of_k, of_v), _ = explain(attend, (q, k, v), r, lrp(attention))
+    m, p = r / attend(q, k, v), (q @ k.mT).relu() / 4
+    below = (p > 0) * (m @ v.mT) / 4 / 4  # (half of the product, and half of that for queries and keys each)
+    for found, wanted in ((of_v, v * (p.mT @ m) / 2), (of_q, q * (below @ k)), (of_k, k * (below.mT @ q))):
+        assert off(found, wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_both_inputs_of_a_bilinear_layer_take_half(attention):
+    """Of what the bias does not keep; as an einsum of both and the weight."""
+    a, b, weight, bias = numbers(2, 4), numbers(2, 3, seed=1), numbers(5, 4, 3, seed=2), numbers(5, seed=3)
+    r = numbers(2, 5, seed=4)
+    found, _ = explain(lambda a, b: F.bilinear(a, b, weight, bias), (a, b), r, lrp(attention))
+    wanted, _ = explain(lambda a, b: torch.einsum("ni,oij,nj->no", a, weight, b) + bias, (a, b), r, lrp(attention))
+    m = r / F.bilinear(a, b, weight, bias)
+    assert off(found[0], a * torch.einsum("no,oij,nj->ni", m, weight, b) / 2) <= 1e-12
+    for one, other in zip(found, wanted, strict=True):
+        assert off(one, other) <= 1e-12
+
+
 def test_a_gate_that_is_closed_by_another_is_one():
     """``-sigmoid + 1`` and ``1 - sigmoid`` alike: what they gate takes all."""
     g, u, r = numbers(3, 4), numbers(3, 4, seed=1), numbers(3, 4, seed=2)

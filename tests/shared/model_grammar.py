@@ -157,12 +157,31 @@ def formed(settings: Settings, stored: Weights) -> Weights:
 def squashed(program: Program) -> list[bool | None]:
     """Whether each value comes from a sigmoid by steps that keep it so; None where that is not for us to say."""
     known: list[bool | None] = [False]
+    made = gating(program)
     for step in program.steps:
         read = [known[i] for i in step.reads]
         rule = step.operation.rule
-        if rule == "squash" or (step.name in SQUASH_KEEPING and all(read)):
+        if step.name in ("reciprocal", "quotient") and any(made[i] is not False for i in step.reads):
+            known.append(None)
+        elif rule == "squash" or (step.name in SQUASH_KEEPING and all(read)):
             known.append(True)
         elif rule in ("dense", "convolution", "batch_norm", "norm") or not any(r is not False for r in read):
+            known.append(False)
+        else:
+            known.append(None)
+    return known
+
+
+def gating(program: Program) -> list[bool | None]:
+    """Whether numbers that are added to a value are part of it; None where that is not for us to say."""
+    known: list[bool | None] = [False]
+    for step in program.steps:
+        read = [known[i] for i in step.reads]
+        if step.name in ("sigmoid", "tanh", "exp") or (step.name in SQUASH_KEEPING | {"shift"} and all(read)):
+            known.append(True)
+        elif step.operation.rule in ("dense", "convolution", "batch_norm", "norm") or not any(
+            r is not False for r in read
+        ):
             known.append(False)
         else:
             known.append(None)

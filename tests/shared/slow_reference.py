@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from grammar_affine import conv_padded, conv_valid, linear, transposed
-from model_grammar import Program, activated, merged, squashed
+from model_grammar import Program, activated, gating, merged, squashed
 from slow_rules import Doubtful, Refused, Rule, at_input, divided, hidden, shared
 from torch import Tensor
 
@@ -104,6 +104,7 @@ class SlowReference:
     ) -> None:
         self.program, self.method, self.data, self.zeros = program, method, data, zeros
         self.values, self.squashed, self.activated = [data], squashed(program), activated(program)
+        self.gating = gating(program)
         read = {len(program.steps), *(i for step in program.steps for i in step.reads)}
         for k, step in enumerate(program.steps):
             if step.operation.rule == "refused" and k + 1 in read:  # (what nothing reads explains nothing)
@@ -223,7 +224,13 @@ class SlowReference:
     # --- everything else ---
 
     def _linear(self, k: int, m: Tensor, *inputs: Tensor) -> list[Tensor]:
-        """Jᵀ m; constants keep their share."""
+        """Jᵀ m; constants keep their share, but for numbers that are added to what a gate is made of."""
+        if self.program.steps[k].name in ("shift", "complement"):
+            is_part = self.gating[self.program.steps[k].reads[0]]
+            if is_part is None:
+                raise Doubtful("a constant, or part of a gate")
+            if is_part:
+                return self._pass(k, m, *inputs)
         return [m @ matrix for matrix in self._parts(k, *inputs)]
 
     def _parts(self, k: int, *inputs: Tensor) -> list[Tensor]:
