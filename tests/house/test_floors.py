@@ -44,7 +44,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 400,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3214,
+    "attributors": 3212,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2472,
     "canonizers": 866,
@@ -52,7 +52,7 @@ BUDGETS = {
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3925,
+    "composites": 3955,
     "concept_graph": 217,
     # (what is no relevance, and masks that return none)
     "concepts": 2052,
@@ -65,7 +65,7 @@ BUDGETS = {
     "outputs": 391,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6217,
+    "rules": 6377,
     # (along which axis the channels of a layer are)
     "trace": 1384,
     "types": 158,
