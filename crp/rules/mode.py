@@ -23,7 +23,7 @@ from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes, _Exponential
 from crp.rules.operands import Operands, _steps
-from crp.rules.operation import Operation
+from crp.rules.operation import RESULTS, Operation
 from crp.rules.passing import _copied, _passed
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
@@ -131,7 +131,8 @@ class SeeingMode(TorchFunctionMode):
             func, (args, kwargs), known, inputs = whole.function, (whole.factors, {}), whole.known, []
             flags = self.notes.read(args, inputs, self._unseen)
         op = Operation(func, args, kwargs, known, inputs, flags)
-        if results := op.results():
+        if known.canonical in RESULTS:
+            results = op.results()
             constant = [tensor.detach() for tensor in op.run()[len(results) :]]
             return (*map(self._see, results), *constant)
         if _saved_tensors_hooks(False) is not None:

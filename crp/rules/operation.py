@@ -40,7 +40,7 @@ _SHIFTS = {
 }
 _of_kernel = ("input", "weight", "bias")  # (what kernels of norms begin with)
 #: Functions of several results: what each is the result of; those of a norm that follow are statistics.
-_RESULTS = {
+RESULTS = {
     "var_mean": (look_up(torch.var), look_up(torch.mean)),
     "std_mean": (look_up(torch.std), look_up(torch.mean)),
     "native_layer_norm": (look_up(F.layer_norm),),
@@ -152,8 +152,8 @@ class Operation:
         return other, target
 
     def results(self) -> list[Operation]:
-        """The call as one for each of its results; none where it has one, or where nothing is known of them."""
-        kinds = enumerate(_RESULTS.get(self.known.canonical, ()))
+        """The call, of a function of `RESULTS`, as one for each of these results."""
+        kinds = enumerate(RESULTS[self.known.canonical])
         return [replace(self, function=partial(_result, self.function, i), known=known) for i, known in kinds]
 
     def constant(self) -> Tensor:
