@@ -179,7 +179,8 @@ class Pass(Rule):
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        if layer.known.has("arithmetic") and (exponential := _exponential_of(self, layer)) is not None:
+        exponential = _exponential_of(self, layer) if layer.known.has("arithmetic") else None
+        if exponential is not None and not exponential.is_copied:
             layer.exponent = exponential.source  # (the exponential itself may be too small to divide by)
         log_base = _log_base(layer)
         layer.parts = None if log_base is None else _Exponential(a, log_base)
