@@ -127,6 +127,8 @@ class Layer:
         What the rule of the next operation needs to know of this call.
     gives : int
         What the rule knows of the output (`crp.rules.notes`).
+    exponent : Tensor or None
+        What relevance is handed on to, where the call adds a number to an exponential.
     """
 
     function: Callable[..., Any]
@@ -145,6 +147,7 @@ class Layer:
     copied: Copied | None = field(default=None, repr=False)
     parts: Any = field(default=None, repr=False)
     gives: int = 0
+    exponent: Tensor | None = field(default=None, repr=False)
     locate: Callable[[], str] | None = field(default=None, repr=False)
     held: Tensor | None = field(default=None, repr=False)
     follow: Callable[[Tensor], None] | None = field(default=None, repr=False)

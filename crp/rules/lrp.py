@@ -179,8 +179,9 @@ class Pass(Rule):
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        if layer.known.has("arithmetic") and (exponential := _exponential_of(self, layer)) is not None:
-            a = exponential.source  # (beside a number, an exponential may be too small to divide by)
+        exponential = _exponential_of(self, layer) if layer.known.has("arithmetic") else None
+        if exponential is not None and not exponential.is_copied:
+            layer.exponent = exponential.source  # (the exponential itself may be too small to divide by)
         log_base = _log_base(layer)
         layer.parts = None if log_base is None else _Exponential(a, log_base)
         if self.multiplier and self._scales_later(layer, y):
@@ -206,7 +207,7 @@ class Pass(Rule):
     def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
         """One term, the input itself."""
         # Where the output is 0, the sign of the input does not matter.
-        return [Term(a, sign=1 if _is_rectifier(layer) else 0)]
+        return [Term(a if layer.exponent is None else layer.exponent, sign=1 if _is_rectifier(layer) else 0)]
 
     def _scale(self, term: Term, y: Tensor) -> Tensor:
         # For inputs close to 0 the quotient would not be finite.

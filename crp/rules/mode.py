@@ -235,6 +235,8 @@ class SeeingMode(TorchFunctionMode):
             remembered = None if note is None else note.parts
             is_kept = op.known.canonical == "clone" or isinstance(remembered, _Exponential)
             parts = remembered if is_kept else parts
+            if op.known.canonical == "clone" and isinstance(parts, _Exponential):
+                parts = parts._replace(is_copied=True)
         if parts is not None:
             self.notes.remember(result, parts)
         if op.known.canonical == "mul" and not op.overwrites:

@@ -78,10 +78,13 @@ class _Exponential(NamedTuple):
         Exponent.
     log_base : float or Tensor
         Logarithm of the base: of ``2 ** x``, say, the logits are ``x * log(2)``.
+    is_copied : bool
+        Whether it was copied since, as a layer's output is through which relevance shall flow.
     """
 
     source: Tensor
     log_base: float | Tensor = 1.0
+    is_copied: bool = False
 
 
 class Copied:

@@ -201,6 +201,21 @@ def test_concepts_between_two_activations_that_are_written_out_add_up():
 
 
 @pytest.mark.parametrize("kind", [AttnLRP, RelP])
+def test_relevance_flows_through_an_exponential_that_is_a_layer(kind):
+    def wiring(s, x):
+        return s.down(s.up(x) * (1 / (1 + s.exp(-s.gate(x)))))
+
+    layers = {"up": nn.Linear(6, 8), "gate": nn.Linear(6, 8), "exp": Written(torch.exp), "down": nn.Linear(8, 4)}
+    model = seeded(core_cases.Net(wiring, **layers))
+    whole = Maps(model)(DATA, [{"y": 1}], kind(), record_layer=["exp", "gate"])
+    parts = Maps(model)(DATA, [{"exp": [c], "y": 1} for c in range(8)], kind()).heatmap
+    every = Maps(model)(DATA, [{"exp": list(range(8)), "y": 1}], kind()).heatmap
+    assert off(whole.heatmap, maps(model, DATA, kind())) <= 1e-12
+    assert off(whole.relevances["exp"], whole.relevances["gate"]) <= 1e-12
+    assert every.abs().max() > 0 and off(parts.unflatten(0, (len(DATA), 8)).sum(1), every) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP])
 def test_what_activations_that_are_written_out_keep_is_accounted_for(kind):
     assert_closes(seeded(Inside(PRODUCTS["tanh"][0])), DATA, kind())
 

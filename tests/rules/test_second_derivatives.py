@@ -97,6 +97,10 @@ OPERATIONS = {
     "max_pool": lambda s, h: F.max_pool2d(F.elu(h), 2),
     "batch_norm": lambda s, h: s.norm(h),
     "sum_of_products": lambda s, h: (h[:, None] * s.conv2.weight[:, :, :1, :1]).sum(2),
+    "sigmoid_in_other_words": lambda s, h: 1 / (1 + torch.exp(-h)),
+    "tanh_in_other_words": lambda s, h: 2 * h.sigmoid() - 1,
+    "variance": lambda s, h: h / (h.var(1, keepdim=True) + 0.5).sqrt() + h.var(1, keepdim=True),
+    "softmax_of_powers": lambda s, h: 2**h / (2**h).sum(1, keepdim=True),
     "softmax_in_other_words": lambda s, h: F.log_softmax(h, 1).exp(),
 }
 
