@@ -62,9 +62,8 @@ class Replayed:
         if composite is None or is_on(composite, call.model) or not _is_replayable(call, composite):
             return None
         ahead = self.replays.runs_ahead(data.device)
-        # (else one forward pass serves all parts)
-        is_whole = ahead or len(rows) == len(call.rows) or not Encoding.of(composite).multiplier
-        if not is_whole or len(rows.groups(name)) > 1:
+        is_part = len(rows) < len(call.rows) and not ahead  # (one forward pass serves all parts, then)
+        if is_part or len(rows.groups(name)) > 1:
             return None
         samples = sorted({*rows.samples})
         columns = [samples.index(sample) for sample in rows.samples]
@@ -211,7 +210,6 @@ def _flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[st
 
 def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
     """Results of rows from what `_flattened` made of them."""
-    keeps = keeps and encoding.multiplier
     names = ("activations", "relevances", "multipliers", "counted", "input")
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():

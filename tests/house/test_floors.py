@@ -58,7 +58,7 @@ BUDGETS = {
     "concepts": 2052,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6193,
+    "engine": 6191,
     "image": 1500,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1454,
@@ -72,7 +72,7 @@ BUDGETS = {
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     "visualization": 4830,
-    "visualization.mining": 4247,
+    "visualization.mining": 4249,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
     "visualization.report": 4624,

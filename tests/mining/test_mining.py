@@ -268,6 +268,19 @@ def test_a_sample_with_a_problem(
     np.testing.assert_allclose(table.column("relu", 1).value, reference.column("relu", 1).value[keep], rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [("truncated", "a/13.png: OSError: truncated"), ("a/13.png is cut off", "OSError: a/13.png is cut off")],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, error: str, text: str) -> None:
+    data: Any = Data()
+    data.root, data.samples = "photos", [(f"photos/a/{i}.png", i % 3) for i in range(21)]
+    data.special = {13: OSError(error)}
+    with pytest.warns(UserWarning, match="1 sample was skipped"):
+        table = run(tmp_path, data, on_error="skip")
+    assert table.coverage().skipped == {13: text}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_data_that_is_not_finite_is_never_ranked(tmp_path: Path, value: float) -> None:
     data = Data()

@@ -225,7 +225,9 @@ def read(dataset: Any, index: int, keep: Callable[[Tensor], Tensor] = torch.clon
     try:
         item = dataset[index]
     except Exception as error:
-        return Sample(index, _NOTHING, None, Problem.of(error))
+        source = source_of(dataset, index)
+        file = "" if source is None or source.name in str(error) else f"{source.name}: "
+        return Sample(index, _NOTHING, None, Problem.of(error, file))
     wrong = _wrong(item)
     if wrong is not None:
         return Sample(index, _NOTHING, None, Problem(wrong))
