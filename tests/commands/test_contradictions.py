@@ -197,9 +197,7 @@ def test_a_table_of_largest_values_alone_has_an_atlas(here):
 def test_pages_need_a_folder_and_a_part_has_none(here):
     assert mined().exit_code == 0
     for out in ("odd_nets.py", "odd_nets.py/pages"):
-        assert "odd_nets.py is a file, in which no folder of an atlas can be" in told(
-            crp("report", "atlas", "--out", out)
-        )
+        assert f"{out} cannot be a folder, since it is, or is in, a file" in told(crp("report", "atlas", "--out", out))
     assert "--part writes no page that --open could show" in told(crp("report", "atlas", "--part", "0/2", "--open"))
 
 
