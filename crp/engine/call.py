@@ -239,7 +239,8 @@ class Call:
                 yield part.pop()
                 continue
             call = call or self.laid_out()
-            if isinstance(self.inputs.select(list(self._samples(rows))), Samples):
+            ragged = isinstance(self.inputs, Samples)
+            if ragged and isinstance(self.inputs.select(list(self._samples(rows))), Samples):
                 passed, part = None, [call._one_by_one(rows, composite, {}, tell)]
             elif passed is not None and passed.samples == self._samples(rows):
                 part = [call._results(passed, rows, last)]

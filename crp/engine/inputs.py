@@ -173,8 +173,10 @@ class Inputs:
 
     def select(self, samples: list[int] | Tensor) -> Inputs:
         """Some of the samples, each as often as it is named."""
-        if isinstance(samples, list) and samples == list(range(len(self))):
-            return self
+        if isinstance(samples, list) and samples:
+            first, end = samples[0], samples[0] + len(samples)
+            if samples == list(range(first, end)):  # (no index has to be sent, and nothing is copied)
+                return self if end - first == len(self) else self.each(lambda tensor: tensor[first:end])
         index = torch.as_tensor(samples)
         return self.each(lambda tensor: tensor[send_to(tensor.device, index)])
 
