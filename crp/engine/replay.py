@@ -93,6 +93,21 @@ class _Entry:
         """Whether replays were right twice: also for data that were not there while recording."""
         return self.judged > 1
 
+    def pays(self, recorder: Recorder, saved: float) -> bool:
+        """Whether it was computed so often that it is worth a recording."""
+        return recorder.pays(self.runs >> max(self.wasted - 1, 0), self.seconds, saved)
+
+    def replay(self, inputs: Mapping[str, Tensor], only: Collection[str] | None) -> Tensors | None:
+        """Outputs by a recording that is trusted; None where there is none, or none for these inputs."""
+        if self.recording is not None and not self.recording.can_read():
+            self.drop()
+        if self.recording is None or not self.trusted:
+            return None
+        outputs = self.recording.replay(inputs, only)
+        if outputs is None:
+            self.miss()
+        return outputs
+
     def drop(self, for_good: bool = False) -> None:
         """Let go of the recording."""
         self.recording, self.names, self.judged, self.refused = None, None, 0, for_good
@@ -183,30 +198,31 @@ class Replays:
         while len(self._entries) > KEPT:
             self._entries.popitem(last=False)
         entry.runs += 1
-        if outputs is not None:
-            self.replayed += 1
-            return outputs
-        if entry.recording is not None and not entry.recording.can_read():
-            entry.drop()
         if entry.refused:
             return None
-        if entry.trusted:
-            assert entry.recording is not None
-            outputs = entry.recording.replay(inputs, only)
-            if outputs is not None:
-                self.replayed += 1
-                return outputs
-            entry.miss()
+        if outputs is None:
+            outputs = entry.replay(inputs, only)
+        if outputs is None:
+            return self._computed(entry, recorder, prepared, inputs, only)
+        self.replayed += 1
+        return outputs
+
+    def _computed(
+        self,
+        entry: _Entry,
+        recorder: Recorder,
+        prepared: Computation,
+        inputs: Mapping[str, Tensor],
+        only: Collection[str] | None,
+    ) -> Tensors | None:
+        """Outputs in the usual way, by which a recording is judged; one is made where that pays."""
         start = time.perf_counter()
         exact = prepared.usual()
         entry.seconds = min(entry.seconds, time.perf_counter() - start)
         if exact is None:
             entry.drop(for_good=True)
             return None
-        if entry.recording is None:
-            runs = entry.runs >> max(entry.wasted - 1, 0)
-            if entry.refused or not recorder.pays(runs, entry.seconds, prepared.saved):
-                return some(exact, only)
+        if entry.recording is None and not entry.refused and entry.pays(recorder, prepared.saved):
             entry.recorded = entry.runs
             _record(entry, recorder, prepared.compute, inputs)
             if not entry.stands_for(prepared.reads):  # (it keeps something, as a replay would not)
