@@ -32,6 +32,8 @@ numpydoc_show_class_members = False
 html_theme = "furo"
 html_title = f"crp {version}"
 html_extra_path = ["index.html"]  # leads to the first page
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 
 
 def _escape_stars(_app: Any, _what: str, _name: str, _object: object, _options: Any, lines: list[str]) -> None:
