@@ -449,3 +449,12 @@ def test_inputs_know_their_form():
         assert Inputs.of(inputs) is inputs
     with pytest.raises(TypeError, match=r"data\[1\] is torch.int64. Several inputs are a tuple or dict of them"):
         Inputs.of([IMAGE, IDS])
+
+
+@pytest.mark.parametrize("samples", [[0, 1, 2, 3], [1, 2], [3], [2, 0], [1, 1]])
+def test_samples_next_to_each_other_are_not_copied(samples):
+    data = torch.rand(4, 3)
+    chosen = Inputs.of((data, 7)).select(samples).data
+    assert torch.equal(chosen[0], data[samples]) and chosen[1] == 7
+    is_shared = chosen[0].untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
+    assert is_shared == (samples in ([0, 1, 2, 3], [1, 2], [3]))
