@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,11 @@ import click
 
 from crp.commands.errors import CommandError
 from crp.commands.values import _plain
-from crp.wording import counted, percent
+from crp.wording import counted, first_few, percent
 
 if TYPE_CHECKING:
+    import torch
+
     from crp.audit import AuditedSample, Clusters, Prototypes
     from crp.visualization.table.store import Table
 
@@ -131,8 +133,9 @@ def audit_command(
         raise CommandError("--sample is for samples of the table, and --data for others; give one of them")
     table = Table.open(folder)
     found = Prototypes.load(table, layer)
+    left_out: list[str] = []
     if data is not None:
-        audited = sorted(_audit_data(table, found, data, k, batch_size), key=lambda pair: pair[1].percentile)
+        audited, left_out = _audit_data(table, found, data, k, batch_size)
     else:
         chosen = list(samples) or None
         compared = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
@@ -142,6 +145,9 @@ def audit_command(
         if keep and chosen is None:
             save_audit(table, found, compared)
     _tell_audit(table, layer, audited, least, as_json)
+    if left_out:
+        n = counted(len(audited) + len(left_out), "sample")
+        raise CommandError(f"{len(left_out)} of {n} left out: {first_few(left_out, _LISTED)}")
 
 
 @click.command("clusters")
@@ -253,15 +259,18 @@ def _tell_audit(
         click.echo(_plain(f"{name}  {usual}"))
 
 
-def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: int) -> list[tuple[str, AuditedSample]]:
-    """Names and audit of samples that are not in the table, with the model of its recipe."""
+def _audit_data(
+    table: Table, found: Prototypes, data: str, k: int, batch_size: int
+) -> tuple[list[tuple[str, AuditedSample]], list[str]]:
+    """Names and audit of samples that are not in the table, by the model of its recipe, and what is left out."""
     import torch
 
     from crp.attribution import CondAttribution
     from crp.audit import audit
     from crp.commands.mine import _make_composite
     from crp.visualization.decoding import Decoded, decoder_mark
-    from crp.visualization.mining.marks import source_of
+    from crp.visualization.mining.targets import choose_targets
+    from crp.visualization.mining.text_batches import Asked
     from crp.visualization.opening import open_recipe
     from crp.visualization.table.fingerprint import fingerprint, fingerprint_model
 
@@ -274,21 +283,43 @@ def _audit_data(table: Table, found: Prototypes, data: str, k: int, batch_size: 
     table.check(**marks)
     composite = _make_composite(command["rules"], command["settings"])
     attribution, concept = CondAttribution(opened.model, output=opened.output), opened.layer_map[found.layer]
-    names: list[str] = []
-    audited: list[AuditedSample] = []
-    dataset = opened.dataset
-    first = dataset[0][0]
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
-        raise CommandError(f"--data {data} holds texts, or no numbers; crp audit compares texts of the table alone")
+    dataset, left_out = opened.dataset, list[str]()
+    audited: list[tuple[str, AuditedSample]] = []
     for begin in range(0, len(dataset), batch_size):
-        numbers = range(begin, min(begin + batch_size, len(dataset)))
-        names += [getattr(source_of(dataset, i), "name", "") or f"{data} {i}" for i in numbers]
-        drawn = [dataset[i][0] for i in numbers]
-        alike = len({one.shape for one in drawn}) == 1
-        for batch in [torch.stack(drawn)] if alike else [one[None] for one in drawn]:
+        drawn = list(_readable(dataset, range(begin, min(begin + batch_size, len(dataset))), data, left_out))
+        alike = len({one.shape for _, one in drawn}) == 1
+        for together in [drawn] if alike else [[one] for one in drawn]:
+            batch = torch.stack([one for _, one in together])
             prepared = batch if opened.preprocess is None else opened.preprocess(batch)
-            audited += audit(attribution, prepared, composite, found, concept, k=k, table=table)
-    return list(zip(names, audited, strict=True))
+            classes = [one for [one] in choose_targets("prediction", attribution, Asked.of(prepared, None))]
+            rows = [row for row, of_class in enumerate(classes) if of_class in found.classes]
+            without = [(together[row][0], classes[row]) for row in range(len(classes)) if row not in rows]
+            left_out += [f"{name}: no prototypes of {_class_name(table, of_class)}" for name, of_class in without]
+            if rows:
+                targets = [classes[row] for row in rows]
+                compared = audit(
+                    attribution, prepared[rows], composite, found, concept, k=k, targets=targets, table=table
+                )
+                audited += zip([together[row][0] for row in rows], compared, strict=True)
+    return sorted(audited, key=lambda pair: pair[1].percentile), left_out
+
+
+def _readable(
+    dataset: Any, numbers: Sequence[int], data: str, left_out: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of samples that can be read; the others are added to ``left_out``, each with its reason."""
+    from crp.visualization.mining.datasets import read
+    from crp.visualization.mining.marks import source_of
+
+    for i in numbers:
+        sample, name = read(dataset, i), getattr(source_of(dataset, i), "name", "") or f"{data} {i}"
+        if sample.problem is not None:
+            reason = sample.problem.reason
+            left_out.append(reason if name in reason else f"{name}: {reason}")
+        elif not sample.data.is_floating_point():
+            raise CommandError(f"--data {data} holds texts, or no numbers; crp audit compares texts of the table alone")
+        else:
+            yield name, sample.data
 
 
 def _describe(table: Table, layer: str) -> Callable[[int], str]:

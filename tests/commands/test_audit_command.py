@@ -62,12 +62,38 @@ def test_a_dataset_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert result.exit_code == 1 and "--data more:ids holds texts, or no numbers" in result.output
 
 
-def test_what_is_wrong_is_one_line(folder: Path) -> None:
+def test_pictures_that_cannot_be_read_are_named_and_the_others_audited(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree("new", "odd")
-    Path("odd", "c.png").write_bytes(b"no picture")
+    Path("odd", "0.png").write_bytes(b"no picture")
+    alone, result = (crp("audit", folder, "0", "--data", data) for data in ("new", "odd"))
+    assert result.exit_code == 1 and result.output.startswith(alone.output)
+    (line,) = result.output.removeprefix(alone.output).splitlines()
+    assert line.startswith("Error: 1 of 3 samples left out: LoadingError: 0.png is no picture that can be read: ")
+    Path("halves.py").write_text(
+        "import torch\nclass Rows:\n    def __len__(self): return 2\n"
+        "    def __getitem__(self, i): return torch.ones(3, 8, 8), 1 // i\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    result = crp("audit", folder, "0", "--data", "halves:Rows")
+    assert "halves:Rows 1  " in result.output and "left out: halves:Rows 0: ZeroDivisionError" in result.output
+
+
+def test_pictures_of_classes_without_prototypes_are_named_and_the_others_audited(folder: Path) -> None:
+    shown = json.loads(crp("audit", folder, "0", "--data", "pictures", "--least", 40, "--json").output)["samples"]
+    names = {of_class: {row["name"] for row in shown if row["class"] == of_class} for of_class in (0, 1)}
+    assert names[0] and names[1]
+    assert crp("prototypes", folder, "0", 0, "--n", 1).exit_code == 0
+    result = crp("audit", folder, "0", "--data", "pictures", "--batch-size", 7)
+    assert result.exit_code == 1 and f"layer '0': {len(names[0])} samples" in result.output
+    left_out = result.output.splitlines()[-1].removeprefix(f"Error: {len(names[1])} of 40 samples left out: ")
+    assert {one.partition(": no prototypes of class 1")[0] for one in left_out.split(", ")[:8]} <= names[1]
+
+
+def test_what_is_wrong_is_one_line(folder: Path) -> None:
     for data, message in (
         ("absent", "--data absent is neither a folder nor package.module:factory"),
-        ("odd", "c.png"),
         ("absent:rows", "absent"),
     ):
         result = crp("audit", folder, "0", "--data", data)
