@@ -39,7 +39,9 @@ class ShardRows:
         self.n_bytes = 0
 
     def extend(self, arrays: Mapping[str, Array], samples: Iterable[Sample]) -> None:
-        """Add rows, and the samples that they are of."""
+        """Add rows, and the samples that they are of; a shard without rows has no columns of layers."""
+        if not len(arrays["sample"]):
+            return
         for key, array in arrays.items():
             self._arrays.setdefault(key, []).append(array)
             self.n_bytes += array.nbytes if "/" in key else 0
