@@ -57,6 +57,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "targets": ({"targets": "labels"}, "targets must be 'label', 'prediction'"),
     "negative targets": ({"targets": [-1]}, "targets must be"),
     "fractions of targets": ({"targets": [0.5]}, "targets must be"),
+    "targets beyond the outputs": ({"targets": [5000, 1]}, r"^targets=\[1, 5000\]: the model has outputs 0 to 2$"),
     "labels of other targets": ({"targets": "all", "single_targets": list}, "single_targets is about labels"),
     "a function that keeps no batch": (
         {"preprocess": lambda x: x[:0]},

@@ -233,7 +233,7 @@ RAGGED = [[0, 1, 2], [1], [0, 2], [], [2, 1], [0], [1, 2, 0]]
     [
         ({"targets": "all"}, 3),  # one sample of each of three batches tells how many there are
         ({"targets": "top-2"}, 11),
-        ({"targets": [0, 2]}, 0),
+        ({"targets": [0, 2]}, 1),  # as many are compared with them
         ({"single_targets": list}, 0),
     ],
     ids=["all", "top-2", "list", "ragged labels"],

@@ -32,7 +32,7 @@ from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_device
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
-from crp.visualization.mining.targets import Targets, parse_targets
+from crp.visualization.mining.targets import Targets, check_has, parse_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import (
@@ -40,7 +40,7 @@ from crp.visualization.table.fingerprint import (
     fingerprint_composite,
     fingerprint_model,
 )
-from crp.visualization.table.manifest import KINDS, MODES, STORAGES, TableHeader
+from crp.visualization.table.manifest import KINDS, MODES, Storage, TableHeader
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,7 +63,7 @@ class RunKeywords(TypedDict, total=False):
     retry_skipped: bool
     overwrite: bool
     progress: bool
-    storage: str
+    storage: Storage
     recipe: Mapping[str, Any] | None
 
 
@@ -145,7 +145,7 @@ class MiningOptions:
     retry_skipped: bool = False
     overwrite: bool = False
     progress: bool = True
-    storage: str = STORAGES[0]
+    storage: Storage = "float32"
     recipe: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] | None = None
 
@@ -177,7 +177,7 @@ class MiningOptions:
             if not is_list or not words or not all(word in known_words for word in words):
                 raise InputError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
         check_choice("on_error", options.on_error, Literal["stop", "skip"])
-        check_choice("storage", options.storage, Literal["float32", "float16"])
+        check_choice("storage", options.storage, Storage)
         for name, function in (("preprocess", options.preprocess), ("single_targets", options.single_targets)):
             if function is not None and not callable(function):
                 raise InputTypeError(f"{name} must be a function, not {function!r}")
@@ -257,6 +257,8 @@ def prepare(
         check_independent(attribution.model, inputs, [range(checked.batch_size)], attribution.select_output)
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
+    if not isinstance(targets, str) and inputs is not None:
+        check_has(targets, attribution, Asked.of(first, texts))
     settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}
     recipe = make_recipe(attribution, dataset, concepts, composite, settings, checked.recipe)
     return Job(

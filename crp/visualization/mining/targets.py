@@ -23,7 +23,7 @@ from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.results import Part
 from crp.engine.settings import Reading, Settings
-from crp.errors import InputError
+from crp.errors import InputError, OutOfRangeError
 from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.datasets import LabelError
@@ -132,6 +132,17 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     )
     of_samples: list[list[int]] = torch.sort(best, dim=1).values.tolist()
     return of_samples
+
+
+def check_has(targets: Sequence[int], attribution: CondAttribution, asked: Asked) -> None:
+    """Raise an `IndexError` where a model does not have one of these classes, by what it returns for a sample."""
+    try:
+        with torch.no_grad(), put_on(None, attribution.model) as model:
+            output = asked.chosen(attribution.select_output(asked.run(model)))
+    except Exception:  # (mining will tell of it by the sample's name)
+        return
+    if output.dim() > 1 and max(targets) >= output.shape[1]:
+        raise OutOfRangeError(f"targets={list(targets)}: the model has outputs 0 to {output.shape[1] - 1}")
 
 
 def keeps_graph(composite: Composite | None) -> bool:

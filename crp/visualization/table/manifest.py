@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from numpy.typing import NDArray
 
@@ -26,7 +26,7 @@ VERSION = 2
 MODES = ("relevance", "activation")
 KINDS = ("sum", "max")
 #: How values are kept: as they were computed, or as float16 with a scale for each concept of a shard.
-STORAGES = ("float32", "float16")
+Storage = Literal["float32", "float16"]
 
 #: File names of shards.
 NAME = re.compile(r"\d{1,18}-\d{1,18}-[0-9a-f]{8}\.safetensors")
@@ -188,7 +188,7 @@ class TableHeader:
     kinds: tuple[str, ...] = KINDS
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    storage: str = STORAGES[0]
+    storage: Storage = "float32"
     probes: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
@@ -199,7 +199,7 @@ class TableHeader:
             words += [*mapping, *mapping.values()]
         if type(self.n_samples) is not int or self.n_samples < 0 or not all(type(word) is str for word in words):
             raise InputTypeError(f"n_samples must be a number and all else words; not {self}")
-        parts = ((self.modes, MODES), (self.kinds, KINDS), ((self.storage,), STORAGES))
+        parts = ((self.modes, MODES), (self.kinds, KINDS), ((self.storage,), get_args(Storage)))
         if any(not set(there) <= set(known) for there, known in parts) or len(set(self.layers)) != len(self.layers):
             raise InputError(f"modes, kinds and storage must be known ones, and each layer once; not {self}")
         if not isinstance(self.recipe, Mapping) or json.loads(json.dumps(self.recipe, allow_nan=False)) != self.recipe:
