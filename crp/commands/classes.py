@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from crp.commands.errors import CommandError
+from crp.commands.group import in_a_line
 from crp.commands.values import _plain
 from crp.wording import counted, first_few, percent
 
@@ -67,8 +69,6 @@ def prototypes_command(
     found = prototypes(table, layer, range(1, 7) if n is None else n, classes=chosen, covariance=covariance, seed=seed)
     if save is not None:
         found.save(save)
-    if keep:
-        found.save(table)
     describe, rows = _describe(table, layer), list[dict[str, Any]]()
     for of_class, mixture in found.classes.items():
         for i, mean in enumerate(mixture.means):
@@ -85,8 +85,7 @@ def prototypes_command(
             )
     if as_json:
         click.echo(json.dumps({"layer": layer, "covariance": covariance, "seed": seed, "prototypes": rows}))
-        return
-    for row in rows:
+    for row in [] if as_json else rows:
         concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
         click.echo(
             _plain(
@@ -94,6 +93,8 @@ def prototypes_command(
                 f"{row['sample']}; concepts {concepts}"
             )
         )
+    if keep:
+        _keep(partial(found.save, table))
 
 
 @click.command("audit")
@@ -142,9 +143,9 @@ def audit_command(
         columns = table.samples()
         sources = dict(zip(columns.sample.tolist(), columns.source, strict=True))
         audited = [(sources[one.sample] or f"sample {one.sample}", one) for one in compared]
-        if keep and chosen is None:
-            save_audit(table, found, compared)
     _tell_audit(table, layer, audited, least, as_json)
+    if keep and not samples and data is None:
+        _keep(partial(save_audit, table, found, compared))
     if left_out:
         n = counted(len(audited) + len(left_out), "sample")
         raise CommandError(f"{len(left_out)} of {n} left out: {first_few(left_out, _LISTED)}")
@@ -197,10 +198,18 @@ def clusters_command(
             export_corelay(export, found, name=f"class {target}")
         except ImportError:
             raise CommandError("--export needs h5py: pip install concept-relevance[corelay]") from None
-    if keep:
-        save_clusters(table, found, layer, target, what=what)
     named = with_concepts(table, found, layer, target) if what == "heatmap" else found
     _tell_clusters(table, layer, target, named, as_json)
+    if keep:
+        _keep(partial(save_clusters, table, found, layer, target, what=what))
+
+
+def _keep(save: Callable[[], object]) -> None:
+    """Keep a result beside its table; where that cannot be written, it has been told already."""
+    try:
+        save()
+    except OSError as error:
+        raise CommandError(f"{in_a_line(error)}; it is not kept (--no-keep says that it need not be)") from error
 
 
 def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_json: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from command_cases import crp
 from table_maker import make_header, make_table
 
 from crp.audit import Prototypes
+from crp.visualization.table import derived
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.store import Table
@@ -195,6 +198,24 @@ def test_errors(folder, arguments, message):
     command, *rest = arguments
     result = crp(command, folder, *rest)
     assert result.exit_code == 1 and message in result.output and len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [("prototypes", "a"), ("audit", "a"), ("clusters", "a", 3)], ids=lambda c: c[0])
+def test_what_cannot_be_kept_is_told_and_so_is_the_option(folder, command, monkeypatch):
+    """A table on a disk that cannot be written."""
+
+    def refuse(path, content):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    name, *rest = command
+    crp("prototypes", folder, "a")
+    told = crp(name, folder, *rest, "--no-keep")
+    assert told.exit_code == 0
+    monkeypatch.setattr(derived, "write_atomic", refuse)
+    result = crp(name, folder, *rest)
+    assert result.exit_code == 1 and result.output.startswith(told.output)
+    (line,) = result.output.removeprefix(told.output).splitlines()
+    assert line.startswith("Error: [Errno 13] Permission denied: ") and "--no-keep" in line
 
 
 @pytest.mark.parametrize(
