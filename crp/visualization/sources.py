@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from crp.visualization.mining.datasets import LabelError, Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
 from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported, nearest
+from crp.wording import counted, first_few
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -26,6 +28,7 @@ class Pictures:
     """Pictures of a folder, in the order of their names; with class folders in it, these are the labels.
 
     What file managers and notebooks leave behind is passed over: names that begin with a dot, and ``__MACOSX``.
+    Folders may be links. A warning tells of pictures in formats that torchvision's ``ImageFolder`` leaves out, too.
 
     Attributes
     ----------
@@ -34,7 +37,13 @@ class Pictures:
     """
 
     def __init__(self, folder: Path, labels: dict[str, int] | None) -> None:
-        found = sorted(p for p in folder.rglob("*") if _is_picture_file(p, folder))
+        files = sorted(_files(folder, _SUFFIXES | _other_suffixes()))
+        found = [path for path in files if path.suffix.lower() in _SUFFIXES]
+        if left_out := [str(path.relative_to(folder)) for path in files if path.suffix.lower() not in _SUFFIXES]:
+            warn(
+                f"--data {folder}: {counted(len(left_out), 'file')} left out, as pictures are {_named_suffixes()}: "
+                f"{first_few(left_out, 5)}; convert them, or give a dataset of your own that opens them"
+            )
         if not found:
             raise _nothing_in(folder)
         self._folder = str(folder)
@@ -268,26 +277,43 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_picture_file(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    return path.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, parts)) and path.is_file()
+def _is_picture_file(path: Path, suffixes: Collection[str] = _SUFFIXES) -> bool:
+    """Whether a file has such a name; a link that leads nowhere counts, so that it is named where it is read."""
+    named = path.suffix.lower() in suffixes and not _is_hidden(path.name)
+    return named and (path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def _files(folder: Path, suffixes: Collection[str] = _SUFFIXES) -> Iterator[Path]:
+    """Such files in a folder and those in it, which may be links."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        yield from (path for path in map(Path(place).joinpath, names) if _is_picture_file(path, suffixes))
+
+
+def _other_suffixes() -> set[str]:
+    """Suffixes, such as ``.gif``, of files that Pillow may open and that are not taken for pictures."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - _SUFFIXES
+
+
+def _named_suffixes() -> str:
+    return ", ".join(sorted(_SUFFIXES))
 
 
 def _nothing_in(folder: Path) -> LoadingError:
-    return LoadingError(f"--data {folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+    return LoadingError(f"--data {folder} holds no pictures ({_named_suffixes()})")
 
 
 def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
     """Class of every class folder: by name where the names are those of the model, by number, else in order."""
     names = _class_folders(folder)
-    if not names and not any(_is_picture_file(p, folder) for p in folder.iterdir()):
+    loose = sorted(path.name for path in folder.iterdir() if _is_picture_file(path))
+    if not names and not loose:
         raise _nothing_in(folder)
     if not names:
         raise LoadingError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
-    loose = [p.name for p in folder.iterdir() if _is_picture_file(p, folder)]
     if loose:
         raise LoadingError(f"--data {folder} holds pictures beside its class folders, such as {loose[0]}")
-    empty = [name for name in names if not any(_is_picture_file(p, folder) for p in (folder / name).rglob("*"))]
+    empty = [name for name in names if not any(_files(folder / name))]
     if empty:
         warn(f"--data {folder}: no picture is in the class folders {', '.join(empty)}")
     found = [_classes_called(name, classes) for name in names]

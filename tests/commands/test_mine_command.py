@@ -386,6 +386,29 @@ def test_hidden_folders_and_files_are_passed_over(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_pictures_in_formats_that_are_left_out_are_named(folder: Path) -> None:
+    """Those of torchvision's ``ImageFolder``, whose numbers of samples are then the same."""
+    for name in ("a/2.gif", "b/2.GIF", "c/d/2.avif", "a/notes.txt", "a/.2.gif"):
+        (folder / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r": 3 files left out, as .*: a/2\.gif, b/2\.GIF, c/d/2\.avif; convert them"):
+        assert len(load_source(folder, [], loaded([]), by_label=True)[0]) == 3
+
+
+def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
+    """They were empty, without a word; a link that leads nowhere is named where it is read."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("a", "b", "c"):
+        (linked / name).symlink_to(folder / name)
+    (folder / "a" / "2.png").symlink_to("absent.png")
+    data, _ = load_source(linked, [], loaded([]), by_label=True)
+    assert [data.source(i).name for i in range(len(data))] == [  # type: ignore[union-attr]
+        "a/1.png", "a/2.png", "b/1.png", "c/d/1.png"
+    ]  # fmt: skip
+    with pytest.raises(LoadingError, match=r"a/2\.png is no picture that can be read: .*No such file"):
+        data[1]
+
+
 def classes_of(folder: Path, names: list[str], classes: list[str]) -> dict[str, int]:
     for number, name in enumerate(names):
         (folder / name).mkdir()
