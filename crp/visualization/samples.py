@@ -123,12 +123,15 @@ class SampleAccess:
 
     def in_call_order(self, layers: Sequence[str], sample: int) -> list[str]:
         """Layers in the order in which a sample goes through them, none before what it is computed from."""
-        if self.texts is not None:
-            asked = read_text(self.dataset, sample, self.device)
-        else:
-            asked = Asked.of(self.get_data_sample(sample)[0].detach(), None)
+        asked = self._asked(sample)
         with torch.no_grad(), put_on(None, self.attribution.model) as model:
             return in_call_order(model, layers, asked.run)
+
+    def _asked(self, sample: int) -> Asked:
+        """What the model is asked for a sample."""
+        if self.texts is not None:
+            return read_text(self.dataset, sample, self.device)
+        return Asked.of(self.get_data_sample(sample)[0].detach(), None)
 
     def _check_table(self, table: Table) -> None:
         """Raise a `TableMismatchError` unless a table is of this model, dataset, preparation and these concepts."""

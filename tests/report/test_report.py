@@ -533,9 +533,11 @@ def test_a_report_needs_no_composite(fv, tmp_path):
         ({"classes": [7]}, KeyError, "no sample of class 7 was mined; the classes are"),
         ({"layers": ["third"]}, KeyError, "layer 'third' was not mined"),
         ({"layers": []}, ValueError, "layers must name at least one layer"),
-        ({"class_names": ["a"]}, ValueError, r"has 1 names, and none for the classes \[1, 2\]"),
+        ({"class_names": {0: "a"}}, ValueError, r"has 1 name, and none for the classes \[1, 2\]"),
+        ({"class_names": ["a"]}, ValueError, "class_names has 1 name, and the model 3 outputs; a dict {class: name}"),
+        ({"class_names": ["background", *NAMES]}, ValueError, "class_names has 4 names, and the model 3 outputs"),
     ],
-    ids=["references", "mean", "class", "layer", "no layer", "names"],
+    ids=["references", "mean", "class", "layer", "no layer", "no name", "few names", "many names"],
 )
 def test_options_are_checked(fv, tmp_path, options, error, match):
     with pytest.raises(error, match=match):

@@ -32,7 +32,7 @@ from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_device
 from crp.visualization.mining.identity import probe
 from crp.visualization.mining.recipe import make_recipe
-from crp.visualization.mining.targets import Targets, check_has, parse_targets
+from crp.visualization.mining.targets import Targets, check_has, count_outputs, parse_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import (
@@ -258,7 +258,7 @@ def prepare(
     shard_size = SHARD_BATCHES * checked.batch_size if checked.shard_size is None else checked.shard_size
     targets = parse_targets(checked.targets)
     if not isinstance(targets, str) and inputs is not None:
-        check_has(targets, attribution, Asked.of(first, texts))
+        check_has(targets, count_outputs(attribution, Asked.of(first, texts)))
     settings = {name: getattr(checked, name) for name in _IN_RECIPE} | {"shard_size": shard_size, "targets": targets}
     recipe = make_recipe(attribution, dataset, concepts, composite, settings, checked.recipe)
     return Job(

@@ -134,15 +134,20 @@ def choose_targets(targets: str | tuple[int, ...], attribution: CondAttribution,
     return of_samples
 
 
-def check_has(targets: Sequence[int], attribution: CondAttribution, asked: Asked) -> None:
-    """Raise an `IndexError` where a model does not have one of these classes, by what it returns for a sample."""
+def count_outputs(attribution: CondAttribution, asked: Asked) -> int | None:
+    """Number of outputs that can be targets, by what a model returns for a sample; None where it tells none."""
     try:
         with torch.no_grad(), put_on(None, attribution.model) as model:
             output = asked.chosen(attribution.select_output(asked.run(model)))
-    except Exception:  # (mining will tell of it by the sample's name)
-        return
-    if output.dim() > 1 and max(targets) >= output.shape[1]:
-        raise OutOfRangeError(f"targets={list(targets)}: the model has outputs 0 to {output.shape[1] - 1}")
+    except Exception:  # (whatever is wrong with a sample is told where it is explained)
+        return None
+    return output.shape[1] if output.dim() > 1 else None
+
+
+def check_has(targets: Sequence[int], n_outputs: int | None) -> None:
+    """Raise an `IndexError` where a model does not have one of these classes."""
+    if n_outputs is not None and max(targets) >= n_outputs:
+        raise OutOfRangeError(f"targets={list(targets)}: the model has outputs 0 to {n_outputs - 1}")
 
 
 def keeps_graph(composite: Composite | None) -> bool:

@@ -86,7 +86,8 @@ class ReportOptions:
     Attributes
     ----------
     class_names : sequence of str, or mapping of class to str, optional
-        By default, those of the table's recipe, or numbers.
+        A sequence has the name of every output; a mapping names at least those that were mined. By default, those of
+        the table's recipe, or numbers.
     concept_names : mapping of (layer, concept) to str
         What concepts are called, beside their layer and number.
     classes : sequence of int, optional

@@ -21,6 +21,7 @@ from zennit.core import Composite
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
+from crp.visualization.mining.targets import count_outputs
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Row
@@ -40,6 +41,7 @@ from crp.visualization.table.files import make_folder
 from crp.visualization.table.fingerprint import fingerprint_composite
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table
+from crp.wording import counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,9 +110,13 @@ def _write(
     table = _table_of(fv)
     layers = _layers(table, options.layers)
     fv._lookup(layers[0], "relevance", (0, 1))  # refuses another model, dataset or preprocessing
-    layers = fv.in_call_order(layers, int(table.rows().sample[0]))
+    example = int(table.rows().sample[0])
+    layers = fv.in_call_order(layers, example)
     targets = list_targets(table).tolist()
-    names = _names(options.class_names, targets) if options.class_names is not None else _names_of(table, targets)
+    if options.class_names is None:
+        names = _names_of(table, targets)
+    else:
+        names = _names(options.class_names, targets, count_outputs(fv.attribution, fv._asked(example)))
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
     for layer, concept in options.concept_names:
@@ -249,10 +255,17 @@ def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def _names(class_names: Sequence[str] | Mapping[int, str], targets: Collection[int]) -> dict[int, str]:
+def _names(
+    class_names: Sequence[str] | Mapping[int, str], targets: Collection[int], n_outputs: int | None
+) -> dict[int, str]:
     known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
+    if known is not class_names and n_outputs not in (None, len(known)):
+        raise InputError(
+            f"class_names has {counted(len(known), 'name')}, and the model {counted(n_outputs or 0, 'output')}; a dict "
+            "{class: name} may name some of them"
+        )
     if nameless := [target for target in targets if target not in known]:
-        raise InputError(f"class_names has {len(known)} names, and none for the classes {nameless}")
+        raise InputError(f"class_names has {counted(len(known), 'name')}, and none for the classes {nameless}")
     return {target: str(known[target]) for target in known}
 
 
