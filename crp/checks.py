@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -15,10 +15,17 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}")
 
 
-def check_number(name: str, value: object, least: float = -float("inf"), whole: bool = False) -> None:
-    """Raise a `ValueError` if ``value`` is no finite number, or smaller than ``least``."""
+def check_number(name: str, value: Any, least: float = -float("inf"), whole: bool = False) -> Any:
+    """The number, as an int if it is to be ``whole``: of numpy's numbers, torch makes no parts.
+
+    Raises
+    ------
+    ValueError
+        If it is no finite number, or smaller than ``least``.
+    """
     kinds = int | np.integer if whole else int | float | np.integer | np.floating
     is_number = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < np.inf
-    if not is_number or value < least:  # type: ignore[operator]
+    if not is_number or value < least:
         what = f"{'whole ' * whole}number of at least {least}" if least > -float("inf") else "finite number"
         raise InputError(f"{name} must be a {what}, not {value!r}")
+    return int(value) if whole else value

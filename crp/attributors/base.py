@@ -94,8 +94,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         if condition is not None and not isinstance(condition, Mapping):
             raise InputTypeError(f"condition must be a dict {{layer name: concept ids}}, not {condition!r}")
         if batch_size is not None:
-            check_number("batch_size", batch_size, 1, whole=True)
-            batch_size = int(batch_size)  # (of numpy's numbers, torch makes no parts)
+            batch_size = check_number("batch_size", batch_size, 1, whole=True)
         super().__init__(model, composite, attr_output)
         self.attr_output, self.batch_size = attr_output, batch_size
         self.condition, self.mask_map = dict(condition or {}), mask_map

@@ -168,8 +168,7 @@ def _check_options(method: Method, options: dict[str, Any]) -> None:
         hint = ", the name of a layer with positions, such as the last convolution" if "layer" in missing else ""
         raise InputError(f"method {method.name!r} needs {', '.join(f'{name}=' for name in missing)}{hint}")
     if options.get("batch_size") is not None:
-        check_number("batch_size", options["batch_size"], 1, whole=True)
-        options["batch_size"] = int(options["batch_size"])
+        options["batch_size"] = check_number("batch_size", options["batch_size"], 1, whole=True)
 
 
 def _predicted(

@@ -139,7 +139,7 @@ def clusters(
     check_flags(normed=normed)
     for name, number in (("n", 1 if n is None else n), ("n_neighbours", n_neighbours), ("largest", largest)):
         check_number(name, number, 1, whole=True)
-    check_number("seed", seed, 0, whole=True)
+    seed = check_number("seed", seed, 0, whole=True)
     array = None
     source = Table.open(source) if isinstance(source, str | Path) else source
     if isinstance(source, Table) and what == "heatmap":
@@ -171,7 +171,7 @@ def clusters(
         gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
         n = 1 + int(gaps.argmax())
     label, embedding, separation = _assign(basis, n, seed)
-    return Clusters(label, samples, values, embedding, separation, vectors, int(seed))
+    return Clusters(label, samples, values, embedding, separation, vectors, seed)
 
 
 def save_clusters(

@@ -227,13 +227,13 @@ def prototypes(
     if not numbers or min(numbers) < 1:
         raise InputError(f"n must be at least 1, not {n!r}")
     check_number("regularization", regularization, 0)
-    check_number("seed", seed, 0, whole=True)
+    seed = check_number("seed", seed, 0, whole=True)
     chosen = table.rows().target.tolist() if classes is None else as_ids(classes, what="classes")
     found = {}
     for of_class in sorted(set(chosen)):
         vectors, samples = RowSelection(layer, normed=normed, of_class=of_class).read(table)
         found[of_class] = _fit(vectors, samples, numbers, covariance, regularization, seed, f"class {of_class}")
-    return Prototypes(layer, normed, found, int(seed))
+    return Prototypes(layer, normed, found, seed)
 
 
 def padded(rows: Sequence[Sequence[float]], none: float) -> np.ndarray:

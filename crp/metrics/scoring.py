@@ -53,13 +53,13 @@ class Scorer:
     ) -> None:
         check_data(data)
         check_choice("score", score, ScoreName)
-        check_number("batch_size", batch_size, 1, whole=True)
+        batch_size = check_number("batch_size", batch_size, 1, whole=True)
         asked = target_of(target, len(data))
         if asked is not None and not isinstance(asked, Classes):
             raise InputTypeError(
                 f"target must be a class, one per sample, or None for what is predicted, not {target!r}"
             )
-        self.model, self.score, self.batch_size, self.output = model, score, int(batch_size), checked_output(output)
+        self.model, self.score, self.batch_size, self.output = model, score, batch_size, checked_output(output)
         if score != "output" and not getattr(output, "exclusive", True):
             raise InputError(
                 f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"

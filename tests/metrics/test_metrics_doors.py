@@ -130,7 +130,8 @@ def test_seeds(metric: Any, seed: Any) -> None:
 
 
 def test_numbers_of_any_size() -> None:
-    check_number("n", 2**2000, 1, whole=True)
+    assert check_number("n", 2**2000, 1, whole=True) == 2**2000
+    assert type(check_number("n", np.int64(3), 1, whole=True)) is int
     for seed in (0, -1, 2**64 - 1, -(2**63), np.int64(3)):
         check_seed(seed)
         torch.Generator().manual_seed(int(seed))
