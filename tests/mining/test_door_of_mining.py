@@ -44,11 +44,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no kind": ({"kinds": []}, "kinds must be among"),
     "a number of modes": ({"modes": 2}, "modes must be among 'relevance', 'activation'; not 2"),
     "a list in modes": ({"modes": [["relevance"]]}, "modes must be among"),
-    "batches of none": ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
-    "batches of a fraction": ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, not 1.5"),
-    "batches of truth": ({"batch_size": True}, "batch_size must be an integer of at least 1, not True"),
-    "workers": ({"num_workers": -1}, "num_workers must be an integer of at least 0, not -1"),
-    "shards": ({"shard_size": 0}, "shard_size must be an integer of at least 1, not 0"),
+    "batches of none": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+    "batches of a fraction": ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1, not 1.5"),
+    "batches of truth": ({"batch_size": True}, "batch_size must be a whole number of at least 1, not True"),
+    "workers": ({"num_workers": -1}, "num_workers must be a whole number of at least 0, not -1"),
+    "shards": ({"shard_size": 0}, "shard_size must be a whole number of at least 1, not 0"),
     "on_error": ({"on_error": "ignore"}, "on_error must be one of 'stop', 'skip', not 'ignore'"),
     "on_error in a list": ({"on_error": ["skip"]}, r"on_error must be one of 'stop', 'skip', not \['skip'\]"),
     "storage": ({"storage": "int8"}, "storage must be one of 'float32', 'float16', not 'int8'"),
@@ -105,7 +105,7 @@ def test_a_checkpoint_is_told_by_its_name(tmp_path: Path, value: Any) -> None:
 
 def test_ranges_of_numpy_are_numbers(tmp_path: Path) -> None:
     fv = make_fv(tmp_path)
-    fv.run(EpsilonPlus(), np.int64(2), torch.tensor(5), progress=False)
+    fv.run(EpsilonPlus(), np.int64(2), torch.tensor(5), np.int64(2), num_workers=np.int64(0), progress=False)
     assert sorted({*Table.open(fv.path).rows().sample.tolist()}) == [2, 3, 4]
 
 

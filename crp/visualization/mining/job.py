@@ -16,7 +16,7 @@ from zennit.core import Composite
 
 import crp
 from crp.attribution import CondAttribution
-from crp.checks import check_choice
+from crp.checks import check_choice, check_number
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.door import check_attribution, check_device
@@ -163,14 +163,13 @@ class MiningOptions:
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in keywords if name not in known]:
             raise InputTypeError(f"mining has no option {unknown[0]!r}; there are {', '.join(known)}")
-        options = cls(**keywords)
+        given: dict[str, Any] = {**keywords}
+        for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
+            if name in given and (name, given[name]) != ("shard_size", None):
+                given[name] = check_number(name, given[name], least, whole=True)
+        options = cls(**given)
         switches = ("mixed_shapes", "retry_skipped", "overwrite", "progress")
         check_flags(**{name: getattr(options, name) for name in switches})
-        sizes = [("batch_size", options.batch_size, 1), ("num_workers", options.num_workers, 0)]
-        sizes += [] if options.shard_size is None else [("shard_size", options.shard_size, 1)]
-        for name, size, least in sizes:
-            if isinstance(size, bool) or not isinstance(size, int) or size < least:
-                raise InputError(f"{name} must be an integer of at least {least}, not {size!r}")
         lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
         for name, (words, known_words) in lists.items():
             is_list = isinstance(words, Collection) and not isinstance(words, str)
