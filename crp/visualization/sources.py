@@ -286,8 +286,13 @@ def _is_picture_file(path: Path, suffixes: Collection[str] = _SUFFIXES) -> bool:
 def _files(folder: Path, suffixes: Collection[str] = _SUFFIXES) -> Iterator[Path]:
     """Such files in a folder and those in it, which may be links."""
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [name for name in folders if not (_is_hidden(name) or _leads_back(Path(place, name)))]
         yield from (path for path in map(Path(place).joinpath, names) if _is_picture_file(path, suffixes))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one that it is in."""
+    return folder.is_symlink() and folder.resolve() in [folder.parent.resolve(), *folder.parent.resolve().parents]
 
 
 def _other_suffixes() -> set[str]:

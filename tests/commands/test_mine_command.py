@@ -401,6 +401,7 @@ def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (linked / name).symlink_to(folder / name)
     (folder / "a" / "2.png").symlink_to("absent.png")
+    (folder / "a" / "again").symlink_to(folder)  # (which leads back to where it is)
     data, _ = load_source(linked, [], loaded([]), by_label=True)
     assert [data.source(i).name for i in range(len(data))] == [  # type: ignore[union-attr]
         "a/1.png", "a/2.png", "b/1.png", "c/d/1.png"
