@@ -47,6 +47,12 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> _Opened:
         raise LoadingError(
             "the table was not mined by crp mine, so that model and dataset cannot be loaded from its recipe; give them"
         )
+    for name in ("checkpoint", "classes", "tokenizer", *(["data"] if data is None else [])):
+        if (place := Path(str(command.get(name)))).is_absolute() and not place.exists():
+            raise LoadingError(
+                f"{place} is gone, the --{name} of the table; if it was moved, crp mine --out FOLDER --{name} PLACE "
+                "says where it is, for the table in FOLDER"
+            )
     try:
         source = open_source(str(command["data"]) if data is None else data)
         checkpoint, classes = (

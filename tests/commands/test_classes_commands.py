@@ -244,7 +244,7 @@ def test_prototypes_and_audits_of_a_table_that_has_grown_are_refused(folder):
     crp("prototypes", folder, "a", "--n", 2)
     _, source = make_table(folder.parent / "more", ranges=(), n_samples=60)
     table = Table.open(folder)
-    table.grow(60)
+    table.restate(60, table.header.recipe)
     assert crp("audit", folder, "a").exit_code == 0, "nothing was mined since"
     assert "kept       prototypes of layer 'a'\nkept       audit of layer 'a'\n" in crp("status", folder).output
     assert json.loads(crp("status", folder, "--json").output)["kept"] == [

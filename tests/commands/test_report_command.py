@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,10 +154,26 @@ def test_what_is_gone_is_named(mined: Path) -> None:
     assert crp("report", mined, "--quiet").exit_code == 1
     (mined.parent / "pictures").rename(mined.parent / "moved")
     result = crp("report", mined, "--quiet")
-    assert result.exit_code == 1 and "pictures is neither a folder nor package.module:factory" in result.output
+    place = mined.parent / "pictures"
+    assert result.exit_code == 1 and result.output.startswith(f"Error: {place} is gone, the --data of the table; if it")
     assert crp("report", mined.parent).output == (
         f"Error: nothing was mined into {mined.parent}: it has no manifest.json\n"
     )
+
+
+def test_data_that_were_moved_are_found_where_mining_was_told(mined: Path) -> None:
+    Path("pictures").rename("moved")
+    assert crp("report", mined, "--quiet").exit_code == 1
+    shutil.copytree("moved", "other")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("other/cats/0.png")
+    result = crp("mine", "--out", mined, "--data", "other", "--quiet")
+    assert result.exit_code == 1 and "with another dataset: sample 0 is" in result.output
+    before = Table.open(mined)
+    assert crp("mine", "--out", mined, "--data", "moved", "--quiet").exit_code == 0
+    after = Table.open(mined)
+    assert after.header.recipe["dataset"]["named"] == str(Path("moved").resolve())
+    assert (after.digest, after.shards) == (before.digest, before.shards)
+    assert crp("report", mined, "--quiet", "--references", "1").exit_code == 0
 
 
 @pytest.mark.parametrize(

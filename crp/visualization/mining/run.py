@@ -239,7 +239,8 @@ def merge(path: str | Path, *others: str | Path) -> Table:
 def _opened(job: Job, start: int, stop: int) -> tuple[Job, Table]:
     """Table in the job's folder, made if there is none, and the job under the table's own header.
 
-    Where the dataset has grown since the table was made, the table grows, too.
+    Where the dataset has grown since the table was made, the table grows, too; and where a command finds data or model
+    elsewhere than it says, it says so from then on.
     """
     if not Table.exists(job.path):
         return job, Table.create(job.path, job.header)
@@ -259,8 +260,11 @@ def _opened(job: Job, start: int, stop: int) -> tuple[Job, Table]:
     table.check_header(replace(here, fingerprints=compared, n_samples=n))
     if by_samples:
         check_dataset(table, job.dataset, here.probes)
-    if here.n_samples > table.n_samples:
-        table.grow(here.n_samples)
+    n, command, recipe = max(here.n_samples, table.n_samples), here.recipe.get("command"), table.header.recipe
+    if command is not None and command != recipe.get("command"):
+        recipe = here.recipe
+    if (n, recipe) != (table.n_samples, table.header.recipe):
+        table.restate(n, recipe)
     return replace(job, header=table.header), table
 
 

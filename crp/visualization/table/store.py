@@ -320,10 +320,10 @@ class Table:
             if old.file != shard.file:
                 (self.path / "shards" / old.file).unlink(missing_ok=True)
 
-    def grow(self, n_samples: int) -> None:
-        """Take in that the dataset has become longer; its new samples are missing then."""
+    def restate(self, n_samples: int, recipe: Mapping[str, Any]) -> None:
+        """Take in that the dataset has become longer, whose new samples are missing then, or other words for it all."""
         self.check_writable()
-        self.header = replace(self.header, n_samples=n_samples)
+        self.header = replace(self.header, n_samples=n_samples, recipe=recipe)
         self._save()
 
     def check_writable(self) -> None:
