@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from crp.commands.attribute import _check_writable
 from crp.commands.errors import CommandError
 from crp.commands.group import _saying_on_interrupt
 from crp.commands.mine import _check_outside, _make_composite
@@ -113,6 +114,7 @@ def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None
     recipe = table.header.recipe
     if isinstance(recipe.get("command"), dict):
         _check_outside(path, str(recipe["command"].get("data")))
+    _check_writable(path.parent if path.suffix.lower() in (".html", ".htm") else path, path)
     found, command = open_recipe(recipe), recipe["command"]
     fv = FeatureVisualization.open(
         folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 from collections.abc import Iterator
@@ -45,6 +46,16 @@ def test_a_report_may_be_one_file_and_elsewhere(mined: Path) -> None:
         assert crp("report", mined, "--quiet", "--references", "1", "--out", mined.parent / out).exit_code == 0
     result = crp("report", mined, "--single-file", "--out", mined.parent / "other")
     assert result.exit_code == 1 and "must end in .html with --single-file" in result.output
+
+
+def test_a_table_that_cannot_be_written_is_reported_elsewhere(mined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("crp.commands.attribute.TemporaryFile", refuse)
+    result = crp("report", mined, "--quiet")
+    assert result.exit_code == 1
+    assert result.output == f"Error: --out {mined / 'atlas'} cannot be written: Permission denied\n"
 
 
 def test_an_interrupted_report_says_how_to_go_on(mined: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
-from crp.visualization.report.render import counted
+from crp.visualization.report.render import _breaking, counted
 from crp.visualization.report.suspects import find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
@@ -550,6 +550,11 @@ def test_tiles_of_another_size_are_refused(fv):
 
 
 # ---- parts
+
+
+def test_long_names_are_broken_between_their_parts_and_numbers_are_not():
+    assert _breaking("blocks.5.attn · <b>/40.png") == "blocks.5.<wbr>attn · &lt;b&gt;/<wbr>40.<wbr>png"
+    assert _breaking("12.5 % of 3.25") == "12.5 % of 3.25"
 
 
 def test_a_map_keeps_the_shape_of_the_picture():

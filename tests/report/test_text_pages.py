@@ -253,7 +253,7 @@ def test_the_graph_tells_where_relevance_goes(gpt: FeatureVisualization, gpt_atl
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     target = int(gpt.attribution.model(**data).logits[0, -1].argmax())
     page = (gpt_atlas / "sample" / f"{text}.html").read_text(encoding="utf-8")
-    first = int(re.search(rf'concept/{UPPER}/(\d+)\.html">{UPPER}', page)[1])  # type: ignore[index]
+    first = int(re.search(rf'<h3><a href="[^"]*concept/{UPPER}/(\d+)\.html">', page)[1])  # type: ignore[index]
     condition = {"y": Position(-1, target), UPPER: [first]}
     masks = {layer: concept.mask for layer, concept in LAYERS.items()}
     relevance = gpt.attribution(data, [condition], AttnLRP(), [LOWER], masks).relevances[LOWER]

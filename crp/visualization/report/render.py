@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from crp.image.colours import AGAINST, FOR, POWER
@@ -21,6 +22,8 @@ from crp.visualization.report.addresses import relative
 from crp.visualization.table.files import write_atomic
 from crp.wording import counted, percent
 
+#: Where names of layers and files may be broken: ``blocks.5.``, ``attn``; ``ship/``, ``400.``, ``png``; no numbers.
+_BREAKS = re.compile(r"(?<=[./])(?=[^\W\d])|(?<=/)(?=\d)")
 #: Steps of the colours of tokens, from 0 to the full colour.
 TONES = 20
 _TYPES = {".webp": "image/webp", ".png": "image/png"}
@@ -55,7 +58,7 @@ class Renderer:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.filters |= {"percent": percent, "counted": counted}
+        self._environment.filters |= {"percent": percent, "counted": counted, "breaking": _breaking}
         self._environment.globals["outline"] = _hex(YELLOW)
         colours = [_hex(AGAINST), "#ffffff", _hex(FOR)]
         self._environment.globals |= {"pictures": pictures, "tones": _tones()}
@@ -225,3 +228,8 @@ def _sha(text: str) -> str:
 
 def _hex(colour: tuple[float, ...]) -> str:
     return "#" + "".join(f"{round(255 * value):02x}" for value in colour)
+
+
+def _breaking(name: object) -> Markup:
+    """A name that is broken between its parts, where it is too long for a line."""
+    return Markup("<wbr>").join(map(escape, _BREAKS.split(str(name))))
