@@ -16,16 +16,10 @@ def check_choice(name: str, value: object, choices: object) -> None:
 
 
 def check_number(name: str, value: Any, least: float = -float("inf"), whole: bool = False) -> Any:
-    """The number, as an int if it is to be ``whole``: of numpy's numbers, torch makes no parts.
-
-    Raises
-    ------
-    ValueError
-        If it is no finite number, or smaller than ``least``.
-    """
+    """The number, an int if it is to be ``whole``; a `ValueError` if it is not finite, or smaller than ``least``."""
     kinds = int | np.integer if whole else int | float | np.integer | np.floating
     is_number = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < np.inf
     if not is_number or value < least:
         what = f"{'whole ' * whole}number of at least {least}" if least > -float("inf") else "finite number"
         raise InputError(f"{name} must be a {what}, not {value!r}")
-    return int(value) if whole else value
+    return int(value) if whole else value  # (of numpy's numbers, torch makes no parts)

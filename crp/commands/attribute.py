@@ -143,6 +143,7 @@ def attribute(
         through["layer"] = layer
     given = _merged(_parsed(settings), through, page and chosen.family != "cam")
     loaded = _load(model, output, **loading)
+    _check_layers(loaded, layer, graph)
     given |= {} if loaded.output is None else {"output": loaded.output}
     index = None if target is None else find_class(target, loaded.classes, "--target")
     if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
@@ -193,6 +194,13 @@ def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str
         raise CommandError("--concept needs the --layer that it is in")
     if graph and not page:
         raise CommandError("--graph is for --page, which draws it")
+
+
+def _check_layers(loaded: Loaded, layer: str | None, graph: Sequence[str]) -> None:
+    from crp.engine.taps import check_layers
+
+    check_layers(loaded.model, [] if layer is None else [layer], "--layer")
+    check_layers(loaded.model, graph, "--graph")
 
 
 def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:

@@ -21,6 +21,7 @@ from crp.visualization.mining.encoded import files_of, on_device
 from crp.visualization.mining.identity import check_dataset
 from crp.visualization.mining.marks import Source, source_of
 from crp.visualization.mining.preparation import Preparation
+from crp.visualization.mining.targets import count_outputs
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
 from crp.visualization.table.fingerprint import fingerprint, fingerprint_dataset, fingerprint_model
@@ -126,6 +127,10 @@ class SampleAccess:
         asked = self._asked(sample)
         with torch.no_grad(), put_on(None, self.attribution.model) as model:
             return in_call_order(model, layers, asked.run)
+
+    def _count_outputs(self, sample: int) -> int | None:
+        """Number of the model's outputs, by a sample; None where it tells none."""
+        return count_outputs(self.attribution, self._asked(sample))
 
     def _asked(self, sample: int) -> Asked:
         """What the model is asked for a sample."""

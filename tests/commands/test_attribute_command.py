@@ -285,6 +285,7 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
         (("--method", "epsilon", "--layer", "4"), "nets_of_mine:net", "layer '4' has no positions to draw"),
         (("--concept", 1), "nets_of_mine:net", "--concept needs the --layer that it is in"),
         (("--layer", "0", "--concept", 9), "nets_of_mine:net", "there is no channel 9"),
+        (("--layer", "O"), "nets_of_mine:net", "<--layer> 'O' not found in model; nearest names"),
         (("--target", 5), "nets_of_mine:net", "target 5 is out of range"),
         (("--option", "steps"), "nets_of_mine:net", "must be NAME=VALUE"),
         (("--option", "steps=3"), "nets_of_mine:net", "no option 'steps'"),

@@ -21,7 +21,6 @@ from zennit.core import Composite
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
-from crp.visualization.mining.targets import count_outputs
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Row
@@ -110,13 +109,9 @@ def _write(
     table = _table_of(fv)
     layers = _layers(table, options.layers)
     fv._lookup(layers[0], "relevance", (0, 1))  # refuses another model, dataset or preprocessing
-    example = int(table.rows().sample[0])
-    layers = fv.in_call_order(layers, example)
+    layers = fv.in_call_order(layers, int(table.rows().sample[0]))
     targets = list_targets(table).tolist()
-    if options.class_names is None:
-        names = _names_of(table, targets)
-    else:
-        names = _names(options.class_names, targets, count_outputs(fv.attribution, fv._asked(example)))
+    names = _names(fv, table, targets, options.class_names)
     shown = _shown(targets, options.classes)
     _check_findings(options.findings, targets, table, layers)
     for layer, concept in options.concept_names:
@@ -256,8 +251,17 @@ def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:
 
 
 def _names(
-    class_names: Sequence[str] | Mapping[int, str], targets: Collection[int], n_outputs: int | None
+    fv: FeatureVisualization,
+    table: Table,
+    targets: Collection[int],
+    class_names: Sequence[str] | Mapping[int, str] | None,
 ) -> dict[int, str]:
+    """What classes are called; by the table's recipe where that is not said, and by numbers."""
+    if class_names is None:
+        known = table.header.recipe.get("class_names")
+        named = dict(enumerate(map(str, known))) if isinstance(known, list) else {}
+        return {target: str(target) for target in targets} | named
+    n_outputs = fv._count_outputs(int(table.rows().sample[0]))
     known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
     if known is not class_names and n_outputs not in (None, len(known)):
         raise InputError(
@@ -267,13 +271,6 @@ def _names(
     if nameless := [target for target in targets if target not in known]:
         raise InputError(f"class_names has {counted(len(known), 'name')}, and none for the classes {nameless}")
     return {target: str(known[target]) for target in known}
-
-
-def _names_of(table: Table, targets: Collection[int]) -> dict[int, str]:
-    """Names by the table's recipe; a class without one is called by its number."""
-    known = table.header.recipe.get("class_names")
-    names = dict(enumerate(map(str, known))) if isinstance(known, list) else {}
-    return {target: str(target) for target in targets} | names
 
 
 def _shown(targets: Sequence[int], classes: Sequence[int] | None) -> list[int]:
