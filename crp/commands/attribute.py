@@ -343,8 +343,10 @@ def _suggestion(loaded: Loaded, data: Tensor) -> str:
 
 def _check_writable(folder: Path, out: Path) -> None:
     """Make the folder of a picture, and see whether files can be written there."""
+    from crp.visualization.table.files import make_folder
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -44,7 +45,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
-            with _saying_on_interrupt(), _terminations_interrupt():
+            with _saying_on_interrupt(), _terminations_interrupt(), _warnings_in_a_line():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):  # (of the last, click ends without a word)
             raise
@@ -103,3 +104,18 @@ def _terminations_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Show each warning in one line."""
+
+    def shown(message: Warning | str, *_: object, **__: object) -> str:
+        return f"Warning: {message}\n"
+
+    plain = warnings.formatwarning
+    warnings.formatwarning = cast(Any, shown)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain

@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -114,7 +113,7 @@ def mine_command(
     hidden = quiet or (part is not None and part[0] > 0)
     again = "the same command without --overwrite" if overwrite else "the same command"
     kept = f"All whole shards are kept in {out}; {again} goes on from there."
-    with _saying_on_interrupt(kept), _warnings_in_a_line():
+    with _saying_on_interrupt(kept):
         given = given if overwrite else _with_earlier(out, given)
         if missing := [f"--{name}" for name in ("model", "data", "layers") if not given[name]]:
             hint = "; --layers auto chooses some" if "--layers" in missing else ""
@@ -319,21 +318,6 @@ def _check_outputs(
             f"--data {data} has {counted(len(labels), 'class folder')} and the model {counted(n, 'output')}: say by "
             "--classes which they are (a file with the name of each output in a line), or give --targets prediction"
         )
-
-
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Show each warning in one line."""
-
-    def shown(message: Warning | str, *_: object, **__: object) -> str:
-        return f"Warning: {message}\n"
-
-    plain = warnings.formatwarning
-    warnings.formatwarning = cast(Any, shown)
-    try:
-        yield
-    finally:
-        warnings.formatwarning = plain
 
 
 def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:

@@ -45,7 +45,8 @@ def open_recipe(recipe: Mapping[str, Any], data: str | None = None) -> _Opened:
     command = recipe.get("command")
     if not isinstance(command, Mapping):
         raise LoadingError(
-            "the table was not mined by crp mine, so that model and dataset cannot be loaded from its recipe; give them"
+            "the table was not mined by crp mine, so that model and dataset cannot be loaded from its recipe; give "
+            "them, as in FeatureVisualization.open(folder, model=..., dataset=...).report(...)"
         )
     for name in ("checkpoint", "classes", "tokenizer", *(["data"] if data is None else [])):
         if (place := Path(str(command.get(name)))).is_absolute() and not place.exists():

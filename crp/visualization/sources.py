@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crp.errors import LoadingError
+from crp.errors import InputError, LoadingError
 from crp.notices import warn
 from crp.visualization.decoding import Decoded
-from crp.visualization.mining.datasets import LabelError, Pairs, indexed
+from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
 from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported, nearest
@@ -240,12 +240,12 @@ def _as_hot(label: Any) -> list[int]:
 
     Raises
     ------
-    LabelError
+    ValueError
         If it has other numbers, such as smoothed labels or a mark for "unknown", which name no classes.
     """
     marks = np.asarray(label)
     if marks.ndim != 1 or not np.isin(marks, (0, 1)).all():
-        raise LabelError(
+        raise InputError(
             f"a label must have 0 or 1 for each class (--multi-label hot), not {marks.ravel()[:9].tolist()} of shape "
             f"{marks.shape}; a dataset that you write says which classes are there"
         )

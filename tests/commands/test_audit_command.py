@@ -70,7 +70,7 @@ def test_pictures_that_cannot_be_read_are_named_and_the_others_audited(
     alone, result = (crp("audit", folder, "0", "--data", data) for data in ("new", "odd"))
     assert result.exit_code == 1 and result.output.startswith(alone.output)
     (line,) = result.output.removeprefix(alone.output).splitlines()
-    assert line.startswith("Error: 1 of 3 samples left out: LoadingError: 0.png is no picture that can be read: ")
+    assert line.startswith("Error: 1 of 3 samples left out: 0.png is no picture that can be read: ")
     Path("halves.py").write_text(
         "import torch\nclass Rows:\n    def __len__(self): return 2\n"
         "    def __getitem__(self, i): return torch.ones(3, 8, 8), 1 // i\n"

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,14 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.05)
+
+
+def test_warnings_of_all_commands_are_in_a_line(monkeypatch):
+    told = []
+
+    def methods():
+        told.append(warnings.formatwarning("it is odd", UserWarning, "crp", 8, "sys.exit(main())"))
+        return []
+
+    monkeypatch.setattr("crp.attributors.explaining.methods", methods)
+    assert run("methods").exit_code == 0 and {*told} == {"Warning: it is odd\n"}

@@ -27,9 +27,8 @@ from crp.attribution import CondAttribution
 from crp.commands.processes import _part
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
-from crp.errors import LoadingError
+from crp.errors import InputError, LoadingError
 from crp.visualization import models
-from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.run import mine
 from crp.visualization.models import Loaded, find_class
 from crp.visualization.prepared import Normalized, Prepared
@@ -258,7 +257,7 @@ def of_items(name: str, out: str, *more: str) -> Result:
 def test_labels_of_several_classes_are_0_or_1(label: Any) -> None:
     """Smoothed labels and marks for "unknown" name no classes."""
     assert MULTI_LABEL["hot"]([0, 1, 1]) == MULTI_LABEL["hot"](torch.tensor([False, True, True])) == [1, 2]
-    with pytest.raises(LabelError, match=r"must have 0 or 1 for each class \(--multi-label hot\), not \["):
+    with pytest.raises(InputError, match=r"must have 0 or 1 for each class \(--multi-label hot\), not \["):
         MULTI_LABEL["hot"](label)
 
 
@@ -587,9 +586,10 @@ def test_a_torchvision_model_mines_a_folder_and_skips_what_is_broken(folder: Pat
     assert random.exit_code == 1 and "squeezenet1_1 has random weights" in random.output
     command += ["--checkpoint", tmp_path / "net.pt", "--out", tmp_path / "out", "--targets", "top-2", "--quiet"]
     stopped = crp(*command)
-    assert stopped.exit_code == 1 and "sample 1: LoadingError: a/2.png is no picture that can" in stopped.output
+    assert stopped.exit_code == 1 and "sample 1: a/2.png is no picture that can" in stopped.output
+    assert stopped.output.endswith("(--on-error skip) leaves such samples out\n")
     with pytest.warns(UserWarning, match="1 sample was skipped"):
         result = crp(*command, "--on-error", "skip")
     assert (result.exit_code, result.output) == (0, "3 of 4 samples, 1 skipped, 6 rows; complete\n")
     told = crp("status", tmp_path / "out").output
-    assert "skipped    1: LoadingError: a/2.png is no picture that can be read: cannot identify image file" in told
+    assert "skipped    1: a/2.png is no picture that can be read: cannot identify image file" in told

@@ -24,9 +24,9 @@ from zennit.rules import Epsilon, ZPlus
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, Concept
+from crp.errors import InputError
 from crp.visualization.mining import rows as shard_rows
 from crp.visualization.mining import writing
-from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.job import prepare
 from crp.visualization.mining.run import SampleError, mine_shard
 from crp.visualization.mining.targets import to_targets
@@ -146,7 +146,7 @@ def test_labels(label: Any, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("label", [1.0, "3", torch.tensor([1, 2]), torch.tensor(1.5), np.array([0, 1]), [1], -1, 2**63])
 def test_labels_that_are_no_class(label: Any) -> None:
-    with pytest.raises(LabelError, match="class"):
+    with pytest.raises(InputError, match="class"):
         to_targets(label, None, True)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from crp.errors import InputError, InputTypeError, StateError
+from crp.errors import CRPError, InputTypeError, StateError
 from crp.visualization.mining.marks import Source, source_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -176,11 +176,7 @@ class SampleError(StateError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"sample {self.index}: {self.reason}"
-
-
-class LabelError(InputError):
-    """A label that names no classes."""
+        return f"sample {self.index}: {self.reason}; on_error='skip' (--on-error skip) leaves such samples out"
 
 
 class Problem(NamedTuple):
@@ -192,7 +188,7 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, error: Exception, doing: str = "") -> Problem:
         """Problem of an exception, described without addresses, so that the text is the same in every run."""
-        text = str(error) if isinstance(error, LabelError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, CRPError) else f"{type(error).__name__}: {error}"
         text = _ADDRESS.sub("", text.strip().splitlines()[0])[:300]
         # Exceptions of worker processes stay there: not every one can be pickled.
         return cls(f"{doing}{text}", error if get_worker_info() is None else None)

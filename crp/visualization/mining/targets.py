@@ -26,7 +26,6 @@ from crp.engine.settings import Reading, Settings
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import hooked
 from crp.types import AttributionResults
-from crp.visualization.mining.datasets import LabelError
 from crp.visualization.mining.text_batches import Asked
 from crp.wording import shortened
 
@@ -57,7 +56,7 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
 
     Raises
     ------
-    LabelError
+    ValueError
         If they are no classes.
     """
     if single_targets is None and label is None and not needed:
@@ -69,14 +68,14 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
             found.append(index(target))
         except TypeError:
             what = "label" if single_targets is None else "target"
-            raise LabelError(
+            raise InputError(
                 f"{what} {shortened(target)} is no integer class; single_targets (of FeatureVisualization: "
                 "multitarget_to_single; of crp mine: --multi-label) turns a label into classes, and "
                 "targets='prediction' (--targets prediction) needs no labels"
             ) from None
     for target in found:
         if not 0 <= target < 1 << 63:
-            raise LabelError(f"target {target} is no class; classes count from 0")
+            raise InputError(f"target {target} is no class; classes count from 0")
     return sorted(set(found))
 
 
