@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,18 +84,17 @@ def prototypes_command(
                     "concepts": [{"concept": c, "name": describe(c), "share": float(mean[c])} for c in top],
                 }
             )
-    if as_json:
-        click.echo(json.dumps({"layer": layer, "covariance": covariance, "seed": seed, "prototypes": rows}))
-    for row in [] if as_json else rows:
-        concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
-        click.echo(
-            _plain(
-                f"{row['name']}, prototype {row['prototype']}  {percent(row['weight'])} of samples, as in "
-                f"{row['sample']}; concepts {concepts}"
+    with _keeping(keep, partial(found.save, table)):
+        if as_json:
+            click.echo(json.dumps({"layer": layer, "covariance": covariance, "seed": seed, "prototypes": rows}))
+        for row in [] if as_json else rows:
+            concepts = ", ".join(f"{one['concept']} ({one['share']:+.3f})" for one in row["concepts"])
+            click.echo(
+                _plain(
+                    f"{row['name']}, prototype {row['prototype']}  {percent(row['weight'])} of samples, as in "
+                    f"{row['sample']}; concepts {concepts}"
+                )
             )
-        )
-    if keep:
-        _keep(partial(found.save, table))
 
 
 @click.command("audit")
@@ -139,13 +139,13 @@ def audit_command(
         audited, left_out = _audit_data(table, found, data, k, batch_size)
     else:
         chosen = list(samples) or None
-        compared = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
         columns = table.samples()
         sources = dict(zip(columns.sample.tolist(), columns.source, strict=True))
-        audited = [(sources[one.sample] or f"sample {one.sample}", one) for one in compared]
-    _tell_audit(table, layer, audited, least, as_json)
-    if keep and not samples and data is None:
-        _keep(partial(save_audit, table, found, compared))
+        rows = audit_table(table, found, chosen, k=k, describe=_describe(table, layer))
+        audited = [(sources[one.sample] or f"sample {one.sample}", one) for one in rows]
+    compared = [one for _, one in audited]
+    with _keeping(keep and not samples and data is None, partial(save_audit, table, found, compared)):
+        _tell_audit(table, layer, audited, least, as_json)
     if left_out:
         n = counted(len(audited) + len(left_out), "sample")
         raise CommandError(f"{len(left_out)} of {n} left out: {first_few(left_out, _LISTED)}")
@@ -199,17 +199,22 @@ def clusters_command(
         except ImportError:
             raise CommandError("--export needs h5py: pip install concept-relevance[corelay]") from None
     named = with_concepts(table, found, layer, target) if what == "heatmap" else found
-    _tell_clusters(table, layer, target, named, as_json)
-    if keep:
-        _keep(partial(save_clusters, table, found, layer, target, what=what))
+    with _keeping(keep, partial(save_clusters, table, found, layer, target, what=what)):
+        _tell_clusters(table, layer, target, named, as_json)
 
 
-def _keep(save: Callable[[], object]) -> None:
-    """Keep a result beside its table; where that cannot be written, it has been told already."""
+@contextmanager
+def _keeping(keep: bool, save: Callable[[], object]) -> Iterator[None]:
+    """Keep a result beside its table; where that cannot be written, it is told first what was found."""
+    problem = None
     try:
-        save()
+        if keep:
+            save()
     except OSError as error:
-        raise CommandError(f"{in_a_line(error)}; it is not kept (--no-keep says that it need not be)") from error
+        problem = error
+    yield
+    if problem is not None:
+        raise CommandError(f"{in_a_line(problem)}; it is not kept (--no-keep says that it need not be)") from problem
 
 
 def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_json: bool) -> None:

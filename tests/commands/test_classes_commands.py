@@ -201,6 +201,22 @@ def test_errors(folder, arguments, message):
 
 
 @pytest.mark.parametrize("command", [("prototypes", "a"), ("audit", "a"), ("clusters", "a", 3)], ids=lambda c: c[0])
+def test_what_is_told_to_a_pipe_that_is_closed_is_kept(folder, command, monkeypatch):
+    """As by ``crp prototypes atlas/ layer4 | head``."""
+
+    def closed(text):
+        raise BrokenPipeError
+
+    name, *rest = command
+    crp("prototypes", folder, "a")
+    for file in (folder / "derived").glob(f"{name}-*"):
+        file.unlink()
+    monkeypatch.setattr("click.echo", closed)
+    crp(name, folder, *rest)
+    assert list((folder / "derived").glob(f"{name}-*"))
+
+
+@pytest.mark.parametrize("command", [("prototypes", "a"), ("audit", "a"), ("clusters", "a", 3)], ids=lambda c: c[0])
 def test_what_cannot_be_kept_is_told_and_so_is_the_option(folder, command, monkeypatch):
     """A table on a disk that cannot be written."""
 
