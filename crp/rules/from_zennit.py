@@ -10,9 +10,9 @@ from zennit import rules as zennit_rules
 from zennit.core import BasicHook, Hook, ParamMod
 
 from crp.errors import InputTypeError
+from crp.rules.activations import Pass
 from crp.rules.base import Rule, _unit_of
 from crp.rules.layer import Layer
-from crp.rules.lrp import Pass
 from crp.wording import shortened
 
 

@@ -15,51 +15,16 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError
-from crp.rules.account import Shares
+from crp.rules.activations import _Activation
 from crp.rules.attention import Attention, _as_softmax, _check_attention, _exponential_of
-from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
-from crp.rules.lrp import TINY
+from crp.rules.linearized import Linearized
 from crp.rules.notes import Born
-from crp.rules.redirect import Redirect, SecondOrder, _released
 from crp.rules.shared import Part, Parts, _Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
 Gates: TypeAlias = Literal["signal", "split"]
-
-
-class Linearized(Rule):
-    r"""Base of rules that replace a function by one that is linear in its operands.
-
-    :math:`y = \sum_k s_k \odot z_k + c`, with :math:`z_k` linear in the operands that depend on the model's input, and
-    :math:`s_k` and :math:`c` held constant; :math:`c` keeps its share of the relevance.
-    """
-
-    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """Pairs of :math:`z_k`, in the shape of the output, and of :math:`s_k`, which broadcasts to it."""
-        raise NotImplementedError
-
-    def operate(self, layer: Layer) -> Tensor:
-        """Return the function's output, with this rule as its gradient."""
-        own, again = cast(Tensor, layer.output), layer.again()
-        parts = self.parts(layer, *layer.inputs)
-        zs, scales = [z for z, _ in parts], [scale.detach() for _, scale in parts]
-        second = SecondOrder(again, layer.inputs, self.is_active, lambda: self._scales_of(again))
-        out = cast(Tensor, Redirect.apply(_released(own), second, len(zs), *zs, *scales, own))
-        if self._account is None:
-            return out
-        constant = own.detach() - sum(z.detach() * scale for z, scale in zip(zs, scales, strict=True))
-        return self._account.absorb(layer.place, layer.inputs[0], out, Shares(bias=constant))
-
-    def treats(self, known: Function, kind: str, alone: bool) -> bool:
-        """What a module without parts calls."""
-        return alone and not known.has("selects", "copies")
-
-    def _scales_of(self, layer: Layer) -> list[Tensor]:
-        """Scales, computed once more."""
-        with layer.precision():
-            return [scale for _, scale in self.parts(layer, *layer.inputs)]
 
 
 class Gate(_Shared):
@@ -174,21 +139,6 @@ def _checked(mode: Gates) -> Gates:
 def _is_broadcast(factor: Tensor, shape: torch.Size) -> bool:
     expanded = (size > 1 and stride == 0 for size, stride in zip(factor.shape, factor.stride(), strict=True))
     return factor.shape != shape or any(expanded)
-
-
-class _Activation(Linearized):
-    """A product of two factors that are made of one tensor entry by entry: an activation, which hands on as it is."""
-
-    settings: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, source: Tensor, attachment: Attachment | None) -> None:
-        super().__init__(0.0)
-        self.source, self.attachment, self.multiplier = source, attachment, True
-
-    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """What the factors are made of, scaled to the product."""
-        nothing, y = self.source.abs() <= TINY, cast(Tensor, layer.output)
-        return [(self.source, y.masked_fill(nothing, 0) / self.source.masked_fill(nothing, 1))]
 
 
 class _SignalTimesGate(torch.autograd.Function):

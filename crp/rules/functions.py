@@ -7,7 +7,7 @@ spellings of a function are one: `F.relu`, `torch.relu_`, `Tensor.relu`, ``torch
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -45,7 +45,7 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - squashing: results lie between 0 and 1
 #: - balanced: results lie between -1 and 1
 #: - nonnegative: results are not negative
-#: - gating: gates are made of it by adding numbers, which then are part of it
+#: - gating: gates, or weights that are not negative, are made of it by adding numbers, which then are part of it
 #: - sign: results are not negative if no operand is
 #: - selects: the result holds entries of the operands, rearranged
 #: - scales: with a constant operand, it changes nothing but the scale
@@ -85,20 +85,20 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # --- activations ---
     ("activation", "homogeneous rescaled elementwise nonnegative", "relu"),
     ("activation", "homogeneous rescaled elementwise", "leaky_relu prelu rrelu"),
-    ("activation", "squashing identity rescaled elementwise nonnegative gating", "expit sigmoid special_ndtr"),
-    ("activation", "squashing identity rescaled elementwise nonnegative", "hardsigmoid"),
+    ("activation", "squashing identity rescaled elementwise nonnegative gating", "expit hardsigmoid sigmoid"),
+    ("activation", "squashing identity rescaled elementwise nonnegative gating", "special_ndtr"),
     ("activation", "identity rescaled elementwise nonnegative gating", "exp exp2 erfc"),
     ("activation", "identity rescaled elementwise nonnegative", "relu6 softplus"),
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu expm1 gelu hardshrink
+        """acos acosh asin asinh atan atanh clamp clamp_max clamp_min cos cosh expm1 gelu hardshrink
         hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num selu silu sin sinh softshrink tan tanhshrink
         threshold""",
     ),
     ("activation", "balanced identity rescaled elementwise gating", "erf tanh"),
     ("activation", "balanced identity rescaled elementwise", "softsign"),
-    ("activation", "identity rescaled elementwise gating", "rpow"),
+    ("activation", "identity rescaled elementwise gating", "celu elu rpow"),
     ("activation", "rescaled elementwise", "frac logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
@@ -210,6 +210,9 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "glu": ("input", "dim"),
     "hardtanh": ("input", "min_val", "max_val", "inplace"),
+    "clamp": ("input", "min", "max"),
+    "clamp_min": ("input", "min"),
+    "clamp_max": ("input", "max"),
     **dict.fromkeys(("softmax", "log_softmax", "softmin"), ("input", "dim")),
     **dict.fromkeys(("div", "mul"), ("input", "other")),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
@@ -369,6 +372,14 @@ def check_names(names: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, n=3)
             nearest = f"; nearest: {', '.join(map(repr, near))}" if near else ""
             raise InputError(f"there is no function {name!r} of torch{nearest}")
+
+
+def _arguments_of(
+    known: Function, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a call by name, where the names of positional ones are known."""
+    named = {"input" if key == "self" else key: value for key, value in kwargs.items()}
+    return {**dict(zip(_parameters_of(known, function), args, strict=False)), **named}
 
 
 def _parameters_of(known: Function, function: Callable[..., Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from crp.errors import InputTypeError
 from crp.layers.devices import holds
 from crp.layers.marks import TensorMark
-from crp.rules.functions import Function, _parameters_of
+from crp.rules.functions import Function, _arguments_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
 from crp.wording import shortened
@@ -124,11 +124,9 @@ class Layer:
     follow : callable or None
         Is told of the tensor that the model overwrites with the output, where the rule can use it.
     parts : object
-        What the rule of the next operation needs to know of this call.
+        What the rule of the next operation needs to know of this call; at first what is remembered of its input.
     gives : int
         What the rule knows of the output (`crp.rules.notes`).
-    exponent : Tensor or None
-        What relevance is handed on to, where the call adds a number to an exponential.
     """
 
     function: Callable[..., Any]
@@ -147,7 +145,6 @@ class Layer:
     copied: Copied | None = field(default=None, repr=False)
     parts: Any = field(default=None, repr=False)
     gives: int = 0
-    exponent: Tensor | None = field(default=None, repr=False)
     locate: Callable[[], str] | None = field(default=None, repr=False)
     held: Tensor | None = field(default=None, repr=False)
     follow: Callable[[Tensor], None] | None = field(default=None, repr=False)
@@ -192,8 +189,7 @@ class Layer:
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments by name, where the table of functions has the names."""
-        named = {"input" if key == "self" else key: value for key, value in self.kwargs.items()}
-        return {**dict(zip(_parameters_of(self.known, self.function), self.args, strict=False)), **named}
+        return _arguments_of(self.known, self.function, self.args, self.kwargs)
 
     def only_input(self, rule: object) -> Tensor:
         """Operand that depends on the model's input, for a rule that treats one of real numbers; others are refused."""

@@ -18,25 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from crp.checks import check_choice, check_number
 from crp.errors import InputError
-from crp.rules.attention import _as_softmax, _exponential_of, _log_base
 from crp.rules.base import Rule, _is_exact
-from crp.rules.functions import Function
 from crp.rules.layer import Layer, Modifier, negative, positive
-from crp.rules.notes import Born, _Exponential
-from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.stabilizer import Stabilize, stabilizing
 from crp.rules.terms import Term
 
 Names = str | Sequence[str] | None
-#: Largest absolute value of an input that counts as 0 for `Pass`.
-TINY = 1e-30
 Empty = Literal["drop", "epsilon"]
 
 
@@ -145,86 +139,6 @@ class Norm(Epsilon):
     def __init__(self, stabilizer: Stabilize = 1e-6, *, norm_scale: bool = False) -> None:
         stabilizing(stabilizer, norm_scale)
         super().__init__(stabilizer, norm_scale=norm_scale)
-
-
-class Pass(Rule):
-    """Identity: an elementwise layer hands relevance on as it is, :math:`R_a = R_y`.
-
-    In multiplier encoding ``m_a = m_y * y / a``; relevance at an input of 0 (to within 1e-30) is not handed on.
-    """
-
-    settings: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self) -> None:
-        super().__init__(0.0)
-
-    def operate(self, layer: Layer) -> Any:
-        """Return the layer's output, with this rule as its gradient; exponentials that sum up to one are a softmax."""
-        if layer.module is None:
-            softmax = _as_softmax(self, layer, self._exponential(layer))
-            if softmax is not None:
-                return softmax
-        return super().operate(layer)
-
-    def _exponential(self, layer: Layer) -> _Exponential | None:
-        """Exponential that the output may be after a division; that of something less a logarithm is one."""
-        if layer.name == "normalize":
-            return _exponential_of(self, layer)
-        note, log_base = self._note_of(layer.inputs[0]), _log_base(layer)
-        if log_base is None or note is None or not note.flags & Born.LOGARITHM:
-            return None
-        return _Exponential(layer.inputs[0], log_base)
-
-    def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
-        """Return the layer's output, whose gradient goes to the input as it is."""
-        if a.shape != y.shape:
-            raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        exponential = _exponential_of(self, layer) if layer.known.has("arithmetic") else None
-        if exponential is not None and not exponential.is_copied:
-            layer.exponent = exponential.source  # (the exponential itself may be too small to divide by)
-        log_base = _log_base(layer)
-        layer.parts = None if log_base is None else _Exponential(a, log_base)
-        if self.multiplier and self._scales_later(layer, y):
-            again, borrowed = layer.again(), _Borrowed(y)
-            second = SecondOrder(again, [a], self.is_active, lambda: self._scales_later_on(again, a, borrowed))
-            out = cast(Tensor, _RedirectLater.apply(y, second, a))
-            borrowed.follow(out)
-            layer.follow = borrowed.follow
-            return out
-        return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
-
-    def _scales_later(self, layer: Layer, y: Tensor) -> bool:
-        """Whether the input is kept anyway, by the call's own gradient, so that the scale need not be."""
-        return self._account is None and y is layer.output and hasattr(y.grad_fn, "_saved_self")
-
-    def _scales_later_on(self, again: Layer, a: Tensor, borrowed: _Borrowed) -> list[Tensor]:
-        """The scale: of the output, if the model's next operation has kept it, or else of the call once more."""
-        y = None if torch.is_grad_enabled() else borrowed.values()
-        if y is None:
-            return self._scales_again(again, a)
-        return [self._scale(term, y).to(term.z.dtype) for term in self.terms(again, a, y)]
-
-    def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
-        """One term, the input itself."""
-        # Where the output is 0, the sign of the input does not matter.
-        return [Term(a if layer.exponent is None else layer.exponent, sign=1 if _is_rectifier(layer) else 0)]
-
-    def _scale(self, term: Term, y: Tensor) -> Tensor:
-        # For inputs close to 0 the quotient would not be finite.
-        a = term.z
-        if torch.is_grad_enabled() or a.dtype != y.dtype:
-            nothing = a.abs() <= TINY
-            return y.masked_fill(nothing, 0) / a.masked_fill(nothing, 1)
-        if term.sign > 0:
-            scale = torch.threshold(a, TINY, math.inf)
-            return torch.div(y, scale, out=scale)
-        scale = a.abs()
-        nothing = scale <= TINY
-        return torch.div(y, a, out=scale).masked_fill_(nothing, 0)
-
-    def treats(self, known: Function, kind: str, alone: bool) -> bool:
-        """Activations and normalizations, and what a module without parts is."""
-        return kind in ("activation", "normalization") or (alone and super().treats(known, kind, alone))
 
 
 class ZPlus(LRPRule):
@@ -353,13 +267,6 @@ class AlphaBeta(LRPRule):
             return terms
         empty = [_is_empty(layer, a, up, down) for _, up, down in parts]
         return _or_itself(terms, torch.stack(empty).any(0), _itself(self, layer, a))
-
-
-def _is_rectifier(layer: Layer) -> bool:
-    """Whether an operation gives 0 for all that is below 0."""
-    return layer.name in ("relu", "relu6") or (
-        layer.name == "hardtanh" and layer.module is None and layer.arguments.get("min_val", -1) == 0
-    )
 
 
 def _itself(rule: Rule, layer: Layer, a: Tensor) -> Tensor:

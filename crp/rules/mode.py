@@ -21,10 +21,10 @@ from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer, _in_words
-from crp.rules.notes import FIRST, Born, Copied, Note, Notes, _Exponential
+from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _steps
 from crp.rules.operation import RESULTS, Operation
-from crp.rules.passing import _copied, _passed
+from crp.rules.passing import _copied, _passed, _remembered
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
 
@@ -162,7 +162,8 @@ class SeeingMode(TorchFunctionMode):
         if apart is not None and not op.known.operands:
             with self:
                 return apart(*op.args, **op.kwargs)
-        layer, passed = None, _passed(op, self.notes.born)  # (operands may be overwritten, and then nothing is known)
+        # (operands may be overwritten, and then nothing is known)
+        passed, parts = _passed(op, self.notes.born), _remembered(op, self.notes)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
         if below is not None and op.known.canonical in ("mul", "div") and not all(i is op.inputs[0] for i in op.inputs):
             passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)
@@ -171,11 +172,12 @@ class SeeingMode(TorchFunctionMode):
             if "step" in op.known.properties:  # (a constant, which no factor beside it must share relevance with)
                 result = result.detach_() if op.is_in_place and not result._is_view() else result.detach()
         else:
-            result, layer = self._by_rule(choice, op)
-        self._note(op, result, passed, copied, layer, below)
+            result, layer = self._by_rule(choice, op, parts)
+            passed, parts = passed | layer.gives, layer.parts
+        self._note(op, result, passed, copied, parts, below)
         return result
 
-    def _by_rule(self, choice: Choice, op: Operation) -> tuple[Any, Layer]:
+    def _by_rule(self, choice: Choice, op: Operation, parts: Any) -> tuple[Any, Layer]:
         """Output of an operation, with the rule as its gradient; and the operation as the rule has seen it."""
         target = None
         if op.overwrites:
@@ -183,6 +185,7 @@ class SeeingMode(TorchFunctionMode):
             op, target = op.out_of_place()
             self.notes.add_copy(op.args[0], target)
         layer, added = self._layer_of(op), None if op.operands is None else op.operands.added
+        layer.parts = parts
         result = self.by_rule(choice, layer)
         if added is not None:
             result = result + added
@@ -212,15 +215,12 @@ class SeeingMode(TorchFunctionMode):
         result: Any,
         flags: int,
         copied: Copied | list[Copied] | None,
-        layer: Layer | None,
+        parts: Any,
         below: Note | None,
     ) -> None:
-        """Note what is known of an operation's result; ``layer`` is how a rule has seen it, if there was one."""
-        parts = None
+        """Note what is known of an operation's result."""
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST
-        if layer is not None:
-            flags, parts = flags | layer.gives, layer.parts
         target = op.args[0] if op.args and op.overwrites else op.kwargs.get("out")
         written = target if isinstance(target, Tensor) and target.requires_grad else None
         if written is not None:
@@ -230,13 +230,6 @@ class SeeingMode(TorchFunctionMode):
                 self.notes.add(item, flags, way)
         elif result is not written:
             self.notes.add(result, flags, copied, below)
-        if op.known.canonical in _MASKING and len(op.inputs) == 1:
-            note = self.notes.of(op.inputs[0])
-            remembered = None if note is None else note.parts
-            is_kept = op.known.canonical == "clone" or isinstance(remembered, _Exponential)
-            parts = remembered if is_kept else parts
-            if op.known.canonical == "clone" and isinstance(parts, _Exponential):
-                parts = parts._replace(is_copied=True)
         if parts is not None:
             self.notes.remember(result, parts)
         if op.known.canonical == "mul" and not op.overwrites:
@@ -287,8 +280,6 @@ _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that add a product or a quotient, which is a function of its own; their operands.
 _IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
 _ADDENDS = ("input", "tensor1", "tensor2")
-#: Functions that mask or scale entries, or change at most their type, beside a constant.
-_MASKING = frozenset("bfloat16 clone double float half masked_fill mul to tril triu type where".split())  # noqa: SIM905
 
 
 def _keep(tensor: Tensor) -> Tensor:

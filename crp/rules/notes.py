@@ -7,6 +7,7 @@ it; reading it is an error.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class Born:
     DIVISOR = 64  # one over something
     BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
     LOGARITHM = 256  # a logarithm, or something less a logarithm: its exponential may be a softmax
-    GATING = 512  # of a sigmoid, a tanh or an exponential: a number that is added is part of it, as in a gate
+    GATING = 512  # of a sigmoid, a tanh, an exponential or the like: a number that is added is part of it
     EXPONENTIAL = 1024  # as the weights of attention are before they are divided by their sum
 
 
@@ -76,6 +77,8 @@ class _Exponential(NamedTuple):
     ----------
     source : Tensor
         Exponent.
+    version : int
+        Of its values.
     log_base : float or Tensor
         Logarithm of the base: of ``2 ** x``, say, the logits are ``x * log(2)``.
     is_copied : bool
@@ -83,8 +86,39 @@ class _Exponential(NamedTuple):
     """
 
     source: Tensor
+    version: int
     log_base: float | Tensor = 1.0
     is_copied: bool = False
+
+
+class _Shifted(NamedTuple):
+    """What is remembered of a tensor to which a number was added, perhaps scaled and cut off: it may be a hard sigmoid.
+
+    Attributes
+    ----------
+    source : Tensor
+        What the number was added to.
+    version : int
+        Of its values.
+    low, middle, high : float
+        The value where the source is minus infinity, 0 and infinity.
+    """
+
+    source: Tensor
+    version: int
+    low: float = -math.inf
+    middle: float = 0.0
+    high: float = math.inf
+
+    @property
+    def is_hard_sigmoid(self) -> bool:
+        """Whether it is cut off as far below the middle as above, so that the number is part of an activation."""
+        width = abs(self.high - self.low)
+        return math.isfinite(width) and abs(self.low + self.high - 2 * self.middle) <= 1e-6 * width
+
+    def after(self, function: Callable[[float], float]) -> _Shifted:
+        """The same for what a function that never falls, or never rises, makes of the values."""
+        return self._replace(low=function(self.low), middle=function(self.middle), high=function(self.high))
 
 
 class Copied:

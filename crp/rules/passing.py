@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -11,17 +13,38 @@ import torch
 from torch import Tensor
 
 from crp.layers.devices import holds
+from crp.rules.functions import _arguments_of
 from crp.rules.layer import changed
-from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
+from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes, _Exponential, _Shifted
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
 _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
-#: Functions that cut off what is below a number, and their argument for it.
-_LOWEST = {"clamp": "min", "clamp_min": "min", "hardtanh": "min_val"}
+#: Functions that cut off what is below a number and above another, and these numbers by default.
+_CUTTING = {
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), (-math.inf, math.inf)),
+    "hardtanh": (-1.0, 1.0),
+    "relu": (0.0, math.inf),
+    "relu6": (0.0, 6.0),
+}
+#: Functions of a value and a number.
+_ON_NUMBERS: dict[str, Callable[[float, float], float]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "rsub": lambda value, number: number - value,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
+#: Functions of these and of others that cut off on both sides; what they begin may be a hard sigmoid.
+_SUMS = frozenset(("add", "sub", "rsub"))
+_BEGINNING = frozenset(("clamp", "hardsigmoid", "hardtanh", *_SUMS))
 #: Functions of which it depends on the operands what is known of the result.
-_ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "sub", "rsub", "add", *_LOWEST))
+_ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "clamp", "clamp_min", "hardtanh", *_SUMS))
+#: Functions that mask or scale entries, or change at most their type, beside a constant.
+_MASKING = frozenset("bfloat16 double float half masked_fill mul to tril triu type where".split())  # noqa: SIM905
+#: Functions whose results may be worth remembering what they were made of.
+_REMEMBERED = frozenset(("clone", "hardsigmoid", "neg", *_MASKING, *_ON_NUMBERS, *_CUTTING))
 
 
 def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
@@ -74,18 +97,18 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
-    elif name in ("sub", "rsub", "add") and flags & (Born.SQUASHED | Born.BALANCED) and _is_beside_one(op):
+    elif name in _SUMS and flags & (Born.SQUASHED | Born.BALANCED) and _is_beside_one(op):
         # (a gate is closed as far as another one is open)
         kept |= flags & Born.ACTIVATION | Born.SQUASHED
     elif name == "sub" and any(born(tensor) & Born.LOGARITHM for tensor in inputs):
         kept |= Born.LOGARITHM
-    elif name in _LOWEST and _has_lower_bound(name, args, kwargs):
+    elif name in _CUTTING and _bounds(op)[0] >= 0:
         kept |= NONNEGATIVE
-    if name in ("sub", "rsub", "add") and op.known.has("identity"):  # a number beside what a gate is made of
+    if name in _SUMS and op.known.has("identity"):  # a number beside what a gate is made of
         kept |= flags & Born.GATING
     is_quotient = (name == "div" and len(inputs) > 1) or bool((kept | op.known.gives) & Born.DIVISOR)
     if is_quotient and flags & Born.GATING:  # as exp(x) / (1 + exp(x)) and 1 / (1 + exp(-x)) are
-        kept |= Born.SQUASHED
+        kept |= Born.SQUASHED | Born.GATING
     return kept
 
 
@@ -100,10 +123,54 @@ def _is_negative(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return isinstance(exponent, Real) and exponent < 0
 
 
-def _has_lower_bound(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether values below a number that is not negative become that number, as in ReLU6."""
-    lowest = args[1] if len(args) > 1 else kwargs.get(_LOWEST[name])
-    return isinstance(lowest, int | float) and lowest >= 0
+def _bounds(op: Operation) -> tuple[float, float]:
+    """Numbers below and above which a function cuts off values; infinite where it does not, or where not at numbers."""
+    given = _arguments_of(op.known, op.function, op.args, op.kwargs)
+    low, high = given.get("min", given.get("min_val")), given.get("max", given.get("max_val"))
+    bounds = zip((low, high), _CUTTING[op.known.canonical], strict=True)
+    lowest, highest = (float(value) if isinstance(value, int | float) else default for value, default in bounds)
+    return lowest, highest
+
+
+def _remembered(op: Operation, notes: Notes) -> Any:
+    """What rules remember of an operation's only operand, as it holds for the result; None if nothing does."""
+    name = op.known.canonical
+    if name not in _REMEMBERED or len(op.inputs) > 1:
+        return None
+    note = notes.of(op.inputs[0])
+    parts = None if note is None else note.parts
+    if name == "clone":
+        is_one = isinstance(parts, _Shifted)
+        return parts._replace(is_copied=True) if isinstance(parts, _Exponential) else None if is_one else parts
+    is_part = name in _SUMS and op.known.has("identity")  # (a number beside an activation)
+    if isinstance(parts, _Exponential):
+        return parts if name in _MASKING or is_part else None
+    begun = parts if isinstance(parts, _Shifted) else None
+    if is_part or (begun is None and (op.overwrites or name not in _BEGINNING)):
+        return begun
+    function = _on_numbers(op)
+    if function is None:
+        return None
+    shifted = (begun or _Shifted(op.inputs[0], op.inputs[0]._version)).after(function)
+    return shifted if begun is not None or name in _SUMS or shifted.is_hard_sigmoid else None
+
+
+def _on_numbers(op: Operation) -> Callable[[float], float] | None:
+    """What an operation makes of a value, where it adds a number, scales or cuts off by it; None of others."""
+    name = op.known.canonical
+    if name == "neg":
+        return operator.neg
+    if name == "hardsigmoid":
+        return lambda value: min(max(value / 6 + 0.5, 0.0), 1.0)
+    if name in _CUTTING:
+        low, high = _bounds(op)
+        return lambda value: min(max(value, low), high)
+    if name not in _ON_NUMBERS or len(op.args) != 2 or op.kwargs:
+        return None
+    (first, number), calculate = op.args, _ON_NUMBERS[name]
+    if first is not op.inputs[0] or not isinstance(number, Real) or not number:
+        return None
+    return lambda value: calculate(value, float(number))
 
 
 def _has_tensor(value: object) -> bool:

@@ -1,0 +1,154 @@
+"""The rule of activations: they hand relevance on as it is, with the numbers that are part of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from crp.errors import InputError
+from crp.rules.attention import _as_softmax, _exponential_of, _log_base
+from crp.rules.base import Attachment, Rule
+from crp.rules.functions import Function
+from crp.rules.layer import Layer
+from crp.rules.linearized import Linearized
+from crp.rules.notes import Born, _Exponential, _Shifted
+from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
+from crp.rules.terms import Term
+
+#: Largest absolute value of an input that counts as 0 for `Pass`.
+TINY = 1e-30
+
+
+class Pass(Rule):
+    """Identity: an elementwise layer hands relevance on as it is, :math:`R_a = R_y`.
+
+    In multiplier encoding ``m_a = m_y * y / a``; relevance at an input of 0 (to within 1e-30) is not handed on. Numbers
+    that are added to a sigmoid, an exponential and the like are part of it, and so are those by which a hard sigmoid is
+    written out, as in ``relu6(x + 3) / 6``: what hands on is the whole, to ``x``.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the layer's output, with this rule as its gradient.
+
+        Exponentials that sum up to one are a softmax; numbers around an activation are part of it.
+        """
+        softmax = None if layer.module is not None else _as_softmax(self, layer, self._exponential(layer))
+        if softmax is not None:
+            return softmax
+        source = self._below_numbers(layer) if self.multiplier else None
+        return super().operate(layer) if source is None else _Activation(source, self.attachment).operate(layer)
+
+    def _below_numbers(self, layer: Layer) -> Tensor | None:
+        """What is below the numbers around an activation, if the call is the last of both."""
+        made = layer.parts
+        if isinstance(made, _Shifted) and made.is_hard_sigmoid:
+            layer.gives = Born.GATING | (Born.SQUASHED if min(made.low, made.high) >= 0 else Born.BALANCED)
+            is_begin = made.source is layer.inputs[0]
+        elif isinstance(made, _Exponential) and layer.known.has("arithmetic"):
+            # (the exponential itself may be too small to divide by)
+            layer.parts, is_begin = None, made.is_copied
+        else:
+            return None
+        return None if is_begin or made.source._version != made.version else made.source
+
+    def _exponential(self, layer: Layer) -> _Exponential | None:
+        """Exponential that the output may be after a division; that of something less a logarithm is one."""
+        if layer.name == "normalize":
+            return _exponential_of(self, layer)
+        note, log_base = self._note_of(layer.inputs[0]), _log_base(layer)
+        if log_base is None or note is None or not note.flags & Born.LOGARITHM:
+            return None
+        return _Exponential(layer.inputs[0], layer.inputs[0]._version, log_base)
+
+    def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
+        """Return the layer's output, whose gradient goes to the input as it is."""
+        if a.shape != y.shape:
+            raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
+        log_base = _log_base(layer)
+        if log_base is not None:
+            layer.parts = _Exponential(a, a._version, log_base)
+        if self.multiplier and self._scales_later(layer, y):
+            again, borrowed = layer.again(), _Borrowed(y)
+            second = SecondOrder(again, [a], self.is_active, lambda: self._scales_later_on(again, a, borrowed))
+            out = cast(Tensor, _RedirectLater.apply(y, second, a))
+            borrowed.follow(out)
+            layer.follow = borrowed.follow
+            return out
+        return super().propagate(layer, a, y) if self.multiplier else Redirect.apply(y, None, 1, a, torch.ones_like(y))
+
+    def _scales_later(self, layer: Layer, y: Tensor) -> bool:
+        """Whether the input is kept anyway, by the call's own gradient, so that the scale need not be."""
+        return self._account is None and y is layer.output and hasattr(y.grad_fn, "_saved_self")
+
+    def _scales_later_on(self, again: Layer, a: Tensor, borrowed: _Borrowed) -> list[Tensor]:
+        """The scale: of the output, if the model's next operation has kept it, or else of the call once more."""
+        y = None if torch.is_grad_enabled() else borrowed.values()
+        if y is None:
+            return self._scales_again(again, a)
+        return [self._scale(term, y).to(term.z.dtype) for term in self.terms(again, a, y)]
+
+    def terms(self, layer: Layer, a: Tensor, y: Tensor) -> Sequence[Term]:
+        """One term, the input itself."""
+        # Where the output is 0, the sign of the input does not matter.
+        return [Term(a, sign=1 if _is_rectifier(layer) else 0)]
+
+    def _scale(self, term: Term, y: Tensor) -> Tensor:
+        # For inputs close to 0 the quotient would not be finite.
+        a = term.z
+        if torch.is_grad_enabled() or a.dtype != y.dtype:
+            nothing = a.abs() <= TINY
+            return y.masked_fill(nothing, 0) / a.masked_fill(nothing, 1)
+        if term.sign > 0:
+            scale = torch.threshold(a, TINY, math.inf)
+            return torch.div(y, scale, out=scale)
+        scale = a.abs()
+        nothing = scale <= TINY
+        return torch.div(y, a, out=scale).masked_fill_(nothing, 0)
+
+    def treats(self, known: Function, kind: str, alone: bool) -> bool:
+        """Activations and normalizations, and what a module without parts is."""
+        return kind in ("activation", "normalization") or (alone and super().treats(known, kind, alone))
+
+
+class _Activation(Linearized):
+    """Several calls that make one activation of a tensor, which hands on as it is; this is the last of them.
+
+    Parameters
+    ----------
+    source : Tensor
+        What the first of them has read; of the shape of the output.
+    attachment : Attachment or None
+        Of the rule in whose place this one comes.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, source: Tensor, attachment: Attachment | None) -> None:
+        super().__init__(0.0)
+        self.source, self.attachment, self.multiplier = source, attachment, True
+
+    def operate(self, layer: Layer) -> Tensor:
+        """Return the output, with this rule as its gradient."""
+        layer.inputs = (*layer.inputs, self.source)  # (second derivatives need it as it was)
+        return super().operate(layer)
+
+    def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """What the first call has read, scaled to the output."""
+        nothing, y = self.source.abs() <= TINY, cast(Tensor, layer.output)
+        return [(self.source, y.masked_fill(nothing, 0) / self.source.masked_fill(nothing, 1))]
+
+
+def _is_rectifier(layer: Layer) -> bool:
+    """Whether an operation gives 0 for all that is below 0."""
+    return layer.name in ("relu", "relu6") or (
+        layer.name == "hardtanh" and layer.module is None and layer.arguments.get("min_val", -1) == 0
+    )

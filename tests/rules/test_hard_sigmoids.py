@@ -1,0 +1,200 @@
+"""Numbers before and behind an activation are part of it where models write it out, and biases elsewhere."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from preset_cases import LRP_PRESETS, assert_closes, assert_same_map, numbers, off, seeded
+from test_attention import explain, lrp
+from torch import nn
+from torch.nn import functional as F
+
+import crp.composites as composites
+from crp.attribution import CondAttribution
+
+PRESETS = LRP_PRESETS | {name: partial(composites.get, name) for name in ("attn_lrp", "relp")}
+DATA = numbers(3, 6, seed=3)
+ONE = torch.ones(1, dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """Dense layers around an activation, and around a product with a gate that it makes."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.below, self.gate, self.head, self.activation = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+            activation,
+        )
+
+    def forward(self, x):
+        h = self.activation(3 * self.below(x))
+        return self.head(h * self.activation(5 * self.gate(h)))
+
+
+class Decomposed(nn.Module):
+    """As torchvision's MobileNetV3 was ported to others: a layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut = nn.ReLU6(inplace=True)
+
+    def forward(self, a):
+        return self.cut(a + 3) / 6
+
+
+def in_place(a):
+    h = a + 3
+    F.relu6(h, inplace=True)
+    return h.div_(6)
+
+
+#: By the function of torch, how else it is written.
+SPELLINGS = {
+    F.hardsigmoid: {
+        "relu6": lambda a: F.relu6(a + 3) / 6,
+        "relu6_in_place": lambda a: F.relu6(3 + a, inplace=True) * (1 / 6),
+        "in_place": in_place,
+        "module": Decomposed(),
+        "clamp": lambda a: torch.add(a, 3).clamp(0, 6) / 6,
+        "clip": lambda a: torch.clip(a - -3, min=0.0, max=6.0).div(6),
+        "hardtanh": lambda a: F.hardtanh(a + 3, min_val=0, max_val=6) / 6,
+        "exported": lambda a: (a + 3).clamp(min=0).clamp(max=6) / 6,
+        "two_cuts": lambda a: F.relu(a + 3).clamp_max(6) / 6,
+        "scaled_before": lambda a: (a * (1 / 6) + 0.5).clamp(0, 1),
+        "scaled_behind": lambda a: ((a / 3 + 1) / 2).clamp(0, 1),
+        "opposite": lambda a: (0.5 - -a / 6).clamp(0, 1),
+        "complement": lambda a: 1 - F.hardsigmoid(-a),
+        "complement_of_a_tensor": lambda a: ONE - F.hardsigmoid(-a),
+        "complement_in_place": lambda a: F.hardsigmoid(-a).neg_().add_(1),
+        "complement_of_relu6": lambda a: 1 - F.relu6(3 - a) / 6,
+        "of_hardtanh": lambda a: (F.hardtanh(a / 3) + 1) / 2,
+    },
+    F.hardtanh: {"clamp": lambda a: a.clamp(-1, 1)},
+    torch.sigmoid: {"complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a))},
+    torch.tanh: {"by_exp": lambda a: 1 - 2 / (1 + (2 * a).exp())},
+}
+#: Those that are no gates where gates are held constant.
+NO_GATES = {
+    "hardtanh_by_relu6": (F.hardtanh, lambda a: F.relu6(3 * a + 3) / 3 - 1),
+    "hardtanh_by_hardsigmoid": (F.hardtanh, lambda a: 2 * F.hardsigmoid(3 * a) - 1),
+    "tanh_by_sigmoid": (torch.tanh, lambda a: 2 * torch.sigmoid(2 * a) - 1),
+}
+CASES = {f"{f.__name__}_{name}": (f, spelling) for f, others in SPELLINGS.items() for name, spelling in others.items()}
+
+
+@pytest.mark.covering(3)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", CASES)
+def test_an_activation_is_the_same_however_it_is_written(name, preset):
+    plain, spelled = (seeded(Net(activation)) for activation in CASES[name])
+    assert_same_map(spelled, plain, DATA, PRESETS[preset]())
+    if preset != "contrastive_excitation_backprop":
+        assert_closes(spelled, DATA, PRESETS[preset]())
+
+
+@pytest.mark.parametrize("kind", [composites.AttnLRP, composites.RelP])
+@pytest.mark.parametrize("name", NO_GATES)
+def test_an_activation_that_is_no_gate_is_the_same_however_it_is_written(name, kind):
+    plain, spelled = (seeded(Net(activation)) for activation in NO_GATES[name])
+    assert_same_map(spelled, plain, DATA, kind())
+
+
+def test_a_hard_sigmoid_that_torch_has_exported():
+    plain = seeded(Net(F.hardsigmoid))
+    exported = torch.export.export(plain, (DATA,)).run_decompositions().module()
+    assert_same_map(exported, plain, DATA, composites.AttnLRP())
+
+
+def test_the_positive_features_of_linear_attention_are_one_activation():
+    class Features(nn.Module):
+        def forward(self, a):
+            return F.elu(a) + 1
+
+    assert_same_map(seeded(Net(lambda a: F.elu(a) + 1)), seeded(Net(Features())), DATA, composites.RelP())
+
+
+#: Sums with a number that is a bias, and cuts of them.
+BIASES = {
+    "not_in_the_middle": lambda a: F.relu6(a + 2),
+    "one_side": lambda a: (a + 3).clamp(min=0),
+    "of_a_bound_per_entry": lambda a: (a + 3).clamp(0 * ONE, 6 * ONE),
+    "scaled": lambda a: F.relu6((a + 3) * ONE),
+    "a_parameter": lambda a: F.relu6(a + nn.Parameter(3 * ONE)),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_other_numbers_keep_their_share(name):
+    a, r, cut = 2 * numbers(4, 6), numbers(4, 6, seed=1), BIASES[name]
+    (found,), _ = explain(cut, [a], r, lrp("split"))
+    number = 2 if name == "not_in_the_middle" else 3
+    torch.testing.assert_close(found, torch.where(cut(a) == 0, 0, r * a / (a + number)), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_overwritten_takes_no_relevance():
+    """Then the number is a bias: what it was added to is not there any more."""
+
+    def overwriting(a):
+        h = a.clone()
+        shifted = h + 3
+        h.mul_(0.1)
+        return F.relu6(shifted) + 0 * h
+
+    a, r = numbers(4, 6), numbers(4, 6, seed=1)
+    (found,), _ = explain(overwriting, [a], r, lrp("split"))
+    torch.testing.assert_close(found, r * a / (a + 3), rtol=1e-9, atol=1e-12)
+
+
+#: Numbers behind exponentials, and what they make.
+AROUND_EXPONENTIALS = {
+    "softplus": lambda a: torch.log(1 + a.exp()),
+    "sigmoid": lambda a: 1 / (1 + torch.exp(-a)),
+    "expm1": lambda a: a.exp() - 1,
+}
+
+
+@pytest.mark.parametrize("name", AROUND_EXPONENTIALS)
+def test_a_number_behind_an_exponential_keeps_nothing(name):
+    """It counted in full as kept, beside all that was handed on."""
+    a, r = numbers(4, 6), numbers(4, 6, seed=1)
+    (found,), kept = explain(AROUND_EXPONENTIALS[name], [a], r, lrp("split"))
+    assert off(found, r) <= 1e-12
+    assert kept.abs().max() <= 1e-12
+
+
+def test_relevance_of_a_hard_sigmoid_has_derivatives():
+    net, direction = seeded(Net(lambda a: F.relu6(a + 3) / 6)), numbers(3, 6, seed=6)
+    composite = composites.AttnLRP()
+
+    def relevance(leaf, create_graph=False):
+        return torch.autograd.grad(net(leaf)[:, 0].sum(), leaf, create_graph=create_graph)[0]
+
+    with composite.context(net):
+        leaf = DATA.clone().requires_grad_()
+        value = (relevance(leaf, True) * direction).sum()
+        with composite.inactive():
+            (gradient,) = torch.autograd.grad(value, leaf)
+        step = 1e-6
+        above, below = (
+            (relevance((DATA + sign * step * direction).requires_grad_()) * direction).sum() for sign in (1, -1)
+        )
+    assert math.isclose(float((gradient * direction).sum()), float((above - below) / (2 * step)), rel_tol=1e-5)
+
+
+def test_the_sum_with_the_number_may_be_a_layer():
+    """Relevance flows through it then, and the number keeps its share, as that of a bias."""
+
+    class Plus(nn.Module):
+        def forward(self, a):
+            return a + 3
+
+    net = seeded(nn.Sequential(nn.Linear(6, 6), Plus(), nn.ReLU6(), nn.Linear(6, 3)))
+    result = CondAttribution(net)(DATA, [{"y": 1}], composites.UniformLRP0(), record_layer=["1", "2"])
+    inside = (result.activations["2"] > 0) & (result.activations["2"] < 6)
+    assert off(result.relevances["1"][inside], result.relevances["2"][inside]) <= 1e-12
