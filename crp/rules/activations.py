@@ -15,7 +15,7 @@ from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
-from crp.rules.notes import Born, _Exponential, _Shifted
+from crp.rules.notes import Born, _Exponential, _Shifted, _Weighted
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.terms import Term
 
@@ -60,7 +60,7 @@ class Pass(Rule):
             return None
         return None if is_begin or made.source._version != made.version else made.source
 
-    def _exponential(self, layer: Layer) -> _Exponential | None:
+    def _exponential(self, layer: Layer) -> _Exponential | _Weighted | None:
         """Exponential that the output may be after a division; that of something less a logarithm is one."""
         if layer.name == "normalize":
             return _exponential_of(self, layer)

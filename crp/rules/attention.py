@@ -31,8 +31,8 @@ from torch import Tensor
 from crp.errors import InputError
 from crp.rules.base import Rule
 from crp.rules.functions import Function, _parameters_of, look_up
-from crp.rules.layer import Layer, _no_rule
-from crp.rules.notes import Born, _Exponential
+from crp.rules.layer import Layer, _no_rule, changed
+from crp.rules.notes import Born, _Exponential, _Weighted
 from crp.rules.operands import ADDED
 from crp.rules.redirect import Redirect
 from crp.rules.shared import Parts, _OfMethod, _Proportional, _Shared
@@ -46,10 +46,31 @@ Attention: TypeAlias = Literal["constant", "split"]
 _EXPONENTIAL = frozenset({"exp", "exp2", "pow", "rpow"})
 
 
-def _exponential_of(rule: Rule, layer: Layer) -> _Exponential | None:
-    """What is remembered of an exponential that a call reads; None if it reads none."""
+def _exponential_of(rule: Rule, layer: Layer) -> _Exponential | _Weighted | None:
+    """What is remembered of an exponential that a call reads, or of values that it weights; None if it reads none."""
     notes = filter(None, map(rule._note_of, layer.inputs))
-    return next((note.parts for note in notes if isinstance(note.parts, _Exponential)), None)
+    return next((note.parts for note in notes if isinstance(note.parts, _Exponential | _Weighted)), None)
+
+
+def _weighted(rule: Rule, layer: Layer) -> _Weighted | None:
+    """What is remembered of a product, if one of its operands is made of exponentials."""
+    exponential, attachment = _exponential_of(rule, layer), rule.attachment
+    if not isinstance(exponential, _Exponential) or attachment is None:
+        return None
+    notes = [rule._note_of(tensor) for tensor in layer.inputs]
+    position = next(i for i, note in enumerate(notes) if note is not None and note.parts is exponential)
+    weights = layer.inputs[position]
+
+    def attend(shares: Tensor) -> Tensor:
+        other = layer.again()
+        other.args, other.kwargs, other.inputs = changed(
+            (layer.args, layer.kwargs, layer.inputs), lambda tensor: shares if tensor is weights else tensor
+        )
+        other.born = tuple(Born.SOFTMAX if i == position else born for i, born in enumerate(layer.born))
+        attachment.notes.add(shares, Born.SOFTMAX)
+        return cast(Tensor, rule.operate(other))
+
+    return _Weighted(weights, exponential, attend)
 
 
 def _log_base(layer: Layer) -> float | Tensor | None:
@@ -61,33 +82,45 @@ def _log_base(layer: Layer) -> float | Tensor | None:
         return None
     base = {"exp": math.e, "exp2": 2}.get(layer.name) or next(v for v in operands if v is not layer.inputs[0])
     if isinstance(base, Tensor):
-        return base.detach().log()
+        return base.detach().log() if base.numel() == 1 else None
     return math.log(base) if isinstance(base, int | float) and base > 0 else None
 
 
-def _as_softmax(rule: Rule, layer: Layer, exponential: _Exponential | None) -> Tensor | None:
-    """Output of a call that is a softmax in other words, with the chain rule of one; None if it is none.
+def _as_softmax(rule: Rule, layer: Layer, made: _Exponential | _Weighted | None) -> Tensor | None:
+    """Output of a call that is a softmax, or attention, in other words, with its chain rule; None if it is none.
 
     Parameters
     ----------
     rule : Rule
         In whose place the chain rule comes.
     layer : Layer
-    exponential : _Exponential or None
-        Of the logits of which the output may be the softmax, but for entries that are 0.
+    made : _Exponential, _Weighted or None
+        Of the logits of which the output may be the softmax, but for entries that are 0; or values that such weight.
     """
-    if exponential is None or rule.attachment is None or exponential.source.shape != layer.output.shape:
+    if made is None or rule.attachment is None:
         return None
-    y = layer.output.detach()
-    logits = (exponential.source.to(y.dtype) * exponential.log_base).masked_fill(y == 0, -torch.inf)
-    rounding = max(torch.finfo(dtype).eps for dtype in (exponential.source.dtype, y.dtype))
-    for dim in reversed(range(y.dim())):
+    y, is_softmax = layer.output.detach(), isinstance(made, _Exponential)
+    weights, exponential, attend = made if isinstance(made, _Weighted) else (y, made, _itself)
+    if exponential.source.shape != weights.shape:
+        return None
+    logits = (exponential.source.to(weights.dtype) * exponential.log_base).masked_fill(weights == 0, -torch.inf)
+    rounding = max(1e-5, *(16 * torch.finfo(dtype).eps for dtype in (exponential.source.dtype, y.dtype)))
+    # (values that are weighted may cancel out, but for rounding)
+    least = torch.finfo(y.dtype).tiny if is_softmax else rounding * float(y.double().norm()) / max(1, y.numel()) ** 0.5
+    for dim in (dim for dim in reversed(range(logits.dim())) if logits.shape[dim] > 1):
         softmax = Layer(torch.softmax, (logits, dim), {}, (logits,), look_up(torch.softmax), place=layer.place)
-        if y.shape[dim] > 1 and torch.allclose(softmax.output, y, max(1e-5, 16 * rounding), torch.finfo(y.dtype).tiny):
-            layer.gives = Born.SOFTMAX
-            by_softmax = _Proportional().attach(rule.attachment).operate(softmax)
+        shares = softmax.output.detach()
+        with torch.no_grad():
+            same = attend(shares)
+        if same.shape == y.shape and torch.allclose(same, y, rounding, least):
+            layer.gives |= Born.SOFTMAX if is_softmax else 0
+            by_softmax = attend(_Proportional().attach(rule.attachment).operate(softmax))
             return cast(Tensor, Redirect.apply(y, None, 1, by_softmax, y.new_ones(())))  # (to the last bit as it was)
     return None
+
+
+def _itself(shares: Tensor) -> Tensor:
+    return shares
 
 
 class _Attending(_Shared):
@@ -160,6 +193,12 @@ class MatrixProduct(_Attending):
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Products of matrices that a module without parts calls."""
         return alone and kind == "product" and known.parse is not None
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the product; what exponentials weight may be attention once it is divided by their sum."""
+        if self.mode == "split":
+            layer.parts = _weighted(self, layer)
+        return super().operate(layer)
 
     def parts(self, layer: Layer) -> Parts:
         """Parts of all operands, by what has made their values."""

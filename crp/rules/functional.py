@@ -16,11 +16,11 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.activations import _Activation
-from crp.rules.attention import Attention, _as_softmax, _check_attention, _exponential_of
+from crp.rules.attention import Attention, _as_softmax, _check_attention, _exponential_of, _weighted
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
-from crp.rules.notes import Born
+from crp.rules.notes import Born, _Exponential
 from crp.rules.shared import Part, Parts, _Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
@@ -71,6 +71,7 @@ class Gate(_Shared):
             softmax = _as_softmax(self, layer, _exponential_of(self, layer))
             if softmax is not None:
                 return softmax
+        layer.parts = _weighted(self, layer)
         held = self._gate(layer) if self._is_plain(layer) else None
         if held is None:
             source = self._made_of(layer)
@@ -208,9 +209,9 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        exponential = _exponential_of(self, layer)
-        softmax = _as_softmax(self, layer, exponential)
-        if exponential is not None and len(layer.inputs) == 2 and layer.inputs[1].numel() < layer.output.numel():
+        made = _exponential_of(self, layer)
+        softmax, is_exponential = _as_softmax(self, layer, made), isinstance(made, _Exponential)
+        if is_exponential and len(layer.inputs) == 2 and layer.inputs[1].numel() < layer.output.numel():
             layer.gives = Born.SOFTMAX  # (also if something is added to their sum)
         return super().operate(layer) if softmax is None else softmax
 

@@ -90,6 +90,33 @@ class _Exponential(NamedTuple):
     log_base: float | Tensor = 1.0
     is_copied: bool = False
 
+    def before(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> _Exponential:
+        """The same where a function has rearranged entries."""
+        source = function(self.source, *args, **kwargs)
+        return self._replace(source=source, version=self.version + source._version - self.source._version)
+
+
+class _Weighted(NamedTuple):
+    """What is remembered of values that exponentials weight: divided by the sum of these, they are attention.
+
+    Attributes
+    ----------
+    weights : Tensor
+        Exponentials, perhaps scaled or masked.
+    exponential : _Exponential
+        What is remembered of them.
+    attend : callable
+        What other weights make of the values, by the rule of the product.
+    """
+
+    weights: Tensor
+    exponential: _Exponential
+    attend: Callable[[Tensor], Tensor]
+
+    def before(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> _Weighted:
+        """The same for what a linear function makes of the values."""
+        return self._replace(attend=lambda weights: function(self.attend(weights), *args, **kwargs))
+
 
 class _Shifted(NamedTuple):
     """What is remembered of a tensor to which a number was added, perhaps scaled and cut off: it may be a hard sigmoid.

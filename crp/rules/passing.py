@@ -15,7 +15,7 @@ from torch import Tensor
 from crp.layers.devices import holds
 from crp.rules.functions import _arguments_of
 from crp.rules.layer import changed
-from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes, _Exponential, _Shifted
+from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes, _Exponential, _Shifted, _Weighted
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 
@@ -134,11 +134,15 @@ def _bounds(op: Operation) -> tuple[float, float]:
 
 def _remembered(op: Operation, notes: Notes) -> Any:
     """What rules remember of an operation's only operand, as it holds for the result; None if nothing does."""
-    name = op.known.canonical
-    if name not in _REMEMBERED or len(op.inputs) > 1:
+    name, note = op.known.canonical, notes.of(op.inputs[0])
+    parts = None if note is None or len(op.inputs) > 1 else note.parts
+    if isinstance(parts, _Exponential | _Weighted) and op.args and op.args[0] is op.inputs[0] and not op.overwrites:
+        if isinstance(parts, _Weighted) and op.known.has("linear") and name != "clone":
+            return parts.before(op.function, *op.args[1:], **op.kwargs)
+        if isinstance(parts, _Exponential) and op.known.has("copies") and name not in (*_REMEMBERED, *_SEVERAL):
+            return parts.before(op.function, *op.args[1:], **op.kwargs)
+    if name not in _REMEMBERED or isinstance(parts, _Weighted) or len(op.inputs) > 1:
         return None
-    note = notes.of(op.inputs[0])
-    parts = None if note is None else note.parts
     if name == "clone":
         is_one = isinstance(parts, _Shifted)
         return parts._replace(is_copied=True) if isinstance(parts, _Exponential) else None if is_one else parts

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crp.attribution import CondAttribution
-from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, UniformEpsilon, UniformGamma, UniformZPlus
+from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, RelP, UniformEpsilon, UniformGamma, UniformZPlus
 from crp.errors import UnseenError
 from crp.rules import LRP0, DotProductAttention, Gate, MatrixProduct, ZPlus, register_attention
 
@@ -288,17 +288,55 @@ DIVIDED_LATER = {
     "less the largest": lambda s, v: ((s - s.amax(-1, True)).exp() @ v) / (s - s.amax(-1, True)).exp().sum(-1, True),
     "powers": lambda s, v: torch.einsum("bhij,bhjd->bhid", 2 ** (s / LN2), v) / (2 ** (s / LN2)).sum(-1, True),
     "ones among the values": lambda s, v: with_ones(s.exp(), v),
+    "one over the sum": lambda s, v: (s.exp() @ v) * (1 / s.exp().sum(-1, keepdim=True)),
+    "masked": lambda s, v: (s.exp().tril(S) @ v) / (s.exp().tril(S)).sum(-1, keepdim=True),
+    "turned": lambda s, v: ((v.mT @ s.exp().mT) / s.exp().sum(-1)[..., None, :]).mT,
+    "product and sum": lambda s, v: (s.exp()[..., None] * v[..., None, :, :]).sum(-2) / s.exp().sum(-1, keepdim=True),
 }
 
 
 @pytest.mark.parametrize("name", DIVIDED_LATER)
-def test_exponentials_that_weight_values_are_held_constant(name):
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_exponentials_that_weight_values_are_attention(name, attention):
     inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
     attend = DIVIDED_LATER[name]
-    found, _ = explain(lambda q, k, v: attend(q @ k.mT * E**-0.5, v), inputs, r, lrp("constant"))
-    expected = closed_form(*inputs, r, "constant")
+    found, _ = explain(lambda q, k, v: attend(q @ k.mT * E**-0.5, v), inputs, r, lrp(attention))
+    expected = closed_form(*inputs, r, attention)
     for key, one in zip("qkv", found, strict=True):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
+
+
+#: Attention pooling of scores and features of shape (n, 5, 3), by a softmax and by exponentials.
+POOLED = {
+    "one score for all features": (lambda s: s[..., :1], lambda p, h: (p * h).sum(1)),
+    "each feature for itself": (lambda s: s, lambda p, h: (p * h).sum(1)),
+    "by matrices": (lambda s: s[..., :1], lambda p, h: (p.mT @ h)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP, CPLRP, UniformGamma])
+@pytest.mark.parametrize("name", POOLED)
+def test_pooling_by_exponentials_is_attention(name, kind):
+    scores, pool = POOLED[name]
+    inputs, r = [numbers(2, 5, 3), numbers(2, 5, 3, seed=2)], numbers(2, 3, seed=1)
+
+    def later(s, h):
+        e = torch.exp(scores(s) - scores(s).amax(1, keepdim=True))
+        return pool(e, h) / e.sum(1)
+
+    found, _ = explain(later, inputs, r, kind())
+    wanted, _ = explain(lambda s, h: pool(scores(s).softmax(1), h), inputs, r, kind())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_exponentials_that_gate_are_no_attention():
+    """As in a flow of couplings: they share, or are held constant, as other gates, and a quotient is one."""
+    inputs, r = [numbers(2, 4), numbers(2, 4, seed=2), numbers(2, 1, seed=3)], numbers(2, 4, seed=1)
+    (of_s, of_h, of_n), _ = explain(lambda s, h, n: s.exp() * h / n, inputs, r, RelP())
+    for one in (of_s, of_h):
+        torch.testing.assert_close(one, r / 2, rtol=1e-9, atol=1e-9)
+    assert not of_n.any()
 
 
 @pytest.mark.parametrize("convert", [Tensor.double, lambda e: e.to(torch.float64), lambda e: e.type(torch.float64)])
