@@ -2,9 +2,9 @@
 
 A product alone scales, and a sum alone adds up; only together they are a dense layer, or a product of matrices. So
 products are remembered, and a sum of one is taken for a call with both factors if it is of matrices: each input has
-weights for several results, or a parameter weights it; of two factors that depend on the model's input, each is used
-for several results, or one is that is no gate. Others, such as the mean over positions that a mask lets pass, stay what
-they are.
+weights for several results, or a parameter weights it; of two factors that depend on the model's input, one is used for
+several results, and neither divides the other, as in a norm. Others, such as the mean over positions that a mask lets
+pass, stay what they are.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class _Products:
 
     Parameters
     ----------
-    born : callable
-        Says what made the values of a tensor (`crp.rules.notes.Born`), if that tells a gate.
+    is_divisor : callable
+        Whether a tensor is one over something.
     """
 
-    def __init__(self, born: Callable[[Tensor], int]) -> None:
-        self._born = born
+    def __init__(self, is_divisor: Callable[[Tensor], bool]) -> None:
+        self._is_divisor = is_divisor
         self._latest: list[_Product] = []
 
     def clear(self) -> None:
@@ -71,7 +71,7 @@ class _Products:
         """Note what a product was made of."""
         tensors = [tensor for tensor in (product, *operands) if isinstance(tensor, Tensor) and not _is_special(tensor)]
         factors = tuple(tensors[1:])
-        if len(factors) != 2 or not _is_of_matrices(factors, has_gate=any(map(self._born, factors))):
+        if len(factors) != 2 or not _is_of_matrices(factors, has_divisor=any(map(self._is_divisor, factors))):
             return
         there = [known for known in self._latest if known.result() is not None]
         self._latest = [*there[1 - _LATEST :], _Product(weakref.ref(tensors[0]), factors, _versions(tensors))]
@@ -86,7 +86,7 @@ class _Products:
             return None
         others = {name: value for name, value in kwargs.items() if name != "input"}
         axes = _axes(rest[0] if rest else others.get("dim", others.get("axis")), product.dim())
-        if axes is None or not _is_of_matrices(found.factors, axes, any(map(self._born, found.factors))):
+        if axes is None or not _is_of_matrices(found.factors, axes, any(map(self._is_divisor, found.factors))):
             return None
 
         def contract(left: Tensor, right: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _axes(dim: Any, dims: int) -> set[int] | None:
     return {axis % dims for axis in axes} if all(isinstance(axis, int) for axis in axes) else None
 
 
-def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None, has_gate: bool = False) -> bool:
+def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None, has_divisor: bool = False) -> bool:
     """Whether the sum along axes of a product is a product of matrices, and no scaled sum; by default along any."""
     dims = max(tensor.dim() for tensor in factors)
     used = [_axes_used(tensor, dims) for tensor in factors]
@@ -122,7 +122,7 @@ def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None
     is_input = [tensor.requires_grad for tensor in factors]
     is_reused = [bool(used[1 - i] - used[i] - axes) for i in (0, 1)]
     if all(is_input):
-        return all(is_reused) or (any(is_reused) and not has_gate)
+        return all(is_reused) or (any(is_reused) and not has_divisor)
     number = is_input.index(True)
     return is_reused[number] or _is_parameter(factors[1 - number])
 

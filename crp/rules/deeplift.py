@@ -88,7 +88,7 @@ class Difference(Rule):
     def parts_of(self, tensor: Tensor) -> _Parts | None:
         """Parts of an affine output, or of a copy of it; None for other tensors."""
         note = self._note_of(tensor)
-        return None if note is None else note.parts
+        return note.parts if note is not None and isinstance(note.parts, _Parts) else None
 
     def rescaled(self, layer: Layer, reference: Layer) -> Tensor:
         """Value of an elementwise function, whose gradient is the quotient of differences."""

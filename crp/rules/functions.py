@@ -131,7 +131,6 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear constant selection indexes", "scatter_add"),
     ("", "homogeneous constant", "index_reduce scatter_reduce"),  # (but for products)
     ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
-    ("", "constant elementwise", "lerp"),
     # --- choice ---
     ("", "homogeneous choosing elementwise", "fmax fmin maximum minimum"),
     ("", "homogeneous choosing indexes", "max min"),

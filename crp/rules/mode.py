@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
@@ -64,7 +65,7 @@ class SeeingMode(TorchFunctionMode):
 
     def __init__(self, notes: Notes) -> None:
         super().__init__()
-        self.notes, self.products = notes, _Products(notes.born)
+        self.notes, self.products = notes, _Products(lambda tensor: bool(notes.born(tensor) & Born.DIVISOR))
         self._reading: Function | None = None
         self._aside = 0  # how often it was told to let functions pass as they are
 
@@ -117,8 +118,10 @@ class SeeingMode(TorchFunctionMode):
             return result
         if known.canonical in _DERIVATIVES:
             self._refuse_derivative(known)
-        if known.canonical in _IN_TWO and len(args) + len(kwargs.keys() & _ADDENDS) == len(_ADDENDS):
-            return self._in_two(func, known, types, args, kwargs)
+        apart = _WRITTEN_OUT.get(known.canonical)
+        if apart is not None and isinstance(args[1] if args[1:] else inputs[0], Tensor) and not self.is_named(known):
+            with self:
+                return apart(Tensor.add_ if in_place(func, kwargs) else torch.add, *args, **kwargs)
         if known.canonical == "einsum" and len(inputs) == 2 and (steps := _steps(*args)) is not None:
             with self:
                 return steps()
@@ -140,14 +143,6 @@ class SeeingMode(TorchFunctionMode):
             with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _keep):
                 return self._see(op)
         return self._see(op)
-
-    def _in_two(self, func: Any, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        arguments = dict(zip(_ADDENDS, args, strict=False)) | kwargs
-        first, *pair = (arguments.pop(name) for name in _ADDENDS)
-        product = self.__torch_function__(_IN_TWO[known.canonical], types, pair)
-        add = Tensor.add_ if in_place(func, kwargs) else torch.add
-        arguments["alpha"] = arguments.pop("value", 1)
-        return self.__torch_function__(add, types, (first, product), arguments)
 
     def _see(self, op: Operation) -> Any:
         """Output of an operation, under its rule if it has one; it is noted what is known of it."""
@@ -277,9 +272,17 @@ class SeeingMode(TorchFunctionMode):
 
 
 _DERIVATIVES = frozenset({"grad", "backward"})
-#: Functions that add a product or a quotient, which is a function of its own; their operands.
-_IN_TWO: dict[str, Callable[..., Tensor]] = {"addcmul": torch.mul, "addcdiv": torch.div}
-_ADDENDS = ("input", "tensor1", "tensor2")
+#: Functions that are several others; these are given how they add up.
+_WRITTEN_OUT: dict[str, Callable[..., Tensor]] = {
+    "addcmul": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 * tensor2, alpha=value, **out),
+    "addcdiv": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 / tensor2, alpha=value, **out),
+    "lerp": lambda add, input, end, weight, **out: add(input, weight * (end - input), **out),
+    "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
+}
+
+
+def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
+    return (F.normalize(left, **keywords) * F.normalize(right, **keywords)).sum(keywords["dim"])
 
 
 def _keep(tensor: Tensor) -> Tensor:

@@ -176,17 +176,15 @@ def _steps(equation: Any, *operands: Any) -> Callable[[], Tensor] | None:
     """An einsum of tensors of which two depend on the input, as the operations that it consists of; None if it is one.
 
     Of several operands, two are multiplied at a time, so that constants weight what is summed up with them; and two
-    that are multiplied entry by entry are a product.
+    that are multiplied entry by entry are a product, which may be summed up.
     """
     tensors = list(operands[0]) if len(operands) == 1 else list(operands)
     terms, arrow, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
     axes = terms.split(",")
     if "." in terms or not arrow or len(axes) < 2:
         return None
-    is_product = {*result} == {*"".join(axes)} and all(len({*own}) == len(own) for own in axes)
     if len(axes) == 2:
-        left, right = tensors
-        return (lambda: _aligned(left, axes[0], result).mul(_aligned(right, axes[1], result))) if is_product else None
+        return _entry_by_entry(tensors, axes, result)
 
     def multiply() -> Tensor:
         product, own = tensors[0], axes[0]
@@ -195,6 +193,20 @@ def _steps(equation: Any, *operands: Any) -> Callable[[], Tensor] | None:
             kept = result if number == len(axes) else "".join(dict.fromkeys(c for c in own + other if c in later))
             product, own = torch.einsum(f"{own},{other}->{kept}", product, tensor), kept
         return cast(Tensor, product)
+
+    return multiply
+
+
+def _entry_by_entry(factors: Sequence[Tensor], axes: Sequence[str], result: str) -> Callable[[], Tensor] | None:
+    """A product of two tensors with these axes, or its sum; None if it is one of matrices."""
+    summed = "".join(axis for axis in axes[0] if axis not in result)
+    is_of_matrices = {*axes[0]} != {*axes[1]} and {*result} != {*axes[0], *axes[1]}
+    if is_of_matrices or any(len({*own}) < len(own) for own in axes):
+        return None
+
+    def multiply() -> Tensor:
+        left, right = (_aligned(factor, own, result + summed) for factor, own in zip(factors, axes, strict=True))
+        return left.mul(right).sum(tuple(range(-len(summed), 0))) if summed else left.mul(right)
 
     return multiply
 

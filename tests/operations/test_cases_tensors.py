@@ -245,7 +245,6 @@ SIGNS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*no rule for lerp")
 @pytest.mark.parametrize("name", SIGNS)
 @pytest.mark.parametrize(
     ("composite", "form"),
@@ -311,7 +310,6 @@ class Residual(nn.Module):
         return self.head(F.relu(self.high(self.mid(self.join(x, self.low(x))))))
 
 
-@pytest.mark.filterwarnings("ignore:.*no rule for lerp")
 @pytest.mark.parametrize("name", JOINED)
 def test_flat_behind_a_join_hands_nothing_to_the_data_directly(name):
     """Flat says what the joined tensor gets, which is shared in proportion to values below."""

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from core_cases import Maps, Net, conv_net, deviation, exact, exhibit, heatmap, images, net, within
+from core_cases import Maps, Net, conv_net, deviation, exact, exhibit, heatmap, images, net, rules, within
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -565,7 +565,7 @@ def test_custom_functions_of_modules_without_a_rule_have_their_own_gradient():
 
 
 def test_warnings_point_at_the_caller():
-    model, data = conv_net(lambda s, h: torch.lerp(h, h * 2, 0.5)), images()
+    model, data = conv_net(lambda s, h: torch.logaddexp(h, h * 2)), images()
 
     class Explaining(nn.Module):
         """Torch calls this, which calls us."""
@@ -582,18 +582,25 @@ def test_warnings_point_at_the_caller():
 
     for call, line in ((lambda: heatmap_here(data), 1), (lambda: Explaining()(data), 1), (in_context, 2)):
         owner = heatmap_here if line == 1 else in_context
-        with pytest.warns(UserWarning, match="no rule for lerp") as caught:
+        with pytest.warns(UserWarning, match="no rule for logaddexp") as caught:
             call()
         assert caught[0].filename == __file__
         assert caught[0].lineno == owner.__code__.co_firstlineno + line
 
 
 def test_nothing_is_warned_of_twice_or_where_a_rule_is_none():
-    model = conv_net(lambda s, h: torch.lerp(h, h * 2, 0.5))
+    model = conv_net(lambda s, h: torch.logaddexp(h, h * 2))
     with pytest.warns(UserWarning) as caught:
         heatmap(model, EpsilonPlus())
     assert len(caught) == 1
-    heatmap(model, EpsilonPlus(layer_map=[(torch.lerp, None)]))
+    heatmap(model, EpsilonPlus(layer_map=[(torch.logaddexp, None)]))
+
+
+def test_a_function_that_is_several_is_one_where_it_is_named():
+    model = conv_net(lambda s, h: torch.lerp(h, h * 2, h.sigmoid()))
+    maps = [(torch.lerp, None)], []
+    named, others = ([name for _, name, _ in rules(model, EpsilonPlus(layer_map=one))] for one in maps)
+    assert "lerp" in named and "lerp" not in others and others.count("add") == 1
 
 
 def test_targets_of_every_class_are_rows_of_one_pass():

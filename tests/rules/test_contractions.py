@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from crp.composites import CPLRP, LRP, AttnLRP, DeepLift, DeepTaylor, Last, RelP, UniformAlphaBeta, UniformEpsilon
 from crp.rules import AlphaBeta
 from crp.rules.contractions import _Products
-from crp.rules.notes import Notes
 
 TOKENS = numbers(2, 4, 6, seed=3)
 WEIGHTS, MASK = numbers(5, 6, seed=5), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).double()[..., None]
@@ -120,6 +119,43 @@ def test_one_query_and_many_keys_by_a_sum_of_products(kind):
     assert_same_map(*models, TOKENS, kind())
 
 
+#: What makes the weights that are summed up with values, or the values.
+MAKERS = {
+    "dense": lambda t: t,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda t: t.softmax(1),
+    "exp": torch.exp,
+}
+
+
+@pytest.mark.covering(4)
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP, RelP, UniformEpsilon, UniformAlphaBeta])
+@pytest.mark.parametrize("of_values", MAKERS)
+@pytest.mark.parametrize("of_weights", MAKERS)
+@pytest.mark.parametrize("axes", ["bt,btd->bd", "btd,btd->bt"])
+def test_a_sum_of_products_is_the_einsum_that_it_is(axes, of_weights, of_values, kind):
+    """Whatever made the factors: weights of values, and vectors of the same axes."""
+
+    def wiring(s, x):
+        weights, values = MAKERS[of_weights](s.weights(x)), MAKERS[of_values](s.values(x))
+        if axes == "bt,btd->bd":
+            weights = weights[..., 0]
+            summed = (weights[..., None] * values).sum(1)
+        else:
+            summed = (weights * values).sum(-1)
+        return s.out(torch.einsum(axes, weights, values) if s.by_einsum else summed)
+
+    size = 5 if axes == "bt,btd->bd" else 4
+    models = [
+        seeded(Net(wiring, weights=nn.Linear(6, 5), values=nn.Linear(6, 5), out=nn.Linear(size, 3))) for _ in range(2)
+    ]
+    models[0].by_einsum, models[1].by_einsum = True, False
+    assert_same_map(*models, TOKENS, kind())
+
+
 def test_methods_without_a_rule_for_attention_refuse_scores_by_sums_of_products():
     with pytest.raises(NotImplementedError, match=r"DeepTaylor has no rule for sum\(\)"):
         maps(attention(True), TOKENS, DeepTaylor())
@@ -137,7 +173,7 @@ def test_what_a_sum_of_products_keeps_is_accounted_for():
 
 @pytest.mark.parametrize(("scales", "n_kept"), [(WEIGHTS, 8), (numbers(1, 6, seed=6), 0)])
 def test_factors_of_the_latest_products_are_kept_where_sums_may_be_of_matrices(scales, n_kept):
-    products, of_model, factors = _Products(Notes().born), [], []
+    products, of_model, factors = _Products(lambda tensor: False), [], []
     for _ in range(20):
         factor = torch.ones(2, 1, 6, requires_grad=True)
         factors.append(weakref.ref(factor))
