@@ -123,6 +123,7 @@ class Operations(SeeingMode):
     def by_chain_rule(self, choice: Choice, op: Operation) -> Any:
         """Output of a call as it is; constants in it are accounted for, and a lacking rule is noted."""
         account, is_recording = self.attachment.account, self.references.is_recording
+        account = account if self.attachment.keeps_constants else None
         if self.matching.is_counting:
             return op.run()
         if choice.is_method and account is None and self.seen is None:

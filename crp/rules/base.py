@@ -69,6 +69,9 @@ class Attachment:
         Weights of operations whose output was read by a ReLU: a hint, which saves work and changes no number.
     """
 
+    #: Whether constants, such as biases, keep a share of the relevance.
+    keeps_constants: ClassVar[bool] = True
+
     model_input: ModelInput = field(default_factory=ModelInput)
     account: Account | None = None
     notes: Notes = field(default_factory=Notes)

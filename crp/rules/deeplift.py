@@ -41,6 +41,8 @@ class Differences(Attachment):
         Operations for which the method has no rule, and whether their treatment keeps summation-to-delta.
     """
 
+    keeps_constants: ClassVar[bool] = False  # (they cancel out in differences)
+
     outside: dict[str, bool] = field(default_factory=dict)
 
     def clear(self) -> None:
