@@ -20,13 +20,7 @@ from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
 from crp.rules.attention import Attention, DotProductAttention, MatrixProduct, _check_attention, _ConstantWeights
-from crp.rules.functional import (
-    GLU,
-    Gate,
-    Gates,
-    Normalization,
-    Quotient,
-)
+from crp.rules.functional import GLU, Gate, Gates, Normalization, Quotient
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names

@@ -43,8 +43,6 @@ _BEGINNING = frozenset(("clamp", "hardsigmoid", "hardtanh", *_SUMS))
 _ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "clamp", "clamp_min", "hardtanh", *_SUMS))
 #: Functions that mask or scale entries, or change at most their type, beside a constant.
 _MASKING = frozenset("bfloat16 double float half masked_fill mul to tril triu type where".split())  # noqa: SIM905
-#: Functions whose results may be worth remembering what they were made of.
-_REMEMBERED = frozenset(("clone", "hardsigmoid", "neg", *_MASKING, *_ON_NUMBERS, *_CUTTING))
 
 
 def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
@@ -136,21 +134,21 @@ def _remembered(op: Operation, notes: Notes) -> Any:
     """What rules remember of an operation's only operand, as it holds for the result; None if nothing does."""
     name, note = op.known.canonical, notes.of(op.inputs[0])
     parts = None if note is None or len(op.inputs) > 1 else note.parts
-    if isinstance(parts, _Exponential | _Weighted) and op.args and op.args[0] is op.inputs[0] and not op.overwrites:
-        if isinstance(parts, _Weighted) and op.known.has("linear") and name != "clone":
-            return parts.before(op.function, *op.args[1:], **op.kwargs)
-        if isinstance(parts, _Exponential) and op.known.has("copies") and name not in (*_REMEMBERED, *_SEVERAL):
-            return parts.before(op.function, *op.args[1:], **op.kwargs)
-    if name not in _REMEMBERED or isinstance(parts, _Weighted) or len(op.inputs) > 1:
-        return None
-    if name == "clone":
-        is_one = isinstance(parts, _Shifted)
-        return parts._replace(is_copied=True) if isinstance(parts, _Exponential) else None if is_one else parts
+    is_first = bool(op.args) and op.args[0] is op.inputs[0] and not op.overwrites
     is_part = name in _SUMS and op.known.has("identity")  # (a number beside an activation)
+    if name == "clone":
+        is_over = isinstance(parts, _Weighted | _Shifted)
+        return parts._replace(is_copied=True) if isinstance(parts, _Exponential) else None if is_over else parts
+    if isinstance(parts, _Weighted):
+        is_kept = is_first and not op.kind and op.known.has("linear")
+        return parts.before(op.function, *op.args[1:], **op.kwargs) if is_kept else None
     if isinstance(parts, _Exponential):
-        return parts if name in _MASKING or is_part else None
+        if is_part or name in _MASKING:
+            return parts
+        is_moved = is_first and name not in _SEVERAL and op.known.has("copies")
+        return parts.before(op.function, *op.args[1:], **op.kwargs) if is_moved else None
     begun = parts if isinstance(parts, _Shifted) else None
-    if is_part or (begun is None and (op.overwrites or name not in _BEGINNING)):
+    if is_part or len(op.inputs) > 1 or (begun is None and (op.overwrites or name not in _BEGINNING)):
         return begun
     function = _on_numbers(op)
     if function is None:

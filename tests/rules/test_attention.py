@@ -877,3 +877,23 @@ def test_rules_for_several_operands_can_be_mapped_to_a_module(fused, rule):
 def test_a_rule_that_treats_no_operation_of_several_operands_is_refused(rule):
     with pytest.raises(TypeError, match="'core'"):
         maps(_AroundCore(True).double().eval(), numbers(2, 5, 4), UniformEpsilon(layer_map=[("core", rule)]))
+
+
+def test_a_dense_layer_behind_exponentials_keeps_its_rule():
+    """What divides behind it makes no attention of it, whatever the values are."""
+
+    class Late(nn.Module):
+        def __init__(self, divided_late):
+            super().__init__()
+            self.scores, self.values, self.out = nn.Linear(E, 1), nn.Linear(E, E), nn.Linear(E, 3, bias=False)
+            self.divided_late = divided_late
+
+        def forward(self, x):
+            e = self.scores(x).exp()
+            summed = (e * self.values(x)).sum(1)
+            return self.out(summed) / e.sum(1) if self.divided_late else self.out(summed / e.sum(1))
+
+    torch.manual_seed(0)
+    nets = [Late(late).double().eval() for late in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    assert off(*(maps(net, numbers(2, L, E), UniformZPlus(stabilizer=1e-14)) for net in nets)) <= 1e-10
