@@ -45,7 +45,7 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - squashing: results lie between 0 and 1
 #: - balanced: results lie between -1 and 1
 #: - nonnegative: results are not negative
-#: - gating: gates, or weights that are not negative, are made of it by adding numbers, which then are part of it
+#: - gating: gates are made of it by adding numbers, which then are part of it
 #: - sign: results are not negative if no operand is
 #: - selects: the result holds entries of the operands, rearranged
 #: - scales: with a constant operand, it changes nothing but the scale
@@ -92,13 +92,13 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atan atanh clamp clamp_max clamp_min cos cosh expm1 gelu hardshrink
+        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu expm1 gelu hardshrink
         hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num selu silu sin sinh softshrink tan tanhshrink
         threshold""",
     ),
     ("activation", "balanced identity rescaled elementwise gating", "erf tanh"),
     ("activation", "balanced identity rescaled elementwise", "softsign"),
-    ("activation", "identity rescaled elementwise gating", "celu elu rpow"),
+    ("activation", "identity rescaled elementwise gating", "rpow"),
     ("activation", "rescaled elementwise", "frac logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),

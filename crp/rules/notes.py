@@ -32,7 +32,7 @@ class Born:
     DIVISOR = 64  # one over something
     BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
     LOGARITHM = 256  # a logarithm, or something less a logarithm: its exponential may be a softmax
-    GATING = 512  # of a sigmoid, a tanh, an exponential or the like: a number that is added is part of it
+    GATING = 512  # of a sigmoid, a tanh or an exponential: a number that is added is part of it, as in a gate
     EXPONENTIAL = 1024  # as the weights of attention are before they are divided by their sum
 
 

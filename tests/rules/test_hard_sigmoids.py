@@ -111,14 +111,6 @@ def test_a_hard_sigmoid_that_torch_has_exported():
     assert_same_map(exported, plain, DATA, composites.AttnLRP())
 
 
-def test_the_positive_features_of_linear_attention_are_one_activation():
-    class Features(nn.Module):
-        def forward(self, a):
-            return F.elu(a) + 1
-
-    assert_same_map(seeded(Net(lambda a: F.elu(a) + 1)), seeded(Net(Features())), DATA, composites.RelP())
-
-
 #: Sums with a number that is a bias, and cuts of them.
 BIASES = {
     "not_in_the_middle": lambda a: F.relu6(a + 2),
