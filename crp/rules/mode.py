@@ -25,7 +25,7 @@ from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _steps
 from crp.rules.operation import RESULTS, Operation
-from crp.rules.passing import _copied, _passed, _remembered
+from crp.rules.passing import BEGINNING, _copied, _passed, _remembered
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
 
@@ -158,7 +158,10 @@ class SeeingMode(TorchFunctionMode):
             with self:
                 return apart(*op.args, **op.kwargs)
         # (operands may be overwritten, and then nothing is known)
-        passed, parts = _passed(op, self.notes.born), _remembered(op, self.notes)
+        passed, alone = _passed(op, self.notes.born), len(op.inputs) == 1 and not is_affine
+        note = self.notes.of(op.inputs[0]) if alone else None
+        is_plain = note is None or (note.parts is None and op.known.canonical not in BEGINNING)
+        parts = None if note is None or is_plain else _remembered(op, note.parts)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
         if below is not None and op.known.canonical in ("mul", "div") and not all(i is op.inputs[0] for i in op.inputs):
             passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)

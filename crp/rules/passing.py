@@ -38,7 +38,7 @@ _ON_NUMBERS: dict[str, Callable[[float, float], float]] = {
 }
 #: Functions of these and of others that cut off on both sides; what they begin may be a hard sigmoid.
 _SUMS = frozenset(("add", "sub", "rsub"))
-_BEGINNING = frozenset(("clamp", "hardsigmoid", "hardtanh", *_SUMS))
+BEGINNING = frozenset(("clamp", "hardsigmoid", "hardtanh", *_SUMS))
 #: Functions of which it depends on the operands what is known of the result.
 _ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "clamp", "clamp_min", "hardtanh", *_SUMS))
 #: Functions that mask or scale entries, or change at most their type, beside a constant.
@@ -102,7 +102,7 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
         kept |= Born.LOGARITHM
     elif name in _CUTTING and _bounds(op)[0] >= 0:
         kept |= NONNEGATIVE
-    if name in _SUMS and op.known.has("identity"):  # a number beside what a gate is made of
+    if name in _SUMS and "identity" in op.known.properties:  # a number beside what a gate is made of
         kept |= flags & Born.GATING
     is_quotient = (name == "div" and len(inputs) > 1) or bool((kept | op.known.gives) & Born.DIVISOR)
     if is_quotient and flags & Born.GATING:  # as exp(x) / (1 + exp(x)) and 1 / (1 + exp(-x)) are
@@ -130,12 +130,11 @@ def _bounds(op: Operation) -> tuple[float, float]:
     return lowest, highest
 
 
-def _remembered(op: Operation, notes: Notes) -> Any:
+def _remembered(op: Operation, parts: Any) -> Any:
     """What rules remember of an operation's only operand, as it holds for the result; None if nothing does."""
-    name, note = op.known.canonical, notes.of(op.inputs[0])
-    parts = None if note is None or len(op.inputs) > 1 else note.parts
+    name = op.known.canonical
     is_first = bool(op.args) and op.args[0] is op.inputs[0] and not op.overwrites
-    is_part = name in _SUMS and op.known.has("identity")  # (a number beside an activation)
+    is_part = name in _SUMS and "identity" in op.known.properties  # (a number beside an activation)
     if name == "clone":
         is_over = isinstance(parts, _Weighted | _Shifted)
         return parts._replace(is_copied=True) if isinstance(parts, _Exponential) else None if is_over else parts
@@ -148,7 +147,7 @@ def _remembered(op: Operation, notes: Notes) -> Any:
         is_moved = is_first and name not in _SEVERAL and op.known.has("copies")
         return parts.before(op.function, *op.args[1:], **op.kwargs) if is_moved else None
     begun = parts if isinstance(parts, _Shifted) else None
-    if is_part or len(op.inputs) > 1 or (begun is None and (op.overwrites or name not in _BEGINNING)):
+    if is_part or (begun is None and (op.overwrites or name not in BEGINNING)):
         return begun
     function = _on_numbers(op)
     if function is None:
