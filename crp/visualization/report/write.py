@@ -139,6 +139,7 @@ def _write(
         facts=facts,
         cells=cells,
         suspects=suspects,
+        names=names,
         class_names={target: drawer.class_name(target, names) for target in shown},
         sample_rows=samples,
         sample_names=file_names,
