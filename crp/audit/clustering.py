@@ -77,7 +77,7 @@ class Clusters(NamedTuple):
     def strongest(self, cluster: int, k: int = 5) -> list[tuple[int, float]]:
         """Features, such as concepts, by which a cluster exceeds the other samples most: with the difference of means.
 
-        The list is shorter where less than ``k`` features exceed.
+        The list is shorter where less than ``k`` features exceed. Where there are no other samples, the means count.
         """
         check_number("k", k, 0, whole=True)
         inside = self._is_in(cluster)

@@ -241,7 +241,7 @@ def _tell_clusters(table: Table, layer: str, target: int, found: Clusters, as_js
         such = ", ".join(map(str, row["samples"][:_LISTED]))
         click.echo(
             f"cluster {row['cluster']}  {counted(row['size'], 'sample')}, such as {such}; "
-            f"more of concepts {concepts or 'none'}"
+            f"{'more of ' * (len(rows) > 1)}concepts {concepts or 'none'}"
         )
 
 

@@ -46,7 +46,8 @@ def test_clusters(folder):
     assert first.startswith("class 3, layer 'a': 50 samples in 2 clusters, separation 1.00")
     assert [row[:21] for row in rows] == ["cluster 0  30 samples", "cluster 1  20 samples"]
     assert "more of concepts 0 (+0." in rows[0] and "more of concepts 2 (+0." in rows[1]
-    assert "50 samples in 1 cluster, " in crp("clusters", folder, "a", 3, "--n", 1, "--no-keep").output
+    alone = crp("clusters", folder, "a", 3, "--n", 1, "--no-keep").output
+    assert "50 samples in 1 cluster, " in alone and "; concepts 0 (+0." in alone
     assert "in 3 clusters" in crp("clusters", folder, "a", 3, "--n", 3, "--no-keep").output
     kept = read_kept(Table.open(folder), "clusters", "a", 3)
     assert kept.arrays["strongest"][:, 0].tolist() == [0, 2] and kept.arrays["difference"][0, 0] > 0.8

@@ -11,7 +11,7 @@ from kept_cases import TEXTS, keep_everything
 from report_cases import EVIL, NAMES, Parsed, report
 from zennit.composites import EpsilonPlus
 
-from crp.audit import Prototypes
+from crp.audit import Prototypes, clusters, save_clusters
 from crp.visualization.report import write_report
 from crp.visualization.report.kept import PAGED
 from crp.visualization.table.derived import KEPT_KINDS, keep_result, read_kept
@@ -89,8 +89,9 @@ def test_the_audit_lists_the_least_usual_samples_first(found):
         assert f"<b>percentile {one.percentile:.1f}</b>" in section
         more, _, less = section.partition("less of")
         for uses, part in ((one.over, more), (one.under, less)):
-            shown = re.findall(r"<span>(\d+)<small>([+-][\d.]+)</small>", part)
-            assert shown == [(str(use.concept), f"{100 * use.difference:+.1f}") for use in uses]
+            shown = re.findall(r"<span>(\d+)<small>([+\N{MINUS SIGN}][\d.]+)</small>", part)
+            told = [f"{100 * use.difference:+.1f}".replace("-", "\N{MINUS SIGN}") for use in uses]
+            assert shown == [(str(use.concept), words) for use, words in zip(uses, told, strict=True)]
 
 
 def test_clusters_show_their_samples_and_what_sets_them_apart(found):
@@ -107,6 +108,15 @@ def test_clusters_show_their_samples_and_what_sets_them_apart(found):
     drawing = text.partition('class="points"')[2].partition("</svg>")[0]
     assert [drawing.count(f'class="c{i}"') for i in (0, 1)] == clusters.sizes
     assert text.count("<rect x=") == len(clusters.eigenvalues)
+
+
+def test_a_single_cluster_is_compared_with_no_others(tmp_path):
+    fv = mined(tmp_path / "mined", Images(30))
+    alone = clusters(fv.path, "second", of_class=0, n=1, n_neighbours=3)
+    save_clusters(fv.path, alone, "second", 0)
+    page = Parsed(report(fv, tmp_path / "out") / PAGES["clusters"]).text
+    concept, mean = alone.strongest(0)[0]
+    assert f"{concept}{mean:+.3f}" in page and "uses more than" not in page and "1cluster" in page
 
 
 def test_pages_of_prototypes_and_clusters_say_their_seed(found):
@@ -134,8 +144,8 @@ def test_meanings_are_listed_by_text_and_by_clarity(found):
     meant, text = results["meanings"], page.read_text()
     for name in TEXTS:
         part = text.partition(f"<h3>{name}</h3>")[2].partition("</section>")[0]
-        shown = re.findall(r"<span>(\d+)<small>(-?[\d.]+)</small>", part)
-        assert shown == [(str(c), f"{s:.2f}") for c, s in meant.best(name, 6)]
+        shown = re.findall(r"<span>(\d+)<small>(\N{MINUS SIGN}?[\d.]+)</small>", part)
+        assert shown == [(str(c), f"{s:.2f}".replace("-", "\N{MINUS SIGN}")) for c, s in meant.best(name, 6)]
     rows = text.partition("By clarity")[2].split("<tr>")[2:]
     order = np.argsort(-meant.clarity, kind="stable")
     best = [list(TEXTS)[i] for i in meant.similarity.argmax(0)]
@@ -227,7 +237,7 @@ def test_results_of_an_earlier_table_are_named_and_not_shown(tmp_path):
     folder = report(fv, tmp_path / "out", classes=[1], layers=["second"])
     assert not (folder / PAGES["clusters"]).exists(), "class 0 has no page"
     text = (folder / PAGES["prototypes"]).read_text()
-    assert "pear" in text and "apple" not in text
+    assert ">pear</a>" in text and ">apple</a>" not in text
     text = (folder / PAGES["audit"]).read_text()
     assert "10 samples were compared" in text and text.count('class/1.html">pear</a>') == 10
     assert 'class/0.html">' not in text and 'class/2.html">' not in text

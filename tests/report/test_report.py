@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import OrderedDict
 from itertools import chain
@@ -550,6 +551,21 @@ def test_tiles_of_another_size_are_refused(fv):
 
 
 # ---- parts
+
+
+def test_the_search_tells_shares_as_pages_do(fv, atlas):
+    index = json.loads(re.search(r'id="index"[^>]*>(.*?)</script>', (atlas / "search.html").read_text())[1])
+    for layer, _, _, shares in index["layers"]:
+        means = class_means(Table.open(fv.path), layer)
+        wanted = (means.value * means.rows[:, None]).sum(0) / means.rows.sum()
+        assert list(map(percent, shares)) == list(map(percent, wanted))
+
+
+def test_classes_without_a_page_have_their_names(fv, tmp_path):
+    """As what is predicted for a sample of another class; they were told by their numbers."""
+    atlas = report(fv, tmp_path / "out", classes=[0])
+    told = " ".join(Parsed(page).text for page in atlas.rglob("*.html"))
+    assert re.search(rf"✗ ({'|'.join(NAMES[1:])}) \d", told) and not re.search(r"✗ \d+ \d", told)
 
 
 def test_long_names_are_broken_between_their_parts_and_numbers_are_not():

@@ -124,8 +124,8 @@ def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
                 "here": _sample(atlas, members[0]) if members else None,
                 "label": f"Cluster {i}",
                 "note": counted(size, "sample"),
-                "concepts": [],
-                "more": more,
+                "concepts": more if len(sizes) == 1 else [],
+                "more": more if len(sizes) > 1 else [],
                 "than": "other samples",
                 "others": _samples(atlas, members[1 : 1 + atlas.kept.beside]),
                 "colour": i % _COLOURS,
@@ -275,7 +275,7 @@ def _chips(atlas: Atlas, layer: str, concepts: Sequence[tuple[int, str]]) -> lis
     for concept, note in concepts:
         tiles = atlas.best(layer, concept)
         label = atlas.label(layer, concept).removeprefix(f"{layer} · ")
-        tile = tiles[0]._replace(href="") if tiles else None
+        tile, note = tiles[0]._replace(href="") if tiles else None, note.replace("-", "\N{MINUS SIGN}")
         found.append({"href": atlas.addresses.concept(layer, concept), "tile": tile, "label": label, "note": note})
     return found
 

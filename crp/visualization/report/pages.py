@@ -42,8 +42,8 @@ class Atlas:
     cells : mapping of (layer, concept) to References
         In the order of the file of heatmaps.
     suspects : list of Suspect
-    class_names : mapping of int to str
-        Of all classes with a page.
+    names, class_names : mapping of int to str
+        Of all classes that have a name, and of those with a page.
     sample_rows : mapping of sample to target
         Samples that have a page, and for which class it is.
     sample_names : mapping of sample to str
@@ -66,6 +66,7 @@ class Atlas:
     facts: Mapping[str, LayerFacts]
     cells: Mapping[tuple[str, int], References]
     suspects: Sequence[Suspect]
+    names: Mapping[int, str]
     class_names: Mapping[int, str]
     sample_rows: Mapping[int, int]
     sample_names: Mapping[int, str]
@@ -84,7 +85,7 @@ class Atlas:
 
     def class_name(self, target: int) -> str:
         """How a class is called."""
-        return self.drawer.class_name(target, self.class_names)
+        return self.drawer.class_name(target, self.names)
 
     def class_of(self, suspect: Suspect) -> str:
         """Class that a suspect is of, in words."""

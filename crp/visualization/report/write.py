@@ -113,9 +113,7 @@ def _write(
     targets = list_targets(table).tolist()
     names = _names(fv, table, targets, options.class_names)
     shown = _shown(targets, options.classes)
-    _check_findings(options.findings, targets, table, layers)
-    for layer, concept in options.concept_names:
-        _check_concept(table, layer, concept, f"concept_names has {(layer, concept)}")
+    _check_said(options, targets, table, layers)
     check_can_be_shown(fv, options.n_maximized)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
@@ -139,6 +137,7 @@ def _write(
         facts=facts,
         cells=cells,
         suspects=suspects,
+        names=names,
         class_names={target: drawer.class_name(target, names) for target in shown},
         sample_rows=samples,
         sample_names=file_names,
@@ -280,12 +279,15 @@ def _shown(targets: Sequence[int], classes: Sequence[int] | None) -> list[int]:
     return list(targets) if classes is None else list(classes)
 
 
-def _check_findings(findings: Iterable[Finding], targets: Sequence[int], table: Table, layers: Sequence[str]) -> None:
-    for place in (finding.concept for finding in findings if finding.concept is not None):
+def _check_said(options: ReportOptions, targets: Sequence[int], table: Table, layers: Sequence[str]) -> None:
+    """Refuse findings and names of what is not there."""
+    for place in (finding.concept for finding in options.findings if finding.concept is not None):
         target, layer, concept = place
         if target not in targets or layer not in layers:
             raise NameNotFoundError(f"a finding is about {place}; classes are {list(targets)}, layers {list(layers)}")
         _check_concept(table, layer, concept, f"a finding is about {place}")
+    for layer, concept in options.concept_names:
+        _check_concept(table, layer, concept, f"concept_names has {(layer, concept)}")
 
 
 def _check_concept(table: Table, layer: str, concept: int, what: str) -> None:
