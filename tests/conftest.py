@@ -14,7 +14,7 @@ import pytest
 import torch
 from covering import mark_the_rest_slow
 from model_state import state_of
-from suite_cost import keep_out_of_garbage, kept_out_of_garbage, traced_at_first, untraced
+from suite_cost import collected_untraced, keep_out_of_garbage, kept_out_of_garbage, traced_at_first
 from torch import Tensor, nn
 from versions import skip_what_is_newer
 
@@ -24,13 +24,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    with kept_out_of_garbage():
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pycollect_makeitem(name: str) -> Iterator[None]:
-    with untraced(name.startswith("test")):
+    with kept_out_of_garbage(), collected_untraced():
         return (yield)
 
 
@@ -57,7 +51,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    # (`torch.manual_seed` notes its caller for every kind of accelerator, which takes longer than many a test.)
+    torch.default_generator.manual_seed(0)
 
 
 def _ready(model: nn.Module, seed: int) -> nn.Module:

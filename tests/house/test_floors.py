@@ -158,8 +158,9 @@ def test_few_names_are_public():
 
 
 def test_functions_are_short_and_take_few_parameters():
-    assert [one for one in functions() if one.lines > LONG.get(one.name, 60)] == []
-    assert [one for one in functions() if one.parameters > MANY_PARAMETERS.get(one.name, 12)] == []
+    known = list(functions())
+    assert [one for one in known if one.lines > LONG.get(one.name, 60)] == []
+    assert [one for one in known if one.parameters > MANY_PARAMETERS.get(one.name, 12)] == []
 
 
 @pytest.mark.parametrize("name", IMPORT_NAMES)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from unittest import TestCase
 
 import pytest
 import torch
@@ -633,10 +633,10 @@ def test_maps_and_text(mlp, vectors):
     assert str(found) == "0 -> 1\n1 -> 2\n2 -> 3\n3 -> 4\n4 -> end"
 
 
-def test_debug_logs_the_graph(mlp, vectors, caplog):
-    with caplog.at_level(logging.DEBUG, "crp.trace.graph"):
+def test_debug_logs_the_graph(mlp, vectors):
+    with TestCase().assertLogs("crp.trace.graph", "DEBUG") as logs:
         trace_model_graph(mlp, vectors, ["0"], debug=True)
-    assert "2 -> 3" in caplog.text
+    assert "2 -> 3" in logs.output[0]
 
 
 def test_unknown_layers_are_named_before_the_model_runs(mlp):
