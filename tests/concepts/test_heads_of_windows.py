@@ -56,17 +56,17 @@ def written_out(name):
 @pytest.mark.parametrize("make", [AttnLRP, CPLRP, EpsilonPlus, lambda: None], ids=["attn", "cp", "plus", "none"])
 def test_heads_are_those_of_attention_that_calls_its_projection(name, make, untouched):
     places = [*LAYERS, *(f"{layer}.input" for layer in LAYERS)]
-    results = []
-    for model in (swin(name)[0], written_out(name)):
+    results, (plain, data) = [], swin(name)
+    for model in (plain, written_out(name)):
         with untouched(model):
             results.append(
                 [
-                    CondAttribution(model)(swin(name)[1], [condition], make(), record_layer=places, mask_map=HEADS.mask)
+                    CondAttribution(model)(data, [condition], make(), record_layer=places, mask_map=HEADS.mask)
                     for place in places[2:]
                     for condition in ({"y": 1, place: [0]}, {"y": 1, place: [1]}, {"y": 1, place: [0, 1]})
                 ]
             )
-        assert dict(get_output_shapes(model, swin(name)[1][:1], places[2:])) == {places[2]: (4, 8), places[3]: (4, 16)}
+        assert dict(get_output_shapes(model, data[:1], places[2:])) == {places[2]: (4, 8), places[3]: (4, 16)}
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one.heatmap, other.heatmap, rtol=1e-12, atol=1e-15)
         for place in places:
