@@ -184,6 +184,7 @@ def test_occlusion_takes_windows_that_end_at_the_edge(place, monkeypatch):
     assert seen["caption"] == "occlusion, windows of 4 x 4 pixels"
 
 
+@pytest.mark.untraced
 def test_windows_cover_every_pixel():
     for side in range(1, 400):
         ((length,), (step,)) = attribute_command._windows(side)

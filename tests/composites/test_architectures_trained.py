@@ -59,7 +59,7 @@ def flipped(model, images, targets, scores, replacement, patch=4, steps=5):
     patches = F.avg_pool2d(scores[:, None], patch).flatten(1)
     rank = patches.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     side, curve = images.shape[-1] // patch, []
-    for step in range(steps):
+    for step in range(1, steps):  # (nothing is replaced at first)
         mask = (rank < step * rank.shape[1] // (2 * (steps - 1))).float().view(-1, 1, side, side)
         mask = F.interpolate(mask, scale_factor=patch)
         with torch.no_grad():

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import Family
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import resnet18, vgg16_bn
+from torchvision.models import resnet18
 from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
 from zennit.torchvision import ResNetCanonizer
 
@@ -37,7 +38,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def vgg():
-    model = vgg16_bn(weights=None).eval().requires_grad_(False)
+    model = Family("vgg16_bn", 64, "").build().float().requires_grad_(False)
     return model, torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
 

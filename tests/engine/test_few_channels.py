@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from architectures import Family
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import vgg16_bn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
@@ -160,8 +160,8 @@ def test_hooks_of_others_see_what_arrives_at_a_convolution_without_a_rule(ways):
 
 
 def test_what_it_costs_is_that_of_the_convolutions_below(monkeypatch):
-    model = vgg16_bn(weights=None).eval().requires_grad_(False)
-    data = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = Family("vgg16_bn", 64, "").build().float().requires_grad_(False)
+    data = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     attribution = CondAttribution(model)
 
     def operations(n, whole):

@@ -11,6 +11,8 @@ import importlib
 import pytest
 from house_plan import FACES, IMPORTED, LINES, MODULES, ROOMS, arrows, circles, floors, functions, public_names, room
 
+pytestmark = pytest.mark.untraced
+
 #: The rooms from the ground up. A room imports from lower floors, and from its own where no circle closes.
 FLOORS = [
     [

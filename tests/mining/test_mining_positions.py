@@ -16,7 +16,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
 from crp.composites import AttnLRP
-from crp.visualization import Texts, mine
+from crp.visualization import Table, Texts, mine
 from crp.visualization.mining import text_batches
 
 
@@ -32,14 +32,26 @@ def counted(attribution: CondAttribution) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize("targets", ["label", "top-3"])
+@pytest.fixture(scope="module", params=["label", "top-3"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Table]]:
+    """Which targets, and a table for each position of five texts, mined by itself."""
+    attribution, layers, tables = CondAttribution(model_of("gpt2")), KINDS["gpt2"][1], []
+    for item in texts_of_ids(5):
+        ids = item["input_ids"][-sum(item["attention_mask"]) :]
+        for at, following in enumerate(ids[1:]):
+            targets = [following] if request.param == "label" else request.param
+            text, path = Texts([item], position=at), tmp_path_factory.mktemp("alone") / "table"
+            tables.append(mine(attribution, text, layers, AttnLRP(), path, targets=targets, progress=False))
+    return request.param, tables
+
+
 @pytest.mark.parametrize(
     ("batch_size", "wanted"),
     [(3, [1, 1, 1, 2]), (16, [2, 3]), (100, [5])],
     ids=["less than a text", "several texts", "all"],
 )
 def test_positions_of_a_text_share_one_forward_pass(
-    targets: str, batch_size: int, wanted: list[int], tmp_path: Path
+    alone: tuple[str, list[Table]], batch_size: int, wanted: list[int], tmp_path: Path
 ) -> None:
     """Whatever goes back at once, each text goes forward once, and rows are those of positions one by one."""
     items = texts_of_ids(5)
@@ -47,20 +59,19 @@ def test_positions_of_a_text_share_one_forward_pass(
     assert [sum(item["attention_mask"]) - 1 for item in items] == [5, 8, 5, 1, 2]
     attribution = CondAttribution(model_of("gpt2"))
     passes = counted(attribution)
+    targets, tables = alone
     settings: dict[str, Any] = {"targets": targets, "progress": False}
     table = mine(
         attribution, Texts(items, position="each"), layers, AttnLRP(), tmp_path / "a", batch_size=batch_size, **settings
     )
     assert passes == [1, 1, *wanted]  # (two tell whether positions are scored each by itself)
-    single = [Texts([item], position=at) for item in items for at in range(sum(item["attention_mask"]) - 1)]
     labels = [target for _, target in rows_of(table)]
-    for i, text in enumerate(single):
-        own = {"targets": labels[i : i + 1]} if targets == "label" else {"targets": targets}
-        alone = mine(attribution, text, layers, AttnLRP(), tmp_path / f"b{i}", progress=False, **own)
-        n = 3 if targets == "top-3" else 1
-        assert [target for _, target in rows_of(alone)] == labels[n * i : n * (i + 1)]
+    n = 3 if targets == "top-3" else 1
+    assert len(labels) == 21 * n and len(tables) == 21
+    for i, one in enumerate(tables):
+        assert [target for _, target in rows_of(one)] == labels[n * i : n * (i + 1)]
         for key in ((at, m, k) for at in layers for m in table.modes for k in table.kinds):
-            of_all, of_one = columns(table, *key), columns(alone, *key)
+            of_all, of_one = columns(table, *key), columns(one, *key)
             np.testing.assert_allclose(of_all[2][n * i : n * (i + 1)], of_one[2], rtol=1e-10, atol=1e-15)
             np.testing.assert_array_equal(of_all[3][n * i : n * (i + 1)], of_one[3])
 

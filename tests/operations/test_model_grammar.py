@@ -237,6 +237,7 @@ def test_relevance_of_any_small_model(program, presets, target):
             check(program, preset, target)
 
 
+@pytest.mark.untraced
 @settings(
     max_examples=EXAMPLES // 5, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
