@@ -23,8 +23,8 @@ torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
-    with kept_out_of_garbage(), collected_untraced():
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    with kept_out_of_garbage(), collected_untraced(session):
         return (yield)
 
 

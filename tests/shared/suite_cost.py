@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -57,14 +57,16 @@ def _coverage() -> Any:
 
 
 @contextmanager
-def collected_untraced() -> Iterator[None]:
+def collected_untraced(session: pytest.Session) -> Iterator[None]:
     """The tests are imported untraced, with all that they import; so the package is imported before, and traced."""
-    if _coverage() is not None:
+    hands_out = session.config.pluginmanager.has_plugin("dsession")  # the process of xdist that itself collects nothing
+    if _coverage() is not None and not hands_out:
         import crp  # (traced from its first line on)
 
         for module in pkgutil.walk_packages(crp.__path__, "crp."):
             if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
+                with suppress(ImportError):  # (of a library that only its own tests need)
+                    importlib.import_module(module.name)
     with untraced():
         yield
 
