@@ -29,7 +29,7 @@ from crp.image import (
     vis_img_heatmap,
     vis_opaque_img,
 )
-from crp.image.colours import as_picture, blurred, clipped, colours_of
+from crp.image.colours import as_picture, blurred, clipped, colours_of, resized
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -62,6 +62,13 @@ def test_smoothing_is_that_of_a_window_in_two_dimensions(shape, share):
     np.testing.assert_allclose(blurred(values, share), wanted.numpy(), rtol=0, atol=1e-12)
 
 
+def test_a_smaller_map_is_averaged():
+    """Lines between those that it has would be lost."""
+    lines = np.repeat(np.arange(32)[:, None] % 8 == 0, 5, 1)
+    np.testing.assert_allclose(resized(lines, (4, 5))[1:-1], 1 / 8)
+    np.testing.assert_allclose(resized(lines.T, (5, 4))[:, 1:-1], 1 / 8)
+
+
 def test_colours_that_are_none_are_refused():
     with pytest.raises(ValueError, match="has 1 of 4 values that are not finite"):
         clipped(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]))
@@ -87,8 +94,10 @@ def test_what_is_no_heatmap_is_refused(form, heatmap, message):
 
 
 @pytest.mark.parametrize("form", DRAWN)
-def test_pictures_that_have_no_colour_are_refused(form):
+def test_pictures_that_are_none_are_refused(form):
     picture = torch.rand(3, 6, 6)
+    with pytest.raises(InputError, match=r"a picture has the shape \(channels, height, width\), not \(6, 6\)"):
+        draw_form(form, picture[0], torch.ones(6, 6))
     picture[1, 2, 3] = torch.nan
     with pytest.raises(InputError, match="the picture has 1 of 108 values that are not finite"):
         draw_form(form, picture, torch.ones(6, 6))

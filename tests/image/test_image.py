@@ -16,6 +16,7 @@ from PIL import Image
 
 from crp.errors import InputError
 from crp.image import (
+    draw_overlay,
     get_crop_range,
     imgify,
     max_norm,
@@ -86,8 +87,21 @@ def test_bytes_are_shown_as_they_are():
     assert np.array_equal(pixels(imgify(array)), array)
 
 
-def test_a_tensor_that_requires_grad_is_drawn():
-    assert imgify(torch.rand(3, 4, 5, requires_grad=True)).size == (5, 4)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda image, heatmap: imgify(image),
+        overlay,
+        draw_overlay,
+        lambda image, heatmap: vis_opaque_img(image[None], heatmap[None])[0],
+        lambda image, heatmap: vis_img_heatmap(image[None], heatmap[None])[1][0],
+    ],
+    ids=["imgify", "overlay", "draw_overlay", "vis_opaque_img", "vis_img_heatmap"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_that_require_grad_are_drawn(draw, dtype):
+    image, heatmap = (torch.rand(shape, dtype=dtype, requires_grad=True) for shape in [(3, 4, 5), (4, 5)])
+    assert draw(image, heatmap).size == (5, 4)
 
 
 @pytest.mark.parametrize(
