@@ -98,13 +98,19 @@ def test_unknown_names_are_errors_that_name_the_nearest(maps, error):
         by_layer(("layer*", Gamma()))
 
 
-@pytest.mark.parametrize(("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'")])
+@pytest.mark.parametrize(
+    ("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'"), (nn.Flatten, "'2'")]
+)
 def test_layers_without_what_the_rule_treats(selector, layers, untouched):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), nn.Flatten()).double().eval()
     message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and no such operation is called in {layers}"
     for run in (heatmap, rules):
         with untouched(model), pytest.raises(TypeError, match=message):
             run(model, Composite(layer_map=[(selector, Gamma())]))
+
+
+def test_rule_of_a_module_that_only_moves_entries_is_not_refused():
+    assert by_layer((nn.Flatten, GuidedReLU()), (nn.Conv2d, Gamma()))["flat"] == "chain"
 
 
 def test_rule_that_treats_nothing_in_a_module_is_refused(untouched):
