@@ -8,7 +8,7 @@ from core_cases import conv_net, deviation, exact, heatmap, images, net, rules
 from torch import nn
 from torch.nn import functional as F
 
-from crp.composites import LRP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Last
+from crp.composites import LRP, LRPCMP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Last
 from crp.composites.origins import Origins
 from crp.layers import LayerNotFoundError
 from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Rule, Whole, WSquare, ZPlus
@@ -57,6 +57,12 @@ def test_layers_that_a_selector_means(selector, reached):
     rule_of = by_layer((selector, Gamma()))
     assert {layer: rule for layer, rule in rule_of.items() if rule != "chain"} == dict.fromkeys(reached, "Gamma")
     assert len(rule_of) == 7
+
+
+@pytest.mark.parametrize(("split", "n_lower"), [(0, 0), (0.5, 2), (1, 3)])
+def test_lower_and_upper_convolutions(split, n_lower):
+    rule_of = {layer: rule for layer, _, rule in rules(stack(), LRPCMP(split=split, first="none"))}
+    assert [rule_of[layer] for layer in CONVOLUTIONS] == ["AlphaBeta"] * n_lower + ["Gamma"] * (3 - n_lower)
 
 
 def test_first_match_wins():
@@ -382,6 +388,24 @@ def test_positions_are_counted_anew_after_another_path():
     other = Unrolled()
     other.n = 5
     torch.testing.assert_close(heatmap(model, composite, data), heatmap(other, composite, data))
+
+
+def test_counting_for_positions_leaves_no_trace():
+    class Counting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    def found(selector):
+        torch.manual_seed(0)
+        model = Counting(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+        return heatmap(model, Composite(layer_map=[(selector, Epsilon())]), torch.ones(1, 4).double()), model.calls
+
+    of_position, of_type = found(First(nn.Linear, 2)), found(nn.Linear)
+    assert of_position[1] == of_type[1]
+    torch.testing.assert_close(of_position[0], of_type[0])
 
 
 def test_weights_that_are_computed_apart_are_layers_of_their_own():

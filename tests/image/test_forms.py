@@ -220,6 +220,8 @@ def test_contour_surrounds_what_is_relevant_with_a_colour_for_each(spot):
     assert shown[30, 40] == pytest.approx([round(0.8 * 0.55 * 255)] * 3, abs=1)
     assert (shown == [255, 0, 0]).all(-1).sum() > 8 and (shown == [0, 255, 0]).all(-1).sum() > 8
     assert shown[48, 16].tolist() == [204] * 3
+    whole = pixels(draw_contour(torch.full((3, 64, 64), 0.8), torch.ones(64, 64)))
+    assert (whole == 204).all(), "the end of the picture is no outline"
 
 
 def test_the_box_holds_the_share_of_the_relevance(spot):
@@ -251,7 +253,9 @@ def test_figures_take_axes_and_tell_the_scale():
     figure = plot_form(torch.rand(3, 8, 8), heatmap, ax=axes[0])
     assert figure is axes[0].figure
     assert [tick.get_text() for tick in figure.axes[-1].get_yticklabels()] == ["-3\nagainst", "0", "+3\nfor"]
-    assert len(plot_form(torch.rand(3, 8, 8), heatmap, "masked").axes) == 1
+    assert len(axes[0].images) == len(plot_form(torch.rand(3, 8, 8), heatmap, "masked").axes) == 1
+    nothing = plot_form(torch.rand(3, 8, 8), torch.zeros(8, 8))
+    assert [tick.get_text() for tick in nothing.axes[-1].get_yticklabels()] == ["-1\nagainst", "0", "+1\nfor"]
 
 
 # --- graphs
