@@ -153,8 +153,8 @@ def _is_moved(node: Node, made: Collection[int]) -> bool:
     while id(node) not in made:
         if node.maker is not None:
             node = node.maker
-        elif node.name in _MOVES and len(node.sources) == 1:
-            (node,), moves = node.sources, moves + 1
+        elif node.name in _MOVES and node.sources:
+            node, moves = node.sources[0], moves + 1  # (what is behind it, as in `view_as`, gives a shape only)
         else:
             return False
     return moves > 0

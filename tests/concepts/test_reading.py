@@ -153,7 +153,8 @@ def test_start_of_a_concept():
     a, d, e = drawn(2, C, 2, 3), drawn(2, C, seed=3), drawn(2, C, seed=4)
     wanted = torch.zeros_like(a)
     wanted[:, 1] = a[:, 1]
-    assert torch.equal(initial_relevance_of(ChannelConcept(), a, 1), wanted)
+    with torch.no_grad():
+        assert torch.equal(initial_relevance_of(ChannelConcept(), a, 1), wanted)
     found = initial_relevance_of(DirectionConcept(d, e), a, 1, [4, 2]).flatten(2)
     wanted = torch.zeros(2, C, 6).double()
     wanted[0, :, 4], wanted[1, :, 2] = e[1] * a.flatten(2)[0, :, 4], e[1] * a.flatten(2)[1, :, 2]

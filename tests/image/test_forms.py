@@ -136,8 +136,10 @@ def test_references_that_have_no_colour_are_refused(draw):
         draw(image, heatmap * torch.nan)
     with pytest.raises(InputError, match="the image has 108 of 108 values that are not finite"):
         draw(image / 0, heatmap)
-    with pytest.raises(InputTypeError, match="an image and its heatmap must be tensors, not ndarray and ndarray"):
-        draw(image.numpy(), heatmap.numpy())
+    with pytest.raises(InputTypeError, match="an image and its heatmap must be tensors, not ndarray and Tensor"):
+        draw(image.numpy(), heatmap)
+    with pytest.raises(InputError, match=r"\(height, width\), got \(6, 6\) and \(6,\)"):
+        draw(image[:, 0], heatmap[:, 0])
     with pytest.raises(InputError, match="kernel_size must be a whole"):
         draw(image, heatmap, rf=True, kernel_size=3.0)
 
@@ -167,9 +169,11 @@ def test_values_of_pictures_in_0_to_1_are_shown_as_they_are(channels):
     assert shown == pytest.approx(expected.permute(1, 2, 0).numpy())
 
 
-def test_other_pictures_are_brought_there_by_their_range():
-    shown = as_picture(torch.tensor([[[-2.0, 0.0, 2.0]]]))
-    assert shown[0, :, 0].tolist() == [0, 0.5, 1]
+@pytest.mark.parametrize(
+    ("values", "wanted"), [([-2, 0, 2], [0, 0.5, 1]), ([-1, 0, 1], [0, 0.5, 1]), ([0, 2, 4], [0, 0.5, 1]), ([7], [0])]
+)
+def test_other_pictures_are_brought_there_by_their_range(values, wanted):
+    assert as_picture(torch.tensor([[values]]))[0, :, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("value", [0.0, 0.2, 1.0])
@@ -268,6 +272,10 @@ def test_graphs_show_nodes_and_edges_in_their_colours():
     assert strong.get_edgecolor()[:3] == FOR and weak.get_edgecolor()[:3] == AGAINST
     assert strong.get_linewidth() == pytest.approx(9.4) and weak.get_linewidth() == pytest.approx(4.9)
     figure.savefig(io.BytesIO(), format="svg")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["class", "US $1 to $5", "$layer_x", "a", "b"]
+    assert len(plot_graph(columns, {}, titles=["class"]).axes[0].texts) == 4
+    assert not plot_graph([], {}).axes[0].texts
     with pytest.raises(KeyError, match="names 7, which is in no column"):
         plot_graph(columns, {("y", 7): 0.5})
     with pytest.raises(InputError, match=r"the relevance of the edge \('y', 1\) must be a finite number, not nan"):
