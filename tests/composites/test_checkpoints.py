@@ -144,6 +144,16 @@ def test_ways_to_call_a_part(way, kind):
     assert off(found[0].relevances["first"], found[1].relevances["first"]) <= 1e-14
 
 
+@pytest.mark.filterwarnings("ignore:.* as by random numbers")
+def test_a_part_that_is_looked_into_draws_the_same_numbers_again():
+    found = []
+    for check in (plainly, checkpoint):
+        attribution = CondAttribution(Parts(partial(WAYS["random"], check)))
+        torch.manual_seed(5)
+        found.append(attribution(numbers(2, 4), [{"y": 1}], AttnLRP(), record_layer=["inner"]).heatmap)
+    assert off(*found) <= 1e-14
+
+
 @KINDS
 def test_backward_passes_by_hand(use_reentrant):
     model, other, data = checkpointed("timm_vit", use_reentrant)
