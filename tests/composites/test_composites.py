@@ -342,3 +342,19 @@ def test_failure_of_a_rule_leaves_the_model_untouched(vgg_bn, images, untouched)
     for run in (heatmap, rules):
         with untouched(vgg_bn), pytest.raises(ValueError, match=r"not linear\(\) in 'classifier"):
             run(vgg_bn, composite, images)
+
+
+@pytest.mark.parametrize("context", ["accounting", "inactive", "watching"])
+def test_contexts_end_with_an_error_as_well(context, mlp, vectors):
+    composite = EpsilonPlus()
+
+    def found():
+        leaf = vectors.clone().requires_grad_()
+        return torch.autograd.grad(mlp(leaf)[:, 1].sum(), leaf)[0]
+
+    with composite.context(mlp):
+        wanted = found()
+        with pytest.raises(ZeroDivisionError), getattr(composite, context)() as kept:
+            raise ZeroDivisionError
+        assert torch.equal(found(), wanted)
+        assert not getattr(kept, "sinks", kept), "nothing is listed any more"
