@@ -105,6 +105,18 @@ def test_a_wrong_concept_is_noticed(concept, space):
         check_concept(concept, values(*space), "conv")
 
 
+@pytest.mark.parametrize(
+    ("made", "found"), [(lambda grad: None, "a NoneType"), (lambda grad: grad[:, :2], r"a tensor of \(1, 2, 3\)")]
+)
+def test_a_mask_that_returns_no_gradient_is_noticed(made, found):
+    class Forgetful(ChannelConcept):
+        def mask(self, batch_id, concept_ids, layer_name=None):
+            return made
+
+    with pytest.raises(ValueError, match=rf"'conv': the function that Forgetful.mask returns .*; it returns {found}"):
+        check_concept(Forgetful(), values(3), "conv")
+
+
 class WrongRest(DirectionConcept):
     """Only the rest, which is the last concept, is counted twice."""
 
