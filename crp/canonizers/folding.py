@@ -104,18 +104,14 @@ def fold(
 
 def _has_shift(norm: Any) -> bool:
     """Whether a batch norm makes anything else than 0 of 0."""
-    with torch.no_grad():
-        return bool(_affine(norm, torch.promote_types(norm.running_mean.dtype, torch.float32)).shift.any())
+    return bool(_affine(norm, torch.promote_types(norm.running_mean.dtype, torch.float32)).shift.any())
 
 
 def _unchanged(marks: list[TensorMark | None], tensors: list[Tensor | None]) -> bool:
-    for mark, tensor in zip(marks, tensors, strict=True):
-        if mark is None or tensor is None:
-            if mark is not None or tensor is not None:
-                return False
-        elif not mark.is_of(tensor):
-            return False
-    return True
+    return all(
+        mark is None if tensor is None else mark is not None and mark.is_of(tensor)
+        for mark, tensor in zip(marks, tensors, strict=True)
+    )
 
 
 @torch.no_grad()

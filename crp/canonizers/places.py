@@ -153,8 +153,8 @@ def _is_moved(node: Node, made: Collection[int]) -> bool:
     while id(node) not in made:
         if node.maker is not None:
             node = node.maker
-        elif node.name in _MOVES and len(node.sources) == 1:
-            (node,), moves = node.sources, moves + 1
+        elif node.name in _MOVES and node.sources:
+            node, moves = node.sources[0], moves + 1  # (what is behind it, as in `view_as`, gives a shape only)
         else:
             return False
     return moves > 0
@@ -308,14 +308,14 @@ def _has_plain_forward(layer: Any) -> bool:
 
 @torch.no_grad()
 def _follows_its_parameters(layer: Any, given: TensorKind | None) -> bool:
-    """Whether the layer computes ``weight * input + bias``, however it pads.
+    """Whether the layer computes ``weight * input + bias``, however it pads; the caller puts these back.
 
     Two tests, which a layer that standardizes its weight fails: with a weight of zero, the output is the bias; with -2
     times weight and bias, it is -2 times the output. Both are exact in floating point, so no tolerance is needed.
     """
     if given is None:
         return False
-    weight, own = layer.weight, dict(layer._parameters)
+    weight = layer.weight
     size = weight.shape[1] * layer.groups if isinstance(layer, _ConvTransposeNd) else weight.shape[0]
     bias = torch.linspace(-1, 1, size, dtype=weight.dtype, device=weight.device)
     numbers = torch.linspace(-1, 1, given.shape.numel(), device=weight.device)
@@ -325,9 +325,6 @@ def _follows_its_parameters(layer: Any, given: TensorKind | None) -> bool:
         layer._parameters.update(weight=weight, bias=bias)
         return layer.forward(data)  # type: ignore[no-any-return]
 
-    try:
-        constant = output(torch.zeros_like(weight), bias).movedim(1, -1)
-        once, twice = output(weight.detach(), bias), output(-2 * weight, -2 * bias)
-    finally:
-        layer._parameters.update(own)
+    constant = output(torch.zeros_like(weight), bias).movedim(1, -1)
+    once, twice = output(weight.detach(), bias), output(-2 * weight, -2 * bias)
     return torch.equal(constant, bias.expand_as(constant)) and torch.equal(twice, -2 * once)

@@ -195,7 +195,6 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         for handle in reversed(self.handles):
             handle.remove()
         self.handles.clear()
-        self.hook_refs.clear()
         self.applied.clear()
         self._attachment.clear()
         self._operations = None

@@ -7,12 +7,11 @@ from typing import Literal
 from zennit.types import Linear
 
 from crp.checks import check_choice
-from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap
-from crp.composites.lrp import _base
+from crp.composites.base import Canonizers, FirstMap, LayerMap
+from crp.composites.lrp import _base, _OfDegreeOne
 from crp.composites.registry import register
 from crp.composites.selection import Having, Kind
 from crp.errors import InputError
-from crp.rules.functions import Function
 from crp.rules.input_layer import Bound, WSquare, ZBox
 from crp.rules.lrp import Names, ZPlus
 from crp.rules.pooling import SumPool
@@ -22,7 +21,7 @@ MaxPool = Literal["wta", "avg"]
 
 
 @register("deep_taylor")
-class DeepTaylor(Composite):
+class DeepTaylor(_OfDegreeOne):
     r"""Deep Taylor decomposition: z⁺ in hidden layers, zᴮ or w² at the input.
 
     Montavon, Lapuschkin, Binder, Samek and Müller, "Explaining nonlinear classification decisions with deep Taylor
@@ -96,7 +95,3 @@ class DeepTaylor(Composite):
             first_map=first_map,
             at_input=[(Linear, at_input)],
         )
-
-    def is_method(self, known: Function) -> bool:
-        """Whether the ordinary chain rule is the method: for functions of degree one, or that hand nothing on."""
-        return known.has("homogeneous", "step")

@@ -226,7 +226,7 @@ class DeepLift(Composite):
 
 def _tensor(reference: Reference) -> Any:
     """Nested lists of numbers as tensors, lists of references as lists, and nothing as zero."""
-    if reference is None or (isinstance(reference, int | float) and not isinstance(reference, bool)):
+    if isinstance(reference, int | float | None):
         check_number("the reference", reference or 0.0)
         return float(reference or 0.0)
     if isinstance(reference, Tensor) or callable(reference):

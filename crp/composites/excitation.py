@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from zennit.types import Linear
 
-from crp.composites.base import Canonizers, Composite, LayerMap
-from crp.composites.lrp import _base
+from crp.composites.base import Canonizers, LayerMap
+from crp.composites.lrp import _base, _OfDegreeOne
 from crp.composites.registry import register
 from crp.composites.selection import Kind, Last
 from crp.errors import InputTypeError
 from crp.rules.excitation import ContrastiveExcitation, Excitation, Signed
-from crp.rules.functions import Function
 from crp.rules.stabilizer import Stabilize
 
 
 @register("excitation_backprop")
-class ExcitationBackprop(Composite):
+class ExcitationBackprop(_OfDegreeOne):
     r"""Excitation backprop: from every winner to its inputs, with probability :math:`\propto a_j w_{ij}^+`.
 
     Zhang et al., IJCV 126 (2018), eq. 10; see `crp.rules.Excitation`. Results are probabilities: the
@@ -53,10 +52,6 @@ class ExcitationBackprop(Composite):
         rules = [(Kind("convolution"), rule), (Kind("dense"), rule)]
         others = _base(zero_params="bias", method=type(self).__name__)
         super().__init__(canonizers, layer_map=[*layer_map, *rules, *others])
-
-    def is_method(self, known: Function) -> bool:
-        """Whether the ordinary chain rule is the method: for functions of degree one, or that hand nothing on."""
-        return known.has("homogeneous", "step")
 
 
 @register("contrastive_excitation_backprop")

@@ -76,7 +76,15 @@ def _base(
     ]
 
 
-class LRP(Composite):
+class _OfDegreeOne(Composite):
+    """A method that takes the ordinary chain rule for functions of degree one, and for those that hand nothing on."""
+
+    def is_method(self, known: Function) -> bool:
+        """Whether the ordinary chain rule is the method for a function."""
+        return known.has("homogeneous", "step")
+
+
+class LRP(_OfDegreeOne):
     """Layer-wise relevance propagation by rules of your own; all LRP presets are one of these.
 
     Activations, normalizations, gates and attention have rules of their own. Where LRP has neither a rule nor takes
@@ -132,10 +140,6 @@ class LRP(Composite):
             name_map=name_map,
             at_input=[] if first is None else [(types, first)],
         )
-
-    def is_method(self, known: Function) -> bool:
-        """Whether the ordinary chain rule is LRP: for functions of degree one, or that hand nothing on."""
-        return known.has("homogeneous", "step")
 
 
 class _OnConvolutions(LRP):

@@ -83,7 +83,7 @@ class Matching:
         self.entries, self.is_method = entries, is_method
         self.positions = [entry for entry in entries if entry.position is not None]
         self.origins = Origins(model) if self.positions else None
-        self._named = {e.number for e in entries if isinstance(e.selector, str) and e.role == "layer_map"}
+        self._named = [entry for entry in entries if isinstance(entry.selector, str)]
         self.totals: dict[int, int] = {}
         self.is_counting = False
         self.counts: dict[int, dict[object, int]] = {}
@@ -126,18 +126,11 @@ class Matching:
         return choice
 
     def _match(self, known: Function, kind: str, first: bool, several: bool, context: Mapping[int, bool]) -> Choice:
+        is_named = any(_is_meant(entry, known, kind, several, context) for entry in self._named)
         for entry in self.entries:
-            if (entry.first and not first) or (entry.role == "at_input" and not self._named.isdisjoint(context)):
+            if (entry.first and not first) or (entry.role == "at_input" and is_named):
                 continue
-            if entry.position is None and entry.means(known, kind):
-                is_meant = True
-            elif entry.number not in context:  # (the module, or the position, is another)
-                is_meant = False
-            elif entry.rule is None or (entry.position is not None and _fits(known, kind, entry.position.types)):
-                is_meant = True
-            else:
-                is_meant = _treats(entry.rule, known, kind, several, context[entry.number])
-            if is_meant:
+            if _is_meant(entry, known, kind, several, context):
                 return Choice(entry.rule, True, str(entry), entry.number)
         # (a sum of weighted inputs that could not be taken apart has no rule, whatever the chain rule is for others)
         is_method = self.is_method(known) and (bool(kind) or known.parse is None)
@@ -244,6 +237,17 @@ class Matching:
         self._stack.clear()
         self._called.clear()
         self._met.clear()
+
+
+def _is_meant(entry: MapEntry, known: Function, kind: str, several: bool, context: Mapping[int, bool]) -> bool:
+    """Whether an entry is for an operation, in the modules and at the positions that ``context`` has."""
+    if entry.position is None and entry.means(known, kind):
+        return True
+    if entry.number not in context:  # (the module, or the position, is another)
+        return False
+    if entry.rule is None or (entry.position is not None and _fits(known, kind, entry.position.types)):
+        return True
+    return _treats(entry.rule, known, kind, several, context[entry.number])
 
 
 def _treats(rule: Rule, known: Function, kind: str, several: bool, alone: bool) -> bool:

@@ -241,8 +241,7 @@ class Concept:
         """Shape of the positions, in a layer whose output is like a tensor of shape (rows, *layer shape)."""
         if type(self).code is Concept.code:
             return tuple(like.shape[2:])
-        with torch.no_grad():
-            return tuple(self.code(torch.zeros_like(like[:1])).shape[2:])
+        return tuple(self.code(torch.zeros_like(like[:1])).shape[2:])
 
     def _from_relevance(self, relevance: Tensor, layer_name: str | None) -> Tensor:
         """Relevance of concepts, (batch, concepts, *positions), from that of a layer."""

@@ -167,7 +167,7 @@ class SubspaceConcept(Concept):
     def _flat(self, tensor: Tensor, layer_name: str | None = None) -> Tensor:
         """View, or copy, of shape (batch, channels, positions) of a tensor of shape (batch, *layer shape)."""
         channels = self.directions.shape[1]
-        if tensor.dim() < 2 or not -tensor.dim() < self.axis < tensor.dim() or tensor.shape[self.axis] != channels:
+        if not -tensor.dim() < self.axis < tensor.dim() or tensor.shape[self.axis] != channels:
             layer = "the layer" if layer_name is None else f"layer {layer_name!r}"
             raise InputError(
                 f"{layer} gives {tuple(tensor.shape)}; {self!r} needs {channels} channels on axis {self.axis}"

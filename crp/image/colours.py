@@ -91,10 +91,10 @@ def as_picture(image: Tensor | Array | Image.Image) -> NDArray[Any]:
     values = _as_array(image, "the picture")
     if getattr(image, "dtype", None) in (torch.uint8, np.dtype(np.uint8)):
         values = values / 255
-    if values.ndim == 3 and values.shape[-1] in (1, 3) and len(values) not in (1, 3):
-        values = np.moveaxis(values, -1, 0)
     if values.ndim != 3:
         raise InputError(f"a picture has the shape (channels, height, width), not {values.shape}")
+    if values.shape[-1] in (1, 3) and len(values) not in (1, 3):
+        values = np.moveaxis(values, -1, 0)
     if len(values) != 3:
         values = np.repeat(values.mean(0, keepdims=True), 3, 0)
     return np.moveaxis(as_shown(values), 0, -1)
@@ -102,11 +102,8 @@ def as_picture(image: Tensor | Array | Image.Image) -> NDArray[Any]:
 
 def resized(values: Array, size: tuple[int, int]) -> NDArray[Any]:
     """Map of another (height, width): interpolated where larger, averaged where smaller."""
-    if values.shape == size:
-        return values
     data = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None, None]
-    smaller = size[0] < values.shape[0] or size[1] < values.shape[1]
-    found = F.interpolate(data, size, mode="bilinear", antialias=smaller, align_corners=False)
+    found = F.interpolate(data, size, mode="bilinear", antialias=True)
     result: NDArray[Any] = found[0, 0].numpy()
     return result
 
@@ -114,8 +111,6 @@ def resized(values: Array, size: tuple[int, int]) -> NDArray[Any]:
 def blurred(values: Array, share: float) -> NDArray[Any]:
     """Map smoothed by a Gaussian whose standard deviation is a share of the longer side."""
     sigma = share * max(values.shape)
-    if sigma < 0.3:  # less than a pixel shows
-        return values
     reach = min(int(3 * sigma + 0.5), min(values.shape) - 1)
     height, width = values.shape
     # (a Gaussian is a product of one along each axis, which takes less time than a window of both)

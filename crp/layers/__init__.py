@@ -218,7 +218,7 @@ def without_parameter_gradients(model: nn.Module, modules: Collection[nn.Module]
 def is_layer(model: nn.Module, name: str) -> bool:
     """Whether a model has a layer of this name."""
     try:
-        return name != "" and model.get_submodule(name) is not model
+        return model.get_submodule(name) is not model
     except AttributeError:
         return False
 

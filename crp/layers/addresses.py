@@ -179,8 +179,7 @@ class _Projection(TorchFunctionMode):
         """Call a function, the attention as one that tells what goes into its projection."""
         if func is not F.multi_head_attention_forward:
             return func(*args, **(kwargs or {}))
-        query = args[0] if args else (kwargs or {})["query"]
-        n_samples = query.shape[1] if query.dim() == 3 else 1
+        n_samples = args[0].shape[1] if args[0].dim() == 3 else 1  # (of the query)
         token = _running.set(partial(self._project, n_samples))
         try:
             return _projecting()(*args, **(kwargs or {}))
@@ -225,7 +224,7 @@ class _OfWindows(_Projection):
 
 
 #: What projects the output of the `nn.MultiheadAttention` that is running.
-_running: ContextVar[Callable[[Tensor, Tensor, Tensor | None], Tensor] | None] = ContextVar("running", default=None)
+_running: ContextVar[Callable[[Tensor, Tensor, Tensor | None], Tensor]] = ContextVar("running")
 
 
 @cache
@@ -237,8 +236,7 @@ def _projecting() -> FunctionType:
 
 
 def _linear(value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    project = _running.get()
-    return F.linear(value, weight, bias) if project is None else project(value, weight, bias)
+    return _running.get()(value, weight, bias)
 
 
 def rebound(function: Callable[..., Any], **names: Any) -> FunctionType:

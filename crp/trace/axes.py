@@ -150,7 +150,7 @@ def _kind_of(operand: Operand) -> TensorKind | None:
 def _is_weighted(function: FunctionCall) -> bool:
     """Whether the second factor of a product of matrices is constant."""
     operands = function.operands
-    return len(operands) == 2 and not operands[1].origins and bool(operands[0].origins)
+    return len(operands) == 2 and not operands[1].origins
 
 
 def _moved(function: FunctionCall, below: tuple[int, ...], shape: tuple[int, ...]) -> dict[int, int] | None:

@@ -142,6 +142,23 @@ def test_kinds_that_are_left(norm, reason, data, untouched):
         check(model, data, {}, {"1": reason})
 
 
+class Centred(nn.Module):
+    """A module that has what frozen batch norm stores, and computes something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-5
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(4))
+
+    def forward(self, x):
+        return x - self.running_mean[:, None, None]
+
+
+def test_a_module_with_the_statistics_of_batch_norm_alone_is_none(data):
+    check(ready(nn.Sequential(conv(), Centred())), data, {}, {})
+
+
 class Uses(nn.Module):
     """Layers in the order in which the names are given, with all the sharing that this brings."""
 
@@ -412,6 +429,8 @@ class Moved(nn.Module):
 
 MOVES = {
     "flatten": (lambda h: h.flatten(0, 1), lambda y, h: y.reshape_as(h)),
+    "module": (nn.Flatten(0, 1), lambda y, h: y.reshape_as(h)),
+    "as another": (lambda h: h.reshape_as(h.new_zeros(6, 4)), lambda y, h: y.reshape_as(h)),
     "transpose": (lambda h: h.transpose(1, 2), lambda y, h: y.mT),
     "several": (lambda h: h.unsqueeze(0).permute(0, 1, 3, 2).squeeze(0).contiguous(), lambda y, h: y.mT),
 }

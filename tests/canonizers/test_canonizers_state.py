@@ -275,8 +275,8 @@ CASES = {
     "buffer added": (add_buffer, has()),
     "buffer deleted": (delete_buffer, has_buffer(torch.zeros(3))),
     "complex buffer": (
-        lambda net, x: x + net.mean.mul_(1j).real,
-        has_buffer(torch.ones(3, dtype=torch.complex64)),
+        lambda net, x: x + net.mean.mul_(1j).real.float(),
+        has_buffer(torch.ones(3, dtype=torch.complex128)),
     ),
     "module added": (add_module, has()),
     "flags": (set_flags, has()),

@@ -121,7 +121,7 @@ def _undone(run):
 
 
 @pytest.mark.parametrize(
-    "name", ["weight", "bias", "running_mean", "running_var", "eps", "conv", "load", "assign", "swap"]
+    "name", ["weight", "bias", "running_mean", "running_var", "eps", "conv", "load", "assign", "swap", "removed"]
 )
 def test_every_change_of_parameters_is_noticed(name, net, data):
     check(net, data, MERGED)
@@ -130,6 +130,8 @@ def test_every_change_of_parameters_is_noticed(name, net, data):
             net.bn.eps = 0.5
         elif name == "conv":
             net.conv.weight.mul_(2)
+        elif name == "removed":
+            net.last.bias = net.bn.bias = None
         elif name == "swap":
             net.last.weight = nn.Parameter(net.last.weight.flip(0))
         elif name in ("load", "assign"):

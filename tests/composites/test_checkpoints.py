@@ -18,6 +18,7 @@ from transformer_families import built
 from crp.attribution import CondAttribution
 from crp.composites import CPLRP, AttnLRP, DeepLift, EpsilonPlus, EpsilonPlusFlat, UniformGamma
 from crp.concepts import AxisConcept
+from crp.rules import Epsilon
 
 #: Family, and the list of its blocks.
 BLOCKS = {
@@ -71,6 +72,15 @@ def test_what_looks_inside_a_part(kind, use_reentrant):
         one, two = (CondAttribution(net).absorbed(data, [{"y": 1}], kind()) for net in (model, other))
         assert torch.equal(one.input, two.input) and one.layers.keys() == two.layers.keys()
         assert str(kind().report(model, data)) == str(kind().report(other, data))
+
+
+@KINDS
+def test_rules_of_a_module_around_a_part(use_reentrant):
+    model, other, data = checkpointed("timm_vit", use_reentrant)
+    composites = AttnLRP(layer_map=[("blocks.1", Epsilon(0.5))]), AttnLRP()
+    found, wanted = (CondAttribution(one)(data, [{"y": 1}], composites[0]).heatmap for one in (other, model))
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, CondAttribution(other)(data, [{"y": 1}], composites[1]).heatmap)
 
 
 class Parts(nn.Module):
@@ -132,6 +142,16 @@ def test_ways_to_call_a_part(way, kind):
         found.append(attribution(numbers(2, 4), [{"y": 1}], kind(), record_layer=["first", "last"]))
     assert off(found[0].heatmap, found[1].heatmap) <= 1e-14 and found[0].heatmap.abs().max() > 0
     assert off(found[0].relevances["first"], found[1].relevances["first"]) <= 1e-14
+
+
+@pytest.mark.filterwarnings("ignore:.* as by random numbers")
+def test_a_part_that_is_looked_into_draws_the_same_numbers_again():
+    found = []
+    for check in (plainly, checkpoint):
+        attribution = CondAttribution(Parts(partial(WAYS["random"], check)))
+        torch.manual_seed(5)
+        found.append(attribution(numbers(2, 4), [{"y": 1}], AttnLRP(), record_layer=["inner"]).heatmap)
+    assert off(*found) <= 1e-14
 
 
 @KINDS

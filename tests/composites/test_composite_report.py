@@ -64,8 +64,9 @@ def test_canonizers_are_told_with_what_they_left():
     report = of(exhibit())
     assert len(report.canonizers) == 1 and report.canonizers[0].endswith("changed 2 layers")
     assert of(exhibit(), EpsilonPlusFlat(None)).canonizers == []
-    one = of(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten()).double())
-    assert one.canonizers == ["MergeBatchNorm() changed 1 layer"]
+    model, composite = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten()).double(), EpsilonPlusFlat()
+    for _ in range(2):
+        assert of(model, composite).canonizers == ["MergeBatchNorm() changed 1 layer"]
     behind = net(lambda s, x: s.fc(F.relu(s.norm(s.conv(x) + x)).mean((2, 3))),
                  conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3), fc=nn.Linear(3, 3))  # fmt: skip
     report = of(behind)

@@ -1,5 +1,6 @@
 """Composites: which rule reaches which layer, and that inside one the input's gradient is its relevance."""
 
+import inspect
 import json
 import pickle
 
@@ -118,6 +119,41 @@ def test_relevance_is_conserved_where_biases_count_as_zero(name, vgg_bn, images)
     composite = make(name, epsilon=1e-15, stabilizer=1e-15, zero_params="bias")
     total = relevance(vgg_bn, images, 2, composite).flatten(1).sum(1)
     torch.testing.assert_close(total, vgg_bn(images)[:, 2].detach(), rtol=1e-10, atol=1e-12)
+
+
+class Block(nn.Module):
+    """A normalization, a gate and attention; only the normalization has a bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.gate, self.fc = nn.Conv2d(3, 4, 1, bias=False), nn.Linear(4, 4, False), nn.Linear(4, 2, False)
+        self.norm = nn.GroupNorm(2, 4)
+        nn.init.normal_(self.norm.bias)
+        self.double().eval()
+
+    def forward(self, x):
+        h = self.norm(self.conv(x)).flatten(2).mT
+        h = h * self.gate(h.mean(1, keepdim=True)).sigmoid()
+        return self.fc(nn.functional.scaled_dot_product_attention(h, h, h).mean(1))
+
+
+SETTINGS = {"gates": "split", "attention": "split", "zero_params": "bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        (name, setting)
+        for name in NAMES
+        for setting in SETTINGS
+        if name != "deep_taylor" and setting in inspect.signature(composites.registry.classes()[name]).parameters
+    ],
+)
+def test_settings_for_what_is_not_affine_reach_every_preset(name, setting, images):
+    plain, other = (make(name, **keywords) for keywords in ({}, {setting: SETTINGS[setting]}))
+    one, two = (relevance(Block(), images[:1, :, :3, :3], 1, composite) for composite in (plain, other))
+    assert (one - two).abs().max() > 1e-3 * one.abs().max()
 
 
 def test_shortcuts_need_no_canonizer_to_conserve_relevance(resnet, images):
@@ -306,3 +342,19 @@ def test_failure_of_a_rule_leaves_the_model_untouched(vgg_bn, images, untouched)
     for run in (heatmap, rules):
         with untouched(vgg_bn), pytest.raises(ValueError, match=r"not linear\(\) in 'classifier"):
             run(vgg_bn, composite, images)
+
+
+@pytest.mark.parametrize("context", ["accounting", "inactive", "watching"])
+def test_contexts_end_with_an_error_as_well(context, mlp, vectors):
+    composite = EpsilonPlus()
+
+    def found():
+        leaf = vectors.clone().requires_grad_()
+        return torch.autograd.grad(mlp(leaf)[:, 1].sum(), leaf)[0]
+
+    with composite.context(mlp):
+        wanted = found()
+        with pytest.raises(ZeroDivisionError), getattr(composite, context)() as kept:
+            raise ZeroDivisionError
+        assert torch.equal(found(), wanted)
+        assert not getattr(kept, "sinks", kept), "nothing is listed any more"

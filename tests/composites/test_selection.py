@@ -8,7 +8,7 @@ from core_cases import conv_net, deviation, exact, heatmap, images, net, rules
 from torch import nn
 from torch.nn import functional as F
 
-from crp.composites import LRP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Last
+from crp.composites import LRP, LRPCMP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Last
 from crp.composites.origins import Origins
 from crp.layers import LayerNotFoundError
 from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Rule, Whole, WSquare, ZPlus
@@ -59,6 +59,12 @@ def test_layers_that_a_selector_means(selector, reached):
     assert len(rule_of) == 7
 
 
+@pytest.mark.parametrize(("split", "n_lower"), [(0, 0), (0.5, 2), (1, 3)])
+def test_lower_and_upper_convolutions(split, n_lower):
+    rule_of = {layer: rule for layer, _, rule in rules(stack(), LRPCMP(split=split, first="none"))}
+    assert [rule_of[layer] for layer in CONVOLUTIONS] == ["AlphaBeta"] * n_lower + ["Gamma"] * (3 - n_lower)
+
+
 def test_first_match_wins():
     rule_of = by_layer(
         ("features.0", Epsilon()),
@@ -98,13 +104,19 @@ def test_unknown_names_are_errors_that_name_the_nearest(maps, error):
         by_layer(("layer*", Gamma()))
 
 
-@pytest.mark.parametrize(("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'")])
+@pytest.mark.parametrize(
+    ("selector", "layers"), [("1.*", "'1.0', '1.1'"), ("1.0", "'1.0'"), (nn.ReLU, "'1.0'"), (nn.Flatten, "'2'")]
+)
 def test_layers_without_what_the_rule_treats(selector, layers, untouched):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), nn.Flatten()).double().eval()
     message = rf"Gamma\(.*\)\): Gamma treats sums of weighted inputs .*, and no such operation is called in {layers}"
     for run in (heatmap, rules):
         with untouched(model), pytest.raises(TypeError, match=message):
             run(model, Composite(layer_map=[(selector, Gamma())]))
+
+
+def test_rule_of_a_module_that_only_moves_entries_is_not_refused():
+    assert by_layer((nn.Flatten, GuidedReLU()), (nn.Conv2d, Gamma()))["flat"] == "chain"
 
 
 def test_rule_that_treats_nothing_in_a_module_is_refused(untouched):
@@ -376,6 +388,24 @@ def test_positions_are_counted_anew_after_another_path():
     other = Unrolled()
     other.n = 5
     torch.testing.assert_close(heatmap(model, composite, data), heatmap(other, composite, data))
+
+
+def test_counting_for_positions_leaves_no_trace():
+    class Counting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    def found(selector):
+        torch.manual_seed(0)
+        model = Counting(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+        return heatmap(model, Composite(layer_map=[(selector, Epsilon())]), torch.ones(1, 4).double()), model.calls
+
+    of_position, of_type = found(First(nn.Linear, 2)), found(nn.Linear)
+    assert of_position[1] == of_type[1]
+    torch.testing.assert_close(of_position[0], of_type[0])
 
 
 def test_weights_that_are_computed_apart_are_layers_of_their_own():

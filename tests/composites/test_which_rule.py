@@ -49,6 +49,16 @@ def test_rule_on_a_container_leaves_activations_to_the_preset(selector):
     assert deviation(found, wanted) <= 1e-12
 
 
+@pytest.mark.parametrize("maps", ["layer_map", "name_map"])
+@pytest.mark.parametrize(("rule", "wanted"), [(Pass(), "WSquare"), (ZPlus(), "ZPlus"), (None, "ordinary chain rule")])
+def test_rule_of_the_first_layer_gives_way_to_one_by_name_that_treats_the_layer(rule, wanted, maps):
+    """A rule for activations in a named block took the first layer's rule away."""
+    model = net(lambda s, x: s.c(s.block(x)), block=nn.Sequential(nn.Linear(6, 5), nn.Tanh()), c=nn.Linear(5, 2))
+    entry = ("block" if maps == "layer_map" else ["block"], rule)
+    report = LRP(first=WSquare(), dense=Epsilon(0.1), **{maps: [entry]}).report(model, inputs())
+    assert [row.rule.partition("(")[0] for row in report.operations if row.layer == "block.0"] == [wanted]
+
+
 @pytest.mark.parametrize("rule", [Epsilon(0.5), Pass()], ids=["epsilon", "pass"])
 def test_none_around_a_module_comes_before_whole(rule):
     """The first entry that matches wins."""
@@ -145,9 +155,9 @@ class Standardised(nn.Linear):
         return F.linear(x, (self.weight - self.weight.mean(1, keepdim=True)) / self.weight.std(1, keepdim=True))
 
 
-def rules_of(model):
-    """Rules of the calls of `F.linear`, where the first half of the layers has z⁺."""
-    report = LRP(layer_map=[(Depth(0, 0.5, nn.Linear), ZPlus()), (nn.Linear, Epsilon(0.5))]).report(model, inputs())
+def rules_of(model, position=Depth(0, 0.5, nn.Linear)):  # noqa: B008 (it is frozen)
+    """Rules of the calls of `F.linear`, where a position, such as the first half of the layers, has z⁺."""
+    report = LRP(layer_map=[(position, ZPlus()), (nn.Linear, Epsilon(0.5))]).report(model, inputs())
     return ["z+" if row.rule == repr(ZPlus()) else "ε" for row in report.operations if row.function == "linear"]
 
 
@@ -164,6 +174,8 @@ def test_weights_that_one_module_computes_are_a_layer_each():
 def test_module_that_computes_its_weight_at_each_call_is_one_layer():
     model = net(lambda s, x: s.b(s.a(s.a(s.a(x)))), a=Standardised(6, 6), b=nn.Linear(6, 2))
     assert rules_of(model) == ["z+", "z+", "z+", "ε"]
+    model = net(lambda s, x: s.c(s.b(s.a(x))), a=Standardised(6, 6), b=nn.Linear(6, 2), c=nn.Linear(2, 2))
+    assert rules_of(model, First(nn.Linear, 2)) == ["z+", "z+", "ε"]
 
 
 def test_weight_that_is_computed_for_each_sample_is_one_layer():

@@ -170,23 +170,28 @@ def test_subspaces_from_a_seed_are_the_same_again():
         (lambda: directions.drsa(np.eye(4), np.eye(4), 1, steps=0), "steps must be a whole number of at least 1"),
         (lambda: directions.drsa(np.eye(4), np.eye(4), 1, restarts=1.5), "restarts must be a whole number"),
         (lambda: directions.nmf(np.eye(4), 1, seed=-1), "seed must be a whole number of at least 0, not -1"),
+        (lambda: directions.nmf(np.eye(4), 1, steps=0.5), "steps must be a whole number of at least 1, not 0.5"),
+        (lambda: directions.drsa(np.eye(4), np.eye(4), 1, seed=0.5), "seed must be a whole number of at least 0"),
         (lambda: directions.pca(np.eye(4), 1.5), "n must be a whole number of at least 1, not 1.5"),
         (lambda: directions.prca(np.eye(4), np.eye(4), True), "n must be a whole number of at least 1, not True"),
         (lambda: directions.pca(np.ones((3, 4)), 1), "activations are all the same"),
         (lambda: directions.tcav([0.0, 0.0], np.ones((3, 2))), "direction must be a vector other than 0"),
         (lambda: directions.tcav([1.0, 0.0], np.full((3, 2), np.nan)), "gradients must be finite"),
         (lambda: directions.tcav([1.0, 0.0], np.ones((0, 2))), r"gradients are of shape \(0, 2\)"),
+        (lambda: directions.tcav([1.0, 0.0], np.ones(2)), r"gradients are of shape \(2,\)"),
         (lambda: directions.cav(np.eye(3), [0, 1, np.nan]), "labels must be finite"),
         (lambda: directions.drsa(np.ones((3, 4)), -np.ones((3, 4)), 1), "no block has positive relevance"),
         (lambda: directions.drsa(np.zeros((3, 4)), np.ones((3, 4)), 1), "no block has positive relevance"),
         (lambda: directions.pca(np.ones(3), 1), r"activations must be of shape \(vectors, channels\), not \(3,\)"),
         (lambda: directions.pca(np.full((3, 4), np.nan), 1), "activations must be finite, without NaN"),
-        (lambda: directions.cav(np.ones((3, 4)), [1, 1]), r"3 values of 0 and 1, both among them; not 2 of \[1"),
+        (lambda: directions.cav(np.ones((3, 4)), [0, 1]), "3 values of 0 and 1, both among them; not 2 of"),
+        (lambda: directions.cav(np.eye(3), [0, 1, 2]), "3 values of 0 and 1, both among them; not 3 of"),
+        (lambda: directions.cav(np.eye(3), [1, 1, 1]), "3 values of 0 and 1, both among them; not 3 of"),
         (lambda: directions.cav(np.ones((3, 4)), [0, 1, 1]), "the same mean; there is no direction"),
         (lambda: directions.cav(np.eye(3), [0, 1, 1], "lda"), "method must be 'pattern', 'ridge' or 'svm', not 'lda'"),
         (lambda: directions.pca(np.eye(3), 1).explained(np.eye(3), 0 * np.eye(3)), "relevance of all vectors is 0"),
     ],
-    ids=range(23),
+    ids=range(28),
 )  # fmt: skip
 def test_what_is_wrong_is_said(call, message):
     with pytest.raises(ValueError, match=message):
@@ -239,4 +244,5 @@ def test_directions_of_ones_own():
     a = RNG.normal(size=(4, 6))
     assert np.allclose(found.explained(a, a), ((a @ BASIS[:2].T) ** 2).sum(0) / (a**2).sum(), rtol=1e-10)
     assert repr(found) == "Directions(2 in 6 channels, method='mine')"
+    assert found.concept(axis=-1).axis == Directions(BASIS, BASIS, "mine", block=3).concept(axis=-1).axis == -1
     assert repr(Directions(BASIS[:4], BASIS[:4], "mine", block=2)) == "Directions(2 x 2 in 6 channels, method='mine')"

@@ -191,6 +191,17 @@ def test_heads_of_multi_head_attention(way, make, n_samples, untouched):
         torch.testing.assert_close(one.relevances[layer], other.relevances[layer], rtol=1e-9, atol=1e-12)
 
 
+def test_heads_of_a_sample_without_an_axis_of_samples():
+    class Single(Fused):
+        def forward(self, x):
+            return self.head(x + self.attn(x[0], x[0], x[0])[0]).mean(1)
+
+    conditions = [{"y": 1, "attn.out_proj.input": [c]} for c in range(3)]
+    data, mask = numbers(1, 4, 6), AxisConcept(-1, groups=3).mask
+    one, other = (CondAttribution(m)(data, conditions, AttnLRP(), mask_map=mask).heatmap for m in (Single(), Fused()))
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 class Wrapping(nn.Module):
     """A module that returns the only output of attention."""
 

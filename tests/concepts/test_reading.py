@@ -105,6 +105,18 @@ def test_a_wrong_concept_is_noticed(concept, space):
         check_concept(concept, values(*space), "conv")
 
 
+@pytest.mark.parametrize(
+    ("made", "found"), [(lambda grad: None, "a NoneType"), (lambda grad: grad[:, :2], r"a tensor of \(1, 2, 3\)")]
+)
+def test_a_mask_that_returns_no_gradient_is_noticed(made, found):
+    class Forgetful(ChannelConcept):
+        def mask(self, batch_id, concept_ids, layer_name=None):
+            return made
+
+    with pytest.raises(ValueError, match=rf"'conv': the function that Forgetful.mask returns .*; it returns {found}"):
+        check_concept(Forgetful(), values(3), "conv")
+
+
 class WrongRest(DirectionConcept):
     """Only the rest, which is the last concept, is counted twice."""
 
@@ -153,7 +165,8 @@ def test_start_of_a_concept():
     a, d, e = drawn(2, C, 2, 3), drawn(2, C, seed=3), drawn(2, C, seed=4)
     wanted = torch.zeros_like(a)
     wanted[:, 1] = a[:, 1]
-    assert torch.equal(initial_relevance_of(ChannelConcept(), a, 1), wanted)
+    with torch.no_grad():
+        assert torch.equal(initial_relevance_of(ChannelConcept(), a, 1), wanted)
     found = initial_relevance_of(DirectionConcept(d, e), a, 1, [4, 2]).flatten(2)
     wanted = torch.zeros(2, C, 6).double()
     wanted[0, :, 4], wanted[1, :, 2] = e[1] * a.flatten(2)[0, :, 4], e[1] * a.flatten(2)[1, :, 2]

@@ -29,7 +29,7 @@ from crp.image import (
     vis_img_heatmap,
     vis_opaque_img,
 )
-from crp.image.colours import as_picture, blurred, clipped, colours_of
+from crp.image.colours import as_picture, blurred, clipped, colours_of, resized
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -62,6 +62,13 @@ def test_smoothing_is_that_of_a_window_in_two_dimensions(shape, share):
     np.testing.assert_allclose(blurred(values, share), wanted.numpy(), rtol=0, atol=1e-12)
 
 
+def test_a_smaller_map_is_averaged():
+    """Lines between those that it has would be lost."""
+    lines = np.repeat(np.arange(32)[:, None] % 8 == 0, 5, 1)
+    np.testing.assert_allclose(resized(lines, (4, 5))[1:-1], 1 / 8)
+    np.testing.assert_allclose(resized(lines.T, (5, 4))[:, 1:-1], 1 / 8)
+
+
 def test_colours_that_are_none_are_refused():
     with pytest.raises(ValueError, match="has 1 of 4 values that are not finite"):
         clipped(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]))
@@ -87,8 +94,10 @@ def test_what_is_no_heatmap_is_refused(form, heatmap, message):
 
 
 @pytest.mark.parametrize("form", DRAWN)
-def test_pictures_that_have_no_colour_are_refused(form):
+def test_pictures_that_are_none_are_refused(form):
     picture = torch.rand(3, 6, 6)
+    with pytest.raises(InputError, match=r"a picture has the shape \(channels, height, width\), not \(6, 6\)"):
+        draw_form(form, picture[0], torch.ones(6, 6))
     picture[1, 2, 3] = torch.nan
     with pytest.raises(InputError, match="the picture has 1 of 108 values that are not finite"):
         draw_form(form, picture, torch.ones(6, 6))
@@ -127,8 +136,10 @@ def test_references_that_have_no_colour_are_refused(draw):
         draw(image, heatmap * torch.nan)
     with pytest.raises(InputError, match="the image has 108 of 108 values that are not finite"):
         draw(image / 0, heatmap)
-    with pytest.raises(InputTypeError, match="an image and its heatmap must be tensors, not ndarray and ndarray"):
-        draw(image.numpy(), heatmap.numpy())
+    with pytest.raises(InputTypeError, match="an image and its heatmap must be tensors, not ndarray and Tensor"):
+        draw(image.numpy(), heatmap)
+    with pytest.raises(InputError, match=r"\(height, width\), got \(6, 6\) and \(6,\)"):
+        draw(image[:, 0], heatmap[:, 0])
     with pytest.raises(InputError, match="kernel_size must be a whole"):
         draw(image, heatmap, rf=True, kernel_size=3.0)
 
@@ -158,9 +169,11 @@ def test_values_of_pictures_in_0_to_1_are_shown_as_they_are(channels):
     assert shown == pytest.approx(expected.permute(1, 2, 0).numpy())
 
 
-def test_other_pictures_are_brought_there_by_their_range():
-    shown = as_picture(torch.tensor([[[-2.0, 0.0, 2.0]]]))
-    assert shown[0, :, 0].tolist() == [0, 0.5, 1]
+@pytest.mark.parametrize(
+    ("values", "wanted"), [([-2, 0, 2], [0, 0.5, 1]), ([-1, 0, 1], [0, 0.5, 1]), ([0, 2, 4], [0, 0.5, 1]), ([7], [0])]
+)
+def test_other_pictures_are_brought_there_by_their_range(values, wanted):
+    assert as_picture(torch.tensor([[values]]))[0, :, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("value", [0.0, 0.2, 1.0])
@@ -211,6 +224,8 @@ def test_contour_surrounds_what_is_relevant_with_a_colour_for_each(spot):
     assert shown[30, 40] == pytest.approx([round(0.8 * 0.55 * 255)] * 3, abs=1)
     assert (shown == [255, 0, 0]).all(-1).sum() > 8 and (shown == [0, 255, 0]).all(-1).sum() > 8
     assert shown[48, 16].tolist() == [204] * 3
+    whole = pixels(draw_contour(torch.full((3, 64, 64), 0.8), torch.ones(64, 64)))
+    assert (whole == 204).all(), "the end of the picture is no outline"
 
 
 def test_the_box_holds_the_share_of_the_relevance(spot):
@@ -242,7 +257,9 @@ def test_figures_take_axes_and_tell_the_scale():
     figure = plot_form(torch.rand(3, 8, 8), heatmap, ax=axes[0])
     assert figure is axes[0].figure
     assert [tick.get_text() for tick in figure.axes[-1].get_yticklabels()] == ["-3\nagainst", "0", "+3\nfor"]
-    assert len(plot_form(torch.rand(3, 8, 8), heatmap, "masked").axes) == 1
+    assert len(axes[0].images) == len(plot_form(torch.rand(3, 8, 8), heatmap, "masked").axes) == 1
+    nothing = plot_form(torch.rand(3, 8, 8), torch.zeros(8, 8))
+    assert [tick.get_text() for tick in nothing.axes[-1].get_yticklabels()] == ["-1\nagainst", "0", "+1\nfor"]
 
 
 # --- graphs
@@ -255,6 +272,10 @@ def test_graphs_show_nodes_and_edges_in_their_colours():
     assert strong.get_edgecolor()[:3] == FOR and weak.get_edgecolor()[:3] == AGAINST
     assert strong.get_linewidth() == pytest.approx(9.4) and weak.get_linewidth() == pytest.approx(4.9)
     figure.savefig(io.BytesIO(), format="svg")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["class", "US $1 to $5", "$layer_x", "a", "b"]
+    assert len(plot_graph(columns, {}, titles=["class"]).axes[0].texts) == 4
+    assert not plot_graph([], {}).axes[0].texts
     with pytest.raises(KeyError, match="names 7, which is in no column"):
         plot_graph(columns, {("y", 7): 0.5})
     with pytest.raises(InputError, match=r"the relevance of the edge \('y', 1\) must be a finite number, not nan"):

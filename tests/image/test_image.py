@@ -16,6 +16,7 @@ from PIL import Image
 
 from crp.errors import InputError
 from crp.image import (
+    draw_overlay,
     get_crop_range,
     imgify,
     max_norm,
@@ -86,8 +87,21 @@ def test_bytes_are_shown_as_they_are():
     assert np.array_equal(pixels(imgify(array)), array)
 
 
-def test_a_tensor_that_requires_grad_is_drawn():
-    assert imgify(torch.rand(3, 4, 5, requires_grad=True)).size == (5, 4)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda image, heatmap: imgify(image),
+        overlay,
+        draw_overlay,
+        lambda image, heatmap: vis_opaque_img(image[None], heatmap[None])[0],
+        lambda image, heatmap: vis_img_heatmap(image[None], heatmap[None])[1][0],
+    ],
+    ids=["imgify", "overlay", "draw_overlay", "vis_opaque_img", "vis_img_heatmap"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_that_require_grad_are_drawn(draw, dtype):
+    image, heatmap = (torch.rand(shape, dtype=dtype, requires_grad=True) for shape in [(3, 4, 5), (4, 5)])
+    assert draw(image, heatmap).size == (5, 4)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +359,8 @@ def test_overlay_covers_what_is_relevant_and_shows_the_rest():
     grey = pixels(imgify(image).convert("L"))
     assert picture[0, 0].tolist() == zimage.palette("bwr")[255].tolist()
     assert (picture[3, 3] == grey[3, 3]).all()
+    other = pixels(overlay(image, heatmap, cmap="coldnhot", alpha=1.0))
+    assert other[0, 0].tolist() == zimage.palette("coldnhot")[255].tolist()
     half = (zimage.palette("bwr")[63].astype(int) + grey[0, 1]) / 2
     assert np.abs(picture[0, 1] - half).max() <= 2
     assert np.abs(pixels(overlay(image, heatmap, alpha=1.0, vmin=-4, vmax=4))[0, 0, 0] - grey[0, 0] / 2) < 255 / 2 + 2
@@ -356,7 +372,17 @@ def test_overlay_of_nothing_is_the_grey_image():
     assert overlay(image, np.zeros((4, 4)), resize=8).size == (8, 8)
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"), [([0, 0.2, 0.4], [0, 51, 102]), ([-1, 0, 1], [0, 127, 255]), ([0, 1, 2], [0, 127, 255])]
+)
+def test_overlay_shows_images_beyond_0_to_1_by_their_range(values, shown):
+    image = torch.tensor(values, dtype=torch.float64).expand(1, 1, 3)
+    assert pixels(overlay(image, np.zeros((1, 3))))[0, :, 0].tolist() == shown
+
+
 def test_overlay_checks_its_arguments():
+    with pytest.raises(ValueError, match="alpha must be a finite number, not 'half'"):
+        overlay(torch.rand(3, 5, 4), torch.rand(5, 4), alpha="half")
     with pytest.raises(ValueError, match=r"\(4, 5\) and \(3, 3\)"):
         overlay(torch.rand(3, 5, 4), torch.rand(3, 3))
     with pytest.raises(ValueError, match=r"'alpha'.*got 2"):

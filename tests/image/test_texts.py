@@ -72,6 +72,11 @@ def test_figures_show_every_letter_within_the_columns() -> None:
     shown = "".join(piece for *_, piece in pieces)
     whole = "".join(map(readable, text.words)).replace("\t", "    ").replace("\n", "↵")
     assert shown == whole
+    of_long = [(line, len(piece)) for place, line, _, piece in pieces if place == len(HOSTILE)]
+    assert [length for _, length in of_long] == [88, 88, 24]
+    assert [piece for place, *_, piece in pieces if place > len(HOSTILE)] == [" word"] * 40, "words are not divided"
+    assert pieces[-1][1] == of_long[-1][0] + 2, "lines are full"
+    assert [_width(one) for one in ("日本", "e\u0301", "ab")] == [4, 1, 2]
     assert all(column >= 0 and column + _width(piece) <= _COLUMNS for _, _, column, piece in pieces)
     for one, other in pairwise(pieces):
         assert other[1] > one[1] or (other[1] == one[1] and other[2] == one[2] + _width(one[3]))
@@ -80,8 +85,17 @@ def test_figures_show_every_letter_within_the_columns() -> None:
     drawn = [one.get_text() for one in figure.axes[0].texts]
     assert drawn[0] == "$one$" and drawn[-1] == "a" and len(drawn) == len(pieces) + 3
     assert not any(one.get_parse_math() for one in figure.axes[0].texts)
+    heights = [one.get_position()[1] for one in figure.axes[0].texts]
+    assert heights == sorted(heights) and heights[-1] > heights[-2] > heights[-3], "below each other"
     faces = [patch.get_facecolor() for patch in figure.axes[0].patches]
     assert faces[0][2] > faces[0][0] and faces[len(pieces) - 1][0] > faces[len(pieces) - 1][2]
+
+
+@pytest.mark.parametrize("words", [(), ("a", "b")], ids=["empty", "zeros"])
+def test_texts_without_relevance_have_no_colour(words: tuple[str, ...]) -> None:
+    text = TextHeatmap(words, np.zeros(len(words)))
+    assert text_html(text).count(",0.000)") == len(words)
+    assert [patch.get_facecolor()[3] for patch in plot_texts(text).axes[0].patches] == [0] * len(words)
 
 
 def test_figures_that_cannot_be() -> None:
@@ -92,8 +106,8 @@ def test_figures_that_cannot_be() -> None:
 
 
 def test_places_of_a_text_count_from_the_end_as_well() -> None:
-    words, relevance = ("<s>", "a", "b", "</s>"), np.array([0, 2.0, -1, 0.5])
-    wanted = text_html(TextHeatmap(words, relevance, frozenset({0, 3}), explained=3, strongest=2))
+    words, relevance = ("<s>", "a", "b", "</s>"), [0, 2.0, -1, 0.5]
+    wanted = text_html(TextHeatmap(words, np.array(relevance), frozenset({0, 3}), explained=3, strongest=2))
     assert text_html(TextHeatmap(words, relevance, frozenset({0, -1}), explained=-1, strongest=-2)) == wanted
 
 
@@ -106,6 +120,8 @@ def test_places_of_a_text_count_from_the_end_as_well() -> None:
         ({"scale": -1.0}, "scale must be a number of at least 0, not -1.0"),
         ({"scale": float("nan")}, "scale must be a number of at least 0, not nan"),
         ({"relevance": np.ones(4) + 1j}, "complex numbers, which have no colour"),
+        ({"relevance": np.ones(3)}, r"a text of 4 tokens has relevance of shape \(3,\)"),
+        ({"relevance": np.full(4, np.nan)}, "values that are not finite, which have no colour"),
     ],
 )
 def test_what_a_text_has_not_is_refused(keywords: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ from crp.attribution import CondAttribution
 from crp.errors import InputError
 from crp.helper import get_output_shapes
 from crp.layers import LayerNotFoundError, differentiable, find_layers, get_layer_names, uncompiled, unwrap
+from crp.layers.lasting import Shared
 
 
 def test_layer_names_are_those_of_named_modules_in_their_order(vgg_bn):
@@ -147,3 +148,20 @@ def test_output_shapes_of_token_ids(form):
 
     found = get_output_shapes(Words().eval(), form(torch.tensor([[1, 2, 3]])), ["words", "head"])
     assert found == {"words": (3, 4), "head": (3, 2)}
+
+
+def test_a_shared_change_is_there_as_long_as_anyone_is_inside():
+    seen = []
+
+    @Shared
+    def change():
+        seen.append("made")
+        yield
+        seen.append("undone")
+
+    for n in (1, 2):
+        with change:
+            with change:
+                assert len(seen) == 2 * n - 1
+            assert len(seen) == 2 * n - 1
+        assert seen == ["made", "undone"] * n

@@ -65,7 +65,7 @@ class Rearranged(nn.Module):
 
     def __init__(self, move):
         super().__init__()
-        self.conv, self.place, self.move = nn.Conv2d(3, 5, 2), nn.Identity(), move
+        self.conv, self.place, self.move, self.unused = nn.Conv2d(3, 5, 2), nn.Identity(), move, nn.Identity()
 
     def forward(self, x):
         return self.place(self.move(self.conv(x))).flatten(1)
@@ -89,14 +89,16 @@ MOVES = {
     "sum_of_both": (lambda y: y.sigmoid() * y, 1),
     "cat": (lambda y: torch.cat([y, y.relu()], 1), 1),
     "chunk": (lambda y: y.chunk(2, 2)[0], 1),
+    "pooled": (lambda y: y.mean((2, 3))[:, :, None], 1),
 }
 
 
 @pytest.mark.parametrize("move", MOVES)
 def test_rearranging_moves_the_axis(move):
     function, axis = MOVES[move]
-    found = channel_axes(Rearranged(function), torch.randn(1, 3, 5, 5), ["place", "place.input", "conv.input"])
-    assert (found["place"].axis, found["place.input"].axis) == (axis, axis)
+    layers = ["place", "place.input", "conv.input", "unused"]
+    found = channel_axes(Rearranged(function), torch.randn(1, 3, 5, 5), layers)
+    assert (found["place"].axis, found["place.input"].axis) == (axis, axis) and list(found) == layers[:3]
     assert found["conv.input"].axis is None  # (what the model is given)
 
 
