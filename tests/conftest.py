@@ -53,6 +53,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def _seeded() -> None:
     # (`torch.manual_seed` notes its caller for every kind of accelerator, which takes longer than many a test.)
     torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 def _ready(model: nn.Module, seed: int) -> nn.Module:

@@ -49,21 +49,21 @@ BUDGETS = {
     "attributors": 3210,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2472,
-    "canonizers": 866,
+    "canonizers": 859,
     "commands": 2368,
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3950,
+    "composites": 3947,
     "concept_graph": 217,
     # (what is no relevance, and masks that return none)
-    "concepts": 2052,
+    "concepts": 2051,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
     "engine": 6210,
-    "image": 1500,
+    "image": 1495,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1454,
+    "layers": 1452,
     "outputs": 391,
     "metrics": 916,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
@@ -77,7 +77,7 @@ BUDGETS = {
     "visualization.mining": 4267,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4643,
+    "visualization.report": 4646,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2685,
