@@ -285,7 +285,14 @@ _WRITTEN_OUT: dict[str, Callable[..., Tensor]] = {
 
 
 def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
-    return (F.normalize(left, **keywords) * F.normalize(right, **keywords)).sum(keywords["dim"])
+    shape, dim = torch.broadcast_shapes(left.shape, right.shape), keywords["dim"]  # type: ignore[no-untyped-call]
+
+    def direction(tensor: Tensor) -> Tensor:
+        sizes = [1] * (len(shape) - tensor.dim()) + [-1] * tensor.dim()  # (as it is along all other axes)
+        sizes[dim] = shape[dim]
+        return F.normalize(tensor.expand(sizes), **keywords)
+
+    return (direction(left) * direction(right)).sum(dim)
 
 
 def _keep(tensor: Tensor) -> Tensor:

@@ -34,6 +34,14 @@ PAIRS = {
         lambda x: F.cosine_similarity(x[:, None], ROWS[None], dim=2, eps=1e-3).repeat(1, 2),
         lambda x: (F.normalize(x, eps=1e-3) @ F.normalize(ROWS).T).repeat(1, 2),
     ),
+    "cosine with a vector": (
+        lambda x: F.cosine_similarity(x, ROWS[0])[:, None] * W,
+        lambda x: (F.normalize(x) * F.normalize(ROWS[:1])).sum(1, keepdim=True) * W,
+    ),
+    "cosine of a column": (
+        lambda x: F.cosine_similarity(x[:, :1], ROWS)[:, None] * W,
+        lambda x: (F.normalize(x[:, :1].expand(-1, 4)) * F.normalize(ROWS)).sum(1, keepdim=True) * W,
+    ),
     "norm": (lambda x: torch.addcdiv(B, x, x.norm(dim=1, keepdim=True)), lambda x: B + x / x.norm(dim=1, keepdim=True)),
 }
 
