@@ -8,7 +8,7 @@ from core_cases import conv_net, deviation, exact, heatmap, images, net, rules
 from torch import nn
 from torch.nn import functional as F
 
-from crp.composites import LRP, LRPCMP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Last
+from crp.composites import LRP, LRPCMP, Composite, Depth, EpsilonPlus, EpsilonPlusFlat, First, Functions, Kind, Last
 from crp.composites.origins import Origins
 from crp.layers import LayerNotFoundError
 from crp.rules import Epsilon, Flat, Gamma, GuidedReLU, Rule, Whole, WSquare, ZPlus
@@ -125,6 +125,28 @@ def test_rule_that_treats_nothing_in_a_module_is_refused(untouched):
     composite = Composite(layer_map=[("mix", Epsilon()), (nn.Linear, Epsilon())])
     with untouched(model), pytest.raises(TypeError, match=r"\('mix', Epsilon\(.*\)\): "):
         heatmap(model, composite, torch.randn(2, 3, 4, dtype=torch.float64))
+
+
+def test_a_forward_of_the_user_is_inside_of_its_layer():
+    model = stack()
+    first, own = model.features[0], model.features[0].forward
+    first.forward = lambda x: F.silu(own(x))
+    found = rules(model, LRP(layer_map=[(nn.Conv2d, None), (nn.Linear, Epsilon())]))
+    assert [rule for layer, _, rule in found if layer == "features.0"] == ["chain", "chain"]
+
+
+def test_what_is_in_lists_and_what_is_there_twice_has_the_rule_of_the_container():
+    act = nn.Tanh()
+    inner = nn.Sequential(nn.Linear(108, 4), act, nn.Linear(4, 4), act)
+    model = net(lambda s, x: s.layers[0][0](x.flatten(1)), layers=nn.ModuleList([nn.ModuleList([inner])]))
+    found = rules(model, LRP(layer_map=[("layers", Gamma()), (nn.Linear, Epsilon())]))
+    assert [rule for _, function, rule in found if function == "linear"] == ["Gamma", "Gamma"]
+
+
+def test_a_list_of_layers_that_is_never_called_is_no_operation():
+    model = net(lambda s, x: s.layers[0](x.flatten(1)), layers=nn.ModuleList([nn.Linear(108, 3)]))
+    with pytest.raises(TypeError, match=r"'layers' is never called, so that it cannot be one operation"):
+        heatmap(model, Composite(layer_map=[("layers", Whole(Epsilon()))]))
 
 
 @pytest.mark.parametrize("composite", [EpsilonPlus(), Composite(layer_map=[(nn.Conv2d, Gamma())])])
@@ -265,6 +287,7 @@ class Uninitialised(Rule):
         (lambda: Composite(name_map=[("fc", Epsilon())]), r"name_map maps lists of layer names, .*, not 'fc'"),
         (lambda: Composite(layer_map={nn.Linear: Epsilon()}), r"layer_map is a list of pairs \(what, rule\), such as"),
         (lambda: Composite(layer_map=[nn.Linear]), r"layer_map is a list .*; <class 'torch.*Linear'> is no pair"),
+        (lambda: Composite(layer_map=[(nn.Linear, Epsilon(), "fc")]), r"layer_map is a list .*, 'fc'\) is no pair"),
         (lambda: EpsilonPlusFlat(layer_map={"fc": Epsilon()}), "layer_map is a list of pairs .*; 'fc' is no pair$"),
         (lambda: EpsilonPlusFlat(layer_map=("fc", Epsilon())), "layer_map is a list of pairs .*; 'fc' is no pair$"),
         (lambda: Composite(layer_map=[(nn.Linear, "epsilon")]), r"such as Epsilon\(\), or None; not 'epsilon'"),
@@ -298,6 +321,7 @@ def test_maps_of_another_kind_are_refused(make, message):
         (lambda: Depth(0, 2, nn.Linear), "depths must be 0 <= low < high <= 1"),
         (lambda: Depth("0", 1, nn.Linear), "low must be a finite number, not '0'"),
         (lambda: Depth(0, True, nn.Linear), "high must be a finite number, not True"),
+        (lambda: Kind("conv"), "there is no kind 'conv' of operations; there are .*'convolution'"),
     ],
 )
 def test_positions_that_mean_no_layer_are_refused(make, message):

@@ -10,7 +10,7 @@ from crp import explain
 from crp.attribution import CondAttribution
 from crp.errors import InputError
 from crp.helper import get_output_shapes
-from crp.layers import LayerNotFoundError, differentiable, find_layers, get_layer_names, uncompiled, unwrap
+from crp.layers import LayerNotFoundError, differentiable, evaluating, find_layers, get_layer_names, uncompiled, unwrap
 from crp.layers.lasting import Shared
 
 
@@ -81,6 +81,16 @@ def test_compiled_parts_run_as_written_for_a_while(mlp, vectors, untouched, how)
         assert seen == [False]
         raise ZeroDivisionError
     assert (part._compiled_call_impl is not None) == (how == "in place")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_evaluation_leaves_encoders_as_they_were(nested):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=nested)
+    assert encoder.use_nested_tensor == nested
+    with evaluating(encoder):
+        assert not (encoder.training or encoder.use_nested_tensor)
+    assert encoder.training and encoder.use_nested_tensor == nested
 
 
 def test_output_shapes_are_without_the_batch_axis(vgg_bn, images, untouched):
