@@ -106,7 +106,8 @@ def _as_softmax(rule: Rule, layer: Layer, made: _Exponential | _Weighted | None)
     logits = (exponential.source.to(weights.dtype) * exponential.log_base).masked_fill(weights == 0, -torch.inf)
     rounding = max(1e-5, *(16 * torch.finfo(dtype).eps for dtype in (exponential.source.dtype, y.dtype)))
     # (values that are weighted may cancel out, but for rounding)
-    least = torch.finfo(y.dtype).tiny if is_softmax else rounding * float(y.double().norm()) / max(1, y.numel()) ** 0.5
+    size = y.to(torch.promote_types(y.dtype, torch.float32)).norm() / max(1, y.numel()) ** 0.5
+    least = torch.finfo(y.dtype).tiny if is_softmax else rounding * float(size)
     for dim in (dim for dim in reversed(range(logits.dim())) if logits.shape[dim] > 1):
         softmax = Layer(torch.softmax, (logits, dim), {}, (logits,), look_up(torch.softmax), place=layer.place)
         shares = softmax.output.detach()
