@@ -108,10 +108,11 @@ def _has_shift(norm: Any) -> bool:
 
 
 def _unchanged(marks: list[TensorMark | None], tensors: list[Tensor | None]) -> bool:
-    return all(
-        mark is None if tensor is None else mark is not None and mark.is_of(tensor)
-        for mark, tensor in zip(marks, tensors, strict=True)
-    )
+    # (a loop, as this is asked for every layer in every call)
+    for mark, tensor in zip(marks, tensors, strict=True):
+        if not (tensor is None if mark is None else tensor is not None and mark.is_of(tensor)):
+            return False
+    return True
 
 
 @torch.no_grad()

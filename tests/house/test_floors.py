@@ -49,7 +49,7 @@ BUDGETS = {
     "attributors": 3210,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2472,
-    "canonizers": 859,
+    "canonizers": 860,
     "commands": 2368,
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
