@@ -387,9 +387,9 @@ def test_hidden_folders_and_files_are_passed_over(folder: Path) -> None:
 
 def test_pictures_in_formats_that_are_left_out_are_named(folder: Path) -> None:
     """Those of torchvision's ``ImageFolder``, whose numbers of samples are then the same."""
-    for name in ("a/2.gif", "b/2.GIF", "c/d/2.avif", "a/notes.txt", "a/.2.gif"):
+    for name in ("a/2.gif", "b/2.GIF", "c/d/2.ico", "a/notes.txt", "a/.2.gif"):
         (folder / name).write_bytes(b"")
-    with pytest.warns(UserWarning, match=r": 3 files left out, as .*: a/2\.gif, b/2\.GIF, c/d/2\.avif; convert them"):
+    with pytest.warns(UserWarning, match=r": 3 files left out, as .*: a/2\.gif, b/2\.GIF, c/d/2\.ico; convert them"):
         assert len(load_source(folder, [], loaded([]), by_label=True)[0]) == 3
 
 
