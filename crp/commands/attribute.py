@@ -342,7 +342,7 @@ def _suggestion(loaded: Loaded, data: Tensor) -> str:
 
 
 def _check_writable(folder: Path, out: Path) -> None:
-    """Make the folder of a picture, and see whether files can be written there."""
+    """Make the folder of what goes to ``--out``, and see whether files can be written there."""
     from crp.visualization.table.files import make_folder
 
     try:
