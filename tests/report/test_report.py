@@ -601,6 +601,8 @@ def test_probabilities_are_given_only_where_they_are_some():
     before, predicted = scores(outputs, [1, -1])
     assert before == [pytest.approx(float(outputs.softmax(1)[0, 1])), None] and predicted == [1, 0]
     assert scores(torch.tensor([[0.2, 0.8]]), [0])[0] == [pytest.approx(0.2)]
+    rounded = torch.tensor([[0.3, 0.3, 0.4]]).bfloat16()  # (whose sum is 1 to three digits)
+    assert scores(rounded, [2])[0] == [float(rounded[0, 2])]
     assert scores(torch.tensor([[7.0]]), [0]) == ([7.0], [None])
     assert scores(torch.zeros(1, 2, 3), [0]) == ([None], [None])
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from zennit.core import Composite
 
 from crp.concepts.reading import LayerValues, initial_relevance_of, relevance_sums, starts_by_code
+from crp.engine.probabilities import are_shares
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import ReportOptions
@@ -283,7 +283,5 @@ def top_classes(prediction: Any, row: int) -> list[tuple[int, float]]:
 
 
 def _probabilities(prediction: Tensor) -> Tensor:
-    values = prediction.detach().cpu().double()
-    whole = torch.ones(len(values), dtype=values.dtype)
-    is_done = (values >= 0).all() and torch.allclose(values.sum(1), whole, atol=1e-4)
-    return values if is_done else values.softmax(1)
+    values = prediction.detach().cpu()
+    return values.double() if are_shares(values) else values.double().softmax(1)
