@@ -260,9 +260,13 @@ def _histograms(
             continue
         width = (high - low) or 1.0
         ticks = [(one.value - low) / width for one in references]
-        ends = (_value(atlas, end, mode == "relevance") for end in (low, high))
+        ends = [_value(atlas, end, mode == "relevance") for end in (low, high)]
         shown.append(
-            (draw_histogram(found[mode].height[concept], *ends, ticks), mode.capitalize(), mode == "activation")
+            (
+                draw_histogram(found[mode].height[concept], ends[0], ends[1], ticks),
+                mode.capitalize(),
+                mode == "activation",
+            )
         )
     return shown
 
