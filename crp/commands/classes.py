@@ -285,9 +285,9 @@ def _audit_data(
 
     from crp.attribution import CondAttribution
     from crp.audit import audit
+    from crp.audit.asked import predicted_by
     from crp.commands.mine import _make_composite
     from crp.visualization.decoding import Decoded, decoder_mark
-    from crp.visualization.mining.targets import choose_targets
     from crp.visualization.mining.text_batches import Asked
     from crp.visualization.opening import open_recipe
     from crp.visualization.table.fingerprint import fingerprint, fingerprint_model
@@ -309,7 +309,7 @@ def _audit_data(
         for together in [drawn] if alike else [[one] for one in drawn]:
             batch = torch.stack([one for _, one in together])
             prepared = batch if opened.preprocess is None else opened.preprocess(batch)
-            classes = [one for [one] in choose_targets("prediction", attribution, Asked.of(prepared, None))]
+            classes = predicted_by(attribution, Asked.of(prepared, None))
             rows = [row for row, of_class in enumerate(classes) if of_class in found.classes]
             without = [(together[row][0], classes[row]) for row in range(len(classes)) if row not in rows]
             left_out += [f"{name}: no prototypes of {_class_name(table, of_class)}" for name, of_class in without]
