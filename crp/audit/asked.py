@@ -11,7 +11,7 @@ from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 
 
-def one_for_each(values: Any, n_samples: int, what: str) -> list[int]:
+def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:
     """Classes that a user gives, which must be one for each sample."""
     classes = as_ids(values, what=what)
     if len(classes) != n_samples:
@@ -19,7 +19,7 @@ def one_for_each(values: Any, n_samples: int, what: str) -> list[int]:
     return classes
 
 
-def named_concepts(concept_ids: Any, layer: str) -> list[int]:
+def _named_concepts(concept_ids: Any, layer: str) -> list[int]:
     """Concepts of a layer that a user names, at least one."""
     ids = as_ids(concept_ids, layer)
     if not ids:

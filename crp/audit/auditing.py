@@ -11,7 +11,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import one_for_each, predicted_by
+from crp.audit.asked import _one_for_each, predicted_by
 from crp.audit.prototypes import Prototypes, padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
@@ -128,7 +128,7 @@ def audit(
         raise InputTypeError(f"found must be what prototypes(table, layer) gives, not a {type(found).__name__}")
     name = attribution.MODEL_OUTPUT_NAME
     targets = predicted_by(attribution, Asked.of(data, None)) if targets is None else targets
-    classes = one_for_each(targets, len(data), "targets")
+    classes = _one_for_each(targets, len(data), "targets")
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
     rows = vectors.detach().cpu().numpy().astype(np.float64)

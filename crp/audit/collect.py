@@ -12,7 +12,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import one_for_each
+from crp.audit.asked import _one_for_each
 from crp.checks import check_number
 from crp.concepts.ids import as_ids, check_axis
 from crp.concepts.reading import LayerValues
@@ -127,7 +127,7 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     if labels is None:
         labels = [read(dataset, i).label for i in range(len(dataset))]
     try:
-        classes = np.array(one_for_each(labels, len(dataset), "labels"), np.int64)
+        classes = np.array(_one_for_each(labels, len(dataset), "labels"), np.int64)
     except (TypeError, OverflowError):
         raise InputTypeError(
             f"labels must be one class for each sample, such as 3; the first is {labels[0]!r}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import named_concepts
+from crp.audit.asked import _named_concepts
 from crp.audit.in_texts import context_in_texts
 from crp.audit.tested import read_samples
 from crp.checks import check_number
@@ -62,7 +62,7 @@ def context_scores(
         NaN where a concept has no positive relevance in a sample.
     """
     check_number("batch_size", batch_size, 1, whole=True)
-    ids = named_concepts(concept_ids, layer)
+    ids = _named_concepts(concept_ids, layer)
     if not isinstance(inside, Tensor):
         raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not a {type(inside).__name__}")
     if len(targets) != len(data) or len(inside) != len(data):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import named_concepts, one_for_each
+from crp.audit.asked import _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_direction, as_numbers, check_axis, in_range
@@ -218,7 +218,7 @@ def effect(
     UserWarning
         If a correction changes neither predictions nor relevance, as one on another model.
     """
-    classes, ids = one_for_each(labels, len(data), "labels"), named_concepts(concept_ids, layer)
+    classes, ids = _one_for_each(labels, len(data), "labels"), _named_concepts(concept_ids, layer)
     predictions = []
 
     def measure(one: CondAttribution) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import named_concepts, one_for_each
+from crp.audit.asked import _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
 from crp.engine.attached import put_on
@@ -80,7 +80,7 @@ def intervene(
     """
     check_attribution(attribution)
     check_data(data)
-    ids, classes = named_concepts(concept_ids, layer), one_for_each(targets, len(data), "targets")
+    ids, classes = _named_concepts(concept_ids, layer), _one_for_each(targets, len(data), "targets")
     check_number("scale", scale)
     if patch is not None:
         check_data(patch, "patch")

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.audit.asked import one_for_each, predicted_by
+from crp.audit.asked import _one_for_each, predicted_by
 from crp.audit.in_texts import change_in_texts, read_texts
 from crp.audit.intervening import intervene
 from crp.checks import check_number
@@ -148,7 +148,7 @@ def read_samples(
     else:
         data = fv.get_data_concurrently(given, True)[0].detach()
         targets = predicted_by(fv.attribution, Asked.of(data, None)) if targets is None else targets
-    classes = one_for_each(targets, len(data), "targets")
+    classes = _one_for_each(targets, len(data), "targets")
     return np.asarray([number % len(fv.dataset) for number in given], np.int64), ids, data, classes
 
 

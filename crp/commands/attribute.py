@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from crp.commands.errors import FIGURES, CommandError
 from crp.commands.loading import EXISTING, _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
-from crp.commands.values import _plain, read_settings
+from crp.commands.values import _plain, _read_settings
 from crp.errors import LoadingError
 from crp.wording import counted, percent
 
@@ -122,12 +122,10 @@ def attribute(
     """
     from crp.attributors.explaining import find_method
     from crp.commands.texts import Asking, explain_texts
-    from crp.engine.taps import check_layers
     from crp.visualization.models import find_class
 
     page = page or out.suffix.lower() == _PAGE
-    _check_kind(images, texts, page, out)
-    _check_named(layer, concept, graph, page)
+    _check_options(images, texts, page, out)
     if texts:
         asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
         _check_writable(out.parent, out)
@@ -143,13 +141,9 @@ def attribute(
     if layer is not None and (chosen.family == "cam" or not (concept or page)):
         through["layer"] = layer
     given = _own(settings, through, page and chosen.family != "cam") | through
-    loaded = _load(model, output, **loading)
-    check_layers(loaded.model, [] if layer is None else [layer], "--layer")
-    check_layers(loaded.model, graph, "--graph")
+    loaded = _load_named(model, output, layer, graph, loading)
     given |= {} if loaded.output is None else {"output": loaded.output}
     index = None if target is None else find_class(target, loaded.classes, "--target")
-    if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
-        click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
     where = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
     caption = chosen.name if page else f"{chosen.name}{where}"
     unread = []
@@ -167,8 +161,22 @@ def attribute(
         raise CommandError(f"{len(unread)} of {counted(len(images), 'picture')} left out: {'; '.join(unread)}")
 
 
-def _check_kind(images: Sequence[Path], texts: Sequence[str], page: bool, out: Path) -> None:
-    """Refuse options of texts with pictures, and those of pictures with texts."""
+def _load_named(
+    model: str, output: str | None, layer: str | None, graph: Sequence[str], loading: dict[str, Any]
+) -> Loaded:
+    """Model in which the layers that are named must be; random weights are told."""
+    from crp.engine.taps import check_layers
+
+    loaded = _load(model, output, **loading)
+    check_layers(loaded.model, [] if layer is None else [layer], "--layer")
+    check_layers(loaded.model, graph, "--graph")
+    if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
+        click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
+    return loaded
+
+
+def _check_options(images: Sequence[Path], texts: Sequence[str], page: bool, out: Path) -> None:
+    """Refuse options of texts with pictures, those of pictures with texts, and those without what they are about."""
     context = click.get_current_context()
     typed = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if bool(images) == bool(texts) or (images and typed & {"tokenizer", "position", "against"}):
@@ -177,11 +185,15 @@ def _check_kind(images: Sequence[Path], texts: Sequence[str], page: bool, out: P
         raise CommandError(f"{' and '.join(wrong)}: for pictures alone, and --text is given")
     if texts and page and out.suffix.lower() != _PAGE:
         raise CommandError(f"--out {out} must end in .html for a page of texts")
+    if context.params["concept"] and context.params["layer"] is None:
+        raise CommandError("--concept needs the --layer that it is in")
+    if context.params["graph"] and not page:
+        raise CommandError("--graph is for --page, which draws it")
 
 
 def _own(settings: Sequence[str], meant: Collection[str], of_page: bool) -> dict[str, Any]:
     """Options of the method by --option, in which a list is a tuple; what --layer and --concept mean is said once."""
-    found = read_settings(settings, "--option", "NAME=VALUE, such as steps=50")
+    found = _read_settings(settings, "--option", "NAME=VALUE, such as steps=50")
     for name in found:
         if name in _SAID:
             raise CommandError(f"--option {name} is no option of a method; {_SAID[name]}")
@@ -190,13 +202,6 @@ def _own(settings: Sequence[str], meant: Collection[str], of_page: bool) -> dict
         if of_page and name in ("layer", "condition", "mask_map"):
             raise CommandError(f"--option {name}: a page shows the concepts of --layer; give that, and --concept")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-
-
-def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str], page: bool) -> None:
-    if concepts and layer is None:
-        raise CommandError("--concept needs the --layer that it is in")
-    if graph and not page:
-        raise CommandError("--graph is for --page, which draws it")
 
 
 def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:

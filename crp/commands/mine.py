@@ -18,7 +18,7 @@ from crp.commands.errors import CommandError
 from crp.commands.group import _saying_on_interrupt, in_a_line
 from crp.commands.loading import _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.processes import _client, _device, _part
-from crp.commands.values import _plain, read_settings, split_names
+from crp.commands.values import _plain, _read_settings, split_names
 from crp.wording import counted, first_few
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ def _make_composite(name: str, settings: Sequence[str]) -> Any:
     """Composite of a name of the registry, or of ``"none"``, with settings such as ``"epsilon=1e-6"``."""
     from crp.composites import get
 
-    keywords = read_settings(settings, "--set", "KEY=VALUE, such as epsilon=1e-6")
+    keywords = _read_settings(settings, "--set", "KEY=VALUE, such as epsilon=1e-6")
     if name == "none":
         if settings:
             raise CommandError("--set is for a composite, and --composite is none")

@@ -20,7 +20,7 @@ def read_value(word: str) -> Any:
         return word
 
 
-def read_settings(words: Iterable[str], option: str, form: str) -> dict[str, Any]:
+def _read_settings(words: Iterable[str], option: str, form: str) -> dict[str, Any]:
     """Names and values of an option that may be given again; ``form`` says how each is typed."""
     found = {}
     for word in words:

@@ -11,7 +11,7 @@ import numpy as np
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn
 from crp.visualization.report.facts import Reference
-from crp.visualization.report.graphs import DrawnNode, draw_columns, draw_histogram
+from crp.visualization.report.graphs import DrawnNode, _draw_histogram, draw_columns
 from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, Atlas
 from crp.visualization.report.tiles import AnyShown
@@ -263,7 +263,7 @@ def _histograms(
         ends = [_value(atlas, end, mode == "relevance") for end in (low, high)]
         shown.append(
             (
-                draw_histogram(found[mode].height[concept], ends[0], ends[1], ticks),
+                _draw_histogram(found[mode].height[concept], ends[0], ends[1], ticks),
                 mode.capitalize(),
                 mode == "activation",
             )

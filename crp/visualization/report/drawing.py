@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,6 +228,10 @@ class Drawer(ABC):
         """The layer below; None of the first one, and of a row through all concepts."""
         place = 0 if layer is None else self.layers.index(layer)
         return self.layers[place - 1] if place else None
+
+    def layers_below(self, rows: Iterable[Row]) -> list[str]:
+        """Layers below those of some rows, each once."""
+        return sorted({below for row in rows if (below := self.below_of(row.layer)) is not None})
 
     def shares(self, result: Any, layer: str, rows: Sequence[int]) -> list[list[tuple[int, float]]]:
         """Of some rows of a result, the concepts of a recorded layer with the largest shares."""

@@ -135,7 +135,7 @@ class LayerFacts:
         return References(relevant, active, negative[: n["negative"]])
 
 
-def main_kind(table: Table) -> str:
+def _main_kind(table: Table) -> str:
     """Sum over positions, by which shares are told; the largest value where there is no sum."""
     return "sum" if "sum" in table.kinds else table.kinds[0]
 
@@ -175,7 +175,7 @@ def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[
     if n["negative"] and "sum" in table.kinds:
         normed = questions["relevance"].normed
         negative = top_k(table, layer, normed=normed, k=2 * n["negative"], least=True, cache=True)
-    kind = main_kind(table)
+    kind = _main_kind(table)
     shares = class_means(table, layer, "relevance", kind, normed=True, cache=True)
     alike = _alike(table, layer, kind, shares.value.shape[1])
     return LayerFacts(layer, shares, best["relevance"], best.get("activation"), negative, histograms, alike)
@@ -186,7 +186,7 @@ def concepts_of_samples(
 ) -> dict[int, list[tuple[int, float]]]:
     """Of each sample, explained for its class, at most ``n`` concepts with the largest shares, and these."""
     found: dict[int, list[tuple[int, float]]] = {sample: [] for sample in samples}
-    for block in table.blocks(layer, "relevance", main_kind(table), normed=True, samples=list(samples)):
+    for block in table.blocks(layer, "relevance", _main_kind(table), normed=True, samples=list(samples)):
         best = np.argsort(-block.value, axis=1, kind="stable")[:, :n]
         for row, (sample, target) in enumerate(zip(block.sample.tolist(), block.target.tolist(), strict=True)):
             if samples[sample] == target:

@@ -79,7 +79,7 @@ def draw_columns(
     return {"width": width, "height": _REST + _ROW * rows, "nodes": nodes, "edges": curves}
 
 
-def draw_histogram(counts: Array, low: str, high: str, ticks: Sequence[float] = ()) -> dict[str, Any]:
+def _draw_histogram(counts: Array, low: str, high: str, ticks: Sequence[float] = ()) -> dict[str, Any]:
     """Histogram for the template, of roots of counts; ``low`` and ``high`` name its ends, ticks are shares of it."""
     heights = (np.sqrt(counts / max(counts.max(), 1)) * 92).tolist()
     bars = [(round(i * 420 / len(heights), 1), round(96 - h, 1), round(h, 1)) for i, h in enumerate(heights) if h]

@@ -11,9 +11,9 @@ from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.kept import (
     CLASSES_A_PART,
     UNUSUAL,
+    _histogram_of_shares,
     changed_how,
     classes_of,
-    histogram_of_shares,
     mean_scores,
     pairs_of,
     ways_of,
@@ -240,8 +240,8 @@ def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         "n": n,
         "outside": outside,
         "concepts": len(order),
-        "histogram": histogram_of_shares(means),
-        "samples": histogram_of_shares(score.ravel()),
+        "histogram": _histogram_of_shares(means),
+        "samples": _histogram_of_shares(score.ravel()),
     }
     address = atlas.addresses.kept("context", kept.layer)
     atlas.renderer.page(address, "context.html", "Context — concept atlas", page=page)

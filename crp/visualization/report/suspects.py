@@ -25,7 +25,7 @@ import numpy as np
 from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.image.texts import readable
-from crp.visualization.report.facts import main_kind
+from crp.visualization.report.facts import _main_kind
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.store import Table
 from crp.wording import percent
@@ -249,7 +249,7 @@ def _in_layer(table: Table, layer: str, targets: Sequence[int], cells: _Cells) -
     held = np.zeros((len(known), concepts, cells.n))
     everything = np.zeros(cells.n)
     square, rows, share = np.zeros(held.shape[:2]), np.zeros(len(known)), np.zeros(held.shape[:2])
-    for block in table.blocks(layer, "relevance", main_kind(table), normed=True):
+    for block in table.blocks(layer, "relevance", _main_kind(table), normed=True):
         inside = np.isin(block.target, np.asarray(targets))
         cell, value, target = cells.of(block)[inside], block.value[inside], block.target[inside]
         weight = np.clip(value, 0, None).astype(np.float64)
