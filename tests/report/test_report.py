@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections import OrderedDict
@@ -548,6 +549,14 @@ def test_options_are_checked(fv, tmp_path, options, error, match):
 def test_tiles_of_another_size_are_refused(fv):
     with pytest.raises(ValueError, match=r"got \(1, 6, 6\) and \(3, 3\)"):
         make_tile(fv.dataset.data[0], torch.zeros(3, 3), "")
+
+
+@pytest.mark.parametrize("size", [0, "large", 2.5])
+def test_tiles_have_a_size_in_pixels(fv, size):
+    with pytest.raises(ValueError, match=f"size must be a whole number of at least 1, not {size!r}"):
+        make_tile(fv.dataset.data[0], torch.zeros(6, 6), "", size=size)
+    tile = make_tile(fv.dataset.data[0].repeat(1, 2, 1), torch.zeros(12, 6), "", size=4)
+    assert [Image.open(io.BytesIO(content)).size for content in tile[:2]] == [(2, 4)] * 2
 
 
 # ---- parts
