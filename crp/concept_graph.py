@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,8 @@ from crp.concepts import Concept, mask_of, normalize
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.door import check_attribution
 from crp.engine.inputs import Data, Explain, Inputs
-from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.engine.targets import check_target
+from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.flags import check_flags
 from crp.trace.graph import ModelGraph
 from crp.types import AttributionGraphResults, AttributionResults, Condition, Node
@@ -142,12 +143,11 @@ class AttributionGraph:
             concept_id = concept_id.item()  # (a node whose number is a tensor could not be found again)
         # (An overridden `generate` need not know of it.)
         named: dict[str, Any] = {} if explain is None else {"explain": explain}
-        context: dict[str, Any] = {layer_name: [concept_id]} if parent_layer is None else {parent_layer: [parent_c_id]}
-        start_layer = None
+        top, top_id = (layer_name, concept_id) if parent_layer is None else (parent_layer, parent_c_id)
+        context: dict[str, Any] = {top: [top_id]}
         if target is not None:
+            check_target(target, "target")
             context[self.attribution.MODEL_OUTPUT_NAME] = [target]
-        else:
-            start_layer = layer_name if parent_layer is None else parent_layer
 
         nodes: list[Node] = [(layer_name, concept_id)]
         connections: dict[Node, list[tuple[str, Hashable, float]]] = {}
@@ -159,10 +159,10 @@ class AttributionGraph:
                 break
             parts = self.attribution.generate(
                 sample, [context | {layer: [concept]} for layer, concept in level], composite, record_layer=before,
-                mask_map=self.mask_map, start_layer=start_layer, batch_size=batch_size,
+                mask_map=self.mask_map, start_layer=top if target is None else None, batch_size=batch_size,
                 exclude_parallel=self.exclude_parallel, verbose=verbose, **named,
             )  # fmt: skip
-            relevant = (self._most_relevant(part, row, abs_norm, n_kept) for part in parts
+            relevant = (self._most_relevant(part, row, abs_norm, n_kept) for part in self._naming(target, parts)
                         for row in range(len(part.prediction)))  # fmt: skip
             lower: list[Node] = []
             for node, concepts in zip(level, relevant, strict=True):
@@ -180,23 +180,22 @@ class AttributionGraph:
         most_relevant = {}
         for name, relevances in results.relevances.items():
             if name in self.layer_map:
-                values = LayerValues.of(results, name).rows(self._entries(relevances, results, row))
-                value = self._of_concepts(name, values, abs_norm)
+                n_entries = len(relevances) // len(results.prediction)
+                values = LayerValues.of(results, name).rows(slice(row * n_entries, (row + 1) * n_entries))
+                # (shares are those of the sum over all entries, such as windows)
+                value = relevance_sums(self.layer_map[name], values, name, abs_norm and n_entries == 1).sum(0)
+                value = normalize(value) if abs_norm and n_entries > 1 else value
                 order = torch.argsort(value, descending=True, stable=True)[:n_kept].tolist()
                 most_relevant[name] = [(concept, value[concept].item()) for concept in order]
         return most_relevant
 
-    def _of_concepts(self, layer: str, values: LayerValues, abs_norm: bool) -> Tensor:
-        """Relevance of a layer's concepts for one row with all its entries, (entries, ...) to (concepts,)."""
-        if len(values.relevance) == 1:
-            return relevance_sums(self.layer_map[layer], values, layer, abs_norm)[0]
-        total = relevance_sums(self.layer_map[layer], values, layer, abs_norm=False).sum(0)
-        return normalize(total) if abs_norm else total
-
-    @staticmethod
-    def _entries(relevances: Tensor, results: AttributionResults, row: int) -> slice:
-        n_entries = len(relevances) // len(results.prediction)
-        return slice(row * n_entries, (row + 1) * n_entries)
+    def _naming(self, target: object, parts: Iterable[AttributionResults]) -> Iterator[AttributionResults]:
+        """The parts; an error about the target, in whose context all are, calls it as the caller does."""
+        try:
+            yield from parts
+        except OutOfRangeError as error:
+            of_row = f"row 0: {self.attribution.MODEL_OUTPUT_NAME!r} is [{target!r}]"
+            raise OutOfRangeError(str(error).replace(of_row, f"target is {target!r}")) from error
 
     def _check_parent(self, layer: str, parent_c_id: Hashable | None, parent_layer: str | None) -> None:
         if (parent_c_id is None) != (parent_layer is None):

@@ -142,7 +142,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output of the model, and the explanation of each input that is explained; subclasses define it."""
 
-    def flow(self, inputs: Inputs, target: Target, record: str = "") -> _Flow:
+    def flow(self, inputs: Inputs, target: Target, record: str | None = None) -> _Flow:
         """Send the target back through the model, in one pass for all rows.
 
         Parameters
@@ -150,13 +150,15 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         inputs : Inputs
             For these rows.
         target : Target
-        record : str
-            Name of a layer to record.
+        record : str, optional
+            Name of a layer to record, which the forward pass must call.
         """
         composite = self._composite()
         explained = _Explained(self.model, target, Encoding.of(composite))
-        record_layer = [record] if record else []
+        record_layer = [] if record is None else [record]
         result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
+        if record is not None and record not in result.relevances:
+            raise InputError(f"layer {record!r} is not called in the forward pass; name another")
         check_one_entry(result, record_layer)
         # (of a composite with a reference, and of samples one by one, the output is read several times)
         output = explained.outputs[0] if len(explained.outputs) == 1 else self.output(inputs, target.select)

@@ -131,8 +131,6 @@ class LayerCAM(Attributor):
         outputs, heatmaps = [], []
         for part, of_part in self.parts(inputs, target):
             flow = self.flow(part, of_part, record=self.layer)
-            if self.layer not in flow.layers.activations:
-                raise InputError(f"layer {self.layer!r} is not called in the forward pass; name another")
             activation, gradient = flow.layers.activations[self.layer], flow.layers.relevances[self.layer]
             if activation.dim() < 3:
                 raise InputError(
@@ -143,9 +141,8 @@ class LayerCAM(Attributor):
             if encoding.multiplier and not encoding.as_multiplier:
                 gradient = torch.where(activation == 0, 0, gradient / activation)
             # (a condition on the layer itself masks what comes after it was recorded)
-            own = {row: {self.layer: self.condition[self.layer]} for row in range(len(gradient))} if (
-                self.layer in self.condition) else {}  # fmt: skip
-            if own:
+            if self.layer in self.condition:
+                own = {row: {self.layer: self.condition[self.layer]} for row in range(len(gradient))}
                 gradient = apply_masks(row_masks(own, self.layer, self.mask_map), gradient)
             activation, gradient = (self._arranged(values, inputs) for values in (activation, gradient))
             weights = self.weigh(activation, gradient, flow.output, of_part)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.gradient import Gradient
+from crp.attributors.scores import known_target
 from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes, Neuron, Target
 from crp.checks import check_number
@@ -176,11 +177,4 @@ def _predicted(
 ) -> Target:
     # (which class is scored does not matter to what is selected)
     select = tensor_in if output is None else Selected(Classes(0), output).select
-    scores = Gradient(model, batch_size=options.get("batch_size")).output(inputs, select)
-    if scores.dim() != 2:
-        raise InputError(
-            f"the model's output has shape {tuple(scores.shape)}, of which no class is the predicted one; give "
-            "a target, such as crp.outputs.Position(-1, token) for a language model, or choose by output= what is "
-            "explained, as crp.outputs.segmentation() does"
-        )
-    return Classes(scores.argmax(1))
+    return known_target(None, Gradient(model, batch_size=options.get("batch_size")).output(inputs, select))

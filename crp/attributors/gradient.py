@@ -14,7 +14,6 @@ from crp.attributors.target import Target
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
 from crp.engine.inputs import Inputs, Tensors
-from crp.errors import InputError
 
 
 class Gradient(Attributor):
@@ -58,15 +57,10 @@ class Gradient(Attributor):
         """Output and gradient."""
         outputs, gradients = [], []
         for part, of_part in self.parts(inputs, target):
-            flow = self.flow(part, of_part, record=self.layer or "")
+            flow = self.flow(part, of_part, record=self.layer)
             outputs.append(flow.output)
-            gradients.append(flow.inputs if self.layer is None else (self._of_layer(flow.layers.relevances),))
+            gradients.append(flow.inputs if self.layer is None else (flow.layers.relevances[self.layer],))
         return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
-
-    def _of_layer(self, relevances: Mapping[str, Tensor]) -> Tensor:
-        if self.layer is None or self.layer not in relevances:
-            raise InputError(f"layer {self.layer!r} is not called in the forward pass; name another")
-        return relevances[self.layer]
 
 
 class Sensitivity(Gradient):

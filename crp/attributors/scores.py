@@ -54,8 +54,9 @@ def known_target(target: Target | None, output: Tensor) -> Target:
         return target
     if output.dim() != 2:
         raise InputError(
-            f"the model's output has shape {tuple(output.shape)}; what it predicts is known of (samples, classes). "
-            "Give a target, such as a function of the output"
+            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give a "
+            "target, such as crp.outputs.Position(-1, token) for a language model, or choose by output= what is "
+            "explained, as crp.outputs.segmentation() does"
         )
     return Classes(output.detach().argmax(1))
 
@@ -78,12 +79,18 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     """
     scored = target.target if isinstance(target, Selected) else target
     if isinstance(scored, Classes | Mask) and score != "output" and output.dim() > 1:
-        if isinstance(target, Selected) and not target.exclusive:
-            raise InputError(
-                f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"
-            )
+        if isinstance(target, Selected):
+            check_exclusive(score, target.output)
         output = probabilities(output) if score == "softmax" else log_probabilities(output)
     return target.score(output)
+
+
+def check_exclusive(score: ScoreName, output: object) -> None:
+    """Raise a `ValueError` if a probability is asked for of scores that ``output`` says have none."""
+    if score != "output" and not getattr(output, "exclusive", True):
+        raise InputError(
+            f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"
+        )
 
 
 @atomic

@@ -26,11 +26,20 @@ class Selected(Target):
     def __init__(self, target: Target, output: Callable[[Any], Any]) -> None:
         self.target, self.output = target, output
         self.layer, self.joint = target.layer, target.joint
-        self.exclusive = bool(getattr(output, "exclusive", True))
 
     def select(self, returned: Any) -> Tensor:
-        """Tensor that the function takes."""
-        return _selected(self.output, returned)
+        """Tensor that the function takes; a `TypeError` if it is none, or several."""
+        chosen = self.output(returned)
+        if isinstance(chosen, list | tuple):
+            raise InputTypeError(
+                f"output returned a {type(chosen).__name__}, such as of boxes in any number; here it must return one "
+                "tensor, (samples, classes, ...): name a box, as in crp.outputs.detection(box=0)"
+            )
+        if not isinstance(chosen, Tensor):
+            raise InputTypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
+        if chosen.dim() == 0:
+            raise InputTypeError("output must return a tensor with a row for each sample; it returned one of shape ()")
+        return chosen
 
     def score(self, output: Tensor) -> Tensor:
         """Score of the target."""
@@ -59,24 +68,3 @@ def checked_output(output: Any) -> Callable[[Any], Any] | None:
         raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
     checked: Callable[[Any], Any] | None = output
     return checked
-
-
-def _selected(output: Callable[[Any], Any], returned: Any) -> Tensor:
-    """Tensor that a function of the user's takes from what the model returns.
-
-    Raises
-    ------
-    TypeError
-        If it is none, or several.
-    """
-    chosen = output(returned)
-    if isinstance(chosen, list | tuple):
-        raise InputTypeError(
-            f"output returned a {type(chosen).__name__}, such as of boxes in any number; here it must return one "
-            "tensor, (samples, classes, ...): name a box, as in crp.outputs.detection(box=0)"
-        )
-    if not isinstance(chosen, Tensor):
-        raise InputTypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
-    if chosen.dim() == 0:
-        raise InputTypeError("output must return a tensor with a row for each sample; it returned one of shape ()")
-    return chosen

@@ -11,6 +11,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.audit.asked import _one_for_each, predicted_by
 from crp.audit.prototypes import Prototypes, padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
@@ -18,7 +19,6 @@ from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import check_data
 from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.visualization.analysis import RowSelection
-from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.ranking import top_k
@@ -127,11 +127,8 @@ def audit(
     if not isinstance(found, Prototypes):
         raise InputTypeError(f"found must be what prototypes(table, layer) gives, not a {type(found).__name__}")
     name = attribution.MODEL_OUTPUT_NAME
-    if targets is None:
-        targets = [chosen[0] for chosen in choose_targets("prediction", attribution, Asked.of(data, None))]
-    classes = as_ids(targets, what="targets")
-    if len(classes) != len(data):
-        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
+    targets = predicted_by(attribution, Asked.of(data, None)) if targets is None else targets
+    classes = _one_for_each(targets, len(data), "targets")
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
     rows = vectors.detach().cpu().numpy().astype(np.float64)

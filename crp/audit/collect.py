@@ -12,6 +12,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.audit.asked import _one_for_each
 from crp.checks import check_number
 from crp.concepts.ids import as_ids, check_axis
 from crp.concepts.reading import LayerValues
@@ -126,13 +127,11 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     if labels is None:
         labels = [read(dataset, i).label for i in range(len(dataset))]
     try:
-        classes = np.array(as_ids(labels, what="labels"), np.int64)
+        classes = np.array(_one_for_each(labels, len(dataset), "labels"), np.int64)
     except (TypeError, OverflowError):
         raise InputTypeError(
             f"labels must be one class for each sample, such as 3; the first is {labels[0]!r}"
         ) from None
-    if len(classes) != len(dataset):
-        raise InputError(f"there are {len(classes)} labels for {len(dataset)} samples")
     if not len(classes) or classes.min() < 0:
         found = f"sample {classes.argmin()} has {classes.min()}" if len(classes) else "there is no sample"
         raise InputError(f"labels must be classes, which count from 0; {found}")

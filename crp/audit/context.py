@@ -12,10 +12,11 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.audit.asked import _named_concepts
 from crp.audit.in_texts import context_in_texts
 from crp.audit.tested import read_samples
 from crp.checks import check_number
-from crp.concepts import Concept, as_ids, mask_of
+from crp.concepts import Concept, mask_of
 from crp.errors import InputError, InputTypeError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.table.derived import keep_result
@@ -61,9 +62,7 @@ def context_scores(
         NaN where a concept has no positive relevance in a sample.
     """
     check_number("batch_size", batch_size, 1, whole=True)
-    ids = as_ids(concept_ids, layer)
-    if not ids:
-        raise InputError("concept_ids is empty; name at least one concept")
+    ids = _named_concepts(concept_ids, layer)
     if not isinstance(inside, Tensor):
         raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not a {type(inside).__name__}")
     if len(targets) != len(data) or len(inside) != len(data):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.audit.asked import _named_concepts, _one_for_each
 from crp.checks import check_number
-from crp.concepts import Concept, as_ids
+from crp.concepts import Concept
 from crp.concepts.ids import as_direction, as_numbers, check_axis, in_range
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError, InputTypeError, StateError
@@ -217,12 +218,7 @@ def effect(
     UserWarning
         If a correction changes neither predictions nor relevance, as one on another model.
     """
-    classes, ids = as_ids(labels, what="labels"), as_ids(concept_ids, layer)
-    if len(classes) != len(data):
-        raise InputError(f"there are {len(classes)} labels for {len(data)} samples")
-    if not ids:
-        raise InputError("concept_ids is empty; name at least one concept")
-
+    classes, ids = _one_for_each(labels, len(data), "labels"), _named_concepts(concept_ids, layer)
     predictions = []
 
     def measure(one: CondAttribution) -> tuple[float, float]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
+from crp.audit.asked import predicted_by
 from crp.concepts import mask_of
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.attached import put_on
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.text_references import TextRow, read_text, text_heatmaps
 from crp.visualization.without import predict_without
@@ -29,7 +29,7 @@ def read_texts(
     texts = [read_text(fv.dataset, sample, fv.device) for sample in samples]
     if targets is not None:
         return texts, list(targets)
-    return texts, [choose_targets("prediction", fv.attribution, text)[0][0] for text in texts]
+    return texts, [predicted_by(fv.attribution, text)[0] for text in texts]
 
 
 def change_in_texts(

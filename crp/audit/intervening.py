@@ -5,16 +5,17 @@ Relevance is a hypothesis about what the model uses; an intervention is its test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
+from crp.audit.asked import _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
-from crp.concepts.ids import as_ids
 from crp.engine.attached import put_on
 from crp.engine.door import check_attribution
 from crp.engine.independence import check_independent
@@ -79,11 +80,7 @@ def intervene(
     """
     check_attribution(attribution)
     check_data(data)
-    ids, classes = as_ids(concept_ids, layer), as_ids(targets, what="targets")
-    if len(classes) != len(data):
-        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
-    if not ids:
-        raise InputError("concept_ids is empty; name at least one concept")
+    ids, classes = _named_concepts(concept_ids, layer), _one_for_each(targets, len(data), "targets")
     check_number("scale", scale)
     if patch is not None:
         check_data(patch, "patch")
@@ -100,12 +97,20 @@ def intervene(
         columns = torch.tensor(classes, device=output.device) % n_outputs
         return output.gather(1, columns[:, None])[:, 0]
 
-    change = _Change(concept, scale)
+    others: list[Tensor] = []
 
-    def changed(samples: Tensor, concept_id: int | None) -> Tensor:
-        change.concept_id = concept_id
+    def keep(output: Tensor) -> Tensor:
+        others.append(output.detach().clone())
+        return output
+
+    def change(concept_id: int, output: Tensor) -> Tensor:
+        part = part_of(concept, output, [concept_id])
+        new = part_of(concept, others[0], [concept_id]) if others else part
+        return output - part + scale * new
+
+    def with_layer(changing: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         output: Tensor
-        output, n_calls = run_changed(attribution.model, layer, change, lambda model: output_of(samples, model))
+        output, n_calls = run_changed(attribution.model, layer, changing, lambda model: output_of(samples, model))
         if not n_calls:
             raise InputError(f"the forward pass does not use layer {layer!r}")
         if n_calls > 1:
@@ -116,40 +121,8 @@ def intervene(
     check_independent(
         attribution.model, Inputs.of(data.to(attribution.device)), [range(len(data))], attribution.select_output
     )
-    changes = []
     with torch.no_grad(), put_on(None, attribution.model) as model:
         before = output_of(data, model)
         if patch is not None:
-            changed(patch, None)
-            change.other = change.seen
-        for concept_id in ids:
-            changes.append(changed(data, concept_id) - before)
-    return torch.stack(changes, 1)
-
-
-class _Change:
-    """Function of a layer's output, in which one concept is changed.
-
-    Attributes
-    ----------
-    concept_id : int or None
-        The concept that is changed; None changes nothing.
-    seen : Tensor or None
-        What the layer gave last, unchanged.
-    other : Tensor or None
-        What it gave for other samples, whose part takes the concept's place.
-    """
-
-    def __init__(self, concept: Concept, scale: float) -> None:
-        self.concept, self.scale = concept, scale
-        self.concept_id: int | None = None
-        self.seen: Tensor | None = None
-        self.other: Tensor | None = None
-
-    def __call__(self, output: Tensor) -> Tensor:
-        self.seen = output.detach().clone()
-        if self.concept_id is None:
-            return output
-        part = part_of(self.concept, self.seen, [self.concept_id])
-        new = part if self.other is None else part_of(self.concept, self.other, [self.concept_id])
-        return output - part + self.scale * new
+            with_layer(keep, patch)
+        return torch.stack([with_layer(partial(change, concept_id), data) - before for concept_id in ids], 1)

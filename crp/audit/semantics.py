@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crp.audit.asked import _named_concepts
 from crp.checks import check_number
-from crp.concepts import as_ids
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, InputTypeError
 from crp.visualization.feature import FeatureVisualization
@@ -69,9 +69,7 @@ def embed_references(
     check_number("n", n, 1, whole=True)
     if not callable(embed):
         raise InputTypeError(f"embed must be a function of samples, such as CLIP's encode_image: {embed!r}")
-    ids = as_ids(concept_ids, layer)
-    if not ids:
-        raise InputError("concept_ids is empty; name at least one concept")
+    ids = _named_concepts(concept_ids, layer)
     references, found = fv.get_max_reference(ids, layer, mode, (0, n)), []
     for i in ids:
         with torch.no_grad():

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from zennit.core import Composite
 
+from crp.audit.asked import _one_for_each, predicted_by
 from crp.audit.in_texts import change_in_texts, read_texts
 from crp.audit.intervening import intervene
 from crp.checks import check_number
@@ -17,7 +18,6 @@ from crp.concepts import as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -147,11 +147,8 @@ def read_samples(
         data, targets = read_texts(fv, given, targets)
     else:
         data = fv.get_data_concurrently(given, True)[0].detach()
-        if targets is None:
-            targets = [chosen[0] for chosen in choose_targets("prediction", fv.attribution, Asked.of(data, None))]
-    classes = as_ids(targets, what="targets")
-    if len(classes) != len(data):
-        raise InputError(f"there are {len(classes)} targets for {len(data)} samples")
+        targets = predicted_by(fv.attribution, Asked.of(data, None)) if targets is None else targets
+    classes = _one_for_each(targets, len(data), "targets")
     return np.asarray([number % len(fv.dataset) for number in given], np.int64), ids, data, classes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from crp.commands.errors import CommandError
+from crp.commands.errors import FIGURES, CommandError
 from crp.commands.loading import EXISTING, _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
-from crp.commands.values import _plain, read_value
+from crp.commands.values import _plain, _read_settings
 from crp.errors import LoadingError
 from crp.wording import counted, percent
 
@@ -58,7 +58,6 @@ _SAID = {
     "neuron": "a class is explained",
     "explain": "the picture is explained",
 }
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 _PAGE = ".html"
 #: Classes of a prediction that a page lists.
 _CLASSES = 5
@@ -125,29 +124,26 @@ def attribute(
     from crp.commands.texts import Asking, explain_texts
     from crp.visualization.models import find_class
 
-    _check_kind(images, texts, page, out)
+    page = page or out.suffix.lower() == _PAGE
+    _check_options(images, texts, page, out)
     if texts:
         asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
         _check_writable(out.parent, out)
         loaded = _load(model, output, **loading)
-        for line in explain_texts(texts, loaded, method, asking, _parsed(settings), out, as_json):
+        given = _own(settings, () if layer is None else ("layer", "condition", "mask_map"), False)
+        for line in explain_texts(texts, loaded, method, asking, given, out, as_json):
             click.echo(line)
         return
-    page = page or out.suffix.lower() == _PAGE
     places = _places(images, out, page)
-    _check_named(layer, concept, graph, page)
     chosen = find_method(method)
     shown = PageConcepts(layer, concept, graph) if page else None
     through: dict[str, Any] = {"condition": {layer: list(concept)}} if concept and not page else {}
     if layer is not None and (chosen.family == "cam" or not (concept or page)):
         through["layer"] = layer
-    given = _merged(_parsed(settings), through, page and chosen.family != "cam")
-    loaded = _load(model, output, **loading)
-    _check_layers(loaded, layer, graph)
+    given = _own(settings, through, page and chosen.family != "cam") | through
+    loaded = _load_named(model, output, layer, graph, loading)
     given |= {} if loaded.output is None else {"output": loaded.output}
     index = None if target is None else find_class(target, loaded.classes, "--target")
-    if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
-        click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
     where = f" through channels {list(concept)} of {layer}" if concept else f" of {layer}" if layer else ""
     caption = chosen.name if page else f"{chosen.name}{where}"
     unread = []
@@ -165,8 +161,22 @@ def attribute(
         raise CommandError(f"{len(unread)} of {counted(len(images), 'picture')} left out: {'; '.join(unread)}")
 
 
-def _check_kind(images: Sequence[Path], texts: Sequence[str], page: bool, out: Path) -> None:
-    """Refuse options of texts with pictures, and those of pictures with texts."""
+def _load_named(
+    model: str, output: str | None, layer: str | None, graph: Sequence[str], loading: dict[str, Any]
+) -> Loaded:
+    """Model in which the layers that are named must be; random weights are told."""
+    from crp.engine.taps import check_layers
+
+    loaded = _load(model, output, **loading)
+    check_layers(loaded.model, [] if layer is None else [layer], "--layer")
+    check_layers(loaded.model, graph, "--graph")
+    if _has_random_weights(model, loading["weights"], loading["checkpoint"]):
+        click.echo(f"{model} has random weights, which say nothing; give --weights or --checkpoint", err=True)
+    return loaded
+
+
+def _check_options(images: Sequence[Path], texts: Sequence[str], page: bool, out: Path) -> None:
+    """Refuse options of texts with pictures, those of pictures with texts, and those without what they are about."""
     context = click.get_current_context()
     typed = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if bool(images) == bool(texts) or (images and typed & {"tokenizer", "position", "against"}):
@@ -175,32 +185,23 @@ def _check_kind(images: Sequence[Path], texts: Sequence[str], page: bool, out: P
         raise CommandError(f"{' and '.join(wrong)}: for pictures alone, and --text is given")
     if texts and page and out.suffix.lower() != _PAGE:
         raise CommandError(f"--out {out} must end in .html for a page of texts")
-
-
-def _merged(settings: dict[str, Any], through: dict[str, Any], of_page: bool) -> dict[str, Any]:
-    """Options of the method, those of --option and those that --layer and --concept mean; each is said once."""
-    for name in settings:
-        if name in _SAID:
-            raise CommandError(f"--option {name} is no option of a method; {_SAID[name]}")
-        if name in through:
-            raise CommandError(f"--option {name} and --layer, or --concept, say both what is explained; give one")
-        if of_page and name in ("layer", "condition", "mask_map"):
-            raise CommandError(f"--option {name}: a page shows the concepts of --layer; give that, and --concept")
-    return settings | through
-
-
-def _check_named(layer: str | None, concepts: Sequence[int], graph: Sequence[str], page: bool) -> None:
-    if concepts and layer is None:
+    if context.params["concept"] and context.params["layer"] is None:
         raise CommandError("--concept needs the --layer that it is in")
-    if graph and not page:
+    if context.params["graph"] and not page:
         raise CommandError("--graph is for --page, which draws it")
 
 
-def _check_layers(loaded: Loaded, layer: str | None, graph: Sequence[str]) -> None:
-    from crp.engine.taps import check_layers
-
-    check_layers(loaded.model, [] if layer is None else [layer], "--layer")
-    check_layers(loaded.model, graph, "--graph")
+def _own(settings: Sequence[str], meant: Collection[str], of_page: bool) -> dict[str, Any]:
+    """Options of the method by --option, in which a list is a tuple; what --layer and --concept mean is said once."""
+    found = _read_settings(settings, "--option", "NAME=VALUE, such as steps=50")
+    for name in found:
+        if name in _SAID:
+            raise CommandError(f"--option {name} is no option of a method; {_SAID[name]}")
+        if name in meant:
+            raise CommandError(f"--option {name} and --layer, or --concept, say both what is explained; give one")
+        if of_page and name in ("layer", "condition", "mask_map"):
+            raise CommandError(f"--option {name}: a page shows the concepts of --layer; give that, and --concept")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
@@ -215,7 +216,7 @@ def _places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
 
 
 def _named_places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
-    suffixes, suffix = ((_PAGE,), _PAGE) if page else (_SUFFIXES, ".png")
+    suffixes, suffix = ((_PAGE,), _PAGE) if page else (FIGURES, ".png")
     if len(images) == 1 and out.suffix.lower() in suffixes:
         return [out]
     if len(images) == 1 and not out.is_dir():
@@ -306,13 +307,14 @@ def _prediction(
 def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:
     """Options of a method with those that the command chooses, and what is said of them."""
     from crp.attributors.explaining import find_method
+    from crp.attributors.flow import through_concepts
     from crp.visualization.mining.axes import concepts_of_channels
 
     if find_method(method).options.get("layer") is ... and "layer" not in given:
         raise CommandError(f"method {method!r} needs layer={_suggestion(loaded, data)}")
     if "condition" in given and "mask_map" not in given:  # (of the first picture, for all of them)
-        concepts = concepts_of_channels(loaded.model, data, given["condition"])
-        given |= {"mask_map": {layer: concept.mask for layer, concept in concepts.items()}}
+        condition = given["condition"]
+        given |= through_concepts(concepts_of_channels(loaded.model, data, condition), condition)
     if method != "occlusion" or {"window_shape", "step"} & given.keys():
         return given, ""
     window, step = _windows(*data.shape[-2:])
@@ -351,18 +353,6 @@ def _check_writable(folder: Path, out: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
-
-
-def _parsed(settings: tuple[str, ...]) -> dict[str, Any]:
-    """Options of the method; a value is JSON, or else a word, and a list is a tuple."""
-    found: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise CommandError(f"--option {setting!r} must be NAME=VALUE, such as steps=50")
-        parsed = read_value(value)
-        found[name] = tuple(parsed) if isinstance(parsed, list) else parsed
-    return found
 
 
 def _options(options: dict[str, Any]) -> str:

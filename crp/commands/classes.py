@@ -13,6 +13,7 @@ import click
 
 from crp.commands.errors import CommandError
 from crp.commands.group import in_a_line
+from crp.commands.loading import FOLDER
 from crp.commands.values import _plain
 from crp.wording import counted, first_few, percent
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from crp.audit import AuditedSample, Clusters, Prototypes
     from crp.visualization.table.store import Table
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 _KEEP = click.option(
     "--keep/--no-keep", default=True, show_default=True, help="In FOLDER, for the pages of crp report."
@@ -33,14 +33,18 @@ _LISTED = 8
 
 
 @click.command("prototypes")
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=FOLDER)
 @click.argument("layer")
 @click.argument("classes", nargs=-1)
 @click.option(
     "--n", type=click.IntRange(1), help="Prototypes of each class; that of the least BIC, up to 6, by default."
 )
 @click.option("--covariance", type=click.Choice(["diag", "full"]), default="diag", show_default=True)
-@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="File to save them to (.safetensors).")
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File (.safetensors) for Python, where crp.audit.Prototypes.load(FILE) reads it.",
+)
 @_SEED
 @_KEEP
 @_JSON
@@ -98,7 +102,7 @@ def prototypes_command(
 
 
 @click.command("audit")
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=FOLDER)
 @click.argument("layer")
 @click.option("--sample", "samples", type=click.IntRange(0), multiple=True, help="Of the table; may be given again.")
 @click.option("--data", help="Other samples: a folder of pictures, or package.module:factory.")
@@ -152,7 +156,7 @@ def audit_command(
 
 
 @click.command("clusters")
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=FOLDER)
 @click.argument("layer")
 @click.argument("of_class", metavar="CLASS")
 @click.option(
@@ -281,9 +285,9 @@ def _audit_data(
 
     from crp.attribution import CondAttribution
     from crp.audit import audit
+    from crp.audit.asked import predicted_by
     from crp.commands.mine import _make_composite
     from crp.visualization.decoding import Decoded, decoder_mark
-    from crp.visualization.mining.targets import choose_targets
     from crp.visualization.mining.text_batches import Asked
     from crp.visualization.opening import open_recipe
     from crp.visualization.table.fingerprint import fingerprint, fingerprint_model
@@ -305,7 +309,7 @@ def _audit_data(
         for together in [drawn] if alike else [[one] for one in drawn]:
             batch = torch.stack([one for _, one in together])
             prepared = batch if opened.preprocess is None else opened.preprocess(batch)
-            classes = [one for [one] in choose_targets("prediction", attribution, Asked.of(prepared, None))]
+            classes = predicted_by(attribution, Asked.of(prepared, None))
             rows = [row for row, of_class in enumerate(classes) if of_class in found.classes]
             without = [(together[row][0], classes[row]) for row in range(len(classes)) if row not in rows]
             left_out += [f"{name}: no prototypes of {_class_name(table, of_class)}" for name, of_class in without]

@@ -14,13 +14,28 @@ from crp.commands.values import _split_numbers
 if TYPE_CHECKING:
     from crp.visualization.models import Loaded
 
+#: A file, and a folder, that are there.
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
-_WEIGHTS = (
+
+def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """One decorator of several options of a command, which stand in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+#: Options about a model's weights, and those about pictures and their classes.
+_weight_options = _together(
     click.option("--weights", help="Of torchvision, such as DEFAULT; they may be downloaded."),
     click.option("--checkpoint", type=EXISTING, help="State dict."),
 )
-_PICTURES = (
+_picture_options = _together(
     click.option("--size", type=click.IntRange(1, LARGEST), help="Pixels on a side, in place of the weights' own."),
     click.option(
         "--mean", multiple=True, callback=_split_numbers, help="For the normalisation: 0.5,0.5,0.5, for example."
@@ -28,20 +43,6 @@ _PICTURES = (
     click.option("--std", multiple=True, callback=_split_numbers, help="As --mean."),
     click.option("--classes", type=EXISTING, help="Names of the classes, one per line."),
 )
-
-
-def _weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options about a model's weights."""
-    for option in reversed(_WEIGHTS):
-        command = option(command)
-    return command
-
-
-def _picture_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options about pictures and their classes."""
-    for option in reversed(_PICTURES):
-        command = option(command)
-    return command
 
 
 def _load(named: str, output: str | None, **options: Any) -> Loaded:

@@ -18,7 +18,7 @@ from crp.commands.errors import CommandError
 from crp.commands.group import _saying_on_interrupt, in_a_line
 from crp.commands.loading import _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.processes import _client, _device, _part
-from crp.commands.values import read_value, split_names
+from crp.commands.values import _plain, _read_settings, split_names
 from crp.wording import counted, first_few
 
 if TYPE_CHECKING:
@@ -246,18 +246,13 @@ def _describe_run(
     layers: Sequence[str], n: int, pictures: bool, loaded: Loaded, labels: Mapping[str, int] | None
 ) -> None:
     """Say what was decided for the user: layers, how pictures are prepared, and which class a folder is."""
-    click.echo(f"layers     {_first(layers)}")
+    click.echo(_plain(f"layers     {first_few(layers, 20)}"))
     if pictures:
         prepared = loaded.normalized or "not normalised, in 0..1 (--mean and --std do it, where the training did)"
         click.echo(f"pictures   {n}, {prepared}")
     if labels is not None:
         folders = [f"{name} {labels[name]}" for name in sorted(labels, key=lambda one: labels[one])]
-        click.echo(f"classes    {_first(folders)}")
-
-
-def _first(words: Sequence[str]) -> str:
-    """The first words of a list, and how many more there are."""
-    return first_few(["".join(c if c.isprintable() else "?" for c in word) for word in words], 20)
+        click.echo(_plain(f"classes    {first_few(folders, 20)}"))
 
 
 def _recipe(
@@ -336,12 +331,7 @@ def _make_composite(name: str, settings: Sequence[str]) -> Any:
     """Composite of a name of the registry, or of ``"none"``, with settings such as ``"epsilon=1e-6"``."""
     from crp.composites import get
 
-    keywords: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise CommandError(f"--set {setting!r} must be KEY=VALUE, such as epsilon=1e-6")
-        keywords[key] = read_value(value)
+    keywords = _read_settings(settings, "--set", "KEY=VALUE, such as epsilon=1e-6")
     if name == "none":
         if settings:
             raise CommandError("--set is for a composite, and --composite is none")

@@ -32,13 +32,11 @@ def draw(image: Tensor, heatmap: Tensor, title: str, caption: str, path: Path) -
     path : path
         Its suffix decides the format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     picture = image.permute(1, 2, 0).squeeze(-1).numpy()
     height, width = image.shape[-2:]
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: list[Axes] = list(figure.subplots(1, 3))
     drawn = (picture, draw_heatmap(heatmap, (height, width)), draw_overlay(image, heatmap))
     for one, name, content in zip(axes, ("input", "heatmap", "overlay"), drawn, strict=True):

@@ -15,6 +15,7 @@ import click
 from crp.commands.attribute import _check_writable
 from crp.commands.errors import CommandError
 from crp.commands.group import _saying_on_interrupt
+from crp.commands.loading import FOLDER
 from crp.commands.mine import _check_outside, _make_composite
 from crp.commands.processes import _part
 from crp.commands.values import _plain, split_names
@@ -33,7 +34,7 @@ _OPTIONS = {
 
 
 @click.command("report")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the pages; FOLDER/atlas by default.")
 @click.option("--single-file", is_flag=True, help="One file with all pages and pictures, for small tables.")
 @click.option("--layers", multiple=True, callback=split_names, help="Layers to show; all by default.")
@@ -77,8 +78,11 @@ def report_command(
     --workers draw at the same time. So do several machines that share the folder, each with its --part; the same
     command without it then writes the pages.
     """
+    from crp.visualization.report.addresses import is_one_file
+
     path = out or folder / ("atlas.html" if single_file else "atlas")
-    if single_file and path.suffix.lower() not in (".html", ".htm"):
+    is_file = is_one_file(path)
+    if single_file and not is_file:
         raise CommandError(f"--out {path} must end in .html with --single-file")
     if single_file and (workers > 1 or part):
         raise CommandError("--workers and --part draw into a folder; --single-file is for small tables")
@@ -90,10 +94,10 @@ def report_command(
     share = None if part is None else _part(part, {}, "--part")
     given["quiet"] = given["quiet"] or as_json
     kept = f"What is drawn is kept in {path}; the same command goes on from there."
-    if path.suffix.lower() in (".html", ".htm"):
+    if is_file:
         kept = f"{path} is written as a whole, and not yet; pages in a folder go on after an interruption."
     with _saying_on_interrupt(kept):
-        page = _write(folder, path, workers, share, given)
+        page = _write(folder, path, path.parent if is_file else path, workers, share, given)
     if share is not None:
         done = {"part": part, "folder": str(page)}
         click.echo(json.dumps(done) if as_json else f"drew part {part} into {_plain(str(page))}")
@@ -103,7 +107,9 @@ def report_command(
         click.launch(page.resolve().as_uri())
 
 
-def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None, given: dict[str, Any]) -> Path:
+def _write(
+    folder: Path, path: Path, written_into: Path, workers: int, share: tuple[int, int] | None, given: dict[str, Any]
+) -> Path:
     """Open the table, have its pictures drawn by several processes if need be, and write the pages."""
     from crp.visualization.feature import FeatureVisualization
     from crp.visualization.opening import open_recipe
@@ -114,7 +120,7 @@ def _write(folder: Path, path: Path, workers: int, share: tuple[int, int] | None
     recipe = table.header.recipe
     if isinstance(recipe.get("command"), dict):
         _check_outside(path, str(recipe["command"].get("data")))
-    _check_writable(path.parent if path.suffix.lower() in (".html", ".htm") else path, path)
+    _check_writable(written_into, path)
     found, command = open_recipe(recipe), recipe["command"]
     fv = FeatureVisualization.open(
         folder,

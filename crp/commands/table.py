@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from crp.commands.loading import FOLDER
 from crp.commands.values import _plain
 from crp.wording import counted
 
 if TYPE_CHECKING:
     from crp.visualization.table.store import Table
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 #: How many ranges, and skipped samples, are listed.
 _LISTED = 20
 #: How many shards tell the rate.
@@ -24,7 +24,7 @@ _RATED = 32
 
 
 @click.command()
-@click.argument("folder", type=_FOLDER)
+@click.argument("folder", type=FOLDER)
 @click.option("--verify", is_flag=True, help="Read every shard, and compare it with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def status(folder: Path, verify: bool, as_json: bool) -> None:
@@ -72,7 +72,7 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
 
 @click.command("merge")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.argument("others", nargs=-1, type=_FOLDER)
+@click.argument("others", nargs=-1, type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="For machines: what crp status --json tells.")
 def merge_command(folder: Path, others: tuple[Path, ...], as_json: bool) -> None:
     """Take what several processes have mined into one table.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from crp.commands.errors import CommandError
+from crp.commands.errors import FIGURES, CommandError
 from crp.commands.values import _plain
 from crp.wording import percent
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from crp.image.texts import TextHeatmap
     from crp.visualization.mining.texts import Texts
     from crp.visualization.models import Loaded
-
-_FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 class Asking(NamedTuple):
@@ -77,7 +75,7 @@ def explain_texts(
     from crp.visualization.table.files import write_atomic
 
     suffix = out.suffix.lower()
-    if suffix not in (".html", *_FIGURES):
+    if suffix not in (".html", *FIGURES):
         raise CommandError(f"--out {out} must end in .html, .png, .jpg, .pdf or .svg")
     if not asking.tokenizer:
         raise CommandError("--text needs the model's --tokenizer: a folder or name, or package.module:factory")
@@ -108,8 +106,6 @@ def _set_layer(model: nn.Module, asking: Asking, given: dict[str, Any], family: 
     """Options of a method that say which layer and concepts are meant; and their words."""
     from crp.attributors.flow import through_concepts
 
-    if asking.concepts and asking.layer is None:
-        raise CommandError("--concept needs the --layer that it is in")
     if asking.layer is None:
         return ""
     concepts = concepts_of_texts(model, [asking.layer])

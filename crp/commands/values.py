@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from crp.commands.errors import CommandError
+
 
 def read_value(word: str) -> Any:
     """What is typed for a value: JSON (``0.1``, ``[1, 2]``, ``true``), True, False, None, or else the word itself."""
@@ -16,6 +18,17 @@ def read_value(word: str) -> Any:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(word, word))
     except json.JSONDecodeError:
         return word
+
+
+def _read_settings(words: Iterable[str], option: str, form: str) -> dict[str, Any]:
+    """Names and values of an option that may be given again; ``form`` says how each is typed."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise CommandError(f"{option} {word!r} must be {form}")
+        found[name] = read_value(value)
+    return found
 
 
 def _plain(text: str) -> str:

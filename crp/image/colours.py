@@ -24,12 +24,12 @@ from crp.image.reading import _check_shown, _in_eight_bits, as_shown
 FOR = (0.80, 0.09, 0.11)
 AGAINST = (0.13, 0.35, 0.75)
 #: Relevance beyond this percentile of its absolute values has the full colour.
-_PERCENTILE = 99.5
+PERCENTILE = 99.5
 #: Opacity is the absolute relevance to this power, so that small relevance can be seen.
 POWER = 0.7
 
 
-def clipped(heatmap: Tensor | Array, percentile: float = _PERCENTILE) -> tuple[NDArray[Any], float]:
+def clipped(heatmap: Tensor | Array, percentile: float = PERCENTILE) -> tuple[NDArray[Any], float]:
     """Relevance divided by a percentile of its absolute values and clipped to -1..1, and the value that became 1.
 
     Parameters

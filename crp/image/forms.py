@@ -22,7 +22,7 @@ from torch import Tensor
 from crp.checks import check_number
 from crp.errors import InputError
 from crp.flags import check_flags
-from crp.image.colours import _as_heatmap, as_picture, blurred, clipped, colours_of, resized
+from crp.image.colours import PERCENTILE, _as_heatmap, as_picture, blurred, clipped, colours_of, resized
 from crp.image.pixels import Array, Picture
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def draw_masked(image: Picture, heatmap: Tensor | Array) -> Image.Image:
 def draw_heatmap(heatmap: Tensor | Array, size: tuple[int, int] | None = None) -> Image.Image:
     """Relevance on white; ``size`` is a (height, width) other than the heatmap's."""
     values = _as_heatmap(heatmap)
-    colour = colours_of(clipped(values if size is None else resized(values, size))[0])
-    return _image(colour[..., :3] * colour[..., 3:] + 1 - colour[..., 3:])
+    return _image(_on_white(clipped(values if size is None else resized(values, size))[0]))
 
 
 def draw_overlay(image: Picture, heatmap: Tensor | Array) -> Image.Image:
@@ -194,14 +193,12 @@ def add_colour_bar(axes: Axes | Sequence[Axes], one: float) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    colour = colours_of(np.linspace(-1, 1, 256))
-    on_white = colour[..., :3] * colour[..., 3:] + 1 - colour[..., 3:]
     scale = one or 1.0
-    shown = ScalarMappable(Normalize(-scale, scale), ListedColormap(on_white))
+    shown = ScalarMappable(Normalize(-scale, scale), ListedColormap(_on_white(np.linspace(-1, 1, 256))))
     first: Any = axes[0] if isinstance(axes, Sequence) else axes
     drawn = first.figure.colorbar(shown, ax=axes, shrink=0.85, extend="both", ticks=[-scale, 0, scale])
     drawn.ax.set_yticklabels([f"{-scale:+.3g}\nagainst", "0", f"{scale:+.3g}\nfor"], parse_math=False)
-    drawn.set_label(f"relevance; beyond the {99.5:g}th percentile, full colour", fontsize=8)
+    drawn.set_label(f"relevance; beyond the {PERCENTILE:g}th percentile, full colour", fontsize=8)
 
 
 def new_axes(width: float = 4, height: float = 4) -> Axes:
@@ -212,6 +209,12 @@ def new_axes(width: float = 4, height: float = 4) -> Axes:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
+
+
+def _on_white(relevance: Array) -> Array:
+    """Colours of relevance in -1..1 on white: of shape (..., 3), in 0..1."""
+    colour: Array = colours_of(relevance)
+    return colour[..., :3] * colour[..., 3:] + 1 - colour[..., 3:]
 
 
 def _fitted(heatmap: Tensor | Array, picture: Array) -> Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -83,18 +85,10 @@ def _eight_bits(values: NDArray[Any], mode: str) -> NDArray[np.uint8]:
 
 
 def _by_profile(picture: Image.Image) -> Image.Image:
-    profile = picture.info.get("icc_profile")
-    if profile:
-        import io
-
+    if profile := picture.info.get("icc_profile"):
         from PIL import ImageCms
 
-        try:
-            converted = ImageCms.profileToProfile(
-                picture, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-        except (ImageCms.PyCMSError, OSError):  # a damaged profile, without which a viewer shows the picture, too
-            return picture.convert("RGB")
-        if converted is not None:
-            return converted
+        with suppress(ImageCms.PyCMSError, OSError):  # (a damaged profile, without which a viewer shows it, too)
+            own, shown = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            return cast(Image.Image, ImageCms.profileToProfile(picture, own, shown, outputMode="RGB"))
     return picture.convert("RGB")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 import crp
-from crp.attribution import CondAttribution
 from crp.attributors.base import Attributor
+from crp.attributors.gradient import Gradient
 from crp.attributors.perturbation import MeaningfulPerturbation
 from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Target
@@ -192,17 +192,13 @@ def _explain(
     output: Output,
     options: dict[str, Any],
 ) -> Tensor:
-    if isinstance(method, Composite):
-        leaf = data.clone().requires_grad_()
-        CondAttribution(model, output=output)(leaf, [{"y": int(c)} for c in target], method, **options)
-        assert leaf.grad is not None
-        return leaf.grad
     result: Any
     if isinstance(method, str):
         chosen = {} if output is None else {"output": output}
         result = crp.explain(method, model, data, target, **chosen, **options)
     else:
-        result = method(model, **options)(data, target if output is None else Selected(Target.of(target), output))
+        made = Gradient(model, method, **options) if isinstance(method, Composite) else method(model, **options)
+        result = made(data, target if output is None else Selected(Target.of(target), output))
     # Attributors return (output, attribution), as those of zennit do.
     result = getattr(result, "heatmap", result[1] if type(result) is tuple and len(result) == 2 else result)
     if not isinstance(result, Tensor):

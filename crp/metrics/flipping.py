@@ -204,7 +204,7 @@ def selectivity(
     check_number("steps", steps, 1, whole=True)
     check_data(data)
     space = data.shape[2:] if data.dim() > 2 else data.shape[1:]
-    if not 1 <= len(space) <= 3 or min(space) < patch:
+    if min(space, default=0) < patch:
         raise InputError(f"a patch of {patch} per axis does not fit into data of shape {tuple(data.shape)}")
     scorer = Scorer(model, data, target, score, batch_size, output)
     filled = make_background(replacement, data, sigma, torch.Generator().manual_seed(0))

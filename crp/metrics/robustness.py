@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from crp.checks import check_number
 from crp.engine.door import check_seed
+from crp.engine.inputs import check_data
 from crp.errors import InputError
 from crp.flags import check_flags
 from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
@@ -53,9 +54,7 @@ def translations(sample: Tensor, offsets: Sequence[int], axis: int = -1, fill: f
     moved = []
     for offset in offsets:
         source = position - offset
-        inside = ((source >= 0) & (source < size)).view(
-            -1, *[1] * ((-axis - 1) if axis < 0 else sample.dim() - 1 - axis)
-        )
+        inside = ((source >= 0) & (source < size)).view(-1, *[1] * (sample.dim() - 1 - axis % sample.dim()))
         moved.append(sample.index_select(axis, source.clamp(0, size - 1)).where(inside, fill))
     return torch.stack(moved)
 
@@ -98,6 +97,7 @@ def continuity(
         If all points are the same.
     """
     check_flags(neighbours=neighbours)
+    check_data(path)
     explain = _as_explain_func(explain_func, output)
     first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size, output)
     classes = first.classes.expand(len(path))

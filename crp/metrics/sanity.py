@@ -11,7 +11,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from crp.checks import check_number
 from crp.engine.door import check_seed
 from crp.errors import InputError
 from crp.flags import check_flags
@@ -65,7 +64,6 @@ def randomization(
     """
     check_flags(absolute=absolute)
     explain = _as_explain_func(explain_func, output)
-    check_number("batch_size", batch_size, 1, whole=True)
     check_seed(seed)
     classes = Scorer(model, data, target, "output", batch_size, output).classes
     changed = copy.deepcopy(unwrap(model)).eval()

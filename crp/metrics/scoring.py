@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from crp.attributors.scores import ScoreName, explaining, known_target, score_of, target_of
+from crp.attributors.scores import ScoreName, check_exclusive, explaining, known_target, score_of, target_of
 from crp.attributors.selected import Selected, checked_output
 from crp.attributors.target import Classes
 from crp.checks import check_choice, check_number
@@ -60,10 +60,7 @@ class Scorer:
                 f"target must be a class, one per sample, or None for what is predicted, not {target!r}"
             )
         self.model, self.score, self.batch_size, self.output = model, score, batch_size, checked_output(output)
-        if score != "output" and not getattr(output, "exclusive", True):
-            raise InputError(
-                f"score={score!r} is of classes that exclude each other, and those of output= do not; give 'output'"
-            )
+        check_exclusive(score, output)
         with self._running() as run, torch.no_grad():
             if asked is None:
                 known = [known_target(None, run(part)) for part in torch.split(data, self.batch_size)]

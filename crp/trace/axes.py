@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crp.layers import evaluating, unwrap
 from crp.layers.addresses import attention_around
 from crp.trace.cache import recorded, structure
-from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
+from crp.trace.record import FunctionCall, ModuleCall, Node, Reader, TensorKind, Trace
 
 _LAST = frozenset("linear addmm layer_norm rms_norm embedding multi_head_attention_forward".split())  # noqa: SIM905
 _SECOND = frozenset(
@@ -27,13 +27,15 @@ _SECOND = frozenset(
 )
 #: Functions of which nothing is known, even where the shape stays.
 _MIXING = frozenset(
-    "bmm baddbmm einsum tensordot mm matmul rmatmul chain_matmul outer kron gather take_along_dim".split()  # noqa: SIM905
+    "T bmm baddbmm einsum tensordot mm matmul rmatmul chain_matmul outer kron gather take_along_dim".split()  # noqa: SIM905
 )
-_SWAPS = frozenset("transpose swapaxes swapdims t T mT H mH adjoint".split())  # noqa: SIM905
+_SWAPS = frozenset("transpose swapaxes swapdims mT mH adjoint".split())  # noqa: SIM905
 _RESHAPES = frozenset("reshape view flatten unflatten squeeze unsqueeze reshape_as view_as".split())  # noqa: SIM905
 _RESIZES = frozenset(
     "cat concat concatenate pad chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes".split()  # noqa: SIM905
 )
+#: Operations that are followed from a tensor down to what tells its axis.
+_DEEPEST = 400
 
 
 class ChannelAxis(NamedTuple):
@@ -72,24 +74,26 @@ def channel_axes(model: nn.Module, data: Tensor, layers: Iterable[str]) -> dict[
 
 
 def _of_attention(record: Trace, projection: str, call: ModuleCall) -> ChannelAxis:
-    """Channels of an output projection: of a call of its own, or within the fused function."""
+    """Channels of an output projection: of a call of its own, as of attention in windows, or in the fused function."""
     weight = f"{projection}.weight"
     for function in record.operations:
         if function.name == "linear" and any(operand.parameter == weight for operand in function.operands):
-            return ChannelAxis(-1, () if function.returned is None else tuple(function.returned.shape), "linear")
-    shape = () if call.given is None else tuple(call.given.shape)
-    return ChannelAxis(-1, shape, "multi_head_attention_forward")
+            return ChannelAxis(-1, _shape(function.returned), "linear")
+    return ChannelAxis(-1, _shape(call.given), "multi_head_attention_forward")
 
 
 def _of_call(call: ModuleCall, is_input: bool) -> ChannelAxis:
     kind, nodes = (call.given, call.inputs) if is_input else (call.returned, call.outputs)
-    shape = () if kind is None else tuple(kind.shape)
+    shape = _shape(kind)
     if len(shape) < 3:
         return ChannelAxis(1, shape, "")
-    place = _axis(nodes[0], shape) if nodes else None
-    maker = _function(nodes[0]) if nodes else None
+    place, maker = (_axis(nodes[0], shape), _function(nodes[0])) if nodes else (None, None)
     axis = None if place is None else {1: 1, len(shape) - 1: -1}.get(place)  # (the second or the last, or not known)
     return ChannelAxis(axis, shape, "" if maker is None else maker.name)
+
+
+def _shape(kind: TensorKind | None) -> tuple[int, ...]:
+    return () if kind is None else tuple(kind.shape)
 
 
 def _function(node: Node) -> FunctionCall | None:
@@ -104,75 +108,50 @@ def _function(node: Node) -> FunctionCall | None:
     return node.function
 
 
-def _reaches_input(node: Node) -> bool:
-    """Whether a tensor was made from an input of the model."""
-    todo, seen = [node], set()
-    while todo:
-        one = todo.pop()
-        if one.kind == "input":
-            return True
-        if id(one) not in seen:
-            seen.add(id(one))
-            todo += one.sources
-    return False
-
-
-def _axis(node: Node | None, shape: tuple[int, ...], depth: int = 0) -> int | None:
+def _axis(node: Node, shape: tuple[int, ...], depth: int = 0) -> int | None:
     """Axis of the channels of a tensor of this shape, counted from 0."""
-    function = None if node is None else _function(node)
-    if function is None or depth > 400 or len(shape) < 2:
+    function = _function(node)
+    if function is None or depth > _DEEPEST:
         return None
     if len(shape) == 2:
         return 1
     name = function.name
-    if name in _LAST or (name in ("matmul", "rmatmul") and _is_weighted(function)):
+    if name in _LAST or (name == "matmul" and not function.operands[1].origins):
         return len(shape) - 1
     if name in _SECOND:
         return 1
     if name in _MIXING:
         return None
     for operand in function.operands:
-        kind = _kind_of(operand)
-        if kind is None or operand.node is None or not _reaches_input(operand.node):
+        maker = _function(operand.node) if operand.node is not None and operand.origins else None
+        if operand.node is None or maker is None or not (below := _shape(maker.returned)):
             continue
-        below = tuple(kind.shape)
-        moved = _moved(function, below, shape)
-        if moved is not None and (axis := _axis(operand.node, below, depth + 1)) is not None and axis in moved:
-            return moved[axis]
+        if moved := _moved(function, below, shape):
+            axis = _axis(operand.node, below, depth + 1)
+            if axis in moved:
+                return moved[axis]
     return None
 
 
-def _kind_of(operand: Operand) -> TensorKind | None:
-    function = None if operand.node is None else _function(operand.node)
-    return None if function is None else function.returned
-
-
-def _is_weighted(function: FunctionCall) -> bool:
-    """Whether the second factor of a product of matrices is constant."""
-    operands = function.operands
-    return len(operands) == 2 and not operands[1].origins
-
-
-def _moved(function: FunctionCall, below: tuple[int, ...], shape: tuple[int, ...]) -> dict[int, int] | None:
-    """Where a function puts each axis of an operand; None if it is not known."""
+def _moved(function: FunctionCall, below: tuple[int, ...], shape: tuple[int, ...]) -> dict[int, int]:
+    """Where a function puts the axes of an operand, as far as it is known."""
     name, numbers, n = function.name, _numbers(function), len(below)
     if name in _SWAPS:
-        default = (-2, -1) if name in ("mT", "mH", "adjoint") else (0, 1)
-        one, other = (axis % n for axis in (numbers[:2] if len(numbers) > 1 else default))
+        one, other = (axis % n for axis in (numbers[:2] or (-2, -1)))  # (without numbers: mT, and its like)
         return {axis: {one: other, other: one}.get(axis, axis) for axis in range(n)}
     if name in ("movedim", "moveaxis"):
         if len(numbers) != 2:
-            return None
+            return {}
         one, other = (axis % n for axis in numbers)
         order = [axis for axis in range(n) if axis != one]
         order.insert(other, one)
         return {axis: place for place, axis in enumerate(order)}
     if name == "permute":
-        return {axis % n: place for place, axis in enumerate(numbers)} if len(numbers) == n else None
+        return {axis % n: place for place, axis in enumerate(numbers)}
     if name in _RESHAPES or (name == "getitem" and len(shape) != n):
         return _kept(below, shape)
     if len(shape) != n:
-        return None
+        return {}
     return {axis: axis for axis in range(n) if name in _RESIZES or below[axis] == shape[axis]}
 
 

@@ -136,16 +136,6 @@ class FunctionCall:
         """The operands that came from somewhere, each once."""
         return list(dict.fromkeys(operand.node for operand in self.operands if operand.node is not None))
 
-    @property
-    def dependent(self) -> int:
-        """Number of operands through which it depends on inputs of the model."""
-        return sum(bool(operand.origins) for operand in self.operands)
-
-    @property
-    def constant(self) -> int:
-        """Number of the other operands."""
-        return len(self.operands) - self.dependent
-
 
 def _operands(values: Collection[Any]) -> Iterator[Operand]:
     for value in values:

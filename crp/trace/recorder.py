@@ -35,8 +35,15 @@ _READING = frozenset(
     """addmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d einsum gru linear lstm matmul
     mm multi_head_attention_forward""".split()  # noqa: SIM905
 )
+#: Functions whose result does not depend on the values of their operands, or not differentiably.
+_CONSTANT = frozenset(
+    """data detach empty_like full_like new_empty new_empty_strided new_full new_ones new_tensor new_zeros ones_like
+    rand_like randint_like randn_like zeros_like""".split()  # noqa: SIM905
+)
 #: Functions that wait for a gradient, which does not come.
 _WAITING = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
+#: Context in which functions of torch are not recorded.
+_unrecorded = torch._C.DisableTorchFunction
 #: Longest sequence of numbers that is recorded.
 _LONGEST = 64
 
@@ -84,13 +91,6 @@ def _recording(recorder: _Recorder, model: nn.Module, args: Any, kwargs: Any) ->
             yield positional, named
     finally:
         _active.reset(token)
-
-
-#: Functions whose result does not depend on the values of their operands, or not differentiably.
-_CONSTANT = frozenset(
-    """data detach empty_like full_like new_empty new_empty_strided new_full new_ones new_tensor new_zeros ones_like
-    rand_like randint_like randn_like zeros_like""".split()  # noqa: SIM905
-)
 
 
 class _Recorder(TorchFunctionMode):
@@ -229,7 +229,7 @@ class _Recorder(TorchFunctionMode):
                 parent.is_leaf = False
             number = counts.get(layer, 0)
             counts[layer] = number + 1
-            with _looking():
+            with _unrecorded():
                 call = ModuleCall(layer, type(module), number, parent, inputs=self.find_all(tensors_in((args, kwargs))))
                 call.given = next((kind for value in (*args, *kwargs.values()) if (kind := _kind(value))), None)
                 before[call] = _versions(*args, *kwargs.values())
@@ -238,20 +238,20 @@ class _Recorder(TorchFunctionMode):
 
         def entered(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             if (call := self._current(layer)) is not None:
-                with _looking():
+                with _unrecorded():
                     call.input_changed = before.pop(call) != _versions(*args, *kwargs.values())
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             layer = names.get(module)
             if layer is not None and (call := self._current(layer)) is not None:
-                with _looking():
+                with _unrecorded():
                     call.returned = _kind(output)
                     before[call] = _versions(output)
 
         def left(layer: str, module: nn.Module, args: Any, output: Any) -> Any:
             if (call := self._current(layer)) is None:
                 return None
-            with _looking():
+            with _unrecorded():
                 call.output_changed = before.pop(call) != _versions(output)
             output = self._hand_out(call, output)
             self._stack.pop()
@@ -284,7 +284,7 @@ class _Recorder(TorchFunctionMode):
 
     def _hand_out(self, call: ModuleCall, output: Any) -> Any:
         """Record the outputs of a call that ends; returns what the module shall return."""
-        with _looking():
+        with _unrecorded():
             node = self.find(output) if isinstance(output, Tensor) else None
         if node is not None and node in call.inputs:
             # The output is the input itself (identity, dropout in evaluation); an alias keeps their readers apart.
@@ -292,7 +292,7 @@ class _Recorder(TorchFunctionMode):
             self._is_paused = True
             output = output.detach()
             self._is_paused = False
-        with _looking():
+        with _unrecorded():
             for tensor in tensors_in(output):
                 maker = self.find(tensor)
                 if maker is None or maker not in call.inputs:
@@ -309,10 +309,6 @@ class _Recorder(TorchFunctionMode):
             node = Node("output", call.layer, call, sources, maker.readers, maker.origins, maker=maker)
         call.outputs.append(node)
         self.keep(tensor, node)
-
-
-#: Context in which functions of torch are not recorded.
-_looking = torch._C.DisableTorchFunction
 
 
 def _copied(value: Any) -> Any:

@@ -76,6 +76,11 @@ def test_levels_in_the_context_of_a_target(graph, sample, composite, norm):
     assert set(connections) == {root, *first}
 
 
+def test_a_target_of_a_wrong_type_is_named(graph, sample):
+    with pytest.raises(TypeError, match=r"^target must be an int, .* not 'cat'"):
+        graph(sample, None, 0, "layer1.conv2", target="cat", verbose=False)
+
+
 @every_kind
 def test_levels_without_a_target_start_at_the_concept(graph, sample, composite):
     nodes, connections = graph(sample, composite, 1, "layer2.conv1", width=[2], verbose=False)
@@ -214,7 +219,7 @@ def test_errors_name_the_culprit(graph, sample, images):
         "layer1.conv2",
         target=0,
     )
-    fails(IndexError, "'y' is [5], but the model has outputs 0 to 4", sample, composite, 0, "layer1.conv2", target=5)
+    fails(IndexError, "target is 5, but the model has outputs 0 to 4", sample, composite, 0, "layer1.conv2", target=5)
     del graph.layer_map["layer1.conv1"]
     fails(KeyError, "layer_map has no concept for layer 'layer1.conv1'", sample, composite, 0, "layer1.conv2", target=0)
 

@@ -376,7 +376,7 @@ def test_images_that_do_not_fit_are_told_in_our_words(linear, small, change, mes
 
 def test_predictions_have_classes(images):
     model = nn.Conv2d(3, 2, 3).double().eval()
-    with pytest.raises(ValueError, match=r"output has shape \(4, 2, 14, 14\); what it predicts is known of"):
+    with pytest.raises(ValueError, match=r"output has shape \(4, 2, 14, 14\), of which no class is the predicted one"):
         MeaningfulPerturbation(model, **SMALL)(images)
     found = MeaningfulPerturbation(model, **SMALL)(images, lambda output: output.flatten(1).mean(1))
     assert found.heatmap.shape == (4, 16, 16)

@@ -72,6 +72,14 @@ WRONG = {
         lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept()),
         "found must be what prototypes.* gives, not a NoneType",
     ),
+    "audit of nan": (
+        lambda m: audit(CondAttribution(m), DATA * torch.nan, EpsilonPlus(), None, ChannelConcept()),
+        "data has NaN",
+    ),
+    "less than no concepts": (
+        lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept(), k=-1),
+        "k must be a whole number of at least 0",
+    ),
     "clusters of none": (lambda m: clusters(torch.rand(9, 2), n=0, n_neighbours=2), "n must be a whole number"),
     "as many clusters": (lambda m: clusters(torch.rand(9, 2), n=9, n_neighbours=2), "cannot be in 9 clusters"),
     "more clusters": (lambda m: clusters(torch.rand(9, 2), n=10, n_neighbours=2), "cannot be in 10 clusters"),

@@ -24,6 +24,7 @@ from crp.audit import (
     polysemanticity,
     prototypes,
     redundancy,
+    save_audit,
     search,
 )
 from crp.audit.tested import rank_correlation
@@ -177,6 +178,8 @@ def test_the_audit_of_the_table_is_that_of_its_samples(fv):
     for use in [*audited[0].over, *audited[0].under, *of_table[0].over]:
         assert use.references == best[:, use.concept].tolist()
     assert again[0].over[0].references == []
+    with pytest.raises(ValueError, match="no number in the table; audit_table gives those that have"):
+        save_audit(table, found, again)
     scores = {}
     for of_class, mixture in found.classes.items():
         blocks = list(table.blocks("second", normed=True, of_class=of_class))

@@ -207,6 +207,11 @@ def test_heads_classes_and_figures(here: Path) -> None:
         (["--text", "ab", "--concept", "3", "--out", "a.html"], "--concept needs the --layer"),
         (["--text", "ab", "--layer", "*.mlp.act", "--out", "a.html"], "--layer *.mlp.act names 2 layers; name one"),
         (["--text", "ab", "--layer", "nowhere", "--out", "a.html"], "nowhere"),
+        (["--text", "ab", "--option", "target=1", "--out", "a.html"], "is no option of a method; give --target"),
+        (
+            ["--text", "ab", "--layer", "transformer.h.0", "--option", "layer=transformer.h.1", "--out", "a.html"],
+            "--option layer and --layer, or --concept, say both what is explained; give one",
+        ),
         (["--text", "xyz", "--out", "a.html"], "substring not found"),
     ],
 )

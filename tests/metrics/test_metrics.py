@@ -229,7 +229,13 @@ def test_continuity_explains_what_is_predicted_for_the_first_point(mlp, vectors)
     assert continuity(mlp, path, None, times_input) != continuity(mlp, path, predicted, times_input)
 
 
-@pytest.mark.parametrize("axis", [1, 2, -1, -2])
+def test_every_point_of_a_path_is_checked(mlp, vectors):
+    path = torch.cat([vectors, torch.full_like(vectors[:1], torch.nan)])
+    with pytest.raises(ValueError, match=f"NaN or infinite values in samples \\[{len(vectors)}\\]"):
+        continuity(mlp, path, None, lambda model, inputs, targets: np.nan_to_num(inputs))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
 def test_translations(axis):
     sample = torch.rand(2, 3, 5)
     for offset, moved in zip((-2, 0, 1), translations(sample, (-2, 0, 1), axis, fill=7.0), strict=True):
@@ -291,6 +297,8 @@ def test_rank_correlation(linear, small):
     assert torch.allclose(found, expected.expand(3), rtol=1e-12)
     absolute = randomization(linear, small, 1, quantus_explain(Gradient()), seed=4, absolute=True)["1"]
     assert torch.allclose(found, absolute, rtol=1e-12)
+    signed = randomization(linear, small, 1, quantus_explain(Gradient()), seed=4)["1"]
+    assert not torch.allclose(signed, absolute, atol=0.01)
 
 
 def test_ties_share_a_rank(linear):
@@ -369,6 +377,44 @@ def test_arrays_become_what_the_model_takes(vgg_bn, images):
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
+def test_targets_of_quantus_may_stand_in_a_column(vgg_bn, images):
+    explain, classes = quantus_explain("gradient"), np.array([0, 1, 2, 0])
+    found = [explain(vgg_bn, images.numpy(), targets) for targets in (classes, classes[:, None])]
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("space", [(6,), (2, 3)], ids=["signal", "picture"])
+def test_heatmaps_of_whole_numbers_are_relevance(space):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double().eval()
+    data, order = torch.randn(3, 2, *space, **F64), torch.arange(6).reshape(space)
+    for found in (
+        [pixel_flipping(net, data, 0, relevance=heat.expand(3, *space)).most for heat in (order, order * 1.0)],
+        [
+            selectivity(
+                net,
+                data,
+                0,
+                lambda model, inputs, targets, heat=heat: heat.expand(3, *space),
+                patch=min(space),
+                steps=1,
+            ).curve
+            for heat in (order, order * 1.0)
+        ],
+    ):
+        assert torch.equal(*found)
+
+
+def test_what_a_method_gives_is_a_tensor(linear, small):
+    class Texts:
+        def __init__(self, model: nn.Module) -> None: ...
+
+        def __call__(self, data: Tensor, target: Tensor) -> str:
+            return "relevance"
+
+    with pytest.raises(TypeError, match=r"Texts'> gives a str, not a tensor, or an object with a heatmap"):
+        quantus_explain(Texts)(linear, small, [0, 1, 2])
+
+
 def test_methods_are_checked(linear, small):
     with pytest.raises(TypeError, match="method must be a name, a composite or the class of an attributor, not 3"):
         quantus_explain(3)
@@ -407,11 +453,13 @@ def test_methods_are_checked(linear, small):
         (pixel_flipping, {"explain_func": squared, "target": torch.sum}, TypeError, "target must be a class, one per"),
         (pixel_flipping, {"explain_func": squared, "replacement": "black"}, ValueError, "not 'black'"),
         (selectivity, {"explain_func": squared, "patch": 5}, ValueError, r"a patch of 5 .* shape \(3, 2, 4, 5\)"),
+        (selectivity, {"explain_func": squared, "patch": 0}, ValueError, "patch must be"),
         (selectivity, {"explain_func": squared, "steps": 0}, ValueError, "steps must be"),
         (local_lipschitz, {"explain_func": squared, "noise": 0.0}, ValueError, "noise must be greater than 0"),
         (local_lipschitz, {"explain_func": squared, "noise": torch.zeros(2, 1, 2, 4, 5)}, ValueError, "must differ"),
         (local_lipschitz, {"explain_func": squared, "noise": torch.ones(2, 2, 4, 5)}, ValueError, "noise has shape"),
         (local_lipschitz, {"explain_func": squared, "noise": torch.ones(5, 2, 2, 4, 5)}, ValueError, "noise has shape"),
+        (local_lipschitz, {"explain_func": squared, "noise": torch.ones(5, 1, 2, 5, 4)}, ValueError, "noise has shape"),
         (local_lipschitz, {"explain_func": squared, "noise": -1}, ValueError, "noise must be a number of at least 0"),
         (local_lipschitz, {"explain_func": squared, "samples": 0}, ValueError, "samples must be"),
     ],

@@ -255,7 +255,7 @@ def overwritten(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (overwritten, "sample 17 is not what it was"),
+        (overwritten, r"sample 17 \('017.png'\) is not what it was"),
         (lambda folder: save(folder / "0165.png", 99), r"sample 17 was '017.png', and is '0165.png'"),
         (lambda folder: (folder / "017.png").unlink(), "of n_samples = 40, not 39"),
         (lambda folder: (folder / "017.png").rename(folder / "0171.png"), "was '017.png', and is '0171.png'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -90,6 +91,11 @@ MOVES = {
     "cat": (lambda y: torch.cat([y, y.relu()], 1), 1),
     "chunk": (lambda y: y.chunk(2, 2)[0], 1),
     "pooled": (lambda y: y.mean((2, 3))[:, :, None], 1),
+    "cropped": (lambda y: y[..., 1:, 1:], 1),
+    "repeated": (lambda y: y.repeat(1, 2, 1, 1), None),
+    "interleaved": (lambda y: y.permute(0, 2, 3, 1).contiguous().movedim(-1, 1), 1),
+    "weighted_from_the_left": (lambda y: torch.ones(5, 4) @ y, None),
+    "deep": (lambda y: reduce(lambda deeper, _: deeper + 1, range(2000), y), None),
 }
 
 

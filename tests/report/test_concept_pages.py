@@ -149,10 +149,18 @@ def test_rounding_is_no_negative_relevance(fv):
 def test_words_of_a_graph_are_not_cut_and_curves_begin_behind_them():
     columns = [{"y": DrawnNode("an eighteen letter")}, {1: DrawnNode("1", picture="data:,")}]
     graph = draw_columns(columns, {("y", 1): 0.5}, (45, 165), 210)
-    word, picture = graph["nodes"]
+    (word, _, _), (picture, _, _) = graph["nodes"]
     half = 4 * 18  # (a letter has 8 units at most)
-    assert word.x - half >= 0 and graph["width"] - picture.x == 45
+    assert word - half >= 0 and graph["width"] - picture == 45
     (edge,) = graph["edges"]
-    assert edge.x0 == min(word.x + half + 5, (word.x + picture.x) / 2) and edge.x2 == picture.x
+    assert edge.x0 == min(word + half + 5, (word + picture) / 2) and edge.x2 == picture
     short = draw_columns([{"y": DrawnNode("8")}, columns[1]], {("y", 1): 0.5}, (45, 165), 210)
-    assert [node.x for node in short["nodes"]] == [45, 165] and short["width"] == 210
+    assert [x for x, _, _ in short["nodes"]] == [45, 165] and short["width"] == 210
+
+
+def test_the_thickest_curve_of_a_graph_is_the_largest_share_whatever_its_sign(atlas):
+    pages = [
+        re.findall(r'<path d="M60.0 .*?" stroke-width="([\d.]+)"', p.read_text()) for p in atlas.glob("concept/first/*")
+    ]
+    several = [widths for widths in pages if len(widths) > 1]
+    assert several and all(widths.count("10.0") == 1 and "10" not in widths for widths in several)

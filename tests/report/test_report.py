@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections import OrderedDict
@@ -550,6 +551,14 @@ def test_tiles_of_another_size_are_refused(fv):
         make_tile(fv.dataset.data[0], torch.zeros(3, 3), "")
 
 
+@pytest.mark.parametrize("size", [0, "large", 2.5])
+def test_tiles_have_a_size_in_pixels(fv, size):
+    with pytest.raises(ValueError, match=f"size must be a whole number of at least 1, not {size!r}"):
+        make_tile(fv.dataset.data[0], torch.zeros(6, 6), "", size=size)
+    tile = make_tile(fv.dataset.data[0].repeat(1, 2, 1), torch.zeros(12, 6), "", size=4)
+    assert [Image.open(io.BytesIO(content)).size for content in tile[:2]] == [(2, 4)] * 2
+
+
 # ---- parts
 
 
@@ -601,6 +610,8 @@ def test_probabilities_are_given_only_where_they_are_some():
     before, predicted = scores(outputs, [1, -1])
     assert before == [pytest.approx(float(outputs.softmax(1)[0, 1])), None] and predicted == [1, 0]
     assert scores(torch.tensor([[0.2, 0.8]]), [0])[0] == [pytest.approx(0.2)]
+    rounded = torch.tensor([[0.3, 0.3, 0.4]]).bfloat16()  # (whose sum is 1 to three digits)
+    assert scores(rounded, [2])[0] == [float(rounded[0, 2])]
     assert scores(torch.tensor([[7.0]]), [0]) == ([7.0], [None])
     assert scores(torch.zeros(1, 2, 3), [0]) == ([None], [None])
 

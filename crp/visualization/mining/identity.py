@@ -101,8 +101,7 @@ def _mark(dataset: Any, index: int) -> str:
     if any(sample.problem is not None for sample in samples):
         return ""
     first, second = (f"{content_of(sample.data, sample.label):016x}" for sample in samples)
-    data = samples[0].data
-    return first if first == second else f"{tuple(data.shape)} {data.dtype}"
+    return first if first == second else f"{tuple(samples[0].data.shape)} {samples[0].data.dtype}"
 
 
 def _check_marks(
@@ -113,7 +112,8 @@ def _check_marks(
     known = {index: mark for index, mark in there.items() if mark and here[index]}
     for index, mark in known.items():
         if mark != here[index] and not (varying and here[index].startswith("(")):
-            raise _another(table, f"sample {index} is not what it was")
+            name = getattr(source_of(dataset, int(index)), "name", "")
+            raise _another(table, f"sample {index}{f' ({name!r})' if name else ''} is not what it was")
     if not unreadable:
         return
     problem = read(dataset, int(unreadable[0])).problem

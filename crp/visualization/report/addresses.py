@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 #: Folder of the heatmaps.
 HEATMAPS = "maps"
@@ -82,6 +83,11 @@ class Addresses:
     def picture(content: bytes, suffix: str) -> str:
         """Picture, named after its content, so that none is stored twice."""
         return f"pictures/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
+
+
+def is_one_file(path: Path) -> bool:
+    """Whether a report that is written to a path is one file, and no folder."""
+    return path.suffix.lower() in (".html", ".htm")
 
 
 def relative(address: str, page: str) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn
-from crp.visualization.report.facts import BINS, Reference
-from crp.visualization.report.graphs import DrawnNode, draw_columns
+from crp.visualization.report.facts import Reference
+from crp.visualization.report.graphs import DrawnNode, _draw_histogram, draw_columns
 from crp.visualization.report.kept import context_histograms
 from crp.visualization.report.pages import CLASSES, FEW, Atlas
 from crp.visualization.report.tiles import AnyShown
@@ -127,9 +127,10 @@ def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[
     return rows
 
 
-def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tuple[int, float]]]) -> None:
-    """Render the page of a sample; ``best`` are its concepts with the largest shares, by layer."""
+def write_sample(atlas: Atlas, sample: int, target: int) -> None:
+    """Render the page of a sample."""
     address, drawer = Addresses.sample_maps(sample, target), atlas.drawer
+    best = {layer: of_samples[sample] for layer, of_samples in atlas.strongest.items()}
     known = drawer.known(address)
     if not known:
         return
@@ -137,8 +138,8 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
     top = layers[-1]
     name = f"{atlas.sample_names[sample]}, {atlas.class_name(target)}"
     concepts: list[dict[str, Any]] = []
-    largest = max((share for _, share in best.get(top, [])), default=0.0) or 1.0
-    for cell, ((concept, share), drawn) in enumerate(zip(best.get(top, []), known[1:], strict=False), start=1):
+    largest = max((share for _, share in best[top]), default=1.0)
+    for cell, ((concept, share), drawn) in enumerate(zip(best[top], known[1:], strict=True), start=1):
         concepts.append(
             {
                 "here": drawer.whole(address, cell, name)._replace(href=atlas.addresses.concept(top, concept)),
@@ -154,11 +155,8 @@ def write_sample(atlas: Atlas, sample: int, target: int, best: dict[str, list[tu
         )
     lists = []
     for layer in reversed(layers[:-1]):
-        most = max((share for _, share in best.get(layer, [])), default=0.0) or 1.0
-        shown = [
-            (atlas.label(layer, c).removeprefix(f"{layer} · "), atlas.addresses.concept(layer, c), s, max(s, 0) / most)
-            for c, s in best.get(layer, [])
-        ]
+        most = max((share for _, share in best[layer]), default=1.0)
+        shown = [(atlas.short_label(layer, c), atlas.addresses.concept(layer, c), s, s / most) for c, s in best[layer]]
         lists.append({"name": layer, "href": atlas.addresses.layer(layer), "rows": shown})
     first, label = known[0], atlas.class_name(target)
     chance = "" if first.before is None else f" ({_score(first, first.before)})"
@@ -260,28 +258,22 @@ def _histograms(
         low, high = float(found[mode].low[concept]), float(found[mode].high[concept])
         if not np.isfinite([low, high]).all():
             continue
-        heights = np.sqrt(found[mode].height[concept])
-        heights = heights / max(heights.max(), 1) * 92
         width = (high - low) or 1.0
-        bars = [(round(i * 420 / BINS, 1), round(96 - h, 1), round(h, 1)) for i, h in enumerate(heights.tolist()) if h]
-        ticks = [round(420 * (one.value - low) / width, 1) for one in references]
-        ends = {name: _value(atlas, end, mode == "relevance") for name, end in (("low", low), ("high", high))}
-        one = {**ends, "bars": bars, "ticks": ticks}
-        shown.append((one, mode.capitalize(), mode == "activation"))
+        ticks = [(one.value - low) / width for one in references]
+        ends = [_value(atlas, end, mode == "relevance") for end in (low, high)]
+        shown.append(
+            (
+                _draw_histogram(found[mode].height[concept], ends[0], ends[1], ticks),
+                mode.capitalize(),
+                mode == "activation",
+            )
+        )
     return shown
 
 
 def _alike(atlas: Atlas, layer: str, concept: int) -> list[dict[str, Any]]:
-    ids, cosines = (part[concept].tolist() for part in atlas.facts[layer].alike)
-    found = []
-    for other, cosine in zip(ids, cosines, strict=True):
-        if cosine > 0.05:
-            tiles = atlas.best(layer, other)
-            label = atlas.label(layer, other).removeprefix(f"{layer} · ")
-            tile = tiles[0]._replace(href="") if tiles else None
-            href = atlas.addresses.concept(layer, other)
-            found.append({"href": href, "tile": tile, "label": label, "note": f"{percent(cosine)} alike"})
-    return found
+    pairs = zip(*(part[concept].tolist() for part in atlas.facts[layer].alike), strict=True)
+    return [atlas.chip(layer, other, f"{percent(cosine)} alike") for other, cosine in pairs if cosine > 0.05]
 
 
 def _graph_of(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> dict[str, Any]:
@@ -299,10 +291,10 @@ def _graph_of(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> dict[str, 
     nodes.append({("below", one): _node(atlas, lower, one) for one, _ in below})
     edges: dict[tuple[Any, Any], float] = {}
     for side, found in (("above", above), ("below", below)):
-        total = max((share for _, share in found), default=0.0) or 1.0
+        most = max((abs(share) for _, share in found), default=0.0) or 1.0
         for one, share in found:
             ends = ((side, one), middle) if side == "above" else (middle, (side, one))
-            edges[ends] = share / total
+            edges[ends] = share / most
     return {"graph": draw_columns(nodes, edges, (60, 300, 540), 600), "above": upper, "below": lower}
 
 
@@ -318,7 +310,7 @@ def _node(atlas: Atlas, layer: str, one: int) -> DrawnNode:
     """Node of a concept; of a class, where there is no layer."""
     if layer:
         address, name = atlas.addresses.concept(layer, one), atlas.label(layer, one)
-        return DrawnNode(str(one), address, _tile(atlas, layer, one), name=name)
+        return DrawnNode(str(one), address, atlas.first(layer, one), name=name)
     name = atlas.class_name(one)
     return DrawnNode(name[:18], _class_address(atlas, one), name=name)
 
@@ -332,18 +324,13 @@ def _graph_of_sample(
         for concept, share in one["below"]:
             wanted[concept] += share * one["share"]
     kept = sorted(wanted, key=lambda concept: -wanted[concept])[:EDGES]
-    most = max(one["share"] for one in concepts) or 1.0
+    most = max(one["share"] for one in concepts)
     start = "", target
     nodes = [{start: _node(atlas, "", target)}, {}, {(lower, one): _node(atlas, lower, one) for one in kept}]
     edges: dict[tuple[Any, Any], float] = {}
     for one in concepts:
         key = layers[-1], one["concept"]
         nodes[1][key] = DrawnNode(str(one["concept"]), one["href"], one["here"], name=one["label"])
-        edges[start, key] = max(one["share"], 0) / most
-        edges |= {(key, (lower, c)): max(share * one["share"], 0) / most for c, share in one["below"] if c in kept}
+        edges[start, key] = one["share"] / most
+        edges |= {(key, (lower, c)): share * one["share"] / most for c, share in one["below"] if c in kept}
     return draw_columns(nodes, edges, (45, 165, 285), 330)
-
-
-def _tile(atlas: Atlas, layer: str, concept: int) -> AnyShown | None:
-    tiles = atlas.best(layer, concept)
-    return tiles[0] if tiles else None

@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from zennit.core import Composite
 
 from crp.concepts.reading import LayerValues, initial_relevance_of, relevance_sums, starts_by_code
+from crp.engine.probabilities import are_shares
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.options import ReportOptions
@@ -229,6 +229,10 @@ class Drawer(ABC):
         place = 0 if layer is None else self.layers.index(layer)
         return self.layers[place - 1] if place else None
 
+    def layers_below(self, rows: Iterable[Row]) -> list[str]:
+        """Layers below those of some rows, each once."""
+        return sorted({below for row in rows if (below := self.below_of(row.layer)) is not None})
+
     def shares(self, result: Any, layer: str, rows: Sequence[int]) -> list[list[tuple[int, float]]]:
         """Of some rows of a result, the concepts of a recorded layer with the largest shares."""
         values = LayerValues.of(result, layer).rows(rows)
@@ -283,7 +287,5 @@ def top_classes(prediction: Any, row: int) -> list[tuple[int, float]]:
 
 
 def _probabilities(prediction: Tensor) -> Tensor:
-    values = prediction.detach().cpu().double()
-    whole = torch.ones(len(values), dtype=values.dtype)
-    is_done = (values >= 0).all() and torch.allclose(values.sum(1), whole, atol=1e-4)
-    return values if is_done else values.softmax(1)
+    values = prediction.detach().cpu()
+    return values.double() if are_shares(values) else values.double().softmax(1)

@@ -116,7 +116,7 @@ def write_explained(shown: ExplainedPicture, path: Path) -> Path:
         size = min(_MAP_SIDE, max(height, width))
         write_atomic(folder / _MAPS, encode_maps([square_map(one, size) for one in maps], {}))
         title = f"Why {shown.target}? {shown.name}"
-        renderer = _LonePage(folder, f"{shown.model}, {shown.method}.", max(height, width) <= 64, path, title)
+        renderer = _LonePage(folder, f"{shown.model}, {shown.method}.", max(height, width) <= 64, True, path, title)
         whole = Shown(f"{_PICTURE}.{suffix}", _MAPS, 0, len(maps), "", "", [], shown.name, WHOLE)
         renderer.page("index.html", "explained.html", title, page=_content(shown, whole, crops))
         return renderer.finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -59,6 +59,15 @@ class References(NamedTuple):
     def samples(self) -> Iterator[Reference]:
         """All of them, in the order in which they are drawn."""
         return chain(self.relevant, self.active, self.negative)
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Samples and targets of their heatmaps, in the same order.
+
+        Where a concept is most active, the heatmap begins at the concept's own activation (target -1), so that it shows
+        what is seen there, whichever class it speaks for. Others are of the class.
+        """
+        relevant, active, negative = ([(one.sample, one.target) for one in part] for part in self)
+        return relevant + [(sample, -1) for sample, _ in active] + negative
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,11 @@ class LayerFacts:
         return References(relevant, active, negative[: n["negative"]])
 
 
+def _main_kind(table: Table) -> str:
+    """Sum over positions, by which shares are told; the largest value where there is no sum."""
+    return "sum" if "sum" in table.kinds else table.kinds[0]
+
+
 def _listed(best: ReferenceSamples | None, concept: int, n: int) -> list[Reference]:
     if best is None:
         return []
@@ -161,21 +175,23 @@ def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[
     if n["negative"] and "sum" in table.kinds:
         normed = questions["relevance"].normed
         negative = top_k(table, layer, normed=normed, k=2 * n["negative"], least=True, cache=True)
-    kind = "sum" if "sum" in table.kinds else table.kinds[0]
+    kind = _main_kind(table)
     shares = class_means(table, layer, "relevance", kind, normed=True, cache=True)
     alike = _alike(table, layer, kind, shares.value.shape[1])
     return LayerFacts(layer, shares, best["relevance"], best.get("activation"), negative, histograms, alike)
 
 
-def concepts_of_samples(table: Table, layer: str, samples: Sequence[int], n: int) -> dict[tuple[int, int], Any]:
-    """Concepts with the largest shares in single rows: ``{(sample, target): [(concept, share), ...]}``."""
-    kind = "sum" if "sum" in table.kinds else table.kinds[0]
-    found = {}
-    for block in table.blocks(layer, "relevance", kind, normed=True, samples=samples):
+def concepts_of_samples(
+    table: Table, layer: str, samples: Mapping[int, int], n: int
+) -> dict[int, list[tuple[int, float]]]:
+    """Of each sample, explained for its class, at most ``n`` concepts with the largest shares, and these."""
+    found: dict[int, list[tuple[int, float]]] = {sample: [] for sample in samples}
+    for block in table.blocks(layer, "relevance", _main_kind(table), normed=True, samples=list(samples)):
         best = np.argsort(-block.value, axis=1, kind="stable")[:, :n]
-        value = np.take_along_axis(block.value, best, 1)
-        for row, key in enumerate(zip(block.sample.tolist(), block.target.tolist(), strict=True)):
-            found[key] = list(zip(best[row].tolist(), value[row].tolist(), strict=True))
+        for row, (sample, target) in enumerate(zip(block.sample.tolist(), block.target.tolist(), strict=True)):
+            if samples[sample] == target:
+                shares = block.value[row, best[row]].tolist()
+                found[sample] = [(c, s) for c, s in zip(best[row].tolist(), shares, strict=True) if s > 0]
     return found
 
 

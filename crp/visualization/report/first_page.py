@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -120,8 +119,9 @@ def _class_tile(atlas: Atlas, target: int) -> AnyShown | None:
     layer = list(atlas.facts)[-1]
     order = np.argsort(-atlas.facts[layer].of_class(target), kind="stable").tolist()
     here = (c for c in order if any(one.target == target for one in atlas.cells[layer, c].relevant))
-    tiles = [tile for concept in islice(here, 1) for tile in atlas.best(layer, concept, 1, target)]
-    return tiles[0]._replace(href="") if tiles else None
+    concept = next(here, None)
+    tile = None if concept is None else atlas.first(layer, concept, target)
+    return None if tile is None else tile._replace(href="")
 
 
 def _suspects(atlas: Atlas) -> list[AnyShown]:

@@ -1,11 +1,14 @@
-"""Attribution graphs on pages: nodes in columns, with curves between them."""
+"""Drawings on pages: attribution graphs, nodes in columns with curves between them, and histograms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from crp.visualization.report.tiles import AnyShown
+from crp.visualization.table.manifest import Array
 
 #: Height of a row, place of the first node in it, and what is below the last.
 _ROW, _FIRST, _REST = 78, 33, 20
@@ -21,18 +24,6 @@ class DrawnNode(NamedTuple):
     tile: AnyShown | None = None
     picture: str = ""
     name: str = ""
-
-
-class _Placed(NamedTuple):
-    """A node where it is drawn."""
-
-    x: float
-    y: float
-    label: str
-    href: str
-    tile: AnyShown | None
-    picture: str
-    name: str
 
 
 class _Edge(NamedTuple):
@@ -78,11 +69,7 @@ def draw_columns(
         for x, column in zip(places, columns, strict=True)
         for row, key in enumerate(column)
     }
-    nodes = [
-        _Placed(*at[key], node.label, node.href, node.tile, node.picture, node.name)
-        for column in columns
-        for key, node in column.items()
-    ]
+    nodes = [(*at[key], node) for column in columns for key, node in column.items()]
     curves = []
     for (start, end), value in edges.items():
         (x0, y0), (x2, y1) = at[start], at[end]
@@ -90,3 +77,10 @@ def draw_columns(
             x0 += min(words[start], (x2 - x0) / 2)
         curves.append(_Edge(x0, y0, (x0 + x2) / 2, y1, x2, round(1 + 9 * min(abs(value), 1), 1), value < 0))
     return {"width": width, "height": _REST + _ROW * rows, "nodes": nodes, "edges": curves}
+
+
+def _draw_histogram(counts: Array, low: str, high: str, ticks: Sequence[float] = ()) -> dict[str, Any]:
+    """Histogram for the template, of roots of counts; ``low`` and ``high`` name its ends, ticks are shares of it."""
+    heights = (np.sqrt(counts / max(counts.max(), 1)) * 92).tolist()
+    bars = [(round(i * 420 / len(heights), 1), round(96 - h, 1), round(h, 1)) for i, h in enumerate(heights) if h]
+    return {"low": low, "high": high, "bars": bars, "ticks": [round(420 * tick, 1) for tick in ticks]}

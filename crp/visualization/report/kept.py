@@ -12,6 +12,7 @@ import numpy as np
 
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.facts import BINS
+from crp.visualization.report.graphs import _draw_histogram
 from crp.visualization.table.derived import KEPT_KINDS, KeptResult, list_kept, read_kept
 from crp.visualization.table.manifest import Array, TableMismatchError
 from crp.visualization.table.store import Table
@@ -200,12 +201,9 @@ def mean_scores(one: KeptResult) -> Array:
     return np.where(n > 0, np.maximum(score, 0.0).sum(0) / np.maximum(n, 1), -1.0)
 
 
-def histogram_of_shares(shares: Array) -> dict[str, Any]:
-    """Histogram of shares from 0 to 1 by roots of counts; shares below 0 stand for none."""
-    n, _ = np.histogram(shares[shares >= 0], BINS, (0.0, 1.0))
-    heights = (np.sqrt(n / max(n.max(), 1)) * 92).tolist()
-    bars = [(round(i * 420 / BINS, 1), round(96 - h, 1), round(h, 1)) for i, h in enumerate(heights) if h]
-    return {"low": "0", "high": "1", "bars": bars, "ticks": []}
+def _histogram_of_shares(shares: Array) -> dict[str, Any]:
+    """Histogram of shares from 0 to 1; those below 0 stand for none."""
+    return _draw_histogram(np.histogram(shares[shares >= 0], BINS, (0.0, 1.0))[0], "0", "1")
 
 
 def context_histograms(kept: KeptResults, layer: str, concept: int) -> list[tuple[dict[str, Any], str, bool]]:
@@ -213,7 +211,7 @@ def context_histograms(kept: KeptResults, layer: str, concept: int) -> list[tupl
     found = []
     for one in kept.of("context"):
         for place in np.flatnonzero(one.arrays["concept"] == concept).tolist() if one.layer == layer else ():
-            found.append((histogram_of_shares(one.arrays["score"][:, place]), "Outside of the object", True))
+            found.append((_histogram_of_shares(one.arrays["score"][:, place]), "Outside of the object", True))
     return found
 
 

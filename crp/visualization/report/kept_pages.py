@@ -11,9 +11,9 @@ from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.kept import (
     CLASSES_A_PART,
     UNUSUAL,
+    _histogram_of_shares,
     changed_how,
     classes_of,
-    histogram_of_shares,
     mean_scores,
     pairs_of,
     ways_of,
@@ -163,7 +163,7 @@ def _finding_of(atlas: Atlas, kept: KeptResult, sizes: list[int]) -> str:
     parts = []
     for size, ids, values in zip(sizes, kept.arrays["strongest"], kept.arrays["difference"], strict=True):
         strongest = [
-            f"with more of concept {atlas.label(kept.layer, c).removeprefix(f'{kept.layer} · ')} ({d:+.3f})"
+            f"with more of concept {atlas.short_label(kept.layer, c)} ({d:+.3f})"
             for c, d in pairs_of(ids[:1], values[:1])
         ]
         parts.append(" ".join([counted(size, "sample"), *strongest]))
@@ -176,7 +176,7 @@ def _meanings(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     order = np.argsort(-arrays["clarity"], kind="stable").tolist()
     rows = []
     for i in order[:CARDS]:
-        (chip,) = _chips(atlas, kept.layer, [(ids[i], "")])
+        chip = atlas.chip(kept.layer, ids[i], "")
         scores = [f"{arrays[name][i]:.2f}" for name in ("clarity", "redundancy", "polysemanticity")]
         rows.append((chip, texts.get((kept.layer, ids[i]), ""), scores))
     searches = []
@@ -204,7 +204,7 @@ def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     largest = float(np.abs(change).max(initial=0.0)) or 1.0
     rows = []
     for i in order[:CARDS]:
-        (chip,) = _chips(atlas, kept.layer, [(ids[i], "")])
+        chip = atlas.chip(kept.layer, ids[i], "")
         kind = "" if change[i] < 0 else "neg"
         rows.append((chip, f"{relevance[i]:.3g}", f"{change[i]:+.3g}", abs(float(change[i])) / largest, kind))
     n = len(arrays["sample"])
@@ -229,7 +229,7 @@ def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     order = [i for i in np.argsort(-means, kind="stable").tolist() if means[i] >= 0]
     rows = []
     for i in order[:CARDS]:
-        (chip,) = _chips(atlas, kept.layer, [(ids[i], "")])
+        chip = atlas.chip(kept.layer, ids[i], "")
         rows.append((chip, float(means[i]), int((score[:, i] >= 0).sum())))
     n, outside = len(score), int((means > 0.5).sum())
     page = {
@@ -240,8 +240,8 @@ def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         "n": n,
         "outside": outside,
         "concepts": len(order),
-        "histogram": histogram_of_shares(means),
-        "samples": histogram_of_shares(score.ravel()),
+        "histogram": _histogram_of_shares(means),
+        "samples": _histogram_of_shares(score.ravel()),
     }
     address = atlas.addresses.kept("context", kept.layer)
     atlas.renderer.page(address, "context.html", "Context — concept atlas", page=page)
@@ -270,14 +270,7 @@ def _samples(atlas: Atlas, samples: Iterable[int]) -> list[AnyShown]:
 
 
 def _chips(atlas: Atlas, layer: str, concepts: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
-    """Small links to concepts, each with its best picture and a note."""
-    found = []
-    for concept, note in concepts:
-        tiles = atlas.best(layer, concept)
-        label = atlas.label(layer, concept).removeprefix(f"{layer} · ")
-        tile, note = tiles[0]._replace(href="") if tiles else None, note.replace("-", "\N{MINUS SIGN}")
-        found.append({"href": atlas.addresses.concept(layer, concept), "tile": tile, "label": label, "note": note})
-    return found
+    return [atlas.chip(layer, concept, note) for concept, note in concepts]
 
 
 def _points(x: Any, y: Any, colour: Any) -> list[tuple[float, float, int]]:

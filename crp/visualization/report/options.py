@@ -202,8 +202,9 @@ def make_tile(sample: Tensor, heatmap: Tensor, caption: str, tip: str = "", *, s
     Raises
     ------
     ValueError
-        If the sample is no image, or the heatmap has another size.
+        If the sample is no image, the heatmap has another size, or the size of pictures is no positive number.
     """
+    check_number("size", size, 1, whole=True)
     check_image(sample, heatmap)
     content = []
     for values in (as_picture(sample), np.asarray(draw_heatmap(heatmap), np.float64) / 255):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from crp.visualization.report.addresses import Addresses, slug
-from crp.visualization.report.class_pages import class_layers, class_page
 from crp.visualization.report.drawing import Drawer, Drawn
 from crp.visualization.report.facts import LayerFacts, Reference, References
-from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, classes_of, ways_of
+from crp.visualization.report.kept import CLASSES_A_PART, KeptResults, about_concepts, classes_of, ways_of
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import picture_file
 from crp.visualization.report.render import Renderer
@@ -46,6 +47,8 @@ class Atlas:
         Of all classes that have a name, and of those with a page.
     sample_rows : mapping of sample to target
         Samples that have a page, and for which class it is.
+    strongest : mapping of layer to mapping of sample to list of (concept, share)
+        Concepts with the largest shares in each of them.
     sample_names : mapping of sample to str
     labels : mapping of sample to int
         Where a label is one class.
@@ -53,8 +56,6 @@ class Atlas:
         Class, where the table has it, and its probability; 0 or NaN if there is none.
     kept : KeptResults
         What is kept beside the table: prototypes, clusters and the like.
-    about : mapping of (layer, concept) to list of (text, address)
-        What these say of single concepts, and where.
     unexplained : mapping of layer to Unexplained
         Of layers that are latents of a spliced autoencoder.
     """
@@ -69,19 +70,22 @@ class Atlas:
     names: Mapping[int, str]
     class_names: Mapping[int, str]
     sample_rows: Mapping[int, int]
+    strongest: Mapping[str, Mapping[int, list[tuple[int, float]]]]
     sample_names: Mapping[int, str]
     labels: Mapping[int, int]
-    predictions: Mapping[int, tuple[int, float]] = field(default_factory=dict)
-    kept: KeptResults = field(default_factory=KeptResults)
-    about: Mapping[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
-    unexplained: Mapping[str, Unexplained] = field(default_factory=dict)
+    predictions: Mapping[int, tuple[int, float]]
+    kept: KeptResults
+    unexplained: Mapping[str, Unexplained]
 
     # --- words
 
     def label(self, layer: str, concept: int) -> str:
         """How a concept is called."""
-        name = self.options.concept_names.get((layer, concept), "")
-        return f"{layer} · {concept}" + (f" {name}" if name else "")
+        return f"{layer} · {self.short_label(layer, concept)}"
+
+    def short_label(self, layer: str, concept: int) -> str:
+        """How it is called where the layer is known: its number, and its name, if it has one."""
+        return f"{concept} {self.options.concept_names.get((layer, concept), '')}".rstrip()
 
     def class_name(self, target: int) -> str:
         """How a class is called."""
@@ -90,6 +94,11 @@ class Atlas:
     def class_of(self, suspect: Suspect) -> str:
         """Class that a suspect is of, in words."""
         return self.class_name(suspect.target) if suspect.target >= 0 else "all classes"
+
+    @cached_property
+    def about(self) -> dict[tuple[str, int], list[tuple[str, str]]]:
+        """What kept results say of single concepts, and where."""
+        return about_concepts(self.kept, self.addresses, self.class_name)
 
     def notes(self, layer: str) -> list[str]:
         """What is to be said of all concepts of a layer."""
@@ -104,18 +113,6 @@ class Atlas:
         return self.drawer.store(*picture_file(content, self.options.picture_size)), made
 
     # --- tiles
-
-    def rows(self, layer: str, concept: int) -> list[tuple[int, int]]:
-        """Samples and targets in the file of a concept's heatmaps.
-
-        Where a concept is most relevant, or its relevance most negative, the heatmap is that of the class. Where it is
-        most active, it begins at the concept's own activation (target -1), so that it shows what is seen there,
-        whichever class it speaks for.
-        """
-        found = self.cells[layer, concept]
-        from_concept = [(one.sample, -1) for one in found.active]
-        relevant, negative = ([(one.sample, one.target) for one in part] for part in (found.relevant, found.negative))
-        return relevant + from_concept + negative
 
     def known_relevant(self, layer: str, concept: int) -> list[Drawn]:
         """What is known of the references in which a concept is most relevant."""
@@ -162,6 +159,10 @@ class Atlas:
         found = (self.reference(layer, concept, place, one, "", href) for place, one in relevant[:n])
         return [one for one in found if one is not None]
 
+    def first(self, layer: str, concept: int, target: int | None = None) -> AnyShown | None:
+        """Tile of its best reference; None where it has none."""
+        return next(iter(self.best(layer, concept, 1, target)), None)
+
     def shown_by_others(self, suspect: Suspect) -> str:
         """Words that say so where what stands for a suspect is of other classes; empty where it is of its own."""
         known = {one.target for one in self.cells[suspect.layer, suspect.concept].relevant}
@@ -172,8 +173,18 @@ class Atlas:
         self, layer: str, concept: int, value: str, lines: list[tuple[str, str]], target: int | None = None
     ) -> AnyShown | None:
         """Tile of a concept with its name; None where it has no references."""
-        tiles = self.best(layer, concept, target=target)
-        return tiles[0]._replace(value=value, lines=lines) if tiles else None
+        tile = self.first(layer, concept, target)
+        return None if tile is None else tile._replace(value=value, lines=lines)
+
+    def chip(self, layer: str, concept: int, note: str) -> dict[str, Any]:
+        """Small link to a concept, with its best picture and a note."""
+        tile, note = self.first(layer, concept), note.replace("-", "\N{MINUS SIGN}")
+        return {
+            "href": self.addresses.concept(layer, concept),
+            "tile": None if tile is None else tile._replace(href=""),
+            "label": self.short_label(layer, concept),
+            "note": note,
+        }
 
     # --- pages
 
@@ -205,7 +216,7 @@ class Atlas:
                 best = int(facts.shares.value[:, concept].argmax()) if len(facts.shares.targets) else 0
                 most = self.class_name(int(facts.shares.targets[best])) if len(facts.shares.targets) else ""
                 lines = [(f"{percent(float(mean[concept]))}, most for {most}", "")]
-                card = self.card(layer, concept, self.label(layer, concept).removeprefix(f"{layer} · "), lines)
+                card = self.card(layer, concept, self.short_label(layer, concept), lines)
                 if card is not None:
                     highest = float(facts.shares.value[best, concept])
                     orders = {
@@ -230,16 +241,14 @@ class Atlas:
             self.renderer.page(address, "layer.html", f"{layer} — concept atlas", page=page)
 
     def _write_class(self, target: int) -> None:
-        layers = []
-        for one in class_layers(self.facts, target, self.class_name(target), self.options.n_concepts):
-            tiles = []
-            for concept, _, line in one.concepts:
-                label = self.label(one.layer, concept).removeprefix(f"{one.layer} · ")
-                tiles.append(self.card(one.layer, concept, label, [(line, "")], target))
-            shown = [tile for tile in tiles if tile is not None]
-            layers.append(
-                {"name": one.layer, "href": self.addresses.layer(one.layer), "note": one.note, "tiles": shown}
-            )
+        name, classes, word = self.class_name(target), list(self.class_names), self.drawer.sample_word
+        place = classes.index(target)
+        before, after = (
+            (self.class_names[one], Addresses.label(one)) if one is not None else None
+            for one in (classes[place - 1] if place else None, next(iter(classes[place + 1 :]), None))
+        )
+        rows = next(iter(self.facts.values())).shares
+        n_rows = int(rows.rows[rows.targets == target].sum())
         samples = self._samples_of(target)
         suspects = [
             (self.label(one.layer, one.concept), self.addresses.concept(one.layer, one.concept), one.reason)
@@ -247,16 +256,34 @@ class Atlas:
             if one.target == target
         ]
         wrong = sum(any(kind == "bad" for _, kind in one.lines) for one in samples)
-        page = class_page(self.facts, self.class_names, target, f"{self.drawer.sample_word}s") | {
-            "layers": layers,
+        page = {
+            "name": name,
+            "trail": [("Atlas", "index.html"), (name, "")],
+            "before": before,
+            "after": after,
+            "lead": f"{n_rows} {word}s. For each layer, the concepts that carry most of the class's relevance.",
+            "layers": [self._layer_of_class(layer, target) for layer in reversed(list(self.facts))],
             "samples": samples[:SAMPLES],
             "samples_note": f"Those among the references, wrong predictions first ({wrong} of {len(samples)}).",
-            "mean": self.drawer.mean(target, f"mean over samples of {self.class_name(target)}"),
+            "mean": self.drawer.mean(target, f"mean over samples of {name}"),
             "suspects": suspects[:FEW],
             "kept": self._kept_of(target),
         }
-        title = f"{self.class_name(target)} — concept atlas"
-        self.renderer.page(Addresses.label(target), "class.html", title, page=page)
+        self.renderer.page(Addresses.label(target), "class.html", f"{name} — concept atlas", page=page)
+
+    def _layer_of_class(self, layer: str, target: int) -> dict[str, Any]:
+        """Concepts of a layer that carry most of a class's relevance."""
+        facts, running, tiles = self.facts[layer], 0.0, []
+        shares = facts.of_class(target)
+        order = [int(c) for c in np.argsort(-shares, kind="stable")[: self.options.n_concepts] if shares[c] > 0]
+        for concept in order:
+            running += float(shares[concept])
+            line = f"{percent(float(shares[concept]))}; so far {percent(running)}"
+            tiles.append(self.card(layer, concept, self.short_label(layer, concept), [(line, "")], target))
+        these = f"{counted(len(order), 'concept')} of {facts.n_concepts}"
+        note = f"{percent(running)} of the relevance of {self.class_name(target)} is that of {these}."
+        shown = [tile for tile in tiles if tile is not None]
+        return {"name": layer, "href": self.addresses.layer(layer), "note": note, "tiles": shown}
 
     def _kept_of(self, target: int) -> list[tuple[str, str]]:
         """What is kept of a class, and where it is shown."""

@@ -140,7 +140,7 @@ class PictureRows:
             data,
             conditions,
             drawer.composite,
-            record_layer=sorted({below for row in rows if (below := drawer.below_of(row.layer))}),
+            record_layer=drawer.layers_below(rows),
             mask_map=starting_masks(drawer.fv.layer_map) if self._starts else self._masks,
             batch_size=self._size,
             exclude_parallel=True,

@@ -167,9 +167,7 @@ class SingleRenderer(Renderer):
 
     single = True
 
-    def __init__(
-        self, folder: Path, footer: str, pixelated: bool, path: Path, title: str, pictures: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, footer: str, pixelated: bool, pictures: bool, path: Path, title: str) -> None:
         super().__init__(folder, footer, pixelated, pictures)
         self.path, self.title = path, title
         self._pictures: dict[str, str] = {}

@@ -25,6 +25,7 @@ import numpy as np
 from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.image.texts import readable
+from crp.visualization.report.facts import _main_kind
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.store import Table
 from crp.wording import percent
@@ -38,6 +39,8 @@ _FEWEST_WORDS = 256
 LEAST = 0.1
 #: A class with fewer rows than this shows nothing.
 FEWEST = 5
+#: Suspects that are listed.
+_MOST = 60
 
 
 class Suspect(NamedTuple):
@@ -82,7 +85,7 @@ class Suspect(NamedTuple):
 
 
 def find_suspects(
-    table: Table | str | Path, spaces: Mapping[str, Sequence[int]], targets: Sequence[int], n: int = 60
+    table: Table | str | Path, spaces: Mapping[str, Sequence[int]], targets: Sequence[int], n: int = _MOST
 ) -> list[Suspect]:
     """Concepts that may be shortcuts, most suspicious first.
 
@@ -136,7 +139,6 @@ def find_text_suspects(
     targets: Sequence[int],
     ids_of: Callable[[int], Array],
     word_of: Callable[[int], str],
-    n: int = 60,
 ) -> list[Suspect]:
     """Concepts of a table of texts that may be shortcuts, most suspicious first.
 
@@ -151,13 +153,11 @@ def find_text_suspects(
         Ids of the tokens of a sample, of shape (tokens,). It is asked for every sample that has rows.
     word_of : callable
         What an id stands for.
-    n : int
-        How many, at most; none with less than a tenth of the first one's score.
 
     Returns
     -------
     list of Suspect
-        Empty where no class has `FEWEST` rows.
+        As from `find_suspects`; empty where no class has `FEWEST` rows.
 
     Raises
     ------
@@ -190,7 +190,7 @@ def find_text_suspects(
             return f"on the word {readable(word_of(int(tokens[common[cell]])))!r}"
 
         found += _in_layer(table, layer, targets, _Cells(n_words + 1, cell, name, alone=True))
-    return _first(found, n)
+    return _first(found)
 
 
 class _Cells(NamedTuple):
@@ -233,7 +233,7 @@ def _check_positions(layer: str, block: Block, height: int, width: int) -> None:
         )
 
 
-def _first(found: list[Suspect], n: int) -> list[Suspect]:
+def _first(found: list[Suspect], n: int = _MOST) -> list[Suspect]:
     found.sort(key=lambda one: (-one.score, one.layer, one.concept))
     return [one for one in found[:n] if one.score >= found[0].score / 10]
 
@@ -249,8 +249,7 @@ def _in_layer(table: Table, layer: str, targets: Sequence[int], cells: _Cells) -
     held = np.zeros((len(known), concepts, cells.n))
     everything = np.zeros(cells.n)
     square, rows, share = np.zeros(held.shape[:2]), np.zeros(len(known)), np.zeros(held.shape[:2])
-    kind = "sum" if "sum" in table.kinds else table.kinds[0]
-    for block in table.blocks(layer, "relevance", kind, normed=True):
+    for block in table.blocks(layer, "relevance", _main_kind(table), normed=True):
         inside = np.isin(block.target, np.asarray(targets))
         cell, value, target = cells.of(block)[inside], block.value[inside], block.target[inside]
         weight = np.clip(value, 0, None).astype(np.float64)

@@ -133,7 +133,7 @@ class TextDrawer(Drawer):
             asked.data,
             [{} if init_rel else self._condition(asked, row, places[row.sample]) for row in rows],
             self.composite,
-            record_layer=sorted({below for row in rows if (below := self.below_of(row.layer))}),
+            record_layer=self.layers_below(rows),
             mask_map=masks,
             start_layer=start_layer,
             init_rel=init_rel,
@@ -144,7 +144,7 @@ class TextDrawer(Drawer):
         for start, part in zip(range(0, len(rows), size), parts, strict=True):
             some = rows[start : start + size]
             lower: dict[int, list[tuple[int, float]]] = {}
-            for layer in sorted({below for row in some if (below := self.below_of(row.layer))}):
+            for layer in self.layers_below(some):
                 here = [i for i, row in enumerate(some) if self.below_of(row.layer) == layer]
                 lower |= dict(zip(here, self.shares(part, layer, here), strict=True))
             said = _at(part.prediction, [places[row.sample] for row in some])

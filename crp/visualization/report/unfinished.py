@@ -52,8 +52,7 @@ class Unfinished:
     ----------
     folder : Path
         Of the heatmaps' files.
-    jobs : sequence of HeatmapFile
-        None, if nothing is to be kept.
+    jobs : iterable of HeatmapFile
     shared : bool
         Whether another process completes the files.
     """
@@ -82,7 +81,7 @@ class Unfinished:
         """Heatmaps that an earlier run left: by the number of their file, and their place in it."""
         numbers = {key: number for number, key in enumerate(self._keys)}
         found = {}
-        for file in sorted(self._folder.glob(f"*{_SUFFIX}")) if numbers else ():
+        for file in sorted(self._folder.glob(f"*{_SUFFIX}")):
             for key, place, cell in _read(file):
                 if key in numbers and 0 <= place < self._n_rows[numbers[key]]:
                     found[numbers[key], place] = cell
@@ -90,10 +89,9 @@ class Unfinished:
 
     def add(self, number: int, place: int, cell: Cell) -> None:
         """Keep a heatmap; it is written within about a minute."""
-        if self._keys:
-            self._waiting[number, place] = cell
-            if time.monotonic() - self._time >= _EVERY:
-                self._write()
+        self._waiting[number, place] = cell
+        if time.monotonic() - self._time >= _EVERY:
+            self._write()
 
     def _write(self) -> None:
         if not self._waiting:

@@ -21,13 +21,13 @@ from zennit.core import Composite
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
-from crp.visualization.report.addresses import Addresses
+from crp.visualization.report.addresses import Addresses, is_one_file
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
-from crp.visualization.report.drawing import Row
+from crp.visualization.report.drawing import Drawer, Row
 from crp.visualization.report.facts import LayerFacts, References, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
-from crp.visualization.report.kept import KeptResults, about_concepts, get_kept
+from crp.visualization.report.kept import KeptResults, get_kept
 from crp.visualization.report.kept_pages import write_kept
 from crp.visualization.report.options import Finding, ReportKeywords, ReportOptions, Tile
 from crp.visualization.report.options import make_tile as make_tile
@@ -91,11 +91,11 @@ def write_report(
         raise InputTypeError(f"path must be a folder or a file that ends in .html, not {path!r}")
     chosen = ReportOptions(**options)
     path = Path(path)
-    if chosen.part is not None and path.suffix.lower() in (".html", ".htm"):
-        raise InputError(f"part draws into a folder, and {path} is one file")
-    if path.suffix.lower() not in (".html", ".htm"):
+    if not is_one_file(path):
         claim(path)
         return _write(fv, composite, path, None, chosen)
+    if chosen.part is not None:
+        raise InputError(f"part draws into a folder, and {path} is one file")
     make_folder(path.parent)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise OSError(f"the report cannot be written to {path}: {'a folder' if path.is_dir() else 'no permission'}")
@@ -125,13 +125,17 @@ def _write(
     suspects = drawer.find_suspects(table, targets) if options.part is None else []
     kept = _maximize(fv, table, facts, shown, options)
     samples = dict(sorted((kept.samples() | _samples(cells)).items()))
-    best = _best_of_samples(table, layers, samples, options.n_sample_concepts)
-    file_names, labels, predictions = _about_samples(table, fv.dataset, samples, drawer.sample_word)
-    if not drawer.exclusive:
-        predictions = {sample: (predicted, 0.0) for sample, (predicted, _) in predictions.items()}
+    strongest = {layer: concepts_of_samples(table, layer, samples, options.n_sample_concepts) for layer in layers}
+    _draw(drawer, _wanted(addresses, cells, samples, layers[-1], strongest[layers[-1]]), shown, table, bar)
+    if options.part is not None:
+        return folder
+    footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
+    look = footer, drawer.pixelated, drawer.pictures
+    renderer = Renderer(folder, *look) if file is None else SingleRenderer(folder, *look, file, options.title)
+    file_names, labels, predictions = _about_samples(table, drawer, samples)
     atlas = Atlas(
         drawer=drawer,
-        renderer=Renderer(folder, "", False, drawer.pictures),
+        renderer=renderer,
         options=options,
         addresses=addresses,
         facts=facts,
@@ -140,27 +144,17 @@ def _write(
         names=names,
         class_names={target: drawer.class_name(target, names) for target in shown},
         sample_rows=samples,
+        strongest=strongest,
         sample_names=file_names,
-        labels=labels if drawer.has_labels(table) else {},
+        labels=labels,
         predictions=predictions,
         kept=kept,
+        unexplained=unexplained_of(fv, composite, table, layers),
     )
-    atlas.about = about_concepts(kept, addresses, atlas.class_name)
-    _draw(atlas, best, table, bar)
-    if options.part is not None:
-        return folder
-    atlas.unexplained = unexplained_of(fv, composite, table, layers)
-    footer = f"{type(fv.attribution.model).__name__}, {_description(composite)}; table {table.digest[:12]}."
-    look = footer, drawer.pixelated
-    atlas.renderer = (
-        Renderer(folder, *look, drawer.pictures)
-        if file is None
-        else SingleRenderer(folder, *look, file, options.title, drawer.pictures)
-    )
-    _render(atlas, table, composite, best, bar)
-    first = atlas.renderer.finish()
+    _render(atlas, table, composite, bar)
+    first = renderer.finish()
     if file is None:
-        remove_others(folder, atlas.renderer.written | drawer.used)
+        remove_others(folder, renderer.written | drawer.used)
     return first
 
 
@@ -188,47 +182,50 @@ def _maximize(
     return get_kept(table, list(facts), classes)
 
 
+def _wanted(
+    addresses: Addresses,
+    cells: Mapping[tuple[str, int], References],
+    samples: Mapping[int, int],
+    top: str,
+    strongest: Mapping[int, Sequence[tuple[int, float]]],
+) -> dict[str, list[Row]]:
+    """Heatmaps that pages show: of the references of concepts, and of samples, with those of the highest layer."""
+    wanted = {}
+    for (layer, concept), references in cells.items():
+        if rows := [Row(sample, target, layer, concept) for sample, target in references.rows()]:
+            wanted[addresses.concept_maps(layer, concept)] = rows
+    for sample, target in samples.items():
+        through = [Row(sample, target, top, concept) for concept, _ in strongest[sample]]
+        wanted[Addresses.sample_maps(sample, target)] = [Row(sample, target), *through]
+    return wanted
+
+
 def _draw(
-    atlas: Atlas, best: Mapping[int, dict[str, list[tuple[int, float]]]], table: Table, bar: Mapping[str, Any]
+    drawer: Drawer, wanted: Mapping[str, list[Row]], classes: Sequence[int], table: Table, bar: Mapping[str, Any]
 ) -> None:
     """Draw the heatmaps and pictures that are missing."""
-    drawer, options, addresses = atlas.drawer, atlas.options, atlas.addresses
-    wanted = {}
-    for layer, concept in atlas.cells:
-        if rows := [Row(sample, target, layer, concept) for sample, target in atlas.rows(layer, concept)]:
-            wanted[addresses.concept_maps(layer, concept)] = rows
-    top = list(atlas.facts)[-1]
-    for sample, target in atlas.sample_rows.items():
-        conditioned = [Row(sample, target, top, concept) for concept, _ in best[sample][top]]
-        wanted[Addresses.sample_maps(sample, target)] = [Row(sample, target), *conditioned]
-    part, n_parts = options.part or (0, 1)
+    part, n_parts = drawer.options.part or (0, 1)
     jobs = drawer.files(wanted, (part, n_parts))
     # (rows of one layer stand together, so that they are drawn together)
     with tqdm(total=sum(len(job.places) for job in jobs), desc="Heatmaps", **bar) as shown:
         for n_rows in drawer.draw(jobs):
             shown.update(n_rows)
-    if options.n_mean and drawer.pictures:
-        rows_of_table = table.rows()
-        for target in tqdm(list(atlas.class_names)[part::n_parts], desc="Classes", **bar):
-            samples = rows_of_table.sample[rows_of_table.target == target]
-            chosen = samples[np.linspace(0, len(samples) - 1, min(options.n_mean, len(samples))).round().astype(int)]
+    if (n_mean := drawer.options.n_mean) and drawer.pictures:
+        rows = table.rows()
+        for target in tqdm(classes[part::n_parts], desc="Classes", **bar):
+            samples = rows.sample[rows.target == target]
+            chosen = samples[np.linspace(0, len(samples) - 1, min(n_mean, len(samples))).round().astype(int)]
             drawer.draw_mean(target, chosen.tolist())
 
 
-def _render(
-    atlas: Atlas,
-    table: Table,
-    composite: Composite | None,
-    best: Mapping[int, dict[str, list[tuple[int, float]]]],
-    bar: Mapping[str, Any],
-) -> None:
+def _render(atlas: Atlas, table: Table, composite: Composite | None, bar: Mapping[str, Any]) -> None:
     first_page(atlas, table, _description(composite), fingerprint_composite(composite), write_kept(atlas))
     atlas.write()
     flow = get_flow(atlas)
     for layer, concept in tqdm(atlas.cells, desc="Pages", **bar):
         write_concept(atlas, flow, layer, concept)
     for sample, target in atlas.sample_rows.items():
-        write_sample(atlas, sample, target, best[sample])
+        write_sample(atlas, sample, target)
 
 
 def _table_of(fv: object) -> Table:
@@ -305,24 +302,12 @@ def _samples(cells: Mapping[Any, References]) -> dict[int, int]:
     return found
 
 
-def _best_of_samples(
-    table: Table, layers: Sequence[str], samples: Mapping[int, int], n: int
-) -> dict[int, dict[str, list[tuple[int, float]]]]:
-    """Of each sample, at most ``n`` concepts of each layer with the largest shares."""
-    best: dict[int, dict[str, list[tuple[int, float]]]] = {sample: {} for sample in samples}
-    for layer in layers:
-        found = concepts_of_samples(table, layer, list(samples), n)
-        for sample, target in samples.items():
-            best[sample][layer] = [(c, s) for c, s in found.get((sample, target), []) if s > 0]
-    return best
-
-
 def _about_samples(
-    table: Table, dataset: Any, samples: Iterable[int], word: str
+    table: Table, drawer: Drawer, samples: Iterable[int]
 ) -> tuple[dict[int, str], dict[int, int], dict[int, tuple[int, float]]]:
     """What samples are called, by file where it is told; labels that are one class; and predictions."""
-    columns = table.samples()
-    files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
+    columns, has_labels = table.samples(), drawer.has_labels(table)
+    files = getattr(drawer.fv.dataset, "samples", None) or getattr(drawer.fv.dataset, "imgs", None)
     rows = {int(sample): row for row, sample in enumerate(columns.sample)}
     names, labels, predictions = {}, {}, {}
     for sample in samples:
@@ -330,11 +315,12 @@ def _about_samples(
         name = columns.source[row]
         if not name and isinstance(files, Sequence) and isinstance(files[sample], tuple | list):
             name = "/".join(Path(str(files[sample][0])).parts[-2:])
-        names[sample] = name or f"{word} {sample}"
-        if isinstance(columns.label[row], int):
+        names[sample] = name or f"{drawer.sample_word} {sample}"
+        if has_labels and isinstance(columns.label[row], int):
             labels[sample] = columns.label[row]
         if columns.prediction[row] >= 0:
-            predictions[sample] = int(columns.prediction[row]), float(columns.probability[row])
+            probability = float(columns.probability[row]) if drawer.exclusive else 0.0
+            predictions[sample] = int(columns.prediction[row]), probability
     return names, labels, predictions
 
 

@@ -1,0 +1,32 @@
+"""What is asked about samples: which concepts, and which class of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crp.attribution import CondAttribution
+from crp.concepts.ids import as_ids
+from crp.errors import InputError
+from crp.visualization.mining.targets import choose_targets
+from crp.visualization.mining.text_batches import Asked
+
+
+def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:
+    """Classes that a user gives, which must be one for each sample."""
+    classes = as_ids(values, what=what)
+    if len(classes) != n_samples:
+        raise InputError(f"there are {len(classes)} {what} for {n_samples} samples")
+    return classes
+
+
+def _named_concepts(concept_ids: Any, layer: str) -> list[int]:
+    """Concepts of a layer that a user names, at least one."""
+    ids = as_ids(concept_ids, layer)
+    if not ids:
+        raise InputError("concept_ids is empty; name at least one concept")
+    return ids
+
+
+def predicted_by(attribution: CondAttribution, asked: Asked) -> list[int]:
+    """Class, or token, that the model predicts for each sample."""
+    return [target for [target] in choose_targets("prediction", attribution, asked)]
