@@ -34,12 +34,12 @@ class Gate(_Shared):
     constant, so that the signal :math:`s` takes all ("signal-take-all", Arras et al., "Explaining and interpreting
     LSTMs", 2019, section 11.2.3); ``"split"`` gives each factor half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
     Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation. If none or both
-    are, it is the factor that a sigmoid has made (or 1 plus or minus such, or plus or minus a tanh), or else the one
-    that an activation has made, also after reshaping or indexing, or squared. If that does not decide, the relevance
-    is split.
+    are, it is the factor that a sigmoid has made (or a number plus or minus such or a tanh), also resized, averaged or
+    cut off, or else the one that an activation has made, also after reshaping or indexing, or squared. If that does not
+    decide, the relevance is split.
 
-    Both modes hold constant what other rules hold constant: a factor that is one over something and broadcast, as the
-    deviation in a norm, and the weights of experts that a router chooses. A factor that a softmax has made is treated
+    Both modes hold constant what other rules hold constant: a factor that is one over something, and no gate, as the
+    deviation in a norm is, and the weights of experts that a router chooses. A factor that a softmax has made is treated
     as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry by
     entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
 
@@ -114,21 +114,24 @@ class Gate(_Shared):
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in layer.inputs))  # type: ignore[no-untyped-call]
         broadcast = [_is_broadcast(factor, shape) for factor in layer.inputs]
 
-        def only(flags: int, among: Sequence[bool] = (True, True)) -> int | None:
-            marks = [bool(born & flags) and is_among for born, is_among in zip(layer.born, among, strict=True)]
+        # (a gate may be one over something, too)
+        divides = [bool(born & Born.DIVISOR) and not born & Born.SQUASHED for born in layer.born]
+
+        def only(marks: Sequence[bool]) -> int | None:
             return marks.index(True) if marks[0] != marks[1] else None
 
-        for flags in (Born.DIVISOR, Born.ROUTED):
-            if (held := only(flags, broadcast)) is not None:
+        def born_of(flags: int) -> list[bool]:
+            return [bool(born & flags) for born in layer.born]
+
+        for marks in (divides, born_of(Born.ROUTED)):
+            if (held := only([mark and is_one for mark, is_one in zip(marks, broadcast, strict=True)])) is not None:
                 return held
-        if (held := only(Born.SOFTMAX)) is not None:
+        if (held := only(born_of(Born.SOFTMAX))) is not None:
             return held if self.attention == "constant" else None
         if self.mode == "split":
-            return None
-        if broadcast[0] != broadcast[1]:
-            return broadcast.index(True)
-        kinds = (Born.SQUASHED | Born.ROUTED, Born.DIVISOR, Born.ACTIVATION)
-        return next((held for flags in kinds if (held := only(flags)) is not None), None)
+            return only(divides)
+        kinds = (broadcast, born_of(Born.SQUASHED | Born.ROUTED), divides, born_of(Born.ACTIVATION))
+        return next((held for marks in kinds if (held := only(marks)) is not None), None)
 
 
 def _checked(mode: Gates) -> Gates:

@@ -41,6 +41,8 @@ _SUMS = frozenset(("add", "sub", "rsub"))
 BEGINNING = frozenset(("clamp", "hardsigmoid", "hardtanh", *_SUMS))
 #: Functions of which it depends on the operands what is known of the result.
 _ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "clamp", "clamp_min", "hardtanh", *_SUMS))
+#: Functions of which the values of a gate, or their powers, make one.
+_BOUNDED = frozenset("abs clamp clamp_max clamp_min hardtanh pow relu relu6 sqrt square threshold".split())  # noqa: SIM905
 #: Functions that mask or scale entries, or change at most their type, beside a constant.
 _MASKING = frozenset("bfloat16 double float half masked_fill mul to tril triu type where".split())  # noqa: SIM905
 
@@ -57,6 +59,10 @@ def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
         kept |= Born.ROUTED
     elif flags & Born.SOFTMAX and op.operands is not None and _mixes_heads(op.operands):
         kept |= Born.SOFTMAX
+    elif flags & _WEIGHTS and name == "normalize":
+        kept |= Born.ROUTED
+    if flags & Born.SQUASHED and name in _BOUNDED and not _is_negative(op.args, op.kwargs):
+        kept |= Born.SQUASHED  # (a gate that is cut off, or its power, is one)
     return kept | known.gives
 
 
@@ -95,6 +101,8 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
+    elif name in _SUMS and flags & Born.SQUASHED and len(inputs) > 1:
+        kept |= Born.SQUASHED
     elif name in _SUMS and flags & (Born.SQUASHED | Born.BALANCED) and _is_beside_one(op):
         # (a gate is closed as far as another one is open)
         kept |= flags & Born.ACTIVATION | Born.SQUASHED
@@ -103,7 +111,7 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
     elif name in _CUTTING and _bounds(op)[0] >= 0:
         kept |= NONNEGATIVE
     if name in _SUMS and "identity" in op.known.properties:  # a number beside what a gate is made of
-        kept |= flags & Born.GATING
+        kept |= flags & Born.GATING | (flags & Born.ACTIVATION | Born.BALANCED if flags & Born.SQUASHED else 0)
     is_quotient = (name == "div" and len(inputs) > 1) or bool((kept | op.known.gives) & Born.DIVISOR)
     if is_quotient and flags & Born.GATING:  # as exp(x) / (1 + exp(x)) and 1 / (1 + exp(-x)) are
         kept |= Born.SQUASHED | Born.GATING
@@ -181,16 +189,14 @@ def _has_tensor(value: object) -> bool:
 def _is_beside_one(op: Operation) -> bool:
     """Whether a sum or difference is 1 plus or minus a tensor.
 
-    A constant tensor counts as 1 where the other is squashed, and any positive number where it is balanced, and may be
-    scaled.
+    Any positive number counts as 1, and a constant tensor where the other is squashed.
     """
     name, kwargs, inputs = op.known.canonical, op.kwargs, op.inputs
     whole, part = [*op.args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
         whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
-    is_one = bool(op.flags & Born.SQUASHED) if isinstance(whole, Tensor) else whole == 1
-    is_one |= bool(op.flags & Born.BALANCED) and isinstance(whole, int | float) and whole > 0
+    is_one = bool(op.flags & Born.SQUASHED) if isinstance(whole, Tensor) else isinstance(whole, Real) and whole > 0
     return is_only and is_one and kwargs.get("alpha", 1) in (1, -1)
 
 
