@@ -16,11 +16,12 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.activations import _Activation
-from crp.rules.attention import Attention, _as_softmax, _check_attention, _exponential_of, _weighted
+from crp.rules.attention import Attention, _by_chain_rule, _check_attention, _weigh
+from crp.rules.exponentials import _OfExponentials
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
-from crp.rules.notes import Born, _Exponential
+from crp.rules.notes import Born
 from crp.rules.shared import Part, Parts, _Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
@@ -39,9 +40,9 @@ class Gate(_Shared):
     decide, the relevance is split.
 
     Both modes hold constant what other rules hold constant: a factor that is one over something, and no gate, as the
-    deviation in a norm is, and the weights of experts that a router chooses. A factor that a softmax has made is treated
-    as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry by
-    entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
+    deviation in a norm is, and the weights of experts that a router chooses. A factor that a softmax has made is
+    treated as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry
+    by entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
 
     Parameters
     ----------
@@ -67,11 +68,11 @@ class Gate(_Shared):
         """Return the product; one factor alone is right by the ordinary chain rule."""
         if len(layer.inputs) == 1:
             return layer.output
-        if any(born & Born.DIVISOR for born in layer.born):
-            softmax = _as_softmax(self, layer, _exponential_of(self, layer))
+        if isinstance(layer.parts, _OfExponentials):
+            _weigh(layer, self.attention)
+            softmax = _by_chain_rule(self, layer)
             if softmax is not None:
                 return softmax
-        layer.parts = _weighted(self, layer)
         held = self._gate(layer) if self._is_plain(layer) else None
         if held is None:
             source = self._made_of(layer)
@@ -212,10 +213,7 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        made = _exponential_of(self, layer)
-        softmax, is_exponential = _as_softmax(self, layer, made), isinstance(made, _Exponential)
-        if is_exponential and len(layer.inputs) == 2 and layer.inputs[1].numel() < layer.output.numel():
-            layer.gives = Born.SOFTMAX  # (also if something is added to their sum)
+        softmax = _by_chain_rule(self, layer)
         return super().operate(layer) if softmax is None else softmax
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:

@@ -332,7 +332,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
     gives |= sum(flag for name, flag in _GIVEN.items() if name in properties)
     gives |= Born.SOFTMAX if canonical in ("softmax", "softmin") else 0
     gives |= Born.EXPONENTIAL if canonical in ("exp", "exp2", "rpow") else 0
-    gives |= Born.LOGARITHM if canonical in ("log", "log10", "log2", "log_softmax", "logsumexp") else 0
+    gives |= Born.LOGARITHM if canonical in ("log_softmax", "logsumexp") else 0
     gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
     gives |= Born.ACTIVATION if kind == "activation" else 0
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)
