@@ -54,6 +54,11 @@ class Pass(Rule):
         if isinstance(made, _Shifted) and made.is_hard_sigmoid:
             layer.gives = Born.GATING | (Born.SQUASHED if min(made.low, made.high) >= 0 else Born.BALANCED)
             is_begin = made.source is layer.inputs[0]
+            if made.is_copied and not is_begin:
+                raise InputError(
+                    f"{layer} cuts off a sum as a hard sigmoid does, so that both are one function: no relevance flows "
+                    "through the sum, which is named as a layer. Name one before it, or behind"
+                )
             return None if is_begin or made.source._version != made.version else made.source
         if isinstance(made, _OfExponentials) and layer.known.has("arithmetic") and not made.is_copied:
             return made.source if made.is_unchanged() else None  # (the exponential may be too small to divide by)

@@ -218,7 +218,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
     **dict.fromkeys(("softmax", "log_softmax", "softmin"), ("input", "dim")),
-    **dict.fromkeys(("div", "mul"), ("input", "other")),
+    **dict.fromkeys(("add", "div", "mul", "rsub", "sub"), ("input", "other")),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
     **{
         f"{kind}max_pool{n}d{ending}": names

@@ -151,6 +151,15 @@ class SeeingMode(TorchFunctionMode):
             with self:  # (the function asks whether a mode is to be told of itself)
                 return rebound(op.function, has_torch_function=lambda values: False)(*op.args, **op.kwargs)
         op.take_apart()
+        if op.is_in_place and op.known.canonical in ("add", "sub") and isinstance(op.args[-1], int | float):
+            # (what is overwritten may be what a hard sigmoid is made of)
+            op, target = op.out_of_place()
+            self.notes.add_copy(op.args[0], target)
+            result = self._see(op)
+            written = overwritten(target, result)
+            self.notes.add_written(target, self.notes.flags(result))
+            self.notes.add_copy(written, result)
+            return written
         is_first, is_affine = bool(op.flags & FIRST), op.operands is not None
         copied = _copied(op, self.notes) if is_first else None
         choice = self.choose(op.known, op.kind, is_first, not is_affine and len(op.inputs) > 1, op.operands)

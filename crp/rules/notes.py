@@ -81,6 +81,8 @@ class _Shifted(NamedTuple):
         Of its values.
     low, middle, high : float
         The value where the source is minus infinity, 0 and infinity.
+    is_copied : bool
+        Whether it was copied since, as a layer's output is through which relevance shall flow.
     """
 
     source: Tensor
@@ -88,6 +90,7 @@ class _Shifted(NamedTuple):
     low: float = -math.inf
     middle: float = 0.0
     high: float = math.inf
+    is_copied: bool = False
 
     @property
     def is_hard_sigmoid(self) -> bool:
@@ -98,6 +101,11 @@ class _Shifted(NamedTuple):
     def after(self, function: Callable[[float], float]) -> _Shifted:
         """The same for what a function that never falls, or never rises, makes of the values."""
         return self._replace(low=function(self.low), middle=function(self.middle), high=function(self.high))
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> _Shifted:
+        """The same where a function has rearranged entries."""
+        source = function(self.source)
+        return self._replace(source=source, version=self.version + source._version - self.source._version)
 
 
 class Copied:

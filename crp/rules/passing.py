@@ -32,7 +32,7 @@ _CUTTING = {
 _ON_NUMBERS: dict[str, Callable[[float, float], float]] = {
     "add": operator.add,
     "sub": operator.sub,
-    "rsub": lambda value, number: number - value,
+    "rsub": operator.sub,  # (the other way round)
     "mul": operator.mul,
     "div": operator.truediv,
 }
@@ -139,12 +139,15 @@ def _bounds(op: Operation) -> tuple[float, float]:
 def _remembered(op: Operation, parts: Any) -> Any:
     """What rules remember of an operation's only operand, as it holds for the result; None if nothing does."""
     name = op.known.canonical
-    is_part = name in _SUMS and "identity" in op.known.properties  # (a number beside an activation)
-    if name == "clone":
-        return None if isinstance(parts, _Shifted) else parts
     begun = parts if isinstance(parts, _Shifted) else None
-    if is_part or (begun is None and (op.overwrites or name not in BEGINNING)):
+    if name == "clone":
+        return parts if begun is None else begun._replace(is_copied=True)
+    if name in _SUMS and "identity" in op.known.properties:  # (a number beside an activation)
         return begun
+    if begun is not None and op.known.has("copies") and name not in _SEVERAL and op.args[:1] and not op.overwrites:
+        return begun.moved(partial(_run_on, op))
+    if begun is None and (op.overwrites or name not in BEGINNING):
+        return None
     function = _on_numbers(op)
     if function is None:
         return None
@@ -162,12 +165,16 @@ def _on_numbers(op: Operation) -> Callable[[float], float] | None:
     if name in _CUTTING:
         low, high = _bounds(op)
         return lambda value: min(max(value, low), high)
-    if name not in _ON_NUMBERS or len(op.args) != 2 or op.kwargs:
+    if name not in _ON_NUMBERS:
         return None
-    (first, number), calculate = op.args, _ON_NUMBERS[name]
-    if first is not op.inputs[0] or not isinstance(number, Real) or not number:
+    given, calculate = _arguments_of(op.known, op.function, op.args, op.kwargs), _ON_NUMBERS[name]
+    alpha, (first, second, *others) = given.pop("alpha", 1), given.values()
+    number = second if first is op.inputs[0] else first
+    if others or not isinstance(number, int | float) or not number:
         return None
-    return lambda value: calculate(value, float(number))
+    if (name == "rsub") == (number is second):
+        return lambda value: calculate(float(number), value * alpha)
+    return lambda value: calculate(value, float(number) * alpha)
 
 
 def _has_tensor(value: object) -> bool:
