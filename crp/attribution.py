@@ -36,10 +36,17 @@ from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError
 from crp.flags import check_flags
 from crp.layers import differentiable
+from crp.notices import warn
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
 #: Masks of channels, which are axis 1 to them.
 _OF_CHANNELS = (ChannelConcept.mask, ChannelConcept.mask_rf)
+#: What zennit-crp calls in an attribution, or did before version 0.6.
+_NEVER_CALLED = {
+    *("_attribute", "_conditions_wrapper", "_separate_conditions", "_check_arguments", "_register_mask_fn"),
+    *("_append_recording_layer_hooks", "_generate_hook", "_collect_hook_activation_relevance", "_reset_gradients"),
+    *("attribution_modifier", "backward_initialization"),
+}
 attrResult = AttributionResults
 attrGraphResult = AttributionGraphResults
 
@@ -90,15 +97,18 @@ class CondAttribution:
     torch.Size([2, 3])
     """
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if uncalled := sorted(_NEVER_CALLED & vars(cls).keys()):
+            warn(
+                f"{cls.__name__} overrides {', '.join(uncalled)} of zennit-crp, which nothing calls here. Override "
+                "relevance_init, heatmap_modifier, backward or broadcast, or change what super().__call__ returns"
+            )
+
     def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device | str | None = None,
-        overwrite_data_grad: bool = True,
-        no_param_grad: bool = True,
-        *,
-        output: Callable[[Any], Tensor] | None = None,
-    ) -> None:
+        self, model: nn.Module, device: torch.device | str | None = None, overwrite_data_grad: bool = True,
+        no_param_grad: bool = True, *, output: Callable[[Any], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         check_flags(overwrite_data_grad=overwrite_data_grad, no_param_grad=no_param_grad)
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -241,17 +251,10 @@ class CondAttribution:
         return self._show(checked, -(-len(call.rows) // batch_size), verbose)
 
     def absorbed(
-        self,
-        data: Data,
-        conditions: Sequence[Condition],
-        composite: Composite | None,
-        mask_map: MaskMap = ChannelConcept.mask,
-        start_layer: str | None = None,
-        init_rel: Any = None,
-        exclude_parallel: bool = True,
-        *,
-        explain: Explain = None,
-    ) -> AbsorbedRelevance:
+        self, data: Data, conditions: Sequence[Condition], composite: Composite | None,
+        mask_map: MaskMap = ChannelConcept.mask, start_layer: str | None = None, init_rel: Any = None,
+        exclude_parallel: bool = True, *, explain: Explain = None,
+    ) -> AbsorbedRelevance:  # fmt: skip
         """Relevance that layers keep, and do not hand on to the data: with biases, or where nothing contributed.
 
         Takes the parameters of `__call__`. For each row, ``initial = input + sum of what layers kept + rest``. The
@@ -336,14 +339,9 @@ class CondAttribution:
         return sum_of_channels(data, on_device)
 
     def backward(
-        self,
-        pred: Tensor,
-        grad_mask: Tensor,
-        partial_backward: bool,
-        layer_names: Sequence[str],
-        layer_out: Mapping[str, Tensor],
-        generate: bool = False,
-    ) -> None:
+        self, pred: Tensor, grad_mask: Tensor, partial_backward: bool, layer_names: Sequence[str],
+        layer_out: Mapping[str, Tensor], generate: bool = False,
+    ) -> None:  # fmt: skip
         """Send ``grad_mask`` from ``pred`` back into the data, for one condition per sample.
 
         Parameters

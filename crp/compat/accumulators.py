@@ -51,34 +51,26 @@ class _Accumulator:
     _per_target: bool
 
     def __init__(
-        self,
-        mode: str = "relevance",
-        max_target: str = "sum",
-        abs_norm: bool = False,
-        path: str | Path | None = None,
-        *,
-        make_folder: bool = True,
+        self, mode: str = "relevance", max_target: str = "sum", abs_norm: bool = False, path: str | Path | None = None
     ) -> None:
-        check_flags(abs_norm=abs_norm, make_folder=make_folder)
+        check_flags(abs_norm=abs_norm)
         check_choice("max_target", max_target, Literal["sum", "max"])
         self.question = Question(mode, max_target, bool(abs_norm), self._per_target)
         self.mode, self.max_target, self.abs_norm = mode, max_target, bool(abs_norm)
         self.sub_folder = Path(folders.folder_name(self.question))
-        self.PATH = Path(path or "") / self.sub_folder
+        self.folder = Path(path or "") / self.sub_folder
         self.SAMPLE_SIZE = SAMPLE_SIZE
         self._rankings: dict[Any, _Ranking] = {}
-        if make_folder:
-            self.PATH.mkdir(parents=True, exist_ok=True)
 
     @property
     def PATH(self) -> Path:
-        """Result folder; one that is set says by its name what is asked."""
-        return self._path
+        """Result folder, which is made when it is asked for; one that is set says by its name what is asked."""
+        return folders._make_listed(self.folder)
 
     @PATH.setter
     def PATH(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self.question = folders.question_of(self._path.name) or self.question
+        self.folder = Path(path)
+        self.question = folders.question_of(self.folder.name) or self.question
 
     def delete_result_arrays(self) -> None:
         """Forget what was gathered."""
@@ -130,7 +122,8 @@ class _Accumulator:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.mode!r}, {self.max_target!r}, {self.abs_norm}, {str(self.PATH.parent)!r})"
+        name, path = type(self).__name__, str(self.folder.parent)
+        return f"{name}({self.mode!r}, {self.max_target!r}, {self.abs_norm}, {path!r})"
 
 
 class Maximization(_Accumulator):
@@ -145,13 +138,11 @@ class Maximization(_Accumulator):
         Rank by shares: each sample's values are divided by the sum of their absolute values.
     path : str or Path, optional
         Folder in which the result folder lies; the working directory by default.
-    make_folder : bool, keyword-only
-        Whether the result folder is made at once, for code that lists it, or when something is saved.
 
     Attributes
     ----------
-    PATH : Path
-        Result folder.
+    PATH, folder : Path
+        Result folder; ``PATH`` makes it, and leaves it empty while samples are missing.
     SAMPLE_SIZE : int
         Samples kept for each concept, 40 by default.
     question : Question
@@ -365,7 +356,5 @@ def methods_not_called(visualization: InMemoryAnalysis) -> list[str]:
 
 def _is_overridden(instance: object, method: str) -> bool:
     """Whether the object itself, or a class outside of this package, has a method of this name."""
-    owners = [kind for kind in type(instance).__mro__ if method in vars(kind)]
-    return method in getattr(instance, "__dict__", ()) or (
-        bool(owners) and owners[0].__module__.partition(".")[0] != "crp"
-    )
+    owner = next((kind for kind in type(instance).__mro__ if method in vars(kind)), _Accumulator)
+    return method in getattr(instance, "__dict__", ()) or owner.__module__.partition(".")[0] != "crp"

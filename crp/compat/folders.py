@@ -126,6 +126,15 @@ def write_size(folder: Path, size: int) -> None:
             opened.write(f"{size}\n".encode())
 
 
+def _make_listed(folder: Path) -> Path:
+    """Make a folder that scripts list to see whether to mine: it is left empty until a table has all samples."""
+    with contextlib.suppress(OSError):  # (what others mined may be read-only)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()) and (table := _table_at(folder)) and not table.coverage().missing:
+            (folder / _SIZE).write_text(f"{SAMPLE_SIZE}\n")
+    return folder
+
+
 def _read_size(folder: Path) -> int:
     """How many samples of a concept `write_size` said are to be read; 40 where it said nothing."""
     try:
@@ -307,7 +316,8 @@ def load_receptive_field(path_folder: str | Path, layer_name: str) -> np.ndarray
 def find_files(path: str | Path | None = None) -> tuple[list[str], list[str], list[str], list[str], list[str]]:
     """Result folders in ``path`` (the working directory by default).
 
-    Where there is a table, the folders that `load_maximization` and `load_statistics` read from it are listed, too.
+    Where there is a table, those of the settings with which it was mined come first, and then the others that
+    `load_maximization` and `load_statistics` read from it.
 
     Returns
     -------
@@ -315,22 +325,20 @@ def find_files(path: str | Path | None = None) -> tuple[list[str], list[str], li
         Paths whose names contain ``RelMax``, ``ActMax``, ``RelStats``, ``ActStats`` and ``ReField``.
     """
     path = Path.cwd() if path is None else Path(path)
-    names = {entry.name for entry in path.iterdir() if entry.is_dir()}
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     if Table.exists(path):
         table = Table.open(path)
-        names |= {
+        names += [
             folder_name(Question(mode, kind, normed, per_class))
             for mode in table.modes
             for kind in table.kinds
             for per_class in (False, True)
-            for normed in (False, True)
-        }
-    kinds = ("RelMax", "ActMax", "RelStats", "ActStats", "ReField")
-    of_kind: dict[str, list[str]] = {kind: [] for kind in kinds}
-    for name in sorted(names):
-        if kind := next((kind for kind in kinds if kind in name), None):
-            of_kind[kind].append(str(path / name))
-    r_max, a_max, r_stats, a_stats, rf = of_kind.values()
+            for normed in (True, False)
+        ]
+    r_max, a_max, r_stats, a_stats, rf = (
+        [str(path / name) for name in dict.fromkeys(names) if kind in name]
+        for kind in ("RelMax", "ActMax", "RelStats", "ActStats", "ReField")
+    )
     return r_max, a_max, r_stats, a_stats, rf
 
 

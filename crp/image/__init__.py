@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+import pkgutil
+from typing import Any, Dict, Iterable, List, Tuple, Union  # noqa: F401, UP035
 
 import numpy as np  # noqa: F401
 import torch  # noqa: F401
@@ -31,7 +31,7 @@ from crp.image.pixels import imgify, overlay, to_data_uri, to_png_bytes
 from crp.image.reading import as_viewed
 from crp.image.texts import TextHeatmap, plot_texts, text_html
 
-# The last row holds what scripts get from zennit-crp's ``from crp.image import *``.
+# The last two rows hold what scripts get from zennit-crp's ``from crp.image import *``.
 __all__ = [
     "AGAINST",
     "FOR",
@@ -60,19 +60,19 @@ __all__ = [
     "to_png_bytes",
     "vis_img_heatmap",
     "vis_opaque_img",
-    *("Image", "gaussian_blur", "np", "plt", "torch", "zimage"),
+    *("Any", "Dict", "Image", "Iterable", "List", "Tuple", "Union", "gaussian_blur", "gridspec", "np", "plt", "torch"),
+    "zimage",
 ]
 
 _LAZY = {
-    "gaussian_blur": ("torchvision.transforms.functional", "gaussian_blur"),
-    "plt": ("matplotlib.pyplot", None),
-    "zimage": ("zennit.image", None),
+    "gaussian_blur": "torchvision.transforms.functional:gaussian_blur",
+    "gridspec": "matplotlib.gridspec",
+    "plt": "matplotlib.pyplot",
+    "zimage": "zennit.image",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    return pkgutil.resolve_name(_LAZY[name])

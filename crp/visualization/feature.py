@@ -133,10 +133,10 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         self.attribution = attribution
         self.device = check_device(device, "device") or attribution.device
         self.path = Path(path)
-        self.RelMax = Maximization("relevance", max_target, abs_norm, path, make_folder=False)
-        self.ActMax = Maximization("activation", max_target, abs_norm, path, make_folder=False)
-        self.RelStats = Statistics("relevance", max_target, abs_norm, path, make_folder=False)
-        self.ActStats = Statistics("activation", max_target, abs_norm, path, make_folder=False)
+        self.RelMax = Maximization("relevance", max_target, abs_norm, path)
+        self.ActMax = Maximization("activation", max_target, abs_norm, path)
+        self.RelStats = Statistics("relevance", max_target, abs_norm, path)
+        self.ActStats = Statistics("activation", max_target, abs_norm, path)
         self.Cache = cache
         self.saved_checkpoints: dict[str, list[str]] = {}
         self._check = check
@@ -297,7 +297,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             "preprocess": self.preprocess_data if is_plain and not self._is_of_ids() else None,
             "single_targets": labels,
             "on_device": on_device,
-            "device": self.device,
+            "device": torch.device(self.device),
             "fingerprints": {
                 **self._identity(dataset=False),
                 "single_targets": fingerprint(None if labels is None else own),
@@ -358,10 +358,10 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         names: dict[str, list[str]] = {}
         for key, best, stats in (("r", self.RelMax, self.RelStats), ("a", self.ActMax, self.ActStats)):
             for results in (best, stats):
-                folders.write_size(results.PATH, results.SAMPLE_SIZE)
+                folders.write_size(results.folder, results.SAMPLE_SIZE)
             layers = table.layers if best.mode in table.modes else ()
-            names[f"{key}_max"] = [folders.max_prefix(best.PATH, layer) for layer in layers]
-            of_layers = [folders.stats_prefixes(stats.PATH, layer, targets) for layer in layers]
+            names[f"{key}_max"] = [folders.max_prefix(best.folder, layer) for layer in layers]
+            of_layers = [folders.stats_prefixes(stats.folder, layer, targets) for layer in layers]
             names[f"{key}_stats"] = [name for names_of_layer in of_layers for name in names_of_layer]
         return names
 

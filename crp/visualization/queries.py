@@ -388,7 +388,7 @@ class ReferenceQueries(SampleAccess):
     def _answers(self, mode: str, per_class: bool) -> tuple[Question, Answers]:
         """What is asked, and the table or the folder that answers, checked to be of this model, data and concepts."""
         results = self._results(mode, per_class)
-        answers = open_answers(results.PATH)
+        answers = open_answers(results.folder)
         if self._check and isinstance(answers, TableAnswers):
             self._check_table(answers.table)
         return results.question, answers

@@ -74,11 +74,11 @@ def target_list(targets: Any) -> list[int]:
     TypeError
         If a target is not an integer.
     """
-    if isinstance(targets, Tensor | np.ndarray):
-        targets = targets.reshape(-1).tolist()
-    elif isinstance(targets, str) or not isinstance(targets, Iterable):
-        targets = [targets]
-    return as_ids([int(t) if isinstance(t, str) and t.isdecimal() else t for t in targets], what="targets")
+    ids: list[Any] = []
+    is_one = isinstance(targets, str | Tensor | np.ndarray) or not isinstance(targets, Iterable)
+    for target in [targets] if is_one else targets:
+        ids += target.reshape(-1).tolist() if isinstance(target, Tensor | np.ndarray) else [target]
+    return as_ids([int(t) if isinstance(t, str) and t.isdecimal() else t for t in ids], what="targets")
 
 
 def column(concept: Concept, concept_id: ConceptId, layer: str, n_concepts: int | None = None) -> int:

@@ -147,7 +147,7 @@ class SampleAccess:
             found["output"] = self._remembered("output", _Same(output), lambda: fingerprint(output))
         elif output is None and "output" in table.fingerprints:
             found["output"] = "none"
-        decoding = _Same(self.dataset), self.device.type, str(table.path), table.header.identity
+        decoding = _Same(self.dataset), torch.device(self.device).type, str(table.path), table.header.identity
         if mark := self._remembered("decoder", decoding, lambda: self._decoder(table)):
             table.check(decoder=mark)
         if table.header.probes:

@@ -255,8 +255,11 @@ def test_zennits_canonizer_for_residual_blocks_shares_relevance():
     with torch.no_grad():
         model.head.weight.abs_()
     target = model(SMALL)[:, 1]
-    right = ask(model, [{"y": 1}], composite=ZennitEpsilonPlus(canonizers=[ResNetCanonizer()]))
+    composite = ZennitEpsilonPlus(canonizers=[ResNetCanonizer()])
+    right = ask(model, [{"y": 1}], composite=composite)
     assert close(right.heatmap.sum((1, 2)), target, 1e-4)
+    with composite.context(model):  # (which adds a module for the sum, and says nothing of its mode)
+        assert same(ask(model, [{"y": 1}]), right)
     with pytest.warns(
         UserWarning, match=r"give all relevance to each branch there: there is too much. Give the compos"
     ):

@@ -239,3 +239,12 @@ def test_name_of_the_output(vectors, untouched):
     )
     assert nodes[0] == ("head", 1)
     assert len(nodes) == 3
+
+
+@pytest.mark.parametrize("name", ["_collect_hook_activation_relevance", "backward_initialization"])
+def test_a_method_that_is_never_called_is_named(name):
+    with pytest.warns(
+        UserWarning, match=f"Own overrides {name} of zennit-crp, which nothing calls here. Override"
+    ) as w:
+        type("Own", (CondAttribution,), {name: lambda self, *args: args})
+    assert len(w) == 1

@@ -13,7 +13,7 @@ from feature_net import LAYERS, Images, make_fv, mined
 from zennit.composites import EpsilonPlus, NameMapComposite
 
 from crp.concepts import ChannelConcept
-from crp.helper import load_maximization, load_stat_targets, load_statistics
+from crp.helper import find_files, load_maximization, load_stat_targets, load_statistics
 from crp.hooks import FeatVisHook
 from crp.maximization import Maximization
 from crp.visualization import FeatureVisualization, Table
@@ -178,3 +178,47 @@ def test_G7_concepts_that_cannot_be_compared_are_pointed_out(tmp_path):
     with pytest.warns(UserWarning, match="layer_map lacks 'second', which were mined, too") as caught:
         assert len(make_fv(tmp_path, layers=["first"]).get_max_reference(0, "first")[0]) == 8
     assert len(caught) == 1
+
+
+def test_G8_a_script_that_lists_the_index_mines_once(tmp_path):
+    """PURE and PCX mine where ``os.listdir(fv.RelMax.PATH)`` is empty, before and after, and once interrupted."""
+    for stop, listed in ((0, False), (7, False), (12, True)):
+        if stop:
+            make_fv(tmp_path).run(COMPOSITE, 0, stop, progress=False)
+        for name in ("RelMax", "ActMax", "RelStats", "ActStats"):
+            assert any(getattr(make_fv(tmp_path), name).PATH.iterdir()) == listed
+    assert load_maximization(make_fv(tmp_path).RelMax.PATH, "first")[0].shape == (12, 4)
+
+
+def test_G8_a_folder_that_cannot_be_made_is_named_all_the_same(tmp_path):
+    (tmp_path / "file").touch()
+    folder = Maximization(path=tmp_path / "file").PATH
+    assert (folder.parent, folder.name) == (tmp_path / "file", "RelMax_sum_unnormed")
+
+
+def test_G8_analysis_in_memory_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fv = make_fv(tmp_path)
+    fv.analyze_activation(torch.ones(3, 4, 6, 6), "first", ChannelConcept(), [0, 1, 2], [0, 1, 2])
+    assert not list(tmp_path.iterdir())
+
+
+def test_G9_a_device_may_be_set_by_its_name(tmp_path):
+    fv = mined(tmp_path)
+    fv.device = "cpu"
+    assert len(fv.get_max_reference(0, "first", composite=COMPOSITE, plot_fn=None)[0][0]) == 8
+    fv.run(COMPOSITE, 0, 12, progress=False)
+
+
+def test_G10_targets_may_be_arrays_in_a_list(tmp_path):
+    fv = mined(tmp_path)
+    best, _ = fv.compute_stats(1, "first", top_N=1)
+    assert list(fv.get_stats_reference(1, "first", [best])) == [f"1:{best[0]}"]
+    assert list(fv.get_stats_reference(1, "first", (torch.tensor(2), np.int64(0), "1"))) == ["1:2", "1:0", "1:1"]
+
+
+@pytest.mark.parametrize("settings", [("sum", True), ("max", False)])
+def test_G11_what_was_mined_is_found_first(tmp_path, settings):
+    fv = mined(tmp_path, max_target=settings[0], abs_norm=settings[1])
+    listed = [getattr(fv, name).PATH for name in ("RelMax", "ActMax", "RelStats", "ActStats")]
+    assert [Path(found[0]) for found in find_files(fv.path)[:4]] == listed

@@ -42,7 +42,7 @@ def offered(module: str) -> list[str]:
 def is_foreign(what: object) -> bool:
     """Whether a name that is offered for scripts of zennit-crp, such as ``np``, belongs to another library."""
     home = getattr(what, "__module__", None) or getattr(what, "__name__", "crp")
-    return home.split(".")[0] in {"PIL", "matplotlib", "numpy", "torch", "torchvision", "zennit"}
+    return home.split(".")[0] in {"PIL", "matplotlib", "numpy", "torch", "torchvision", "typing", "zennit"}
 
 
 @pytest.fixture(scope="module")

@@ -502,7 +502,8 @@ def test_star_import_gives_the_names_that_scripts_use():
     names: dict[str, object] = {}
     exec("from crp.image import *", names)
     expected = {"imgify", "plot_grid", "vis_img_heatmap", "vis_opaque_img", "get_crop_range", "max_norm"}
-    assert expected | {"Image", "torch", "np", "plt", "zimage", "gaussian_blur"} <= set(names)
+    assert expected | {"Image", "torch", "np", "plt", "gridspec", "zimage", "gaussian_blur"} <= set(names)
+    assert {"Any", "Dict", "Iterable", "List", "Tuple", "Union"} <= set(names)
     assert names["plt"] is plt and callable(names["gaussian_blur"])
 
 

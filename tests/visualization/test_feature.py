@@ -51,11 +51,11 @@ def test_attributes_and_order_of_the_parameters(tmp_path):
     assert (fv.attribution, fv.dataset, fv.layer_map, fv.Cache) == (attribution, dataset, layer_map, None)
     assert (fv.device, fv.preprocess_fn) == (torch.device("cpu"), torch.sigmoid)
     for name in ("RelMax", "ActMax", "RelStats", "ActStats"):
-        assert tmp_path / "x" / f"{name}_max_unnormed" == getattr(fv, name).PATH
+        assert tmp_path / "x" / f"{name}_max_unnormed" == getattr(fv, name).folder
         assert getattr(fv, name).SAMPLE_SIZE == 40
     assert not (tmp_path / "x").exists()
     default = FeatureVisualization(attribution, dataset, layer_map)
-    assert Path("FeatureVisualization", "RelMax_sum_normed") == default.RelMax.PATH
+    assert Path("FeatureVisualization", "RelMax_sum_normed") == default.RelMax.folder
 
 
 def test_C17_a_misspelt_layer_is_named_at_once(tmp_path):
