@@ -113,6 +113,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("normalization", "identity", "local_response_norm normalize"),
     ("normalization", "statistics", "group_norm instance_norm layer_norm rms_norm"),
     ("", "homogeneous nonnegative", "norm linalg_norm linalg_vector_norm"),
+    ("", "homogeneous nonnegative", "cdist pairwise_distance"),
     ("", "", "std var"),
     # --- pooling ---
     ("pooling", "homogeneous linear sign between", "avg_pool1d avg_pool2d avg_pool3d"),
