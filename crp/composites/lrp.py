@@ -67,7 +67,7 @@ def _base(
         (Having.of("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
         (Having.of("choosing"), _Proportional()),
-        (Functions(("std",)), _Proportional()),
+        (Functions(("cdist", "pairwise_distance", "std")), _Proportional()),
         (Functions(("var",)), _OfSquares()),
         (Functions(("grid_sample",)), _ByGrid()),
         (Functions(("linalg_solve", "linalg_solve_triangular")), _Solved()),

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError
-from crp.rules.attention import _as_softmax, _exponential_of, _log_base
+from crp.rules.attention import _by_chain_rule
 from crp.rules.base import Attachment, Rule
+from crp.rules.exponentials import _ENDING, _exponential, _OfExponentials
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
-from crp.rules.notes import Born, _Exponential, _Shifted, _Weighted
+from crp.rules.notes import Born, _Shifted
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.terms import Term
 
@@ -41,7 +42,7 @@ class Pass(Rule):
 
         Exponentials that sum up to one are a softmax; numbers around an activation are part of it.
         """
-        softmax = None if layer.module is not None else _as_softmax(self, layer, self._exponential(layer))
+        softmax = _by_chain_rule(self, layer) if layer.known.canonical in _ENDING else None
         if softmax is not None:
             return softmax
         source = self._below_numbers(layer) if self.multiplier else None
@@ -53,29 +54,21 @@ class Pass(Rule):
         if isinstance(made, _Shifted) and made.is_hard_sigmoid:
             layer.gives = Born.GATING | (Born.SQUASHED if min(made.low, made.high) >= 0 else Born.BALANCED)
             is_begin = made.source is layer.inputs[0]
-        elif isinstance(made, _Exponential) and layer.known.has("arithmetic"):
-            # (the exponential itself may be too small to divide by)
-            layer.parts, is_begin = None, made.is_copied
-        else:
-            return None
-        return None if is_begin or made.source._version != made.version else made.source
-
-    def _exponential(self, layer: Layer) -> _Exponential | _Weighted | None:
-        """Exponential that the output may be after a division; that of something less a logarithm is one."""
-        if layer.name == "normalize":
-            return _exponential_of(self, layer)
-        note, log_base = self._note_of(layer.inputs[0]), _log_base(layer)
-        if log_base is None or note is None or not note.flags & Born.LOGARITHM:
-            return None
-        return _Exponential(layer.inputs[0], layer.inputs[0]._version, log_base)
+            if made.is_copied and not is_begin:
+                raise InputError(
+                    f"{layer} cuts off a sum as a hard sigmoid does, so that both are one function: no relevance flows "
+                    "through the sum, which is named as a layer. Name one before it, or behind"
+                )
+            return None if is_begin or made.source._version != made.version else made.source
+        if isinstance(made, _OfExponentials) and layer.known.has("arithmetic") and not made.is_copied:
+            return made.source if made.is_unchanged() else None  # (the exponential may be too small to divide by)
+        return None
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
         if a.shape != y.shape:
             raise InputError(f"Pass needs an elementwise layer; {layer} maps {tuple(a.shape)} to {tuple(y.shape)}")
-        log_base = _log_base(layer)
-        if log_base is not None:
-            layer.parts = _Exponential(a, a._version, log_base)
+        layer.parts = _exponential(layer) or layer.parts
         if self.multiplier and self._scales_later(layer, y):
             again, borrowed = layer.again(), _Borrowed(y)
             second = SecondOrder(again, [a], self.is_active, lambda: self._scales_later_on(again, a, borrowed))

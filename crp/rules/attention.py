@@ -21,7 +21,6 @@ fused, in both directions. These have no second derivative on the CPU: with ``cr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -30,98 +29,75 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.base import Rule
+from crp.rules.exponentials import _LOGARITHMS, _exponential, _OfExponentials
 from crp.rules.functions import Function, _parameters_of, look_up
-from crp.rules.layer import Layer, _no_rule, changed
-from crp.rules.notes import Born, _Exponential, _Weighted
+from crp.rules.layer import Layer, _no_rule
+from crp.rules.notes import Born
 from crp.rules.operands import ADDED
 from crp.rules.redirect import Redirect
-from crp.rules.shared import Parts, _OfMethod, _Proportional, _Shared
+from crp.rules.shared import Part, Parts, _OfMethod, _Shared
 from crp.trace.recorder import tensors_in
 
 #: What becomes of attention's probabilities: held constant, or given half of the relevance.
 Attention: TypeAlias = Literal["constant", "split"]
 
 
-#: Functions that are exponential in an operand.
-_EXPONENTIAL = frozenset({"exp", "exp2", "pow", "rpow"})
+class _Chain(_Shared):
+    """The ordinary chain rule, of which each operand gets a part."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        super().__init__(0.0)
+        self._parts = parts
+
+    def parts(self, layer: Layer) -> Parts:
+        """These parts."""
+        return self._parts, {}
 
 
-def _exponential_of(rule: Rule, layer: Layer) -> _Exponential | _Weighted | None:
-    """What is remembered of an exponential that a call reads, or of values that it weights; None if it reads none."""
-    notes = filter(None, map(rule._note_of, layer.inputs))
-    return next((note.parts for note in notes if isinstance(note.parts, _Exponential | _Weighted)), None)
+def _by_chain_rule(rule: Rule, layer: Layer) -> Tensor | None:
+    """Output of a call that is a softmax, attention or the logarithm of a sum of exponentials; None of others.
 
-
-def _weighted(rule: Rule, layer: Layer) -> _Weighted | None:
-    """What is remembered of a product, if one of its operands is made of exponentials."""
-    exponential, attachment = _exponential_of(rule, layer), rule.attachment
-    if not isinstance(exponential, _Exponential) or attachment is None:
-        return None
-    notes = [rule._note_of(tensor) for tensor in layer.inputs]
-    position = next(i for i, note in enumerate(notes) if note is not None and note.parts is exponential)
-    weights = layer.inputs[position]
-
-    def attend(shares: Tensor) -> Tensor:
-        other = layer.again()
-        other.args, other.kwargs, other.inputs = changed(
-            (layer.args, layer.kwargs, layer.inputs), lambda tensor: shares if tensor is weights else tensor
-        )
-        other.born = tuple(Born.SOFTMAX if i == position else born for i, born in enumerate(layer.born))
-        attachment.notes.add(shares, Born.SOFTMAX)
-        return cast(Tensor, rule.operate(other))
-
-    return _Weighted(weights, exponential, attend)
-
-
-def _log_base(layer: Layer) -> float | Tensor | None:
-    """Logarithm of the base of an exponential function, ``b ** x``; None of others."""
-    if layer.module is not None or layer.known.canonical not in _EXPONENTIAL:
-        return None
-    operands = [*layer.args, *layer.kwargs.values()]
-    if layer.known.canonical == "pow" and operands[0] is layer.inputs[0]:  # a power, ``x ** b``
-        return None
-    base = {"exp": math.e, "exp2": 2}.get(layer.name) or next(v for v in operands if v is not layer.inputs[0])
-    if isinstance(base, Tensor):
-        return base.detach().log() if base.numel() == 1 else None
-    return math.log(base) if isinstance(base, int | float) and base > 0 else None
-
-
-def _as_softmax(rule: Rule, layer: Layer, made: _Exponential | _Weighted | None) -> Tensor | None:
-    """Output of a call that is a softmax, or attention, in other words, with its chain rule; None if it is none.
-
-    Parameters
-    ----------
-    rule : Rule
-        In whose place the chain rule comes.
-    layer : Layer
-    made : _Exponential, _Weighted or None
-        Of the logits of which the output may be the softmax, but for entries that are 0; or values that such weight.
+    Its gradient is the chain rule's, on all of it. Of attention, logits and values get what its rule says.
     """
-    if made is None or rule.attachment is None:
+    made = _whole(rule, layer)
+    if isinstance(layer.parts, _OfExponentials) and layer.parts.is_quotient:
+        layer.parts = None
+    if made is None or rule.attachment is None or not made.is_unchanged():
         return None
-    y, is_softmax = layer.output.detach(), isinstance(made, _Exponential)
-    weights, exponential, attend = made if isinstance(made, _Weighted) else (y, made, _itself)
-    if exponential.source.shape != weights.shape:
-        return None
-    logits = (exponential.source.to(weights.dtype) * exponential.log_base).masked_fill(weights == 0, -torch.inf)
-    rounding = max(1e-5, *(16 * torch.finfo(dtype).eps for dtype in (exponential.source.dtype, y.dtype)))
-    # (values that are weighted may cancel out, but for rounding)
-    size = y.to(torch.promote_types(y.dtype, torch.float32)).norm() / max(1, y.numel()) ** 0.5
-    least = torch.finfo(y.dtype).tiny if is_softmax else rounding * float(size)
-    for dim in (dim for dim in reversed(range(logits.dim())) if logits.shape[dim] > 1):
-        softmax = Layer(torch.softmax, (logits, dim), {}, (logits,), look_up(torch.softmax), place=layer.place)
-        shares = softmax.output.detach()
-        with torch.no_grad():
-            same = attend(shares)
-        if same.shape == y.shape and torch.allclose(same, y, rounding, least):
-            layer.gives |= Born.SOFTMAX if is_softmax else 0
-            by_softmax = attend(_Proportional().attach(rule.attachment).operate(softmax))
-            return cast(Tensor, Redirect.apply(y, None, 1, by_softmax, y.new_ones(())))  # (to the last bit as it was)
-    return None
+    leaves, parts = [], list[Part]()
+    for one in made.calls():
+        leaves += one.leaves
+        of_values = 1.0 if made.share is None else 1 - made.share
+        parts += [1 - of_values if one.below == {} and made.is_weighting else of_values] * len(one.leaves)
+    again = Layer(made.again, leaves, {}, tuple(leaves), look_up(torch.softmax), place=layer.place)
+    chain = _Chain(parts).attach(rule.attachment).operate(again)
+    is_logarithm = layer.known.canonical in _LOGARITHMS
+    layer.gives |= 0 if made.is_weighting else Born.LOGARITHM if is_logarithm else Born.SOFTMAX
+    y = layer.output.detach()
+    return cast(Tensor, Redirect.apply(y, None, 1, chain, y.new_ones(())))  # (to the last bit as it was)
 
 
-def _itself(shares: Tensor) -> Tensor:
-    return shares
+def _whole(rule: Rule, layer: Layer) -> _OfExponentials | None:
+    """The calls that such a function is made by, from the logits on."""
+    if layer.module is not None:
+        return None
+    made: Any = layer.parts
+    if isinstance(made, _OfExponentials):
+        return made if made.is_quotient and (made.share is not None or not made.is_weighting) else None
+    (x, *others), name = layer.inputs, layer.known.canonical
+    note = None if others else rule._note_of(x)
+    if note is None:
+        return None
+    made = note.parts
+    if name in _LOGARITHMS and isinstance(made, _OfExponentials) and made.is_summed and not made.is_weighting:
+        return _OfExponentials(layer.function, layer.args, layer.kwargs, {id(x): made}, [])
+    return _exponential(layer) if note.flags & Born.LOGARITHM else None
+
+
+def _weigh(layer: Layer, attention: Attention) -> None:
+    """Note what becomes of exponentials that weight values in a product, if they are divided by their sum later."""
+    if isinstance(layer.parts, _OfExponentials) and layer.parts.is_weighting:
+        layer.parts.share = 0.5 if attention == "split" else 0.0
 
 
 class _Attending(_Shared):
@@ -197,8 +173,7 @@ class MatrixProduct(_Attending):
 
     def operate(self, layer: Layer) -> Any:
         """Return the product; what exponentials weight may be attention once it is divided by their sum."""
-        if self.mode == "split":
-            layer.parts = _weighted(self, layer)
+        _weigh(layer, self.mode)
         return super().operate(layer)
 
     def parts(self, layer: Layer) -> Parts:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.activations import _Activation
-from crp.rules.attention import Attention, _as_softmax, _check_attention, _exponential_of, _weighted
+from crp.rules.attention import Attention, _by_chain_rule, _check_attention, _weigh
+from crp.rules.exponentials import _OfExponentials
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
-from crp.rules.notes import Born, _Exponential
+from crp.rules.notes import Born
 from crp.rules.shared import Part, Parts, _Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
@@ -34,14 +35,14 @@ class Gate(_Shared):
     constant, so that the signal :math:`s` takes all ("signal-take-all", Arras et al., "Explaining and interpreting
     LSTMs", 2019, section 11.2.3); ``"split"`` gives each factor half (AttnLRP, Achtibat et al., ICML 2024, eq. 13).
     Both conserve relevance. The gate is the factor that is broadcast, as in squeeze-and-excitation. If none or both
-    are, it is the factor that a sigmoid has made (or 1 plus or minus such, or plus or minus a tanh), or else the one
-    that an activation has made, also after reshaping or indexing, or squared. If that does not decide, the relevance
-    is split.
+    are, it is the factor that a sigmoid has made (or a number plus or minus such or a tanh), also resized, averaged or
+    cut off, or else the one that an activation has made, also after reshaping or indexing, or squared. If that does not
+    decide, the relevance is split.
 
-    Both modes hold constant what other rules hold constant: a factor that is one over something and broadcast, as the
-    deviation in a norm, and the weights of experts that a router chooses. A factor that a softmax has made is treated
-    as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry by
-    entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
+    Both modes hold constant what other rules hold constant: a factor that is one over something, and no gate, as the
+    deviation in a norm is, and the weights of experts that a router chooses. A factor that a softmax has made is
+    treated as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry
+    by entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
 
     Parameters
     ----------
@@ -67,11 +68,11 @@ class Gate(_Shared):
         """Return the product; one factor alone is right by the ordinary chain rule."""
         if len(layer.inputs) == 1:
             return layer.output
-        if any(born & Born.DIVISOR for born in layer.born):
-            softmax = _as_softmax(self, layer, _exponential_of(self, layer))
+        if isinstance(layer.parts, _OfExponentials):
+            _weigh(layer, self.attention)
+            softmax = _by_chain_rule(self, layer)
             if softmax is not None:
                 return softmax
-        layer.parts = _weighted(self, layer)
         held = self._gate(layer) if self._is_plain(layer) else None
         if held is None:
             source = self._made_of(layer)
@@ -114,21 +115,24 @@ class Gate(_Shared):
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in layer.inputs))  # type: ignore[no-untyped-call]
         broadcast = [_is_broadcast(factor, shape) for factor in layer.inputs]
 
-        def only(flags: int, among: Sequence[bool] = (True, True)) -> int | None:
-            marks = [bool(born & flags) and is_among for born, is_among in zip(layer.born, among, strict=True)]
+        # (a gate may be one over something, too)
+        divides = [bool(born & Born.DIVISOR) and not born & Born.SQUASHED for born in layer.born]
+
+        def only(marks: Sequence[bool]) -> int | None:
             return marks.index(True) if marks[0] != marks[1] else None
 
-        for flags in (Born.DIVISOR, Born.ROUTED):
-            if (held := only(flags, broadcast)) is not None:
+        def born_of(flags: int) -> list[bool]:
+            return [bool(born & flags) for born in layer.born]
+
+        for marks in (divides, born_of(Born.ROUTED)):
+            if (held := only([mark and is_one for mark, is_one in zip(marks, broadcast, strict=True)])) is not None:
                 return held
-        if (held := only(Born.SOFTMAX)) is not None:
+        if (held := only(born_of(Born.SOFTMAX))) is not None:
             return held if self.attention == "constant" else None
         if self.mode == "split":
-            return None
-        if broadcast[0] != broadcast[1]:
-            return broadcast.index(True)
-        kinds = (Born.SQUASHED | Born.ROUTED, Born.DIVISOR, Born.ACTIVATION)
-        return next((held for flags in kinds if (held := only(flags)) is not None), None)
+            return only(divides)
+        kinds = (broadcast, born_of(Born.SQUASHED | Born.ROUTED), divides, born_of(Born.ACTIVATION))
+        return next((held for marks in kinds if (held := only(marks)) is not None), None)
 
 
 def _checked(mode: Gates) -> Gates:
@@ -209,10 +213,7 @@ class Quotient(Linearized):
         dividend = layer.arguments.get("input")
         if (len(layer.inputs) == 1 and layer.inputs[0] is dividend) or layer.kwargs.get("rounding_mode"):
             return cast(Tensor, layer.output)
-        made = _exponential_of(self, layer)
-        softmax, is_exponential = _as_softmax(self, layer, made), isinstance(made, _Exponential)
-        if is_exponential and len(layer.inputs) == 2 and layer.inputs[1].numel() < layer.output.numel():
-            layer.gives = Born.SOFTMAX  # (also if something is added to their sum)
+        softmax = _by_chain_rule(self, layer)
         return super().operate(layer) if softmax is None else softmax
 
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:

@@ -51,11 +51,12 @@ AFFINE = frozenset({"convolution", "dense"})
 #: - scales: with a constant operand, it changes nothing but the scale
 #: - copies: as selects, perhaps beside constants; what is known of an entry of the input holds for its copies
 #: - maximum: the maximum of a window
+#: - between: results lie between entries of the operands, but for a scale
 #: - indexes: entries are chosen, or put, by an index
 PROPERTIES = frozenset(
     """arithmetic homogeneous linear constant step identity rescaled bilinear quotient selection statistics softmax
     elementwise choosing attention composed squashing balanced nonnegative gating sign selects scales copies maximum
-    indexes""".split()  # noqa: SIM905
+    indexes between""".split()  # noqa: SIM905
 )
 
 #: Kind (or none), properties, and names.
@@ -112,30 +113,33 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("normalization", "identity", "local_response_norm normalize"),
     ("normalization", "statistics", "group_norm instance_norm layer_norm rms_norm"),
     ("", "homogeneous nonnegative", "norm linalg_norm linalg_vector_norm"),
+    ("", "homogeneous nonnegative", "cdist pairwise_distance"),
     ("", "", "std var"),
     # --- pooling ---
-    ("pooling", "homogeneous linear sign", "avg_pool1d avg_pool2d avg_pool3d"),
-    ("pooling", "homogeneous linear sign", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
-    ("pooling", "homogeneous maximum sign", "max_pool1d max_pool2d max_pool3d"),
-    ("pooling", "homogeneous maximum sign", "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
-    *(("pooling", "homogeneous maximum", f"max_pool{n}d_with_indices") for n in (1, 2, 3)),
-    *(("pooling", "homogeneous maximum", f"adaptive_max_pool{n}d_with_indices") for n in (1, 2, 3)),
-    ("pooling", "homogeneous", "fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d"),
+    ("pooling", "homogeneous linear sign between", "avg_pool1d avg_pool2d avg_pool3d"),
+    ("pooling", "homogeneous linear sign between", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
+    ("pooling", "homogeneous maximum sign between", "max_pool1d max_pool2d max_pool3d"),
+    ("pooling", "homogeneous maximum sign between", "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    *(("pooling", "homogeneous maximum between", f"max_pool{n}d_with_indices") for n in (1, 2, 3)),
+    *(("pooling", "homogeneous maximum between", f"adaptive_max_pool{n}d_with_indices") for n in (1, 2, 3)),
+    ("pooling", "homogeneous between", "fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d"),
     ("", "homogeneous", "max_unpool1d max_unpool2d max_unpool3d"),
     # --- sums ---
     ("", "arithmetic homogeneous linear constant elementwise", "add sub rsub"),
-    ("", "homogeneous linear sign", "mean sum"),
+    ("", "homogeneous linear sign between", "mean sum"),
     ("", "arithmetic homogeneous linear elementwise scales", "neg positive"),
-    ("", "homogeneous linear", "cumsum diff nansum fold interpolate upsample"),
+    ("", "homogeneous linear between", "interpolate upsample"),
+    ("", "homogeneous linear", "cumsum diff nansum fold"),
     ("", "homogeneous linear selection", "index_add"),
     ("", "homogeneous linear constant", "complex"),
     ("", "homogeneous linear constant selection indexes", "scatter_add"),
     ("", "homogeneous constant", "index_reduce scatter_reduce"),  # (but for products)
-    ("", "homogeneous", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
+    ("", "homogeneous between", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     # --- choice ---
-    ("", "homogeneous choosing elementwise", "fmax fmin maximum minimum"),
-    ("", "homogeneous choosing indexes", "max min"),
-    ("", "homogeneous", "amax amin cummax cummin hypot"),
+    ("", "homogeneous choosing elementwise between", "fmax fmin maximum minimum"),
+    ("", "homogeneous choosing indexes between", "max min"),
+    ("", "homogeneous between", "amax amin cummax cummin"),
+    ("", "homogeneous", "hypot"),
     ("", "homogeneous selects indexes", "kthvalue masked_select median msort nanmedian sort take topk"),
     # --- the same entries at other places ---
     ("", "homogeneous linear selects copies sign", "chunk flatten getitem permute reshape squeeze transpose"),
@@ -180,6 +184,8 @@ _ALIASES = dict(
     special_softmax:softmax subtract:sub true_divide:div truediv:div""".split()  # noqa: SIM905
 )
 
+#: What made values that are still such, in a wide sense, between them.
+_KEPT_BETWEEN = Born.SQUASHED | Born.BALANCED | Born.SOFTMAX | Born.ROUTED
 #: What functions of these properties give.
 _GIVEN = {"nonnegative": NONNEGATIVE, "squashing": Born.SQUASHED, "balanced": Born.BALANCED, "gating": Born.GATING}
 #: Functions that look at a tensor without reading its values, or hand on none that depends on it.
@@ -214,7 +220,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
     **dict.fromkeys(("softmax", "log_softmax", "softmin"), ("input", "dim")),
-    **dict.fromkeys(("div", "mul"), ("input", "other")),
+    **dict.fromkeys(("add", "div", "mul", "rsub", "sub"), ("input", "other")),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
     **{
         f"{kind}max_pool{n}d{ending}": names
@@ -323,13 +329,12 @@ def _described(name: str, is_attribute: bool = False) -> Function:
         keeps |= BORN
     keeps |= NONNEGATIVE if "sign" in properties else 0
     keeps |= Born.ACTIVATION if properties >= {"rescaled", "elementwise"} else 0  # (the square of one is one)
-    if "elementwise" in properties or canonical in ("mean", "sum"):  # (so is a mean of attention)
-        keeps |= Born.SOFTMAX
-    keeps |= Born.ROUTED if canonical in ("mean", "sum") else 0
+    keeps |= Born.SOFTMAX if "elementwise" in properties else 0
+    keeps |= _KEPT_BETWEEN if "between" in properties else 0  # (a gate may be resized, attention averaged)
     gives |= sum(flag for name, flag in _GIVEN.items() if name in properties)
     gives |= Born.SOFTMAX if canonical in ("softmax", "softmin") else 0
     gives |= Born.EXPONENTIAL if canonical in ("exp", "exp2", "rpow") else 0
-    gives |= Born.LOGARITHM if canonical in ("log", "log10", "log2", "log_softmax", "logsumexp") else 0
+    gives |= Born.LOGARITHM if canonical in ("log_softmax", "logsumexp") else 0
     gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
     gives |= Born.ACTIVATION if kind == "activation" else 0
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)

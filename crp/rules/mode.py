@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
+from crp.rules.exponentials import _combined, _OfExponentials
 from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
@@ -150,6 +151,15 @@ class SeeingMode(TorchFunctionMode):
             with self:  # (the function asks whether a mode is to be told of itself)
                 return rebound(op.function, has_torch_function=lambda values: False)(*op.args, **op.kwargs)
         op.take_apart()
+        if op.is_in_place and op.known.canonical in ("add", "sub") and isinstance(op.args[-1], int | float):
+            # (what is overwritten may be what a hard sigmoid is made of)
+            op, target = op.out_of_place()
+            self.notes.add_copy(op.args[0], target)
+            result = self._see(op)
+            written = overwritten(target, result)
+            self.notes.add_written(target, self.notes.flags(result))
+            self.notes.add_copy(written, result)
+            return written
         is_first, is_affine = bool(op.flags & FIRST), op.operands is not None
         copied = _copied(op, self.notes) if is_first else None
         choice = self.choose(op.known, op.kind, is_first, not is_affine and len(op.inputs) > 1, op.operands)
@@ -158,10 +168,12 @@ class SeeingMode(TorchFunctionMode):
             with self:
                 return apart(*op.args, **op.kwargs)
         # (operands may be overwritten, and then nothing is known)
-        passed, alone = _passed(op, self.notes.born), len(op.inputs) == 1 and not is_affine
+        passed, alone = _passed(op, self.notes), len(op.inputs) == 1 and not is_affine
         note = self.notes.of(op.inputs[0]) if alone else None
         is_plain = note is None or (note.parts is None and op.known.canonical not in BEGINNING)
-        parts = None if note is None or is_plain else _remembered(op, note.parts)
+        parts = _combined(op, self.notes) if self.notes.has_exponentials else None
+        if parts is None and note is not None and not is_plain:
+            parts = _remembered(op, note.parts)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
         if below is not None and op.known.canonical in ("mul", "div") and not all(i is op.inputs[0] for i in op.inputs):
             passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)
@@ -217,6 +229,7 @@ class SeeingMode(TorchFunctionMode):
         below: Note | None,
     ) -> None:
         """Note what is known of an operation's result."""
+        self.notes.has_logarithms |= bool(flags & Born.LOGARITHM)
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST
         target = op.args[0] if op.args and op.overwrites else op.kwargs.get("out")
@@ -230,6 +243,7 @@ class SeeingMode(TorchFunctionMode):
             self.notes.add(result, flags, copied, below)
         if parts is not None:
             self.notes.remember(result, parts)
+            self.notes.has_exponentials |= isinstance(parts, _OfExponentials)
         if op.known.canonical == "mul" and not op.overwrites:
             self.products.add(result, (*op.args, *op.kwargs.values()))
 

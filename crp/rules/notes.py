@@ -31,7 +31,7 @@ class Born:
     ROUTED = 32  # of a softmax or squashing function, of which some entries were chosen, or which was divided
     DIVISOR = 64  # one over something
     BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
-    LOGARITHM = 256  # a logarithm, or something less a logarithm: its exponential may be a softmax
+    LOGARITHM = 256  # that of a sum of exponentials, or something less one: its exponential may be a softmax
     GATING = 512  # of a sigmoid, a tanh or an exponential: a number that is added is part of it, as in a gate
     EXPONENTIAL = 1024  # as the weights of attention are before they are divided by their sum
 
@@ -70,54 +70,6 @@ class Note:
         self.flags, self.copied, self.parts, self.below = flags, copied, parts, below
 
 
-class _Exponential(NamedTuple):
-    """What is remembered of exponentials, also scaled or masked: divided by their sum, they are a softmax.
-
-    Attributes
-    ----------
-    source : Tensor
-        Exponent.
-    version : int
-        Of its values.
-    log_base : float or Tensor
-        Logarithm of the base: of ``2 ** x``, say, the logits are ``x * log(2)``.
-    is_copied : bool
-        Whether it was copied since, as a layer's output is through which relevance shall flow.
-    """
-
-    source: Tensor
-    version: int
-    log_base: float | Tensor = 1.0
-    is_copied: bool = False
-
-    def before(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> _Exponential:
-        """The same where a function has rearranged entries."""
-        source = function(self.source, *args, **kwargs)
-        return self._replace(source=source, version=self.version + source._version - self.source._version)
-
-
-class _Weighted(NamedTuple):
-    """What is remembered of values that exponentials weight: divided by the sum of these, they are attention.
-
-    Attributes
-    ----------
-    weights : Tensor
-        Exponentials, perhaps scaled or masked.
-    exponential : _Exponential
-        What is remembered of them.
-    attend : callable
-        What other weights make of the values, by the rule of the product.
-    """
-
-    weights: Tensor
-    exponential: _Exponential
-    attend: Callable[[Tensor], Tensor]
-
-    def before(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> _Weighted:
-        """The same for what a linear function makes of the values."""
-        return self._replace(attend=lambda weights: function(self.attend(weights), *args, **kwargs))
-
-
 class _Shifted(NamedTuple):
     """What is remembered of a tensor to which a number was added, perhaps scaled and cut off: it may be a hard sigmoid.
 
@@ -129,6 +81,8 @@ class _Shifted(NamedTuple):
         Of its values.
     low, middle, high : float
         The value where the source is minus infinity, 0 and infinity.
+    is_copied : bool
+        Whether it was copied since, as a layer's output is through which relevance shall flow.
     """
 
     source: Tensor
@@ -136,6 +90,7 @@ class _Shifted(NamedTuple):
     low: float = -math.inf
     middle: float = 0.0
     high: float = math.inf
+    is_copied: bool = False
 
     @property
     def is_hard_sigmoid(self) -> bool:
@@ -146,6 +101,11 @@ class _Shifted(NamedTuple):
     def after(self, function: Callable[[float], float]) -> _Shifted:
         """The same for what a function that never falls, or never rises, makes of the values."""
         return self._replace(low=function(self.low), middle=function(self.middle), high=function(self.high))
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> _Shifted:
+        """The same where a function has rearranged entries."""
+        source = function(self.source)
+        return self._replace(source=source, version=self.version + source._version - self.source._version)
 
 
 class Copied:
@@ -179,6 +139,8 @@ class Notes:
     ----------
     tolerant : int
         Number of running modules in which tensors may be made unseen.
+    has_exponentials, has_logarithms : bool
+        Whether any tensor is remembered to be made of exponentials, or is a logarithm of a sum of such.
     """
 
     def __init__(self) -> None:
@@ -186,7 +148,7 @@ class Notes:
         #: Last seen change in place, by base, which may be gone: itself, its version, flags.
         self._writes: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
         self._inputs: list[Any] = []  # nodes and leaves of the model's inputs in autograd's graph
-        self.tolerant = 0
+        self.tolerant, self.has_exponentials, self.has_logarithms = 0, False, False
 
     def enter(self, tensor: Tensor, leaf: Tensor | None) -> None:
         """Note an input of the model; ``leaf`` is what takes relevance that needs no value, if anything does."""
@@ -364,4 +326,4 @@ class Notes:
         self._notes.clear()
         self._writes.clear()
         self._inputs.clear()
-        self.tolerant = 0
+        self.tolerant, self.has_exponentials, self.has_logarithms = 0, False, False

@@ -15,7 +15,7 @@ from torch import Tensor
 from crp.layers.devices import holds
 from crp.rules.functions import _arguments_of
 from crp.rules.layer import changed
-from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes, _Exponential, _Shifted, _Weighted
+from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes, _Shifted
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 
@@ -32,7 +32,7 @@ _CUTTING = {
 _ON_NUMBERS: dict[str, Callable[[float, float], float]] = {
     "add": operator.add,
     "sub": operator.sub,
-    "rsub": lambda value, number: number - value,
+    "rsub": operator.sub,  # (the other way round)
     "mul": operator.mul,
     "div": operator.truediv,
 }
@@ -41,22 +41,26 @@ _SUMS = frozenset(("add", "sub", "rsub"))
 BEGINNING = frozenset(("clamp", "hardsigmoid", "hardtanh", *_SUMS))
 #: Functions of which it depends on the operands what is known of the result.
 _ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "clamp", "clamp_min", "hardtanh", *_SUMS))
-#: Functions that mask or scale entries, or change at most their type, beside a constant.
-_MASKING = frozenset("bfloat16 double float half masked_fill mul to tril triu type where".split())  # noqa: SIM905
+#: Functions of which the values of a gate, or their powers, make one.
+_BOUNDED = frozenset("abs clamp clamp_max clamp_min hardtanh pow relu relu6 sqrt square threshold".split())  # noqa: SIM905
 
 
-def _passed(op: Operation, born: Callable[[Tensor], int]) -> int:
-    """What is known of an operation's result; ``born`` says what made the values of an input."""
+def _passed(op: Operation, notes: Notes) -> int:
+    """What is known of an operation's result."""
     known, flags, name = op.known, op.flags, op.known.canonical
     kept = flags & known.keeps
     if name in _ELEMENTWISE:
-        kept = _kept_by(op, kept, born)
+        kept = _kept_by(op, kept, notes)
     if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or _is_indexed(op)):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
         kept |= Born.ROUTED
     elif flags & Born.SOFTMAX and op.operands is not None and _mixes_heads(op.operands):
         kept |= Born.SOFTMAX
+    elif flags & _WEIGHTS and name == "normalize":
+        kept |= Born.ROUTED
+    if flags & Born.SQUASHED and name in _BOUNDED and not _is_negative(op.args, op.kwargs):
+        kept |= Born.SQUASHED  # (a gate that is cut off, or its power, is one)
     return kept | known.gives
 
 
@@ -81,13 +85,13 @@ def _is_constant(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and holds(lambda: tensor.amax() - tensor.amin() <= 1e-4 * tensor.amax())
 
 
-def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
+def _kept_by(op: Operation, kept: int, notes: Notes) -> int:
     """What is known of the result of one of `_ELEMENTWISE`, of which the table says that ``kept`` is."""
     name, args, kwargs, inputs, flags = op.known.canonical, op.args, op.kwargs, op.inputs, op.flags
     if name in ("mul", "div"):
         if len(inputs) > 1:
             kept &= ~BORN | Born.SQUASHED  # (a product of gates is one)
-            if name == "div" and born(inputs[0]) & _WEIGHTS:
+            if name == "div" and notes.born(inputs[0]) & _WEIGHTS:
                 kept |= Born.ROUTED
         elif name == "div" and not (args and args[0] is inputs[0]) and kwargs.get("input") is not inputs[0]:
             kept |= Born.DIVISOR
@@ -95,15 +99,17 @@ def _kept_by(op: Operation, kept: int, born: Callable[[Tensor], int]) -> int:
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
+    elif name in _SUMS and flags & Born.SQUASHED and len(inputs) > 1:
+        kept |= Born.SQUASHED
     elif name in _SUMS and flags & (Born.SQUASHED | Born.BALANCED) and _is_beside_one(op):
         # (a gate is closed as far as another one is open)
         kept |= flags & Born.ACTIVATION | Born.SQUASHED
-    elif name == "sub" and any(born(tensor) & Born.LOGARITHM for tensor in inputs):
+    elif name in _SUMS and notes.has_logarithms and any(notes.born(tensor) & Born.LOGARITHM for tensor in inputs):
         kept |= Born.LOGARITHM
     elif name in _CUTTING and _bounds(op)[0] >= 0:
         kept |= NONNEGATIVE
     if name in _SUMS and "identity" in op.known.properties:  # a number beside what a gate is made of
-        kept |= flags & Born.GATING
+        kept |= flags & Born.GATING | (flags & Born.ACTIVATION | Born.BALANCED if flags & Born.SQUASHED else 0)
     is_quotient = (name == "div" and len(inputs) > 1) or bool((kept | op.known.gives) & Born.DIVISOR)
     if is_quotient and flags & Born.GATING:  # as exp(x) / (1 + exp(x)) and 1 / (1 + exp(-x)) are
         kept |= Born.SQUASHED | Born.GATING
@@ -133,22 +139,15 @@ def _bounds(op: Operation) -> tuple[float, float]:
 def _remembered(op: Operation, parts: Any) -> Any:
     """What rules remember of an operation's only operand, as it holds for the result; None if nothing does."""
     name = op.known.canonical
-    is_first = bool(op.args) and op.args[0] is op.inputs[0] and not op.overwrites
-    is_part = name in _SUMS and "identity" in op.known.properties  # (a number beside an activation)
-    if name == "clone":
-        is_over = isinstance(parts, _Weighted | _Shifted)
-        return parts._replace(is_copied=True) if isinstance(parts, _Exponential) else None if is_over else parts
-    if isinstance(parts, _Weighted):
-        is_kept = is_first and not op.kind and op.known.has("linear")
-        return parts.before(op.function, *op.args[1:], **op.kwargs) if is_kept else None
-    if isinstance(parts, _Exponential):
-        if is_part or name in _MASKING:
-            return parts
-        is_moved = is_first and name not in _SEVERAL and op.known.has("copies")
-        return parts.before(op.function, *op.args[1:], **op.kwargs) if is_moved else None
     begun = parts if isinstance(parts, _Shifted) else None
-    if is_part or (begun is None and (op.overwrites or name not in BEGINNING)):
+    if name == "clone":
+        return parts if begun is None else begun._replace(is_copied=True)
+    if name in _SUMS and "identity" in op.known.properties:  # (a number beside an activation)
         return begun
+    if begun is not None and op.known.has("copies") and name not in _SEVERAL and op.args[:1] and not op.overwrites:
+        return begun.moved(partial(_run_on, op))
+    if begun is None and (op.overwrites or name not in BEGINNING):
+        return None
     function = _on_numbers(op)
     if function is None:
         return None
@@ -166,12 +165,16 @@ def _on_numbers(op: Operation) -> Callable[[float], float] | None:
     if name in _CUTTING:
         low, high = _bounds(op)
         return lambda value: min(max(value, low), high)
-    if name not in _ON_NUMBERS or len(op.args) != 2 or op.kwargs:
+    if name not in _ON_NUMBERS:
         return None
-    (first, number), calculate = op.args, _ON_NUMBERS[name]
-    if first is not op.inputs[0] or not isinstance(number, Real) or not number:
+    given, calculate = _arguments_of(op.known, op.function, op.args, op.kwargs), _ON_NUMBERS[name]
+    alpha, (first, second, *others) = given.pop("alpha", 1), given.values()
+    number = second if first is op.inputs[0] else first
+    if others or not isinstance(number, int | float) or not number:
         return None
-    return lambda value: calculate(value, float(number))
+    if (name == "rsub") == (number is second):
+        return lambda value: calculate(float(number), value * alpha)
+    return lambda value: calculate(value, float(number) * alpha)
 
 
 def _has_tensor(value: object) -> bool:
@@ -181,16 +184,16 @@ def _has_tensor(value: object) -> bool:
 def _is_beside_one(op: Operation) -> bool:
     """Whether a sum or difference is 1 plus or minus a tensor.
 
-    A constant tensor counts as 1 where the other is squashed, and any positive number where it is balanced, and may be
-    scaled.
+    Any positive number counts as 1, and a constant tensor where the other is squashed.
     """
     name, kwargs, inputs = op.known.canonical, op.kwargs, op.inputs
     whole, part = [*op.args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs)][:2]
     if name == "rsub" or (name == "add" and part is not inputs[0]):  # they come the other way round
         whole, part = part, whole
     is_only = len(inputs) == 1 and part is inputs[0]
-    is_one = bool(op.flags & Born.SQUASHED) if isinstance(whole, Tensor) else whole == 1
-    is_one |= bool(op.flags & Born.BALANCED) and isinstance(whole, int | float) and whole > 0
+    is_one = (
+        bool(op.flags & Born.SQUASHED) if isinstance(whole, Tensor) else isinstance(whole, int | float) and whole > 0
+    )
     return is_only and is_one and kwargs.get("alpha", 1) in (1, -1)
 
 

@@ -438,11 +438,11 @@ def test_a_softmax_of_masked_exponentials(name, attention):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_exponentials_that_are_weighted_are_no_softmax():
-    """Scaled entry by entry, and divided by their sum: the divisor is constant, and the exponential hands on."""
+def test_weights_of_exponentials_are_added_to_the_logits_as_logarithms():
     x, r, scale = numbers(3, 4), numbers(3, 4, seed=1), numbers(4, seed=2).abs()
     (found,), _ = explain(lambda x: (x.exp() * scale) / (x.exp() * scale).sum(-1, True), [x], r, lrp("split"))
-    torch.testing.assert_close(found, r, rtol=1e-9, atol=1e-9)
+    (wanted,), _ = explain(lambda x: (x + scale.log()).softmax(-1), [x], r, lrp("split"))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_what_comes_after_an_exponential_in_place_is_none():

@@ -460,6 +460,22 @@ def test_constants_keep_their_share(name):
     close(found.flatten(1).sum(1) + kept, r.flatten(1).sum(1), 1e-9)
 
 
+#: Distances to four points.
+DISTANCES = {
+    "pairwise_distance": lambda x, points: F.pairwise_distance(x[:, None], points[None], eps=0.0),
+    "module": lambda x, points: nn.PairwiseDistance(eps=0.0)(x[:, None], points),
+    "cdist": torch.cdist,
+}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_are_norms_of_differences(name):
+    x, points, r = numbers(3, 6), numbers(4, 6, seed=2), numbers(3, 4, seed=1)
+    found, _ = explain(lambda x: DISTANCES[name](x, points), x, r)
+    wanted, _ = explain(lambda x: (x[:, None] - points).norm(dim=-1), x, r)
+    close(found, wanted)
+
+
 def test_what_has_no_rule_is_named_once_with_its_module():
     class Inner(nn.Module):
         def forward(self, x):

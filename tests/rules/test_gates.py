@@ -191,3 +191,102 @@ def test_a_gate_on_the_diagonal_of_a_matrix():
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def resized(mode):
+    return lambda g: F.interpolate(g[..., ::2, ::2], size=(4, 4), mode=mode)
+
+
+EYE = torch.eye(2, 3, dtype=torch.float64)[None].expand(2, -1, -1)
+#: What models do with a gate before they multiply by it.
+STILL_GATES = {
+    "nearest": resized("nearest"),
+    "bilinear": resized("bilinear"),
+    "bicubic": resized("bicubic"),
+    "upsample": lambda g: nn.Upsample(scale_factor=2)(g[..., ::2, ::2]),
+    "sampled": lambda g: F.grid_sample(g, F.affine_grid(EYE, g.shape, align_corners=False), align_corners=False),
+    "average_pool": lambda g: F.avg_pool2d(g, 3, 1, 1),
+    "max_pool": lambda g: F.max_pool2d(g, 3, 1, 1),
+    "mean": lambda g: torch.stack([g, g.flip(1)]).mean(0),
+    "cut_off": lambda g: g.clamp(1e-3, 1 - 1e-3),
+    "at_least": lambda g: torch.clamp_min(g, 0.1),
+    "at_most": lambda g: torch.minimum(g, torch.full_like(g, 0.9)),
+    "larger": lambda g: torch.maximum(g, g.flip(1)),
+    "power": lambda g: g**2,
+    "root": lambda g: g.sqrt(),
+    "plus": lambda g: 0.5 + g,
+    "less_than": lambda g: 1.5 - g,
+    "contrast": lambda g: (g - 0.5) * 1.2 + 0.5,
+    "sum": lambda g: 0.3 * g + 0.7 * g.flip(1),
+    "lerp": lambda g: torch.lerp(g, g.flip(1), 0.3),
+    "normalized": lambda g: F.normalize(g, p=1, dim=1),
+    "of_one_norm": lambda g: (g - g.amin((2, 3), keepdim=True)) / (g.amax((2, 3), keepdim=True) - g.amin((2, 3), True)),
+}
+
+
+class Multiplied(nn.Module):
+    def __init__(self, function, act, held):
+        super().__init__()
+        self.signal, self.gate, self.head = nn.Conv2d(2, 4, 3, 1, 1), nn.Conv2d(2, 4, 3, 1, 1), nn.Linear(4, 3)
+        self.function, self.act, self.held = function, act, held
+
+    def forward(self, x):
+        gate = self.function(self.gate(x).sigmoid())
+        return self.head((self.act(self.signal(x)) * (gate.detach() if self.held else gate)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("act", [F.relu, nn.Identity()], ids=["relu", "linear"])
+@pytest.mark.parametrize("name", STILL_GATES)
+def test_what_becomes_of_a_gate_is_one(name, act):
+    """Behind a ReLU, the signal counted as the gate, and all relevance went to the gate."""
+    net, held = (seeded(Multiplied(STILL_GATES[name], act, is_held)) for is_held in (False, True))
+    assert_same_map(net, held, numbers(2, 2, 4, 4, seed=4), CPLRP())
+
+
+@pytest.mark.parametrize("kind", [CPLRP, RelP, AttnLRP])
+@pytest.mark.parametrize(
+    "gate", [lambda z: 1 / (1 + torch.exp(-z)), lambda z: (1 + torch.exp(-z)) ** -1], ids=["over", "power"]
+)
+def test_a_broadcast_gate_that_is_one_over_something_is_a_gate(gate, kind):
+    def net(function):
+        def wiring(s, x):
+            h = F.relu(s.up(x)).unflatten(1, (4, 3))
+            return s.down((h * function(s.squeeze(h.mean(2)))[..., None]).flatten(1))
+
+        return seeded(core_cases.Net(wiring, up=nn.Linear(6, 12), squeeze=nn.Linear(4, 4), down=nn.Linear(12, 3)))
+
+    assert_same_map(net(gate), net(torch.sigmoid), numbers(2, 6), kind())
+
+
+#: Quotients as products.
+DIVIDING = {
+    "number over": (lambda a, b: a * (1 / b), lambda a, b: a / b),
+    "power": (lambda a, b: b**-1 * a, lambda a, b: a / b),
+    "rsqrt": (lambda a, b: a * (b * b + 1).rsqrt(), lambda a, b: a / (b * b + 1).sqrt()),
+    "repeated": (
+        lambda a, b: a * b.square().mean(1, keepdim=True).rsqrt().repeat(1, 6),
+        lambda a, b: a / b.square().mean(1, keepdim=True).sqrt(),
+    ),
+    "with_a_weight": (
+        lambda a, b: a * (b.square().mean(1, keepdim=True).rsqrt() * torch.arange(1.0, 7, dtype=torch.float64)),
+        lambda a, b: a / b.square().mean(1, keepdim=True).sqrt() * torch.arange(1.0, 7, dtype=torch.float64),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [CPLRP, RelP, AttnLRP])
+@pytest.mark.parametrize("name", DIVIDING)
+def test_a_factor_that_is_one_over_something_is_a_divisor(name, kind):
+    def net(function):
+        return seeded(core_cases.Net(lambda s, x: s.down(function(s.a(x), s.b(x))), **layers()))
+
+    def layers():
+        return {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "down": nn.Linear(6, 3)}
+
+    assert_same_map(*map(net, DIVIDING[name]), numbers(3, 6, seed=3), kind())
+
+
+def test_a_tanh_by_a_sigmoid_is_a_gate():
+    x, z, r = numbers(2, 5), numbers(2, 5, seed=1), numbers(2, 5, seed=2)
+    (of_x, of_z), _ = explain(lambda x, z: x * (2 * torch.sigmoid(2 * z) - 1), (x, z), r, lrp("constant"))
+    assert not of_z.any() and off(of_x, r) <= 1e-12

@@ -54,12 +54,25 @@ def in_place(a):
     return h.div_(6)
 
 
+def augmented(a):
+    h = 1.0 * a
+    h += 3
+    h = F.relu6(h, inplace=True)
+    h /= 6
+    return h
+
+
 #: By the function of torch, how else it is written.
 SPELLINGS = {
     F.hardsigmoid: {
         "relu6": lambda a: F.relu6(a + 3) / 6,
         "relu6_in_place": lambda a: F.relu6(3 + a, inplace=True) * (1 / 6),
         "in_place": in_place,
+        "all_in_place": lambda a: a.clone().add_(3).clamp_(0, 6).div_(6),
+        "augmented": augmented,
+        "in_words": lambda a: F.relu6(torch.add(input=a, other=3)) / 6,
+        "three_times_one": lambda a: F.relu6(torch.add(a, 1, alpha=3)) / 6,
+        "through_views": lambda a: (F.relu6((a + 3).view(-1)[:, None]) / 6).view(a.shape),
         "module": Decomposed(),
         "clamp": lambda a: torch.add(a, 3).clamp(0, 6) / 6,
         "clip": lambda a: torch.clip(a - -3, min=0.0, max=6.0).div(6),
@@ -179,14 +192,27 @@ def test_relevance_of_a_hard_sigmoid_has_derivatives():
     assert math.isclose(float((gradient * direction).sum()), float((above - below) / (2 * step)), rel_tol=1e-5)
 
 
-def test_the_sum_with_the_number_may_be_a_layer():
-    """Relevance flows through it then, and the number keeps its share, as that of a bias."""
+class Plus(nn.Module):
+    def forward(self, a):
+        return a + 3
 
-    class Plus(nn.Module):
-        def forward(self, a):
-            return a + 3
 
+@pytest.mark.parametrize("keywords", [{"record_layer": ["1"]}, {"record_layer": ["2.input"]}])
+def test_the_sum_with_the_number_is_no_layer_through_which_relevance_flows(keywords):
+    """Recording it made the number a bias, in the heatmap, too."""
     net = seeded(nn.Sequential(nn.Linear(6, 6), Plus(), nn.ReLU6(), nn.Linear(6, 3)))
-    result = CondAttribution(net)(DATA, [{"y": 1}], composites.UniformLRP0(), record_layer=["1", "2"])
-    inside = (result.activations["2"] > 0) & (result.activations["2"] < 6)
-    assert off(result.relevances["1"][inside], result.relevances["2"][inside]) <= 1e-12
+    attribution, conditions = CondAttribution(net), [{"y": 1}]
+    with pytest.raises(ValueError, match="cuts off a sum as a hard sigmoid does"):
+        attribution(DATA, conditions, composites.UniformLRP0(), **keywords)
+    others = {"record_layer": ["0", "2"]}
+    recorded, plain = (attribution(DATA, conditions, composites.UniformLRP0(), **k) for k in (others, {}))
+    assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+    assert off(recorded.relevances["0"].sum(1), recorded.relevances["2"].sum(1)) <= 1e-12
+
+
+def test_a_sum_that_is_a_layer_and_cut_off_on_one_side():
+    net = seeded(nn.Sequential(nn.Linear(6, 6), Plus(), nn.ReLU(), nn.Linear(6, 3)))
+    recorded, plain = (
+        CondAttribution(net)(DATA, [{"y": 1}], composites.UniformLRP0(), record_layer=names) for names in (["1"], [])
+    )
+    assert off(recorded.heatmap, plain.heatmap) <= 1e-12

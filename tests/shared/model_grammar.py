@@ -21,6 +21,9 @@ SQUASH_KEEPING = frozenset(
     "scale complement slice chunk swap flatten unflatten unsqueeze flip roll upsample same cat stack".split()  # noqa: SIM905
 )
 
+#: The same of steps whose result lies between what they read, but for a scale.
+BETWEEN = SQUASH_KEEPING | frozenset("max_pool avg_pool mean amax max sum maximum add sub".split())  # noqa: SIM905
+
 
 @dataclass(frozen=True)
 class Step:
@@ -163,7 +166,7 @@ def squashed(program: Program) -> list[bool | None]:
         rule = step.operation.rule
         if step.name in ("reciprocal", "quotient") and any(made[i] is not False for i in step.reads):
             known.append(None)
-        elif rule == "squash" or (step.name in SQUASH_KEEPING and all(read)):
+        elif rule == "squash" or (step.name in BETWEEN and all(read)):
             known.append(True)
         elif rule in ("dense", "convolution", "batch_norm", "norm") or not any(r is not False for r in read):
             known.append(False)

@@ -346,6 +346,8 @@ class SlowReference:
         broadcast, other = self._shape(i) != self._widest(i, j), self._shape(j) != self._widest(i, j)
         if broadcast != other:
             return broadcast
+        if None in (self.squashed[i], self.squashed[j]):
+            raise Doubtful("what is a gate depends on how it is written")
         if self.squashed[i] != self.squashed[j]:
             return bool(self.squashed[i])
         if self.method.gates == "signal" and None in (self.activated[i], self.activated[j]):

@@ -1,0 +1,191 @@
+"""What is made of exponentials: divided by their sum, they are a softmax, and what they weight is attention.
+
+Models write these in many ways: with the largest logit subtracted, with a number or a sink added to the sum, over the
+edges of a graph, block by block with a running maximum. Whatever the way, the ordinary chain rule on the whole is that
+on a softmax. So what was computed of exponentials is remembered, and once a quotient of such sums is reached, or the
+logarithm of one, it is computed again from the logits without rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from crp.rules.layer import Layer, changed
+from crp.rules.notes import Notes
+from crp.rules.operands import _is_parameter
+from crp.rules.operation import Operation, _on_a_copy
+from crp.trace.recorder import tensors_in
+
+#: Functions that are exponential in an operand.
+_EXPONENTIAL = frozenset({"exp", "exp2", "pow", "rpow"})
+#: Other functions that what is made of exponentials goes through, beside those that are linear or rearrange.
+_THROUGH = frozenset("clamp clamp_min div mul normalize rdiv reciprocal scatter_reduce".split())  # noqa: SIM905
+#: Functions that sum up entries.
+_SUMMING = frozenset("cumsum index_add index_put mean scatter_add scatter_reduce sum".split())  # noqa: SIM905
+_LOGARITHMS = frozenset({"log", "log10", "log1p", "log2"})
+#: Functions that may be the end of a softmax that is written out, beside products and quotients.
+_ENDING = _EXPONENTIAL | _LOGARITHMS | {"normalize"}
+
+
+@dataclass(eq=False, slots=True)
+class _OfExponentials:
+    """What is remembered of a tensor that is made of exponentials: the call that made it.
+
+    Attributes
+    ----------
+    function, args, kwargs
+        The call.
+    below : dict of int to _OfExponentials
+        Operands that are made of exponentials themselves, by `id`.
+    leaves : list of Tensor
+        Other operands that depend on the model's input: the exponent, or what is weighted.
+    is_inverse : bool
+        Whether it is one over something.
+    is_quotient : bool
+        Whether it is divided by a sum.
+    is_summed : bool
+        Whether several are summed up.
+    is_weighting : bool
+        Whether they weight what depends on the model's input.
+    share : float or None
+        What exponentials get of the relevance of such products, by their rule; None where none has said so.
+    source : Tensor or None
+        The exponent, where numbers were added at most.
+    is_copied : bool
+        Whether it was copied since, as a layer's output is through which relevance shall flow.
+    """
+
+    function: Callable[..., Tensor]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    below: dict[int, _OfExponentials]
+    leaves: list[Tensor]
+    is_inverse: bool = False
+    is_quotient: bool = False
+    is_summed: bool = False
+    is_weighting: bool = False
+    share: float | None = None
+    source: Tensor | None = None
+    is_copied: bool = False
+    versions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.versions = self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        operands = tensors_in((self.args, self.kwargs))
+        return tuple(tensor._version for tensor in operands if id(tensor) not in self.below)
+
+    def calls(self) -> list[_OfExponentials]:
+        """All calls that it is made by, in order."""
+        ordered: dict[_OfExponentials, None] = {}
+        todo = [self]
+        while todo:
+            missing = [made for made in todo[-1].below.values() if made not in ordered]
+            if missing:
+                todo += missing
+            else:
+                ordered[todo.pop()] = None
+        return list(ordered)
+
+    def again(self, *leaves: Tensor) -> Tensor:
+        """The same of other leaves, without rules."""
+        calls, results = self.calls(), dict[_OfExponentials, Tensor]()
+        others = dict(zip((id(leaf) for made in calls for leaf in made.leaves), leaves, strict=True))
+        for made in calls:
+            known = others | {number: results[one] for number, one in made.below.items()}
+            args, kwargs = changed((list(made.args), dict(made.kwargs)), partial(_replaced, known))
+            results[made] = made.function(*args, **kwargs)
+        return results[self]
+
+    def is_unchanged(self) -> bool:
+        """Whether nothing that it reads was changed in place since."""
+        return all(made.versions == made._versions() for made in self.calls())
+
+
+def _replaced(known: Mapping[int, Tensor], tensor: Tensor) -> Tensor:
+    return known.get(id(tensor), tensor)
+
+
+def _exponential(layer: Layer) -> _OfExponentials | None:
+    """What is remembered of a call that is exponential in its operand, ``b ** x``; None of others."""
+    if layer.module is not None or layer.known.canonical not in _EXPONENTIAL:
+        return None
+    (x,), operands = layer.inputs, [*layer.args, *layer.kwargs.values()]
+    if x.is_complex() or (layer.known.canonical == "pow" and operands[0] is x):  # a power, ``x ** b``
+        return None
+    base = {"exp": math.e, "exp2": 2}.get(layer.name) or next(v for v in operands if v is not x)
+    is_base = base.numel() == 1 if isinstance(base, Tensor) else isinstance(base, int | float) and base > 0
+    return _OfExponentials(layer.function, layer.args, layer.kwargs, {}, [x], source=x) if is_base else None
+
+
+def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
+    """What is remembered of a call that reads what is made of exponentials; None where they end."""
+    known = [(tensor, note.parts) for tensor in op.inputs if (note := notes.of(tensor)) is not None]
+    below = {id(tensor): parts for tensor, parts in known if isinstance(parts, _OfExponentials)}
+    if not below or "dropout" in op.known.name or any(tensor.is_complex() for tensor in op.inputs):
+        return None
+    name, read, leaves = op.known.canonical, [*below.values()], [i for i in op.inputs if id(i) not in below]
+    is_product, is_weighed = name == "mul" or op.kind == "product", op.operands is not None
+    if not (is_product or is_weighed or name in _THROUGH or op.known.has("linear", "selects", "scales")):
+        return None
+    if (leaves and not is_product) or (is_weighed and not _only_weighs(op, read)):
+        return None
+    is_inverse, divisor = {made.is_inverse for made in read}, _divisor(op, below)
+    if divisor is None and (len(is_inverse) > 1 or (name == "div" and len(read) > 1)):
+        return None
+    function, args = op.function, op.args
+    if op.overwrites:
+        if id(args[0]) not in below and op.depends(args[0]):
+            return None
+        function, args = _on_a_copy(function), [args[0].clone(), *args[1:]] if id(args[0]) not in below else args
+    is_summed = name in _SUMMING or op.known.parse is not None or any(made.is_summed for made in read)
+    if not is_summed and name in ("add", "sub") and len(op.inputs) > 1:  # (of one tensor, they may be a tanh)
+        is_summed = notes.common(_exponents(read)) is None
+    shares = {None} if leaves else {made.share for made in read if made.is_weighting}
+    is_alone = len(read) == 1 and not leaves and op.known.has("elementwise") and not _inverts(op)
+    return _OfExponentials(
+        function, args, op.kwargs, below, leaves,
+        is_inverse=is_inverse.pop() != _inverts(op),
+        is_quotient=divisor is not None,
+        is_summed=is_summed,
+        is_weighting=bool(leaves) or any(made.is_weighting for made in read),
+        share=shares.pop() if len(shares) == 1 else None,
+        source=read[0].source if is_alone else None,
+        is_copied=name == "clone" or any(made.is_copied for made in read),
+    )  # fmt: skip
+
+
+def _inverts(op: Operation) -> bool:
+    """Whether a call gives one over its only operand."""
+    dividend = op.args[0] if op.args else op.kwargs.get("input")
+    is_below = op.known.canonical == "div" and dividend is not op.inputs[0]
+    return is_below or op.known.canonical in ("rdiv", "reciprocal")
+
+
+def _divisor(op: Operation, below: Mapping[int, _OfExponentials]) -> _OfExponentials | None:
+    """The sum by which a call divides other exponentials; None if it does not."""
+    name, read = op.known.canonical, [below[id(tensor)] for tensor in op.inputs if id(tensor) in below]
+    if name == "normalize":
+        named = dict(zip(("input", "p"), op.args, strict=False)) | op.kwargs
+        return read[0] if named.get("p") == 1 else None
+    if len(read) != 2 or name not in ("div", "mul") or (name == "mul" and read[0].is_inverse == read[1].is_inverse):
+        return None
+    divisor = read[1] if name == "div" or read[1].is_inverse else read[0]
+    return divisor if divisor.is_summed else None
+
+
+def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:
+    """Whether constants weigh exponentials, as ones sum them up, and no layer what they have weighted."""
+    assert op.operands is not None
+    return not _is_parameter(op.operands.weight) and not any(made.is_weighting for made in read)
+
+
+def _exponents(read: Sequence[_OfExponentials]) -> list[Tensor]:
+    return [leaf for made in read for one in made.calls() for leaf in one.leaves if one.source is leaf]

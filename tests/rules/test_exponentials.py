@@ -1,0 +1,194 @@
+"""Exponentials that are divided by their sum are a softmax, in whatever way and however late they are summed up."""
+
+from __future__ import annotations
+
+import core_cases
+import pytest
+import torch
+from preset_cases import assert_closes, assert_same_map, numbers, off, seeded
+from test_attention import explain, lrp
+from torch import nn
+from torch.nn import functional as F
+
+from crp.attribution import CondAttribution
+from crp.composites import CPLRP, AttnLRP, EpsilonPlusFlat, RelP
+
+KINDS = [AttnLRP, RelP, CPLRP, EpsilonPlusFlat]
+DATA = numbers(2, 5, 6, seed=3)
+
+
+def net(attend):
+    """Net of attention, which is given queries, keys and values of shape (n, 5, 6)."""
+
+    def wiring(s, x):
+        return s.head(attend(s.q(x), s.k(x), s.v(x))).mean(1)
+
+    return seeded(core_cases.Net(wiring, **{name: nn.Linear(6, 6) for name in "qkv"}, head=nn.Linear(6, 3)))
+
+
+def logits(q, k):
+    return q @ k.mT * 6**-0.5
+
+
+def streamed(q, k, v):
+    """Block by block, with a running maximum, as kernels do."""
+    top, total = q.new_full((*q.shape[:2], 1), -1e30), q.new_zeros(*q.shape[:2], 1)
+    summed = torch.zeros_like(q)
+    for keys, values in zip(k.split(2, 1), v.split(2, 1), strict=True):
+        scores = logits(q, keys)
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        e, scale, top = torch.exp(scores - higher), torch.exp(top - higher), higher
+        total, summed = total * scale + e.sum(-1, keepdim=True), summed * scale + e @ values
+    return summed / total
+
+
+def streamed_in_place(q, k, v):
+    top, total = q.new_full((*q.shape[:2], 1), -1e30), q.new_zeros(*q.shape[:2], 1)
+    summed = torch.zeros_like(q)
+    for keys, values in zip(k.split(2, 1), v.split(2, 1), strict=True):
+        scores = logits(q, keys)
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        scale, top = torch.exp(top - higher), higher
+        e = (scores - higher).exp_()
+        total = (total * scale).add_(e.sum(-1, keepdim=True))
+        summed = (summed * scale).add_(e @ values)
+    return summed.div_(total)
+
+
+def by_blocks(q, k, v):
+    es = [logits(q, keys).exp() for keys in k.split(2, 1)]
+    total = sum(e.sum(-1, keepdim=True) for e in es)
+    return sum(e @ values for e, values in zip(es, v.split(2, 1), strict=True)) / total
+
+
+def less_logarithm(q, k, v):
+    scores = logits(q, k)
+    top = scores.amax(-1, keepdim=True)
+    return (scores - ((scores - top).exp().sum(-1, keepdim=True).log() + top)).exp() @ v
+
+
+def guarded(q, k, v):
+    e = logits(q, k).exp()
+    return e / (e.sum(-1, keepdim=True) + 1e-300).clamp_min(1e-300) @ v
+
+
+def by_keys(q, k, v):
+    """A loop over keys."""
+    es = [torch.exp((q * k[:, i : i + 1]).sum(-1, keepdim=True) * 6**-0.5) for i in range(5)]
+    return sum(e * v[:, i : i + 1] for i, e in enumerate(es)) / sum(es)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "attend", [streamed, streamed_in_place, by_blocks, less_logarithm, guarded, by_keys], ids=lambda f: f.__name__
+)
+def test_attention_that_is_summed_up_in_parts(attend, kind):
+    assert_same_map(net(attend), net(F.scaled_dot_product_attention), DATA, kind())
+    assert_closes(net(attend), DATA, kind())
+
+
+def to_nothing(q, k, v):
+    """Attention that may attend to nothing: a logit of 0, whose value is 0."""
+    return F.pad(logits(q, k), (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+def one_and_sum(q, k, v):
+    e = logits(q, k).exp()
+    return e / (1 + e.sum(-1, keepdim=True)) @ v
+
+
+def one_and_sum_later(q, k, v):
+    e = logits(q, k).exp()
+    return (e @ v) / (1 + e.sum(-1, keepdim=True))
+
+
+def one_and_sum_less_the_largest(q, k, v):
+    scores = logits(q, k)
+    top = scores.amax(-1, keepdim=True).clamp(min=0)
+    e = (scores - top).exp()
+    return e / (torch.exp(-top) + e.sum(-1, keepdim=True)) @ v
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attend", [one_and_sum, one_and_sum_later, one_and_sum_less_the_largest])
+def test_attention_to_nothing(attend, kind):
+    assert_same_map(net(attend), net(to_nothing), DATA, kind())
+
+
+#: Edges of a graph of five nodes, each with at least one that ends there.
+BEGIN, END = torch.tensor([0, 1, 2, 3, 4, 0, 2]), torch.tensor([1, 2, 3, 4, 0, 2, 1])
+
+
+class Graph(nn.Module):
+    """Attention over the edges of a graph, all at once or edge by edge."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.nodes, self.left, self.right = nn.Linear(6, 6), nn.Linear(6, 1), nn.Linear(6, 1)
+        self.head, self.attend = nn.Linear(6, 3), attend
+
+    def forward(self, x):
+        h = self.nodes(x)
+        return self.head(self.attend(h, self.left(h), self.right(h)).relu()).mean(1)
+
+
+def dense(h, left, right):
+    edges = torch.zeros(5, 5, dtype=torch.bool)
+    edges[END, BEGIN] = True
+    return F.leaky_relu(left + right.mT, 0.2).masked_fill(~edges, -torch.inf).softmax(-1) @ h
+
+
+def summed_at_ends(values):
+    return torch.zeros_like(values[:, :5]).index_add(1, END, values)
+
+
+def by_edges(h, left, right):
+    e = F.leaky_relu(left[:, END] + right[:, BEGIN], 0.2)
+    top = torch.full_like(left, -1e9).scatter_reduce(1, END[None, :, None].expand_as(e), e.detach(), "amax")
+    e = (e - top[:, END]).exp()
+    return summed_at_ends(e / (summed_at_ends(e)[:, END] + 1e-300) * h[:, BEGIN])
+
+
+def by_edges_later(h, left, right):
+    e = F.leaky_relu(left[:, END] + right[:, BEGIN], 0.2).exp()
+    return summed_at_ends(e * h[:, BEGIN]) / summed_at_ends(e)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attend", [by_edges, by_edges_later])
+def test_attention_over_the_edges_of_a_graph(attend, kind):
+    assert_same_map(*(seeded(Graph(one)) for one in (attend, dense)), DATA, kind())
+
+
+def largest_and_rest(x):
+    top = x.amax(-1, keepdim=True)
+    return (x - top).exp().sum(-1, keepdim=True).log() + top
+
+
+@pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
+@pytest.mark.parametrize(
+    "written", [lambda x: x.exp().sum(-1, True).log(), largest_and_rest], ids=["plain", "less_the_largest"]
+)
+def test_logarithms_of_a_sum_of_exponentials(written):
+    """Each gets its share of the gradient; what the logarithm adds to the mean is kept, as by `torch.logsumexp`."""
+    x, r = numbers(3, 4), numbers(3, 1, seed=1)
+    (found,), kept = explain(written, [x], r, lrp("split"))
+    assert off(found, r / x.logsumexp(-1, True) * x.softmax(-1) * x) <= 1e-12
+    assert off(kept.flatten(), (r - found.sum(-1, keepdim=True)).flatten()) <= 1e-9
+
+
+def test_what_is_recorded_changes_nothing():
+    class Exponential(nn.Module):
+        def forward(self, x):
+            return x.exp()
+
+    def wiring(s, x):
+        e = s.exp(s.scores(x))
+        return s.head(e / e.sum(-1, keepdim=True) * x)
+
+    layers = {"scores": nn.Linear(6, 6), "exp": Exponential(), "head": nn.Linear(6, 3)}
+    model, data = seeded(core_cases.Net(wiring, **layers)), numbers(3, 6)
+    plain, recording = (
+        CondAttribution(model)(data, [{"y": 1}], AttnLRP(), record_layer=names).heatmap for names in ([], ["exp"])
+    )
+    assert off(recording, plain) <= 1e-12
