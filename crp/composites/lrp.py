@@ -24,7 +24,7 @@ from crp.rules.functional import GLU, Gate, Gates, Normalization, Quotient
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
-from crp.rules.shared import _ByGrid, _OfSquares, _Proportional, _Refused
+from crp.rules.shared import _ByGrid, _OfSquares, _Proportional, _Refused, _Solved
 from crp.rules.stabilizer import Stabilize
 
 
@@ -70,6 +70,7 @@ def _base(
         (Functions(("std",)), _Proportional()),
         (Functions(("var",)), _OfSquares()),
         (Functions(("grid_sample",)), _ByGrid()),
+        (Functions(("linalg_solve", "linalg_solve_triangular")), _Solved()),
         (Functions(("prelu",)), refused),
         *products,
         (Having.of("attention"), refused),

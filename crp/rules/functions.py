@@ -76,6 +76,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("dense", "", "chain_matmul linalg_multi_dot"),
     ("product", "", "ger kron"),
     ("", "arithmetic quotient elementwise scales", "div"),
+    ("", "", "linalg_solve linalg_solve_triangular"),
     ("", "composed", "multi_head_attention_forward"),
     ("", "attention", "native_multi_head_attention scaled_dot_product_attention scaled_dot_product_attention_math"),
     ("", "attention", "scaled_dot_product_cudnn_attention scaled_dot_product_efficient_attention"),

@@ -95,6 +95,24 @@ class _ByGrid(_Shared):
         return [of_each] * len(layer.args), dict.fromkeys(layer.kwargs, of_each)
 
 
+class _Solved(_Shared):
+    """Solutions X of linear equations A X = B: the matrix A is held constant, as what divides is.
+
+    Of a constant B, a solution is of degree -1 in A: minus its gradient is all of its relevance, as of one over a
+    number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def parts(self, layer: Layer) -> Parts:
+        """All for B, if it depends on the model's input."""
+        matrix = layer.args[0] if layer.args else layer.kwargs["A"]
+        of_matrix = 0.0 if len(layer.inputs) > 1 else -1.0
+        of_each: Part = lambda tensor: of_matrix if tensor is matrix else 1.0  # noqa: E731
+        return [of_each] * len(layer.args), dict.fromkeys(layer.kwargs, of_each)
+
+
 class _OfMethod(Rule):
     """Base of rules that refuse what a method has no rule for.
 

@@ -591,6 +591,33 @@ def test_of_a_constant_picture_all_relevance_of_samples_is_kept():
     close(kept, numbers(1, 3, 4, 4, seed=8).sum()[None])
 
 
+SOLVERS = {
+    "solve": torch.linalg.solve,
+    "solve_by_name": lambda a, b: torch.linalg.solve(A=a, B=b),
+    "lower": lambda a, b: torch.linalg.solve_triangular(a.tril(), b, upper=False),
+}
+
+
+@pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+def test_the_matrix_of_equations_is_held_constant(solve):
+    x, r = numbers(2, 3, 3) + 3 * torch.eye(3), numbers(2, 3, 2, seed=8)
+    made = nn.Linear(3, 2, bias=False)
+    right = made.double().weight.detach().T
+    found, kept = explain(lambda x, made: solve(x, made(x)), x, r, made=made)
+    held = x if solve is not SOLVERS["lower"] else x.tril()
+    y = torch.linalg.solve(held, x @ right)
+    close(found, x * (torch.linalg.inv(held).mT @ (r / y) @ right.T))
+    assert kept.abs().max() <= 1e-11
+    found, kept = explain(lambda x: solve(x, right.expand(2, 3, 2)), x, r)
+    y = torch.linalg.solve(held, right)
+    close(found, held * (torch.linalg.inv(held).mT @ (r / y) @ y.mT))
+    close(found.sum((1, 2)), r.sum((1, 2)))
+    assert kept.abs().max() <= 1e-11
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explain(lambda x: solve(torch.eye(3, dtype=x.dtype) * 2, x), x, numbers(2, 3, 3, seed=8))
+
+
 def test_steps_hand_nothing_on():
     x, r = numbers(2, 3, 4, 4), numbers(2, 3, 4, 4, seed=8)
     found, _ = explain(lambda x: x - (x.round() - x.floor()) + (x.round() - x.floor()), x, r)

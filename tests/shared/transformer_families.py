@@ -192,6 +192,14 @@ _LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"state_size": 4, "num_heads": 4, "head_dim": 4, "n_groups": 1, "expand": 2, "chunk_size": 4},
     ),
     "rwkv": ("RwkvForCausalLM", "RwkvConfig", {"attention_hidden_size": 8}),
+    # states that are corrected by the delta rule, beside attention with a gate
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 8, "linear_num_key_heads": 2,
+         "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+         "layer_types": ["linear_attention", "full_attention"]},
+    ),
 }  # fmt: skip
 _PICTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "hf_vit": ("ViTForImageClassification", "ViTConfig", _VISION, 8),
