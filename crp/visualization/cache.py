@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,14 @@ class Cache:
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement Cache.save")
 
+    def keeps(self, value: Any) -> bool:
+        """Whether a value can be kept; others are computed whenever they are asked for."""
+        return True
+
     def load(
-        self,
-        concept_ids: Any,
-        layer_name: str,
-        mode: str,
-        r_range: tuple[int, int],
-        composite: Any,
-        rf: bool,
-        f_name: str,
-        plot_name: str,
-        **kwargs: Any,
-    ) -> tuple[dict[Any, Any], dict[Any, tuple[int, int]]]:
+        self, concept_ids: Any, layer_name: str, mode: str, r_range: tuple[int, int], composite: Any, rf: bool,
+        f_name: str, plot_name: str, **kwargs: Any,
+    ) -> tuple[dict[Any, Any], dict[Any, tuple[int, int]]]:  # fmt: skip
         """Return what is there.
 
         Parameters
@@ -96,7 +92,7 @@ class Cache:
 
 
 class ImageCache(Cache):
-    """Cache of PIL images: of lists of images, and of pairs of such lists.
+    """Cache of PIL images: of lists of images, and of pairs of such lists. What holds none is not kept.
 
     Every image is a PNG file below ``path/<function>/<plot function>/<mode>_<composite>/<layer>/``. Names end in a
     digest of what they stand for, so that no name leaves the folder, equals another's, or is unknown to a file system.
@@ -152,18 +148,15 @@ class ImageCache(Cache):
                     with replacing(folder / _file(id_, part, rank)) as file:
                         image.save(file, format="PNG")
 
+    def keeps(self, value: Any) -> bool:
+        """Whether a value holds any image."""
+        lists = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Iterable)]
+        return any(isinstance(image, Image.Image) for images in lists for image in images)
+
     def load(  # type: ignore[override]
-        self,
-        indices: Any,
-        layer_name: str,
-        mode: str,
-        r_range: tuple[int, int],
-        composite: Any,
-        rf: bool,
-        func_name: str,
-        plot_name: str,
-        **kwargs: Any,
-    ) -> tuple[dict[Any, Any], dict[Any, tuple[int, int]]]:
+        self, indices: Any, layer_name: str, mode: str, r_range: tuple[int, int], composite: Any, rf: bool,
+        func_name: str, plot_name: str, **kwargs: Any,
+    ) -> tuple[dict[Any, Any], dict[Any, tuple[int, int]]]:  # fmt: skip
         """Load images, up to the first rank that is missing; parameters and results as in `Cache.load`."""
         folder = self._folder(layer_name, mode, composite, rf, func_name, plot_name)
         found: dict[Any, Any] = {}
@@ -243,10 +236,12 @@ def from_cache(
         held.update(known)
         for span in absent.values():
             missing.setdefault(span, []).append(id_)
+    keeps = getattr(cache, "keeps", lambda value: True)
     for span, ids in missing.items():
         computed = compute(ids, span)
-        cache.save(computed, layer, mode, span, *rest)
-        held = cache.extend_dict(held, computed)
+        kept = {id_: value for id_, value in computed.items() if keeps(value)}
+        cache.save(kept, layer, mode, span, *rest)
+        held = {**computed, **cache.extend_dict(held, kept)}
     return {id_: held[id_] for id_ in ranks}
 
 

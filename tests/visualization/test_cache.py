@@ -216,6 +216,27 @@ def test_tensors_are_not_cached(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+OTHER_VALUES: dict[str, Any] = {
+    "boxes": lambda samples, heatmaps, rf: [tuple(h.shape) for h in heatmaps],
+    "tensors": lambda samples, heatmaps, rf: heatmaps,
+    "pairs": lambda samples, heatmaps, rf: (samples, heatmaps),
+    "numbers": lambda samples, heatmaps, rf: float(heatmaps.sum()),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_VALUES)
+def test_what_a_cache_cannot_keep_is_computed_each_time(tmp_path, kind):
+    fv = with_cache(tmp_path)
+    for _ in range(2):
+        found = ask(fv, plot_fn=OTHER_VALUES[kind])
+        assert list(found) == [0, 2]
+    assert calls == [3] * 4 and not (tmp_path / "cache").exists()
+    samples, heatmaps = ask(fv, plot_fn=None)[2]
+    torch.testing.assert_close(found[2], OTHER_VALUES[kind](samples, heatmaps, False))
+    with pytest.raises(TypeError, match="ImageCache saves PIL images"):
+        fv.precompute_ref({"first": [0]}, EpsilonPlus(), rf=False, plot_list=[OTHER_VALUES["boxes"]])
+
+
 @pytest.mark.filterwarnings("ignore:the relevance of concept .* is negative everywhere")
 def test_precomputed_pictures_are_found(tmp_path):
     fv = with_cache(tmp_path)
