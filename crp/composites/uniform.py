@@ -5,9 +5,10 @@ from __future__ import annotations
 from crp.composites.base import Canonizers, FirstMap, LayerMap
 from crp.composites.lrp import LRP
 from crp.composites.registry import register
+from crp.composites.selection import Functions
 from crp.rules import lrp as rules
 from crp.rules.attention import Attention
-from crp.rules.functional import Gates
+from crp.rules.functional import Gates, Normalization
 from crp.rules.gamma import Gamma
 from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
@@ -24,9 +25,11 @@ class _Uniform(LRP):
         gates: Gates,
         attention: Attention,
     ) -> None:
+        # By LRP-0, batch norm is the same merged and not merged: an affine function, whose shift keeps its share.
+        norms = [(Functions(("batch_norm",)), Normalization(zero_params))] if isinstance(rule, rules.Epsilon) else []
         super().__init__(
             canonizers,
-            layer_map=layer_map,
+            layer_map=[*layer_map, *norms],
             first_map=first_map,
             gates=gates,
             attention=attention,

@@ -227,7 +227,7 @@ class Quotient(Linearized):
 
 
 class Normalization(Linearized):
-    r"""Layer, group, instance and RMS norm, with the variance held constant.
+    r"""Batch, layer, group, instance and RMS norm, with the variance held constant.
 
     :math:`y = \frac{w}{\sigma} \odot (a - \operatorname{mean} a) + b` is then linear in :math:`a`; the bias :math:`b`
     keeps its share. Without that, relevance would vanish, as a normalized layer does not depend on its input's scale
@@ -310,6 +310,17 @@ def _group_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
 def _instance_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
     if arguments["use_input_stats"]:
         return _group_statistics(a, arguments | {"num_groups": a.shape[1]})
+    return _running_statistics(a, arguments)
+
+
+def _batch_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
+    if arguments.get("training"):
+        dims = (0, *range(2, a.dim()))
+        return a - a.mean(dims, keepdim=True), 0.0, _deviation(a, dims, arguments["eps"])
+    return _running_statistics(a, arguments)
+
+
+def _running_statistics(a: Tensor, arguments: dict[str, Any]) -> Statistics:
     mean, var = (arguments[name].reshape(-1, *(1,) * (a.dim() - 2)) for name in ("running_mean", "running_var"))
     return a, mean, (var + arguments["eps"]).sqrt()
 
@@ -332,5 +343,6 @@ _STATISTICS: dict[str, Callable[[Tensor, dict[str, Any]], Statistics]] = {
     "layer_norm": _layer_statistics,
     "group_norm": _group_statistics,
     "instance_norm": _instance_statistics,
+    "batch_norm": _batch_statistics,
     "rms_norm": _rms_statistics,
 }

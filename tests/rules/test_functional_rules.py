@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,17 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
 from crp.attribution import CondAttribution
-from crp.composites import LRP, AttnLRP, DeepTaylor, EpsilonPlus, ExcitationBackprop
+from crp.composites import (
+    CPLRP,
+    LRP,
+    AttnLRP,
+    DeepTaylor,
+    EpsilonPlus,
+    ExcitationBackprop,
+    RelP,
+    UniformEpsilon,
+    UniformLRP0,
+)
 from crp.rules import LRP0
 
 
@@ -632,6 +643,25 @@ def test_the_matrix_of_equations_is_held_constant(solve):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         explain(lambda x: solve(torch.eye(3, dtype=x.dtype) * 2, x), x, numbers(2, 3, 3, seed=8))
+
+
+@pytest.mark.parametrize("zero_params", [None, "bias"])
+@pytest.mark.parametrize("kind", [UniformLRP0, partial(UniformEpsilon, epsilon=0.0), AttnLRP, CPLRP, RelP])
+def test_by_lrp_0_batch_norm_that_is_not_merged_is_affine(kind, zero_params):
+    """One picture, whose gradient arrives as that of tokens does: torch's own kernel then gives a wrong one."""
+    norm = nn.BatchNorm2d(3, affine=True)
+    for seed, values in enumerate((norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var)):
+        values.copy_(numbers(3, seed=seed).abs() + 0.2)
+    x, r = numbers(1, 3, 4, 4), numbers(1, 16, 3, seed=8)
+    found, kept = explain(
+        lambda x, norm: norm(x.relu()).relu().flatten(2).transpose(1, 2), x, r, kind(zero_params=zero_params), norm=norm
+    )
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).double().view(3, 1, 1).detach()
+    shift = (norm.bias - norm.running_mean * scale.flatten()).double().view(3, 1, 1).detach()
+    a = x.relu()
+    y = a * scale + shift
+    arrives = torch.where(y > 0, r.transpose(1, 2).reshape(x.shape), 0.0)
+    close(found, arrives * (a * scale / y if zero_params is None else (a > 0)))
 
 
 def test_steps_hand_nothing_on():

@@ -17,22 +17,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 ACTIVATIONS = (
-    "relu",
-    "silu",
-    "gelu",
-    "tanh",
-    "sigmoid",
-    "softplus",
-    "elu",
-    "leaky_relu",
-    "exp",
-    "clamp",
-    "hardtanh",
-    "square",
-    "pow",
-    "logsigmoid",
-    "log_sigmoid",
-)
+    "relu", "relu6", "silu", "gelu", "tanh", "sigmoid", "softplus", "elu", "selu", "celu", "leaky_relu", "hardswish",
+    "hardsigmoid", "mish", "hardtanh", "clamp", "exp", "logsigmoid", "log_sigmoid", "square", "pow",
+)  # fmt: skip
 SCALES = ("rsqrt", "sqrt", "reciprocal", "var", "std", "topk")
 PRODUCTS = ("mul", "matmul", "bmm", "einsum")
 QUOTIENTS = ("div", "truediv", "true_divide")
@@ -80,6 +67,8 @@ class Replaced(TorchFunctionMode):
             return kwargs.get("beta", 1) * args[0] + kwargs.get("alpha", 1) * _shared(torch.matmul, args[1:])
         if name in ("layer_norm", "rms_norm"):
             return _normalized(name, *args[:5], **kwargs)
+        if name == "group_norm":
+            return _by_groups(*args[:5], **kwargs)
         if name == "softmax" and self._holds_attention:
             return held(function(*args, **kwargs))
         if name == "scaled_dot_product_attention":
@@ -113,6 +102,14 @@ def _normalized(
     y = centered * (centered.detach().square().mean(axes, keepdim=True) + eps).rsqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
+
+
+def _by_groups(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    of_groups = x.unflatten(1, (groups, -1))
+    y = _normalized("layer_norm", of_groups, of_groups.shape[2:], eps=eps).reshape(x.shape)
+    shape = (-1, *[1] * (x.dim() - 2))
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
 
 
 def _attention(

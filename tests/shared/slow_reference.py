@@ -261,7 +261,10 @@ class SlowReference:
     def _batch_norm(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
         if k in self.merged.values():
             return [m]  # its affine operation has done it
-        return self._pass(k, m, a)
+        if self.method.convolution.name != "epsilon":
+            return self._pass(k, m, a)
+        scale, shift = (t.flatten(1) for t in self._batch_norm_map(k))
+        return [m * scale + (divided(m * shift, a.flatten(1)) if self.method.zero_bias else 0.0)]
 
     def _winner(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
         """All to the largest of each window; or in proportion to all of them."""
