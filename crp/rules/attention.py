@@ -159,7 +159,8 @@ class MatrixProduct(_Attending):
     Each operand gets the same part of the relevance, and all together all of it. With ``"constant"``, operands that a
     softmax has made are held constant, or else those of squashing functions, or exponentials, whose sum may divide the
     product; so the others take all. Weights that a ReLU or the like has made cannot be told from values, and share.
-    What chooses among experts is always held constant. What is only added, such as a bias, has the ordinary chain rule.
+    What chooses among experts, or is one over something, is always held constant. What is only added, such as a bias,
+    has the ordinary chain rule.
 
     Parameters
     ----------
@@ -212,12 +213,12 @@ class _ConstantWeights(_OfMethod, MatrixProduct):
 
 
 #: What made values that are held constant in products, by precedence.
-_HELD = (Born.ROUTED, Born.SOFTMAX, Born.SQUASHED, Born.EXPONENTIAL)
+_HELD = (Born.DIVISOR, Born.ROUTED, Born.SOFTMAX, Born.SQUASHED, Born.EXPONENTIAL)
 
 
 def _held_constant(born: Sequence[int], mode: Attention) -> int:
     """What factors of a product that are held constant have in common (`Born`), from what is known of all factors."""
-    for flags in _HELD if mode == "constant" else _HELD[:1]:
+    for flags in _HELD if mode == "constant" else _HELD[:2]:
         if 0 < sum(bool(one & flags) for one in born) < len(born):
             return flags
     return 0

@@ -25,7 +25,7 @@ from crp.trace.recorder import tensors_in
 #: Functions that are exponential in an operand.
 _EXPONENTIAL = frozenset({"exp", "exp2", "pow", "rpow"})
 #: Other functions that what is made of exponentials goes through, beside those that are linear or rearrange.
-_THROUGH = frozenset("clamp clamp_min div mul normalize rdiv reciprocal scatter_reduce".split())  # noqa: SIM905
+_THROUGH = frozenset("clamp clamp_min div mul normalize pow rdiv reciprocal scatter_reduce square".split())  # noqa: SIM905
 #: Functions that sum up entries.
 _SUMMING = frozenset("cumsum index_add index_put mean scatter_add scatter_reduce sum".split())  # noqa: SIM905
 _LOGARITHMS = frozenset({"log", "log10", "log1p", "log2"})

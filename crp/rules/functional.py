@@ -115,15 +115,13 @@ class Gate(_Shared):
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in layer.inputs))  # type: ignore[no-untyped-call]
         broadcast = [_is_broadcast(factor, shape) for factor in layer.inputs]
 
-        # (a gate may be one over something, too)
-        divides = [bool(born & Born.DIVISOR) and not born & Born.SQUASHED for born in layer.born]
-
         def only(marks: Sequence[bool]) -> int | None:
             return marks.index(True) if marks[0] != marks[1] else None
 
         def born_of(flags: int) -> list[bool]:
             return [bool(born & flags) for born in layer.born]
 
+        divides = born_of(Born.DIVISOR)
         for marks in (divides, born_of(Born.ROUTED)):
             if (held := only([mark and is_one for mark, is_one in zip(marks, broadcast, strict=True)])) is not None:
                 return held

@@ -61,7 +61,8 @@ def _passed(op: Operation, notes: Notes) -> int:
         kept |= Born.ROUTED
     if flags & Born.SQUASHED and name in _BOUNDED and not _is_negative(op.args, op.kwargs):
         kept |= Born.SQUASHED  # (a gate that is cut off, or its power, is one)
-    return kept | known.gives
+    kept |= known.gives
+    return kept & ~Born.DIVISOR if kept & Born.SQUASHED else kept  # (a gate may be one over something)
 
 
 def _mixes_heads(operands: Operands) -> bool:
@@ -90,7 +91,7 @@ def _kept_by(op: Operation, kept: int, notes: Notes) -> int:
     name, args, kwargs, inputs, flags = op.known.canonical, op.args, op.kwargs, op.inputs, op.flags
     if name in ("mul", "div"):
         if len(inputs) > 1:
-            kept &= ~BORN | Born.SQUASHED  # (a product of gates is one)
+            kept &= ~BORN | Born.SQUASHED | Born.SOFTMAX  # (a product of gates is one)
             if name == "div" and notes.born(inputs[0]) & _WEIGHTS:
                 kept |= Born.ROUTED
         elif name == "div" and not (args and args[0] is inputs[0]) and kwargs.get("input") is not inputs[0]:

@@ -78,9 +78,16 @@ def by_keys(q, k, v):
     return sum(e * v[:, i : i + 1] for i, e in enumerate(es)) / sum(es)
 
 
+def sharpened(q, k, v):
+    e = (logits(q, k) / 2).exp() ** 2
+    return e / e.sum(-1, keepdim=True) @ v
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "attend", [streamed, streamed_in_place, by_blocks, less_logarithm, guarded, by_keys], ids=lambda f: f.__name__
+    "attend",
+    [sharpened, streamed, streamed_in_place, by_blocks, less_logarithm, guarded, by_keys],
+    ids=lambda f: f.__name__,
 )
 def test_attention_that_is_summed_up_in_parts(attend, kind):
     assert_same_map(net(attend), net(F.scaled_dot_product_attention), DATA, kind())
@@ -158,6 +165,15 @@ def by_edges_later(h, left, right):
 @pytest.mark.parametrize("attend", [by_edges, by_edges_later])
 def test_attention_over_the_edges_of_a_graph(attend, kind):
     assert_same_map(*(seeded(Graph(one)) for one in (attend, dense)), DATA, kind())
+
+
+@pytest.mark.parametrize("power", [lambda p: p**2, lambda p: p * p], ids=["power", "product"])
+def test_probabilities_that_are_sharpened_are_held_constant(power):
+    def attend(q, k, v):
+        p = power(logits(q, k / 2).softmax(-1))
+        return p / p.sum(-1, keepdim=True) @ v
+
+    assert_same_map(net(attend), net(F.scaled_dot_product_attention), DATA, CPLRP())
 
 
 def largest_and_rest(x):

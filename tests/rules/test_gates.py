@@ -286,6 +286,19 @@ def test_a_factor_that_is_one_over_something_is_a_divisor(name, kind):
     assert_same_map(*map(net, DIVIDING[name]), numbers(3, 6, seed=3), kind())
 
 
+@pytest.mark.parametrize("kind", [CPLRP, RelP, AttnLRP])
+def test_linear_attention_in_one_einsum(kind):
+    def net(function):
+        def wiring(s, x):
+            q, k = F.elu(s.q(x)) + 1, F.elu(s.k(x)) + 1
+            return s.down(function(q, k.mT @ s.v(x), q @ k.sum(1)[..., None])).mean(1)
+
+        return seeded(core_cases.Net(wiring, **{name: nn.Linear(6, 6) for name in "qkv"}, down=nn.Linear(6, 3)))
+
+    at_once = net(lambda q, kv, sums: torch.einsum("bid,bdj,bi->bij", q, kv, 1 / sums[..., 0]))
+    assert_same_map(at_once, net(lambda q, kv, sums: (q @ kv) / sums), numbers(2, 5, 6), kind())
+
+
 def test_a_tanh_by_a_sigmoid_is_a_gate():
     x, z, r = numbers(2, 5), numbers(2, 5, seed=1), numbers(2, 5, seed=2)
     (of_x, of_z), _ = explain(lambda x, z: x * (2 * torch.sigmoid(2 * z) - 1), (x, z), r, lrp("constant"))
