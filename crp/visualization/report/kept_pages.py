@@ -66,7 +66,7 @@ def _prototypes(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
             n_ways += len(ways)
             classes.append((atlas.class_name(target), Addresses.label(target), ways))
         page = {
-            **_head(atlas, kept, "Prototypes"),
+            **_head(atlas, kept),
             "classes": classes,
             "parts": [
                 (label, atlas.addresses.kept("prototypes", kept.layer, part=p), p == number)
@@ -76,7 +76,7 @@ def _prototypes(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         address = atlas.addresses.kept("prototypes", kept.layer, part=number)
         atlas.renderer.page(address, "prototypes.html", "Prototypes — concept atlas", page=page)
     note = f"{counted(n_ways, 'way')} of predicting {counted(len(targets), 'class', 'classes')}"
-    return _link(atlas, kept, "Prototypes", note)
+    return _link(atlas, kept, note)
 
 
 def _audit(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -106,9 +106,7 @@ def _audit(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
             }
         )
     n = len(kept.arrays["sample"])
-    page = {**_head(atlas, kept, "Audit"), "n": n, "rows": rows}
-    atlas.renderer.page(atlas.addresses.kept("audit", kept.layer), "audit.html", "Audit — concept atlas", page=page)
-    return _link(atlas, kept, "Audit", f"the {len(rows)} least usual of {n} samples")
+    return _written(atlas, kept, {"n": n, "rows": rows}, f"the {len(rows)} least usual of {n} samples")
 
 
 def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -136,7 +134,6 @@ def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
     bars = [(round(420 * i / len(values), 1), round(96 * v / largest, 1)) for i, v in enumerate(values)]
     embedding = arrays["embedding"]
     page = {
-        **_head(atlas, kept, "Clusters"),
         "class_name": atlas.class_name(target),
         "class_href": Addresses.label(target),
         "what": kept.settings["what"],
@@ -149,10 +146,7 @@ def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         if embedding.shape[1] > 1
         else [],
     }
-    address = atlas.addresses.kept("clusters", kept.layer, target)
-    atlas.renderer.page(address, "clusters.html", "Clusters — concept atlas", page=page)
-    name = f"Clusters of {atlas.class_name(target)}"
-    return _link(atlas, kept, name, _finding_of(atlas, kept, sizes), target)
+    return _written(atlas, kept, page, _finding_of(atlas, kept, sizes), f"Clusters of {atlas.class_name(target)}")
 
 
 def _finding_of(atlas: Atlas, kept: KeptResult, sizes: list[int]) -> str:
@@ -184,16 +178,13 @@ def _meanings(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         best = np.argsort(-row, kind="stable")[: FEW + 1].tolist()
         searches.append((str(text), _chips(atlas, kept.layer, [(ids[i], f"{row[i]:.2f}") for i in best])))
     page = {
-        **_head(atlas, kept, "Meanings"),
         "rows": rows,
         "more": max(0, len(order) - CARDS),
         "searches": searches,
         "means": [f"{arrays[name].mean():.2f}" for name in ("clarity", "redundancy", "polysemanticity")],
     }
-    address = atlas.addresses.kept("meanings", kept.layer)
-    atlas.renderer.page(address, "meanings.html", "Meanings — concept atlas", page=page)
     note = f"{counted(len(ids), 'concept')}, {counted(len(kept.settings['texts']), 'text')}"
-    return _link(atlas, kept, "Meanings", note)
+    return _written(atlas, kept, page, note)
 
 
 def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -209,7 +200,6 @@ def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         rows.append((chip, f"{relevance[i]:.3g}", f"{change[i]:+.3g}", abs(float(change[i])) / largest, kind))
     n = len(arrays["sample"])
     page = {
-        **_head(atlas, kept, "Interventions"),
         "rows": rows,
         "more": max(0, len(order) - CARDS),
         "n": n,
@@ -218,10 +208,8 @@ def _interventions(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         "points": _points(relevance, -change, np.zeros(len(ids), np.int64)),
         "ends": [f"{value:.3g}" for value in (relevance.min(), relevance.max(), -change.max(), -change.min())],
     }
-    address = atlas.addresses.kept("interventions", kept.layer)
-    atlas.renderer.page(address, "interventions.html", "Interventions — concept atlas", page=page)
     note = f"{counted(len(ids), 'concept')} {page['how']} on {counted(n, 'sample')}"
-    return _link(atlas, kept, "Interventions", f"{note}; rank correlation {page['agreement']}")
+    return _written(atlas, kept, page, f"{note}; rank correlation {page['agreement']}")
 
 
 def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
@@ -233,7 +221,6 @@ def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         rows.append((chip, float(means[i]), int((score[:, i] >= 0).sum())))
     n, outside = len(score), int((means > 0.5).sum())
     page = {
-        **_head(atlas, kept, "Context"),
         "rows": rows,
         "more": max(0, len(order) - CARDS),
         "silent": len(ids) - len(order),
@@ -243,22 +230,26 @@ def _context(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         "histogram": _histogram_of_shares(means),
         "samples": _histogram_of_shares(score.ravel()),
     }
-    address = atlas.addresses.kept("context", kept.layer)
-    atlas.renderer.page(address, "context.html", "Context — concept atlas", page=page)
     note = f"{outside} of {len(order)} concepts have more than half of their relevance outside of the object"
-    return _link(atlas, kept, "Context", f"{note}, on {counted(n, 'sample')}")
+    return _written(atlas, kept, page, f"{note}, on {counted(n, 'sample')}")
 
 
-def _head(atlas: Atlas, kept: KeptResult, name: str) -> dict[str, Any]:
-    layer = kept.layer
-    trail = [("Atlas", "index.html"), (layer, atlas.addresses.layer(layer)), (name, "")]
-    seed = kept.settings.get("seed")
-    return {"layer": layer, "layer_href": atlas.addresses.layer(layer), "trail": trail, "seed": seed}
+def _written(atlas: Atlas, kept: KeptResult, content: dict[str, Any], note: str, name: str = "") -> dict[str, Any]:
+    """Render the page of a result, which is called after its kind, and give the link to it."""
+    link, title = _link(atlas, kept, note, name), f"{kept.kind.capitalize()} — concept atlas"
+    atlas.renderer.page(link["href"], f"{kept.kind}.html", title, page=_head(atlas, kept) | content)
+    return link
 
 
-def _link(atlas: Atlas, kept: KeptResult, name: str, note: str, of_class: int | None = None) -> dict[str, Any]:
-    href = atlas.addresses.kept(kept.kind, kept.layer, of_class)
-    return {"name": name, "layer": kept.layer, "href": href, "note": note}
+def _head(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
+    layer, href = kept.layer, atlas.addresses.layer(kept.layer)
+    trail = [("Atlas", "index.html"), (layer, href), (kept.kind.capitalize(), "")]
+    return {"layer": layer, "layer_href": href, "trail": trail, "seed": kept.settings.get("seed")}
+
+
+def _link(atlas: Atlas, kept: KeptResult, note: str, name: str = "") -> dict[str, Any]:
+    href = atlas.addresses.kept(kept.kind, kept.layer, kept.of_class)
+    return {"name": name or kept.kind.capitalize(), "layer": kept.layer, "href": href, "note": note}
 
 
 def _sample(atlas: Atlas, sample: int) -> AnyShown | None:
