@@ -162,8 +162,8 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 instances = canonizer.apply(module)
                 self.handles += instances
                 self.applied.append((canonizer, instances))
-            has_positions = any(entry.position is not None for entry in entries)
-            self._structure = structure(module) if has_positions else None
+            by_position = [entry for entry in entries if entry.position is not None]
+            self._structure = structure(module) if by_position else None
             if self.canonizers:  # (which may have given the model other modules)
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)

@@ -142,9 +142,9 @@ def test_a_part_is_gone_while_its_successor_is_computed():
 @pytest.mark.parametrize(
     ("composite", "kernels", "functions"),
     [
-        (EpsilonPlusFlat(), 100, 1310),
-        (EpsilonGammaBox(low=0.0, high=1.0), 125, 1340),
-        (EpsilonAlpha2Beta1Flat(), 133, 1360),
+        (EpsilonPlusFlat(), 100, 1290),
+        (EpsilonGammaBox(low=0.0, high=1.0), 125, 1325),
+        (EpsilonAlpha2Beta1Flat(), 133, 1350),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
 )

@@ -653,7 +653,7 @@ def test_by_lrp_0_batch_norm_that_is_not_merged_is_affine(kind, zero_params):
     for seed, values in enumerate((norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var)):
         values.copy_(numbers(3, seed=seed).abs() + 0.2)
     x, r = numbers(1, 3, 4, 4), numbers(1, 16, 3, seed=8)
-    found, kept = explain(
+    found, _ = explain(
         lambda x, norm: norm(x.relu()).relu().flatten(2).transpose(1, 2), x, r, kind(zero_params=zero_params), norm=norm
     )
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).double().view(3, 1, 1).detach()
