@@ -94,12 +94,12 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu expm1 gelu hardshrink
+        """acos acosh asin asinh atanh celu clamp clamp_max clamp_min cos cosh elu expm1 gelu hardshrink
         hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num selu silu sin sinh softshrink tan tanhshrink
         threshold""",
     ),
     ("activation", "balanced identity rescaled elementwise gating", "erf tanh"),
-    ("activation", "balanced identity rescaled elementwise", "softsign"),
+    ("activation", "balanced identity rescaled elementwise", "atan softsign"),
     ("activation", "identity rescaled elementwise gating", "rpow"),
     ("activation", "rescaled elementwise", "frac logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),

@@ -92,8 +92,9 @@ def _kept_by(op: Operation, kept: int, notes: Notes) -> int:
     if name in ("mul", "div"):
         if len(inputs) > 1:
             kept &= ~BORN | Born.SQUASHED | Born.SOFTMAX  # (a product of gates is one)
-            if name == "div" and notes.born(inputs[0]) & _WEIGHTS:
-                kept |= Born.ROUTED
+            if name == "div":
+                dividend = notes.born(inputs[0])
+                kept |= dividend & Born.ACTIVATION | (Born.ROUTED if dividend & _WEIGHTS else 0)
         elif name == "div" and not (args and args[0] is inputs[0]) and kwargs.get("input") is not inputs[0]:
             kept |= Born.DIVISOR
         if kept & NONNEGATIVE and _has_negative(args, kwargs):

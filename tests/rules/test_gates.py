@@ -83,6 +83,7 @@ ACTIVATED = {
     "power of relu": lambda z: F.relu(z) ** 2,
     "root of softplus": lambda z: F.softplus(z).sqrt(),
     "absolute tanh": lambda z: z.tanh().abs(),
+    "shares": lambda z: F.softplus(z) / F.softplus(z).sum(1, keepdim=True),
     "scaled": lambda z: 2.0 * F.gelu(z),
 }
 
@@ -284,6 +285,11 @@ def test_a_factor_that_is_one_over_something_is_a_divisor(name, kind):
         return {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "down": nn.Linear(6, 3)}
 
     assert_same_map(*map(net, DIVIDING[name]), numbers(3, 6, seed=3), kind())
+
+
+def test_a_gate_of_an_arc_tangent():
+    nets = [seeded(Multiplied(lambda g: 0.5 + torch.atan(g - 0.5) / 3.2, F.relu, is_held)) for is_held in (False, True)]
+    assert_same_map(*nets, numbers(2, 2, 4, 4, seed=4), CPLRP())
 
 
 @pytest.mark.parametrize("kind", [CPLRP, RelP, AttnLRP])
