@@ -633,6 +633,16 @@ def test_maps_and_text(mlp, vectors):
     assert str(found) == "0 -> 1\n1 -> 2\n2 -> 3\n3 -> 4\n4 -> end"
 
 
+def test_containers_are_next_to_no_layer():
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2))
+    nodes = trace_model_graph(net, torch.zeros(1, 4), ["1"]).layer_node_map
+
+    def around(layer):
+        return [[n.layer_name for n in side] for side in (nodes[layer].input_nodes, nodes[layer].output_nodes)]
+
+    assert [around(layer) for layer in ("0.0", "0.1", "1")] == [[[], ["0.1"]], [["0.0"], ["1"]], [["0.1"], []]]
+
+
 def test_debug_logs_the_graph(mlp, vectors):
     with TestCase().assertLogs("crp.trace.graph", "DEBUG") as logs:
         trace_model_graph(mlp, vectors, ["0"], debug=True)
