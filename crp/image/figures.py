@@ -223,7 +223,7 @@ def plot_grid(
     Returns
     -------
     matplotlib Figure
-        Shown only in an interactive session with a window or a notebook.
+        pyplot's current one; shown only in an interactive session with a window or a notebook.
     """
     check_flags(symmetric=symmetric, padding=padding)
     if not (cmap_dim is None or (type(cmap_dim) is int and cmap_dim >= 0)):
@@ -285,17 +285,10 @@ def _plain(picture: Picture) -> dict[str, Any]:
 
 
 def _new_figure(figsize: tuple[float, float] | None) -> Figure:
-    """Figure that a notebook shows once; pyplot, which keeps its figures, has it only in an interactive session."""
-    if hasattr(sys, "ps1"):
-        import matplotlib.pyplot as plt
+    """Figure that a notebook shows once; it is pyplot's current one, as scripts save it."""
+    import matplotlib.pyplot as plt
 
-        figure = plt.figure(figsize=figsize)
-    else:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=figsize)
-        FigureCanvasAgg(figure)
+    figure = plt.figure(figsize=figsize)
     vars(figure)["_ipython_display_"] = partial(_display, figure)
     return figure
 

@@ -442,6 +442,15 @@ def test_rows_may_have_different_lengths():
     assert len(plot_grid({0: torch.rand(3, 3, 6, 6), 1: torch.rand(1, 3, 6, 6), 2: []}).axes) == 4
 
 
+def test_scripts_save_the_grid_by_pyplot(tmp_path):
+    figure = plot_grid({0: torch.rand(1, 3, 6, 6)})
+    plt.savefig(tmp_path / "by_pyplot.png")
+    figure.savefig(tmp_path / "by_figure.png")
+    assert plt.gcf() is figure
+    saved = [np.asarray(Image.open(tmp_path / f"by_{name}.png")) for name in ("pyplot", "figure")]
+    assert np.array_equal(*saved)
+
+
 def test_nothing_is_shown_where_there_is_no_window(monkeypatch):
     shown = []
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
