@@ -23,6 +23,7 @@ ACTIVATIONS = (
 SCALES = ("rsqrt", "sqrt", "reciprocal", "var", "std", "topk")
 PRODUCTS = ("mul", "matmul", "bmm", "einsum")
 QUOTIENTS = ("div", "truediv", "true_divide")
+IN_PLACE: dict[str, Any] = {"imul": torch.mul, "itruediv": torch.div}
 
 
 def depends(value: Any) -> bool:
@@ -51,10 +52,12 @@ class Replaced(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "").strip("_")
+        if name in IN_PLACE:
+            function, name = IN_PLACE[name], IN_PLACE[name].__name__
         if not any(depends(value) for value in [*args, *kwargs.values()]) and name != "einsum":
             return function(*args, **kwargs)
         if name in ACTIVATIONS:
-            return _with_slope(args[0], function(*args, **kwargs))
+            return _with_slope(args[0], function(args[0].clone(), *args[1:], **kwargs))  # (it may be in place)
         if name in SCALES or (name == "gather" and args[0].dim() == 2):  # (of tokens and experts)
             return function(*map(held, args), **kwargs)
         if name in QUOTIENTS:
