@@ -178,7 +178,7 @@ def test_data_that_were_moved_are_found_where_mining_was_told(mined: Path) -> No
     shutil.copytree("moved", "other")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("other/cats/0.png")
     result = crp("mine", "--out", mined, "--data", "other", "--quiet")
-    assert result.exit_code == 1 and "with another dataset: sample 0 is" in result.output
+    assert result.exit_code == 1 and "with another dataset: sample 0 ('cats/0.png') is" in result.output
     before = Table.open(mined)
     assert crp("mine", "--out", mined, "--data", "moved", "--quiet").exit_code == 0
     after = Table.open(mined)
