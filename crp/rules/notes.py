@@ -34,6 +34,7 @@ class Born:
     LOGARITHM = 256  # that of a sum of exponentials, or something less one: its exponential may be a softmax
     GATING = 512  # of a sigmoid, a tanh or an exponential: a number that is added is part of it, as in a gate
     EXPONENTIAL = 1024  # as the weights of attention are before they are divided by their sum
+    CHOSEN = 2048  # of which an index has chosen some entries, as of the logits of experts
 
 
 BORN: int = sum(flag for name, flag in vars(Born).items() if name.isupper())

@@ -19,6 +19,8 @@ from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes, _Shifted
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 
+#: Functions by which a router chooses experts.
+_CHOOSING = frozenset(("gather", "take_along_dim", "topk"))
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
 _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
 #: Functions that cut off what is below a number and above another, and these numbers by default.
@@ -53,7 +55,9 @@ def _passed(op: Operation, notes: Notes) -> int:
         kept = _kept_by(op, kept, notes)
     if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or _is_indexed(op)):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
-    elif flags & Born.SQUASHED and name in ("gather", "take_along_dim", "topk"):
+    elif name in _CHOOSING:
+        kept |= Born.ROUTED if flags & Born.SQUASHED else Born.CHOSEN
+    elif flags & Born.CHOSEN and known.gives & Born.SQUASHED:  # (the logits of experts come first, then a sigmoid)
         kept |= Born.ROUTED
     elif flags & Born.SOFTMAX and op.operands is not None and _mixes_heads(op.operands):
         kept |= Born.SOFTMAX

@@ -61,20 +61,20 @@ BUDGETS = {
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
     "engine": 6210,
-    "image": 1492,
+    "image": 1485,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1452,
     "outputs": 391,
     "metrics": 907,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6819,
+    "rules": 6825,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     "visualization": 4871,
-    "visualization.mining": 4267,
+    "visualization.mining": 4268,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
     "visualization.report": 4578,

@@ -90,6 +90,8 @@ def test_predictions_of_scores_and_of_probabilities() -> None:
     np.testing.assert_allclose(probability, scores.softmax(1).max(1).values, rtol=1e-6)
     prediction, probability = top_class(torch.tensor([[0.25, 0.75], [1.0, 0.0]]), 2)
     assert (prediction.tolist(), probability.tolist()) == ([1, 0], [0.75, 1.0])
+    shares = torch.tensor([[0.3, 0.3, 0.4]]).bfloat16()  # (the sum of what is rounded is 1.002)
+    assert top_class(shares, 1)[1].tolist() == [float(shares.max())]
     for other in (torch.zeros(2, 3, 4), torch.zeros(2, 1), torch.zeros(2, 3).long()):
         assert [column.tolist() for column in top_class(other, 2)] == [[-1, -1], [0.0, 0.0]]
 

@@ -309,3 +309,32 @@ def test_a_tanh_by_a_sigmoid_is_a_gate():
     x, z, r = numbers(2, 5), numbers(2, 5, seed=1), numbers(2, 5, seed=2)
     (of_x, of_z), _ = explain(lambda x, z: x * (2 * torch.sigmoid(2 * z) - 1), (x, z), r, lrp("constant"))
     assert not of_z.any() and off(of_x, r) <= 1e-12
+
+
+def chosen(logits):
+    return logits.gather(1, logits.topk(2, 1).indices)
+
+
+#: Weights of all experts, or of those that a router chose: sigmoids of logits that were chosen before.
+ROUTERS = {
+    "gathered": lambda logits: torch.zeros_like(logits).scatter(1, logits.topk(2, 1).indices, chosen(logits).sigmoid()),
+    "top": lambda logits: torch.zeros_like(logits).scatter(1, logits.topk(2, 1)[1], logits.topk(2, 1)[0].sigmoid()),
+    "masked": lambda logits: torch.full_like(logits, -torch.inf).scatter_(1, *logits.topk(2, 1)[::-1]).sigmoid(),
+}
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP, RelP])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_sigmoids_of_chosen_logits_are_weights_of_experts(name, kind):
+    class Experts(nn.Module):
+        def __init__(self, is_held):
+            super().__init__()
+            self.is_held, self.router, self.experts = is_held, nn.Linear(6, 4), nn.Linear(6, 20)
+
+        def forward(self, x):
+            weights = ROUTERS[name](self.router(x))
+            weights = weights.detach() if self.is_held else weights
+            return (self.experts(x).reshape(-1, 4, 5) * weights[..., None]).sum(1)
+
+    model, held = seeded(Experts(False)), seeded(Experts(True))
+    assert_same_map(model, held, numbers(3, 6), kind())

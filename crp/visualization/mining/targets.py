@@ -222,8 +222,9 @@ def top_class(output: Any, n_samples: int) -> tuple[Tensor, Tensor]:
     if not is_scores or len(output) < n_samples or output.shape[1] < 2:
         device = output.device if isinstance(output, Tensor) else None
         return torch.full((n_samples,), -1, device=device), torch.zeros(n_samples, device=device)
+    tolerance = max(1e-3, 8 * torch.finfo(output.dtype).eps)  # (half precision rounds each of them)
     output = output[:n_samples].detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
-    shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < 1e-3)
+    shares = (output.min(1).values >= 0) & ((output.sum(1) - 1).abs() < tolerance)
     scores = torch.where(shares[:, None], output, output.softmax(1))
     best = scores.argmax(1)  # (the first of equal ones)
     return best, scores.gather(1, best[:, None])[:, 0].nan_to_num(0).clamp(0, 1).float()
