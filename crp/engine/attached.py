@@ -15,12 +15,21 @@ from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.door import _check_merged, check_weights
-from crp.engine.encoding import propagation_of
+from crp.engine.encoding import Encoding, propagation_of
 from crp.engine.last_calls import LastCalls, PlainSums
 from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS, OfThread
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
-from crp.layers import ByChainRule, evaluating, hooked, modules_of, uncompiled, unwrap, without_parameter_gradients
+from crp.layers import (
+    ByChainRule,
+    _with_right_gradients,
+    evaluating,
+    hooked,
+    modules_of,
+    uncompiled,
+    unwrap,
+    without_parameter_gradients,
+)
 from crp.layers.interrupts import atomic
 from crp.notices import warn
 from crp.wording import counted
@@ -253,7 +262,9 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
                 f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
                 "mode. Call model.eval() first to say so."
             )
-        isolates = propagation_of(composite).isolates
+        isolates, encoding = propagation_of(composite).isolates, Encoding.of(composite)
+        if encoding.as_multiplier or not encoding.multiplier:  # (others have rules for batch norm)
+            undo.enter_context(_with_right_gradients(modules.values()))
         if not isolates:
             undo.enter_context(without_parameter_gradients(model, modules.values()))
             undo.enter_context(uncompiled(model, modules.values()))

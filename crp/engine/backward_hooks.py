@@ -92,8 +92,8 @@ class _ReadingOnly:
     def note(self, handle: RemovableHandle, caller: FrameType) -> None:
         """Note what a handle was made for."""
         given = caller.f_locals if caller.f_code in _PUTTING_ON else {}
-        if "hook" not in given or _owner_of(given["hook"]) is not None:
-            return
+        if "hook" not in given or _owner_of(given["hook"]) is not None or given["hook"] is Tensor.contiguous:
+            return  # (of these, the last one changes no number)
         if isinstance(tensor := given.get("self"), Tensor) and tensor.is_leaf:  # (which nothing goes back through)
             return
         owner = _running_in(caller.f_back)

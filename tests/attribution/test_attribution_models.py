@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from zennit.composites import GuidedBackprop, NameMapComposite
+from zennit.core import Composite
 from zennit.rules import Pass
 from zennit.torchvision import ResNetCanonizer
 
 from crp.attribution import CondAttribution
 from crp.attributors.scores import explaining
-from crp.composites import EpsilonPlus
+from crp.composites import EpsilonPlus, Gradient
 from crp.concepts import ChannelConcept
 from crp.engine.encoding import Encoding
 from crp.layers import LayerNotFoundError
@@ -348,6 +349,33 @@ def test_low_precision(vgg_bn, images, composite, dtype, tolerance):
     ):
         assert one.dtype == dtype
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+class Tokens(nn.Module):
+    """Weighted sums of tokens that batch norm has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.weight = nn.Parameter(torch.randn(20, 3, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        return (self.norm(2 * x).flatten(2).transpose(1, 2) * self.weight).sum(1)
+
+
+@pytest.mark.parametrize("composite", [None, Gradient(), GuidedBackprop(), Composite()])
+def test_gradients_of_batch_norm_of_one_picture(composite):
+    """By torch's kernel of a CPU, they are wrong where they arrive as those of tokens do."""
+    model = Tokens().double().eval()
+    with torch.no_grad():
+        model.norm.running_var.copy_(torch.tensor([0.5, 1.0, 1.5]))
+        model.norm.weight.copy_(torch.tensor([1.0, -0.5, 2.0]))
+    x = torch.randn(1, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # (zennit's have no rule for a layer of it)
+        found = CondAttribution(model)(x, [{"y": 2}], composite, init_rel=1.0).heatmap
+    scale = 2 * model.norm.weight[2] / (model.norm.running_var[2] + model.norm.eps).sqrt()
+    assert close(found, (scale * model.weight[:, 2]).detach().reshape(1, 4, 5))
 
 
 @every_kind
