@@ -180,7 +180,9 @@ class MatrixProduct(_Attending):
     def parts(self, layer: Layer) -> Parts:
         """Parts of all operands, by what has made their values."""
         position, names = ADDED.get(layer.known.canonical, (-1, ()))
-        sources = dict(zip(map(id, layer.inputs), layer.born, strict=True))
+        # (a softmax that is divided by its sum again, as behind a mask, is attention; experts are chosen by an index)
+        known = [born & ~Born.ROUTED if born & Born.SOFTMAX else born for born in layer.born]
+        sources = dict(zip(map(id, layer.inputs), known, strict=True))
         is_factor = [i != position for i in range(len(layer.args))]
         factors = [arg for arg, is_one in zip(layer.args, is_factor, strict=True) if is_one]
         factors += [value for name, value in layer.kwargs.items() if name not in names]

@@ -101,6 +101,7 @@ def _timm() -> dict[str, Family]:
                 module.fused_attn = False
         return model
 
+    from timm.models.convit import ConVit
     from timm.models.swin_transformer import SwinTransformer as TimmSwin
     from timm.models.vision_transformer import VisionTransformer
 
@@ -109,6 +110,8 @@ def _timm() -> dict[str, Family]:
         "timm_vit": Family(lambda: VisionTransformer(**vit), (3, 8, 8)),
         "timm_vit_written_out": Family(lambda: written_out(VisionTransformer, **vit), (3, 8, 8)),
         "timm_vit_layer_scale_qk_norm": Family(lambda: VisionTransformer(**vit, **scaled), (3, 8, 8)),
+        # (attention that is mixed with that of places, and divided by its sum again)
+        "timm_convit": Family(lambda: ConVit(**vit, local_up_to_layer=1), (3, 8, 8)),
         "timm_swin": Family(lambda: TimmSwin(**swin), (3, 16, 16)),
         "timm_swin_written_out": Family(lambda: written_out(TimmSwin, **swin), (3, 16, 16)),
         "timm_deit": Family(lambda: timm.models.deit.VisionTransformerDistilled(**vit), (3, 8, 8)),
