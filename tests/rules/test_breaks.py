@@ -156,21 +156,20 @@ def test_a_constant_factor_makes_no_product():
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["gate_first", "signal_first"])
-def test_two_minus_a_gate_is_none(first):
-    """Only 1 minus a gate is closed as far as another one is open; factors that are no gates take half each."""
+def test_a_number_minus_a_gate_is_one(first):
+    """It is closed as far as another one is open."""
 
     def product(s, x):
         factor = 2 - s.b(x).sigmoid()
         return s.c(factor * s.a(x) if first else s.a(x) * factor)
 
-    def halves(s, x):
-        factor, other = 2 - s.b(x).sigmoid(), s.a(x)
-        return s.c((factor * other.detach() + factor.detach() * other) / 2)
+    def held(s, x):
+        return s.c((2 - s.b(x).sigmoid()).detach() * s.a(x))
 
     layers = {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4), "c": nn.Linear(4, 2)}
     m = torch.ones(3, 2, dtype=torch.float64)
     found, wanted = (
-        explained(net(f, **layers), LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m) for f in (product, halves)
+        explained(net(f, **layers), LRP(layer_map=[(nn.Linear, Epsilon(1e-3))]), m) for f in (product, held)
     )
     assert deviation(found, wanted) <= 1e-12
 
@@ -247,8 +246,8 @@ def test_account_closes_after_calls_that_were_not_accounted_for():
     assert set(kept.layers) >= {"a", "b"}
 
 
-def test_a_product_of_probabilities_is_none_itself():
-    """It takes half, as any factor of which nothing is known."""
+def test_a_product_of_probabilities_counts_as_such():
+    """Values that it weights take all, as behind a mask that is made by a softmax."""
 
     def made(product):
         def forward(s, x):
@@ -260,7 +259,6 @@ def test_a_product_of_probabilities_is_none_itself():
     layers = {name: nn.Linear(6, 4) for name in "abv"} | {"c": nn.Linear(1, 2)}
     m = torch.ones(3, 2, dtype=torch.float64)
     found, wanted = (
-        explained(net(made(product), **layers), CPLRP(), m)
-        for product in (torch.matmul, lambda p, v: (p @ v.detach() + p.detach() @ v) / 2)
+        explained(net(made(product), **layers), CPLRP(), m) for product in (torch.matmul, lambda p, v: p.detach() @ v)
     )
     assert deviation(found, wanted) <= 1e-12
