@@ -274,7 +274,7 @@ def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], **options: Any) -> Ite
 
 
 def _with_right_gradients(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Context in which the gradient of batch norm is right: torch's kernel of a CPU (2.4 to 2.14) mixes entries up.
+    """Context in which the gradient of batch norm is right: torch's kernel of a CPU mixes entries up (2.14).
 
     It does so for one sample whose gradient arrives with the channels last, as that of tokens does.
     """
@@ -283,7 +283,9 @@ def _with_right_gradients(modules: Iterable[nn.Module]) -> AbstractContextManage
 
 
 def _with_usual_gradient(module: nn.Module, args: Any, output: Any) -> None:
-    if isinstance(output, Tensor) and output.requires_grad and output.dim() > 3 and len(output) == 1:
+    if not isinstance(output, Tensor) or output.device.type != "cpu" or not output.requires_grad:
+        return
+    if output.dim() > 3 and len(output) == 1 and output.is_contiguous():
         output.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
 
 
