@@ -15,7 +15,7 @@ from torch import nn
 from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.door import _check_merged, check_weights
-from crp.engine.encoding import Encoding, propagation_of
+from crp.engine.encoding import propagation_of
 from crp.engine.last_calls import LastCalls, PlainSums
 from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS, OfThread
 from crp.engine.turns import TURNS, parts_of
@@ -245,7 +245,8 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
         )
     modules = modules_of(model)
     composite = composite_on(model, composite, modules)
-    if composite is not None and propagation_of(composite).encoding != "multiplier":
+    asked = propagation_of(composite)
+    if composite is not None and asked.encoding != "multiplier":
         _check_chain_rule(modules, composite)
     composite = composite or Composite()
     parts = parts_of(model, modules.values())
@@ -262,10 +263,9 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
                 f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
                 "mode. Call model.eval() first to say so."
             )
-        isolates, encoding = propagation_of(composite).isolates, Encoding.of(composite)
-        if encoding.as_multiplier or not encoding.multiplier:  # (others have rules for batch norm)
+        if asked.readout == "multiplier" or asked.encoding != "multiplier":  # (others have rules for batch norm)
             undo.enter_context(_with_right_gradients(modules.values()))
-        if not isolates:
+        if not asked.isolates:
             undo.enter_context(without_parameter_gradients(model, modules.values()))
             undo.enter_context(uncompiled(model, modules.values()))
         if not is_on(composite, model):
@@ -273,17 +273,17 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
                 undo.enter_context(_restored_on_error(model))
             undo.callback(_take_off, composite)
             _of_calls.add(composite)
-            before = {} if isolates else _hooks_of(modules)
+            before = {} if asked.isolates else _hooks_of(modules)
             composite.register(model)
-            if not isolates:
+            if not asked.isolates:
                 _for_this_thread(modules_of(model), before)
-            if not (isolates or composite.hook_refs or composite.module_map is Composite._empty_module_map):
+            if not (asked.isolates or composite.hook_refs or composite.module_map is Composite._empty_module_map):
                 tell(
                     f"{_kind(composite)} has a rule for no layer of the model, and gives the plain gradient: rules of "
                     "zennit are for modules. Those of crp.composites are for functions, too"
                 )
         _check_merged(composite, modules)
-        if not isolates:
+        if not asked.isolates:
             undo.enter_context(_called_once(model, tell))
         yield model
 

@@ -61,7 +61,7 @@ BUDGETS = {
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
     "engine": 6221,
-    "image": 1485,
+    "image": 1487,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1470,
     "outputs": 391,
@@ -77,7 +77,7 @@ BUDGETS = {
     "visualization.mining": 4268,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4578,
+    "visualization.report": 4577,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2685,
