@@ -184,7 +184,6 @@ def _thumbnail(image: Tensor, heatmap: Tensor | None) -> str:
 
 def _shares(heatmap: Tensor, shape: tuple[int, int]) -> Array:
     """Heatmap in the shape of the picture, each pixel's share of its absolute relevance."""
-    values = heatmap.detach().cpu().double().numpy()
-    values = values if values.shape == shape else resized(values, shape)
+    values = resized(heatmap.detach().cpu().double().numpy(), shape)
     shares: Array = values / (np.abs(values).sum() or 1.0)
     return shares

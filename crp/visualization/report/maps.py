@@ -38,7 +38,7 @@ def shrunk(heatmap: Array, size: int) -> Array:
     """Heatmap whose longer side has ``size`` pixels."""
     largest = max(heatmap.shape)
     height, width = (max(1, round(length * size / largest)) for length in heatmap.shape)
-    return heatmap if largest == size else resized(heatmap, (height, width))
+    return resized(heatmap, (height, width))
 
 
 def crop_of(heatmap: Array) -> tuple[float, float, float]:
