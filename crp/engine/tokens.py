@@ -39,6 +39,15 @@ class Embedded(NamedTuple):
     layer: str
     values: Tensor
 
+    @classmethod
+    def of(cls, model: nn.Module, layer: str, ids: Tensor, name: int | str) -> Embedded:
+        """Embeddings that a layer has of ids."""
+        module = modules_of(model)[layer]
+        assert isinstance(module, nn.Embedding)
+        _check_range(ids, name, layer, module)
+        with torch.no_grad(), looking():
+            return cls(layer, module(ids.to(module.weight.device)).movedim(-1, 1).contiguous())
+
 
 def can_embed(model: nn.Module, ids: object) -> bool:
     """Whether these may be token ids that the model looks up: integers, and a model with embeddings."""
@@ -80,11 +89,7 @@ def embed(model: nn.Module, values: Mapping[Any, Any], name: int | str) -> Embed
     # (the probe for the layer would fail at an id that no layer has)
     _check_range(values[name], name, *max(layers.items(), key=lambda item: item[1].num_embeddings))
     layer = _layer_of_ids(model, layers, values, name)
-    module = layers[layer]
-    _check_range(values[name], name, layer, module)
-    ids = values[name].to(module.weight.device)
-    with torch.no_grad(), looking():
-        return Embedded(layer, module(ids).movedim(-1, 1).contiguous())
+    return Embedded.of(model, layer, values[name], name)
 
 
 def _check_range(ids: Tensor, name: int | str, layer: str, module: nn.Embedding) -> None:
