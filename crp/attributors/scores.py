@@ -15,11 +15,16 @@ from crp.engine.forward import check_columns, tensor_in
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs
 from crp.engine.probabilities import log_probabilities, probabilities
+from crp.engine.targets import _ONE_SCORE
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.layers.interrupts import atomic
 
 ScoreName = Literal["softmax", "log_softmax", "output"]
+_GIVE_TARGET = (
+    "give a target, such as crp.outputs.Position(-1, token) for a language model, or choose by output= what is "
+    "explained, as crp.outputs.segmentation() does"
+)
 
 
 def target_of(target: Any, n_samples: int) -> Target | None:
@@ -54,9 +59,8 @@ def known_target(target: Target | None, output: Tensor) -> Target:
         return target
     if output.dim() != 2:
         raise InputError(
-            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give a "
-            "target, such as crp.outputs.Position(-1, token) for a language model, or choose by output= what is "
-            "explained, as crp.outputs.segmentation() does"
+            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; "
+            + (_ONE_SCORE if output.dim() == 1 else _GIVE_TARGET)
         )
     return Classes(output.detach().argmax(1))
 

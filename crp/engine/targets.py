@@ -23,6 +23,8 @@ from crp.outputs import Element as Element
 from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
 from crp.wording import shortened
+#: What to write where a model has one score for each sample, and no axis of classes.
+_ONE_SCORE = "with output=lambda scores: scores[:, None], a single score of each sample is class 0"
 
 
 def check_target(targets: Any, what: str) -> None:
@@ -52,7 +54,7 @@ def check_targets_exist(
         if prediction.dim() < 2:
             raise InputError(
                 f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
-                "Leave it out and give init_rel instead."
+                f"Leave it out and give init_rel instead, or choose the output: {_ONE_SCORE}"
             )
         (ids, places), size = _target_ids(target), prediction.shape[1]
         if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
