@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def _baselines(given: Baseline, inputs: Inputs, model: nn.Module) -> Tensors:
     )
 
 
-def _is_whole(given: Any) -> bool:
+def _is_whole(given: Any) -> TypeGuard[Tensor | np.ndarray | int]:
     if isinstance(given, Tensor):
         return not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
     return isinstance(given, np.ndarray | int | np.integer) and np.asarray(given).dtype.kind in "iu"

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from crp.concepts import as_ids
 from crp.engine.forward import tensor_in
-from crp.engine.targets import _ONE_SCORE, Element, Pixels, Position, check_target, check_targets_exist, initial_relevance
+from crp.engine.targets import (
+    _ONE_SCORE,
+    Element,
+    Pixels,
+    Position,
+    check_target,
+    check_targets_exist,
+    initial_relevance,
+)
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.types import MaskFn
 from crp.wording import shortened

@@ -23,6 +23,7 @@ from crp.outputs import Element as Element
 from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
 from crp.wording import shortened
+
 #: What to write where a model has one score for each sample, and no axis of classes.
 _ONE_SCORE = "with output=lambda scores: scores[:, None], a single score of each sample is class 0"
 
