@@ -16,6 +16,7 @@ from crp.engine.targets import (
     Element,
     Pixels,
     Position,
+    _axes_told,
     check_target,
     check_targets_exist,
     initial_relevance,
@@ -146,7 +147,9 @@ class Classes(Target):
         size = output.shape[1]
         wrong = self.ids[(self.ids < -size) | (self.ids >= size)]
         if len(wrong):
-            raise OutOfRangeError(f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}")
+            raise OutOfRangeError(
+                f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}" + _axes_told(output)
+            )
         rows = torch.arange(len(output), device=output.device)
         return output[rows, self.ids.to(output.device)].reshape(len(output), -1).sum(1)
 

@@ -207,29 +207,6 @@ def test_occlusion_of_whole_tokens():
 
 
 @pytest.mark.parametrize(
-    "pad", [0, np.int64(0), torch.tensor(0), torch.zeros(6, dtype=torch.int32), torch.zeros_like(IDS).numpy()]
-)
-def test_ids_are_a_baseline_in_place_of_their_embeddings(pad):
-    model = seeded(Reader())
-    padded = torch.zeros_like(IDS)
-    drop = (model(IDS) - model(padded))[:, 1].detach()
-    values = model.words.weight[0].detach()[:, None].expand(4, 6)
-    assert off(crp.explain("shapley_sampling", model, IDS, 1, baseline=pad).sum(1), drop) <= 1e-10
-    assert off(crp.explain("deeplift", model, IDS, 1, baseline=pad).sum(1), drop) <= 1e-10
-    by_ids, by_values = (crp.explain("intgrad", model, {"ids": IDS}, 1, baseline={"ids": b}) for b in (pad, values))
-    assert torch.equal(by_ids, by_values)
-    covered = torch.where(torch.arange(6) == 2, padded, IDS)
-    of_third = crp.explain("occlusion", model, IDS, 1, window_shape=1, baseline=pad)[:, 2]
-    assert off(of_third, (model(IDS) - model(covered))[:, 1].detach()) <= 1e-10
-
-
-@pytest.mark.parametrize(("pad", "message"), [(11, "holds the id 11"), (torch.zeros(5).long(), r"ids of shape \(5,\)")])
-def test_ids_that_are_no_baseline(pad, message):
-    with pytest.raises((ValueError, IndexError), match=message):
-        crp.explain("intgrad", seeded(Reader()), IDS, 1, baseline=pad)
-
-
-@pytest.mark.parametrize(
     ("data", "model", "error", "message"),
     [
         (torch.tensor([[3, 11]]), seeded(Reader()), IndexError, r"input 0 holds the id 11; layer 'words' .* 0 to 10"),
