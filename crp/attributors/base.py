@@ -25,7 +25,7 @@ from crp.engine.forward import check_columns, check_one_entry, tensor_in
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.taps import check_layers
-from crp.engine.targets import warn_of_positions
+from crp.engine.targets import _warn_of_positions
 from crp.errors import InputError, InputTypeError
 from crp.layers import differentiable, modules_of, unwrap
 from crp.layers.addresses import Address, hooked_at
@@ -249,7 +249,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         check_alone(self.model, self.composite, type(self).__name__)
         output, relevance = self.attribute(inputs, target)
         if inputs.embedded and isinstance(scored := getattr(target, "target", target), Classes):
-            warn_of_positions(scored.ids.tolist(), output, inputs)
+            _warn_of_positions(scored.ids.tolist(), output, inputs)
         return output, relevance
 
 

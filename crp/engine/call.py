@@ -30,12 +30,12 @@ from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
 from crp.engine.targets import (
     _check_initial,
+    _warn_of_positions,
     all_positions,
     check_start,
     check_targets_exist,
     init_of_rows,
     initial_relevance,
-    warn_of_positions,
 )
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
@@ -366,7 +366,7 @@ class Call:
         targets = rows.targets(settings.output_name) if settings.start is None else None
         check_targets_exist(targets, prediction, settings.output_name, rows.places)
         if passed.inputs.embedded:
-            warn_of_positions(targets, prediction, passed.inputs)
+            _warn_of_positions(targets, prediction, passed.inputs)
         lengths = (len(self.rows), self.batch_size or len(self.rows))
         initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
         if initial is None and encoding.starts_from_one and overridden is None:

@@ -15,8 +15,8 @@ from crp.attributors.target import Classes, Target, _Places
 from crp.checks import check_choice, check_number
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Inputs, check_data
+from crp.engine.targets import Element, Pixels, Position
 from crp.errors import InputError, InputTypeError
-from crp.outputs import Element, Pixels, Position
 
 #: One class for all samples, one for each, or None for what the model predicts.
 Labels: TypeAlias = int | Sequence[int] | Tensor | None

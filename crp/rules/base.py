@@ -67,6 +67,8 @@ class Attachment:
         Outputs, by `id`, of operations whose rule is simpler if a ReLU follows; see `crp.rules.gamma`.
     rectified : WeakIdKeyDictionary
         Weights of operations whose output was read by a ReLU: a hint, which saves work and changes no number.
+    softmaxes : int
+        What those were born of (`crp.rules.notes.Born`) that a softmax without a rule of the user's has made.
     """
 
     #: Whether constants, such as biases, keep a share of the relevance.
@@ -77,6 +79,7 @@ class Attachment:
     notes: Notes = field(default_factory=Notes)
     rectifiable: dict[int, Any] = field(default_factory=dict)
     rectified: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    softmaxes: int = 0
 
     def clear(self) -> None:
         """Forget past forward passes."""

@@ -12,6 +12,7 @@ from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, _no_rule, changed
 from crp.rules.model_input import _PartOf
+from crp.rules.notes import Born
 
 #: Part of an argument's gradient; or a function that tells it for each tensor in the argument.
 Part: TypeAlias = float | Callable[[Tensor], float]
@@ -69,6 +70,16 @@ class _Proportional(_Shared):
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Whatever is inside the module."""
         return True
+
+
+class _Softmax(_Proportional):
+    """The same for a softmax or its logarithm, of which a composite wants to know whether a model ends in it."""
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the function's output."""
+        if self.attachment is not None:
+            self.attachment.softmaxes |= Born.LOGARITHM if layer.name == "log_softmax" else Born.SOFTMAX
+        return super().operate(layer)
 
 
 class _OfSquares(_Shared):
