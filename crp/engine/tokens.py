@@ -20,7 +20,7 @@ from crp.engine.attached import put_on
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import hooked, looking, modules_of
 from crp.layers.interrupts import atomic
-from crp.layers.misfits import unknown_ids
+from crp.layers.misfits import telling_misfits, unknown_ids
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
 _calls = count()
@@ -122,7 +122,8 @@ def _layer_of_ids(
     hooks: dict[nn.Module, Any] = {module: partial(note, layer) for layer, module in layers.items()}
     with hooked(hooks, with_kwargs=True), looking(), put_on(None, model), torch.no_grad():
         by_position = [value for key, value in one.items() if isinstance(key, int)]
-        model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
+        with telling_misfits(model, [], values):
+            model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
     if len(readers) != 1:
         raise InputError(
             f"{'no layer looks' if not readers else f'layers {list(readers)} look'} up the embeddings of input "

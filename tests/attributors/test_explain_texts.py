@@ -7,6 +7,7 @@ import pytest
 import torch
 from preset_cases import off, seeded
 from torch import Tensor, nn
+from transformer_families import built
 
 import crp
 from crp.attribution import CondAttribution
@@ -67,3 +68,15 @@ def test_a_number_that_is_a_position_and_no_class():
         explain(Position(3, 1))
         with pytest.raises(IndexError, match=beyond):
             explain(7)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
+@pytest.mark.parametrize("form", [lambda ids: ids, lambda ids: {"input_ids": ids, "attention_mask": ids > 0}])
+def test_a_text_without_the_axis_of_samples(name, form):
+    model = built(name)[0].model
+    with pytest.raises(
+        ValueError, match=r"ids of shape \(6,\), which are one for each sample: give ids\[None\] for a si"
+    ):
+        crp.explain("attn_lrp", model, form(IDS[0]), Position(-1, 1))
+    single = crp.explain("attn_lrp", nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 3)).eval(), IDS[0], 1)
+    assert single.shape == (6,)
