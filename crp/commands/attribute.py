@@ -100,7 +100,6 @@ def attribute(
     tokenizer: str | None,
     position: str | None,
     against: str | None,
-    scale_without_first: bool,
     output: str | None,
     layer: str | None,
     concept: tuple[int, ...],
@@ -128,11 +127,11 @@ def attribute(
     from crp.commands.texts import Asking, explain_texts
     from crp.visualization.models import find_class
 
-    page = page or out.suffix.lower() == _PAGE
+    page, rescaled = page or out.suffix.lower() == _PAGE, loading.pop("scale_without_first")
     _check_options(images, texts, page, out)
     if texts:
         names = tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept
-        asking = Asking(*names, scale_without_first)
+        asking = Asking(*names, rescaled)
         _check_writable(out.parent, out)
         loaded = _load(model, output, **loading)
         given = _own(settings, () if layer is None else ("layer", "condition", "mask_map"), False)
