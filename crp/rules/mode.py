@@ -219,7 +219,7 @@ class SeeingMode(TorchFunctionMode):
         if operands is not None:
             layer.inputs = (operands.a,)
             if operands.added is not None:  # (it is added to what the rule returns)
-                layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
+                layer.function, layer.args, layer.kwargs = operands.run, operands[:3], {}
         layer.nonnegative = self.notes.nonnegative(layer.inputs[0])
         return layer
 
