@@ -50,7 +50,7 @@ BUDGETS = {
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2463,
     "canonizers": 860,
-    "commands": 2378,
+    "commands": 2377,
     "compat": 940,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
@@ -67,13 +67,13 @@ BUDGETS = {
     "outputs": 391,
     "metrics": 907,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6927,
+    "rules": 6923,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4870,
+    "visualization": 4871,
     "visualization.mining": 4268,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
