@@ -107,8 +107,8 @@ def audit(
         Concept type of their layer.
     k : int
         Number of concepts listed.
-    targets : sequence of int, optional
-        Classes in place of the predicted ones.
+    targets : int or sequence of int, optional
+        Class of all samples or of each, in place of the predicted ones.
     table : Table, optional
         From which references of the concepts are taken.
 
