@@ -75,7 +75,7 @@ class AuditedSample(NamedTuple):
     sample: int | None = None
 
     def __str__(self) -> str:
-        over, under = (", ".join(f"{u.name} ({u.difference:+.3f})" for u in uses) for uses in (self.over, self.under))
+        over, under = (", ".join(f"{u.name} ({u.difference:+.2g})" for u in uses) for uses in (self.over, self.under))
         return (
             f"class {self.predicted}, percentile {self.percentile:.1f}, prototype {self.prototype} as in sample "
             f"{self.nearest}; more of {over or 'nothing'}; less of {under or 'nothing'}"
